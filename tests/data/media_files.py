@@ -1,0 +1,117 @@
+"""Writers of real video and image files for tests. Every frame shows its own number, readable after lossy coding."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+WIDTH, HEIGHT = 64, 48
+BITS = 8  # columns of WIDTH / BITS pixels, white for 1
+
+
+def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """(H, W, 3) uint8: the bits of ``number`` as black and white columns, the highest on the left, a dark red foot."""
+    image = np.zeros((height, width, 3), np.uint8)
+    column = width // BITS
+    for bit in range(BITS):
+        if number >> (BITS - 1 - bit) & 1:
+            image[:, bit * column : (bit + 1) * column] = 255
+    image[height * 3 // 4 :] = (120, 0, 0)
+    return image
+
+
+def number(frame: np.ndarray) -> int:
+    """The number that an upright frame (H, W, 3) of any size shows."""
+    row = frame[frame.shape[0] // 4].astype(float).mean(axis=1)  # a quarter down, away from the foot
+    centres = (np.arange(BITS) + 0.5) * frame.shape[1] / BITS
+    return int(sum(1 << (BITS - 1 - bit) for bit in range(BITS) if row[int(centres[bit])] > 128))
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [number(frame) for frame in frames]
+
+
+def write_video(
+    path: Path,
+    frames: int = 60,
+    *,
+    fps: int = 30,
+    gop: int = 12,
+    bframes: int = 2,
+    codec: str = "libx264",
+    times: list[int] | None = None,
+    rotation: int = 0,
+    audio_seconds: float = 0,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A video of numbered frames. ``times``: when each is shown, in units of 1 / fps (else 0, 1, 2, ...)."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.thread_count = 1
+        if codec == "libx264":
+            stream.options = {"g": str(gop), "bf": str(bframes), "crf": "18", "x264-params": "scenecut=0"}
+        if rotation:
+            stream.set_display_rotation(rotation)
+        sound = container.add_stream("aac", rate=16000) if audio_seconds else None
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
+            frame.pts, frame.time_base = (times[i] if times else i), Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if sound:
+            mux_silence(container, sound, audio_seconds)
+    return path
+
+
+def mux_silence(container: av.container.OutputContainer, stream: av.AudioStream, seconds: float) -> None:
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, int(16000 * seconds)), np.float32), format="fltp", layout="mono")
+    frame.rate, frame.pts = 16000, 0
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def write_audio_only(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        mux_silence(container, container.add_stream("aac", rate=16000), 1.0)
+    return path
+
+
+def write_zero_frames(path: Path) -> Path:
+    """A fragmented mp4 that ends behind its header: a declared video stream, not one packet."""
+    write_video(path, 4, options={"movflags": "empty_moov+frag_keyframe"})
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"moof") - 4])
+    return path
+
+
+def cut(source: Path, target: Path, fraction: float) -> Path:
+    """The first part of a file, as a broken download leaves it."""
+    data = source.read_bytes()
+    target.write_bytes(data[: int(len(data) * fraction)])
+    return target
+
+
+def overwrite(source: Path, target: Path, start: float, stop: float) -> Path:
+    """A file with garbage between two fractions of its length."""
+    data = bytearray(source.read_bytes())
+    low, high = int(len(data) * start), int(len(data) * stop)
+    data[low:high] = b"\xa5" * (high - low)
+    target.write_bytes(bytes(data))
+    return target
+
+
+def remux_shifted(source: Path, target: Path, by: int) -> Path:
+    """The same packets, ``by`` frames earlier (mp4 then hides what lies before 0 with an edit list) or later."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.size:
+                step = packet.duration * by
+                packet.pts, packet.dts = packet.pts + step, packet.dts + step
+                packet.stream = stream
+                new.mux(packet)
+    return target

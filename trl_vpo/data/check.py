@@ -1,0 +1,165 @@
+"""What is known about a dataset before the first step: every row against the contract, every media file opened."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset, List, Video
+from tqdm.auto import tqdm
+
+from trl_vpo.data.masking import check_box
+from trl_vpo.data.media import MediaError, check_image, check_video, load_image, load_video
+from trl_vpo.data.rows import COLUMNS, ROW_INDEX, Row, RowError, read_row
+
+THREADS = 8  # opening files waits for disks more than for the processor
+SHOWN = 5
+
+
+@dataclass
+class Problem:
+    """Why a row cannot be trained on. Only media problems can be skipped."""
+
+    index: int
+    message: str
+    media: bool
+
+
+def prepare_dataset(
+    dataset: Dataset | IterableDataset, args: Any, *, name: str, is_vlm: bool, phrases: bool, image_list: bool
+) -> Dataset | IterableDataset:
+    """Number the rows of a dataset and check them; leave out rows with bad media if `args.on_bad_media` is "skip".
+
+    Of an `IterableDataset` only the first row is checked here; the others are when they are collated.
+
+    Raises:
+        RowError: rows cannot be trained on. Names up to five of them and says how many there are.
+    """
+    check = partial(check_row, args=args, is_vlm=is_vlm, phrases=phrases, image_list=image_list)
+    if isinstance(dataset, IterableDataset):
+        if args.on_bad_media == "skip":
+            raise ValueError("on_bad_media='skip' needs a dataset that can be read up front, not an IterableDataset.")
+        dataset = dataset.map(_number, with_indices=True)
+        _refuse([p for p in [check(next(iter(dataset)))] if p], 1, name)
+        return dataset
+    if ROW_INDEX in dataset.column_names:
+        return dataset
+    if len(dataset) == 0:
+        raise RowError(f"the {name} dataset has no rows.")
+    dataset = _without_video_decoding(dataset.add_column(ROW_INDEX, list(range(len(dataset)))))
+    problems = check_rows(dataset, check, desc=f"Checking {name} rows")
+    if args.on_bad_media == "skip":
+        skipped = [p for p in problems if p.media]
+        problems = [p for p in problems if not p.media]
+        dataset = _skip(dataset, skipped, Path(args.output_dir), name)
+    _refuse(problems, len(dataset), name)
+    return dataset
+
+
+def check_rows(dataset: Dataset, check: Callable[[dict], Problem | None], desc: str) -> list[Problem]:
+    """The problems of all rows, in their order, with a progress bar on the first process."""
+    rows = _raw_rows(dataset)
+    quiet = not PartialState().is_main_process
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = tqdm(pool.map(check, rows), total=len(dataset), desc=desc, disable=quiet, leave=False)
+        return [problem for problem in found if problem is not None]
+
+
+def check_row(example: dict, *, args: Any, is_vlm: bool, phrases: bool, image_list: bool) -> Problem | None:
+    """The first problem of a row, or None. `args` says how videos are sampled and how closely media are looked at."""
+    index = example[ROW_INDEX]
+    try:
+        row = read_row(example, phrases=phrases, image_list=image_list)
+        if not is_vlm and (row.images or row.videos):
+            raise RowError(
+                f"{row.name}: has images or videos, but the processing class is a tokenizer of a text model. Train a "
+                "vision-language model with its processor, or drop the media columns."
+            )
+    except RowError as error:
+        return Problem(index, str(error), media=False)
+    try:
+        _check_media(row, args)
+    except MediaError as error:
+        return Problem(index, f"{row.name}: {error}", media=True)
+    except RowError as error:
+        return Problem(index, f"{row.name}: {error}", media=False)
+    return None
+
+
+def _check_media(row: Row, args: Any) -> None:
+    if args.check_media == "off":
+        return
+    root = args.media_root
+    look = load_video if args.check_media == "decode" else check_video
+    for source in row.videos:
+        look(source, args.video_options(), media_root=root)
+    for source in row.image_list or row.images:
+        check_image(source, media_root=root)
+    if row.critical_box is not None:
+        size = load_image(row.images[0], media_root=root).size
+        try:
+            check_box(row.critical_box, size)
+        except ValueError as error:
+            raise RowError(str(error)) from error
+
+
+def _refuse(problems: list[Problem], rows: int, name: str) -> None:
+    if not problems:
+        return
+    shown = "\n".join(f"  - {p.message}" for p in problems[:SHOWN])
+    more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    hint = ""
+    if any(p.media for p in problems):
+        hint = "\non_bad_media: skip leaves rows with unreadable media out and lists them."
+    raise RowError(f"{len(problems)} of {rows} {name} rows cannot be trained on:\n{shown}{more}{hint}")
+
+
+def _skip(dataset: Dataset, problems: list[Problem], output_dir: Path, name: str) -> Dataset:
+    """The dataset without the rows of `problems`, which go into `skipped_rows.jsonl`. No row takes their place."""
+    if not problems:
+        return dataset
+    bad = {p.index for p in problems}
+    if len(bad) == len(dataset):
+        raise RowError(f"no row of the {name} dataset has readable media; the first: {problems[0].message}")
+    if PartialState().is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = output_dir / "skipped_rows.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            for p in problems:
+                file.write(json.dumps({"dataset": name, "row": p.index, "reason": p.message}) + "\n")
+        print(f"Skipped {len(bad)} of {len(dataset)} {name} rows with unreadable media; see {path}.")
+    return dataset.select([i for i in range(len(dataset)) if i not in bad])
+
+
+def _number(example: dict, index: int) -> dict:
+    return {**example, ROW_INDEX: index}
+
+
+def _raw_rows(dataset: Dataset) -> Iterator[dict]:
+    """Rows as they are stored: media stay paths and bytes, nothing is decoded."""
+    columns = [c for c in dataset.column_names if c in (*COLUMNS, ROW_INDEX)]
+    table = dataset.select_columns(columns).with_format("arrow")
+    for index in range(len(table)):
+        yield table[index].to_pylist()[0]
+
+
+def _without_video_decoding(dataset: Dataset) -> Dataset:
+    """`datasets.Video` columns as {path, bytes}: we decode them (with PyAV, in the workers, sampled)."""
+    for column, feature in dataset.features.items():
+        raw = _raw_video(feature)
+        if raw is not feature:
+            dataset = dataset.cast_column(column, raw)
+    return dataset
+
+
+def _raw_video(feature: Any) -> Any:
+    if isinstance(feature, Video):
+        return Video(decode=False)
+    if isinstance(feature, List):
+        inner = _raw_video(feature.feature)
+        return feature if inner is feature.feature else List(inner, length=feature.length)
+    return feature

@@ -1,0 +1,233 @@
+"""Rows -> tree batch: chat template, tokens, phrases, frames. Runs in the data-loader workers."""
+
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.video_utils import VideoMetadata
+
+from trl_vpo.data.masking import check_box, masked_image_list
+from trl_vpo.data.media import Clip, MediaError, VideoOptions, load_image, load_video
+from trl_vpo.data.phrases import PhraseError, spans_to_token_mask
+from trl_vpo.data.rows import Row, RowError, read_row, response_text
+from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
+
+SIDES = ("chosen", "rejected")
+
+
+@dataclass
+class PreferenceCollator:
+    """Turns rows of preference data into a tree batch (see `trl_vpo.forward.tree`).
+
+    The prompt goes through the processor once per image list item, not once per response: each video is decoded
+    and preprocessed once per pair. Responses are tokenized behind their prompt, so that tokens merge as they would
+    in generation, and never carry tags or new special tokens.
+
+    Args:
+        processing_class: processor of a vision-language model, or tokenizer of a text model.
+        video: how videos are sampled.
+        max_pixels: larger images are scaled down to this many pixels.
+        max_length: prompts with a response longer than this raise an error; nothing is cut.
+        phrases: RRPO: mark the tokens of the phrases that differ.
+        num_images: LPOI: length of the image list drawn from `critical_box`. None: no list.
+        visual_prompt: LPOI: draw the red ellipse.
+        media_root: folder of the media.
+
+    Raises:
+        RowError: a row breaks the contract, does not fit, or its media cannot be read. The message names the row.
+    """
+
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase
+    video: VideoOptions = field(default_factory=VideoOptions)
+    max_pixels: int | None = None
+    max_length: int | None = None
+    phrases: bool = False
+    num_images: int | None = None
+    visual_prompt: bool = True
+    media_root: str | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    @property
+    def is_vlm(self) -> bool:
+        return isinstance(self.processing_class, ProcessorMixin)
+
+    def __call__(self, examples: list[dict]) -> dict:
+        return tree_batch([self.encode(example) for example in examples], self.tokenizer.pad_token_id)
+
+    def encode(self, example: dict) -> Tree:
+        """One row as a tree: trunk of each image list item, branches chosen, rejected, chosen on images 2 to N."""
+        row = read_row(example, phrases=self.phrases, image_list=self.num_images is not None)
+        if not self.is_vlm and (row.images or row.videos):
+            raise RowError(
+                f"{row.name}: has images or videos, but {type(self.processing_class).__name__} is a tokenizer of a "
+                "text model. Train a vision-language model with its processor, or drop the media columns."
+            )
+        try:
+            trunks, branches = self._tokenize(row)
+        except (RowError, MediaError, PhraseError) as error:
+            raise RowError(f"{row.name}: {error}") from error
+        branches += [replace(branches[0], trunk=k) for k in range(1, len(trunks))]
+        tree = Tree(row.name, trunks, branches)
+        self._check_length(tree)
+        return tree
+
+    # --- text -----------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, row: Row) -> tuple[list[Trunk], list[Branch]]:
+        prompt, responses = self._render(row)
+        kwargs = {"add_special_tokens": self._adds_special_tokens(row, prompt)}
+        alone = self.tokenizer(prompt, **kwargs)["input_ids"]
+        whole = [self.tokenizer(prompt + r, return_offsets_mapping=True, **kwargs) for r in responses]
+        # Tokens may merge across the end of the prompt: a response starts where its tokens leave the prompt's.
+        common = min(_common(alone, w["input_ids"]) for w in whole)
+        tail = len(alone) - common
+        trunks = [self._trunk(row, prompt, images, alone, tail) for images in self._image_lists(row)]
+        return trunks, [self._branch(row, side, w, common, prompt, r) for side, w, r in zip(SIDES, whole, responses)]
+
+    def _render(self, row: Row) -> tuple[str, list[str]]:
+        """Prompt and responses as the model's chat template writes them, cut where prompt and conversation part."""
+        if not row.conversational:
+            eos = self.tokenizer.eos_token or ""
+            self._check_string_placeholders(row)
+            return row.prompt, [text if text.endswith(eos) else text + eos for text in (row.chosen, row.rejected)]
+        continues = row.prompt[-1]["role"] == "assistant"
+        prompt = self._template(row, row.prompt, add_generation_prompt=not continues, continue_final_message=continues)
+        whole = [self._template(row, row.prompt + getattr(row, side)) for side in SIDES]
+        for text in whole:
+            prompt = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text)))
+        return prompt, [text[len(prompt) :] for text in whole]
+
+    def _template(self, row: Row, messages: list[dict], **kwargs) -> str:
+        if not self.is_vlm:
+            messages = [{**m, "content": response_text([m])} for m in messages]
+        # Passed explicitly: some processors (SmolVLM) swap in a template of their own when the messages hold a video.
+        template = getattr(self.processing_class, "chat_template", None)
+        if template is None:
+            raise RowError(
+                f"has messages, but {type(self.processing_class).__name__} has no chat template. Set "
+                "`processing_class.chat_template`, or give prompt and responses as strings."
+            )
+        return self.processing_class.apply_chat_template(
+            messages, tokenize=False, chat_template=template, **row.template_kwargs, **kwargs
+        )
+
+    def _adds_special_tokens(self, row: Row, prompt: str) -> bool:
+        """As in generation: a template of a text model is complete; otherwise BOS is added unless it is there."""
+        if row.conversational and not self.is_vlm:
+            return False
+        bos = self.tokenizer.bos_token
+        return not (bos and prompt.startswith(bos))
+
+    def _check_string_placeholders(self, row: Row) -> None:
+        for kind, items in (("image", row.images), ("video", row.videos)):
+            token = getattr(self.processing_class, f"{kind}_token", None)
+            found = row.prompt.count(token) if token else 0
+            if found != len(items):
+                raise RowError(
+                    f"the prompt has {found} {kind} placeholder(s) ({token!r}), but the row has {len(items)} "
+                    f"{kind}(s). Put one into the prompt for each, or give the prompt as messages."
+                )
+
+    def _branch(self, row: Row, side: str, whole: dict, start: int, prompt: str, response: str) -> Branch:
+        ids = whole["input_ids"][start:]
+        if not ids:
+            raise RowError(f"the {side} response has no tokens of its own behind the prompt.")
+        if not self.phrases:
+            return Branch(ids)
+        text = response_text(getattr(row, side))
+        begin, at = 0, response.find(text)
+        if at < 0:  # some templates strip a response: its offsets shift by what is gone
+            begin, at = len(text) - len(text.lstrip()), response.find(text.strip())
+        if at < 0:
+            raise RowError(f"the chat template changes the text of the {side} response; phrases cannot be located.")
+        mask = spans_to_token_mask(
+            getattr(row, f"{side}_phrases"),
+            whole["offset_mapping"][start:],
+            shift=len(prompt) + at - begin,
+            text=prompt + response,
+        )
+        return Branch(ids, phrases=mask)
+
+    # --- media ----------------------------------------------------------------------------------------------------
+
+    def _image_lists(self, row: Row) -> list[list]:
+        """The images of each trunk: the row's own, or for LPOI one image of the list each."""
+        load = lambda source: load_image(source, max_pixels=self.max_pixels, media_root=self.media_root)  # noqa: E731
+        if self.num_images is None:
+            return [[load(source) for source in row.images]]
+        if row.image_list is not None:
+            return [[load(source)] for source in row.image_list]
+        # The box is in pixels of the image as stored, so the list is drawn before anything is scaled.
+        image = load_image(row.images[0], media_root=self.media_root)
+        try:
+            check_box(row.critical_box, image.size)
+        except ValueError as error:
+            raise RowError(str(error)) from error
+        items = masked_image_list(image, row.critical_box, self.num_images, visual_prompt=self.visual_prompt)
+        return [[load(item)] for item in items]
+
+    def _trunk(self, row: Row, prompt: str, images: list, alone: list[int], tail: int) -> Trunk:
+        if not self.is_vlm:
+            return Trunk(alone[: len(alone) - tail])
+        clips = [load_video(source, self.video, media_root=self.media_root) for source in row.videos]
+        kwargs = {"images": [images]} if images else {}
+        if clips:
+            kwargs |= {"videos": [clip.frames for clip in clips], "video_metadata": [_metadata(c) for c in clips]}
+            kwargs |= {"do_sample_frames": False}
+        special = self._adds_special_tokens(row, prompt)
+        try:
+            out = self.processing_class(text=[prompt], return_tensors="pt", add_special_tokens=special, **kwargs)
+        except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            raise RowError(f"{type(self.processing_class).__name__} refuses its prompt and media: {error}") from error
+        return self._split(out, alone, tail)
+
+    def _split(self, out: dict, alone: list[int], tail: int) -> Trunk:
+        """The processor's output for one prompt: token ids, token types, media."""
+        ids = out.pop("input_ids")[0].tolist()
+        out.pop("attention_mask", None)
+        end = len(ids) - tail
+        if ids[end:] != alone[len(alone) - tail :]:
+            raise RowError("the processor ends the prompt differently from its tokenizer; the response has no start.")
+        types = {k: v for k, v in out.items() if torch.is_tensor(v) and v.shape == (1, len(ids))}
+        media = {k: v for k, v in out.items() if torch.is_tensor(v) and k not in types}
+        return Trunk(ids[:end], {k: v[0, :end].tolist() for k, v in types.items()}, media)
+
+    def _check_length(self, tree: Tree) -> None:
+        if self.max_length is None:
+            return
+        for branch in tree.branches:
+            prompt = len(tree.trunks[branch.trunk].ids)
+            if prompt + len(branch.ids) > self.max_length:
+                media = {k: tuple(v.shape) for k, v in tree.trunks[branch.trunk].media.items()}
+                raise RowError(
+                    f"{tree.name}: {prompt} prompt tokens and {len(branch.ids)} response tokens are more than "
+                    f"max_length={self.max_length} (media: {media or 'none'}). Nothing is cut: raise max_length, or "
+                    "lower num_frames or max_pixels."
+                )
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def _metadata(clip: Clip) -> VideoMetadata:
+    """The clip's real times in the processors' terms: `frames_indices / fps` are its timestamps in seconds.
+
+    Qwen2.5-VL reads the sampling rate as frames / total * fps, so the total counts the part that was sampled.
+    """
+    height, width = clip.frames.shape[1:3]
+    frames = [round(float(t) * clip.fps) for t in clip.timestamps]
+    total = frames[-1] - frames[0] + 1
+    return VideoMetadata(
+        total_num_frames=total,
+        fps=clip.fps,
+        frames_indices=frames,
+        duration=total / clip.fps,
+        height=height,
+        width=width,
+        video_backend="pyav",
+    )

@@ -1,0 +1,212 @@
+"""Where media come from, and images: every accepted source becomes an RGB ``PIL.Image`` or a :class:`MediaError`.
+
+Nothing here imports torch, transformers or trl, so a data-loader worker or a checking tool starts quickly.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# What Pillow raises on files that are broken in one way or another: its plugins let their parsers' errors through.
+_PILLOW_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
+
+
+class MediaError(ValueError):
+    """An image or a video that cannot be used. The message says what happened, which file, and what to do.
+
+    It is built from one string, because torch's DataLoader raises a worker's exception again as ``exc_type(message)``.
+    """
+
+
+def describe(source: Any) -> str:
+    """A short name of a media source for messages: its path, or its kind and size."""
+    if isinstance(source, dict):
+        named = next((source[key] for key in ("path", "video", "image", "bytes") if source.get(key) is not None), None)
+        return "<dict without a source>" if named is None else describe(named)
+    if isinstance(source, (str, Path)):
+        text = str(source)
+        return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<bytes, {len(source)} long>"
+    if isinstance(source, np.ndarray):
+        return f"<array {source.shape} {source.dtype}>"
+    if isinstance(source, Image.Image):
+        return f"<PIL image {source.width}x{source.height}>"
+    if isinstance(source, (list, tuple)):
+        first = f", the first {describe(source[0])}" if source and not isinstance(source[0], (list, tuple)) else ""
+        return f"<list of {len(source)} frames{first}>"
+    return f"<{type(source).__name__}>"
+
+
+def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Path:
+    """The absolute path of an existing, non-empty file.
+
+    ``source`` is a path or a ``file://`` URL. A relative one starts at ``media_root`` when that is given, else at the
+    working directory. With ``media_root``, a path that leaves it - by ``..``, as an absolute path or through a
+    symbolic link - is refused. Raises :class:`MediaError`.
+    """
+    name = describe(source)
+    path = Path(_strip_url(str(source), name))
+    try:
+        if media_root is None:
+            full = path.resolve()
+        else:
+            root = Path(media_root).resolve()
+            if not root.is_dir():
+                raise MediaError(
+                    f"media_root {media_root} is not a folder: point it at the folder that holds the media."
+                )
+            full = (root / path).resolve()
+            if not full.is_relative_to(root):
+                raise MediaError(
+                    f"{name} lies outside of media_root {root} (it resolves to {full}): "
+                    "move the file into media_root, or point media_root at a folder that holds all media."
+                )
+        if full.is_dir():
+            raise MediaError(f"{name} is a folder, not a file: name the media file itself.")
+        if not full.exists():
+            hint = "check the path" if path.is_absolute() else "relative paths start at media_root; check both"
+            raise MediaError(f"{name} does not exist (looked for {full}): {hint}.")
+        if full.stat().st_size == 0:
+            raise MediaError(f"{name} is empty (0 bytes): fetch or write the file again.")
+    except MediaError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL in the path, a loop of links
+        raise MediaError(f"{name} cannot be reached ({error}): check the path and its permissions.") from error
+    return full
+
+
+def _strip_url(text: str, name: str) -> str:
+    if not _URL.match(text):
+        if text.startswith("data:"):
+            raise MediaError(f"{name} is a data: URL: decode it and pass the bytes.")
+        return text
+    parts = urlsplit(text)
+    if parts.scheme.lower() != "file":
+        raise MediaError(f"{name} is a {parts.scheme}:// URL: nothing is fetched here, download it and pass the path.")
+    if parts.netloc not in ("", "localhost"):
+        raise MediaError(f"{name} names the host {parts.netloc!r}: a file URL looks like file:///folder/name.")
+    return unquote(parts.path)
+
+
+def read_source(source: str | Path | bytes, media_root: str | Path | None = None) -> Path | bytes:
+    """A checked path, or non-empty bytes. Raises :class:`MediaError`."""
+    if isinstance(source, (str, Path)):
+        return resolve_path(source, media_root)
+    data = bytes(source)
+    if not data:
+        raise MediaError(f"{describe(source)} is empty: the row holds no data, write it again.")
+    return data
+
+
+def fit_pixels(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
+    """The largest (width, height) of the same shape with at most ``max_pixels`` pixels; never larger than given."""
+    if max_pixels is None or width * height <= max_pixels:
+        return width, height
+    scale = math.sqrt(max_pixels / (width * height))
+    new_width = min(max(1, int(width * scale)), max_pixels)
+    new_height = max(1, int(height * scale))
+    return new_width, min(new_height, max_pixels // new_width)  # the second bound matters for strips one pixel thin
+
+
+def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """``image`` itself, or a smaller copy that fits ``max_pixels`` (bicubic)."""
+    size = fit_pixels(*image.size, max_pixels)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def load_image(source: Any, *, max_pixels: int | None = None, media_root: str | Path | None = None) -> Image.Image:
+    """An image as RGB, turned upright by its EXIF orientation, at most ``max_pixels`` large (aspect kept).
+
+    ``source``: a path, ``file://`` URL, bytes, ``PIL.Image``, uint8 array (H, W), (H, W, 3) or (H, W, 4), or a dict
+    with ``path`` (or ``image``) and/or ``bytes``, as ``datasets.Image(decode=False)`` gives it; bytes come before the
+    path. Transparent pixels are laid on white, 16-bit greyscale keeps its upper 8 bits, an animation gives its first
+    image. Boxes and other pixel positions refer to this upright image. Raises :class:`MediaError`.
+    """
+    if max_pixels is not None and max_pixels < 1:
+        raise MediaError(f"max_pixels is {max_pixels}: give at least 1, or None for no limit.")
+    name = describe(source)
+    source = _unpack_image(source, name)
+    if isinstance(source, (str, Path, bytes, bytearray, memoryview)):
+        source = read_source(source, media_root)
+    try:
+        if isinstance(source, Image.Image):
+            image = _to_rgb(source)
+        else:
+            with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
+                image = _to_rgb(opened)
+        return shrink(image, max_pixels)
+    except _PILLOW_ERRORS as error:
+        raise MediaError(f"{name} is not a readable image ({error}): {_image_remedy(source, error)}.") from error
+
+
+def check_image(source: Any, *, media_root: str | Path | None = None) -> None:
+    """Raises :class:`MediaError` where :func:`load_image` would. It decodes: no shorter look finds a cut-off JPEG."""
+    load_image(source, media_root=media_root)
+
+
+def _unpack_image(source: Any, name: str) -> Path | str | bytes | Image.Image:
+    """Dicts and arrays taken apart; everything else that is no image is refused."""
+    if isinstance(source, dict):
+        source = next((source[key] for key in ("bytes", "path", "image") if source.get(key) is not None), None)
+        if source is None:
+            raise MediaError(f"{name} names no image: give `path` or `bytes`.")
+    if isinstance(source, np.ndarray):
+        if (
+            source.dtype != np.uint8
+            or source.size == 0
+            or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4)))
+        ):
+            raise MediaError(f"{name} is no image: give a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4).")
+        return Image.fromarray(np.ascontiguousarray(source))
+    if not isinstance(source, (str, Path, bytes, bytearray, memoryview, Image.Image)):
+        raise MediaError(f"{name} is no image: give a path, bytes, a PIL image or a uint8 array (H, W, 3).")
+    return source
+
+
+def _image_remedy(source: Any, error: Exception) -> str:
+    if isinstance(source, Path) and source.suffix.lower() in _VIDEO_SUFFIXES:
+        return "a video belongs into `videos`; inside a list it is taken for one frame"
+    if isinstance(error, Image.DecompressionBombError):
+        return "scale it down first"
+    if "truncated" in str(error):
+        return "the file was cut short, fetch it again"
+    return "check that it is a picture in a format that Pillow reads, and complete"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)  # always a copy; reads the pixels, or raises on a broken file
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range, save it with 8 bits")
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,231 @@
+"""How other projects write preference pairs: one record of theirs -> one row of the row contract. No files here.
+
+| format | fields read | published in |
+| --- | --- | --- |
+| rrpo | question, answer, pred, video or media_path; answer_masked, pred_masked, sample_id, src | pritamqu/RRPO |
+| lpoi | img_path, prompt, chosen, rejected; id | fatemehpesaran310/lpoi |
+| ms-swift | messages, rejected_response or rejected_messages; images, videos, id | modelscope/ms-swift, RLHF JSONL |
+| llamafactory | conversations or messages, chosen, rejected; system, images, videos, id | LLaMA-Factory, ShareGPT |
+| llava-hound | prompt, chosen, rejected, video; id | ShareGPTVideo sft_dpo_17k.jsonl |
+
+`<image>` and `<video>` in the user's turns become typed placeholders where they stand; without any, the media go in
+front of the first user turn. Contents are typed lists everywhere, because one Arrow column cannot hold strings and
+lists. Bad records raise a ValueError that names the field and the remedy.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trl_vpo.data.phrases import CLOSE, OPEN, masked_spans
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+REFUSED = ("audios", "tools", "objects")  # they change what the text means
+_MARKER = re.compile("<(image|video)>")
+
+
+@dataclass(frozen=True)
+class Format:
+    """One project's way to write a pair."""
+
+    read: Callable[[dict], dict]  # record -> row without id and source, media paths as they stand
+    fields: frozenset[str]  # all that is looked at; the others are reported
+
+
+def read_record(fmt: str, record) -> dict:
+    """The row of a record: id (empty if it has none), source, prompt, chosen, rejected and the format's columns.
+
+    Raises:
+        ValueError: the record cannot be read; the caller adds file and place.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"is a JSON {type(record).__name__}, not an object with fields.")
+    for name in REFUSED:
+        if record.get(name):
+            raise ValueError(
+                f"`{name}` is not supported and would be lost. Remove it where the text does not need it."
+            )
+    row = FORMATS[fmt].read(record)
+    row_id = next((record[key] for key in ("id", "sample_id") if record.get(key) not in (None, "")), "")
+    source = f"{fmt}/{record['src']}" if record.get("src") else fmt
+    return {"id": str(row_id), "source": source, **row}
+
+
+def _rrpo(record: dict) -> dict:
+    # "<image>" stands for the video, as in all of LLaVA's data. The format's documentation has `video`, the
+    # project's loader reads `media_path`.
+    question = _text(record, "question").replace("<image>", "<video>")
+    answer, pred = _text(record, "answer"), _text(record, "pred")
+    row = _pair([("user", question)], answer, pred, videos=[_text(record, "video", "media_path")])
+    masked = record.get("answer_masked"), record.get("pred_masked")
+    if not any(tag in text for text in masked if isinstance(text, str) for tag in (OPEN, CLOSE)):
+        return row | {"chosen_phrases": None, "rejected_phrases": None}  # a word diff will find them
+    for side, plain, name in (("chosen", answer, "answer_masked"), ("rejected", pred, "pred_masked")):
+        try:
+            row[f"{side}_phrases"] = [list(span) for span in masked_spans(plain, _text(record, name))]
+        except ValueError as error:
+            raise ValueError(f"`{name}`: {error}") from error
+    if not row["chosen_phrases"] and not row["rejected_phrases"]:
+        raise ValueError("`answer_masked` and `pred_masked` mark nothing. Mark what differs, or leave both out.")
+    return row
+
+
+def _lpoi(record: dict) -> dict:
+    return _flat_pair(record, images=[_text(record, "img_path")])
+
+
+def _llava_hound(record: dict) -> dict:
+    return _flat_pair(record, videos=[_text(record, "video")])
+
+
+def _flat_pair(record: dict, **media) -> dict:
+    chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
+    return _pair([("user", _text(record, "prompt"))], chosen, rejected, **media)
+
+
+def _ms_swift(record: dict) -> dict:
+    turns, chosen = _last_turn(record, "messages")
+    if record.get("rejected_response") is None and record.get("rejected_messages") is not None:
+        others, rejected = _last_turn(record, "rejected_messages")
+        if others != turns:
+            raise ValueError("`rejected_messages` has another prompt than `messages`; a pair needs the same prompt.")
+    else:
+        rejected = _text(record, "rejected_response", "rejected_messages")
+    media = {"images": _media(record, "images"), "videos": _media(record, "videos")}
+    for name, items in media.items():
+        if record.get(f"rejected_{name}") and _media(record, f"rejected_{name}") != items:
+            raise ValueError(f"`rejected_{name}` differ from `{name}`; a pair needs the same media.")
+    return _pair(turns, chosen, rejected, **media)
+
+
+def _llamafactory(record: dict) -> dict:
+    turns = _turns(record, "conversations" if "conversations" in record else "messages")
+    if record.get("system") and turns[0][0] != "system":
+        turns.insert(0, ("system", _text(record, "system")))
+    sides = []
+    for side in ("chosen", "rejected"):
+        value = record.get(side)
+        sides.append(_turn(value, f"`{side}`")[1] if isinstance(value, dict) else _text(record, side))
+    return _pair(turns, *sides, images=_media(record, "images"), videos=_media(record, "videos"))
+
+
+def _format(read: Callable[[dict], dict], fields: str) -> Format:
+    return Format(read, frozenset(fields.split()))
+
+
+FORMATS = {
+    "rrpo": _format(_rrpo, "question answer pred answer_masked pred_masked video media_path sample_id id src"),
+    "lpoi": _format(_lpoi, "img_path prompt chosen rejected id"),
+    "ms-swift": _format(
+        _ms_swift, "messages rejected_response rejected_messages images videos rejected_images rejected_videos id"
+    ),
+    "llamafactory": _format(_llamafactory, "conversations messages chosen rejected system images videos id"),
+    "llava-hound": _format(_llava_hound, "prompt chosen rejected video id"),
+}
+
+
+# --- parts of a record ------------------------------------------------------------------------------------------
+
+
+def _text(record: dict, name: str, other: str | None = None) -> str:
+    """The text of a required field, or of its other name."""
+    name = other if other in record and record.get(name) is None else name
+    value = record.get(name)
+    if not isinstance(value, str):
+        has = "is missing" if value is None else f"is {type(value).__name__}, not text"
+        hint = f" (or `{other}`)" if other and value is None else ""
+        raise ValueError(f"`{name}`{hint} {has}. The record has the fields {', '.join(map(str, record)) or 'none'}.")
+    if not value.strip():
+        raise ValueError(f"`{name}` is empty. Fill it in or leave the record out.")
+    return value
+
+
+def _turns(record: dict, name: str) -> list[tuple[str, str]]:
+    """(role, text) of each message, under either naming: role and content, from and value."""
+    messages = record.get(name)
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"`{name}` is missing or not a list of messages.")
+    return [_turn(message, f"`{name}`[{i}]") for i, message in enumerate(messages)]
+
+
+def _last_turn(record: dict, name: str) -> tuple[list[tuple[str, str]], str]:
+    """The turns of the prompt and the text of the response behind them."""
+    *turns, (role, response) = _turns(record, name)
+    if role != "assistant":
+        raise ValueError(f"`{name}` ends with the {role}'s turn; it must end with the assistant's response.")
+    return turns, response
+
+
+def _turn(message, name: str) -> tuple[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{name} is not a message with role and content, or from and value.")
+    role, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{name} has no text. Write it as one string, with <image> or <video> where media stand.")
+    if role not in ROLES:
+        raise ValueError(f"{name} has the role {role!r}. Roles: {', '.join(ROLES)}.")
+    return ROLES[role], text
+
+
+def _media(record: dict, name: str) -> list[str]:
+    """Paths or URLs: one, a list of them, or a list of {"path": ...}."""
+    items = record.get(name) or []
+    items = [items] if isinstance(items, (str, dict)) else items
+    if not isinstance(items, list):
+        raise ValueError(f"`{name}` is {type(items).__name__}, not a list of paths.")
+    items = [item.get("path") if isinstance(item, dict) and not item.get("bytes") else item for item in items]
+    for i, item in enumerate(items):
+        if not isinstance(item, str) or not item:
+            raise ValueError(f"`{name}`[{i}] is not a path. Write embedded media to files and name those.")
+    return items
+
+
+def _pair(turns: list[tuple[str, str]], chosen: str, rejected: str, **media: list[str]) -> dict:
+    """A row with typed contents. `media`: the columns that this format can have, with the row's paths."""
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
+        if _MARKER.search(text):
+            raise ValueError(f"the {side} response contains <image> or <video>; only the prompt can hold media.")
+    if chosen.strip() == rejected.strip():
+        raise ValueError(f"the chosen and rejected responses are identical: {chosen.strip()[:80]!r}.")
+    if not turns or turns[-1][0] != "user":
+        raise ValueError("the prompt does not end with the user's turn, so there is nothing to respond to.")
+    return {
+        "prompt": _prompt(turns, media),
+        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": chosen}]}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": rejected}]}],
+        **media,
+    }
+
+
+def _prompt(turns: list[tuple[str, str]], media: dict[str, list[str]]) -> list[dict]:
+    found = [kind for role, text in turns for kind in _MARKER.findall(text)]
+    if any(role != "user" and _MARKER.search(text) for role, text in turns):
+        raise ValueError("<image> or <video> stands in a turn that is not the user's. Move it into a user turn.")
+    front = [] if found else [{"type": name[:-1]} for name, items in media.items() for _ in items]
+    for name in ("images", "videos"):
+        count, markers = len(media.get(name, [])), found.count(name[:-1])
+        if found and count != markers:
+            raise ValueError(
+                f"the text has {markers} <{name[:-1]}> marker(s) for {count} {name}. Put one marker for each, or none "
+                "at all: then the media go in front."
+            )
+    prompt = []
+    for role, text in turns:
+        before, front = (front, []) if role == "user" else ([], front)
+        prompt.append({"role": role, "content": before + _content(text)})
+    return prompt
+
+
+def _content(text: str) -> list[dict]:
+    """`<image> What is it?` -> image, text. White space between a marker and the text's beginning or end goes."""
+    parts = _MARKER.split(text)  # text, kind, text, kind, ..., text
+    content = []
+    for i, part in enumerate(parts):
+        if i % 2:
+            content.append({"type": part})
+            continue
+        part = part.lstrip() if i and not any(p.strip() for p in parts[:i:2]) else part
+        part = part.rstrip() if i < len(parts) - 1 and not any(p.strip() for p in parts[i + 2 :: 2]) else part
+        if part.strip():
+            content.append({"type": "text", "text": part})
+    return content

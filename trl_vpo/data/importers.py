@@ -1,0 +1,207 @@
+"""Preference data files of other projects -> rows that follow the row contract (`trl-vpo import FORMAT IN OUT`).
+
+A file is a JSON list or JSON lines, recognised by its first character. `import_formats` has the formats. Fields that
+it does not read are not carried over; the counts name them.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from trl_vpo.data.import_formats import FORMATS, read_record
+
+LIST_COLUMNS = ("images", "videos", "chosen_phrases", "rejected_phrases")
+
+
+class ImportFormatError(ValueError):
+    """A record that cannot be imported. The message names the file, the place in it, the field and the remedy."""
+
+
+@dataclass
+class ImportCounts:
+    """What `convert` did. Media are counted once per path."""
+
+    read: int = 0
+    written: int = 0
+    rejected: int = 0
+    media: int = 0
+    missing_media: int = 0  # local paths that do not exist (now, seen from here)
+    ignored_fields: list[str] = field(default_factory=list)
+    rejected_path: str | None = None
+
+
+def import_rows(
+    fmt: str, path, *, media_root=None, on_reject: Callable[[ImportFormatError], None] | None = None
+) -> Iterator[dict]:
+    """The rows of a file, one by one (JSON lines are streamed).
+
+    Args:
+        fmt: a name in `FORMATS`.
+        path: the file, JSON list or JSON lines.
+        media_root: folder that relative media paths are joined to; URLs and absolute paths stay. Files need not exist.
+        on_reject: called with the error of each bad record, which is then left out. Without it the error is raised.
+
+    Raises:
+        ImportFormatError: unknown format, unreadable file, or a bad record where there is no `on_reject`.
+    """
+    records = _read_records(fmt, Path(path), media_root)
+
+    def rows():
+        for _, result in records:
+            if isinstance(result, dict):
+                yield result
+            elif on_reject is None:
+                raise result
+            else:
+                on_reject(result)
+
+    return rows()
+
+
+def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "error") -> ImportCounts:
+    """Write a file's rows as JSON lines, whole or not at all.
+
+    The file is read twice: columns that no row fills are left out, and the first row that fills a column moves to
+    the front, since `load_dataset("json")` takes the columns' types from the first 10 MB.
+
+    Args:
+        fmt, in_path, media_root: as in `import_rows`.
+        out_path: the .jsonl file to write; replaced if it exists.
+        on_bad: "error" stops at the first bad record; "skip" leaves bad records out, counts them and lists them with
+            their reasons in `<out_path>.rejected.jsonl`.
+
+    Raises:
+        ImportFormatError: as `import_rows`, or no usable record.
+    """
+    if on_bad not in ("error", "skip"):
+        raise ValueError(f"on_bad is {on_bad!r}; it must be 'error' or 'skip'.")
+    source, target = Path(in_path), Path(out_path)
+    if source.exists() and target.exists() and source.samefile(target):
+        raise ImportFormatError(f"{target}: input and output are the same file. Name another output.")
+    counts, first, rejects = _survey(fmt, source, media_root, on_bad)
+    rejected_path = target.with_name(target.name + ".rejected.jsonl")
+    rejected_path.unlink(missing_ok=True)  # of an earlier run
+    if rejects:
+        counts.rejected_path = str(rejected_path)
+        _write_lines(rejected_path, rejects)
+    if not counts.written:
+        raise ImportFormatError(
+            f"{source}: none of its {counts.read} records can be imported as {fmt}"
+            + (f"; {rejected_path} says why." if rejects else ". Is it the right file?")
+        )
+    columns = {"id", "source", "prompt", "chosen", "rejected", *first}
+    front = dict(first.values())  # by number: one row may fill several columns
+    rows = (
+        r
+        for n, r in enumerate(import_rows(fmt, source, media_root=media_root, on_reject=lambda _: None))
+        if n not in front
+    )
+    ordered = (row for part in (front.values(), rows) for row in part)
+    _write_lines(target, ({key: value for key, value in row.items() if key in columns} for row in ordered))
+    return counts
+
+
+def _survey(fmt: str, source: Path, media_root, on_bad: str) -> tuple[ImportCounts, dict, list[dict]]:
+    """First reading: the counts, the first (number, row) to fill each list column, and the rejected records."""
+    counts, first, rejects, ignored = ImportCounts(), {}, [], set()
+    media: dict[str, bool] = {}
+    for record, row in _read_records(fmt, source, media_root):
+        counts.read += 1
+        if not isinstance(row, dict):
+            if on_bad == "error":
+                raise row
+            rejects.append({"reason": str(row), "record": record})
+            continue
+        ignored |= set(record) - FORMATS[fmt].fields
+        for column in LIST_COLUMNS:
+            if row.get(column):
+                first.setdefault(column, (counts.written, row))
+        for path in row.get("images", []) + row.get("videos", []):
+            if path not in media:
+                media[path] = _exists(path)
+        counts.written += 1
+    counts.rejected, counts.ignored_fields = len(rejects), sorted(ignored)
+    counts.media, counts.missing_media = len(media), sum(not found for found in media.values())
+    return counts, first, rejects
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def _read_records(fmt: str, path: Path, media_root) -> Iterator[tuple]:
+    """Check format and file, then give (record, row or ImportFormatError) for each record."""
+    if fmt not in FORMATS:
+        raise ImportFormatError(f"unknown format {fmt!r}. Formats: {', '.join(FORMATS)}.")
+    if not path.is_file():
+        raise ImportFormatError(f"{path}: no such file. Name a .json or .jsonl file.")
+
+    def results():
+        for kind, number, raw in _raw_records(path):
+            record = raw
+            try:
+                if isinstance(raw, bytes):
+                    record = _parse(raw)
+                row = read_record(fmt, record)
+                row["id"] = row["id"] or f"{path.stem}-{number}"
+                for column in ("images", "videos"):
+                    if column in row:
+                        row[column] = [_join(media_root, item) for item in row[column]]
+                yield record, row
+            except ValueError as error:
+                shown = raw.decode("utf-8", "replace").strip() if isinstance(record, bytes) else record
+                yield shown, ImportFormatError(f"{path}, {kind} {number}: {error}")
+
+    return results()
+
+
+def _raw_records(path: Path) -> Iterator[tuple]:
+    """("line", number, bytes) of JSON lines or ("item", number, object) of a JSON list, numbered from 1."""
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        file.seek(0)
+        if not head.startswith(b"["):
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield "line", number, line
+            return
+        try:
+            items = json.loads(file.read())
+        except ValueError as error:
+            raise ImportFormatError(f"{path}: begins as a JSON list but is not one: {error}") from error
+    for number, item in enumerate(items, 1):
+        yield "item", number, item
+
+
+def _parse(line: bytes):
+    try:
+        return json.loads(line)
+    except ValueError as error:  # bad UTF-8 too
+        raise ValueError(f"not JSON ({error}). Write one record per line, or all in one list.") from error
+
+
+def _join(root, path: str) -> str:
+    return path if root is None or "://" in path else os.path.join(root, path)  # an absolute path stays
+
+
+def _write_lines(path: Path, rows) -> None:
+    """Write JSON lines beside the target, then put the whole file in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _exists(path: str) -> bool:
+    """Whether a local file or folder of frames is there. URLs of other schemes are not looked up."""
+    if "://" not in path:
+        return os.path.exists(path)
+    url = urlsplit(path)
+    return url.scheme != "file" or os.path.exists(unquote(url.path))

@@ -1,0 +1,118 @@
+"""LPOI's image list: one image with its critical object more and more hidden, drawn from a stored box.
+
+Pixel rules, all in integers. A box [x0, y0, x1, y1] covers the pixels x0 <= x < x1 and y0 <= y < y1; fractions are
+rounded outwards, so that the object is covered whole. The black rectangle grows from the side of the box that is
+nearest to the border of the image (left: x0, right: W - x1, top: y0, bottom: H - y1 pixels away); of equally near
+sides the first of left, right, top, bottom is taken. Of a box that is L pixels long in that direction, item k of N
+hides ceil((k - 1) * L / (N - 1)) pixels: none for k = 1, at least one for every later item, all of them for k = N.
+Hidden areas never shrink from one item to the next, and grow strictly as long as L >= N - 1; with more items than
+pixels, some neighbours are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+_FORM = "boxes are [x0, y0, x1, y1] in pixels of the upright image"
+
+
+def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
+    """Raises ValueError, naming the box, the image's (width, height) and the remedy, unless the box lies in the image.
+
+    Refused are a wrong length, values that are no finite numbers, fractions of the image instead of pixels, and empty,
+    inverted or protruding boxes.
+    """
+    width, height = size
+    where = f"critical_box {_show(box)} in an image of {width}x{height} pixels"
+    try:
+        if isinstance(box, str):
+            raise TypeError("a string")
+        values = [float(value) for value in box]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is not a list of numbers: {_FORM}.") from error
+    if len(values) != 4:
+        raise ValueError(f"{where} has {len(values)} values instead of 4: {_FORM}.")
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(
+            f"{where} holds a value that is not finite: {_FORM}; drop the row or detect the object again."
+        )
+    x0, y0, x1, y1 = values
+    if x1 < x0 or y1 < y0:
+        raise ValueError(
+            f"{where} is inverted: {_FORM} with x0 < x1 and y0 < y1; if it holds width and height, add x, y."
+        )
+    if x1 == x0 or y1 == y0:
+        raise ValueError(
+            f"{where} is empty: {_FORM} with x0 < x1 and y0 < y1; drop the row or detect the object again."
+        )
+    if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        raise ValueError(
+            f"{where} reaches outside of the image: {_FORM}; clip it, or check that it was measured on this image "
+            "at this size."
+        )
+    if max(values) <= 1 and any(0 < value < 1 for value in values):
+        raise ValueError(f"{where} seems to hold fractions: {_FORM}; multiply x by {width} and y by {height}.")
+
+
+def masked_image_list(
+    image: Image.Image, box: Sequence[float], n: int, *, visual_prompt: bool = True
+) -> list[Image.Image]:
+    """N RGB images from fully visible to fully masked: item k hides (k - 1) / (N - 1) of the box in black.
+
+    The first item has the pixels of ``image``. With ``visual_prompt`` a red ellipse is drawn around the hidden part of
+    every other item: it passes through the corners of the hidden rectangle, drawn in to the image's border where it
+    would leave the image. The image is not changed. Raises ValueError for n < 2 and where :func:`check_box` does.
+    """
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 2:
+        raise ValueError(f"an image list of {n!r}: LPOI ranks at least 2 images.")
+    check_box(box, image.size)
+    items = [image.convert("RGB") if image.mode != "RGB" else image.copy()]
+    for k in range(1, n):
+        item = items[0].copy()
+        hidden = hidden_box(box, image.size, k, n)
+        draw = ImageDraw.Draw(item)
+        draw.rectangle(_inclusive(hidden), fill=(0, 0, 0))
+        if visual_prompt:
+            draw.ellipse(_ellipse(hidden, image.size), outline=(255, 0, 0), width=_line_width(image.size))
+        items.append(item)
+    return items
+
+
+def hidden_box(box: Sequence[float], size: tuple[int, int], k: int, n: int) -> tuple[int, int, int, int]:
+    """The pixels [x0, y0, x1, y1) hidden in item ``k`` of ``n``, counted from 0: none for 0, the box for n - 1."""
+    x0, y0, x1, y1 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
+    distances = {"left": x0, "right": size[0] - x1, "top": y0, "bottom": size[1] - y1}
+    side = min(distances, key=distances.get)  # the first of equals
+    length = x1 - x0 if side in ("left", "right") else y1 - y0
+    depth = -(-k * length // (n - 1))  # rounded up
+    return {
+        "left": (x0, y0, x0 + depth, y1),
+        "right": (x1 - depth, y0, x1, y1),
+        "top": (x0, y0, x1, y0 + depth),
+        "bottom": (x0, y1 - depth, x1, y1),
+    }[side]
+
+
+def _inclusive(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Pillow draws the last row and column too."""
+    return box[0], box[1], box[2] - 1, box[3] - 1
+
+
+def _ellipse(hidden: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box of the ellipse through the corners of ``hidden``, cut to the image, as Pillow wants it."""
+    x0, y0, x1, y1 = hidden
+    dx = math.ceil((x1 - x0) * (math.sqrt(2) - 1) / 2)
+    dy = math.ceil((y1 - y0) * (math.sqrt(2) - 1) / 2)
+    return _inclusive((max(0, x0 - dx), max(0, y0 - dy), min(size[0], x1 + dx), min(size[1], y1 + dy)))
+
+
+def _line_width(size: tuple[int, int]) -> int:
+    return max(1, round(min(size) / 100))
+
+
+def _show(box: Sequence[float]) -> str:
+    return str(box.tolist() if hasattr(box, "tolist") else box)

@@ -1,0 +1,257 @@
+"""RRPO's phrases: the spans in which two responses differ, and the tokens that belong to them.
+
+Offsets are [start, end) in characters (Python string indices) of the plain response, the text the model is trained
+on: it carries no `<MASK>` tags. Phrases come from one of three sources, the first that a row has: offsets given in the
+row, `<MASK> ... </MASK>` tags as in RRPO's published dataset (arXiv 2504.12083), a word diff.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from itertools import groupby, pairwise
+from numbers import Integral
+
+import regex
+
+Span = tuple[int, int]
+
+OPEN, CLOSE = "<MASK>", "</MASK>"
+
+# Scripts that put no spaces between words: every character is a word of its own. U+30FC is the long-vowel mark of
+# both kana. Korean is written with spaces and needs no entry.
+_NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+# A letter or digit with its combining marks and joiners (which the scripts of India and Persian write inside words).
+_LETTER = rf"(?:(?![{_NO_SPACES}])[\p{{L}}\p{{N}}_][\p{{M}}\u200c\u200d]*)"
+# `isn't`, `3.5` and `12:30` are one word, `left-hand` is three. All else is split into grapheme clusters (\X), so that
+# an emoji with skin tone or joiners, a flag or an accented character is never cut in two.
+_WORD = regex.compile(rf"\s+|{_LETTER}+(?:(?:['’]|(?<=\p{{Nd}})[.,:](?=\p{{Nd}})){_LETTER}+)*|\X")
+_ENDS_WORD, _STARTS_WORD = regex.compile(rf"{_LETTER}$"), regex.compile(_LETTER)
+
+
+class PhraseError(ValueError):
+    """Phrases that cannot be used. The message says which span or tag, what is wrong with it and what to do.
+
+    It does not name the row: the caller does. Built from one string, so that it survives a data-loader worker.
+    """
+
+
+def phrase_spans(
+    chosen: str, rejected: str, chosen_phrases=None, rejected_phrases=None
+) -> tuple[str, str, list[Span], list[Span]]:
+    """Both plain responses and the phrases in which they differ.
+
+    Args:
+        chosen, rejected: the responses; `<MASK>` tags are taken out, whichever source the phrases come from.
+        chosen_phrases, rejected_phrases: [start, end) character offsets into the plain responses, if they are known.
+            Where only one side is given, the other has no phrase.
+
+    Returns:
+        chosen text, rejected text, chosen phrases, rejected phrases. One side may have no phrase (words only added
+        or only left out).
+
+    Raises:
+        PhraseError: bad offsets or tags, or no phrase on either side.
+    """
+    tagged = any(tag in text for tag in (OPEN, CLOSE) for text in (chosen, rejected))
+    chosen, chosen_tagged = strip_mask_tags(chosen)
+    rejected, rejected_tagged = strip_mask_tags(rejected)
+    if chosen_phrases is not None or rejected_phrases is not None:
+        spans = check_spans(chosen_phrases, chosen, "chosen"), check_spans(rejected_phrases, rejected, "rejected")
+        reason = "chosen_phrases and rejected_phrases are both empty"
+    elif tagged:
+        spans = chosen_tagged, rejected_tagged
+        reason = f"the {OPEN} tags of both responses are empty"
+    else:
+        spans = word_diff(chosen, rejected)
+        reason = "the responses are identical" if chosen == rejected else "the responses differ in white space only"
+    if not any(spans):
+        raise PhraseError(
+            f"no phrase on either side: {reason}, so there is nothing to prefer. Drop the row, or mark what differs "
+            "with chosen_phrases and rejected_phrases ([start, end) character offsets)."
+        )
+    return chosen, rejected, *spans
+
+
+# --- given offsets ----------------------------------------------------------------------------------------------
+
+
+def check_spans(spans, text: str, side: str) -> list[Span]:
+    """Given phrases as sorted tuples. `side` ("chosen" or "rejected") is for the messages; None means no phrases.
+
+    Raises:
+        PhraseError: not pairs of integers, empty, inverted, outside the text, or overlapping.
+    """
+    checked = []
+    for i, span in enumerate([] if spans is None else spans):
+        name = f"{side}_phrases[{i}] = {span!r}"
+        pair = list(span) if isinstance(span, Sequence) and not isinstance(span, str) else []
+        if len(pair) != 2 or not all(isinstance(x, Integral) and not isinstance(x, bool) for x in pair):
+            raise PhraseError(f"{name} is not a pair of integers. Give [start, end) character offsets.")
+        start, end = int(pair[0]), int(pair[1])
+        if start >= end:
+            raise PhraseError(f"{name} is empty or inverted. Give [start, end) with start < end.")
+        if start < 0 or end > len(text):
+            raise PhraseError(
+                f"{name} lies outside the {side} response, which has {len(text)} characters. Offsets count characters "
+                f"(not bytes or tokens) of the plain text without {OPEN} tags."
+            )
+        checked.append((start, end))
+    checked.sort()
+    for left, right in pairwise(checked):
+        if right[0] < left[1]:
+            raise PhraseError(f"{side}_phrases overlap: {list(left)} and {list(right)}. Merge or shorten them.")
+    return checked
+
+
+# --- <MASK> tags ------------------------------------------------------------------------------------------------
+
+
+def strip_mask_tags(text: str) -> tuple[str, list[Span]]:
+    """`a <MASK> red </MASK> car` -> (`a red car`, [(2, 5)]).
+
+    The published data puts one space inside each tag. It goes with the tag, unless two words would run together
+    (`a<MASK> red</MASK> car`). Other white space stays where it is, outside the phrases. An empty pair of tags marks
+    nothing.
+
+    Raises:
+        PhraseError: unbalanced or nested tags.
+    """
+    parts = regex.split(rf"({OPEN}|{CLOSE})", text)
+    plain, spans, start = parts[0], [], None
+    for number, (tag, after) in enumerate(zip(parts[1::2], parts[2::2]), 1):
+        if (tag == OPEN) != (start is None):
+            what = "no tag is open" if tag == CLOSE else f"the {OPEN} before it is not closed yet"
+            raise PhraseError(f"tag {number} of the response is {tag}, but {what}. {_TAG_REMEDY}")
+        if tag == OPEN:
+            if after.startswith(" ") and not _run_together(plain, after[1:]):
+                after = after[1:]
+            start = len(plain)
+        else:
+            if plain.endswith(" ") and len(plain) > start and not _run_together(plain[:-1], after):
+                plain = plain[:-1]
+            spans += _trimmed(plain, start)
+            if len(plain) == start and after.startswith(" ") and (not plain or plain[-1].isspace()):
+                after = after[1:]  # `a <MASK> </MASK> b`: the space that the empty pair brought
+            start = None
+        plain += after
+    if start is not None:
+        raise PhraseError(f"the last {OPEN} of the response is never closed. {_TAG_REMEDY}")
+    return plain, spans
+
+
+_TAG_REMEDY = f"Write {OPEN} and {CLOSE} in pairs, not nested, around each phrase."
+
+
+def masked_spans(plain: str, masked: str) -> list[Span]:
+    """The phrases of a tagged text, as offsets into its untagged column `plain`.
+
+    The two columns may differ in white space: where the tags stood, only `plain` knows how it was.
+
+    Raises:
+        PhraseError: the texts differ in more than tags and white space, or the tags are unbalanced or nested.
+    """
+    stripped, spans = strip_mask_tags(masked)
+    if "".join(plain.split()) != "".join(stripped.split()):
+        raise PhraseError(
+            f"the tagged text is not the plain text with {OPEN} tags: {stripped[:80]!r} against {plain[:80]!r}. "
+            "Make the two columns say the same, or leave the tagged ones out for a word diff."
+        )
+    here, there = ([i for i, character in enumerate(t) if not character.isspace()] for t in (plain, stripped))
+    position = dict(zip(there, here))  # the n-th visible character of one text is the n-th of the other
+    return [(position[start], position[end - 1] + 1) for start, end in spans]
+
+
+def _run_together(left: str, right: str) -> bool:
+    """Whether two texts, put side by side, would make one word of two."""
+    return bool(_ENDS_WORD.search(left) and _STARTS_WORD.match(right))
+
+
+def _trimmed(text: str, start: int) -> list[Span]:
+    """The span from `start` to the end of the text without white space at its ends; none if nothing is left."""
+    phrase = text[start:]
+    start += len(phrase) - len(phrase.lstrip())
+    return [(start, start + len(phrase.strip()))] if phrase.strip() else []
+
+
+# --- word diff --------------------------------------------------------------------------------------------------
+
+
+def split_words(text: str) -> list[Span]:
+    """The words of a text, as character offsets: words, single punctuation marks, single CJK characters or emoji."""
+    return [match.span() for match in _WORD.finditer(text) if not match.group().isspace()]
+
+
+def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
+    """The spans in which two responses differ, word by word.
+
+    Differing words that stand side by side make one phrase, with the white space between them. White space by itself
+    is no difference, nor are two encodings of the same character (é composed or not); case is. Cutting the phrases
+    out of both texts leaves the same words on both sides.
+    """
+    words = split_words(chosen), split_words(rejected)
+    keys = [
+        [unicodedata.normalize("NFC", text[start:end]) for start, end in spans]
+        for text, spans in zip((chosen, rejected), words)
+    ]
+    phrases: tuple[list[Span], list[Span]] = ([], [])
+    # autojunk would ignore every word that makes up more than 1 % of a long response
+    for kind, *cuts in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+        for side, (first, last) in enumerate((cuts[:2], cuts[2:])):
+            if kind != "equal" and first < last:
+                phrases[side].append((words[side][first][0], words[side][last - 1][1]))
+    return phrases
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------
+
+
+def spans_to_token_mask(
+    spans: Sequence[Span], offsets: Sequence[Span], *, shift: int = 0, text: str | None = None
+) -> list[int]:
+    """1 for every token that overlaps a phrase, 0 for the others.
+
+    Args:
+        spans: phrases, [start, end) in characters of the response.
+        offsets: [start, end) of each token as the fast tokenizer gives them, in characters of the text it was given.
+        shift: where in that text the response begins.
+        text: that text. Needed only for Unigram tokenizers with byte fallback (see below).
+
+    All byte tokens of a character carry the character's offsets, so they are marked together. A token that covers
+    only the space before a phrase is not marked; one that holds the space and the word (`▁red`, `Ġred`) is. Special
+    tokens added by the tokenizer, (0, 0), never are. Three oddities of tokenizers' offsets:
+
+    - ByteLevel with `trim_offsets=True` gives a lone space no width; inside a phrase it is marked all the same.
+    - Metaspace's dummy `▁` before the first word claims the first character, and is marked with it.
+    - Unigram with byte fallback gives every byte token of a run of unknown characters the offsets of the whole run:
+      with `text`, each gets the offsets of its own character. (BPE models, Llama's and Mistral's too, are exact.)
+
+    Raises:
+        PhraseError: a phrase without a token.
+    """
+    if text is not None:
+        offsets = _split_byte_runs(offsets, text)
+    mask = [0] * len(offsets)
+    for start, end in spans:
+        first, last = start + shift, end + shift
+        hits = [i for i, (left, right) in enumerate(offsets) if left < last and first < right]
+        if not any(offsets[i][0] < offsets[i][1] for i in hits):
+            raise PhraseError(
+                f"the phrase at characters [{start}, {end}) has no token. Either the response was cut before it, or "
+                "the tokenizer drops these characters: move the phrase to whole words, or leave it out."
+            )
+        for i in hits:
+            mask[i] = 1
+    return mask
+
+
+def _split_byte_runs(offsets: Sequence[Span], text: str) -> list[Span]:
+    """Give byte tokens that share the offsets of a run of characters the offsets of their own character."""
+    fixed: list[Span] = []
+    for (start, end), group in groupby(offsets, key=tuple):
+        count, run = len(list(group)), text[start:end]
+        if end - start > 1 and count == len(run.encode("utf-8", "surrogatepass")):
+            for i, character in enumerate(run, start):
+                fixed += [(i, i + 1)] * len(character.encode("utf-8", "surrogatepass"))
+        else:
+            fixed += [(start, end)] * count
+    return fixed

@@ -1,0 +1,221 @@
+"""Video files through PyAV: opening them, and when each of their frames is shown (:func:`scan`).
+
+Two kinds of container are told apart:
+
+* mp4/mov and Matroska/WebM: every packet carries the time at which its frame is shown. Reading the packets gives a
+  table of all frames without decoding; a wanted frame is recognised by its time, and decoding may start at any
+  keyframe.
+* everything else (AVI, MPEG-TS, raw streams, rarer codecs): packet times are absent or cannot be relied on. The
+  frames are counted by decoding the file once; frame k is the k-th that comes out of the decoder.
+
+PyAV is given an open file and never a name, so that a name cannot be taken for a protocol ("concat:...") and a
+playlist cannot pull in other files.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from trl_vpo.data.images import MediaError
+
+# Decoders that turn every packet into exactly one picture. Not VP8 (packets without a picture), nor, outside of mp4,
+# MPEG-4 part 2 (packets with two).
+_ONE_PICTURE = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d"}
+DAMAGED = "the file is damaged or was cut short: fetch or write it again, or drop the row"
+_MICROSECOND = 1e-6
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """All frames of a video in the order in which they are shown.
+
+    ``times``: (N,) float64, seconds, the first frame at 0. ``pts``: (N,) int64 in units of the stream's time base, or
+    None when frames are recognised by counting. ``keyframes``: (K,) ascending, the first frame that each keyframe
+    makes decodable; ``seek_points``: (K,) the time stamps to seek to for it. ``duration``: seconds, to the end of the
+    last frame.
+    """
+
+    times: np.ndarray
+    duration: float
+    pts: np.ndarray | None = None
+    keyframes: np.ndarray | None = None
+    seek_points: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def fps(self) -> float:
+        """Frames a second, averaged over the file."""
+        return len(self) / self.duration
+
+    def keys_of(self, indices: np.ndarray) -> np.ndarray:
+        """For each frame number (T,), which of the K keyframes is the last one not behind it."""
+        return np.searchsorted(self.keyframes, indices, side="right") - 1
+
+
+@contextmanager
+def open_video(
+    data: Path | bytes, name: str, threads: int = 1
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, int]]:
+    """The container, its video stream set to decode in ``threads`` threads, and the file's size in bytes.
+
+    While the block runs, every error of PyAV or of the file system becomes a :class:`MediaError` about ``name``.
+    """
+    try:
+        with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            try:
+                options = {"protocol_whitelist": "none"}
+                container = av.open(file, mode="r", metadata_errors="replace", options=options)
+            except (av.FFmpegError, ValueError) as error:
+                raise MediaError(f"{name} cannot be opened as a video ({error}): {_why_not(file)}") from error
+            with container:
+                stream = _video_stream(container, name)
+                stream.thread_type = "AUTO"
+                stream.codec_context.thread_count = threads
+                yield container, stream, size
+    except MediaError:
+        raise
+    except (av.FFmpegError, OSError, EOFError) as error:
+        raise MediaError(f"{name} cannot be decoded ({error}): {DAMAGED}.") from error
+
+
+def _why_not(file: io.BufferedIOBase) -> str:
+    file.seek(0)
+    head = file.read(1 << 16)
+    if head[4:8] == b"ftyp" and b"moov" not in head:
+        return "an mp4 without its index (no moov atom), so most likely cut short: fetch or write it again."
+    return "check that it is a video and complete."
+
+
+def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    """The best real video stream; cover pictures of audio files are none."""
+    picture = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & picture]
+    best = container.streams.best("video")
+    if not streams or container.format.name == "tty":  # "tty" is how FFmpeg plays text files
+        others = "audio only" if container.streams.audio else f"format {container.format.name}"
+        raise MediaError(f"{name} has no video stream ({others}): give a file with pictures in it, or drop the row.")
+    return best if best in streams else streams[0]
+
+
+def max_threads() -> int:
+    """In a worker process of a data loader the workers are the parallelism; more threads would get in their way."""
+    return 1 if multiprocessing.parent_process() is not None else min(4, os.cpu_count() or 1)
+
+
+def check_complete(container: av.container.InputContainer, stream: av.VideoStream, size: int, name: str) -> None:
+    """An mp4 whose index points past the end of the file was cut short. Reads only the index."""
+    entries = stream.index_entries
+    past = sum(entry.pos + entry.size > size for entry in entries)
+    if past:
+        raise MediaError(
+            f"{name} is truncated: of the {len(entries)} frames in its index, the data of {past} lie past the end of "
+            f"the file ({size} bytes): fetch or write it again, or drop the row."
+        )
+
+
+def scan(data: Path | bytes, name: str) -> FrameTable:
+    """The table of all frames. Reads the whole file, decodes only where packets cannot be relied on.
+
+    Raises :class:`MediaError` for a video without frames and for one that ends before its header says.
+    """
+    with open_video(data, name, max_threads()) as (container, stream, size):
+        check_complete(container, stream, size, name)
+        if _has_packet_times(container, stream):
+            table = _table_from_packets(container, stream, name)
+        else:
+            table = _table_from_frames(container, stream, name)
+        promised = _promised_duration(container, stream)
+        if promised is not None and table.duration < 0.9 * promised - 0.5:
+            raise MediaError(
+                f"{name} is truncated: its header says {promised:.2f} s, its frames end after {table.duration:.2f} s: "
+                "fetch or write it again, or drop the row."
+            )
+    return table
+
+
+def probe(data: Path | bytes, name: str) -> float:
+    """Opens the file, decodes its first frame and returns its duration in seconds, without reading all of an mp4."""
+    with open_video(data, name) as (container, stream, size):
+        check_complete(container, stream, size, name)
+        indexed = "mov" in container.format.name and stream.frames and stream.duration
+        duration = float(stream.duration * stream.time_base) if indexed else None
+        if next(container.decode(stream), None) is None:
+            raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
+    return scan(data, name).duration if duration is None else duration
+
+
+def _has_packet_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    names, codec = container.format.name.split(","), stream.codec_context.name
+    return (codec in _ONE_PICTURE and ("mov" in names or "matroska" in names)) or (codec == "mpeg4" and "mov" in names)
+
+
+def _promised_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
+    """Seconds of video according to the header, where the header speaks of this stream."""
+    if len(container.streams) == 1 and container.duration:
+        return container.duration * _MICROSECOND - max(0, container.start_time or 0) * _MICROSECOND
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return None
+
+
+def _table_from_packets(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
+    packets = [
+        (packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+        for packet in container.demux(stream)
+        if packet.size and packet.pts is not None
+    ]
+    keys = sorted((pts, dts) for pts, dts, _, is_key, _ in packets if is_key)
+    # Not shown: what an edit list cuts away (its keyframes still serve), and what precedes the first keyframe.
+    shown = sorted((pts, last) for pts, _, last, _, cut in packets if not cut and keys and pts >= keys[0][0])
+    if not shown:
+        raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
+    pts = np.array([pts for pts, _ in shown], dtype=np.int64)
+    by_dts = "mov" in container.format.name  # mp4 finds keyframes by decoding time, Matroska by the time of showing
+    return FrameTable(
+        times=(pts - pts[0]) * float(stream.time_base),
+        duration=_duration(pts, shown[-1][1], stream),
+        pts=pts,
+        keyframes=np.searchsorted(pts, [key for key, _ in keys]),
+        seek_points=np.array([dts if by_dts and dts is not None else key for key, dts in keys], dtype=np.int64),
+    )
+
+
+def _table_from_frames(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
+    packets, shown = 0, []
+    for packet in container.demux(stream):
+        packets += bool(packet.size) and (packet.is_keyframe or packets > 0)  # a recording may begin between keyframes
+        shown.extend(frame.pts for frame in packet.decode())
+    if not shown:
+        raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
+    promised = max(packets, stream.frames)
+    # VP8 sends pictures that are never shown; packed MPEG-4 ends on an empty packet.
+    if stream.codec_context.name not in ("vp8", "libvpx") and len(shown) < promised - 1 - promised // 100:
+        raise MediaError(f"{name} gives {len(shown)} of its {promised} frames: {DAMAGED}.")
+    pts = np.array([-1 if value is None else value for value in shown], dtype=np.int64)
+    if (np.diff(pts) > 0).all() and pts[0] >= 0:
+        return FrameTable(times=(pts - pts[0]) * float(stream.time_base), duration=_duration(pts, 0, stream))
+    rate = float(stream.average_rate or stream.guessed_rate or 25)  # no usable times: evenly spaced
+    return FrameTable(times=np.arange(len(pts)) / rate, duration=len(pts) / rate)
+
+
+def _duration(pts: np.ndarray, last: int, stream: av.VideoStream) -> float:
+    """Seconds from the first frame to the end of the last, which stays for ``last`` units or as long as is usual."""
+    if last <= 0 and len(pts) > 1:
+        last = int(np.median(np.diff(pts)))
+    if last <= 0:
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        return float(pts[-1] - pts[0]) * float(stream.time_base) + 1 / rate
+    return float(pts[-1] - pts[0] + last) * float(stream.time_base)

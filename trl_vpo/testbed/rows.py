@@ -1,0 +1,58 @@
+"""Preference data from the small world: media files on disk and rows that follow the project's row contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from trl_vpo.testbed import language, world
+
+SUFFIXES = {"clip": ".mp4", "scene": ".png"}
+
+
+def preference_row(sample: world.Sample, path: Path, rng: np.random.Generator, *, row_id: str) -> dict:
+    """One row: the true caption is chosen, the typical false caption is rejected.
+
+    A scene's `critical_box` is the box of the thing that the rejected caption gets wrong.
+    """
+    rejected = language.wrong_caption(sample.things, rng)
+    media = {"type": "video" if sample.kind == "clip" else "image"}
+    row = {
+        "id": row_id,
+        "source": f"testbed/{sample.kind}",
+        "prompt": [{"role": "user", "content": [media, _text(language.PROMPTS[sample.kind])]}],
+        "chosen": [{"role": "assistant", "content": [_text(language.caption(sample.things))]}],
+        "rejected": [{"role": "assistant", "content": [_text(rejected)]}],
+        f"{media['type']}s": [str(path.resolve())],
+    }
+    if sample.kind == "scene":
+        false = next((t for t in sample.things if t.name not in rejected), sample.things[0])
+        row["critical_box"] = list(false.box)
+    return row
+
+
+def write_preferences(kind: str, count: int, seed: int, folder: Path, *, habits: bool = False, progress=iter):
+    """Draw `count` samples, write their files below `folder` and return (samples, rows).
+
+    `progress` wraps the samples on their way to the disk, for a progress bar.
+    """
+    samples = world.draw_samples(kind, count, seed, habits=habits)
+    rng = np.random.default_rng([seed, 7])
+    rows = []
+    for number, sample in enumerate(progress(samples)):
+        path = world.write_sample(sample, folder / f"{number:04d}{SUFFIXES[kind]}")
+        rows.append(preference_row(sample, path, rng, row_id=f"{folder.name}-{number:04d}"))
+    return samples, rows
+
+
+def write_jsonl(rows: Iterable[dict], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}

@@ -1,0 +1,407 @@
+"""The trainer under all methods: `trl.DPOTrainer` with rows that may hold videos, and one forward pass of our own.
+
+row -> collator -> tree batch -> `concatenated_forward` -> per-token scores -> `preference_loss` -> metrics
+"""
+
+import contextlib
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, PromptLearningConfig
+from torch import Tensor
+from transformers import (
+    AutoProcessor,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import use_adapter
+
+from trl_vpo.data.check import prepare_dataset
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.rows import COLUMNS, ROW_INDEX
+from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring, lm_head
+from trl_vpo.forward.tree import Layout, separate
+from trl_vpo.losses import PreferenceLoss
+from trl_vpo.trainers.card import write_model_card
+from trl_vpo.trainers.config import VisualPreferenceConfig
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became nan or infinite. Names the rows of the batch; nothing is saved."""
+
+
+class VisualPreferenceTrainer(DPOTrainer):
+    """What the four methods share. It takes what [`trl.DPOTrainer`] takes; rows follow `trl_vpo.data.rows`.
+
+    A method says what it needs (`needs_*`) and gives `preference_loss`. Against `trl.DPOTrainer`:
+    - videos, images, text and mixtures of them go through one collator and one code path;
+    - nothing is truncated, and rows that cannot be trained on are refused before the first step;
+    - log-probs are computed at response tokens only;
+    - `compute_metrics` gets the summed log-probs (chosen, rejected) as predictions and the numbers of response
+      tokens (chosen, rejected) as label ids, instead of logits.
+
+    Raises:
+        RowError: rows break the contract or their media cannot be read.
+        ValueError: a knob, model or dataset that the method cannot take; the message says why.
+    """
+
+    config_class: type[VisualPreferenceConfig]
+    needs_reference = True
+    needs_kl = False
+    needs_phrases = False
+    needs_image_list = False
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        ref_model: PreTrainedModel | None = None,
+        args: VisualPreferenceConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        quantization_config: Any = None,
+        peft_config: "PeftConfig | None" = None,
+    ):
+        args = self._checked_args(args, model)
+        self._check_model(model, ref_model, peft_config)
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required")
+        if processing_class is None:
+            processing_class = self._load_processing_class(model, args)
+        self._set_pad_token(processing_class)
+        train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
+        eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
+        if self.needs_reference and ref_model is None and self._copies_reference(model, args, peft_config):
+            ref_model = copy.deepcopy(model)  # exact, and works for a model that was never saved
+        with contextlib.nullcontext() if self.needs_reference else _no_reference(isinstance(model, str)):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator or self._collator(processing_class, args),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        self._finish_init()
+
+    # --- construction ---------------------------------------------------------------------------------------------
+
+    def _checked_args(self, args: VisualPreferenceConfig | None, model: Any) -> VisualPreferenceConfig:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+            return self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(args).__name__}: each "
+                "method has fields of its own."
+            )
+        return args
+
+    def _check_model(self, model: Any, ref_model: Any, peft_config: Any) -> None:
+        if not self.needs_reference and ref_model is not None:
+            raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
+        configs = [peft_config] if peft_config is not None else []
+        if is_peft_model(model):
+            configs += list(model.peft_config.values())
+        for config in configs:
+            if isinstance(config, PromptLearningConfig):
+                raise ValueError(
+                    f"{type(config).__name__} prepends virtual tokens, which moves every response. Use LoRA."
+                )
+
+    def _load_processing_class(self, model: Any, args: VisualPreferenceConfig) -> Any:
+        path = model if isinstance(model, str) else model.config._name_or_path
+        revision = (args.model_init_kwargs or {}).get("revision")
+        return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
+
+    @staticmethod
+    def _set_pad_token(processing_class: Any) -> None:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @staticmethod
+    def _copies_reference(model: Any, args: VisualPreferenceConfig, peft_config: Any) -> bool:
+        """Full fine-tuning of a model in memory. Sharded weights (ZeRO-3) can only be loaded again from their path."""
+        sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+        return not (isinstance(model, str) or is_peft_model(model) or peft_config is not None or sharded)
+
+    def _collator(self, processing_class: Any, args: VisualPreferenceConfig) -> PreferenceCollator:
+        return PreferenceCollator(
+            processing_class,
+            video=args.video_options(),
+            max_pixels=args.max_pixels,
+            max_length=args.max_length,
+            phrases=self.needs_phrases,
+            num_images=args.num_images if self.needs_image_list else None,
+            visual_prompt=getattr(args, "visual_prompt", True),
+            media_root=args.media_root,
+        )
+
+    def _finish_init(self) -> None:
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "the load-balancing loss of mixture-of-experts models is not implemented here. Set "
+                "router_aux_loss_coef=0.0 to train without it."
+            )
+        if not self.needs_reference and is_peft_model(self.model) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")  # DPOTrainer copies the adapter of a PeftModel; nobody would read it
+        attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
+        if self.ref_model is not None:
+            attach_scoring(self.accelerator.unwrap_model(self.ref_model))
+        multiple = self.args.pad_to_multiple_of
+        self._pad_to_multiple_of = None if multiple == "auto" else multiple
+        self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
+        self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        self._totals = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
+        self._new_tokens = 0
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """Instead of TRL's tokenization: number the rows and check them. Prepared datasets pass through."""
+        return prepare_dataset(
+            dataset,
+            args,
+            name=dataset_name,
+            is_vlm=isinstance(processing_class, ProcessorMixin),
+            phrases=self.needs_phrases,
+            image_list=self.needs_image_list,
+        )
+
+    def _prepare_eval(self, eval_dataset, processing_class, args):
+        if isinstance(eval_dataset, dict):
+            return {k: self._prepare_dataset(d, processing_class, args, k) for k, d in eval_dataset.items()}
+        if eval_dataset is None:
+            return None
+        return self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+
+    def _set_signature_columns_if_needed(self):
+        if self._signature_columns is None:
+            self._signature_columns = [*COLUMNS, ROW_INDEX]
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def concatenated_forward(self, model, batch: dict, reference: Scores | None = None) -> Scores:
+        """Score all branches of a tree batch.
+
+        Args:
+            model: the policy or the reference, wrapped or not.
+            batch: what the collator gives (see `trl_vpo.forward.tree`), on the model's device.
+            reference: the reference's scores of the same batch; adds `Scores.kl`, with gradients for chosen branches.
+
+        Returns:
+            `Scores` of all S branches, (S, T) each.
+        """
+        layouts = separate(
+            batch, pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=self._pad_to_multiple_of
+        )
+        hidden = reference.hidden if reference is not None else [None] * len(layouts)
+        head = reference.head if reference is not None else None
+        outputs = [
+            model(**layout.inputs, score=_request(layout, batch, states, head))
+            for layout, states in zip(layouts, hidden)
+        ]
+        self._new_tokens += sum(int(layout.inputs["attention_mask"].sum()) for layout in layouts)
+        order = torch.cat([layout.branches for layout in layouts]).argsort()
+
+        def gather(name: str) -> Tensor | None:
+            parts = [getattr(output, name) for output in outputs]
+            return None if parts[0] is None else torch.cat(parts)[order]
+
+        return Scores(
+            **{name: gather(name) for name in ("logps", "entropy", "mean_logits", "is_top1", "kl")},
+            mask=batch["branch_mask"],
+            chosen=batch["chosen"],
+            rejected=batch["rejected"],
+            hidden=[output.hidden for output in outputs],
+        )
+
+    @torch.no_grad()
+    def reference_scores(self, batch: dict) -> Scores:
+        """The reference's scores of a batch: `ref_model`, the frozen copy of a given adapter, or the base model."""
+        tokens = self._new_tokens
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if self.ref_model is not None:
+                scores = self.concatenated_forward(self.ref_model, batch)
+                scores.head = lm_head(self.accelerator.unwrap_model(self.ref_model))
+            elif is_peft_model(self.model):
+                policy = self.accelerator.unwrap_model(self.model)
+                with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                    scores = self.concatenated_forward(self.model, batch)
+                    scores.head = lm_head(policy.get_base_model())
+            else:
+                raise ValueError(f"{self._name} was built without a reference; there is nothing to compare with.")
+        self._new_tokens = tokens  # the reference's tokens are not trained on
+        return scores
+
+    # --- loss -----------------------------------------------------------------------------------------------------
+
+    def preference_loss(self, scores: Scores, reference: Scores | None, batch: dict) -> PreferenceLoss:
+        """The method: per-token scores in, losses of B pairs out."""
+        raise NotImplementedError
+
+    def extra_metrics(self, scores: Scores, reference: Scores | None, batch: dict) -> dict:
+        """The method's own metrics: name -> (values, weights), (B,) each."""
+        return {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean loss of the batch's pairs; with `return_outputs` also its `Scores`.
+
+        Raises:
+            NonFiniteLossError: the loss is nan or infinite.
+        """
+        reference = self.reference_scores(inputs) if self.needs_reference else None
+        scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
+        out = self.preference_loss(scores, reference, inputs)
+        if not torch.isfinite(out.losses).all():
+            self._report_non_finite(out.losses, inputs["names"])
+        self._record(scores, reference, out, inputs)
+        loss = out.losses.mean()
+        return (loss, scores) if return_outputs else loss
+
+    def _report_non_finite(self, losses: Tensor, names: list[str]) -> None:
+        bad = [name for name, loss in zip(names, losses.tolist()) if not torch.isfinite(torch.tensor(loss))]
+        raise NonFiniteLossError(
+            f"the loss is not finite at step {self.state.global_step} for: {'; '.join(bad)}. Nothing was saved after "
+            "the last checkpoint. Lower the learning rate, try bf16 instead of fp16, and look at these rows."
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        sides = (scores.chosen, scores.rejected)
+        tokens = scores.mask.sum(-1)  # (S,)
+        return loss.detach(), tuple(scores.sums[s] for s in sides), tuple(tokens[s] for s in sides)
+
+    def floating_point_ops(self, inputs):
+        """6 operations per parameter and token, as transformers estimates them; both branches of a pair count."""
+        prompts = inputs["trunk_mask"].sum(-1)[inputs["branch_trunk"]].sum()
+        return 6 * self._parameters * int(prompts + inputs["branch_mask"].sum())
+
+    # --- metrics --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _record(self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict) -> None:
+        """Keep each metric as a sum and a weight, so that averages over steps and ranks are exact."""
+        pairs = self._metrics_of(scores, reference, out) | self.extra_metrics(scores, reference, batch)
+        ones = torch.ones_like(out.chosen_rewards)
+        stacked = torch.stack(
+            [torch.stack([v.float() * w, w]) for v, w in ((v, w.to(ones)) for v, w in _weighted(pairs, ones))]
+        )  # (K, 2, B)
+        if self.model.training:
+            self._add("train", dict(zip(pairs, stacked.sum(-1).tolist())))
+            return
+        rows = [dict(zip(pairs, row)) for row in stacked.permute(2, 0, 1).tolist()]
+        for row in self.accelerator.gather_for_metrics(rows, use_gather_object=True):
+            self._add("eval", row)
+
+    def _add(self, mode: str, sums: dict[str, list[float]]) -> None:
+        for key, (value, weight) in sums.items():
+            total = self._totals[mode][key]
+            total[0], total[1] = total[0] + value, total[1] + weight
+
+    def _metrics_of(self, scores: Scores, reference: Scores | None, out: PreferenceLoss) -> dict:
+        """Metrics of every method: name -> (B,) values, or (values, weights) for a mean over tokens."""
+        chosen, rejected = scores.chosen, scores.rejected
+        tokens = scores.mask.sum(-1).float()  # (S,)
+        mean = {k: getattr(scores, k).float().sum(-1) / tokens for k in ("mean_logits", "is_top1")}
+        entropy = (scores.entropy[chosen].sum(-1) + scores.entropy[rejected].sum(-1)) / (
+            tokens[chosen] + tokens[rejected]
+        )
+        metrics = {
+            "entropy": (entropy, tokens[chosen] + tokens[rejected]),
+            "logits/chosen": (mean["mean_logits"][chosen], tokens[chosen]),
+            "logits/rejected": (mean["mean_logits"][rejected], tokens[rejected]),
+            "mean_token_accuracy": (mean["is_top1"][chosen], tokens[chosen]),
+            "rewards/chosen": out.chosen_rewards,
+            "rewards/rejected": out.rejected_rewards,
+            "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).float(),
+            "rewards/margins": out.chosen_rewards - out.rejected_rewards,
+            "logps/chosen": scores.sums[chosen],
+            "logps/rejected": scores.sums[rejected],
+        }
+        metrics |= {f"loss/{name}": term for name, term in out.terms.items()}
+        if reference is not None:
+            moved = scores.sums - reference.sums  # (S,)
+            metrics |= {"displacement/chosen": moved[chosen], "displacement/rejected": moved[rejected]}
+        if scores.kl is not None:
+            metrics |= {"kl/chosen": scores.kl[chosen].sum(-1), "kl/rejected": scores.kl[rejected].sum(-1)}
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        ranks = gather_object([{"sums": dict(self._totals[mode]), "tokens": self._new_tokens}])
+        totals = defaultdict(lambda: [0.0, 0.0])
+        for rank in ranks if mode == "train" else ranks[:1]:  # evaluation gathered its rows already
+            for key, (value, weight) in rank["sums"].items():
+                totals[key] = [totals[key][0] + value, totals[key][1] + weight]
+        self._metrics[mode] = {k: [value / weight] for k, (value, weight) in totals.items() if weight}
+        if mode == "train":
+            self._total_train_tokens += sum(rank["tokens"] for rank in ranks)
+        self._new_tokens = 0
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        self._totals[mode].clear()
+        super().log(logs, start_time)
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """A card that names method, paper, base model and dataset, and shows how to load the adapter."""
+        if self.is_world_process_zero():
+            write_model_card(self, model_name, dataset_name, tags)
+
+
+def _request(layout: Layout, batch: dict, ref_hidden: Tensor | None, ref_head: Any) -> ScoreRequest:
+    return ScoreRequest(
+        positions=layout.positions,
+        mask=layout.mask,
+        labels=layout.labels,
+        ref_hidden=ref_hidden,
+        ref_head=ref_head,
+        kl_rows=torch.isin(layout.branches, batch["chosen"]),
+    )
+
+
+def _weighted(pairs: dict, ones: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return (pair if isinstance(pair, tuple) else (pair, ones) for pair in pairs.values())
+
+
+@contextlib.contextmanager
+def _no_reference(policy_by_name: bool) -> Iterator[None]:
+    """While `DPOTrainer.__init__` runs: the second copy of the model that it loads as reference is not loaded."""
+    load = dpo_trainer.create_model_from_path
+    loads = [load] if policy_by_name else []  # the first load is then the policy's
+
+    def create_model_from_path(*args, **kwargs):
+        return loads.pop()(*args, **kwargs) if loads else None
+
+    dpo_trainer.create_model_from_path = create_model_from_path
+    try:
+        yield
+    finally:
+        dpo_trainer.create_model_from_path = load

@@ -1,0 +1,110 @@
+"""What the configs of all methods share: how media are read, and which of TRL's knobs make no sense here."""
+
+from dataclasses import MISSING, dataclass, field, fields
+
+from trl import DPOConfig
+
+from trl_vpo.data.media import VideoOptions
+
+# Knobs of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.
+REFUSED = {
+    "loss_type": "each trainer has one loss; choose the method by its trainer (dpo, leanpo, rrpo, lpoi)",
+    "loss_weights": "each trainer has one loss, with weights of its own",
+    "ld_alpha": "length-desensitised DPO is a variant of the DPO loss that is not implemented here",
+    "f_divergence_type": "the methods are defined for the reverse KL only",
+    "f_alpha_divergence_coef": "the methods are defined for the reverse KL only",
+    "use_weighting": "WPO weighting is not implemented here",
+    "discopop_tau": "it belongs to a loss type that is not implemented here",
+    "padding_free": "visual inputs are padded; a branch of the batch is a sequence of its own",
+    "truncation_mode": "sequences are never truncated: cutting one may cut its video or its response",
+    "precompute_ref_log_probs": "the reference pass runs on the fly; precomputing it is not implemented yet",
+    "precompute_ref_batch_size": "the reference pass runs on the fly; precomputing it is not implemented yet",
+}
+_TRL_FIELDS = fields(DPOConfig)
+
+
+@dataclass
+class VisualPreferenceConfig(DPOConfig):
+    """[`trl.DPOConfig`] plus how images and videos are read.
+
+    Parameters:
+        num_frames (`int`, defaults to 16): frames sampled uniformly from each video. Not used when `fps` is given.
+        fps (`float`, *optional*): sample this many frames a second instead, at most `max_frames`.
+        max_frames (`int`, defaults to 64): upper bound on the frames of a video when `fps` is given.
+        max_pixels (`int`, *optional*): larger images and frames are scaled down to this many pixels (width * height).
+        video_start, video_end (`float`, *optional*): the part of each video to use, in seconds. A row may say its own
+            with `{"path": ..., "video_start": ..., "video_end": ...}`.
+        media_root (`str`, *optional*): folder that relative paths start from; paths outside of it are refused.
+        check_media (`"header"`, `"decode"` or `"off"`, defaults to `"header"`): how media are checked before training.
+            "header" opens every file, "decode" reads it as training will (exact, and as slow as one epoch of loading).
+        on_bad_media (`"error"` or `"skip"`, defaults to `"error"`): "skip" decodes every file up front and leaves out
+            rows whose media fail; they are counted and listed in `<output_dir>/skipped_rows.jsonl`.
+        max_length (`int`, *optional*): prompts with a response longer than this are an error. Nothing is ever cut.
+    """
+
+    max_length: int | None = field(
+        default=None, metadata={"help": "A longer row is an error; nothing is ever truncated. Default: no limit."}
+    )
+    num_frames: int = field(default=16, metadata={"help": "Frames sampled uniformly from each video."})
+    fps: float | None = field(
+        default=None, metadata={"help": "Sample this many frames a second instead of `num_frames`."}
+    )
+    max_frames: int = field(default=64, metadata={"help": "Most frames of a video when `fps` is given."})
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Scale larger images and frames down to this many pixels (width * height)."}
+    )
+    video_start: float | None = field(default=None, metadata={"help": "Where every video begins, in seconds."})
+    video_end: float | None = field(default=None, metadata={"help": "Where every video ends, in seconds."})
+    media_root: str | None = field(
+        default=None, metadata={"help": "Folder of the media. Paths that lead outside of it are refused."}
+    )
+    check_media: str = field(
+        default="header",
+        metadata={
+            "help": "How media are checked before training: open each file, decode it as training will, or not.",
+            "choices": ["header", "decode", "off"],
+        },
+    )
+    on_bad_media: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to rows whose media cannot be read: an error, or skip them up front and list them.",
+            "choices": ["error", "skip"],
+        },
+    )
+
+    refused = REFUSED  # no annotation: not a field
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._refuse_unused_knobs()
+        for name, choices in (("check_media", ("header", "decode", "off")), ("on_bad_media", ("error", "skip"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
+        if self.on_bad_media == "skip":
+            self.check_media = "decode"  # rows can only be left out up front if every file was read
+        self.video_options()  # says what is wrong with the sampling, before anything is loaded
+
+    def _refuse_unused_knobs(self) -> None:
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in _TRL_FIELDS}
+        for name, reason in self.refused.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{type(self).__name__} does not take {name}={getattr(self, name)!r}: {reason}. "
+                    f"Leave `{name}` out of the recipe."
+                )
+
+    def video_options(self) -> VideoOptions:
+        """How videos are sampled.
+
+        Raises:
+            ValueError: the options contradict each other.
+        """
+        return VideoOptions(
+            num_frames=None if self.fps is not None else self.num_frames,
+            fps=self.fps,
+            max_frames=self.max_frames,
+            max_pixels=self.max_pixels,
+            video_start=self.video_start,
+            video_end=self.video_end,
+        )

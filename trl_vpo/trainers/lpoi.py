@@ -1,0 +1,77 @@
+"""LPOI: a listwise ranking of images in which the critical object is more and more hidden (arXiv 2505.21061).
+
+The response is always the chosen one; the images of a row differ in how much of the object they show.
+"""
+
+import textwrap
+from dataclasses import dataclass, field
+
+from trl_vpo.losses import PreferenceLoss, lpoi_loss
+from trl_vpo.trainers.base import VisualPreferenceTrainer
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
+
+
+@dataclass
+class LPOIConfig(VisualPreferenceConfig):
+    """Config of [`LPOITrainer`].
+
+    Parameters:
+        num_images (`int`, defaults to 5): length of the list drawn from `critical_box`, the clean image included.
+            Rows with an `image_list` of their own keep its length.
+        visual_prompt (`bool`, defaults to `True`): draw a red ellipse around the hidden part.
+        list_weight, dpo_weight, anchor_weight (`float`, default to 1.0): weights of the three parts of the loss.
+        beta (`float`, defaults to 0.1): scale of the scores.
+        learning_rate (`float`, defaults to 5e-6): the paper's for Idefics2-8B (1e-6 for LLaVA-1.5), with LoRA.
+    """
+
+    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
+    num_images: int = field(default=5, metadata={"help": "Images of a list drawn from a box, at least 2."})
+    visual_prompt: bool = field(default=True, metadata={"help": "Draw a red ellipse around the hidden part."})
+    list_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking of the images."})
+    dpo_weight: float = field(default=1.0, metadata={"help": "Weight of the DPO term on the clean image."})
+    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchor of the chosen response."})
+
+    refused = REFUSED | {"label_smoothing": "LPOI has no label smoothing"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_images < 2:
+            raise ValueError(f"num_images={self.num_images}: a ranking needs at least two images.")
+
+
+class LPOITrainer(VisualPreferenceTrainer):
+    """Plackett-Luce ranking of the images under the chosen response, plus DPO and an anchor on the clean image."""
+
+    config_class = LPOIConfig
+    needs_image_list = True
+    _tag_names = ["trl", "trl-vpo", "lpoi"]
+    _name = "LPOI"
+    _paper = {
+        "title": "LPOI: Listwise Preference Optimization for Vision Language Models",
+        "id": "2505.21061",
+        "citation": textwrap.dedent("""\
+            @inproceedings{pesaranzadeh2025lpoi,
+                title     = {{LPOI: Listwise Preference Optimization for Vision Language Models}},
+                author    = {Fatemeh Pesaran Zadeh and Yoojin Oh and Gunhee Kim},
+                year      = 2025,
+                booktitle = {Annual Meeting of the Association for Computational Linguistics}
+            }"""),
+    }
+
+    def preference_loss(self, scores, reference, batch) -> PreferenceLoss:
+        ratios = scores.sums - reference.sums  # (S,)
+        lists = batch["image_branches"]  # (B, N), -1 where a row's list is shorter
+        return lpoi_loss(
+            ratios[lists.clamp(min=0)],
+            ratios[batch["rejected"]],
+            beta=self.beta,
+            image_mask=lists >= 0,
+            list_weight=self.args.list_weight,
+            dpo_weight=self.args.dpo_weight,
+            anchor_weight=self.args.anchor_weight,
+        )
+
+    def extra_metrics(self, scores, reference, batch) -> dict:
+        ratios, lists = scores.sums - reference.sums, batch["image_branches"]
+        rewards = self.beta * ratios[lists.clamp(min=0)]  # (B, N)
+        return {f"rewards/image/{k + 1}": (rewards[:, k], lists[:, k] >= 0) for k in range(lists.size(1))}
