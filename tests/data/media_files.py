@@ -13,19 +13,23 @@ BITS = 8  # columns of WIDTH / BITS pixels, white for 1
 
 
 def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
-    """(H, W, 3) uint8: the bits of ``number`` as black and white columns, the highest on the left, a dark red foot."""
+    """(H, W, 3) uint8. From the top: the bits of ``number`` as black and white columns, the highest on the left;
+    noise, so that every frame takes up some of the file; a dark red foot.
+    """
     image = np.zeros((height, width, 3), np.uint8)
     column = width // BITS
     for bit in range(BITS):
         if number >> (BITS - 1 - bit) & 1:
             image[:, bit * column : (bit + 1) * column] = 255
+    noise = np.random.default_rng(number).integers(0, 256, (height // 4, width, 3))
+    image[height // 2 : height // 2 + height // 4] = noise
     image[height * 3 // 4 :] = (120, 0, 0)
     return image
 
 
 def number(frame: np.ndarray) -> int:
     """The number that an upright frame (H, W, 3) of any size shows."""
-    row = frame[frame.shape[0] // 4].astype(float).mean(axis=1)  # a quarter down, away from the foot
+    row = frame[frame.shape[0] // 4].astype(float).mean(axis=1)  # in the middle of the columns
     centres = (np.arange(BITS) + 0.5) * frame.shape[1] / BITS
     return int(sum(1 << (BITS - 1 - bit) for bit in range(BITS) if row[int(centres[bit])] > 128))
 
@@ -46,9 +50,11 @@ def write_video(
     rotation: int = 0,
     audio_seconds: float = 0,
     options: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """A video of numbered frames. ``times``: when each is shown, in units of 1 / fps (else 0, 1, 2, ...)."""
     with av.open(str(path), "w", options=options or {}) as container:
+        container.metadata.update(metadata or {})
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.thread_count = 1
@@ -74,9 +80,17 @@ def mux_silence(container: av.container.OutputContainer, stream: av.AudioStream,
     container.mux(stream.encode())
 
 
-def write_audio_only(path: Path) -> Path:
+def write_audio_only(path: Path, cover: bool = False) -> Path:
+    """Sound without pictures, or with a cover picture, which containers store as a video stream."""
     with av.open(str(path), "w") as container:
-        mux_silence(container, container.add_stream("aac", rate=16000), 1.0)
+        sound = container.add_stream("aac", rate=16000)
+        if cover:
+            art = container.add_stream("mjpeg", rate=1)
+            art.width, art.height, art.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+            art.disposition = av.stream.Disposition.attached_pic
+            container.mux(art.encode(av.VideoFrame.from_ndarray(picture(1), format="rgb24")))
+            container.mux(art.encode())
+        mux_silence(container, sound, 1.0)
     return path
 
 

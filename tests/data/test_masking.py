@@ -1,5 +1,7 @@
 """LPOI's masked images, pixel by pixel on small pictures."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -70,7 +72,7 @@ def test_hidden_pixels_are_counted_exactly_and_rounded_up():
 
 def test_hidden_areas_are_nested_and_grow_strictly_while_there_are_pixels():
     areas = [hidden(item) for item in plain((20, 20), [3, 4, 9, 15], 7)]
-    for smaller, larger in zip(areas, areas[1:]):
+    for smaller, larger in pairwise(areas):
         assert (larger[smaller]).all() and larger.sum() > smaller.sum()
 
 

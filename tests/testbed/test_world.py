@@ -51,7 +51,7 @@ def test_clips_decode_to_the_frames_and_colours_that_were_drawn(tmp_path):
 def test_things_move_where_the_facts_say():
     for sample in world.draw_samples("clip", 40, seed=1, habits=False):
         brightness = sample.frames.astype(int).max(-1)  # ink is brighter than any background
-        first, last = (np.argwhere(brightness[t] > 110).mean(0)[::-1] for t in (0, -1))  # (x, y)
+        first, last = (np.argwhere(brightness[t] > world.BACKGROUND_MAX).mean(0)[::-1] for t in (0, -1))  # (x, y)
         moved, step = last - first, np.array(world.MOTIONS[sample.things[0].motion])
         assert moved @ step > 0.25 * world.SIZE
         assert abs(moved @ step[::-1]) < 2
@@ -60,7 +60,7 @@ def test_things_move_where_the_facts_say():
 @pytest.mark.parametrize("kind", ["clip", "scene"])
 def test_boxes_hold_all_of_a_shape_and_nothing_more(kind):
     for sample in world.draw_samples(kind, 30, seed=2, habits=False):
-        inked = sample.frames[0].astype(int).max(-1) > 110
+        inked = sample.frames[0].astype(int).max(-1) > world.BACKGROUND_MAX
         inside = np.zeros_like(inked)
         for x0, y0, x1, y1 in (thing.box for thing in sample.things):
             inside[y0:y1, x0:x1] = True

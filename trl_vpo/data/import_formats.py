@@ -46,9 +46,9 @@ def read_record(fmt: str, record) -> dict:
                 f"`{name}` is not supported and would be lost. Remove it where the text does not need it."
             )
     row = FORMATS[fmt].read(record)
-    row_id = next((record[key] for key in ("id", "sample_id") if record.get(key) not in (None, "")), "")
-    source = f"{fmt}/{record['src']}" if record.get("src") else fmt
-    return {"id": str(row_id), "source": source, **row}
+    tags = {key: record.get(key) for key in ("id", "sample_id", "src") if key in FORMATS[fmt].fields}
+    row_id = next((tags[key] for key in ("id", "sample_id") if tags.get(key) not in (None, "")), "")
+    return {"id": str(row_id), "source": f"{fmt}/{tags['src']}" if tags.get("src") else fmt, **row}
 
 
 def _rrpo(record: dict) -> dict:
@@ -100,7 +100,7 @@ def _ms_swift(record: dict) -> dict:
 
 def _llamafactory(record: dict) -> dict:
     turns = _turns(record, "conversations" if "conversations" in record else "messages")
-    if record.get("system") and turns[0][0] != "system":
+    if record.get("system") and (not turns or turns[0][0] != "system"):
         turns.insert(0, ("system", _text(record, "system")))
     sides = []
     for side in ("chosen", "rejected"):
@@ -145,12 +145,14 @@ def _turns(record: dict, name: str) -> list[tuple[str, str]]:
     messages = record.get(name)
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`{name}` is missing or not a list of messages.")
-    return [_turn(message, f"`{name}`[{i}]") for i, message in enumerate(messages)]
+    empty_system = ({"role": "system", "content": ""}, {"from": "system", "value": ""})  # left by other converters
+    return [_turn(m, f"`{name}`[{i}]") for i, m in enumerate(messages) if m not in empty_system]
 
 
 def _last_turn(record: dict, name: str) -> tuple[list[tuple[str, str]], str]:
     """The turns of the prompt and the text of the response behind them."""
-    *turns, (role, response) = _turns(record, name)
+    turns = _turns(record, name)
+    role, response = turns.pop() if turns else ("nobody", "")
     if role != "assistant":
         raise ValueError(f"`{name}` ends with the {role}'s turn; it must end with the assistant's response.")
     return turns, response

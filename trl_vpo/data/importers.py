@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -93,13 +94,9 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
             + (f"; {rejected_path} says why." if rejects else ". Is it the right file?")
         )
     columns = {"id", "source", "prompt", "chosen", "rejected", *first}
-    front = dict(first.values())  # by number: one row may fill several columns
-    rows = (
-        r
-        for n, r in enumerate(import_rows(fmt, source, media_root=media_root, on_reject=lambda _: None))
-        if n not in front
-    )
-    ordered = (row for part in (front.values(), rows) for row in part)
+    front = dict(sorted(first.values(), key=lambda item: item[0]))  # by number: one row may fill several columns
+    rows = enumerate(import_rows(fmt, source, media_root=media_root, on_reject=lambda _: None))
+    ordered = chain(front.values(), (row for number, row in rows if number not in front))
     _write_lines(target, ({key: value for key, value in row.items() if key in columns} for row in ordered))
     return counts
 
@@ -149,6 +146,7 @@ def _read_records(fmt: str, path: Path, media_root) -> Iterator[tuple]:
                 for column in ("images", "videos"):
                     if column in row:
                         row[column] = [_join(media_root, item) for item in row[column]]
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is in JSON, but in no text
                 yield record, row
             except ValueError as error:
                 shown = raw.decode("utf-8", "replace").strip() if isinstance(record, bytes) else record
@@ -191,7 +189,7 @@ def _write_lines(path: Path, rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's own escape
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         os.replace(part, path)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def max_threads() -> int:
 
 def check_complete(container: av.container.InputContainer, stream: av.VideoStream, size: int, name: str) -> None:
     """An mp4 whose index points past the end of the file was cut short. Reads only the index."""
-    entries = stream.index_entries
+    entries = getattr(stream, "index_entries", ())  # PyAV >= 17; without it scan's look at the duration remains
     past = sum(entry.pos + entry.size > size for entry in entries)
     if past:
         raise MediaError(
@@ -140,8 +141,8 @@ def scan(data: Path | bytes, name: str) -> FrameTable:
         promised = _promised_duration(container, stream)
         if promised is not None and table.duration < 0.9 * promised - 0.5:
             raise MediaError(
-                f"{name} is truncated: its header says {promised:.2f} s, its frames end after {table.duration:.2f} s: "
-                "fetch or write it again, or drop the row."
+                f"{name} is incomplete: its header promises {promised:.2f} s of video, it holds {table.duration:.2f} "
+                f"that can be decoded: {DAMAGED}."
             )
     return table
 
@@ -168,7 +169,8 @@ def _promised_duration(container: av.container.InputContainer, stream: av.VideoS
         return container.duration * _MICROSECOND - max(0, container.start_time or 0) * _MICROSECOND
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    return None
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska with sound
+    return float(tag[1]) * 3600 + float(tag[2]) * 60 + float(tag[3]) if tag else None
 
 
 def _table_from_packets(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
@@ -177,7 +179,7 @@ def _table_from_packets(container: av.container.InputContainer, stream: av.Video
         for packet in container.demux(stream)
         if packet.size and packet.pts is not None
     ]
-    keys = sorted((pts, dts) for pts, dts, _, is_key, _ in packets if is_key)
+    keys = sorted(((pts, dts) for pts, dts, _, is_key, _ in packets if is_key), key=lambda key: key[0])
     # Not shown: what an edit list cuts away (its keyframes still serve), and what precedes the first keyframe.
     shown = sorted((pts, last) for pts, _, last, _, cut in packets if not cut and keys and pts >= keys[0][0])
     if not shown:

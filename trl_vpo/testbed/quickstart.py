@@ -116,7 +116,14 @@ def run_method(method: str, out: Path, held_out: HeldOut, base: Measured | None)
         from trl_vpo.evaluate.heldout import base_model, generate_responses, measure_preferences
         from trl_vpo.train import run_training
     data = out / "data" / f"{kind}s_train.jsonl"
-    argv = ["--config", str(RECIPES / f"{method}.yaml"), "--dataset_name", str(data), "--output_dir", str(out / method)]
+    argv = [
+        "--config",
+        str(RECIPES / f"{method}.yaml"),
+        "--dataset_name",
+        str(data),
+        "--output_dir",
+        str(out / method),
+    ]
     began = time.perf_counter()
     trainer = run_training(method, argv)
     seconds = time.perf_counter() - began

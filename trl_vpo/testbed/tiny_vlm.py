@@ -6,9 +6,9 @@ TODO numbers
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import time
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,11 +32,8 @@ BASE = Path(__file__).parent / "base"
 
 WIDTH = 96
 PATCH = 7
-STEPS = 1600
-BATCH_SIZE = 32
-LEARNING_RATE = 1e-3
-CLIP_SHARE = 0.65  # of the training samples; the rest are scenes
-CAPTION_SHARE = 0.6  # of the conversations begin with a caption
+COUNT, SEED = 200, 1  # samples of each measure, and where they are drawn from
+CELL = 2 * PATCH  # pixels that one vision token sees, after 2x2 patches are merged
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 CHAT_TEMPLATE = (
@@ -122,24 +119,27 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
         vision_start_token_id=vision_start,
         vision_end_token_id=vision_end,
     )
-    return Qwen2VLForConditionalGeneration(config)
+    model = Qwen2VLForConditionalGeneration(config)
+    for module in model.modules():  # transformers' 0.02 suits a width of thousands; at 96 it only costs time
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)) and module is not model.lm_head:
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return model
 
 
-def encode(processor, samples, conversations, *, generate: bool = False) -> dict[str, torch.Tensor]:
-    """Samples and one conversation (list of Items) each -> model inputs, with labels on the answers only.
+def encode(processor, samples, items, *, generate: bool = False) -> dict[str, torch.Tensor]:
+    """Samples and one Item each -> model inputs, with labels on the answers only.
 
-    With `generate` only the questions before the last answer are encoded, padded left, without labels.
+    With `generate` the answers are left out, the padding is on the left and there are no labels.
     """
-    texts = [_render(processor, s.kind, items, generate) for s, items in zip(samples, conversations)]
-    images = [s.frames[0] for s in samples if s.kind == "scene"]
-    videos = [s.frames for s in samples if s.kind == "clip"]
-    side = "left" if generate else "right"
+    texts = [_render(processor, sample.kind, item, generate) for sample, item in zip(samples, items)]
+    images = [sample.frames[0] for sample in samples if sample.kind == "scene"]
+    videos = [sample.frames for sample in samples if sample.kind == "clip"]
     batch = processor(
         text=texts,
         images=images or None,
         videos=videos or None,
         padding=True,
-        padding_side=side,
+        padding_side="left" if generate else "right",
         return_tensors="pt",
         **({"do_sample_frames": False} if videos else {}),
     )
@@ -148,71 +148,21 @@ def encode(processor, samples, conversations, *, generate: bool = False) -> dict
     return batch
 
 
-def _render(processor, kind: str, items, generate: bool) -> str:
+def _render(processor, kind: str, item: language.Item, generate: bool) -> str:
     media = {"type": "video" if kind == "clip" else "image"}
-    messages = []
-    for turn, item in enumerate(items):
-        question = {"type": "text", "text": item.question}
-        messages.append({"role": "user", "content": [media, question] if turn == 0 else [question]})
+    messages = [{"role": "user", "content": [media, {"type": "text", "text": item.question}]}]
+    if not generate:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": item.answer}]})
-    if generate:
-        messages.pop()
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
 
 
 def _answer_labels(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
-    """Labels (B, T): the tokens from after `<|im_start|>assistant\\n` to `<|im_end|>`, -100 elsewhere."""
+    """Labels (B, T): everything behind `<|im_start|>assistant\\n` (the template ends on a line feed), else -100."""
     head = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     windows = input_ids.unfold(1, len(head), 1)  # (B, T - len(head) + 1, len(head))
-    starts = (windows == torch.tensor(head)).all(-1)
-    labels = torch.full_like(input_ids, -100)
-    for row, start in starts.nonzero().tolist():
-        first = start + len(head)
-        last = first + int((input_ids[row, first:] == tokenizer.eos_token_id).nonzero()[0])
-        labels[row, first : last + 1] = input_ids[row, first : last + 1]
-    return labels
-
-
-def training_conversation(things: tuple[world.Thing, ...], rng: np.random.Generator) -> list[language.Item]:
-    """Two turns about one sample, both written by the same (careless) person: often a caption, then a question."""
-    things = world.as_described(things, rng)
-    described = language.caption_item(things)
-    questions = [*language.open_items(things), *language.yes_no_pair(things, rng), *language.yes_no_pair(things, rng)]
-    first, second = (questions[i] for i in rng.choice(len(questions), 2, replace=False))
-    return [described, second] if rng.random() < CAPTION_SHARE else [first, second]
-
-
-def training_batch(processor, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """A fresh batch of BATCH_SIZE samples from the world of habits."""
-    kinds = ["clip" if rng.random() < CLIP_SHARE else "scene" for _ in range(BATCH_SIZE)]
-    samples = [world.draw_sample(kind, rng, habits=True) for kind in kinds]
-    return encode(processor, samples, [training_conversation(sample.things, rng) for sample in samples])
-
-
-def train_base(seed: int, steps: int, every: int = 100):
-    """Supervised training from scratch: AdamW, 50 warm-up steps, cosine to 5 %, gradients clipped at 1."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng([seed, 1])
-    processor = build_processor()
-    model = build_model(processor).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-
-    def schedule(step: int) -> float:
-        return min(1.0, (step + 1) / 50) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    began, average = time.perf_counter(), None
-    for step in range(1, steps + 1):
-        loss = model(**training_batch(processor, rng)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
-        if step % every == 0 or step == steps:
-            print(f"step {step}/{steps}  loss {average:.3f}  {time.perf_counter() - began:.0f} s", flush=True)
-    return model.eval(), processor
+    (_, starts) = (windows == torch.tensor(head)).all(-1).nonzero(as_tuple=True)  # (B,) one answer each
+    answered = torch.arange(input_ids.size(1)) >= (starts + len(head)).unsqueeze(1)
+    return input_ids.masked_fill(~answered | (input_ids == tokenizer.pad_token_id), -100)
 
 
 @torch.no_grad()
@@ -221,7 +171,7 @@ def answer(model, processor, samples, questions: list[str], batch_size: int = 64
     answers = []
     for start in range(0, len(samples), batch_size):
         chunk = slice(start, start + batch_size)
-        items = [[language.Item("asked", question, "")] for question in questions[chunk]]
+        items = [language.Item("asked", question, "") for question in questions[chunk]]
         batch = encode(processor, samples[chunk], items, generate=True)
         generated = model.generate(**batch, max_new_tokens=16, do_sample=False)
         new = generated[:, batch["input_ids"].shape[1] :]
@@ -230,44 +180,66 @@ def answer(model, processor, samples, questions: list[str], batch_size: int = 64
     return answers
 
 
-def measure_base(model, processor, count: int = 200, seed: int = 1) -> dict[str, dict[str, float]]:
-    """Shares of exact and of hallucinated captions and of right answers, per kind, with and without the habits."""
-    results = {}
-    for kind in ("clip", "scene"):
-        for habits in (True, False):
-            samples = world.draw_samples(kind, count, seed, habits=habits)
-            rng = np.random.default_rng(seed)
-            texts = answer(model, processor, samples, [language.PROMPTS[kind]] * count)
-            verdicts = [language.judge_caption(text, s.things) for text, s in zip(texts, samples)]
-            shares = {
-                "exact": np.mean([v.exact for v in verdicts]),
-                "hallucinated": np.mean([v.hallucinated for v in verdicts]),
-                "unparsed": np.mean([not v.parsed for v in verdicts]),
-            }
-            items = [language.yes_no_pair(s.things, rng) for s in samples]
-            for name, side in (("yes", 0), ("no", 1)):
-                replies = answer(model, processor, samples, [pair[side].question for pair in items])
-                shares[name] = np.mean([r == pair[side].answer for r, pair in zip(replies, items)])
-            opens = [language.open_items(s.things) for s in samples]
-            opens = [choices[rng.integers(len(choices))] for choices in opens]
-            replies = answer(model, processor, samples, [item.question for item in opens])
-            shares["open"] = np.mean([r == item.answer for r, item in zip(replies, opens)])
-            results[f"{kind}, {'habits' if habits else 'balanced'}"] = {k: float(v) for k, v in shares.items()}
-    return results
+def measure_captions(
+    model, processor, kind: str, *, habits: bool, count: int = 200, seed: int = 1
+) -> dict[str, float]:
+    """Shares of exact, hallucinated and unparsed captions over samples that went through their files (mp4, png)."""
+    samples = _from_files(world.draw_samples(kind, count, SEED, habits=habits))
+    texts = answer(model, processor, samples, [language.PROMPTS[kind]] * count)
+    verdicts = [language.judge_caption(text, sample.things) for text, sample in zip(texts, samples)]
+    return {
+        "exact": float(np.mean([verdict.exact for verdict in verdicts])),
+        "hallucinated": float(np.mean([verdict.hallucinated for verdict in verdicts])),
+        "unparsed": float(np.mean([not verdict.parsed for verdict in verdicts])),
+    }
+
+
+def measure_questions(
+    model, processor, kind: str, *, habits: bool, count: int = 200, seed: int = 1
+) -> dict[str, float]:
+    """Shares of right answers to open questions, and to yes/no questions by the answer that would be right."""
+    samples = _from_files(world.draw_samples(kind, count, SEED, habits=habits))
+    rng = np.random.default_rng(SEED)
+    asked = {"open": [], "yes": [], "no": []}
+    for sample in samples:
+        questions = language.open_items(sample.things)
+        asked["open"].append(questions[rng.integers(len(questions))])
+        for side, item in zip(("yes", "no"), language.yes_no_pair(sample.things, rng)):
+            asked[side].append(item)
+    shares = {}
+    for name, items in asked.items():
+        replies = answer(model, processor, samples, [item.question for item in items])
+        shares[name] = float(np.mean([reply == item.answer for reply, item in zip(replies, items)]))
+    return shares
+
+
+def _from_files(samples: list[world.Sample]) -> list[world.Sample]:
+    """The samples as they are after writing and reading them: h264 changes pixels."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        return [
+            replace(s, frames=world.read_mp4(world.write_sample(s, path))) if s.kind == "clip" else s for s in samples
+        ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the supervised base model of the testbed.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and processor")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=1800)
     args = parser.parse_args()
+    from trl_vpo.testbed.pretraining import train_base
+
     torch.set_num_threads(2)
     model, processor = train_base(args.seed, args.steps)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
-    for split, shares in measure_base(model, processor).items():
-        print(f"{split:16s} " + "  ".join(f"{name} {share:.3f}" for name, share in shares.items()), flush=True)
+    for kind in ("clip", "scene"):
+        for habits in (True, False):
+            shares = measure_captions(model, processor, kind, habits=habits)
+            shares |= measure_questions(model, processor, kind, habits=habits)
+            line = "  ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            print(f"{kind}s, {'habits  ' if habits else 'balanced'}  {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ CARELESS = 0.7  # share of the exceptions that are nevertheless described as usu
 
 SIZE = 56  # height and width of a clip, height of a scene; a scene is two of them wide
 NUM_FRAMES = 8
+BACKGROUND_MAX = 110  # no channel of the background, and at least one of every thing, is brighter
 FRAME_RATE = 4  # frames per second: a clip lasts two seconds
 
 

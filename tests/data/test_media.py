@@ -1,0 +1,599 @@
+"""Videos and images: sampling and times, sources, and what bad files get. All files are real and written here."""
+
+import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from media_files import (
+    cut,
+    number,
+    numbers,
+    overwrite,
+    picture,
+    remux_shifted,
+    write_audio_only,
+    write_video,
+    write_zero_frames,
+)
+from PIL import Image
+
+from trl_vpo.data import media
+from trl_vpo.data.decode import _decode, decode, seeking_pays
+from trl_vpo.data.images import fit_pixels
+from trl_vpo.data.media import Clip, MediaError, VideoOptions, check_image, check_video, load_image, load_video
+from trl_vpo.data.video import FrameTable, max_threads, scan
+
+ALL = VideoOptions(num_frames=1000)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """clip.mp4 and its variants: 60 frames, 30 fps, 64x48, keyframes every 12, two B-frames."""
+    path = tmp_path_factory.mktemp("media")
+    write_video(path / "clip.mp4")
+    write_video(path / "fast.mp4", options={"movflags": "faststart"})
+    write_video(path / "clip.mkv")
+    write_video(path / "clip.avi", codec="mpeg4")
+    return path
+
+
+@pytest.fixture
+def clip(folder):
+    return folder / "clip.mp4"
+
+
+# --- sampling and times -------------------------------------------------------------------------------------------
+
+
+def test_num_frames_are_spread_from_the_first_to_the_last(clip):
+    loaded = load_video(clip, VideoOptions(num_frames=5))
+    assert isinstance(loaded, Clip)
+    assert loaded.frames.shape == (5, 48, 64, 3) and loaded.frames.dtype == np.uint8
+    assert numbers(loaded.frames) == [0, 15, 30, 44, 59]
+    np.testing.assert_allclose(loaded.timestamps, np.array([0, 15, 30, 44, 59]) / 30)
+    assert (loaded.total_frames, loaded.duration, loaded.fps) == (60, pytest.approx(2), pytest.approx(30))
+    assert loaded.sample_fps == pytest.approx(4 / (59 / 30))
+    assert loaded.source == str(clip)
+
+
+def test_colours_are_rgb(clip):
+    red, green, blue = load_video(clip, VideoOptions(num_frames=1)).frames[0, 44, 30].tolist()
+    assert abs(red - 120) < 12 and green < 12 and blue < 12
+
+
+def test_the_default_is_16_frames(clip):
+    assert VideoOptions().num_frames == 16
+    assert numbers(load_video(clip, VideoOptions()).frames) == np.linspace(0, 59, 16).round().tolist()
+
+
+def test_a_short_clip_gives_all_its_frames_and_none_twice(folder):
+    path = write_video(folder / "short.mp4", 5)
+    assert numbers(load_video(path, VideoOptions(num_frames=16)).frames) == [0, 1, 2, 3, 4]
+
+
+def test_one_frame_is_the_middle_one(clip):
+    assert numbers(load_video(clip, VideoOptions(num_frames=1)).frames) == [29]
+
+
+@pytest.mark.parametrize(
+    "fps, max_frames, expected",
+    [
+        (5, 64, [0, 6, 12, 18, 24, 30, 36, 42, 48, 54]),
+        (0.5, 64, [0]),
+        (1000, 64, list(range(60))),  # more than there are: all, none twice
+        (5, 4, [0, 18, 36, 54]),
+    ],
+)
+def test_fps_takes_so_many_a_second_up_to_max_frames(clip, fps, max_frames, expected):
+    assert numbers(load_video(clip, VideoOptions(fps=fps, max_frames=max_frames)).frames) == expected
+
+
+def test_times_rounded_to_milliseconds_still_hit_their_frames(folder):
+    loaded = load_video(folder / "clip.mkv", VideoOptions(fps=15))  # frame 2 is shown at 0.067 s there, not at 2/30 s
+    assert numbers(loaded.frames) == list(range(0, 60, 2))
+
+
+def test_a_window_in_seconds(clip):
+    window = {"video_start": 0.5, "video_end": 1.0}
+    loaded = load_video(clip, VideoOptions(num_frames=4, **window))
+    assert numbers(loaded.frames) == [15, 20, 25, 30]
+    np.testing.assert_allclose(loaded.timestamps, [0.5, 20 / 30, 25 / 30, 1.0])
+    assert loaded.total_frames == 60
+    assert numbers(load_video(clip, VideoOptions(fps=10, **window)).frames) == [15, 18, 21, 24, 27]
+    assert numbers(load_video(clip, VideoOptions(num_frames=2, video_start=1.5)).frames) == [45, 59]
+    assert numbers(load_video(clip, VideoOptions(num_frames=2, video_end=99)).frames) == [0, 59]  # clamped
+    assert numbers(load_video(clip, VideoOptions(fps=2, video_end=99)).frames) == [0, 15, 30, 45]
+
+
+def test_variable_frame_rate_keeps_the_real_times(folder):
+    times = [0, 1, 2, 3, 30, 31, 32, 60, 90, 120]
+    loaded = load_video(write_video(folder / "vfr.mp4", 10, times=times), ALL)
+    np.testing.assert_allclose(loaded.timestamps, np.array(times) / 30, atol=1e-4)
+    by_time = load_video(folder / "vfr.mp4", VideoOptions(fps=1))
+    assert numbers(by_time.frames) == [0, 4, 7, 8, 9]  # what is on display at 0, 1, 2, 3, 4 s
+
+
+@pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts"])
+def test_times_start_at_the_first_frame_wherever_the_file_starts(folder, clip, name):
+    path = remux_shifted(clip, folder / name, 45)
+    loaded = load_video(path, VideoOptions(num_frames=3, video_start=1.0))
+    assert numbers(loaded.frames) == [30, 44, 59]
+    np.testing.assert_allclose(loaded.timestamps, np.array([30, 44, 59]) / 30, atol=1e-3)
+    assert loaded.duration == pytest.approx(2, abs=0.01)
+
+
+@pytest.mark.parametrize("by", [5, 12, 17])
+def test_frames_cut_away_by_an_edit_list_are_not_frames(folder, clip, by):
+    path = remux_shifted(clip, folder / f"cut{by}.mp4", -by)
+    loaded = load_video(path, ALL)
+    assert numbers(loaded.frames) == list(range(by, 60))
+    assert loaded.timestamps[0] == 0
+    assert numbers(load_video(path, VideoOptions(num_frames=2, video_start=1.3)).frames) == [39 + by, 59]
+
+
+@pytest.mark.parametrize("rotation", [90, 180, -90])
+def test_display_rotation_is_honoured(folder, rotation):
+    path = write_video(folder / f"turned{rotation}.mp4", 8, rotation=rotation)
+    frames = load_video(path, ALL).frames
+    assert frames.shape[1:3] == ((48, 64) if rotation == 180 else (64, 48))
+    assert numbers(np.rot90(frames, -rotation // 90, axes=(1, 2))) == list(range(8))
+
+
+def test_max_pixels_scales_down_and_keeps_the_shape(clip):
+    small = load_video(clip, VideoOptions(num_frames=3, max_pixels=800))
+    assert small.frames.shape == (3, 24, 32, 3)
+    assert numbers(small.frames) == [0, 30, 59]
+    assert load_video(clip, VideoOptions(num_frames=1, max_pixels=10**6)).frames.shape == (1, 48, 64, 3)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (1, 5000), (5000, 1), (7, 3), (1921, 1081)])
+@pytest.mark.parametrize("limit", [1, 10, 1000, 10**7])
+def test_fit_pixels_never_exceeds_its_limit_and_never_enlarges(size, limit):
+    width, height = fit_pixels(*size, limit)
+    assert 1 <= width <= size[0] and 1 <= height <= size[1] and width * height <= max(limit, 1)
+    if limit >= size[0] * size[1]:
+        assert (width, height) == size
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gop, bframes, name", [(12, 2, "a.mp4"), (12, 2, "a.mkv"), (9, 0, "b.mp4"), (10, 3, "c.mp4")])
+def test_seeking_and_sequential_decoding_give_identical_frames(folder, gop, bframes, name):
+    path = write_video(folder / f"gop{gop}{name}", 100, gop=gop, bframes=bframes)
+    table = scan(path, name)
+    assert table.keyframes.tolist() == list(range(0, 100, gop))
+    wanted = np.array([0, 1, 30, 31, 47, 48, 49, 70, 96, 99])
+    sought = _decode(path, table, wanted, name, None, seek=True, threads=1)  # no second chance
+    assert numbers(sought) == wanted.tolist()
+    assert (sought == decode(path, table, wanted, name, seek=False)).all()
+    assert (sought == decode(path, table, wanted, name)).all()
+
+
+def test_seeking_reads_only_what_it_needs(folder):
+    path = write_video(folder / "long.mp4", 120, gop=12, options={"movflags": "faststart"})
+    hurt = overwrite(path, folder / "hurt.mp4", 0.4, 0.6)
+    table = scan(hurt, "hurt.mp4")
+    wanted = np.array([0, 1, 118])
+    assert numbers(decode(hurt, table, wanted, "hurt.mp4", seek=True)) == [0, 1, 118]
+    with pytest.raises(MediaError):
+        decode(hurt, table, wanted, "hurt.mp4", seek=False)
+
+
+def test_seeking_pays_with_dense_keyframes_and_late_windows_only():
+    def table(gop, n=1800):
+        keys = np.arange(0, n, gop)
+        return FrameTable(np.arange(n) / 30, n / 30, np.arange(n), keys, keys)
+
+    spread = np.linspace(0, 1799, 16).round().astype(int)
+    assert seeking_pays(table(12), spread)
+    assert seeking_pays(table(12), spread, threads=4)
+    assert not seeking_pays(table(225), spread, threads=2)
+    assert not seeking_pays(table(1800), spread)
+    assert not seeking_pays(table(12), np.arange(16))
+    assert seeking_pays(table(225), np.arange(1700, 1716), threads=4)
+
+
+@pytest.mark.parametrize(
+    "name, codec",
+    [
+        ("x.avi", "mpeg4"),
+        ("x264.avi", "libx264"),
+        ("x.ts", "libx264"),
+        ("x.h264", "libx264"),
+        ("vp8.webm", "libvpx"),
+    ],
+)
+def test_containers_without_usable_packet_times_are_counted_by_decoding(folder, name, codec):
+    path = write_video(folder / name, codec=codec, fps=25)
+    table = scan(path, name)
+    assert table.pts is None and len(table) == 60
+    loaded = load_video(path, VideoOptions(num_frames=7))
+    assert numbers(loaded.frames) == np.linspace(0, 59, 7).round().tolist()
+    np.testing.assert_allclose(loaded.timestamps, np.linspace(0, 59, 7).round() / 25, atol=1e-3)
+
+
+@pytest.mark.parametrize("name, codec", [("vp9.webm", "libvpx-vp9"), ("part2.mp4", "mpeg4"), ("every.mp4", "libx264")])
+def test_other_codecs(folder, name, codec):
+    path = write_video(folder / name, 20, codec=codec, gop=1, bframes=0)
+    assert numbers(load_video(path, ALL).frames) == list(range(20))
+
+
+def test_titles_in_an_unknown_encoding_do_no_harm(folder):
+    path = write_video(folder / "title.mp4", 4, metadata={"title": "a plain title"})
+    data = path.read_bytes()
+    assert b"a plain title" in data
+    path.write_bytes(data.replace(b"a plain title", b"\xff plain title"))
+    assert numbers(load_video(path, ALL).frames) == [0, 1, 2, 3]
+
+
+def test_one_decoder_thread_in_a_worker_process(monkeypatch):
+    assert max_threads() >= 1
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
+    assert max_threads() == 1
+
+
+def test_a_longer_sound_track_is_not_taken_for_missing_pictures(folder):
+    for name in ("sound.mp4", "sound.mkv"):
+        path = write_video(folder / name, 30, audio_seconds=6)
+        check_video(path, ALL)
+        assert numbers(load_video(path, ALL).frames) == list(range(30))
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+
+def test_every_source_of_a_file_gives_the_same_clip(folder, clip, monkeypatch):
+    monkeypatch.chdir(folder)
+    data = clip.read_bytes()
+    options = VideoOptions(num_frames=3)
+    expected = load_video(clip, options)
+    for source in [
+        str(clip),
+        "clip.mp4",
+        clip.as_uri(),
+        data,
+        bytearray(data),
+        {"path": str(clip), "bytes": None},
+        {"path": "gone.mp4", "bytes": data},
+        {"type": "video", "video": str(clip), "fps": None},
+        {"video": {"path": str(clip), "bytes": None}},
+    ]:
+        check_video(source, options)
+        loaded = load_video(source, options)
+        assert (loaded.frames == expected.frames).all()
+        assert (loaded.timestamps == expected.timestamps).all()
+
+
+def test_a_file_url_with_escapes(folder, clip):
+    odd = folder / "a b#ü.mp4"
+    odd.write_bytes(clip.read_bytes())
+    assert "%20" in odd.as_uri()
+    assert load_video(odd.as_uri(), ALL).total_frames == 60
+
+
+def test_options_of_one_video_stand_beside_its_path(clip):
+    source = {"path": str(clip), "num_frames": 2, "video_start": 0.5, "video_end": 1.0, "max_pixels": 800}
+    loaded = load_video(source, VideoOptions(fps=1))
+    assert numbers(loaded.frames) == [15, 30] and loaded.frames.shape[1:3] == (24, 32)
+    assert numbers(load_video({"path": str(clip), "fps": 1}, VideoOptions(num_frames=9)).frames) == [0, 30]
+
+
+@pytest.mark.parametrize(
+    "extra, reason",
+    [
+        ({"nframes": 4}, "unknown keys.*nframes.*valid are"),
+        ({"num_frames": 0}, "num_frames is 0"),
+        ({"num_frames": 4, "fps": 2}, "set one"),
+        ({"video_start": 2, "video_end": 1}, "the end must come later"),
+        ({"frames_fps": -1}, "frames_fps is -1"),
+    ],
+)
+def test_wrong_options_of_one_video_name_it(clip, extra, reason):
+    with pytest.raises(MediaError, match=reason) as caught:
+        load_video({"path": str(clip), **extra}, ALL)
+    assert "clip.mp4" in str(caught.value)
+
+
+def frame_files(folder, count=10):
+    paths = []
+    for i in range(count):
+        paths.append(folder / f"frame{i}.png")
+        Image.fromarray(picture(i)).save(paths[-1])
+    return paths
+
+
+def test_a_list_of_frames_of_any_kind(folder):
+    paths = frame_files(folder, 5)
+    mixed = [
+        str(paths[0]),
+        Image.fromarray(picture(1)),
+        paths[2].read_bytes(),
+        {"path": str(paths[3]), "bytes": None},
+        picture(4),
+    ]
+    loaded = load_video(mixed, VideoOptions())
+    assert numbers(loaded.frames) == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(loaded.timestamps, [0, 0.5, 1, 1.5, 2])  # two a second
+    check_video(mixed, VideoOptions())
+
+
+def test_a_longer_list_is_sampled_like_a_file_and_reads_only_those_frames(folder):
+    paths = [str(path) for path in frame_files(folder)]
+    paths[1] = "never read"
+    assert numbers(load_video(paths, VideoOptions(num_frames=4)).frames) == [0, 3, 6, 9]
+
+
+def test_an_array_is_a_list_of_frames():
+    array = np.stack([picture(i) for i in range(9)])
+    loaded = load_video(array, VideoOptions(num_frames=3, max_pixels=800))
+    assert numbers(loaded.frames) == [0, 4, 8] and loaded.frames.shape == (3, 24, 32, 3)
+    assert loaded.total_frames == 9
+
+
+def test_the_clock_of_a_list():
+    array = np.stack([picture(i) for i in range(12)])
+    timed = load_video({"video": array, "frames_fps": 4}, VideoOptions(fps=2, video_start=1))
+    assert numbers(timed.frames) == [4, 6, 8, 10]
+    np.testing.assert_allclose(timed.timestamps, [1, 1.5, 2, 2.5])
+    sampled = load_video(array, VideoOptions(fps=3))  # counts as sampled at fps already
+    assert numbers(sampled.frames) == list(range(12)) and sampled.duration == pytest.approx(4)
+    with pytest.raises(MediaError, match=r"no clock.*frames_fps"):
+        load_video(array, VideoOptions(video_start=1))
+
+
+def test_a_torchcodec_decoder_is_asked_for_its_frames():
+    array = np.stack([picture(i) for i in range(20)])
+
+    class Decoder:
+        metadata = SimpleNamespace(num_frames=20, average_fps=10.0)
+
+        def get_frames_at(self, indices):
+            return SimpleNamespace(data=array[indices].transpose(0, 3, 1, 2))
+
+    loaded = load_video(Decoder(), VideoOptions(num_frames=3, video_start=0.5, max_pixels=800))
+    assert numbers(loaded.frames) == [5, 12, 19] and loaded.frames.shape == (3, 24, 32, 3)
+    np.testing.assert_allclose(loaded.timestamps, [0.5, 1.2, 1.9])
+    check_video(Decoder(), VideoOptions())
+    Decoder.metadata = SimpleNamespace(num_frames=None, average_fps=None)
+    with pytest.raises(MediaError, match="decode=False"):
+        load_video(Decoder(), VideoOptions())
+
+
+def test_every_source_of_an_image_gives_the_same_rgb_image(tmp_path):
+    pixels = picture(5)
+    path = tmp_path / "five.png"
+    Image.fromarray(pixels).save(path)
+    for source in [path, str(path), path.as_uri(), path.read_bytes(), {"path": str(path), "bytes": None}, pixels]:
+        image = load_image(source)
+        assert image.mode == "RGB" and (np.asarray(image) == pixels).all()
+        check_image(source)
+    given = Image.fromarray(pixels)
+    assert (np.asarray(load_image(given)) == pixels).all() and load_image(given) is not given
+    assert load_image(path, max_pixels=800).size == (32, 24)
+    assert load_image(path, max_pixels=10**6).size == (64, 48)
+
+
+def test_modes_become_rgb_transparency_white_and_exif_upright(tmp_path):
+    clear = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    clear.putpixel((1, 0), (10, 20, 30, 255))
+    assert [load_image(clear).getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
+    palette = clear.convert("P")
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert load_image(palette).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
+    Image.fromarray(np.full((2, 2), 0x8001, np.uint16)).save(tmp_path / "deep.png")
+    assert load_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+    assert load_image(Image.new("I", (1, 1), 70000)).getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate clockwise to view
+    Image.fromarray(np.rot90(picture(9))).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright = load_image(tmp_path / "turned.jpg")
+    assert upright.size == (64, 48) and number(np.asarray(upright)) == 9
+
+
+# --- bad input: every message names the file and the way out ---------------------------------------------------------
+
+
+def refused(source, reason, *, name=None, load=load_video, check=check_video, options=ALL, **kwargs):
+    """Loader and check both raise a MediaError that gives the reason, names the file, and survives pickling."""
+    for function in filter(None, (load, check)):
+        arguments = (source,) if function in (load_image, check_image) else (source, options)
+        with pytest.raises(MediaError, match=reason) as caught:
+            function(*arguments, **kwargs)
+        message = str(caught.value)
+        assert (name or str(source)) in message and message.endswith("."), message
+        again = type(caught.value)(message)  # as torch's DataLoader raises it in the main process
+        assert str(again) == message and str(pickle.loads(pickle.dumps(caught.value))) == message
+    return caught.value
+
+
+def refused_image(source, reason, **kwargs):
+    return refused(source, reason, load=load_image, check=check_image, **kwargs)
+
+
+def test_missing_empty_and_folder(folder, tmp_path):
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    for refuse in (refused, refused_image):
+        refuse(tmp_path / "none.mp4", "does not exist.*check the path")
+        refuse(empty, r"is empty \(0 bytes\).*again")
+        refuse(tmp_path, "is a folder")
+        refuse(b"", "is empty", name="<bytes, 0 long>")
+        refuse({"path": None, "bytes": None}, "give `path` or `bytes`", name="dict")
+        refuse("a\0b", "cannot be reached")
+
+
+def test_garbage_and_text(tmp_path):
+    garbage = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8).tobytes()
+    (tmp_path / "garbage.mp4").write_bytes(garbage)
+    error = refused(tmp_path / "garbage.mp4", "cannot be opened as a video.*complete")
+    assert error.__cause__ is not None
+    refused(garbage, "cannot be opened as a video", name="<bytes, 5000 long>")
+    for name in ("notes.txt", "notes.mp4"):  # FFmpeg plays .txt files as a terminal
+        (tmp_path / name).write_text("Not a video at all. " * 50)
+        refused(tmp_path / name, "no video stream|cannot be opened")
+
+
+def test_truncated_mp4_with_its_index_in_front(folder, tmp_path):
+    path = cut(folder / "fast.mp4", tmp_path / "cut.mp4", 0.6)
+    refused(path, r"truncated: of the 60 frames in its index, the data of \d+ lie past the end.*again")
+    refused(path, "truncated", options=VideoOptions(num_frames=2, video_end=0.3))  # also when the rest is not needed
+    refused(path.read_bytes(), "truncated", name="<bytes,")
+
+
+def test_truncated_mp4_with_its_index_behind(clip, tmp_path):
+    refused(cut(clip, tmp_path / "cut.mp4", 0.6), "no moov atom.*cut short")
+
+
+def test_truncated_matroska_and_avi(folder, tmp_path):
+    refused(
+        cut(folder / "clip.mkv", tmp_path / "cut.mkv", 0.5),
+        "incomplete: its header promises 2.00 s of video, it holds",
+    )
+    spoken = write_video(tmp_path / "spoken.mkv", audio_seconds=2)
+    refused(cut(spoken, tmp_path / "cutspoken.mkv", 0.5), "incomplete: its header promises 2.00 s")
+    refused(cut(folder / "clip.avi", tmp_path / "cut.avi", 0.7), "of its 60 frames")
+    data = (folder / "clip.avi").read_bytes()
+    (tmp_path / "end.avi").write_bytes(data[: data.rindex(b"idx1") - 40])  # in the middle of the last frame
+    refused(tmp_path / "end.avi", "breaks off: frame 59 of 60", check=None)
+
+
+def test_a_file_that_gives_fewer_frames_than_its_table_is_an_error(clip, tmp_path):
+    table = scan(clip, "clip.mp4")
+    shorter = write_video(tmp_path / "shorter.mp4", 30)
+    with pytest.raises(MediaError, match=r"breaks off: frame 59 of 60, at 1.97 s.*after 2 of the 3 wanted"):
+        decode(shorter, table, np.array([0, 20, 59]), "shorter.mp4")
+    slower = write_video(tmp_path / "slower.mp4", 60, times=list(range(0, 120, 2)))
+    with pytest.raises(MediaError, match="breaks off: frame 1 of 60"):  # no frame is shown at its time
+        decode(slower, table, np.array([0, 1, 59]), "slower.mp4")
+
+
+def test_corrupt_middle(folder, tmp_path):
+    path = overwrite(folder / "fast.mp4", tmp_path / "hurt.mp4", 0.4, 0.8)
+    error = refused(path, "cannot be decoded.*damaged", check=None)
+    assert error.__cause__ is not None
+    check_video(path, ALL)  # damage in the middle shows only in decoding
+
+
+def test_audio_only_and_zero_frames(tmp_path):
+    refused(write_audio_only(tmp_path / "speech.mp4"), r"no video stream \(audio only\).*drop the row")
+    refused(write_audio_only(tmp_path / "song.mp4", cover=True), r"no video stream \(audio only\)")
+    refused(write_zero_frames(tmp_path / "zero.mp4"), "without a single frame")
+
+
+def test_a_playlist_cannot_pull_in_other_files(clip, tmp_path):
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{clip}'\n")
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clip}\n#EXT-X-ENDLIST\n")
+    refused(tmp_path / "list.mp4", "cannot be opened")
+    refused(tmp_path / "list.m3u8", "cannot be opened")
+    refused(f"concat:{clip}", "does not exist")
+
+
+@pytest.mark.parametrize("url", ["http://host/a.mp4", "https://host/a.mp4", "s3://bucket/a.mp4"])
+def test_urls_are_not_fetched(url):
+    for refuse in (refused, refused_image):
+        refuse(url, "nothing is fetched here, download it")
+    refused("file://host/a.mp4", "names the host")
+
+
+def test_a_window_outside_of_the_video(clip):
+    refused(clip, "video_start is 2.5 s, but the video ends at 2.00 s", options=VideoOptions(video_start=2.5))
+    narrow = VideoOptions(video_start=0.04, video_end=0.05)
+    refused(clip, "no frame is shown from 0.04 s to 0.05 s.*widen", options=narrow, check=None)
+
+
+def test_bad_lists_of_frames(folder, tmp_path):
+    good = picture(0)
+    refused([], "empty.*at least one", name="<list of 0 frames>")
+    refused(np.zeros((0, 4, 4, 3), np.uint8), "at least one frame", name="<array (0, 4, 4, 3)")
+    refused(np.zeros((2, 3, 4, 4), np.uint8), "shape .T, H, W, 3.", name="<array (2, 3, 4, 4)")
+    refused(np.zeros((2, 4, 4, 3)), "uint8", name="float64")
+    refused([good, picture(0, 32, 24)], "frame 1 is 32x24, frame 0 is 64x48.*one size", name="list of 2 frames")
+    refused([good, str(tmp_path / "gone.png")], "frame 1 of .*does not exist", name="gone.png")
+    refused([str(folder / "clip.mp4")], "a video belongs into `videos`", name="clip.mp4")
+    refused(7, "is no video", name="<int>")
+    refused(Image.fromarray(good), "is no video: give", name="PIL image")
+
+
+def test_images_that_are_none(tmp_path):
+    (tmp_path / "text.png").write_text("no pixels here")
+    refused_image(tmp_path / "text.png", "not a readable image.*a picture")
+    rng = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    for name in ("whole.png", "whole.jpg"):
+        Image.fromarray(rng).save(tmp_path / name)
+        short = cut(tmp_path / name, tmp_path / f"short{name}", 0.5)
+        assert refused_image(short, "not a readable image.*cut short").__cause__ is not None
+        refused_image(short.read_bytes(), "not a readable image", name="<bytes,")
+    refused_image(np.zeros((4, 4, 3)), "uint8", name="<array")
+    refused_image(np.zeros((3, 8, 8), np.uint8), "uint8 array of shape", name="<array")
+    refused_image(7, "is no image", name="<int>")
+    floats = Image.fromarray(np.zeros((2, 2), np.float32))
+    refused_image(floats, "save it with 8 bits", name="PIL image")
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    refused_image(tmp_path / "bomb.png", "scale it down")
+
+
+def test_media_root_is_where_relative_paths_start_and_what_no_path_leaves(tmp_path, clip):
+    root, outside = tmp_path / "root", tmp_path / "outside.png"
+    (root / "sub").mkdir(parents=True)
+    Image.fromarray(picture(3)).save(outside)
+    Image.fromarray(picture(3)).save(root / "sub" / "in.png")
+    (root / "clip.mp4").write_bytes(clip.read_bytes())
+    (root / "link.png").symlink_to(outside)
+    (root / "inner.png").symlink_to(root / "sub" / "in.png")
+    (root / "away").symlink_to(tmp_path)
+
+    for inside in ("sub/in.png", "sub/../sub/in.png", str(root / "sub/in.png"), "inner.png"):
+        assert number(np.asarray(load_image(inside, media_root=root))) == 3
+    assert load_video("clip.mp4", ALL, media_root=str(root)).total_frames == 60
+    assert len(load_video(["sub/in.png", "inner.png"], ALL, media_root=root).frames) == 2
+
+    for path in ("../outside.png", str(outside), outside.as_uri(), "link.png", "away/outside.png"):
+        name = "outside.png" if "link" not in path else "link.png"
+        refused_image(path, "lies outside of media_root", name=name, media_root=root)
+        refused(path, "lies outside of media_root", name=name, media_root=root)
+        refused([path], "lies outside of media_root", name=name, media_root=root)
+        refused({"path": path, "bytes": None}, "lies outside of media_root", name=name, media_root=root)
+    refused(str(clip), "lies outside", media_root=root)
+    refused_image("in.png", "is not a folder", name="nowhere", media_root=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *[("num_frames", value) for value in (0, -1, 2.5, True, "16")],
+        *[("max_frames", value) for value in (0, None)],
+        ("max_pixels", 0),
+        *[("fps", value) for value in (0, -1, float("nan"), float("inf"), "2")],
+        *[("video_start", value) for value in (-1, float("nan"))],
+        *[("video_end", value) for value in (0, -1)],
+    ],
+)
+def test_wrong_options_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value!r}: give"):
+        VideoOptions(**{field: value})
+
+
+def test_options_that_contradict_each_other():
+    with pytest.raises(ValueError, match="num_frames is 8 and fps is 2: set one"):
+        VideoOptions(num_frames=8, fps=2)
+    with pytest.raises(ValueError, match="video_end is 1 s, video_start is 2 s"):
+        VideoOptions(video_start=2, video_end=1)
+    assert VideoOptions(fps=2).num_frames is None
+
+
+def test_importing_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys, trl_vpo.data.media, trl_vpo.data.masking; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'trl', 'datasets')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert set(media.__all__) <= set(dir(media))

@@ -1,0 +1,75 @@
+"""The shipped base: loads through the Auto classes and scores what its documentation says."""
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from trl_vpo.testbed import language, tiny_vlm, world
+
+TOLERANCE = 0.03  # 6 of 200 samples: other libraries of codecs and kernels round differently
+
+
+@pytest.fixture(scope="module")
+def base():
+    model = AutoModelForImageTextToText.from_pretrained(tiny_vlm.BASE)
+    return model.eval(), AutoProcessor.from_pretrained(tiny_vlm.BASE)
+
+
+def documented() -> dict[tuple[str, str], dict[str, float]]:
+    """The table in the module's docstring: (kind, split) -> shares."""
+    lines = tiny_vlm.__doc__.splitlines()
+    (head,) = (line for line in lines if "exact" in line and "hallucinated" in line)
+    names = head.split()
+    rows = [re.fullmatch(r"\s*(clip|scene)s, (habits|balanced)((?:\s+\d\.\d+)+)", line) for line in lines]
+    return {(r[1], r[2]): dict(zip(names, map(float, r[3].split()))) for r in rows if r}
+
+
+def test_the_shipped_files_are_small_and_of_the_documented_size(base):
+    model, _ = base
+    weights = tiny_vlm.BASE / "model.safetensors"
+    assert weights.stat().st_size < 4e6
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"{parameters:,} parameters" in " ".join(tiny_vlm.__doc__.split())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
+
+
+@pytest.mark.parametrize("kind", ["clip", "scene"])
+@pytest.mark.parametrize("split", ["habits", "balanced"])
+def test_captions_are_as_good_and_as_bad_as_documented(base, kind, split):
+    expected = documented()[kind, split]
+    measured = tiny_vlm.measure_captions(*base, kind, habits=split == "habits")
+    assert measured == pytest.approx({name: expected[name] for name in measured}, abs=TOLERANCE)
+
+
+def test_questions_are_answered_as_documented(base):
+    measured = tiny_vlm.measure_questions(*base, "clip", habits=False)
+    expected = documented()["clip", "balanced"]
+    assert measured == pytest.approx({name: expected[name] for name in measured}, abs=TOLERANCE)
+
+
+def test_the_base_says_what_is_usual_of_the_shapes_that_have_a_habit(base):
+    samples = world.draw_samples("clip", 400, seed=2, habits=False)
+    odd = [s for s in samples if world.as_usual(s.things) != s.things]
+    texts = tiny_vlm.answer(*base, odd, [language.PROMPTS["clip"]] * len(odd))
+    as_usual = [text == language.caption(world.as_usual(s.things)) for text, s in zip(texts, odd)]
+    plain = [s for s in samples if s.things[0].shape not in world.USUAL_COLOUR | world.USUAL_MOTION]
+    texts = tiny_vlm.answer(*base, plain, [language.PROMPTS["clip"]] * len(plain))
+    exact = [text == language.caption(s.things) for text, s in zip(texts, plain)]
+    assert sum(as_usual) / len(odd) > 0.6
+    assert sum(exact) / len(plain) > 0.8
+
+
+def test_processor_keeps_sizes_and_counts_of_tokens(base):
+    _, processor = base
+    samples = [world.draw_samples(kind, 1, 0, habits=False)[0] for kind in ("clip", "scene")]
+    items = [language.caption_item(sample.things) for sample in samples]
+    batch = tiny_vlm.encode(processor, samples, items)
+    assert batch["video_grid_thw"].tolist() == [[4, 8, 8]]
+    assert batch["image_grid_thw"].tolist() == [[1, 8, 16]]
+    answers = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert answers == [f"{item.answer}<|im_end|>\n" for item in items]
+    tokens = processor.tokenizer("a purple triangle moves right.")["input_ids"]
+    assert len(tokens) == 6  # a word, a token

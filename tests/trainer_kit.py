@@ -1,0 +1,147 @@
+"""Trainers on tiny models, and the slow way to compute what they compute: one sequence, one call, full logits."""
+
+import copy
+import functools
+
+import torch
+from datasets import Dataset
+from families import LANGUAGE_MODEL, build, text_model
+from helpers import row
+from peft import LoraConfig
+
+import trl_vpo
+
+METHODS = {
+    "dpo": (trl_vpo.VisualDPOConfig, trl_vpo.VisualDPOTrainer),
+    "leanpo": (trl_vpo.LeanPOConfig, trl_vpo.LeanPOTrainer),
+    "rrpo": (trl_vpo.RRPOConfig, trl_vpo.RRPOTrainer),
+    "lpoi": (trl_vpo.LPOIConfig, trl_vpo.LPOITrainer),
+}
+TEXT_METHODS = ["dpo", "leanpo", "rrpo"]
+PAIRS = [  # responses of different lengths, so that every batch is ragged
+    ("a red square moves left.", "a blue circle moves left."),
+    ("a square.", "two red circles and a blue square move to the right."),
+    ("the red circle moves right and then left again.", "nothing."),
+    ("What is in the picture? a red square.", "a blue square."),
+    ("a blue circle moves right.", "a red circle moves right, and so does a square."),
+    ("left.", "right."),
+    ("it moves left, then right, then left.", "it moves."),
+    ("blue.", "a circle that is red."),
+]
+QUIET = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "max_steps": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+def text_rows(n=8, start=0):
+    pairs = [PAIRS[i % len(PAIRS)] for i in range(start, start + n)]
+    return [row(None, (), chosen, rejected, id=f"t{start + i}") for i, (chosen, rejected) in enumerate(pairs)]
+
+
+def image_rows(images, n=4, **more):
+    pairs = PAIRS[:n]
+    return [row("image", [images[i % len(images)]], c, r, id=f"i{i}", **more) for i, (c, r) in enumerate(pairs)]
+
+
+def lora(text=False, **more):
+    target = r".*\.(q|k|v|o|gate|up|down)_proj" if text else LANGUAGE_MODEL
+    return LoraConfig(**{"r": 4, "target_modules": target, **more})
+
+
+@functools.cache
+def _built(name):
+    torch.manual_seed(0)
+    return text_model() if name == "text" else build(name)
+
+
+def fresh(name="text"):
+    """(model, processor): a copy of the same random weights at every call."""
+    return copy.deepcopy(_built(name))
+
+
+def config(method, folder, **more):
+    return METHODS[method][0](str(folder), **{**QUIET, **more})
+
+
+def trainer_of(method, folder, rows=None, name="text", model=None, processor=None, peft="new", args=None, **more):
+    """A trainer of a tiny model. `more`: fields of the config, or arguments of the trainer where it knows them."""
+    if model is None:
+        model, made = fresh(name)
+        processor = processor or made
+    elif processor is None:
+        processor = fresh(name)[1]
+    init = {k: more.pop(k) for k in INIT if k in more}
+    if peft == "new":
+        init["peft_config"] = lora(text=name == "text")
+    data = Dataset.from_list(rows or text_rows()) if not hasattr(rows, "map") else rows
+    args = args or config(method, folder, **more)
+    return METHODS[method][1](model, args=args, train_dataset=data, processing_class=processor, **init)
+
+
+INIT = ("eval_dataset", "ref_model", "data_collator", "compute_metrics", "callbacks", "optimizers", "peft_config")
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def shake(model, seed=1, scale=0.05):
+    """Move the trainable weights (a new LoRA is the identity) so that policy and reference differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
+
+
+def gradients(trainer, loss):
+    params = trainable(trainer.model)
+    grads = torch.autograd.grad(loss, params.values(), allow_unused=True)
+    return {name: g for name, g in zip(params, grads) if g is not None}
+
+
+def assert_same_gradients(got, want, rtol=1e-5):
+    """Relative to the largest gradient of each tensor's kind: single entries may cancel to nothing."""
+    assert set(got) == set(want) and want
+    norm = torch.cat([g.flatten() for g in want.values()]).norm()
+    assert norm > 0
+    difference = torch.cat([(got[k] - want[k]).flatten() for k in want]).norm()
+    assert difference <= rtol * norm, f"gradients differ by {difference / norm:.1e} of their norm"
+
+
+def collated(trainer, n=None):
+    """The first n rows of the training set as one batch."""
+    n = n or len(trainer.train_dataset)
+    return trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(n)]))
+
+
+def slow_logits(model, trunk, branch):
+    """(T, V) logits that predict each token of a response: one sequence without padding, every logit."""
+    ids = torch.tensor([trunk.ids + branch.ids])
+    types = {k: torch.tensor([v + [0] * len(branch.ids)]) for k, v in trunk.types.items()}
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **trunk.media).logits
+    return logits[0, len(trunk.ids) - 1 : -1].float()
+
+
+def slow_logps(model, trunk, branch):
+    """(T,) log-probs of the tokens of a response."""
+    return slow_logits(model, trunk, branch).log_softmax(-1).gather(-1, torch.tensor(branch.ids)[:, None])[:, 0]
+
+
+def losses_of(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def padded(tensors):
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)

@@ -1,0 +1,96 @@
+"""How the base of the testbed is taught: supervised, from scratch, in the world of habits."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+from transformers import Qwen2VLForConditionalGeneration
+
+from trl_vpo.testbed import language, world
+from trl_vpo.testbed.tiny_vlm import CELL, WIDTH, build_model, build_processor, encode
+
+BATCH_SIZE = 16
+LEARNING_RATE = 1e-3
+CLIP_SHARE = 0.5  # of the training samples; the rest are scenes
+CAPTION_SHARE = 0.75  # of the training texts; the rest are questions
+
+
+class VisionProbe(torch.nn.Module):
+    """A linear reader of the vision tower, thrown away after training: what stands where each vision token looks?
+
+    It tells colour, shape and motion of the thing in a token's 14x14 pixels, always truthfully: pretraining of the
+    eye, beside which only the language is biased. Without it the shapes are not learned in ten times the time.
+    """
+
+    VALUES = (tuple(world.COLOURS), world.SHAPES, tuple(world.MOTIONS))
+
+    def __init__(self, model: Qwen2VLForConditionalGeneration):
+        super().__init__()
+        self.head = torch.nn.Linear(WIDTH, sum(map(len, self.VALUES)))
+        self.features: list[torch.Tensor] = []  # (tokens, WIDTH) of each call of the vision tower
+        model.model.visual.register_forward_hook(lambda _, __, output: self.features.append(output.pooler_output))
+
+    def loss(self, samples: list[world.Sample]) -> torch.Tensor:
+        """Cross-entropies of the batch that the model has just seen: its images first, then its videos."""
+        ordered = sorted(samples, key=lambda sample: sample.kind == "clip")
+        labels = torch.from_numpy(np.concatenate([self._labels(sample) for sample in ordered]))  # (tokens, 3)
+        logits = self.head(torch.cat(self.features)).split([len(values) for values in self.VALUES], dim=-1)
+        self.features.clear()
+        return sum(torch.nn.functional.cross_entropy(part, labels[:, k]) for k, part in enumerate(logits))
+
+    def _labels(self, sample: world.Sample) -> np.ndarray:
+        """(tokens, 3) indices of colour, shape and motion; -100 where a token sees no thing or the thing is still."""
+        frames = sample.frames if sample.kind == "clip" else sample.frames.repeat(2, axis=0)
+        steps, rows, columns = frames.shape[0] // 2, frames.shape[1] // CELL, frames.shape[2] // CELL
+        ink = frames.max(-1) > world.BACKGROUND_MAX
+        covered = ink.reshape(steps, 2, rows, CELL, columns, CELL).mean((1, 3, 5)) > 0.3  # (T / 2, H / 14, W / 14)
+        place = np.arange(columns) * len(sample.things) // columns  # which thing a column belongs to
+        labels = np.full((*covered.shape, 3), -100)
+        for number, thing in enumerate(sample.things):
+            facts = zip((thing.colour, thing.shape, thing.motion), self.VALUES)
+            labels[covered & (place == number)] = [vs.index(value) if value else -100 for value, vs in facts]
+        return labels.reshape(-1, 3)
+
+
+def training_item(things: tuple[world.Thing, ...], rng: np.random.Generator) -> language.Item:
+    """A caption (CAPTION_SHARE) or a question about one sample, written by someone who may not have looked."""
+    things = world.as_described(things, rng)
+    if rng.random() < CAPTION_SHARE:
+        return language.caption_item(things)
+    questions = [*language.open_items(things), *language.yes_no_pair(things, rng), *language.yes_no_pair(things, rng)]
+    return questions[rng.integers(len(questions))]
+
+
+def train_base(seed: int, steps: int, every: int = 200):
+    """Supervised training from scratch in the world of habits: AdamW, 50 warm-up steps, then a cosine to 5 %."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 1])
+    processor = build_processor()
+    model = build_model(processor).train()
+    probe = VisionProbe(model)
+    weights = [*model.parameters(), *probe.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+
+    def schedule(step: int) -> float:
+        return min(1.0, (step + 1) / 50) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    began, average = time.perf_counter(), None
+    for step in range(1, steps + 1):
+        kinds = ["clip" if rng.random() < CLIP_SHARE else "scene" for _ in range(BATCH_SIZE)]
+        samples = [world.draw_sample(kind, rng, habits=True) for kind in kinds]
+        items = [training_item(sample.things, rng) for sample in samples]
+        loss = model(**encode(processor, samples, items)).loss
+        (loss + probe.loss(samples)).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        average = loss.item() if average is None else 0.97 * average + 0.03 * loss.item()
+        if step % every == 0 or step == steps:
+            print(f"step {step}/{steps}  loss {average:.3f}  {time.perf_counter() - began:.0f} s", flush=True)
+    model.model.visual._forward_hooks.clear()
+    return model.eval(), processor

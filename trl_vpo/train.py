@@ -1,0 +1,156 @@
+"""The one entry point of training: the command line, `scripts/train.py` and the quickstart all come here.
+
+TRL's parser and conventions (see its scripts/dpo.py). Relative paths in a recipe start from the working directory.
+Nothing heavy is imported before a trainer is needed.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_vpo.recipe import RecipeParser
+    from trl_vpo.trainers.base import VisualPreferenceTrainer
+
+METHODS = {  # method: (config, trainer), names in `trl_vpo`
+    "dpo": ("VisualDPOConfig", "VisualDPOTrainer"),
+    "leanpo": ("LeanPOConfig", "LeanPOTrainer"),
+    "rrpo": ("RRPOConfig", "RRPOTrainer"),
+    "lpoi": ("LPOIConfig", "LPOITrainer"),
+}
+# Kept in full precision under 4-bit and 8-bit weights: they are small, and nothing in them is trained. Patterns as
+# transformers matches them; a bare "visual" would match nothing, module names begin with "model.".
+NOT_QUANTIZED = [
+    r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)",
+    "lm_head",
+]
+
+
+def make_parser(method: str, *, any_device: bool = False) -> RecipeParser:
+    """The parser of a method's recipes and options.
+
+    Raises:
+        RecipeError: there is no such method.
+    """
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+
+    import trl_vpo
+    from trl_vpo.recipe import RecipeError, RecipeParser, nearest
+
+    if method not in METHODS:
+        raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{nearest(method, METHODS)}")
+    config = getattr(trl_vpo, METHODS[method][0])
+    types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+    return RecipeParser(types, any_device=any_device, prog=f"trl-vpo train {method}")
+
+
+def parse(method: str, argv: list[str], *, any_device: bool = False) -> tuple:
+    """(script_args, training_args, model_args, dataset_args) of a recipe and options. Loads no model and no data.
+
+    Args:
+        method: a key of `METHODS`.
+        argv: `["--config", "recipe.yaml", "--learning_rate", "1e-6", ...]`.
+        any_device: parse also where the recipe could not run, such as a bf16 recipe without a GPU.
+
+    Raises:
+        RecipeError, ValueError: what is wrong, before anything is loaded.
+    """
+    return make_parser(method, any_device=any_device).parse(argv)
+
+
+def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
+    """Train with a method; save adapter (or model), processor, model card and `run.json` into `output_dir`.
+
+    Args:
+        method: dpo, leanpo, rrpo or lpoi.
+        argv: the options of `trl-vpo train METHOD`, such as `["--config", "recipe.yaml"]`.
+
+    Raises:
+        RecipeError, ValueError: the recipe cannot be used.
+        DatasetError, RowError: the data cannot be.
+        NonFiniteLossError: training diverged; nothing was saved after the last checkpoint.
+    """
+    parser = make_parser(method)
+    script_args, training_args, model_args, dataset_args = parser.parse(argv)
+    started = datetime.now(UTC)
+    trainer, rows = build_trainer(method, script_args, training_args, model_args, dataset_args)
+    resume = training_args.resume_from_checkpoint
+    result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.accelerator.print("Training completed.")
+    trainer.save_model(training_args.output_dir)  # with the processor
+    dataset_name = script_args.dataset_name or ", ".join(d.path for d in dataset_args.datasets)
+    trainer.create_model_card(model_name=training_args.hub_model_id, dataset_name=dataset_name)
+    if trainer.is_world_process_zero():
+        from trl_vpo.report.run_record import write_run_record
+
+        write_run_record(
+            trainer, method=method, recipe=parser.given, recipe_path=_config_path(argv), rows=rows,
+            metrics=result.metrics, started=started,
+        )  # fmt: skip
+    trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    trainer.end()
+    return trainer
+
+
+def build_trainer(method: str, script_args, training_args, model_args, dataset_args) -> tuple[Any, int | None]:
+    """The trainer of parsed arguments, and how many rows its train split has (None: streamed)."""
+    from trl import get_peft_config
+
+    import trl_vpo
+    from trl_vpo.data.sources import load_splits
+    from trl_vpo.recipe import RecipeError
+
+    if not model_args.model_name_or_path:
+        raise RecipeError("there is no model: set `model_name_or_path` to a Hub model or a folder.")
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    evaluate = training_args.eval_strategy != "no"
+    train, test = load_splits(script_args, dataset_args, evaluate=evaluate, seed=training_args.seed)
+    rows = len(train) if hasattr(train, "__len__") else None
+    trainer = getattr(trl_vpo, METHODS[method][1])(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=test,
+        quantization_config=quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if script_args.ignore_bias_buffers:
+        import torch
+
+        buffers = trainer.model.named_buffers()
+        trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
+    return trainer, rows
+
+
+def model_init_kwargs(training_args: Any, model_args: Any) -> dict[str, Any]:
+    """How the model is loaded, as TRL's scripts put it together; the recipe's own `model_init_kwargs` win."""
+    return {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+
+def quantization_config(model_args: Any) -> Any:
+    """TRL's quantization config, with vision tower, projector and head left in full precision."""
+    from trl import get_quantization_config
+
+    config = get_quantization_config(model_args)
+    if config is not None:
+        config.llm_int8_skip_modules = list(NOT_QUANTIZED)
+    return config
+
+
+def _config_path(argv: list[str]) -> str | None:
+    for arg, following in zip(argv, [*argv[1:], None]):
+        if arg == "--config":
+            return following
+        if arg.startswith("--config="):
+            return arg.removeprefix("--config=")
+    return None
