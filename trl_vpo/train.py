@@ -85,7 +85,7 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
         from trl_vpo.report.run_record import write_run_record
 
         write_run_record(
-            trainer, method=method, recipe=parser.given, recipe_path=_config_path(argv), rows=rows,
+            trainer, method=method, recipe=parser.given, recipe_path=config_path(argv), rows=rows,
             metrics=result.metrics, started=started,
         )  # fmt: skip
     trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
@@ -147,7 +147,8 @@ def quantization_config(model_args: Any) -> Any:
     return config
 
 
-def _config_path(argv: list[str]) -> str | None:
+def config_path(argv: list[str]) -> str | None:
+    """The recipe that options name, or None."""
     for arg, following in zip(argv, [*argv[1:], None]):
         if arg == "--config":
             return following

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from trl_vpo.data.masking import check_box
 from trl_vpo.data.media import MediaError, check_image, check_video, load_image, load_video
-from trl_vpo.data.rows import COLUMNS, ROW_INDEX, Row, RowError, read_row
+from trl_vpo.data.rows import COLUMNS, ROW_INDEX, Row, RowError, check_accepted, read_row
 
 THREADS = 8  # opening files waits for disks more than for the processor
 SHOWN = 5
@@ -30,7 +30,7 @@ class Problem:
 
 
 def prepare_dataset(
-    dataset: Dataset | IterableDataset, args: Any, *, name: str, is_vlm: bool, phrases: bool, image_list: bool
+    dataset: Dataset | IterableDataset, args: Any, *, name: str, processing_class: Any, phrases: bool, image_list: bool
 ) -> Dataset | IterableDataset:
     """Number the rows of a dataset and check them; leave out rows with bad media if `args.on_bad_media` is "skip".
 
@@ -39,7 +39,7 @@ def prepare_dataset(
     Raises:
         RowError: rows cannot be trained on. Names up to five of them and says how many there are.
     """
-    check = partial(check_row, args=args, is_vlm=is_vlm, phrases=phrases, image_list=image_list)
+    check = partial(check_row, args=args, processing_class=processing_class, phrases=phrases, image_list=image_list)
     if isinstance(dataset, IterableDataset):
         if args.on_bad_media == "skip":
             raise ValueError("on_bad_media='skip' needs a dataset that can be read up front, not an IterableDataset.")
@@ -69,16 +69,12 @@ def check_rows(dataset: Dataset, check: Callable[[dict], Problem | None], desc: 
         return [problem for problem in found if problem is not None]
 
 
-def check_row(example: dict, *, args: Any, is_vlm: bool, phrases: bool, image_list: bool) -> Problem | None:
+def check_row(example: dict, *, args: Any, processing_class: Any, phrases: bool, image_list: bool) -> Problem | None:
     """The first problem of a row, or None. `args` says how videos are sampled and how closely media are looked at."""
     index = example[ROW_INDEX]
     try:
         row = read_row(example, phrases=phrases, image_list=image_list)
-        if not is_vlm and (row.images or row.videos):
-            raise RowError(
-                f"{row.name}: has images or videos, but the processing class is a tokenizer of a text model. Train a "
-                "vision-language model with its processor, or drop the media columns."
-            )
+        check_accepted(row, processing_class)
     except RowError as error:
         return Problem(index, str(error), media=False)
     try:

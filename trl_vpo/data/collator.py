@@ -10,7 +10,7 @@ from transformers.video_utils import VideoMetadata
 from trl_vpo.data.masking import check_box, masked_image_list
 from trl_vpo.data.media import Clip, MediaError, VideoOptions, load_image, load_video
 from trl_vpo.data.phrases import PhraseError, spans_to_token_mask
-from trl_vpo.data.rows import Row, RowError, read_row, response_text
+from trl_vpo.data.rows import Row, RowError, check_accepted, read_row, response_text
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 
 SIDES = ("chosen", "rejected")
@@ -61,11 +61,7 @@ class PreferenceCollator:
     def encode(self, example: dict) -> Tree:
         """One row as a tree: trunk of each image list item, branches chosen, rejected, chosen on images 2 to N."""
         row = read_row(example, phrases=self.phrases, image_list=self.num_images is not None)
-        if not self.is_vlm and (row.images or row.videos):
-            raise RowError(
-                f"{row.name}: has images or videos, but {type(self.processing_class).__name__} is a tokenizer of a "
-                "text model. Train a vision-language model with its processor, or drop the media columns."
-            )
+        check_accepted(row, self.processing_class)
         try:
             trunks, branches = self._tokenize(row)
         except (RowError, MediaError, PhraseError) as error:

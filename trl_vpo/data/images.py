@@ -31,6 +31,7 @@ _PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
 
 
@@ -97,6 +98,32 @@ def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Pa
     except (OSError, ValueError, RuntimeError) as error:  # no permission, a NUL in the path, a loop of links
         raise MediaError(f"{name} cannot be reached ({error}): check the path and its permissions.") from error
     return full
+
+
+def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path] | None:
+    """The images of a folder, in the order of the numbers in their names; None if ``source`` names no folder.
+
+    Raises :class:`MediaError` for a folder outside of ``media_root`` or without images.
+    """
+    if not isinstance(source, (str, Path)) or (_URL.match(str(source)) and not str(source).startswith("file:")):
+        return None
+    name = describe(source)
+    folder = Path(media_root or ".") / _strip_url(str(source), name)
+    try:
+        if not folder.is_dir():
+            return None
+    except (OSError, ValueError):  # a name that no file system takes: `resolve_path` says so
+        return None
+    if media_root is not None and not folder.resolve().is_relative_to(Path(media_root).resolve()):
+        raise MediaError(f"{name} lies outside of media_root {media_root}: move the folder into it.")
+    frames = [path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES]
+    if not frames:
+        raise MediaError(f"{name} is a folder without images: name a video file, or a folder that holds its frames.")
+    return sorted((path.resolve() for path in frames), key=_by_number)
+
+
+def _by_number(path: Path) -> list:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _strip_url(text: str, name: str) -> str:

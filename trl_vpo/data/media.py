@@ -2,7 +2,8 @@
 
 A video is a path, a ``file://`` URL, bytes, a dict (``datasets.Video(decode=False)``: ``path``/``bytes``; or ``video``
 in the place of ``path``; options for this one video may stand beside them), a torchcodec decoder
-(``datasets.Video()``), a list of frames (each anything that :func:`load_image` takes), or a uint8 array (T, H, W, 3).
+(``datasets.Video()``), a list of frames (each anything that :func:`load_image` takes), a folder of frames (images in
+the order of the numbers in their names), or a uint8 array (T, H, W, 3).
 
 A list or an array has no clock. Its frames are taken to be ``1 / frames_fps`` seconds apart, where ``frames_fps`` is a
 key of the dict form ``{"video": [...], "frames_fps": 4}``; without it they count as already sampled: at
@@ -23,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from trl_vpo.data.decode import decode
-from trl_vpo.data.images import MediaError, check_image, describe, load_image, read_source, shrink
+from trl_vpo.data.images import MediaError, check_image, describe, frame_folder, load_image, read_source, shrink
 from trl_vpo.data.video import probe, scan
 
 __all__ = [
@@ -130,6 +131,7 @@ def load_video(source: Any, options: VideoOptions, *, media_root: str | Path | N
     """
     name = describe(source)
     source, options, frames_fps = _unpack(source, options, name)
+    source = frame_folder(source, media_root) or source
     if _is_file(source):
         data = read_source(source, media_root)
         table = scan(data, name)
@@ -152,6 +154,7 @@ def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | 
     """
     name = describe(source)
     source, options, frames_fps = _unpack(source, options, name)
+    source = frame_folder(source, media_root) or source
     if _is_file(source):
         _check_start(options, probe(read_source(source, media_root), name), name)
         return

@@ -99,7 +99,7 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            images=_media(example, "images", "image"),
+            images=_media(example, "images", "image") or list(example.get("image_list") or [])[:1],
             videos=_media(example, "videos", "video"),
             template_kwargs=_template_kwargs(example),
         )
@@ -112,6 +112,27 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
     except (RowError, PhraseError) as error:
         raise RowError(f"{name}: {error}") from error
     return row
+
+
+def check_accepted(row: Row, processing_class: Any) -> None:
+    """Refuse media that the model cannot see: some processors would drop them without a word.
+
+    Raises:
+        RowError: images or videos that the processing class has no processor for.
+    """
+    name = type(processing_class).__name__
+    for kind, items in (("image", row.images), ("video", row.videos)):
+        if not items or getattr(processing_class, f"{kind}_processor", None) is not None:
+            continue
+        if getattr(processing_class, "tokenizer", None) is None:
+            raise RowError(
+                f"{row.name}: has {kind}s, but {name} is a tokenizer of a text model. Train a vision-language model "
+                "with its processor, or drop the media columns."
+            )
+        raise RowError(
+            f"{row.name}: has {kind}s, but {name} takes none. Choose a model that sees {kind}s (the README has a "
+            "table), or leave these rows out."
+        )
 
 
 def _texts(example: dict) -> tuple:
@@ -208,7 +229,7 @@ def _typed(content: Any, role: str) -> list[dict]:
             raise RowError(f"a message part is {part!r}; it needs a `type` of text, image or video.")
         if part["type"] in ("image", "video") and set(part) - {"type"}:
             raise RowError(
-                f"the prompt carries a {part['type']} inside its message. Put the source into the "
+                f"the prompt carries media inside its message ({part['type']}). Put the source into the "
                 f'`{part["type"]}s` column and leave {{"type": "{part["type"]}"}} in the prompt.'
             )
     return [dict(part) for part in content]
@@ -283,8 +304,6 @@ def _find_image_list(row: Row, example: dict) -> None:
     if listed is not None:
         if len(listed) < 2:
             raise RowError(f"`image_list` has {len(listed)} image(s); a ranking needs at least two.")
-        if not row.images:  # the first of the list is the clean image
-            raise RowError("has an `image_list` but no `images`. Put the list's first image into `images` too.")
         row.image_list = list(listed)
     elif box is not None:
         row.critical_box = list(box)

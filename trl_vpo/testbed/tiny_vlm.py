@@ -227,10 +227,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and processor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     from trl_vpo.testbed.pretraining import train_base
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     model, processor = train_base(args.seed, args.steps)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)

@@ -185,7 +185,7 @@ class VisualPreferenceTrainer(DPOTrainer):
             dataset,
             args,
             name=dataset_name,
-            is_vlm=isinstance(processing_class, ProcessorMixin),
+            processing_class=processing_class,
             phrases=self.needs_phrases,
             image_list=self.needs_image_list,
         )
@@ -223,7 +223,6 @@ class VisualPreferenceTrainer(DPOTrainer):
             model(**layout.inputs, score=_request(layout, batch, states, head))
             for layout, states in zip(layouts, hidden)
         ]
-        self._new_tokens += sum(int(layout.inputs["attention_mask"].sum()) for layout in layouts)
         order = torch.cat([layout.branches for layout in layouts]).argsort()
 
         def gather(name: str) -> Tensor | None:
@@ -241,7 +240,6 @@ class VisualPreferenceTrainer(DPOTrainer):
     @torch.no_grad()
     def reference_scores(self, batch: dict) -> Scores:
         """The reference's scores of a batch: `ref_model`, the frozen copy of a given adapter, or the base model."""
-        tokens = self._new_tokens
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.ref_model is not None:
                 scores = self.concatenated_forward(self.ref_model, batch)
@@ -253,7 +251,6 @@ class VisualPreferenceTrainer(DPOTrainer):
                     scores.head = lm_head(policy.get_base_model())
             else:
                 raise ValueError(f"{self._name} was built without a reference; there is nothing to compare with.")
-        self._new_tokens = tokens  # the reference's tokens are not trained on
         return scores
 
     # --- loss -----------------------------------------------------------------------------------------------------
@@ -278,6 +275,8 @@ class VisualPreferenceTrainer(DPOTrainer):
         if not torch.isfinite(out.losses).all():
             self._report_non_finite(out.losses, inputs["names"])
         self._record(scores, reference, out, inputs)
+        if self.model.training:
+            self._new_tokens += _tokens(inputs)
         loss = out.losses.mean()
         return (loss, scores) if return_outputs else loss
 
@@ -300,8 +299,7 @@ class VisualPreferenceTrainer(DPOTrainer):
 
     def floating_point_ops(self, inputs):
         """6 operations per parameter and token, as transformers estimates them; both branches of a pair count."""
-        prompts = inputs["trunk_mask"].sum(-1)[inputs["branch_trunk"]].sum()
-        return 6 * self._parameters * int(prompts + inputs["branch_mask"].sum())
+        return 6 * self._parameters * _tokens(inputs)
 
     # --- metrics --------------------------------------------------------------------------------------------------
 
@@ -361,10 +359,10 @@ class VisualPreferenceTrainer(DPOTrainer):
             for key, (value, weight) in rank["sums"].items():
                 totals[key] = [totals[key][0] + value, totals[key][1] + weight]
         self._metrics[mode] = {k: [value / weight] for k, (value, weight) in totals.items() if weight}
-        if mode == "train":
-            self._total_train_tokens += sum(rank["tokens"] for rank in ranks)
+        self._total_train_tokens += sum(rank["tokens"] for rank in ranks)
         self._new_tokens = 0
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if totals:  # the summary at the end of training has none
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         self._totals[mode].clear()
         super().log(logs, start_time)
 
@@ -385,6 +383,12 @@ def _request(layout: Layout, batch: dict, ref_hidden: Tensor | None, ref_head: A
         ref_head=ref_head,
         kl_rows=torch.isin(layout.branches, batch["chosen"]),
     )
+
+
+def _tokens(batch: dict) -> int:
+    """Tokens that a batch sends through the model: every branch counts with its own copy of the prompt."""
+    prompts = batch["trunk_mask"].sum(-1)[batch["branch_trunk"]].sum()
+    return int(prompts + batch["branch_mask"].sum())
 
 
 def _weighted(pairs: dict, ones: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,5 +1,6 @@
 """The model card of a trained adapter or model."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from trl.trainer.utils import get_config_model_id
 
 import trl_vpo
+from trl_vpo.trainers.config import VisualPreferenceConfig
 
 CARD = """\
 # {name}
@@ -113,15 +115,15 @@ def _snippet(trainer: Any, name: str, base: str, peft: bool) -> str:
         name=name,
         medium=medium,
         file="clip.mp4" if medium == "video" else "photo.jpg",
-        video_kwargs=f", num_frames={trainer.args.num_frames}" if medium == "video" else "",
+        video_kwargs=_sampling(trainer.args) if medium == "video" else "",
     )
 
 
+def _sampling(args: Any) -> str:
+    return f", fps={args.fps}" if args.fps is not None else f", num_frames={args.num_frames}"
+
+
 def _settings(trainer: Any) -> str:
-    from dataclasses import fields
-
-    from trl_vpo.trainers.config import VisualPreferenceConfig
-
     common = {f.name for f in fields(VisualPreferenceConfig)}
     own = [f.name for f in fields(trainer.args) if f.name not in common]
     return "\n".join(f"| `{name}` | {getattr(trainer.args, name)} |" for name in (*SETTINGS, *own))

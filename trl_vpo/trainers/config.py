@@ -28,7 +28,7 @@ class VisualPreferenceConfig(DPOConfig):
     """[`trl.DPOConfig`] plus how images and videos are read.
 
     Parameters:
-        num_frames (`int`, defaults to 16): frames sampled uniformly from each video. Not used when `fps` is given.
+        num_frames (`int`, *optional*): frames sampled uniformly from each video; 16 when `fps` is not given either.
         fps (`float`, *optional*): sample this many frames a second instead, at most `max_frames`.
         max_frames (`int`, defaults to 64): upper bound on the frames of a video when `fps` is given.
         max_pixels (`int`, *optional*): larger images and frames are scaled down to this many pixels (width * height).
@@ -45,7 +45,9 @@ class VisualPreferenceConfig(DPOConfig):
     max_length: int | None = field(
         default=None, metadata={"help": "A longer row is an error; nothing is ever truncated. Default: no limit."}
     )
-    num_frames: int = field(default=16, metadata={"help": "Frames sampled uniformly from each video."})
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Frames sampled uniformly from each video; 16 unless `fps` is given."}
+    )
     fps: float | None = field(
         default=None, metadata={"help": "Sample this many frames a second instead of `num_frames`."}
     )
@@ -83,7 +85,7 @@ class VisualPreferenceConfig(DPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
         if self.on_bad_media == "skip":
             self.check_media = "decode"  # rows can only be left out up front if every file was read
-        self.video_options()  # says what is wrong with the sampling, before anything is loaded
+        self.num_frames = self.video_options().num_frames  # also says what is wrong, before anything is loaded
 
     def _refuse_unused_knobs(self) -> None:
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in _TRL_FIELDS}
@@ -101,7 +103,7 @@ class VisualPreferenceConfig(DPOConfig):
             ValueError: the options contradict each other.
         """
         return VideoOptions(
-            num_frames=None if self.fps is not None else self.num_frames,
+            num_frames=self.num_frames,
             fps=self.fps,
             max_frames=self.max_frames,
             max_pixels=self.max_pixels,

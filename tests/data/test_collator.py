@@ -1,0 +1,236 @@
+"""Rows -> tree batch, against literal tokens and against the processor's own output."""
+
+import numpy as np
+import pytest
+import torch
+from families import build, text_model, tokenizer
+from helpers import message, row, write_clip, write_image
+
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.masking import masked_image_list
+from trl_vpo.data.media import VideoOptions, load_image, load_video
+from trl_vpo.data.rows import RowError
+from trl_vpo.forward.tree import separate
+
+EIGHT = VideoOptions(num_frames=8)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return build("Qwen2.5-VL")[1]
+
+
+@pytest.fixture
+def clip(tmp_path):
+    return write_clip(tmp_path / "a.mp4", frames=20)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    return write_image(tmp_path / "a.png", (100, 60))
+
+
+def text_of(processor, ids):
+    return processor.tokenizer.decode(ids)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------
+
+
+def test_literal_tensors_of_a_text_batch():
+    tok = text_model()[1]
+    batch = PreferenceCollator(tok)([row(None, chosen="red", rejected="a red square"), row(None)])
+    start = tok("<|im_start|>user\nWhat is in the picture?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert batch["trunk_ids"].tolist() == [start, start]
+    answers = ["red", "a red square", "a red square moves left.", "a blue circle moves left."]
+    ids = [tok(f"{a}<|im_end|>\n")["input_ids"] for a in answers]
+    width = max(map(len, ids))
+    assert batch["branch_ids"].tolist() == [i + [tok.pad_token_id] * (width - len(i)) for i in ids]
+    assert batch["branch_mask"].tolist() == [[True] * len(i) + [False] * (width - len(i)) for i in ids]
+    assert batch["branch_trunk"].tolist() == [0, 0, 1, 1]
+    assert (batch["chosen"].tolist(), batch["rejected"].tolist()) == ([0, 2], [1, 3])
+    assert "phrase_mask" not in batch and "image_branches" not in batch
+    assert next(iter(batch.values())).shape[0] == 2  # the batch size that accelerate reads off
+
+
+def test_strings_get_an_end_of_sequence_token():
+    tok = text_model()[1]
+    tree = PreferenceCollator(tok).encode({"prompt": "user", "chosen": " red", "rejected": " blue<|im_end|>"})
+    assert text_of_tok(tok, tree.branches[0]) == " red<|im_end|>"
+    assert text_of_tok(tok, tree.branches[1]) == " blue<|im_end|>"
+
+
+def text_of_tok(tok, branch):
+    return tok.decode(branch.ids)
+
+
+def test_tokens_that_merge_across_the_prompts_end_belong_to_the_response():
+    tok = tokenizer(corpus=["ab abc abcd"] * 50, vocab_size=300)
+    assert len(tok(" abc")["input_ids"]) == len(tok(" abcd")["input_ids"]) == 1  # " ab" + "c" is one token
+    tree = PreferenceCollator(tok).encode({"prompt": "abc ab", "chosen": "c", "rejected": "cd"})
+    whole = tree.trunks[0].ids + tree.branches[0].ids
+    assert whole == tok("abc abc<|im_end|>")["input_ids"]
+    assert tree.trunks[0].ids == tok("abc")["input_ids"]
+    assert tree.trunks[0].ids + tree.branches[1].ids == tok("abc abcd<|im_end|>")["input_ids"]
+
+
+def test_a_bos_token_is_added_as_in_generation():
+    processor = build("LLaVA-1.5")[1]
+    bos = tokenizer(["<image>", "<s>"])
+    bos.bos_token = "<s>"
+    bos.add_bos_token = True
+    plain = PreferenceCollator(processor).encode(row(None)).trunks[0].ids
+    want = processor.apply_chat_template(message("user", "What is in the picture?"), add_generation_prompt=True, tokenize=True)
+    assert plain == torch.as_tensor(want["input_ids"] if not isinstance(want, list) else want).flatten().tolist()
+
+
+def test_phrases_are_marked_on_their_tokens(qwen):
+    batch = PreferenceCollator(qwen, phrases=True)([row(None)])
+    ids, mask = batch["branch_ids"], batch["phrase_mask"]
+    assert text_of(qwen, ids[0][mask[0]]) == " red square" and text_of(qwen, ids[1][mask[1]]) == " blue circle"
+    assert not (mask & ~batch["branch_mask"]).any()
+
+
+def test_phrases_of_a_response_that_the_template_strips(qwen):
+    template = qwen.chat_template
+    try:
+        qwen.chat_template = template.replace("{{ c['text'] }}", "{{ c['text'] | trim }}")
+        tree = PreferenceCollator(qwen, phrases=True).encode(row(None, chosen="  a red car ", rejected="a blue car"))
+    finally:
+        qwen.chat_template = template
+    branch = tree.branches[0]
+    assert text_of(qwen, [i for i, on in zip(branch.ids, branch.phrases) if on]) == " red"
+
+
+def test_tags_never_reach_the_model(qwen):
+    tree = PreferenceCollator(qwen, phrases=True).encode(
+        row(None, chosen="a <MASK>red</MASK> car", rejected="a <MASK>blue</MASK> car")
+    )
+    assert text_of(qwen, tree.branches[0].ids) == "a red car<|im_end|>\n"
+
+
+# --- media --------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_reaches_the_processor_with_its_real_times(qwen, clip):
+    tree = PreferenceCollator(qwen, video=EIGHT).encode(row("video", [clip]))
+    media = tree.trunks[0].media
+    frames = load_video(clip, EIGHT)
+    want = qwen.video_processor(videos=[frames.frames], do_sample_frames=False, return_tensors="pt")
+    assert torch.equal(media["pixel_values_videos"], want["pixel_values_videos"])
+    # 8 of 20 frames at 10 fps: 8 / 20 * 10 = 4 frames a second, two frames to a grid step
+    assert media["second_per_grid_ts"].tolist() == pytest.approx([2 / 4])
+
+
+def test_a_window_of_a_clip_has_its_own_rate(qwen, clip):
+    half = VideoOptions(num_frames=8, video_end=0.95)
+    media = PreferenceCollator(qwen, video=half).encode(row("video", [clip])).trunks[0].media
+    assert media["second_per_grid_ts"].tolist() == pytest.approx([2 / 8])  # 8 of 10 frames at 10 fps
+
+
+def test_qwen3_timestamps_are_the_clips(clip):
+    processor = build("Qwen3-VL")[1]
+    tree = PreferenceCollator(processor, video=VideoOptions(num_frames=4)).encode(row("video", [clip]))
+    text = text_of(processor, tree.trunks[0].ids)
+    times = load_video(clip, VideoOptions(num_frames=4)).timestamps
+    pairs = [(times[0] + times[1]) / 2, (times[2] + times[3]) / 2]
+    assert [f"<{t:.1f} seconds>" in text for t in pairs] == [True, True]
+
+
+def test_images_are_scaled_to_max_pixels(qwen, picture):
+    small = PreferenceCollator(qwen, max_pixels=30 * 50).encode(row("image", [picture])).trunks[0].media
+    want = qwen.image_processor(images=[load_image(picture, max_pixels=1500)], return_tensors="pt")
+    assert torch.equal(small["pixel_values"], want["pixel_values"])
+
+
+def test_every_source_of_an_image_gives_the_same_tensor(qwen, picture):
+    image = load_image(picture)
+    with open(picture, "rb") as file:
+        data = file.read()
+    sources = [picture, f"file://{picture}", data, image, {"path": None, "bytes": data}, np.asarray(image)]
+    tensors = [PreferenceCollator(qwen).encode(row("image", [s])).trunks[0].media["pixel_values"] for s in sources]
+    assert all(torch.equal(tensors[0], t) for t in tensors[1:])
+
+
+def test_lpoi_draws_its_list_and_repeats_the_chosen_response(qwen, picture):
+    collator = PreferenceCollator(qwen, num_images=4)
+    box = [10, 20, 60, 50]
+    batch = collator([row("image", [picture], critical_box=box), row("image", [], image_list=[picture, picture])
+                      | {"prompt": message("user", "<image>", "What?")}])
+    assert batch["image_branches"].tolist() == [[0, 2, 3, 4], [5, 7, -1, -1]]
+    assert batch["branch_trunk"].tolist() == [0, 0, 1, 2, 3, 4, 4, 5]
+    ids = batch["branch_ids"]
+    assert all(torch.equal(ids[0], ids[k]) for k in (2, 3, 4)) and not torch.equal(ids[0], ids[1])
+    for k, item in enumerate(masked_image_list(load_image(picture), box, 4)):
+        want = qwen.image_processor(images=[item], return_tensors="pt")["pixel_values"]
+        assert torch.equal(batch["media"][k]["pixel_values"], want)
+
+
+def test_separate_sequences_read_as_prompt_then_response(qwen, clip):
+    batch = PreferenceCollator(qwen, video=EIGHT)([row("video", [clip]), row(None, chosen="yes", rejected="no, never")])
+    (layout,) = separate(batch, pad_token_id=qwen.tokenizer.pad_token_id, pad_to_multiple_of=32)
+    ids, mask = layout.inputs["input_ids"], layout.inputs["attention_mask"]
+    assert ids.size(1) % 32 == 0
+    for s, (trunk, branch) in enumerate(zip(batch["branch_trunk"], batch["branch_ids"])):
+        prompt = batch["trunk_ids"][trunk][batch["trunk_mask"][trunk]]
+        response = branch[batch["branch_mask"][s]]
+        assert ids[s][mask[s].bool()].tolist() == torch.cat([prompt, response]).tolist()
+        assert (ids[s][~mask[s].bool()] == qwen.tokenizer.pad_token_id).all()
+        read = layout.positions[s][layout.mask[s]] + 1  # the next column holds the token that is predicted
+        assert ids[s][read].tolist() == response.tolist()
+    assert layout.inputs["video_grid_thw"].size(0) == 2  # the clip stands in both sequences of its pair
+    types = layout.inputs["mm_token_type_ids"]
+    assert types[0].sum() > 0 and types[2].sum() == 0
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_row_over_max_length_is_an_error_with_its_count(qwen, clip):
+    tree = PreferenceCollator(qwen, video=EIGHT).encode(row("video", [clip]))
+    prompt, longest = len(tree.trunks[0].ids), max(len(b.ids) for b in tree.branches)
+    fits = PreferenceCollator(qwen, video=EIGHT, max_length=prompt + longest)
+    assert len(fits.encode(row("video", [clip])).trunks[0].ids) == prompt
+    tight = PreferenceCollator(qwen, video=EIGHT, max_length=prompt + longest - 1)
+    with pytest.raises(RowError, match=rf"row 5: {prompt} prompt tokens and {longest} response tokens are more than"):
+        tight.encode(row("video", [clip]) | {"row_index": 5})
+
+
+def test_visual_rows_need_a_processor(picture):
+    with pytest.raises(RowError, match="is a tokenizer of a text model"):
+        PreferenceCollator(text_model()[1]).encode(row("image", [picture]))
+
+
+def test_bad_media_name_the_row_and_the_file(qwen, tmp_path):
+    path = tmp_path / "broken.mp4"
+    path.write_bytes(b"not a video" * 100)
+    with pytest.raises(RowError, match=r"row 2 \(id 'v'\): .*broken\.mp4"):
+        PreferenceCollator(qwen).encode(row("video", [str(path)], id="v") | {"row_index": 2})
+
+
+def test_a_box_outside_the_image_is_refused(qwen, picture):
+    with pytest.raises(RowError, match="row 1: .*100"):
+        PreferenceCollator(qwen, num_images=3).encode(
+            row("image", [picture], critical_box=[50, 10, 130, 40]) | {"row_index": 1}
+        )
+
+
+def test_string_prompts_must_carry_the_models_own_placeholder(qwen, picture):
+    example = {"prompt": "What is it?", "chosen": "A", "rejected": "B", "images": [picture]}
+    with pytest.raises(RowError, match=r"0 image placeholder\(s\) \('<\|image_pad\|>'\), but the row has 1"):
+        PreferenceCollator(qwen).encode(example)
+    example["prompt"] = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
+    assert "pixel_values" in PreferenceCollator(qwen).encode(example).trunks[0].media
+
+
+def test_a_video_for_a_family_without_videos_is_refused(clip):
+    processor = build("LLaVA-1.5")[1]
+    with pytest.raises(RowError, match="row 0: has videos, but LlavaProcessor takes none"):
+        PreferenceCollator(processor).encode(row("video", [clip]) | {"row_index": 0})
+
+
+def test_messages_need_a_chat_template():
+    tok = text_model()[1]
+    tok.chat_template = None
+    with pytest.raises(RowError, match="has no chat template"):
+        PreferenceCollator(tok).encode(row(None))

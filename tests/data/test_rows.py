@@ -1,0 +1,110 @@
+"""The row contract: what is accepted in which shapes, and what every broken row is told."""
+
+import pytest
+from helpers import message, row
+
+from trl_vpo.data.rows import RowError, place_media, read_row, response_text, row_name
+
+
+def kinds(messages):
+    return [[part["type"] for part in m["content"]] for m in messages]
+
+
+def test_names_tell_position_id_and_source():
+    assert row_name({"row_index": 7, "id": "a1", "source": "webvid"}) == "row 7 (id 'a1', source 'webvid')"
+    assert row_name({"id": None}, 3) == "row 3"
+
+
+def test_media_go_before_the_first_user_message_of_plain_strings():
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]
+    placed = place_media(prompt, images=2, videos=1)
+    assert kinds(placed) == [["text"], ["image", "image", "video", "text"]]
+    assert placed[1]["content"][3] == {"type": "text", "text": "What is it?"}
+    assert prompt[1]["content"] == "What is it?"  # the caller's row is untouched
+
+
+def test_markers_become_placeholders_where_they_stand():
+    prompt = [{"role": "user", "content": "Compare <image>\nwith <image> please."}]
+    content = place_media(prompt, images=2, videos=0)[0]["content"]
+    assert [p.get("text", p["type"]) for p in content] == ["Compare ", "image", "with ", "image", " please."]
+
+
+def test_the_order_of_placeholders_of_both_kinds_is_kept():
+    prompt = [{"role": "user", "content": "<video>\nand <image>"}]
+    assert kinds(place_media(prompt, images=1, videos=1)) == [["video", "text", "image"]]
+
+
+def test_none_keys_that_arrow_adds_are_dropped():
+    example = row("image", ["a.png"])
+    example["prompt"][0]["content"][0]["text"] = None
+    example["prompt"][0]["content"][1]["image"] = None
+    example["prompt"][0]["tool_calls"] = None
+    prompt = read_row(example).prompt
+    assert prompt == [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}
+    ]
+
+
+def test_an_implicit_prompt_is_found():
+    turn = message("user", "What is it?")
+    example = {"chosen": turn + message("assistant", "A cat."), "rejected": turn + message("assistant", "A dog.")}
+    made = read_row(example)
+    assert made.prompt == turn and response_text(made.chosen) == "A cat."
+
+
+def test_singular_columns_and_strings():
+    made = read_row({"prompt": "<image> What?", "chosen": "A", "rejected": "B", "image": "a.png", "video": None})
+    assert made.images == ["a.png"] and made.videos == [] and made.prompt == "<image> What?"
+
+
+def test_phrases_come_from_offsets_tags_or_the_diff():
+    made = read_row(row(None, chosen="a <MASK>red</MASK> car", rejected="a <MASK>blue</MASK> car"), phrases=True)
+    assert response_text(made.chosen) == "a red car" and made.chosen_phrases == [(2, 5)]
+    made = read_row(row(None, chosen="a red car", rejected="a blue car", chosen_phrases=[[6, 9]]), phrases=True)
+    assert made.chosen_phrases == [(6, 9)]
+    made = read_row(row(None, chosen="a red car", rejected="a blue car"), phrases=True)
+    assert (made.chosen_phrases, made.rejected_phrases) == ([(2, 5)], [(2, 6)])
+
+
+def test_an_image_list_brings_its_first_image():
+    made = read_row(row("image", [], image_list=["a.png", "b.png"]) | {"prompt": message("user", "<image>", "What?")}, image_list=True)
+    assert made.images == ["a.png"] and made.image_list == ["a.png", "b.png"]
+
+
+TWO = message("user", "<video>", "<video>", "Compare.")
+BROKEN = [
+    (row("video", ["a.mp4"]) | {"prompt": TWO}, {}, r"2 video placeholder\(s\), but the row has 1 video"),
+    (row("video", ["a.mp4"]) | {"prompt": message("user", "What?")}, {}, r"0 video placeholder\(s\), but the row has 1"),
+    (row(None) | {"prompt": message("user", "<image>", "What?")}, {}, r"1 image placeholder\(s\), but the row has 0"),
+    (row(None) | {"prompt": [{"role": "user", "content": "<image>What?"}]}, {}, "1 image placeholder"),
+    (row(None, rejected="a red square moves left."), {}, "chosen and rejected are identical"),
+    (row(None, chosen=" "), {}, "the chosen response is empty"),
+    (row(None, rejected=""), {}, "the rejected response is empty"),
+    (row(None) | {"prompt": []}, {}, "has an empty prompt"),
+    (row(None) | {"rejected": None}, {}, "has no `rejected`"),
+    (row(None) | {"prompt": "What?"}, {}, "mixes strings and message lists"),
+    (row(None) | {"chosen": message("user", "hm")}, {}, "a message that is not the assistant's"),
+    (row("image", ["a.png"]) | {"image": "b.png"}, {}, "both `images` and `image`"),
+    (row("image", ["a.png"]) | {"images": "a.png"}, {}, "`images` must be a list, got str"),
+    (row("image", ["a.png"]) | {"images": ["a.png", None]}, {}, r"nothing at position \[1\]"),
+    (
+        row(None) | {"prompt": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
+        {},
+        "carries media inside its message",
+    ),
+    (row(None, chosen_phrases=[[0, 99]]), {"phrases": True}, "phrase"),
+    (row(None, chosen_phrases=[[0, 3], [2, 5]]), {"phrases": True}, "overlap"),
+    (row(None, chosen_phrases=[], rejected_phrases=[]), {"phrases": True}, "phrase"),
+    (row(None, chosen="a red car", rejected="a  red car"), {"phrases": True}, "phrase"),
+    (row("image", ["a.png"]), {"image_list": True}, "needs a `critical_box`"),
+    (row("image", ["a.png"], image_list=["a.png"]), {"image_list": True}, r"1 image\(s\); a ranking needs at least two"),
+    (row("video", ["a.mp4"], critical_box=[0, 0, 1, 1]), {"image_list": True}, "LPOI ranks images"),
+    (row("image", ["a.png", "b.png"], critical_box=[0, 0, 1, 1]), {"image_list": True}, "exactly one image"),
+]
+
+
+@pytest.mark.parametrize(("example", "needs", "says"), BROKEN, ids=[says[:40] for *_, says in BROKEN])
+def test_a_broken_row_is_refused_by_name(example, needs, says):
+    with pytest.raises(RowError, match=says) as caught:
+        read_row(example | {"row_index": 3, "id": "x9"}, **needs)
+    assert str(caught.value).startswith("row 3 (id 'x9'): ")

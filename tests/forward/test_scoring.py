@@ -1,0 +1,272 @@
+"""Per-token scores without full logits against the same numbers from full logits."""
+
+import copy
+
+import pytest
+import torch
+import transformers as T
+from trainer_kit import (
+    assert_same_gradients,
+    collated,
+    fresh,
+    gradients,
+    image_rows,
+    shake,
+    slow_logits,
+    text_rows,
+    trainer_of,
+)
+
+from trl_vpo.forward.scoring import (
+    Head,
+    ScoreRequest,
+    attach_scoring,
+    lm_head,
+    token_kl,
+    token_kl_plain,
+    token_scores,
+    token_scores_plain,
+)
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+SPECIAL_HEADS = {  # models that do more than one matrix product between hidden states and logits
+    "softcap": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=0.2)),
+    "logit_scale": lambda: T.CohereForCausalLM(T.CohereConfig(**TINY, logit_scale=0.25)),
+    "logits_scaling": lambda: T.GraniteForCausalLM(T.GraniteConfig(**TINY, logits_scaling=4.0)),
+    "bias": lambda: T.PhiForCausalLM(T.PhiConfig(**TINY)),
+    "plain": lambda: T.LlamaForCausalLM(T.LlamaConfig(**TINY)),
+    "tied": lambda: T.LlamaForCausalLM(T.LlamaConfig(**TINY, tie_word_embeddings=True)),
+}
+HEADS = {  # scale, softcap, bias
+    "plain": (1.0, None, False),
+    "bias": (1.0, None, True),
+    "scale": (0.25, None, False),
+    "softcap": (1.0, 3.0, False),
+    "all": (1.5, 5.0, True),
+}
+DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+
+
+def heads(kind, dtype=torch.float32, n=50, width=16, vocab=301):
+    """Hidden states (n, width) of a policy and a reference, and their heads."""
+    torch.manual_seed(0)
+    scale, softcap, bias = HEADS[kind]
+
+    def one(shift):
+        weight = (torch.randn(vocab, width) + shift * torch.randn(vocab, width)).to(dtype).requires_grad_()
+        b = torch.randn(vocab).to(dtype).requires_grad_() if bias else None
+        return Head(weight, b, scale, softcap)
+
+    hidden = torch.randn(n, width)
+    near = (hidden + 0.1 * torch.randn(n, width)).to(dtype)
+    return hidden.to(dtype).requires_grad_(), one(0.0), near, one(0.1)
+
+
+def grads_of(loss, hidden, head):
+    wanted = {"hidden": hidden, "weight": head.weight, **({} if head.bias is None else {"bias": head.bias})}
+    return dict(zip(wanted, (g.float() for g in torch.autograd.grad(loss, wanted.values()))))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), DTYPES)
+@pytest.mark.parametrize("kind", HEADS)
+def test_fused_scores_are_the_plain_ones(kind, dtype, rtol):
+    hidden, head, _, _ = heads(kind, dtype)
+    labels = torch.randint(0, 301, (50,))
+    labels[:10] = head.logits(hidden)[:10].argmax(-1)  # some tokens are the most likely ones
+    got, want = token_scores(hidden, head, labels), token_scores_plain(hidden, head, labels)
+    for name, a, b in zip(("logps", "entropy", "mean_logits"), got, want):
+        assert a.dtype == torch.float32, name
+        torch.testing.assert_close(a, b, rtol=rtol, atol=20 * rtol if dtype is torch.bfloat16 else rtol)
+    assert torch.equal(got[3], want[3]) and got[3][:10].all() and not got[3].all()
+    weights = torch.rand(50)
+    assert_same_gradients(
+        grads_of((weights * got[0]).sum(), hidden, head), grads_of((weights * want[0]).sum(), hidden, head), rtol
+    )
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), DTYPES)
+@pytest.mark.parametrize("kind", HEADS)
+def test_fused_kl_is_the_plain_one(kind, dtype, rtol):
+    hidden, head, ref_hidden, ref_head = heads(kind, dtype)
+    got, want = token_kl(hidden, head, ref_hidden, ref_head), token_kl_plain(hidden, head, ref_hidden, ref_head)
+    assert got.dtype == want.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=10 * rtol, atol=10 * rtol)
+    # By the definition, in float64 and with nothing shared: sum of p_ref * (log p_ref - log p).
+    p = torch.log_softmax(ref_head.logits(ref_hidden).double(), -1)
+    q = torch.log_softmax(head.logits(hidden).double(), -1)
+    torch.testing.assert_close(want.double(), (p.exp() * (p - q)).sum(-1), rtol=10 * rtol, atol=10 * rtol)
+    assert want.min() > 0.01
+    weights = torch.rand(50)
+    assert_same_gradients(
+        grads_of((weights * got).sum(), hidden, head), grads_of((weights * want).sum(), hidden, head), rtol
+    )
+
+
+def test_kl_sends_no_gradient_into_the_reference():
+    hidden, head, ref_hidden, ref_head = heads("bias")
+    ref_hidden.requires_grad_()
+    for kl in (token_kl, token_kl_plain):
+        loss = kl(hidden, head, ref_hidden, ref_head).sum()
+        assert torch.autograd.grad(loss, [ref_hidden, ref_head.weight], allow_unused=True) == (None, None)
+
+
+def test_kl_of_a_model_to_itself_is_zero():
+    hidden, head, _, _ = heads("all")
+    for kl in (token_kl, token_kl_plain):
+        assert kl(hidden, head, hidden.detach(), head).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", SPECIAL_HEADS)
+def test_the_head_gives_the_models_own_logits(kind):
+    """Scaling, soft cap and bias are found in the config of each family, as the model itself applies them."""
+    torch.manual_seed(0)
+    model = SPECIAL_HEADS[kind]().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+        ids = torch.randint(0, 97, (2, 9))
+        out = model(ids, output_hidden_states=True)
+        hidden = model.base_model(ids).last_hidden_state
+        torch.testing.assert_close(lm_head(model).logits(hidden), out.logits, rtol=1e-5, atol=1e-5)
+        head = lm_head(model)
+        assert {"softcap": head.softcap, "bias": head.bias}.get(kind, 1) is not None
+        assert head.scale == (0.25 if kind in ("logit_scale", "logits_scaling") else 1.0)
+        attach_scoring(model)
+        positions = torch.arange(8).expand(2, -1)
+        scores = model(ids, score=ScoreRequest(positions, torch.ones(2, 8).bool(), ids[:, 1:]))
+        want = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        torch.testing.assert_close(scores.logps, want, rtol=1e-5, atol=1e-5)
+
+
+def test_attach_scoring_leaves_other_calls_alone():
+    torch.manual_seed(0)
+    model = SPECIAL_HEADS["plain"]().eval()
+    ids = torch.randint(0, 97, (1, 5))
+    want, said = model(ids, labels=ids), model.generate(ids, max_new_tokens=4, do_sample=False)
+    attach_scoring(model)
+    attach_scoring(model)  # a second trainer on the same model
+    got = model(ids, labels=ids)
+    assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), said)
+
+
+def test_a_copy_of_a_scoring_model_is_independent():
+    """A reference is a deep copy; it must not call the policy."""
+    torch.manual_seed(0)
+    model = SPECIAL_HEADS["plain"]().eval()
+    attach_scoring(model)
+    twin = copy.deepcopy(model)
+    ids = torch.randint(0, 97, (1, 5))
+    request = ScoreRequest(torch.arange(4)[None], torch.ones(1, 4).bool(), ids[:, 1:])
+    scores, logits = twin(ids, score=request).logps, twin(ids).logits
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0)
+    assert torch.equal(twin(ids, score=request).logps, scores)
+    assert torch.equal(twin(ids).logits, logits)
+
+
+def test_rows_without_tokens_score_zero_and_stay_connected():
+    model = SPECIAL_HEADS["plain"]()
+    attach_scoring(model)
+    ids, mask = torch.randint(0, 97, (2, 5)), torch.zeros(2, 3).bool()
+    nothing = torch.zeros(2, 3).long()
+    request = ScoreRequest(nothing, mask, nothing, torch.zeros(0, 32), lm_head(model), torch.tensor([True, False]))
+    out = model(ids, score=request)
+    assert out.logps.abs().sum() == 0 and out.kl.shape == (2, 3)
+    (out.logps.sum() + out.kl.sum()).backward()
+
+
+# --- concatenated_forward -----------------------------------------------------------------------------------------
+
+
+def moved(method, name, tmp_path, images, **more):
+    rows = text_rows(4) if name == "text" else [*image_rows(images, 3), *text_rows(1)]
+    trainer = trainer_of(method, tmp_path, rows, name=name, **more)
+    shake(trainer.model)
+    return trainer
+
+
+def both_ways(trainer, batch):
+    """(R, T) lists of log-probs: ours, and slow."""
+    trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
+    pairs = [(tree.trunks[b.trunk], b) for tree in trees for b in tree.branches]
+    slow = [slow_logits(trainer.model, trunk, branch) for trunk, branch in pairs]
+    logps = [x.log_softmax(-1).gather(-1, torch.tensor(b.ids)[:, None])[:, 0] for x, (_, b) in zip(slow, pairs)]
+    return slow, logps
+
+
+@pytest.mark.parametrize("name", ["text", "Qwen2-VL", "LLaVA-1.5"])
+def test_concatenated_forward_scores_as_full_calls(name, tmp_path, images):
+    """Ragged prompts, responses and images, and a row without an image: values and LoRA gradients."""
+    trainer = moved("dpo", name, tmp_path, images)
+    batch = collated(trainer)
+    scores = trainer.concatenated_forward(trainer.model, batch)
+    logits, logps = both_ways(trainer, batch)
+    assert len({len(x) for x in logps}) > 3
+    for s, (x, want) in enumerate(zip(logits, logps)):
+        mask = scores.mask[s]
+        torch.testing.assert_close(scores.logps[s][mask], want, rtol=1e-5, atol=1e-5)
+        p = x.log_softmax(-1)
+        torch.testing.assert_close(scores.entropy[s][mask], -(p.exp() * p).sum(-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scores.mean_logits[s][mask], x.mean(-1), rtol=1e-5, atol=1e-5)
+        assert torch.equal(scores.is_top1[s][mask], x.argmax(-1) == batch["branch_ids"][s][mask])
+        assert scores.logps[s][~mask].abs().sum() == 0
+    torch.testing.assert_close(scores.sums, torch.stack([x.sum() for x in logps]))
+    weights = torch.rand(len(logps))
+    want = gradients(trainer, sum(w * x.sum() for w, x in zip(weights, logps)))
+    assert_same_gradients(gradients(trainer, (weights * scores.sums).sum()), want)
+
+
+@pytest.mark.parametrize("name", ["text", "Qwen2-VL", "LLaVA-1.5"])
+def test_kl_is_that_of_the_full_logits(name, tmp_path, images):
+    trainer = moved("rrpo", name, tmp_path, images)
+    batch = collated(trainer)
+    reference = trainer.reference_scores(batch)
+    scores = trainer.concatenated_forward(trainer.model, batch, reference)
+    logits, _ = both_ways(trainer, batch)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        ref_logits, ref_logps = both_ways(trainer, batch)
+    kl = [(r.log_softmax(-1).exp() * (r.log_softmax(-1) - x.log_softmax(-1))).sum(-1) for x, r in zip(logits, ref_logits)]
+    for s, want in enumerate(kl):
+        torch.testing.assert_close(scores.kl[s][scores.mask[s]], want, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(reference.logps[s][scores.mask[s]], ref_logps[s], rtol=1e-5, atol=1e-5)
+        assert want.mean() > 1e-3  # there is something to compare
+    chosen = batch["chosen"].tolist()
+    want = gradients(trainer, sum(kl[s].sum() for s in chosen))
+    assert_same_gradients(gradients(trainer, scores.kl[batch["chosen"]].sum()), want)
+    # The rejected side's is a metric: through the sum of everything flows the chosen side's gradient only.
+    scores = trainer.concatenated_forward(trainer.model, batch, reference)
+    assert_same_gradients(gradients(trainer, scores.kl.sum()), want)
+    assert not reference.logps.requires_grad and reference.kl is None
+
+
+def test_pad_to_multiple_of_changes_nothing_but_the_width(tmp_path, images):
+    trainer = moved("dpo", "Qwen2-VL", tmp_path, images, pad_to_multiple_of=32)
+    batch, widths = collated(trainer), []
+    trainer.model.register_forward_pre_hook(lambda m, a, kw: widths.append(kw["input_ids"].size(1)), with_kwargs=True)
+    padded = trainer.concatenated_forward(trainer.model, batch).logps
+    trainer._pad_to_multiple_of = None
+    torch.testing.assert_close(trainer.concatenated_forward(trainer.model, batch).logps, padded, rtol=1e-5, atol=1e-5)
+    assert widths[0] % 32 == 0 and widths[1] % 32 and widths[1] < widths[0]
+
+
+def test_bf16_weights_give_float32_log_probs(tmp_path):
+    model, tokenizer = fresh()
+    trainer = trainer_of("rrpo", tmp_path, model=model.bfloat16(), processor=tokenizer, peft=None)
+    batch = collated(trainer)
+    shake(trainer.model)
+    reference = trainer.reference_scores(batch)
+    scores = trainer.concatenated_forward(trainer.model, batch, reference)
+    assert {scores.logps.dtype, scores.kl.dtype, scores.entropy.dtype} == {torch.float32}
+    _, want = both_ways(trainer, batch)
+    for s, x in enumerate(want):
+        torch.testing.assert_close(scores.logps[s][scores.mask[s]], x, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,256 @@
+"""`trl-vpo`: train, import, doctor. Only what a command needs is imported, so that every `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+
+from trl_vpo.data.import_formats import FORMATS
+from trl_vpo.train import METHODS
+
+TRACEBACK = "TRL_VPO_TRACEBACK"
+DESCRIPTION = "Visual preference optimization on TRL: LeanPO, RRPO, LPOI and DPO on videos and images."
+TRAIN_EXAMPLE = """\
+example:
+  trl-vpo train rrpo --config recipes/rrpo/qwen2_5_vl_7b.yaml --dataset_name data/train.jsonl --lora_r 64
+
+Every key of a recipe is also an option and wins over the recipe: `trl-vpo train rrpo --help` lists them all.
+Paths start from the working directory. On several GPUs:
+
+  trl-vpo train rrpo --config RECIPE.yaml --accelerate_config zero2 --num_processes 8
+  accelerate launch --num_processes 8 scripts/train.py rrpo --config RECIPE.yaml
+
+--accelerate_config takes a file, or the name of one in recipes/accelerate/ or of TRL's own (single_gpu, multi_gpu,
+zero1, zero2, zero3, fsdp1, fsdp2). Both launch options may also stand in the recipe."""
+IMPORT_EXAMPLE = """\
+example:
+  trl-vpo import rrpo self_alignment.json data/train.jsonl --media_root /data/videos"""
+DOCTOR_EXAMPLE = """\
+example:
+  trl-vpo doctor recipes/rrpo/qwen2_5_vl_7b.yaml --dataset_name data/train.jsonl --out problems.jsonl
+
+Recipe keys given as options win over the recipe, as in `trl-vpo train`. Loads the processor and the model's config,
+no weights. Exit code 1: something would stop the training."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with examples kept as written, no abbreviations, and the nearest valid value in its errors."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def _check_value(self, action, value):
+        if action.choices is None or value in action.choices:
+            return
+        close = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices], n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        name = action.metavar or action.dest
+        raise argparse.ArgumentError(None, f"{name}: {value!r} is not one of {', '.join(action.choices)}.{hint}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Gives the exit code: 0, 1 for what went wrong, 2 for how it was called."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if "run" not in args:
+        parser.print_help()
+        return 2
+    if rest and args.run is not doctor:
+        args.parser.error(f"unknown option {rest[0]}. `{args.parser.prog} --help` lists the options.")
+    try:
+        return args.run(args, rest)
+    except Exception as error:
+        if os.environ.get(TRACEBACK) or not isinstance(error, _user_errors()):
+            raise
+        print(f"trl-vpo: error: {error}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
+        return 2 if type(error).__name__ == "RecipeError" else 1
+
+
+def make_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(prog="trl-vpo", description=DESCRIPTION, epilog=TRAIN_EXAMPLE.split("\n\n")[0])
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_train(commands)
+    _add_import(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_train(commands) -> None:
+    text = "train a model with a method"
+    train_parser = commands.add_parser(
+        "train", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=TRAIN_EXAMPLE,
+        usage="trl-vpo train METHOD --config RECIPE.yaml [--any_key value ...]",
+    )  # fmt: skip
+    train_parser.add_argument("method", metavar="METHOD", choices=METHODS, help=f"one of {', '.join(METHODS)}")
+    train_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
+    train_parser.set_defaults(run=train, parser=train_parser)
+
+
+def _add_import(commands) -> None:
+    text = "preference data of another project -> a .jsonl file to train on"
+    import_parser = commands.add_parser("import", help=text, description=text, epilog=IMPORT_EXAMPLE)
+    import_parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
+    import_parser.add_argument("source", metavar="IN", type=Path, help="a .json or .jsonl file")
+    import_parser.add_argument("target", metavar="OUT", type=Path, help="the .jsonl file to write")
+    import_parser.add_argument("--media_root", metavar="DIR", help="folder that relative media paths are joined to")
+    import_parser.add_argument(
+        "--on_bad", choices=("error", "skip"), default="error",
+        help="a bad record stops the import (default), or is left out and listed in OUT.rejected.jsonl",
+    )  # fmt: skip
+    import_parser.set_defaults(run=import_data, parser=import_parser)
+
+
+def _add_doctor(commands) -> None:
+    text = "check a recipe and its whole dataset before training"
+    doctor_parser = commands.add_parser(
+        "doctor", help=text, description=text, epilog=DOCTOR_EXAMPLE,
+        usage="trl-vpo doctor RECIPE [--method METHOD] [--rows N | --all] [--out FILE] [--any_key value ...]",
+    )  # fmt: skip
+    doctor_parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's .yaml file")
+    doctor_parser.add_argument(
+        "--method", metavar="METHOD", choices=METHODS, help="default: what the recipe's header or path says"
+    )
+    many = doctor_parser.add_mutually_exclusive_group()
+    many.add_argument(
+        "--rows", metavar="N", type=int, default=64, help="rows to tokenize (default: 64, spread evenly)"
+    )
+    many.add_argument("--all", action="store_true", help="tokenize every row")
+    doctor_parser.add_argument("--out", metavar="FILE", type=Path, help="write every problem into this .jsonl file")
+    doctor_parser.set_defaults(run=doctor, parser=doctor_parser)
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace, rest: list[str]) -> int:
+    """Train in this process, or in those that accelerate launches."""
+    if {"-h", "--help"} & set(args.options):
+        from trl_vpo.train import make_parser as make_recipe_parser
+
+        make_recipe_parser(args.method).print_help()
+        return 0
+    options, launch = launch_options(args.options)
+    if launch:
+        return _launch(launch, ["train", args.method, *options])
+    from trl_vpo.train import run_training
+
+    run_training(args.method, options)
+    return 0
+
+
+def import_data(args: argparse.Namespace, rest: list[str]) -> int:
+    """Convert a file and say what came of it."""
+    from trl_vpo.data.importers import convert
+
+    counts = convert(args.format, args.source, args.target, media_root=args.media_root, on_bad=args.on_bad)
+    print(f"{args.target}: {counts.written} rows of {counts.read} records.")
+    print(f"Media files: {counts.media}, of which {counts.missing_media} are not there.")
+    if counts.rejected:
+        print(f"Left out: {counts.rejected}; {counts.rejected_path} says why.")
+    if counts.ignored_fields:
+        print(f"Fields not carried over: {', '.join(counts.ignored_fields)}.")
+    return 0
+
+
+def doctor(args: argparse.Namespace, rest: list[str]) -> int:
+    """Check a recipe and its data."""
+    from trl_vpo.doctor import run_doctor
+
+    return run_doctor(args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out)
+
+
+# --- launching ----------------------------------------------------------------------------------------------------
+
+
+def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
+    """(options for the training, options for `accelerate launch`): those of the command line win over the recipe's.
+
+    Raises:
+        RecipeError: `--accelerate_config` names nothing.
+    """
+    found: dict[str, str] = {}
+    kept = list(options)
+    for name in ("accelerate_config", "num_processes"):
+        for at, option in enumerate(kept):
+            if option == f"--{name}" and at + 1 < len(kept):
+                found[name] = kept[at + 1]
+                del kept[at : at + 2]
+                break
+            if option.startswith(f"--{name}="):
+                found[name] = kept.pop(at).split("=", 1)[1]
+                break
+    found = _of_recipe(kept) | found
+    if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # launched already
+        return kept, []
+    launch = (
+        ["--config_file", str(accelerate_config(found["accelerate_config"]))] if "accelerate_config" in found else []
+    )
+    return kept, launch + (["--num_processes", found["num_processes"]] if "num_processes" in found else [])
+
+
+def _of_recipe(options: list[str]) -> dict[str, str]:
+    """The launch keys of the recipe in `--config`. A recipe that cannot be read is the trainer's to complain about."""
+    import yaml
+
+    from trl_vpo.train import config_path
+
+    path = config_path(options)
+    if path is None or not Path(path).is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return {}
+    keys = ("accelerate_config", "num_processes")
+    return {key: str(recipe[key]) for key in keys if isinstance(recipe, dict) and key in recipe}
+
+
+def accelerate_config(name: str) -> Path:
+    """The file of an `--accelerate_config`: a path, or a name in recipes/accelerate/ or among TRL's own."""
+    from importlib.util import find_spec
+
+    if Path(name).is_file():
+        return Path(name)
+    folders = (Path("recipes/accelerate"), Path(find_spec("trl").origin).parent / "accelerate_configs")
+    valid = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
+    if name not in valid:
+        from trl_vpo.recipe import RecipeError, nearest
+
+        raise RecipeError(
+            f"accelerate_config {name!r} is no file and none of {', '.join(valid)}.{nearest(name, valid)}"
+        )
+    return valid[name]
+
+
+def _launch(launch: list[str], command: list[str]) -> int:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launch_command(launch_command_parser().parse_args([*launch, "--module", "trl_vpo.cli", *command]))
+    return 0
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What a user can mend: shown as one message. ValueError covers rows, media, recipes and configs."""
+    errors: list[type[Exception]] = [ValueError, OSError]
+    if "trl_vpo.trainers.base" in sys.modules:
+        errors.append(sys.modules["trl_vpo.trainers.base"].NonFiniteLossError)
+    return tuple(errors)
+
+
+def _version() -> str:
+    import trl_vpo
+
+    return f"trl-vpo {trl_vpo.__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
