@@ -19,7 +19,9 @@ METHODS = {
     "rrpo": (trl_vpo.RRPOConfig, trl_vpo.RRPOTrainer),
     "lpoi": (trl_vpo.LPOIConfig, trl_vpo.LPOITrainer),
 }
-KINDS = [(name, kind) for name, (_, video) in FAMILIES.items() for kind in ("image", "video") if video or kind == "image"]
+KINDS = [
+    (name, kind) for name, (_, video) in FAMILIES.items() for kind in ("image", "video") if video or kind == "image"
+]
 
 
 @pytest.fixture(scope="module")

@@ -274,7 +274,12 @@ def test_quantized_weights_leave_tower_and_head_alone():
     config = quantization_config(model_args)
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
     skip = config.llm_int8_skip_modules
-    for name in ("model.visual.blocks.0.attn.qkv", "model.vision_tower.layers.0.q_proj", "lm_head", "model.connector.p"):
+    for name in (
+        "model.visual.blocks.0.attn.qkv",
+        "model.vision_tower.layers.0.q_proj",
+        "lm_head",
+        "model.connector.p",
+    ):
         assert not should_convert_module(name, skip), name
     for name in ("model.language_model.layers.0.self_attn.q_proj", "model.text_model.layers.1.mlp.up_proj"):
         assert should_convert_module(name, skip), name

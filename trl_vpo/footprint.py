@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers
 from accelerate import init_empty_weights
 from peft import get_peft_model
@@ -133,7 +132,8 @@ def memory(sizes: Sizes, load: Load, config: PreTrainedConfig, args: Any, model_
     computed = 2 if args.bf16 or args.fp16 else number
     kept = layers * hidden + layer if args.gradient_checkpointing else layers * layer
     parts = {
-        "weights": copies * ((base - sizes.quantized) * number + sizes.quantized * bits) + lora * sizes.trained * trained,
+        "weights": copies * ((base - sizes.quantized) * number + sizes.quantized * bits)
+        + lora * sizes.trained * trained,
         "gradients": sizes.trained * trained,
         "optimizer": sizes.trained * states,
         "activations": tokens * kept * computed,

@@ -6,11 +6,12 @@ abbreviated options and values outside of a choice are errors that name the near
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from trl.scripts.utils import TrlParser
+from trl.scripts.utils import ScriptArguments, TrlParser
 
 LAUNCH_KEYS = ("accelerate_config", "num_processes")  # read by `trl-vpo train` before any process starts
 
@@ -23,6 +24,19 @@ def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
     """` Did you mean ...?`, or nothing where nothing is near."""
     close = difflib.get_close_matches(str(word).lower(), list(valid), n=3)
     return f" Did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
+
+
+@dataclass
+class VisualScriptArguments(ScriptArguments):
+    """[`trl.ScriptArguments`] and what TRL's scripts have no option for.
+
+    Parameters:
+        freeze_vision (`bool`, defaults to `False`): full fine-tuning trains the language model only.
+    """
+
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "Keep vision tower and projector as they are in full fine-tuning."}
+    )
 
 
 class RecipeParser(TrlParser):

@@ -33,15 +33,15 @@ def make_parser(method: str, *, any_device: bool = False) -> RecipeParser:
     Raises:
         RecipeError: there is no such method.
     """
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
+    from trl import DatasetMixtureConfig, ModelConfig
 
     import trl_vpo
-    from trl_vpo.recipe import RecipeError, RecipeParser, nearest
+    from trl_vpo.recipe import RecipeError, RecipeParser, VisualScriptArguments, nearest
 
     if method not in METHODS:
         raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{nearest(method, METHODS)}")
     config = getattr(trl_vpo, METHODS[method][0])
-    types = (ScriptArguments, config, ModelConfig, DatasetMixtureConfig)
+    types = (VisualScriptArguments, config, ModelConfig, DatasetMixtureConfig)
     return RecipeParser(types, any_device=any_device, prog=f"trl-vpo train {method}")
 
 
@@ -118,12 +118,29 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
         quantization_config=quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if script_args.freeze_vision:
+        freeze_vision(trainer.model)
     if script_args.ignore_bias_buffers:
         import torch
 
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
     return trainer, rows
+
+
+def freeze_vision(model: Any) -> None:
+    """Train nothing in vision tower and projector.
+
+    Raises:
+        ValueError: the model has none that we know.
+    """
+    from trl_vpo.footprint import VISION
+
+    found = [parameter for name, parameter in model.named_parameters() if VISION.search(name)]
+    if not found:
+        raise ValueError(f"freeze_vision: {type(model).__name__} has no vision tower that we know. Leave it out.")
+    for parameter in found:
+        parameter.requires_grad_(False)
 
 
 def model_init_kwargs(training_args: Any, model_args: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from families import build, text_model, tokenizer
 from helpers import message, row, write_clip, write_image
+from tokenizers.processors import TemplateProcessing
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.masking import masked_image_list
@@ -74,14 +75,23 @@ def test_tokens_that_merge_across_the_prompts_end_belong_to_the_response():
     assert tree.trunks[0].ids + tree.branches[1].ids == tok("abc abcd<|im_end|>")["input_ids"]
 
 
-def test_a_bos_token_is_added_as_in_generation():
+def test_a_bos_token_is_added_as_in_generation(picture):
+    """Templates of the LLaVA family carry no BOS; `apply_chat_template(tokenize=True)` adds it, and so do we."""
     processor = build("LLaVA-1.5")[1]
-    bos = tokenizer(["<image>", "<s>"])
-    bos.bos_token = "<s>"
-    bos.add_bos_token = True
-    plain = PreferenceCollator(processor).encode(row(None)).trunks[0].ids
-    want = processor.apply_chat_template(message("user", "What is in the picture?"), add_generation_prompt=True, tokenize=True)
-    assert plain == torch.as_tensor(want["input_ids"] if not isinstance(want, list) else want).flatten().tolist()
+    tok = processor.tokenizer
+    tok.bos_token = "<|im_start|>"  # the template begins with it: it must not come twice
+    single = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", tok.bos_token_id)])
+    tok.backend_tokenizer.post_processor = single
+    for template in (processor.chat_template, processor.chat_template.replace("<|im_start|>", "#")):
+        processor.chat_template = template
+        tree = PreferenceCollator(processor).encode(row("image", [picture]))
+        messages = message("user", "<image>", "What is in the picture?")
+        messages[0]["content"][0]["image"] = load_image(picture)
+        want = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        assert tree.trunks[0].ids == want["input_ids"][0].tolist()
+        assert tree.trunks[0].ids[0] == tok.bos_token_id != tree.trunks[0].ids[1]
 
 
 def test_phrases_are_marked_on_their_tokens(qwen):
@@ -155,8 +165,12 @@ def test_every_source_of_an_image_gives_the_same_tensor(qwen, picture):
 def test_lpoi_draws_its_list_and_repeats_the_chosen_response(qwen, picture):
     collator = PreferenceCollator(qwen, num_images=4)
     box = [10, 20, 60, 50]
-    batch = collator([row("image", [picture], critical_box=box), row("image", [], image_list=[picture, picture])
-                      | {"prompt": message("user", "<image>", "What?")}])
+    batch = collator(
+        [
+            row("image", [picture], critical_box=box),
+            row("image", [], image_list=[picture, picture]) | {"prompt": message("user", "<image>", "What?")},
+        ]
+    )
     assert batch["image_branches"].tolist() == [[0, 2, 3, 4], [5, 7, -1, -1]]
     assert batch["branch_trunk"].tolist() == [0, 0, 1, 2, 3, 4, 4, 5]
     ids = batch["branch_ids"]
@@ -167,7 +181,9 @@ def test_lpoi_draws_its_list_and_repeats_the_chosen_response(qwen, picture):
 
 
 def test_separate_sequences_read_as_prompt_then_response(qwen, clip):
-    batch = PreferenceCollator(qwen, video=EIGHT)([row("video", [clip]), row(None, chosen="yes", rejected="no, never")])
+    batch = PreferenceCollator(qwen, video=EIGHT)(
+        [row("video", [clip]), row(None, chosen="yes", rejected="no, never")]
+    )
     (layout,) = separate(batch, pad_token_id=qwen.tokenizer.pad_token_id, pad_to_multiple_of=32)
     ids, mask = layout.inputs["input_ids"], layout.inputs["attention_mask"]
     assert ids.size(1) % 32 == 0

@@ -67,14 +67,21 @@ def test_phrases_come_from_offsets_tags_or_the_diff():
 
 
 def test_an_image_list_brings_its_first_image():
-    made = read_row(row("image", [], image_list=["a.png", "b.png"]) | {"prompt": message("user", "<image>", "What?")}, image_list=True)
+    made = read_row(
+        row("image", [], image_list=["a.png", "b.png"]) | {"prompt": message("user", "<image>", "What?")},
+        image_list=True,
+    )
     assert made.images == ["a.png"] and made.image_list == ["a.png", "b.png"]
 
 
 TWO = message("user", "<video>", "<video>", "Compare.")
 BROKEN = [
     (row("video", ["a.mp4"]) | {"prompt": TWO}, {}, r"2 video placeholder\(s\), but the row has 1 video"),
-    (row("video", ["a.mp4"]) | {"prompt": message("user", "What?")}, {}, r"0 video placeholder\(s\), but the row has 1"),
+    (
+        row("video", ["a.mp4"]) | {"prompt": message("user", "What?")},
+        {},
+        r"0 video placeholder\(s\), but the row has 1",
+    ),
     (row(None) | {"prompt": message("user", "<image>", "What?")}, {}, r"1 image placeholder\(s\), but the row has 0"),
     (row(None) | {"prompt": [{"role": "user", "content": "<image>What?"}]}, {}, "1 image placeholder"),
     (row(None, rejected="a red square moves left."), {}, "chosen and rejected are identical"),
@@ -97,7 +104,11 @@ BROKEN = [
     (row(None, chosen_phrases=[], rejected_phrases=[]), {"phrases": True}, "phrase"),
     (row(None, chosen="a red car", rejected="a  red car"), {"phrases": True}, "phrase"),
     (row("image", ["a.png"]), {"image_list": True}, "needs a `critical_box`"),
-    (row("image", ["a.png"], image_list=["a.png"]), {"image_list": True}, r"1 image\(s\); a ranking needs at least two"),
+    (
+        row("image", ["a.png"], image_list=["a.png"]),
+        {"image_list": True},
+        r"1 image\(s\); a ranking needs at least two",
+    ),
     (row("video", ["a.mp4"], critical_box=[0, 0, 1, 1]), {"image_list": True}, "LPOI ranks images"),
     (row("image", ["a.png", "b.png"], critical_box=[0, 0, 1, 1]), {"image_list": True}, "exactly one image"),
 ]

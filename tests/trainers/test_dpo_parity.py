@@ -66,7 +66,16 @@ def case(kind, images):
     return "text", processor, shape(text_rows())
 
 
-KINDS = ["Qwen2-VL", "LLaVA-1.5", "one image", "messages", "messages, BOS", "strings", "strings, BOS", "implicit prompt"]
+KINDS = [
+    "Qwen2-VL",
+    "LLaVA-1.5",
+    "one image",
+    "messages",
+    "messages, BOS",
+    "strings",
+    "strings, BOS",
+    "implicit prompt",
+]
 
 
 def pair(kind, images, tmp_path, full=False, **more):
@@ -79,8 +88,17 @@ def pair(kind, images, tmp_path, full=False, **more):
         init |= {"ref_model": refs[0]}
     else:
         init |= {"peft_config": lora(text=name == "text")}
-    ours = trainer_of("dpo", tmp_path / "ours", data, name=name, processor=processor, model=fresh(name)[0], peft=None,
-                      **{k: v for k, v in init.items() if k in ("eval_dataset", "ref_model", "peft_config")}, **more)
+    ours = trainer_of(
+        "dpo",
+        tmp_path / "ours",
+        data,
+        name=name,
+        processor=processor,
+        model=fresh(name)[0],
+        peft=None,
+        **{k: v for k, v in init.items() if k in ("eval_dataset", "ref_model", "peft_config")},
+        **more,
+    )
     if full:
         init["ref_model"] = refs[1]
     args = trl.DPOConfig(str(tmp_path / "theirs"), **{**QUIET, "max_length": None, **more})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, IterableDataset, List, Video
+from datasets import Dataset, Image, IterableDataset, List, Video
 from tqdm.auto import tqdm
 
 from trl_vpo.data.masking import check_box
@@ -136,11 +136,19 @@ def _number(example: dict, index: int) -> dict:
 
 
 def _raw_rows(dataset: Dataset) -> Iterator[dict]:
-    """Rows as they are stored: media stay paths and bytes, nothing is decoded."""
+    """Rows whose media stay paths and bytes. Only those columns are read raw: others may need their decoding."""
     columns = [c for c in dataset.column_names if c in (*COLUMNS, ROW_INDEX)]
-    table = dataset.select_columns(columns).with_format("arrow")
-    for index in range(len(table)):
-        yield table[index].to_pylist()[0]
+    media = [c for c in columns if _holds_media(dataset.features[c])]
+    table = dataset.select_columns(media).with_format("arrow") if media else None
+    texts = dataset.select_columns([c for c in columns if c not in media])
+    for index in range(len(dataset)):
+        yield texts[index] | (table[index].to_pylist()[0] if table else {})
+
+
+def _holds_media(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_holds_media, feature.values()))
+    return isinstance(feature, (Image, Video)) or (isinstance(feature, List) and _holds_media(feature.feature))
 
 
 def _without_video_decoding(dataset: Dataset) -> Dataset:

@@ -10,11 +10,14 @@ import argparse
 import math
 import os
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, track
 from rich.table import Table
 
 from trl_vpo.testbed import language, rows, world
@@ -73,6 +76,7 @@ def main() -> None:
         raise SystemExit(f"{RECIPES} is not here ({Path.cwd()}): run the quickstart from the root of the repository.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs is in the repository
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     began = time.perf_counter()
     held_out = write_data(args.out / "data")
     results = []
@@ -125,7 +129,8 @@ def run_method(method: str, out: Path, held_out: HeldOut, base: Measured | None)
         str(out / method),
     ]
     began = time.perf_counter()
-    trainer = run_training(method, argv)
+    with rich_progress(name):
+        trainer = run_training(method, argv)
     seconds = time.perf_counter() - began
     with console.status(f"measuring {name} on {len(held_out.samples)} held-out {kind}s ..."):
         reference, policy = measure_preferences(trainer, held_out.dataset)
@@ -134,6 +139,44 @@ def run_method(method: str, out: Path, held_out: HeldOut, base: Measured | None)
             with base_model(trainer.accelerator.unwrap_model(trainer.model)):
                 base = Measured(reference, held_out.verdicts(generate_responses(trainer, held_out.dataset)))
     return Result(name, kind, base, after, seconds, trainer.state.log_history)
+
+
+@contextmanager
+def rich_progress(name: str) -> Iterator[None]:
+    """While a trainer is built and run: one bar with the loss, instead of tqdm and a line for each logging step."""
+    from transformers import TrainerCallback
+    from transformers import trainer as upstream
+
+    class Bar(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.task = bars.add_task(name, total=state.max_steps, loss=math.nan)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            bars.update(self.task, completed=state.global_step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                bars.update(self.task, loss=logs["loss"])
+
+    columns = ("training {task.description:8s}", BarColumn(40), MofNCompleteColumn(), "loss {task.fields[loss]:.3f}")
+    usual = upstream.DEFAULT_PROGRESS_CALLBACK  # the module's own switch, as its notebook bars use it
+    upstream.DEFAULT_PROGRESS_CALLBACK = Bar
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
+            yield
+    finally:
+        upstream.DEFAULT_PROGRESS_CALLBACK = usual
+
+
+def quiet_libraries() -> None:
+    """No bars but ours, and no warnings that a first-time user can do nothing about."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 def results_table(results: list[Result]) -> Table:

@@ -122,7 +122,7 @@ class VisualPreferenceTrainer(DPOTrainer):
         if not self.needs_reference and ref_model is not None:
             raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
         configs = [peft_config] if peft_config is not None else []
-        if is_peft_model(model):
+        if isinstance(model, PeftModel):
             configs += list(model.peft_config.values())
         for config in configs:
             if isinstance(config, PromptLearningConfig):
@@ -167,9 +167,9 @@ class VisualPreferenceTrainer(DPOTrainer):
             )
         if not self.needs_reference and is_peft_model(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # DPOTrainer copies the adapter of a PeftModel; nobody would read it
-        attach_scoring(self.model.get_base_model() if is_peft_model(self.model) else self.model)
-        if self.ref_model is not None:
-            attach_scoring(self.accelerator.unwrap_model(self.ref_model))
+        for model in (self.model, self.accelerator.unwrap_model(self.ref_model) if self.ref_model else None):
+            if model is not None:
+                attach_scoring(model.get_base_model() if is_peft_model(model) else model)
         multiple = self.args.pad_to_multiple_of
         self._pad_to_multiple_of = None if multiple == "auto" else multiple
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did

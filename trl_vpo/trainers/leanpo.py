@@ -79,3 +79,8 @@ class LeanPOTrainer(VisualPreferenceTrainer):
             nll_weight=self.args.nll_weight,
             symmetric_margin=self.args.symmetric_margin,
         )
+
+    def extra_metrics(self, scores, reference, batch) -> dict:
+        """The NLL per token: the average in the logs is over all tokens, however they fell into micro-batches."""
+        tokens = scores.chosen_mask.sum(-1)  # (B,)
+        return {"loss/nll": (-scores.sums[scores.chosen] / tokens, tokens)}

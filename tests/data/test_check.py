@@ -1,0 +1,232 @@
+"""What is found before the first step: every bad file and row by name, and what skipping does."""
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from datasets import Dataset, Features, Image, List, Video, load_dataset
+from families import build, text_model
+from helpers import message, row, write_clip, write_image
+
+import trl_vpo
+from trl_vpo.data.check import prepare_dataset
+from trl_vpo.data.rows import RowError
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build("Qwen2-VL")[1]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("good") / "good.mp4", frames=40)
+
+
+def prepare(rows, processor, folder, phrases=False, image_list=False, **more):
+    args = trl_vpo.VisualDPOConfig(str(folder / "out"), num_frames=8, use_cpu=True, bf16=False, **more)
+    data = rows if not isinstance(rows, list) else Dataset.from_list(rows)
+    return prepare_dataset(
+        data, args, name="train", processing_class=processor, phrases=phrases, image_list=image_list
+    )
+
+
+def fast_start(source, target):
+    with av.open(source) as old, av.open(str(target), "w", options={"movflags": "faststart"}) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return target
+
+
+def sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def make_bad(kind, good, folder):
+    """A path to a file that is bad in one way."""
+    path = folder / f"{kind}.mp4"
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "garbage":
+        path.write_bytes(bytes(range(256)) * 40)
+    elif kind == "truncated":
+        fast_start(good, path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    elif kind == "no index":
+        path.write_bytes(Path(good).read_bytes()[:-400])
+    elif kind == "audio only":
+        sound(path)
+    elif kind == "folder":
+        path.mkdir()
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "garbage", "truncated", "no index", "audio only", "folder"])
+def test_a_bad_file_is_named_before_any_step(kind, good, processor, tmp_path):
+    bad = make_bad(kind, good, tmp_path)
+    rows = [row("video", [good], id="a", source="b"), row("video", [bad], id="clip-7", source="webvid")]
+    with pytest.raises(RowError) as caught:
+        prepare(rows, processor, tmp_path)
+    text = str(caught.value)
+    assert text.startswith("1 of 2 train rows cannot be trained on:\n  - row 1 (id 'clip-7', source 'webvid'): ")
+    assert bad in text and "on_bad_media: skip" in text
+
+
+def test_the_trainer_refuses_before_it_loads_or_trains(processor, tmp_path):
+    args = trl_vpo.VisualDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    rows = Dataset.from_list([row("video", [str(tmp_path / "gone.mp4")])])
+    with pytest.raises(RowError, match=r"row 0: .*gone\.mp4 does not exist"):
+        trl_vpo.VisualDPOTrainer(build("Qwen2-VL")[0], args=args, train_dataset=rows, processing_class=processor)
+    with pytest.raises(RowError, match=r"1 of 1 held-out rows .*\n.*gone\.mp4"):
+        trl_vpo.VisualDPOTrainer(
+            build("Qwen2-VL")[0],
+            args=args,
+            train_dataset=Dataset.from_list([row(None)]),
+            eval_dataset={"held-out": rows},
+            processing_class=processor,
+        )
+
+
+def test_an_image_that_is_none(processor, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_text("<svg/>")
+    with pytest.raises(RowError, match=r"row 0: .*a\.png"):
+        prepare([row("image", [str(path)])], processor, tmp_path)
+
+
+def test_paths_must_stay_inside_media_root(good, processor, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.copy(good, root / "in.mp4")
+    shutil.copy(good, tmp_path / "out.mp4")
+    assert len(prepare([row("video", ["in.mp4"])], processor, tmp_path, media_root=str(root))) == 1
+    for path in ("../out.mp4", str(tmp_path / "out.mp4")):
+        with pytest.raises(RowError, match="outside of media_root"):
+            prepare([row("video", [path])], processor, tmp_path, media_root=str(root))
+
+
+def test_many_bad_rows_are_counted_and_the_first_are_shown(processor, tmp_path):
+    rows = [row("video", [str(tmp_path / f"{i}.mp4")]) for i in range(9)]
+    with pytest.raises(RowError) as caught:
+        prepare(rows, processor, tmp_path)
+    text = str(caught.value)
+    assert text.startswith("9 of 9 train rows") and "row 4:" in text and "row 5:" not in text
+    assert "and 4 more" in text
+
+
+@pytest.mark.parametrize("box", [[10, 10, 10, 20], [30, 10, 10, 20], [10, 10, 90, 20], [1, 2, 3]])
+def test_boxes_are_checked_against_their_image(box, processor, tmp_path):
+    path = write_image(tmp_path / "a.png", (56, 56))
+    with pytest.raises(RowError, match=r"row 0: .*56"):
+        prepare([row("image", [path], critical_box=box)], processor, tmp_path, image_list=True)
+
+
+def test_a_text_model_refuses_visual_rows(good, tmp_path):
+    with pytest.raises(RowError, match="tokenizer of a text model"):
+        prepare([row("video", [good])], text_model()[1], tmp_path)
+
+
+def test_contract_errors_are_not_skipped(good, processor, tmp_path):
+    rows = [row("video", [good]), row("video", [good], chosen="")]
+    with pytest.raises(RowError, match="row 1: the chosen response is empty"):
+        prepare(rows, processor, tmp_path, on_bad_media="skip")
+
+
+def test_skipping_leaves_rows_out_and_lists_them(good, processor, tmp_path, capsys):
+    bad = make_bad("truncated", good, tmp_path)
+    rows = [row("video", [p], id=str(i)) for i, p in enumerate([bad, good, bad, good])]
+    kept = prepare(rows, processor, tmp_path, on_bad_media="skip")
+    assert kept["id"] == ["1", "3"] and kept["row_index"] == [1, 3]  # nothing takes their place
+    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()]
+    assert [(entry["dataset"], entry["row"]) for entry in listed] == [("train", 0), ("train", 2)]
+    assert all(bad in entry["reason"] for entry in listed)
+    assert "Skipped 2 of 4 train rows" in capsys.readouterr().out
+
+
+def test_skipping_finds_what_only_decoding_shows(good, processor, tmp_path):
+    """Damage in the middle of a file: the header is fine, so only `decode` (which skip implies) sees it."""
+    data = bytearray(Path(good).read_bytes())
+    with av.open(good) as container:
+        entries = [(e.pos, e.size) for e in container.streams.video[0].index_entries][30:]
+    for position, size in entries:
+        data[position : position + size] = b"\xff" * size
+    path = tmp_path / "middle.mp4"
+    path.write_bytes(data)
+    rows = [row("video", [str(path)]), row("video", [good])]
+    assert len(prepare(rows, processor, tmp_path)) == 2
+    with pytest.raises(RowError, match=r"middle\.mp4"):
+        prepare(rows, processor, tmp_path, check_media="decode")
+    assert prepare(rows, processor, tmp_path, on_bad_media="skip")["row_index"] == [1]
+
+
+def test_all_rows_bad_is_an_error_even_when_skipping(processor, tmp_path):
+    with pytest.raises(RowError, match="no row of the train dataset has readable media"):
+        prepare([row("video", [str(tmp_path / "x.mp4")])], processor, tmp_path, on_bad_media="skip")
+
+
+def test_an_empty_dataset_is_refused(processor, tmp_path):
+    with pytest.raises(RowError, match="the train dataset has no rows"):
+        prepare(Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}), processor, tmp_path)
+
+
+def test_iterable_datasets_are_checked_at_their_first_row(good, processor, tmp_path):
+    rows = [row("video", [str(tmp_path / "x.mp4")]), row("video", [good])]
+    with pytest.raises(RowError, match=r"row 0: .*x\.mp4"):
+        prepare(Dataset.from_list(rows).to_iterable_dataset(), processor, tmp_path)
+    made = prepare(Dataset.from_list(rows[::-1]).to_iterable_dataset(), processor, tmp_path)
+    assert [example["row_index"] for example in made] == [0, 1]
+    with pytest.raises(ValueError, match="IterableDataset"):
+        prepare(Dataset.from_list(rows).to_iterable_dataset(), processor, tmp_path, on_bad_media="skip")
+
+
+def test_datasets_video_and_image_columns(good, processor, tmp_path):
+    """Rows whose media are `datasets` features, with the bytes inside Arrow, reach the collator undecoded."""
+    picture = write_image(tmp_path / "a.png")
+    base = Dataset.from_list([row("video", [good]), row("video", [good])])
+    video = base.cast(Features({**base.features, "videos": List(Video())}))
+    made = prepare(video, processor, tmp_path, check_media="decode")
+    assert made[0]["videos"][0]["path"] == good
+    base = Dataset.from_list([row("image", [picture])])
+    image = base.cast(Features({**base.features, "images": List(Image())}))
+    tree = trl_vpo.PreferenceCollator(processor).encode(prepare(image, processor, tmp_path)[0])
+    plain = trl_vpo.PreferenceCollator(processor).encode(row("image", [picture]))
+    assert (tree.trunks[0].media["pixel_values"] == plain.trunks[0].media["pixel_values"]).all()
+
+
+def test_jsonl_with_rows_of_different_kinds(good, processor, tmp_path):
+    picture = write_image(tmp_path / "a.png")
+    rows = [row("image", [picture], id="i"), row("video", [good], id="v"), row(None, id="t")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"images": None, "videos": None, **r}) + "\n" for r in rows))
+    data = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+    made = prepare(data, processor, tmp_path)
+    batch = trl_vpo.PreferenceCollator(processor)([made[i] for i in range(3)])
+    assert [sorted(m) for m in batch["media"]] == [
+        ["image_grid_thw", "pixel_values"],
+        ["pixel_values_videos", "video_grid_thw"],
+        [],
+    ]
+    assert batch["names"] == ["row 0 (id 'i')", "row 1 (id 'v')", "row 2 (id 't')"]
+
+
+def test_rows_are_numbered_as_the_user_sees_them_after_shuffling(good, processor, tmp_path):
+    data = Dataset.from_list([row("video", [good], id=str(i)) for i in range(5)]).shuffle(seed=1)
+    made = prepare(data, processor, tmp_path)
+    assert made["row_index"] == list(range(5)) and made["id"] == data["id"]
+
+
+def test_two_placeholders_and_one_video(good, processor, tmp_path):
+    broken = row("video", [good]) | {"prompt": message("user", "<video>", "<video>", "What?")}
+    with pytest.raises(RowError, match=r"row 0: the prompt has 2 video placeholder\(s\)"):
+        prepare([broken], processor, tmp_path)

@@ -1,0 +1,138 @@
+"""Each method's loss and gradients by hand: one full call per response and image, and the paper's formula on top."""
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+from trainer_kit import (
+    assert_same_gradients,
+    collated,
+    gradients,
+    image_rows,
+    shake,
+    slow_logits,
+    text_rows,
+    trainer_of,
+)
+
+
+def by_hand(trainer, example):
+    """Per branch of a row (chosen, rejected, chosen on images 2..N): log-probs, the reference's, KL, phrase tokens."""
+    tree = trainer.data_collator.encode(example)
+    out = []
+    for branch in tree.branches:
+        ids = torch.tensor(branch.ids)[:, None]
+        policy = slow_logits(trainer.model, tree.trunks[branch.trunk], branch).log_softmax(-1)
+        with torch.no_grad(), trainer.model.disable_adapter():
+            reference = slow_logits(trainer.model, tree.trunks[branch.trunk], branch).log_softmax(-1)
+        kl = (reference.exp() * (reference - policy)).sum(-1)
+        phrases = torch.tensor(branch.phrases or [0] * len(branch.ids)).bool()
+        out.append((policy.gather(-1, ids)[:, 0], reference.gather(-1, ids)[:, 0], kl, phrases))
+    return out
+
+
+def dpo(rows, args):
+    losses = [
+        -logsigmoid(args.beta * ((w.sum() - rw.sum()) - (y.sum() - ry.sum()))) for (w, rw, *_), (y, ry, *_) in rows
+    ]
+    return sum(losses) / len(losses)
+
+
+def leanpo(rows, args):
+    losses, tokens = [], torch.cat([row[0][0] for row in rows])
+    for (w, *_), (y, *_) in rows:
+        d = w.mean() - y.mean()
+        smooth = args.label_smoothing if d.item() < args.smoothing_threshold else 0.0
+        right = logsigmoid(args.beta * d - args.target_margin)
+        losses.append(-(1 - smooth) * right - smooth * logsigmoid(-args.beta * d - args.target_margin))
+    return sum(losses) / len(losses) - args.nll_weight * tokens.mean()
+
+
+def rrpo(rows, args):
+    losses = []
+    for (w, rw, kl, pw), (y, ry, _, py) in rows:
+        u = args.beta * ((w - rw)[pw].sum() - (y - ry)[py].sum())
+        losses.append(-logsigmoid(u) + args.alpha * kl.sum())
+    return sum(losses) / len(losses)
+
+
+def lpoi(rows, args):
+    losses = []
+    for first, (y, ry, *_), *others in rows:
+        s = [args.beta * (w.sum() - rw.sum()) for w, rw, *_ in (first, *others)]
+        listed = sum(-(s[k].exp() / sum(x.exp() for x in s[k:])).log() for k in range(len(s) - 1))
+        pair = -logsigmoid(s[0] - args.beta * (y.sum() - ry.sum()))
+        anchor = -logsigmoid(s[0])
+        losses.append(args.list_weight * listed + args.dpo_weight * pair + args.anchor_weight * anchor)
+    return sum(losses) / len(losses)
+
+
+def lists(images):
+    """Image lists of different lengths: two and three images given, and four drawn from a box."""
+    rows = image_rows(images, 3)
+    rows[0] |= {"image_list": [images[0], images[1]], "critical_box": None}
+    rows[1] |= {"image_list": images[::-1], "critical_box": None, "images": [images[2]]}
+    rows[2] |= {"image_list": None, "critical_box": [5, 5, 40, 60]}
+    return rows
+
+
+CASES = {
+    "DPO": ("dpo", dpo, {"beta": 0.7}),
+    "LeanPO": ("leanpo", leanpo, {}),
+    "LeanPO, all smoothed": (
+        "leanpo",
+        leanpo,
+        {"smoothing_threshold": 9.0, "label_smoothing": 0.3, "nll_weight": 0.1},
+    ),
+    "RRPO": ("rrpo", rrpo, {"alpha": 0.5, "beta": 0.9}),
+    "RRPO, published": ("rrpo", rrpo, {}),
+}
+
+
+@pytest.mark.parametrize("name", ["text", "Qwen2-VL", "LLaVA-1.5"])
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_by_hand(case, name, images, tmp_path):
+    method, formula, more = CASES[case]
+    rows = text_rows(4) if name == "text" else [*image_rows(images, 3), *text_rows(1, start=3)]
+    trainer = trainer_of(method, tmp_path, rows, name=name, **more)
+    shake(trainer.model)
+    batch = collated(trainer)
+    if method == "rrpo":  # phrases are a part of the response, on some side
+        assert (batch["phrase_mask"] != batch["branch_mask"]).any() and batch["phrase_mask"].any()
+    got = trainer.compute_loss(trainer.model, batch)
+    want = formula([by_hand(trainer, example) for example in trainer.train_dataset], trainer.args)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL", "LLaVA-1.5"])
+def test_lpoi_by_hand_with_lists_of_different_lengths(name, images, tmp_path):
+    trainer = trainer_of("lpoi", tmp_path, lists(images), name=name, num_images=4, list_weight=0.7, anchor_weight=0.4)
+    shake(trainer.model)
+    batch = collated(trainer)
+    assert (batch["image_branches"] >= 0).sum(-1).tolist() == [2, 3, 4]
+    got = trainer.compute_loss(trainer.model, batch)
+    rows = [by_hand(trainer, example) for example in trainer.train_dataset]
+    want = lpoi(rows, trainer.args)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
+    # Its rewards per image, averaged over the rows that have that many images.
+    trainer.log({})
+    logs = trainer.state.log_history[-1]
+    for k in range(4):
+        row = [r[k + 1 if k else 0] for r in rows if len(r) > k + 1]
+        reward = sum(trainer.beta * (w.sum() - rw.sum()).item() for w, rw, *_ in row) / len(row)
+        assert logs[f"rewards/image/{k + 1}"] == pytest.approx(reward, rel=1e-4), k
+
+
+def test_rrpo_rewards_nothing_outside_the_phrases(images, tmp_path):
+    """Phrases that are given count, and only they: the rest of a response reaches the loss through the KL alone."""
+    rows = text_rows(2)
+    for r, phrases in zip(rows, ([[2, 5]], [[0, 1]])):
+        r |= {"chosen_phrases": phrases, "rejected_phrases": []}
+    trainer = trainer_of("rrpo", tmp_path, rows, alpha=0.0, beta=1.0)
+    shake(trainer.model)
+    hand = [by_hand(trainer, example) for example in trainer.train_dataset]
+    masks = [chosen[3] for chosen, _ in hand]
+    assert all(0 < m.sum() < len(m) for m in masks) and not any(rejected[3].any() for _, rejected in hand)
+    want = sum(-logsigmoid((w - rw)[p].sum()) for (w, rw, _, p), _ in hand) / 2
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, collated(trainer)), want, rtol=1e-5, atol=0)

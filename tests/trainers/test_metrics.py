@@ -1,0 +1,197 @@
+"""What is logged: exact averages, whatever the micro-batches, the lengths and the evaluation's last batch."""
+
+import pytest
+import torch
+from datasets import Dataset
+from trainer_kit import (
+    METHODS,
+    TEXT_METHODS,
+    collated,
+    image_rows,
+    losses_of,
+    shake,
+    slow_logits,
+    text_rows,
+    trainer_of,
+)
+
+TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
+
+
+def entries(trainer, key="entropy"):
+    return [entry for entry in trainer.state.log_history if key in entry]
+
+
+def rows_for(method, images):
+    if method != "lpoi":
+        return "text", text_rows(8)
+    rows = image_rows(images, 8)
+    for i, r in enumerate(rows):
+        r |= {"image_list": images[: 2 + i % 2], "critical_box": None}
+    return "Qwen2-VL", rows
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulating_four_times_one_row_is_a_batch_of_four(method, images, tmp_path):
+    """Loss, gradient norm and every metric of two steps. LeanPO's NLL is a mean over the tokens of a micro-batch by
+    its definition, so its loss and gradient are only the same without that term."""
+    name, rows = rows_for(method, images)
+    more = {"nll_weight": 0.0} if method == "leanpo" else {}
+    runs = []
+    for size, steps in ((4, 1), (1, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = trainer_of(method, tmp_path, rows, name=name, seed=1, **sizes, **more)
+        shake(trainer.model)
+        trainer.train()
+        runs.append(entries(trainer))
+    assert len(runs[0]) == len(runs[1]) == 2
+    for want, got in zip(*runs):
+        assert set(got) == set(want) >= {"loss", "grad_norm", "num_tokens", "rewards/chosen"}
+        for key in want:
+            assert got[key] == pytest.approx(want[key], rel=2e-3, abs=2e-4), key
+
+
+def test_leanpos_nll_is_a_mean_over_the_tokens_of_a_micro_batch(tmp_path):
+    """The documented exception: the loss depends on how rows are batched; the logged NLL does not."""
+    losses, logged = [], []
+    for size, steps in ((4, 1), (1, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        trainer = trainer_of("leanpo", tmp_path, max_steps=1, seed=1, nll_weight=3.0, **sizes)
+        shake(trainer.model)
+        rows = [trainer.train_dataset[i] for i in torch.randperm(8, generator=torch.Generator().manual_seed(0))[:0]]
+        assert rows == []
+        trainer.train()
+        losses.append(losses_of(trainer)[0])
+        logged.append(entries(trainer)[0]["loss/nll"])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+@pytest.mark.parametrize("method", TEXT_METHODS)
+def test_token_means_are_over_all_tokens_of_an_interval(method, tmp_path):
+    """Entropy, mean logits, accuracy and NLL by hand over two optimiser steps of ragged micro-batches."""
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "logging_steps": 2}
+    trainer = trainer_of(method, tmp_path, learning_rate=0.0, **sizes)
+    teach(trainer)
+    trainer.train()
+    sums = {side: {"entropy": [], "mean": [], "top1": [], "nll": []} for side in ("chosen", "rejected")}
+    for tree in (trainer.data_collator.encode(example) for example in trainer.train_dataset):
+        for side, branch in zip(sums, tree.branches):
+            with torch.no_grad():
+                logits = slow_logits(trainer.model, tree.trunks[0], branch)
+            logps, ids = logits.log_softmax(-1), torch.tensor(branch.ids)
+            sums[side]["entropy"] += (-(logps.exp() * logps).sum(-1)).tolist()
+            sums[side]["mean"] += logits.mean(-1).tolist()
+            sums[side]["top1"] += (logits.argmax(-1) == ids).float().tolist()
+            sums[side]["nll"] += (-logps.gather(-1, ids[:, None])[:, 0]).tolist()
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    want = {
+        "entropy": mean(sums["chosen"]["entropy"] + sums["rejected"]["entropy"]),
+        "logits/chosen": mean(sums["chosen"]["mean"]),
+        "logits/rejected": mean(sums["rejected"]["mean"]),
+        "mean_token_accuracy": mean(sums["chosen"]["top1"]),
+    }
+    if method == "leanpo":
+        want["loss/nll"] = mean(sums["chosen"]["nll"])
+    assert 0 < want["mean_token_accuracy"] < 1
+    (logged,) = entries(trainer)
+    for key, value in want.items():
+        assert logged[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def teach(trainer):
+    """A few plain steps on the chosen responses, so that some tokens are the most likely ones."""
+    batch = collated(trainer)
+    params = [p for p in trainer.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=0.05)
+    for _ in range(15):
+        scores = trainer.concatenated_forward(trainer.model, batch)
+        (-scores.sums[scores.chosen].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_is_exact_over_an_incomplete_last_batch(method, images, tmp_path):
+    """Five rows in batches of two are five rows in one batch."""
+    name, rows = rows_for(method, images)
+    more = {"nll_weight": 0.0} if method == "leanpo" else {}
+    got, want = {}, {}
+    for size, into in ((2, got), (5, want)):
+        data = Dataset.from_list(rows[:5])
+        trainer = trainer_of(method, tmp_path, rows, name=name, eval_dataset=data, per_device_eval_batch_size=size, **more)
+        shake(trainer.model)
+        into |= trainer.evaluate()
+    compared = {k for k in want if not k.endswith(("runtime", "per_second"))}
+    assert compared >= {"eval_loss", "eval_rewards/accuracies", "eval_entropy", "eval_logps/chosen"}
+    for key in compared:
+        assert got[key] == pytest.approx(want[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("method", TEXT_METHODS)
+def test_the_parts_add_up_to_the_loss(method, tmp_path):
+    trainer = trainer_of(method, tmp_path, **({"alpha": 0.3} if method == "rrpo" else {}))
+    shake(trainer.model)
+    trainer.train()
+    for entry in entries(trainer):
+        weights = {"loss/preference": 1.0}
+        weights |= {"leanpo": {"loss/nll": 0.5}, "rrpo": {"loss/kl": 0.3}}.get(method, {})
+        assert entry["loss"] == pytest.approx(sum(w * entry[k] for k, w in weights.items()), abs=2e-4)
+        assert entry["rewards/margins"] == pytest.approx(entry["rewards/chosen"] - entry["rewards/rejected"], abs=1e-4)
+        if method == "rrpo":
+            assert entry["kl/chosen"] == pytest.approx(entry["loss/kl"]) and entry["kl/rejected"] > 0
+        assert ("displacement/chosen" in entry) == (method != "leanpo")
+
+
+def test_evaluation_between_two_logs_takes_nothing_from_training(tmp_path):
+    """Logs every second step, evaluation after every step: tokens and averages of both stay whole."""
+    straight = trainer_of("dpo", tmp_path, max_steps=4, logging_steps=2)
+    straight.train()
+    data = Dataset.from_list(text_rows(3))
+    more = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": data}
+    mixed = trainer_of("dpo", tmp_path, max_steps=4, logging_steps=2, **more)
+    mixed.train()
+    assert len(entries(mixed)) == len(entries(straight)) == 2 and len(entries(mixed, "eval_loss")) == 4
+    for got, want in zip(entries(mixed), entries(straight)):
+        assert got == {k: pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in want.items()}
+    seen = [entry["eval_num_tokens"] for entry in entries(mixed, "eval_loss")]
+    assert seen == sorted(set(seen)) and seen[1] == entries(mixed)[0]["num_tokens"]
+
+
+def test_num_tokens_counts_what_the_policy_reads(tmp_path):
+    """Prompt and response of both branches, every row once, no padding, and nothing of the reference's pass."""
+    trainer = trainer_of("rrpo", tmp_path, max_steps=4)
+    trainer.train()
+    trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
+    assert entries(trainer)[-1]["num_tokens"] == sum(len(t.trunks[0].ids) + len(b.ids) for t in trees for b in t.branches)
+
+
+def test_the_summary_at_the_end_has_no_stale_metrics(tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Dataset.from_list(text_rows(2))}
+    trainer = trainer_of("dpo", tmp_path, **more)
+    trainer.train()
+    assert set(trainer.state.log_history[-1]) == TIMES | {"epoch", "step"}
+
+
+def test_compute_metrics_gets_summed_log_probs_and_token_counts(tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction)
+        (chosen, rejected), (chosen_tokens, rejected_tokens) = prediction.predictions, prediction.label_ids
+        return {"avg_margin": float((chosen / chosen_tokens - rejected / rejected_tokens).mean())}
+
+    data = Dataset.from_list(text_rows(5))
+    trainer = trainer_of("leanpo", tmp_path, eval_dataset=data, compute_metrics=compute_metrics)
+    metrics = trainer.evaluate()
+    batch = trainer._prepare_inputs(trainer.data_collator(list(data)))
+    with torch.no_grad():
+        scores = trainer.concatenated_forward(trainer.model, batch)
+    (prediction,) = seen
+    for got, side in zip(prediction.predictions, (scores.chosen, scores.rejected)):
+        torch.testing.assert_close(torch.tensor(got), scores.sums[side], rtol=1e-5, atol=1e-5)
+    for got, side in zip(prediction.label_ids, (scores.chosen, scores.rejected)):
+        assert got.tolist() == scores.mask[side].sum(-1).tolist()
+    assert metrics["eval_avg_margin"] == pytest.approx(metrics["eval_rewards/margins"] / trainer.beta, rel=1e-4)
+    predicted = trainer.predict(trainer.train_dataset)
+    assert len(predicted.predictions[0]) == 8 and "test_loss" in predicted.metrics

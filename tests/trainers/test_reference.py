@@ -1,0 +1,329 @@
+"""What the policy is compared with, for every way to hand over a model; and that LeanPO compares with nothing."""
+
+import copy
+import gc
+import math
+
+import pytest
+import torch
+import transformers as T
+from peft import PeftModel, get_peft_model
+from trainer_kit import (
+    METHODS,
+    assert_same_gradients,
+    collated,
+    config,
+    fresh,
+    gradients,
+    image_rows,
+    lora,
+    losses_of,
+    shake,
+    slow_logits,
+    text_rows,
+    trainable,
+    trainer_of,
+)
+
+LOG2 = pytest.approx(math.log(2), abs=1e-6)
+
+
+def adapted(seed=3, **more):
+    """A PeftModel whose adapter was trained already, and its tokenizer."""
+    model, tokenizer = fresh()
+    model = get_peft_model(model, lora(text=True, **more))
+    shake(model, seed, scale=0.1)
+    return model, tokenizer
+
+
+def snapshot(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def logps(trainer, model=None):
+    with torch.no_grad():
+        return trainer.concatenated_forward(model or trainer.model, collated(trainer)).logps
+
+
+def test_new_lora_is_compared_with_the_model_without_it(tmp_path):
+    trainer = trainer_of("dpo", tmp_path, max_steps=3)
+    base = logps(trainer)  # a new adapter is the identity
+    trainer.train()
+    assert trainer.ref_model is None
+    assert losses_of(trainer)[0] == LOG2 and losses_of(trainer)[2] != LOG2
+    assert torch.equal(trainer.reference_scores(collated(trainer)).logps, base)
+    assert not torch.allclose(logps(trainer), base)
+
+
+@pytest.mark.parametrize("method", ["dpo", "rrpo"])
+def test_a_given_adapter_is_compared_with_a_frozen_copy_of_itself(method, tmp_path):
+    model, tokenizer = adapted()
+    before = snapshot(model)
+    trainer = trainer_of(method, tmp_path, model=model, processor=tokenizer, peft=None, max_steps=3, weight_decay=0.5)
+    start = logps(trainer)
+    base = fresh()[0]
+    example = trainer.data_collator.encode(trainer.train_dataset[0])
+    assert not torch.allclose(slow_logits(base, example.trunks[0], example.branches[0]).log_softmax(-1).max(), start)
+    trainer.train()
+    assert losses_of(trainer)[0] == LOG2
+    assert torch.equal(trainer.reference_scores(collated(trainer)).logps, start)
+    after = trainer.model.state_dict()
+    for name, value in before.items():
+        if ".default." in name:
+            assert torch.equal(after[name.replace(".default.", ".ref.")], value), "the reference moved"
+            assert not torch.equal(after[name], value), f"{name} did not train"
+        else:
+            assert torch.equal(after[name], value)
+    assert trainer.model.active_adapters == ["default"]
+    assert all(".default." in name for name in trainable(trainer.model))
+    optimized = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    assert optimized == sum(p.numel() for p in trainable(trainer.model).values())
+
+
+@pytest.mark.parametrize("method", ["dpo", "leanpo"])
+def test_what_is_saved_of_a_given_adapter_loads_as_the_trained_one(method, tmp_path):
+    model, tokenizer = adapted()
+    trainer = trainer_of(method, tmp_path / "run", model=model, processor=tokenizer, peft=None)
+    trainer.train()
+    trainer.save_model(tmp_path / "out")
+    loaded = PeftModel.from_pretrained(fresh()[0], tmp_path / "out")
+    assert list(loaded.peft_config) == ["default"]
+    ids = torch.arange(3, 12)[None]
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "out" / "ref").exists() == (method == "dpo")  # as TRL's; LeanPO has none
+
+
+def test_full_fine_tuning_of_a_model_that_was_never_on_disk(tmp_path):
+    trainer = trainer_of("dpo", tmp_path, peft=None, max_steps=3, learning_rate=1e-3)
+    start, before = logps(trainer), snapshot(trainer.model)
+    assert trainer.ref_model is not trainer.model
+    trainer.train()
+    assert losses_of(trainer)[0] == LOG2 and losses_of(trainer)[2] != LOG2
+    assert torch.equal(trainer.reference_scores(collated(trainer)).logps, start)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.ref_model.state_dict().items())
+    assert not any(p.requires_grad and p.grad is not None for p in trainer.ref_model.parameters())
+    assert any(not torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("peft", ["new", None], ids=["lora", "full"])
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_an_explicit_reference_is_used(kind, peft, tmp_path):
+    """Also one that is an adapter itself (trained by supervision, say)."""
+    other = adapted(seed=5)[0] if kind == "adapter" else shake_all(fresh()[0])
+    probe = copy.deepcopy(other)
+    trainer = trainer_of("rrpo", tmp_path, peft=peft, ref_model=other)
+    batch = collated(trainer)
+    reference = trainer.reference_scores(batch)
+    tree = trainer.data_collator.encode(trainer.train_dataset[0])
+    want = slow_logits(probe, tree.trunks[0], tree.branches[0]).log_softmax(-1).detach()
+    got = reference.logps[0][reference.mask[0]]
+    ids = torch.tensor(tree.branches[0].ids)[:, None]
+    torch.testing.assert_close(got, want.gather(-1, ids)[:, 0], rtol=1e-5, atol=1e-5)
+    scores = trainer.concatenated_forward(trainer.model, batch, reference)
+    policy = slow_logits(trainer.model, tree.trunks[0], tree.branches[0]).log_softmax(-1)
+    kl = (want.exp() * (want - policy)).sum(-1)
+    torch.testing.assert_close(scores.kl[0][scores.mask[0]], kl, rtol=1e-3, atol=1e-5)
+    trainer.train()
+    assert losses_of(trainer)[0] != LOG2
+    assert torch.equal(trainer.reference_scores(batch).logps, reference.logps)
+
+
+def shake_all(model, scale=0.1):
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def test_the_policy_itself_is_no_reference(tmp_path):
+    model, tokenizer = fresh()
+    with pytest.raises(ValueError, match="cannot be the same object"):
+        trainer_of("dpo", tmp_path, model=model, processor=tokenizer, peft=None, ref_model=model)
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """Folders of saved models, with their processors."""
+    folders = {}
+    for name in ("text", "Qwen2-VL"):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for part in fresh(name):
+            part.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("peft", ["new", None], ids=["lora", "full"])
+@pytest.mark.parametrize("name", ["text", "Qwen2-VL"])
+def test_a_model_by_its_path(name, peft, on_disk, images, tmp_path):
+    """Also without a processing class: it comes from the same folder."""
+    rows = text_rows(4) if name == "text" else image_rows(images)
+    args = config("dpo", tmp_path, max_steps=2, learning_rate=1e-3)
+    init = {"peft_config": lora(text=name == "text")} if peft else {}
+    from datasets import Dataset
+
+    trainer = METHODS["dpo"][1](str(on_disk[name]), args=args, train_dataset=Dataset.from_list(rows), **init)
+    memory = trainer_of("dpo", tmp_path, rows, name=name, peft=peft, max_steps=2, learning_rate=1e-3)
+    want = logps(memory)
+    torch.testing.assert_close(logps(trainer), want)
+    trainer.train()
+    assert losses_of(trainer)[0] == LOG2
+    torch.testing.assert_close(trainer.reference_scores(collated(trainer)).logps, want)
+    assert (trainer.ref_model is None) == (peft is not None)
+
+
+# --- LeanPO -------------------------------------------------------------------------------------------------------
+
+
+def living():
+    gc.collect()
+    return sum(type(o) is T.Qwen2ForCausalLM for o in gc.get_objects())
+
+
+@pytest.mark.parametrize("method", ["leanpo", "dpo"])
+@pytest.mark.parametrize("kind", ["path", "path, lora", "memory", "memory, lora", "adapter"])
+def test_leanpo_builds_and_runs_no_reference(kind, method, on_disk, tmp_path, monkeypatch):
+    """Models in memory, loads from disk, parameters and forward passes are counted; DPO shows that the counts can."""
+    loads, calls = [], []
+    load = T.Qwen2ForCausalLM.from_pretrained.__func__
+    spy = classmethod(lambda cls, *a, **k: loads.append(1) or load(cls, *a, **k))
+    monkeypatch.setattr(T.Qwen2ForCausalLM, "from_pretrained", spy)
+    tokenizer, before = fresh()[1], living()
+    if "path" in kind:
+        model, size = str(on_disk["text"]), fresh()[0].num_parameters()
+    else:
+        model = adapted()[0] if kind == "adapter" else fresh()[0]
+        size = sum(p.numel() for p in model.parameters())
+    gc.collect()
+    trainer = trainer_of(
+        method, tmp_path, model=model, processor=tokenizer, peft="new" if "lora" in kind else None, max_steps=2,
+        **({"eval_dataset": trainer_rows(), "eval_strategy": "steps", "eval_steps": 2}),
+    )  # fmt: skip
+    trainer.model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    if trainer.ref_model is not None:
+        trainer.ref_model.get_input_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    lean, copies = method == "leanpo", method == "dpo" and kind in ("path", "memory")
+    assert len(loads) == ("path" in kind) * (2 if copies and kind == "path" else 1)
+    assert living() - before == (2 if copies else 1)
+    assert len(calls) == (3 if lean else 6)  # two steps and one batch of evaluation
+    extra = sum(p.numel() for n, p in trainer.model.named_parameters() if "lora" in n and "ref" not in n)
+    total = sum(p.numel() for p in trainer.model.parameters())
+    if lean:
+        assert trainer.ref_model is None
+        assert total == size + (extra if "lora" in kind else 0)
+        with (
+            pytest.raises(ValueError, match="without a reference")
+            if "lora" not in kind and kind != "adapter"
+            else (pytest.raises(Exception) if False else no_error())
+        ):
+            trainer.reference_scores(collated(trainer))
+    elif kind == "adapter":
+        assert total == size + extra
+
+
+class no_error:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+def trainer_rows():
+    from datasets import Dataset
+
+    return Dataset.from_list(text_rows(2))
+
+
+# --- what sits on top of the backbone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing adapter"])
+@pytest.mark.parametrize("method", ["dpo", "rrpo"])
+def test_a_trained_lm_head_belongs_to_the_policy_only(method, existing, tmp_path):
+    """`modules_to_save=["lm_head"]`: log-probs, KL and gradients use the trained head, the reference the old one."""
+    if existing:
+        model, tokenizer = adapted(modules_to_save=["lm_head"])
+        old = copy.deepcopy(model).eval()
+        trainer = trainer_of(method, tmp_path, model=model, processor=tokenizer, peft=None)
+    else:
+        old = fresh()[0].eval()
+        trainer = trainer_of(method, tmp_path, peft_config=lora(text=True, modules_to_save=["lm_head"]), peft=None)
+    heads = [n for n in trainable(trainer.model) if "lm_head" in n]
+    assert len(heads) == 1
+    shake(trainer.model)
+    trainer.train()
+    batch = collated(trainer)
+    reference = trainer.reference_scores(batch)
+    scores = trainer.concatenated_forward(trainer.model, batch, reference)
+    trees = [trainer.data_collator.encode(x) for x in trainer.train_dataset]
+    loss = 0
+    for s, (tree, branch) in enumerate((tree, b) for tree in trees for b in tree.branches):
+        policy = slow_logits(trainer.model, tree.trunks[0], branch).log_softmax(-1)
+        with torch.no_grad():
+            ref = slow_logits(old, tree.trunks[0], branch).log_softmax(-1)
+        ids, mask = torch.tensor(branch.ids)[:, None], scores.mask[s]
+        torch.testing.assert_close(scores.logps[s][mask], policy.gather(-1, ids)[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(reference.logps[s][mask], ref.gather(-1, ids)[:, 0], rtol=1e-5, atol=1e-5)
+        kl = (ref.exp() * (ref - policy)).sum(-1)
+        torch.testing.assert_close(scores.kl[s][mask], kl, rtol=1e-3, atol=1e-5)
+        loss = loss + policy.gather(-1, ids).sum() + (kl.sum() if s in batch["chosen"] else 0)
+    want = gradients(trainer, loss)
+    assert want[heads[0]].norm() > 0
+    assert_same_gradients(gradients(trainer, scores.sums.sum() + scores.kl[batch["chosen"]].sum()), want)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_full_fine_tuning_trains_the_head_through_the_kl(tied, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = fresh()[1]
+    cfg = T.Qwen2Config(**{**fresh()[0].config.to_dict(), "tie_word_embeddings": tied})
+    trainer = trainer_of("rrpo", tmp_path, model=T.Qwen2ForCausalLM(cfg), processor=tokenizer, peft=None, alpha=0.5)
+    shake(trainer.model, scale=0.02)
+    batch = collated(trainer)
+    reference = trainer.reference_scores(batch)
+    got = gradients(trainer, trainer.concatenated_forward(trainer.model, batch, reference).kl.sum())
+    loss = 0
+    for tree in (trainer.data_collator.encode(x) for x in trainer.train_dataset):
+        policy, ref = (
+            slow_logits(m, tree.trunks[0], tree.branches[0]).log_softmax(-1)
+            for m in (trainer.model, trainer.ref_model)
+        )
+        loss = (
+            loss
+            + (ref.exp() * (ref - policy)).sum().detach() * 0
+            + (ref.detach().exp() * (ref.detach() - policy)).sum()
+        )
+    assert_same_gradients(got, gradients(trainer, loss), rtol=1e-4)
+
+
+def test_a_synchronised_reference_follows_the_policy(tmp_path):
+    more = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1}
+    trainer = trainer_of("dpo", tmp_path, peft=None, learning_rate=1e-3, **more)
+    trainer.train()
+    torch.testing.assert_close(trainer.reference_scores(collated(trainer)).logps, logps(trainer))
+
+
+@pytest.mark.parametrize("peft", ["new", None], ids=["lora", "full"])
+def test_a_second_training_starts_from_the_first(peft, tmp_path):
+    """Two trainers on one model object, as in a notebook: the second's reference is what the first left behind."""
+    first = trainer_of("dpo", tmp_path, peft=peft, learning_rate=1e-3)
+    first.train()
+    model = first.model.merge_and_unload() if peft else first.model
+    second = trainer_of("rrpo", tmp_path, model=model, processor=fresh()[1], peft=peft, learning_rate=1e-3)
+    start = logps(second)
+    torch.testing.assert_close(start, logps(first) if not peft else start)
+    second.train()
+    assert losses_of(second)[0] == LOG2
+    torch.testing.assert_close(second.reference_scores(collated(second)).logps, start)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_dropout_is_off(method, images, tmp_path):
+    """Also LoRA's: with dropout, policy and reference would differ before the first step."""
+    rows = image_rows(images, critical_box=[4, 4, 30, 30])
+    trainer = trainer_of(method, tmp_path, rows, name="Qwen2-VL", peft=None, peft_config=lora(lora_dropout=0.5))
+    shake(trainer.model)
+    trainer.model.train()
+    assert torch.equal(logps(trainer), logps(trainer))
