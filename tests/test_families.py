@@ -1,4 +1,4 @@
-"""Every family of the README's table: right log-probs, and two steps of every method that move LoRA and nothing else."""
+"""Every family of the README's table: right log-probs, and steps of every method that move LoRA and nothing else."""
 
 import re
 from pathlib import Path

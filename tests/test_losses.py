@@ -177,8 +177,8 @@ def test_lpoi_by_hand_two_images():
 
 def slow_leanpo(chosen, rejected, beta, margin, smoothing, threshold, nll_weight, symmetric):
     total, nll, tokens = 0.0, 0.0, 0
-    for w, l in zip(chosen, rejected):
-        d = sum(w) / len(w) - sum(l) / len(l)
+    for w, r in zip(chosen, rejected):
+        d = sum(w) / len(w) - sum(r) / len(r)
         weight = smoothing if d < threshold else 0.0
         total -= (1 - weight) * logsigmoid(beta * d - margin)
         total -= weight * logsigmoid(-beta * d + (margin if symmetric else -margin))

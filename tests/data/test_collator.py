@@ -225,7 +225,7 @@ def test_bad_media_name_the_row_and_the_file(qwen, tmp_path):
 
 
 def test_a_box_outside_the_image_is_refused(qwen, picture):
-    with pytest.raises(RowError, match="row 1: .*100"):
+    with pytest.raises(RowError, match=r"row 1: .*100"):
         PreferenceCollator(qwen, num_images=3).encode(
             row("image", [picture], critical_box=[50, 10, 130, 40]) | {"row_index": 1}
         )

@@ -602,8 +602,8 @@ def test_importing_needs_neither_torch_nor_transformers():
 def test_a_folder_of_frames_is_read_in_the_order_of_its_numbers(tmp_path):
     folder = tmp_path / "clip"
     folder.mkdir()
-    for number in (1, 2, 10, 9):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"frame{number}.png")
+    for at in (1, 2, 10, 9):
+        Image.new("RGB", (8, 8), (at, 0, 0)).save(folder / f"frame{at}.png")
     (folder / "notes.txt").write_text("not a frame")
     clip = load_video("clip", VideoOptions(), media_root=tmp_path)
     assert clip.frames[:, 0, 0, 0].tolist() == [1, 2, 9, 10]

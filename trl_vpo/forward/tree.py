@@ -9,7 +9,7 @@ A collator makes it from rows with [`tree_batch`]; it does not say how the branc
     branch_trunk             (S,)     the trunk of each branch
     phrase_mask              (S, T)   tokens of the phrases that differ (RRPO)
     chosen, rejected         (B,)     their branches, one pair a row
-    image_branches           (B, N)   the branch of y_w on each image, most visible first, -1 where there is none (LPOI)
+    image_branches           (B, N)   the branch of y_w on each image, most visible first, -1 where none is (LPOI)
     media                    R dicts of the tensors that the processor made of a trunk's images and videos
     names                    B strings for messages
 """
@@ -191,7 +191,7 @@ def merge_media(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for key in keys:
         tensors = [item[key] for item in items if key in item]
         if batch_first:
-            empty = torch.zeros((1, 0) + tuple(tensors[0].shape[2:]), dtype=tensors[0].dtype, device=tensors[0].device)
+            empty = tensors[0].new_zeros((1, 0, *tensors[0].shape[2:]))
             tensors = [item.get(key, empty) for item in items]
         merged[key] = _pad_and_cat(tensors)
     return merged

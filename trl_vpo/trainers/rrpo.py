@@ -40,7 +40,8 @@ class RRPOTrainer(VisualPreferenceTrainer):
         "id": "2504.12083",
         "citation": textwrap.dedent("""\
             @inproceedings{sarkar2025rrpo,
-                title     = {{Self-Alignment of Large Video Language Models with Refined Regularized Preference Optimization}},
+                title     = {{Self-Alignment of Large Video Language Models with
+                              Refined Regularized Preference Optimization}},
                 author    = {Pritam Sarkar and Ali Etemad},
                 year      = 2025,
                 booktitle = {Advances in Neural Information Processing Systems 38}
