@@ -172,7 +172,16 @@ def test_memory_by_hand():
     assert (sizes.total, sizes.trained, sizes.quantized) == (total + trained, trained, linear)
     assert len(adapted.modules) == 2
     load = footprint.Load(sequences=4, length=10, responses=12)
-    four_bit = ["--load_in_4bit", "--dtype", "bfloat16", "--use_peft", "--optim", "adamw_8bit", "--use_cpu", "--bf16"]
+    four_bit = [
+        "--load_in_4bit",
+        "--dtype",
+        "bfloat16",
+        "--use_peft",
+        "--optim",
+        "adamw_8bit",
+        "--use_cpu",
+        "--bf16=true",
+    ]
     _, args, model_args, _ = parse("rrpo", four_bit)
     found = footprint.memory(sizes, load, config, args, model_args, copies=1)
     assert found["weights"] == int(2 * (total - linear) + linear * (0.5 + 4 / 64) + 2 * trained)

@@ -246,7 +246,7 @@ def test_shards_and_media_beside_the_rows(work, tmp_path):
 def test_missing_and_broken_data(tmp_path):
     with pytest.raises(DatasetError, match="does not exist"):
         load("--dataset_name", tmp_path / "rows.jsonl")
-    with pytest.raises(DatasetError, match="has no .jsonl"):
+    with pytest.raises(DatasetError, match=r"has no \.jsonl"):
         load("--dataset_name", tmp_path)
     (tmp_path / "valid.jsonl").write_text('{"prompt": "a"')
     with pytest.raises(DatasetError, match="no split 'train'; it has valid"):

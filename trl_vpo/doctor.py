@@ -10,19 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor
 from trl import get_peft_config
 
 import trl_vpo
 from trl_vpo import footprint
-from trl_vpo.data.check import Problem, check_row, check_rows
-from trl_vpo.data.rows import COLUMNS, ROW_INDEX, RowError
+from trl_vpo.data.check import Problem, _raw_rows, check_row, check_rows
+from trl_vpo.data.rows import ROW_INDEX, RowError
 from trl_vpo.data.sources import DatasetError, load_splits
 from trl_vpo.forward.tree import Tree
 from trl_vpo.recipe import RecipeError
@@ -202,7 +203,7 @@ def _check_rows(patient: Patient, dataset: Dataset, name: str, report: Report) -
     check = partial(
         check_row,
         args=patient.args,
-        is_vlm=patient.processor is None or isinstance(patient.processor, ProcessorMixin),
+        processing_class=patient.processor or SimpleNamespace(image_processor=True, video_processor=True),  # any media
         phrases=trainer.needs_phrases,
         image_list=trainer.needs_image_list,
     )
@@ -241,12 +242,11 @@ def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[t
     """Rows as the trainer's own collator makes them, without its limit on length; with a progress bar."""
     collator = patient.trainer_class._collator(patient.trainer_class, patient.processor, patient.args)
     collator = replace(collator, max_length=None)
-    columns = [c for c in dataset.column_names if c in (*COLUMNS, ROW_INDEX)]
-    table = dataset.select_columns(columns).with_format("arrow")  # media stay paths and bytes
-    bar = track(indices, description=f"Tokenizing {len(indices)} rows", transient=True, disable=not indices)
-    for index in bar:
+    rows = zip(indices, _raw_rows(dataset.select(indices)))
+    title = f"Tokenizing {len(indices)} rows"
+    for index, row in track(rows, title, total=len(indices), transient=True, disable=not indices):
         try:
-            yield index, collator.encode(table[index].to_pylist()[0])
+            yield index, collator.encode(row)
         except RowError as error:
             yield index, error
 
@@ -282,9 +282,7 @@ def _estimate(patient: Patient, load: footprint.Load, report: Report) -> None:
     copies = 2 if patient.trainer_class.needs_reference and not patient.model_args.use_peft else 1
     report.memory = footprint.memory(sizes, load, patient.config, patient.args, patient.model_args, copies)
     total = sum(report.memory.values()) / footprint.GIB
-    what = (
-        f"{sizes.total / 1e9:.2f} B ({sizes.vision / 1e9:.2f} B vision), {sizes.trained / 1e6:.2f} M trained"
-    )
+    what = f"{sizes.total / 1e9:.2f} B ({sizes.vision / 1e9:.2f} B vision), {sizes.trained / 1e6:.2f} M trained"
     report.add("parameters", OK, what)
     what = f"about {total:.1f} GiB on one GPU"
     status = OK

@@ -6,6 +6,7 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 import trl_vpo
@@ -17,7 +18,7 @@ CARD = """\
 {kind} of [{base}](https://huggingface.co/{base}) trained with **{method}**{dataset}, by
 TRL-VPO {version}.
 
-## Ask it about a {medium}
+## {heading}
 
 ```python
 {snippet}
@@ -40,27 +41,49 @@ Versions: TRL-VPO {version}, {versions}.
 ```
 """
 
+TEXT_SNIPPET = """\
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{load}
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+
+inputs = tokenizer("What happens here?", return_tensors="pt").to(model.device)
+print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=128), skip_special_tokens=True)[0])"""
+
 SNIPPET = """\
 {imports}from transformers import AutoModelForImageTextToText, AutoProcessor
-
+{media_import}
 {load}
 processor = AutoProcessor.from_pretrained("{name}")
 
-messages = [{{"role": "user", "content": [
-    {{"type": "{medium}", "{medium}": "{file}"}},
-    {{"type": "text", "text": "What happens here?"}},
-]}}]
-inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"{video_kwargs}
-).to(model.device)
+question = [{{"type": "{medium}"}}, {{"type": "text", "text": "What happens here?"}}]
+prompt = processor.apply_chat_template(
+    [{{"role": "user", "content": question}}], add_generation_prompt=True, tokenize=False
+)
+{media_load}
+inputs = processor(text=[prompt], {media_kwargs}, return_tensors="pt").to(model.device, model.dtype)
 answer = model.generate(**inputs, max_new_tokens=128)
-print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])"""
+print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
 
+MEDIA = {  # medium: (import, load, processor's arguments)
+    "video": (
+        "from transformers.video_utils import load_video\n",
+        'frames, metadata = load_video("clip.mp4", {sampling})',
+        "videos=[frames], video_metadata=[metadata], do_sample_frames=False",
+    ),
+    "image": (
+        "from transformers.image_utils import load_image\n",
+        'image = load_image("photo.jpg")',
+        "images=[image]",
+    ),
+}
 PEFT_LOAD = """\
 model = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(model, "{name}")"""
 FULL_LOAD = 'model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", device_map="auto")'
 
+PIPELINES = {"video": "video-text-to-text", "image": "image-text-to-text", "text": "text-generation"}
+HEADINGS = {"video": "Ask it about a video", "image": "Ask it about an image", "text": "Ask it"}
 SETTINGS = ("learning_rate", "num_train_epochs", "max_steps", "beta", "seed")
 
 
@@ -68,13 +91,13 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     """Write `README.md` into the trainer's output folder and give its path."""
     peft = is_peft_model(trainer.model)
     base = get_config_model_id(trainer.model.config) or "a model without a name"
-    if Path(base).exists():
+    if Path(base).is_absolute():  # a folder of this machine; nobody else has it
         base = Path(base).name
     name = model_name or Path(trainer.args.output_dir).name
     data = ModelCardData(
         base_model=base,
         library_name="peft" if peft else "transformers",
-        pipeline_tag="video-text-to-text" if _medium(trainer) == "video" else "image-text-to-text",
+        pipeline_tag=PIPELINES[_medium(trainer)],
         datasets=dataset_name if dataset_name and not Path(dataset_name).exists() else None,
         tags=[*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
         model_name=name,
@@ -87,7 +110,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         dataset=f" on `{Path(dataset_name).name if Path(dataset_name).exists() else dataset_name}`"
         if dataset_name
         else "",
-        medium=_medium(trainer),
+        heading=HEADINGS[_medium(trainer)],
         snippet=_snippet(trainer, name, base, peft),
         title=trainer._paper["title"],
         paper=trainer._paper["id"],
@@ -103,24 +126,33 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
 
 
 def _medium(trainer: Any) -> str:
+    if not isinstance(trainer.processing_class, ProcessorMixin):
+        return "text"
     columns = trainer.train_dataset.column_names or []
     return "video" if {"video", "videos"} & set(columns) else "image"
 
 
 def _snippet(trainer: Any, name: str, base: str, peft: bool) -> str:
     medium = _medium(trainer)
+    loaded = (PEFT_LOAD if peft else FULL_LOAD).format(base=base, name=name)
+    imports = "from peft import PeftModel\n" if peft else ""
+    if medium == "text":
+        load = loaded.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
+        return TEXT_SNIPPET.format(imports=imports, load=load, name=name)
+    media_import, media_load, media_kwargs = MEDIA[medium]
     return SNIPPET.format(
-        imports="from peft import PeftModel\n" if peft else "",
-        load=(PEFT_LOAD if peft else FULL_LOAD).format(base=base, name=name),
+        imports=imports,
+        load=loaded,
         name=name,
         medium=medium,
-        file="clip.mp4" if medium == "video" else "photo.jpg",
-        video_kwargs=_sampling(trainer.args) if medium == "video" else "",
+        media_import=media_import,
+        media_load=media_load.format(sampling=_sampling(trainer.args)),
+        media_kwargs=media_kwargs,
     )
 
 
 def _sampling(args: Any) -> str:
-    return f", fps={args.fps}" if args.fps is not None else f", num_frames={args.num_frames}"
+    return f"fps={args.fps}" if args.fps is not None else f"num_frames={args.num_frames}"
 
 
 def _settings(trainer: Any) -> str:

@@ -1,0 +1,48 @@
+# `make quickstart` and `make test` work on a fresh clone with python3 (3.11 or newer) and git: each installs first.
+
+PYTHON ?= python3
+UV_VERSION := 0.13.8
+BIN := .venv/bin
+STAMP := .venv/.installed
+EXTRAS := --extra quantization --extra deepspeed --extra judge --extra dev
+
+.PHONY: help install quickstart test lint lock clean
+
+help:
+	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
+	@echo "make test         run the tests"
+	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
+	@echo "make lint         check style and formatting"
+	@echo "make lock         renew requirements.lock"
+	@echo "make clean        remove outputs and caches (not .venv)"
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "Python 3.11 or newer is needed: make install PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv \
+		|| { echo "python3 -m venv failed; on Debian and Ubuntu it is in the package python3-venv"; exit 1; }
+	@test -x $(BIN)/uv || { $(BIN)/python -m ensurepip -q && $(BIN)/python -m pip install -q uv==$(UV_VERSION); }
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+quickstart: install
+	$(BIN)/python -m trl_vpo.testbed.quickstart
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock: install
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --no-annotate $(EXTRAS) --python-version 3.11 \
+		-o requirements.lock
+
+clean:
+	rm -rf outputs build dist .pytest_cache .ruff_cache
+	find trl_vpo tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,84 @@
+"""The model card: its facts are the run's, and its snippet runs as it stands."""
+
+import re
+import shutil
+
+import pytest
+import yaml
+from datasets import Dataset
+from families import LANGUAGE_MODEL, build, text_model
+from helpers import row, write_clip, write_image
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+import trl_vpo
+
+
+def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=AutoModelForImageTextToText):
+    """A trainer after one step on a base that lies on disk, saved with its card; the working folder is `folder`."""
+    config, trainer = getattr(trl_vpo, f"{method}Config"), getattr(trl_vpo, f"{method}Trainer")
+    args = config(
+        "tuned",
+        max_steps=1,
+        per_device_train_batch_size=1,
+        num_frames=4,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    model = loader.from_pretrained(base)
+    lora = LoraConfig(r=2, target_modules=peft) if peft else None
+    made = trainer(
+        model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor, peft_config=lora
+    )
+    made.train()
+    made.save_model("tuned")
+    made.create_model_card(dataset_name="someone/pairs")
+    return (folder / "tuned" / "README.md").read_text()
+
+
+def run_snippet(card, capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    capsys.readouterr()
+    exec(compile(snippet.replace("max_new_tokens=128", "max_new_tokens=4"), "card", "exec"), {})
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
+    model, processor = build("Qwen2.5-VL")
+    model.save_pretrained("base")
+    processor.save_pretrained("base")
+    source = write_clip(here / "clip.mp4") if kind == "video" else write_image(here / "photo.jpg")
+    card = trained("RRPO", "base", processor, [row(kind, [source])], here)
+    assert "trl_vpo" not in re.findall(r"```python\n(.*?)```", card, re.S)[0]
+    assert run_snippet(card, capsys).endswith("\n")
+    facts = yaml.safe_load(card.split("---")[1])
+    assert facts["base_model"] == "base" and facts["library_name"] == "peft"
+    assert facts["pipeline_tag"] == f"{kind}-text-to-text" and facts["datasets"] == "someone/pairs"
+    assert {"trl-vpo", "rrpo"} <= set(facts["tags"])
+    assert "2504.12083" in card and trl_vpo.__version__ in card and "| `alpha` | 0.01 |" in card
+
+
+def test_the_snippets_of_full_and_text_models_run(here, capsys):
+    model, processor = build("LLaVA-1.5")
+    model.save_pretrained("base")
+    processor.save_pretrained("base")
+    photo = write_image(here / "photo.jpg")
+    card = trained("LeanPO", "base", processor, [row("image", [photo])], here, peft=None)
+    assert "PeftModel" not in card and run_snippet(card, capsys).endswith("\n")
+    shutil.rmtree("base")
+    model, tokenizer = text_model()
+    model.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    card = trained("VisualDPO", "base", tokenizer, [row(None)], here, "all-linear", AutoModelForCausalLM)
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"
+    assert "What happens here?" in run_snippet(card, capsys)

@@ -1,0 +1,298 @@
+"""How it trains: checkpointing, precision, data loading, resuming, and stopping when the loss is not a number."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from trainer_kit import (
+    METHODS,
+    TEXT_METHODS,
+    assert_same_gradients,
+    collated,
+    fresh,
+    gradients,
+    image_rows,
+    lora,
+    losses_of,
+    shake,
+    text_rows,
+    trainable,
+    trainer_of,
+)
+from transformers import TrainerCallback
+
+from trl_vpo.trainers.base import NonFiniteLossError
+
+VISUAL = {"critical_box": [4, 4, 40, 30]}
+
+
+def history(trainer, skip=("runtime", "per_second", "flos", "grad_norm")):
+    """Everything that was logged, without what a clock decides."""
+    return [{k: v for k, v in entry.items() if not k.endswith(skip)} for entry in trainer.state.log_history]
+
+
+# --- memory and precision -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_no_gradient(method, use_reentrant, images, tmp_path):
+    rows, got = image_rows(images, 4, **VISUAL), {}
+    for checkpointing in (False, True):
+        more = {"gradient_checkpointing": checkpointing}
+        more |= {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}} if checkpointing else {}
+        trainer = trainer_of(method, tmp_path, rows, name="Qwen2-VL", **more)
+        shake(trainer.model)
+        trainer.model.train()
+        recomputed = []
+        layer = trainer.model.get_base_model().model.language_model.layers[0].mlp
+        layer.register_forward_hook(lambda *_, into=recomputed: into.append(1))
+        if checkpointing:  # as `Trainer.train` does
+            trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=more["gradient_checkpointing_kwargs"])
+        loss = trainer.compute_loss(trainer.model, collated(trainer))
+        passes = len(recomputed)
+        loss.backward()
+        assert len(recomputed) == passes + checkpointing
+        got[checkpointing] = {k: p.grad for k, p in trainable(trainer.model).items() if p.grad is not None}
+    assert_same_gradients(got[True], got[False])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_training_with_gradient_checkpointing_is_training(use_reentrant, tmp_path):
+    runs = []
+    for more in ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}):
+        trainer = trainer_of("rrpo", tmp_path, **more)
+        trainer.train()
+        runs.append(losses_of(trainer))
+    assert runs[0] == pytest.approx(runs[1], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_autocast(method, images, tmp_path):
+    """Log-probs, KL and loss stay in float32 and near the exact ones."""
+    rows, out = image_rows(images, 4, **VISUAL), {}
+    for bf16 in (False, True):
+        trainer = trainer_of(method, tmp_path, rows, name="Qwen2-VL", bf16=bf16, max_steps=1)
+        scores = []
+        trainer.preference_loss = lambda s, *rest, t=trainer, into=scores: into.append(s) or type(t).preference_loss(t, s, *rest)
+        trainer.train()
+        out[bf16] = scores[0], losses_of(trainer)[0], trainer.state.log_history[0]["grad_norm"]
+    (got, loss, norm), (want, exact, exact_norm) = out[True], out[False]
+    assert got.logps.dtype == got.entropy.dtype == torch.float32
+    torch.testing.assert_close(got.logps, want.logps, rtol=2e-2, atol=5e-2)
+    assert not torch.equal(got.logps, want.logps)  # it did run in bfloat16
+    assert loss == pytest.approx(exact, rel=2e-2)
+    assert norm == pytest.approx(exact_norm, rel=0.2)
+    if method == "rrpo":
+        assert got.kl.dtype == torch.float32
+
+
+@pytest.mark.parametrize("method", TEXT_METHODS)
+def test_one_backward_pass_moves_the_loss_down(method, tmp_path):
+    """Ten steps on the same rows: the loss of every method falls."""
+    trainer = trainer_of(method, tmp_path, text_rows(2), max_steps=10, learning_rate=1e-3)
+    trainer.train()
+    losses = losses_of(trainer)
+    assert losses[-1] < losses[0] - 1e-3
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
+def test_optimizers(optim, tmp_path):
+    trainer = trainer_of("dpo", tmp_path, optim=optim)
+    before = {k: p.clone() for k, p in trainable(trainer.model).items()}
+    trainer.train()
+    assert any(not torch.equal(p, before[k]) for k, p in trainable(trainer.model).items())
+
+
+def test_max_grad_norm_bounds_the_step(tmp_path):
+    moved = []
+    for bound in (1e-3, 0.0):  # 0: no clipping
+        trainer = trainer_of("leanpo", tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=bound)
+        before = torch.cat([p.flatten() for p in trainable(trainer.model).values()])
+        trainer.train()
+        after = torch.cat([p.flatten() for p in trainable(trainer.model).values()])
+        moved.append((after - before).norm().item())
+    assert moved[0] == pytest.approx(1e-3, rel=1e-2) and moved[1] > 1e-2
+
+
+# --- data loading -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_loader_workers_give_the_same_batches(method, images, tmp_path, monkeypatch):
+    """Images are read and masked in two worker processes, started either way."""
+    rows, runs = image_rows(images, 4, **VISUAL), []
+    for workers in (0, 2):
+        more = {"dataloader_num_workers": workers, "eval_dataset": Dataset.from_list(rows[:1])}
+        trainer = trainer_of("lpoi", tmp_path, rows, name="Qwen2-VL", **more)
+        loader = trainer.get_train_dataloader
+        if workers and method == "spawn":
+            from torch.utils.data import DataLoader
+
+            init = DataLoader.__init__
+            spawned = lambda self, *a, **k: init(self, *a, **{**k, "multiprocessing_context": "spawn"})  # noqa: E731
+            monkeypatch.setattr(DataLoader, "__init__", spawned)
+        assert loader is not None
+        trainer.train()
+        runs.append(history(trainer))
+    assert runs[0] == runs[1]
+
+
+def test_an_error_in_a_worker_names_the_row(images, tmp_path):
+    """A file that vanishes during training."""
+    rows = image_rows(images, 4)
+    trainer = trainer_of("dpo", tmp_path, rows, name="LLaVA-1.5", dataloader_num_workers=1, check_media="off")
+    trainer.data_collator.media_root = str(tmp_path)  # every image is now outside of it
+    with pytest.raises(ValueError, match=r"row \d \(id 'i\d'\)"):
+        trainer.train()
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize("kind", ["lora", "given adapter", "full"])
+@pytest.mark.parametrize("method", ["rrpo", "leanpo"])
+def test_resuming_is_as_if_nothing_had_happened(method, kind, tmp_path):
+    """Six steps, or three, a checkpoint, and three more from it: the same bits, the same logs, the same data order."""
+    names = []
+
+    def start(folder, **more):
+        peft, init = ("new" if kind == "lora" else None), {}
+        model, tokenizer = fresh()
+        if kind == "given adapter":
+            from peft import get_peft_model
+
+            model = get_peft_model(model, lora(text=True))
+            shake(model, 4)
+        more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear", **more}
+        trainer = trainer_of(method, folder, model=model, processor=tokenizer, peft=peft, learning_rate=3e-3, **more, **init)
+        loss = trainer.compute_loss
+        trainer.compute_loss = lambda m, inputs, **kw: names.append(inputs["names"]) or loss(m, inputs, **kw)
+        return trainer
+
+    straight = start(tmp_path / "straight")
+    straight.train()
+    order, names[:] = list(names), []
+    broken = start(tmp_path / "broken", callbacks=[StopAt(3)])
+    broken.train()
+    assert broken.state.global_step == 3
+    resumed = start(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=True)
+    assert names == order and len(order) == 6
+    assert losses_of(resumed) == losses_of(straight) and len(losses_of(straight)) == 6
+    skipped = {"num_tokens", "total_flos"}
+    for got, want in zip(history(resumed), history(straight)):
+        assert {k: v for k, v in got.items() if k not in skipped} == {k: v for k, v in want.items() if k not in skipped}
+    want = trainable(straight.model)
+    assert all(torch.equal(p, want[k]) for k, p in trainable(resumed.model).items())
+    batch = collated(straight)
+    if method == "rrpo":
+        assert torch.equal(resumed.reference_scores(batch).logps, straight.reference_scores(batch).logps)
+
+
+def test_a_checkpoint_has_what_an_adapter_needs(tmp_path):
+    trainer = trainer_of("rrpo", tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    files = {p.name for p in folder.iterdir()}
+    assert files >= {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json"}
+    assert files >= {"tokenizer.json", "tokenizer_config.json"}
+    saved = load_file(folder / "adapter_model.safetensors")
+    want = {k.replace(".default", ""): p for k, p in trainable(trainer.model).items()}
+    assert set(saved) == set(want) and all(torch.equal(saved[k], p) for k, p in want.items())
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert "RRPO" in (Path(tmp_path) / "README.md").read_text()
+
+
+# --- not a number -------------------------------------------------------------------------------------------------
+
+
+class Poison(TrainerCallback):
+    """After a step, the weights that read one token become nan."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model, **_):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                for p in trainable(model).values():
+                    p.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_not_a_number_stops_and_names_its_rows(method, images, tmp_path):
+    rows = image_rows(images, 4, **VISUAL)
+    more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "callbacks": [Poison(2)]}
+    trainer = trainer_of(method, tmp_path, rows, name="LLaVA-1.5", **more)
+    with pytest.raises(NonFiniteLossError, match=r"step 2 for: row \d \(id 'i\d'\); row \d \(id 'i\d'\)\. Nothing"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-3").exists() and not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_weights_that_are_not_numbers_are_not_saved(tmp_path):
+    """The step that ruins the weights has a finite loss; its checkpoint would replace a good one."""
+    more = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "callbacks": [Poison(2)]}
+    trainer = trainer_of("dpo", tmp_path, **more)
+    with pytest.raises(NonFiniteLossError, match="not saved"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_only_the_rows_at_fault_are_named(tmp_path):
+    """One token whose embedding is ruined: the rows without it are innocent."""
+    model, tokenizer = fresh()
+    rows = text_rows(8)
+    culprit = tokenizer("nothing", add_special_tokens=False).input_ids[0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[culprit] = float("nan")
+    trainer = trainer_of("rrpo", tmp_path, rows, model=model, processor=tokenizer)
+    guilty = [
+        f"row {i} (id 't{i}')"
+        for i, tree in enumerate(trainer.data_collator.encode(x) for x in trainer.train_dataset)
+        if culprit in [*tree.trunks[0].ids, *tree.branches[0].ids[:-1], *tree.branches[1].ids[:-1]]
+    ]
+    assert 0 < len(guilty) < 8
+    with pytest.raises(NonFiniteLossError) as raised:
+        trainer.compute_loss(trainer.model, collated(trainer))
+    assert [name for name in (f"row {i} (id 't{i}')" for i in range(8)) if name in str(raised.value)] == guilty
+
+
+def test_a_bad_row_stops_evaluation_too(tmp_path):
+    trainer = trainer_of("leanpo", tmp_path, eval_dataset=Dataset.from_list(text_rows(3)))
+    with torch.no_grad():
+        for p in trainable(trainer.model).values():
+            p.fill_(float("inf"))
+    with pytest.raises(NonFiniteLossError, match="row 0"):
+        trainer.evaluate()
+
+
+def test_gradients_are_those_of_the_mean_over_pairs(tmp_path):
+    """What the optimiser sees after four accumulated micro-batches is the gradient of one batch of four."""
+    grads = []
+    for size, steps in ((4, 1), (1, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        seen = {}
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model, into=seen, **_):
+                into.update({k: p.grad.clone() for k, p in trainable(model).items() if p.grad is not None})
+
+        more = {"max_steps": 1, "max_grad_norm": 0.0, "callbacks": [Look()]}
+        trainer = trainer_of("rrpo", tmp_path, seed=1, **sizes, **more)
+        shake(trainer.model)
+        trainer.train()
+        grads.append(seen)
+    assert_same_gradients(grads[1], grads[0])
+    assert gradients is not None
