@@ -107,7 +107,8 @@ def test_run_record(work, trained):
     assert record["steps"] == 2
     assert record["recipe"]["alpha"] == 0.05
     assert record["recipe"]["learning_rate"] == 0.01
-    assert "dataset_test_split" not in record["recipe"]  # it is the default
+    given = yaml.safe_load((work / "recipe.yaml").read_text()).keys() - {"hub_token"}
+    assert set(record["recipe"]) <= given | {"alpha"}  # nothing that has its default value
     assert record["recipe_path"] == str(work / "recipe.yaml")
     assert {"train_loss", "rewards/margins", "kl/chosen"} <= set(record["metrics"]["train"])
     assert "eval_loss" in record["metrics"]["eval"]
@@ -139,6 +140,16 @@ def test_bad_rows_are_counted_as_skipped(work, tmp_path):
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["rows"] == {"trained": 5, "skipped": 1}
     assert "eval" not in record["metrics"]
+
+
+def test_full_fine_tuning_with_a_frozen_tower(work, tmp_path):
+    argv = ["--config", str(work / "recipe.yaml"), "--output_dir", str(tmp_path), "--max_steps", "1"]
+    run_training("leanpo", [*argv, "--use_peft", "false", "--freeze_vision", "--eval_strategy", "no"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (work / "base", tmp_path))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not [name for name in changed if "visual" in name]
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["freeze_vision"] is True
 
 
 # --- recipes and options ------------------------------------------------------------------------------------------

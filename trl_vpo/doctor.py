@@ -140,7 +140,10 @@ def _load_pretrained(patient: Patient, report: Report) -> None:
         except (OSError, ValueError, ImportError) as error:
             report.add(part, STOP, f"{name}: {str(error).splitlines()[0]}")
     if patient.processor is not None:
-        patient.trainer_class._set_pad_token(patient.processor)
+        try:
+            patient.trainer_class._set_pad_token(patient.processor, patient.args)
+        except ValueError as error:
+            report.add("pad token", STOP, str(error))
 
 
 def _check_model(patient: Patient, report: Report) -> None:

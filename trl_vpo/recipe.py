@@ -56,7 +56,9 @@ class RecipeParser(TrlParser):
         self.given: dict[str, Any] = {}
         self._own_defaults: dict[str, Any] = {}
         for action in self._actions:  # `--no_x` comes after `--x`, with a default of its own
-            self._own_defaults.setdefault(action.dest, action.default)
+            default = action.default
+            typed = self._get_value(action, default) if isinstance(default, str) else default  # as argparse does
+            self._own_defaults.setdefault(action.dest, typed)
 
     def parse(self, argv: list[str]) -> tuple:
         """The argument objects of `--config FILE` and the options after it, which win over the file.

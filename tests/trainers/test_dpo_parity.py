@@ -1,4 +1,4 @@
-"""`VisualDPOTrainer` against `trl.DPOTrainer` on the same rows: same losses, gradients, metrics and trained weights."""
+"""`VisualDPOTrainer` against `trl.DPOTrainer` on the same rows: same loss, gradients, metrics and weights."""
 
 import copy
 

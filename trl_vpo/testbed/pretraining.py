@@ -15,7 +15,7 @@ from trl_vpo.testbed.tiny_vlm import CELL, WIDTH, build_model, build_processor, 
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3
 CLIP_SHARE = 0.5  # of the training samples; the rest are scenes
-CAPTION_SHARE = 0.75  # of the training texts; the rest are questions
+CAPTION_SHARE = 0.5  # of the training texts; the rest are questions
 
 
 class VisionProbe(torch.nn.Module):

@@ -7,6 +7,8 @@ point of `trl-vpo train`, and compares each method with the base model on held-o
 from __future__ import annotations
 
 import argparse
+import importlib
+import logging
 import math
 import os
 import time
@@ -16,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, track
 from rich.table import Table
@@ -79,6 +82,11 @@ def main() -> None:
     quiet_libraries()
     began = time.perf_counter()
     held_out = write_data(args.out / "data")
+    with console.status("importing TRL, which takes half a minute ..."):
+        import torch
+
+        importlib.import_module("trl_vpo.trainers.base")
+    torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
     results = []
     for method in args.methods:
         base = next((r.before for r in results if r.kind == METHODS[method][1]), None)
@@ -116,18 +124,13 @@ def run_method(method: str, out: Path, held_out: HeldOut, base: Measured | None)
     """Train one method from its recipe and measure it, and the base too unless it is known already."""
     name, kind = METHODS[method]
     console.rule(f"{name} on {kind}s")
-    with console.status("importing TRL (half a minute the first time) ..."):
-        from trl_vpo.evaluate.heldout import base_model, generate_responses, measure_preferences
-        from trl_vpo.train import run_training
+    from trl_vpo.evaluate.heldout import base_model, generate_responses, measure_preferences
+    from trl_vpo.train import run_training
+
     data = out / "data" / f"{kind}s_train.jsonl"
-    argv = [
-        "--config",
-        str(RECIPES / f"{method}.yaml"),
-        "--dataset_name",
-        str(data),
-        "--output_dir",
-        str(out / method),
-    ]
+    options = {"--config": RECIPES / f"{method}.yaml", "--dataset_name": data, "--output_dir": out / method}
+    options["--disable_tqdm"] = "false"  # the bar is ours
+    argv = [str(word) for option in options.items() for word in option]
     began = time.perf_counter()
     with rich_progress(name):
         trainer = run_training(method, argv)
@@ -174,17 +177,23 @@ def quiet_libraries() -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("bitsandbytes", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 
 def results_table(results: list[Result]) -> Table:
-    table = Table(title="Held-out, balanced samples: before (base) and after", title_justify="left")
-    for heading in ("method", "preference accuracy", "hallucination", "Δ log-prob chosen"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for heading in ("Δ log-prob rejected", "KL from base", "seconds"):
-        table.add_column(heading, justify="right")
+    """One line per method below the base on its kind of samples; log-probs and KL in nats per caption."""
+    table = Table(
+        title="Held-out, balanced samples: the base before, each method after", box=SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("preference\naccuracy", "halluci-\nnation", "Δ log-prob\nchosen", "Δ log-prob\nrejected"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("KL from\nbase", justify="right", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
     for kind in dict.fromkeys(result.kind for result in results):
         of_kind = [result for result in results if result.kind == kind]
         before = of_kind[0].before
@@ -218,6 +227,8 @@ def verdict(result: Result) -> str:
         said.append("it does not help here: no clear change in hallucination")
     if after.preferences.accuracy <= before.preferences.accuracy:
         said.append("and it does not prefer the true captions more often than the base does")
+    if f"{after.preferences.average_accuracy:.3f}" != f"{after.preferences.accuracy:.3f}":
+        said.append(f"by log-prob per token, its preference accuracy is {after.preferences.average_accuracy:.1%}")
     moved = after.preferences.chosen_logp - before.preferences.chosen_logp
     if moved < 0:
         said.append(f"it makes the true captions themselves less likely ({moved:+.2f} nats)")

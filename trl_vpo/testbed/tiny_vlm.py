@@ -226,8 +226,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the supervised base model of the testbed.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and processor")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     from trl_vpo.testbed.pretraining import train_base
 

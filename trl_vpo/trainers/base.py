@@ -25,7 +25,7 @@ from transformers import (
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import get_config_model_id, use_adapter
 
 from trl_vpo.data.check import prepare_dataset
 from trl_vpo.data.collator import PreferenceCollator
@@ -38,7 +38,7 @@ from trl_vpo.trainers.config import VisualPreferenceConfig
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became nan or infinite. Names the rows of the batch; nothing is saved."""
+    """The loss, or the weights after a step, became nan or infinite. Names the rows; nothing is saved."""
 
 
 class VisualPreferenceTrainer(DPOTrainer):
@@ -81,9 +81,12 @@ class VisualPreferenceTrainer(DPOTrainer):
         self._check_model(model, ref_model, peft_config)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
+        if not isinstance(train_dataset, (Dataset, IterableDataset)):
+            kind = type(train_dataset).__name__
+            raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{kind}`.")
         if processing_class is None:
             processing_class = self._load_processing_class(model, args)
-        self._set_pad_token(processing_class)
+        self._set_pad_token(processing_class, args)
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
         if self.needs_reference and ref_model is None and self._copies_reference(model, args, peft_config):
@@ -109,7 +112,7 @@ class VisualPreferenceTrainer(DPOTrainer):
 
     def _checked_args(self, args: VisualPreferenceConfig | None, model: Any) -> VisualPreferenceConfig:
         if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+            name = model if isinstance(model, str) else get_config_model_id(model.config) or type(model).__name__
             return self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
         if not isinstance(args, self.config_class):
             raise TypeError(
@@ -124,22 +127,38 @@ class VisualPreferenceTrainer(DPOTrainer):
         configs = [peft_config] if peft_config is not None else []
         if isinstance(model, PeftModel):
             configs += list(model.peft_config.values())
+            if ref_model is None and "default" not in model.peft_config:
+                raise ValueError(
+                    f"the model's adapter is called {model.active_adapter!r}; trl.DPOTrainer copies the one called "
+                    "'default' as reference. Load it without `adapter_name`."
+                )
         for config in configs:
             if isinstance(config, PromptLearningConfig):
                 raise ValueError(
                     f"{type(config).__name__} prepends virtual tokens, which moves every response. Use LoRA."
                 )
+        if not isinstance(model, str) and peft_config is None and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "every parameter of the model is frozen; there is nothing to train. Load an adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True), or give a `peft_config`."
+            )
 
     def _load_processing_class(self, model: Any, args: VisualPreferenceConfig) -> Any:
-        path = model if isinstance(model, str) else model.config._name_or_path
+        path = model if isinstance(model, str) else get_config_model_id(model.config)
+        if not path:
+            raise ValueError(
+                "the model was not loaded from anywhere, so nor can its processor be: give `processing_class`."
+            )
         revision = (args.model_init_kwargs or {}).get("revision")
         return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
 
     @staticmethod
-    def _set_pad_token(processing_class: Any) -> None:
+    def _set_pad_token(processing_class: Any, args: VisualPreferenceConfig) -> None:
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+        if token not in tokenizer.get_vocab():
+            raise ValueError(f"pad_token={token!r} is not a token of {type(tokenizer).__name__}.")
+        tokenizer.pad_token = token
 
     @staticmethod
     def _copies_reference(model: Any, args: VisualPreferenceConfig, peft_config: Any) -> bool:
@@ -181,7 +200,7 @@ class VisualPreferenceTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Instead of TRL's tokenization: number the rows and check them. Prepared datasets pass through."""
-        return prepare_dataset(
+        dataset = prepare_dataset(
             dataset,
             args,
             name=dataset_name,
@@ -189,6 +208,10 @@ class VisualPreferenceTrainer(DPOTrainer):
             phrases=self.needs_phrases,
             image_list=self.needs_image_list,
         )
+        if isinstance(dataset, Dataset) and not isinstance(processing_class, ProcessorMixin):
+            # Every row is known to have no media, but DPOTrainer goes by the name of an empty column.
+            dataset = dataset.remove_columns([c for c in ("image", "images") if c in dataset.column_names])
+        return dataset
 
     def _prepare_eval(self, eval_dataset, processing_class, args):
         if isinstance(eval_dataset, dict):
@@ -307,6 +330,8 @@ class VisualPreferenceTrainer(DPOTrainer):
     def _record(self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict) -> None:
         """Keep each metric as a sum and a weight, so that averages over steps and ranks are exact."""
         pairs = self._metrics_of(scores, reference, out) | self.extra_metrics(scores, reference, batch)
+        if not self.model.training:
+            pairs["loss"] = out.losses  # transformers counts a stream's incomplete last batch as a full one
         ones = torch.ones_like(out.chosen_rewards)
         stacked = torch.stack(
             [torch.stack([v.float() * w, w]) for v, w in ((v, w.to(ones)) for v, w in _weighted(pairs, ones))]
@@ -351,22 +376,42 @@ class VisualPreferenceTrainer(DPOTrainer):
             metrics |= {"kl/chosen": scores.kl[chosen].sum(-1), "kl/rejected": scores.kl[rejected].sum(-1)}
         return metrics
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
+    def _averages(self, mode: str) -> dict[str, float]:
+        """Averages of what was recorded since the last call, and the tokens trained on. All ranks call this."""
         ranks = gather_object([{"sums": dict(self._totals[mode]), "tokens": self._new_tokens}])
         totals = defaultdict(lambda: [0.0, 0.0])
         for rank in ranks if mode == "train" else ranks[:1]:  # evaluation gathered its rows already
             for key, (value, weight) in rank["sums"].items():
                 totals[key] = [totals[key][0] + value, totals[key][1] + weight]
-        self._metrics[mode] = {k: [value / weight] for k, (value, weight) in totals.items() if weight}
+        self._totals[mode].clear()
         self._total_train_tokens += sum(rank["tokens"] for rank in ranks)
         self._new_tokens = 0
-        if totals:  # the summary at the end of training has none
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        self._totals[mode].clear()
+        averages = {k: value / weight for k, (value, weight) in totals.items() if weight}
+        return averages | {"num_tokens": self._total_train_tokens} if averages else {}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            self._metrics["train"] = {key: [value] for key, value in self._averages("train").items()}
         super().log(logs, start_time)
 
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """The metrics carry the prefix of their dataset, so that those of several sets stay apart."""
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in self._averages("eval").items()})
+        return output
+
     # --- saving ---------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Raises NonFiniteLossError for ruined weights: a step with a finite loss may still end in nan."""
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            raise NonFiniteLossError(
+                f"the weights are not finite after step {self.state.global_step}; they are not saved. Go back to the "
+                "last checkpoint with a lower learning rate, or bf16 instead of fp16."
+            )
+        super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """A card that names method, paper, base model and dataset, and shows how to load the adapter."""

@@ -18,6 +18,7 @@ REFUSED = {
     "padding_free": "visual inputs are padded; a branch of the batch is a sequence of its own",
     "truncation_mode": "sequences are never truncated: cutting one may cut its video or its response",
     "precompute_ref_log_probs": "the reference pass runs on the fly; precomputing it is not implemented yet",
+    "dataset_num_proc": "rows are tokenized in the data loader's workers; set dataloader_num_workers",
     "precompute_ref_batch_size": "the reference pass runs on the fly; precomputing it is not implemented yet",
 }
 _TRL_FIELDS = fields(DPOConfig)
@@ -83,6 +84,11 @@ class VisualPreferenceConfig(DPOConfig):
         for name, choices in (("check_media", ("header", "decode", "off")), ("on_bad_media", ("error", "skip"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
+        if "inputs" in self.include_for_metrics:
+            raise ValueError("include_for_metrics cannot have 'inputs': a batch is a tree of prompts and responses.")
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError("accelerator_config.dispatch_batches: batches cannot be cut and sent. Leave it out.")
+        self.accelerator_config.dispatch_batches = False  # the default for streams would be True
         if self.on_bad_media == "skip":
             self.check_media = "decode"  # rows can only be left out up front if every file was read
         self.num_frames = self.video_options().num_frames  # also says what is wrong, before anything is loaded

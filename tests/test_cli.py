@@ -1,0 +1,169 @@
+"""The command line: quick, with examples, and with errors that a reader can act on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trl_vpo import cli
+
+RRPO_ROW = {
+    "question": "What moves?",
+    "answer": "a red square.",
+    "pred": "a blue square.",
+    "answer_masked": "a <MASK>red</MASK> square.",
+    "pred_masked": "a <MASK>blue</MASK> square.",
+    "video": "clip.mp4",
+}
+
+
+def test_help_needs_neither_torch_nor_trl():
+    """In a process of its own: the tests import both."""
+    code = (
+        "import sys, trl_vpo, trl_vpo.cli\n"
+        "trl_vpo.cli.make_parser().format_help()\n"
+        "heavy = {'torch', 'trl', 'transformers', 'datasets', 'numpy', 'av', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["import"], ["doctor"]])
+def test_every_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"example:\n  trl-vpo {command[0] if command else 'train'} " in text
+
+
+def test_help_of_a_method_lists_its_keys(capsys):
+    assert cli.main(["train", "rrpo", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--alpha", "--lora_target_modules", "--dataset_name", "--on_bad_media"):
+        assert option in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train", "rpo"], "'rpo' is not one of dpo, leanpo, rrpo, lpoi. Did you mean rrpo?"),
+        (["import", "lpo", "a", "b"], "'lpo' is not one of rrpo, lpoi, ms-swift, llamafactory, llava-hound."),
+        (["trian"], "'trian' is not one of train, import, doctor. Did you mean train?"),
+        (["doctor", "r.yaml", "--method", "leanp"], "Did you mean leanpo?"),
+        (["import", "rrpo", "a", "b", "--on_bat", "skip"], "unknown option --on_bat"),
+        (["import", "rrpo", "a"], "OUT"),
+    ],
+)
+def test_wrong_words_name_the_right_ones(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_command(capsys):
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["train", "dpo", "--config", "nowhere.yaml"], 2, "the recipe nowhere.yaml cannot be read"),
+        (["train", "dpo", "--use_cpu", "--betta", "1"], 2, "unknown option --betta. Did you mean --beta"),
+        (["train", "dpo", "--use_cpu", "--loss_type", "ipo"], 1, "does not take loss_type"),
+        (["train", "dpo", "--accelerate_config", "zero4"], 2, "Did you mean zero"),
+        (["doctor", "nowhere.yaml"], 2, "the recipe nowhere.yaml does not exist"),
+        (["import", "rrpo", "nowhere.json", "out.jsonl"], 1, "nowhere.json: no such file"),
+    ],
+)
+def test_errors_are_one_message_and_an_exit_code(argv, code, message, capsys, monkeypatch):
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    assert cli.main(argv) == code
+    err = capsys.readouterr().err
+    assert f"trl-vpo: error: {message}" in err or ("trl-vpo: error" in err and message in err)
+    assert "Traceback" not in err
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(ValueError, match="no such file"):
+        cli.main(["import", "rrpo", "nowhere.json", "out.jsonl"])
+
+
+def test_as_a_program(tmp_path):
+    """Through `python -m` and scripts/train.py, with a wrong key and a wrong recipe."""
+    (tmp_path / "recipe.yaml").write_text("use_cpu: true\nlearning_rats: 1\n")
+    script = Path(__file__).parent.parent / "scripts" / "train.py"
+    run = subprocess.run(
+        [sys.executable, str(script), "leanpo", "--config", str(tmp_path / "recipe.yaml")],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "unknown recipe key `learning_rats`. Did you mean learning_rate" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+# --- import -------------------------------------------------------------------------------------------------------
+
+
+def test_import(tmp_path, capsys):
+    source, target = tmp_path / "rrpo.json", tmp_path / "data" / "train.jsonl"
+    source.write_text(json.dumps([RRPO_ROW, {"question": "What?"}]))
+    assert cli.main(["import", "rrpo", str(source), str(target)]) == 1
+    assert not target.exists()
+    capsys.readouterr()
+    argv = ["import", "rrpo", str(source), str(target), "--media_root", "/data", "--on_bad", "skip"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "1 rows of 2 records" in out
+    assert "Left out: 1" in out
+    (row,) = [json.loads(line) for line in target.read_text().splitlines()]
+    assert row["videos"] == ["/data/clip.mp4"]
+    assert row["chosen_phrases"] == [[2, 5]]
+
+
+# --- launching ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unlaunched(monkeypatch):
+    for variable in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_launch_options_are_taken_out(unlaunched, tmp_path):
+    options = ["--config", "r.yaml", "--accelerate_config", "zero2", "--beta", "1", "--num_processes=2"]
+    rest, launch = cli.launch_options(options)
+    assert rest == ["--config", "r.yaml", "--beta", "1"]
+    assert launch[0] == "--config_file"
+    assert launch[1].endswith("zero2.yaml")
+    assert launch[2:] == ["--num_processes", "2"]
+    assert cli.launch_options(rest) == (rest, [])
+
+
+def test_launch_options_of_a_recipe(unlaunched, tmp_path, monkeypatch):
+    own = tmp_path / "own.yaml"
+    own.write_text("num_processes: 4\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"accelerate_config: {own}\nnum_processes: 2\n")
+    options = ["--config", str(recipe), "--num_processes", "3"]
+    assert cli.launch_options(options)[1] == ["--config_file", str(own), "--num_processes", "3"]
+    monkeypatch.setenv("LOCAL_RANK", "0")  # a launched process does not launch again
+    assert cli.launch_options(options) == (["--config", str(recipe)], [])
+
+
+def test_launch_runs_the_module(unlaunched, monkeypatch):
+    seen = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", seen.append)
+    assert cli.main(["train", "rrpo", "--config", "r.yaml", "--num_processes", "2"]) == 0
+    (args,) = seen
+    assert (args.module, args.training_script, args.num_processes) == (True, "trl_vpo.cli", 2)
+    assert args.training_script_args == ["train", "rrpo", "--config", "r.yaml"]

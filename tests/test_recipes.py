@@ -1,0 +1,105 @@
+"""Every recipe in the tree: it parses for its method, its header says what a reader needs, its LoRA fits its model."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from families import FAMILIES
+from trl import get_peft_config
+
+from trl_vpo import footprint
+from trl_vpo.doctor import method_of
+from trl_vpo.train import NOT_QUANTIZED, parse, quantization_config
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = [path for path in RECIPES if path.parent.name != "accelerate"]  # those are accelerate's
+BIG = [path for path in RECIPES if path.parent.name != "quickstart"]
+MODELS = {
+    "trl_vpo/testbed/base": "Qwen2-VL",
+    "Qwen/Qwen2-VL-7B-Instruct": "Qwen2-VL",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen2.5-VL",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen2.5-VL",
+    "llava-hf/llava-1.5-7b-hf": "LLaVA-1.5",
+    "llava-hf/llava-1.5-13b-hf": "LLaVA-1.5",
+    "llava-hf/LLaVA-NeXT-Video-7B-hf": "LLaVA-NeXT-Video",
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": "LLaVA-OneVision",
+    "HuggingFaceM4/idefics2-8b": "Idefics2",
+}
+
+
+def name(path):
+    return str(path.relative_to(ROOT / "recipes"))
+
+
+def parsed(path):
+    return parse(method_of(path), ["--config", str(path)], any_device=True)
+
+
+@cache
+def config_of(family):
+    model, _ = FAMILIES[family][0]()
+    model.config.architectures = [type(model).__name__]
+    return model.config
+
+
+def test_there_is_a_recipe_for_everything_that_is_promised():
+    names = {name(path) for path in BIG}
+    for method in ("dpo", "leanpo", "rrpo", "lpoi"):
+        assert f"{method}/qwen2_5_vl_3b_qlora_24gb.yaml" in names
+        assert f"quickstart/{method}.yaml" in {name(path) for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_recipe_parses_and_its_lora_fits_its_model(path):
+    _, training_args, model_args, _ = parsed(path)
+    assert path.parent.name in (method_of(path), "quickstart")
+    model = footprint.empty_model(config_of(MODELS[model_args.model_name_or_path]))
+    peft_config = get_peft_config(model_args)
+    if peft_config is None:
+        assert "full" in path.stem
+        return
+    linear = {n for n, m in model.named_modules() if n.endswith("_proj") and not footprint.VISION.search(n + ".")}
+    _, adapted = footprint.adapt(model, peft_config)
+    assert not adapted.vision
+    assert set(adapted.modules) == linear  # q, k, v, o, gate, up, down of every layer of the language model
+    assert training_args.max_length is None
+
+
+@pytest.mark.parametrize("path", BIG, ids=name)
+def test_header_says_how_on_what_and_from_where(path):
+    text = path.read_text()
+    header = text.split("model_name_or_path")[0]
+    method = method_of(path)
+    assert f"trl-vpo train {method} --config recipes/{name(path)}" in header
+    assert f"trl-vpo doctor recipes/{name(path)}" in header
+    for part in ("# Hardware: written for", "# Source: ", "# Not run by us", "dataset_name is a placeholder"):
+        assert part in header
+    for key in ("beta", "learning_rate", "num_train_epochs", "lr_scheduler_type", "lora_r", "num_frames"):
+        for line in re.findall(rf"^{key}: .*", text, re.MULTILINE):
+            assert re.search(r"# (paper|ours)", line), line
+
+
+@pytest.mark.parametrize("path", BIG, ids=name)
+def test_the_effective_batch_is_what_the_header_says(path):
+    header, recipe = path.read_text(), yaml.safe_load(path.read_text())
+    told = int(re.search(r"Effective batch (\d+)", header)[1])
+    gpus = int(re.search(r"written for (\d+) GPU", header)[1])
+    assert told == gpus * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+
+
+@pytest.mark.parametrize("path", [path for path in BIG if "qlora" in path.stem], ids=name)
+def test_qlora_keeps_the_vision_tower_in_full_precision(path):
+    _, training_args, model_args, _ = parsed(path)
+    config = quantization_config(model_args)
+    assert config.load_in_4bit
+    assert str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    model, _ = footprint.adapt(footprint.empty_model(config_of("Qwen2.5-VL")), get_peft_config(model_args))
+    sizes = footprint.sizes(model, quantized=True, skip=NOT_QUANTIZED)
+    language = [
+        p.numel() for n, p in model.named_parameters() if "language_model" in n and n.endswith("_layer.weight")
+    ]
+    assert sizes.quantized == sum(language)
+    assert training_args.gradient_checkpointing

@@ -1,0 +1,250 @@
+"""The names inside TRL, transformers, accelerate and peft that this package leans on, and what it expects of them.
+
+Most are not public. When an upgrade moves one, the message says what moved and which file of ours has to follow.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import re
+
+import pytest
+import torch
+from trainer_kit import fresh, trainer_of
+
+import trl_vpo.trainers.base as base
+
+BASE, SCORING, CONFIG = "trl_vpo/trainers/base.py", "trl_vpo/forward/scoring.py", "trl_vpo/trainers/config.py"
+COLLATOR, CHECK, RECIPE, CARD = (
+    "trl_vpo/data/collator.py",
+    "trl_vpo/data/check.py",
+    "trl_vpo/recipe.py",
+    "trl_vpo/trainers/card.py",
+)
+
+# Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
+CALLED = [
+    ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], BASE),
+    ("trl.models.utils.disable_gradient_checkpointing", ["model", "gradient_checkpointing_kwargs"], BASE),
+    ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], BASE),
+    ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE} and {CARD}"),
+    ("trl.DPOTrainer._prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"], BASE),
+    ("trl.DPOTrainer._set_signature_columns_if_needed", ["self"], BASE),
+    ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
+    ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
+    ("trl.DPOTrainer.log", ["self", "logs", "start_time"], BASE),
+    ("trl.DPOTrainer.create_model_card", ["self", "model_name", "dataset_name", "tags"], BASE),
+    ("trl.DPOTrainer.floating_point_ops", ["self", "inputs"], BASE),
+    ("trl.DPOTrainer.save_model", ["self", "output_dir", "_internal_call"], BASE),
+    (
+        "trl.DPOTrainer.evaluation_loop",
+        ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+        BASE,
+    ),
+    ("trl.extract_prompt", ["example"], "trl_vpo/data/rows.py"),
+    ("trl.get_dataset", ["mixture_config"], "trl_vpo/data/sources.py"),
+    ("trl.get_peft_config", ["model_args"], "trl_vpo/train.py and trl_vpo/doctor.py"),
+    ("trl.get_quantization_config", ["model_args"], "trl_vpo/train.py"),
+    ("trl.ModelConfig", ..., "trl_vpo/train.py"),
+    ("trl.DatasetMixtureConfig", ..., "trl_vpo/train.py"),
+    ("trl.scripts.utils.ScriptArguments", ..., RECIPE),
+    ("trl.scripts.utils.TrlParser.parse_args_and_config", ["self", "args"], RECIPE),
+    ("accelerate.utils.gather_object", ["object"], BASE),
+    ("accelerate.utils.is_peft_model", ["model"], f"{BASE} and {CARD}"),
+    ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], BASE),
+    ("accelerate.PartialState", ..., CHECK),
+    ("peft.PromptLearningConfig", ..., BASE),
+    ("peft.PeftModel.delete_adapter", ["self", "adapter_name"], BASE),
+    ("peft.PeftModel.get_base_model", ["self"], BASE),
+    ("transformers.utils.ModelOutput", ..., SCORING),
+    ("transformers.PreTrainedModel.get_output_embeddings", ["self"], SCORING),
+    ("transformers.PretrainedConfig.get_text_config", ["self"], SCORING),
+    ("transformers.Trainer.loss_is_scaled_for_ga", ..., BASE),
+    ("transformers.quantizers.quantizers_utils.should_convert_module", ..., "trl_vpo/footprint.py"),
+    ("torch.distributed.tensor.DTensor.full_tensor", ["self"], SCORING),
+    ("datasets.List", ..., CHECK),
+    ("datasets.Video", ..., CHECK),
+]
+
+
+def find(path):
+    """The object behind a dotted path."""
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise AttributeError(path)
+
+
+@pytest.mark.parametrize(("path", "parameters", "user"), CALLED, ids=[path for path, *_ in CALLED])
+def test_what_is_called_is_there(path, parameters, user):
+    try:
+        found = find(path)
+    except AttributeError:
+        pytest.fail(f"{path} is gone or has moved; {user} uses it.")
+    if parameters is ...:
+        return
+    got = [name for name, p in inspect.signature(found).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    if got[: len(parameters)] != parameters:
+        pytest.fail(f"{path} now takes {got}; {user} calls it with {parameters}.")
+
+
+def test_the_trainers_signature_is_dpo_trainers():
+    """Changing the class name and the config is all that a user of `trl.DPOTrainer` does."""
+    theirs = list(inspect.signature(find("trl.DPOTrainer.__init__")).parameters)
+    ours = list(inspect.signature(base.VisualPreferenceTrainer.__init__).parameters)
+    assert ours == theirs, f"trl.DPOTrainer.__init__ now takes {theirs}; bring {BASE} in line."
+
+
+KERNELS = [
+    (
+        "trl.kernels.ChunkedLogProbFunction",
+        "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",
+        5,
+    ),
+    (
+        "trl.kernels.chunked_divergence.ChunkedDivergenceFunction",
+        "student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
+        "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "parameters", "outputs"), KERNELS, ids=[path for path, *_ in KERNELS])
+def test_the_kernels_take_and_give_what_we_think(path, parameters, outputs):
+    """They take their arguments by position, so an order that changes would be silent. (What they compute is compared
+    with plain torch in tests/forward/test_scoring.py.)"""
+    forward = find(path).forward
+    got = list(inspect.signature(forward).parameters)[1:]
+    assert got == parameters.split(), f"{path} now takes {got}; {SCORING} passes {parameters.split()} by position."
+    given = str(inspect.signature(forward).return_annotation)
+    count = given.count("torch.Tensor")
+    assert count == outputs, f"{path} now gives {given}; {SCORING} unpacks {outputs} tensors."
+
+
+def test_the_names_of_the_log_prob_kernels_outputs():
+    from trl.kernels import chunked_logprob
+
+    known = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    got = chunked_logprob.OPTIONAL_OUTPUTS
+    assert got == known, f"ChunkedLogProbFunction now gives log_probs and {got}; {SCORING} unpacks {known}."
+
+
+def test_logit_multipliers_known_to_trl_are_known_to_us():
+    """TRL's fused head reads the scaling of the logits from the config, by names that differ between families."""
+    source = inspect.getsource(find("trl.trainer.utils.add_fused_lm_head"))
+    read = set(re.findall(r'getattr\(text_config, "(\w+)"', source)) | set(re.findall(r"text_config\.(\w+)", source))
+    about_experts = {"output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok"}
+    ours = set(re.findall(r'"(\w*(?:scal|multipl|softcap)\w*)"', inspect.getsource(find("trl_vpo.forward.scoring"))))
+    missing = read - about_experts - {"model_type", "logits_scaling"} - ours
+    assert not missing, f"TRL's fused head now reads {sorted(missing)} from the config; teach `lm_head` in {SCORING}."
+    assert "logits_scaling" in read and "hyperclovax" in source
+
+
+def test_where_dpo_trainer_loads_the_reference():
+    """LeanPO keeps `DPOTrainer.__init__` from loading a reference: its second call of `create_model_from_path`."""
+    source = inspect.getsource(find("trl.DPOTrainer.__init__"))
+    calls = re.findall(r"(\S+) = create_model_from_path\(", source)
+    assert calls == ["model", "self.ref_model"], (
+        f"DPOTrainer.__init__ now loads {calls} through create_model_from_path; `_no_reference` in {BASE} expects the "
+        "policy (where it is given by name) and then the reference."
+    )
+    other = re.findall(r"\b(create_reference_model|from_pretrained|deepcopy)\(", source)
+    assert other == ["from_pretrained"], f"DPOTrainer.__init__ now also calls {other}; see `_no_reference` in {BASE}."
+
+
+def test_the_copy_of_a_given_adapter_is_called_ref():
+    source = inspect.getsource(find("trl.DPOTrainer.__init__"))
+    expected = ('model.add_adapter("ref"', 'model.peft_config["default"]')
+    missing = [line for line in expected if line not in source]
+    assert not missing, f"DPOTrainer.__init__ has no {missing} any more; {BASE} expects that name in three places."
+
+
+def test_evaluate_prepares_raw_datasets_through_our_method():
+    source = inspect.getsource(find("trl.DPOTrainer.evaluate"))
+    assert "self._is_vision_dataset" in source and "self._prepare_dataset(" in source, (
+        f"DPOTrainer.evaluate no longer prepares datasets unless `_is_vision_dataset`; see `_finish_init` in {BASE}."
+    )
+
+
+ATTRIBUTES = {  # of a trainer after `DPOTrainer.__init__`
+    "_metrics": dict,
+    "_total_train_tokens": int,
+    "_is_vision_dataset": bool,
+    "_signature_columns": list,
+    "_tokenizer": object,
+    "aux_loss_enabled": bool,
+    "beta": float,
+    "accelerator": object,
+    "maybe_activation_offload_context": object,
+}
+
+
+def test_the_attributes_that_dpo_trainer_sets(tmp_path):
+    import trl
+    from datasets import Dataset
+    from trainer_kit import QUIET, lora, text_rows
+
+    args = trl.DPOConfig(str(tmp_path), **QUIET)
+    model, tokenizer = fresh()
+    trainer = trl.DPOTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list(text_rows(2)),
+        processing_class=tokenizer,
+        peft_config=lora(text=True),
+    )
+    trainer.get_train_dataloader()
+    for name, kind in ATTRIBUTES.items():
+        assert hasattr(trainer, name), f"DPOTrainer no longer sets `{name}`; {BASE} reads or overrides it."
+        assert isinstance(getattr(trainer, name), kind), f"DPOTrainer.{name} is now {type(getattr(trainer, name))}."
+    assert set(trainer._metrics) == {"train", "eval"}, f"DPOTrainer._metrics has new modes; see `log` in {BASE}."
+    assert trainer.loss_is_scaled_for_ga is False, (
+        "DPOTrainer says that its loss is scaled for gradient accumulation; ours is a mean over the micro-batch."
+    )
+    for name in ("_tag_names", "_name", "_paper"):
+        assert hasattr(trl.DPOTrainer, name), f"DPOTrainer has no `{name}`; every trainer and {CARD} set or read it."
+    assert set(trl.DPOTrainer._paper) == {"title", "id", "citation"}
+
+
+def test_the_knobs_that_are_refused_are_still_trls():
+    import trl
+
+    from trl_vpo.trainers.leanpo import LeanPOConfig
+    from trl_vpo.trainers.rrpo import RRPOConfig
+
+    fields = {f.name for f in dataclasses.fields(trl.DPOConfig)}
+    gone = (set(LeanPOConfig.refused) | set(RRPOConfig.refused)) - fields
+    assert not gone, f"trl.DPOConfig has no {sorted(gone)} any more; drop them from REFUSED in {CONFIG}."
+
+
+def test_video_metadata():
+    from transformers.video_utils import VideoMetadata
+
+    used = {"total_num_frames", "fps", "frames_indices", "duration", "height", "width", "video_backend"}
+    missing = used - {f.name for f in dataclasses.fields(VideoMetadata)}
+    assert not missing, f"transformers' VideoMetadata has no {sorted(missing)} any more; {COLLATOR} gives them."
+
+
+def test_peft_hands_unknown_arguments_to_the_model(tmp_path):
+    """The request travels as `score=` through PeftModel (with and without a task type), and accelerate's wrapper."""
+    from trainer_kit import collated, lora
+
+    for task in (None, "CAUSAL_LM"):
+        trainer = trainer_of("dpo", tmp_path, peft=None, peft_config=lora(text=True, task_type=task))
+        seen, model = [], trainer.model.get_base_model()
+        forward = model.forward
+        model.forward = lambda *args, forward=forward, into=seen, **kw: (
+            into.append(kw.get("score")) or forward(*args, **kw)
+        )
+        with torch.no_grad():
+            trainer.concatenated_forward(trainer.model, collated(trainer))
+        assert seen and all(request is not None for request in seen), (
+            f"PeftModel({task}) no longer passes unknown keyword arguments on; `attach_scoring` in {SCORING} needs it."
+        )

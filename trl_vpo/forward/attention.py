@@ -1,0 +1,78 @@
+"""Attention over a shared layout: a trunk, then branches that see the trunk and themselves but not each other.
+
+The trunk is plain causal attention without a mask, so the flash kernel of SDPA serves it. The branches' rows attend
+to all keys under a mask of their own; it has a row for each branch token and never one for a trunk token.
+
+The function is registered with transformers' `AttentionInterface`, one for each implementation that a model may use.
+It recognises a shared layout by its mask, (R, 1, Q, L) with Q < L; every other call goes to the implementation it
+stands for, so generation and evaluation run as before.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "trl_vpo_tree_"
+
+
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Attention of a shared layout.
+
+    Args:
+        query: (R, H, L, D).
+        key, value: (R, G, L, D), H a multiple of G.
+        mask: (R, 1, Q, L) bool, true where a branch token may look. The first L - Q columns are trunk in every row.
+        scaling: of the scores; None: 1 / sqrt(D).
+
+    Returns:
+        (R, L, H, D).
+    """
+    groups = query.size(1) // key.size(1)
+    trunk = query.size(2) - mask.size(2)
+    parts = []
+    if trunk:
+        keys, values = (_repeat(x[:, :, :trunk], groups) for x in (key, value))
+        attend = F.scaled_dot_product_attention
+        parts = [attend(query[:, :, :trunk], keys, values, is_causal=True, scale=scaling, dropout_p=dropout)]
+    keys, values = _repeat(key, groups), _repeat(value, groups)
+    branches = query[:, :, trunk:]
+    parts.append(F.scaled_dot_product_attention(branches, keys, values, mask, scale=scaling, dropout_p=dropout))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _repeat(states: Tensor, groups: int) -> Tensor:
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
+
+
+def use_tree_attention(model: PreTrainedModel) -> None:
+    """Let the language model of `model` understand shared layouts; all other calls run as before."""
+    config = model.config.get_text_config()
+    name = config._attn_implementation
+    if name.startswith(PREFIX):
+        return
+    _register(name)
+    config._attn_implementation = PREFIX + name
+
+
+def _register(name: str) -> None:
+    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        if attention_mask is None or attention_mask.dim() != 4 or attention_mask.size(2) == query.size(2):
+            plain = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager(module))
+            return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return tree_attention(query, key, value, attention_mask, scaling, dropout), None
+
+    AttentionInterface.register(PREFIX + name, forward)
+    masks = AttentionMaskInterface()
+    if name in masks:
+        AttentionMaskInterface.register(PREFIX + name, masks[name])
+
+
+def _eager(module):
+    """The eager attention of the module's own file."""
+    import importlib
+
+    return importlib.import_module(type(module).__module__).eager_attention_forward

@@ -1,0 +1,83 @@
+"""Frozen vision features, computed once per step: the reference pass records them, the policy pass plays them back.
+
+Where vision tower and projector are frozen and carry no adapter, both passes of a step see the same features. Every
+family computes them in its backbone's `get_image_features` and `get_video_features` (DeepStack features included), so
+those two methods are where they are kept. Calls come in the same order in both passes of a step.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+METHODS = ("get_image_features", "get_video_features")
+
+
+class VisionFeatures:
+    """The vision features of one backbone, kept between the two passes of a step.
+
+    Args:
+        backbone: the model without its head, and without PEFT around it.
+        language_model: the part of it that is not vision.
+    """
+
+    def __init__(self, backbone: nn.Module, language_model: nn.Module):
+        text = {id(x) for x in (*language_model.parameters(), *language_model.modules())}
+        self._parameters = [p for p in backbone.parameters() if id(p) not in text]
+        self._dropouts = [m for m in backbone.modules() if id(m) not in text and isinstance(m, nn.Dropout) and m.p > 0]
+        self._kept: list[tuple[str, Any]] = []
+        self._mode = "off"
+        for name in METHODS:
+            if hasattr(backbone, name):
+                setattr(backbone, name, self._wrap(name, getattr(backbone, name)))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether tower and projector give the same features in both passes: nothing trains, no dropout."""
+        return not any(p.requires_grad for p in self._parameters) and not any(m.training for m in self._dropouts)
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Keep what is computed, if it is frozen; what an earlier step left is forgotten."""
+        self._kept = []
+        self._mode = "record" if self.frozen else "off"
+        try:
+            yield
+        finally:
+            self._mode = "off"
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """Use what was kept, each feature once, in the order in which it was computed."""
+        self._mode = "replay" if self._kept else "off"
+        try:
+            yield
+        finally:
+            self._mode, self._kept = "off", []
+
+    def _wrap(self, name: str, compute: Any) -> Any:
+        def features(*args, **kwargs):
+            if self._mode == "replay":
+                kept, value = self._kept.pop(0)
+                if kept != name:
+                    raise RuntimeError(f"the policy asks for {name}, but the reference computed {kept} at this point.")
+                return value
+            mode, self._mode = self._mode, "off"  # one of the methods may call the other
+            try:
+                value = compute(*args, **kwargs)
+            finally:
+                self._mode = mode
+            if mode == "record":
+                self._kept.append((name, value))
+            return value
+
+        return features
+
+
+def vision_features(backbone: nn.Module) -> VisionFeatures | None:
+    """The features of a vision-language backbone; None for a text model."""
+    decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else None
+    if decoder is None or decoder is backbone or not any(hasattr(backbone, name) for name in METHODS):
+        return None
+    return VisionFeatures(backbone, decoder)
