@@ -14,20 +14,20 @@ from trainer_kit import fresh, trainer_of
 
 import trl_vpo.trainers.base as base
 
-BASE, SCORING, CONFIG = "trl_vpo/trainers/base.py", "trl_vpo/forward/scoring.py", "trl_vpo/trainers/config.py"
-COLLATOR, CHECK, RECIPE, CARD = (
-    "trl_vpo/data/collator.py",
-    "trl_vpo/data/check.py",
-    "trl_vpo/recipe.py",
-    "trl_vpo/trainers/card.py",
+BASE, SETUP, CONFIG, CARD, METRICS = (
+    f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "config", "card", "metrics")
 )
+SCORING, ATTENTION, LAYOUTS, VISION = (
+    f"trl_vpo/forward/{x}.py" for x in ("scoring", "attention", "layouts", "vision")
+)
+COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "trl_vpo/recipe.py"
 
 # Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
 CALLED = [
-    ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], BASE),
+    ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], SETUP),
     ("trl.models.utils.disable_gradient_checkpointing", ["model", "gradient_checkpointing_kwargs"], BASE),
     ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], BASE),
-    ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE} and {CARD}"),
+    ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE}, {SETUP} and {CARD}"),
     ("trl.DPOTrainer._prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"], BASE),
     ("trl.DPOTrainer._set_signature_columns_if_needed", ["self"], BASE),
     ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
@@ -49,13 +49,26 @@ CALLED = [
     ("trl.DatasetMixtureConfig", ..., "trl_vpo/train.py"),
     ("trl.scripts.utils.ScriptArguments", ..., RECIPE),
     ("trl.scripts.utils.TrlParser.parse_args_and_config", ["self", "args"], RECIPE),
-    ("accelerate.utils.gather_object", ["object"], BASE),
+    ("accelerate.utils.gather_object", ["object"], f"{BASE} and {METRICS}"),
     ("accelerate.utils.is_peft_model", ["model"], f"{BASE} and {CARD}"),
-    ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], BASE),
+    ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),
     ("accelerate.PartialState", ..., CHECK),
-    ("peft.PromptLearningConfig", ..., BASE),
+    ("peft.PromptLearningConfig", ..., SETUP),
     ("peft.PeftModel.delete_adapter", ["self", "adapter_name"], BASE),
     ("peft.PeftModel.get_base_model", ["self"], BASE),
+    ("transformers.AttentionInterface.register", ["key", "value"], ATTENTION),
+    ("transformers.AttentionMaskInterface.register", ["key", "value"], ATTENTION),
+    (
+        "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
+        ["attn_implementation", "default"],
+        ATTENTION,
+    ),
+    ("transformers.PreTrainedModel._supports_attention_backend", ..., ATTENTION),
+    ("transformers.Qwen2VLModel.get_rope_index", ["self", "input_ids"], LAYOUTS),
+    ("transformers.Qwen2VLModel.get_image_features", ["self", "pixel_values"], VISION),
+    ("transformers.Qwen2VLModel.get_video_features", ["self", "pixel_values_videos"], VISION),
+    ("transformers.LlavaModel.get_image_features", ["self", "pixel_values"], VISION),
+    ("transformers.PreTrainedModel.get_decoder", ["self"], VISION),
     ("transformers.utils.ModelOutput", ..., SCORING),
     ("transformers.PreTrainedModel.get_output_embeddings", ["self"], SCORING),
     ("transformers.PretrainedConfig.get_text_config", ["self"], SCORING),
@@ -152,11 +165,11 @@ def test_where_dpo_trainer_loads_the_reference():
     source = inspect.getsource(find("trl.DPOTrainer.__init__"))
     calls = re.findall(r"(\S+) = create_model_from_path\(", source)
     assert calls == ["model", "self.ref_model"], (
-        f"DPOTrainer.__init__ now loads {calls} through create_model_from_path; `_no_reference` in {BASE} expects the "
+        f"DPOTrainer.__init__ now loads {calls} through create_model_from_path; `no_reference` in {SETUP} expects the "
         "policy (where it is given by name) and then the reference."
     )
     other = re.findall(r"\b(create_reference_model|from_pretrained|deepcopy)\(", source)
-    assert other == ["from_pretrained"], f"DPOTrainer.__init__ now also calls {other}; see `_no_reference` in {BASE}."
+    assert other == ["from_pretrained"], f"DPOTrainer.__init__ now also calls {other}; see `no_reference` in {SETUP}."
 
 
 def test_the_copy_of_a_given_adapter_is_called_ref():

@@ -134,14 +134,5 @@ def slow_logits(model, trunk, branch):
     return logits[0, len(trunk.ids) - 1 : -1].float()
 
 
-def slow_logps(model, trunk, branch):
-    """(T,) log-probs of the tokens of a response."""
-    return slow_logits(model, trunk, branch).log_softmax(-1).gather(-1, torch.tensor(branch.ids)[:, None])[:, 0]
-
-
 def losses_of(trainer, key="loss"):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def padded(tensors):
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)

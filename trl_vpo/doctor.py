@@ -22,13 +22,14 @@ from trl import get_peft_config
 
 import trl_vpo
 from trl_vpo import footprint
-from trl_vpo.data.check import Problem, _raw_rows, check_row, check_rows
+from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows
 from trl_vpo.data.rows import ROW_INDEX, RowError
 from trl_vpo.data.sources import DatasetError, load_splits
 from trl_vpo.forward.tree import Tree
 from trl_vpo.recipe import RecipeError
 from trl_vpo.report.findings import OK, STOP, WARN, Report, show
 from trl_vpo.train import METHODS, NOT_QUANTIZED, parse
+from trl_vpo.trainers.setup import set_pad_token
 
 LONGEST = "longest sequence"
 MEDIA_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -141,7 +142,7 @@ def _load_pretrained(patient: Patient, report: Report) -> None:
             report.add(part, STOP, f"{name}: {str(error).splitlines()[0]}")
     if patient.processor is not None:
         try:
-            patient.trainer_class._set_pad_token(patient.processor, patient.args)
+            set_pad_token(patient.processor, patient.args)
         except ValueError as error:
             report.add("pad token", STOP, str(error))
 
@@ -243,9 +244,9 @@ def _tokenize(patient: Patient, dataset: Dataset, rows: int | None, report: Repo
 
 def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:
     """Rows as the trainer's own collator makes them, without its limit on length; with a progress bar."""
-    collator = patient.trainer_class._collator(patient.trainer_class, patient.processor, patient.args)
+    collator = patient.trainer_class.make_collator(patient.processor, patient.args)
     collator = replace(collator, max_length=None)
-    rows = zip(indices, _raw_rows(dataset.select(indices)))
+    rows = zip(indices, raw_rows(dataset.select(indices)))
     title = f"Tokenizing {len(indices)} rows"
     for index, row in track(rows, title, total=len(indices), transient=True, disable=not indices):
         try:

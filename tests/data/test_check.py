@@ -147,7 +147,7 @@ def test_skipping_leaves_rows_out_and_lists_them(good, processor, tmp_path, caps
     bad = make_bad("truncated", good, tmp_path)
     rows = [row("video", [p], id=str(i)) for i, p in enumerate([bad, good, bad, good])]
     kept = prepare(rows, processor, tmp_path, on_bad_media="skip")
-    assert kept["id"] == ["1", "3"] and kept["row_index"] == [1, 3]  # nothing takes their place
+    assert kept["id"] == ["1", "3"] and kept["_row_index"] == [1, 3]  # nothing takes their place
     listed = [json.loads(line) for line in (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()]
     assert [(entry["dataset"], entry["row"]) for entry in listed] == [("train", 0), ("train", 2)]
     assert all(bad in entry["reason"] for entry in listed)
@@ -167,7 +167,7 @@ def test_skipping_finds_what_only_decoding_shows(good, processor, tmp_path):
     assert len(prepare(rows, processor, tmp_path)) == 2
     with pytest.raises(RowError, match=r"middle\.mp4"):
         prepare(rows, processor, tmp_path, check_media="decode")
-    assert prepare(rows, processor, tmp_path, on_bad_media="skip")["row_index"] == [1]
+    assert prepare(rows, processor, tmp_path, on_bad_media="skip")["_row_index"] == [1]
 
 
 def test_all_rows_bad_is_an_error_even_when_skipping(processor, tmp_path):
@@ -185,7 +185,7 @@ def test_iterable_datasets_are_checked_at_their_first_row(good, processor, tmp_p
     with pytest.raises(RowError, match=r"row 0: .*x\.mp4"):
         prepare(Dataset.from_list(rows).to_iterable_dataset(), processor, tmp_path)
     made = prepare(Dataset.from_list(rows[::-1]).to_iterable_dataset(), processor, tmp_path)
-    assert [example["row_index"] for example in made] == [0, 1]
+    assert [example["_row_index"] for example in made] == [0, 1]
     with pytest.raises(ValueError, match="IterableDataset"):
         prepare(Dataset.from_list(rows).to_iterable_dataset(), processor, tmp_path, on_bad_media="skip")
 
@@ -223,7 +223,7 @@ def test_jsonl_with_rows_of_different_kinds(good, processor, tmp_path):
 def test_rows_are_numbered_as_the_user_sees_them_after_shuffling(good, processor, tmp_path):
     data = Dataset.from_list([row("video", [good], id=str(i)) for i in range(5)]).shuffle(seed=1)
     made = prepare(data, processor, tmp_path)
-    assert made["row_index"] == list(range(5)) and made["id"] == data["id"]
+    assert made["_row_index"] == list(range(5)) and made["id"] == data["id"]
 
 
 def test_two_placeholders_and_one_video(good, processor, tmp_path):

@@ -11,7 +11,7 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.masking import masked_image_list
 from trl_vpo.data.media import VideoOptions, load_image, load_video
 from trl_vpo.data.rows import RowError
-from trl_vpo.forward.tree import separate
+from trl_vpo.forward.layouts import separate
 
 EIGHT = VideoOptions(num_frames=8)
 
@@ -209,7 +209,7 @@ def test_a_row_over_max_length_is_an_error_with_its_count(qwen, clip):
     assert len(fits.encode(row("video", [clip])).trunks[0].ids) == prompt
     tight = PreferenceCollator(qwen, video=EIGHT, max_length=prompt + longest - 1)
     with pytest.raises(RowError, match=rf"row 5: {prompt} prompt tokens and {longest} response tokens are more than"):
-        tight.encode(row("video", [clip]) | {"row_index": 5})
+        tight.encode(row("video", [clip]) | {"_row_index": 5})
 
 
 def test_visual_rows_need_a_processor(picture):
@@ -221,13 +221,13 @@ def test_bad_media_name_the_row_and_the_file(qwen, tmp_path):
     path = tmp_path / "broken.mp4"
     path.write_bytes(b"not a video" * 100)
     with pytest.raises(RowError, match=r"row 2 \(id 'v'\): .*broken\.mp4"):
-        PreferenceCollator(qwen).encode(row("video", [str(path)], id="v") | {"row_index": 2})
+        PreferenceCollator(qwen).encode(row("video", [str(path)], id="v") | {"_row_index": 2})
 
 
 def test_a_box_outside_the_image_is_refused(qwen, picture):
     with pytest.raises(RowError, match=r"row 1: .*100"):
         PreferenceCollator(qwen, num_images=3).encode(
-            row("image", [picture], critical_box=[50, 10, 130, 40]) | {"row_index": 1}
+            row("image", [picture], critical_box=[50, 10, 130, 40]) | {"_row_index": 1}
         )
 
 
@@ -242,7 +242,7 @@ def test_string_prompts_must_carry_the_models_own_placeholder(qwen, picture):
 def test_a_video_for_a_family_without_videos_is_refused(clip):
     processor = build("LLaVA-1.5")[1]
     with pytest.raises(RowError, match="row 0: has videos, but LlavaProcessor takes none"):
-        PreferenceCollator(processor).encode(row("video", [clip]) | {"row_index": 0})
+        PreferenceCollator(processor).encode(row("video", [clip]) | {"_row_index": 0})
 
 
 def test_messages_need_a_chat_template():

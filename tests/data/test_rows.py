@@ -11,7 +11,7 @@ def kinds(messages):
 
 
 def test_names_tell_position_id_and_source():
-    assert row_name({"row_index": 7, "id": "a1", "source": "webvid"}) == "row 7 (id 'a1', source 'webvid')"
+    assert row_name({"_row_index": 7, "id": "a1", "source": "webvid"}) == "row 7 (id 'a1', source 'webvid')"
     assert row_name({"id": None}, 3) == "row 3"
 
 
@@ -117,5 +117,5 @@ BROKEN = [
 @pytest.mark.parametrize(("example", "needs", "says"), BROKEN, ids=[says[:40] for *_, says in BROKEN])
 def test_a_broken_row_is_refused_by_name(example, needs, says):
     with pytest.raises(RowError, match=says) as caught:
-        read_row(example | {"row_index": 3, "id": "x9"}, **needs)
+        read_row(example | {"_row_index": 3, "id": "x9"}, **needs)
     assert str(caught.value).startswith("row 3 (id 'x9'): ")

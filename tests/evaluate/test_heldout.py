@@ -28,7 +28,7 @@ def trained(request, tmp_path_factory):
     generator = torch.Generator().manual_seed(0)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
     return trainer, samples, dataset
 
 

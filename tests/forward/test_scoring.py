@@ -2,10 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers as T
+from helpers import row
+from PIL import Image
 from trainer_kit import (
+    PAIRS,
     assert_same_gradients,
     collated,
     fresh,
@@ -141,7 +145,7 @@ def test_the_head_gives_the_models_own_logits(kind):
         assert head.scale == (0.25 if kind in ("logit_scale", "logits_scaling") else 1.0)
         attach_scoring(model)
         positions = torch.arange(8).expand(2, -1)
-        scores = model(ids, score=ScoreRequest(positions, torch.ones(2, 8).bool(), ids[:, 1:]))
+        scores = model(ids, score=ScoreRequest(torch.arange(2), positions, torch.ones(2, 8).bool(), ids[:, 1:]))
         want = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         torch.testing.assert_close(scores.logps, want, rtol=1e-5, atol=1e-5)
 
@@ -165,7 +169,7 @@ def test_a_copy_of_a_scoring_model_scores_with_its_own_weights():
     attach_scoring(model)
     twin = copy.deepcopy(model)
     ids = torch.randint(0, 97, (1, 5))
-    request = ScoreRequest(torch.arange(4)[None], torch.ones(1, 4).bool(), ids[:, 1:])
+    request = ScoreRequest(torch.arange(1), torch.arange(4)[None], torch.ones(1, 4).bool(), ids[:, 1:])
     scores = twin(ids, score=request).logps
     with torch.no_grad():
         for p in model.parameters():
@@ -178,7 +182,8 @@ def test_rows_without_tokens_score_zero_and_stay_connected():
     attach_scoring(model)
     ids, mask = torch.randint(0, 97, (2, 5)), torch.zeros(2, 3).bool()
     nothing = torch.zeros(2, 3).long()
-    request = ScoreRequest(nothing, mask, nothing, torch.zeros(0, 32), lm_head(model), torch.tensor([True, False]))
+    reference = torch.zeros(0, 32), lm_head(model), torch.tensor([True, False])
+    request = ScoreRequest(torch.arange(2), nothing, mask, nothing, *reference)
     out = model(ids, score=request)
     assert out.logps.abs().sum() == 0 and out.kl.shape == (2, 3)
     (out.logps.sum() + out.kl.sum()).backward()
@@ -203,10 +208,14 @@ def both_ways(trainer, batch):
     return slow, logps
 
 
+LAYOUTS = pytest.mark.parametrize("layout", ["separate", "shared"])
+
+
+@LAYOUTS
 @pytest.mark.parametrize("name", ["text", "Qwen2-VL", "LLaVA-1.5"])
-def test_concatenated_forward_scores_as_full_calls(name, tmp_path, images):
+def test_concatenated_forward_scores_as_full_calls(name, layout, tmp_path, images):
     """Ragged prompts, responses and images, and a row without an image: values and LoRA gradients."""
-    trainer = moved("dpo", name, tmp_path, images)
+    trainer = moved("dpo", name, tmp_path, images, layout=layout)
     batch = collated(trainer)
     scores = trainer.concatenated_forward(trainer.model, batch)
     logits, logps = both_ways(trainer, batch)
@@ -225,9 +234,10 @@ def test_concatenated_forward_scores_as_full_calls(name, tmp_path, images):
     assert_same_gradients(gradients(trainer, (weights * scores.sums).sum()), want)
 
 
+@LAYOUTS
 @pytest.mark.parametrize("name", ["text", "Qwen2-VL", "LLaVA-1.5"])
-def test_kl_is_that_of_the_full_logits(name, tmp_path, images):
-    trainer = moved("rrpo", name, tmp_path, images)
+def test_kl_is_that_of_the_full_logits(name, layout, tmp_path, images):
+    trainer = moved("rrpo", name, tmp_path, images, layout=layout)
     batch = collated(trainer)
     reference = trainer.reference_scores(batch)
     scores = trainer.concatenated_forward(trainer.model, batch, reference)
@@ -250,13 +260,38 @@ def test_kl_is_that_of_the_full_logits(name, tmp_path, images):
     assert not reference.logps.requires_grad and reference.kl is None
 
 
+@LAYOUTS
+def test_videos_of_different_lengths_keep_their_order(layout, tmp_path):
+    """LLaVA-OneVision cannot stack clips of 2, 4 and 3 frames: several calls, whose scores go back to their rows."""
+    rng = np.random.default_rng(0)
+    clips = [[Image.fromarray(rng.integers(0, 255, (56, 56, 3), np.uint8)) for _ in range(n)] for n in (2, 4, 3, 4)]
+    rows = [{**row("video", [clip], *PAIRS[i]), "id": f"v{i}"} for i, clip in enumerate(clips)]
+    trainer = trainer_of(
+        "rrpo", tmp_path, [*rows, {**text_rows(1)[0], "videos": []}], name="LLaVA-OneVision", layout=layout
+    )
+    shake(trainer.model)
+    batch, calls = collated(trainer), []
+    trainer.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    reference = trainer.reference_scores(batch)
+    scores = trainer.concatenated_forward(trainer.model, batch, reference)
+    assert len(calls) == 2 * 3  # policy and reference
+    logits, logps = both_ways(trainer, batch)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        ref_logits, _ = both_ways(trainer, batch)
+    for s, (x, r, want) in enumerate(zip(logits, ref_logits, logps)):
+        p, q = r.log_softmax(-1), x.log_softmax(-1)
+        torch.testing.assert_close(scores.logps[s][scores.mask[s]], want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores.kl[s][scores.mask[s]], (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=1e-5)
+
+
 def test_pad_to_multiple_of_changes_nothing_but_the_width(tmp_path, images):
-    trainer = moved("dpo", "Qwen2-VL", tmp_path, images, pad_to_multiple_of=32)
-    batch, widths = collated(trainer), []
-    trainer.model.register_forward_pre_hook(lambda m, a, kw: widths.append(kw["input_ids"].size(1)), with_kwargs=True)
-    padded = trainer.concatenated_forward(trainer.model, batch).logps
-    trainer._pad_to_multiple_of = None
-    torch.testing.assert_close(trainer.concatenated_forward(trainer.model, batch).logps, padded, rtol=1e-5, atol=1e-5)
+    widths, logps = [], []
+    for multiple in (32, None):
+        trainer = moved("dpo", "Qwen2-VL", tmp_path, images, layout="separate", pad_to_multiple_of=multiple)
+        seen = lambda model, args, kwargs: widths.append(kwargs["input_ids"].size(1))  # noqa: E731
+        trainer.model.register_forward_pre_hook(seen, with_kwargs=True)
+        logps.append(trainer.concatenated_forward(trainer.model, collated(trainer)).logps)
+    torch.testing.assert_close(*logps, rtol=1e-5, atol=1e-5)
     assert widths[0] % 32 == 0 and widths[1] % 32 and widths[1] < widths[0]
 
 

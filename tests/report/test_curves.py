@@ -9,12 +9,13 @@ from trl_vpo.report import curves
 HISTORY = [
     {"step": 5, "loss": 0.7, "rewards/margins": 0.1, "logps/chosen": -8.0, "logps/rejected": -6.0},
     {"step": 10, "loss": 0.5, "rewards/margins": 0.6, "logps/chosen": -7.0, "logps/rejected": -9.0},
-    {"step": 10, "train_runtime": 3.0},
+    {"step": 12, "train_runtime": 3.0, "logps/chosen": -1.0},
 ]
 
 
-def test_series_skips_entries_without_the_metric():
+def test_series_skips_entries_without_the_metric_and_the_summary():
     assert curves.series(HISTORY, "loss") == ([5, 10], [0.7, 0.5])
+    assert curves.series(HISTORY, "logps/chosen") == ([5, 10], [-8.0, -7.0])
     assert curves.series(HISTORY, "kl/chosen") == ([], [])
 
 

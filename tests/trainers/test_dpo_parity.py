@@ -78,7 +78,7 @@ KINDS = [
 ]
 
 
-def pair(kind, images, tmp_path, full=False, **more):
+def pair(kind, images, tmp_path, full=False, layout="auto", **more):
     """Our trainer and TRL's with the same weights. The adapters are moved: a new one is the identity."""
     name, processor, rows = case(kind, images)
     data = Dataset.from_list(rows)
@@ -96,6 +96,7 @@ def pair(kind, images, tmp_path, full=False, **more):
         processor=processor,
         model=fresh(name)[0],
         peft=None,
+        layout=layout,
         **{k: v for k, v in init.items() if k in ("eval_dataset", "ref_model", "peft_config")},
         **more,
     )
@@ -112,10 +113,11 @@ def batch(trainer, n=4):
     return trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader(trainer.train_dataset.select(range(n))))))
 
 
+@pytest.mark.parametrize("layout", ["separate", "shared"])
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_loss_and_gradients(kind, full, images, tmp_path):
-    ours, theirs = pair(kind, images, tmp_path, full, per_device_eval_batch_size=4)
+def test_same_loss_and_gradients(kind, full, layout, images, tmp_path):
+    ours, theirs = pair(kind, images, tmp_path, full, layout, per_device_eval_batch_size=4)
     got, want = (t.compute_loss(t.model, batch(t)) for t in (ours, theirs))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     assert abs(want - 0.6931) > 1e-4  # the policy is not the reference

@@ -88,12 +88,16 @@ CASES = {
 }
 
 
+LAYOUTS = pytest.mark.parametrize("layout", ["separate", "shared"])
+
+
+@LAYOUTS
 @pytest.mark.parametrize("name", ["text", "Qwen2-VL", "LLaVA-1.5"])
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_by_hand(case, name, images, tmp_path):
+def test_loss_and_gradients_by_hand(case, name, layout, images, tmp_path):
     method, formula, more = CASES[case]
     rows = text_rows(4) if name == "text" else [*image_rows(images, 3), *text_rows(1, start=3)]
-    trainer = trainer_of(method, tmp_path, rows, name=name, **more)
+    trainer = trainer_of(method, tmp_path, rows, name=name, layout=layout, **more)
     shake(trainer.model)
     batch = collated(trainer)
     if method == "rrpo":  # phrases are a part of the response, on some side
@@ -104,9 +108,11 @@ def test_loss_and_gradients_by_hand(case, name, images, tmp_path):
     assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
 
 
+@LAYOUTS
 @pytest.mark.parametrize("name", ["Qwen2-VL", "LLaVA-1.5"])
-def test_lpoi_by_hand_with_lists_of_different_lengths(name, images, tmp_path):
-    trainer = trainer_of("lpoi", tmp_path, lists(images), name=name, num_images=4, list_weight=0.7, anchor_weight=0.4)
+def test_lpoi_by_hand_with_lists_of_different_lengths(name, layout, images, tmp_path):
+    more = {"num_images": 4, "list_weight": 0.7, "anchor_weight": 0.4, "layout": layout}
+    trainer = trainer_of("lpoi", tmp_path, lists(images), name=name, **more)
     shake(trainer.model)
     batch = collated(trainer)
     assert (batch["image_branches"] >= 0).sum(-1).tolist() == [2, 3, 4]

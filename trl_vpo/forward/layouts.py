@@ -1,7 +1,7 @@
 """How the branches of a tree batch are written into the model's input: one call's arguments, and where to read.
 
-    separate   every branch behind its own copy of its trunk: S sequences
-    shared     every trunk once, its branches behind it: R sequences, see `trl_vpo.forward.attention`
+separate   every branch behind its own copy of its trunk: S sequences
+shared     every trunk once, its branches behind it: R sequences, see `trl_vpo.forward.attention`
 """
 
 import inspect

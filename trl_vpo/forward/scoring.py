@@ -35,9 +35,10 @@ class Head:
 
 @dataclass
 class ScoreRequest:
-    """What to score: R rows, T response tokens, N of them real.
+    """What to score: R branches of T response tokens, N of them real.
 
     Attributes:
+        rows: (R,) sequence of the call that holds each branch.
         positions: (R, T) column whose hidden state predicts each token.
         mask: (R, T) true on real tokens.
         labels: (R, T) the tokens.
@@ -46,6 +47,7 @@ class ScoreRequest:
         kl_rows: (R,) rows whose KL needs gradients; the others' is a metric.
     """
 
+    rows: Tensor
     positions: Tensor
     mask: Tensor
     labels: Tensor
@@ -198,11 +200,11 @@ def attach_scoring(model: PreTrainedModel) -> None:
 def _score(hidden: Tensor, head: Head, request: ScoreRequest) -> ScoreOutput:
     mask = request.mask
     hidden = hidden.to(head.weight.device)  # a model split over devices may end elsewhere than its head
-    rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(1).expand_as(mask)[mask]  # (N,)
+    rows = request.rows.unsqueeze(1).expand_as(mask)[mask]  # (N,)
     hidden = hidden[rows, request.positions[mask]]  # (N, H)
     per_token = list(token_scores(hidden, head, request.labels[mask]))
     if request.ref_hidden is not None:
-        per_token.append(_kl(hidden, head, request, rows))
+        per_token.append(_kl(hidden, head, request))
     else:
         per_token.append(None)
     # `masked_scatter` rather than indexing: the result stays connected to the model even where nothing is scored.
@@ -210,11 +212,12 @@ def _score(hidden: Tensor, head: Head, request: ScoreRequest) -> ScoreOutput:
     return ScoreOutput(*spread, hidden=hidden)
 
 
-def _kl(hidden: Tensor, head: Head, request: ScoreRequest, rows: Tensor) -> Tensor:
+def _kl(hidden: Tensor, head: Head, request: ScoreRequest) -> Tensor:
     """(N,) KL, with gradients for the tokens of `kl_rows` only: the rest of the backward pass would be wasted."""
-    ref_head = request.ref_head or head
-    needs_grad = request.kl_rows[rows] if request.kl_rows is not None else torch.ones_like(rows, dtype=torch.bool)
+    ref_head, mask = request.ref_head or head, request.mask
+    wanted = request.kl_rows if request.kl_rows is not None else torch.ones_like(mask[:, 0])  # (S',)
+    needs_grad = wanted.unsqueeze(1).expand_as(mask)[mask]  # (N,)
     with torch.no_grad():
         rest = token_kl(hidden[~needs_grad], head, request.ref_hidden[~needs_grad], ref_head)
     kl = token_kl(hidden[needs_grad], head, request.ref_hidden[needs_grad], ref_head)
-    return kl.new_zeros(len(rows)).masked_scatter(needs_grad, kl).masked_scatter(~needs_grad, rest)
+    return kl.new_zeros(len(hidden)).masked_scatter(needs_grad, kl).masked_scatter(~needs_grad, rest)

@@ -6,7 +6,9 @@ those two methods are where they are kept. Calls come in the same order in both 
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -28,9 +30,6 @@ class VisionFeatures:
         self._dropouts = [m for m in backbone.modules() if id(m) not in text and isinstance(m, nn.Dropout) and m.p > 0]
         self._kept: list[tuple[str, Any]] = []
         self._mode = "off"
-        for name in METHODS:
-            if hasattr(backbone, name):
-                setattr(backbone, name, self._wrap(name, getattr(backbone, name)))
 
     @property
     def frozen(self) -> bool:
@@ -48,6 +47,15 @@ class VisionFeatures:
             self._mode = "off"
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Neither keep nor use anything."""
+        mode, self._mode = self._mode, "off"
+        try:
+            yield
+        finally:
+            self._mode = mode
+
+    @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
         """Use what was kept, each feature once, in the order in which it was computed."""
         self._mode = "replay" if self._kept else "off"
@@ -56,28 +64,37 @@ class VisionFeatures:
         finally:
             self._mode, self._kept = "off", []
 
-    def _wrap(self, name: str, compute: Any) -> Any:
-        def features(*args, **kwargs):
-            if self._mode == "replay":
-                kept, value = self._kept.pop(0)
-                if kept != name:
-                    raise RuntimeError(f"the policy asks for {name}, but the reference computed {kept} at this point.")
-                return value
-            mode, self._mode = self._mode, "off"  # one of the methods may call the other
-            try:
-                value = compute(*args, **kwargs)
-            finally:
-                self._mode = mode
-            if mode == "record":
-                self._kept.append((name, value))
+    def features(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What `compute` gives, or what was kept of it."""
+        if self._mode == "replay":
+            kept, value = self._kept.pop(0)
+            if kept != name:
+                raise RuntimeError(f"the policy asks for {name}, but the reference computed {kept} at this point.")
             return value
+        with self.paused():  # one of the methods may call the other
+            value = compute()
+        if self._mode == "record":
+            self._kept.append((name, value))
+        return value
 
-        return features
+
+def _kept(method: Callable) -> Callable:
+    """`method` of a backbone, by way of its `VisionFeatures`. Bound to the backbone, it survives a deep copy."""
+
+    @functools.wraps(method)  # `generate` goes by the signature
+    def features(self, *args, **kwargs):
+        return self._trl_vpo_vision.features(method.__name__, lambda: method(self, *args, **kwargs))
+
+    return features
 
 
 def vision_features(backbone: nn.Module) -> VisionFeatures | None:
-    """The features of a vision-language backbone; None for a text model."""
+    """Let a vision-language backbone keep its features when asked to; None for a text model."""
     decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else None
     if decoder is None or decoder is backbone or not any(hasattr(backbone, name) for name in METHODS):
         return None
-    return VisionFeatures(backbone, decoder)
+    backbone._trl_vpo_vision = VisionFeatures(backbone, decoder)
+    for name in METHODS:
+        if hasattr(backbone, name):
+            setattr(backbone, name, types.MethodType(_kept(getattr(type(backbone), name)), backbone))
+    return backbone._trl_vpo_vision

@@ -11,8 +11,11 @@ LOGPS = {"chosen": ("logps/chosen", "-"), "rejected": ("logps/rejected", "--")}
 
 
 def series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric in a trainer's `state.log_history`; entries without it are skipped."""
-    points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    """Steps and values of one metric in a trainer's `state.log_history`.
+
+    Entries without it are skipped, and the summary at the end, whose averages are over whatever steps were left.
+    """
+    points = [(entry["step"], entry[key]) for entry in history if key in entry and "train_runtime" not in entry]
     return [step for step, _ in points], [value for _, value in points]
 
 

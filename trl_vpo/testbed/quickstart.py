@@ -190,7 +190,7 @@ def results_table(results: list[Result]) -> Table:
         title="Held-out, balanced samples: the base before, each method after", box=SIMPLE_HEAD, pad_edge=False
     )
     table.add_column("method", no_wrap=True)
-    for heading in ("preference\naccuracy", "halluci-\nnation", "Δ log-prob\nchosen", "Δ log-prob\nrejected"):
+    for heading in ("preference\naccuracy", "halluci-\nnation", "Δ logp\nchosen", "Δ logp\nrejected"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("KL from\nbase", justify="right", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)

@@ -1,6 +1,26 @@
-"""A tiny vision-language model that learns the small world on a CPU.
+"""A tiny vision-language model of the small world, and the supervised base that is shipped in `base/`.
 
-TODO numbers
+The architecture is Qwen2-VL's at width 96, with 2 vision and 2 language layers: 586,560 parameters, 2.4 MB in
+float32. It sees clips of 8 frames, 56x56 (64 tokens), and scenes of 112x56 (32 tokens). Its tokenizer is a byte-level
+BPE trained in the process, in which each word of the world is one token. The base was taught by
+
+    python -m trl_vpo.testbed.tiny_vlm --out DIR --seed 0
+
+in 2600 steps of 16 samples, 41,600 in all (`pretraining.py`), which took 11 minutes on one thread of a machine that
+was busy otherwise; a second run gave the same weights, byte for byte. Shares of 200 samples each, read back from mp4
+and png files; "habits" are samples as in training (squares mostly red, circles mostly moving left), "balanced" the
+held-out split:
+
+                      exact  hallucinated  unparsed   open    yes     no
+    clips, habits     0.915         0.085     0.000  0.975  0.710  0.805
+    clips, balanced   0.595         0.405     0.000  0.875  0.520  0.645
+    scenes, habits    0.915         0.085     0.000  0.620  0.825  0.785
+    scenes, balanced  0.630         0.370     0.000  0.550  0.830  0.735
+
+exact, hallucinated and unparsed are shares of captions. open, yes and no are shares of right answers to questions with
+a short answer, and to yes/no questions by the answer that is right; the wrong word in a "no" question is what is usual
+for the shape. So the base describes the world it knows well, and elsewhere says what it usually saw. Its answers to
+questions are poorer than its captions. Multiple-choice questions were not taught.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ CARELESS = 0.7  # share of the exceptions that are nevertheless described as usu
 SIZE = 56  # height and width of a clip, height of a scene; a scene is two of them wide
 NUM_FRAMES = 8
 BACKGROUND_MAX = 110  # no channel of the background, and at least one of every thing, is brighter
+NO_LOOKAHEAD = "mbtree=0:rc-lookahead=0"  # with its lookahead, x264 writes other bytes now and then
 FRAME_RATE = 4  # frames per second: a clip lasts two seconds
 
 
@@ -196,7 +197,7 @@ def write_mp4(frames: np.ndarray, path: str | Path, frame_rate: int = FRAME_RATE
         stream = container.add_stream("libx264", rate=Fraction(frame_rate))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "12", "preset": "veryfast", "threads": "1"}
+        stream.options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": NO_LOOKAHEAD}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())

@@ -5,36 +5,29 @@ row -> collator -> tree batch -> `concatenated_forward` -> per-token scores -> `
 
 import contextlib
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel, PromptLearningConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import (
-    AutoProcessor,
-    DataCollator,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    TrainerCallback,
-)
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import dpo_trainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from trl_vpo.data.check import prepare_dataset
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import COLUMNS, ROW_INDEX
-from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring, lm_head
-from trl_vpo.forward.tree import Layout, separate
+from trl_vpo.forward.scorer import Scorer
+from trl_vpo.forward.scoring import Scores, lm_head
 from trl_vpo.losses import PreferenceLoss
+from trl_vpo.trainers import setup
 from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
+from trl_vpo.trainers.metrics import MetricSums, preference_metrics
 
 
 class NonFiniteLossError(RuntimeError):
@@ -78,25 +71,27 @@ class VisualPreferenceTrainer(DPOTrainer):
         peft_config: "PeftConfig | None" = None,
     ):
         args = self._checked_args(args, model)
-        self._check_model(model, ref_model, peft_config)
+        if not self.needs_reference and ref_model is not None:
+            raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
+        setup.check_model(model, ref_model, peft_config)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
         if not isinstance(train_dataset, (Dataset, IterableDataset)):
             kind = type(train_dataset).__name__
             raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{kind}`.")
         if processing_class is None:
-            processing_class = self._load_processing_class(model, args)
-        self._set_pad_token(processing_class, args)
+            processing_class = setup.load_processing_class(model, args)
+        setup.set_pad_token(processing_class, args)
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
-        if self.needs_reference and ref_model is None and self._copies_reference(model, args, peft_config):
+        if self.needs_reference and ref_model is None and setup.copies_reference(model, args, peft_config):
             ref_model = copy.deepcopy(model)  # exact, and works for a model that was never saved
-        with contextlib.nullcontext() if self.needs_reference else _no_reference(isinstance(model, str)):
+        with contextlib.nullcontext() if self.needs_reference else setup.no_reference(isinstance(model, str)):
             super().__init__(
                 model=model,
                 ref_model=ref_model,
                 args=args,
-                data_collator=data_collator or self._collator(processing_class, args),
+                data_collator=data_collator or self.make_collator(processing_class, args),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -121,59 +116,16 @@ class VisualPreferenceTrainer(DPOTrainer):
             )
         return args
 
-    def _check_model(self, model: Any, ref_model: Any, peft_config: Any) -> None:
-        if not self.needs_reference and ref_model is not None:
-            raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
-        configs = [peft_config] if peft_config is not None else []
-        if isinstance(model, PeftModel):
-            configs += list(model.peft_config.values())
-            if ref_model is None and "default" not in model.peft_config:
-                raise ValueError(
-                    f"the model's adapter is called {model.active_adapter!r}; trl.DPOTrainer copies the one called "
-                    "'default' as reference. Load it without `adapter_name`."
-                )
-        for config in configs:
-            if isinstance(config, PromptLearningConfig):
-                raise ValueError(
-                    f"{type(config).__name__} prepends virtual tokens, which moves every response. Use LoRA."
-                )
-        if not isinstance(model, str) and peft_config is None and not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(
-                "every parameter of the model is frozen; there is nothing to train. Load an adapter with "
-                "PeftModel.from_pretrained(..., is_trainable=True), or give a `peft_config`."
-            )
-
-    def _load_processing_class(self, model: Any, args: VisualPreferenceConfig) -> Any:
-        path = model if isinstance(model, str) else get_config_model_id(model.config)
-        if not path:
-            raise ValueError(
-                "the model was not loaded from anywhere, so nor can its processor be: give `processing_class`."
-            )
-        revision = (args.model_init_kwargs or {}).get("revision")
-        return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
-
-    @staticmethod
-    def _set_pad_token(processing_class: Any, args: VisualPreferenceConfig) -> None:
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
-        if token not in tokenizer.get_vocab():
-            raise ValueError(f"pad_token={token!r} is not a token of {type(tokenizer).__name__}.")
-        tokenizer.pad_token = token
-
-    @staticmethod
-    def _copies_reference(model: Any, args: VisualPreferenceConfig, peft_config: Any) -> bool:
-        """Full fine-tuning of a model in memory. Sharded weights (ZeRO-3) can only be loaded again from their path."""
-        sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-        return not (isinstance(model, str) or is_peft_model(model) or peft_config is not None or sharded)
-
-    def _collator(self, processing_class: Any, args: VisualPreferenceConfig) -> PreferenceCollator:
+    @classmethod
+    def make_collator(cls, processing_class: Any, args: VisualPreferenceConfig) -> PreferenceCollator:
+        """The collator of the method: rows to tree batches."""
         return PreferenceCollator(
             processing_class,
             video=args.video_options(),
             max_pixels=args.max_pixels,
             max_length=args.max_length,
-            phrases=self.needs_phrases,
-            num_images=args.num_images if self.needs_image_list else None,
+            phrases=cls.needs_phrases,
+            num_images=args.num_images if cls.needs_image_list else None,
             visual_prompt=getattr(args, "visual_prompt", True),
             media_root=args.media_root,
         )
@@ -186,15 +138,24 @@ class VisualPreferenceTrainer(DPOTrainer):
             )
         if not self.needs_reference and is_peft_model(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # DPOTrainer copies the adapter of a PeftModel; nobody would read it
-        for model in (self.model, self.accelerator.unwrap_model(self.ref_model) if self.ref_model else None):
-            if model is not None:
-                attach_scoring(model.get_base_model() if is_peft_model(model) else model)
         multiple = self.args.pad_to_multiple_of
-        self._pad_to_multiple_of = None if multiple == "auto" else multiple
+        self.scorer = Scorer(
+            self._bare(self.model),
+            layout=self.args.layout,
+            pad_token_id=self._tokenizer.pad_token_id,
+            pad_to_multiple_of=None if multiple == "auto" else multiple,
+        )
+        if self.ref_model is not None:
+            self.scorer.add_model(self._bare(self.ref_model))
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        self._totals = {"train": defaultdict(lambda: [0.0, 0.0]), "eval": defaultdict(lambda: [0.0, 0.0])}
+        self._sums = {mode: MetricSums(self.accelerator, gathers=mode == "eval") for mode in ("train", "eval")}
         self._new_tokens = 0
+
+    def _bare(self, model: Any) -> PreTrainedModel:
+        """Without distributed wrappers and PEFT."""
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
 
     # --- data -----------------------------------------------------------------------------------------------------
 
@@ -237,28 +198,7 @@ class VisualPreferenceTrainer(DPOTrainer):
         Returns:
             `Scores` of all S branches, (S, T) each.
         """
-        layouts = separate(
-            batch, pad_token_id=self._tokenizer.pad_token_id, pad_to_multiple_of=self._pad_to_multiple_of
-        )
-        hidden = reference.hidden if reference is not None else [None] * len(layouts)
-        head = reference.head if reference is not None else None
-        outputs = [
-            model(**layout.inputs, score=_request(layout, batch, states, head))
-            for layout, states in zip(layouts, hidden)
-        ]
-        order = torch.cat([layout.branches for layout in layouts]).argsort()
-
-        def gather(name: str) -> Tensor | None:
-            parts = [getattr(output, name) for output in outputs]
-            return None if parts[0] is None else torch.cat(parts)[order]
-
-        return Scores(
-            **{name: gather(name) for name in ("logps", "entropy", "mean_logits", "is_top1", "kl")},
-            mask=batch["branch_mask"],
-            chosen=batch["chosen"],
-            rejected=batch["rejected"],
-            hidden=[output.hidden for output in outputs],
-        )
+        return self.scorer.score(model, batch, reference)
 
     @torch.no_grad()
     def reference_scores(self, batch: dict) -> Scores:
@@ -266,14 +206,16 @@ class VisualPreferenceTrainer(DPOTrainer):
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.ref_model is not None:
                 scores = self.concatenated_forward(self.ref_model, batch)
-                scores.head = lm_head(self.accelerator.unwrap_model(self.ref_model))
-            elif is_peft_model(self.model):
-                policy = self.accelerator.unwrap_model(self.model)
-                with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-                    scores = self.concatenated_forward(self.model, batch)
-                    scores.head = lm_head(policy.get_base_model())
-            else:
+                scores.head = lm_head(self._bare(self.ref_model))
+                return scores
+            if not is_peft_model(self.model):
                 raise ValueError(f"{self._name} was built without a reference; there is nothing to compare with.")
+            policy = self.accelerator.unwrap_model(self.model)
+            adapter = "ref" if "ref" in policy.peft_config else None
+            # In this order: PEFT freezes an adapter while it is off, and then everything looks frozen.
+            with self.scorer.record_vision(), use_adapter(policy, adapter_name=adapter):
+                scores = self.concatenated_forward(self.model, batch)
+                scores.head = lm_head(policy.get_base_model())
         return scores
 
     # --- loss -----------------------------------------------------------------------------------------------------
@@ -293,13 +235,12 @@ class VisualPreferenceTrainer(DPOTrainer):
             NonFiniteLossError: the loss is nan or infinite.
         """
         reference = self.reference_scores(inputs) if self.needs_reference else None
-        scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
+        with self.scorer.replay_vision():
+            scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
         out = self.preference_loss(scores, reference, inputs)
         if not torch.isfinite(out.losses).all():
             self._report_non_finite(out.losses, inputs["names"])
         self._record(scores, reference, out, inputs)
-        if self.model.training:
-            self._new_tokens += _tokens(inputs)
         loss = out.losses.mean()
         return (loss, scores) if return_outputs else loss
 
@@ -326,67 +267,19 @@ class VisualPreferenceTrainer(DPOTrainer):
 
     # --- metrics --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _record(self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict) -> None:
-        """Keep each metric as a sum and a weight, so that averages over steps and ranks are exact."""
-        pairs = self._metrics_of(scores, reference, out) | self.extra_metrics(scores, reference, batch)
-        if not self.model.training:
-            pairs["loss"] = out.losses  # transformers counts a stream's incomplete last batch as a full one
-        ones = torch.ones_like(out.chosen_rewards)
-        stacked = torch.stack(
-            [torch.stack([v.float() * w, w]) for v, w in ((v, w.to(ones)) for v, w in _weighted(pairs, ones))]
-        )  # (K, 2, B)
+        metrics = preference_metrics(scores, reference, out) | self.extra_metrics(scores, reference, batch)
         if self.model.training:
-            self._add("train", dict(zip(pairs, stacked.sum(-1).tolist())))
-            return
-        rows = [dict(zip(pairs, row)) for row in stacked.permute(2, 0, 1).tolist()]
-        for row in self.accelerator.gather_for_metrics(rows, use_gather_object=True):
-            self._add("eval", row)
-
-    def _add(self, mode: str, sums: dict[str, list[float]]) -> None:
-        for key, (value, weight) in sums.items():
-            total = self._totals[mode][key]
-            total[0], total[1] = total[0] + value, total[1] + weight
-
-    def _metrics_of(self, scores: Scores, reference: Scores | None, out: PreferenceLoss) -> dict:
-        """Metrics of every method: name -> (B,) values, or (values, weights) for a mean over tokens."""
-        chosen, rejected = scores.chosen, scores.rejected
-        tokens = scores.mask.sum(-1).float()  # (S,)
-        mean = {k: getattr(scores, k).float().sum(-1) / tokens for k in ("mean_logits", "is_top1")}
-        entropy = (scores.entropy[chosen].sum(-1) + scores.entropy[rejected].sum(-1)) / (
-            tokens[chosen] + tokens[rejected]
-        )
-        metrics = {
-            "entropy": (entropy, tokens[chosen] + tokens[rejected]),
-            "logits/chosen": (mean["mean_logits"][chosen], tokens[chosen]),
-            "logits/rejected": (mean["mean_logits"][rejected], tokens[rejected]),
-            "mean_token_accuracy": (mean["is_top1"][chosen], tokens[chosen]),
-            "rewards/chosen": out.chosen_rewards,
-            "rewards/rejected": out.rejected_rewards,
-            "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).float(),
-            "rewards/margins": out.chosen_rewards - out.rejected_rewards,
-            "logps/chosen": scores.sums[chosen],
-            "logps/rejected": scores.sums[rejected],
-        }
-        metrics |= {f"loss/{name}": term for name, term in out.terms.items()}
-        if reference is not None:
-            moved = scores.sums - reference.sums  # (S,)
-            metrics |= {"displacement/chosen": moved[chosen], "displacement/rejected": moved[rejected]}
-        if scores.kl is not None:
-            metrics |= {"kl/chosen": scores.kl[chosen].sum(-1), "kl/rejected": scores.kl[rejected].sum(-1)}
-        return metrics
+            self._sums["train"].record(metrics)
+            self._new_tokens += _tokens(batch)
+        else:  # transformers counts a stream's incomplete last batch as a full one
+            self._sums["eval"].record(metrics | {"loss": out.losses})
 
     def _averages(self, mode: str) -> dict[str, float]:
         """Averages of what was recorded since the last call, and the tokens trained on. All ranks call this."""
-        ranks = gather_object([{"sums": dict(self._totals[mode]), "tokens": self._new_tokens}])
-        totals = defaultdict(lambda: [0.0, 0.0])
-        for rank in ranks if mode == "train" else ranks[:1]:  # evaluation gathered its rows already
-            for key, (value, weight) in rank["sums"].items():
-                totals[key] = [totals[key][0] + value, totals[key][1] + weight]
-        self._totals[mode].clear()
-        self._total_train_tokens += sum(rank["tokens"] for rank in ranks)
+        averages = self._sums[mode].averages()
+        self._total_train_tokens += sum(gather_object([self._new_tokens]))
         self._new_tokens = 0
-        averages = {k: value / weight for k, (value, weight) in totals.items() if weight}
         return averages | {"num_tokens": self._total_train_tokens} if averages else {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -398,6 +291,7 @@ class VisualPreferenceTrainer(DPOTrainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
         """The metrics carry the prefix of their dataset, so that those of several sets stay apart."""
+        self._sums["eval"].averages()  # whatever an interrupted evaluation left
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in self._averages("eval").items()})
         return output
@@ -419,38 +313,7 @@ class VisualPreferenceTrainer(DPOTrainer):
             write_model_card(self, model_name, dataset_name, tags)
 
 
-def _request(layout: Layout, batch: dict, ref_hidden: Tensor | None, ref_head: Any) -> ScoreRequest:
-    return ScoreRequest(
-        positions=layout.positions,
-        mask=layout.mask,
-        labels=layout.labels,
-        ref_hidden=ref_hidden,
-        ref_head=ref_head,
-        kl_rows=torch.isin(layout.branches, batch["chosen"]),
-    )
-
-
 def _tokens(batch: dict) -> int:
     """Tokens that a batch sends through the model: every branch counts with its own copy of the prompt."""
     prompts = batch["trunk_mask"].sum(-1)[batch["branch_trunk"]].sum()
     return int(prompts + batch["branch_mask"].sum())
-
-
-def _weighted(pairs: dict, ones: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return (pair if isinstance(pair, tuple) else (pair, ones) for pair in pairs.values())
-
-
-@contextlib.contextmanager
-def _no_reference(policy_by_name: bool) -> Iterator[None]:
-    """While `DPOTrainer.__init__` runs: the second copy of the model that it loads as reference is not loaded."""
-    load = dpo_trainer.create_model_from_path
-    loads = [load] if policy_by_name else []  # the first load is then the policy's
-
-    def create_model_from_path(*args, **kwargs):
-        return loads.pop()(*args, **kwargs) if loads else None
-
-    dpo_trainer.create_model_from_path = create_model_from_path
-    try:
-        yield
-    finally:
-        dpo_trainer.create_model_from_path = load

@@ -29,6 +29,9 @@ class VisualPreferenceConfig(DPOConfig):
     """[`trl.DPOConfig`] plus how images and videos are read.
 
     Parameters:
+        layout (`"auto"`, `"shared"` or `"separate"`, defaults to `"auto"`): whether the responses of a pair share one
+            copy of their prompt. "auto" shares it where the model allows it and both layouts agree on the first
+            batch; otherwise each response gets a sequence of its own, and the log says why.
         num_frames (`int`, *optional*): frames sampled uniformly from each video; 16 when `fps` is not given either.
         fps (`float`, *optional*): sample this many frames a second instead, at most `max_frames`.
         max_frames (`int`, defaults to 64): upper bound on the frames of a video when `fps` is given.
@@ -45,6 +48,13 @@ class VisualPreferenceConfig(DPOConfig):
 
     max_length: int | None = field(
         default=None, metadata={"help": "A longer row is an error; nothing is ever truncated. Default: no limit."}
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether the responses of a pair share one copy of their prompt.",
+            "choices": ["auto", "shared", "separate"],
+        },
     )
     num_frames: int | None = field(
         default=None, metadata={"help": "Frames sampled uniformly from each video; 16 unless `fps` is given."}
@@ -81,9 +91,10 @@ class VisualPreferenceConfig(DPOConfig):
     def __post_init__(self):
         super().__post_init__()
         self._refuse_unused_knobs()
-        for name, choices in (("check_media", ("header", "decode", "off")), ("on_bad_media", ("error", "skip"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
+        for own in fields(VisualPreferenceConfig):
+            choices = own.metadata.get("choices")
+            if own.name in ("layout", "check_media", "on_bad_media") and getattr(self, own.name) not in choices:
+                raise ValueError(f"{own.name}={getattr(self, own.name)!r} is not one of {', '.join(choices)}.")
         if "inputs" in self.include_for_metrics:
             raise ValueError("include_for_metrics cannot have 'inputs': a batch is a tree of prompts and responses.")
         if self.accelerator_config.dispatch_batches:

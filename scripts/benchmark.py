@@ -1,0 +1,65 @@
+"""Benchmarks: one question each, all contestants in turn in the same run.
+
+    python scripts/benchmark.py step --prompt 512,1536,6144
+    python scripts/benchmark.py kl
+    python scripts/benchmark.py lpoi
+    python scripts/benchmark.py decode
+    python scripts/benchmark.py growth
+
+Prints a table (medians with minimum and maximum) and, as its last line, one JSON object. Machines are noisy: quote the
+ratios of one run, not the seconds. Memory is measured in a process of its own for each contestant.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+BENCHMARKS = {
+    "step": "a training step: stock trl.DPOTrainer against ours, shared and separate layout",
+    "kl": "RRPO's KL with a 152,000-token vocabulary: chunked against plain logits",
+    "lpoi": "LPOI's step for lists of 2, 5 and 9 images: ours against the official scheme",
+    "decode": "16 frames of a long video: ours against other loaders",
+    "growth": "seconds and memory against frames, list length and dataset rows",
+}
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part.replace("_", "")) for part in text.split(",")]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    lines = "\n".join(f"  {name:8}{what}" for name, what in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        description="Benchmarks, one question each:\n" + lines,
+        epilog="example: python scripts/benchmark.py step --prompt 1536 --method dpo --repeats 5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--prompt", type=numbers, default=[512, 1536, 6144], metavar="N,N", help="prompt tokens")
+    parser.add_argument("--response", type=int, default=96, help="response tokens")
+    parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of `step`")
+    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each contestant, after one warm-up")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)  # a memory measurement's own process
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    module = importlib.import_module(f"benchmarks.{args.name}")
+    if args.contestant:
+        print(json.dumps(module.measure_memory(args)))
+        return
+    result = json.dumps({"benchmark": args.name, "rows": module.run(args)})
+    if args.out:
+        args.out.write_text(result + "\n")
+    print(result)
+
+
+if __name__ == "__main__":
+    main()

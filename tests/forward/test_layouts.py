@@ -1,0 +1,305 @@
+"""The shared layout against the separate one, its attention against a dense mask, and when "auto" refuses it."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from datasets import Dataset
+from families import FAMILIES, LANGUAGE_MODEL, build, text_of, tokenizer
+from helpers import row, write_clip, write_image
+from peft import LoraConfig
+
+import trl_vpo
+from trl_vpo.forward import layouts
+from trl_vpo.forward.attention import PREFIX, tree_attention, use_tree_attention, why_not
+from trl_vpo.forward.layouts import PADDING, TRUNK, shared
+
+KINDS = [(name, "image") for name in FAMILIES] + [(name, "video") for name, (_, video) in FAMILIES.items() if video]
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    return {
+        "image": [write_image(folder / f"{i}.png", size, i) for i, size in enumerate([(56, 56), (112, 56)])],
+        "video": [write_clip(folder / f"{i}.mp4", frames, seed=i) for i, frames in enumerate([12, 5])],
+    }
+
+
+def ragged_rows(kind, media, box=False):
+    more = {"critical_box": [4, 8, 30, 40]} if box else {}
+    rows = [
+        row(kind, [media[kind][0]], **more),
+        row(kind, [media[kind][1]], "a square.", "two circles are in the picture.", **more),
+    ]
+    return Dataset.from_list(rows if box else [*rows, row(None)])
+
+
+def trainer_of(method, layout, folder, data, name="Qwen2.5-VL", target=LANGUAGE_MODEL, built=None, **more):
+    """A trainer whose adapter is not the identity; the same seed gives the same weights."""
+    model, processor = built or build(name)
+    config, trainer = getattr(trl_vpo, f"{method}Config"), getattr(trl_vpo, f"{method}Trainer")
+    settings = {"gradient_checkpointing": False, "bf16": False, "num_frames": 6} | more
+    args = config(str(folder), use_cpu=True, report_to="none", layout=layout, **settings)
+    lora = LoraConfig(r=4, target_modules=target)
+    made = trainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=lora)
+    torch.manual_seed(0)
+    for key, weight in made.model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(weight, std=0.05)
+    made.model.train()
+    return made
+
+
+def step(trainer):
+    """Per-token log-probs, loss and gradients of one step."""
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    loss, scores = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    loss.backward()
+    grads = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    return scores.logps.detach(), loss.detach(), grads
+
+
+def assert_same_step(got, want):
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
+    assert got[2].shape == want[2].shape and (got[2] - want[2]).norm() <= 1e-5 * want[2].norm()
+
+
+# --- the same numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [k for k in KINDS if k[0] != "Idefics2"])  # Mistral: a sliding window
+def test_both_layouts_give_the_same_step(name, kind, media, tmp_path):
+    data = ragged_rows(kind, media)
+    want = step(trainer_of("RRPO", "separate", tmp_path, data, name))
+    assert_same_step(step(trainer_of("RRPO", "shared", tmp_path, data, name)), want)
+
+
+@pytest.mark.parametrize("method", ["VisualDPO", "LeanPO", "RRPO", "LPOI"])
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_every_method_under_gradient_checkpointing(method, reentrant, media, tmp_path):
+    data = ragged_rows("image", media, box=method == "LPOI")
+    kwargs = {} if reentrant is None else {"use_reentrant": reentrant}
+    more = {"gradient_checkpointing": reentrant is not None, "gradient_checkpointing_kwargs": kwargs or None}
+    want = step(trainer_of(method, "separate", tmp_path, data))
+    trainer = trainer_of(method, "shared", tmp_path, data, **more)
+    if reentrant is not None:
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    assert_same_step(step(trainer), want)
+
+
+def test_adapters_in_the_vision_tower(media, tmp_path):
+    """Its features differ between policy and reference: they must not be reused."""
+    data = ragged_rows("image", media)
+    want = step(trainer_of("RRPO", "separate", tmp_path, data, target="all-linear"))
+    assert_same_step(step(trainer_of("RRPO", "shared", tmp_path, data, target="all-linear")), want)
+
+
+def test_bfloat16_autocast(media, tmp_path):
+    data = ragged_rows("video", media)
+    trainers = [trainer_of("RRPO", layout, tmp_path, data, bf16=True) for layout in ("separate", "shared")]
+    steps = []
+    for trainer in trainers:
+        with trainer.compute_loss_context_manager():
+            steps.append(step(trainer))
+    assert steps[0][0].dtype == torch.float32
+    assert (steps[0][0] - steps[1][0]).abs().max() < 0.3 and (steps[0][0] - steps[1][0]).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("method", ["VisualDPO", "LPOI"])
+def test_training_takes_the_same_path(method, media, tmp_path):
+    """Eight optimizer steps, shared and separate: the adapters end at the same place."""
+    data = ragged_rows("image", media, box=method == "LPOI")
+    ends = []
+    for layout in ("separate", "shared"):
+        trainer = trainer_of(method, layout, tmp_path, data, max_steps=8, learning_rate=1e-3, save_strategy="no")
+        trainer.train()
+        ends.append(torch.cat([p.flatten() for p in trainer.model.parameters() if p.requires_grad]).detach())
+    assert (ends[0] - ends[1]).norm() <= 1e-4 * ends[0].norm()
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def test_tree_attention_is_attention_under_a_dense_mask():
+    """Two rows, trunks of 5 and 3 tokens, branches of 2 and 3 and of 4 tokens; grouped heads."""
+    owner = torch.tensor([[TRUNK] * 5 + [0] * 2 + [1] * 3, [TRUNK] * 3 + [2] * 4 + [PADDING] * 3])
+    length = owner.size(1)
+    dense = torch.zeros(2, length, length, dtype=torch.bool)
+    for r in range(2):
+        for q in range(length):
+            for k in range(q + 1):
+                dense[r, q, k] = owner[r, k] == TRUNK or owner[r, k] == owner[r, q]
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, length, 8, requires_grad=True)
+    key, value = torch.randn(2, 2, 2, length, 8).unbind(0)
+    key.requires_grad_(), value.requires_grad_()
+    mask = layouts._tree_mask(owner, 3)
+    assert mask.shape == (2, 1, length - 3, length) and torch.equal(mask[:, 0], dense[:, 3:])
+    want = F.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), dense[:, None]
+    )
+    got = tree_attention(query, key, value, mask)
+    torch.testing.assert_close(got, want.transpose(1, 2))
+    weights = torch.randn_like(got)
+    grads = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (got, want.transpose(1, 2))]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_branch_never_sees_its_sibling(media, tmp_path):
+    trainer = trainer_of("VisualDPO", "shared", tmp_path, ragged_rows("image", media))
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    with torch.no_grad():
+        before = trainer.concatenated_forward(trainer.model, dict(batch)).logps
+        changed = dict(batch, branch_ids=batch["branch_ids"].clone())
+        changed["branch_ids"][0, 2] = 7  # a token of the first row's chosen response
+        after = trainer.concatenated_forward(trainer.model, changed).logps
+    assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
+
+
+def test_no_square_mask_is_made(media):
+    """The mask has rows for branch tokens only, whatever the prompt's length."""
+    model, processor = build("Qwen2-VL")
+    collator = trl_vpo.PreferenceCollator(processor)
+    batch = collator([row("image", [media["image"][1]])])
+    (layout,) = shared(batch, model.base_model, pad_token_id=0)
+    prompt, responses = len(batch["trunk_ids"][0]), int(batch["branch_mask"].sum())
+    length = prompt - 1 + responses + 2
+    assert layout.inputs["input_ids"].shape == (1, length)
+    assert layout.inputs["attention_mask"].shape == (1, 1, length - (prompt - 1), length)
+
+
+def test_a_short_row_next_to_a_long_one_gets_a_call_of_its_own(media, monkeypatch):
+    model, processor = build("Qwen2-VL")
+    batch = trl_vpo.PreferenceCollator(processor)([row(None), row("image", [media["image"][1]]), row(None)])
+    assert len(shared(batch, model.base_model, pad_token_id=0)) == 1
+    monkeypatch.setattr(layouts, "MASK_BYTES", 1500)
+    calls = shared(batch, model.base_model, pad_token_id=0)
+    assert [call.branches.tolist() for call in calls] == [[2, 3], [0, 1, 4, 5]]
+
+
+def test_other_calls_of_the_model_run_as_before(media):
+    model, processor = build("LLaVA-1.5")
+    inputs = processor(text=["a red square"], return_tensors="pt")
+    with torch.no_grad():
+        before = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        use_tree_attention(model)
+        use_tree_attention(model)  # twice is once
+        after = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    assert model.config.get_text_config()._attn_implementation == PREFIX + "sdpa"
+
+
+# --- auto ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "Idefics2"])
+def test_auto_shares_where_it_can(name, media, tmp_path):
+    trainer = trainer_of("VisualDPO", "auto", tmp_path, ragged_rows("image", media), name)
+    assert trainer.scorer.layout == "auto"
+    step(trainer)
+    assert trainer.scorer.layout == "shared"
+
+
+def test_auto_proves_itself_and_falls_back_with_the_difference(media, tmp_path, monkeypatch, caplog):
+    """An attention that lets branches see their siblings: the first batch shows it."""
+    whole = layouts._tree_mask
+    monkeypatch.setattr(layouts, "_tree_mask", lambda owner, trunk: whole(torch.full_like(owner, TRUNK), trunk))
+    trainer = trainer_of("VisualDPO", "auto", tmp_path, ragged_rows("image", media))
+    with caplog.at_level(logging.WARNING):
+        got = step(trainer)
+    assert trainer.scorer.layout == "separate"
+    assert "Qwen2_5_VLModel is trained with the separate layout, because its log-probs differ" in caplog.text
+    assert_same_step(got, step(trainer_of("VisualDPO", "separate", tmp_path, ragged_rows("image", media))))
+
+
+def special(kind):
+    """A tiny text model of each kind that cannot have the shared layout."""
+    tok = tokenizer()
+    tok.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    common = text_of(tok)
+    if kind == "sliding window":
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**common, sliding_window=4)), tok
+    if kind == "sliding layers":
+        config = transformers.Gemma2Config(**common, head_dim=8, sliding_window=4)
+        return transformers.Gemma2ForCausalLM(config), tok
+    if kind == "linear attention":
+        config = transformers.Qwen3NextConfig(
+            **common,
+            head_dim=8,
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            num_experts=0,
+            mlp_only_layers=[0, 1],
+            layer_types=["linear_attention", "full_attention"],
+        )
+        return transformers.Qwen3NextForCausalLM(config), tok
+    config = transformers.Gemma3TextConfig(**common, head_dim=8, layer_types=["full_attention"] * 2)
+    return transformers.Gemma3ForCausalLM(config), tok
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("sliding window", "sliding window"),
+        ("sliding layers", "sliding window"),
+        ("linear attention", "pass a state along"),
+        ("bidirectional images", "both directions"),
+    ],
+)
+def test_kinds_that_fall_back_without_trying(kind, says, tmp_path, caplog):
+    data = Dataset.from_list([row(None), row(None, "a square.", "two circles.")])
+    moe = {"router_aux_loss_coef": 0.0} if kind == "linear attention" else {}
+    with caplog.at_level(logging.WARNING):
+        trainer = trainer_of("VisualDPO", "auto", tmp_path, data, target="all-linear", built=special(kind), **moe)
+    assert trainer.scorer.layout == "separate" and says in caplog.text
+    with pytest.raises(ValueError, match=says):
+        trainer_of("VisualDPO", "shared", tmp_path, data, target="all-linear", built=special(kind), **moe)
+    assert torch.isfinite(step(trainer)[1])
+
+
+def test_idefics2_has_a_sliding_window():
+    assert "sliding window (4096 tokens)" in why_not(build("Idefics2")[0])
+
+
+# --- vision -------------------------------------------------------------------------------------------------------
+
+
+def towers(trainer):
+    """How often the vision tower runs in one step."""
+    calls = []
+    backbone = trainer.model.get_base_model().base_model
+    tower = next(m for n, m in backbone.named_children() if n in ("visual", "vision_tower", "vision_model"))
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    trainer.compute_loss(trainer.model, batch)
+    return len(calls)
+
+
+@pytest.mark.parametrize(("name", "kind"), [k for k in KINDS if k[0] != "Idefics2"])
+def test_frozen_features_are_computed_once_per_step(name, kind, media, tmp_path):
+    data = Dataset.from_list([row(kind, [media[kind][0]])])
+    assert towers(trainer_of("VisualDPO", "shared", tmp_path, data, name)) == 1
+
+
+def test_features_of_a_tower_with_adapters_are_computed_in_both_passes(media, tmp_path):
+    data = Dataset.from_list([row("image", [media["image"][0]])])
+    assert towers(trainer_of("VisualDPO", "shared", tmp_path, data, target="all-linear")) == 2
+    assert towers(trainer_of("LeanPO", "shared", tmp_path, data)) == 1  # no reference, one pass
+
+
+def test_lpoi_encodes_each_image_once(media, tmp_path):
+    """One call of the tower with the five images of the list, for eleven responses of policy and reference."""
+    data = Dataset.from_list([row("image", [media["image"][0]], critical_box=[4, 8, 30, 40])])
+    trainer = trainer_of("LPOI", "shared", tmp_path, data)
+    seen = []
+    tower = trainer.model.get_base_model().base_model.visual
+    tower.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs), with_kwargs=True)
+    trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    assert [len(kwargs["grid_thw"]) for kwargs in seen] == [5]

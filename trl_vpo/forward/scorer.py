@@ -1,0 +1,163 @@
+"""The forward pass over a tree batch: which layout, one model call, scores of all branches.
+
+`layout="auto"` proves itself: on the first batch both layouts are scored without gradients. Where they agree, the
+shared one is used; where the model cannot have it, or they do not agree, "separate" is, and the log says why.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl_vpo.forward.attention import use_tree_attention, why_not
+from trl_vpo.forward.layouts import Layout, separate, shared
+from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
+from trl_vpo.forward.vision import vision_features
+
+logger = get_logger(__name__)
+
+LAYOUTS = ("auto", "shared", "separate")
+# How far the log-probs of a token may differ between the layouts, by dtype of the computation: mean, maximum (nats).
+TOLERANCES = {torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 0.2), torch.bfloat16: (0.05, 1.0)}
+
+
+class Scorer:
+    """Scores tree batches with a policy and its reference.
+
+    Args:
+        policy: the model without PEFT or a distributed wrapper around it.
+        layout: "auto", "shared" or "separate".
+        pad_token_id: fills sequences up.
+        pad_to_multiple_of: of the separate layout's sequence length.
+
+    Raises:
+        ValueError: `layout="shared"` for a model that cannot have it.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        *,
+        layout: str,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None = None,
+    ):
+        self._backbone = policy.base_model
+        self._pad_token_id = pad_token_id
+        self._pad_to_multiple_of = pad_to_multiple_of
+        self._vision = vision_features(self._backbone)
+        self._reason = why_not(policy) if layout != "separate" else None
+        if layout == "shared" and self._reason:
+            raise ValueError(f"layout='shared' does not fit {type(policy).__name__}: {self._reason}. Use 'auto'.")
+        self.layout = "separate" if self._reason else layout
+        self.add_model(policy)
+        if layout == "auto" and self._reason:
+            self._log_fallback(self._reason)
+
+    def add_model(self, model: PreTrainedModel) -> None:
+        """Teach a model (the policy, a reference) to be scored."""
+        attach_scoring(model)
+        if self.layout != "separate":
+            use_tree_attention(model)
+
+    def score(self, model: nn.Module, batch: dict, reference: Scores | None = None) -> Scores:
+        """Scores of all S branches; with `reference` also the KL. The first call of "auto" decides the layout."""
+        if self.layout == "auto":
+            self._prove(model, batch)
+        layouts = self._layouts(batch)
+        hidden = reference.hidden if reference is not None else [None] * len(layouts)
+        head = reference.head if reference is not None else None
+        outputs = [
+            model(**layout.inputs, score=_request(layout, batch, states, head))
+            for layout, states in zip(layouts, hidden)
+        ]
+        order = torch.cat([layout.branches for layout in layouts]).argsort()
+
+        def gather(name: str) -> Tensor | None:
+            parts = [getattr(output, name) for output in outputs]
+            return None if parts[0] is None else torch.cat(parts)[order]
+
+        return Scores(
+            **{name: gather(name) for name in ("logps", "entropy", "mean_logits", "is_top1", "kl")},
+            mask=batch["branch_mask"],
+            chosen=batch["chosen"],
+            rejected=batch["rejected"],
+            hidden=[output.hidden for output in outputs],
+        )
+
+    def _layouts(self, batch: dict) -> list[Layout]:
+        """The model calls of a batch, built once for policy and reference."""
+        if batch.get("layouts", (None,))[0] != self.layout:
+            if self.layout == "shared":
+                layouts = shared(batch, self._backbone, pad_token_id=self._pad_token_id)
+            else:
+                layouts = separate(batch, pad_token_id=self._pad_token_id, pad_to_multiple_of=self._pad_to_multiple_of)
+            batch["layouts"] = (self.layout, layouts)
+        return batch["layouts"][1]
+
+    def record_vision(self) -> contextlib.AbstractContextManager:
+        """Around the reference pass of a step: frozen vision features are kept ..."""
+        return self._vision.record() if self._vision else contextlib.nullcontext()
+
+    def replay_vision(self) -> contextlib.AbstractContextManager:
+        """... and around its policy pass: they are used again."""
+        return self._vision.replay() if self._vision else contextlib.nullcontext()
+
+    # --- the proof ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prove(self, model: nn.Module, batch: dict) -> None:
+        """Score a batch in both layouts; keep the shared one if they agree on every rank."""
+        logps = {}
+        training = model.training
+        model.eval()
+        try:
+            with self._vision.paused() if self._vision else contextlib.nullcontext():
+                for self.layout in ("separate", "shared"):
+                    logps[self.layout] = self.score(model, batch).logps
+        except Exception as error:  # whatever a model's code may raise on inputs that it was not written for
+            problem = f"the {self.layout} layout fails: {type(error).__name__}: {error}"
+            if self.layout == "separate":
+                raise
+        else:
+            problem = self._disagreement(logps["separate"], logps["shared"], batch["branch_mask"])
+        finally:
+            model.train(training)
+        problems = [p for p in gather_object([problem]) if p]
+        self.layout = "separate" if problems else "shared"
+        if problems:
+            self._log_fallback(problems[0])
+
+    def _disagreement(self, separate_logps: Tensor, shared_logps: Tensor, mask: Tensor) -> str | None:
+        """Why the layouts do not agree, or None."""
+        difference = (separate_logps - shared_logps)[mask].abs()  # (N,)
+        device = mask.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._backbone.dtype
+        mean, maximum = difference.mean().item(), difference.max().item()
+        mean_limit, limit = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
+        if mean <= mean_limit and maximum <= limit:  # nan fails
+            return None
+        return (
+            f"its log-probs differ between the layouts by {maximum:.2g} nats at most and {mean:.2g} on average "
+            f"({dtype} allows {limit:g} and {mean_limit:g})"
+        )
+
+    def _log_fallback(self, reason: str) -> None:
+        name = type(self._backbone).__name__
+        logger.warning(f"layout='auto': {name} is trained with the separate layout, because {reason}.")
+
+
+def _request(layout: Layout, batch: dict, ref_hidden: Tensor | None, ref_head: Any) -> ScoreRequest:
+    return ScoreRequest(
+        rows=layout.rows,
+        positions=layout.positions,
+        mask=layout.mask,
+        labels=layout.labels,
+        ref_hidden=ref_hidden,
+        ref_head=ref_head,
+        kl_rows=torch.isin(layout.branches, batch["chosen"]),
+    )

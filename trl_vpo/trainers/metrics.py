@@ -1,0 +1,80 @@
+"""Metrics as sums and weights, so that averages over steps, ranks and ragged responses are exact."""
+
+from collections import defaultdict
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from trl_vpo.forward.scoring import Scores
+from trl_vpo.losses import PreferenceLoss
+
+Metric = Tensor | tuple[Tensor, Tensor]  # (B,) values; or (B,) values and weights, for a mean over tokens
+
+
+def preference_metrics(scores: Scores, reference: Scores | None, out: PreferenceLoss) -> dict[str, Metric]:
+    """The metrics of every method: TRL's keys, the parts of the loss, and the distance to the reference."""
+    chosen, rejected = scores.chosen, scores.rejected
+    tokens = scores.mask.sum(-1).float()  # (S,)
+    mean = {k: getattr(scores, k).float().sum(-1) / tokens for k in ("mean_logits", "is_top1")}
+    both = tokens[chosen] + tokens[rejected]  # (B,)
+    metrics = {
+        "entropy": ((scores.entropy[chosen].sum(-1) + scores.entropy[rejected].sum(-1)) / both, both),
+        "logits/chosen": (mean["mean_logits"][chosen], tokens[chosen]),
+        "logits/rejected": (mean["mean_logits"][rejected], tokens[rejected]),
+        "mean_token_accuracy": (mean["is_top1"][chosen], tokens[chosen]),
+        "rewards/chosen": out.chosen_rewards,
+        "rewards/rejected": out.rejected_rewards,
+        "rewards/accuracies": (out.chosen_rewards > out.rejected_rewards).float(),
+        "rewards/margins": out.chosen_rewards - out.rejected_rewards,
+        "logps/chosen": scores.sums[chosen],
+        "logps/rejected": scores.sums[rejected],
+    }
+    metrics |= {f"loss/{name}": term for name, term in out.terms.items()}
+    if reference is not None:
+        moved = scores.sums - reference.sums  # (S,)
+        metrics |= {"displacement/chosen": moved[chosen], "displacement/rejected": moved[rejected]}
+    if scores.kl is not None:
+        metrics |= {"kl/chosen": scores.kl[chosen].sum(-1), "kl/rejected": scores.kl[rejected].sum(-1)}
+    return metrics
+
+
+class MetricSums:
+    """What was recorded since the last average.
+
+    Args:
+        gathers: gather the rows of all ranks at each record, as evaluation must: it drops the rows that fill up the
+            last batch. Otherwise each rank sums for itself and the sums meet in `averages`.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, gathers: bool):
+        self._accelerator = accelerator
+        self._gathers = gathers
+        self._sums: dict[str, list[float]] = {}
+
+    @torch.no_grad()
+    def record(self, metrics: dict[str, Metric]) -> None:
+        """Add the B rows of a batch."""
+        pairs = [m if isinstance(m, tuple) else (m, torch.ones_like(m)) for m in metrics.values()]
+        sums = torch.stack([torch.stack([v.float() * w.float(), w.float()]) for v, w in pairs])  # (K, 2, B)
+        if not self._gathers:
+            self._add(dict(zip(metrics, sums.sum(-1).tolist())))
+            return
+        rows = [dict(zip(metrics, row)) for row in sums.permute(2, 0, 1).tolist()]
+        for row in self._accelerator.gather_for_metrics(rows, use_gather_object=True):
+            self._add(row)
+
+    def _add(self, sums: dict[str, list[float]]) -> None:
+        for key, (value, weight) in sums.items():
+            total = self._sums.setdefault(key, [0.0, 0.0])
+            total[0], total[1] = total[0] + value, total[1] + weight
+
+    def averages(self) -> dict[str, float]:
+        """The averages over all ranks, and a fresh start. Every rank calls this."""
+        ranks = [self._sums] if self._gathers else gather_object([self._sums])
+        totals = defaultdict(lambda: [0.0, 0.0])
+        for key, (value, weight) in ((k, pair) for sums in ranks for k, pair in sums.items()):
+            totals[key] = [totals[key][0] + value, totals[key][1] + weight]
+        self._sums = {}
+        return {key: value / weight for key, (value, weight) in totals.items() if weight}

@@ -1,0 +1,79 @@
+"""What is checked and put right before `DPOTrainer.__init__` runs."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from peft import PeftModel, PromptLearningConfig
+from transformers import AutoProcessor
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import get_config_model_id
+
+from trl_vpo.trainers.config import VisualPreferenceConfig
+
+
+def check_model(model: Any, ref_model: Any, peft_config: Any) -> None:
+    """Refuse models that would train on nothing, or against nothing.
+
+    Raises:
+        ValueError: says which, and what to do.
+    """
+    configs = [peft_config] if peft_config is not None else []
+    if isinstance(model, PeftModel):
+        configs += list(model.peft_config.values())
+        if ref_model is None and "default" not in model.peft_config:
+            raise ValueError(
+                f"the model's adapter is called {model.active_adapter!r}; trl.DPOTrainer copies the one called "
+                "'default' as reference. Load it without `adapter_name`."
+            )
+    for config in configs:
+        if isinstance(config, PromptLearningConfig):
+            raise ValueError(f"{type(config).__name__} prepends virtual tokens, which moves every response. Use LoRA.")
+    if not isinstance(model, str) and peft_config is None and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "every parameter of the model is frozen; there is nothing to train. Load an adapter with "
+            "PeftModel.from_pretrained(..., is_trainable=True), or give a `peft_config`."
+        )
+
+
+def load_processing_class(model: Any, args: VisualPreferenceConfig) -> Any:
+    """The processor (or tokenizer) that lies beside a model."""
+    path = model if isinstance(model, str) else get_config_model_id(model.config)
+    if not path:
+        raise ValueError(
+            "the model was not loaded from anywhere, so nor can its processor be: give `processing_class`."
+        )
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def set_pad_token(processing_class: Any, args: VisualPreferenceConfig) -> None:
+    """The tokenizer's own, or the deprecated `pad_token` of the config, or the end of sequence, as in TRL."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    token = args.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if token not in tokenizer.get_vocab():
+        raise ValueError(f"pad_token={token!r} is not a token of {type(tokenizer).__name__}.")
+    tokenizer.pad_token = token
+
+
+def copies_reference(model: Any, args: VisualPreferenceConfig, peft_config: Any) -> bool:
+    """Full fine-tuning of a model in memory. Sharded weights (ZeRO-3) can only be loaded again from their path."""
+    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    return not (isinstance(model, str) or is_peft_model(model) or peft_config is not None or sharded)
+
+
+@contextlib.contextmanager
+def no_reference(policy_by_name: bool) -> Iterator[None]:
+    """While `DPOTrainer.__init__` runs: the second copy of the model that it loads as reference is not loaded."""
+    load = dpo_trainer.create_model_from_path
+    loads = [load] if policy_by_name else []  # the first load is then the policy's
+
+    def create_model_from_path(*args, **kwargs):
+        return loads.pop()(*args, **kwargs) if loads else None
+
+    dpo_trainer.create_model_from_path = create_model_from_path
+    try:
+        yield
+    finally:
+        dpo_trainer.create_model_from_path = load
