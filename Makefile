@@ -3,6 +3,7 @@
 PYTHON ?= python3
 UV_VERSION := 0.13.8
 BIN := .venv/bin
+UV := .uv/bin/uv
 STAMP := .venv/.installed
 EXTRAS := --extra quantization --extra deepspeed --extra judge --extra dev
 
@@ -14,19 +15,18 @@ help:
 	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
 	@echo "make lint         check style and formatting"
 	@echo "make lock         renew requirements.lock"
-	@echo "make clean        remove outputs and caches (not .venv)"
+	@echo "make clean        remove outputs and caches (not .venv and .uv)"
 
 install: $(STAMP)
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "Python 3.11 or newer is needed: make install PYTHON=python3.11"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv \
-		|| { echo "python3 -m venv failed; on Debian and Ubuntu it is in the package python3-venv"; exit 1; }
-	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip > /dev/null
-	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv==$(UV_VERSION)
-	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
-	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@test -x $(UV) || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q uv==$(UV_VERSION); } \
+		|| { echo "python3 -m venv or pip failed; on Debian and Ubuntu venv is in the package python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(UV) venv -q --python $(PYTHON) .venv
+	$(UV) pip sync -q --python $(BIN)/python --require-hashes requirements.lock
+	$(UV) pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $(STAMP)
 
 quickstart: install
@@ -40,7 +40,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 lock: install
-	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile pyproject.toml --universal --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-annotate $(EXTRAS) --python-version 3.11 \
 		-o requirements.lock
 

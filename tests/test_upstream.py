@@ -74,6 +74,7 @@ CALLED = [
     ("transformers.PretrainedConfig.get_text_config", ["self"], SCORING),
     ("transformers.Trainer.loss_is_scaled_for_ga", ..., BASE),
     ("transformers.quantizers.quantizers_utils.should_convert_module", ..., "trl_vpo/footprint.py"),
+    ("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", ..., "trl_vpo/testbed/quickstart.py"),
     ("torch.distributed.tensor.DTensor.full_tensor", ["self"], SCORING),
     ("datasets.List", ..., CHECK),
     ("datasets.Video", ..., CHECK),
