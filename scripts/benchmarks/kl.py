@@ -1,0 +1,56 @@
+"""RRPO's KL over a vocabulary of 152,000 tokens: in chunks, against all logits at once. Forward and backward."""
+
+from argparse import Namespace
+
+import torch
+from benchmarks.common import in_turn, memory_of, peak_mib, show, summary
+
+VOCABULARY, WIDTH = 152_000, 896
+LENGTHS = (128, 512, 2048)
+COLUMNS = {
+    "method": "KL",
+    "response": "tokens",
+    "seconds": "seconds (min-max)",
+    "peak_mib": "peak MiB",
+    "ratio_vs_plain": "plain / this",
+    "memory_vs_plain": "memory / plain's",
+}
+
+
+def make(method: str, tokens: int, device: str):
+    from trl_vpo.forward.scoring import Head, token_kl, token_kl_plain
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    weight = torch.randn(VOCABULARY, WIDTH, device=device, dtype=dtype) / WIDTH**0.5
+    hidden, reference = torch.randn(2, tokens, WIDTH, device=device, dtype=dtype)
+    hidden.requires_grad_()
+    head = Head(weight, None)
+    kl = {"chunked": token_kl, "plain": token_kl_plain}[method]
+
+    def run() -> None:
+        kl(hidden, head, reference, head).sum().backward()
+        hidden.grad = None
+
+    return run
+
+
+def measure_memory(args: Namespace) -> dict:
+    method, tokens = args.contestant.split(":")
+    return {"peak_mib": peak_mib(make(method, int(tokens), args.device), args.device)}
+
+
+def run(args: Namespace) -> list[dict]:
+    rows = []
+    for tokens in LENGTHS:
+        timed = in_turn({m: make(m, tokens, args.device) for m in ("plain", "chunked")}, args.repeats, args.device)
+        pair = [
+            {"method": m, "response": tokens, **summary(s), **memory_of(args, f"{m}:{tokens}")}
+            for m, s in timed.items()
+        ]
+        for row in pair:
+            row["ratio_vs_plain"] = pair[0]["seconds"] / row["seconds"]
+            row["memory_vs_plain"] = row["peak_mib"] / pair[0]["peak_mib"]
+        rows += pair
+    show(f"KL to the reference, vocabulary {VOCABULARY:,}, width {WIDTH}", rows, COLUMNS)
+    return rows
