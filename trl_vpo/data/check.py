@@ -90,9 +90,11 @@ def _check_media(row: Row, args: Any) -> None:
     if args.check_media == "off":
         return
     root = args.media_root
-    look = load_video if args.check_media == "decode" else check_video
     for source in row.videos:
-        look(source, args.video_options(), media_root=root)
+        if args.check_media == "decode":
+            load_video(source, args.video_options(), media_root=root, cache=args.frame_cache)
+        else:
+            check_video(source, args.video_options(), media_root=root)
     for source in row.image_list or row.images:
         check_image(source, media_root=root)
     if row.critical_box is not None:

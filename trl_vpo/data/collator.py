@@ -33,6 +33,7 @@ class PreferenceCollator:
         num_images: LPOI: length of the image list drawn from `critical_box`. None: no list.
         visual_prompt: LPOI: draw the red ellipse.
         media_root: folder of the media.
+        frame_cache: folder that keeps decoded clips (see `trl_vpo.data.frame_cache`). None: no cache.
 
     Raises:
         RowError: a row breaks the contract, does not fit, or its media cannot be read. The message names the row.
@@ -46,6 +47,7 @@ class PreferenceCollator:
     num_images: int | None = None
     visual_prompt: bool = True
     media_root: str | None = None
+    frame_cache: str | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -169,7 +171,8 @@ class PreferenceCollator:
     def _trunk(self, row: Row, prompt: str, images: list, alone: list[int], tail: int) -> Trunk:
         if not self.is_vlm:
             return Trunk(alone[: len(alone) - tail])
-        clips = [load_video(source, self.video, media_root=self.media_root) for source in row.videos]
+        where = {"media_root": self.media_root, "cache": self.frame_cache}
+        clips = [load_video(source, self.video, **where) for source in row.videos]
         kwargs = {"images": [images]} if images else {}
         if clips:
             kwargs |= {"videos": [clip.frames for clip in clips], "video_metadata": [_metadata(c) for c in clips]}

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from trl_vpo.data.decode import decode
+from trl_vpo.data.frame_cache import FIELDS, Entry
 from trl_vpo.data.images import MediaError, check_image, describe, frame_folder, load_image, read_source, shrink
 from trl_vpo.data.video import probe, scan
 
@@ -123,26 +124,37 @@ class _Frames:
     read: Callable[[np.ndarray, int | None], np.ndarray]
 
 
-def load_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> Clip:
+def load_video(
+    source: Any, options: VideoOptions, *, media_root: str | Path | None = None, cache: str | Path | None = None
+) -> Clip:
     """The frames of ``source`` that ``options`` ask for. With fewer frames than asked for, all of them, none twice.
 
-    With ``media_root``, relative paths start there and no path may leave it. Raises :class:`MediaError`, also for a
-    file that gives fewer frames than its index promises.
+    With ``media_root``, relative paths start there and no path may leave it. ``cache``: a folder that keeps the clips
+    of video files (see :mod:`trl_vpo.data.frame_cache`). Raises :class:`MediaError`, also for a file that gives fewer
+    frames than its index promises.
     """
     name = describe(source)
     source, options, frames_fps = _unpack(source, options, name)
     source = frame_folder(source, media_root) or source
     if _is_file(source):
         data = read_source(source, media_root)
+        entry = Entry(cache, data, options) if cache is not None and isinstance(data, Path) else None
+        stored = entry.read() if entry else None
+        if stored:
+            return Clip(**stored, source=name)
         table = scan(data, name)
         wanted = sample_frames(table.times, table.duration, options, name)
         frames = decode(data, table, wanted, name, max_pixels=options.max_pixels)
     else:
+        entry = None
         table = _frames_of(source, options, frames_fps, media_root, name)
         wanted = sample_frames(table.times, table.duration, options, name)
         frames = table.read(wanted, options.max_pixels)
     total = len(table.times)
-    return Clip(frames, table.times[wanted], total / table.duration, total, table.duration, name)
+    clip = Clip(frames, table.times[wanted], total / table.duration, total, table.duration, name)
+    if entry:
+        entry.write({field: getattr(clip, field) for field in FIELDS})
+    return clip
 
 
 def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> None:

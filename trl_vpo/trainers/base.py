@@ -128,6 +128,7 @@ class VisualPreferenceTrainer(DPOTrainer):
             num_images=args.num_images if cls.needs_image_list else None,
             visual_prompt=getattr(args, "visual_prompt", True),
             media_root=args.media_root,
+            frame_cache=args.frame_cache,
         )
 
     def _finish_init(self) -> None:

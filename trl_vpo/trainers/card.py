@@ -15,7 +15,7 @@ from trl_vpo.trainers.config import VisualPreferenceConfig
 CARD = """\
 # {name}
 
-{kind} of [{base}](https://huggingface.co/{base}) trained with **{method}**{dataset}, by
+{kind} of {base_link} trained with **{method}**{dataset}, by
 TRL-VPO {version}.
 
 ## {heading}
@@ -61,7 +61,9 @@ prompt = processor.apply_chat_template(
     [{{"role": "user", "content": question}}], add_generation_prompt=True, tokenize=False
 )
 {media_load}
-inputs = processor(text=[prompt], {media_kwargs}, return_tensors="pt").to(model.device, model.dtype)
+inputs = processor(
+    text=[prompt], {media_kwargs}, return_tensors="pt"
+).to(model.device, model.dtype)
 answer = model.generate(**inputs, max_new_tokens=128)
 print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])"""
 
@@ -91,6 +93,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     """Write `README.md` into the trainer's output folder and give its path."""
     peft = is_peft_model(trainer.model)
     base = get_config_model_id(trainer.model.config) or "a model without a name"
+    local = Path(base).exists()
     if Path(base).is_absolute():  # a folder of this machine; nobody else has it
         base = Path(base).name
     name = model_name or Path(trainer.args.output_dir).name
@@ -105,7 +108,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     text = CARD.format(
         name=name,
         kind="A LoRA adapter" if peft else "A fine-tuned version",
-        base=base,
+        base_link=f"`{base}`" if local else f"[{base}](https://huggingface.co/{base})",
         method=trainer._name,
         dataset=f" on `{Path(dataset_name).name if Path(dataset_name).exists() else dataset_name}`"
         if dataset_name

@@ -39,6 +39,8 @@ class VisualPreferenceConfig(DPOConfig):
         video_start, video_end (`float`, *optional*): the part of each video to use, in seconds. A row may say its own
             with `{"path": ..., "video_start": ..., "video_end": ...}`.
         media_root (`str`, *optional*): folder that relative paths start from; paths outside of it are refused.
+        frame_cache (`str`, *optional*): folder that keeps the sampled frames of video files, uncompressed, so that later
+            epochs and runs read them instead of decoding. It may be deleted at any time.
         check_media (`"header"`, `"decode"` or `"off"`, defaults to `"header"`): how media are checked before training.
             "header" opens every file, "decode" reads it as training will (exact, and as slow as one epoch of loading).
         on_bad_media (`"error"` or `"skip"`, defaults to `"error"`): "skip" decodes every file up front and leaves out
@@ -70,6 +72,10 @@ class VisualPreferenceConfig(DPOConfig):
     video_end: float | None = field(default=None, metadata={"help": "Where every video ends, in seconds."})
     media_root: str | None = field(
         default=None, metadata={"help": "Folder of the media. Paths that lead outside of it are refused."}
+    )
+    frame_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the sampled frames of video files; later epochs decode nothing."},
     )
     check_media: str = field(
         default="header",

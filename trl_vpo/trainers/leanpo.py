@@ -59,7 +59,7 @@ class LeanPOTrainer(VisualPreferenceTrainer):
         "citation": textwrap.dedent("""\
             @article{wang2025leanpo,
                 title   = {{LeanPO: Lean Preference Optimization for Likelihood Alignment in Video-LLMs}},
-                author  = {Wang, Xiaodong and others},
+                author  = {Xiaodong Wang and Jinfa Huang and Li Yuan and Peixi Peng},
                 year    = 2025,
                 journal = {arXiv preprint arXiv:2506.05260}
             }"""),
