@@ -43,6 +43,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=numbers, default=[512, 1536, 6144], metavar="N,N", help="prompt tokens")
     parser.add_argument("--response", type=int, default=96, help="response tokens")
     parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of `step`")
+    parser.add_argument("--vocabulary", type=int, default=152_000, help="tokens of `kl`'s vocabulary")
+    parser.add_argument("--tokens", type=numbers, default=[128, 512, 2048], metavar="N,N", help="responses of `kl`")
+    parser.add_argument(
+        "--lists", type=numbers, default=[2, 5, 9], metavar="N,N", help="images of a list, for `lpoi` and `growth`"
+    )
+    parser.add_argument(
+        "--seconds", type=numbers, default=[60, 600], metavar="N,N", help="lengths of `decode`'s clips"
+    )
+    parser.add_argument(
+        "--gops", type=numbers, default=[12, 48, 250], metavar="N,N", help="frames to a keyframe there"
+    )
+    parser.add_argument("--images", type=numbers, default=[4, 8, 16, 32], metavar="N,N", help="images of `growth`")
+    parser.add_argument(
+        "--rows", type=numbers, default=[1_000, 10_000, 100_000, 1_000_000], metavar="N,N", help="rows of `growth`"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each contestant, after one warm-up")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # a memory measurement's own process

@@ -7,3 +7,16 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))  # families, helpers
+
+import pytest
+from helpers import write_clip, write_image
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory):
+    """Paths of images of two shapes and of clips of two lengths (12 and 5 frames)."""
+    folder = tmp_path_factory.mktemp("media")
+    return {
+        "image": [write_image(folder / f"{i}.png", size, i) for i, size in enumerate([(56, 56), (112, 56)])],
+        "video": [write_clip(folder / f"{i}.mp4", frames, seed=i) for i, frames in enumerate([12, 5])],
+    }

@@ -309,6 +309,7 @@ FAMILIES = {  # name as in the README: (builder, takes videos)
     "SmolVLM": (smolvlm, True),
     "InternVL": (internvl, True),
 }
+KINDS = [(name, "image") for name in FAMILIES] + [(name, "video") for name, (_, video) in FAMILIES.items() if video]
 LANGUAGE_MODEL = r".*(language_model|text_model)\.(?!.*vision).*\.(q|k|v|o|gate|up|down)_proj"
 
 

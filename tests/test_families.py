@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES, LANGUAGE_MODEL, build, text_model
-from helpers import row, write_clip, write_image
+from families import FAMILIES, KINDS, LANGUAGE_MODEL, build, text_model
+from helpers import row
 from peft import LoraConfig
 
 import trl_vpo
@@ -19,19 +19,6 @@ METHODS = {
     "rrpo": (trl_vpo.RRPOConfig, trl_vpo.RRPOTrainer),
     "lpoi": (trl_vpo.LPOIConfig, trl_vpo.LPOITrainer),
 }
-KINDS = [
-    (name, kind) for name, (_, video) in FAMILIES.items() for kind in ("image", "video") if video or kind == "image"
-]
-
-
-@pytest.fixture(scope="module")
-def media(tmp_path_factory):
-    """Paths of images of two shapes and of clips of two lengths (12 and 5 frames)."""
-    folder = tmp_path_factory.mktemp("media")
-    return {
-        "image": [write_image(folder / f"{i}.png", size, i) for i, size in enumerate([(56, 56), (112, 56)])],
-        "video": [write_clip(folder / f"{i}.mp4", frames, seed=i) for i, frames in enumerate([12, 5])],
-    }
 
 
 def dataset(kind, media, box=False):

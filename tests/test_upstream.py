@@ -20,6 +20,7 @@ BASE, SETUP, CONFIG, CARD, METRICS = (
 SCORING, ATTENTION, LAYOUTS, VISION = (
     f"trl_vpo/forward/{x}.py" for x in ("scoring", "attention", "layouts", "vision")
 )
+PRECOMPUTE, FINGERPRINT = (f"trl_vpo/trainers/{x}.py" for x in ("precompute", "fingerprint"))
 COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "trl_vpo/recipe.py"
 
 # Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
@@ -29,6 +30,7 @@ CALLED = [
     ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], BASE),
     ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE}, {SETUP} and {CARD}"),
     ("trl.DPOTrainer._prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"], BASE),
+    ("trl.DPOTrainer._precompute_ref_logps", ["self", "dataset", "name", "batch_size"], BASE),
     ("trl.DPOTrainer._set_signature_columns_if_needed", ["self"], BASE),
     ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
     ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
@@ -49,7 +51,8 @@ CALLED = [
     ("trl.DatasetMixtureConfig", ..., "trl_vpo/train.py"),
     ("trl.scripts.utils.ScriptArguments", ..., RECIPE),
     ("trl.scripts.utils.TrlParser.parse_args_and_config", ["self", "args"], RECIPE),
-    ("accelerate.utils.gather_object", ["object"], f"{BASE} and {METRICS}"),
+    ("accelerate.utils.gather_object", ["object"], f"{BASE}, {METRICS} and {PRECOMPUTE}"),
+    ("accelerate.utils.broadcast_object_list", ["object_list"], FINGERPRINT),
     ("accelerate.utils.is_peft_model", ["model"], f"{BASE} and {CARD}"),
     ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),
     ("accelerate.PartialState", ..., CHECK),
@@ -187,10 +190,33 @@ def test_evaluate_prepares_raw_datasets_through_our_method():
     )
 
 
+def test_where_evaluate_precomputes_the_reference():
+    source = inspect.getsource(find("trl.DPOTrainer.evaluate"))
+    expected = ("self.precompute_ref_logps", "self.state.global_step > 0", "self._precompute_ref_logps(")
+    missing = [line for line in expected if line not in source]
+    assert not missing, f"DPOTrainer.evaluate has no {missing} any more; {BASE} leans on it, see `_finish_init`."
+
+
+def test_how_peft_names_the_weights_under_an_adapter():
+    """An adapter of the policy does not change what the reference is: its weights are hashed without it."""
+    from peft import get_peft_model
+    from trainer_kit import lora
+
+    model, _ = fresh()
+    plain = set(model.state_dict())
+    peft = get_peft_model(model, lora(text=True, modules_to_save=["lm_head"], use_dora=True))
+    names = [name.split(".") for name in peft.get_base_model().state_dict() if "default" not in name.split(".")]
+    found = {".".join(part for part in name if part not in ("base_layer", "original_module")) for name in names}
+    assert found == plain, (
+        f"PEFT names weights {sorted(found ^ plain)} otherwise now; see `_reference` in {FINGERPRINT}."
+    )
+
+
 ATTRIBUTES = {  # of a trainer after `DPOTrainer.__init__`
     "_metrics": dict,
     "_total_train_tokens": int,
     "_is_vision_dataset": bool,
+    "precompute_ref_logps": bool,
     "_signature_columns": list,
     "_tokenizer": object,
     "aux_loss_enabled": bool,

@@ -283,7 +283,8 @@ def row_lengths(tree: Any, media: set[int]) -> dict[str, int]:
 def _estimate(patient: Patient, load: footprint.Load, report: Report) -> None:
     quantized = patient.model_args.load_in_4bit or patient.model_args.load_in_8bit
     sizes = footprint.sizes(patient.model, quantized=quantized, skip=NOT_QUANTIZED)
-    copies = 2 if patient.trainer_class.needs_reference and not patient.model_args.use_peft else 1
+    held = patient.trainer_class.needs_reference and not patient.args.precompute_ref_log_probs
+    copies = 2 if held and not patient.model_args.use_peft else 1
     report.memory = footprint.memory(sizes, load, patient.config, patient.args, patient.model_args, copies)
     total = sum(report.memory.values()) / footprint.GIB
     what = f"{sizes.total / 1e9:.2f} B ({sizes.vision / 1e9:.2f} B vision), {sizes.trained / 1e6:.2f} M trained"

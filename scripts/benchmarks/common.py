@@ -40,9 +40,9 @@ def peak_mib(run: Callable[[], None], device: str) -> float:
         run()
         return (torch.cuda.max_memory_allocated() - before) / MIB
     _reset_peak()
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     run()
-    return (_status_kib("VmHWM") - before) / 1024
+    return (status_kib("VmHWM") - before) / 1024
 
 
 def _reset_peak() -> None:
@@ -53,7 +53,7 @@ def _reset_peak() -> None:
         raise RuntimeError("peak memory on the CPU is read from /proc, which needs Linux.") from error
 
 
-def _status_kib(field: str) -> int:
+def status_kib(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1])

@@ -3,10 +3,10 @@
 from argparse import Namespace
 
 import torch
+
 from benchmarks.common import in_turn, memory_of, peak_mib, show, summary
 
-VOCABULARY, WIDTH = 152_000, 896
-LENGTHS = (128, 512, 2048)
+WIDTH = 896
 COLUMNS = {
     "method": "KL",
     "response": "tokens",
@@ -17,12 +17,12 @@ COLUMNS = {
 }
 
 
-def make(method: str, tokens: int, device: str):
+def make(method: str, tokens: int, vocabulary: int, device: str):
     from trl_vpo.forward.scoring import Head, token_kl, token_kl_plain
 
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    weight = torch.randn(VOCABULARY, WIDTH, device=device, dtype=dtype) / WIDTH**0.5
+    weight = torch.randn(vocabulary, WIDTH, device=device, dtype=dtype) / WIDTH**0.5
     hidden, reference = torch.randn(2, tokens, WIDTH, device=device, dtype=dtype)
     hidden.requires_grad_()
     head = Head(weight, None)
@@ -37,20 +37,26 @@ def make(method: str, tokens: int, device: str):
 
 def measure_memory(args: Namespace) -> dict:
     method, tokens = args.contestant.split(":")
-    return {"peak_mib": peak_mib(make(method, int(tokens), args.device), args.device)}
+    return {"peak_mib": peak_mib(make(method, int(tokens), args.vocabulary, args.device), args.device)}
 
 
 def run(args: Namespace) -> list[dict]:
     rows = []
-    for tokens in LENGTHS:
-        timed = in_turn({m: make(m, tokens, args.device) for m in ("plain", "chunked")}, args.repeats, args.device)
+    for tokens in args.tokens:
+        made = {m: make(m, tokens, args.vocabulary, args.device) for m in ("plain", "chunked")}
+        timed = in_turn(made, args.repeats, args.device)
         pair = [
-            {"method": m, "response": tokens, **summary(s), **memory_of(args, f"{m}:{tokens}")}
+            {
+                "method": m,
+                "response": tokens,
+                **summary(s),
+                **memory_of(args, f"{m}:{tokens}", vocabulary=args.vocabulary),
+            }
             for m, s in timed.items()
         ]
         for row in pair:
             row["ratio_vs_plain"] = pair[0]["seconds"] / row["seconds"]
             row["memory_vs_plain"] = row["peak_mib"] / pair[0]["peak_mib"]
         rows += pair
-    show(f"KL to the reference, vocabulary {VOCABULARY:,}, width {WIDTH}", rows, COLUMNS)
+    show(f"KL to the reference, vocabulary {args.vocabulary:,}, width {WIDTH}", rows, COLUMNS)
     return rows

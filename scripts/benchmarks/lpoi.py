@@ -9,12 +9,12 @@ import tempfile
 from argparse import Namespace
 
 import torch
+from peft import LoraConfig
+
 from benchmarks import model as bench_model
 from benchmarks.common import in_turn, memory_of, peak_mib, show, summary
 from benchmarks.step import settings
-from peft import LoraConfig
 
-LISTS = (2, 5, 9)
 COLUMNS = {
     "method": "scheme",
     "images": "N",
@@ -81,7 +81,7 @@ def measure_memory(args: Namespace) -> dict:
 
 def run(args: Namespace) -> list[dict]:
     rows = []
-    for images in LISTS:
+    for images in args.lists:
         made = {m: make(m, images, args) for m in ("official", "separate", "shared")}
         timed = in_turn({m: step for m, (step, _) in made.items()}, args.repeats, args.device)
         group = [

@@ -76,19 +76,24 @@ def model(proc: Qwen2_5_VLProcessor, seed: int = 0) -> Qwen2_5_VLForConditionalG
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
 
 
-def rows(prompt: int, response: int, box: bool = False, pairs: int = 1) -> Dataset:
-    """`pairs` rows of about `prompt` prompt tokens, most of them images, and `response` tokens in each response."""
+def rows(
+    prompt: int, response: int, box: bool = False, pairs: int = 1, images: int | None = None, side: int = SIDE
+) -> Dataset:
+    """`pairs` rows of about `prompt` prompt tokens, most of them images, and `response` tokens in each response.
+
+    `images`: that many, of `side` pixels; without it 448-pixel images as many as fit the prompt.
+    """
     rng = np.random.default_rng(0)
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     made = []
     for pair in range(pairs):
-        images = 1 if box else max(1, (prompt - 16) // 258)
+        count = images or (1 if box else max(1, (prompt - 16) // 258))
         paths = []
-        for i in range(images):
+        for i in range(count):
             paths.append(str(folder / f"{pair}-{i}.png"))
-            Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(paths[-1])
-        words = max(1, prompt - 258 * images - 5)
-        content = [{"type": "image"}] * images + [{"type": "text", "text": _words(rng, words)}]
+            Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(paths[-1])
+        words = max(1, prompt - 258 * count - 5)
+        content = [{"type": "image"}] * count + [{"type": "text", "text": _words(rng, words)}]
         sides = {side: [_answer(rng, response)] for side in ("chosen", "rejected")}
         made.append({"prompt": [{"role": "user", "content": content}], "images": paths, **sides})
         if box:

@@ -8,9 +8,11 @@ import tempfile
 from argparse import Namespace
 
 import torch
+from datasets import Dataset
+from peft import LoraConfig
+
 from benchmarks import model as bench_model
 from benchmarks.common import in_turn, memory_of, peak_mib, show, summary
-from peft import LoraConfig
 
 LAYOUTS = ("shared", "separate")
 COLUMNS = {
@@ -40,7 +42,7 @@ def settings(folder: str, device: str) -> dict:
     }
 
 
-def make_step(method: str, layout: str, prompt: int, response: int, device: str):
+def make_step(method: str, layout: str, prompt: int, response: int, device: str, data: Dataset | None = None):
     """A function that takes one training step, and the numbers of prompt and response tokens of its row."""
     import trl
 
@@ -58,7 +60,7 @@ def make_step(method: str, layout: str, prompt: int, response: int, device: str)
     made = trainer(
         model=model,
         args=config(**args),
-        train_dataset=bench_model.rows(prompt, response),
+        train_dataset=data or bench_model.rows(prompt, response),
         processing_class=processor,
         peft_config=LoraConfig(r=16, target_modules=bench_model.LANGUAGE_MODEL),
     )
@@ -73,8 +75,8 @@ def make_step(method: str, layout: str, prompt: int, response: int, device: str)
         made.training_step(policy, inputs, None)
         policy.zero_grad(set_to_none=True)
 
-    ids = batch["input_ids"] if method == "trl" else None
-    return step, (ids.size(1) - response, response) if ids is not None else None
+    tokens = batch["input_ids"].size(1) - response if method == "trl" else int(batch["trunk_mask"][0].sum())
+    return step, (tokens, response)
 
 
 def measure_memory(args: Namespace) -> dict:

@@ -12,8 +12,8 @@ from families import build, text_model
 from helpers import message, row, write_clip, write_image
 
 import trl_vpo
-from trl_vpo.data.check import prepare_dataset
-from trl_vpo.data.rows import RowError
+from trl_vpo.data.check import CHUNK, Problem, check_rows, prepare_dataset
+from trl_vpo.data.rows import ROW_INDEX, RowError
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +230,13 @@ def test_two_placeholders_and_one_video(good, processor, tmp_path):
     broken = row("video", [good]) | {"prompt": message("user", "<video>", "<video>", "What?")}
     with pytest.raises(RowError, match=r"row 0: the prompt has 2 video placeholder\(s\)"):
         prepare([broken], processor, tmp_path)
+
+
+def test_problems_of_many_rows_come_in_their_order():
+    """More rows than are in memory at a time."""
+    rows = Dataset.from_dict({"id": [str(i) for i in range(3 * CHUNK + 1)]}).add_column(
+        ROW_INDEX, range(3 * CHUNK + 1)
+    )
+    bad = [0, CHUNK - 1, CHUNK, 2 * CHUNK + 7, 3 * CHUNK]
+    check = lambda row: Problem(row[ROW_INDEX], row["id"], False) if row[ROW_INDEX] in bad else None  # noqa: E731
+    assert [problem.index for problem in check_rows(rows, check, "test")] == bad

@@ -24,7 +24,7 @@ from trl_vpo.data import media
 from trl_vpo.data.decode import _decode, decode, seeking_pays
 from trl_vpo.data.images import fit_pixels
 from trl_vpo.data.media import Clip, MediaError, VideoOptions, check_image, check_video, load_image, load_video
-from trl_vpo.data.video import FrameTable, max_threads, scan
+from trl_vpo.data.video import FrameTable, max_threads, open_video, scan
 
 ALL = VideoOptions(num_frames=1000)
 
@@ -171,6 +171,20 @@ def test_seeking_and_sequential_decoding_give_identical_frames(folder, gop, bfra
     assert numbers(sought) == wanted.tolist()
     assert (sought == decode(path, table, wanted, name, seek=False)).all()
     assert (sought == decode(path, table, wanted, name)).all()
+
+
+@pytest.mark.parametrize("name, bframes", [("a.mp4", 0), ("b.mp4", 3), ("c.mkv", 3), ("shifted.mp4", 2)])
+def test_seeking_lands_on_the_keyframe_itself(folder, name, bframes):
+    """Not on the one before it, as it does in an mp4 with B-frames that is sought by decoding time."""
+    path = write_video(folder / f"land-{name}", 60, bframes=bframes)
+    if name == "shifted.mp4":
+        path = remux_shifted(path, folder / "land-edited.mp4", -15)
+    table = scan(path, name)
+    with open_video(path, name) as (container, stream, _):
+        for index, point in reversed(list(zip(table.keyframes, table.seek_points))):
+            container.seek(int(point), stream=stream)
+            first = next(container.decode(stream))
+            assert first.pts == table.pts[index] == max(point, table.pts[0])  # what is cut away is not shown
 
 
 def test_seeking_reads_only_what_it_needs(folder):

@@ -7,25 +7,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset
-from families import FAMILIES, LANGUAGE_MODEL, build, text_of, tokenizer
-from helpers import row, write_clip, write_image
+from families import FAMILIES, KINDS, LANGUAGE_MODEL, build, text_of, tokenizer
+from helpers import row
 from peft import LoraConfig
 
 import trl_vpo
 from trl_vpo.forward import layouts
 from trl_vpo.forward.attention import PREFIX, tree_attention, use_tree_attention, why_not
 from trl_vpo.forward.layouts import PADDING, TRUNK, shared
-
-KINDS = [(name, "image") for name in FAMILIES] + [(name, "video") for name, (_, video) in FAMILIES.items() if video]
-
-
-@pytest.fixture(scope="module")
-def media(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("media")
-    return {
-        "image": [write_image(folder / f"{i}.png", size, i) for i, size in enumerate([(56, 56), (112, 56)])],
-        "video": [write_clip(folder / f"{i}.mp4", frames, seed=i) for i, frames in enumerate([12, 5])],
-    }
 
 
 def ragged_rows(kind, media, box=False):

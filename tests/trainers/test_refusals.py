@@ -61,6 +61,8 @@ def test_every_knob_of_trl_is_used_or_refused():
         "sync_ref_model",
         "ref_model_mixup_alpha",
         "ref_model_sync_steps",
+        "precompute_ref_log_probs",
+        "precompute_ref_batch_size",
         "pad_token",
     }
     undecided = theirs - used - set(METHODS["dpo"][0].refused)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, Image, IterableDataset, List, Video
 from tqdm.auto import tqdm
@@ -17,6 +19,7 @@ from trl_vpo.data.media import MediaError, check_image, check_video, load_image,
 from trl_vpo.data.rows import COLUMNS, ROW_INDEX, Row, RowError, check_accepted, read_row
 
 THREADS = 8  # opening files waits for disks more than for the processor
+CHUNK = 16 * THREADS  # rows in memory at a time
 SHOWN = 5
 
 
@@ -50,7 +53,7 @@ def prepare_dataset(
         return dataset
     if len(dataset) == 0:
         raise RowError(f"the {name} dataset has no rows.")
-    dataset = _without_video_decoding(dataset.add_column(ROW_INDEX, list(range(len(dataset)))))
+    dataset = _without_video_decoding(dataset.add_column(ROW_INDEX, np.arange(len(dataset))))
     problems = check_rows(dataset, check, desc=f"Checking {name} rows")
     if args.on_bad_media == "skip":
         skipped = [p for p in problems if p.media]
@@ -62,11 +65,14 @@ def prepare_dataset(
 
 def check_rows(dataset: Dataset, check: Callable[[dict], Problem | None], desc: str) -> list[Problem]:
     """The problems of all rows, in their order, with a progress bar on the first process."""
-    rows = raw_rows(dataset)
+    rows, problems = raw_rows(dataset), []
     quiet = not PartialState().is_main_process
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = tqdm(pool.map(check, rows), total=len(dataset), desc=desc, disable=quiet, leave=False)
-        return [problem for problem in found if problem is not None]
+    bar = tqdm(total=len(dataset), desc=desc, disable=quiet, leave=False)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        while chunk := list(islice(rows, CHUNK)):  # the pool would take in every row at once, with its media
+            problems += [problem for problem in pool.map(check, chunk) if problem is not None]
+            bar.update(len(chunk))
+    return problems
 
 
 def check_row(example: dict, *, args: Any, processing_class: Any, phrases: bool, image_list: bool) -> Problem | None:

@@ -10,7 +10,7 @@ from transformers.video_utils import VideoMetadata
 from trl_vpo.data.masking import check_box, masked_image_list
 from trl_vpo.data.media import Clip, MediaError, VideoOptions, load_image, load_video
 from trl_vpo.data.phrases import PhraseError, spans_to_token_mask
-from trl_vpo.data.rows import Row, RowError, check_accepted, read_row, response_text
+from trl_vpo.data.rows import REF_SUMS, Row, RowError, check_accepted, read_row, response_text
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 
 SIDES = ("chosen", "rejected")
@@ -69,7 +69,7 @@ class PreferenceCollator:
         except (RowError, MediaError, PhraseError) as error:
             raise RowError(f"{row.name}: {error}") from error
         branches += [replace(branches[0], trunk=k) for k in range(1, len(trunks))]
-        tree = Tree(row.name, trunks, branches)
+        tree = Tree(row.name, trunks, branches, example.get(REF_SUMS))
         self._check_length(tree)
         return tree
 

@@ -26,7 +26,7 @@ from PIL import Image
 from trl_vpo.data.decode import decode
 from trl_vpo.data.frame_cache import FIELDS, Entry
 from trl_vpo.data.images import MediaError, check_image, describe, frame_folder, load_image, read_source, shrink
-from trl_vpo.data.video import probe, scan
+from trl_vpo.data.video import FrameTable, probe, scan
 
 __all__ = [
     "Clip",
@@ -138,23 +138,29 @@ def load_video(
     source = frame_folder(source, media_root) or source
     if _is_file(source):
         data = read_source(source, media_root)
-        entry = Entry(cache, data, options) if cache is not None and isinstance(data, Path) else None
-        stored = entry.read() if entry else None
+        if cache is None or not isinstance(data, Path):
+            return _load_file(data, options, name)
+        entry = Entry(cache, data, options)
+        stored = entry.read()
         if stored:
             return Clip(**stored, source=name)
-        table = scan(data, name)
-        wanted = sample_frames(table.times, table.duration, options, name)
-        frames = decode(data, table, wanted, name, max_pixels=options.max_pixels)
-    else:
-        entry = None
-        table = _frames_of(source, options, frames_fps, media_root, name)
-        wanted = sample_frames(table.times, table.duration, options, name)
-        frames = table.read(wanted, options.max_pixels)
-    total = len(table.times)
-    clip = Clip(frames, table.times[wanted], total / table.duration, total, table.duration, name)
-    if entry:
+        clip = _load_file(data, options, name)
         entry.write({field: getattr(clip, field) for field in FIELDS})
-    return clip
+        return clip
+    table = _frames_of(source, options, frames_fps, media_root, name)
+    wanted = sample_frames(table.times, table.duration, options, name)
+    return _clip(table, wanted, table.read(wanted, options.max_pixels), name)
+
+
+def _load_file(data: Path | bytes, options: VideoOptions, name: str) -> Clip:
+    table = scan(data, name)
+    wanted = sample_frames(table.times, table.duration, options, name)
+    return _clip(table, wanted, decode(data, table, wanted, name, max_pixels=options.max_pixels), name)
+
+
+def _clip(table: FrameTable | _Frames, wanted: np.ndarray, frames: np.ndarray, name: str) -> Clip:
+    total = len(table.times)
+    return Clip(frames, table.times[wanted], total / table.duration, total, table.duration, name)
 
 
 def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> None:

@@ -34,6 +34,7 @@ COLUMNS = (
     "chat_template_kwargs",
 )
 ROW_INDEX = "_row_index"  # added by the trainer, so that a message can name a row that has no id
+REF_SUMS = "_ref_sums"  # added by the trainer: precomputed reference log-probs, one for each branch of the row
 MARKERS = {"<image>": "image", "<video>": "video"}
 
 

@@ -175,23 +175,23 @@ def _promised_duration(container: av.container.InputContainer, stream: av.VideoS
 
 def _table_from_packets(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
     packets = [
-        (packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+        (packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
         for packet in container.demux(stream)
         if packet.size and packet.pts is not None
     ]
-    keys = sorted(((pts, dts) for pts, dts, _, is_key, _ in packets if is_key), key=lambda key: key[0])
+    keys = sorted(pts for pts, _, is_key, _ in packets if is_key)
     # Not shown: what an edit list cuts away (its keyframes still serve), and what precedes the first keyframe.
-    shown = sorted((pts, last) for pts, _, last, _, cut in packets if not cut and keys and pts >= keys[0][0])
+    shown = sorted((pts, last) for pts, last, _, cut in packets if not cut and keys and pts >= keys[0])
     if not shown:
         raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
     pts = np.array([pts for pts, _ in shown], dtype=np.int64)
-    by_dts = "mov" in container.format.name  # mp4 finds keyframes by decoding time, Matroska by the time of showing
     return FrameTable(
         times=(pts - pts[0]) * float(stream.time_base),
         duration=_duration(pts, shown[-1][1], stream),
         pts=pts,
-        keyframes=np.searchsorted(pts, [key for key, _ in keys]),
-        seek_points=np.array([dts if by_dts and dts is not None else key for key, dts in keys], dtype=np.int64),
+        keyframes=np.searchsorted(pts, keys),
+        # FFmpeg takes the time to seek to for a time of showing; with the decoding time it lands a keyframe too early.
+        seek_points=np.array(keys, dtype=np.int64),
     )
 
 

@@ -107,6 +107,13 @@ class Scores:
     chosen_kl = property(lambda self: self.kl[self.chosen])
 
 
+@dataclass
+class ReferenceSums:
+    """All that is known of a reference that was scored ahead: (S,) the log-probability of each response."""
+
+    sums: Tensor
+
+
 def lm_head(model: PreTrainedModel) -> Head:
     """The LM head of `model` with the scaling that some text models apply to their logits."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()

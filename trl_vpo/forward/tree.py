@@ -10,6 +10,7 @@ A collator makes it from rows with [`tree_batch`]; it does not say how the branc
     phrase_mask              (S, T)   tokens of the phrases that differ (RRPO)
     chosen, rejected         (B,)     their branches, one pair a row
     image_branches           (B, N)   the branch of y_w on each image, most visible first, -1 where none is (LPOI)
+    ref_sums                 (S,)     precomputed summed log-probs of the reference, where the rows carry them
     media                    R dicts of the tensors that the processor made of a trunk's images and videos
     names                    B strings for messages
 """
@@ -46,6 +47,7 @@ class Tree:
     name: str
     trunks: list[Trunk]
     branches: list[Branch]
+    ref_sums: list[float] | None = None
 
 
 def _pad(rows: list[list[int]], value: int = 0) -> Tensor:
@@ -78,6 +80,8 @@ def tree_batch(trees: list[Tree], pad_token_id: int) -> dict:
     }
     if branches[0].phrases is not None:
         batch["phrase_mask"] = _pad([b.phrases for b in branches]).bool()
+    if trees[0].ref_sums is not None:
+        batch["ref_sums"] = torch.tensor([value for tree in trees for value in tree.ref_sums])
     if any(len(tree.trunks) > 1 for tree in trees):
         lists = [[s, *range(s + 2, s + len(t.branches))] for s, t in zip(first_branch, trees)]
         batch["image_branches"] = _pad(lists, -1)

@@ -1,4 +1,5 @@
-"""Frozen vision features, computed once per step: the reference pass records them, the policy pass plays them back.
+"""Frozen vision features, computed once per step and without gradients: the reference pass records them, the policy
+pass plays them back.
 
 Where vision tower and projector are frozen and carry no adapter, both passes of a step see the same features. Every
 family computes them in its backbone's `get_image_features` and `get_video_features` (DeepStack features included), so
@@ -11,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 METHODS = ("get_image_features", "get_video_features")
@@ -71,7 +73,10 @@ class VisionFeatures:
             if kept != name:
                 raise RuntimeError(f"the policy asks for {name}, but the reference computed {kept} at this point.")
             return value
-        with self.paused():  # one of the methods may call the other
+        # Frozen features need no backward pass. Autograd would run one all the same: gradient checkpointing makes the
+        # embeddings of the vision tower require gradients, like those of the language model.
+        without_grad = torch.no_grad() if self.frozen else contextlib.nullcontext()
+        with self.paused(), without_grad:  # paused: one of the methods may call the other
             value = compute()
         if self._mode == "record":
             self._kept.append((name, value))

@@ -20,14 +20,15 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 
 from trl_vpo.data.check import prepare_dataset
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.rows import COLUMNS, ROW_INDEX
+from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.forward.scorer import Scorer
-from trl_vpo.forward.scoring import Scores, lm_head
+from trl_vpo.forward.scoring import ReferenceSums, Scores, lm_head
 from trl_vpo.losses import PreferenceLoss
 from trl_vpo.trainers import setup
 from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
+from trl_vpo.trainers.precompute import ReferenceCache
 
 
 class NonFiniteLossError(RuntimeError):
@@ -84,9 +85,11 @@ class VisualPreferenceTrainer(DPOTrainer):
         setup.set_pad_token(processing_class, args)
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
-        if self.needs_reference and ref_model is None and setup.copies_reference(model, args, peft_config):
+        holds_reference = self.needs_reference and not args.precompute_ref_log_probs
+        if holds_reference and ref_model is None and setup.copies_reference(model, args, peft_config):
             ref_model = copy.deepcopy(model)  # exact, and works for a model that was never saved
-        with contextlib.nullcontext() if self.needs_reference else setup.no_reference(isinstance(model, str)):
+        no_reference = contextlib.nullcontext() if holds_reference else setup.no_reference(isinstance(model, str))
+        with no_reference, setup.precompute_later(args):
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -152,6 +155,10 @@ class VisualPreferenceTrainer(DPOTrainer):
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self._sums = {mode: MetricSums(self.accelerator, gathers=mode == "eval") for mode in ("train", "eval")}
         self._new_tokens = 0
+        if self.args.precompute_ref_log_probs:
+            self.precompute_ref_logps = True  # DPOTrainer was told otherwise; its `evaluate` goes by it
+            self._reference_cache = ReferenceCache(self)
+            self._reference_cache.attach_all()
 
     def _bare(self, model: Any) -> PreTrainedModel:
         """Without distributed wrappers and PEFT."""
@@ -184,7 +191,11 @@ class VisualPreferenceTrainer(DPOTrainer):
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = [*COLUMNS, ROW_INDEX]
+            self._signature_columns = [*COLUMNS, ROW_INDEX, REF_SUMS]
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """Instead of TRL's, which takes text only; its `evaluate` calls this."""
+        return self._reference_cache.attach(dataset, name, batch_size)
 
     # --- forward --------------------------------------------------------------------------------------------------
 
@@ -206,18 +217,36 @@ class VisualPreferenceTrainer(DPOTrainer):
         """The reference's scores of a batch: `ref_model`, the frozen copy of a given adapter, or the base model."""
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.ref_model is not None:
-                scores = self.concatenated_forward(self.ref_model, batch)
-                scores.head = lm_head(self._bare(self.ref_model))
-                return scores
+                return self._with_head(self.ref_model, batch)
             if not is_peft_model(self.model):
-                raise ValueError(f"{self._name} was built without a reference; there is nothing to compare with.")
+                if self.precompute_ref_logps and self.state.global_step == 0:  # the policy still is its reference
+                    return self._with_head(self.model, batch)
+                raise ValueError(f"{self._name} holds no reference model now; there is nothing to compare with.")
             policy = self.accelerator.unwrap_model(self.model)
             adapter = "ref" if "ref" in policy.peft_config else None
-            # In this order: PEFT freezes an adapter while it is off, and then everything looks frozen.
-            with self.scorer.record_vision(), use_adapter(policy, adapter_name=adapter):
-                scores = self.concatenated_forward(self.model, batch)
-                scores.head = lm_head(policy.get_base_model())
+            with use_adapter(policy, adapter_name=adapter):
+                return self._with_head(self.model, batch)
+
+    def _with_head(self, reference, batch: dict) -> Scores:
+        """Scores of a reference, with the LM head that the KL needs."""
+        scores = self.concatenated_forward(reference, batch)
+        scores.head = lm_head(self._bare(reference))
         return scores
+
+    def _reference(self, batch: dict) -> Scores | ReferenceSums | None:
+        """What the loss compares with: nothing, what was precomputed, or a pass of the reference."""
+        if not self.needs_reference:
+            return None
+        if not self.precompute_ref_logps:
+            # Around all of it: PEFT freezes an adapter while it is off, and then everything looks frozen.
+            with self.scorer.record_vision():
+                return self.reference_scores(batch)
+        if "ref_sums" not in batch:
+            raise ValueError(
+                "these rows carry no precomputed reference log-probs. Give them to the trainer as `train_dataset` or "
+                "`eval_dataset`, or call `evaluate` with them."
+            )
+        return ReferenceSums(batch["ref_sums"])
 
     # --- loss -----------------------------------------------------------------------------------------------------
 
@@ -235,7 +264,7 @@ class VisualPreferenceTrainer(DPOTrainer):
         Raises:
             NonFiniteLossError: the loss is nan or infinite.
         """
-        reference = self.reference_scores(inputs) if self.needs_reference else None
+        reference = self._reference(inputs)
         with self.scorer.replay_vision():
             scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
         out = self.preference_loss(scores, reference, inputs)

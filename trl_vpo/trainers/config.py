@@ -17,9 +17,7 @@ REFUSED = {
     "discopop_tau": "it belongs to a loss type that is not implemented here",
     "padding_free": "visual inputs are padded; a branch of the batch is a sequence of its own",
     "truncation_mode": "sequences are never truncated: cutting one may cut its video or its response",
-    "precompute_ref_log_probs": "the reference pass runs on the fly; precomputing it is not implemented yet",
     "dataset_num_proc": "rows are tokenized in the data loader's workers; set dataloader_num_workers",
-    "precompute_ref_batch_size": "the reference pass runs on the fly; precomputing it is not implemented yet",
 }
 _TRL_FIELDS = fields(DPOConfig)
 
@@ -39,12 +37,17 @@ class VisualPreferenceConfig(DPOConfig):
         video_start, video_end (`float`, *optional*): the part of each video to use, in seconds. A row may say its own
             with `{"path": ..., "video_start": ..., "video_end": ...}`.
         media_root (`str`, *optional*): folder that relative paths start from; paths outside of it are refused.
-        frame_cache (`str`, *optional*): folder that keeps the sampled frames of video files, uncompressed, so that later
-            epochs and runs read them instead of decoding. It may be deleted at any time.
+        frame_cache (`str`, *optional*): folder that keeps the sampled frames of video files, uncompressed, so that
+            later epochs and runs read them instead of decoding. It may be deleted at any time.
         check_media (`"header"`, `"decode"` or `"off"`, defaults to `"header"`): how media are checked before training.
             "header" opens every file, "decode" reads it as training will (exact, and as slow as one epoch of loading).
         on_bad_media (`"error"` or `"skip"`, defaults to `"error"`): "skip" decodes every file up front and leaves out
             rows whose media fail; they are counted and listed in `<output_dir>/skipped_rows.jsonl`.
+        precompute_ref_log_probs (`bool`, defaults to `False`): run the reference once over all rows before training
+            (DPO and LPOI) and keep its log-probs on disk; interrupted and later runs read them. Full fine-tuning then
+            holds one model, not two. `precompute_ref_batch_size` rows at a time.
+        precompute_cache_dir (`str`, *optional*): where they are kept, `<output_dir>/reference_cache` by default. Runs
+            with the same rows, media settings, processor and reference can share it.
         max_length (`int`, *optional*): prompts with a response longer than this are an error. Nothing is ever cut.
     """
 
@@ -77,6 +80,9 @@ class VisualPreferenceConfig(DPOConfig):
         default=None,
         metadata={"help": "Folder that keeps the sampled frames of video files; later epochs decode nothing."},
     )
+    precompute_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where precomputed reference log-probs are kept; in output_dir by default."}
+    )
     check_media: str = field(
         default="header",
         metadata={
@@ -103,6 +109,10 @@ class VisualPreferenceConfig(DPOConfig):
                 raise ValueError(f"{own.name}={getattr(self, own.name)!r} is not one of {', '.join(choices)}.")
         if "inputs" in self.include_for_metrics:
             raise ValueError("include_for_metrics cannot have 'inputs': a batch is a tree of prompts and responses.")
+        if self.precompute_cache_dir is not None and "precompute_ref_log_probs" in self.refused:
+            raise ValueError(f"precompute_cache_dir: {self.refused['precompute_ref_log_probs']}. Leave it out.")
+        if self.precompute_ref_log_probs and self.sync_ref_model:
+            raise ValueError("precompute_ref_log_probs needs a reference that stays, but sync_ref_model moves it.")
         if self.accelerator_config.dispatch_batches:
             raise ValueError("accelerator_config.dispatch_batches: batches cannot be cut and sent. Leave it out.")
         self.accelerator_config.dispatch_batches = False  # the default for streams would be True

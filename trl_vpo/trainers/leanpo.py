@@ -38,7 +38,16 @@ class LeanPOConfig(VisualPreferenceConfig):
     nll_weight: float = field(default=0.5, metadata={"help": "Weight of the chosen responses' NLL."})
     symmetric_margin: bool = field(default=False, metadata={"help": "SimPO's margin sign in the swapped term."})
 
-    refused = REFUSED | {"sync_ref_model": REASON, "ref_model_mixup_alpha": REASON, "ref_model_sync_steps": REASON}
+    refused = REFUSED | dict.fromkeys(
+        (
+            "sync_ref_model",
+            "ref_model_mixup_alpha",
+            "ref_model_sync_steps",
+            "precompute_ref_log_probs",
+            "precompute_ref_batch_size",
+        ),
+        REASON,
+    )
 
     def __post_init__(self):
         super().__post_init__()

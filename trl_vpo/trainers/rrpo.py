@@ -7,6 +7,8 @@ from trl_vpo.losses import PreferenceLoss, rrpo_loss
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 
+WHOLE = "the KL needs the reference's whole next-token distributions, not log-probs only"
+
 
 @dataclass
 class RRPOConfig(VisualPreferenceConfig):
@@ -23,7 +25,8 @@ class RRPOConfig(VisualPreferenceConfig):
 
     refused = REFUSED | {
         "label_smoothing": "RRPO has no label smoothing",
-        "precompute_ref_log_probs": "the KL needs the reference's whole next-token distributions, not log-probs only",
+        "precompute_ref_log_probs": WHOLE,
+        "precompute_ref_batch_size": WHOLE,
     }
 
 

@@ -64,6 +64,16 @@ def copies_reference(model: Any, args: VisualPreferenceConfig, peft_config: Any)
 
 
 @contextlib.contextmanager
+def precompute_later(args: VisualPreferenceConfig) -> Iterator[None]:
+    """While `DPOTrainer.__init__` runs: it cannot precompute for visual rows; we do it afterwards, for all rows."""
+    wanted, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
+    try:
+        yield
+    finally:
+        args.precompute_ref_log_probs = wanted
+
+
+@contextlib.contextmanager
 def no_reference(policy_by_name: bool) -> Iterator[None]:
     """While `DPOTrainer.__init__` runs: the second copy of the model that it loads as reference is not loaded."""
     load = dpo_trainer.create_model_from_path

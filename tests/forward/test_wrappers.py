@@ -1,0 +1,89 @@
+"""The shared layout inside what users put around a model: quantization, torch.compile, distributed engines."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from families import LANGUAGE_MODEL, build
+from helpers import row, write_image
+from peft import LoraConfig, prepare_model_for_kbit_training
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+import trl_vpo
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("media")
+    images = [write_image(folder / f"{i}.png", size, i) for i, size in enumerate([(56, 56), (112, 56)])]
+    return Dataset.from_list(
+        [row("image", [images[0]]), row("image", [images[1]], "a square.", "two circles are in the picture.")]
+    )
+
+
+def trainer_of(model, processor, data, folder, layout):
+    args = trl_vpo.RRPOConfig(str(folder), use_cpu=True, bf16=False, report_to="none", layout=layout)
+    lora = LoraConfig(r=4, target_modules=LANGUAGE_MODEL)
+    trainer = trl_vpo.RRPOTrainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=lora)
+    torch.manual_seed(0)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    trainer.model.train()
+    return trainer
+
+
+def step(trainer):
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights(bits, data, tmp_path):
+    model, processor = build("Qwen2-VL")
+    model.save_pretrained(tmp_path / "base")
+    skip = ["model.visual", "lm_head"]
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=skip)
+    steps = []
+    for layout in ("separate", "shared"):
+        quantized = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", quantization_config=quantization)
+        kinds = {type(m).__name__ for m in quantized.model.language_model.modules()}
+        assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in kinds
+        prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False)
+        steps.append(step(trainer_of(quantized, processor, data, tmp_path / "out", layout)))
+    # Eight-bit layers round their inputs, outliers apart, by the largest of the whole call: not exactly alike.
+    tolerance = 1e-3 if bits == 4 else 5e-2
+    torch.testing.assert_close(steps[0][0], steps[1][0], rtol=tolerance, atol=tolerance)
+    assert (steps[0][1] - steps[1][1]).norm() <= 2e-2 * steps[0][1].norm() * (1 if bits == 4 else 10)
+
+
+def test_compiled_decoder_layers(data, tmp_path):
+    want = step(trainer_of(*build("Qwen2-VL"), data, tmp_path, "separate"))
+    trainer = trainer_of(*build("Qwen2-VL"), data, tmp_path, "shared")
+    for layer in trainer.model.get_base_model().model.language_model.layers:
+        layer.compile(backend="aot_eager")
+    got = step(trainer)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+    assert (got[1] - want[1]).norm() <= 1e-4 * want[1].norm()
+
+
+@pytest.mark.parametrize(
+    "engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+)
+def test_two_processes(engine):
+    """Both layouts give the same losses, KL, gradient norms and gradients on two CPU processes."""
+    script = Path(__file__).with_name("two_processes.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_HOME": "/nonexistent"}
+    done = subprocess.run([*torchrun, str(script), engine], capture_output=True, text=True, env=env, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(f"rank {rank} of 2: {engine}" in done.stdout for rank in (0, 1)), done.stdout[-2000:]

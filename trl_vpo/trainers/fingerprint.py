@@ -1,0 +1,118 @@
+"""What the reference's log-probs of a row depend on, as hashes: the row itself, and the context of all rows."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list, is_peft_model
+from PIL import Image
+from torch import Tensor
+
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.images import MediaError, describe, frame_folder, load_image, resolve_path
+from trl_vpo.data.rows import RowError, read_row
+
+FORMAT = 1  # of the hashes; raise it with a change to the code that changes log-probs
+MEDIA_SETTINGS = ("video", "max_pixels", "num_images", "visual_prompt", "media_root")  # of the collator
+# Entries of model and adapter configs that say where something came from or how it is run, not what it computes.
+NO_MATTER = {"_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "inference_mode"}
+NO_MATTER |= {"pad_token_id", "bos_token_id", "eos_token_id"}
+
+
+def row_key(example: dict, collator: PreferenceCollator) -> str:
+    """Of a row's own content. Media files are recognised by their path, size and time of the last change."""
+    row = read_row(example, image_list=collator.num_images is not None)
+    sources = (row.images, row.videos, row.image_list or [])
+    try:
+        media = [[_source(source, collator.media_root) for source in kind] for kind in sources]
+    except MediaError as error:
+        raise RowError(f"{row.name}: {error}") from error
+    return _hash([row.prompt, row.chosen, row.rejected, row.template_kwargs, row.critical_box, media])
+
+
+def _source(source: Any, root: str | None) -> Any:
+    """What stands for a media source in the key; takes what `trl_vpo.data.media` takes."""
+    if isinstance(source, dict):
+        given = {k: v for k, v in source.items() if v is not None}
+        holder = next((k for k in ("bytes", "path", "video", "image") if k in given), None)
+        options = {k: v for k, v in given.items() if k not in ("bytes", "path", "video", "image")}
+        return [options, _source(given.get(holder), root)]
+    if isinstance(source, (str, Path)):
+        files = frame_folder(source, root) or [resolve_path(source, root)]
+        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return hashlib.sha256(source).hexdigest()
+    if isinstance(source, Image.Image):
+        source = np.asarray(load_image(source))
+    if isinstance(source, np.ndarray):
+        return [str(source.dtype), source.shape, hashlib.sha256(np.ascontiguousarray(source)).hexdigest()]
+    if isinstance(source, (list, tuple)):
+        return [_source(item, root) for item in source]
+    raise MediaError(f"{describe(source)} cannot be recognised in a later run: precompute with paths or bytes.")
+
+
+def context_key(trainer: Any) -> str:
+    """Of all that is the same for all rows: precision, media settings, processor, reference."""
+    key = [None]
+    if trainer.accelerator.is_main_process:
+        collator = trainer.data_collator
+        media = {name: repr(getattr(collator, name)) for name in MEDIA_SETTINGS}
+        precision = [trainer.accelerator.mixed_precision, transformers.__version__]
+        key = [_hash([FORMAT, precision, media, _processor(collator.processing_class), _reference(trainer)])]
+    return broadcast_object_list(key)[0]
+
+
+def _processor(processing_class: Any) -> list:
+    """The files that it would be saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        processing_class.save_pretrained(folder)
+        files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+        found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    if "tokenizer.json" in found:  # the last call's padding and truncation stay behind in it
+        found["tokenizer.json"] = {**json.loads(found["tokenizer.json"]), "padding": None, "truncation": None}
+    return sorted(found.items())
+
+
+def _reference(trainer: Any) -> list:
+    """Weights and configuration of the reference: `ref_model`, or the policy with its adapter off or set to "ref"."""
+    model = trainer.accelerator.unwrap_model(trainer.ref_model if trainer.ref_model is not None else trainer.model)
+    if not is_peft_model(model):
+        return [_config(model.config.to_dict()), hash_weights(model.state_dict())]
+    active = model.active_adapters if trainer.ref_model is not None else [a for a in model.peft_config if a == "ref"]
+    others = set(model.peft_config) - set(active)
+    base = model.get_base_model()
+    # A layer with an adapter keeps its weights under another name; without, it is the plain model's.
+    weights = {
+        ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module")): value
+        for name, value in base.state_dict().items()
+        if not others & set(name.split("."))
+    }
+    adapters = [_config(model.peft_config[name].to_dict()) for name in active]
+    return [_config(base.config.to_dict()), hash_weights(weights), *adapters]
+
+
+def hash_weights(weights: dict[str, Tensor]) -> str:
+    """Over every name, dtype, shape and byte."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _config(value: Any) -> Any:
+    """A config as JSON that says the same in every process: sets have no order of their own."""
+    if isinstance(value, dict):
+        return {str(k): _config(v) for k, v in value.items() if k not in NO_MATTER}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return [_config(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _hash(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()

@@ -1,0 +1,144 @@
+"""Reference log-probs computed once, before the first step, and kept on disk: `precompute_ref_log_probs=True`.
+
+An entry is found by what the reference's log-probs of a row depend on (see `trl_vpo.trainers.fingerprint`). Where
+something of that changes, the rows that it touches are computed again, and no others.
+
+The cache is a folder of `<context>.<rank>.<run>.jsonl` files. Each process writes one of its own, a line per row as
+soon as its batch is done, so that an interrupted run continues where it stopped.
+"""
+
+import json
+import uuid
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from trl_vpo.data.check import raw_rows
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
+from trl_vpo.trainers.fingerprint import context_key, row_key
+
+logger = get_logger(__name__)
+
+
+class ReferenceCache:
+    """The reference's summed log-probs of a trainer's rows.
+
+    Built while the reference is as it was given: the weights of a policy that is its own reference change.
+
+    Raises:
+        ValueError: what cannot be precomputed; the message says why.
+    """
+
+    def __init__(self, trainer: Any):
+        args = trainer.args
+        if not isinstance(trainer.data_collator, PreferenceCollator):
+            kind = type(trainer.data_collator).__name__
+            _refuse(f"it is not known which settings of {kind} change a batch. Use the trainer's own collator")
+        if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3):
+            _refuse("it runs before training begins, when FSDP and ZeRO-3 have no whole model. Use DDP or ZeRO-2")
+        self.folder = Path(args.precompute_cache_dir or Path(args.output_dir) / "reference_cache")
+        self._trainer = trainer
+        self._context = context_key(trainer)[:32]
+
+    def attach_all(self) -> None:
+        """Give every dataset of the trainer its sums, as `DPOTrainer.__init__` does for text."""
+        trainer, args = self._trainer, self._trainer.args
+        size = args.precompute_ref_batch_size
+        trainer.train_dataset = self.attach(trainer.train_dataset, "train", size or args.per_device_train_batch_size)
+        size, sets = size or args.per_device_eval_batch_size, trainer.eval_dataset
+        if isinstance(sets, dict):
+            trainer.eval_dataset = {name: self.attach(rows, name, size) for name, rows in sets.items()}
+        elif sets is not None:
+            trainer.eval_dataset = self.attach(sets, "eval", size)
+
+    def attach(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """`dataset` with the sums of each row's branches in the column `REF_SUMS`. All ranks call this.
+
+        Raises:
+            ValueError: the dataset is a stream, or the reference gives nan.
+            RowError: a row, or its media, cannot be read.
+        """
+        if not isinstance(dataset, Dataset):
+            _refuse(f"the {name} rows are an IterableDataset, which cannot be read up front. Use a Dataset")
+        if REF_SUMS in dataset.column_names:  # of another trainer
+            dataset = dataset.remove_columns(REF_SUMS)
+        process, collator = self._trainer.accelerator, self._trainer.data_collator
+        rows = self._bar(iterable=raw_rows(dataset), total=len(dataset), desc=f"Looking up {name} rows", leave=False)
+        keys = [row_key(row, collator) for row in rows]
+        known = self._read()
+        missing = {key: index for index, key in enumerate(keys) if key not in known}  # equal rows are computed once
+        missing = sorted(set(gather_object(list(missing.values()))))
+        if missing:
+            # Every rank runs a batch, however few rows there are: on the first one all agree on the layout.
+            mine = missing[process.process_index :: process.num_processes] or missing[:1]
+            self._compute(dataset, {index: keys[index] for index in mine}, name, batch_size)
+            process.wait_for_everyone()
+            known = self._read()
+            if not all(key in known for key in keys):
+                _refuse(f"{self.folder} is not the same folder on all machines. Set precompute_cache_dir to one")
+        return dataset.add_column(REF_SUMS, [known[key] for key in keys])
+
+    @torch.no_grad()
+    def _compute(self, dataset: Dataset, keys: dict[int, str], name: str, batch_size: int) -> None:
+        """Score the rows with the numbers `keys`; each batch is written as soon as it is done."""
+        trainer = self._trainer
+        model, process = trainer.model, trainer.accelerator
+        loader = DataLoader(
+            dataset.select_columns([c for c in dataset.column_names if c in (*COLUMNS, ROW_INDEX)]).select(list(keys)),
+            batch_size=batch_size,
+            collate_fn=trainer.data_collator,
+            num_workers=trainer.args.dataloader_num_workers,
+        )
+        if next(model.parameters()).device.type != process.device.type:  # DeepSpeed moves it when training begins
+            model.to(process.device)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{self._context}.{process.process_index}.{uuid.uuid4().hex[:12]}.jsonl"
+        waiting, training = iter(keys.values()), model.training
+        model.eval()
+        try:
+            with (
+                self._bar(total=len(keys), desc=f"Reference log-probs of {name} rows") as bar,
+                path.open("x", encoding="utf-8") as shard,
+            ):
+                for batch in loader:
+                    batch = trainer._prepare_inputs(batch)
+                    with process.autocast():
+                        sums = trainer.reference_scores(batch).sums.tolist()  # (S,)
+                    rows = [sums[a:b] for a, b in pairwise([*batch["chosen"].tolist(), len(sums)])]
+                    bad = [label for label, row in zip(batch["names"], rows) if not np.isfinite(row).all()]
+                    if bad:
+                        raise ValueError(f"the reference's log-probs are not finite for: {'; '.join(bad)}.")
+                    shard.writelines(json.dumps({"row": next(waiting), "logps": row}) + "\n" for row in rows)
+                    shard.flush()
+                    bar.update(len(rows))
+        finally:
+            model.train(training)
+
+    def _bar(self, **kwargs) -> tqdm:
+        """On the first process, unless progress bars are off."""
+        return tqdm(**kwargs, disable=self._trainer.args.disable_tqdm or not self._trainer.accelerator.is_main_process)
+
+    def _read(self) -> dict[str, list[float]]:
+        """Row key -> sums. A line that an interrupted run left half-written counts as not there."""
+        known = {}
+        for path in sorted(self.folder.glob(f"{self._context}.*.jsonl")):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
+                try:
+                    entry = json.loads(line)
+                    known[entry["row"]] = [float(value) for value in entry["logps"]]
+                except (ValueError, TypeError, KeyError):
+                    logger.warning(f"{path}, line {number} is not complete; its row is computed again.")
+        return known
+
+
+def _refuse(problem: str) -> None:
+    raise ValueError(f"precompute_ref_log_probs=True: {problem}, or set precompute_ref_log_probs=False.")
