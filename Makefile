@@ -7,11 +7,12 @@ UV := .uv/bin/uv
 STAMP := .venv/.installed
 EXTRAS := --extra quantization --extra deepspeed --extra judge --extra dev
 
-.PHONY: help install quickstart test lint lock clean
+.PHONY: help install quickstart test test-slow lint lock clean
 
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
 	@echo "make test         run the tests"
+	@echo "make test-slow    run the longer ones: FSDP2 and ZeRO-3 on two CPU processes"
 	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
 	@echo "make lint         check style and formatting"
 	@echo "make lock         renew requirements.lock"
@@ -34,6 +35,9 @@ quickstart: install
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

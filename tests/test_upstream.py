@@ -27,6 +27,7 @@ COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "
 CALLED = [
     ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], SETUP),
     ("trl.models.utils.disable_gradient_checkpointing", ["model", "gradient_checkpointing_kwargs"], BASE),
+    ("trl.trainer.utils.maybe_gather_lm_head_ctx", ..., SCORING),
     ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], BASE),
     ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE}, {SETUP} and {CARD}"),
     ("trl.DPOTrainer._prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"], BASE),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 VOCAB_CHUNK = 32768
 
@@ -209,7 +210,8 @@ def _score(hidden: Tensor, head: Head, request: ScoreRequest) -> ScoreOutput:
     hidden = hidden.to(head.weight.device)  # a model split over devices may end elsewhere than its head
     rows = request.rows.unsqueeze(1).expand_as(mask)[mask]  # (N,)
     hidden = hidden[rows, request.positions[mask]]  # (N, H)
-    per_token = list(token_scores(hidden, head, request.labels[mask]))
+    with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 shards the head; the KL's kernel gathers by itself
+        per_token = list(token_scores(hidden, head, request.labels[mask]))
     if request.ref_hidden is not None:
         per_token.append(_kl(hidden, head, request))
     else:

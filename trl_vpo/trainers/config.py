@@ -46,7 +46,7 @@ class VisualPreferenceConfig(DPOConfig):
         precompute_ref_log_probs (`bool`, defaults to `False`): run the reference once over all rows before training
             (DPO and LPOI) and keep its log-probs on disk; interrupted and later runs read them. Full fine-tuning then
             holds one model, not two. `precompute_ref_batch_size` rows at a time.
-        precompute_cache_dir (`str`, *optional*): where they are kept, `<output_dir>/reference_cache` by default. Runs
+        precompute_cache_dir (`str`, *optional*): where they are kept, `<output_dir>/_reference_cache` by default. Runs
             with the same rows, media settings, processor and reference can share it.
         max_length (`int`, *optional*): prompts with a response longer than this are an error. Nothing is ever cut.
     """

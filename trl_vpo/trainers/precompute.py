@@ -45,7 +45,7 @@ class ReferenceCache:
             _refuse(f"it is not known which settings of {kind} change a batch. Use the trainer's own collator")
         if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3):
             _refuse("it runs before training begins, when FSDP and ZeRO-3 have no whole model. Use DDP or ZeRO-2")
-        self.folder = Path(args.precompute_cache_dir or Path(args.output_dir) / "reference_cache")
+        self.folder = Path(args.precompute_cache_dir or Path(args.output_dir) / "_reference_cache")
         self._trainer = trainer
         self._context = context_key(trainer)[:32]
 
