@@ -162,13 +162,28 @@ def test_no_square_mask_is_made(media):
     assert layout.inputs["attention_mask"].shape == (1, 1, length - (prompt - 1), length)
 
 
-def test_a_short_row_next_to_a_long_one_gets_a_call_of_its_own(media, monkeypatch):
+def test_rows_of_unlike_length_get_calls_of_their_own(media, monkeypatch):
     model, processor = build("Qwen2-VL")
     batch = trl_vpo.PreferenceCollator(processor)([row(None), row("image", [media["image"][1]]), row(None)])
     assert len(shared(batch, model.base_model, pad_token_id=0)) == 1
-    monkeypatch.setattr(layouts, "MASK_BYTES", 1500)
+    monkeypatch.setattr(layouts, "CALL_TOKENS", 1)
     calls = shared(batch, model.base_model, pad_token_id=0)
     assert [call.branches.tolist() for call in calls] == [[2, 3], [0, 1, 4, 5]]
+
+
+@pytest.mark.parametrize("lengths", [[472, 375, 375, 375, 375], [6000, 30, 5990, 40], [500, 490, 480], [10]])
+def test_the_split_into_calls_computes_least(lengths):
+    """Against all ways to cut the rows, sorted by length, into runs."""
+
+    def cost(groups):
+        return sum(max(lengths[t] for t in group) * len(group) + layouts.CALL_TOKENS for group in groups)
+
+    order = sorted(range(len(lengths)), key=lambda t: -lengths[t])
+    cuts = [[c for c in range(1, len(order)) if bits >> (c - 1) & 1] for bits in range(2 ** (len(order) - 1))]
+    runs = [[order[a:b] for a, b in zip([0, *cut], [*cut, len(order)])] for cut in cuts]
+    groups = layouts._calls(list(range(len(lengths))), lengths)
+    assert sorted(t for group in groups for t in group) == list(range(len(lengths)))
+    assert cost(groups) == min(map(cost, runs))
 
 
 def test_other_calls_of_the_model_run_as_before(media):

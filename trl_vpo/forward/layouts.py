@@ -8,10 +8,11 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 BATCH_FIRST = ("pixel_attention_mask",)  # its presence says that `pixel_values` has one entry per row (Idefics family)
-MASK_BYTES = 64 * 2**20  # of a shared layout's attention mask; more and the batch is split into several calls
+CALL_TOKENS = 128  # what one more model call costs, in tokens computed
 TRUNK, PADDING = -1, -2  # owners of columns that belong to no branch
 
 
@@ -112,27 +113,32 @@ def shared(batch: dict, backbone: nn.Module, *, pad_token_id: int) -> list[Layou
     carried: list[list[int]] = [[] for _ in prompts]
     for branch, trunk in enumerate(batch["branch_trunk"].tolist()):
         carried[trunk].append(branch)
-    tails = [sum(responses[s] + 1 for s in branches) for branches in carried]
+    lengths = [prompt - 1 + sum(responses[s] + 1 for s in branches) for prompt, branches in zip(prompts, carried)]
     return [
         _shared(batch, backbone, trunks, carried, prompts, responses, pad_token_id)
         for stackable in _stackable(batch["media"])
-        for trunks in _small_masks(stackable, prompts, tails)
+        for trunks in _calls(stackable, lengths)
     ]
 
 
-def _small_masks(trunks: list[int], prompts: list[int], tails: list[int]) -> list[list[int]]:
-    """Trunks that go into one call. The mask has a row for every column after the shortest trunk, so a text-only row
-    next to a long video would make it dense: then the shorter ones get a call of their own."""
-    groups: list[list[int]] = []
-    longest = 0
-    for trunk in sorted(trunks, key=lambda t: -prompts[t]):
-        longest = max(longest, prompts[trunk] + tails[trunk])
-        rows = len(groups[-1]) + 1 if groups else 1
-        if not groups or rows * (longest - prompts[trunk]) * longest > MASK_BYTES:
-            groups.append([])
-            longest = prompts[trunk] + tails[trunk]
-        groups[-1].append(trunk)
-    return [sorted(group) for group in groups]
+def _calls(trunks: list[int], lengths: list[int]) -> list[list[int]]:
+    """Trunks that go into one call: the split that computes least, padding included.
+
+    A text-only row next to a long video, or LPOI's first image with its two responses next to the others with one,
+    would be mostly padding. Several processes make one call each: DDP, FSDP and ZeRO-3 meet in every call, and would
+    wait for ever for a rank that makes fewer.
+    """
+    if PartialState().num_processes > 1:
+        return [sorted(trunks)]
+    order = sorted(trunks, key=lambda t: -lengths[t])
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]  # for the first 0, 1, ... trunks: their cost and groups
+    for end in range(1, len(order) + 1):
+        options = []
+        for begin in range(end):
+            cost = best[begin][0] + lengths[order[begin]] * (end - begin) + CALL_TOKENS
+            options.append((cost, [*best[begin][1], sorted(order[begin:end])]))
+        best.append(min(options, key=lambda option: option[0]))
+    return best[-1][1]
 
 
 def _shared(batch, backbone, trunks, carried, prompts, responses, pad_token_id) -> Layout:
@@ -228,6 +234,12 @@ def _stackable(media: list[dict]) -> list[list[int]]:
     rest = shapes.pop(None, [])
     groups = list(shapes.values()) or [[]]
     groups[0] = sorted(groups[0] + rest)
+    if len(groups) > 1 and PartialState().num_processes > 1:
+        raise ValueError(
+            "videos with different numbers of frames need several model calls here, and processes that make different "
+            "numbers of calls wait for each other for ever. Set per_device_train_batch_size and "
+            "per_device_eval_batch_size to 1, or choose a num_frames that every clip has."
+        )
     return groups
 
 
