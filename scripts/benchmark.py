@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--gops", type=numbers, default=[12, 48, 250], metavar="N,N", help="frames to a keyframe there"
     )
-    parser.add_argument("--images", type=numbers, default=[4, 8, 16, 32], metavar="N,N", help="images of `growth`")
+    parser.add_argument("--frames", type=numbers, default=[4, 16, 64], metavar="N,N", help="frames of `growth`")
     parser.add_argument(
         "--rows", type=numbers, default=[1_000, 10_000, 100_000, 1_000_000], metavar="N,N", help="rows of `growth`"
     )

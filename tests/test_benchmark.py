@@ -49,8 +49,8 @@ def test_decode(rows_of):
 
 @pytest.mark.slow
 def test_growth(rows_of):
-    rows = rows_of("growth", "--images", "1", "--lists", "2", "--rows", "200", "--response", "8")
-    assert [(row["part"], row["size"]) for row in rows] == [("images", 1), ("lists", 2), ("loader", 200)]
+    rows = rows_of("growth", "--frames", "2", "--lists", "2", "--rows", "200", "--response", "8")
+    assert [(row["part"], row["size"]) for row in rows] == [("frames", 2), ("lists", 2), ("loader", 200)]
     assert all(row["peak_mib"] > 0 for row in rows)
     assert rows[0]["time_vs_first"] == rows[0]["memory_vs_first"] == 1
     assert {"own_mib", "prepared", "prepare_seconds_per_1000", "prepare_peak_mib"} <= set(rows[2])

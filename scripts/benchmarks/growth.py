@@ -1,9 +1,9 @@
-"""What grows with what: a DPO step with images in the prompt, an LPOI step with its list, loading with rows.
+"""What grows with what: a DPO step with a clip's frames in the prompt, an LPOI step with its list, loading with rows.
 
-The first two: our shared layout, 64 tokens an image in the prompt, 256 in LPOI's list. The third: rows of text in an
-Arrow file on disk, shuffled, 50 batches of 4 pairs through the collator. Its `peak MiB` is all that the process holds
-more at its peak, `own MiB` what of it is no mapped file, after the batches; `prepare` is the check of all rows before
-training, without their media, a thousand rows at a time.
+The first two: our shared layout, 64 tokens for two frames of the clip, 256 for an image of the list. The third: rows
+of text in an Arrow file on disk, shuffled, 50 batches of 4 pairs through the collator. Its `peak MiB` is all that the
+process holds more at its peak, `own MiB` what of it is no mapped file, after the batches; `prepare` is the check of
+all rows before training, without their media, a thousand rows at a time.
 """
 
 import tempfile
@@ -46,8 +46,8 @@ LOADER = {
 
 def make(part: str, size: int, args: Namespace):
     """A step and the number of tokens in its prompt."""
-    if part == "images":
-        data = bench_model.rows(0, args.response, images=size, side=SIDE)
+    if part == "frames":
+        data = bench_model.clip_row(size, args.response, SIDE)
         step, (prompt, _) = make_step("dpo", "shared", 0, args.response, args.device, data)
         return step, prompt
     return lpoi.make("shared", size, args)
@@ -103,7 +103,7 @@ def measure_memory(args: Namespace) -> dict:
 
 def run(args: Namespace) -> list[dict]:
     rows = []
-    for part, sizes in (("images", args.images), ("lists", args.lists)):
+    for part, sizes in (("frames", args.frames), ("lists", args.lists)):
         rows += _steps(part, sizes, args)
     show(f"our step, {args.device}, {torch.get_num_threads()} threads", rows, COLUMNS)
     loaded = [_loader(size, args) for size in args.rows]

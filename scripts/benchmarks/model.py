@@ -25,7 +25,8 @@ LANGUAGE_MODEL = r".*language_model.*_proj"
 TEMPLATE = (
     "{%- for m in messages -%}<|im_start|>{{ m['role'] }}\n{%- if m['content'] is string -%}{{ m['content'] }}"
     "{%- else -%}{%- for c in m['content'] -%}{%- if c['type'] == 'image' -%}<|vision_start|><|image_pad|>"
-    "<|vision_end|>{%- elif c['type'] == 'text' -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "<|vision_end|>{%- elif c['type'] == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>"
+    "{%- elif c['type'] == 'text' -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
     "<|im_end|>{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
 )
 
@@ -99,6 +100,18 @@ def rows(
         if box:
             made[-1]["critical_box"] = [100, 100, 300, 300]
     return Dataset.from_list(made)
+
+
+def clip_row(frames: int, response: int, side: int) -> Dataset:
+    """One row with a clip of `frames` frames of `side` pixels, kept as images: no codec in the measurement."""
+    rng = np.random.default_rng(0)
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
+    paths = [str(folder / f"{i:03d}.png") for i in range(frames)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(path)
+    content = [{"type": "video"}, {"type": "text", "text": _words(rng, 8)}]
+    sides = {name: [_answer(rng, response)] for name in ("chosen", "rejected")}
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": content}], "videos": [paths], **sides}])
 
 
 def _words(rng: np.random.Generator, count: int) -> str:

@@ -56,7 +56,7 @@ def make_step(method: str, layout: str, prompt: int, response: int, device: str,
     else:
         name = {"dpo": "VisualDPO", "leanpo": "LeanPO", "rrpo": "RRPO"}[method]
         config, trainer = getattr(trl_vpo, f"{name}Config"), getattr(trl_vpo, f"{name}Trainer")
-        args["layout"] = layout
+        args |= {"layout": layout, "num_frames": 1024}  # all frames that a clip has
     made = trainer(
         model=model,
         args=config(**args),
