@@ -1,0 +1,140 @@
+"""Cluster bootstrap: exact small cases, coverage on simulated data, determinism."""
+
+import math
+
+import numpy as np
+import pytest
+
+from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
+
+
+def test_a_mean_of_two_clusters_is_exact():
+    # Clusters: a sums to 3 over two rows, b to 0 over one. The draws are aa, ab, ba, bb: 1.5, 1, 1, 0.
+    interval = clustered_bootstrap([1.0, 2.0, 0.0], ["a", "a", "b"], level=0.98)
+    assert interval == (1.0, 0.0, 1.5)
+    assert (interval.value, interval.low, interval.high) == (1.0, 0.0, 1.5)
+
+
+def test_a_ratio_is_a_ratio_of_sums():
+    # 1/4 and 2/2; together 3/6, which is not their mean. Draws: 2/8, 3/6, 4/4.
+    rows = [(1, 4), (2, 2)]
+    assert clustered_bootstrap(rows, ["a", "b"], "ratio", level=0.98) == (0.5, 0.25, 1.0)
+    # Rows with a denominator of 0 change nothing but the draws.
+    assert clustered_bootstrap([*rows, (0, 0)], ["a", "b", "a"], "ratio", level=0.98) == (0.5, 0.25, 1.0)
+
+
+def test_draws_without_a_denominator_are_left_out():
+    interval = clustered_bootstrap([(1, 2), (0, 0)], ["a", "b"], "ratio")
+    assert interval == (0.5, 0.5, 0.5)
+
+
+def test_percentile_limits_follow_the_level():
+    values = np.arange(40) % 2
+    wide, narrow = (clustered_bootstrap(values, range(40), level=level) for level in (0.95, 0.5))
+    assert wide.low < narrow.low < 0.5 < narrow.high < wide.high
+    # Mean of 40 fair draws: standard error 0.5 / sqrt(40).
+    assert wide.high - wide.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), abs=0.04)
+
+
+def test_rows_of_one_value_give_no_width():
+    assert clustered_bootstrap([True] * 6, "aabbcc") == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "statistic", "value"),
+    [([1.0, 2.0], ["a", "a"], "mean", 1.5), ([], [], "mean", math.nan), ([(1, 0), (2, 0)], "ab", "ratio", math.nan)],
+)
+def test_undefined_limits(values, clusters, statistic, value):
+    values = np.reshape(values, (-1, 2)) if statistic == "ratio" else values
+    found = clustered_bootstrap(values, clusters, statistic)
+    assert found.value == pytest.approx(value, nan_ok=True)
+    assert math.isnan(found.low) and math.isnan(found.high)
+
+
+def simulate(random, clusters=40, rows=8, between=1.0, within=0.3):
+    """Rows around their cluster's own mean; correlation within a cluster 0.92, true mean 0."""
+    means = random.normal(0, between, size=(clusters, 1))
+    values = means + random.normal(0, within, size=(clusters, rows))
+    return values.ravel(), np.repeat(np.arange(clusters), rows).tolist()
+
+
+def test_coverage_on_correlated_rows():
+    random = np.random.default_rng(0)
+    covered, naive, widths = 0, 0, []
+    for _ in range(300):
+        values, clusters = simulate(random)
+        good = clustered_bootstrap(values, clusters, resamples=400)
+        bad = clustered_bootstrap(values, range(len(values)), resamples=400)
+        covered += good.low <= 0 <= good.high
+        naive += bad.low <= 0 <= bad.high
+        widths.append((bad.high - bad.low) / (good.high - good.low))
+    assert 0.90 <= covered / 300 <= 0.98
+    assert naive / 300 < 0.65
+    assert np.mean(widths) < 0.5
+
+
+def test_coverage_of_a_ratio():
+    """Hallucinated of all mentions, 1 in 5; clusters differ in their rate and in how much they say."""
+    random = np.random.default_rng(1)
+    covered = 0
+    for _ in range(300):
+        rates = random.beta(1, 4, size=40).repeat(4)
+        mentions = random.integers(1, 6, size=160)
+        rows = np.stack([random.binomial(mentions, rates), mentions], axis=1)
+        interval = clustered_bootstrap(rows, np.repeat(np.arange(40), 4).tolist(), "ratio", resamples=400)
+        covered += interval.low <= 0.2 <= interval.high
+    assert 0.90 <= covered / 300 <= 0.98
+
+
+def test_paired_difference_uses_the_pairs():
+    random = np.random.default_rng(2)
+    first, clusters = simulate(random)
+    second = first + 0.1 + random.normal(0, 0.05, size=len(first))
+    paired = paired_difference(first, second, clusters)
+    assert paired == pytest.approx(clustered_bootstrap(second - first, clusters), abs=1e-12)
+    assert 0.08 < paired.low < 0.1 < paired.high < 0.12
+    assert paired.high - paired.low < 0.1 * np.ptp(clustered_bootstrap(first, clusters)[1:])
+
+
+def test_paired_difference_of_ratios():
+    # First: 1/2 and 1/2; second: 2/2 and 0/6. Draws aa, ab, bb: 1 - 1/2, 2/8 - 2/4, 0 - 1/2.
+    found = paired_difference([(1, 2), (1, 2)], [(2, 2), (0, 6)], ["a", "b"], "ratio", level=0.98)
+    assert found == (-0.25, -0.5, 0.5)
+
+
+def test_the_seed_fixes_the_draws():
+    values, clusters = simulate(np.random.default_rng(3))
+    assert clustered_bootstrap(values, clusters) == clustered_bootstrap(values, clusters)
+    assert clustered_bootstrap(values, clusters, seed=1) != clustered_bootstrap(values, clusters)
+    renamed = [f"video {cluster}" for cluster in clusters]
+    assert clustered_bootstrap(values, renamed) == clustered_bootstrap(values, clusters)
+
+
+def test_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
+    values, clusters = simulate(np.random.default_rng(4))
+    whole = clustered_bootstrap(values, clusters)
+    monkeypatch.setattr("trl_vpo.evaluate.intervals._DRAWS_AT_ONCE", 40 * 7)
+    assert clustered_bootstrap(values, clusters) == whole
+
+
+@pytest.mark.parametrize(
+    ("values", "clusters", "options", "match"),
+    [
+        ([1.0, math.nan], "ab", {}, "row 1 holds"),
+        ([1.0, 2.0], "a", {}, "2 rows but 1 clusters"),
+        ([1.0, 2.0], ["a", None], {}, "cluster of row 1 is None"),
+        ([(1, 2)], "a", {}, 'shape .* "mean" needs'),
+        ([1.0], "a", {"statistic": "ratio"}, 'shape .* "ratio" needs'),
+        ([1.0], "a", {"statistic": "median"}, "statistic is 'median'"),
+        ([1.0], "a", {"level": 95}, "level 95"),
+        ([1.0], "a", {"resamples": 0}, "resamples 0"),
+    ],
+)
+def test_errors(values, clusters, options, match):
+    with pytest.raises(ValueError, match=match):
+        clustered_bootstrap(values, clusters, **options)
+
+
+def test_a_paired_difference_needs_the_same_rows():
+    with pytest.raises(ValueError, match="1 rows against 2"):
+        paired_difference([1.0], [1.0, 2.0], "a")

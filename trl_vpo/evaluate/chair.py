@@ -1,0 +1,260 @@
+"""CHAIR: which objects a response mentions, and which of them are not there.
+
+Rohrbach et al. 2018, "Object Hallucination in Image Captioning" (arXiv 1809.02156). What is counted follows the
+published code (github.com/LisaAnne/Hallucination, utils/chair.py):
+
+- **Every mention counts**: "a dog and another dog" are two mentions, both wrong if there is no dog. AMBER (arXiv
+  2311.07397; github.com/junyangwang0410/AMBER, inference.py) does the same. Object HalBench (RLHF-V, arXiv 2312.00849;
+  github.com/RLHF-V/RLHF-V, eval/eval_gpt_obj_halbench.py) counts each word once per response, so "man, man, woman" are
+  two mentions of a person: `once=True`.
+- CHAIRi = hallucinated mentions / all mentions, summed over the responses before dividing.
+- CHAIRs = responses with a hallucinated object / all responses (Rohrbach et al.; AMBER calls it Hal). Object HalBench
+  divides by the responses that mention any object, `CHAIRs_refine` in its code.
+- Cover (AMBER) = distinct objects of the truth that are mentioned / objects of the truth, summed before dividing as in
+  AMBER's code; the same as the object recall of Object HalBench.
+
+Not here: AMBER's Cog, which needs a list of tempting objects for every image (and whose denominator differs between
+AMBER's paper and code), its matching by word vectors, and the objects that Object HalBench lets GPT extract.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# What the published codes hard-code for COCO: "baby" and "passenger" name persons, but not in "baby bird".
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+READS_AS: dict[str, str | None] = {
+    **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
+    **{f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")},
+    "bow tie": "tie",
+    "toilet seat": "toilet",
+    "seat of the toilet": "toilet",
+    "home plate": None,
+    "train track": None,
+}
+
+# Also for words that end in them: snowman, grandchild, pocketknife, bookshelf.
+_IRREGULAR_ENDINGS = {
+    "man": "men",
+    "child": "children",
+    "person": "people",
+    "foot": "feet",
+    "tooth": "teeth",
+    "goose": "geese",
+    "mouse": "mice",
+    "ox": "oxen",
+    "knife": "knives",
+    "wife": "wives",
+    "leaf": "leaves",
+    "loaf": "loaves",
+    "calf": "calves",
+    "half": "halves",
+    "shelf": "shelves",
+    "wolf": "wolves",
+    "scarf": "scarves",
+    "thief": "thieves",
+    "hoof": "hooves",
+    "elf": "elves",
+}
+_IRREGULAR = {"life": "lives", "die": "dice", "bus": "busses", "quiz": "quizzes", "cactus": "cacti"}
+
+# A word may hold apostrophes and hyphens; any other mark ends a phrase, as in "It is hot. Dogs sleep."
+_TOKEN = re.compile(r"[^\W_]+(?:[-'’‐‑][^\W_]+)*|[^\w\s]|_")
+_POSSESSIVE = re.compile(r"['’]s$")
+_HYPHEN = re.compile("[-‐‑]")
+
+
+@dataclass(frozen=True)
+class Mention:
+    """An object in a response: the words as they stand in the table, and the object's name."""
+
+    words: str
+    object: str
+
+
+class ObjectTable:
+    """The words by which objects are known.
+
+    Args:
+        synonyms: the object's name -> further words for it, of one or more words each, in the singular; plurals are
+            made by rule. The name is a word for the object itself.
+        reads_as: phrases that mean something else than their words: the word to read instead, which counts if it is
+            in the table, or None for no object. The default is the published codes' list for COCO. A phrase that is
+            in the table itself keeps the table's meaning.
+
+    Longer phrases win over shorter ones ("hot dog" is no dog), from left to right, within one sentence part. A word
+    with a hyphen is one word: "hot-dog" is a hot dog, "man-made" is no man.
+
+    Raises:
+        ValueError: an empty word, or a word that is given to two objects.
+    """
+
+    def __init__(self, synonyms: Mapping[str, Iterable[str]], reads_as: Mapping[str, str | None] = READS_AS):
+        self._names: dict[tuple[str, ...], Mention | None] = {}
+        for name, words in synonyms.items():
+            for word in (name, *words):
+                self._add(word, name)
+        listed = dict(self._names)
+        for phrase, word in reads_as.items():
+            self._names.setdefault(_key(phrase), listed.get(_key(word)) if word is not None else None)
+        for key, mention in list(self._names.items()):
+            for plural in plurals(key[-1]):
+                self._names.setdefault((*key[:-1], plural), mention)
+        self._longest = max(map(len, self._names), default=0)
+
+    def _add(self, word: str, name: str) -> None:
+        key = _key(word)
+        if not key:
+            raise ValueError(f"object {name!r} has an empty word {word!r} in the table. Take it out.")
+        known = self._names.setdefault(key, Mention(" ".join(key), name))
+        if known.object != name:
+            raise ValueError(f"{word!r} stands for {known.object!r} and for {name!r}. Keep it with one of them.")
+
+    def name(self, word: str) -> str:
+        """The name of the object that a word or phrase stands for.
+
+        Raises:
+            ValueError: the table does not know it.
+        """
+        mention = self._names.get(_key(word))
+        if mention is None:
+            raise ValueError(f"object {word!r} is not in the table of synonyms. Add it, or leave it out of the truth.")
+        return mention.object
+
+    def mentions(self, response: str) -> list[Mention]:
+        """Every mention of an object, in order, with repetitions."""
+        tokens = [_token(token) for token in _TOKEN.findall(response)]
+        found, start = [], 0
+        while start < len(tokens):
+            end, mention = self._longest_match(tokens, start)
+            if mention is not None:
+                found.append(mention)
+            start = end
+        return found
+
+    def _longest_match(self, tokens: list[str], start: int) -> tuple[int, Mention | None]:
+        for end in range(min(start + self._longest, len(tokens)), start, -1):
+            key = tuple(tokens[start:end])
+            if key in self._names:
+                return end, self._names[key]
+        compound = tuple(_HYPHEN.split(tokens[start]))
+        return start + 1, self._names.get(compound) if len(compound) > 1 else None
+
+
+def _token(token: str) -> str:
+    return _POSSESSIVE.sub("", token.lower())
+
+
+def _key(phrase: str) -> tuple[str, ...]:
+    return tuple(_token(word) for word in phrase.split())
+
+
+def plurals(noun: str) -> set[str]:
+    """The plural forms of a lower-case noun. Where both are in use, both: scarfs and scarves, photos and potatoes.
+
+    Nouns without a plural of their own (sheep, skis, scissors) get forms that stand in no text; the noun itself is
+    what finds them.
+    """
+    forms = {plural for singular, plural in _IRREGULAR.items() if noun == singular}
+    forms |= {noun[: -len(end)] + plural for end, plural in _IRREGULAR_ENDINGS.items() if noun.endswith(end)}
+    if noun.endswith(("s", "x", "z", "ch", "sh")):
+        forms.add(noun + "es")
+    elif noun.endswith("y") and noun[-2:-1] not in set("aeiou"):
+        forms.add(noun[:-1] + "ies")
+    elif noun.endswith("o"):
+        forms |= {noun + "s", noun + "es"}
+    else:
+        forms.add(noun + "s")
+    return forms
+
+
+def read_synonyms(path: str | Path) -> dict[str, list[str]]:
+    """The table of a text file in the format of the published `synonyms.txt`: one object a line, its name first, then
+    its synonyms, separated by commas. Empty lines are skipped.
+
+    Raises:
+        ValueError: two lines begin with the same name, or a file without objects.
+    """
+    table: dict[str, list[str]] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+        words = [word.strip() for word in line.split(",") if word.strip()]
+        if not words:
+            continue
+        if words[0] in table:
+            raise ValueError(f"{path}, line {number}: {words[0]!r} begins a line for the second time. Join the lines.")
+        table[words[0]] = words[1:]
+    if not table:
+        raise ValueError(f"{path} lists no object: give one object a line, as in `dog, puppy, hound`.")
+    return table
+
+
+@dataclass(frozen=True)
+class ResponseObjects:
+    """The objects of one response.
+
+    Attributes:
+        mentioned, hallucinated: the mentions that count, and those of them that are not in the truth.
+        truth, covered: names of the objects that are there, and of those among them that are mentioned.
+    """
+
+    mentioned: tuple[Mention, ...]
+    hallucinated: tuple[Mention, ...]
+    truth: frozenset[str]
+    covered: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ChairCounts:
+    """Counts for N responses, (N,) integers each; `measures.chair` divides them."""
+
+    mentioned: np.ndarray
+    hallucinated: np.ndarray
+    covered: np.ndarray
+    truth: np.ndarray
+
+
+def read_response(response: str, truth: Iterable[str], table: ObjectTable, *, once: bool = False) -> ResponseObjects:
+    """The objects that a response mentions against those that are there.
+
+    Args:
+        truth: names or synonyms of the objects that are there; may be empty.
+        once: count each word once per response (Object HalBench) and not each mention.
+
+    Raises:
+        ValueError: the table does not know an object of the truth.
+    """
+    there = frozenset(table.name(word) for word in truth)
+    mentioned = table.mentions(response)
+    if once:
+        mentioned = list(dict.fromkeys(mentioned))
+    return ResponseObjects(
+        mentioned=tuple(mentioned),
+        hallucinated=tuple(mention for mention in mentioned if mention.object not in there),
+        truth=there,
+        covered=there & {mention.object for mention in mentioned},
+    )
+
+
+def count_objects(
+    responses: Sequence[str], truths: Sequence[Iterable[str]], table: ObjectTable, *, once: bool = False
+) -> tuple[ChairCounts, list[ResponseObjects]]:
+    """Counts for N responses and what they were counted from. Arguments as in `read_response`.
+
+    Raises:
+        ValueError: unequal numbers of responses and truths, or an unknown object, with the row's number.
+    """
+    if len(responses) != len(truths):
+        raise ValueError(f"{len(responses)} responses but {len(truths)} lists of objects: give one for each.")
+    rows = []
+    for number, (response, truth) in enumerate(zip(responses, truths)):
+        try:
+            rows.append(read_response(response, truth, table, once=once))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+    fields = ("mentioned", "hallucinated", "covered", "truth")
+    return ChairCounts(*(np.array([len(getattr(row, name)) for row in rows], dtype=int) for name in fields)), rows
