@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trl_vpo import cli
+from trl_vpo.launch import launch_options
 
 RRPO_ROW = {
     "question": "What moves?",
@@ -52,7 +53,7 @@ def test_help_of_a_method_lists_its_keys(capsys):
     [
         (["train", "rpo"], "'rpo' is not one of dpo, leanpo, rrpo, lpoi. Did you mean rrpo?"),
         (["import", "lpo", "a", "b"], "'lpo' is not one of rrpo, lpoi, ms-swift, llamafactory, llava-hound."),
-        (["trian"], "'trian' is not one of train, import, doctor. Did you mean train?"),
+        (["trian"], "'trian' is not one of train, generate, view, import, doctor. Did you mean train?"),
         (["doctor", "r.yaml", "--method", "leanp"], "Did you mean leanpo?"),
         (["import", "rrpo", "a", "b", "--on_bat", "skip"], "unknown option --on_bat"),
         (["import", "rrpo", "a"], "OUT"),
@@ -141,12 +142,12 @@ def unlaunched(monkeypatch):
 
 def test_launch_options_are_taken_out(unlaunched, tmp_path):
     options = ["--config", "r.yaml", "--accelerate_config", "zero2", "--beta", "1", "--num_processes=2"]
-    rest, launch = cli.launch_options(options)
+    rest, launch = launch_options(options)
     assert rest == ["--config", "r.yaml", "--beta", "1"]
     assert launch[0] == "--config_file"
     assert launch[1].endswith("zero2.yaml")
     assert launch[2:] == ["--num_processes", "2"]
-    assert cli.launch_options(rest) == (rest, [])
+    assert launch_options(rest) == (rest, [])
 
 
 def test_launch_options_of_a_recipe(unlaunched, tmp_path, monkeypatch):
@@ -155,9 +156,9 @@ def test_launch_options_of_a_recipe(unlaunched, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"accelerate_config: {own}\nnum_processes: 2\n")
     options = ["--config", str(recipe), "--num_processes", "3"]
-    assert cli.launch_options(options)[1] == ["--config_file", str(own), "--num_processes", "3"]
+    assert launch_options(options)[1] == ["--config_file", str(own), "--num_processes", "3"]
     monkeypatch.setenv("LOCAL_RANK", "0")  # a launched process does not launch again
-    assert cli.launch_options(options) == (["--config", str(recipe)], [])
+    assert launch_options(options) == (["--config", str(recipe)], [])
 
 
 def test_launch_runs_the_module(unlaunched, monkeypatch):

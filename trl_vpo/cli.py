@@ -1,4 +1,7 @@
-"""`trl-vpo`: train, import, doctor. Only what a command needs is imported, so that every `--help` answers at once."""
+"""`trl-vpo`: train, generate, view, import, doctor.
+
+Only what a command needs is imported, so that every `--help` answers at once.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import sys
 from pathlib import Path
 
 from trl_vpo.data.import_formats import FORMATS
+from trl_vpo.generate import METHODS as PIPELINES
+from trl_vpo.launch import launch, launch_options
 from trl_vpo.train import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
@@ -25,6 +30,22 @@ Paths start from the working directory. On several GPUs:
 
 --accelerate_config takes a file, or the name of one in recipes/accelerate/ or of TRL's own (single_gpu, multi_gpu,
 zero1, zero2, zero3, fsdp1, fsdp2). Both launch options may also stand in the recipe."""
+GENERATE_EXAMPLE = """\
+example:
+  trl-vpo generate leanpo --config recipes/leanpo/generate.yaml --dataset_name questions.jsonl --dry-run
+  trl-vpo generate leanpo --config recipes/leanpo/generate.yaml --dataset_name questions.jsonl
+  trl-vpo train leanpo --config RECIPE.yaml --dataset_name outputs/leanpo-data/rows.jsonl
+
+Every key of a recipe is also an option: `trl-vpo generate leanpo --help` lists them. An interrupted run goes on where
+it stopped when the same command is given again. On several GPUs, each with a copy of the model:
+
+  accelerate launch --num_processes 8 scripts/generate.py leanpo --config RECIPE.yaml"""
+VIEW_EXAMPLE = """\
+example:
+  trl-vpo view data/train.jsonl -o page.html
+  trl-vpo view outputs/leanpo-data -o page.html --limit 500
+
+DATASET is what a recipe's `dataset_name` is, or the folder of a run of `trl-vpo generate`."""
 IMPORT_EXAMPLE = """\
 example:
   trl-vpo import rrpo self_alignment.json data/train.jsonl --media_root /data/videos"""
@@ -76,6 +97,8 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_train(commands)
+    _add_generate(commands)
+    _add_view(commands)
     _add_import(commands)
     _add_doctor(commands)
     return parser
@@ -90,6 +113,29 @@ def _add_train(commands) -> None:
     train_parser.add_argument("method", metavar="METHOD", choices=METHODS, help=f"one of {', '.join(METHODS)}")
     train_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
     train_parser.set_defaults(run=train, parser=train_parser)
+
+
+def _add_generate(commands) -> None:
+    text = "make preference data with the model itself"
+    generate_parser = commands.add_parser(
+        "generate", help=text, description=text, epilog=GENERATE_EXAMPLE,
+        usage="trl-vpo generate METHOD --config RECIPE.yaml [--any_key value ...]",
+    )  # fmt: skip
+    generate_parser.add_argument("method", metavar="METHOD", choices=PIPELINES, help=f"one of {', '.join(PIPELINES)}")
+    generate_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
+    generate_parser.set_defaults(run=generate, parser=generate_parser)
+
+
+def _add_view(commands) -> None:
+    text = "preference data as one HTML page to look at"
+    view_parser = commands.add_parser("view", help=text, description=text, epilog=VIEW_EXAMPLE)
+    view_parser.add_argument("dataset", metavar="DATASET", help="a dataset, a file, or the folder of a run")
+    view_parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the page to write")
+    view_parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
+    view_parser.add_argument("--limit", metavar="N", type=int, help="only the first N rows")
+    view_parser.add_argument("--media_root", metavar="DIR", help="folder that relative media paths start from")
+    view_parser.add_argument("--num_frames", metavar="N", type=int, default=8, help="frames of a clip (default: 8)")
+    view_parser.set_defaults(run=view, parser=view_parser)
 
 
 def _add_import(commands) -> None:
@@ -135,12 +181,39 @@ def train(args: argparse.Namespace, rest: list[str]) -> int:
 
         make_recipe_parser(args.method).print_help()
         return 0
-    options, launch = launch_options(args.options)
-    if launch:
-        return _launch(launch, ["train", args.method, *options])
+    options, launcher = launch_options(args.options)
+    if launcher:
+        return launch(launcher, ["train", args.method, *options])
     from trl_vpo.train import run_training
 
     run_training(args.method, options)
+    return 0
+
+
+def generate(args: argparse.Namespace, rest: list[str]) -> int:
+    """Generate in this process, or in those that accelerate launches, and show the run's summary."""
+    from trl_vpo.generate.run import make_parser as make_recipe_parser
+    from trl_vpo.generate.run import run_generation
+
+    if {"-h", "--help"} & set(args.options):
+        make_recipe_parser(args.method).print_help()
+        return 0
+    options, launcher = launch_options(args.options)
+    if launcher:
+        return launch(launcher, ["generate", args.method, *options])
+    run_generation(args.method, options)
+    return 0
+
+
+def view(args: argparse.Namespace, rest: list[str]) -> int:
+    """Write the page and say what is in it."""
+    from trl_vpo.report.page import write_page
+
+    counts = write_page(
+        args.dataset, args.out, split=args.split, limit=args.limit, media_root=args.media_root,
+        num_frames=args.num_frames,
+    )  # fmt: skip
+    print(counts)
     return 0
 
 
@@ -163,76 +236,6 @@ def doctor(args: argparse.Namespace, rest: list[str]) -> int:
     from trl_vpo.doctor import run_doctor
 
     return run_doctor(args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out)
-
-
-# --- launching ----------------------------------------------------------------------------------------------------
-
-
-def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
-    """(options for the training, options for `accelerate launch`): those of the command line win over the recipe's.
-
-    Raises:
-        RecipeError: `--accelerate_config` names nothing.
-    """
-    found: dict[str, str] = {}
-    kept = list(options)
-    for name in ("accelerate_config", "num_processes"):
-        for at, option in enumerate(kept):
-            if option == f"--{name}" and at + 1 < len(kept):
-                found[name] = kept[at + 1]
-                del kept[at : at + 2]
-                break
-            if option.startswith(f"--{name}="):
-                found[name] = kept.pop(at).split("=", 1)[1]
-                break
-    found = _of_recipe(kept) | found
-    if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # launched already
-        return kept, []
-    launch = (
-        ["--config_file", str(accelerate_config(found["accelerate_config"]))] if "accelerate_config" in found else []
-    )
-    return kept, launch + (["--num_processes", found["num_processes"]] if "num_processes" in found else [])
-
-
-def _of_recipe(options: list[str]) -> dict[str, str]:
-    """The launch keys of the recipe in `--config`. A recipe that cannot be read is the trainer's to complain about."""
-    import yaml
-
-    from trl_vpo.train import config_path
-
-    path = config_path(options)
-    if path is None or not Path(path).is_file():
-        return {}
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        return {}
-    keys = ("accelerate_config", "num_processes")
-    return {key: str(recipe[key]) for key in keys if isinstance(recipe, dict) and key in recipe}
-
-
-def accelerate_config(name: str) -> Path:
-    """The file of an `--accelerate_config`: a path, or a name in recipes/accelerate/ or among TRL's own."""
-    from importlib.util import find_spec
-
-    if Path(name).is_file():
-        return Path(name)
-    folders = (Path("recipes/accelerate"), Path(find_spec("trl").origin).parent / "accelerate_configs")
-    valid = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
-    if name not in valid:
-        from trl_vpo.recipe import RecipeError, nearest
-
-        raise RecipeError(
-            f"accelerate_config {name!r} is no file and none of {', '.join(valid)}.{nearest(name, valid)}"
-        )
-    return valid[name]
-
-
-def _launch(launch: list[str], command: list[str]) -> int:
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    launch_command(launch_command_parser().parse_args([*launch, "--module", "trl_vpo.cli", *command]))
-    return 0
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

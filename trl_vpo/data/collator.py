@@ -63,38 +63,43 @@ class PreferenceCollator:
     def encode(self, example: dict) -> Tree:
         """One row as a tree: trunk of each image list item, branches chosen, rejected, chosen on images 2 to N."""
         row = read_row(example, phrases=self.phrases, image_list=self.num_images is not None)
+        return replace(self.encode_row(row), ref_sums=example.get(REF_SUMS))
+
+    def encode_row(self, row: Row, sides: tuple[str, ...] = SIDES) -> Tree:
+        """A row that was read, with some of its responses. `sides=()`: the prompt alone, as for generation."""
         check_accepted(row, self.processing_class)
         try:
-            trunks, branches = self._tokenize(row)
+            trunks, branches = self._tokenize(row, sides)
         except (RowError, MediaError, PhraseError) as error:
             raise RowError(f"{row.name}: {error}") from error
         branches += [replace(branches[0], trunk=k) for k in range(1, len(trunks))]
-        tree = Tree(row.name, trunks, branches, example.get(REF_SUMS))
+        tree = Tree(row.name, trunks, branches)
         self._check_length(tree)
         return tree
 
     # --- text -----------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, row: Row) -> tuple[list[Trunk], list[Branch]]:
-        prompt, responses = self._render(row)
+    def _tokenize(self, row: Row, sides: tuple[str, ...]) -> tuple[list[Trunk], list[Branch]]:
+        prompt, responses = self._render(row, sides)
         kwargs = {"add_special_tokens": self._adds_special_tokens(row, prompt)}
         alone = self.tokenizer(prompt, **kwargs)["input_ids"]
         whole = [self.tokenizer(prompt + r, return_offsets_mapping=True, **kwargs) for r in responses]
         # Tokens may merge across the end of the prompt: a response starts where its tokens leave the prompt's.
-        common = min(_common(alone, w["input_ids"]) for w in whole)
+        common = min((_common(alone, w["input_ids"]) for w in whole), default=len(alone))
         tail = len(alone) - common
         trunks = [self._trunk(row, prompt, images, alone, tail) for images in self._image_lists(row)]
-        return trunks, [self._branch(row, side, w, common, prompt, r) for side, w, r in zip(SIDES, whole, responses)]
+        return trunks, [self._branch(row, side, w, common, prompt, r) for side, w, r in zip(sides, whole, responses)]
 
-    def _render(self, row: Row) -> tuple[str, list[str]]:
+    def _render(self, row: Row, sides: tuple[str, ...]) -> tuple[str, list[str]]:
         """Prompt and responses as the model's chat template writes them, cut where prompt and conversation part."""
         if not row.conversational:
             eos = self.tokenizer.eos_token or ""
             self._check_string_placeholders(row)
-            return row.prompt, [text if text.endswith(eos) else text + eos for text in (row.chosen, row.rejected)]
+            texts = [getattr(row, side) for side in sides]
+            return row.prompt, [text if text.endswith(eos) else text + eos for text in texts]
         continues = row.prompt[-1]["role"] == "assistant"
         prompt = self._template(row, row.prompt, add_generation_prompt=not continues, continue_final_message=continues)
-        whole = [self._template(row, row.prompt + getattr(row, side)) for side in SIDES]
+        whole = [self._template(row, row.prompt + getattr(row, side)) for side in sides]
         for text in whole:
             prompt = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text)))
         return prompt, [text[len(prompt) :] for text in whole]
@@ -172,7 +177,7 @@ class PreferenceCollator:
         if not self.is_vlm:
             return Trunk(alone[: len(alone) - tail])
         where = {"media_root": self.media_root, "cache": self.frame_cache}
-        clips = [load_video(source, self.video, **where) for source in row.videos]
+        clips = [v if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
         kwargs = {"images": [images]} if images else {}
         if clips:
             kwargs |= {"videos": [clip.frames for clip in clips], "video_metadata": [_metadata(c) for c in clips]}

@@ -35,7 +35,13 @@ def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 4
         names = [n for n in (script_args.dataset_train_split, script_args.dataset_test_split) if n in splits]
         parts = {name: splits[name] for name in names}
     elif script_args.dataset_name:
-        parts = _named_splits(script_args, evaluate)
+        wanted = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluate
+        parts = named_splits(
+            script_args.dataset_name,
+            wanted,
+            config=script_args.dataset_config,
+            streaming=script_args.dataset_streaming,
+        )
     else:
         raise DatasetError("there is no data: set `dataset_name` to a Hub dataset, a file or a folder of files.")
     train, test = (parts.get(name) for name in (script_args.dataset_train_split, script_args.dataset_test_split))
@@ -53,16 +59,20 @@ def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 4
     return train, test
 
 
-def _named_splits(script_args: Any, evaluate: bool) -> dict[str, Dataset | IterableDataset]:
-    """The train split, and the test split where it exists and is wanted."""
-    name, streaming = script_args.dataset_name, script_args.dataset_streaming
+def named_splits(
+    name: str, wanted: list[str], *, config: str | None = None, streaming: bool = False
+) -> dict[str, Dataset | IterableDataset]:
+    """The splits of a Hub dataset or a local path that are wanted and exist. The first one must.
+
+    Raises:
+        DatasetError: the path, its rows or the first split do not exist.
+    """
     path = Path(name)
-    wanted = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluate
     if path.suffix in BUILDERS or path.exists():
         available = local_splits(path)
         load = lambda split: _load_local(available[split], streaming)  # noqa: E731
     else:
-        available = load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+        available = load_dataset(name, name=config, streaming=streaming)
         load = available.__getitem__
     if wanted[0] not in available:
         raise DatasetError(f"{name} has no split {wanted[0]!r}; it has {', '.join(available) or 'none'}.")

@@ -155,6 +155,11 @@ class Pipeline(ABC):
         self.judge = judge
         self.generated_by = generated_by or {}
 
+    @classmethod
+    def needs_model(cls, config: Any) -> bool:
+        """Whether a run with these settings asks a model at all."""
+        return True
+
     @abstractmethod
     def check(self, row: InputRow) -> None:
         """Whether a row has what the method needs. Opens no file.
@@ -173,6 +178,13 @@ class Pipeline(ABC):
     @abstractmethod
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
         """One outcome for each input, in order. Nothing about a row depends on its neighbours in the batch."""
+
+    def select(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Called once, with all outcomes of a run: what the run as a whole decides, such as keeping the best share.
+
+        Returns one outcome for each given one, in order; a row that is dropped becomes a rejected outcome.
+        """
+        return outcomes
 
     @abstractmethod
     def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:

@@ -1,0 +1,473 @@
+"""LPOI's pipeline: which object becomes critical, what the row is, what the model is asked, and the summary."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from detector_models import save
+from helpers import message, write_image
+from PIL import Image
+
+from trl_vpo.data.images import load_image
+from trl_vpo.data.masking import check_box, hidden_box, masked_image_list
+from trl_vpo.data.media import VideoOptions
+from trl_vpo.data.rows import read_row
+from trl_vpo.generate.base import AnsweringModel, Failure, InputError, InputRow
+from trl_vpo.generate.boxes import Detection
+from trl_vpo.generate.inputs import load_media
+from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
+from trl_vpo.testbed import rows as testbed
+
+MADE = {"pipeline": "lpoi", "model": None}
+CHOSEN = "A man walks a dog. There is a tree behind them."
+DOG, MAN, TREE, BENCH = (
+    {"label": label, "box": box}
+    for label, box in [
+        ("dog", [5, 5, 25, 25]), ("man", [30, 2, 50, 50]), ("tree", [2, 30, 20, 52]), ("bench", [20, 20, 54, 54]),
+    ]
+)  # fmt: skip
+
+
+class Claims(AnsweringModel):
+    """Says what `says(question, image)` returns: a text, a `Failure`, or whether it claims the object."""
+
+    def __init__(self, says):
+        self.says = says
+        self.asked = []  # (question, image, sampling), call by call
+
+    def answer(self, requests, sampling):
+        self.asked.append([(r.messages[0]["content"][-1]["text"], r.media.images[0], sampling) for r in requests])
+        said = [self.says(question, image) for question, image, _ in self.asked[-1]]
+        return [("Yes." if answer else "No.") if isinstance(answer, bool) else answer for answer in said]
+
+    def record(self):
+        return {"model": "claims", "adapter": None, "revision": None}
+
+
+class Fixed:
+    """A detector that finds what it was told, if it is asked for it; keeps the names it was asked for."""
+
+    def __init__(self, *detections):
+        self.detections, self.asked, self.sizes = detections, [], []
+
+    def detect(self, images, candidates, *, batch_size):
+        self.asked += [list(names) for names in candidates]
+        self.sizes += [image.size for image in images]
+        return [[d for d in self.detections if d.label in names] for names in candidates]
+
+
+def make_row(tmp_path, name="a", *, chosen=CHOSEN, question="Where is the bench?", image=None, **more):
+    image = image or write_image(tmp_path / f"{name}.png")
+    example = {
+        "id": name,
+        "source": "test",
+        "prompt": message("user", "<image>", question),
+        "chosen": message("assistant", chosen),
+        "rejected": message("assistant", "A cat."),
+        "images": [image],
+        **more,
+    }
+    return InputRow(name, example, images=tuple(example["images"]))
+
+
+def pipeline(model=None, finds=None, **settings):
+    settings = {"boxes": "detector" if finds else "annotations"} | settings
+    made = LPOIPipeline(LPOIGenerateConfig(**settings), model, generated_by=MADE)
+    if finds:
+        made.finder.detector = finds
+    return made
+
+
+def run(made, *rows):
+    for row in rows:
+        made.check(row)
+    return made.make([(row, load_media(row, VideoOptions(), made.config.max_pixels)) for row in rows])
+
+
+def made_row(outcome):
+    assert outcome.reason is None, outcome.reason
+    (row,) = outcome.rows
+    read = read_row(row, image_list=True)
+    if read.critical_box is not None:
+        check_box(read.critical_box, load_image(row["images"][0]).size)
+    json.dumps(row), json.dumps(outcome.notes)
+    return row
+
+
+# --- the small world ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    rows = testbed.write_inputs("scene", 12, 3, tmp_path_factory.mktemp("scenes"))
+    return [InputRow(row["id"], row, images=tuple(row["images"])) for row in rows]
+
+
+def test_scenes_with_known_boxes(scenes):
+    outcomes = run(pipeline(), *scenes)
+    for row, outcome in zip(scenes, outcomes, strict=True):
+        first = row.example["objects"][0]  # captions begin with the thing on the left
+        assert made_row(outcome) == row.example | {
+            "critical_box": first["box"],
+            "critical_object": first["label"],
+            "box_source": "annotation",
+            "box_score": None,
+            "generated_by": MADE,
+        }
+        assert outcome.notes["where"] == "first sentence" and outcome.notes["instances"] == 1
+
+
+def test_again_and_in_another_batch_the_outcomes_are_the_same(scenes):
+    def says(question, image):  # whatever, as long as it depends on all that is asked
+        return hashlib.md5(question.encode() + image.tobytes()).digest()[0] % 2 == 0
+
+    def outcomes(*batches):
+        made = pipeline(Claims(says), hard_negative=True, visibility_check=True)
+        return {outcome.id: outcome for batch in batches for outcome in run(made, *batch)}
+
+    together = outcomes(scenes)
+    assert len({outcome.kind for outcome in together.values()}) == 2  # kept ones, and such without a hard negative
+    assert together == outcomes(scenes) == outcomes(scenes[::-1]) == outcomes(scenes[:5], scenes[5:])
+    assert together == outcomes(*([row] for row in scenes))
+
+
+# --- which object -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objects", "label", "where"),
+    [
+        ([TREE, BENCH, DOG, MAN], "man", "first sentence"),
+        ([TREE, BENCH, DOG], "dog", "first sentence"),
+        ([TREE, BENCH], "bench", "question"),
+        ([TREE], "tree", "rest"),
+        ([{"label": "car", "box": [0, 0, 9, 9]}, {"label": "bus", "box": [0, 0, 20, 20]}], "bus", "any"),
+        ([{"label": "person", "box": [0, 0, 20, 20]}, DOG], "man", "first sentence"),
+        ([{"label": "man", "box": [8, 8, 8, 30]}, DOG], "dog", "first sentence"),  # no width
+        ([{"label": "man", "box": [0, 0, 56, 56]}, BENCH], "bench", "question"),  # the whole image
+    ],
+)
+def test_the_order_of_the_parts(tmp_path, objects, label, where):
+    (outcome,) = run(pipeline(), make_row(tmp_path, objects=objects))
+    row = made_row(outcome)
+    assert (row["critical_object"], outcome.notes["where"]) == (label, where)
+    wanted = {"man": ("man", "person")}.get(label, (label,))
+    assert row["critical_box"] == next(o["box"] for o in objects if o["label"] in wanted)
+
+
+def test_rows_bring_their_own_candidates(tmp_path):
+    made = pipeline(objects_column="things")
+    row = make_row(tmp_path, objects=[TREE, BENCH, DOG, MAN], things=["cat", " Tree "])
+    (outcome,) = run(made, row)
+    assert made_row(outcome)["critical_object"] == "Tree"
+    assert outcome.notes["where"] == "objects_column"
+    for bad in (None, "tree", ["tree", 3], ["?"]):
+        with pytest.raises(InputError, match="`things` is"):
+            made.check(make_row(tmp_path, objects=[TREE], things=bad))
+
+
+def test_a_detector_is_asked_for_the_candidates(tmp_path):
+    detector = Fixed(Detection("dog", (5, 5, 25, 25), 0.6), Detection("bench", (20, 20, 54, 54), 0.9))
+    (outcome,) = run(pipeline(finds=detector), make_row(tmp_path))
+    row = made_row(outcome)
+    assert detector.asked == [["man", "dog", "bench", "tree"]]
+    assert (row["critical_box"], row["critical_object"], row["box_source"]) == ([5, 5, 25, 25], "dog", "detector")
+    assert row["box_score"] == outcome.notes["score"] == 0.6
+    assert outcome.notes["area"] == 400 / 56**2
+
+
+def test_fallback_labels_are_for_rows_without_a_find(tmp_path):
+    detector = Fixed(
+        Detection("dog", (5, 5, 25, 25), 0.6),
+        Detection("cup", (0, 0, 20, 20), 0.4),
+        Detection("hat", (0, 0, 9, 9), 0.7),
+    )
+    rows = [make_row(tmp_path, "a"), make_row(tmp_path, "b", chosen="A red kite.", question="What is it?")]
+    settings = {"fallback_labels": ["cup", "hat", "dog"]}
+    first, second = run(pipeline(finds=detector, **settings), *rows)
+    assert detector.asked == [["man", "dog", "bench", "tree"], ["red kite"], ["cup", "hat", "dog"]]
+    assert made_row(first)["critical_object"] == "dog"
+    assert (made_row(second)["critical_object"], second.notes["where"]) == ("hat", "any")
+    (rejected,) = run(pipeline(finds=Fixed(), fallback_labels=[]), rows[1])
+    assert rejected.kind == "no object found"
+    assert rejected.reason == "the text names red kite; 0 boxes were found, none of 0.005 to 0.9 of the image."
+
+
+def test_only_so_many_candidates(tmp_path):
+    detector = Fixed(Detection("dog", (5, 5, 25, 25), 0.6))
+    run(pipeline(finds=detector, max_candidates=2), make_row(tmp_path))
+    assert detector.asked == [["man", "dog"]]
+
+
+def test_nothing_usable_is_rejected(tmp_path):
+    bad = make_row(tmp_path, "bad", objects=[{"label": "dog", "box": [5, 5, 900, 25]}])
+    tiny = make_row(
+        tmp_path, "tiny", objects=[{"label": "dog", "box": [5, 5, 6, 6]}], chosen="It is asleep.", question="Why?"
+    )
+    bad, tiny, good = run(pipeline(), bad, tiny, make_row(tmp_path, "good", objects=[DOG]))
+    assert bad.kind == "unusable input" and "annotation 0 has the corners [5, 5, 900, 25]" in bad.reason
+    assert tiny.kind == "no object found"
+    assert tiny.reason.startswith("the text names nothing that can be seen; 1 boxes were found")
+    assert made_row(good)["critical_object"] == "dog"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
+def test_images_of_other_modes(tmp_path, mode):
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60), dtype=np.uint8)
+    image = (
+        Image.fromarray(pixels.astype(np.uint16) * 256) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    )
+    image.save(tmp_path / "odd.png")
+    row = make_row(tmp_path, image=str(tmp_path / "odd.png"), objects=[DOG])
+    (outcome,) = run(pipeline(Claims(lambda question, image: image.mode == "RGB"), hard_negative=True), row)
+    assert made_row(outcome)["critical_box"] == DOG["box"]
+
+
+def test_boxes_are_in_the_stored_size_whatever_max_pixels(tmp_path):
+    detector = Fixed(Detection("dog", (200, 100, 300, 200), 0.6))
+    row = make_row(tmp_path, image=write_image(tmp_path / "large.png", (400, 300)))
+    (outcome,) = run(pipeline(finds=detector, max_pixels=1000), row)
+    assert detector.sizes == [(400, 300)]
+    assert made_row(outcome)["critical_box"] == [200, 100, 300, 200]
+
+
+def test_columns_that_the_row_has_anew(tmp_path):
+    row = make_row(tmp_path, objects=[DOG], critical_box=[0, 0, 1, 1], image_list=["x", "y"], extra=3)
+    row.example["image"] = row.example.pop("images")[0]
+    (outcome,) = run(pipeline(), row)
+    made = made_row(outcome)
+    assert made["critical_box"] == DOG["box"] and made["images"] == list(row.images)
+    assert not {"image", "image_list"} & set(made)
+    assert made["extra"] == 3 and made["prompt"] == row.example["prompt"]
+
+
+# --- hard negatives -----------------------------------------------------------------------------------------------
+
+
+def test_an_object_that_the_model_does_not_claim_makes_room_for_the_next(tmp_path):
+    model = Claims(lambda question, image: "a bench" in question)
+    row = make_row(tmp_path, objects=[TREE, BENCH, DOG, MAN])
+    (outcome,) = run(pipeline(model, hard_negative=True), row)
+    assert made_row(outcome)["critical_object"] == "bench"
+    assert outcome.notes["asked"] == [
+        {"label": "man", "claimed": False},
+        {"label": "dog", "claimed": False},
+        {"label": "bench", "claimed": True},
+    ]
+    assert [[question for question, *_ in call] for call in model.asked] == [
+        ["Is there a man in the image? Answer yes or no."],
+        ["Is there a dog in the image? Answer yes or no."],
+        ["Is there a bench in the image? Answer yes or no."],
+    ]
+
+
+def test_the_model_sees_the_last_item_of_the_list_and_answers_greedily(tmp_path):
+    model = Claims(lambda question, image: True)
+    row = make_row(tmp_path, objects=[DOG])
+    run(pipeline(model, hard_negative=True, visual_prompt=False), row)
+    ((_, image, sampling),) = model.asked[0]
+    expected = masked_image_list(load_image(row.images[0]), DOG["box"], 2, visual_prompt=False)[-1]
+    assert (np.asarray(image) == np.asarray(expected)).all()
+    assert sampling.temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (False, "no hard negative"),
+        ("I cannot tell.", "no hard negative"),
+        ("a dog", "no hard negative"),
+        (Failure("the server is gone"), "no answer"),
+    ],
+)
+def test_no_hard_negative(tmp_path, answer, kind):
+    rows = [make_row(tmp_path, name, objects=[DOG, MAN]) for name in "ab"]
+    model = Claims(lambda question, image: answer)
+    first, second = run(pipeline(model, hard_negative=True), *rows)
+    assert first.kind == second.kind == kind
+    assert first.reason == second.reason
+    if kind == "no answer":
+        assert first.reason == "the question about the hidden 'man': the server is gone"
+    else:
+        assert first.reason == "the model does not claim what is hidden (man, dog)."
+        assert [len(call) for call in model.asked] == [2, 2]  # both rows in one call
+
+
+def test_the_question_can_be_another(tmp_path):
+    model = Claims(lambda question, image: True)
+    row = make_row(tmp_path, objects=[{"label": "umbrella", "box": [0, 0, 20, 20]}])
+    run(pipeline(model, hard_negative=True, presence_question="{Look} Is there {object}?"), row)
+    assert model.asked[0][0][0] == "{Look} Is there an umbrella?"
+
+
+# --- the visibility check -----------------------------------------------------------------------------------------
+
+
+def test_claims_fall_as_the_object_is_hidden(tmp_path):
+    def says(question, image):  # the dog is white: the share of the box that is black
+        x0, y0, x1, y1 = DOG["box"] if "dog" in question else MAN["box"]
+        dark = (np.asarray(image)[y0:y1, x0:x1] == 0).all(-1).mean()
+        return bool(dark < (0.3 if "dog" in question else 0.8))
+
+    rows = [make_row(tmp_path, "a", objects=[DOG]), make_row(tmp_path, "b", objects=[MAN])]
+    made = pipeline(Claims(says), visibility_check=True, visual_prompt=False)
+    outcomes = run(made, *rows)
+    assert outcomes[0].notes["claimed_at"] == [True, True, False, False, False]
+    assert outcomes[1].notes["claimed_at"] == [True, True, True, True, False]
+    assert made.summarize(outcomes)["claimed_at"] == [1.0, 1.0, 0.5, 0.5, 0.0]
+
+
+def test_an_answer_that_fails_is_left_out_of_the_share(tmp_path):
+    answers = iter([True, Failure("cut off"), True, False, False, True, True, True, True, False])
+    made = pipeline(Claims(lambda question, image: next(answers)), visibility_check=True)
+    outcomes = run(made, *(make_row(tmp_path, name, objects=[DOG]) for name in "ab"))
+    assert outcomes[0].notes["claimed_at"] == [True, None, True, False, False]
+    assert made.summarize(outcomes)["claimed_at"] == [1.0, 1.0, 1.0, 0.5, 0.0]
+
+
+# --- real models --------------------------------------------------------------------------------------------------
+
+
+def test_a_detector_and_a_mask_model_by_name(tmp_path, scenes):
+    settings = {
+        "boxes": "detector",
+        "detector": save("owlv2", tmp_path / "owl"),
+        "mask_model": save("sam2", tmp_path / "sam"),
+        "output_dir": str(tmp_path / "run"),
+        "device": "cpu",
+        "box_threshold": 0.0,
+        "num_images": 3,
+    }
+    outcomes = run(pipeline(**settings), *scenes[:4])
+    for scene, outcome in zip(scenes, outcomes):
+        row = made_row(outcome)
+        assert row["box_source"] == "detector" and 0 < row["box_score"] <= 1
+        assert row["critical_object"] in [thing["label"] for thing in scene.example["objects"]]
+        read = read_row(row, image_list=True)
+        assert read.image_list == row["image_list"] and len(read.image_list) == 3
+        assert read.image_list[0] == scene.images[0]
+        items = [np.asarray(load_image(path)) for path in read.image_list]
+        x0, y0, x1, y1 = row["critical_box"]
+        last = (items[2] != items[0]).any(-1)
+        black = last & (items[2] == 0).all(-1)
+        assert black[y0:y1, x0:x1].any() and not black[:, :x0].any() and not black[:y0].any()
+        assert not black[:, x1:].any() and not black[y1:].any()
+    assert outcomes == run(pipeline(**settings), *scenes[:4])
+    assert outcomes[1:2] == run(pipeline(**settings), scenes[1])
+
+
+def test_an_empty_mask_makes_room_for_the_next(tmp_path):
+    class Empty:
+        def masks(self, images, boxes):
+            return [np.full((image.height, image.width), box == tuple(full)) for image, box in zip(images, boxes)]
+
+    made = pipeline(mask_model="none", output_dir=str(tmp_path / "run"))
+    made.hiding.segmenter, full = Empty(), DOG["box"]
+    (outcome,) = run(made, make_row(tmp_path, objects=[MAN, DOG]))
+    assert made_row(outcome)["critical_object"] == "dog"
+    (outcome,) = run(made, make_row(tmp_path, objects=[MAN]))
+    assert (outcome.kind, outcome.reason) == ("empty mask", "none finds no outline in the box of any object.")
+
+
+# --- around it ----------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_by_hand(tmp_path):
+    model = Claims(lambda question, image: "man" not in question)
+    made = pipeline(model, hard_negative=True)
+    rows = [
+        make_row(tmp_path, "a", objects=[MAN, DOG]),
+        make_row(tmp_path, "b", objects=[MAN]),
+        make_row(tmp_path, "c", objects=[DOG, {"label": "dog", "box": [40, 40, 50, 50]}]),
+        make_row(tmp_path, "d", objects=[{"label": "cup", "box": [0, 0, 28, 14]}]),
+        make_row(tmp_path, "e", objects=[]),
+    ]
+    figures = made.summarize(iter(run(made, *rows)))
+    assert figures == {
+        "named_in": {"objects_column": 0, "first sentence": 2, "question": 0, "rest": 0, "any": 1},
+        "box_area_mean": pytest.approx((400 + 400 + 392) / 3 / 56**2),
+        "box_score_mean": None,
+        "several_instances": pytest.approx(1 / 3),
+        "labels": {"dog": 2, "cup": 1},
+        "hard_negatives": {"asked": 5, "claimed": 0.6, "inputs": 0.75},
+    }
+    assert list(figures["labels"]) == ["dog", "cup"]
+
+
+def test_a_summary_of_nothing(tmp_path):
+    made = pipeline(Claims(None), hard_negative=True, visibility_check=True)
+    figures = made.summarize(run(made, make_row(tmp_path, objects=[])))
+    assert figures["box_area_mean"] is None and figures["labels"] == {} and figures["claimed_at"] == []
+    assert figures["hard_negatives"] == {"asked": 0, "claimed": None, "inputs": None}
+
+
+def test_scores_in_the_summary(tmp_path):
+    detector = Fixed(Detection("dog", (5, 5, 25, 25), 0.6), Detection("bench", (20, 20, 54, 54), 0.9))
+    made = pipeline(finds=detector)
+    rows = [make_row(tmp_path, "a"), make_row(tmp_path, "b", chosen="A bench.")]
+    assert made.summarize(run(made, *rows))["box_score_mean"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": []}, "0 images and 0 videos"),
+        ({"images": ["a.png", "b.png"]}, "2 images and 0 videos"),
+        ({"rejected": None}, "has no `rejected`"),
+        ({"rejected": message("assistant", CHOSEN)}, "identical"),
+        ({"prompt": message("user", "no placeholder", "<image>", "<image>")}, "2 image placeholder"),
+        ({"objects": None}, "no `objects`"),
+    ],
+)
+def test_inputs_that_cannot_be_used(tmp_path, change, message):
+    row = make_row(tmp_path, objects=[DOG])
+    example = {key: value for key, value in (row.example | change).items() if value is not None}
+    with pytest.raises(InputError, match=message):
+        pipeline().check(InputRow("a", example, images=tuple(example["images"])))
+
+
+def test_what_a_dry_run_shows(tmp_path):
+    row = make_row(tmp_path, objects=[DOG])
+    media = load_media(row, VideoOptions())
+    ((title, request),) = pipeline(hard_negative=True, num_images=3).preview(row, media)
+    assert title == "critical object: dog (first sentence), box [5, 5, 25, 25]"
+    assert len(request.media.images) == 3 == sum(part["type"] == "image" for part in request.messages[0]["content"])
+    x0, y0, x1, y1 = hidden_box(DOG["box"], (56, 56), 2, 3)
+    assert (np.asarray(request.media.images[2])[y0:y1, x0:x1] == 0).all()
+    found = pipeline(boxes="detector", hard_negative=True).preview(row, media)  # no detector is loaded
+    assert [title for title, _ in found] == [
+        "IDEA-Research/grounding-dino-tiny looks for",
+        "about an object, hidden with its box",
+    ]
+    texts = [request.messages[0]["content"][-1]["text"] for _, request in found]
+    assert texts == [
+        "man (first sentence), dog (first sentence), bench (question), tree (rest)",
+        "Is there <the object> in the image? Answer yes or no.",
+    ]
+    with pytest.raises(InputError, match="the text names man"):
+        pipeline().preview(make_row(tmp_path, objects=[]), media)
+
+
+@pytest.mark.parametrize(("hard_negative", "visibility_check"), [(False, False), (True, False), (False, True)])
+def test_a_model_is_needed_only_for_questions(hard_negative, visibility_check):
+    config = LPOIGenerateConfig(hard_negative=hard_negative, visibility_check=visibility_check)
+    assert LPOIPipeline.needs_model(config) is (hard_negative or visibility_check)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"boxes": "file"},
+        {"instances": "all"},
+        {"num_images": 1},
+        {"max_candidates": 0},
+        {"min_box_area": 0.9, "max_box_area": 0.5},
+        {"max_box_area": 1.5},
+        {"box_threshold": 1.0},
+        {"presence_question": "Is it there?"},
+    ],
+)
+def test_settings_that_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        LPOIGenerateConfig(**settings)

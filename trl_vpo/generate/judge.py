@@ -1,0 +1,229 @@
+"""The judge of open-ended answers, a language model behind an endpoint, in two steps (arXiv 2504.12083, section 3.1).
+
+First it names the key differences between the model's answer and the ground truth, in objects, actions and
+attributes; then it rewrites the ground truth with these mistakes, so that both texts stay aligned word for word. It
+sees texts only. The prompts are ours. Replies are JSON: thoughts, prose and code fences around it are allowed,
+anything else that is no such JSON is asked for once more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from trl_vpo.data.phrases import Span, split_words, word_diff
+from trl_vpo.generate.answers import same_words
+from trl_vpo.generate.base import AnsweringModel, Failure, Request, Sampling
+from trl_vpo.generate.reading import without_thoughts
+
+KINDS = ("object", "action", "attribute")
+DIFFERENCES_PROMPT = """\
+Compare an answer to a question about a video or an image with the ground truth.
+
+Question: {question}
+Ground truth: {truth}
+Answer: {answer}
+
+A key difference is an object, an action or an attribute (colour, number, place, order, direction, ...) that the \
+answer states in contradiction to the ground truth. What the answer leaves out or adds without contradicting the \
+ground truth, and another wording, is no key difference.
+
+Reply with one JSON object and nothing else:
+{{"correct": true or false, "differences": [{{"kind": "object" or "action" or "attribute", "truth": "words of the \
+ground truth", "answer": "words of the answer"}}]}}
+An answer is correct if it has no key difference; the list is then empty."""
+REWRITE_PROMPT = """\
+Put the mistakes of a wrong answer into the ground truth.
+
+Question: {question}
+Ground truth: {truth}
+Wrong answer: {answer}
+Mistakes:
+{differences}
+
+Copy the ground truth word for word, and replace only the words that a mistake concerns. Keep length, order, wording \
+and style of everything else.
+
+Reply with one JSON object and nothing else:
+{{"rewritten": "the ground truth with the mistakes"}}"""
+RETRY = "\n\nAn earlier reply could not be used: {why}. Reply with the JSON object only."
+
+
+class JudgeError(ValueError):
+    """A reply that cannot be used. The message says why, as the judge is told when it is asked again."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One mistake: `kind` is one of `KINDS`, `truth` and `answer` are what the two texts say."""
+
+    kind: str
+    truth: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the judge says of an answer; without differences, nothing is wrong with it that could be trained on."""
+
+    correct: bool
+    differences: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question to the judge.
+
+    Attributes:
+        prompt: its text.
+        seeds: of the first request and of the second, if there has to be one.
+        read: reply -> what it says; raises JudgeError.
+    """
+
+    prompt: str
+    seeds: tuple[int, int]
+    read: Callable[[str], Any]
+
+
+def request(prompt: str, seed: int) -> Request:
+    return Request([{"role": "user", "content": [{"type": "text", "text": prompt}]}], seed=seed)
+
+
+def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling) -> list[Any]:
+    """What the judge says to each question, or a `Failure` where neither reply could be used.
+
+    The second request says what was wrong with the first reply, and has another seed.
+    """
+    said: list[Any] = [None] * len(questions)
+    todo, prompts = list(range(len(questions))), [question.prompt for question in questions]
+    for attempt in range(2):
+        if not todo:
+            break
+        replies = judge.answer([request(prompts[i], questions[i].seeds[attempt]) for i in todo], sampling)
+        for i, reply in zip(todo, replies, strict=True):
+            said[i] = _read(questions[i], reply)
+            if isinstance(said[i], Failure):
+                prompts[i] = questions[i].prompt + RETRY.format(why=said[i].reason)
+        todo = [i for i in todo if isinstance(said[i], Failure)]
+    return said
+
+
+def _read(question: Question, reply: str | Failure) -> Any:
+    if isinstance(reply, Failure):
+        return reply
+    try:
+        return question.read(reply)
+    except JudgeError as error:
+        return Failure(str(error))
+
+
+def check_template(name: str, template: str, expected: set[str]) -> None:
+    """Raises ValueError unless the template holds these placeholders and no others."""
+    try:
+        found = {key for _, key, _, _ in Formatter().parse(template) if key is not None}
+    except ValueError as error:
+        raise ValueError(f"{name} is no template ({error}): write {{{{ and }}}} for braces.") from error
+    if found != expected:
+        names = ", ".join(f"{{{key}}}" for key in sorted(expected))
+        raise ValueError(f"{name} has the placeholders {sorted(found)}: use {names}, and {{{{ and }}}} for braces.")
+
+
+# --- replies ----------------------------------------------------------------------------------------------------
+
+
+def read_judgement(reply: str) -> Judgement:
+    """The reply to `DIFFERENCES_PROMPT`.
+
+    Raises:
+        JudgeError: no JSON object of the form asked for, or two different ones, or one that contradicts itself.
+    """
+    found = _only_object(reply, _judgement)
+    if found.correct and found.differences:
+        raise JudgeError("it calls the answer correct and lists differences")
+    return found
+
+
+def read_rewrite(reply: str, truth: str, max_changed: float) -> str:
+    """The reply to `REWRITE_PROMPT`, as far as it is the ground truth with other words in it.
+
+    Args:
+        truth: the ground truth.
+        max_changed: largest share of words, of either text, that may differ.
+
+    Raises:
+        JudgeError: no JSON object of the form asked for, a text that says the same as the ground truth, or one that
+            is not aligned with it.
+    """
+    rewritten = _only_object(reply, _rewritten)
+    if same_words(rewritten, truth):
+        raise JudgeError("the rewritten text says the same as the ground truth")
+    changed = max(changed_share(text, spans) for text, spans in zip((truth, rewritten), word_diff(truth, rewritten)))
+    if changed > max_changed:
+        raise JudgeError(
+            f"the rewritten text is not aligned with the ground truth: {changed:.0%} of the words differ, and at most "
+            f"{max_changed:.0%} may"
+        )
+    return rewritten
+
+
+def changed_share(text: str, phrases: Sequence[Span]) -> float:
+    """The share of a text's words that lie in phrases; words and phrases as in `trl_vpo.data.phrases`."""
+    spans = split_words(text)
+    inside = [any(start < last and first < end for start, end in phrases) for first, last in spans]
+    return sum(inside) / max(1, len(spans))
+
+
+def show_differences(differences: Sequence[Difference]) -> str:
+    """The differences as a list for `REWRITE_PROMPT`, one a line."""
+    return "\n".join(f'- {d.kind}: "{d.answer}" instead of "{d.truth}"' for d in differences)
+
+
+_DECODER = json.JSONDecoder(strict=False)  # not strict: texts may hold line breaks as they are
+
+
+def _only_object(reply: str, read: Callable[[dict], Any]) -> Any:
+    """What `read` makes of the only JSON object in a reply that it accepts.
+
+    Objects are looked for at every brace that does not lie inside one already found. One that is repeated word for
+    word counts once.
+    """
+    text, at, found, faults = without_thoughts(reply), 0, [], []
+    while (at := text.find("{", at)) >= 0:
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+            value = read(value)
+        except JudgeError as error:
+            faults.append(str(error))
+        except (ValueError, RecursionError) as error:
+            faults.append(f"the JSON is not valid ({error})")
+            at += 1
+        else:
+            found += [value] if value not in found else []
+    if len(found) != 1:
+        several = f"there are {len(found)} different JSON objects in it"
+        raise JudgeError(several if found else [*faults, "there is no JSON object in it"][0])
+    return found[0]
+
+
+def _judgement(value: dict) -> Judgement:
+    correct, listed = value.get("correct"), value.get("differences")
+    if not isinstance(correct, bool) or not isinstance(listed, list):
+        raise JudgeError('"correct" has to be true or false and "differences" a list')
+    return Judgement(correct, tuple(_difference(item) for item in listed))
+
+
+def _difference(item: Any) -> Difference:
+    values = [item.get(key) for key in ("kind", "truth", "answer")] if isinstance(item, dict) else [None]
+    if not all(isinstance(value, str) for value in values) or values[0].strip().lower() not in KINDS:
+        raise JudgeError(f'a difference has to have "kind" ({", ".join(KINDS)}), "truth" and "answer", all texts')
+    return Difference(values[0].strip().lower(), values[1].strip(), values[2].strip())
+
+
+def _rewritten(value: dict) -> str:
+    text = value.get("rewritten")
+    if not isinstance(text, str) or not text.strip():
+        raise JudgeError('"rewritten" has to be a text that is not empty')
+    return text.strip()

@@ -1,0 +1,235 @@
+"""LPOI's critical objects (Pesaran Zadeh et al., ACL 2025, arXiv 2505.21061): ordinary preference pairs of one image.
+
+The critical object is the first thing that the text names and that has a usable box: noun phrases of the chosen
+response's first sentence, then of the question, then of the rest of the chosen response; else any detection. The row
+goes on unchanged with the box, from which training draws the list of images (`trl_vpo.data.masking`).
+
+Published: Grounding DINO tiny, the order above, the check for hard negatives. Ours: the noun phrases by rules
+(`nouns`), the limits on a box's size, the names of "any detection" (`fallback_labels`), the wording of the question,
+known boxes in the place of a detector, and masks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from trl_vpo.data.images import load_image
+from trl_vpo.data.masking import masked_image_list
+from trl_vpo.data.rows import RowError, read_row
+from trl_vpo.generate.base import InputError, InputRow, Media, Outcome, Pipeline, Request
+from trl_vpo.generate.boxes import area_share
+from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.generate.critical import Finder
+from trl_vpo.generate.hidden import Case, Hiding, request
+
+# Looked for where the text names nothing that is found.
+FALLBACK_LABELS = (
+    "person animal bird cat dog horse cow sheep car bus truck train bicycle motorcycle boat airplane chair table bed "
+    "couch lamp food fruit plate cup bottle book phone computer screen hat bag umbrella toy building sign tree flower"
+)
+WHERE = ("objects_column", "first sentence", "question", "rest", "any")
+TOP_LABELS = 20
+REPLACED = {"id", "image", "images", "image_list", "critical_box"}  # columns of the input that the row has anew
+
+
+@dataclass
+class LPOIGenerateConfig(GenerateConfig):
+    """Settings of LPOI's pipeline. No model is needed unless `hard_negative` or `visibility_check` is on.
+
+    Parameters:
+        boxes (`str`, defaults to "detector"): or "annotations", from the column `annotations_column`.
+        objects_column (`str`, *optional*): a column with each row's own candidates, names in the order of preference;
+            in the place of noun phrases.
+        box_threshold (`float`, *optional*): least score of a detection; None: the detector's own (`detectors`).
+        min_box_area, max_box_area (`float`): shares of the image that a critical box covers at least and at most.
+        instances (`str`, defaults to "best"): of several boxes of one object take the best, as published, or the
+            "union" of them, so that all of them are hidden. The summary says how often there are several.
+        mask_model (`str`, *optional*): a SAM 2; the rows then have an `image_list` of `num_images` files, in which
+            only the object's outline is hidden.
+        hard_negative (`bool`): keep an object only if the model still claims it where it is hidden.
+        visibility_check (`bool`): ask about the object at each place of the list and report the answers.
+        num_images, visual_prompt: of the list for masks and questions; as in training.
+    """
+
+    boxes: str = field(
+        default="detector", metadata={"help": "Where boxes come from.", "choices": ["detector", "annotations"]}
+    )
+    detector: str = field(
+        default="IDEA-Research/grounding-dino-tiny", metadata={"help": "Grounding DINO, MM Grounding DINO or OWLv2."}
+    )
+    detector_revision: str = field(default="main", metadata={"help": "Revision of the detector."})
+    detector_dtype: str = field(default="float32", metadata={"help": "Dtype of the detector and the mask model."})
+    box_threshold: float | None = field(default=None, metadata={"help": "Least score. Default: the detector's own."})
+    annotations_column: str = field(default="objects", metadata={"help": "Column of the known boxes."})
+    categories: list[str] | None = field(
+        default=None, metadata={"help": "Names of the annotations' category numbers, from 0."}
+    )
+    objects_column: str | None = field(default=None, metadata={"help": "Column with a row's own candidates."})
+    max_candidates: int = field(default=40, metadata={"help": "Look for this many names of a row at most."})
+    fallback_labels: list[str] = field(
+        default_factory=FALLBACK_LABELS.split,
+        metadata={"help": "Names to look for where no candidate is found. Empty: reject the row."},
+    )
+    min_box_area: float = field(default=0.005, metadata={"help": "Least share of the image that a box covers."})
+    max_box_area: float = field(default=0.9, metadata={"help": "Largest share of the image that a box covers."})
+    instances: str = field(
+        default="best", metadata={"help": "Of several boxes of one object.", "choices": ["best", "union"]}
+    )
+    mask_model: str | None = field(default=None, metadata={"help": "SAM 2 that turns boxes into outlines."})
+    mask_model_revision: str = field(default="main", metadata={"help": "Revision of the mask model."})
+    num_images: int = field(default=5, metadata={"help": "Length of the image list."})
+    visual_prompt: bool = field(default=True, metadata={"help": "Draw a red ellipse around the hidden part."})
+    hard_negative: bool = field(default=False, metadata={"help": "The model must claim the hidden object."})
+    visibility_check: bool = field(default=False, metadata={"help": "Ask about the object at each place of the list."})
+    presence_question: str = field(
+        default="Is there {object} in the image? Answer yes or no.",
+        metadata={"help": "What the model is asked; {object} is the object with its article."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("boxes", ("detector", "annotations")), ("instances", ("best", "union"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(allowed)}.")
+        for name, least in (("num_images", 2), ("max_candidates", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a whole number of at least {least}.")
+        if not 0 <= self.min_box_area < self.max_box_area <= 1:
+            raise ValueError(
+                f"min_box_area {self.min_box_area} and max_box_area {self.max_box_area}: give shares from 0 to 1, the "
+                "first the smaller one."
+            )
+        if self.box_threshold is not None and not 0 <= self.box_threshold < 1:
+            raise ValueError(f"box_threshold is {self.box_threshold}: give at least 0 and below 1.")
+        if self.presence_question.count("{object}") != 1:
+            raise ValueError(f"presence_question is {self.presence_question!r}: let it hold {{object}} once.")
+
+
+class LPOIPipeline(Pipeline):
+    """A pair with one image -> the same row with a critical object.
+
+    Further columns: `critical_box` [x0, y0, x1, y1] in pixels of the image, `critical_object`, `box_source` (detector
+    or annotation), `box_score` (None for an annotation); with a mask model, `image_list` too.
+    """
+
+    name = "lpoi"
+    config: LPOIGenerateConfig
+
+    def __init__(self, config, model, judge=None, generated_by=None):
+        super().__init__(config, model, judge, generated_by)
+        self.finder = Finder(config)
+        self.hiding = Hiding(config, model)
+
+    @classmethod
+    def needs_model(cls, config: LPOIGenerateConfig) -> bool:
+        return config.hard_negative or config.visibility_check
+
+    def check(self, row: InputRow) -> None:
+        if len(row.images) != 1 or row.videos:
+            raise InputError(
+                f"the row has {len(row.images)} images and {len(row.videos)} videos: LPOI takes one image."
+            )
+        try:
+            read_row(row.example)
+        except RowError as error:
+            raise InputError(str(error)) from error
+        column = self.config.annotations_column
+        if self.config.boxes == "annotations" and row.example.get(column) is None:
+            raise InputError(f"the row has no `{column}`, where its boxes should be (annotations_column).")
+        self.finder.candidates(row)
+
+    def preview(self, row: InputRow, media: Media) -> list[tuple[str, Request]]:
+        question = self.config.presence_question.replace("{object}", "<the object>")
+        if self.config.boxes == "annotations":
+            (case,) = self._open([(row, media)])
+            if case.reason:
+                raise InputError(case.reason)
+            choice = case.choices[0]
+            shown = masked_image_list(
+                case.image, choice.box, self.config.num_images, visual_prompt=self.config.visual_prompt
+            )
+            title = f"critical object: {choice.label} ({choice.where}), box {list(choice.box)}"
+            text = self.hiding.question(choice) if self.needs_model(self.config) else "(no model is asked)"
+            return [(title, request(shown, text))]
+        named = self.finder.candidates(row)
+        names = ", ".join(f"{candidate.text} ({candidate.where})" for candidate in named) or "(no candidates)"
+        requests = [(f"{self.config.detector} looks for", request(media.images, names))]
+        if self.needs_model(self.config):
+            requests.append(("about an object, hidden with its box", request(media.images, question)))
+        return requests
+
+    def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
+        cases = self._open(batch)
+        self.hiding.settle([case for case in cases if not case.reason])
+        if self.config.visibility_check:
+            self.hiding.look([case for case in cases if not case.reason])
+        return [self._outcome(case) for case in cases]
+
+    def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+        """Where the objects were named, their boxes and labels; where they were asked about, what the model claimed.
+
+        `hard_negatives`: `asked` objects, the share of them `claimed` though hidden, and the share of the `inputs`
+        asked about that had one. `claimed_at`: the share of rows whose object is claimed at each place of the list,
+        most visible first.
+        """
+        notes = [(outcome.notes, bool(outcome.rows)) for outcome in outcomes]
+        kept = [note for note, made in notes if made]
+        labels = Counter(note["label"] for note in kept)
+        figures: dict[str, Any] = {
+            "named_in": {where: sum(note["where"] == where for note in kept) for where in WHERE},
+            "box_area_mean": _mean([note["area"] for note in kept]),
+            "box_score_mean": _mean([note["score"] for note in kept if note["score"] is not None]),
+            "several_instances": _mean([note["instances"] > 1 for note in kept]),
+            "labels": dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:TOP_LABELS]),
+        }
+        if self.config.hard_negative:
+            asked = [note["asked"] for note, _ in notes if note.get("asked")]
+            claims = [item["claimed"] for items in asked for item in items]
+            inputs = [any(item["claimed"] for item in items) for items in asked]
+            figures["hard_negatives"] = {"asked": len(claims), "claimed": _mean(claims), "inputs": _mean(inputs)}
+        if self.config.visibility_check:
+            places = zip(*(note["claimed_at"] for note in kept))
+            figures["claimed_at"] = [_mean([claim for claim in place if claim is not None]) for place in places]
+        return figures
+
+    def _open(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Case]:
+        rows = [row for row, _ in batch]
+        images = [load_image(row.images[0]) if self.config.max_pixels else media.images[0] for row, media in batch]
+        found = self.finder.find(rows, images)
+        return [Case(row, image, f.choices, f.kind, f.reason) for row, image, f in zip(rows, images, found)]
+
+    def _outcome(self, case: Case) -> Outcome:
+        notes: dict[str, Any] = {"asked": case.asked} if case.asked else {}
+        if case.reason:
+            return Outcome(case.row.id, reason=case.reason, kind=case.kind, notes=notes)
+        choice = case.choice
+        notes |= {"label": choice.label, "where": choice.where, "score": choice.score, "instances": choice.instances}
+        notes |= {"area": area_share(choice.box, case.image.size)}
+        notes |= {"claimed_at": case.claimed_at} if self.config.visibility_check else {}
+        kept = {key: value for key, value in case.row.example.items() if key not in REPLACED}
+        row = {
+            "id": case.row.id,
+            **kept,
+            **case.row.media_columns(),
+            "critical_box": list(choice.box),
+            "critical_object": choice.label,
+            "box_source": "annotation" if self.config.boxes == "annotations" else "detector",
+            "box_score": choice.score,
+            "generated_by": self.generated_by,
+        }
+        if self.config.mask_model:
+            from trl_vpo.generate.inputs import portable
+
+            folder = Path(self.config.output_dir).absolute() / "media"
+            hidden = [portable(image, folder) for image in case.images[1:]]
+            row["image_list"] = [*case.row.images, *hidden]
+        return Outcome(case.row.id, rows=(row,), notes=notes)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

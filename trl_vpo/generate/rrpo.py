@@ -1,0 +1,270 @@
+"""RRPO's self-alignment data (Sarkar & Etemad, NeurIPS 2025, arXiv 2504.12083): videos or images with questions.
+
+The model answers on perturbed media (`perturb.py`). Where its answer is wrong, the ground truth is chosen and the
+wrong answer rejected; the phrases are what differs between them. Multiple choice, yes/no and short answers are checked
+by rules (`choices.py`, `answers.py`). Open-ended ones are checked by a judge, which then rewrites the ground truth
+with the model's mistakes (`judge.py`). The training row has the plain question and the untouched media.
+
+Ours, not the paper's: all prompts; several attempts; rejected answers to multiple-choice and yes/no questions in the
+form of the ground truth; the limit on how much a rewrite may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+from trl_vpo.data.phrases import PhraseError, phrase_spans
+from trl_vpo.generate.answers import RIGHT, UNDECIDED, WRONG
+from trl_vpo.generate.base import (
+    Failure,
+    InputError,
+    InputRow,
+    Media,
+    Outcome,
+    Pipeline,
+    Request,
+    stream_seed,
+    training_row,
+)
+from trl_vpo.generate.judge import (
+    Difference,
+    Question,
+    ask,
+    changed_share,
+    read_judgement,
+    read_rewrite,
+    request,
+    show_differences,
+)
+from trl_vpo.generate.perturb import effective_mode, perturb
+from trl_vpo.generate.reading import without_thoughts
+from trl_vpo.generate.rrpo_config import RRPOGenerateConfig
+from trl_vpo.generate.rrpo_figures import figures
+from trl_vpo.generate.tasks import Task, read_task
+
+__all__ = ["RRPOGenerateConfig", "RRPOPipeline"]
+
+FAILED = "failed"  # an attempt without an answer, or that the judge could not check
+
+
+@dataclass
+class _Try:
+    """One perturbation and what the model made of it."""
+
+    mode: str
+    seed: int
+    answer: str = ""
+    result: str = FAILED
+    parsed: str | None = None
+    kind: str = ""  # why no row came of it, for counting
+    why: str = ""  # the same in words
+    differences: tuple[Difference, ...] = ()
+
+
+@dataclass
+class _Work:
+    """One input on its way. `stop` is (kind, reason) as soon as it is known that there will be no row."""
+
+    row: InputRow
+    media: Media
+    task: Task
+    tries: list[_Try] = field(default_factory=list)
+    rejected: str | None = None
+    stop: tuple[str, str] | None = None
+
+    @property
+    def wrong(self) -> bool:
+        return bool(self.tries) and self.tries[-1].result == WRONG
+
+
+class RRPOPipeline(Pipeline):
+    """Video or images, `question` and `answer` (the ground truth), perhaps `options` and `answer_kind` -> one pair.
+
+    Further columns of a row: `chosen_phrases` and `rejected_phrases`; `answer_kind` (choice, yes_no, short or open);
+    `model_answer`, the wrong answer as the model gave it; `perturbation`, {"mode", "seed"}: with the settings of the
+    run, `perturb` makes the same media again.
+    """
+
+    name = "rrpo"
+    config: RRPOGenerateConfig
+
+    def check(self, row: InputRow) -> None:
+        read_task(row.example, self.config.short_words)
+        if not row.images and not row.videos:
+            raise InputError("the row has neither a video nor an image: RRPO needs media that it can perturb.")
+        if not row.videos and "mask" not in self.config.perturbation:
+            raise InputError(
+                f"the row has images only, and perturbation is {self.config.perturbation}: images cannot be shuffled, "
+                "use a perturbation with mask."
+            )
+
+    def preview(self, row: InputRow, media: Media) -> list[tuple[str, Request]]:
+        work = _Work(row, media, read_task(row.example, self.config.short_words))
+        steps = [(f"{work.task.kind} question on perturbed media", self._request(work, self._next_try(work)))]
+        if not self._judged(work):
+            return steps
+        if self.judge is None and not self.config.judge_url:
+            return [(f"{steps[0][0]}; left out: an open-ended answer needs a judge", steps[0][1])]
+        values = {"question": work.task.question, "truth": work.task.answer, "answer": "<the model's answer>"}
+        prompts = {
+            "the judge: key differences": self.config.differences_prompt.format(**values),
+            "the judge: rewrite": self.config.rewrite_prompt.format(**values, differences="<the differences>"),
+        }
+        return steps + [(title, request(text, self._seed(work, title))) for title, text in prompts.items()]
+
+    def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
+        works = [_Work(row, media, read_task(row.example, self.config.short_words)) for row, media in batch]
+        for work in works:
+            self._begin(work)
+        for _ in range(self.config.attempts):
+            self._attempt([work for work in works if not work.stop and not work.wrong])
+        wrong = [work for work in works if work.wrong]
+        self._rewrite([work for work in wrong if self._judged(work)])
+        for work in wrong:
+            if not self._judged(work):
+                self._reject_in_form(work)
+        return [self._outcome(work) for work in works]
+
+    def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+        return figures(outcomes)
+
+    # --- the model's answers ------------------------------------------------------------------------------------
+
+    def _judged(self, work: _Work) -> bool:
+        return work.task.kind == "open" and self.config.open_check == "judge"
+
+    def _seed(self, work: _Work, purpose: str) -> int:
+        return stream_seed(self.config.seed, work.row.id, purpose)
+
+    def _begin(self, work: _Work) -> None:
+        if self._judged(work) and self.judge is None:
+            work.stop = (
+                "open-ended without a judge",
+                f"the answer {work.task.answer!r} is open-ended, and there is no judge: set judge_url and "
+                "judge_model, or open_check exact where answers have a fixed form.",
+            )
+            return
+        try:
+            effective_mode(work.media, self.config.perturb_settings())
+        except InputError as error:
+            work.stop = ("nothing to perturb", str(error))
+
+    def _next_try(self, work: _Work) -> _Try:
+        mode = effective_mode(work.media, self.config.perturb_settings())
+        return _Try(mode, self._seed(work, f"perturb {len(work.tries)}"))
+
+    def _request(self, work: _Work, attempt: _Try) -> Request:
+        suffix = getattr(self.config, f"{work.task.kind}_prompt_suffix")
+        text = f"{work.task.question}\n{suffix}" if suffix else work.task.question
+        media = perturb(work.media, attempt.seed, self.config.perturb_settings())
+        return Request([work.row.user_message(text)], media, self._seed(work, f"answer {len(work.tries)}"))
+
+    def _attempt(self, works: list[_Work]) -> None:
+        """One more perturbation for each: the model answers, and the rules or the judge check."""
+        if not works:
+            return
+        tries = [self._next_try(work) for work in works]
+        requests = [self._request(work, attempt) for work, attempt in zip(works, tries)]
+        answers = self.model.answer(requests, self.config.sampling())
+        for work, attempt, answer in zip(works, tries, answers, strict=True):
+            work.tries.append(attempt)
+            if isinstance(answer, Failure):
+                attempt.kind, attempt.why = "no answer", f"no answer ({answer.reason})"
+                continue
+            attempt.answer = answer
+            if not self._judged(work):
+                verdict = work.task.check(answer)
+                attempt.result, attempt.parsed = verdict.result, verdict.parsed
+                attempt.kind = {RIGHT: "answered correctly", UNDECIDED: "undecided"}.get(verdict.result, "")
+                attempt.why = f"{answer!r} {verdict.why or 'is right'}"
+        self._judge([work for work in works if self._judged(work) and work.tries[-1].answer])
+
+    # --- the judge ----------------------------------------------------------------------------------------------
+
+    def _question(self, work: _Work, step: str, template: str, read, **values: str) -> Question:
+        answer = without_thoughts(work.tries[-1].answer)
+        prompt = template.format(question=work.task.question, truth=work.task.answer, answer=answer, **values)
+        seeds = tuple(self._seed(work, f"{step} {len(work.tries)} {number}") for number in range(2))
+        return Question(prompt, seeds, read)
+
+    def _judge(self, works: list[_Work]) -> None:
+        template = self.config.differences_prompt
+        questions = [self._question(work, "differences", template, read_judgement) for work in works]
+        judgements = ask(self.judge, questions, self.config.judge_sampling()) if works else []
+        for work, judgement in zip(works, judgements):
+            attempt = work.tries[-1]
+            if isinstance(judgement, Failure):
+                attempt.kind, attempt.why = "judge", f"the judge's reply is unusable: {judgement.reason}"
+            elif judgement.differences:
+                attempt.result, attempt.differences = WRONG, judgement.differences
+            else:
+                attempt.result, attempt.kind = RIGHT, "no key difference"
+                attempt.why = f"{attempt.answer!r} has no key difference"
+
+    def _rewrite(self, works: list[_Work]) -> None:
+        questions = [
+            self._question(
+                work,
+                "rewrite",
+                self.config.rewrite_prompt,
+                partial(read_rewrite, truth=work.task.answer, max_changed=self.config.max_changed),
+                differences=show_differences(work.tries[-1].differences),
+            )
+            for work in works
+        ]
+        for work, rewritten in zip(works, ask(self.judge, questions, self.config.judge_sampling()) if works else []):
+            if isinstance(rewritten, Failure):
+                work.stop = ("judge", f"the judge's rewrite is unusable: {rewritten.reason}.")
+            else:
+                work.rejected = rewritten
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+
+    def _reject_in_form(self, work: _Work) -> None:
+        """The wrong answer as it is trained on, checked once more."""
+        attempt = work.tries[-1]
+        work.rejected = work.task.rejected(attempt.answer, attempt.parsed)
+        verdict = work.task.check(work.rejected)
+        if verdict.result != WRONG:
+            why = verdict.why or "is right"
+            work.stop = ("undecided", f"{attempt.answer!r} is wrong, but in its trained form {work.rejected!r} {why}.")
+
+    def _outcome(self, work: _Work) -> Outcome:
+        notes: dict[str, Any] = {"answer_kind": work.task.kind, "tries": [[t.mode, t.result] for t in work.tries]}
+        stop = work.stop or (None if work.wrong else self._no_wrong_answer(work))
+        if stop:
+            return Outcome(work.row.id, reason=stop[1], kind=stop[0], notes=notes)
+        attempt = work.tries[-1]
+        try:
+            chosen, rejected, *phrases = phrase_spans(work.task.answer, work.rejected)
+        except PhraseError as error:
+            return Outcome(work.row.id, reason=str(error), kind="no phrase", notes=notes)
+        notes["changed"] = fmean(changed_share(text, spans) for text, spans in zip((chosen, rejected), phrases))
+        if attempt.differences:
+            notes["differences"] = [asdict(difference) for difference in attempt.differences]
+        else:
+            notes["rejected_wrong"] = work.task.check(rejected).result == WRONG
+        row = training_row(
+            work.row,
+            prompt=work.task.question,
+            chosen=chosen,
+            rejected=rejected,
+            generated_by=self.generated_by,
+            chosen_phrases=[list(span) for span in phrases[0]],
+            rejected_phrases=[list(span) for span in phrases[1]],
+            answer_kind=work.task.kind,
+            model_answer=attempt.answer,
+            perturbation={"mode": attempt.mode, "seed": attempt.seed},
+        )
+        return Outcome(work.row.id, (row,), notes=notes)
+
+    def _no_wrong_answer(self, work: _Work) -> tuple[str, str]:
+        """Why there is none: what came of each attempt, counted by the first of these kinds that occurred."""
+        kinds = {attempt.kind for attempt in work.tries}
+        order = ("judge", "undecided", "answered correctly", "no key difference", "no answer")
+        told = [f"attempt {n} ({t.mode}): {t.why}" for n, t in enumerate(work.tries, 1)]
+        return next(kind for kind in order if kind in kinds), "; ".join(told) + "."

@@ -1,0 +1,85 @@
+"""Settings of RRPO's generation pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl_vpo.generate.answers import SHORT_WORDS
+from trl_vpo.generate.base import Sampling
+from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.generate.judge import DIFFERENCES_PROMPT, REWRITE_PROMPT, check_template
+from trl_vpo.generate.perturb import MODES, PerturbSettings
+
+
+@dataclass
+class RRPOGenerateConfig(GenerateConfig):
+    """Settings of RRPO's pipeline.
+
+    Parameters:
+        perturbation (`str`, defaults to `"mask+local"`): what the model sees; images are only ever masked.
+        mask_area_min, mask_area_max (`float`, default to 0.25 and 0.5): share of the frame that is masked.
+        shuffle_window (`int`, defaults to 4): frames that change places with each other in local shuffling.
+        attempts (`int`, defaults to 1): perturbations tried until the model answers wrongly.
+        short_words (`int`, defaults to 4): an answer of at most so many words is a short one; a wrong one may have so
+            many words more than the ground truth.
+        open_check (`str`, defaults to `"judge"`): who checks open-ended answers. "exact": any other words than the
+            ground truth's are wrong, and rejected as they are; for answers in a fixed form.
+        max_changed (`float`, defaults to 0.6): largest share of words that the judge's rewrite may change.
+        choice_prompt_suffix, yes_no_prompt_suffix, short_prompt_suffix, open_prompt_suffix (`str`): what the model is
+            told below a question of that kind. Never trained on.
+        differences_prompt (`str`): the judge's first prompt, with `{question}`, `{truth}` and `{answer}` (the model's
+            answer).
+        rewrite_prompt (`str`): its second one, with `{differences}` too. Other braces are doubled.
+        judge_temperature, judge_max_new_tokens: sampling of the judge.
+    """
+
+    perturbation: str = field(
+        default="mask+local", metadata={"help": "How the media are perturbed.", "choices": list(MODES)}
+    )
+    mask_area_min: float = field(default=0.25, metadata={"help": "Smallest share of the frame that is masked."})
+    mask_area_max: float = field(default=0.5, metadata={"help": "Largest share of the frame that is masked."})
+    shuffle_window: int = field(default=4, metadata={"help": "Frames that local shuffling exchanges."})
+    attempts: int = field(default=1, metadata={"help": "Perturbations tried until an answer is wrong."})
+    short_words: int = field(default=SHORT_WORDS, metadata={"help": "Most words of a short answer."})
+    open_check: str = field(
+        default="judge", metadata={"help": "Who checks open-ended answers.", "choices": ["judge", "exact"]}
+    )
+    max_changed: float = field(default=0.6, metadata={"help": "Largest share of words that a rewrite may change."})
+    choice_prompt_suffix: str = field(
+        default="Answer with the letter of the right option.", metadata={"help": "Below a multiple-choice question."}
+    )
+    yes_no_prompt_suffix: str = field(default="Answer yes or no.", metadata={"help": "Below a yes/no question."})
+    short_prompt_suffix: str = field(
+        default="Answer with a word or a short phrase.", metadata={"help": "Below a question with a short answer."}
+    )
+    open_prompt_suffix: str = field(default="", metadata={"help": "Below an open-ended question."})
+    differences_prompt: str = field(
+        default=DIFFERENCES_PROMPT, metadata={"help": "Prompt with {question}, {truth} and {answer}."}
+    )
+    rewrite_prompt: str = field(
+        default=REWRITE_PROMPT, metadata={"help": "Prompt with {question}, {truth}, {answer} and {differences}."}
+    )
+    judge_temperature: float = field(default=0.0, metadata={"help": "Temperature of the judge."})
+    judge_max_new_tokens: int = field(default=1024, metadata={"help": "Longest reply of the judge, in tokens."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.perturb_settings()
+        for name in ("attempts", "short_words", "judge_max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a whole number of at least 1.")
+        if self.open_check not in ("judge", "exact"):
+            raise ValueError(f"open_check is {self.open_check!r}: give judge or exact.")
+        if not 0 < self.max_changed <= 1:
+            raise ValueError(f"max_changed is {self.max_changed}: give a share above 0 and up to 1.")
+        if self.judge_temperature < 0:
+            raise ValueError(f"judge_temperature is {self.judge_temperature}: give at least 0.")
+        texts = {"question", "truth", "answer"}
+        check_template("differences_prompt", self.differences_prompt, texts)
+        check_template("rewrite_prompt", self.rewrite_prompt, texts | {"differences"})
+
+    def perturb_settings(self) -> PerturbSettings:
+        return PerturbSettings(self.perturbation, (self.mask_area_min, self.mask_area_max), self.shuffle_window)
+
+    def judge_sampling(self) -> Sampling:
+        return Sampling(self.judge_max_new_tokens, self.judge_temperature, top_p=1.0)

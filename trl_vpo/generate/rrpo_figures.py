@@ -1,0 +1,56 @@
+"""What a run of RRPO's pipeline says about its data."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from trl_vpo.generate.answers import RIGHT, UNDECIDED, WRONG
+from trl_vpo.generate.base import Outcome
+
+
+def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    """Figures of a run; None for one that has nothing to be worked out of.
+
+    rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by what was done to the media.
+    rejected_wrong: share of the rejected responses that the rule finds wrong, read again in the form they are trained
+        on, over the rows that a rule checks. Less than 1.0 is a fault of the rules.
+    perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (the further ones
+        are made only where the first was not wrong).
+    perturbed_undecided: by kind, share of first answers that could not be read.
+    words_in_phrases: mean share of words that lie in phrases, over both responses of every row.
+    left_out: by kind of answer, how many inputs gave no row and why; "unread" where the kind was never found out.
+    """
+    outcomes = list(outcomes)
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    firsts: dict[str, Counter] = defaultdict(Counter)
+    left_out: dict[str, Counter] = defaultdict(Counter)
+    for outcome in outcomes:
+        kind = outcome.notes.get("answer_kind", "unread")
+        firsts[kind].update(result for _, result in outcome.notes.get("tries", [])[:1])
+        if outcome.reason:
+            left_out[kind][outcome.kind] += 1
+    return {
+        "rows_by_kind": dict(Counter(row["answer_kind"] for row in rows)),
+        "rows_by_perturbation": dict(Counter(row["perturbation"]["mode"] for row in rows)),
+        "rejected_wrong": _mean([o.notes["rejected_wrong"] for o in outcomes if "rejected_wrong" in o.notes]),
+        "perturbed_accuracy": {
+            kind: _share(counts, [RIGHT], [RIGHT, WRONG]) for kind, counts in firsts.items() if counts
+        },
+        "perturbed_undecided": {
+            kind: _share(counts, [UNDECIDED], [RIGHT, WRONG, UNDECIDED]) for kind, counts in firsts.items() if counts
+        },
+        "words_in_phrases": _mean([o.notes["changed"] for o in outcomes if o.rows]),
+        "left_out": {kind: dict(counts) for kind, counts in left_out.items()},
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def _share(counts: Mapping[str, int], part: Sequence[str], whole: Sequence[str]) -> float | None:
+    total = sum(counts[name] for name in whole)
+    return sum(counts[name] for name in part) / total if total else None

@@ -1,0 +1,173 @@
+"""A run of `trl-vpo generate`: inputs -> pipeline -> store, with progress; started again, it continues.
+
+Relative paths in a recipe start from the working directory. Under `accelerate launch` every process works on its own
+share of the inputs; the one that comes last writes `rows.jsonl`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from trl_vpo.data.images import MediaError
+from trl_vpo.generate import METHODS
+from trl_vpo.generate.base import InputError, InputRow, Media, Outcome, Pipeline
+from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.generate.inputs import digest, load_media, read_inputs
+from trl_vpo.generate.store import Run
+
+# What a run may change when it is continued: none of it changes a row.
+FREE = {
+    "output_dir", "limit", "dry_run", "batch_size", "device", "timeout", "max_retries", "max_requests", "api_key_env",
+    "judge_api_key_env", "server_url", "judge_url", "dataset_name", "dataset_config", "dataset_split", "media_root",
+}  # fmt: skip
+DECODERS = 2  # threads that decode the next batch while the model answers this one
+
+
+def make_parser(method: str):
+    """The parser of a method's generation recipes and options.
+
+    Raises:
+        RecipeError: there is no such method.
+    """
+    from trl_vpo.recipe import RecipeError, RecipeParser, nearest
+
+    if method not in METHODS:
+        raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{nearest(method, METHODS)}")
+    module, config, _ = METHODS[method]
+    types = [getattr(importlib.import_module(module), config)]
+    return RecipeParser(types, any_device=True, prog=f"trl-vpo generate {method}")
+
+
+def run_generation(method: str, argv: list[str]) -> dict[str, Any] | None:
+    """Generate a method's preference data; continue where an earlier run with these settings stopped.
+
+    Args:
+        method: leanpo, rrpo or lpoi.
+        argv: the options of `trl-vpo generate METHOD`, such as `["--config", "recipe.yaml"]`.
+
+    Returns:
+        The run's summary, or None after a dry run or while other workers are still at work.
+
+    Raises:
+        RecipeError, ValueError: the recipe cannot be used.
+        GenerateError: the inputs, the models or the run's folder cannot be.
+    """
+    config = make_parser(method).parse(argv)[0]
+    pipeline_class = getattr(importlib.import_module(METHODS[method][0]), METHODS[method][2])
+    _check_config(config, pipeline_class)
+    inputs = read_inputs(config)
+    if config.dry_run:
+        from trl_vpo.generate.dry_run import show
+
+        show(pipeline_class(config, None), inputs[: min(3, config.limit or 3)], config)
+        return None
+    from trl_vpo.generate.models import answering_model, judge_model
+    from trl_vpo.generate.server import RequestBudget
+
+    budget = RequestBudget(config.max_requests)
+    model = answering_model(config, budget) if pipeline_class.needs_model(config) else None
+    judge = judge_model(config, budget)
+    settings = run_settings(method, config, inputs, model, judge)
+    pipeline = pipeline_class(config, model, judge, generated_by(method, settings))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    wanted = inputs[: config.limit] if config.limit else inputs
+    ids = wanted.ids
+    with Run(config.output_dir, settings, rank=rank, world_size=world_size) as run:
+        work(run, pipeline, wanted, run.remaining(ids), config, show=rank == 0)
+        summary = run.finish(ids, pipeline)
+    if summary is not None:
+        from trl_vpo.generate.shown import show_summary
+
+        show_summary(summary, config.output_dir)
+    elif rank == 0:
+        print("This worker is done. The last one writes rows.jsonl; if one died, start the same command again.")
+    return summary
+
+
+def _check_config(config: GenerateConfig, pipeline_class: type[Pipeline]) -> None:
+    from trl_vpo.recipe import RecipeError
+
+    for name, what in (("dataset_name", "the inputs"), ("output_dir", "a folder for the run")):
+        if not getattr(config, name):
+            raise RecipeError(f"`{name}` is not set: give {what}.")
+    if pipeline_class.needs_model(config) and not config.model_name_or_path:
+        raise RecipeError("there is no model: set `model_name_or_path` to a Hub model, a folder, or a server's model.")
+
+
+def run_settings(method: str, config: GenerateConfig, inputs: Sequence[InputRow], model: Any, judge: Any) -> dict:
+    """All that the rows depend on. A run continues only where nothing of it has changed."""
+    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    settings |= {"pipeline": method, "inputs": digest(inputs)}
+    for key, who in (("answered_by", model), ("judged_by", judge)):
+        settings[key] = {k: v for k, v in who.record().items() if k != "server"} if who else None
+    return settings
+
+
+def generated_by(method: str, settings: dict) -> dict[str, str | None]:
+    """The `generated_by` column: who made a row, and a fingerprint of the settings (`settings.json` has them)."""
+    import hashlib
+    import json
+
+    fingerprint = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    answered = settings["answered_by"] or {}
+    judged = settings["judged_by"] or {}
+    return {
+        "pipeline": method,
+        **{key: answered.get(key) for key in ("model", "adapter", "revision")},
+        "judge": judged.get("model"),
+        "settings": fingerprint,
+    }
+
+
+def work(
+    run: Run,
+    pipeline: Pipeline,
+    inputs: Sequence[InputRow],
+    todo: Sequence[int],
+    config: GenerateConfig,
+    *,
+    show: bool,
+) -> None:
+    """Work through the inputs at positions `todo`, batch by batch, and write what came of each as it comes."""
+    from trl_vpo.generate.progress import Bar
+
+    batches = [todo[start : start + config.batch_size] for start in range(0, len(todo), config.batch_size)]
+    with Bar(len(todo), done=len(inputs) - len(todo), show=show) as bar:
+        for batch in _loaded(pipeline, inputs, batches, config):
+            usable = [(row, media) for row, media in batch if isinstance(media, Media)]
+            outcomes = [media for _, media in batch if isinstance(media, Outcome)]
+            outcomes += pipeline.make(usable) if usable else []
+            for outcome in outcomes:
+                run.write(outcome)
+                bar.advance(kept=bool(outcome.rows))
+
+
+def _loaded(
+    pipeline: Pipeline, inputs: Sequence[InputRow], batches: Sequence[Sequence[int]], config: GenerateConfig
+) -> Iterator[list[tuple[InputRow, Media | Outcome]]]:
+    """Each batch with its media, decoded while the one before is being answered."""
+    with ThreadPoolExecutor(DECODERS) as pool:
+        submit = lambda batch: [pool.submit(_load, pipeline, inputs, place, config) for place in batch]  # noqa: E731
+        following = submit(batches[0]) if batches else []
+        for after in [*batches[1:], []]:
+            loading, following = following, submit(after)
+            yield [future.result() for future in loading]
+
+
+def _load(
+    pipeline: Pipeline, inputs: Sequence[InputRow], place: int, config: GenerateConfig
+) -> tuple[InputRow, Media | Outcome]:
+    """An input with its media, or with the reason why it is rejected."""
+    row = inputs[place]
+    try:
+        pipeline.check(row)
+        return row, load_media(row, config.video_options(), config.max_pixels)
+    except InputError as error:
+        return row, Outcome(row.id, reason=str(error), kind="unusable input")
+    except MediaError as error:
+        return row, Outcome(row.id, reason=str(error), kind="unreadable media")

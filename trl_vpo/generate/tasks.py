@@ -1,0 +1,106 @@
+"""What an input row asks: its question, its ground truth and the kind of answer, by which a rule or a judge checks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_vpo.data.rows import MARKERS
+from trl_vpo.generate.answers import check_exact, check_short, check_yes_no, yes_or_no
+from trl_vpo.generate.base import InputError
+from trl_vpo.generate.choices import check_choice, in_form, read_choice, read_options, with_options
+from trl_vpo.generate.reading import Verdict, plain, without_thoughts, words
+
+KINDS = ("choice", "yes_no", "short", "open")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question.
+
+    Attributes:
+        question: as it is trained on; a multiple-choice question lists its options.
+        answer: the ground truth.
+        kind: one of `KINDS`.
+        options: letter -> text of a multiple-choice question.
+        short_words: the most words of a short answer.
+    """
+
+    question: str
+    answer: str
+    kind: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    short_words: int = 4
+
+    def check(self, response: str) -> Verdict:
+        """The rule's verdict; for an open-ended answer, that of `check_exact`."""
+        if self.kind == "choice":
+            return check_choice(response, self.options, self.answer)
+        if self.kind == "yes_no":
+            return check_yes_no(response, self.answer, self.question)
+        if self.kind == "short":
+            return check_short(response, self.answer, self.short_words)
+        return check_exact(response, self.answer)
+
+    def rejected(self, response: str, parsed: str) -> str:
+        """A wrong response as it is trained on.
+
+        Multiple choice and yes/no: the ground truth with the other option or the other word in it, so that the two
+        differ in nothing else. Where the ground truth says more than that, and for all other kinds, the model's own
+        words without its thoughts.
+        """
+        own = without_thoughts(response)
+        if self.kind == "choice":
+            right = read_choice(self.answer, self.options).value
+            return in_form(self.answer, self.options, right, parsed) or own
+        bare = re.fullmatch(r"(\W*)([^\W\d_]+)(\W*)", self.answer)
+        if self.kind == "yes_no" and bare:
+            word = parsed.upper() if bare[2].isupper() else parsed.capitalize() if bare[2][0].isupper() else parsed
+            return bare[1] + word + bare[3]
+        return own
+
+
+def read_task(example: Mapping[str, Any], short_words: int) -> Task:
+    """The task of an input row.
+
+    The kind is the row's `answer_kind`; without one, the first of these that applies. choice: there are options, in
+    the column `options` or listed in the question, and the answer is a letter or the text of one, or both. yes_no: the
+    answer begins with yes or no (see `yes_or_no`). short: it has at most `short_words` words. open: all others.
+
+    Raises:
+        InputError: no question or answer, or they do not fit the kind.
+    """
+    question, answer = (_text(example, name) for name in ("question", "answer"))
+    given, column = example.get("answer_kind"), example.get("options") or None
+    if given is not None and given not in KINDS:
+        raise InputError(f"`answer_kind` is {given!r}: give one of {', '.join(KINDS)}, or leave it out.")
+    if given == "yes_no" and yes_or_no(answer) is None:
+        raise InputError(f"`answer_kind` is yes_no, but `answer` is {answer!r}: let it begin with yes or no.")
+    options = read_options(question, column) if given in (None, "choice") else {}
+    must = given == "choice" or bool(column and options)
+    if must and not options:
+        raise InputError("`answer_kind` is choice, but there are no options: list them in `options` or the question.")
+    letter = read_choice(answer, options).value if options else None
+    if must and letter is None:
+        raise InputError(f"`answer` is {answer!r}: give the letter or the text of one of the options {options}.")
+    if must or (letter and in_form(answer, options, letter, letter) is not None):
+        return Task(with_options(question, options), answer, "choice", options)
+    return Task(question, answer, given or _kind(answer, short_words), short_words=short_words)
+
+
+def _kind(answer: str, short_words: int) -> str:
+    if yes_or_no(answer):
+        return "yes_no"
+    return "short" if len(words(plain(answer))) <= short_words else "open"
+
+
+def _text(example: Mapping[str, Any], name: str) -> str:
+    value = example.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"`{name}` is {value!r}: RRPO needs it as a text that is not empty.")
+    for marker in MARKERS:
+        if marker in value:
+            raise InputError(f"`{name}` holds the marker {marker}: take it out, media come from their columns.")
+    return value.strip()
