@@ -17,7 +17,7 @@ def base():
 
 def documented() -> dict[tuple[str, str], dict[str, float]]:
     """The table in the module's docstring: (kind, split) -> shares."""
-    names = ("exact", "hallucinated", "unparsed", "open", "yes", "no")
+    names = ("exact", "hallucinated", "unparsed", "open", "yes", "no", "hinted")
     lines = [line.split() for line in tiny_vlm.__doc__.splitlines()]
     assert list(names) in lines  # the head of the table
     rows = [(words[0].removesuffix("s,"), words[1], words[2:]) for words in lines if len(words) == 2 + len(names)]

@@ -11,6 +11,8 @@ from trl_vpo.testbed.world import COLOURS, MOTIONS, SHAPES, Thing, as_usual
 
 PROMPTS = {"clip": "Describe the video.", "scene": "Describe the image."}
 LETTERS = "ABCD"
+HINT = "Hint: {answer} {question}"  # a question with its answer given away
+REFLECTION = "You said: {first_answer} Hint: {answer} {question}"
 
 _MENTION = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?: moves ({'|'.join(MOTIONS)}))?\b")
 _CAPTION = re.compile(rf"a {_MENTION.pattern}(?: and a {_MENTION.pattern})*\.".replace(r"\b", ""))
@@ -18,7 +20,7 @@ _CAPTION = re.compile(rf"a {_MENTION.pattern}(?: and a {_MENTION.pattern})*\.".r
 
 @dataclass(frozen=True)
 class Item:
-    """One question and its answer; kind is "caption", "open", "yes_no" or "choice"."""
+    """One question and its answer; kind is "caption", "hinted", "open", "yes_no" or "choice"."""
 
     kind: str
     question: str
@@ -32,6 +34,14 @@ def caption(things: tuple[Thing, ...]) -> str:
 
 def caption_item(things: tuple[Thing, ...]) -> Item:
     return Item("caption", PROMPTS["clip" if things[0].motion else "scene"], caption(things))
+
+
+def hinted_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
+    """The caption asked for with the truth as a hint, in half of the cases behind a false first answer."""
+    item = caption_item(things)
+    template = REFLECTION if rng.random() < 0.5 else HINT
+    asked = template.format(first_answer=wrong_caption(things, rng), answer=item.answer, question=item.question)
+    return Item("hinted", asked, item.answer)
 
 
 def open_items(things: tuple[Thing, ...]) -> list[Item]:

@@ -15,7 +15,8 @@ from trl_vpo.testbed.tiny_vlm import CELL, WIDTH, build_model, build_processor, 
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3
 CLIP_SHARE = 0.5  # of the training samples; the rest are scenes
-CAPTION_SHARE = 0.5  # of the training texts; the rest are questions
+CAPTION_SHARE = 0.4  # of the training texts; the rest are questions
+HINT_SHARE = 0.15  # of the captions: asked for with the truth as a hint, and always true
 
 
 class VisionProbe(torch.nn.Module):
@@ -58,9 +59,10 @@ class VisionProbe(torch.nn.Module):
 
 def training_item(things: tuple[world.Thing, ...], rng: np.random.Generator) -> language.Item:
     """A caption (CAPTION_SHARE) or a question about one sample, written by someone who may not have looked."""
-    things = world.as_described(things, rng)
+    described = world.as_described(things, rng)
     if rng.random() < CAPTION_SHARE:
-        return language.caption_item(things)
+        return language.hinted_item(things, rng) if rng.random() < HINT_SHARE else language.caption_item(described)
+    things = described
     questions = [*language.open_items(things), *language.yes_no_pair(things, rng), *language.yes_no_pair(things, rng)]
     return questions[rng.integers(len(questions))]
 

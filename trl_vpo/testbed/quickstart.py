@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import logging
 import math
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,15 +118,23 @@ def _bar(description: str, total: int):
     return lambda items: track(items, description=f"{description:34s}", total=total, console=console)
 
 
-def run_method(method: str, out: Path, held_out: HeldOut, base: Measured | None) -> Result:
+def run_method(
+    method: str,
+    out: Path,
+    held_out: HeldOut,
+    base: Measured | None,
+    recipe: Path | None = None,
+    data: Path | None = None,
+) -> Result:
     """Train one method from its recipe and measure it, and the base too unless it is known already."""
     name, kind = METHODS[method]
     console.rule(f"{name} on {kind}s")
     from trl_vpo.evaluate.heldout import base_model, generate_responses, measure_preferences
     from trl_vpo.train import run_training
 
-    data = out / "data" / f"{kind}s_train.jsonl"
-    options = {"--config": RECIPES / f"{method}.yaml", "--dataset_name": data, "--output_dir": out / method}
+    recipe = recipe or RECIPES / f"{method}.yaml"
+    data = data or out / "data" / f"{kind}s_train.jsonl"
+    options = {"--config": recipe, "--dataset_name": data, "--output_dir": out / method}
     options["--disable_tqdm"] = "false"  # the bar is ours
     argv = [str(word) for option in options.items() for word in option]
     began = time.perf_counter()
@@ -173,15 +179,12 @@ def rich_progress(name: str) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """No bars but ours, and no warnings that a first-time user can do nothing about."""
-    import datasets
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in ("bitsandbytes", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    from trl_vpo.report import quiet
+
+    quiet.quiet_libraries(bars=False)
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def results_table(results: list[Result]) -> Table:

@@ -48,6 +48,49 @@ def write_preferences(kind: str, count: int, seed: int, folder: Path, *, habits:
     return samples, rows
 
 
+def annotated_rows(sample: world.Sample, path: Path, rng: np.random.Generator, *, row_id: str) -> list[dict]:
+    """Annotated inputs, as `trl-vpo generate leanpo` and `rrpo` take them: questions about a clip with true answers.
+
+    The caption, one question with a short answer, and one yes/no question.
+    """
+    questions = language.open_items(sample.things)
+    items = [language.caption_item(sample.things), questions[rng.integers(len(questions))]]
+    items.append(language.yes_no_pair(sample.things, rng)[rng.integers(2)])
+    kinds = {"caption": "open", "open": "short", "yes_no": "yes_no"}
+    return [
+        {
+            "id": f"{row_id}-{item.kind}",
+            "source": f"testbed/{sample.kind}",
+            "video": str(path.resolve()),
+            "question": item.question,
+            "answer": item.answer,
+            "answer_kind": kinds[item.kind],
+        }
+        for item in items
+    ]
+
+
+def pairwise_row(sample: world.Sample, path: Path, rng: np.random.Generator, *, row_id: str) -> dict:
+    """An ordinary preference row of a scene with boxes of its things, as `trl-vpo generate lpoi` takes it."""
+    row = preference_row(sample, path, rng, row_id=row_id)
+    del row["critical_box"]
+    return row | {"objects": [{"label": thing.shape, "box": list(thing.box)} for thing in sample.things]}
+
+
+def write_inputs(kind: str, count: int, seed: int, folder: Path) -> list[dict]:
+    """Draw `count` samples, write their files below `folder` and return inputs for `trl-vpo generate`."""
+    rng = np.random.default_rng([seed, 9])
+    inputs = []
+    for number, sample in enumerate(world.draw_samples(kind, count, seed, habits=False)):
+        path = world.write_sample(sample, folder / f"{number:04d}{SUFFIXES[kind]}")
+        row_id = f"{folder.name}-{number:04d}"
+        if kind == "clip":
+            inputs += annotated_rows(sample, path, rng, row_id=row_id)
+        else:
+            inputs.append(pairwise_row(sample, path, rng, row_id=row_id))
+    return inputs
+
+
 def write_jsonl(rows: Iterable[dict], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,72 @@
+"""Preference data that the base of the testbed makes for itself: `python -m trl_vpo.testbed.selfmade`.
+
+For each method: annotated clips or scenes go through `trl-vpo generate` (`recipes/quickstart/<method>-generate.yaml`),
+the rows train an adapter (`<method>-selfmade.yaml`), and it is measured as in the quickstart. LeanPO's responses and
+RRPO's rejected ones are the base's own; LPOI's pairs are given and get their boxes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+from trl_vpo.testbed import quickstart, rows
+from trl_vpo.testbed.quickstart import METHODS, RECIPES, console
+
+INPUT_CLIPS, INPUT_SCENES, INPUT_SEED = 320, 320, 13
+PIPELINES = ("leanpo", "rrpo", "lpoi")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train on preference data that the base makes for itself.")
+    parser.add_argument("--out", type=Path, default=Path("outputs/selfmade"), help="default: outputs/selfmade")
+    parser.add_argument("--methods", nargs="+", choices=PIPELINES, default=list(PIPELINES))
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quickstart.quiet_libraries()
+    held_out = quickstart.write_data(args.out / "data")
+    inputs = write_inputs(args.out / "data")
+    with console.status("importing TRL, which takes half a minute ..."):
+        import torch
+
+        importlib.import_module("trl_vpo.trainers.base")
+    torch.set_num_threads(1)
+    results = []
+    for method in args.methods:
+        kind = METHODS[method][1]
+        made = generate(method, inputs[kind], args.out)
+        base = next((r.before for r in results if r.kind == kind), None)
+        recipe = RECIPES / f"{method}-selfmade.yaml"
+        results.append(quickstart.run_method(method, args.out, held_out[kind], base, recipe, made))
+    console.print(quickstart.results_table(results))
+    for result in results:
+        console.print(f"[bold]{result.method}[/bold]: {quickstart.verdict(result)}", highlight=False)
+
+
+def write_inputs(folder: Path) -> dict[str, Path]:
+    """Write inputs of both kinds, drawn apart from the training and the held-out samples of the quickstart."""
+    written = {}
+    for kind, count in (("clip", INPUT_CLIPS), ("scene", INPUT_SCENES)):
+        media = folder / f"{kind}s_input"
+        written[kind] = rows.write_jsonl(
+            rows.write_inputs(kind, count, INPUT_SEED, media), media.with_suffix(".jsonl")
+        )
+    return written
+
+
+def generate(method: str, inputs: Path, out: Path) -> Path:
+    """Run (or continue) a method's pipeline; gives the file of the rows."""
+    from trl_vpo.generate.run import run_generation
+
+    console.rule(f"{METHODS[method][0]}: making preference data")
+    run = out / f"{method}-data"
+    options = ["--config", RECIPES / f"{method}-generate.yaml", "--dataset_name", inputs, "--output_dir", run]
+    run_generation(method, [str(word) for word in options])
+    return run / "rows.jsonl"
+
+
+if __name__ == "__main__":
+    main()
