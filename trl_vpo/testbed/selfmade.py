@@ -37,7 +37,7 @@ def main() -> None:
     results = []
     for method in args.methods:
         kind = METHODS[method][1]
-        made = generate(method, inputs[kind], args.out)
+        made = generate(method, inputs[method], args.out)
         base = next((r.before for r in results if r.kind == kind), None)
         recipe = RECIPES / f"{method}-selfmade.yaml"
         results.append(quickstart.run_method(method, args.out, held_out[kind], base, recipe, made))
@@ -47,14 +47,15 @@ def main() -> None:
 
 
 def write_inputs(folder: Path) -> dict[str, Path]:
-    """Write inputs of both kinds, drawn apart from the training and the held-out samples of the quickstart."""
-    written = {}
-    for kind, count in (("clip", INPUT_CLIPS), ("scene", INPUT_SCENES)):
-        media = folder / f"{kind}s_input"
-        written[kind] = rows.write_jsonl(
-            rows.write_inputs(kind, count, INPUT_SEED, media), media.with_suffix(".jsonl")
-        )
-    return written
+    """Write the inputs of each method; their samples are neither the quickstart's nor the held-out ones.
+
+    LeanPO's are captions only: the base was taught to take hints for no other question.
+    """
+    clips = rows.write_inputs("clip", INPUT_CLIPS, INPUT_SEED, folder / "clips_input")
+    scenes = rows.write_inputs("scene", INPUT_SCENES, INPUT_SEED, folder / "scenes_input")
+    captions = [row for row in clips if row["answer_kind"] == "open"]
+    inputs = {"leanpo": ("captions", captions), "rrpo": ("questions", clips), "lpoi": ("pairs", scenes)}
+    return {method: rows.write_jsonl(made, folder / f"{name}_input.jsonl") for method, (name, made) in inputs.items()}
 
 
 def generate(method: str, inputs: Path, out: Path) -> Path:
