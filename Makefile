@@ -7,10 +7,11 @@ UV := .uv/bin/uv
 STAMP := .venv/.installed
 EXTRAS := --extra quantization --extra deepspeed --extra judge --extra dev
 
-.PHONY: help install quickstart test test-slow lint lock clean
+.PHONY: help install quickstart selfmade test test-slow lint lock clean
 
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
+	@echo "make selfmade     let the base of that world make its own preference data, and train on them"
 	@echo "make test         run the tests"
 	@echo "make test-slow    run the longer ones: FSDP2 and ZeRO-3 on two CPU processes"
 	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
@@ -32,6 +33,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 quickstart: install
 	$(BIN)/python -m trl_vpo.testbed.quickstart
+
+selfmade: install
+	$(BIN)/python -m trl_vpo.testbed.selfmade
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
