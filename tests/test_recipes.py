@@ -1,4 +1,7 @@
-"""Every recipe in the tree: it parses for its method, its header says what a reader needs, its LoRA fits its model."""
+"""Every recipe in the tree: it parses for its method, its header says what a reader needs, its LoRA fits its model.
+
+Recipes named `generate...` or `...-generate` make data (`trl-vpo generate`); all others train.
+"""
 
 import re
 from functools import cache
@@ -11,11 +14,15 @@ from trl import get_peft_config
 
 from trl_vpo import footprint
 from trl_vpo.doctor import method_of
+from trl_vpo.generate import METHODS as PIPELINES
+from trl_vpo.generate.run import make_parser
 from trl_vpo.train import NOT_QUANTIZED, parse, quantization_config
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 RECIPES = [path for path in RECIPES if path.parent.name != "accelerate"]  # those are accelerate's
+GENERATION = [path for path in RECIPES if path.stem.startswith("generate") or path.stem.endswith("-generate")]
+RECIPES = [path for path in RECIPES if path not in GENERATION]
 BIG = [path for path in RECIPES if path.parent.name != "quickstart"]
 MODELS = {
     "trl_vpo/testbed/base": "Qwen2-VL",
@@ -103,3 +110,51 @@ def test_qlora_keeps_the_vision_tower_in_full_precision(path):
     ]
     assert sizes.quantized == sum(language)
     assert training_args.gradient_checkpointing
+
+
+# --- generation ---------------------------------------------------------------------------------------------------
+
+
+def pipeline_of(path):
+    return path.stem.removesuffix("-generate") if path.parent.name == "quickstart" else path.parent.name
+
+
+def test_there_are_generation_recipes_for_every_pipeline():
+    names = {name(path) for path in GENERATION}
+    for method in PIPELINES:
+        assert {f"{method}/generate.yaml", f"quickstart/{method}-generate.yaml"} <= names
+
+
+@pytest.mark.parametrize("path", GENERATION, ids=name)
+def test_generation_recipe_parses(path):
+    method, given = pipeline_of(path), yaml.safe_load(path.read_text())
+    config = make_parser(method).parse(["--config", str(path)])[0]
+    for key, value in given.items():
+        assert getattr(config, key) == value
+    assert f"trl-vpo generate {method} --config recipes/{name(path)}" in path.read_text()
+    assert config.seed == 0 and config.output_dir.startswith("outputs/")
+
+
+@pytest.mark.parametrize("path", [path for path in GENERATION if path.parent.name != "quickstart"], ids=name)
+def test_generation_header_says_how_on_what_and_from_where(path):
+    text, method = path.read_text(), pipeline_of(path)
+    header = "".join(line + "\n" for line in text.split("\n\n")[0].splitlines() if line.startswith("#"))
+    assert f"trl-vpo generate {method} --config recipes/{name(path)} --dry_run" in header
+    if "server" not in path.stem:
+        assert f"scripts/generate.py {method} --config recipes/{name(path)}" in header
+        train, config = re.search(rf"trl-vpo train {method} --config (\S+) --dataset_name (\S+)", header).groups()
+        assert (ROOT / train).exists() and config == yaml.safe_load(text)["output_dir"] + "/rows.jsonl"
+    for part in (
+        "# Inputs: ",
+        "# Hardware: written for",
+        "# Source: ",
+        "# Not run by us",
+        "dataset_name is a placeholder",
+    ):
+        assert part in header
+    places = ("model_name_or_path", "dataset_name", "output_dir", "server_", "judge_model", "judge_url", "dtype")
+    for line in text.replace(header, "").splitlines():
+        key = line.lstrip("# ").split(":")[0]
+        if line.startswith("#") or not line or key.startswith(places) or key in ("batch_size", "seed", "timeout"):
+            continue
+        assert re.search(r"# (paper|ours)", line), line

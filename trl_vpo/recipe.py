@@ -13,6 +13,10 @@ from typing import Any
 import yaml
 from trl.scripts.utils import ScriptArguments, TrlParser
 
+TARGETS_HELP = (
+    "What LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model family; "
+    "PEFT's all-linear; or a regular expression of whole module names."
+)
 LAUNCH_KEYS = ("accelerate_config", "num_processes")  # read by `trl-vpo train` before any process starts
 
 
@@ -56,6 +60,8 @@ class RecipeParser(TrlParser):
         self.given: dict[str, Any] = {}
         self._own_defaults: dict[str, Any] = {}
         for action in self._actions:  # `--no_x` comes after `--x`, with a default of its own
+            if action.dest == "lora_target_modules":
+                action.help = TARGETS_HELP
             default = action.default
             typed = self._get_value(action, default) if isinstance(default, str) else default  # as argparse does
             self._own_defaults.setdefault(action.dest, typed)

@@ -60,7 +60,9 @@ class Detector:
             self.kind = AutoConfig.from_pretrained(name, revision=revision).model_type
             if self.kind in THRESHOLDS:
                 self.processor = AutoProcessor.from_pretrained(name, revision=revision)
-                model = AutoModelForZeroShotObjectDetection.from_pretrained(name, revision=revision, dtype=dtype)
+                model = AutoModelForZeroShotObjectDetection.from_pretrained(
+                    name, revision=revision, dtype=dtype, use_safetensors=True
+                )
         except (OSError, ValueError, ImportError) as error:
             raise GenerateError(f"the detector {name} cannot be loaded: {error}") from error
         if self.kind not in THRESHOLDS:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from trl_vpo.data.images import MediaError
-from trl_vpo.generate.base import InputError, InputRow, Media, Pipeline, Request
+from trl_vpo.generate.base import GenerateError, InputError, InputRow, Media, Pipeline, Request
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.inputs import load_media
 
@@ -18,7 +18,11 @@ TILE = 160  # pixels, height of a frame on a sheet
 
 
 def show(pipeline: Pipeline, rows: Sequence[InputRow], config: GenerateConfig) -> Path:
-    """Print each request and write its pictures as sheets below `<output_dir>/dry_run/`; returns that folder."""
+    """Print each request and write its pictures as sheets below `<output_dir>/dry_run/`; returns that folder.
+
+    Raises:
+        GenerateError: the model has no processor or no chat template.
+    """
     console = Console()
     folder = Path(config.output_dir) / "dry_run"
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,8 +41,8 @@ def show(pipeline: Pipeline, rows: Sequence[InputRow], config: GenerateConfig) -
             for at, picture in enumerate(sheets(request.media)):
                 path = folder / f"{number}-{step}-{at}.png"
                 picture.save(path)
-                console.print(f"[dim]{escape(str(path))}[/dim]", highlight=False)
-    console.print(f"Nothing was generated. The pictures are in {folder}.")
+                console.print(f"[dim]{escape(str(path))}[/dim]", highlight=False, soft_wrap=True)
+    console.print(f"Nothing was generated. The pictures are in {folder}.", highlight=False, soft_wrap=True)
     return folder
 
 
@@ -48,14 +52,23 @@ def _processor(pipeline: Pipeline, config: GenerateConfig):
         return None
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(
-        config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
-    )
+    name = config.model_name_or_path
+    try:
+        processor = AutoProcessor.from_pretrained(
+            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise GenerateError(f"the processor of {name} cannot be loaded: {error}") from error
+    if getattr(processor, "chat_template", None) is None:
+        raise GenerateError(f"{name} has no chat template, so it cannot be asked anything: use its chat version.")
+    return processor
 
 
 def _text(request: Request, processor) -> str:
     if processor is not None:
-        return processor.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True).strip()
+        return processor.apply_chat_template(
+            request.messages, tokenize=False, add_generation_prompt=True, chat_template=processor.chat_template
+        ).strip()
     lines = []
     for message in request.messages:
         parts = [part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in message["content"]]

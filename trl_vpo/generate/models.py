@@ -77,6 +77,7 @@ def _load(config: GenerateConfig) -> AnsweringModel:
             attn_implementation=config.attn_implementation,
             device_map=device_map,
             quantization_config=_quantization(config),
+            use_safetensors=True,
             **common,
         )
     except (OSError, ValueError, ImportError) as error:
@@ -141,13 +142,19 @@ def _adapter_config(path: str, model: str) -> Any:
     """The adapter's config, checked as far as that goes without weights."""
     from peft import PeftConfig, PromptLearningConfig
 
+    from trl_vpo.adapters import AdapterError, read_config
+
     if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
         raise GenerateError(
             f"from_adapter: {path} has no adapter_config.json. Name the folder that training wrote its adapter into; "
             "a fully trained model goes into model_name_or_path."
         )
     try:
+        if Path(path).is_dir():
+            read_config(Path(path))  # refuses pickled weights
         adapter = PeftConfig.from_pretrained(path)
+    except AdapterError as error:
+        raise GenerateError(f"from_adapter: {error}") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise GenerateError(f"from_adapter: {path} is no adapter that can be read: {error}") from error
     if isinstance(adapter, PromptLearningConfig):

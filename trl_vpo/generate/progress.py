@@ -12,17 +12,18 @@ EVERY = 30.0  # seconds between lines where the output is no terminal
 
 
 class Bar:
-    """A bar on a terminal, a line now and then in a log.
+    """A bar on a terminal, a line now and then in a log, of what one worker does.
 
     Args:
         todo: inputs that this worker will work on.
-        done: inputs that were finished before, or are another worker's.
+        finished: inputs of its share that were finished before.
+        workers: how many share the inputs.
         show: print at all.
     """
 
-    def __init__(self, todo: int, *, done: int, show: bool):
+    def __init__(self, todo: int, *, finished: int = 0, workers: int = 1, show: bool = True):
         self.console = Console(stderr=True)
-        self.todo, self.done, self.show = todo, done, show
+        self.todo, self.finished, self.workers, self.show = todo, finished, workers, show
         self.kept = self.rejected = 0
         columns = (
             BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn(),
@@ -34,8 +35,9 @@ class Bar:
 
     def __enter__(self) -> Bar:
         self.began = self.told = time.monotonic()
-        if self.show and self.done:
-            self.console.print(f"{self.done} inputs are finished or another worker's, {self.todo} to do.")
+        if self.show:
+            share = f"1 of {self.workers} shares, which is " if self.workers > 1 else ""
+            self._print(f"{share}{self.finished + self.todo} inputs: {self.finished} finished, {self.todo} to do.")
         self.progress.start()
         self.task = self.progress.add_task("", total=self.todo, rate="", kept=0, rejected=0)
         return self
@@ -44,26 +46,33 @@ class Bar:
         """One input is finished and written."""
         self.kept += kept
         self.rejected += not kept
-        self.progress.update(self.task, advance=1, rate=self.rate(), kept=self.kept, rejected=self.rejected)
-        if self.show and not self.live and time.monotonic() - self.told > EVERY:
+        self.progress.update(self.task, advance=1, rate=self._rate(), kept=self.kept, rejected=self.rejected)
+        if self.show and not self.live and time.monotonic() - self.told >= EVERY:
             self._tell()
-
-    def rate(self) -> str:
-        per_second = (self.kept + self.rejected) / max(time.monotonic() - self.began, 1e-9)
-        return f"{per_second:.1f}/s" if per_second >= 1 else f"{per_second * 60:.1f}/min"
-
-    def _tell(self) -> None:
-        self.told = time.monotonic()
-        finished = self.kept + self.rejected
-        left = (self.told - self.began) / max(finished, 1) * (self.todo - finished)
-        print(
-            f"{finished}/{self.todo} inputs, {self.rate()}, kept {self.kept}, rejected {self.rejected}, "
-            f"about {left / 60:.0f} min left",
-            file=sys.stderr,
-            flush=True,
-        )
 
     def __exit__(self, *error) -> None:
         self.progress.stop()
         if self.show and not self.live and self.todo:
             self._tell()
+
+    def _tell(self) -> None:
+        self.told = time.monotonic()
+        made, passed = self.kept + self.rejected, self.told - self.began
+        left = f"about {duration(passed / made * (self.todo - made))} left" if made else "none finished yet"
+        end = left if made < self.todo else f"{duration(passed)} in all"
+        self._print(f"{made}/{self.todo} inputs, {self._rate()}, kept {self.kept}, rejected {self.rejected}, {end}")
+
+    def _rate(self) -> str:
+        per_second = (self.kept + self.rejected) / max(time.monotonic() - self.began, 1e-9)
+        return f"{per_second:.1f}/s" if per_second >= 1 else f"{per_second * 60:.1f}/min"
+
+    def _print(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 3 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,30 +1,44 @@
 """A run of `trl-vpo generate`: inputs -> pipeline -> store, with progress; started again, it continues.
 
-Relative paths in a recipe start from the working directory. Under `accelerate launch` every process works on its own
-share of the inputs; the one that comes last writes `rows.jsonl`.
+Relative paths in a recipe start from the working directory. Under `accelerate launch`, or wherever RANK and WORLD_SIZE
+are set, every process works on its own share of the inputs; the one that comes last writes `rows.jsonl`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.images import MediaError
 from trl_vpo.generate import METHODS
 from trl_vpo.generate.base import InputError, InputRow, Media, Outcome, Pipeline
 from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.generate.inputs import digest, load_media, read_inputs
+from trl_vpo.generate.inputs import Inputs, digest, load_media, read_inputs
+from trl_vpo.generate.shards import check_settings
 from trl_vpo.generate.store import Run
+from trl_vpo.report.quiet import quiet_libraries
 
 # What a run may change when it is continued: none of it changes a row.
 FREE = {
     "output_dir", "limit", "dry_run", "batch_size", "device", "timeout", "max_retries", "max_requests", "api_key_env",
     "judge_api_key_env", "server_url", "judge_url", "dataset_name", "dataset_config", "dataset_split", "media_root",
 }  # fmt: skip
+WEIGHTS = (
+    "model_name_or_path",
+    "from_adapter",
+    "detector",
+    "mask_model",
+)  # settings that may name a folder of weights
+SAMPLES, SAMPLE_BYTES = 64, 16384
 DECODERS = 2  # threads that decode the next batch while the model answers this one
 
 
@@ -56,30 +70,36 @@ def run_generation(method: str, argv: list[str]) -> dict[str, Any] | None:
     Raises:
         RecipeError, ValueError: the recipe cannot be used.
         GenerateError: the inputs, the models or the run's folder cannot be.
+        SystemExit: Ctrl-C, with 130; what was finished stays.
     """
     config = make_parser(method).parse(argv)[0]
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        return _generate(method, config, rank, world_size)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"Stopped. The same command goes on with what is finished in {config.output_dir}.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _generate(method: str, config: GenerateConfig, rank: int, world_size: int) -> dict[str, Any] | None:
     pipeline_class = getattr(importlib.import_module(METHODS[method][0]), METHODS[method][2])
     _check_config(config, pipeline_class)
+    quiet_libraries()
     inputs = read_inputs(config)
     if config.dry_run:
         from trl_vpo.generate.dry_run import show
 
-        show(pipeline_class(config, None), inputs[: min(3, config.limit or 3)], config)
+        if rank == 0:
+            show(pipeline_class(config, None), inputs[: min(3, config.limit or 3)], config)
         return None
-    from trl_vpo.generate.models import answering_model, judge_model
-    from trl_vpo.generate.server import RequestBudget
-
-    budget = RequestBudget(config.max_requests)
-    model = answering_model(config, budget) if pipeline_class.needs_model(config) else None
-    judge = judge_model(config, budget)
-    settings = run_settings(method, config, inputs, model, judge)
-    pipeline = pipeline_class(config, model, judge, generated_by(method, settings))
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    settings = run_settings(method, config, inputs)
+    check_settings(config.output_dir, settings, partly=True)  # before weights are loaded, which can take minutes
+    pipeline = _pipeline(pipeline_class, config, settings, say=rank == 0)
     wanted = inputs[: config.limit] if config.limit else inputs
-    ids = wanted.ids
     with Run(config.output_dir, settings, rank=rank, world_size=world_size) as run:
-        work(run, pipeline, wanted, run.remaining(ids), config, show=rank == 0)
-        summary = run.finish(ids, pipeline)
+        work(run, pipeline, wanted, run.remaining(wanted.ids), config)
+        summary = run.finish(wanted.ids, pipeline)
     if summary is not None:
         from trl_vpo.generate.shown import show_summary
 
@@ -99,46 +119,74 @@ def _check_config(config: GenerateConfig, pipeline_class: type[Pipeline]) -> Non
         raise RecipeError("there is no model: set `model_name_or_path` to a Hub model, a folder, or a server's model.")
 
 
-def run_settings(method: str, config: GenerateConfig, inputs: Sequence[InputRow], model: Any, judge: Any) -> dict:
-    """All that the rows depend on. A run continues only where nothing of it has changed."""
-    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
-    settings |= {"pipeline": method, "inputs": digest(inputs)}
+def _pipeline(pipeline_class: type[Pipeline], config: GenerateConfig, settings: dict, *, say: bool) -> Pipeline:
+    """The pipeline with its model and judge, which are entered into the settings."""
+    from trl_vpo.generate.models import answering_model, judge_model
+    from trl_vpo.generate.server import RequestBudget
+
+    budget, model = RequestBudget(config.max_requests), None
+    if pipeline_class.needs_model(config):
+        if say and not config.server_url:
+            print(f"Loading {config.model_name_or_path} ...", file=sys.stderr, flush=True)
+        model = answering_model(config, budget)
+    judge = judge_model(config, budget)
     for key, who in (("answered_by", model), ("judged_by", judge)):
         settings[key] = {k: v for k, v in who.record().items() if k != "server"} if who else None
-    return settings
+    return pipeline_class(config, model, judge, generated_by(settings))
 
 
-def generated_by(method: str, settings: dict) -> dict[str, str | None]:
+def run_settings(method: str, config: GenerateConfig, inputs: Inputs) -> dict[str, Any]:
+    """All that the rows depend on, but for who answers. A run continues only where nothing of it has changed."""
+    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    folders = {name: getattr(config, name, None) for name in WEIGHTS if not config.server_url}
+    settings["weights"] = {
+        name: weights_digest(path) for name, path in folders.items() if path and Path(path).is_dir()
+    }
+    return settings | {"pipeline": method, "inputs": {"count": len(inputs), "fingerprint": digest(inputs)}}
+
+
+def weights_digest(folder: str | Path) -> str:
+    """A fingerprint of the configs and weights in a folder, so that one trained anew under its old name is noticed.
+
+    Of large files it takes the size and samples all over, 1 MB a file: they are read in no time, and training changes
+    numbers everywhere.
+    """
+    total = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors")):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in sorted({max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+                file.seek(start)
+                total.update(file.read(SAMPLE_BYTES))
+    return total.hexdigest()
+
+
+def generated_by(settings: dict) -> dict[str, str | None]:
     """The `generated_by` column: who made a row, and a fingerprint of the settings (`settings.json` has them)."""
-    import hashlib
-    import json
-
     fingerprint = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
     answered = settings["answered_by"] or {}
     judged = settings["judged_by"] or {}
     return {
-        "pipeline": method,
+        "pipeline": settings["pipeline"],
         **{key: answered.get(key) for key in ("model", "adapter", "revision")},
         "judge": judged.get("model"),
         "settings": fingerprint,
     }
 
 
-def work(
-    run: Run,
-    pipeline: Pipeline,
-    inputs: Sequence[InputRow],
-    todo: Sequence[int],
-    config: GenerateConfig,
-    *,
-    show: bool,
-) -> None:
+def work(run: Run, pipeline: Pipeline, inputs: Inputs, todo: Sequence[int], config: GenerateConfig) -> None:
     """Work through the inputs at positions `todo`, batch by batch, and write what came of each as it comes."""
     from trl_vpo.generate.progress import Bar
 
+    share = len(range(run.rank, len(inputs), run.world_size))
     batches = [todo[start : start + config.batch_size] for start in range(0, len(todo), config.batch_size)]
-    with Bar(len(todo), done=len(inputs) - len(todo), show=show) as bar:
-        for batch in _loaded(pipeline, inputs, batches, config):
+    loaded = _loaded(pipeline, inputs, batches, config)
+    with (
+        Bar(len(todo), finished=share - len(todo), workers=run.world_size, show=run.rank == 0) as bar,
+        closing(loaded),
+    ):
+        for batch in loaded:
             usable = [(row, media) for row, media in batch if isinstance(media, Media)]
             outcomes = [media for _, media in batch if isinstance(media, Outcome)]
             outcomes += pipeline.make(usable) if usable else []
@@ -148,20 +196,21 @@ def work(
 
 
 def _loaded(
-    pipeline: Pipeline, inputs: Sequence[InputRow], batches: Sequence[Sequence[int]], config: GenerateConfig
+    pipeline: Pipeline, inputs: Inputs, batches: Sequence[Sequence[int]], config: GenerateConfig
 ) -> Iterator[list[tuple[InputRow, Media | Outcome]]]:
     """Each batch with its media, decoded while the one before is being answered."""
-    with ThreadPoolExecutor(DECODERS) as pool:
-        submit = lambda batch: [pool.submit(_load, pipeline, inputs, place, config) for place in batch]  # noqa: E731
+    pool = ThreadPoolExecutor(DECODERS)
+    submit = lambda batch: [pool.submit(_load, pipeline, inputs, place, config) for place in batch]  # noqa: E731
+    try:
         following = submit(batches[0]) if batches else []
         for after in [*batches[1:], []]:
             loading, following = following, submit(after)
             yield [future.result() for future in loading]
+    finally:  # Ctrl-C does not wait for a batch that nobody will answer
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _load(
-    pipeline: Pipeline, inputs: Sequence[InputRow], place: int, config: GenerateConfig
-) -> tuple[InputRow, Media | Outcome]:
+def _load(pipeline: Pipeline, inputs: Inputs, place: int, config: GenerateConfig) -> tuple[InputRow, Media | Outcome]:
     """An input with its media, or with the reason why it is rejected."""
     row = inputs[place]
     try:

@@ -41,7 +41,7 @@ class Segmenter:
             kind = AutoConfig.from_pretrained(name, revision=revision).model_type
             if kind in KINDS:
                 self.processor = Sam2Processor.from_pretrained(name, revision=revision)
-                model = Sam2Model.from_pretrained(name, revision=revision, dtype=dtype)
+                model = Sam2Model.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, ImportError) as error:
             raise GenerateError(f"the mask model {name} cannot be loaded: {error}") from error
         if kind not in KINDS:

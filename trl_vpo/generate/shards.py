@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.generate.base import GenerateError, Outcome
+from trl_vpo.generate.results import encode
 
 _SHARD = re.compile(r"\d{5,}-of-\d{5,}\.jsonl")
 _KEYS = {"id", "rows", "reason", "kind", "notes"}
@@ -30,6 +31,25 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
         raise GenerateError(
             f"{path} is damaged ({error}). Put the original back, or delete the folder to start anew."
         ) from error
+
+
+def check_settings(folder: str | Path, settings: dict[str, Any], *, partly: bool = False) -> None:
+    """See that a run, if there is one in the folder, was begun with these settings (`partly`: with these and more).
+
+    Raises:
+        GenerateError: it was begun with others.
+    """
+    if not (Path(folder) / "settings.json").exists():
+        return
+    old, new = read_settings(folder), json.loads(encode(settings, "settings"))
+    if partly:
+        old = {key: value for key, value in old.items() if key in new}
+    changes = [f"\n  {change}" for change in _changes(old, new)]
+    if changes:
+        raise GenerateError(
+            f"{folder} was begun with other settings; rows of both would be mixed:{''.join(changes)}\nName "
+            "another output_dir, or delete the folder to start anew."
+        )
 
 
 def read_outcomes(folder: str | Path) -> Iterator[Outcome]:
@@ -123,3 +143,19 @@ def _parse(line: bytes) -> dict | None:
 
 def _outcome(record: dict) -> Outcome:
     return Outcome(**record | {"rows": tuple(record["rows"])})
+
+
+def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """A line for each setting that differs; nested ones by their dotted names."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _changes(old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip("."))
+    elif old != new or isinstance(old, bool) != isinstance(new, bool):  # 1 is 1.0, but not true
+        yield f"{name}: was {_shown(old)}, is {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    if value is ...:
+        return "not set"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:200]}..."

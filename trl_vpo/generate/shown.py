@@ -29,7 +29,11 @@ def show_summary(summary: dict[str, Any], folder: str, console: Console | None =
         figures.add_row(escape(name), escape(value))
     if figures.row_count:
         console.print(figures)
-    console.print(f"{summary['rows']} rows to train on: {folder}/rows.jsonl", highlight=False, soft_wrap=True)
+    if summary["rows"]:
+        console.print(f"{summary['rows']} rows to train on: {folder}/rows.jsonl", highlight=False, soft_wrap=True)
+        console.print(f"To look at them: trl-vpo view {folder} -o page.html", highlight=False, soft_wrap=True)
+    else:
+        console.print("[bold red]No input gave a row: there is nothing to train on.[/bold red]")
     if summary["rejected"]:
         console.print(f"Why inputs were rejected: {folder}/rejected.jsonl", highlight=False, soft_wrap=True)
 

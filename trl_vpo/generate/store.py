@@ -31,7 +31,7 @@ from typing import Any
 
 from trl_vpo.generate.base import GenerateError, Outcome, Pipeline
 from trl_vpo.generate.results import RESULTS, encode, replace_file, write_results
-from trl_vpo.generate.shards import Finished, places, read_lines, read_outcomes, read_settings
+from trl_vpo.generate.shards import Finished, check_settings, places, read_lines, read_outcomes
 
 SYNC_SECONDS = 5.0
 
@@ -204,12 +204,7 @@ class Run:
         if not path.exists():
             replace_file(path, [json.dumps(new, indent=2, ensure_ascii=False)])
             return
-        changes = [f"\n  {change}" for change in _changes(read_settings(self.folder), new)]
-        if changes:
-            raise GenerateError(
-                f"{self.folder} was begun with other settings; rows of both would be mixed:{''.join(changes)}\nName "
-                "another output_dir, or delete the folder to start anew."
-            )
+        check_settings(self.folder, new)
 
     def _open_shard(self) -> None:
         """Open this worker's shard behind its last whole line."""
@@ -277,19 +272,3 @@ def _flock(file: int, how: int, folder: Path) -> bool:
 
 def _holder(lock: Path) -> str:
     return lock.read_text(errors="replace") or "pid unknown"
-
-
-def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
-    """A line for each setting that differs; nested ones by their dotted names."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _changes(old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip("."))
-    elif old != new or isinstance(old, bool) != isinstance(new, bool):  # 1 is 1.0, but not true
-        yield f"{name}: was {_shown(old)}, is {_shown(new)}"
-
-
-def _shown(value: Any) -> str:
-    if value is ...:
-        return "not set"
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,188 @@
+"""What `trl-vpo generate` refuses, shows and prints, with real runs on the testbed's base."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trl_vpo.generate import progress
+from trl_vpo.generate.base import GenerateError
+from trl_vpo.generate.progress import Bar, duration
+from trl_vpo.generate.run import run_generation
+from trl_vpo.recipe import RecipeError
+from trl_vpo.testbed import rows as testbed_rows
+from trl_vpo.testbed.tiny_vlm import BASE
+
+sys.path.insert(0, str(Path(__file__).parent))
+from run_kit import KINDS, generate, lines, write_inputs, written
+
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Twelve questions about four clips, and twelve pairs about scenes: kind -> file."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_changed_settings_are_refused_before_weights_are_loaded(inputs, tmp_path):
+    folder, dataset = tmp_path / "run", tmp_path / "in.jsonl"
+    shutil.copy(inputs["clip"], dataset)
+    generate("rrpo", dataset, folder, "--limit", 1)
+    before = written(folder)
+    bare = ["--model_name_or_path", tmp_path / "weightless"]
+    for options, names in (
+        (["--temperature", 0.5, *bare], ["temperature: was 1.0, is 0.5", 'model_name_or_path: was "']),
+        (["--num_frames", 4], ["num_frames: was 8, is 4"]),
+        (["--seed", 3, "--attempts", 2], ["attempts: was 1, is 2", "seed: was 0, is 3"]),
+    ):
+        with pytest.raises(GenerateError) as error:
+            generate("rrpo", dataset, folder, *options)
+        for name in names:
+            assert f"\n  {name}" in str(error.value)
+        assert "Name another output_dir" in str(error.value)
+    testbed_rows.write_jsonl([*lines(inputs["clip"]), {"id": "more"}], dataset)
+    with pytest.raises(GenerateError, match=r"inputs\.count: was 12, is 13\n"):
+        generate("rrpo", dataset, folder)
+    with pytest.raises(GenerateError, match=r'pipeline: was "rrpo", is "leanpo"'):
+        generate("leanpo", inputs["clip"], folder)
+    assert written(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--dataset_name", ""], RecipeError, "`dataset_name` is not set: give the inputs"),
+        (["--output_dir", ""], RecipeError, "`output_dir` is not set: give a folder"),
+        (["--model_name_or_path", ""], RecipeError, "there is no model: set `model_name_or_path`"),
+        (["--model_name_or_path", "/none"], GenerateError, "/none cannot be loaded"),
+        (["--dataset_name", "none.jsonl"], ValueError, r"none\.jsonl does not exist \(seen from"),
+        (["--dataset_split", "test"], ValueError, r"clip\.jsonl has no split 'test'; it has train"),
+        (["--temprature", "1"], RecipeError, "unknown option --temprature. Did you mean --temperature"),
+        (["--perturbation", "mask+locl"], RecipeError, r"'mask\+locl' is not one of .* Did you mean mask\+local"),
+        (["--batch_size", "0"], ValueError, "batch_size is 0"),
+        (["--from_adapter", "/none"], GenerateError, "from_adapter: /none"),
+        (["--device", "cuda"], GenerateError, "device is 'cuda', but"),
+    ],
+)
+def test_what_a_run_cannot_start_with(options, error, message, inputs, tmp_path):
+    if options[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(error, match=message):
+        generate("rrpo", inputs["clip"], tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_keys_and_methods(tmp_path):
+    (tmp_path / "r.yaml").write_text("batchsize: 4\nhint_promt: x\n")
+    with pytest.raises(
+        RecipeError, match=r"`batchsize`\. Did you mean batch_size.* `hint_promt`\. Did you mean hint_pr"
+    ):
+        run_generation("leanpo", ["--config", str(tmp_path / "r.yaml")])
+    with pytest.raises(RecipeError, match=r"unknown method 'leanp'; one of .* Did you mean leanpo"):
+        run_generation("leanp", [])
+
+
+def test_a_folder_of_something_else(inputs, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"precious": true}\n')
+    with pytest.raises(GenerateError, match=r"holds rows\.jsonl but no settings\.json: it is not a run"):
+        generate("rrpo", inputs["clip"], tmp_path)
+    assert (tmp_path / "rows.jsonl").read_text() == '{"precious": true}\n'
+
+
+# --- dry runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["leanpo", "rrpo", "lpoi"])
+def test_a_dry_run(method, inputs, tmp_path, capsys):
+    """Without weights: a copy of the base that has none. A real run can follow in the same folder."""
+    shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    folder, bare = tmp_path / "run", ["--model_name_or_path", tmp_path / "base"]
+    assert generate(method, inputs[KINDS[method]], folder, *bare, "--dry-run") is None
+    out = capsys.readouterr().out
+    ids = [row["id"] for row in lines(inputs[KINDS[method]])]
+    assert [name in out for name in ids] == [True] * 3 + [False] * (COUNT - 3)
+    assert "<|im_start|>user" in out and "<|im_start|>assistant" in out  # the model's own template
+    assert f"The pictures are in {folder}/dry_run." in out
+    names = {path.name for path in (folder / "dry_run").iterdir()}
+    assert {path.name for path in folder.iterdir()} == {"dry_run"}
+    if method == "leanpo":
+        first = lines(inputs["clip"])[0]
+        for text in ("with the hint", "after reflection", f"Hint: {first['answer']}", "You said: <the first answer>"):
+            assert text in out
+        assert names == {f"{n}-{step}-0.png" for n in range(3) for step in range(4)}
+    if method == "lpoi":
+        assert "Is there a " in out and names == {f"{n}-0-{k}.png" for n in range(3) for k in range(5)}
+    with pytest.raises(GenerateError, match="cannot be loaded"):
+        generate(method, inputs[KINDS[method]], folder, *bare)
+    assert generate(method, inputs[KINDS[method]], folder, "--limit", 1)["inputs"] == 1
+
+
+def test_a_dry_run_tells_what_would_be_rejected_or_fail(inputs, tmp_path, capsys, monkeypatch):
+    rows = [{**row, "answer": ""} for row in lines(inputs["clip"])[:1]] + lines(inputs["clip"])[1:2]
+    dataset = testbed_rows.write_jsonl(rows, tmp_path / "in.jsonl")
+    generate("rrpo", dataset, tmp_path / "run", "--dry_run")
+    out = capsys.readouterr().out
+    assert "rejected: `answer` is ''" in out and "short question on perturbed media" in out
+    with pytest.raises(GenerateError, match="the processor of /none cannot be loaded"):
+        generate("rrpo", dataset, tmp_path / "run", "--dry_run", "--model_name_or_path", "/none")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    generate("rrpo", dataset, tmp_path / "run", "--dry_run")
+    assert capsys.readouterr().out == ""
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+def test_the_log_of_a_run(inputs, tmp_path, capfd):
+    """Nobody else's bars or warnings, every line of the run's own."""
+    generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 3)
+    told = capfd.readouterr()
+    first, second, last = told.err.splitlines()
+    assert first == f"Loading {BASE} ..."
+    assert second == "3 inputs: 0 finished, 3 to do."
+    kept = len(lines(tmp_path / "run/rows.jsonl"))
+    assert re.fullmatch(rf"3/3 inputs, [\d.]+/(s|min), kept {kept}, rejected {3 - kept}, \d+ s in all", last)
+    assert f"{kept} rows to train on: {tmp_path / 'run'}/rows.jsonl" in told.out
+    assert f"trl-vpo view {tmp_path / 'run'} -o page.html" in told.out
+    generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 3)
+    assert capfd.readouterr().err.splitlines()[1:] == ["3 inputs: 3 finished, 0 to do."]
+
+
+def test_when_nothing_is_kept(inputs, tmp_path, capsys):
+    rows = [{**row, "video": "gone.mp4"} for row in lines(inputs["clip"])[:2]]
+    dataset = testbed_rows.write_jsonl(rows, tmp_path / "in.jsonl")
+    assert generate("rrpo", dataset, tmp_path / "run")["rows"] == 0
+    out = capsys.readouterr().out
+    assert "No input gave a row" in out and "rows to train on" not in out and "rejected.jsonl" in out
+
+
+def test_lines_in_a_log(monkeypatch, capsys):
+    """Rate, counts and the time left; a line at most every EVERY seconds, and the last one."""
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(progress, "time", clock)
+    with Bar(600, finished=400) as bar:
+        for clock.now in (110.0, 120.0, 131.0):
+            bar.advance(kept=clock.now != 120.0)
+        clock.now = 160.0
+    first, line, last = capsys.readouterr().err.splitlines()
+    assert first == "1000 inputs: 400 finished, 600 to do."
+    assert line == "3/600 inputs, 5.8/min, kept 2, rejected 1, about 1 h 43 min left"
+    assert last == "3/600 inputs, 3.0/min, kept 2, rejected 1, about 3 h 19 min left"
+    with Bar(3, show=False) as bar:
+        bar.advance(kept=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_durations():
+    assert [duration(s) for s in (0.2, 99, 100, 5900, 6000, 11100)] == [
+        "0 s", "99 s", "2 min", "98 min", "1 h 40 min", "3 h 05 min",
+    ]  # fmt: skip

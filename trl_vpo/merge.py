@@ -1,0 +1,191 @@
+"""An adapter merged into its base model: a folder that loads without PEFT."""
+
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
+
+import trl_vpo
+from trl_vpo.adapters import AdapterError, read_config, saved_shapes
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+CARD = """\
+# {name}
+
+{base} with the adapter `{adapter}` merged into its weights, in {dtype}, by TRL-VPO {version}.{notes}
+
+```python
+from transformers import {auto}, AutoProcessor
+
+model = {auto}.from_pretrained("{name}", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("{name}")
+```
+{training}"""
+
+
+def merge(
+    adapter: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Merge a saved adapter (LoRA, rsLoRA, DoRA, with `modules_to_save` or without) into its base model.
+
+    Base and adapter are read from safetensors files. The arithmetic is float32, on the CPU: it takes 4 bytes of memory
+    per parameter. The merged model is compared with base and adapter on a text before it is saved. `out` gets weights,
+    config, generation config, processor and model card, all or nothing.
+
+    Args:
+        adapter: folder of the adapter.
+        out: folder to write; it must not exist, or be empty.
+        base: folder or Hub name of the base model; None: the one that the adapter's config names.
+        dtype: of the saved weights: float32, bfloat16, float16, or auto, as the base is stored.
+        revision: of the base on the Hub; None: the one that the adapter's config names, if it does.
+        trust_remote_code: run code that comes with the base.
+
+    Returns:
+        What a user of the merged model should know, a sentence each; often nothing.
+
+    Raises:
+        AdapterError: `adapter` is none, does not fit the base, or cannot be merged; the base is quantized; `out` holds
+            files.
+        OSError: the base cannot be read.
+    """
+    adapter, out = Path(adapter), Path(out)
+    if dtype not in DTYPES:
+        raise AdapterError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterError(f"{out} exists and is not an empty folder. Name another one, or move it away.")
+    given = read_config(adapter)
+    base = base or given.get("base_model_name_or_path")
+    if not base:
+        raise AdapterError(f"the config of {adapter} does not name its base model: give `base`.")
+    common = {"revision": revision or given.get("revision"), "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(base, **common)
+    if getattr(config, "quantization_config", None) is not None:
+        raise AdapterError(
+            f"the weights of {base} are quantized; an adapter cannot be merged into them without loss. Give `base` "
+            "the model that they were made from."
+        )
+    saved_as = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    model = architecture.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **common)
+    notes = _notes(adapter, given, base)
+    model = _merged(model, adapter, base).to(saved_as)
+    source = adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES) else base
+    processor = AutoProcessor.from_pretrained(source, **(common if source is base else {}))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=out.parent) as folder:
+        whole = Path(folder) / out.name
+        model.save_pretrained(whole)
+        processor.save_pretrained(whole)
+        _write_card(whole, adapter, base, model, notes)
+        os.replace(whole, out)  # takes the place of an empty folder, too
+    return notes
+
+
+def _merged(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel:
+    """`model` with the adapter in its weights; what it answers is what base and adapter answered."""
+    config = PeftConfig.from_pretrained(adapter)
+    if isinstance(config, PromptLearningConfig):
+        raise AdapterError(
+            f"{adapter} is {type(config).__name__}: it prepends virtual tokens, no weights can hold those."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # counted below
+            adapted = PeftModel.from_pretrained(model, adapter, config=config, torch_device="cpu")
+    except (RuntimeError, ValueError) as error:  # sizes or names that do not fit
+        raise AdapterError(f"{adapter} does not fit {base}: {error}") from error
+    _check_complete(adapted, adapter, base)
+    before = _answers(adapted)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise AdapterError(f"{adapter} ({config.peft_type.value}) cannot be merged: {error}") from error
+    difference = (_answers(merged) - before).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, before.abs().max().item()):  # nan fails
+        raise AdapterError(
+            f"the merged model differs from base and adapter by {difference:.2g} in its logits; it was not saved. An "
+            "adapter on the embeddings of a model whose LM head shares them cannot be merged."
+        )
+    return merged
+
+
+def _check_complete(adapted: PeftModel, adapter: Path, base: str) -> None:
+    """Every tensor of the file has its place in the model, and the other way round. PEFT only warns."""
+    saved = saved_shapes(adapter)
+    loaded = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
+    # By shape: a checkpoint of an older transformers has other names, which PEFT translates.
+    if sorted(saved.values()) != sorted(loaded.values()):
+        odd = sorted(saved.keys() ^ loaded.keys())
+        raise AdapterError(
+            f"{adapter} does not fit {base}: the file has {len(saved)} tensors, the model takes {len(loaded)}; "
+            f"{odd[0] if odd else 'their shapes'} differs. Is this its base model?"
+        )
+
+
+@torch.no_grad()
+def _answers(model: Any) -> Tensor:
+    """(V,) logits behind a fixed text of ordinary tokens."""
+    model.eval()
+    ids = torch.arange(16).unsqueeze(0) * 7 % min(100, model.config.get_text_config().vocab_size)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+
+
+def _notes(adapter: Path, config: dict[str, Any], base: str) -> list[str]:
+    notes = []
+    named = config.get("base_model_name_or_path")
+    if named and Path(named).name != Path(base).name:
+        notes.append(f"The adapter names {_shown(named)} as its base; it was merged into {_shown(base)}.")
+    try:
+        recipe = json.loads((adapter / "run.json").read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError):
+        return notes
+    bits = 4 if recipe.get("load_in_4bit") else 8 if recipe.get("load_in_8bit") else None
+    if bits:
+        notes.append(
+            f"The adapter was trained on {bits}-bit weights and is merged into those of full precision, so answers "
+            "differ a little from the ones in training."
+        )
+    return notes
+
+
+def _write_card(folder: Path, adapter: Path, base: str, model: PreTrainedModel, notes: list[str]) -> None:
+    """`README.md`, with the adapter's own sections on its training where it has them."""
+    data, training = {}, ""
+    if (adapter / "README.md").is_file():
+        card = ModelCard.load(adapter / "README.md", ignore_metadata_errors=True)
+        data = {key: card.data.get(key) for key in ("pipeline_tag", "datasets", "tags") if card.data.get(key)}
+        training = "\n" + card.text[card.text.find("## Training") :] if "## Training" in card.text else ""
+    local = Path(base).exists()
+    head = ModelCardData(base_model=_shown(base), library_name="transformers", model_name=folder.name, **data)
+    text = CARD.format(
+        name=folder.name,
+        base=f"`{_shown(base)}`" if local else f"[{base}](https://huggingface.co/{base})",
+        adapter=adapter.resolve().name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        version=trl_vpo.__version__,
+        notes="".join(f" {note}" for note in notes),
+        auto="AutoModelForCausalLM" if model.get_decoder() is model.base_model else "AutoModelForImageTextToText",
+        training=training,
+    )
+    (folder / "README.md").write_text(f"---\n{head.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _shown(model: str) -> str:
+    """A model's name without folders that only this machine has."""
+    return Path(model).name if Path(model).is_absolute() else model
