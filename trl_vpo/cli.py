@@ -1,4 +1,4 @@
-"""`trl-vpo`: train, generate, view, import, doctor.
+"""`trl-vpo`: train, evaluate, generate, plot, merge, view, import, doctor.
 
 Only what a command needs is imported, so that every `--help` answers at once.
 """
@@ -40,6 +40,15 @@ Every key of a recipe is also an option: `trl-vpo generate leanpo --help` lists 
 it stopped when the same command is given again. On several GPUs, each with a copy of the model:
 
   accelerate launch --num_processes 8 scripts/generate.py leanpo --config RECIPE.yaml"""
+EVALUATE_EXAMPLE = """\
+example:
+  trl-vpo evaluate --model BASE --adapters outputs/rrpo outputs/dpo --data held_out.jsonl --output_dir outputs/eval"""
+PLOT_EXAMPLE = """\
+example:
+  trl-vpo plot outputs/dpo outputs/leanpo -o curves.html"""
+MERGE_EXAMPLE = """\
+example:
+  trl-vpo merge outputs/rrpo merged/rrpo --dtype bfloat16"""
 VIEW_EXAMPLE = """\
 example:
   trl-vpo view data/train.jsonl -o page.html
@@ -80,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if "run" not in args:
         parser.print_help()
         return 2
-    if rest and args.run is not doctor:
+    if rest and args.run not in (doctor, evaluate):
         args.parser.error(f"unknown option {rest[0]}. `{args.parser.prog} --help` lists the options.")
     try:
         return args.run(args, rest)
@@ -97,7 +106,10 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_train(commands)
+    _add_evaluate(commands)
     _add_generate(commands)
+    _add_plot(commands)
+    _add_merge(commands)
     _add_view(commands)
     _add_import(commands)
     _add_doctor(commands)
@@ -124,6 +136,37 @@ def _add_generate(commands) -> None:
     generate_parser.add_argument("method", metavar="METHOD", choices=PIPELINES, help=f"one of {', '.join(PIPELINES)}")
     generate_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
     generate_parser.set_defaults(run=generate, parser=generate_parser)
+
+
+def _add_evaluate(commands) -> None:
+    text = "held-out measures of a base and its adapters, with confidence intervals"
+    evaluate_parser = commands.add_parser(
+        "evaluate", help=text, description=text, epilog=EVALUATE_EXAMPLE, add_help=False,  # the recipe's is shown
+        usage="trl-vpo evaluate --model BASE --adapters A [B ...] --data FILE --output_dir RUN [--any_key value ...]",
+    )  # fmt: skip
+    evaluate_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and its keys")
+    evaluate_parser.set_defaults(run=evaluate, parser=evaluate_parser)
+
+
+def _add_plot(commands) -> None:
+    text = "the curves of training runs in one figure or page"
+    plot_parser = commands.add_parser("plot", help=text, description=text, epilog=PLOT_EXAMPLE)
+    plot_parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="an output_dir, or a checkpoint")
+    plot_parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help=".html, .png, .svg or .pdf")
+    plot_parser.add_argument("--names", metavar="NAME", nargs="+", help="what the legend says, one for each run")
+    plot_parser.set_defaults(run=plot, parser=plot_parser)
+
+
+def _add_merge(commands) -> None:
+    text = "an adapter and its base -> a model that loads without PEFT"
+    merge_parser = commands.add_parser("merge", help=text, description=text, epilog=MERGE_EXAMPLE)
+    merge_parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of the adapter")
+    merge_parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    merge_parser.add_argument("--base", metavar="MODEL", help="default: the base that the adapter names")
+    merge_parser.add_argument("--revision", metavar="REV", help="revision of the base")
+    merge_parser.add_argument("--dtype", default="auto", help="of the saved weights (default: as the base's)")
+    merge_parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base")
+    merge_parser.set_defaults(run=merge, parser=merge_parser)
 
 
 def _add_view(commands) -> None:
@@ -202,6 +245,40 @@ def generate(args: argparse.Namespace, rest: list[str]) -> int:
     if launcher:
         return launch(launcher, ["generate", args.method, *options])
     run_generation(args.method, options)
+    return 0
+
+
+def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
+    """Measure the base and its adapters, or run benchmarks of lmms-eval."""
+    from trl_vpo.evaluate.run import make_parser as make_recipe_parser
+    from trl_vpo.evaluate.run import run_evaluation
+
+    options = [*args.options, *rest]
+    if {"-h", "--help"} & set(options):
+        make_recipe_parser().print_help()
+        return 0
+    run_evaluation(options)
+    return 0
+
+
+def plot(args: argparse.Namespace, rest: list[str]) -> int:
+    """Draw, and say what could not be drawn."""
+    from trl_vpo.report.plot import plot_runs
+
+    notes = plot_runs(args.runs, args.out, names=args.names)
+    print("\n".join([str(args.out), *notes]))
+    return 0
+
+
+def merge(args: argparse.Namespace, rest: list[str]) -> int:
+    """Merge, and say what a user should know about the result."""
+    from trl_vpo.merge import merge as merge_adapter
+
+    notes = merge_adapter(
+        args.adapter, args.out, base=args.base, dtype=args.dtype, revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    print("\n".join([f"Merged into {args.out}.", *notes]))
     return 0
 
 

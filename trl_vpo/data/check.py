@@ -67,7 +67,7 @@ def check_rows(dataset: Dataset, check: Callable[[dict], Problem | None], desc: 
     """The problems of all rows, in their order, with a progress bar on the first process."""
     rows, problems = raw_rows(dataset), []
     quiet = not PartialState().is_main_process
-    bar = tqdm(total=len(dataset), desc=desc, disable=quiet, leave=False)
+    bar = tqdm(total=len(dataset), desc=desc, disable=True if quiet else None, leave=False)  # None: on terminals only
     with bar, ThreadPoolExecutor(THREADS) as pool:
         while chunk := list(islice(rows, CHUNK)):  # the pool would take in every row at once, with its media
             problems += [problem for problem in pool.map(check, chunk) if problem is not None]

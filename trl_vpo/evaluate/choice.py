@@ -7,13 +7,13 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from trl_vpo.generate.answers import read_choice
+from trl_vpo.generate.choices import read_choice
 
 
 def by_letter(response: str, options: Sequence[str], answer_index: int) -> bool | None:
     """Whether a response names the right option; None where it names none, several, or hedges.
 
-    Letters and options' texts are read by the rules of `trl_vpo.generate.answers.read_choice`.
+    Letters and options' texts are read by the rules of `trl_vpo.generate.choices.read_choice`.
 
     Args:
         options: (K,) the options' texts, which the question called A, B, C, ... in this order; at most 26.

@@ -51,7 +51,7 @@ def measure_preferences(trainer, dataset=None) -> tuple[PreferenceMeasures, Pref
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     before, after = [], []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches(trainer, dataset):
             reference = trainer.reference_scores(batch)
             scores = trainer.concatenated_forward(model, batch, reference)
@@ -89,7 +89,7 @@ def generate_responses(trainer, dataset=None, *, max_new_tokens: int = 32) -> li
     model = trainer.accelerator.unwrap_model(trainer.model)
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
     responses = []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in _batches(trainer, dataset):
             inputs = _prompts(batch, tokenizer.pad_token_id)
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -120,7 +120,8 @@ def _prompts(batch: dict, pad_token_id: int) -> dict:
 
 
 @contextmanager
-def _evaluating(model) -> Iterator[None]:
+def evaluating(model) -> Iterator[None]:
+    """The model in evaluation mode, for a while."""
     training = model.training
     model.eval()
     try:

@@ -1,69 +1,258 @@
-"""Training curves of one or more runs in one picture: a column for each run, so that no two share an axis."""
+"""Training curves: several runs in one figure, from what their trainers logged.
+
+A run is a name and its `trainer.state.log_history`; `trl_vpo.report.plot` reads both from a run's folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-# Okabe and Ito's palette: told apart with every common kind of colour blindness
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LOGPS = {"chosen": ("logps/chosen", "-"), "rejected": ("logps/rejected", "--")}
+from trl_vpo.report import style
+from trl_vpo.report.history import (
+    History,
+    Series,
+    default_half_life,
+    displacement,
+    eval_prefixes,
+    finite,
+    has_displacement,
+    series,
+    smooth,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HOLLOW = {"linestyle": "", "markersize": 6.5, "markerfacecolor": "white", "markeredgewidth": 1.4}
+SIDES = ("chosen", "rejected")
+NATS = "nats per response"
 
 
-def series(history: Sequence[Mapping], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric in a trainer's `state.log_history`.
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: a metric's key in the logs, its name, what its axis says, and a line to compare with."""
 
-    Entries without it are skipped, and the summary at the end, whose averages are over whatever steps were left.
-    """
-    points = [(entry["step"], entry[key]) for entry in history if key in entry and "train_runtime" not in entry]
-    return [step for step, _ in points], [value for _, value in points]
+    key: str
+    title: str
+    unit: str
+    guide: float | None = None
 
 
-def plot_curves(runs: Mapping[str, Sequence[Mapping]], path: str | Path) -> Path:
-    """Draw loss, reward margin and log-probs of each run and save the picture.
+PANELS = (
+    Panel("loss", "Loss", "loss"),
+    Panel("rewards/margins", "Reward margin", "β · nats", 0.0),
+    Panel("rewards/accuracies", "Preference accuracy", "share of pairs", 0.5),
+    Panel("displacement/chosen", "Δ log-prob of chosen", NATS, 0.0),
+    Panel("displacement/rejected", "Δ log-prob of rejected", NATS, 0.0),
+    Panel("kl/chosen", "KL from the reference, chosen", NATS, 0.0),
+    Panel("grad_norm", "Gradient norm, before clipping", "L2 norm"),
+)
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def training_figure(
+    runs: Mapping[str, History], *, half_life: float | None = None, captioned: bool = True
+) -> tuple[Figure, list[str]]:
+    """Loss, margin, accuracy, displacement, KL and gradient norm of the runs: (figure, notes on what it shows).
 
     Args:
-        runs: name of a run (in the legends) -> its `trainer.state.log_history`.
-        path: where the picture goes; the suffix chooses the format.
+        runs: name of a run (in the legend) -> its log.
+        half_life: of the smoothing, in optimizer steps; 0: none. By default `default_half_life`.
+        captioned: write the notes below the axes.
 
-    The log-probs are sums over a response in nats, averaged over a logging window, minus the run's first window.
+    Raises:
+        ValueError: no run, or none that logged anything to draw.
     """
     if not runs:
         raise ValueError("there is no run to plot: give at least one name with its log history")
-    import matplotlib
+    half_life = default_half_life(runs) if half_life is None else half_life
+    exact = all(has_displacement(history) for history in runs.values())
+    shown = [(panel, {name: _values(panel, log, exact=exact) for name, log in runs.items()}) for panel in PANELS]
+    drawn = [(panel, found) for panel, found in shown if any(finite(values)[0] for values in found.values())]
+    if not drawn:
+        raise ValueError(f"{', '.join(runs)}: no metric that could be drawn was logged")
+    notes = _notes(runs, shown, half_life, exact=exact)
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    columns = len(drawn) if len(drawn) < 4 else math.ceil(len(drawn) / 2)
+    rows = math.ceil(len(drawn) / columns)
+    with style.drawing():
+        figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.0), layout="constrained")
+        grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        for axes, (panel, found) in zip(grid.flat, drawn):
+            _draw_panel(axes, panel, found, runs, half_life, exact=exact)
+        for column in range(columns):
+            below = [axes for axes, _ in zip(grid[:, column], range(column, len(drawn), columns))]
+            below[-1].set_xlabel("optimizer step")
+            below[-1].xaxis.set_tick_params(labelbottom=True)
+        for axes in grid.flat[len(drawn) :]:
+            axes.set_axis_off()
+        _add_legend(figure, runs, evaluated=any(map(eval_prefixes, runs.values())))
+        if captioned:
+            _add_caption(figure, notes)
+    return figure, notes
 
-    figure, axes = plt.subplots(
-        3, len(runs), figsize=(3.4 * len(runs) + 0.6, 7.6), sharex="col", squeeze=False, layout="constrained"
+
+def plot_curves(runs: Mapping[str, History], path: str | Path, *, half_life: float | None = None) -> Path:
+    """Draw `training_figure` into a .png, .svg or .pdf file.
+
+    Raises:
+        ValueError: there is nothing to draw, or the path has another suffix.
+    """
+    return style.save(training_figure(runs, half_life=half_life)[0], path)
+
+
+def displacement_figure(runs: Mapping[str, History], out: str | Path, *, half_life: float | None = None) -> Path:
+    """The log-probs of chosen and rejected over training, runs side by side on one scale; .png, .svg or .pdf.
+
+    Of the evaluation set where every run was evaluated on it at least three times, which are the same rows each time;
+    otherwise of the training rows, smoothed as in `training_figure`.
+
+    Raises:
+        ValueError: there is no run, a run logged no log-probs, or the path has another suffix.
+    """
+    silent = [name for name, log in runs.items() if not any("logps/chosen" in entry for entry in log)]
+    if not runs or silent:
+        raise ValueError(f"{', '.join(silent) or 'no run given'}: there are no log-probs to draw (logps/chosen)")
+    exact = all(map(has_displacement, runs.values()))
+    prefixes = {name: (eval_prefixes(log) or [""])[0] for name, log in runs.items()}
+    moved = {
+        name: [finite(displacement(log, side, exact=exact, prefix=prefixes[name])) for side in SIDES]
+        for name, log in runs.items()
+    }
+    held_out = all(prefixes.values()) and all(len(found[0][0]) >= 3 for found in moved.values())
+    if held_out:
+        half_life, notes = 0, ["Of the evaluation set, against its log-probs before the first step."]
+    else:
+        moved = {name: [displacement(log, side, exact=exact) for side in SIDES] for name, log in runs.items()}
+        half_life = default_half_life(runs) if half_life is None else half_life
+        notes = [_displacement_note(runs, exact=exact), _smoothing_note(half_life)]
+    from matplotlib.figure import Figure
+
+    with style.drawing():
+        figure = Figure(figsize=(3.6 * len(runs) + 0.4, 3.6), layout="constrained")
+        grid = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+        for axes, (name, found) in zip(grid, moved.items()):
+            for index, values in enumerate(found):
+                _draw_line(axes, values, style.look(index), half_life, marked=6 if not held_out else None)
+            axes.axhline(0, **style.GUIDE)
+            axes.set_title(style.literal(name))
+            axes.set_xlabel("optimizer step")
+        grid[0].set_ylabel(f"Δ log-prob ({NATS})")
+        _add_legend(figure, SIDES, evaluated=False)
+        _add_caption(figure, notes)
+    return style.save(figure, out)
+
+
+# --- parts of figures -----------------------------------------------------------------------------------------------
+
+
+def _values(panel: Panel, history: History, *, exact: bool, prefix: str = "") -> Series:
+    name, _, side = panel.key.partition("/")
+    if name == "displacement":
+        return displacement(history, side, exact=exact, prefix=prefix)
+    return series(history, prefix + panel.key)
+
+
+def _draw_panel(axes, panel: Panel, found: Mapping[str, Series], runs, half_life: float, *, exact: bool) -> None:
+    for index, (name, values) in enumerate(found.items()):
+        _draw_run(axes, panel, runs[name], values, index, half_life, exact=exact)
+    if panel.guide is not None:
+        axes.axhline(panel.guide, **style.GUIDE)
+    axes.set_title(panel.title)
+    axes.set_ylabel(panel.unit)
+
+
+def _draw_run(axes, panel: Panel, history: History, values: Series, index: int, half_life, *, exact: bool) -> None:
+    """One run: as logged (faint where it is smoothed), the smoothed line, and evaluations as hollow markers."""
+    look = style.look(index)
+    _draw_line(axes, values, look, half_life)
+    for prefix in eval_prefixes(history)[:1]:
+        found = finite(_values(panel, history, exact=exact, prefix=prefix))
+        axes.plot(*found, color=look["color"], marker=look["marker"], **HOLLOW, zorder=3)
+
+
+def _draw_line(axes, values: Series, look: dict[str, Any], half_life: float, marked: int | None = 6) -> None:
+    """A curve with about so many markers; None: one at every point."""
+    values = finite(values)
+    if half_life and len(values[0]) > 1:
+        axes.plot(*values, color=look["color"], linewidth=0.7, alpha=0.3)
+        values = smooth(values, half_life)
+    every = max(1, len(values[0]) // marked) if marked else 1
+    axes.plot(*values, **look, linewidth=1.6, markersize=3.5 if marked else 5, markevery=(every // 2, every))
+
+
+def _add_legend(figure: Figure, names: Iterable[str], *, evaluated: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = {style.literal(name): Line2D([], [], **style.look(k), linewidth=1.6) for k, name in enumerate(names)}
+    if evaluated:
+        lines["hollow: evaluation set"] = Line2D([], [], color="0.4", marker="o", **HOLLOW)
+    width = 0.6 + 0.075 * max(map(len, lines))  # inches of an entry, about
+    columns = min(len(lines), max(1, int(figure.get_figwidth() / width)))
+    figure.legend(lines.values(), lines, loc="outside upper left", ncols=columns, handlelength=3.2)
+
+
+def _add_caption(figure: Figure, notes: Sequence[str]) -> None:
+    import textwrap
+
+    width = int(figure.get_figwidth() * 17)  # characters of this size that fit
+    lines = [line for note in notes for line in textwrap.wrap(note, width)]
+    text = style.literal("\n".join(lines))
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=7.5, color="0.35", linespacing=1.4)
+
+
+# --- notes ----------------------------------------------------------------------------------------------------------
+
+
+def _notes(runs, shown: Sequence[tuple[Panel, Mapping[str, Series]]], half_life: float, *, exact: bool) -> list[str]:
+    notes = [_smoothing_note(half_life), _displacement_note(runs, exact=exact)]
+    if len(runs) > 1:
+        notes.append("Loss and rewards are each method's own: compare their course, not their height.")
+    for panel, found in shown:
+        missing = [name for name, values in found.items() if not values[0]]
+        if missing:
+            notes.append(
+                f"{panel.title}: not logged by {', '.join(missing) if len(missing) < len(runs) else 'any run'}."
+            )
+        for name, values in found.items():
+            lost = len(values[0]) - len(finite(values)[0])
+            if lost:
+                notes.append(f"{panel.title}: {lost} values of {name} are nan or infinite and not drawn.")
+    return [note for note in (*notes, *_eval_notes(runs, exact=exact)) if note]
+
+
+def _displacement_note(runs: Mapping[str, History], *, exact: bool) -> str:
+    if exact:
+        return "Δ log-prob: against the reference model on the same rows."
+    without = ", ".join(name for name, history in runs.items() if not has_displacement(history))
+    evaluated = any(map(eval_prefixes, runs.values()))
+    also = ", and of the evaluation set since the evaluation before the first step" if evaluated else ""
+    return (
+        f"Δ log-prob: since the first logging window, whose rows were others{also}; "
+        f"{without} logged no log-probs of a reference model."
     )
-    for column, (name, history) in enumerate(runs.items()):
-        colour = PALETTE[column % len(PALETTE)]
-        _draw_run(axes[:, column], name, history, colour)
-    for axis, label in zip(axes[:, 0], ("loss", "reward margin", "log-prob since the start (nats)")):
-        axis.set_ylabel(label)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
 
 
-def _draw_run(axes, name: str, history: Sequence[Mapping], colour: str) -> None:
-    loss, margin, logps = axes
-    loss.plot(*series(history, "loss"), color=colour, label=name)
-    margin.plot(*series(history, "rewards/margins"), color=colour, label=name)
-    margin.axhline(0, color="0.75", linewidth=0.8, zorder=0)
-    for side, (key, style) in LOGPS.items():
-        steps, values = series(history, key)
-        changes = [value - values[0] for value in values]
-        logps.plot(steps, changes, style, color=colour, label=f"{name}, {side}")
-    logps.axhline(0, color="0.75", linewidth=0.8, zorder=0)
-    loss.set_title(name)
-    logps.set_xlabel("optimiser step")
-    for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
+def _smoothing_note(half_life: float) -> str:
+    if not half_life:
+        return ""
+    steps = f"{half_life:g} step{'s' if half_life != 1 else ''}"
+    return f"Faint: as logged. Thick: exponential moving average, half-life {steps}."
+
+
+def _eval_notes(runs: Mapping[str, History], *, exact: bool) -> list[str]:
+    notes = []
+    for name, history in runs.items():
+        prefixes = eval_prefixes(history)
+        if len(prefixes) > 1:
+            notes.append(f"{name}: the evaluation set drawn is {prefixes[0][5:-1]}, one of {len(prefixes)}.")
+        if prefixes and not exact and not displacement(history, "chosen", exact=False, prefix=prefixes[0])[0]:
+            notes.append(f"{name}: no log-probs of the evaluation set, it was not evaluated before the first step.")
+    return notes

@@ -98,10 +98,10 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         base = Path(base).name
     name = model_name or Path(trainer.args.output_dir).name
     data = ModelCardData(
-        base_model=base,
+        base_model=None if local else base,  # the Hub refuses what is no name of a model on it
         library_name="peft" if peft else "transformers",
         pipeline_tag=PIPELINES[_medium(trainer)],
-        datasets=dataset_name if dataset_name and not Path(dataset_name).exists() else None,
+        datasets=[d for d in (dataset_name or "").split(", ") if d and not Path(d).exists()] or None,
         tags=[*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
         model_name=name,
     )

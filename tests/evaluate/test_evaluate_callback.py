@@ -1,0 +1,158 @@
+"""Held-out measures while training: the numbers of `trl-vpo evaluate` on the adapter that was just saved."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from held_out_kit import LANGUAGE, plain, processor, said, slow_sum, write_held_out
+from peft import LoraConfig
+
+import trl_vpo
+from trl_vpo.evaluate.callback import EvaluationCallback
+from trl_vpo.evaluate.heldout import measure_preferences
+from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.evaluate.run import run_evaluation
+from trl_vpo.testbed import language, tiny_vlm
+
+QUIET = {
+    "use_cpu": True, "bf16": False, "report_to": [], "num_frames": 8, "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "disable_tqdm": True,
+    "save_strategy": "no", "gradient_checkpointing": False,
+}  # fmt: skip
+
+
+def dataset(rows) -> Dataset:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_list([{name: row.get(name) for name in columns} for row in rows])
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    return write_held_out(tmp_path_factory.mktemp("held_out"))
+
+
+@pytest.fixture(scope="module")
+def preferences(held_out):
+    return [row for row in held_out.rows.values() if "chosen" in row]
+
+
+def trainer_of(method, out, rows, *, lora=True, model=None, **more):
+    config, trainer = getattr(trl_vpo, f"{method}Config"), getattr(trl_vpo, f"{method}Trainer")
+    return trainer(
+        model or str(tiny_vlm.BASE),
+        args=config(str(out), **{**QUIET, **more}),
+        train_dataset=dataset(rows),
+        eval_dataset=dataset(rows[:2]),
+        processing_class=processor(),
+        peft_config=LoraConfig(r=4, target_modules=LANGUAGE) if lora else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(held_out, preferences, tmp_path_factory):
+    """A trainer after two steps with an evaluation at each, and its callback."""
+    out = tmp_path_factory.mktemp("trained") / "dpo"
+    trainer = trainer_of(
+        "VisualDPO", out, preferences, max_steps=2, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model="eval_heldout/preference/accuracy_average",
+    )  # fmt: skip
+    callback = EvaluationCallback(trainer, str(held_out.path))
+    trainer.add_callback(callback)
+    trainer.train()
+    trainer.save_model()
+    return trainer, callback
+
+
+def logged(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "eval_heldout/preference/accuracy" in entry]
+
+
+def test_every_evaluation_has_the_measures(trained):
+    trainer, _ = trained
+    entries = logged(trainer)
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert entries[0]["eval_heldout/displacement/chosen"] != entries[1]["eval_heldout/displacement/chosen"]
+    assert entries[1]["eval_heldout/kl/chosen"] > 1e-4
+    # `metric_for_best_model` found it among the metrics of the evaluation
+    assert trainer.state.best_metric == max(entry["eval_heldout/preference/accuracy_average"] for entry in entries)
+    assert trainer.model.active_adapter == "default" and not trainer.model._adapters_disabled
+
+
+def test_they_are_those_of_the_saved_adapter(trained, held_out, tmp_path):
+    trainer, callback = trained
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in held_out.rows.values() if "chosen" in row))
+    options = {"num_frames": 8, "device": "cpu", "output_dir": tmp_path / "run", "resamples": 10, "num_images": 2}
+    argv = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
+    folder = trainer.args.output_dir
+    results = run_evaluation(["--model", str(tiny_vlm.BASE), "--data", str(data), "--adapters", folder, *argv])
+    want = {name: found["value"] for name, found in results["contestants"]["dpo"]["measures"].items()}
+    want = {name: value for name, value in want.items() if not name.startswith("visibility")}
+    assert callback.measure() == pytest.approx(want, abs=1e-4)
+    assert {"sensitivity/shuffled", "reward/margin", "kl/chosen_per_token", "logps/rejected"} <= want.keys()
+
+
+def test_they_agree_with_the_quickstarts_measures(trained, preferences):
+    trainer, callback = trained
+    before, after = measure_preferences(trainer, dataset(preferences))
+    found = callback.measure()
+    assert found["preference/accuracy"] == after.accuracy
+    assert found["logps/chosen"] == pytest.approx(after.chosen_logp, abs=1e-4)
+    assert found["displacement/rejected"] == pytest.approx(after.rejected_logp - before.rejected_logp, abs=1e-4)
+    assert found["kl/chosen"] == pytest.approx(after.kl, abs=1e-5)
+
+
+def test_one_step_is_measured_once(trained, monkeypatch):
+    trainer, callback = trained
+    calls = []
+    monkeypatch.setattr(callback, "measure", lambda: calls.append(1) or {"kl/chosen": 1.0})
+    callback._done = None
+    metrics = [{"eval_a_loss": 0.5}, {"eval_b_loss": 0.5}]
+    for one in metrics:  # two eval sets
+        callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics=one)
+    assert calls == [1] and all(one["eval_heldout/kl/chosen"] == 1.0 for one in metrics)
+
+
+def test_full_fine_tuning_without_a_reference_has_no_movement(preferences, held_out, tmp_path):
+    torch.manual_seed(0)
+    trainer = trainer_of("LeanPO", tmp_path, preferences, lora=False, model=plain(), max_steps=2)
+    data = dataset(preferences[:3])
+    callback = EvaluationCallback(trainer, data, every=2, sensitivity=("blank",))
+    trainer.add_callback(callback)
+    at_first = callback.measure()
+    asked = [(processor(), held_out.samples[row["id"]], language.PROMPTS["clip"], said(row, "chosen")) for row in data]
+    slow = sum(slow_sum(trainer.model.eval(), *one) for one in asked) / 3
+    assert at_first["logps/chosen"] == pytest.approx(slow, abs=1e-4)
+    assert not any(name.startswith(("kl", "displacement", "reward")) for name in at_first)
+    assert {name for name in at_first if name.startswith("sensitivity")} == {
+        "sensitivity/blank",
+        "sensitivity/blank_share",
+    }
+    trainer.model.train()
+    callback.measure()
+    assert trainer.model.training
+    trainer.train()
+    (entry,) = logged(trainer)
+    assert entry["step"] == 2 and entry["eval_heldout/logps/chosen"] != pytest.approx(slow)
+
+
+def test_what_is_wrong_with_the_rows_is_said_before_training(trained, preferences, caplog, held_out, tmp_path):
+    trainer, _ = trained
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    bad = {**preferences[1], "videos": [str(broken)]}
+    with pytest.raises(EvaluateError, match=r"held-out row 1 \(id 'clip-0001'.*broken\.mp4"):
+        EvaluationCallback(trainer, dataset([preferences[0], bad]))
+    with pytest.raises(EvaluateError, match=r"row 0 .*missing\.mp4.*not"):
+        EvaluationCallback(trainer, dataset([{**bad, "videos": [str(tmp_path / "missing.mp4")]}]))
+    with pytest.raises(EvaluateError, match="chosen and rejected are identical"):
+        EvaluationCallback(trainer, dataset([{**bad, "rejected": bad["chosen"]}]))
+    with pytest.raises(ValueError, match="every is 0"):
+        EvaluationCallback(trainer, dataset(preferences), every=0)
+    with pytest.raises(ValueError, match="'noisy' is not one of"):
+        EvaluationCallback(trainer, dataset(preferences), sensitivity=("noisy",))
+    with caplog.at_level("WARNING"):
+        callback = EvaluationCallback(trainer, str(held_out.path), limit=2)
+    assert "12 held-out rows have a task that only `trl-vpo evaluate` measures" in caplog.text
+    assert [row.id for row in callback._rows] == ["clip-0000", "clip-0001"]

@@ -1,0 +1,451 @@
+"""`trl-vpo evaluate`: every number against the slow way, tasks and adapters side by side, and runs that go on."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from held_out_kit import (
+    EVERYWHERE,
+    adapted,
+    of_image,
+    plain,
+    processor,
+    said,
+    slow_scores,
+    slow_sum,
+    write_adapter,
+    write_held_out,
+)
+from PIL import Image
+
+from trl_vpo.data.masking import masked_image_list
+from trl_vpo.data.media import VideoOptions, load_video
+from trl_vpo.evaluate.contestants import contestant_names
+from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.evaluate.run import run_evaluation
+from trl_vpo.evaluate.scoring import damaged, row_seed
+from trl_vpo.generate.base import GenerateError, Media
+from trl_vpo.recipe import RecipeError
+from trl_vpo.testbed import language, tiny_vlm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def held_out(folder):
+    return write_held_out(folder)
+
+
+@pytest.fixture(scope="module")
+def adapters(folder):
+    """One of the language model, one of the vision tower too, and one that changes nothing."""
+    return {
+        "words": write_adapter(folder / "words", seed=1),
+        "eyes": write_adapter(folder / "eyes", seed=2, r=2, target_modules=EVERYWHERE, scale=0.5),
+        "idle": write_adapter(folder / "idle", scale=0),
+    }
+
+
+def evaluate(held_out, out, *adapters, data=None, **options):
+    values = {"num_frames": 8, "max_new_tokens": 16, "device": "cpu", "resamples": 200, "num_images": 3, **options}
+    values |= {"synonyms": held_out.path.parent / "synonyms.txt", "output_dir": out}
+    argv = ["--model", str(tiny_vlm.BASE), "--data", str(data or held_out.path)]
+    argv += ["--adapters", *map(str, adapters)] if adapters else []
+    return run_evaluation(argv + [str(part) for key, value in values.items() for part in (f"--{key}", value)])
+
+
+def records(out) -> dict[tuple[str, str], dict]:
+    """(row, contestant) -> what `rows.jsonl` says."""
+    lines = [json.loads(line) for line in (Path(out) / "rows.jsonl").read_text().splitlines()]
+    return {(line["id"], line["contestant"]): line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def run(folder, held_out, adapters):
+    """(results, records) of the base and all three adapters."""
+    results = evaluate(held_out, folder / "run", *adapters.values(), batch_size=4, answer_preferences=True)
+    return results, records(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def models(adapters):
+    return {"base": plain()} | {name: adapted(path) for name, path in adapters.items()}
+
+
+def row_of(held_out, kind, end=""):
+    return next(row for name, row in held_out.rows.items() if name.startswith(f"{kind}-") and name.endswith(f"0{end}"))
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("contestant", ["base", "words", "eyes"])
+def test_a_pair_about_a_clip_agrees_with_the_long_way(held_out, run, models, contestant):
+    row = row_of(held_out, "clip")
+    found, sample = run[1][row["id"], contestant], held_out.samples[row["id"]]
+    asked = (processor(), sample, language.PROMPTS["clip"])
+    logps, tokens = slow_scores(models[contestant], *asked, said(row, "chosen"))
+    before, _ = slow_scores(models["base"], *asked, said(row, "chosen"))
+    assert found["chosen_logp"] == pytest.approx(logps.gather(1, tokens[:, None]).sum().item(), abs=1e-4)
+    assert found["rejected_logp"] == pytest.approx(
+        slow_sum(models[contestant], *asked, said(row, "rejected")), abs=1e-4
+    )
+    assert found["chosen_tokens"] == len(tokens)
+    kl = (before.exp() * (before - logps)).sum().item()
+    assert found["chosen_kl"] == pytest.approx(kl, rel=1e-3, abs=1e-6)
+    assert (kl > 0.01) == (contestant != "base")
+    media = Media(videos=(load_video(sample.frames, VideoOptions(num_frames=8)),))
+    changed = {kind: damaged(media, kind, row_seed(0, row["id"])).videos[0].frames for kind in found["damaged_logps"]}
+    assert list(changed) == ["shuffled", "masked", "blank"]
+    assert not changed["blank"].any()
+    for kind, frames in changed.items():
+        assert not (frames == sample.frames).all()
+        seen = (processor(), replace(sample, frames=frames), language.PROMPTS["clip"], said(row, "chosen"))
+        assert found["damaged_logps"][kind] == pytest.approx(slow_sum(models[contestant], *seen), abs=1e-4), kind
+
+
+def test_shuffling_keeps_every_frame_and_leaves_none_in_its_place():
+    frames = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    clip = load_video(frames, VideoOptions(num_frames=5))
+    shuffled = damaged(Media(videos=(clip,)), "shuffled", 3).videos[0]
+    order = shuffled.frames[:, 0, 0, 0]
+    assert sorted(order) == [0, 1, 2, 3, 4] and (order != np.arange(5)).all()
+    assert (shuffled.timestamps == clip.timestamps).all() and (clip.frames == frames).all()
+    still = Media(videos=(replace(clip, frames=frames * 0),), images=(Image.new("RGB", (4, 4), "red"),))
+    assert damaged(still, "shuffled", 3) is None
+    assert damaged(still, "blank", 3).images[0].getextrema() == ((0, 0),) * 3
+    assert damaged(Media(), "blank", 3) is None
+    with pytest.raises(ValueError, match="cannot be 'upside down'"):
+        damaged(still, "upside down", 3)
+
+
+def test_the_image_list_agrees_with_the_long_way(held_out, run, models):
+    row = row_of(held_out, "scene")
+    sample, image = held_out.samples[row["id"]], Image.open(row["images"][0])
+    images = masked_image_list(image, row["critical_box"], 3)
+    for contestant in ("base", "words"):
+        found = run[1][row["id"], contestant]
+        asked = [(processor(), of_image(sample, x), language.PROMPTS["scene"], said(row, "chosen")) for x in images]
+        assert found["image_logps"] == pytest.approx([slow_sum(models[contestant], *one) for one in asked], abs=1e-4)
+        assert found["image_logps"][0] == pytest.approx(found["chosen_logp"], abs=1e-5)
+        assert list(found["damaged_logps"]) == ["masked", "blank"]  # an image has no order
+
+
+def test_a_row_with_nothing_but_an_image_list(held_out, run, tmp_path):
+    """The images that would be drawn, given as files below `media_root`."""
+    row = dict(row_of(held_out, "scene"))
+    images = masked_image_list(Image.open(row.pop("images")[0]), row.pop("critical_box"), 3)
+    for place, image in enumerate(images):
+        image.save(tmp_path / f"{place}.png")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(row | {"image_list": ["0.png", "1.png", "2.png"]}) + "\n")
+    evaluate(held_out, tmp_path / "run", data=data, media_root=tmp_path)
+    found, want = records(tmp_path / "run")[row["id"], "base"], run[1][row["id"], "base"]
+    assert found["cluster"] == "0.png"
+    for key in ("chosen_logp", "rejected_logp", "image_logps"):
+        assert found[key] == pytest.approx(want[key], abs=1e-4)
+    assert found["damaged_logps"] == pytest.approx(want["damaged_logps"], abs=1e-4)
+
+
+def test_options_agree_with_the_long_way(held_out, run, models):
+    row = row_of(held_out, "clip", "-choice")
+    found = run[1][row["id"], "words"]
+    asked = [(processor(), held_out.samples[row["id"]], "Which is true?", option) for option in row["options"]]
+    assert found["option_logps"] == pytest.approx([slow_sum(models["words"], *one) for one in asked], abs=1e-4)
+    assert found["option_tokens"] == [len(slow_scores(models["base"], *one)[1]) for one in asked]
+
+
+def test_answers_are_the_models_own_greedy_ones(held_out, run, models):
+    for contestant in ("base", "words", "eyes"):
+        for name, row in held_out.rows.items():
+            if name.endswith(("basic", "hallucinated", "chair")):
+                question = row["question"]
+            elif name.endswith("choice"):
+                question = "Which is true?\nA. {}\nB. {}".format(*row["options"])
+            else:
+                question = row["prompt"][0]["content"][1]["text"]
+            want = tiny_vlm.answer(models[contestant], processor(), [held_out.samples[name]], [question])
+            assert run[1][name, contestant]["response"] == want[0]
+    assert len({run[1][name, "base"]["response"] for name in held_out.rows}) > 5
+
+
+def test_an_adapter_that_changes_nothing_is_the_base(run):
+    results, rows = run
+    for (name, contestant), record in rows.items():
+        if contestant == "idle":
+            base = rows[name, "base"] | {"contestant": "idle", "chosen_kl": record["chosen_kl"]}
+            assert record == base
+            assert not record["chosen_kl"] or abs(record["chosen_kl"]) < 1e-6
+    idle = results["contestants"]["idle"]
+    for name in ("reward/margin", "displacement/chosen", "displacement/rejected", "displacement/both_fall"):
+        assert idle["measures"][name]["value"] == 0
+    assert idle["measures"]["reward/accuracy"]["value"] == 0.5
+    assert idle["measures"]["kl/chosen"]["value"] == pytest.approx(0, abs=1e-6)
+    assert all(abs(difference["value"]) < 1e-6 for difference in idle["differences"].values())
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def test_results_follow_from_the_rows(folder, run):
+    results, rows = run
+    assert json.loads((folder / "run" / "results.json").read_text()) == results
+    assert results["data"] == {
+        "rows": 17, "skipped": 0, "tasks": {"preference": 5, "yes_no": 6, "choice": 3, "chair": 3}, "clusters": 5,
+        "incomplete_pairs": 0,
+    }  # fmt: skip
+    assert list(results["contestants"]) == ["base", "words", "eyes", "idle"]
+    base, words = (results["contestants"][name] for name in ("base", "words"))
+    assert base["differences"] == {} and words["differences"].keys() == words["measures"].keys()
+    own = {name: record for (name, contestant), record in rows.items() if contestant == "words"}
+    before = {name: record for (name, contestant), record in rows.items() if contestant == "base"}
+    pairs = [name for name, record in own.items() if record["task"] == "preference"]
+    wins = np.mean([own[name]["chosen_logp"] > own[name]["rejected_logp"] for name in pairs])
+    moved = np.mean([own[name]["chosen_logp"] - before[name]["chosen_logp"] for name in pairs])
+    kl = [sum(own[name][key] for name in pairs) for key in ("chosen_kl", "chosen_tokens")]
+    right = np.mean([record["said"] == record["expected"] for record in own.values() if record["task"] == "yes_no"])
+    basic, hallucinated = (words["measures"][f"yes_no/{side}"]["value"] for side in ("basic", "hallucinated"))
+    false = [bool(record["hallucinated"]) for record in own.values() if record["task"] == "chair"]
+    assert words["measures"]["preference/accuracy"]["value"] == pytest.approx(wins)
+    assert words["measures"]["displacement/chosen"]["value"] == pytest.approx(moved)
+    assert words["measures"]["kl/chosen_per_token"]["value"] == pytest.approx(kl[0] / kl[1])
+    assert (basic + hallucinated) / 2 == pytest.approx(right)
+    assert words["measures"]["chair/s"]["value"] == pytest.approx(np.mean(false))
+    assert words["measures"]["length/words"]["n"] == 3 + 5  # captions, and the answered preference prompts
+    assert [words["measures"][f"{name}"]["n"] for name in ("sensitivity/shuffled", "sensitivity/blank")] == [3, 5]
+    assert [words["measures"][name]["n"] for name in ("visibility/tau", "choice/letter", "yes_no/overall")] == [
+        2,
+        3,
+        3,
+    ]
+    for contestant in results["contestants"].values():
+        for measure in (*contestant["measures"].values(), *contestant["differences"].values()):
+            assert measure.keys() == {"value", "low", "high", "n"}
+    difference = words["measures"]["logps/chosen"]["value"] - base["measures"]["logps/chosen"]["value"]
+    assert words["differences"]["logps/chosen"]["value"] == pytest.approx(difference)
+
+
+def test_one_adapter_alone_in_other_batches_gives_the_same(folder, held_out, adapters, run):
+    evaluate(held_out, folder / "alone", adapters["eyes"], batch_size=7, answer_preferences=True)
+    alone = records(folder / "alone")
+    assert len(alone) == 2 * 17
+    for key, record in alone.items():
+        assert_same_record(record, run[1][key])
+
+
+def assert_same_record(found, want):
+    """Texts and counts alike, log-probs but for the rounding of another batch."""
+    assert found.keys() == want.keys()
+    for key, value in want.items():
+        if key.endswith("logps") and value is not None:
+            pick = (lambda v: list(v.values())) if isinstance(value, dict) else list
+            assert pick(found[key]) == pytest.approx(pick(value), abs=1e-4)
+        elif isinstance(value, float):
+            assert found[key] == pytest.approx(value, abs=1e-4), key
+        else:
+            assert found[key] == value, key
+
+
+def test_the_table_marks_what_differs():
+    from rich.console import Console
+
+    from trl_vpo.evaluate.table import results_table
+
+    def measure(value, low, high):
+        return {"value": value, "low": low, "high": high, "n": 40}
+
+    base = {
+        "chair/i": measure(0.5, 0.4, 0.6),
+        "kl/chosen": measure(0.0, None, None),
+        "length/words": measure(123.4, 9.5, 200.0),
+    }
+    tuned = {
+        "chair/i": measure(0.25, 0.2, 0.3),
+        "kl/chosen": measure(1.5, 1.0, 2.0),
+        "length/words": measure(20.0, 9.0, 30.0),
+    }
+    moved = {
+        "chair/i": measure(-0.25, -0.3, -0.1),
+        "kl/chosen": measure(1.5, 1.0, 2.0),
+        "length/words": measure(1.0, -2.0, 4.0),
+    }
+    results = {
+        "settings": {"level": 0.95},
+        "data": {"rows": 40, "clusters": 12},
+        "contestants": {
+            "base": {"measures": base, "differences": {}},
+            "[a]": {"measures": tuned, "differences": moved},
+        },
+    }
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(results_table(results))
+    lines = [" ".join(line.split()) for line in capture.get().splitlines()]
+    assert "chair/i 40 0.500 [0.400, 0.600] 0.250 [0.200, 0.300] ▼" in lines
+    assert "kl/chosen 40 0.000 1.500 [1.000, 2.000] ▲" in lines
+    assert "length/words 40 123.4 [9.500, 200.0] 20.00 [9.000, 30.00]" in lines
+    assert "measure n base [a]" in lines
+
+
+# --- runs that go on ----------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, held_out, adapters, run, monkeypatch, tmp_path):
+    from trl_vpo.evaluate import run as module
+    from trl_vpo.generate.store import Run
+
+    write, evaluate_batch, written, worked = Run.write, module.evaluate_batch, [], []
+
+    def until_killed(self, outcome):
+        if len(written) == 6:
+            raise RuntimeError("killed")
+        written.append(outcome.id)
+        write(self, outcome)
+
+    def counted(contestants, batch, config):
+        worked.extend(row.id for row, *_ in batch)
+        return evaluate_batch(contestants, batch, config)
+
+    copied = write_adapter(tmp_path / "words", seed=1)
+    options = {"batch_size": 4, "answer_preferences": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write", until_killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            evaluate(held_out, tmp_path / "run", copied, **options)
+    assert not (tmp_path / "run" / "results.json").exists()
+    monkeypatch.setattr(module, "evaluate_batch", counted)
+    first = evaluate(held_out, tmp_path / "run", copied, **options)
+    assert worked == list(held_out.rows)[6:]
+    for key, record in records(tmp_path / "run").items():
+        assert_same_record(record, run[1][key])
+    # the answers stay, the way to read them may change
+    strict = evaluate(held_out, tmp_path / "run", copied, yes_no_rule="strict", level=0.5, **options)
+    assert len(worked) == 11 and strict["settings"]["yes_no_rule"] == "strict"
+    wide, narrow = (r["contestants"]["base"]["measures"]["logps/chosen"] for r in (first, strict))
+    assert wide["value"] == narrow["value"] and wide["low"] < narrow["low"]
+    with pytest.raises(GenerateError, match="max_new_tokens: was 16, is 9"):
+        evaluate(held_out, tmp_path / "run", copied, **options, max_new_tokens=9)
+    write_adapter(tmp_path / "words", seed=7)  # another adapter in the same place
+    with pytest.raises(GenerateError, match=r"adapters\.words: was"):
+        evaluate(held_out, tmp_path / "run", copied, **options)
+
+
+def test_bad_media_stop_the_run_unless_told_otherwise(held_out, tmp_path):
+    rows = [json.loads(line) for line in held_out.path.read_text().splitlines()[:5]]
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    rows[1]["videos"] = [str(broken)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(EvaluateError, match=rf"row 1 \(id '{rows[1]['id']}'\).*broken\.mp4.*(?s:.)*on_bad=skip"):
+        evaluate(held_out, tmp_path / "run", data=data, sensitivity="none")
+    results = evaluate(held_out, tmp_path / "run", data=data, sensitivity="none", on_bad="skip")
+    assert results["data"]["rows"] == 4 and results["data"]["skipped"] == 1
+    assert results["data"]["incomplete_pairs"] == 1
+    measures = results["contestants"]["base"]["measures"]
+    assert not any(name.startswith(("yes_no", "sensitivity")) for name in measures)
+    assert measures["preference/accuracy"]["low"] is None  # one cluster says nothing about others
+    (rejected,) = map(json.loads, (tmp_path / "run" / "rejected.jsonl").read_text().splitlines())
+    assert rejected["id"] == rows[1]["id"] and "broken.mp4" in rejected["reason"]
+    with pytest.raises(EvaluateError, match="1 rows were left out with on_bad=skip"):
+        evaluate(held_out, tmp_path / "run", data=data, sensitivity="none")
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lora, why",
+    [
+        ({"bias": "all"}, "trains biases of the base"),
+        ({"init_lora_weights": "pissa"}, "changes the base's weights when it is loaded"),
+        ({"target_modules": ["lm_head"]}, "adapts the LM head by low-rank layers"),
+    ],
+)
+def test_adapters_whose_base_cannot_be_told_apart(held_out, tmp_path, lora, why):
+    adapter = write_adapter(tmp_path / "odd", **{"target_modules": ["q_proj"], **lora})
+    with pytest.raises(EvaluateError, match=why):
+        evaluate(held_out, tmp_path / "run", adapter)
+
+
+def test_adapters_that_are_none(held_out, tmp_path):
+    with pytest.raises(EvaluateError, match=rf"^adapter {tmp_path} has no adapter_config\.json"):
+        evaluate(held_out, tmp_path / "run", tmp_path)
+
+
+def test_contestants_are_named_by_as_much_of_their_path_as_it_takes():
+    assert contestant_names(["out/rrpo", "out/lpoi/"]) == ["rrpo", "lpoi"]
+    assert contestant_names(["a/rrpo/last", "b/dpo/last"]) == ["rrpo/last", "dpo/last"]
+    assert contestant_names(["out/base"]) == ["out/base"]
+    assert contestant_names([]) == []
+    with pytest.raises(EvaluateError, match="cannot be told apart"):
+        contestant_names(["out/rrpo", "out/rrpo"])
+
+
+def test_options_that_would_lose_something(tmp_path):
+    with pytest.raises(RecipeError, match="--adapters is given twice"):
+        run_evaluation(["--model", "m", "--adapters", "a", "--adapters", "b"])
+    with pytest.raises(RecipeError, match=r"unknown option --adapter\. Did you mean --adapters"):
+        run_evaluation(["--model", "m", "--adapter", "a"])
+    with pytest.raises(RecipeError, match="`output_dir` is not set"):
+        run_evaluation(["--model", "m", "--data", "d"])
+    with pytest.raises(ValueError, match="'sharpened' is not one of shuffled, masked, blank"):
+        run_evaluation(["--sensitivity", "masked", "sharpened"])
+
+
+QUESTION = {"task": "yes_no", "question": "Is it red?", "answer": "Yes.", "pair": "p"}
+CHOICE = {"task": "choice", "question": "Which?", "options": ["red", "blue"], "answer": "B"}
+CAPTION = {"task": "chair", "question": "Describe.", "objects": ["square"]}
+
+
+@pytest.mark.parametrize(
+    "rows, why",
+    [
+        ([{"task": "yesno"}], r"row 0 \(id 'r0'\): `task` is 'yesno': one of preference, yes_no, choice, chair"),
+        ([{"question": "Is it red?"}], r"row 0 \(id 'r0'\): has no `chosen`"),
+        ([{**QUESTION, "answer": "maybe"}], "`answer` is 'maybe': a yes/no question needs yes or no"),
+        ([{**QUESTION, "role": "hallucinated"}], "`role` is 'hallucinated' and `answer` 'yes'"),
+        ([{**QUESTION, "pair": None}], "has no `pair`"),
+        ([QUESTION, QUESTION], r"pair 'p' needs one .* it has row 0 \(id 'r0'\): yes, row 1 \(id 'r1'\): yes"),
+        ([{**QUESTION, "question": "<video> Is it red?"}], "holds the marker <video>"),
+        ([{**CHOICE, "answer": "C"}], r"`answer` is 'C': give the letter of the right option \(A, B\)"),
+        ([{**CHOICE, "options": None}], "there are no options"),
+        ([{**CHOICE, "options": ["red", "Red."]}], "say the same"),
+        ([{**CAPTION, "objects": None}], "`objects` is None"),
+        ([{**CAPTION, "objects": ["unicorn"]}], "'unicorn' is not in the table"),
+        ([{**CAPTION, "question": " "}], "`question` is ' '"),
+    ],
+)
+def test_rows_that_break_the_contract(rows, why):
+    from trl_vpo.data.rows import drop_none
+    from trl_vpo.evaluate.chair import ObjectTable
+    from trl_vpo.evaluate.rows import read_rows
+    from trl_vpo.generate.base import InputRow
+
+    inputs = [InputRow(f"r{i}", drop_none(row)) for i, row in enumerate(rows)]
+    with pytest.raises(EvaluateError, match=why):
+        read_rows(inputs, ObjectTable({"square": []}))
+
+
+def test_clusters_are_media_unless_the_row_says_otherwise():
+    from trl_vpo.evaluate.rows import read_rows
+    from trl_vpo.generate.base import InputRow
+
+    part = {"path": "/v/1.mp4", "video_start": 2.0}
+    no = {**QUESTION, "answer": "no"}
+    inputs = [
+        InputRow("a", QUESTION, videos=("/v/1.mp4",)),
+        InputRow("b", no, videos=(part,)),
+        InputRow("c", {**CHOICE, "cluster": 7}, images=("/i/1.png",)),
+        InputRow("d", CHOICE, images=("/i/1.png",)),
+        InputRow("e", CHOICE),
+    ]
+    rows = read_rows(inputs)
+    assert [row.cluster for row in rows] == ["/v/1.mp4", "/v/1.mp4", "7", "/i/1.png", "e"]
+    assert rows[1].facts == {"question": "Is it red?", "expected": "no", "pair": "p"}
+    assert rows[2].facts == {"question": "Which?", "expected": "B", "options": ["red", "blue"]}

@@ -1,0 +1,100 @@
+"""A held-out file with rows of every task, adapters of the testbed's base, and the slow way to score a response."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from trl_vpo.testbed import language, rows, tiny_vlm, world
+
+LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
+EVERYWHERE = r".*(q_proj|v_proj|visual.*\.qkv)"
+
+
+def plain():
+    return AutoModelForImageTextToText.from_pretrained(tiny_vlm.BASE).eval()
+
+
+def processor():
+    return AutoProcessor.from_pretrained(tiny_vlm.BASE)
+
+
+def write_adapter(folder: Path, *, scale=0.3, seed=0, **lora) -> str:
+    """A LoRA adapter of the testbed's base with random weights; with scale 0 it changes nothing."""
+    torch.manual_seed(seed)
+    model = get_peft_model(plain(), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": LANGUAGE, **lora}))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=scale) if scale else weight.zero_()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def adapted(path):
+    return PeftModel.from_pretrained(plain(), path).eval()
+
+
+@dataclass
+class HeldOut:
+    """A held-out file, its rows by id, and the samples behind them as they come back from their files."""
+
+    path: Path
+    rows: dict[str, dict]
+    samples: dict[str, world.Sample]
+
+
+def write_held_out(folder: Path, clips=3, scenes=2) -> HeldOut:
+    """For every sample a preference row; for every clip two yes/no questions, a choice and a caption."""
+    held_out, rng, written = HeldOut(folder / "held_out.jsonl", {}, {}), np.random.default_rng(5), []
+    for kind, count in (("clip", clips), ("scene", scenes)):
+        samples, preferences = rows.write_preferences(kind, count, seed=31, folder=folder / kind)
+        for sample, row in zip(samples, preferences):
+            if kind == "clip":
+                sample = replace(sample, frames=world.read_mp4(row["videos"][0]))
+            asked = _questions(sample, row, rng) if kind == "clip" else []
+            for one in [row, *asked]:
+                held_out.rows[one["id"]], held_out.samples[one["id"]] = one, sample
+                written.append(one)
+    rows.write_jsonl(written, held_out.path)
+    (folder / "synonyms.txt").write_text("".join(f"{shape}, {shape}y\n" for shape in world.SHAPES))
+    return held_out
+
+
+def _questions(sample, row, rng) -> list[dict]:
+    name, media = row["id"], {"videos": row["videos"]}
+    made = []
+    for side, item in zip(("basic", "hallucinated"), language.yes_no_pair(sample.things, rng)):
+        made.append({"id": f"{name}-{side}", "task": "yes_no", "question": item.question, "answer": item.answer})
+        made[-1] |= {"pair": name, "role": side} | media
+    options = [language.wrong_caption(sample.things, rng), language.caption(sample.things)]
+    choice = {"id": f"{name}-choice", "task": "choice", "question": "Which is true?", "options": options}
+    caption = {"id": f"{name}-chair", "task": "chair", "question": language.PROMPTS["clip"]}
+    return [*made, choice | {"answer": "B"} | media, caption | {"objects": [sample.things[0].shape]} | media]
+
+
+@torch.no_grad()
+def slow_scores(model, processor, sample, question, text) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, V) log-probs of each next token of a response behind a question about a sample, and its tokens (T,)."""
+    batch = tiny_vlm.encode(processor, [sample], [language.Item("asked", question, text)])
+    labels = batch.pop("labels")[0, 1:]
+    logps = model(**batch).logits[0, :-1].float().log_softmax(-1)
+    return logps[labels != -100], labels[labels != -100]
+
+
+def slow_sum(*args) -> float:
+    """The summed log-prob of a response; arguments as above."""
+    logps, tokens = slow_scores(*args)
+    return logps.gather(1, tokens[:, None]).sum().item()
+
+
+def of_image(sample, image: Image.Image):
+    return replace(sample, frames=np.asarray(image)[None])
+
+
+def said(row, side) -> str:
+    return row[side][0]["content"][0]["text"]

@@ -1,0 +1,296 @@
+"""A small Hub on this machine: what huggingface_hub 2.4 asks for when it creates a repo, commits and lists files.
+
+Repos are kept in memory. A `Fault` makes requests fail in ways that a test chooses.
+"""
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+LFS = (".safetensors", ".bin", ".pt", ".pth", ".mp4")
+REPO = r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)"
+MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass
+class Commit:
+    message: str
+    deleted: list[str]
+    lfs: list[str]
+    files: dict[str, bytes]  # all of the branch, after it
+
+
+@dataclass
+class Repo:
+    private: bool
+    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": [Commit("initial commit", [], [], {})]})
+
+    @property
+    def commits(self):
+        return self.branches["main"][1:]
+
+    @property
+    def files(self):
+        return self.branches["main"][-1].files
+
+    def messages(self):
+        return [commit.message for commit in self.commits]
+
+
+@dataclass
+class Fault:
+    """What happens to requests whose `METHOD /path` matches, `times` times.
+
+    Args:
+        where: regular expression.
+        what: an HTTP status; "drop", the connection is closed without an answer; "hang", there is none; or a function
+            that is called before the request is answered as usual.
+        times: how often.
+        after: how many requests that match go well before.
+    """
+
+    where: str
+    what: int | str | Callable[[], None]
+    times: int = 1000
+    after: int = 0
+
+    def applies(self, request):
+        if not re.search(self.where, request):
+            return False
+        self.after -= 1
+        if self.after >= 0 or self.times <= 0:
+            return False
+        self.times -= 1
+        return True
+
+
+class LocalHub:
+    """`with LocalHub() as hub`: it answers at `hub.url`.
+
+    Attributes:
+        repos: name -> Repo.
+        tokens: token -> (user, what it may do: "read", "write").
+        faults: a list of `Fault`.
+        requests: `METHOD /path` of all that came.
+    """
+
+    def __init__(self):
+        self.repos, self.tokens, self.faults, self.requests = {}, {}, [], []
+        self.blobs = {}  # sha256 -> bytes
+        self._over = threading.Event()
+
+    def __enter__(self):
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._over.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, method, path, body, user, rights):
+        """(status, JSON, headers) of a request that no fault applies to."""
+        if method == "PUT" and path.startswith("/storage/"):  # as S3: the address is the permission
+            oid = path.removeprefix("/storage/")
+            good = hashlib.sha256(body).hexdigest() == oid
+            if good:
+                self.blobs[oid] = body
+            return (200 if good else 400), {}, {}
+        if user is None:
+            return 401, {"error": "Invalid username or password."}, {}
+        for pattern, answer in ROUTES:
+            found = re.fullmatch(pattern, f"{method} {path}")
+            if found:
+                groups = {key: unquote(value) for key, value in found.groupdict().items()}
+                return answer(self, body=body, user=user, rights=rights, **groups)
+        return 404, {"error": f"no such address: {method} {path}"}, {}
+
+    def _found(self, repo, rev="main"):
+        """(branch, None), or (None, the answer that there is none)."""
+        if repo not in self.repos:
+            return None, (404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        if rev not in self.repos[repo].branches:
+            return None, (404, {"error": f"Invalid rev id: {rev}"}, {"X-Error-Code": "RevisionNotFound"})
+        return self.repos[repo].branches[rev], None
+
+    def create(self, body, user, rights):
+        asked = json.loads(body)
+        name = f"{asked.get('organization') or user}/{asked['name']}"
+        made = {"url": f"{self.url}/{name}", "name": name}
+        if name in self.repos:
+            return 409, made | {"error": "You already created this model repo"}, {}
+        if "write" not in rights or not name.startswith(f"{user}/"):
+            return 403, {"error": f"You may not create {name}"}, {}
+        self.repos[name] = Repo(private=asked.get("visibility") == "private")
+        return 200, made, {}
+
+    def info(self, repo, user, rights, body, rev="main"):
+        branch, missing = self._found(repo, rev)
+        if missing:
+            return missing
+        files = [{"rfilename": path} for path in branch[-1].files]
+        sha = hashlib.sha1(f"{repo}{len(branch)}".encode()).hexdigest()
+        return 200, {"id": repo, "sha": sha, "private": self.repos[repo].private, "siblings": files}, {}
+
+    def may_write(self, repo, user, rights, body):
+        allowed = repo.startswith(f"{user}/") and "write" in rights
+        return (200, {}, {}) if allowed else (403, {"error": f"You may not write to {repo}"}, {})
+
+    def branch(self, repo, rev, user, rights, body):
+        branches = self.repos[repo].branches
+        branches[rev] = list(branches["main"])
+        return 200, {}, {}
+
+    def tree(self, repo, rev, user, rights, body):
+        branch, missing = self._found(repo, rev)
+        if missing:
+            return missing
+        files = branch[-1].files.items()
+        return 200, [{"type": "file", "path": p, "size": len(c), "oid": _oid(p, c)} for p, c in files], {}
+
+    def validate(self, body, user, rights):
+        import yaml
+
+        data = yaml.safe_load(json.loads(body)["content"].split("---")[1])
+        errors = []
+        for key in ("base_model", "datasets"):  # the Hub takes no local paths
+            values = data.get(key) or []
+            for value in [values] if isinstance(values, str) else values:
+                if not MODEL_ID.fullmatch(value):
+                    errors.append({"message": f'"{key}" with value "{value}" is not valid.'})
+        return (400 if errors else 200), {"errors": errors, "warnings": []}, {}
+
+    def preupload(self, repo, rev, user, rights, body):
+        branch, missing = self._found(repo, rev)
+        if missing:
+            return missing
+        answer = []
+        for file in json.loads(body)["files"]:
+            path = file["path"]
+            there = branch[-1].files.get(path)
+            oid = None if there is None else _oid(path, there)
+            mode = "lfs" if path.endswith(LFS) else "regular"
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return 200, {"files": answer}, {}
+
+    def batch(self, repo, user, rights, body):
+        objects = []
+        for item in json.loads(body)["objects"]:
+            wanted = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.blobs:
+                verify = {"href": f"{self.url}/verify"}
+                wanted["actions"] = {"upload": {"href": f"{self.url}/storage/{item['oid']}"}, "verify": verify}
+            objects.append(wanted)
+        return 200, {"transfer": "basic", "objects": objects}, {}
+
+    def verify(self, body, user, rights):
+        item = json.loads(body)
+        return (200 if len(self.blobs.get(item["oid"], b"")) == item["size"] else 404), {}, {}
+
+    def commit(self, repo, rev, user, rights, body):
+        branch, missing = self._found(repo, rev)
+        if missing:
+            return missing
+        if self.may_write(repo, user, rights, body)[0] != 200:
+            return 403, {"error": "You may not write"}, {}
+        commit = Commit("", [], [], dict(branch[-1].files))
+        for line in body.decode().splitlines():
+            entry = json.loads(line)
+            key, value = entry["key"], entry["value"]
+            if key == "header":
+                commit.message = value["summary"]
+            elif key == "file":
+                commit.files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                commit.files[value["path"]] = self.blobs[value["oid"]]
+                commit.lfs.append(value["path"])
+            else:
+                assert key == "deletedFile", key
+                del commit.files[value["path"]]
+                commit.deleted.append(value["path"])
+        branch.append(commit)
+        oid = hashlib.sha1(body).hexdigest()
+        return 200, {"commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}", "hookOutput": ""}, {}
+
+
+ROUTES = [
+    (r"POST /api/repos/create", LocalHub.create),
+    (r"POST /api/validate-yaml", LocalHub.validate),
+    (rf"GET {REPO}", LocalHub.info),
+    (rf"GET {REPO}/revision/(?P<rev>[^/]+)", LocalHub.info),
+    (rf"GET {REPO}/auth-check/write", LocalHub.may_write),
+    (rf"POST {REPO}/branch/(?P<rev>[^/]+)", LocalHub.branch),
+    (rf"GET {REPO}/tree/(?P<rev>[^/]+)", LocalHub.tree),
+    (rf"POST {REPO}/preupload/(?P<rev>[^/]+)", LocalHub.preupload),
+    (rf"POST {REPO}/commit/(?P<rev>[^/]+)", LocalHub.commit),
+    (r"POST /(?P<repo>[\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", LocalHub.batch),
+    (r"POST /verify", LocalHub.verify),
+]
+
+
+def _oid(path, content):
+    """What the Hub compares with: SHA-256 of LFS files, git's SHA-1 of others."""
+    if path.endswith(LFS):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: LocalHub
+
+    def do(self):
+        path = urlsplit(self.path).path
+        body = self._body()
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        request = f"{self.command} {path}"
+        self.hub.requests.append(request)
+        fault = next((fault.what for fault in self.hub.faults if fault.applies(request)), None)
+        if fault in ("drop", "hang"):
+            if fault == "hang":
+                self.hub._over.wait(60)
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if isinstance(fault, int):  # it repeats the token, as careless servers do
+            return self._send(fault, {"error": f"no luck with {token}"}, {})
+        if fault:
+            fault()
+        self._send(*self.hub.answer(self.command, path, body, *self.hub.tokens.get(token, (None, ()))))
+
+    do_GET = do_POST = do_PUT = do_HEAD = do
+
+    def _body(self):
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _send(self, status, content, headers):
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass

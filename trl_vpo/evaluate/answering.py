@@ -1,0 +1,61 @@
+"""Generated answers: what a row asks the model, and what `rows.jsonl` holds of the answer.
+
+Answers are greedy. An empty answer, or one that was cut off after `max_new_tokens`, is scored as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trl_vpo.data.rows import Row
+from trl_vpo.evaluate.rows import HeldOutRow
+from trl_vpo.evaluate.scoring import Probe
+from trl_vpo.generate.base import InputRow, Media
+from trl_vpo.generate.choices import read_options, with_options
+
+OPTIONS = "options"  # the probe of a multiple-choice question's options
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer, stripped and without its thoughts; `tokens` before the one that ends it, thoughts counted."""
+
+    text: str
+    tokens: int
+    ended: bool  # False: it was cut off
+
+
+def question_probes(row: HeldOutRow, source: InputRow, media: Media) -> list[Probe]:
+    """The probes of a row that asks a question: its answer, and for multiple choice the log-probs of its options.
+
+    The answer is given to the question with its options listed; the options' texts are scored as responses to the
+    question as the row has it.
+    """
+    question, options = row.facts["question"], row.facts.get("options", ())
+    listed = with_options(question, read_options(question, options)) if options else question
+    probes = [Probe("answer", _asked(row, source, media, listed))]
+    if options:
+        plain, sides = _asked(row, source, media, question), []
+        for place, text in enumerate(options):
+            sides.append(f"option_{place}")  # responses are attributes of their row, like `chosen`
+            setattr(plain, sides[-1], [{"role": "assistant", "content": [{"type": "text", "text": text}]}])
+        probes.append(Probe(OPTIONS, plain, tuple(sides)))
+    return probes
+
+
+def _asked(row: HeldOutRow, source: InputRow, media: Media, question: str) -> Row:
+    prompt = [source.user_message(question)]
+    return Row(row.name, prompt, chosen=[], rejected=[], images=list(media.images), videos=list(media.videos))
+
+
+def answer_numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """What `rows.jsonl` holds of an answer, from a row's probes under one model; empty where nothing was asked."""
+    numbers: dict[str, Any] = {}
+    if "answer" in found:
+        answer: Answer = found["answer"]
+        numbers |= {"response": answer.text, "response_tokens": answer.tokens, "response_ended": answer.ended}
+    if OPTIONS in found:
+        numbers["option_logps"] = [scored.logp for scored in found[OPTIONS]]
+        numbers["option_tokens"] = [scored.tokens for scored in found[OPTIONS]]
+    return numbers

@@ -1,0 +1,208 @@
+"""Held-out measures while training, with the model that is being trained: no second one is built."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from transformers import TrainerCallback
+
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.media import MediaError, check_image, check_video
+from trl_vpo.data.rows import RowError, check_accepted
+from trl_vpo.data.sources import named_splits
+from trl_vpo.evaluate.config import DAMAGES
+from trl_vpo.evaluate.heldout import evaluating
+from trl_vpo.evaluate.measures import estimate
+from trl_vpo.evaluate.results import preference_evidence
+from trl_vpo.evaluate.rows import EvaluateError, HeldOutRow, preference_row, read_rows
+from trl_vpo.evaluate.scoring import (
+    Scored,
+    preference_numbers,
+    preference_probes,
+    row_seed,
+    run_probes,
+    with_first_image,
+)
+from trl_vpo.forward.tree import Tree, tree_batch
+from trl_vpo.generate.base import Media
+from trl_vpo.generate.inputs import Inputs, Unusable, load_media, row_ids
+from trl_vpo.trainers.setup import sharding
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from trl_vpo.trainers.base import VisualPreferenceTrainer
+
+logger = logging.getLogger(__name__)
+POLICY, REFERENCE = "policy", "reference"
+PREFIX = "eval_heldout/"
+
+
+class EvaluationCallback(TrainerCallback):
+    """Measures preference rows that are not trained on, and adds the measures to the metrics of an evaluation.
+
+        trainer.add_callback(EvaluationCallback(trainer, "data/held_out.jsonl"))
+
+    The measures are those of `trl-vpo evaluate` (see `trl_vpo.evaluate.measures`), without intervals: preference,
+    log-probs and sensitivity to damaged media; movement and KL where the trainer has a reference (its `ref_model`, or
+    the model without its adapter). Their keys begin with `eval_heldout/`, so `metric_for_best_model` may name one.
+    They cost two model passes over each row and its damaged media.
+
+    Every process works on its own share of the rows and all of them get the measures of all rows. Where weights are
+    sharded (FSDP, ZeRO-3), every process works on all rows: they must meet in every call.
+
+    Args:
+        trainer: of any of the four methods; rows are read with its media settings.
+        data: a `Dataset`, or what `dataset_name` may be. Rows with a `task` of their own are for `trl-vpo evaluate`;
+            a warning counts them.
+        every: "eval", at every evaluation of the trainer; or a number of steps.
+        split: of the data, where they are no dataset and no file.
+        sensitivity: kinds of damaged media; empty for none.
+        limit: only the first so many rows.
+        seed: with a row's id, fixes how its media are damaged: the same at every step.
+
+    Raises:
+        EvaluateError: the rows cannot be used; their media are opened, too.
+        ValueError: another `every`, or an unknown kind of damage.
+    """
+
+    def __init__(
+        self,
+        trainer: VisualPreferenceTrainer,
+        data: Dataset | str,
+        *,
+        every: str | int = "eval",
+        split: str | None = None,
+        sensitivity: tuple[str, ...] = DAMAGES,
+        limit: int | None = None,
+        seed: int = 0,
+    ):
+        if every != "eval" and (isinstance(every, (str, bool)) or every < 1):
+            raise ValueError(f'every is {every!r}: give "eval" or a number of steps.')
+        if unknown := [kind for kind in sensitivity if kind not in DAMAGES]:
+            raise ValueError(f"sensitivity: {unknown[0]!r} is not one of {', '.join(DAMAGES)}.")
+        self.trainer, self.every, self.sensitivity, self.seed = trainer, every, tuple(sensitivity), seed
+        args = trainer.args
+        self._collator = PreferenceCollator(
+            trainer.processing_class,
+            video=args.video_options(),
+            max_pixels=args.max_pixels,
+            max_length=args.max_length,
+        )
+        self._inputs, self._rows = self._read(data, split, limit)
+        self._done: tuple[int, dict[str, float]] | None = None  # the step that was measured last, and its measures
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """The trainer has evaluated: the measures join its metrics, once a step however many eval sets there are."""
+        if self.every == "eval":
+            found = self._measured(state.global_step)
+            if metrics is not None:
+                metrics.update(found)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every != "eval" and state.global_step % self.every == 0:
+            self._measured(state.global_step)
+
+    def _measured(self, step: int) -> dict[str, float]:
+        if self._done is None or self._done[0] != step:
+            self._done = step, {PREFIX + name: value for name, value in self.measure().items()}
+            self.trainer.log(dict(self._done[1]))
+        return self._done[1]
+
+    def measure(self) -> dict[str, float]:
+        """The measures of the model as it is now. All processes call this.
+
+        Raises:
+            RowError, MediaError: a row that could be read before cannot be now.
+        """
+        trainer = self.trainer
+        shared = sharding(trainer) is None
+        rank, ranks = (trainer.accelerator.process_index, trainer.accelerator.num_processes) if shared else (0, 1)
+        mine, size = self._rows[rank::ranks], trainer.args.per_device_eval_batch_size
+        records: list[dict[str, Any]] = []
+        with torch.no_grad(), evaluating(trainer.model), trainer.compute_loss_context_manager():
+            for start in range(0, len(mine), size):
+                records += self._records(mine[start : start + size])
+        if shared:
+            records = sorted(gather_object(records), key=lambda record: record["place"])
+        policy, base = ([r[side] for r in records if side in r] for side in (POLICY, REFERENCE))
+        measures: dict[str, float] = {}
+        for rows, clusters in preference_evidence(policy, base or None).values():
+            measures |= {name: found.value for name, found in estimate(rows, clusters, resamples=1).items()}
+        return measures
+
+    def _records(self, rows: list[HeldOutRow]) -> list[dict[str, Any]]:
+        """For each row its place, and what policy and reference make of it."""
+        args, probes = self.trainer.args, []
+        for row in rows:
+            source = self._inputs[row.place]
+            pair, seed = preference_row(source), row_seed(self.seed, row.id)
+            media = load_media(source, args.video_options(), args.max_pixels)
+            media = with_first_image(pair, media, args.media_root)
+            probes.append(preference_probes(pair, media, seed=seed, damages=self.sensitivity))
+        records = []
+        for row, found in zip(rows, run_probes(probes, self._collator.encode_row, self._score), strict=True):
+            if isinstance(found, RowError):
+                raise found
+            sides = {side: preference_numbers(scores) | {"cluster": row.id} for side, scores in found.items()}
+            records.append({"place": row.place, **sides})
+        return records
+
+    def _score(self, trees: list[Tree], kl: bool) -> dict[str, list[list[Scored]]]:
+        """The scores of all branches under the policy and, if there is one, the reference. Only the pair needs it."""
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        batch = trainer._prepare_inputs(tree_batch(trees, self._collator.tokenizer.pad_token_id))
+        reference = None
+        if kl and (trainer.ref_model is not None or is_peft_model(model)):
+            with trainer.scorer.record_vision():
+                reference = trainer.reference_scores(batch)
+        with trainer.scorer.replay_vision():
+            scores = trainer.concatenated_forward(model, batch, reference)
+        found = {POLICY: _by_tree(scores, trees)}
+        return found | ({REFERENCE: _by_tree(reference, trees)} if reference is not None else {})
+
+    # --- the rows -------------------------------------------------------------------------------------------------
+
+    def _read(self, data: Dataset | str, split: str | None, limit: int | None) -> tuple[Inputs, list[HeldOutRow]]:
+        if isinstance(data, str):
+            split = split or ("train" if data.endswith((".jsonl", ".json", ".parquet")) else "test")
+            data = named_splits(data, [split])[split]
+        inputs = Inputs(data, row_ids(data), None, self.trainer.args.media_root)
+        rows = read_rows(inputs, only="preference")
+        if len(rows) < len(inputs):
+            logger.warning(
+                f"{len(inputs) - len(rows)} held-out rows have a task that only `trl-vpo evaluate` measures."
+            )
+        rows = rows[:limit]
+        if not rows:
+            raise EvaluateError("there are no held-out preference rows.")
+        for row in rows:
+            self._check(row, inputs)
+        return inputs, rows
+
+    def _check(self, row: HeldOutRow, inputs: Inputs) -> None:
+        """Open the media now: an error hours into the training would cost more."""
+        source, args = inputs[row.place], self.trainer.args
+        try:
+            pair = preference_row(source)
+            check_accepted(pair, self.trainer.processing_class)
+            for medium in (*source.videos, *source.images):
+                if isinstance(medium, Unusable):
+                    raise MediaError(medium.reason)
+            for video in source.videos:
+                check_video(video, args.video_options())
+            for image in source.images:
+                check_image(image)
+            with_first_image(pair, Media(images=source.images), args.media_root)
+        except ValueError as error:
+            raise EvaluateError(f"held-out {row.name}: {error}") from error
+
+
+def _by_tree(scores: Any, trees: list[Tree]) -> list[list[Scored]]:
+    kl = scores.kl if scores.kl is not None else torch.zeros_like(scores.logps)
+    values = zip(scores.sums.tolist(), scores.mask.sum(-1).tolist(), kl.sum(-1).tolist(), strict=True)
+    return [[Scored(*next(values)) for _ in tree.branches] for tree in trees]

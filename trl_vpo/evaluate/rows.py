@@ -1,0 +1,190 @@
+"""The rows of a held-out set. One file may mix them; `task` says what a row asks.
+
+| `task` | columns | measured |
+| --- | --- | --- |
+| none, or "preference" | a training row: `prompt`, `chosen`, `rejected`; `critical_box` or `image_list` | log-probs |
+| "yes_no" | `question`, `answer` (yes or no), `pair`: an id that two rows share, one for each answer | the answer |
+| "choice" | `question`, `options` (texts), `answer` (a letter, A for the first) | the answer, the options' log-probs |
+| "chair" | `question`, `objects`: names of all objects that are there; may be empty | the answer |
+
+All may have `id`, media (`videos`, `video`, `images`, `image`) and `cluster`: rows of one cluster are not independent.
+Without it, a row's cluster is its first video or image, and without media the row itself. A yes/no row may say `role`
+("basic" for yes, "hallucinated" for no), which then has to agree with its `answer`. Questions are asked as they are;
+options that a multiple-choice question does not list itself are listed behind it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from string import ascii_uppercase
+from typing import Any
+
+from trl_vpo.data.rows import MARKERS, Row, RowError, read_row, row_name
+from trl_vpo.evaluate.chair import ObjectTable
+from trl_vpo.generate.base import InputError, InputRow
+from trl_vpo.generate.choices import read_options
+
+ROLES = {"basic": "yes", "hallucinated": "no"}
+SHOWN = 5  # problems in one message
+
+
+class EvaluateError(ValueError):
+    """An evaluation that cannot start or go on. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """What a row asks, without its media.
+
+    Attributes:
+        place: position among the inputs.
+        name: for messages.
+        task: a key of `TASKS`.
+        cluster: see above.
+        facts: what answers are compared with, JSON values; `rows.jsonl` repeats them.
+    """
+
+    place: int
+    id: str
+    name: str
+    task: str
+    cluster: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def read_rows(
+    inputs: Sequence[InputRow], table: ObjectTable | None = None, only: str | None = None
+) -> list[HeldOutRow]:
+    """Check all rows against the contract. No media file is opened.
+
+    Args:
+        table: of the objects; rows with the task "chair" need it.
+        only: pass over rows with another task.
+
+    Raises:
+        EvaluateError: rows that break it, each with its name and the remedy.
+    """
+    rows, problems = [], []
+    for place in range(len(inputs)):
+        row = inputs[place]
+        example = {**row.example, "id": row.id}
+        name = row_name(example, place)
+        task = row.example.get("task", "preference")
+        if only not in (None, task):
+            continue
+        try:
+            if task not in TASKS:
+                raise RowError(f"`task` is {task!r}: one of {', '.join(TASKS)}; without it, a preference row.")
+            facts = TASKS[task](row, table)
+        except (RowError, InputError) as error:
+            message = str(error).removeprefix(f"{row_name(example)}: ")  # `read_row` does not know the place
+            problems.append(f"{name}: {message}")
+            continue
+        rows.append(HeldOutRow(place, row.id, name, task, _cluster(row), facts))
+    problems += _unpaired(rows) if not problems else []
+    if problems:
+        shown = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
+        more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise EvaluateError(f"{len(problems)} of {len(inputs)} held-out rows cannot be used:{shown}{more}")
+    return rows
+
+
+def preference_row(row: InputRow) -> Row:
+    """A preference row in one shape; its `image_list` or `critical_box` is checked too, where it has one.
+
+    Raises:
+        RowError: the row breaks the contract of training rows.
+    """
+    ranks = any(row.example.get(key) is not None for key in ("critical_box", "image_list"))
+    return read_row({**row.example, "id": row.id}, image_list=ranks)
+
+
+# --- tasks --------------------------------------------------------------------------------------------------------
+
+
+def _preference(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
+    preference_row(row)
+    return {}
+
+
+def _yes_no(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
+    question, example = _question(row), row.example
+    answer = str(example.get("answer")).strip().lower().rstrip(".")
+    if answer not in ROLES.values():
+        raise RowError(f"`answer` is {example.get('answer')!r}: a yes/no question needs yes or no.")
+    role = example.get("role")
+    if role is not None and ROLES.get(role) != answer:
+        raise RowError(f'`role` is {role!r} and `answer` {answer!r}: "basic" goes with yes, "hallucinated" with no.')
+    if example.get("pair") is None:
+        raise RowError("has no `pair`: give both questions of a pair the same id.")
+    return {"question": question, "expected": answer, "pair": str(example["pair"])}
+
+
+def _choice(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
+    question, answer = _question(row), row.example.get("answer")
+    options = read_options(question, row.example.get("options"))
+    letter = str(answer).strip().rstrip(".").upper()
+    if letter not in options:
+        letters = ", ".join(options) or "none: there are no options"
+        raise RowError(f"`answer` is {answer!r}: give the letter of the right option ({letters}).")
+    return {"question": question, "expected": letter, "options": list(options.values())}
+
+
+def _chair(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
+    question, objects = _question(row), row.example.get("objects")
+    if not isinstance(objects, list) or not all(isinstance(name, str) for name in objects):
+        raise RowError(f"`objects` is {objects!r}: list the names of all objects that are there.")
+    if table is None:
+        raise RowError("asks for a caption, but there is no table of objects: set `synonyms`.")
+    try:
+        for name in objects:
+            table.name(name)
+    except ValueError as error:
+        raise RowError(str(error)) from error
+    return {"question": question, "objects": objects}
+
+
+TASKS = {"preference": _preference, "yes_no": _yes_no, "choice": _choice, "chair": _chair}
+
+
+def option_index(facts: dict[str, Any]) -> int:
+    """Which option of a multiple-choice row is right, from 0."""
+    return ascii_uppercase.index(facts["expected"])
+
+
+def _question(row: InputRow) -> str:
+    question = row.example.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise RowError(f"`question` is {question!r}: give a text that is not empty.")
+    found = [marker for marker in MARKERS if marker in question]
+    if found:
+        raise RowError(f"`question` holds the marker {found[0]}: take it out, media come from their columns.")
+    return question
+
+
+def _unpaired(rows: list[HeldOutRow]) -> list[str]:
+    """What is wrong with pairs of yes/no questions."""
+    pairs: dict[str, list[HeldOutRow]] = {}
+    for row in rows:
+        if row.task == "yes_no":
+            pairs.setdefault(row.facts["pair"], []).append(row)
+    problems = []
+    for pair, members in pairs.items():
+        answers = Counter(row.facts["expected"] for row in members)
+        if answers != {"yes": 1, "no": 1}:
+            names = ", ".join(f"{row.name}: {row.facts['expected']}" for row in members)
+            problems.append(f"pair {pair!r} needs one question with yes and one with no; it has {names}.")
+    return problems
+
+
+def _cluster(row: InputRow) -> str:
+    given = row.example.get("cluster")
+    if given is not None:
+        return str(given)
+    sources = [*row.videos, *row.images, *(row.example.get("image_list") or [])]
+    source = sources[0] if sources else None
+    while isinstance(source, (dict, list)):  # options beside a path; a list of frames
+        source = (source.get("path") or source.get("video")) if isinstance(source, dict) else next(iter(source), None)
+    return source if isinstance(source, str) else row.id

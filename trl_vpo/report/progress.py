@@ -1,0 +1,165 @@
+"""The progress of training: a bar on a terminal, one short line for each logging step in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import has_length
+
+GIB = 2**30
+SHOWN = (  # key in the logs, what it is called here, how it is written
+    ("loss", "loss", ".4f"),
+    ("rewards/margins", "margin", "+.3f"),
+    ("rewards/accuracies", "accuracy", ".2f"),
+    ("grad_norm", "grad", ".3g"),
+    ("learning_rate", "lr", ".2e"),
+)
+ON_BAR = ("loss", "margin")
+
+
+def show_progress(trainer: Any) -> None:
+    """Replace transformers' own progress; another callback in its place, as in a notebook, stays."""
+    if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
+        trainer.add_callback(TrainingProgress())
+
+
+class TrainingProgress(TrainerCallback):
+    """What rank 0 prints: on a terminal one bar with loss, margin, tokens per second and peak memory.
+
+    Where standard output is no terminal, and with `disable_tqdm`, a line for each logging step goes there. Evaluations
+    and the summary at the end are lines always. Tokens per second are those of `num_tokens`, of all ranks, without the
+    time of evaluations and checkpoints.
+    """
+
+    def __init__(self):
+        self._bar: tqdm | None = None
+        self._eval_bar: tqdm | None = None
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=True if args.disable_tqdm else None,  # None: where standard error is no terminal
+        )
+        self._lines = self._bar.disable or not sys.stdout.isatty()
+        self._logged = self._mark = time.monotonic()
+        self._elsewhere = 0.0  # seconds of evaluations and checkpoints since the last logging step
+        # A checkpoint may lie between two logging steps: how many tokens came before it is not known.
+        self._tokens = 0 if state.global_step == 0 else None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._mark = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._pause()
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if not state.is_world_process_zero or args.disable_tqdm or not has_length(eval_dataloader):
+            return
+        if self._eval_bar is None:
+            total = len(eval_dataloader)
+            self._eval_bar = tqdm(total=total, desc="evaluation", leave=False, dynamic_ncols=True, disable=None)
+        self._eval_bar.update()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._eval_bar is not None:
+            self._eval_bar.close()
+            self._eval_bar = None
+        self._pause()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            self._show_step(args, state, logs)
+        elif "train_runtime" in logs:
+            self._write(_summary(state, logs))
+        else:
+            prefixes = [key.removesuffix("loss") for key in logs if key.endswith("_loss")]
+            shown = [_evaluation(logs, p) for p in prefixes] or [
+                "  ".join(f"{k} {_short(v)}" for k, v in logs.items())
+            ]
+            for text in shown:
+                self._write(f"step {state.global_step}/{state.max_steps}  {text}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    # --- what they print ------------------------------------------------------------------------------------------
+
+    def _show_step(self, args, state, logs: dict[str, float]) -> None:
+        speed, memory = self._tokens_per_second(logs), peak_memory(args.device)
+        tail = [f"{speed:,.0f} tokens/s"] if speed is not None else []
+        tail += [f"peak {memory / GIB:.2f} GiB"] if memory is not None else []
+        parts = {name: f"{name} {logs[key]:{form}}" for key, name, form in SHOWN if key in logs}
+        if self._bar is not None and not self._bar.disable:
+            self._bar.set_postfix_str("  ".join([*(parts[n] for n in ON_BAR if n in parts), *tail]))
+        if self._bar is None or self._lines:
+            epoch = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
+            self._write("  ".join([f"step {state.global_step}/{state.max_steps}", *epoch, *parts.values(), *tail]))
+
+    def _tokens_per_second(self, logs: dict[str, float]) -> float | None:
+        """Since the last logging step; None where tokens are not counted or not known."""
+        now, tokens = time.monotonic(), logs.get("num_tokens")
+        before, seconds = self._tokens, now - self._logged - self._elsewhere
+        self._tokens, self._logged, self._mark, self._elsewhere = tokens, now, now, 0.0
+        return (tokens - before) / seconds if tokens is not None and before is not None and seconds > 0 else None
+
+    def _pause(self) -> None:
+        """The time since the step ended, or since the last such pause, was none of training."""
+        if self._bar is not None:
+            now = time.monotonic()
+            self._elsewhere, self._mark = self._elsewhere + now - self._mark, now
+
+    def _write(self, line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _evaluation(logs: dict[str, float], prefix: str) -> str:
+    """`prefix`: `eval_`, or `eval_NAME_` where there are several sets."""
+    name = prefix.removeprefix("eval_").removesuffix("_")
+    shown = [f"{word} {logs[prefix + key]:{form}}" for key, word, form in SHOWN if prefix + key in logs]
+    seconds = [f"{logs[prefix + 'runtime']:.1f} s"] if prefix + "runtime" in logs else []
+    return "  ".join([f"evaluation{f' of {name}' if name else ''}:", *shown, *seconds])
+
+
+def _summary(state: Any, logs: dict[str, float]) -> str:
+    words = [f"trained to step {state.global_step} in {logs['train_runtime']:.1f} s"]
+    if "train_samples_per_second" in logs:
+        words.append(f"{logs['train_samples_per_second']:.2f} rows/s")
+    return ", ".join([*words, f"mean loss {logs['train_loss']:.4f}"] if "train_loss" in logs else words)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes this process has held: in tensors on a GPU, or in all on the CPU; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # KiB elsewhere
