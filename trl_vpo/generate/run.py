@@ -32,12 +32,8 @@ FREE = {
     "output_dir", "limit", "dry_run", "batch_size", "device", "timeout", "max_retries", "max_requests", "api_key_env",
     "judge_api_key_env", "server_url", "judge_url", "dataset_name", "dataset_config", "dataset_split", "media_root",
 }  # fmt: skip
-WEIGHTS = (
-    "model_name_or_path",
-    "from_adapter",
-    "detector",
-    "mask_model",
-)  # settings that may name a folder of weights
+# Settings that may name a folder of weights.
+WEIGHTS = ("model_name_or_path", "from_adapter", "detector", "mask_model")
 SAMPLES, SAMPLE_BYTES = 64, 16384
 DECODERS = 2  # threads that decode the next batch while the model answers this one
 
@@ -138,7 +134,9 @@ def _pipeline(pipeline_class: type[Pipeline], config: GenerateConfig, settings: 
 def run_settings(method: str, config: GenerateConfig, inputs: Inputs) -> dict[str, Any]:
     """All that the rows depend on, but for who answers. A run continues only where nothing of it has changed."""
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
-    folders = {name: getattr(config, name, None) for name in WEIGHTS if not config.server_url}
+    folders = {name: getattr(config, name, None) for name in WEIGHTS}
+    if config.server_url:  # a server's name for its model, and perhaps a folder by chance
+        del folders["model_name_or_path"]
     settings["weights"] = {
         name: weights_digest(path) for name, path in folders.items() if path and Path(path).is_dir()
     }
