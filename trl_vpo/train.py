@@ -70,17 +70,34 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
         RecipeError, ValueError: the recipe cannot be used.
         DatasetError, RowError: the data cannot be.
         NonFiniteLossError: training diverged; nothing was saved after the last checkpoint.
+        CheckpointError: training cannot go on from the checkpoint that `resume_from_checkpoint` means.
+        SaveError: a checkpoint or the result could not be written.
+        TrainingStopped: SIGTERM came; a checkpoint was saved.
+        HubError: `push_to_hub`, and the Hub refuses it.
     """
+    from trl_vpo import hub, resume
+    from trl_vpo.report.quiet import quiet_libraries
+    from trl_vpo.run_identity import describe_run
+
+    quiet_libraries()
+    started = datetime.now(UTC)
     parser = make_parser(method)
     script_args, training_args, model_args, dataset_args = parser.parse(argv)
-    started = datetime.now(UTC)
+    refuse_jit_checkpoint(training_args)
+    checkpoint = resume.find_checkpoint(training_args)
+    push = hub.connect(training_args)
     trainer, rows = build_trainer(method, script_args, training_args, model_args, dataset_args)
-    resume = training_args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.accelerator.print("Training completed.")
-    trainer.save_model(training_args.output_dir)  # with the processor
+    hub.forget_tokens(training_args)
     dataset_name = script_args.dataset_name or ", ".join(d.path for d in dataset_args.datasets)
-    trainer.create_model_card(model_name=training_args.hub_model_id, dataset_name=dataset_name)
+    if push:
+        push.attach(trainer, dataset_name)
+    result = resume.train(trainer, checkpoint, describe_run(trainer, method, parser.given))
+    trainer.accelerator.print("Training completed.")
+    with resume.explain_failed_saves(trainer):
+        trainer.save_model(training_args.output_dir)  # with the processor
+        trainer.save_state()  # the log history, for `trl-vpo plot`
+    name = push.repo.name if push else training_args.hub_model_id
+    trainer.create_model_card(model_name=name, dataset_name=dataset_name)
     if trainer.is_world_process_zero():
         from trl_vpo.report.run_record import write_run_record
 
@@ -89,23 +106,22 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
             metrics=result.metrics, started=started,
         )  # fmt: skip
     trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
-        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
     trainer.end()
+    if push:
+        push.finish()
     return trainer
 
 
 def build_trainer(method: str, script_args, training_args, model_args, dataset_args) -> tuple[Any, int | None]:
     """The trainer of parsed arguments, and how many rows its train split has (None: streamed)."""
-    from trl import get_peft_config
-
     import trl_vpo
     from trl_vpo.data.sources import load_splits
     from trl_vpo.recipe import RecipeError
+    from trl_vpo.report.progress import show_progress
 
     if not model_args.model_name_or_path:
         raise RecipeError("there is no model: set `model_name_or_path` to a Hub model or a folder.")
+    adapter_config = peft_config(training_args, model_args)
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     evaluate = training_args.eval_strategy != "no"
     train, test = load_splits(script_args, dataset_args, evaluate=evaluate, seed=training_args.seed)
@@ -116,8 +132,10 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
         train_dataset=train,
         eval_dataset=test,
         quantization_config=quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter_config,
     )
+    show_progress(trainer)
+    keep_gradients(trainer.model)
     if script_args.freeze_vision:
         freeze_vision(trainer.model)
     if script_args.ignore_bias_buffers:
@@ -126,6 +144,32 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
     return trainer, rows
+
+
+def refuse_jit_checkpoint(training_args: Any) -> None:
+    """Refuse transformers' checkpoint on SIGTERM.
+
+    Raises:
+        RecipeError: `enable_jit_checkpoint` is on.
+    """
+    from trl_vpo.recipe import RecipeError
+
+    if training_args.enable_jit_checkpoint:
+        raise RecipeError(
+            "enable_jit_checkpoint: leave it out. A checkpoint is saved at the end of the step when SIGTERM comes, "
+            "always; the one of transformers may be saved in the middle of a step and cannot be gone on from exactly."
+        )
+
+
+def keep_gradients(model: Any) -> None:
+    """Keep 4-bit weights on a CPU as they are: bitsandbytes would repack them in the first evaluation.
+
+    Repacked weights are for inference; no gradient passes them, and nothing says so (bitsandbytes 0.50, on CPUs with
+    AVX512-BF16, `Linear4bit.forward`).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def freeze_vision(model: Any) -> None:
@@ -148,10 +192,33 @@ def model_init_kwargs(training_args: Any, model_args: Any) -> dict[str, Any]:
     return {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
+        "use_safetensors": True,  # other formats are pickled: loading them may run code
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
+
+
+def peft_config(training_args: Any, model_args: Any) -> Any:
+    """TRL's LoRA config; a preset of `lora_target_modules` is spelt out for the model. None without LoRA.
+
+    Raises:
+        RecipeError: there is no such preset, or the model lacks what it names.
+    """
+    from transformers import AutoConfig
+    from trl import get_peft_config
+
+    from trl_vpo.adapters import PRESETS, check_targets, resolve_targets
+    from trl_vpo.footprint import empty_model
+
+    config = get_peft_config(model_args)
+    if config is not None:
+        check_targets(config.target_modules)
+        if config.target_modules in PRESETS:
+            name, code = model_args.model_name_or_path, training_args.trust_remote_code
+            base = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=code)
+            resolve_targets(config, empty_model(base))
+    return config
 
 
 def quantization_config(model_args: Any) -> Any:

@@ -1,0 +1,276 @@
+"""Going on after an interruption as if there had been none: the same weights, the same logs, the same order of data.
+
+`transformers` restores weights, optimizer, scheduler, random numbers and the place in the data. Added here: only whole
+checkpoints count (`trl_vpo.checkpoints`), another run's are refused, counters that would start at zero go on, SIGTERM
+saves at the end of the step, and a full disk is told with what is left.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from transformers import TrainerCallback
+
+from trl_vpo import checkpoints
+from trl_vpo.checkpoints import CheckpointError, what_is_left
+from trl_vpo.failed_saves import explain_failed_saves
+from trl_vpo.run_identity import compare_runs
+
+
+class TrainingStopped(SystemExit):
+    """SIGTERM came, and a checkpoint was saved. The exit code is 143, as that of a process that SIGTERM ended."""
+
+    def __init__(self):
+        super().__init__(128 + signal.SIGTERM)
+
+
+class _NothingLeft(Exception):
+    """The checkpoint is of the last step."""
+
+
+def say(message: str) -> None:
+    """Print on the main process."""
+    if PartialState().is_main_process:
+        print(f"trl-vpo: {message}", flush=True)
+
+
+def find_checkpoint(args: Any) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means: `true` the newest whole one, or a path. All ranks call this.
+
+    None: training starts from scratch; the reason is printed where there is one.
+
+    Raises:
+        CheckpointError: it cannot be gone on from.
+    """
+    found: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            found[0] = _find(args)
+        except CheckpointError as error:  # for all ranks: the others would wait
+            found[1] = str(error)
+    path, error = broadcast_object_list(found)
+    if error:
+        raise CheckpointError(error)
+    return path
+
+
+def _find(args: Any) -> Path | None:
+    wanted, folders = str(args.resume_from_checkpoint), checkpoints.list_checkpoints(args.output_dir)
+    if wanted.lower() in ("none", "false", ""):
+        if folders:
+            say(
+                f"{args.output_dir} has checkpoints of an earlier run, the last one {folders[0].name}. This run "
+                "starts from scratch and writes over them. --resume_from_checkpoint true goes on from there instead."
+            )
+        return None
+    if wanted.lower() == "true":
+        found = checkpoints.newest_complete(args.output_dir, args.world_size, say)
+        if found is None:
+            say(f"{args.output_dir} has no complete checkpoint: training starts from scratch.")
+        return found
+    problems = checkpoints.find_problems(Path(wanted), args.world_size, signed_without_marker=False)
+    if problems:
+        raise CheckpointError(
+            f"resume_from_checkpoint: training cannot go on from {wanted}: {'; '.join(problems)}. Name another one, "
+            "or true for the newest that is complete."
+        )
+    return Path(wanted)
+
+
+def train(trainer: Any, checkpoint: Path | None, run: dict) -> Any:
+    """`trainer.train()` from a checkpoint, or from the start. Gives its `TrainOutput`. All ranks call this.
+
+    Args:
+        trainer: before training.
+        checkpoint: from `find_checkpoint`.
+        run: what the run is, from `trl_vpo.run_identity.describe_run`; kept in each checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is another run's. Names each difference.
+        failed_saves.SaveError: a checkpoint could not be written.
+        TrainingStopped: SIGTERM came.
+    """
+    marker = _check_same_run(checkpoint, run) if checkpoint else None
+    guard = Guard(trainer, run, checkpoint=checkpoint, marker=marker)
+    trainer.callback_handler.callbacks.insert(0, guard)  # the first: reporters see the logs as it puts them right
+    try:
+        with explain_failed_saves(trainer):
+            result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except _NothingLeft:
+        # Another `train` would take one more step: transformers looks at the number of steps after each one.
+        result = trainer._finalize_training(None, 0, time.time())
+    except KeyboardInterrupt:
+        say(f"interrupted after step {trainer.state.global_step}. {what_is_left(trainer.args.output_dir)}")
+        raise
+    finally:
+        guard.restore_signal()
+    if guard.stopped:
+        say(f"SIGTERM: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. "
+            f"{what_is_left(trainer.args.output_dir)}")  # fmt: skip
+        raise TrainingStopped
+    return result
+
+
+def _check_same_run(checkpoint: Path, run: dict) -> dict | None:
+    """The checkpoint's marker. Warns of what may differ, refuses what may not. All ranks call this."""
+    marker = checkpoints.read_marker(checkpoint)
+    saved = (marker or {}).get("run")
+    refused: list[list[str]] = [[]]
+    if PartialState().is_main_process and saved:
+        refused[0], warned = compare_runs(saved, run)
+        for line in warned if not refused[0] else []:
+            say(f"going on from {checkpoint}, although {line}")
+    elif not saved:
+        if checkpoints.saved_by(checkpoint) != run["processes"]:
+            refused[0] = [f"processes: {checkpoints.saved_by(checkpoint)} when it was saved, {run['processes']} now"]
+        say(f"{checkpoint} has no {checkpoints.MARKER}: it is not known which recipe and data it is of.")
+    lines = broadcast_object_list(refused)[0]
+    if lines:
+        raise CheckpointError(
+            f"{checkpoint} is of another run, and going on from it would give a result that no run gives:"
+            + "".join(f"\n  - {line}" for line in lines)
+            + "\nGive the same recipe and data, or name another output_dir to start a new run."
+        )
+    say(f"Going on from {checkpoint}.")
+    return marker
+
+
+class Guard(TrainerCallback):
+    """What a run needs to be interrupted at any moment.
+
+    Args:
+        trainer: the trainer that it is a callback of.
+        run: what the run is; every marker holds it.
+        checkpoint: that training goes on from.
+        marker: of that checkpoint, if it has one.
+    """
+
+    def __init__(self, trainer: Any, run: dict, *, checkpoint: Path | None, marker: dict | None):
+        self._trainer, self._run, self._checkpoint = trainer, run, checkpoint
+        self._marker = marker or {}
+        self._limit, self._began_at = trainer.args.save_total_limit, 0
+        self._asked, self._signal_before, self.stopped = False, None, False
+
+    # --- counters -------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Everything is loaded by now, and transformers has set its counters to zero."""
+        trainer = self._trainer
+        self._began_at = state.global_step
+        state.stateful_callbacks[checkpoints.SIGN] = {"args": {}, "attributes": {}}  # in every trainer_state.json
+        if self._checkpoint:
+            load_full_weights(trainer, self._checkpoint)
+            trainer._initial_global_step = 0  # `train_loss` is a mean over all steps, see `on_log`
+            ranks = self._marker.get("counters", [])
+            if args.process_index < len(ranks):
+                _set_counters(trainer, ranks[args.process_index])
+            else:
+                logged = [logs["num_tokens"] for logs in state.log_history if "num_tokens" in logs]
+                trainer._total_train_tokens = logged[-1] if logged else 0
+            if trainer.scorer.layout == "auto" and self._marker.get("layout") in ("shared", "separate"):
+                trainer.scorer.layout = self._marker["layout"]  # as the first batch proved it
+        if threading.current_thread() is threading.main_thread():
+            self._signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise _NothingLeft
+        args.save_total_limit = None  # `on_save` deletes; not sooner, so that reporters note the recipe's value
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Speeds are of this session, not of the whole run in this session's time."""
+        if self._began_at and "train_loss" in logs:
+            share = 1 - self._began_at / state.global_step
+            for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):
+                logs[name] = state.log_history[-1][name] = round(logs[name] * share, 3)
+
+    # --- saving ---------------------------------------------------------------------------------------------------
+
+    def on_save(self, args, state, control, **kwargs):
+        """Mark the checkpoint once every process has written its files; only then delete older ones."""
+        counters = gather_object([_counters(self._trainer)])
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        checkpoints.mark_complete(
+            folder, step=state.global_step, run=self._run, layout=self._trainer.scorer.layout, counters=counters
+        )
+        checkpoints.delete_older(args.output_dir, self._limit, folder, state.best_model_checkpoint)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        args.save_total_limit = self._limit
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if not best or self.stopped or not Path(best).is_dir():
+            return
+        load_full_weights(self._trainer, Path(best))
+        if args.should_save and self._limit == 1:  # as transformers does: nobody needs the last one any more
+            for folder in checkpoints.list_checkpoints(args.output_dir):
+                if folder.name != Path(best).name and checkpoints.step_of(folder) <= state.global_step:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    # --- SIGTERM --------------------------------------------------------------------------------------------------
+
+    def _on_sigterm(self, number, frame):
+        self._asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """The ordinary save at the end of a step, on all ranks together once one of them was asked to stop."""
+        asked = self._asked
+        if args.world_size > 1:
+            flag = torch.tensor(int(asked), device=args.device)
+            asked = bool(self._trainer.accelerator.reduce(flag, reduction="sum"))
+        if asked and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def restore_signal(self) -> None:
+        """SIGTERM ends the process again, as before."""
+        if self._signal_before is not None:
+            signal.signal(signal.SIGTERM, self._signal_before)
+            self._signal_before = None
+
+
+def _counters(trainer: Any) -> dict:
+    """This rank's sums since the last log line, and of the whole run."""
+    return {
+        "loss": trainer._tr_loss.item(),
+        "loss_sum": trainer._total_loss_scalar,
+        "logged_at": trainer._globalstep_last_logged,
+        "tokens": trainer._total_train_tokens,
+        "new_tokens": trainer._new_tokens,
+        "sums": trainer._sums["train"]._sums,
+    }
+
+
+def _set_counters(trainer: Any, saved: dict) -> None:
+    trainer._tr_loss += saved["loss"]  # it was zero
+    trainer._total_loss_scalar = saved["loss_sum"]
+    trainer._globalstep_last_logged = saved["logged_at"]
+    trainer._total_train_tokens = saved["tokens"]
+    trainer._new_tokens = saved["new_tokens"]
+    trainer._sums["train"]._sums = saved["sums"]
+
+
+def load_full_weights(trainer: Any, folder: Path) -> None:
+    """Load a checkpoint of full fine-tuning where transformers could not.
+
+    It saves models such as Qwen2-VL under the names that their files have on the Hub. When training goes on, and for
+    `load_best_model_at_end`, it looks for the names of the modules, finds none, and goes on with the weights as they
+    are: https://github.com/huggingface/transformers/issues/43701. This can go when that is fixed.
+    """
+    if is_peft_model(trainer.model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if checkpoints.saved_tensors(folder) <= set(model.state_dict()):
+        return
+    kinds = {p.dtype for p in model.parameters()}
+    loaded = type(model).from_pretrained(folder, dtype=kinds.pop() if len(kinds) == 1 else torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    say(f"the weights were read from {folder} by from_pretrained: the file has other names for them.")
