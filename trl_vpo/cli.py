@@ -40,9 +40,6 @@ Every key of a recipe is also an option: `trl-vpo generate leanpo --help` lists 
 it stopped when the same command is given again. On several GPUs, each with a copy of the model:
 
   accelerate launch --num_processes 8 scripts/generate.py leanpo --config RECIPE.yaml"""
-EVALUATE_EXAMPLE = """\
-example:
-  trl-vpo evaluate --model BASE --adapters outputs/rrpo outputs/dpo --data held_out.jsonl --output_dir outputs/eval"""
 PLOT_EXAMPLE = """\
 example:
   trl-vpo plot outputs/dpo outputs/leanpo -o curves.html"""
@@ -86,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
+    args.words = argv
     if "run" not in args:
         parser.print_help()
         return 2
@@ -141,7 +139,7 @@ def _add_generate(commands) -> None:
 def _add_evaluate(commands) -> None:
     text = "held-out measures of a base and its adapters, with confidence intervals"
     evaluate_parser = commands.add_parser(
-        "evaluate", help=text, description=text, epilog=EVALUATE_EXAMPLE, add_help=False,  # the recipe's is shown
+        "evaluate", help=text, description=text, add_help=False,  # the keys are shown by the command
         usage="trl-vpo evaluate --model BASE --adapters A [B ...] --data FILE --output_dir RUN [--any_key value ...]",
     )  # fmt: skip
     evaluate_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and its keys")
@@ -250,14 +248,9 @@ def generate(args: argparse.Namespace, rest: list[str]) -> int:
 
 def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     """Measure the base and its adapters, or run benchmarks of lmms-eval."""
-    from trl_vpo.evaluate.run import make_parser as make_recipe_parser
-    from trl_vpo.evaluate.run import run_evaluation
+    from trl_vpo.evaluate.command import evaluate as run_command
 
-    options = [*args.options, *rest]
-    if {"-h", "--help"} & set(options):
-        make_recipe_parser().print_help()
-        return 0
-    run_evaluation(options)
+    run_command(args.words[1:])  # argparse would tear unknown options from their values
     return 0
 
 

@@ -271,7 +271,7 @@ def _write(found: dict[str, Any], folder: Path, record: dict[str, Any]) -> Table
     folder.mkdir(parents=True, exist_ok=True)
     samples = found.pop("samples", {})
     for task, rows in samples.items():
-        lines = "".join(dumped(row) + "\n" for row in rows)
+        lines = "".join(dumped(row) + "\n" for row in sorted(rows, key=lambda row: row["doc_id"]))
         (folder / f"samples_{task}.jsonl").write_text(lines, encoding="utf-8")
     metrics = {task: _numbers(values) for task, values in found["results"].items()}
     metrics = {task: values for task, values in metrics.items() if values or task in samples}

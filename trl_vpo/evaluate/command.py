@@ -1,0 +1,57 @@
+"""`trl-vpo evaluate`: the project's own measures, or with `--benchmark` the tasks of lmms-eval."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLE = """\
+examples:
+  trl-vpo evaluate --model BASE --adapters outputs/rrpo outputs/dpo --data held_out.jsonl --output_dir outputs/eval
+  trl-vpo evaluate --benchmark mvbench,videohallucer --model BASE --adapters outputs/rrpo --output_dir outputs/bench"""
+
+
+def evaluate(options: list[str]) -> None:
+    """Run what the options ask for; `--help` shows all keys."""
+    if any(option.split("=")[0] == "--benchmark" for option in options):
+        _run_benchmarks(options)
+        return
+    from trl_vpo.evaluate.run import make_parser, run_evaluation
+
+    if {"-h", "--help"} & set(options):
+        parser = make_parser()
+        parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
+        parser.print_help()
+        return
+    run_evaluation(options)
+
+
+def _run_benchmarks(options: list[str]) -> None:
+    """Each benchmark once for the base or, where adapters are given, once for each of them."""
+    from trl_vpo.recipe import RecipeError
+
+    parser = argparse.ArgumentParser(prog="trl-vpo evaluate --benchmark", allow_abbrev=False)
+    parser.add_argument("--benchmark", required=True, metavar="NAME,NAME", help="tasks of lmms-eval, or videohallucer")
+    parser.add_argument("--model", "--model_name_or_path", required=True, metavar="BASE")
+    parser.add_argument("--adapters", nargs="+", default=[None], metavar="A", help="default: the base alone")
+    parser.add_argument("--output_dir", required=True, metavar="DIR")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--num_frames", type=int)
+    parser.add_argument("--include_path", metavar="DIR", help="folder with further task files")
+    args = parser.parse_args(options)
+    names = [name for name in args.benchmark.split(",") if name]
+    if not names:
+        raise RecipeError("--benchmark names nothing: give the names of tasks, separated by commas.")
+    from trl_vpo.evaluate.lmms import run_benchmarks
+
+    for number, adapter in enumerate(args.adapters):
+        folder = args.output_dir if len(args.adapters) == 1 else f"{args.output_dir}/{number}"
+        results = run_benchmarks(
+            names, model=args.model, adapter=adapter, output_dir=folder, limit=args.limit,
+            batch_size=args.batch_size, include_path=args.include_path, num_frames=args.num_frames,
+        )  # fmt: skip
+        print(f"{adapter or args.model} -> {folder}")
+        for benchmark, tasks in results.items():
+            for task, metrics in tasks.items():
+                shown = ", ".join(f"{metric} {value}" for metric, value in metrics.items())
+                print(f"  {benchmark} {task}: {shown}")
