@@ -164,6 +164,7 @@ REFUSED = {
     "fewer targets": (lambda f, t: changed(f, t, target_modules=r".*\.q_proj"), "the file has 28 tensors, the model"),
     "other sizes": (lambda f, t: changed(f, t, r=8), "does not fit .*testbed/base"),
     "no base": (lambda f, t: changed(f, t, base_model_name_or_path=None), "does not name its base model: give `base`"),
+    "a base that is gone": (lambda f, t: changed(f, t, init_lora_weights="lora_ga"), "changed the base's weights"),
     "no adapter": (lambda f, t: t, "adapter_config.json cannot be read"),
 }
 

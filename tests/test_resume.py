@@ -38,7 +38,7 @@ RECIPE = {
     "resume_from_checkpoint": True,
 }
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "test_split_size": 0.4}
-SESSION = {"runtime", "samples_per_second", "steps_per_second"}  # of a session, not of the whole run
+SPEEDS = {"runtime", "samples_per_second", "steps_per_second"}  # of the steps since the run was continued
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch", "gradient_accumulation_steps": 2}
 FULL = {"use_peft": False, "freeze_vision": True, "learning_rate": 1e-3}
 
@@ -95,7 +95,7 @@ def history(checkpoint):
 
 
 def without_speed(logs):
-    return {key: value for key, value in logs.items() if not any(key.endswith(name) for name in SESSION)}
+    return {key: value for key, value in logs.items() if not any(key.endswith(name) for name in SPEEDS)}
 
 
 def batches(log):

@@ -21,6 +21,7 @@ _WHERE = {
     "LPOIConfig": "trl_vpo.trainers.lpoi",
     "LPOITrainer": "trl_vpo.trainers.lpoi",
     "PreferenceCollator": "trl_vpo.data.collator",
+    "EvaluationCallback": "trl_vpo.evaluate.callback",
 }
 __all__ = [*_WHERE, "__version__", "versions"]
 

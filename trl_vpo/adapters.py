@@ -20,6 +20,8 @@ VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projec
 PROJECTOR = re.compile(
     r"(^|\.)(visual\.(merger|deepstack_merger_list)|multi_modal_projector|vision_resampler|connector)\."
 )
+# Ways to begin a LoRA that leave the base's weights as they are; the others (PiSSA, OLoRA, ...) subtract something.
+KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 MAX_LORA_RANK = 16  # vLLM's default
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
@@ -147,7 +149,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The `adapter_config.json` of a saved adapter, whose weights are known to be a safetensors file.
 
     Raises:
-        AdapterError: no adapter, or one whose weights are pickled.
+        AdapterError: no adapter, one whose weights are pickled, or one that needs a base that was not saved.
     """
     folder = Path(folder)
     try:
@@ -161,6 +163,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         pickled = ", ".join(path.name for path in sorted(folder.glob("adapter_model.*")))
         has = f"only {pickled}, which can run code when it is loaded" if pickled else "no weights"
         raise AdapterError(f"{folder} has {has}; adapters are read from adapter_model.safetensors.")
+    if str(config.get("init_lora_weights")).lower() == "lora_ga":
+        raise AdapterError(
+            f"{folder} began with init_lora_weights='lora_ga', which changed the base's weights by gradients that are "
+            "gone: on the base as it is stored, the adapter is another model than the one that was trained."
+        )
     return config
 
 
@@ -207,7 +214,6 @@ def vllm_problems(adapter: Path, *, max_lora_rank: int = MAX_LORA_RANK) -> list[
 def _vllm_features(config: dict[str, Any]) -> list[tuple[Any, str]]:
     """(has it, what to say) of the LoRA features that vLLM does not have."""
     kind, init = config.get("peft_type"), config.get("init_lora_weights")
-    plain = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")  # they decide how training begins, and nothing else
     merge = "merge it into the base model first."
     trained = ", ".join(config.get("modules_to_save") or [])
     return [
@@ -218,7 +224,7 @@ def _vllm_features(config: dict[str, Any]) -> list[tuple[Any, str]]:
         (config.get("alora_invocation_tokens"), "it is activated LoRA (alora_invocation_tokens)."),
         (config.get("layer_replication"), "it repeats layers (layer_replication)."),
         (
-            isinstance(init, str) and init.lower() not in plain,
+            isinstance(init, str) and init.lower() not in KEEPS_BASE,
             f"init_lora_weights={init!r} changes the base model's weights, which vLLM leaves as they are: {merge}",
         ),
     ]

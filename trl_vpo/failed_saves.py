@@ -44,12 +44,13 @@ def _is_failed_write(error: Exception) -> bool:
 
 def _failed_save(trainer: Any, target: Path, error: Exception) -> str:
     free = shutil.disk_usage(trainer.args.output_dir).free
+    reason = (str(error) or type(error).__name__).splitlines()[0]
     older = [f for f in list_checkpoints(trainer.args.output_dir) if read_marker(f)]
     needed = sum(entry["size"] for entry in read_marker(older[0])["files"].values()) if older else 0
     size = f"A checkpoint takes {needed / 2**20:.1f} MiB. " if needed else ""
     gone = "Half of it was written and deleted again. " if target.name.startswith("checkpoint-") else ""
     return (
-        f"{target} could not be written: {str(error).splitlines()[0]}. {free / 2**20:.1f} MiB are free there. {size}"
+        f"{target} could not be written: {reason}. {free / 2**20:.1f} MiB are free there. {size}"
         f"{gone}Free some space on that disk, or keep fewer checkpoints with save_total_limit. "
         f"{what_is_left(trainer.args.output_dir)}"
     )

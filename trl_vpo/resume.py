@@ -186,7 +186,7 @@ class Guard(TrainerCallback):
         args.save_total_limit = None  # `on_save` deletes; not sooner, so that reporters note the recipe's value
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Speeds are of this session, not of the whole run in this session's time."""
+        """Speeds are of the steps since the run was continued, not of all steps in that time."""
         if self._began_at and "train_loss" in logs:
             share = 1 - self._began_at / state.global_step
             for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):

@@ -1,6 +1,7 @@
 """`trl-vpo evaluate`: every number against the slow way, tasks and adapters side by side, and runs that go on."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from PIL import Image
 
 from trl_vpo.data.masking import masked_image_list
 from trl_vpo.data.media import VideoOptions, load_video
+from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.contestants import contestant_names
 from trl_vpo.evaluate.rows import EvaluateError
-from trl_vpo.evaluate.run import run_evaluation
+from trl_vpo.evaluate.run import run_evaluation, run_settings
 from trl_vpo.evaluate.scoring import damaged, row_seed
 from trl_vpo.generate.base import GenerateError, Media
+from trl_vpo.generate.inputs import read_inputs
 from trl_vpo.recipe import RecipeError
 from trl_vpo.testbed import language, tiny_vlm
 
@@ -363,7 +366,7 @@ def test_bad_media_stop_the_run_unless_told_otherwise(held_out, tmp_path):
     "lora, why",
     [
         ({"bias": "all"}, "trains biases of the base"),
-        ({"init_lora_weights": "pissa"}, "changes the base's weights when it is loaded"),
+        ({"init_lora_weights": "pissa"}, "changes the base's weights"),
         ({"target_modules": ["lm_head"]}, "adapts the LM head by low-rank layers"),
     ],
 )
@@ -371,6 +374,20 @@ def test_adapters_whose_base_cannot_be_told_apart(held_out, tmp_path, lora, why)
     adapter = write_adapter(tmp_path / "odd", **{"target_modules": ["q_proj"], **lora})
     with pytest.raises(EvaluateError, match=why):
         evaluate(held_out, tmp_path / "run", adapter)
+
+
+def test_a_run_knows_the_bases_weights(held_out, tmp_path):
+    """A model that was trained anew into the same folder would leave stale rows in a continued run."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_vlm.BASE, base)
+    config = EvaluateConfig(model_name_or_path=str(base), dataset_name=str(held_out.path))
+    inputs = read_inputs(config.generate_config())
+    first = run_settings(config, {}, inputs)
+    assert run_settings(config, {}, inputs) == first
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    changed = run_settings(config, {}, inputs)
+    assert {key for key in first if first[key] != changed[key]} == {"weights"}
 
 
 def test_adapters_that_are_none(held_out, tmp_path):

@@ -4,6 +4,7 @@ Most of it needs the extra `lmms`, in an environment of its own, as lmms-eval wa
 than the locked ones: `pip install -e .[lmms] pytest pytest-timeout`, then `pytest tests/evaluate/test_lmms.py`.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -18,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from trl_vpo.data.images import load_image
 from trl_vpo.data.media import VideoOptions, load_video
-from trl_vpo.evaluate import lmms
+from trl_vpo.evaluate import command, lmms
 from trl_vpo.evaluate.lmms_tasks import videohallucer
 from trl_vpo.evaluate.rows import EvaluateError
 from trl_vpo.generate.base import Media, Request, Sampling, stream_seed
@@ -412,3 +413,20 @@ def test_videohallucer_copies_that_cannot_be_used(copy, monkeypatch):
     monkeypatch.delenv(videohallucer.ROOT)
     with pytest.raises(EvaluateError, match=f"set {videohallucer.ROOT} to the folder"):
         videohallucer.check("temporal")
+
+
+def test_the_command_line_gives_every_adapter_a_folder_and_its_own_options(monkeypatch):
+    """Needs no lmms-eval: what it would be asked is looked at, not run."""
+    calls = []
+    monkeypatch.setattr(lmms, "run_benchmarks", lambda names, **options: calls.append((names, options)) or {})
+    common = ["--benchmark", "pope,mvbench", "--model", "m", "--output_dir", "out"]
+    command.evaluate([*common, "--adapters", "a/rrpo", "a/dpo", "--fps", "2", "--max_frames", "8", "--load_in_4bit"])
+    command.evaluate(common)
+    given = {"fps": 2.0, "max_frames": 8, "load_in_4bit": True}
+    fixed = {"model": "m", "limit": None, "batch_size": 1, "include_path": None}
+    assert calls == [
+        (["pope", "mvbench"], {**fixed, "adapter": "a/rrpo", "output_dir": "out/rrpo", **given}),
+        (["pope", "mvbench"], {**fixed, "adapter": "a/dpo", "output_dir": "out/dpo", **given}),
+        (["pope", "mvbench"], {**fixed, "adapter": None, "output_dir": "out"}),
+    ]
+    assert set(command.MODEL_OPTIONS) <= {field.name for field in dataclasses.fields(GenerateConfig)}

@@ -67,7 +67,10 @@ def test_changed_settings_are_refused_before_weights_are_loaded(inputs, tmp_path
         (["--dataset_split", "test"], ValueError, r"clip\.jsonl has no split 'test'; it has train"),
         (["--temprature", "1"], RecipeError, "unknown option --temprature. Did you mean --temperature"),
         (["--perturbation", "mask+locl"], RecipeError, r"'mask\+locl' is not one of .* Did you mean mask\+local"),
+        (["--server_media", "mp4"], RecipeError, "server_media: 'mp4' is not one of video, frames"),
         (["--batch_size", "0"], ValueError, "batch_size is 0"),
+        (["--max_requests", "0"], ValueError, "max_requests is 0: give a whole number of at least 1"),
+        (["--timeout", "0"], ValueError, "timeout is 0.0: give seconds above 0"),
         (["--from_adapter", "/none"], GenerateError, "from_adapter: /none"),
         (["--device", "cuda"], GenerateError, "device is 'cuda', but"),
     ],
@@ -88,6 +91,13 @@ def test_unknown_keys_and_methods(tmp_path):
         run_generation("leanpo", ["--config", str(tmp_path / "r.yaml")])
     with pytest.raises(RecipeError, match=r"unknown method 'leanp'; one of .* Did you mean leanpo"):
         run_generation("leanp", [])
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+def test_a_file_in_the_place_of_the_folder(dry, inputs, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(RecipeError, match=r"output_dir: .*run is a file\. Name a folder"):
+        generate("rrpo", inputs["clip"], tmp_path / "run", *dry)
 
 
 def test_a_folder_of_something_else(inputs, tmp_path):

@@ -244,6 +244,13 @@ def test_what_the_judge_leaves_out(row, media, judge, left_out, reason, asked):
     assert len(judge.asked) == asked and len({request.seed for request in judge.asked}) == asked
 
 
+@pytest.mark.parametrize("correct, result", [("true", "right"), ("false", "undecided")])
+def test_an_answer_without_key_difference_is_right_only_if_the_judge_says_so(correct, result, row, media):
+    judge = Judge(f'{{"correct": {correct}, "differences": []}}')
+    outcome, _ = run("open", "a thing", row, media, judge)
+    assert outcome.notes["tries"] == [["mask+local", result]]
+
+
 def test_a_clip_that_cannot_be_perturbed_is_not_asked_about(row, media):
     (moving,) = media.videos
     still = Media(videos=(replace(moving, frames=moving.frames[[0] * 8]),))
@@ -379,7 +386,10 @@ def test_rows_without_media_that_can_be_perturbed():
         ({"open_check": "rules"}, "open_check is 'rules'"),
         ({"max_changed": 0.0}, "max_changed is 0.0"),
         ({"judge_temperature": -1.0}, "judge_temperature is -1.0"),
-        ({"rewrite_prompt": "{question} {truth}"}, "rewrite_prompt has the placeholders"),
+        (
+            {"rewrite_prompt": "{question} {truth}"},
+            r"rewrite_prompt: .*missing placeholders \['answer', 'differences'\]",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(config, message):

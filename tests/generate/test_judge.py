@@ -5,6 +5,7 @@ import json
 import pytest
 
 from trl_vpo.generate.base import AnsweringModel, Failure, Sampling
+from trl_vpo.generate.config import check_template
 from trl_vpo.generate.judge import (
     DIFFERENCES_PROMPT,
     REWRITE_PROMPT,
@@ -14,7 +15,6 @@ from trl_vpo.generate.judge import (
     Question,
     ask,
     changed_share,
-    check_template,
     read_judgement,
     read_rewrite,
     show_differences,
@@ -162,5 +162,5 @@ def test_the_prompts_show_the_form_of_the_reply():
 
 @pytest.mark.parametrize("template", ["{question} {truth}", "{question} {truth} {answer} {other}", "{question", "{}"])
 def test_templates_with_other_placeholders_are_refused(template):
-    with pytest.raises(ValueError, match=r"differences_prompt .*braces"):
+    with pytest.raises(ValueError, match=r"differences_prompt.*braces"):
         check_template("differences_prompt", template, {"question", "truth", "answer"})

@@ -20,7 +20,8 @@ from trl_vpo.generate import server as server_module
 from trl_vpo.generate.base import Failure, GenerateError, Media, Request, Sampling
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.models import answering_model, judge_model
-from trl_vpo.generate.server import RequestBudget, ServerModel, without_reasoning
+from trl_vpo.generate.reading import without_reasoning
+from trl_vpo.generate.server import RequestBudget, ServerModel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chat_server import Reply, Server, refused, said
@@ -225,6 +226,7 @@ def test_a_server_that_is_none_is_not_ten_thousand_failures(serve, fast):
     [
         ("<think>a</think>b", "b"),
         ("a</think>\n b ", "b"),  # the template had the opening tag
+        ("<think>a</think><think>b</think> c", "c"),
         ("<think>\na", ""),
         ("2 < 3 <think>", "2 < 3 <think>"),
         (" plain ", "plain"),

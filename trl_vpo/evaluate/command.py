@@ -9,6 +9,12 @@ examples:
   trl-vpo evaluate --model BASE --adapters outputs/rrpo outputs/dpo --data held_out.jsonl --output_dir outputs/eval
   trl-vpo evaluate --benchmark mvbench,videohallucer --model BASE --adapters outputs/rrpo --output_dir outputs/bench"""
 
+MODEL_OPTIONS = {  # of benchmarks: how videos are read and the model is loaded
+    "num_frames": int, "fps": float, "max_frames": int, "max_pixels": int, "max_new_tokens": int, "seed": int,
+    "model_revision": str, "dtype": str, "attn_implementation": str, "device": str,
+    "load_in_4bit": bool, "load_in_8bit": bool, "trust_remote_code": bool,
+}  # fmt: skip
+
 
 def evaluate(options: list[str]) -> None:
     """Run what the options ask for; `--help` shows all keys."""
@@ -26,7 +32,7 @@ def evaluate(options: list[str]) -> None:
 
 
 def _run_benchmarks(options: list[str]) -> None:
-    """Each benchmark once for the base or, where adapters are given, once for each of them."""
+    """Each benchmark once for the base or, where adapters are given, once for each: several get folders by name."""
     from trl_vpo.recipe import RecipeError
 
     parser = argparse.ArgumentParser(prog="trl-vpo evaluate --benchmark", allow_abbrev=False)
@@ -36,19 +42,26 @@ def _run_benchmarks(options: list[str]) -> None:
     parser.add_argument("--output_dir", required=True, metavar="DIR")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--num_frames", type=int)
+    for name, kind in MODEL_OPTIONS.items():
+        more = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{name}", **more, default=argparse.SUPPRESS, help="as without --benchmark")
     parser.add_argument("--include_path", metavar="DIR", help="folder with further task files")
     args = parser.parse_args(options)
     names = [name for name in args.benchmark.split(",") if name]
     if not names:
         raise RecipeError("--benchmark names nothing: give the names of tasks, separated by commas.")
+    given = {name: value for name, value in vars(args).items() if name in MODEL_OPTIONS}
+    folders = [args.output_dir]
+    if len(args.adapters) > 1:
+        from trl_vpo.evaluate.contestants import contestant_names
+
+        folders = [f"{args.output_dir}/{name}" for name in contestant_names(args.adapters)]
     from trl_vpo.evaluate.lmms import run_benchmarks
 
-    for number, adapter in enumerate(args.adapters):
-        folder = args.output_dir if len(args.adapters) == 1 else f"{args.output_dir}/{number}"
+    for adapter, folder in zip(args.adapters, folders, strict=True):
         results = run_benchmarks(
             names, model=args.model, adapter=adapter, output_dir=folder, limit=args.limit,
-            batch_size=args.batch_size, include_path=args.include_path, num_frames=args.num_frames,
+            batch_size=args.batch_size, include_path=args.include_path, **given,
         )  # fmt: skip
         print(f"{adapter or args.model} -> {folder}")
         for benchmark, tasks in results.items():

@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from trl_vpo.adapters import KEEPS_BASE
 from trl_vpo.data.rows import Row
 from trl_vpo.evaluate.answering import Answer
 from trl_vpo.evaluate.config import EvaluateConfig
@@ -22,12 +23,9 @@ from trl_vpo.evaluate.rows import EvaluateError
 from trl_vpo.evaluate.scoring import Scored
 from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.generate.base import GenerateError, Sampling
-from trl_vpo.generate.local import LocalModel, _stackable
-from trl_vpo.generate.models import _adapter_config, answering_model
+from trl_vpo.generate.local import LocalModel, stackable
+from trl_vpo.generate.models import answering_model, checked_adapter
 from trl_vpo.generate.server import without_reasoning
-
-# Ways to begin a LoRA that leave the base's weights as they are; the others (PiSSA, OLoRA, ...) subtract something.
-KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 class Contestants(LocalModel):
@@ -104,7 +102,7 @@ class Contestants(LocalModel):
             return [{name: answers[name][i] for name in self.names} for i in range(len(batch))]
 
         found: dict[int, dict[str, Answer]] = {}
-        for group in _stackable([(place, None, tree) for place, tree in enumerate(trees)]):
+        for group in stackable([(place, None, tree) for place, tree in enumerate(trees)]):
             found |= {place: one for (place, *_), one in zip(group, self._in_batches(group, run), strict=True)}
         return {name: [found[place][name] for place in range(len(trees))] for name in self.names}
 
@@ -187,7 +185,7 @@ def fingerprint(adapter: str) -> str:
 def _checked_config(path: str, model: str) -> Any:
     """The adapter's config. Base and adapter are only told apart where switching it off gives the base back."""
     try:
-        config = _adapter_config(path, model)
+        config = checked_adapter(path, model)
     except GenerateError as error:
         raise EvaluateError(f"adapter {str(error).removeprefix('from_adapter: ')}") from error
     init = getattr(config, "init_lora_weights", True)
@@ -195,7 +193,7 @@ def _checked_config(path: str, model: str) -> Any:
     if getattr(config, "bias", "none") != "none":
         wrong = f"trains biases of the base (bias={config.bias!r})"
     elif isinstance(init, str) and init.lower() not in KEEPS_BASE:
-        wrong = f"changes the base's weights when it is loaded (init_lora_weights={init!r})"
+        wrong = f"changes the base's weights (init_lora_weights={init!r})"
     if wrong:
         raise EvaluateError(
             f"adapter {path} {wrong}, so the base is not there any more when it is switched off. Merge it with its "

@@ -8,7 +8,6 @@ have, is in `lmms_tasks/`. Importing this module needs no lmms-eval.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import logging
 import math
@@ -217,12 +216,16 @@ def _check_judge(name: str, tasks: list[str]) -> None:
 
 
 def _record(config: GenerateConfig, limit: int | None, version: str) -> dict[str, Any]:
-    values, files = asdict(config), hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(config.from_adapter).glob("adapter_*")) if config.from_adapter else ():
-        files.update(path.read_bytes())  # another adapter in the same place is not this one
+    from trl_vpo.evaluate.contestants import fingerprint
+    from trl_vpo.generate.run import weights_digest
+
+    values, base = asdict(config), Path(config.model_name_or_path)
     return {key: values[key] for key in FIXED} | {
-        "adapter_files": files.hexdigest(), "limit": limit, "lmms_eval": version,
-    }  # fmt: skip
+        "weights": weights_digest(base) if base.is_dir() else None,  # another model in the same place is not this one
+        "adapter_files": fingerprint(config.from_adapter) if config.from_adapter else None,
+        "limit": limit,
+        "lmms_eval": version,
+    }
 
 
 def _finished(folder: Path, record: dict[str, Any]) -> Table | None:

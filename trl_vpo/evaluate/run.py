@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_vpo.evaluate.config import EvaluateConfig
@@ -138,9 +139,12 @@ def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Input
     """All that log-probs and answers depend on, but for the base's revision. A run goes on only with the same."""
     from trl_vpo.evaluate.contestants import fingerprint
     from trl_vpo.generate.inputs import digest
+    from trl_vpo.generate.run import weights_digest
 
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    base = Path(config.model_name_or_path)
     return settings | {
+        "weights": weights_digest(base) if base.is_dir() else None,  # it may be trained anew under its old name
         "adapters": {name: fingerprint(path) for name, path in adapters.items()},
         "inputs": {"count": len(inputs), "fingerprint": digest(inputs)},
     }

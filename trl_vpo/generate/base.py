@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, ClassVar
 
 from PIL import Image
 
 from trl_vpo.data.media import Clip
+from trl_vpo.data.rows import MARKERS
 
 
 class GenerateError(ValueError):
@@ -197,13 +199,34 @@ def stream_seed(seed: int, row_id: str, purpose: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
+    """A column that must hold text, stripped; `method` is who needs it.
+
+    Raises:
+        InputError: it is missing, empty or no text, or holds a media marker, which belongs into a prompt only.
+    """
+    value = example.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"`{name}` is {value!r}: {method} needs it as a text that is not empty.")
+    for marker in MARKERS:
+        if marker in value:
+            raise InputError(f"`{name}` holds the marker {marker}: take it out, media come from their columns.")
+    return value.strip()
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean; None of no values."""
+    values = list(values)
+    return fmean(values) if values else None
+
+
 def training_row(
-    row: InputRow, *, prompt: str, chosen: str, rejected: str, generated_by: dict, suffix: str = "", **columns: Any
+    row: InputRow, *, prompt: str, chosen: str, rejected: str, generated_by: dict, **columns: Any
 ) -> dict:
     """A row to train on: the plain question with the untouched media, both responses, and further columns."""
     source = row.example.get("source")
     return {
-        "id": row.id + suffix,
+        "id": row.id,
         **({"source": source} if source is not None else {}),
         "prompt": [row.user_message(prompt)],
         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": chosen}]}],

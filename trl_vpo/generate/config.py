@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from string import Formatter
 
 from trl_vpo.data.media import VideoOptions
 from trl_vpo.generate.base import Sampling
@@ -66,10 +67,15 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         self.video_options()
-        for name, least in (("batch_size", 1), ("max_new_tokens", 1), ("max_retries", 0), ("limit", 1)):
+        counts = {"batch_size": 1, "max_new_tokens": 1, "max_retries": 0, "max_requests": 1, "limit": 1}
+        for name, least in counts.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}: give a whole number of at least {least}.")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout}: give seconds above 0.")
+        if self.server_media not in ("video", "frames"):
+            raise ValueError(f"server_media is {self.server_media!r}: give video or frames.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature {self.temperature} and top_p {self.top_p}: give at least 0, and above 0 up to 1."
@@ -92,3 +98,18 @@ class GenerateConfig:
         """The run's sampling, or a variant of it."""
         values = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
         return Sampling(**(values | changes))
+
+
+def check_template(name: str, template: str, expected: set[str]) -> None:
+    """Raises ValueError unless the template has these placeholders and no others, each written plainly."""
+    remedy = f"Use {', '.join(f'{{{key}}}' for key in sorted(expected))}, and {{{{ and }}}} for braces of your own."
+    try:
+        found = [
+            (key, spec or conversion) for _, key, spec, conversion in Formatter().parse(template) if key is not None
+        ]
+    except ValueError as error:
+        raise ValueError(f"{name} is no template ({error}). {remedy}") from error
+    unknown = sorted({key for key, extra in found if key not in expected or extra})
+    missing = sorted(expected - {key for key, _ in found})
+    if unknown or missing:
+        raise ValueError(f"{name}: unknown placeholders {unknown}, missing placeholders {missing}. {remedy}")

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from trl_vpo.data.masking import masked_image_list
+from trl_vpo.generate.answers import read_yes_no
 from trl_vpo.generate.base import AnsweringModel, Failure, InputRow, Media, Request, stream_seed
 from trl_vpo.generate.boxes import Choice
 from trl_vpo.generate.english import with_article
@@ -112,8 +113,6 @@ class Hiding:
 
     def _ask(self, questions: Sequence[tuple[Case, Image.Image, str]]) -> list[bool | Failure]:
         """Whether the model claims the case's object in an image; greedy. Neither yes nor no is no claim."""
-        from trl_vpo.generate.answers import read_yes_no
-
         if not questions:
             return []
         requests = []

@@ -11,13 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import Any
 
 from trl_vpo.data.phrases import Span, split_words, word_diff
 from trl_vpo.generate.answers import same_words
 from trl_vpo.generate.base import AnsweringModel, Failure, Request, Sampling
-from trl_vpo.generate.reading import without_thoughts
+from trl_vpo.generate.reading import without_reasoning
 
 KINDS = ("object", "action", "attribute")
 DIFFERENCES_PROMPT = """\
@@ -120,17 +119,6 @@ def _read(question: Question, reply: str | Failure) -> Any:
         return Failure(str(error))
 
 
-def check_template(name: str, template: str, expected: set[str]) -> None:
-    """Raises ValueError unless the template holds these placeholders and no others."""
-    try:
-        found = {key for _, key, _, _ in Formatter().parse(template) if key is not None}
-    except ValueError as error:
-        raise ValueError(f"{name} is no template ({error}): write {{{{ and }}}} for braces.") from error
-    if found != expected:
-        names = ", ".join(f"{{{key}}}" for key in sorted(expected))
-        raise ValueError(f"{name} has the placeholders {sorted(found)}: use {names}, and {{{{ and }}}} for braces.")
-
-
 # --- replies ----------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +178,7 @@ def _only_object(reply: str, read: Callable[[dict], Any]) -> Any:
     Objects are looked for at every brace that does not lie inside one already found. One that is repeated word for
     word counts once.
     """
-    text, at, found, faults = without_thoughts(reply), 0, [], []
+    text, at, found, faults = without_reasoning(reply), 0, [], []
     while (at := text.find("{", at)) >= 0:
         try:
             value, at = _DECODER.raw_decode(text, at)

@@ -13,12 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from string import Formatter
 from typing import Any
 
 import numpy as np
 
-from trl_vpo.data.rows import MARKERS
 from trl_vpo.generate.base import (
     Failure,
     GenerateError,
@@ -28,10 +26,11 @@ from trl_vpo.generate.base import (
     Outcome,
     Pipeline,
     Request,
+    given_text,
     stream_seed,
     training_row,
 )
-from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.generate.config import GenerateConfig, check_template
 from trl_vpo.generate.damage import DamageSettings, damage
 from trl_vpo.generate.similarity import pair_figures, right, similarity, trust_margin
 
@@ -98,8 +97,8 @@ class LeanPOGenerateConfig(GenerateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_template("hint_prompt", self.hint_prompt, {"question", "answer"})
-        _check_template("reflection_prompt", self.reflection_prompt, {"question", "answer", "first_answer"})
+        check_template("hint_prompt", self.hint_prompt, {"question", "answer"})
+        check_template("reflection_prompt", self.reflection_prompt, {"question", "answer", "first_answer"})
         if self.num_damaged_frames < 1:
             raise ValueError(f"num_damaged_frames is {self.num_damaged_frames}: give a whole number of at least 1.")
         if not 0 <= self.flip_probability <= 1:
@@ -116,21 +115,6 @@ class LeanPOGenerateConfig(GenerateConfig):
 
     def damage_settings(self) -> DamageSettings:
         return DamageSettings(num_frames=self.num_damaged_frames, flip_p=self.flip_probability)
-
-
-def _check_template(name: str, template: str, expected: set[str]) -> None:
-    """Raises ValueError unless the template has these placeholders and no others, each written plainly."""
-    remedy = f"Use {', '.join(f'{{{key}}}' for key in sorted(expected))}, and {{{{ and }}}} for braces of your own."
-    try:
-        found = [
-            (key, spec or conversion) for _, key, spec, conversion in Formatter().parse(template) if key is not None
-        ]
-    except ValueError as error:
-        raise ValueError(f"{name} is no template ({error}). {remedy}") from error
-    unknown = sorted({key for key, extra in found if key not in expected or extra})
-    missing = sorted(expected - {key for key, _ in found})
-    if unknown or missing:
-        raise ValueError(f"{name}: unknown placeholders {unknown}, missing placeholders {missing}. {remedy}")
 
 
 @dataclass
@@ -184,14 +168,7 @@ class LeanPOPipeline(Pipeline):
 
     def check(self, row: InputRow) -> None:
         for name in ("question", "answer"):
-            value = row.example.get(name)
-            if not isinstance(value, str) or not value.strip():
-                raise InputError(f"`{name}` is {value!r}: LeanPO needs it as a text that is not empty.")
-            for marker in MARKERS:
-                if marker in value:
-                    raise InputError(
-                        f"`{name}` holds the marker {marker}: take it out, media come from their columns."
-                    )
+            given_text(row.example, name, "LeanPO")
         if not row.images and not row.videos:
             raise InputError("the row has neither a video nor an image: LeanPO needs media that it can damage.")
 

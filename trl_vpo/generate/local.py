@@ -1,4 +1,4 @@
-"""A model in this process: batched answers that no batch changes, and log-probs as training computes them."""
+"""A model in this process: answers whose randomness no batch changes, and log-probs as training computes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trl_vpo.data.rows import Row, RowError, check_accepted, place_media
 from trl_vpo.forward.layouts import merge_media
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.generate.base import AnsweringModel, Failure, GenerateError, Request, Sampling
-from trl_vpo.generate.server import without_reasoning
+from trl_vpo.generate.reading import without_reasoning
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class LocalModel(AnsweringModel):
         def run(batch: list) -> list[str | Failure]:
             return self._generate([tree.trunks[0] for *_, tree in batch], [seed for _, seed, _ in batch], sampling)
 
-        for group in _stackable(waiting):
+        for group in stackable(waiting):
             for (place, *_), text in zip(group, self._in_batches(group, run)):
                 answers[place] = text
         return answers
@@ -153,7 +153,7 @@ class LocalModel(AnsweringModel):
                 waiting.append((place, None, self._encode(row, ("chosen",))))
             except RowError as error:
                 raise GenerateError(f"a response cannot be scored: {error}") from error
-        for group in _stackable(waiting):
+        for group in stackable(waiting):
             for (place, *_), average in zip(group, self._in_batches(group, self._score)):
                 averages[place] = average
         return averages
@@ -255,7 +255,7 @@ def _left_padded(trunks: list[Trunk], pad_token_id: int) -> dict[str, Tensor]:
     return inputs | merge_media([trunk.media for trunk in trunks])
 
 
-def _stackable(waiting: list[tuple]) -> list[list[tuple]]:
+def stackable(waiting: list[tuple]) -> list[list[tuple]]:
     """Items whose media fit into one call: families that take clips as (N, frames, C, H, W) need them in one shape."""
     groups: dict[tuple | None, list[tuple]] = {}
     for item in waiting:

@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from trl_vpo.data.images import load_image
 from trl_vpo.data.masking import masked_image_list
 from trl_vpo.data.rows import RowError, read_row
-from trl_vpo.generate.base import InputError, InputRow, Media, Outcome, Pipeline, Request
+from trl_vpo.generate.base import InputError, InputRow, Media, Outcome, Pipeline, Request, mean
 from trl_vpo.generate.boxes import area_share
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.critical import Finder
@@ -182,19 +181,19 @@ class LPOIPipeline(Pipeline):
         labels = Counter(note["label"] for note in kept)
         figures: dict[str, Any] = {
             "named_in": {where: sum(note["where"] == where for note in kept) for where in WHERE},
-            "box_area_mean": _mean([note["area"] for note in kept]),
-            "box_score_mean": _mean([note["score"] for note in kept if note["score"] is not None]),
-            "several_instances": _mean([note["instances"] > 1 for note in kept]),
+            "box_area_mean": mean([note["area"] for note in kept]),
+            "box_score_mean": mean([note["score"] for note in kept if note["score"] is not None]),
+            "several_instances": mean([note["instances"] > 1 for note in kept]),
             "labels": dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:TOP_LABELS]),
         }
         if self.config.hard_negative:
             asked = [note["asked"] for note, _ in notes if note.get("asked")]
             claims = [item["claimed"] for items in asked for item in items]
             inputs = [any(item["claimed"] for item in items) for items in asked]
-            figures["hard_negatives"] = {"asked": len(claims), "claimed": _mean(claims), "inputs": _mean(inputs)}
+            figures["hard_negatives"] = {"asked": len(claims), "claimed": mean(claims), "inputs": mean(inputs)}
         if self.config.visibility_check:
             places = zip(*(note["claimed_at"] for note in kept))
-            figures["claimed_at"] = [_mean([claim for claim in place if claim is not None]) for place in places]
+            figures["claimed_at"] = [mean([claim for claim in place if claim is not None]) for place in places]
         return figures
 
     def _open(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Case]:
@@ -229,7 +228,3 @@ class LPOIPipeline(Pipeline):
             hidden = [portable(image, folder) for image in case.images[1:]]
             row["image_list"] = [*case.row.images, *hidden]
         return Outcome(case.row.id, rows=(row,), notes=notes)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None

@@ -66,7 +66,7 @@ def _load(config: GenerateConfig) -> AnsweringModel:
     name = config.model_name_or_path
     if config.dtype not in DTYPES:
         raise GenerateError(f"dtype is {config.dtype!r}: give one of {', '.join(DTYPES)}.")
-    adapter = _adapter_config(config.from_adapter, name) if config.from_adapter else None
+    adapter = checked_adapter(config.from_adapter, name) if config.from_adapter else None
     common = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     device_map = _device_map(config.device)
     try:
@@ -138,7 +138,7 @@ def _quantization(config: GenerateConfig) -> Any:
 # --- adapters -------------------------------------------------------------------------------------------------------
 
 
-def _adapter_config(path: str, model: str) -> Any:
+def checked_adapter(path: str, model: str) -> Any:
     """The adapter's config, checked as far as that goes without weights."""
     from peft import PeftConfig, PromptLearningConfig
 

@@ -102,14 +102,18 @@ class Word(NamedTuple):
     sentence: int
 
 
-def without_thoughts(response: str) -> str:
-    """What comes behind a reasoning model's `</think>`."""
-    return response.rpartition("</think>")[2].strip()
+def without_reasoning(response: str) -> str:
+    """An answer, stripped, without a reasoning model's thoughts in front of it, up to the last `</think>`.
+
+    Chat templates may put the opening tag into the prompt. Reasoning that never ended leaves an empty answer.
+    """
+    text = response.rpartition("</think>")[2].strip()
+    return "" if text.startswith("<think>") else text
 
 
 def plain(response: str) -> str:
     """The response without thoughts, markup and quotation marks, on one line, contractions apart."""
-    text = unicodedata.normalize("NFKC", without_thoughts(response)).replace("’", "'")
+    text = unicodedata.normalize("NFKC", without_reasoning(response)).replace("’", "'")
     text = re.sub(r"\\boxed\s*\{\s*(?:\\text\s*\{)?([^{}]*)\}+", r" answer: \1. ", text)
     text = re.sub(r"[*_`#~$\"“”„«»\\]", " ", text)
     text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)

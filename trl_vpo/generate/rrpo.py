@@ -41,7 +41,7 @@ from trl_vpo.generate.judge import (
     show_differences,
 )
 from trl_vpo.generate.perturb import effective_mode, perturb
-from trl_vpo.generate.reading import without_thoughts
+from trl_vpo.generate.reading import without_reasoning
 from trl_vpo.generate.rrpo_config import RRPOGenerateConfig
 from trl_vpo.generate.rrpo_figures import figures
 from trl_vpo.generate.tasks import Task, read_task
@@ -186,7 +186,7 @@ class RRPOPipeline(Pipeline):
     # --- the judge ----------------------------------------------------------------------------------------------
 
     def _question(self, work: _Work, step: str, template: str, read, **values: str) -> Question:
-        answer = without_thoughts(work.tries[-1].answer)
+        answer = without_reasoning(work.tries[-1].answer)
         prompt = template.format(question=work.task.question, truth=work.task.answer, answer=answer, **values)
         seeds = tuple(self._seed(work, f"{step} {len(work.tries)} {number}") for number in range(2))
         return Question(prompt, seeds, read)
@@ -202,7 +202,9 @@ class RRPOPipeline(Pipeline):
             elif judgement.differences:
                 attempt.result, attempt.differences = WRONG, judgement.differences
             else:
-                attempt.result, attempt.kind = RIGHT, "no key difference"
+                # one that is not correct, but contradicts nothing, is neither: it counts for no accuracy
+                attempt.result = RIGHT if judgement.correct else UNDECIDED
+                attempt.kind = "no key difference"
                 attempt.why = f"{attempt.answer!r} has no key difference"
 
     def _rewrite(self, works: list[_Work]) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from trl_vpo.generate.answers import SHORT_WORDS
 from trl_vpo.generate.base import Sampling
-from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.generate.judge import DIFFERENCES_PROMPT, REWRITE_PROMPT, check_template
+from trl_vpo.generate.config import GenerateConfig, check_template
+from trl_vpo.generate.judge import DIFFERENCES_PROMPT, REWRITE_PROMPT
 from trl_vpo.generate.perturb import MODES, PerturbSettings
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from trl_vpo.generate.answers import RIGHT, UNDECIDED, WRONG
-from trl_vpo.generate.base import Outcome
+from trl_vpo.generate.base import Outcome, mean
 
 
 def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
@@ -35,20 +34,16 @@ def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     return {
         "rows_by_kind": dict(Counter(row["answer_kind"] for row in rows)),
         "rows_by_perturbation": dict(Counter(row["perturbation"]["mode"] for row in rows)),
-        "rejected_wrong": _mean([o.notes["rejected_wrong"] for o in outcomes if "rejected_wrong" in o.notes]),
+        "rejected_wrong": mean([o.notes["rejected_wrong"] for o in outcomes if "rejected_wrong" in o.notes]),
         "perturbed_accuracy": {
             kind: _share(counts, [RIGHT], [RIGHT, WRONG]) for kind, counts in firsts.items() if counts
         },
         "perturbed_undecided": {
             kind: _share(counts, [UNDECIDED], [RIGHT, WRONG, UNDECIDED]) for kind, counts in firsts.items() if counts
         },
-        "words_in_phrases": _mean([o.notes["changed"] for o in outcomes if o.rows]),
+        "words_in_phrases": mean([o.notes["changed"] for o in outcomes if o.rows]),
         "left_out": {kind: dict(counts) for kind, counts in left_out.items()},
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
 
 
 def _share(counts: Mapping[str, int], part: Sequence[str], whole: Sequence[str]) -> float | None:

@@ -27,7 +27,7 @@ from trl_vpo.generate.shards import check_settings
 from trl_vpo.generate.store import Run
 from trl_vpo.report.quiet import quiet_libraries
 
-# What a run may change when it is continued: none of it changes a row.
+# What a run may change when it is continued: none of it changes an answer. (`media_root`: media may have moved.)
 FREE = {
     "output_dir", "limit", "dry_run", "batch_size", "device", "timeout", "max_retries", "max_requests", "api_key_env",
     "judge_api_key_env", "server_url", "judge_url", "dataset_name", "dataset_config", "dataset_split", "media_root",
@@ -111,6 +111,9 @@ def _check_config(config: GenerateConfig, pipeline_class: type[Pipeline]) -> Non
     for name, what in (("dataset_name", "the inputs"), ("output_dir", "a folder for the run")):
         if not getattr(config, name):
             raise RecipeError(f"`{name}` is not set: give {what}.")
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output_dir: {folder} is a file. Name a folder; it is made if it is not there.")
     if pipeline_class.needs_model(config) and not config.model_name_or_path:
         raise RecipeError("there is no model: set `model_name_or_path` to a Hub model, a folder, or a server's model.")
 

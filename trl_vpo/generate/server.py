@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from trl_vpo.generate.base import AnsweringModel, Failure, GenerateError, Request, Sampling
 from trl_vpo.generate.payload import chat_messages
+from trl_vpo.generate.reading import without_reasoning
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ RUN_STATUS = {  # what a status says about every request, and what to do
     404: "it has no such model or no such address: check the model's name, and that the URL ends as in /v1",
     405: "this is no address of a chat model: check that the URL ends as in /v1",
 }
-_REASONING = re.compile(r"\A(?:\s*<think>)?.*?</think>", re.DOTALL)
 
 
 class RequestBudget:
@@ -275,15 +274,6 @@ class ServerModel(AnsweringModel):
     def _clean(self, text: str) -> str:
         """Some servers repeat the key that they refuse."""
         return text.replace(self._key, "<API key>") if self._key else text
-
-
-def without_reasoning(text: str) -> str:
-    """An answer, stripped, without the reasoning in front of it, up to `</think>`.
-
-    Chat templates may put the opening tag into the prompt. Reasoning that never ended leaves an empty answer.
-    """
-    text = _REASONING.sub("", text, count=1).strip()
-    return "" if text.startswith("<think>") else text
 
 
 def _shown(url: str) -> str:

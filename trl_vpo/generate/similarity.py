@@ -12,12 +12,13 @@ too - count for nothing. Where neither text has a word (an emoji, say), the text
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from trl_vpo.data.phrases import split_words
+from trl_vpo.generate.base import mean
 
 
 def words(text: str) -> list[str]:
@@ -104,21 +105,16 @@ def pair_figures(pairs: Sequence[dict[str, Any]], *, plain: bool, rewards: bool)
     sides = ("chosen", "rejected")
     shares = [f"{who}_right" for who in (*sides, *(["plain"] if plain else []))]
     figures: dict[str, Any] = {"pairs": len(pairs)}
-    figures |= {name: _mean(pair[name] for pair in pairs) for name in (*shares, "chosen_trust", "rejected_trust")}
+    figures |= {name: mean(pair[name] for pair in pairs) for name in (*shares, "chosen_trust", "rejected_trust")}
     if plain:
         figures["plain_failures"] = sum("plain_failure" in pair for pair in pairs)
     if not rewards:
         return figures
     scored = [pair for pair in pairs if "chosen_reward" in pair]
-    figures |= {f"{who}_reward": _mean(pair[f"{who}_reward"] for pair in scored) for who in (*sides, "answer")}
-    figures["reward_accuracy"] = _mean(pair["chosen_reward"] > pair["rejected_reward"] for pair in scored)
+    figures |= {f"{who}_reward": mean(pair[f"{who}_reward"] for pair in scored) for who in (*sides, "answer")}
+    figures["reward_accuracy"] = mean(pair["chosen_reward"] > pair["rejected_reward"] for pair in scored)
     points = [[pair[f"{side}_{axis}"] for pair in scored for side in sides] for axis in ("reward", "trust")]
     return figures | {"reward_trust_pearson": pearson(*points), "reward_trust_spearman": spearman(*points)}
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return float(np.mean(values)) if values else None
 
 
 def _normalised(text: str) -> str:

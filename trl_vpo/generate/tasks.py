@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_vpo.data.rows import MARKERS
 from trl_vpo.generate.answers import check_exact, check_short, check_yes_no, yes_or_no
-from trl_vpo.generate.base import InputError
+from trl_vpo.generate.base import InputError, given_text
 from trl_vpo.generate.choices import check_choice, in_form, read_choice, read_options, with_options
-from trl_vpo.generate.reading import Verdict, plain, without_thoughts, words
+from trl_vpo.generate.reading import Verdict, plain, without_reasoning, words
 
 KINDS = ("choice", "yes_no", "short", "open")
 
@@ -51,7 +50,7 @@ class Task:
         differ in nothing else. Where the ground truth says more than that, and for all other kinds, the model's own
         words without its thoughts.
         """
-        own = without_thoughts(response)
+        own = without_reasoning(response)
         if self.kind == "choice":
             right = read_choice(self.answer, self.options).value
             return in_form(self.answer, self.options, right, parsed) or own
@@ -72,7 +71,7 @@ def read_task(example: Mapping[str, Any], short_words: int) -> Task:
     Raises:
         InputError: no question or answer, or they do not fit the kind.
     """
-    question, answer = (_text(example, name) for name in ("question", "answer"))
+    question, answer = (given_text(example, name, "RRPO") for name in ("question", "answer"))
     given, column = example.get("answer_kind"), example.get("options") or None
     if given is not None and given not in KINDS:
         raise InputError(f"`answer_kind` is {given!r}: give one of {', '.join(KINDS)}, or leave it out.")
@@ -94,13 +93,3 @@ def _kind(answer: str, short_words: int) -> str:
     if yes_or_no(answer):
         return "yes_no"
     return "short" if len(words(plain(answer))) <= short_words else "open"
-
-
-def _text(example: Mapping[str, Any], name: str) -> str:
-    value = example.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"`{name}` is {value!r}: RRPO needs it as a text that is not empty.")
-    for marker in MARKERS:
-        if marker in value:
-            raise InputError(f"`{name}` holds the marker {marker}: take it out, media come from their columns.")
-    return value.strip()
