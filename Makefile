@@ -13,7 +13,7 @@ help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
 	@echo "make selfmade     let the base of that world make its own preference data, and train on them"
 	@echo "make test         run the tests"
-	@echo "make test-slow    run the longer ones: FSDP2 and ZeRO-3 on two CPU processes"
+	@echo "make test-slow    run the longer ones: FSDP2, ZeRO-2 and ZeRO-3 on two CPU processes, benchmarks, more kills"
 	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
 	@echo "make lint         check style and formatting"
 	@echo "make lock         renew requirements.lock"

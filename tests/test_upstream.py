@@ -17,8 +17,8 @@ import trl_vpo.trainers.base as base
 BASE, SETUP, CONFIG, CARD, METRICS = (
     f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "config", "card", "metrics")
 )
-SCORING, ATTENTION, LAYOUTS, VISION = (
-    f"trl_vpo/forward/{x}.py" for x in ("scoring", "attention", "layouts", "vision")
+SCORING, ATTENTION, LAYOUTS, VISION, RANKS = (
+    f"trl_vpo/forward/{x}.py" for x in ("scoring", "attention", "layouts", "vision", "ranks")
 )
 PRECOMPUTE, FINGERPRINT = (f"trl_vpo/trainers/{x}.py" for x in ("precompute", "fingerprint"))
 COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "trl_vpo/recipe.py"
@@ -35,7 +35,11 @@ CALLED = [
     ("trl.DPOTrainer._set_signature_columns_if_needed", ["self"], BASE),
     ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
     ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
-    ("trl.DPOTrainer.log", ["self", "logs", "start_time"], BASE),
+    ("transformers.Trainer._get_num_items_in_batch", ["self", "batch_samples", "device"], BASE),
+    ("transformers.Trainer._maybe_log_save_evaluate", ["self"], BASE),
+    ("transformers.Trainer._finalize_training", ["self"], BASE),
+    ("accelerate.Accelerator.reduce", ["self", "tensor", "reduction"], BASE),
+    ("torch.distributed.elastic.multiprocessing.errors.record", ["fn"], BASE),
     ("trl.DPOTrainer.create_model_card", ["self", "model_name", "dataset_name", "tags"], BASE),
     ("trl.DPOTrainer.floating_point_ops", ["self", "inputs"], BASE),
     ("trl.DPOTrainer.save_model", ["self", "output_dir", "_internal_call"], BASE),
@@ -52,7 +56,7 @@ CALLED = [
     ("trl.DatasetMixtureConfig", ..., "trl_vpo/train.py"),
     ("trl.scripts.utils.ScriptArguments", ..., RECIPE),
     ("trl.scripts.utils.TrlParser.parse_args_and_config", ["self", "args"], RECIPE),
-    ("accelerate.utils.gather_object", ["object"], f"{BASE}, {METRICS} and {PRECOMPUTE}"),
+    ("accelerate.utils.gather_object", ["object"], f"{BASE}, {METRICS}, {PRECOMPUTE} and {RANKS}"),
     ("accelerate.utils.broadcast_object_list", ["object_list"], FINGERPRINT),
     ("accelerate.utils.is_peft_model", ["model"], f"{BASE} and {CARD}"),
     ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),
@@ -246,12 +250,31 @@ def test_the_attributes_that_dpo_trainer_sets(tmp_path):
         assert hasattr(trainer, name), f"DPOTrainer no longer sets `{name}`; {BASE} reads or overrides it."
         assert isinstance(getattr(trainer, name), kind), f"DPOTrainer.{name} is now {type(getattr(trainer, name))}."
     assert set(trainer._metrics) == {"train", "eval"}, f"DPOTrainer._metrics has new modes; see `log` in {BASE}."
-    assert trainer.loss_is_scaled_for_ga is False, (
-        "DPOTrainer says that its loss is scaled for gradient accumulation; ours is a mean over the micro-batch."
-    )
     for name in ("_tag_names", "_name", "_paper"):
         assert hasattr(trl.DPOTrainer, name), f"DPOTrainer has no `{name}`; every trainer and {CARD} set or read it."
     assert set(trl.DPOTrainer._paper) == {"title", "id", "citation"}
+
+
+def test_when_a_loss_counts_as_scaled_for_gradient_accumulation():
+    """`compute_loss` gives its part of the whole step's mean where it is given the step's totals, else a mean."""
+    source = inspect.getsource(find("transformers.Trainer.training_step"))
+    expected = (
+        "self.loss_is_scaled_for_ga is not None",
+        "self.model_accepts_loss_kwargs and num_items_in_batch is not None",
+    )
+    missing = [line for line in expected if line not in source]
+    assert not missing, f"Trainer.training_step has no {missing} any more; see `compute_loss` in {BASE}."
+    source = inspect.getsource(find("transformers.Trainer.get_batch_samples"))
+    assert "self._get_num_items_in_batch(batch_samples, device)" in source, f"{BASE} counts the step's pairs there."
+
+
+def test_the_averages_are_ready_when_trainer_logs():
+    """`log` merges `_metrics`; every rank passes the two places that fill it, and then one may log alone."""
+    source = inspect.getsource(find("trl.DPOTrainer.log"))
+    assert "self._metrics[mode]" in source and "logs.update(metrics)" in source, f"see `_average_training` in {BASE}."
+    calls = {name: inspect.getsource(find(f"transformers.Trainer.{name}")).count("self.log(")
+             for name in ("_maybe_log_save_evaluate", "_finalize_training", "_run_epoch")}  # fmt: skip
+    assert calls == {"_maybe_log_save_evaluate": 1, "_finalize_training": 1, "_run_epoch": 0}, f"{calls}, see {BASE}"
 
 
 def test_the_knobs_that_are_refused_are_still_trls():
@@ -289,3 +312,61 @@ def test_peft_hands_unknown_arguments_to_the_model(tmp_path):
         assert seen and all(request is not None for request in seen), (
             f"PeftModel({task}) no longer passes unknown keyword arguments on; `attach_scoring` in {SCORING} needs it."
         )
+
+
+RESUME, LOCAL, CONTESTANTS = "trl_vpo/resume.py", "trl_vpo/generate/local.py", "trl_vpo/evaluate/contestants.py"
+MORE_CALLED = [
+    ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
+    ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/{callback,heldout}.py"),
+    ("transformers.Trainer._save_checkpoint", ["self", "model", "trial"], "trl_vpo/failed_saves.py (by its name)"),
+    ("transformers.Trainer.compute_loss_context_manager", ["self"], "trl_vpo/evaluate/callback.py"),
+    ("transformers.Trainer.pop_callback", ["self", "callback"], "trl_vpo/report/progress.py"),
+    ("transformers.trainer_utils.HubStrategy", ..., "trl_vpo/hub.py"),
+    ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., "trl_vpo/hub_repo.py"),
+    ("huggingface_hub.set_client_factory", ["client_factory"], "trl_vpo/hub_repo.py"),
+    ("huggingface_hub.HfApi.auth_check", ["self", "repo_id"], "trl_vpo/hub_repo.py"),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., CONTESTANTS),
+    ("peft.PeftModel.set_adapter", ["self", "adapter_name", "inference_mode"], CONTESTANTS),
+    ("peft.PeftModel.load_adapter", ["self", "model_id", "adapter_name"], CONTESTANTS),
+    ("peft.get_peft_model_state_dict", ["model"], "trl_vpo/merge.py"),
+    ("torch.nn.modules.conv._ConvNd", ..., "trl_vpo/adapters.py"),
+    ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", ..., "trl_vpo/adapters.py"),
+    ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/launch.py"),
+    ("accelerate.commands.launch.launch_command_parser", [], "trl_vpo/launch.py"),
+    ("transformers.utils.is_bitsandbytes_available", ..., "trl_vpo/generate/models.py"),
+]
+
+
+@pytest.mark.parametrize(("path", "parameters", "user"), MORE_CALLED, ids=[path for path, *_ in MORE_CALLED])
+def test_what_else_is_called_is_there(path, parameters, user):
+    test_what_is_called_is_there(path, parameters, user)
+
+
+def test_the_counters_that_go_on_after_an_interruption():
+    """They are set to zero, then `on_train_begin` may put them right, and then training counts on."""
+    source = inspect.getsource(find("transformers.Trainer._inner_training_loop"))
+    zeroed = (
+        "self._initial_global_step = self.state.global_step",
+        "self._tr_loss = torch.tensor(0.0",
+        "self._total_loss_scalar = 0.0",
+        "self._globalstep_last_logged = self.state.global_step",
+    )
+    begin, epoch = (source.find(f"callback_handler.{name}(") for name in ("on_train_begin", "on_epoch_begin"))
+    assert 0 < begin < epoch, f"Trainer no longer calls on_train_begin before on_epoch_begin; see `Guard` in {RESUME}."
+    late = [line for line in zeroed if not 0 < source.find(line) < begin]
+    assert not late, f"Trainer has no {late} before on_train_begin any more; see `Guard.on_train_begin` in {RESUME}."
+    source = inspect.getsource(find("transformers.Trainer._finalize_training"))
+    used = ("self._total_loss_scalar += self._tr_loss.item()", "self.state.global_step - self._initial_global_step")
+    missing = [line for line in used if line not in source]
+    assert not missing, f"Trainer._finalize_training has no {missing} any more; see `_counters` in {RESUME}."
+
+
+def test_the_mark_that_ddp_reads():
+    source = inspect.getsource(find("torch.nn.parallel.DistributedDataParallel.__init__"))
+    assert "_ddp_params_and_buffers_to_ignore" in source, "DDP no longer reads it; see trl_vpo/train.py."
+
+
+def test_what_loading_an_adapter_tells():
+    """Weights that found no place are an error of ours; PEFT only warns."""
+    source = inspect.getsource(find("peft.PeftModel.load_adapter"))
+    assert "load_result.missing_keys" in source and "return load_result" in source, CONTESTANTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -70,5 +71,11 @@ def launch(options: list[str], command: list[str]) -> int:
     """Run a `trl-vpo` command in the processes that `accelerate launch` starts."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    launch_command(launch_command_parser().parse_args([*options, "--module", "trl_vpo.cli", *command]))
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_command_parser().parse_args([*options, "--module", "trl_vpo.cli", *command]))
+    except ChildFailedError as error:  # the failing process has said what happened; the launcher's trace adds nothing
+        print(error, file=sys.stderr)
+        return 1
     return 0

@@ -83,6 +83,7 @@ def leanpo_loss(
     smoothing_threshold: float = 0.0,
     nll_weight: float = 0.0,
     symmetric_margin: bool = False,
+    tokens_per_pair: Tensor | float | None = None,
 ) -> PreferenceLoss:
     """LeanPO: the reward is the average log-likelihood, no reference (Wang et al. 2025, arXiv 2506.05260).
 
@@ -92,7 +93,8 @@ def leanpo_loss(
         loss   = mean over pairs of pref + nll_weight * NLL(y_w)
 
     NLL is the mean over all chosen tokens of the batch, as in the first author's public trainer. It is handed out
-    per pair (weighted by B * |y_w| / all tokens), so that `losses.mean()` is exactly the loss above.
+    per pair (weighted by B * |y_w| / all tokens), so that `losses.mean()` is exactly the loss above. Where the B pairs
+    are a part of a larger batch, `tokens_per_pair` makes it the mean over all chosen tokens of that batch.
 
     Args:
         chosen_logps: (B, T) log pi of each token of y_w.
@@ -105,6 +107,7 @@ def leanpo_loss(
         smoothing_threshold: pairs with `d` below it count as wrongly ranked, nats per token.
         nll_weight: weight of the negative log-likelihood of the chosen responses.
         symmetric_margin: `+ target_margin` in the swapped term (SimPO's form). The author's code keeps the minus.
+        tokens_per_pair: mean length of the chosen responses of the whole batch. None: the B pairs are the batch.
 
     Raises:
         ValueError: if a response has no tokens.
@@ -121,7 +124,9 @@ def leanpo_loss(
     preference = -(1 - smoothing) * F.logsigmoid(beta * margin - target_margin)
     preference = preference - smoothing * F.logsigmoid(-beta * margin + swapped_margin)
 
-    nll = -chosen_sums * len(chosen_sums) / chosen_tokens.sum()  # (B,), its mean is the mean over all tokens
+    if tokens_per_pair is None:
+        tokens_per_pair = chosen_tokens.sum().to(chosen_sums) / len(chosen_tokens)
+    nll = -chosen_sums / tokens_per_pair  # (B,), its mean over a batch is the mean over all of the batch's tokens
     return PreferenceLoss(
         losses=preference + nll_weight * nll,
         chosen_rewards=beta * chosen_avg.detach(),

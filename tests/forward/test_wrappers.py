@@ -1,10 +1,5 @@
-"""The shared layout inside what users put around a model: quantization, torch.compile, distributed engines."""
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""The shared layout inside what users put around a model: quantization, torch.compile. (Distributed engines:
+tests/trainers/test_distributed.py.)"""
 
 import pytest
 import torch
@@ -71,19 +66,3 @@ def test_compiled_decoder_layers(data, tmp_path):
     got = step(trainer)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
     assert (got[1] - want[1]).norm() <= 1e-4 * want[1].norm()
-
-
-@pytest.mark.parametrize(
-    "engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
-)
-def test_two_processes(engine):
-    """Both layouts give the same losses, KL, gradient norms and gradients on two CPU processes."""
-    script = Path(__file__).with_name("two_processes.py")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_HOME": "/nonexistent"}
-    done = subprocess.run([*torchrun, str(script), engine], capture_output=True, text=True, env=env, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(f"rank {rank} of 2: {engine}" in done.stdout for rank in (0, 1)), done.stdout[-2000:]

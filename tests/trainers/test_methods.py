@@ -122,8 +122,7 @@ def test_lpoi_by_hand_with_lists_of_different_lengths(name, layout, images, tmp_
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
     # Its rewards per image, averaged over the rows that have that many images.
-    trainer.log({})
-    logs = trainer.state.log_history[-1]
+    logs = trainer._averages("train")
     for k in range(4):
         row = [r[k + 1 if k else 0] for r in rows if len(r) > k + 1]
         reward = sum(trainer.beta * (w.sum() - rw.sum()).item() for w, rw, *_ in row) / len(row)

@@ -188,9 +188,10 @@ def test_inputs_for_compute_metrics(tmp_path):
         config("dpo", tmp_path, include_for_metrics=["inputs"])
 
 
-def test_batches_that_are_cut_and_sent(tmp_path):
-    with pytest.raises(ValueError, match="dispatch_batches"):
-        config("dpo", tmp_path, accelerator_config={"dispatch_batches": True})
+@pytest.mark.parametrize("knob", [{"dispatch_batches": True}, {"even_batches": False}])
+def test_how_accelerate_must_not_deal_out_batches(knob, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(knob))):
+        config("dpo", tmp_path, accelerator_config=knob)
 
 
 def test_a_pad_token_that_is_none(tmp_path):

@@ -8,8 +8,9 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
+
+from trl_vpo.forward.ranks import stackable
 
 BATCH_FIRST = ("pixel_attention_mask",)  # its presence says that `pixel_values` has one entry per row (Idefics family)
 CALL_TOKENS = 128  # what one more model call costs, in tokens computed
@@ -46,10 +47,10 @@ def separate(batch: dict, *, pad_token_id: int, pad_to_multiple_of: int | None =
     """Every branch behind its own copy of its trunk: S sequences of prompt and response, padded on the right.
 
     One model call for the whole batch, or several where its videos cannot be stacked (families that take videos as
-    (N, frames, C, H, W) need the same number of frames in a call).
+    (N, frames, C, H, W) need the same number of frames in a call), or those that the ranks agreed on.
     """
-    owners = batch["branch_trunk"]
-    groups = [torch.isin(owners, torch.tensor(g, device=owners.device)) for g in _stackable(batch["media"])]
+    owners, calls = batch["branch_trunk"], batch.get("calls") or stackable(batch["media"])
+    groups = [torch.isin(owners, torch.tensor(call, device=owners.device)) for call in calls]
     return [_separate(batch, group.nonzero().flatten(), pad_token_id, pad_to_multiple_of) for group in groups]
 
 
@@ -114,22 +115,17 @@ def shared(batch: dict, backbone: nn.Module, *, pad_token_id: int) -> list[Layou
     for branch, trunk in enumerate(batch["branch_trunk"].tolist()):
         carried[trunk].append(branch)
     lengths = [prompt - 1 + sum(responses[s] + 1 for s in branches) for prompt, branches in zip(prompts, carried)]
-    return [
-        _shared(batch, backbone, trunks, carried, prompts, responses, pad_token_id)
-        for stackable in _stackable(batch["media"])
-        for trunks in _calls(stackable, lengths)
-    ]
+    calls = batch.get("calls") or [call for group in stackable(batch["media"]) for call in _calls(group, lengths)]
+    return [_shared(batch, backbone, trunks, carried, prompts, responses, pad_token_id) for trunks in calls]
 
 
 def _calls(trunks: list[int], lengths: list[int]) -> list[list[int]]:
     """Trunks that go into one call: the split that computes least, padding included.
 
     A text-only row next to a long video, or LPOI's first image with its two responses next to the others with one,
-    would be mostly padding. Several processes make one call each: DDP, FSDP and ZeRO-3 meet in every call, and would
-    wait for ever for a rank that makes fewer.
+    would be mostly padding. (Several processes that train make as few calls as they can, and all the same number: see
+    `trl_vpo.forward.ranks`.)
     """
-    if PartialState().num_processes > 1:
-        return [sorted(trunks)]
     order = sorted(trunks, key=lambda t: -lengths[t])
     best: list[tuple[int, list[list[int]]]] = [(0, [])]  # for the first 0, 1, ... trunks: their cost and groups
     for end in range(1, len(order) + 1):
@@ -222,25 +218,6 @@ def _positions(batch, backbone, carried, trunks, owner, place, pad_token_id) -> 
 
 
 # --- media --------------------------------------------------------------------------------------------------------
-
-
-def _stackable(media: list[dict]) -> list[list[int]]:
-    """Trunks grouped by the frame shape of their videos; trunks without videos go with the first group."""
-    shapes: dict = {}
-    for trunk, tensors in enumerate(media):
-        video = tensors.get("pixel_values_videos")
-        shape = tuple(video.shape[1:]) if video is not None and video.dim() == 5 else None
-        shapes.setdefault(shape, []).append(trunk)
-    rest = shapes.pop(None, [])
-    groups = list(shapes.values()) or [[]]
-    groups[0] = sorted(groups[0] + rest)
-    if len(groups) > 1 and PartialState().num_processes > 1:
-        raise ValueError(
-            "videos with different numbers of frames need several model calls here, and processes that make different "
-            "numbers of calls wait for each other for ever. Set per_device_train_batch_size and "
-            "per_device_eval_batch_size to 1, or choose a num_frames that every clip has."
-        )
-    return groups
 
 
 def merge_media(items: list[dict[str, Tensor]], only: tuple[str, ...] | None = None) -> dict[str, Tensor]:

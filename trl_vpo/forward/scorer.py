@@ -5,6 +5,7 @@ shared one is used; where the model cannot have it, or they do not agree, "separ
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from trl_vpo.forward.attention import use_tree_attention, why_not
 from trl_vpo.forward.layouts import Layout, separate, shared
+from trl_vpo.forward.ranks import agree_on_calls
 from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
 from trl_vpo.forward.vision import vision_features
 
@@ -75,7 +77,8 @@ class Scorer:
             model(**layout.inputs, score=_request(layout, batch, states, head))
             for layout, states in zip(layouts, hidden)
         ]
-        order = torch.cat([layout.branches for layout in layouts]).argsort()
+        fillers_last = torch.cat([layout.branches for layout in layouts]).argsort()
+        order = fillers_last[: len(batch["branch_mask"])]
 
         def gather(name: str) -> Tensor | None:
             parts = [getattr(output, name) for output in outputs]
@@ -92,12 +95,18 @@ class Scorer:
     def _layouts(self, batch: dict) -> list[Layout]:
         """The model calls of a batch, built once for policy and reference."""
         if batch.get("layouts", (None,))[0] != self.layout:
+            rows, padding = batch.get("filled", batch) | {"calls": batch.get("calls")}, self._pad_token_id
             if self.layout == "shared":
-                layouts = shared(batch, self._backbone, pad_token_id=self._pad_token_id)
+                layouts = shared(rows, self._backbone, pad_token_id=padding)
             else:
-                layouts = separate(batch, pad_token_id=self._pad_token_id, pad_to_multiple_of=self._pad_to_multiple_of)
+                layouts = separate(rows, pad_token_id=padding, pad_to_multiple_of=self._pad_to_multiple_of)
             batch["layouts"] = (self.layout, layouts)
         return batch["layouts"][1]
+
+    def agree(self, batch: dict, filler: Callable[[str | None], dict], sharding: str | None) -> None:
+        """Before a step of several processes, see `trl_vpo.forward.ranks`. All ranks call this."""
+        if self._vision is not None and "calls" not in batch:
+            agree_on_calls(batch, filler, sharding=sharding, trains_vision=self._vision.trained)
 
     def record_vision(self) -> contextlib.AbstractContextManager:
         """Around the reference pass of a step: frozen vision features are kept ..."""

@@ -13,6 +13,8 @@ A collator makes it from rows with [`tree_batch`]; it does not say how the branc
     ref_sums                 (S,)     precomputed summed log-probs of the reference, where the rows carry them
     media                    R dicts of the tensors that the processor made of a trunk's images and videos
     names                    B strings for messages
+    totals                   (2,) pairs and chosen tokens of the whole optimizer step, in training
+    calls, filled            what the ranks of a step agreed on, see `trl_vpo.forward.ranks`
 """
 
 from collections.abc import Iterator

@@ -36,7 +36,12 @@ class VisionFeatures:
     @property
     def frozen(self) -> bool:
         """Whether tower and projector give the same features in both passes: nothing trains, no dropout."""
-        return not any(p.requires_grad for p in self._parameters) and not any(m.training for m in self._dropouts)
+        return not self.trained and not any(m.training for m in self._dropouts)
+
+    @property
+    def trained(self) -> bool:
+        """Whether tower or projector have something to train."""
+        return any(p.requires_grad for p in self._parameters)
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -27,12 +28,10 @@ from trl_vpo.losses import PreferenceLoss
 from trl_vpo.trainers import setup
 from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
+from trl_vpo.trainers.fillers import Fillers
+from trl_vpo.trainers.finite import NonFiniteLossError, check_losses, check_weights  # noqa: F401
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
 from trl_vpo.trainers.precompute import ReferenceCache
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss, or the weights after a step, became nan or infinite. Names the rows; nothing is saved."""
 
 
 class VisualPreferenceTrainer(DPOTrainer):
@@ -51,6 +50,7 @@ class VisualPreferenceTrainer(DPOTrainer):
     """
 
     config_class: type[VisualPreferenceConfig]
+    loss_is_scaled_for_ga = None  # it is where `compute_loss` is given the totals of the step, see `_finish_init`
     needs_reference = True
     needs_kl = False
     needs_phrases = False
@@ -151,10 +151,13 @@ class VisualPreferenceTrainer(DPOTrainer):
         )
         if self.ref_model is not None:
             self.scorer.add_model(self._bare(self.ref_model))
+        self.model_accepts_loss_kwargs = True  # `training_step` then takes a loss as scaled if it came with totals
+        setup.wrap_layers_that_exist(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self._sums = {mode: MetricSums(self.accelerator, gathers=mode == "eval") for mode in ("train", "eval")}
         self._new_tokens = 0
+        self._fillers = Fillers(self)
         if self.args.precompute_ref_log_probs:
             self.precompute_ref_logps = True  # DPOTrainer was told otherwise; its `evaluate` goes by it
             self._reference_cache = ReferenceCache(self)
@@ -248,6 +251,12 @@ class VisualPreferenceTrainer(DPOTrainer):
             )
         return ReferenceSums(batch["ref_sums"])
 
+    # --- training -------------------------------------------------------------------------------------------------
+
+    @record  # a launcher stops all ranks when one fails; with this it ends with that one's error, not with the others'
+    def train(self, *args, **kwargs):
+        return super().train(*args, **kwargs)
+
     # --- loss -----------------------------------------------------------------------------------------------------
 
     def preference_loss(self, scores: Scores, reference: Scores | None, batch: dict) -> PreferenceLoss:
@@ -258,28 +267,37 @@ class VisualPreferenceTrainer(DPOTrainer):
         """The method's own metrics: name -> (values, weights), (B,) each."""
         return {}
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
+        """(2,) pairs and chosen tokens of an optimizer step: of all its micro-batches on all ranks, which all call."""
+        totals = torch.zeros(2, dtype=torch.long, device=device)
+        for batch in batch_samples:
+            totals[0] += len(batch["chosen"])
+            totals[1] += batch["branch_mask"][batch["chosen"]].sum().to(device)
+        return self.accelerator.reduce(totals, reduction="sum")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss of the batch's pairs; with `return_outputs` also its `Scores`.
+        """Mean loss of the batch's pairs; with `return_outputs` also its `Scores`. All ranks call this.
+
+        With `num_items_in_batch`, (2,) the pairs and chosen tokens of an optimizer step: the batch's part of the mean
+        loss over all pairs of the step, times the number of ranks. `Trainer` sums the micro-batches' gradients and
+        averages the ranks', so the step is that of one big batch, however unequal the parts are.
 
         Raises:
             NonFiniteLossError: the loss is nan or infinite.
         """
+        inputs["totals"] = num_items_in_batch
+        self.scorer.agree(inputs, self._fillers, setup.sharding(self))
         reference = self._reference(inputs)
         with self.scorer.replay_vision():
             scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
         out = self.preference_loss(scores, reference, inputs)
-        if not torch.isfinite(out.losses).all():
-            self._report_non_finite(out.losses, inputs["names"])
+        check_losses(out.losses, inputs["names"], self.state.global_step)
         self._record(scores, reference, out, inputs)
-        loss = out.losses.mean()
+        if num_items_in_batch is None:
+            loss = out.losses.mean()
+        else:
+            loss = out.losses.sum() * self.accelerator.num_processes / num_items_in_batch[0]
         return (loss, scores) if return_outputs else loss
-
-    def _report_non_finite(self, losses: Tensor, names: list[str]) -> None:
-        bad = [name for name, loss in zip(names, losses.tolist()) if not torch.isfinite(torch.tensor(loss))]
-        raise NonFiniteLossError(
-            f"the loss is not finite at step {self.state.global_step} for: {'; '.join(bad)}. Nothing was saved after "
-            "the last checkpoint. Lower the learning rate, try bf16 instead of fp16, and look at these rows."
-        )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -299,11 +317,9 @@ class VisualPreferenceTrainer(DPOTrainer):
 
     def _record(self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict) -> None:
         metrics = preference_metrics(scores, reference, out) | self.extra_metrics(scores, reference, batch)
+        self._sums["train" if self.model.training else "eval"].record(metrics)
         if self.model.training:
-            self._sums["train"].record(metrics)
             self._new_tokens += _tokens(batch)
-        else:  # transformers counts a stream's incomplete last batch as a full one
-            self._sums["eval"].record(metrics | {"loss": out.losses})
 
     def _averages(self, mode: str) -> dict[str, float]:
         """Averages of what was recorded since the last call, and the tokens trained on. All ranks call this."""
@@ -312,10 +328,19 @@ class VisualPreferenceTrainer(DPOTrainer):
         self._new_tokens = 0
         return averages | {"num_tokens": self._total_train_tokens} if averages else {}
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self.control.should_log:
+            self._average_training()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        self._average_training()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _average_training(self) -> None:
+        """Ready the averages for the next `log`, which then meets no other rank: one may call it alone."""
         if self.model.training:
             self._metrics["train"] = {key: [value] for key, value in self._averages("train").items()}
-        super().log(logs, start_time)
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -329,13 +354,10 @@ class VisualPreferenceTrainer(DPOTrainer):
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Raises NonFiniteLossError for ruined weights: a step with a finite loss may still end in nan."""
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
-            raise NonFiniteLossError(
-                f"the weights are not finite after step {self.state.global_step}; they are not saved. Go back to the "
-                "last checkpoint with a lower learning rate, or bf16 instead of fp16."
-            )
-        super().save_model(output_dir, _internal_call)
+        """Raises NonFiniteLossError for ruined weights."""
+        check_weights(self)
+        with contextlib.nullcontext() if _internal_call else setup.whole_weights(self):  # internal: a checkpoint
+            super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """A card that names method, paper, base model and dataset, and shows how to load the adapter."""

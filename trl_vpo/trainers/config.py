@@ -115,6 +115,11 @@ class VisualPreferenceConfig(DPOConfig):
             raise ValueError("precompute_ref_log_probs needs a reference that stays, but sync_ref_model moves it.")
         if self.accelerator_config.dispatch_batches:
             raise ValueError("accelerator_config.dispatch_batches: batches cannot be cut and sent. Leave it out.")
+        if not self.accelerator_config.even_batches:
+            raise ValueError(
+                "accelerator_config.even_batches=False: a process with a batch less than the others would leave them "
+                "waiting. Leave it out; rows that are repeated to fill a last batch count once in evaluation."
+            )
         self.accelerator_config.dispatch_batches = False  # the default for streams would be True
         if self.on_bad_media == "skip":
             self.check_media = "decode"  # rows can only be left out up front if every file was read

@@ -1,9 +1,11 @@
 """LeanPO: reference-free preference optimization by average log-likelihood (arXiv 2506.05260).
 
 The paper's code was never released. From the first author's public trainer: the swapped term keeps the sign of the
-margin, the weight of the smoothing carries no gradient, NLL is averaged over all chosen tokens of the micro-batch,
-and the defaults of beta, margin, smoothing and NLL weight. Ours: the symmetric margin as an option, and LoRA in the
-recipes (the paper trains the whole language model).
+margin, the weight of the smoothing carries no gradient, NLL is a mean over chosen tokens and not over pairs, and the
+defaults of beta, margin, smoothing and NLL weight. Ours: the symmetric margin as an option, LoRA in the recipes (the
+paper trains the whole language model), and which tokens NLL is averaged over. The author's trainer takes those of a
+micro-batch; here they are those of all micro-batches and ranks of an optimizer step, so that a run does not depend on
+how its batch is cut. With one micro-batch a step on one device, both are the same.
 """
 
 import textwrap
@@ -75,7 +77,7 @@ class LeanPOTrainer(VisualPreferenceTrainer):
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:
-        chosen, rejected = batch["chosen"], batch["rejected"]
+        chosen, rejected, totals = batch["chosen"], batch["rejected"], batch.get("totals")
         return leanpo_loss(
             scores.logps[chosen],
             scores.logps[rejected],
@@ -87,9 +89,17 @@ class LeanPOTrainer(VisualPreferenceTrainer):
             smoothing_threshold=self.args.smoothing_threshold,
             nll_weight=self.args.nll_weight,
             symmetric_margin=self.args.symmetric_margin,
+            tokens_per_pair=None if totals is None else totals[1] / totals[0],
         )
 
     def extra_metrics(self, scores, reference, batch) -> dict:
         """The NLL per token: the average in the logs is over all tokens, however they fell into micro-batches."""
         tokens = scores.chosen_mask.sum(-1)  # (B,)
         return {"loss/nll": (-scores.sums[scores.chosen] / tokens, tokens)}
+
+    def _averages(self, mode: str) -> dict[str, float]:
+        """The loss is put together from its parts, whose averages are over different things: pairs and tokens."""
+        averages = super()._averages(mode)
+        if averages:
+            averages["loss"] = averages["loss/preference"] + self.args.nll_weight * averages["loss/nll"]
+        return averages

@@ -20,6 +20,7 @@ def preference_metrics(scores: Scores, reference: Scores | None, out: Preference
     mean = {k: getattr(scores, k).float().sum(-1) / tokens for k in ("mean_logits", "is_top1")}
     both = tokens[chosen] + tokens[rejected]  # (B,)
     metrics = {
+        "loss": out.losses,  # in the place of transformers' own, which is a mean over steps and micro-batches
         "entropy": ((scores.entropy[chosen].sum(-1) + scores.entropy[rejected].sum(-1)) / both, both),
         "logits/chosen": (mean["mean_logits"][chosen], tokens[chosen]),
         "logits/rejected": (mean["mean_logits"][rejected], tokens[rejected]),

@@ -25,6 +25,7 @@ from trl_vpo.data.check import raw_rows
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.trainers.fingerprint import context_key, row_key
+from trl_vpo.trainers.setup import sharding
 
 logger = get_logger(__name__)
 
@@ -43,7 +44,7 @@ class ReferenceCache:
         if not isinstance(trainer.data_collator, PreferenceCollator):
             kind = type(trainer.data_collator).__name__
             _refuse(f"it is not known which settings of {kind} change a batch. Use the trainer's own collator")
-        if trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3):
+        if sharding(trainer):
             _refuse("it runs before training begins, when FSDP and ZeRO-3 have no whole model. Use DDP or ZeRO-2")
         self.folder = Path(args.precompute_cache_dir or Path(args.output_dir) / "_reference_cache")
         self._trainer = trainer

@@ -63,6 +63,39 @@ def copies_reference(model: Any, args: VisualPreferenceConfig, peft_config: Any)
     return not (isinstance(model, str) or is_peft_model(model) or peft_config is not None or sharded)
 
 
+def sharding(trainer: Any) -> str | None:
+    """ "fsdp" or "zero3": what gathers weights where they are needed. None: every process holds the whole model."""
+    if trainer.is_fsdp_enabled:
+        return "fsdp"
+    plugin = trainer.args.deepspeed_plugin
+    return "zero3" if trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3 else None
+
+
+def wrap_layers_that_exist(trainer: Any) -> None:
+    """FSDP: of the layers that the model's class names as units, those that the model has.
+
+    CLIP names layers of its text encoder, too, which a LLaVA does not have, and accelerate refuses to go without them.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        there = {type(module).__name__ for module in trainer.model.modules()}
+        plugin.transformer_cls_names_to_wrap = [n for n in trainer.model._no_split_modules or [] if n in there]
+
+
+@contextlib.contextmanager
+def whole_weights(trainer: Any) -> Iterator[None]:
+    """While a result is saved: under FSDP with SHARDED_STATE_DICT, transformers would silently save nothing."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    kind = plugin and plugin.state_dict_type
+    if plugin:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        if plugin:
+            plugin.set_state_dict_type(kind)
+
+
 @contextlib.contextmanager
 def precompute_later(args: VisualPreferenceConfig) -> Iterator[None]:
     """While `DPOTrainer.__init__` runs: it cannot precompute for visual rows; we do it afterwards, for all rows."""

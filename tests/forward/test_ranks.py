@@ -1,0 +1,121 @@
+"""What ranks agree on, and the fillers that they are given. (Real processes: tests/trainers/test_distributed.py.)"""
+
+import pytest
+import torch
+from families import FAMILIES
+from helpers import row
+from trainer_kit import collated, shake, trainer_of
+
+from trl_vpo.forward import ranks
+
+VIDEO_FAMILIES = [name for name, (_, video) in FAMILIES.items() if video]
+
+
+def rows(*kinds, media):
+    """One row for each kind: text, image or video."""
+    sources = {"text": (None, ()), "image": ("image", media["image"][:1]), "video": ("video", media["video"][:1])}
+    empty = {"images": None, "videos": None}
+    return [empty | row(*sources[kind]) | {"id": kind} for kind in kinds]
+
+
+def agreed(trainer, batch, others, monkeypatch, *, sharding=None, trains_vision=False):
+    """The batch after another rank said which vision inputs its calls have."""
+    monkeypatch.setattr(ranks, "PartialState", lambda: type("State", (), {"num_processes": 2}))
+    monkeypatch.setattr(ranks, "gather_object", lambda mine: [*mine, others])
+    ranks.agree_on_calls(batch, trainer._fillers, sharding=sharding, trains_vision=trains_vision)
+    return batch
+
+
+def vision_calls(trainer, batch):
+    """(log-probs of the batch, how often images or videos went through the tower)"""
+    depths, depth, features = [], 0, trainer.scorer._vision.features
+
+    def counted(name, compute):
+        nonlocal depth
+        depths.append(depth)  # Qwen3-VL computes the features of a video as those of an image
+        depth += 1
+        try:
+            return features(name, compute)
+        finally:
+            depth -= 1
+
+    trainer.scorer._vision.features = counted
+    with torch.no_grad():
+        logps = trainer.concatenated_forward(trainer.model, batch).logps
+    return logps, depths.count(0)
+
+
+@pytest.mark.parametrize("layout", ["auto", "separate"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_image_passes_the_tower_of_a_rank_that_has_text_only(name, layout, media, tmp_path, monkeypatch):
+    """And changes nothing that is scored."""
+    trainer = trainer_of("dpo", tmp_path, rows("text", "text", media=media), name=name, layout=layout)
+    shake(trainer.model)
+    trainer.model.eval()
+    with torch.no_grad():
+        want = trainer.concatenated_forward(trainer.model, collated(trainer)).logps
+    batch = agreed(trainer, collated(trainer), [["pixel_values"]], monkeypatch, sharding="fsdp")
+    got, passes = vision_calls(trainer, batch)
+    assert passes == 1 and batch["calls"] == [[0, 1, 2]]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_a_video_passes_the_tower_of_a_rank_that_has_images(name, media, tmp_path, monkeypatch):
+    """Where images and videos are different inputs; SmolVLM and InternVL have one for both."""
+    trainer = trainer_of("dpo", tmp_path, rows("image", "text", media=media), name=name, num_frames=4)
+    shake(trainer.model)
+    trainer.model.eval()
+    with torch.no_grad():
+        want = trainer.concatenated_forward(trainer.model, collated(trainer)).logps
+    video = trainer._fillers("pixel_values_videos")["media"][0]
+    others = [[n for n in ranks.VISION_INPUTS if n in video]]
+    batch = agreed(trainer, collated(trainer), others, monkeypatch, sharding="zero3")
+    got, passes = vision_calls(trainer, batch)
+    assert passes == (1 if others == [["pixel_values"]] else 2)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+IMAGE, VIDEO = "pixel_values", "pixel_values_videos"
+
+
+@pytest.mark.parametrize(
+    ("there", "others", "sharding", "trains_vision", "missing"),
+    [
+        ([], [[], [IMAGE]], "fsdp", False, [IMAGE]),
+        ([], [[], [VIDEO]], "fsdp", False, [IMAGE]),  # the smaller one: both go through the same weights
+        ([], [[], [VIDEO]], "zero3", False, [VIDEO]),
+        ([IMAGE], [[IMAGE], [VIDEO]], "fsdp", False, []),
+        ([IMAGE], [[IMAGE], [VIDEO]], "zero3", False, [VIDEO]),
+        ([IMAGE], [[IMAGE], [IMAGE, VIDEO]], "fsdp", False, [VIDEO]),
+        ([IMAGE, VIDEO], [[IMAGE, VIDEO], []], "fsdp", True, []),
+        ([], [[], []], "zero3", True, []),  # no rank calls it
+        ([], [[], [IMAGE]], None, False, []),  # every rank holds all weights
+        ([], [[], []], None, True, [IMAGE]),  # DDP waits for the gradients of the tower
+        ([VIDEO], [[VIDEO], []], None, True, []),
+    ],
+)
+def test_what_a_call_needs(there, others, sharding, trains_vision, missing):
+    assert ranks._missing(there, others, sharding, trains_vision) == missing
+
+
+def test_a_rank_with_fewer_calls_makes_idle_ones(media, tmp_path, monkeypatch):
+    """Of a text of a few tokens; clips of unlike length make two calls on the other rank."""
+    trainer = trainer_of("dpo", tmp_path, rows("text", "text", media=media), name="LLaVA-NeXT-Video", layout="shared")
+    trainer.model.eval()
+    batch = agreed(trainer, collated(trainer), [[VIDEO], [VIDEO]], monkeypatch)
+    assert batch["calls"] == [[0, 1], [2]]
+    calls, forward = [], trainer.model.forward
+    trainer.model.forward = lambda *args, **kwargs: calls.append(kwargs["input_ids"].shape) or forward(*args, **kwargs)
+    with torch.no_grad():
+        got = trainer.concatenated_forward(trainer.model, batch).logps
+        want = trainer.concatenated_forward(trainer.model, collated(trainer)).logps
+    assert len(calls) == 3 and calls[1][0] == 1 and calls[1][1] < 30
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_one_process_agrees_with_itself(media, tmp_path):
+    trainer = trainer_of("dpo", tmp_path, rows("text", "image", media=media), name="Qwen2-VL")
+    batch = collated(trainer)
+    trainer.scorer.agree(batch, trainer._fillers, "fsdp")
+    assert "calls" not in batch and not trainer._fillers._made

@@ -1,0 +1,193 @@
+"""Several processes: the same step as one process, whatever the engine; one rank's error ends all of them.
+
+DDP runs in `make test`; ZeRO-2, ZeRO-3 and FSDP2 in `make test-slow`. All on two CPU processes, over gloo.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import distributed_run
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+from trl_vpo.testbed.rows import write_preferences
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+WRAPPERS = {
+    "ddp": "DistributedDataParallel",
+    "zero2": "DeepSpeedEngine",
+    "zero3": "DeepSpeedEngine",
+    "fsdp2": "FSDPPeftModel",
+}
+ENV = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_HOME": "/nonexistent",
+    "PATH": "/usr/bin:/bin",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def torchrun(*args, timeout=550):
+    """Two processes of distributed_run.py, and when they had ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    script = Path(__file__).with_name("distributed_run.py")
+    done = subprocess.run([*command, str(script), *args], capture_output=True, text=True, env=ENV, timeout=timeout)
+    return done, time.time()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process gives for each case, with as many rows a step."""
+    kept = {}
+
+    def run(case):
+        if case not in kept:
+            kept[case] = distributed_run.run_case(**distributed_run.CASES[case])
+        return kept[case]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    """(results by case, process, seconds from rank 1's error to the end of all processes)"""
+    out = tmp_path_factory.mktemp("ddp") / "out.pt"
+    done, ended = torchrun("ddp", str(out), *distributed_run.CASES, "bad row")
+    assert out.exists(), done.stderr[-3000:]
+    return torch.load(out), done, ended - float(out.with_suffix(".failed").read_text())
+
+
+def assert_same_step(got, want):
+    """Every logged metric, every gradient, and the adapter that is saved after the step."""
+    assert set(got["logged"]) == set(want["logged"]) >= {"loss", "grad_norm", "num_tokens", "rewards/margins"}
+    assert set(got["eval"]) == set(want["eval"]) >= {"eval_loss", "eval_rewards/accuracies", "eval_entropy"}
+    for part, room in (("logged", 1e-6), ("eval", 1e-5)):  # evaluation comes after a step of learning rate 1
+        for key, value in want[part].items():
+            assert got[part][key] == pytest.approx(value, rel=1e-5, abs=room), key
+    assert_close({name.removeprefix("module."): grad for name, grad in got["grads"].items()}, want["grads"])
+    assert_close(got["saved"], want["saved"])
+
+
+def assert_close(got, want):
+    """Tensors by name, relative to the norm of all of them."""
+    assert set(got) == set(want)
+    flat = [torch.cat([tensors[name].flatten().float() for name in sorted(want)]) for tensors in (got, want)]
+    assert flat[1].norm() > 0.1
+    assert (flat[0] - flat[1]).norm() <= 1e-5 * flat[1].norm()
+
+
+# --- the same step ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", distributed_run.CASES)
+def test_two_processes_do_the_step_of_one(case, alone, ddp):
+    """The metrics and gradients of two ranks that accumulate two micro-batches, under DDP, are those of one process
+    that accumulates four. The cases mix text and images so that a rank has only one kind, and clips of unlike length
+    so that a rank needs two model calls."""
+    got, want = ddp[0][case], alone(case)
+    assert got["wrapper"] == WRAPPERS["ddp"]
+    wanted = distributed_run.CASES[case].get("layout", "shared")  # "auto" proves the shared one
+    assert got["layout"] == want["layout"] == wanted
+    assert_same_step(got, want)
+    assert all(f"rank {rank} of 2: ddp, {case}\n" in ddp[1].stdout for rank in (0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_sharded_engines_do_the_step_of_one(engine, alone, tmp_path):
+    done, _ = torchrun(engine, str(tmp_path / "out.pt"), timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, got in torch.load(tmp_path / "out.pt").items():
+        assert got["wrapper"] == WRAPPERS[engine]
+        assert_same_step(got, alone(case))
+    assert all(f"rank {rank} of 2: {engine}, {case}\n" in done.stdout for rank in (0, 1))
+
+
+def test_the_cases_can_tell(alone):
+    """The comparison would notice: the cases differ from each other, and the vision tower has gradients of its own."""
+    with pytest.raises(AssertionError):
+        assert_same_step(alone("dpo-shared"), alone("seven rows"))
+    grads = alone("vision trained")["grads"]
+    assert torch.cat([grads[name].flatten() for name in grads if "visual" in name]).norm() > 1e-2
+
+
+# --- failing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_an_error_of_one_rank_stops_all_of_them(ddp):
+    """Rank 1 meets a bad row while rank 0 waits for it: no timeout is waited for, and the row is named, at the end of
+    the output, too."""
+    _, done, seconds = ddp
+    assert done.returncode != 0
+    assert seconds < 60
+    problem = r"RowError: row 6 \(id 'row6'\): \S+gone1.png does not exist"
+    assert re.search(rf"\[rank1\]: .*{problem}", done.stderr)
+    cause = done.stderr.split("Root Cause")[1]
+    assert re.search(r"rank +: 1 ", cause) and re.search(problem, cause)
+
+
+# --- recipes/accelerate -------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_config_for_everything_that_is_promised():
+    names = {path.stem for path in CONFIGS}
+    assert names == {"single_gpu", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "multi_node", "cpu2"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_takes_the_config(path):
+    """By its own loader and its launcher's checks. Inside of the engines' sections it does not look at names."""
+    load_config_from_file(str(path))  # refuses unknown keys
+    sections = {k: v for k, v in yaml.safe_load(path.read_text()).items() if isinstance(v, dict)}
+    options = vars(launch_command_parser().parse_args(["script.py"]))
+    assert all(key in options for section in sections.values() for key in section)
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "script.py"]))
+    assert not args.cpu  # it would start one process, whatever num_processes says
+    engine = [args.multi_gpu, args.use_deepspeed, args.use_fsdp]
+    assert engine == [path.stem in ("ddp", "multi_node", "cpu2"), path.stem.startswith("zero"), path.stem == "fsdp2"]
+    for section in sections.values():
+        for key, value in section.items():
+            assert str(getattr(args, key)).lower() == str(value).lower(), key
+    header = path.read_text().split("compute_environment")[0]
+    assert f"--config_file recipes/accelerate/{path.name}" in header
+    assert re.search(r"(Run|run) by us|tests run this file", header)
+
+
+@pytest.mark.distributed
+def test_trl_vpo_train_in_two_processes(tmp_path):
+    """`--accelerate_config cpu2` really runs two, and what they print and save comes from one of them."""
+    _, rows = write_preferences("clip", 8, 3, tmp_path / "clips")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        "model_name_or_path": "trl_vpo/testbed/base", "dataset_name": str(tmp_path / "train.jsonl"),
+        "output_dir": str(tmp_path / "out"), "num_frames": 8, "use_peft": True, "lora_r": 4,
+        "lora_target_modules": r".*language_model.*\.(q_proj|v_proj)", "max_steps": 2, "logging_steps": 1,
+        "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none", "bf16": False,
+        "gradient_checkpointing": False, "use_cpu": True,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
+    command = [sys.executable, "-m", "trl_vpo.cli", "train", "leanpo", "--config", str(tmp_path / "recipe.yaml")]
+    command += ["--accelerate_config", "cpu2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Training completed.") == done.stdout.count("Saved to") == 1
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["processes"], record["steps"]) == (2, 2)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
