@@ -70,7 +70,6 @@ def accelerate_config(name: str) -> Path:
 def launch(options: list[str], command: list[str]) -> int:
     """Run a `trl-vpo` command in the processes that `accelerate launch` starts."""
     from accelerate.commands.launch import launch_command, launch_command_parser
-
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:

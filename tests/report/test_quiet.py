@@ -59,6 +59,8 @@ def test_loggers_lose_one_message_each(filters, caplog):
 def test_bars_of_libraries_are_for_the_terminal_of_rank_0(filters, monkeypatch, stream, rank, shown):
     monkeypatch.setattr(sys, "stderr", stream())
     monkeypatch.setenv("RANK", rank)
+    datasets.enable_progress_bars()  # another test may have switched them off
+    transformers.logging.enable_progress_bar()
     try:
         quiet.quiet_libraries()
         assert transformers.logging.is_progress_bar_enabled() is shown

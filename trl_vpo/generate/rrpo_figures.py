@@ -18,7 +18,8 @@ def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
         on, over the rows that a rule checks. Less than 1.0 is a fault of the rules.
     perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (the further ones
         are made only where the first was not wrong).
-    perturbed_undecided: by kind, share of first answers that could not be read.
+    perturbed_undecided: by kind, share of first answers that could not be read, or that the judge calls incorrect
+        without a key difference.
     words_in_phrases: mean share of words that lie in phrases, over both responses of every row.
     left_out: by kind of answer, how many inputs gave no row and why; "unread" where the kind was never found out.
     """

@@ -27,10 +27,10 @@ from trl_vpo.generate.shards import check_settings
 from trl_vpo.generate.store import Run
 from trl_vpo.report.quiet import quiet_libraries
 
-# What a run may change when it is continued: none of it changes an answer. (`media_root`: media may have moved.)
+# What a run may change when it is continued: none of it changes an answer.
 FREE = {
     "output_dir", "limit", "dry_run", "batch_size", "device", "timeout", "max_retries", "max_requests", "api_key_env",
-    "judge_api_key_env", "server_url", "judge_url", "dataset_name", "dataset_config", "dataset_split", "media_root",
+    "judge_api_key_env", "server_url", "judge_url", "dataset_name", "dataset_config", "dataset_split",
 }  # fmt: skip
 # Settings that may name a folder of weights.
 WEIGHTS = ("model_name_or_path", "from_adapter", "detector", "mask_model")

@@ -73,30 +73,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="default: outputs/quickstart")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     args = parser.parse_args()
-    if not RECIPES.is_dir():
-        raise SystemExit(f"{RECIPES} is not here ({Path.cwd()}): run the quickstart from the root of the repository.")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs is in the repository
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quiet_libraries()
     began = time.perf_counter()
-    held_out = write_data(args.out / "data")
-    with console.status("importing TRL, which takes half a minute ..."):
-        import torch
-
-        importlib.import_module("trl_vpo.trainers.base")
-    torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
+    held_out = prepare(args.out / "data")
     results = []
     for method in args.methods:
         base = next((r.before for r in results if r.kind == METHODS[method][1]), None)
         results.append(run_method(method, args.out, held_out[METHODS[method][1]], base))
-    console.print(results_table(results))
-    for result in results:
-        console.print(f"[bold]{result.method}[/bold]: {verdict(result)}", highlight=False)
+    show_results(results)
     from trl_vpo.report.curves import plot_curves
 
     curves = plot_curves({result.method: result.history for result in results}, args.out / "curves.png")
     console.print(f"\nAdapters: {', '.join(str(args.out / method) for method in args.methods)}\nCurves:   {curves}")
     console.print(f"All of it took {time.perf_counter() - began:.0f} s.")
+
+
+def prepare(folder: Path) -> dict[str, HeldOut]:
+    """Write the data of `write_data` and import TRL.
+
+    Raises:
+        SystemExit: the working directory has no recipes.
+    """
+    if not RECIPES.is_dir():
+        raise SystemExit(f"{RECIPES} is not here ({Path.cwd()}): start this from the root of the repository.")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs is in the repository
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
+    held_out = write_data(folder)
+    with console.status("importing TRL, which takes half a minute ..."):
+        import torch
+
+        importlib.import_module("trl_vpo.trainers.base")
+    torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
+    return held_out
 
 
 def write_data(folder: Path) -> dict[str, HeldOut]:
@@ -185,6 +193,13 @@ def quiet_libraries() -> None:
 
     quiet.quiet_libraries(bars=False)
     transformers.logging.set_verbosity_error()
+
+
+def show_results(results: list[Result]) -> None:
+    """The table, and what it says in words."""
+    console.print(results_table(results))
+    for result in results:
+        console.print(f"[bold]{result.method}[/bold]: {verdict(result)}", highlight=False)
 
 
 def results_table(results: list[Result]) -> Table:

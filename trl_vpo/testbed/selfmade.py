@@ -8,8 +8,6 @@ RRPO's rejected ones are the base's own; LPOI's pairs are given and get their bo
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 from pathlib import Path
 
 from trl_vpo.testbed import quickstart, rows
@@ -24,16 +22,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/selfmade"), help="default: outputs/selfmade")
     parser.add_argument("--methods", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     args = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quickstart.quiet_libraries()
-    held_out = quickstart.write_data(args.out / "data")
+    held_out = quickstart.prepare(args.out / "data")
     inputs = write_inputs(args.out / "data")
-    with console.status("importing TRL, which takes half a minute ..."):
-        import torch
-
-        importlib.import_module("trl_vpo.trainers.base")
-    torch.set_num_threads(1)
     results = []
     for method in args.methods:
         kind = METHODS[method][1]
@@ -41,9 +31,7 @@ def main() -> None:
         base = next((r.before for r in results if r.kind == kind), None)
         recipe = RECIPES / f"{method}-selfmade.yaml"
         results.append(quickstart.run_method(method, args.out, held_out[kind], base, recipe, made))
-    console.print(quickstart.results_table(results))
-    for result in results:
-        console.print(f"[bold]{result.method}[/bold]: {quickstart.verdict(result)}", highlight=False)
+    quickstart.show_results(results)
 
 
 def write_inputs(folder: Path) -> dict[str, Path]:
