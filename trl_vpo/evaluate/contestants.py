@@ -25,7 +25,7 @@ from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.generate.base import GenerateError, Sampling
 from trl_vpo.generate.local import LocalModel, stackable
 from trl_vpo.generate.models import answering_model, checked_adapter
-from trl_vpo.generate.server import without_reasoning
+from trl_vpo.generate.reading import without_reasoning
 
 
 class Contestants(LocalModel):

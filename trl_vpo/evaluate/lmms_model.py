@@ -23,7 +23,7 @@ from trl_vpo.data.media import VideoOptions, load_video
 from trl_vpo.evaluate.rows import EvaluateError
 from trl_vpo.generate.base import Failure, Media, Request, Sampling, stream_seed
 from trl_vpo.generate.local import LocalModel
-from trl_vpo.generate.server import without_reasoning
+from trl_vpo.generate.reading import without_reasoning
 
 logger = logging.getLogger(__name__)
 
