@@ -5,6 +5,7 @@
     python scripts/benchmark.py lpoi
     python scripts/benchmark.py decode
     python scripts/benchmark.py growth
+    python scripts/benchmark.py memory
 
 Prints a table (medians with minimum and maximum) and, as its last line, one JSON object. Machines are noisy: quote the
 ratios of one run, not the seconds. Memory is measured in a process of its own for each contestant.
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "lpoi": "LPOI's step for lists of 2, 5 and 9 images: ours against the official scheme",
     "decode": "16 frames of a long video: ours against other loaders",
     "growth": "seconds and memory against frames, list length and dataset rows",
+    "memory": "memory of a training step: what the doctor estimates against what is measured",
 }
 
 

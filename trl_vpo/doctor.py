@@ -4,10 +4,12 @@ Parses the recipe, loads processor and config (no weights), checks every row, to
 will, looks at what LoRA would adapt, and estimates memory.
 """
 
+import argparse
+import heapq
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +28,17 @@ from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows
 from trl_vpo.data.rows import ROW_INDEX, RowError
 from trl_vpo.data.sources import DatasetError, load_splits
 from trl_vpo.forward.tree import Tree
+from trl_vpo.launch import launch_options
+from trl_vpo.memory import GIB, plan_of
+from trl_vpo.memory_report import Verdict, judge, show_memory
+from trl_vpo.micro_batch import load_of
 from trl_vpo.recipe import RecipeError
 from trl_vpo.report.findings import OK, STOP, WARN, Report, show
+from trl_vpo.sharding import Sharding, launched
 from trl_vpo.train import METHODS, NOT_QUANTIZED, parse
 from trl_vpo.trainers.setup import set_pad_token
 
-LONGEST = "longest sequence"
+LONGEST, ALL_SEQUENCES = "longest sequence", "all sequences of the pair"
 MEDIA_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -46,7 +53,10 @@ class Patient:
     mixture: Any
     config: Any = None
     processor: Any = None
-    model: Any = None  # on the meta device
+    base: Any = None  # the model on the meta device ...
+    model: Any = None  # ... and with its adapter
+    sharding: Sharding = field(default_factory=Sharding)
+    gpu_memory: int | None = None  # bytes
 
     @property
     def trainer_class(self) -> Any:
@@ -56,6 +66,13 @@ class Patient:
     def media_tokens(self) -> set[int]:
         """The ids that stand for image and video features in a prompt."""
         return {getattr(self.config, name, None) for name in MEDIA_TOKENS} - {None}
+
+
+@dataclass
+class Diagnosis(Report):
+    """A report, and what the recipe takes on a GPU. None: it could not be estimated."""
+
+    verdict: Verdict | None = None
 
 
 def run_doctor(
@@ -71,18 +88,21 @@ def run_doctor(
 
     Args:
         recipe: the YAML file.
-        overrides: options that win over it.
+        overrides: options that win over it; `--accelerate_config` and `--num_processes` as `trl-vpo train` takes
+            them, and `--gpu_memory`, GiB, for a GPU that is not here.
         method: a key of `METHODS`; None: what the recipe's header or path says.
         rows: how many rows to tokenize, spread over the dataset; None: all.
         out: file for every problem, one JSON object per line.
         console: where to print.
 
     Raises:
-        RecipeError, ValueError: the recipe cannot be parsed.
+        RecipeError, ValueError: the recipe or an option cannot be parsed.
     """
     console = console or Console()
     report = examine(recipe, overrides, method=method, rows=rows)
     show(report, console)
+    if report.verdict is not None:
+        show_memory(report.verdict, console)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(problem, ensure_ascii=False) + "\n" for problem in report.problems)
@@ -91,11 +111,14 @@ def run_doctor(
     return int(report.stops)
 
 
-def examine(recipe: Path, overrides: list[str], *, method: str | None = None, rows: int | None = 64) -> Report:
+def examine(recipe: Path, overrides: list[str], *, method: str | None = None, rows: int | None = 64) -> Diagnosis:
     """All checks of `run_doctor`; a check that fails does not keep the others from running."""
     method = method or method_of(recipe)
-    patient = Patient(method, *parse(method, ["--config", str(recipe), *overrides], any_device=True))
-    report = Report()
+    options, gpu_memory = _gpu_memory(["--config", str(recipe), *overrides])
+    options, launch = launch_options(options)
+    patient = Patient(method, *parse(method, options, any_device=True), gpu_memory=gpu_memory)
+    patient.sharding = launched(launch)
+    report = Diagnosis()
     report.add("recipe", OK, f"{recipe} parses for {method}")
     _load_pretrained(patient, report)
     if patient.config is not None:
@@ -104,10 +127,23 @@ def examine(recipe: Path, overrides: list[str], *, method: str | None = None, ro
     for name, dataset in datasets.items():
         _check_rows(patient, dataset, name, report)
     if patient.processor is not None and "train" in datasets:
-        load = _tokenize(patient, datasets["train"], rows, report)
-        if load is not None and patient.model is not None:
-            _estimate(patient, load, report)
+        heaviest = _tokenize(patient, datasets["train"], rows, report)
+        if heaviest and patient.model is not None:
+            _estimate(patient, heaviest, report)
     return report
+
+
+def _gpu_memory(options: list[str]) -> tuple[list[str], int | None]:
+    """Options without `--gpu_memory`, and its bytes; None where it is not given and no GPU is here."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    parser.add_argument("--gpu_memory", type=float)
+    try:
+        given, rest = parser.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise RecipeError(f"--gpu_memory takes a number of GiB: {error.message}.") from error
+    if given.gpu_memory is not None:
+        return rest, int(given.gpu_memory * GIB)
+    return rest, torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def method_of(recipe: Path) -> str:
@@ -150,7 +186,7 @@ def _load_pretrained(patient: Patient, report: Report) -> None:
 def _check_model(patient: Patient, report: Report) -> None:
     """Build the empty model and the empty adapter."""
     try:
-        patient.model = footprint.empty_model(patient.config)
+        patient.base = patient.model = footprint.empty_model(patient.config)
     except Exception as error:  # model code of any origin; the other checks go on
         report.add("model", WARN, f"cannot be built without weights, so LoRA and memory are unchecked: {error}")
         return
@@ -219,27 +255,33 @@ def _check_rows(patient: Patient, dataset: Dataset, name: str, report: Report) -
     report.add(f"{name} rows", status, what + (f", {len(skipped)} would be skipped" if skipped else ""))
 
 
-def _tokenize(patient: Patient, dataset: Dataset, rows: int | None, report: Report) -> footprint.Load | None:
-    """Tokenize rows as training will; note their lengths, and what cannot be tokenized. None: nothing could be."""
+def _tokenize(patient: Patient, dataset: Dataset, rows: int | None, report: Report) -> list[Tree]:
+    """Tokenize rows as training will; note their lengths, and what cannot be tokenized.
+
+    Gives the longest rows, as many as a micro-batch has; none if nothing could be tokenized.
+    """
     bad = {problem["row"] for problem in report.problems if problem["dataset"] == "train"}
     good = [i for i in range(len(dataset)) if i not in bad]
     count = len(good) if rows is None else min(rows, len(good))
-    failed, sequences = [], 0
+    failed: list[Problem] = []
+    heaviest: list[tuple[int, int, Tree]] = []
     for index, tree in _trees(patient, dataset, [good[i * len(good) // count] for i in range(count)]):
         if isinstance(tree, RowError):
             failed.append(Problem(index, str(tree), media=False))
             continue
-        sequences = max(sequences, len(tree.branches))
         lengths = row_lengths(tree, patient.media_tokens)
         for name, value in lengths.items():
             report.tokens.setdefault(name, []).append(value)
+        heaviest = heapq.nlargest(
+            patient.args.per_device_train_batch_size, [*heaviest, (lengths[ALL_SEQUENCES], -index, tree)]
+        )
         if patient.args.max_length is not None and lengths[LONGEST] > patient.args.max_length:
             reason = f"{tree.name}: {lengths[LONGEST]} tokens are more than max_length={patient.args.max_length}"
             failed.append(Problem(index, reason, media=False))
     report.add_problems("train", failed)
     what = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on"
     report.add("tokens", STOP if failed or not count else OK, what)
-    return _load(report.tokens, sequences, patient.args.per_device_train_batch_size) if report.tokens else None
+    return [tree for _, _, tree in heaviest]
 
 
 def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:
@@ -255,13 +297,6 @@ def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[t
             yield index, error
 
 
-def _load(tokens: dict[str, list[int]], sequences: int, batch_size: int) -> footprint.Load:
-    """The heaviest micro-batch that the tokenized rows can make; LPOI repeats the chosen response for every image."""
-    chosen, rejected = max(tokens["chosen response"]), max(tokens["rejected response"])
-    responses = chosen * (sequences - 1) + rejected
-    return footprint.Load(sequences * batch_size, max(tokens[LONGEST]), responses * batch_size)
-
-
 def row_lengths(tree: Any, media: set[int]) -> dict[str, int]:
     """Tokens of a row: of its first prompt, of each response, and of all sequences that a step computes."""
     ids = tree.trunks[0].ids
@@ -273,26 +308,45 @@ def row_lengths(tree: Any, media: set[int]) -> dict[str, int]:
         "chosen response": len(tree.branches[0].ids),
         "rejected response": len(tree.branches[1].ids),
         LONGEST: max(whole),
-        "all sequences of the pair": sum(whole),
+        ALL_SEQUENCES: sum(whole),
     }
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def _estimate(patient: Patient, load: footprint.Load, report: Report) -> None:
-    quantized = patient.model_args.load_in_4bit or patient.model_args.load_in_8bit
+def _estimate(patient: Patient, heaviest: list[Tree], report: Diagnosis) -> None:
+    """Memory of the micro-batch that the longest rows make, repeated where there are too few."""
+    args, model_args = patient.args, patient.model_args
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
     sizes = footprint.sizes(patient.model, quantized=quantized, skip=NOT_QUANTIZED)
-    held = patient.trainer_class.needs_reference and not patient.args.precompute_ref_log_probs
-    copies = 2 if held and not patient.model_args.use_peft else 1
-    report.memory = footprint.memory(sizes, load, patient.config, patient.args, patient.model_args, copies)
-    total = sum(report.memory.values()) / footprint.GIB
     what = f"{sizes.total / 1e9:.2f} B ({sizes.vision / 1e9:.2f} B vision), {sizes.trained / 1e6:.2f} M trained"
     report.add("parameters", OK, what)
-    what = f"about {total:.1f} GiB on one GPU"
-    status = OK
-    if torch.cuda.is_available():
-        there = torch.cuda.get_device_properties(0).total_memory / footprint.GIB
-        what += f" of {there:.0f} GiB"
-        status = WARN if total > 0.9 * there else OK
-    report.add("memory", status, what)
+    pairs = args.per_device_train_batch_size
+    make = partial(
+        load_of,
+        model=patient.base,
+        layout=args.layout,
+        media_tokens=patient.media_tokens,
+        pad_token_id=getattr(patient.processor, "tokenizer", patient.processor).pad_token_id,
+        compares=patient.trainer_class.needs_kl,
+        processes=patient.sharding.processes,
+        pad_to_multiple_of=args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None,
+        masks=not str(model_args.attn_implementation).startswith("flash"),
+    )
+    try:
+        plan = plan_of(
+            args,
+            model_args,
+            sizes=sizes,
+            load=make((heaviest * pairs)[:pairs]),
+            pair=make(heaviest[:1]),
+            config=patient.config,
+            needs_reference=patient.trainer_class.needs_reference,
+            sharding=patient.sharding,
+        )
+        report.verdict = judge(plan, patient.model, args, patient.gpu_memory)
+    except Exception as error:  # model code of any origin, which may look into tensors that hold nothing here
+        report.add("memory", WARN, f"not estimated: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return
+    report.add("memory", WARN if report.verdict.fits is False else OK, str(report.verdict))
