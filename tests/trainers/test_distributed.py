@@ -74,9 +74,9 @@ def assert_same_step(got, want):
     """Every logged metric, every gradient, and the adapter that is saved after the step."""
     assert set(got["logged"]) == set(want["logged"]) >= {"loss", "grad_norm", "num_tokens", "rewards/margins"}
     assert set(got["eval"]) == set(want["eval"]) >= {"eval_loss", "eval_rewards/accuracies", "eval_entropy"}
-    for part, room in (("logged", 1e-6), ("eval", 1e-5)):  # evaluation comes after a step of learning rate 1
-        for key, value in want[part].items():
-            assert got[part][key] == pytest.approx(value, rel=1e-5, abs=room), key
+    for part in ("logged", "eval"):
+        for key, value in want[part].items():  # some are differences of log-probs of a hundred nats, in float32
+            assert got[part][key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
     assert_close({name.removeprefix("module."): grad for name, grad in got["grads"].items()}, want["grads"])
     assert_close(got["saved"], want["saved"])
 
