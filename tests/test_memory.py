@@ -1,5 +1,6 @@
 """The doctor's memory: estimated against measured steps, by hand, and for models whose size is known."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -11,9 +12,11 @@ import transformers as T
 from families import FAMILIES, build
 from peft import LoraConfig
 from trl import ModelConfig
+from trl.kernels import chunked_divergence, chunked_logprob
 
 from trl_vpo import LeanPOConfig, RRPOConfig, VisualDPOConfig, footprint, memory, memory_report
-from trl_vpo.dry_step import Call, DryStep, LiveBytes
+from trl_vpo.dry_step import TOKEN_CHUNK, Call, DryStep, LiveBytes
+from trl_vpo.forward.scoring import VOCAB_CHUNK
 from trl_vpo.memory import GIB
 from trl_vpo.micro_batch import Load
 from trl_vpo.sharding import Sharding, launched, read_sharding
@@ -82,6 +85,26 @@ def test_live_bytes_count_storages_once_until_they_are_freed():
         live.restart()
         torch.zeros(5)
     assert live.peak == 60
+
+
+def test_live_bytes_are_those_of_the_allocator():
+    """torch.profiler reports what the CPU's allocator gives and takes, inside of operations, too."""
+    model = T.Qwen2ForCausalLM(T.Qwen2Config(**TEXT))
+    ids = torch.zeros(4, 200, dtype=torch.long)
+    with LiveBytes([*model.parameters(), *model.buffers(), ids]) as live:
+        before = live.now
+        model(ids).logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model(ids).logits.sum().backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert live.peak - before == pytest.approx(max(itertools.accumulate(sizes)), rel=0.05)
+
+
+def test_trl_kernels_have_the_chunks_that_are_counted():
+    assert chunked_logprob.TOKEN_CHUNK_SIZE == chunked_divergence.TOKEN_CHUNK_SIZE == TOKEN_CHUNK
+    assert chunked_divergence.VOCAB_CHUNK_SIZE == VOCAB_CHUNK  # we choose that of the log-probs
 
 
 def dry(layers=2, **options):

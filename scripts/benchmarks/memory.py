@@ -1,10 +1,12 @@
 """Memory of a training step: what `trl-vpo doctor` estimates against what is measured.
 
-Random Qwen2.5-VL models of several sizes; forward, backward, clipping and optimizer. Measured is the peak of
-the bytes of all tensors that are alive, weights and the batch included (`trl_vpo.dry_step.LiveBytes`): exact, the same
-in every run, and what `torch.cuda.max_memory_allocated` counts but for what kernels allocate inside of themselves.
-The estimate is the doctor's for a CPU, without CUDA context and fragmentation. Of some cases the resident memory of a
-process of its own is shown, too: with what libraries load on first use, and the allocator's cache and rounding.
+Random Qwen2.5-VL models of several sizes; forward, backward, clipping and optimizer. Measured is the peak of the bytes
+of all tensors that are alive, weights and the batch included (`trl_vpo.dry_step.LiveBytes`): exact, the same in every
+run, and what torch's allocator counts (`torch.cuda.max_memory_allocated` on a GPU) but for what kernels allocate
+inside of themselves. The estimate is the doctor's for a CPU, without CUDA context and fragmentation.
+
+Of some cases the resident memory of a process of its own is shown, too: with what libraries load on first use, the
+buffers of BLAS, and freed memory that malloc keeps. It is no measure of the estimate.
 """
 
 import tempfile
