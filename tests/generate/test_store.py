@@ -228,6 +228,22 @@ def test_not_finished_while_others_have_work(tmp_path, workers, whole):
     assert results(folder) == whole
 
 
+def test_of_workers_that_end_together_one_writes_the_results(tmp_path, whole):
+    """Both have finished every input before either asks for the results."""
+    folder, ids = tmp_path / "run", [f"r{i}" for i in range(COUNT)]
+    with (
+        Run(folder, {"seed": 0}, rank=0, world_size=2) as first,
+        Run(folder, {"seed": 0}, rank=1, world_size=2) as second,
+    ):
+        for run in (first, second):
+            for i in run.remaining(ids):
+                run.write(outcome(ids[i]))
+        assert first.finish(ids, Sum()) is None
+        assert not any((folder / name).exists() for name in RESULTS)
+        assert second.finish(ids, Sum())["inputs"] == COUNT
+    assert results(folder) == whole
+
+
 def test_another_number_of_workers_goes_on(tmp_path, workers, whole):
     """Two of three workers die with torn lines; one goes on alone, then four: every input is done once."""
     folder = tmp_path / "run"

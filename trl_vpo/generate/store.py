@@ -131,7 +131,10 @@ class Run:
         return read_outcomes(self.folder)
 
     def finish(self, ids: Sequence[str], pipeline: Pipeline) -> dict[str, Any] | None:
-        """Write the results if every input is finished. To be called by every worker when it has done its share.
+        """Write the results if every input is finished and no other worker is at work.
+
+        To be called by every worker when it has done its share, of which it lets go: nothing is written after this. Of
+        workers that end at the same moment, one writes the results.
 
         Args:
             ids: of all inputs, in order. Finished inputs that are not among them are left out.
@@ -139,7 +142,7 @@ class Run:
                 get them in the order of the inputs, in a sequence that reads each from the disk.
 
         Returns:
-            the summary; None while other workers still have inputs to do: the last of them writes the results.
+            the summary; None while other workers are at work: the last of them writes the results.
 
         Raises:
             GenerateError: as `remaining`; or a figure that JSON cannot hold, or a file that cannot be written.
@@ -148,6 +151,9 @@ class Run:
         _refuse_duplicates(ids)
         self._sync()
         with self._alone():
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            if any(map(self._at_work, self._shards.glob("*.lock"))):
+                return None
             done = places(self.folder)
             found = [done.get(name) for name in ids]
             if None in found:
@@ -185,17 +191,19 @@ class Run:
             )
         for other in sorted(self._shards.glob("*-of-*.lock")):
             rank, world_size = map(int, other.stem.split("-of-"))
-            if world_size == self.world_size:
-                continue
-            with other.open("r+b") as file:
-                if not _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder):
-                    raise GenerateError(
-                        f"{self.folder}: worker {rank} of {world_size} is still at work, {_holder(other)}, so the "
-                        f"inputs cannot be shared among {self.world_size}. Stop the workers of that run, then start "
-                        "as many as you like."
-                    )
+            if world_size != self.world_size and self._at_work(other):
+                raise GenerateError(
+                    f"{self.folder}: worker {rank} of {world_size} is still at work, {_holder(other)}, so the "
+                    f"inputs cannot be shared among {self.world_size}. Stop the workers of that run, then start "
+                    "as many as you like."
+                )
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
+
+    def _at_work(self, lock: Path) -> bool:
+        """Whether a worker holds this lock."""
+        with lock.open("r+b") as file:
+            return not _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder)
 
     def _settle(self, settings: dict[str, Any]) -> None:
         """Write the settings, or see that they are those of the run."""
