@@ -9,6 +9,7 @@ import argparse
 import difflib
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trl_vpo.data.import_formats import FORMATS
@@ -116,24 +117,24 @@ def make_parser() -> Parser:
 
 def _add_train(commands) -> None:
     text = "train a model with a method"
-    train_parser = commands.add_parser(
-        "train", help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=TRAIN_EXAMPLE,
-        usage="trl-vpo train METHOD --config RECIPE.yaml [--any_key value ...]",
-    )  # fmt: skip
-    train_parser.add_argument("method", metavar="METHOD", choices=METHODS, help=f"one of {', '.join(METHODS)}")
-    train_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
-    train_parser.set_defaults(run=train, parser=train_parser)
+    _add_method_command(commands, "train", text, METHODS, TRAIN_EXAMPLE).set_defaults(run=train)
 
 
 def _add_generate(commands) -> None:
     text = "make preference data with the model itself"
-    generate_parser = commands.add_parser(
-        "generate", help=text, description=text, epilog=GENERATE_EXAMPLE,
-        usage="trl-vpo generate METHOD --config RECIPE.yaml [--any_key value ...]",
+    _add_method_command(commands, "generate", text, PIPELINES, GENERATE_EXAMPLE).set_defaults(run=generate)
+
+
+def _add_method_command(commands, name: str, text: str, methods: Iterable[str], example: str) -> Parser:
+    """A command that takes a method, and behind it a recipe and its keys."""
+    parser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=example,
+        usage=f"trl-vpo {name} METHOD --config RECIPE.yaml [--any_key value ...]",
     )  # fmt: skip
-    generate_parser.add_argument("method", metavar="METHOD", choices=PIPELINES, help=f"one of {', '.join(PIPELINES)}")
-    generate_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
-    generate_parser.set_defaults(run=generate, parser=generate_parser)
+    parser.add_argument("method", metavar="METHOD", choices=methods, help=f"one of {', '.join(methods)}")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def _add_evaluate(commands) -> None:
@@ -217,32 +218,27 @@ def _add_doctor(commands) -> None:
 
 def train(args: argparse.Namespace, rest: list[str]) -> int:
     """Train in this process, or in those that accelerate launches."""
-    if {"-h", "--help"} & set(args.options):
-        from trl_vpo.train import make_parser as make_recipe_parser
+    from trl_vpo.train import make_parser, run_training
 
-        make_recipe_parser(args.method).print_help()
-        return 0
-    options, launcher = launch_options(args.options)
-    if launcher:
-        return launch(launcher, ["train", args.method, *options])
-    from trl_vpo.train import run_training
-
-    run_training(args.method, options)
-    return 0
+    return _with_recipe("train", args, make_parser, run_training)
 
 
 def generate(args: argparse.Namespace, rest: list[str]) -> int:
     """Generate in this process, or in those that accelerate launches, and show the run's summary."""
-    from trl_vpo.generate.run import make_parser as make_recipe_parser
-    from trl_vpo.generate.run import run_generation
+    from trl_vpo.generate.run import make_parser, run_generation
 
+    return _with_recipe("generate", args, make_parser, run_generation)
+
+
+def _with_recipe(command: str, args: argparse.Namespace, make_parser: Callable, run: Callable) -> int:
+    """Run a command whose options are a recipe's keys, or show them."""
     if {"-h", "--help"} & set(args.options):
-        make_recipe_parser(args.method).print_help()
+        make_parser(args.method).print_help()
         return 0
     options, launcher = launch_options(args.options)
     if launcher:
-        return launch(launcher, ["generate", args.method, *options])
-    run_generation(args.method, options)
+        return launch(launcher, [command, args.method, *options])
+    run(args.method, options)
     return 0
 
 

@@ -5,28 +5,22 @@ will, looks at what LoRA would adapt, and estimates memory.
 """
 
 import argparse
-import heapq
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from rich.console import Console
-from rich.progress import track
 from transformers import AutoConfig, AutoProcessor
 from trl import get_peft_config
 
 import trl_vpo
 from trl_vpo import footprint
-from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows
-from trl_vpo.data.rows import ROW_INDEX, RowError
-from trl_vpo.data.sources import DatasetError, load_splits
+from trl_vpo.doctor_data import check_data
+from trl_vpo.forward.scoring import check_head
 from trl_vpo.forward.tree import Tree
 from trl_vpo.launch import launch_options
 from trl_vpo.memory import GIB, plan_of
@@ -38,7 +32,6 @@ from trl_vpo.sharding import Sharding, launched
 from trl_vpo.train import METHODS, NOT_QUANTIZED, parse
 from trl_vpo.trainers.setup import set_pad_token
 
-LONGEST, ALL_SEQUENCES = "longest sequence", "all sequences of the pair"
 MEDIA_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -123,13 +116,9 @@ def examine(recipe: Path, overrides: list[str], *, method: str | None = None, ro
     _load_pretrained(patient, report)
     if patient.config is not None:
         _check_model(patient, report)
-    datasets = _load_data(patient, report)
-    for name, dataset in datasets.items():
-        _check_rows(patient, dataset, name, report)
-    if patient.processor is not None and "train" in datasets:
-        heaviest = _tokenize(patient, datasets["train"], rows, report)
-        if heaviest and patient.model is not None:
-            _estimate(patient, heaviest, report)
+    heaviest = check_data(patient, rows, report)
+    if heaviest and patient.model is not None:
+        _estimate(patient, heaviest, report)
     return report
 
 
@@ -195,6 +184,7 @@ def _check_model(patient: Patient, report: Report) -> None:
         return
     try:
         patient.model, adapted = footprint.adapt(patient.model, peft_config)
+        check_head(patient.model)
     except ValueError as error:
         report.add("LoRA", STOP, str(error).split(". Please check")[0])
         patient.model = None
@@ -212,104 +202,6 @@ def _check_full(patient: Patient, report: Report) -> None:
         report.add("full fine-tuning", OK, "vision tower and projector are frozen")
         return
     report.add("full fine-tuning", WARN, "every parameter is trained, the vision tower's too (freeze_vision: true)")
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
-
-
-def _load_data(patient: Patient, report: Report) -> dict[str, Dataset]:
-    """The splits, numbered; of a streamed one the first rows."""
-    evaluate = patient.args.eval_strategy != "no"
-    try:
-        splits = load_splits(patient.script_args, patient.mixture, evaluate=evaluate, seed=patient.args.seed)
-    except (DatasetError, OSError, ValueError) as error:
-        report.add("data", STOP, str(error))
-        return {}
-    loaded = {}
-    for name, dataset in zip(("train", "eval"), splits):
-        if isinstance(dataset, IterableDataset):
-            dataset = Dataset.from_list(list(dataset.take(64)))
-            report.add(f"{name} data", WARN, f"streamed: only the first {len(dataset)} rows are looked at")
-        if dataset is not None and len(dataset) == 0:
-            report.add(f"{name} data", STOP, "no rows")
-        elif dataset is not None:
-            loaded[name] = dataset.add_column(ROW_INDEX, list(range(len(dataset))))
-    return loaded
-
-
-def _check_rows(patient: Patient, dataset: Dataset, name: str, report: Report) -> None:
-    """Every row against the contract, every media file as closely as the recipe's check_media says."""
-    trainer = patient.trainer_class
-    check = partial(
-        check_row,
-        args=patient.args,
-        processing_class=patient.processor or SimpleNamespace(image_processor=True, video_processor=True),  # any media
-        phrases=trainer.needs_phrases,
-        image_list=trainer.needs_image_list,
-    )
-    problems = check_rows(dataset, check, desc=f"Checking {name} rows")
-    report.add_problems(name, problems)
-    skipped = [p for p in problems if p.media] if patient.args.on_bad_media == "skip" else []
-    status = OK if not problems else WARN if len(skipped) == len(problems) < len(dataset) else STOP
-    what = f"{len(dataset)} rows, {len(problems)} with problems (media: {patient.args.check_media})"
-    report.add(f"{name} rows", status, what + (f", {len(skipped)} would be skipped" if skipped else ""))
-
-
-def _tokenize(patient: Patient, dataset: Dataset, rows: int | None, report: Report) -> list[Tree]:
-    """Tokenize rows as training will; note their lengths, and what cannot be tokenized.
-
-    Gives the longest rows, as many as a micro-batch has; none if nothing could be tokenized.
-    """
-    bad = {problem["row"] for problem in report.problems if problem["dataset"] == "train"}
-    good = [i for i in range(len(dataset)) if i not in bad]
-    count = len(good) if rows is None else min(rows, len(good))
-    failed: list[Problem] = []
-    heaviest: list[tuple[int, int, Tree]] = []
-    for index, tree in _trees(patient, dataset, [good[i * len(good) // count] for i in range(count)]):
-        if isinstance(tree, RowError):
-            failed.append(Problem(index, str(tree), media=False))
-            continue
-        lengths = row_lengths(tree, patient.media_tokens)
-        for name, value in lengths.items():
-            report.tokens.setdefault(name, []).append(value)
-        heaviest = heapq.nlargest(
-            patient.args.per_device_train_batch_size, [*heaviest, (lengths[ALL_SEQUENCES], -index, tree)]
-        )
-        if patient.args.max_length is not None and lengths[LONGEST] > patient.args.max_length:
-            reason = f"{tree.name}: {lengths[LONGEST]} tokens are more than max_length={patient.args.max_length}"
-            failed.append(Problem(index, reason, media=False))
-    report.add_problems("train", failed)
-    what = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on"
-    report.add("tokens", STOP if failed or not count else OK, what)
-    return [tree for _, _, tree in heaviest]
-
-
-def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:
-    """Rows as the trainer's own collator makes them, without its limit on length; with a progress bar."""
-    collator = patient.trainer_class.make_collator(patient.processor, patient.args)
-    collator = replace(collator, max_length=None)
-    rows = zip(indices, raw_rows(dataset.select(indices)))
-    title = f"Tokenizing {len(indices)} rows"
-    for index, row in track(rows, title, total=len(indices), transient=True, disable=not indices):
-        try:
-            yield index, collator.encode(row)
-        except RowError as error:
-            yield index, error
-
-
-def row_lengths(tree: Any, media: set[int]) -> dict[str, int]:
-    """Tokens of a row: of its first prompt, of each response, and of all sequences that a step computes."""
-    ids = tree.trunks[0].ids
-    visual = sum(token in media for token in ids)
-    whole = [len(tree.trunks[branch.trunk].ids) + len(branch.ids) for branch in tree.branches]
-    return {
-        "prompt text": len(ids) - visual,
-        "media": visual,
-        "chosen response": len(tree.branches[0].ids),
-        "rejected response": len(tree.branches[1].ids),
-        LONGEST: max(whole),
-        ALL_SEQUENCES: sum(whole),
-    }
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

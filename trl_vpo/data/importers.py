@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from trl_vpo.data.import_formats import FORMATS, read_record
+from trl_vpo.files import whole
 
 LIST_COLUMNS = ("images", "videos", "chosen_phrases", "rejected_phrases")
 
@@ -186,15 +187,10 @@ def _join(root, path: str) -> str:
 
 def _write_lines(path: Path, rows) -> None:
     """Write JSON lines beside the target, then put the whole file in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's own escape
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    # backslashreplace is JSON's own escape
+    with whole(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _exists(path: str) -> bool:

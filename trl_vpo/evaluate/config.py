@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from trl_vpo.data.media import VideoOptions
-from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.generate.config import AnsweringConfig, GenerateConfig
 
 DAMAGES = ("shuffled", "masked", "blank")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(AnsweringConfig):
     """Settings of a run of `trl-vpo evaluate`; `trl_vpo.evaluate.rows` says what the rows hold.
 
     Parameters:
@@ -29,27 +28,14 @@ class EvaluateConfig:
     """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "The base.", "aliases": ["--model"]})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the model."})
-    adapters: list[str] = field(default_factory=list, metadata={"help": "LoRA adapters, all after one --adapters."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out rows: a file, a folder or a Hub dataset.", "aliases": ["--data"]}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Name of the dataset's configuration."})
     dataset_split: str | None = field(default=None, metadata={"help": "Split; test, unless the data are one file."})
-    media_root: str | None = field(default=None, metadata={"help": "Folder that relative media paths start from."})
-    output_dir: str | None = field(default=None, metadata={"help": "The run's folder. The same command continues it."})
-    dtype: str = field(default="auto", metadata={"help": "auto, bfloat16, float16 or float32."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation to load with."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda or auto (spread over GPUs). Default: best."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load 4-bit weights (bitsandbytes)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Load 8-bit weights (bitsandbytes)."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     batch_size: int = field(default=8, metadata={"help": "Rows worked on, and sequences in a model call, at once."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens; a longer one is cut off."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames of each video; 16 unless fps is given."})
-    fps: float | None = field(default=None, metadata={"help": "Sample this many frames a second instead."})
-    max_frames: int = field(default=64, metadata={"help": "Most frames of a video when fps is given."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Scale larger images and frames down."})
+    seed: int = field(default=0, metadata={"help": "With a row's id, fixes how its media are damaged."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
+    adapters: list[str] = field(default_factory=list, metadata={"help": "LoRA adapters, all after one --adapters."})
     sensitivity: list[str] = field(
         default_factory=lambda: list(DAMAGES), metadata={"help": f"Damaged media: {', '.join(DAMAGES)}; or none."}
     )
@@ -63,8 +49,6 @@ class EvaluateConfig:
     synonyms: str | None = field(default=None, metadata={"help": "Objects and their synonyms, one object a line."})
     level: float = field(default=0.95, metadata={"help": "Level of the confidence intervals."})
     resamples: int = field(default=2000, metadata={"help": "Draws of the bootstrap."})
-    seed: int = field(default=0, metadata={"help": "With a row's id, fixes how its media are damaged."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many rows."})
     on_bad: str = field(
         default="error",
         metadata={"help": "A row that cannot be used: an error, or skip and list it.", "choices": ["error", "skip"]},
@@ -92,9 +76,6 @@ class EvaluateConfig:
             raise ValueError(f"sensitivity: {unknown[0]!r} is not one of {', '.join(DAMAGES)}; or give none alone.")
         return tuple(kind for kind in DAMAGES if kind in self.sensitivity)
 
-    def video_options(self) -> VideoOptions:
-        return self.generate_config().video_options()
-
     def generate_config(self) -> GenerateConfig:
         """What reads the inputs and loads the base.
 
@@ -102,12 +83,6 @@ class EvaluateConfig:
             ValueError: settings that contradict each other.
         """
         file = self.dataset_name is not None and Path(self.dataset_name).is_file()
-        shared = (
-            "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "media_root", "output_dir",
-            "dtype", "attn_implementation", "device", "load_in_4bit", "load_in_8bit", "trust_remote_code",
-            "batch_size", "max_new_tokens", "num_frames", "fps", "max_frames", "max_pixels", "seed", "limit",
-        )  # fmt: skip
-        values = {name: getattr(self, name) for name in shared}
-        return GenerateConfig(
-            **values, dataset_split=self.dataset_split or ("train" if file else "test"), temperature=0
-        )
+        values = {shared.name: getattr(self, shared.name) for shared in fields(AnsweringConfig)}
+        values["dataset_split"] = self.dataset_split or ("train" if file else "test")
+        return GenerateConfig(**values, temperature=0)

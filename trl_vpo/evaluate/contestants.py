@@ -24,7 +24,7 @@ from trl_vpo.evaluate.scoring import Scored
 from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.generate.base import GenerateError, Sampling
 from trl_vpo.generate.local import LocalModel, stackable
-from trl_vpo.generate.models import answering_model, checked_adapter
+from trl_vpo.generate.models import answering_model, attach_adapter, checked_adapter
 from trl_vpo.generate.reading import without_reasoning
 
 
@@ -208,17 +208,9 @@ def _attached(model: PreTrainedModel, adapters: list[tuple[str, str]]) -> PeftMo
     for name, path in adapters:
         config = _checked_config(path, model.config._name_or_path)
         try:
-            if wrapped is None:
-                wrapped = PeftModel(model, config, adapter_name=name)
-            loaded = wrapped.load_adapter(path, name, torch_device=str(model.device))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise EvaluateError(f"adapter {path} does not fit the base or the adapters before it: {error}") from error
-        strange = [*loaded.missing_keys, *loaded.unexpected_keys]
-        if strange:
-            raise EvaluateError(
-                f"adapter {path} does not fit the base: {len(strange)} weights have no counterpart, the first is "
-                f"{strange[0]}. Name the model that the adapter was trained on."
-            )
+            wrapped = attach_adapter(model, config, path, name=name, wrapped=wrapped)
+        except GenerateError as error:
+            raise EvaluateError(str(error)) from error
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
             raise EvaluateError(
                 f"adapter {path} adapts the LM head by low-rank layers, which log-probs do not pass. Merge it with "

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.files import whole
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
@@ -279,9 +280,8 @@ def _write(found: dict[str, Any], folder: Path, record: dict[str, Any]) -> Table
     metrics = {task: _numbers(values) for task, values in found["results"].items()}
     metrics = {task: values for task, values in metrics.items() if values or task in samples}
     kept = {key: found[key] for key in ("n-samples", "versions", "higher_is_better", "configs") if key in found}
-    part = folder / f".{RESULTS}.part"
-    part.write_text(dumped({"settings": record, "metrics": metrics, **kept}, indent=2), encoding="utf-8")
-    part.replace(folder / RESULTS)
+    with whole(folder / RESULTS) as part:
+        part.write_text(dumped({"settings": record, "metrics": metrics, **kept}, indent=2), encoding="utf-8")
     return metrics
 
 

@@ -1,4 +1,7 @@
-"""What the generation configs of all methods share: inputs, who answers, how, and where the run is kept."""
+"""What the generation configs of all methods share: inputs, who answers, how, and where the run is kept.
+
+`AnsweringConfig` is the part of it that `trl-vpo evaluate` has, too.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,39 @@ from trl_vpo.generate.base import Sampling
 
 
 @dataclass
-class GenerateConfig:
+class AnsweringConfig:
+    """Inputs, the model in this process, its media, and the run's folder."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Inputs: a Hub dataset, a file or a folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Name of the dataset's configuration."})
+    dataset_split: str | None = field(default="train", metadata={"help": "Split of the dataset."})
+    media_root: str | None = field(default=None, metadata={"help": "Folder that relative media paths start from."})
+    output_dir: str | None = field(default=None, metadata={"help": "The run's folder. The same command continues it."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The model that answers."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the model."})
+    dtype: str = field(default="auto", metadata={"help": "auto, bfloat16, float16 or float32."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation to load with."})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda or auto (spread over GPUs). Default: best."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Load 4-bit weights (bitsandbytes)."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Load 8-bit weights (bitsandbytes)."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    batch_size: int = field(default=8, metadata={"help": "Inputs worked on at once."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens; a longer one is cut off."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of each video; 16 unless fps is given."})
+    fps: float | None = field(default=None, metadata={"help": "Sample this many frames a second instead."})
+    max_frames: int = field(default=64, metadata={"help": "Most frames of a video when fps is given."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Scale larger images and frames down."})
+    seed: int = field(default=0, metadata={"help": "With a row's id, fixes every random choice about the row."})
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many inputs."})
+
+    def video_options(self) -> VideoOptions:
+        return VideoOptions(
+            num_frames=self.num_frames, fps=self.fps, max_frames=self.max_frames, max_pixels=self.max_pixels
+        )
+
+
+@dataclass
+class GenerateConfig(AnsweringConfig):
     """Settings of a run of `trl-vpo generate`. Each method's file adds its own.
 
     Parameters:
@@ -18,27 +53,14 @@ class GenerateConfig:
         dataset_config, dataset_split: of a dataset with several.
         output_dir (`str`): the run's folder; the same command continues it.
         model_name_or_path (`str`): the model that answers, in this process or (with `server_url`) by its server name.
+        batch_size (`int`, defaults to 8): inputs worked on at once; behind a server, the requests in flight.
+        seed (`int`, defaults to 0): with a row's id it fixes every random choice about that row.
         from_adapter (`str`, *optional*): a LoRA adapter to answer with, that of the last round for instance.
         server_url (`str`, *optional*): an OpenAI-compatible server that answers instead of this process.
         judge_model, judge_url: who judges open-ended answers; a model behind an OpenAI-compatible server.
-        batch_size (`int`, defaults to 8): inputs worked on at once; behind a server, the requests in flight.
-        seed (`int`, defaults to 0): with a row's id it fixes every random choice about that row.
     """
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Inputs: a Hub dataset, a file or a folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Name of the dataset's configuration."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    media_root: str | None = field(default=None, metadata={"help": "Folder that relative media paths start from."})
-    output_dir: str | None = field(default=None, metadata={"help": "The run's folder. The same command continues it."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The model that answers."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the model."})
     from_adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to answer with."})
-    dtype: str = field(default="auto", metadata={"help": "auto, bfloat16, float16 or float32."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation to load with."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda or auto (spread over GPUs). Default: best."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load 4-bit weights (bitsandbytes)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Load 8-bit weights (bitsandbytes)."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     server_url: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible server, as http://HOST:PORT/v1."}
     )
@@ -53,16 +75,8 @@ class GenerateConfig:
     timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one answer of a server."})
     max_retries: int = field(default=5, metadata={"help": "Attempts after the first, with growing pauses."})
     max_requests: int | None = field(default=None, metadata={"help": "Stop after so many requests to servers."})
-    batch_size: int = field(default=8, metadata={"help": "Inputs worked on at once."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 is greedy."})
     top_p: float = field(default=0.9, metadata={"help": "Nucleus of sampling."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames of each video; 16 unless fps is given."})
-    fps: float | None = field(default=None, metadata={"help": "Sample this many frames a second instead."})
-    max_frames: int = field(default=64, metadata={"help": "Most frames of a video when fps is given."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Scale larger images and frames down."})
-    seed: int = field(default=0, metadata={"help": "With a row's id, fixes every random choice about the row."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many inputs."})
     dry_run: bool = field(default=False, metadata={"help": "Show what three rows would be asked; load no weights."})
 
     def __post_init__(self) -> None:
@@ -88,11 +102,6 @@ class GenerateConfig:
             raise ValueError(
                 "server_url: adapters and quantization are the server's own settings. Leave them out here."
             )
-
-    def video_options(self) -> VideoOptions:
-        return VideoOptions(
-            num_frames=self.num_frames, fps=self.fps, max_frames=self.max_frames, max_pixels=self.max_pixels
-        )
 
     def sampling(self, **changes) -> Sampling:
         """The run's sampling, or a variant of it."""

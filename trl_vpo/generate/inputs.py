@@ -10,10 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +22,7 @@ from PIL import Image
 from trl_vpo.data.images import MediaError, describe, frame_folder, load_image, resolve_path
 from trl_vpo.data.media import VideoOptions, load_video
 from trl_vpo.data.rows import drop_none
+from trl_vpo.files import whole
 from trl_vpo.generate.base import GenerateError, InputRow, Media
 from trl_vpo.generate.config import GenerateConfig
 
@@ -245,17 +243,10 @@ def _stored(data: bytes, folder: Path) -> str:
     path = folder / (hashlib.blake2b(data, digest_size=16).hexdigest() + suffix)
     if path.exists():
         return str(path)
-    part = folder / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_bytes(data)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise GenerateError(
             f"{path} cannot be written ({error.strerror or error}). Free space there, then start the same command "
             "again: it goes on where it stopped."

@@ -179,17 +179,34 @@ def _with_adapter(model: Any, adapter: Any, path: str) -> Any:
 
     They are not merged: merging would round the change to the model's dtype, or to its 4 bits.
     """
+    return attach_adapter(model, adapter, path).get_base_model()
+
+
+def attach_adapter(model: Any, config: Any, path: str, *, name: str = "default", wrapped: Any = None) -> Any:
+    """Load an adapter into a model, or beside others into the `PeftModel` that is around it; gives the `PeftModel`.
+
+    Args:
+        config: the adapter's, as PEFT reads it.
+        path: its folder or Hub name.
+        name: within PEFT.
+        wrapped: what an earlier call gave.
+
+    Raises:
+        GenerateError: weights of another shape, or for layers that the model does not have.
+    """
     from peft import PeftModel
 
+    misfit = f"adapter {path} does not fit {model.config._name_or_path}"
     try:
-        wrapped = PeftModel(model, adapter)
-        loaded = wrapped.load_adapter(path, "default", torch_device=str(model.device))
+        if wrapped is None:
+            wrapped = PeftModel(model, config, adapter_name=name)
+        loaded = wrapped.load_adapter(path, name, torch_device=str(model.device))
     except (OSError, ValueError, RuntimeError) as error:
-        raise GenerateError(f"from_adapter: {path} does not fit {model.config._name_or_path}: {error}") from error
+        raise GenerateError(f"{misfit}: {error}") from error
     strange = [*loaded.missing_keys, *loaded.unexpected_keys]
     if strange:
         raise GenerateError(
-            f"from_adapter: {path} does not fit {model.config._name_or_path}: {len(strange)} weights have no "
-            f"counterpart, the first is {strange[0]}. Name the model that the adapter was trained on."
+            f"{misfit}: {len(strange)} weights have no counterpart, the first is {strange[0]}. Name the model that "
+            "the adapter was trained on."
         )
-    return wrapped.get_base_model()
+    return wrapped

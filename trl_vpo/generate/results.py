@@ -7,14 +7,13 @@ byte for byte.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.files import whole
 from trl_vpo.generate.base import GenerateError, Outcome, Pipeline
 
 RESULTS = ("rows.jsonl", "rejected.jsonl", "summary.json")
@@ -106,17 +105,10 @@ def replace_file(path: Path, lines: Iterable[str]) -> None:
     Raises:
         GenerateError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with whole(path, token="new") as part, part.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise GenerateError(
             f"{path} cannot be written ({error.strerror or error}). Free space there, then start the same command "
             "again: nothing that was made is lost."

@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.files import whole
 from trl_vpo.report.page_data import Unreadable, read_examples, read_rejected, read_summary
 from trl_vpo.report.page_row import IMAGE_FACTOR, Look, show_row
 
@@ -106,15 +107,9 @@ def write_page(
         counts=lambda: _script_json(asdict(counts)),  # called behind the blocks
         **_assets(),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        # Half a surrogate pair is in JSON, but in no UTF-8; backslashreplace writes JSON's own escape for it.
-        with part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.writelines(parts)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    # Half a surrogate pair is in JSON, but in no UTF-8; backslashreplace writes JSON's own escape for it.
+    with whole(out) as part, part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.writelines(parts)
     counts.file_bytes = out.stat().st_size
     return counts
 

@@ -10,13 +10,13 @@ import base64
 import hashlib
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.files import whole
 from trl_vpo.report import curves, style
 from trl_vpo.report.history import History
 
@@ -266,10 +266,5 @@ def _write_page(figure: Any, runs: Sequence[Run], notes: list[str], out: Path) -
         css=Markup(css),
         css_hash=f"sha256-{digest}",
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
+    with whole(out) as part:
         part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """`run.json`: what was run, with what, on what, and how it ended."""
 
 import json
-import os
 import platform
 import re
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 import trl_vpo
+from trl_vpo.files import whole
 
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_key|apikey|auth)$", re.IGNORECASE)
 _TEXT_TOKEN = re.compile(r"^(pad|eos|bos|unk|image|video)_token$")
@@ -56,10 +56,8 @@ def write_run_record(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     path = Path(trainer.args.output_dir) / "run.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(scrub(record), indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(json.dumps(scrub(record), indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 

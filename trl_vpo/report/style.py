@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from trl_vpo.files import whole
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -74,13 +75,7 @@ def save(figure: Any, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a figure is written as {', '.join(FORMATS)}; name a file that ends so.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix.lower()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with drawing():
-            figure.savefig(part, format=kind[1:], dpi=150, metadata=METADATA[kind])
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part, drawing():
+        figure.savefig(part, format=kind[1:], dpi=150, metadata=METADATA[kind])
     return path
