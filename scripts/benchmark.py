@@ -1,6 +1,7 @@
 """Benchmarks: one question each, all contestants in turn in the same run.
 
     python scripts/benchmark.py step --prompt 512,1536,6144
+    python scripts/benchmark.py phases --prompt 1536
     python scripts/benchmark.py kl
     python scripts/benchmark.py lpoi
     python scripts/benchmark.py decode
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 BENCHMARKS = {
     "step": "a training step: stock trl.DPOTrainer against ours, shared and separate layout",
+    "phases": "where a step's time goes: vision, reference, policy, backward",
     "kl": "RRPO's KL with a 152,000-token vocabulary: chunked against plain logits",
     "lpoi": "LPOI's step for lists of 2, 5 and 9 images: ours against the official scheme",
     "decode": "16 frames of a long video: ours against other loaders",
@@ -44,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--prompt", type=numbers, default=[512, 1536, 6144], metavar="N,N", help="prompt tokens")
     parser.add_argument("--response", type=int, default=96, help="response tokens")
-    parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of `step`")
+    parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of `step` and `phases`")
     parser.add_argument("--vocabulary", type=int, default=152_000, help="tokens of `kl`'s vocabulary")
     parser.add_argument("--tokens", type=numbers, default=[128, 512, 2048], metavar="N,N", help="responses of `kl`")
     parser.add_argument(

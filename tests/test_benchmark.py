@@ -69,7 +69,21 @@ def test_step(rows_of):
 
 
 @pytest.mark.slow
+def test_phases(rows_of):
+    rows = rows_of("phases", "--prompt", "300", "--response", "8", "--method", "dpo,leanpo")
+    assert [(r["method"], r["layout"]) for r in rows] == [
+        (m, lay) for m in ("dpo", "leanpo") for lay in ("shared", "separate")
+    ]
+    parts = ("vision", "reference", "policy", "backward", "rest")
+    for row in rows:
+        assert all(row[part] > 0 for part in parts if part != "reference")
+        assert sum(row[part] for part in parts) == pytest.approx(row["seconds"])
+        assert (row["reference"] > 0) == (row["method"] == "dpo")
+        assert row["without_reference"] == pytest.approx(1 - row["reference"] / row["seconds"])
+
+
+@pytest.mark.slow
 def test_lpoi(rows_of):
     rows = rows_of("lpoi", "--lists", "2", "--response", "8")
-    assert [row["method"] for row in rows] == ["official", "separate", "shared"]
+    assert [row["method"] for row in rows] == ["official", "separate", "shared", "precomputed"]
     assert all(row["peak_mib"] > 0 and row["ratio_vs_official"] > 0 for row in rows)

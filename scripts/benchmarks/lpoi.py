@@ -3,6 +3,9 @@
 The official code writes every response out behind its own copy of prompt and image: N for the list, and again the
 chosen and the rejected response on the clean image for its DPO term, N + 2 sequences for the policy and as many for
 the reference. Here it is run by the same model code: those sequences in one separate call each.
+
+`precomputed` is the shared layout with `precompute_ref_log_probs`: a step as it is in every epoch, without the one
+pass of the reference over all rows that came before.
 """
 
 import tempfile
@@ -15,6 +18,7 @@ from benchmarks import model as bench_model
 from benchmarks.common import in_turn, memory_of, peak_mib, show, summary
 from benchmarks.step import settings
 
+SCHEMES = ("official", "separate", "shared", "precomputed")
 COLUMNS = {
     "method": "scheme",
     "images": "N",
@@ -33,7 +37,8 @@ def make(method: str, images: int, args: Namespace):
 
     processor = bench_model.processor()
     more = settings(tempfile.mkdtemp(), args.device)
-    layout = "separate" if method == "official" else method
+    more["precompute_ref_log_probs"] = method == "precomputed"
+    layout = "shared" if method in ("shared", "precomputed") else "separate"
     trainer = trl_vpo.LPOITrainer(
         model=bench_model.model(processor),
         args=trl_vpo.LPOIConfig(**more, num_images=images, layout=layout),
@@ -76,7 +81,7 @@ def measure_memory(args: Namespace) -> dict:
 def run(args: Namespace) -> list[dict]:
     rows = []
     for images in args.lists:
-        made = {m: make(m, images, args) for m in ("official", "separate", "shared")}
+        made = {m: make(m, images, args) for m in SCHEMES}
         timed = in_turn({m: step for m, (step, _) in made.items()}, args.repeats, args.device)
         group = [
             {"method": m, "images": images, "prompt": made[m][1], "response": args.response, **summary(s)}

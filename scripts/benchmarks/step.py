@@ -44,6 +44,11 @@ def settings(folder: str, device: str) -> dict:
 
 def make_step(method: str, layout: str, prompt: int, response: int, device: str, data: Dataset | None = None):
     """A function that takes one training step, and the numbers of prompt and response tokens of its row."""
+    return make_trainer(method, layout, prompt, response, device, data)[1:]
+
+
+def make_trainer(method: str, layout: str, prompt: int, response: int, device: str, data: Dataset | None = None):
+    """A trainer, and what `make_step` gives."""
     import trl
 
     import trl_vpo
@@ -76,7 +81,7 @@ def make_step(method: str, layout: str, prompt: int, response: int, device: str,
         policy.zero_grad(set_to_none=True)
 
     tokens = batch["input_ids"].size(1) - response if method == "trl" else int(batch["trunk_mask"][0].sum())
-    return step, (tokens, response)
+    return made, step, (tokens, response)
 
 
 def measure_memory(args: Namespace) -> dict:
