@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_vpo.evaluate.measures import PairScores, preference
 from trl_vpo.forward.layouts import merge_media
 
 
@@ -17,7 +18,7 @@ class PreferenceMeasures:
 
     Attributes:
         pairs: N.
-        accuracy: share of pairs whose chosen response has the higher log-prob.
+        accuracy: share of pairs whose chosen response has the higher log-prob; a tie counts half.
         average_accuracy: the same with the log-prob divided by the response's tokens (LeanPO's reward).
         chosen_logp, rejected_logp: mean log-prob of the responses.
         kl: mean KL(reference || model) along the chosen response, exact over the vocabulary; 0 for the reference.
@@ -61,19 +62,19 @@ def measure_preferences(trainer, dataset=None) -> tuple[PreferenceMeasures, Pref
 
 
 def _columns(scores, kl: torch.Tensor) -> torch.Tensor:
-    """(5, B): summed log-probs of chosen and rejected, the same per token, KL along the chosen response."""
+    """(5, B): summed log-probs of chosen and rejected, tokens of both, KL along the chosen response."""
     tokens = scores.mask.sum(-1)  # (S,)
-    averages = scores.sums / tokens
-    columns = [values[side] for values in (scores.sums, averages) for side in (scores.chosen, scores.rejected)]
+    columns = [values[side] for values in (scores.sums, tokens) for side in (scores.chosen, scores.rejected)]
     return torch.stack([*columns, kl[scores.chosen].sum(-1)]).double().cpu()
 
 
 def _summary(columns: torch.Tensor) -> PreferenceMeasures:
-    chosen, rejected, chosen_average, rejected_average, kl = columns  # (N,) each
+    chosen, rejected, *tokens, kl = columns.numpy()  # (N,) each
+    wins = preference(PairScores(chosen, rejected, *tokens))
     return PreferenceMeasures(
         pairs=len(chosen),
-        accuracy=(chosen > rejected).double().mean().item(),
-        average_accuracy=(chosen_average > rejected_average).double().mean().item(),
+        accuracy=wins["preference/accuracy"].mean().item(),
+        average_accuracy=wins["preference/accuracy_average"].mean().item(),
         chosen_logp=chosen.mean().item(),
         rejected_logp=rejected.mean().item(),
         kl=kl.mean().item(),
