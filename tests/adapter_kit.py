@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from trainer_kit import slow_logits
 from transformers import AutoModelForImageTextToText
 
+from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.train import run_training
 
 BASE = "trl_vpo/testbed/base"  # its LM head shares the weights of its embeddings
@@ -51,17 +52,23 @@ def workspace():
         prompt = [{"role": "user", "content": "What moves?"}]
         row = {"id": f"r{i}", "prompt": prompt, "images": [str(folder / f"{i}.png")]}
         rows.append(row | {"chosen": side(chosen), "rejected": side(rejected)})
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(rows, folder / "train.jsonl")
     return kept
 
 
-def train(out, **keys):
-    """The trainer of a run into a folder, with keys of a recipe."""
+def recipe_of(out, **keys):
+    """The path of a recipe for a run into a folder, with keys of its own, and its method."""
     folder = Path(workspace().name)
     recipe = {**RECIPE, "dataset_name": str(folder / "train.jsonl"), "output_dir": str(out), **keys}
     method = recipe.pop("method")
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
+    return path, method
+
+
+def train(out, **keys):
+    """The trainer of a run into a folder, with keys of a recipe."""
+    path, method = recipe_of(out, **keys)
     return run_training(method, ["--config", str(path)])
 
 

@@ -13,10 +13,17 @@ from helpers import write_clip, write_image
 
 
 @pytest.fixture(scope="session")
-def media(tmp_path_factory):
+def images(tmp_path_factory):
+    """Paths of three images of different shapes."""
+    folder = tmp_path_factory.mktemp("images")
+    return [write_image(folder / f"{i}.png", size, i) for i, size in enumerate([(56, 56), (112, 56), (56, 112)])]
+
+
+@pytest.fixture(scope="session")
+def media(images, tmp_path_factory):
     """Paths of images of two shapes and of clips of two lengths (12 and 5 frames)."""
     folder = tmp_path_factory.mktemp("media")
     return {
-        "image": [write_image(folder / f"{i}.png", size, i) for i, size in enumerate([(56, 56), (112, 56)])],
+        "image": images[:2],
         "video": [write_clip(folder / f"{i}.mp4", frames, seed=i) for i, frames in enumerate([12, 5])],
     }

@@ -325,3 +325,10 @@ def build(name, seed=0):
             if weight.dim() > 1:
                 weight.mul_(4)
     return model.eval(), processor
+
+
+def write_model(folder, model, processor) -> str:
+    """Both in a folder, to be loaded by its name."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)

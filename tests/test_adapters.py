@@ -6,15 +6,21 @@ from functools import cache
 
 import pytest
 import torch
-from adapter_kit import changed, pickled, train, trained
+from adapter_kit import changed, pickled, recipe_of, train, trained
 from families import FAMILIES, text_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
-from trl_vpo import footprint
+from trl_vpo import doctor, footprint
 from trl_vpo.adapters import PRESETS, AdapterError, target_modules, vllm_problems
 from trl_vpo.recipe import RecipeError
+
+
+def examine(recipe, method):
+    """The doctor's report on a recipe."""
+    return doctor.examine(recipe, [], method=method, rows=1)
+
 
 # --- presets ------------------------------------------------------------------------------------------------------
 
@@ -185,6 +191,37 @@ def test_what_vllm_takes(name, messages):
 def test_what_vllm_does_not_take(keys, message, tmp_path):
     (problem,) = vllm_problems(changed(trained("lora").folder, tmp_path, **keys))
     assert re.search(message, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("keys", "status", "said"),
+    [
+        ({"lora_r": 4}, "ok", "serves the adapter as it will be saved"),
+        ({"lora_r": 64}, "ok", "its rank is 64, .* start vLLM with --max-lora-rank 64"),
+        ({"use_dora": True}, "warning", "it is DoRA"),
+        ({"lora_modules_to_save": ["lm_head"]}, "warning", "modules_to_save: lm_head"),
+        ({"lora_target_modules": "all"}, "warning", "10 of its 24 modules are in vision tower or projector"),
+    ],
+)
+def test_the_doctor_says_what_vllm_takes(keys, status, said, tmp_path):
+    """Before anything is trained, and the same as of the saved adapter."""
+    report = examine(*recipe_of(tmp_path / "out", **keys))
+    (found,) = (finding for finding in report.findings if finding[0] == "vLLM")
+    assert found[1] == status
+    assert re.search(said, found[2]), found
+
+
+def test_the_doctor_stops_at_an_adapter_on_the_head(tmp_path):
+    report = examine(*recipe_of(tmp_path / "out", lora_target_modules=["q_proj", "lm_head"]))
+    assert any(check == "LoRA" and status == "stop" and "LM head" in what for check, status, what in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"), [({}, "vLLM serves it as it is"), ({"use_dora": True}, "vLLM and this adapter: it is DoRA")]
+)
+def test_the_end_of_training_says_what_vllm_takes(keys, said, tmp_path, capsys):
+    train(tmp_path / "out", max_steps=1, **keys)
+    assert f"Saved to {tmp_path / 'out'}. {said}" in capsys.readouterr().out
 
 
 def test_vllm_takes_safetensors_of_linear_layers_only(tmp_path):

@@ -41,6 +41,14 @@ def test_every_help_has_an_example(command, capsys):
     assert f"example:\n  trl-vpo {command[0] if command else 'train'} " in text
 
 
+def test_help_of_the_doctor_shows_the_options_that_are_no_recipe_keys(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--help"])
+    usage, rest = capsys.readouterr().out.split("positional arguments:")
+    for option in ("--gpu_memory GIB", "--accelerate_config FILE", "--num_processes N"):
+        assert f"[{option}]" in usage and f"\n  {option} " in rest
+
+
 def test_help_of_a_method_lists_its_keys(capsys):
     assert cli.main(["train", "rrpo", "--help"]) == 0
     text = capsys.readouterr().out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from families import FAMILIES, build
+from families import FAMILIES, build, write_model
 from helpers import row, write_image
 from peft import LoraConfig
 from rich.console import Console
@@ -14,27 +14,21 @@ from trl_vpo.doctor import examine, method_of, run_doctor
 from trl_vpo.recipe import RecipeError
 from trl_vpo.report.findings import OK, STOP, WARN
 from trl_vpo.sharding import Sharding
+from trl_vpo.testbed.rows import write_jsonl
 
 LORA = r".*language_model.*\.(q_proj|v_proj)"
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A tiny model on disk, rows with images, and a recipe for them."""
     folder = tmp_path_factory.mktemp("doctor")
-    model, processor = build("Qwen2-VL")
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    base = write_model(folder / "base", *build("Qwen2-VL"))
     image = write_image(folder / "image.png")
     rows = [row("image", [image], critical_box=[8, 8, 40, 40], id=f"r{i}") for i in range(6)]
     recipe = {
-        "model_name_or_path": str(folder / "base"),
-        "dataset_name": write(folder / "rows.jsonl", rows),
+        "model_name_or_path": base,
+        "dataset_name": str(write_jsonl(rows, folder / "rows.jsonl")),
         "output_dir": str(folder / "out"),
         "use_peft": True,
         "lora_r": 2,
@@ -79,7 +73,7 @@ def test_every_problem_is_listed_and_written(work, tmp_path):
     rows = [row("image", [image], critical_box=[8, 8, 40, 40], id="good")]
     rows += [row("image", [str(tmp_path / "no.png")], critical_box=[8, 8, 40, 40], id=f"bad-{i}") for i in range(12)]
     rows += [row("image", [image], critical_box=[40, 8, 8, 40], id="inverted"), row(None, id="text")]
-    argv = ["--dataset_name", write(tmp_path / "rows.jsonl", rows)]
+    argv = ["--dataset_name", str(write_jsonl(rows, tmp_path / "rows.jsonl"))]
     console = Console(record=True, width=100)
     code = run_doctor(work / "recipe.yaml", argv, out=tmp_path / "problems.jsonl", console=console)
     assert code == 1

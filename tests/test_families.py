@@ -9,16 +9,9 @@ from datasets import Dataset
 from families import FAMILIES, KINDS, LANGUAGE_MODEL, build, text_model
 from helpers import row
 from peft import LoraConfig
+from trainer_kit import METHODS, slow_logits
 
-import trl_vpo
 from trl_vpo.data.rows import response_text
-
-METHODS = {
-    "dpo": (trl_vpo.VisualDPOConfig, trl_vpo.VisualDPOTrainer),
-    "leanpo": (trl_vpo.LeanPOConfig, trl_vpo.LeanPOTrainer),
-    "rrpo": (trl_vpo.RRPOConfig, trl_vpo.RRPOTrainer),
-    "lpoi": (trl_vpo.LPOIConfig, trl_vpo.LPOITrainer),
-}
 
 
 def dataset(kind, media, box=False):
@@ -51,17 +44,13 @@ def trainer_of(method, model, processor, data, folder, lora=LANGUAGE_MODEL, **mo
     return trainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=peft)
 
 
-def slow_logps(model, processor, trainer, example, side):
+def slow_logps(model, trainer, example, side):
     """One sequence, one call, full logits: the log-probs of the response's tokens."""
     tree = trainer.data_collator.encode(example)
     branch = tree.branches[("chosen", "rejected").index(side)]
-    trunk = tree.trunks[0]
-    ids = torch.tensor([trunk.ids + branch.ids])
-    types = {k: torch.tensor([v + [0] * len(branch.ids)]) for k, v in trunk.types.items()}
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **trunk.media).logits
-    logps = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    return logps[len(trunk.ids) - 1 :]
+        logps = slow_logits(model, tree.trunks[0], branch).log_softmax(-1)
+    return logps.gather(-1, torch.tensor(branch.ids)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
@@ -75,7 +64,7 @@ def test_logps_of_a_ragged_batch_are_those_of_single_full_calls(name, kind, medi
         scores = trainer.concatenated_forward(model, batch)
     for i in range(3):
         for side, branch in (("chosen", batch["chosen"][i]), ("rejected", batch["rejected"][i])):
-            want = slow_logps(model, processor, trainer, trainer.train_dataset[i], side)
+            want = slow_logps(model, trainer, trainer.train_dataset[i], side)
             got = scores.logps[branch][scores.mask[branch]]
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -131,7 +120,7 @@ def test_mixed_text_image_and_video_rows(name, media, tmp_path):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     with torch.no_grad():
         scores = trainer.concatenated_forward(trainer.model, batch)
-        want = [slow_logps(trainer.model, processor, trainer, trainer.train_dataset[i], "chosen") for i in range(3)]
+        want = [slow_logps(trainer.model, trainer, trainer.train_dataset[i], "chosen") for i in range(3)]
     for branch, slow in zip(batch["chosen"], want):
         torch.testing.assert_close(scores.logps[branch][scores.mask[branch]], slow, rtol=1e-4, atol=1e-5)
     trainer.train()

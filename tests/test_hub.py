@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from families import LANGUAGE_MODEL, build
+from families import LANGUAGE_MODEL, build, write_model
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import _http
 from local_hub import Commit, Fault, LocalHub, Repo
 
 from trl_vpo import checkpoints, hub, hub_repo
 from trl_vpo.hub_repo import HubError
+from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.train import parse, run_training
 
 TOKEN = "hf_TheTokenThatNobodyMayEverSee0123456"
@@ -28,14 +29,11 @@ LOADING_TOKEN = "hf_ThisOneWasForTheBaseModel0123456789"
 def recipe(tmp_path_factory):
     """A recipe of a tiny model and text-only rows; it does not say where the result goes."""
     folder = tmp_path_factory.mktemp("hub")
-    model, processor = build("Qwen2-VL")
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    base = write_model(folder / "base", *build("Qwen2-VL"))
     rows = [{"prompt": "What moves?", "chosen": f"a red square {i}.", "rejected": f"a blue circle {i}."} for i in "ab"]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
-        "model_name_or_path": str(folder / "base"),
-        "dataset_name": str(folder / "train.jsonl"),
+        "model_name_or_path": base,
+        "dataset_name": str(write_jsonl(rows, folder / "train.jsonl")),
         "use_peft": True,
         "lora_r": 2,
         "lora_target_modules": LANGUAGE_MODEL,

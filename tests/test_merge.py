@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from adapter_kit import BASE, VARIANTS, assert_same, changed, logps_of, pickled, plain, train, trained
-from families import text_model
+from families import text_model, write_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -67,11 +67,8 @@ def wide(tmp_path_factory):
     classes = [getattr(transformers, f"Qwen2VL{n}") for n in ("Config", "ForConditionalGeneration", "Processor")]
     text = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     rope = {"mrope_section": [2, 3, 3]}
-    parts = families._qwen(*classes, transformers.Qwen2VLVideoProcessor, vision, rope=rope, text=text)
-    folder = tmp_path_factory.mktemp("wide")
-    for part in parts:
-        part.save_pretrained(folder)
-    return str(folder)
+    model, processor = families._qwen(*classes, transformers.Qwen2VLVideoProcessor, vision, rope=rope, text=text)
+    return families.write_model(tmp_path_factory.mktemp("wide"), model, processor)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -135,13 +132,12 @@ def test_a_merged_model_is_complete(tmp_path):
 
 def test_a_text_model_merges(tmp_path):
     model, tokenizer = text_model()
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    base = write_model(tmp_path / "base", model, tokenizer)
     adapted = get_peft_model(
         model, LoraConfig(target_modules=target_modules(model, "language"), init_lora_weights=False)
     )
     adapted.save_pretrained(tmp_path / "adapter")
-    notes = merge(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
+    notes = merge(tmp_path / "adapter", tmp_path / "out", base=base)
     assert notes == []
     ids = torch.arange(8, 24)[None]
     with torch.no_grad():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_vpo.testbed.rows import write_preferences
+from trl_vpo.testbed.rows import write_jsonl, write_preferences
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "trl_vpo" / "testbed" / "base"
@@ -50,7 +50,7 @@ class Runs:
         self.folder = folder
         for kind, name in (("clip", "clips"), ("scene", "scenes")):
             _, rows = write_preferences(kind, 10, 3, folder / name)
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(rows, folder / f"{name}.jsonl")
         command = [sys.executable, str(Path(__file__).with_name("resume_run.py"))]
         env = os.environ | {"PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from families import build
+from families import build, write_model
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -15,14 +15,10 @@ from trl_vpo.data.rows import RowError
 from trl_vpo.data.sources import DatasetError, load_splits, local_splits
 from trl_vpo.recipe import RecipeError
 from trl_vpo.report.run_record import scrub
+from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.train import METHODS, parse, run_training
 
 LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def preference_rows(folder, count=6):
@@ -44,16 +40,13 @@ def preference_rows(folder, count=6):
 def work(tmp_path_factory):
     """A tiny model on disk, train and test rows, and a recipe."""
     folder = tmp_path_factory.mktemp("train")
-    model, processor = build("Qwen2-VL")
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    base = write_model(folder / "base", *build("Qwen2-VL"))
     data = folder / "data"
-    data.mkdir()
     rows = preference_rows(folder)
-    write_rows(data / "train.jsonl", rows)
-    write_rows(data / "test.jsonl", rows[:2])
+    write_jsonl(rows, data / "train.jsonl")
+    write_jsonl(rows[:2], data / "test.jsonl")
     recipe = {
-        "model_name_or_path": str(folder / "base"),
+        "model_name_or_path": base,
         "dataset_name": str(data),
         "output_dir": str(folder / "out"),
         "use_peft": True,
@@ -131,7 +124,7 @@ def test_bad_rows_are_counted_as_skipped(work, tmp_path):
     rows = [json.loads(line) for line in (work / "data" / "train.jsonl").read_text().splitlines()]
     (tmp_path / "no.png").write_bytes(b"not an image")
     rows[0]["images"] = [str(tmp_path / "no.png")]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
+    data = write_jsonl(rows, tmp_path / "rows.jsonl")
     argv = ["--config", str(work / "recipe.yaml"), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
     argv += ["--eval_strategy", "no", "--max_steps", "1"]
     with pytest.raises(RowError, match="row-0"):
@@ -248,7 +241,7 @@ def test_a_test_split_can_be_cut_off(work):
 
 def test_shards_and_media_beside_the_rows(work, tmp_path):
     for i in range(2):
-        write_rows(tmp_path / f"train-0000{i}-of-00002.jsonl", preference_rows(tmp_path, 2))
+        write_jsonl(preference_rows(tmp_path, 2), tmp_path / f"train-0000{i}-of-00002.jsonl")
     (tmp_path / "skipped_rows.jsonl").write_text("{}\n")
     assert list(local_splits(tmp_path)) == ["train"]
     assert len(load("--dataset_name", tmp_path)[0]) == 4

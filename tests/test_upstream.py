@@ -62,6 +62,15 @@ CALLED = [
     ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),
     ("accelerate.PartialState", ..., CHECK),
     ("peft.PromptLearningConfig", ..., SETUP),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., SCORING),
+    (
+        "peft.get_peft_model_state_dict",
+        ["model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers"],
+        "trl_vpo/doctor.py",
+    ),
+    ("transformers.TrainingArguments.to_dict", ["self"], CONFIG),
+    ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/launch.py"),
+    ("accelerate.commands.launch.launch_command_parser", ["subparsers"], "trl_vpo/launch.py"),
     ("peft.PeftModel.delete_adapter", ["self", "adapter_name"], BASE),
     ("peft.PeftModel.get_base_model", ["self"], BASE),
     ("transformers.AttentionInterface.register", ["key", "value"], ATTENTION),
@@ -101,6 +110,12 @@ def find(path):
             found = getattr(found, name)
         return found
     raise AttributeError(path)
+
+
+def absent(path, *lines):
+    """Those that the source of a function or class does not have."""
+    source = inspect.getsource(find(path))
+    return [line for line in lines if line not in source]
 
 
 @pytest.mark.parametrize(("path", "parameters", "user"), CALLED, ids=[path for path, *_ in CALLED])
@@ -182,10 +197,8 @@ def test_where_dpo_trainer_loads_the_reference():
 
 
 def test_the_copy_of_a_given_adapter_is_called_ref():
-    source = inspect.getsource(find("trl.DPOTrainer.__init__"))
-    expected = ('model.add_adapter("ref"', 'model.peft_config["default"]')
-    missing = [line for line in expected if line not in source]
-    assert not missing, f"DPOTrainer.__init__ has no {missing} any more; {BASE} expects that name in three places."
+    gone = absent("trl.DPOTrainer.__init__", 'model.add_adapter("ref"', 'model.peft_config["default"]')
+    assert not gone, f"DPOTrainer.__init__ has no {gone} any more; {BASE} expects that name in three places."
 
 
 def test_evaluate_prepares_raw_datasets_through_our_method():
@@ -196,10 +209,9 @@ def test_evaluate_prepares_raw_datasets_through_our_method():
 
 
 def test_where_evaluate_precomputes_the_reference():
-    source = inspect.getsource(find("trl.DPOTrainer.evaluate"))
     expected = ("self.precompute_ref_logps", "self.state.global_step > 0", "self._precompute_ref_logps(")
-    missing = [line for line in expected if line not in source]
-    assert not missing, f"DPOTrainer.evaluate has no {missing} any more; {BASE} leans on it, see `_finish_init`."
+    gone = absent("trl.DPOTrainer.evaluate", *expected)
+    assert not gone, f"DPOTrainer.evaluate has no {gone} any more; {BASE} leans on it, see `_finish_init`."
 
 
 def test_how_peft_names_the_weights_under_an_adapter():
@@ -257,13 +269,12 @@ def test_the_attributes_that_dpo_trainer_sets(tmp_path):
 
 def test_when_a_loss_counts_as_scaled_for_gradient_accumulation():
     """`compute_loss` gives its part of the whole step's mean where it is given the step's totals, else a mean."""
-    source = inspect.getsource(find("transformers.Trainer.training_step"))
-    expected = (
+    gone = absent(
+        "transformers.Trainer.training_step",
         "self.loss_is_scaled_for_ga is not None",
         "self.model_accepts_loss_kwargs and num_items_in_batch is not None",
     )
-    missing = [line for line in expected if line not in source]
-    assert not missing, f"Trainer.training_step has no {missing} any more; see `compute_loss` in {BASE}."
+    assert not gone, f"Trainer.training_step has no {gone} any more; see `compute_loss` in {BASE}."
     source = inspect.getsource(find("transformers.Trainer.get_batch_samples"))
     assert "self._get_num_items_in_batch(batch_samples, device)" in source, f"{BASE} counts the step's pairs there."
 
@@ -314,7 +325,7 @@ def test_peft_hands_unknown_arguments_to_the_model(tmp_path):
         )
 
 
-RESUME, LOCAL, CONTESTANTS = "trl_vpo/resume.py", "trl_vpo/generate/local.py", "trl_vpo/evaluate/contestants.py"
+RESUME, CONTESTANTS = "trl_vpo/resume.py", "trl_vpo/evaluate/contestants.py"
 MORE_CALLED = [
     ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
     ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/{callback,heldout}.py"),
@@ -355,10 +366,26 @@ def test_the_counters_that_go_on_after_an_interruption():
     assert 0 < begin < epoch, f"Trainer no longer calls on_train_begin before on_epoch_begin; see `Guard` in {RESUME}."
     late = [line for line in zeroed if not 0 < source.find(line) < begin]
     assert not late, f"Trainer has no {late} before on_train_begin any more; see `Guard.on_train_begin` in {RESUME}."
-    source = inspect.getsource(find("transformers.Trainer._finalize_training"))
     used = ("self._total_loss_scalar += self._tr_loss.item()", "self.state.global_step - self._initial_global_step")
-    missing = [line for line in used if line not in source]
-    assert not missing, f"Trainer._finalize_training has no {missing} any more; see `_counters` in {RESUME}."
+    gone = absent("transformers.Trainer._finalize_training", *used)
+    assert not gone, f"Trainer._finalize_training has no {gone} any more; see `_counters` in {RESUME}."
+
+
+def test_how_the_end_of_a_single_launched_process_is_told():
+    gone = absent("accelerate.commands.launch.simple_launcher", "subprocess.CalledProcessError(")
+    assert not gone, "accelerate tells it otherwise now; see `launch` in trl_vpo/launch.py."
+
+
+def test_what_keeps_bitsandbytes_from_packing_four_bit_weights():
+    pytest.importorskip("bitsandbytes")
+    gone = absent("bitsandbytes.nn.Linear4bit.forward", "self.support_avx512bf16_for_cpu", "packing_format_for_cpu")
+    assert not gone, f"Linear4bit.forward has no {gone} any more; see `keep_gradients` in {SETUP}."
+
+
+def test_what_shows_a_config():
+    """Both are overridden, so that no token is shown; a dataclass would make `repr` anew for every config."""
+    gone = absent("transformers.TrainingArguments.__str__", "asdict(self)", 'k.endswith("_token")')
+    assert not gone, f"TrainingArguments.__str__ has no {gone} any more; see {CONFIG}."
 
 
 def test_the_mark_that_ddp_reads():

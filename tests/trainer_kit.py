@@ -105,6 +105,14 @@ def shake(model, seed=1, scale=0.05):
             p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
 
 
+def draw_lora(model, std, seed=0):
+    """Draw the weights of a new LoRA that are zero; the same seed gives the same."""
+    torch.manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=std)
+
+
 def gradients(trainer, loss):
     params = trainable(trainer.model)
     grads = torch.autograd.grad(loss, params.values(), allow_unused=True)

@@ -100,6 +100,16 @@ def resolve_targets(peft_config: Any, model: nn.Module) -> None:
         peft_config.target_modules = target_modules(model, targets)
 
 
+def loses_base(config: Any) -> str | None:
+    """Why a model is not its base where an adapter of this config is switched off; None: it is."""
+    init = getattr(config, "init_lora_weights", True)
+    if (bias := getattr(config, "bias", "none")) != "none":
+        return f"bias={bias!r} trains the base's own biases"
+    if isinstance(init, str) and init.lower() not in KEEPS_BASE:
+        return f"init_lora_weights={init!r} changes the base's weights"
+    return None
+
+
 def _is_linear(module: nn.Module) -> bool:
     # `nn.MultiheadAttention` reads the weight of its own kind of linear layer and never calls it: LoRA would not act.
     return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
@@ -177,7 +187,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def vllm_problems(adapter: Path, *, max_lora_rank: int = MAX_LORA_RANK) -> list[str]:
+def vllm_problems(adapter: Path | str, *, max_lora_rank: int = MAX_LORA_RANK) -> list[str]:
     """Why vLLM would refuse a saved adapter, or ignore parts of it; empty where it serves it as it is.
 
     After vLLM's own checks (`vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py`, 2026): it takes plain LoRA and
@@ -190,10 +200,14 @@ def vllm_problems(adapter: Path, *, max_lora_rank: int = MAX_LORA_RANK) -> list[
     Raises:
         AdapterError: no adapter.
     """
-    config = read_config(adapter)
+    return vllm_refuses(read_config(adapter), saved_shapes(adapter), max_lora_rank=max_lora_rank)
+
+
+def vllm_refuses(config: dict[str, Any], tensors: Iterable[str], *, max_lora_rank: int = MAX_LORA_RANK) -> list[str]:
+    """`vllm_problems` of an adapter that is not saved yet: its config and the names of its tensors."""
     problems = [problem for wrong, problem in _vllm_features(config) if wrong]
     pattern = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
-    matches = {name: pattern.fullmatch(name) for name in saved_shapes(adapter)}
+    matches = {name: pattern.fullmatch(name) for name in tensors}
     unknown = sorted(name for name, match in matches.items() if match is None)
     if unknown and not problems:
         problems.append(f"{len(unknown)} tensors are no LoRA weights of linear layers, such as {unknown[0]}.")

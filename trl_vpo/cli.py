@@ -198,7 +198,8 @@ def _add_doctor(commands) -> None:
     text = "check a recipe and its whole dataset before training"
     doctor_parser = commands.add_parser(
         "doctor", help=text, description=text, epilog=DOCTOR_EXAMPLE,
-        usage="trl-vpo doctor RECIPE [--method METHOD] [--rows N | --all] [--out FILE] [--any_key value ...]",
+        usage="trl-vpo doctor RECIPE [--method METHOD] [--rows N | --all] [--out FILE] [--gpu_memory GIB]\n"
+        "                      [--accelerate_config FILE] [--num_processes N] [--any_key value ...]",
     )  # fmt: skip
     doctor_parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's .yaml file")
     doctor_parser.add_argument(
@@ -210,6 +211,13 @@ def _add_doctor(commands) -> None:
     )
     many.add_argument("--all", action="store_true", help="tokenize every row")
     doctor_parser.add_argument("--out", metavar="FILE", type=Path, help="write every problem into this .jsonl file")
+    # Text only: they go on to `run_doctor` among the recipe's keys.
+    doctor_parser.add_argument_group(
+        "the machine that memory is estimated for",
+        "--gpu_memory GIB          of each GPU (default: what the GPU of this machine has)\n"
+        "--accelerate_config FILE  how the weights are sharded, as in `trl-vpo train`\n"
+        "--num_processes N         how many GPUs",
+    )
     doctor_parser.set_defaults(run=doctor, parser=doctor_parser)
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model_state_dict
 from rich.console import Console
 from transformers import AutoConfig, AutoProcessor
 from trl import get_peft_config
 
 import trl_vpo
 from trl_vpo import footprint
+from trl_vpo.adapters import LORA_RANKS, vllm_refuses
 from trl_vpo.doctor_data import check_data
 from trl_vpo.forward.scoring import check_head
 from trl_vpo.forward.tree import Tree
@@ -193,6 +195,16 @@ def _check_model(patient: Patient, report: Report) -> None:
     if adapted.vision:
         what += f" (such as {adapted.vision[0]}): the recipes train the language model only"
     report.add("LoRA", WARN if adapted.vision else OK, what)
+    _check_serving(patient.model, report)
+
+
+def _check_serving(model: Any, report: Report) -> None:
+    """What vLLM would make of the adapter. A rank that it takes when it is told so is no cause for a warning."""
+    config = model.peft_config["default"].to_dict()
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    refused = vllm_refuses(config, tensors, max_lora_rank=LORA_RANKS[-1])
+    said = " ".join(vllm_refuses(config, tensors)) or "serves the adapter as it will be saved"
+    report.add("vLLM", WARN if refused else OK, said)
 
 
 def _check_full(patient: Patient, report: Report) -> None:

@@ -40,7 +40,7 @@ RETRY_WAITS = (5, 30)  # seconds before the second and third try at the end; sin
 def connect(args: Any) -> HubPush | None:
     """Take over `push_to_hub`: create the repo and check that it can be written. All ranks call this.
 
-    `args` are changed: the trainer must not push by itself, and `training_args.bin` must not hold the token.
+    `args` are changed: the trainer must not push by itself.
 
     Args:
         args: TrainingArguments, before a trainer is made of them.
@@ -70,13 +70,6 @@ def connect(args: Any) -> HubPush | None:
     if message:
         raise HubError(message)
     return push
-
-
-def forget_tokens(args: Any) -> None:
-    """Take tokens for loading out of `model_init_kwargs`, once the model is loaded: training_args.bin has them."""
-    if args.model_init_kwargs:
-        secret = ("token", "use_auth_token")
-        args.model_init_kwargs = {k: v for k, v in args.model_init_kwargs.items() if k not in secret}
 
 
 class HubPush(TrainerCallback):

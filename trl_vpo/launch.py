@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,4 +78,6 @@ def launch(options: list[str], command: list[str]) -> int:
     except ChildFailedError as error:  # the failing process has said what happened; the launcher's trace adds nothing
         print(error, file=sys.stderr)
         return 1
+    except subprocess.CalledProcessError as error:  # of a single process. Its text is the whole command, with tokens
+        return error.returncode
     return 0

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from trl.scripts.utils import ScriptArguments, TrlParser
 
+from trl_vpo.report.run_record import scrub
+
 TARGETS_HELP = (
     "What LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model family; "
     "PEFT's all-linear; or a regular expression of whole module names."
@@ -84,7 +86,11 @@ class RecipeParser(TrlParser):
                 f"directory, {Path.cwd()}."
             ) from error
         except yaml.YAMLError as error:
-            raise RecipeError(f"the recipe is not valid YAML: {error}") from error
+            # Not the error's own text: it shows the line, which may hold a token.
+            mark = getattr(error, "problem_mark", None)
+            where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            what = getattr(error, "problem", None) or type(error).__name__
+            raise RecipeError(f"the recipe is not valid YAML{where}: {scrub(what)}.") from None
 
     def set_defaults_with_config(self, **kwargs) -> list[str]:
         unknown = [key for key in kwargs if key not in self._own_defaults and key not in LAUNCH_KEYS]
@@ -94,10 +100,11 @@ class RecipeParser(TrlParser):
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, rest = super().parse_known_args(args, namespace)
-        options = [arg for arg in rest if arg.startswith("--")]
-        if rest:
-            hints = [nearest(o[2:].split("=")[0].replace("-", "_"), self._own_defaults, "--") for o in options]
-            raise RecipeError(" ".join(f"unknown option {o}.{h}" for o, h in zip(options or rest, hints or [""])))
+        if rest:  # without values: a token may be among them
+            options = [arg.split("=")[0] for arg in rest if arg.startswith("--")]
+            hints = [nearest(o[2:].replace("-", "_"), self._own_defaults, "--") for o in options]
+            unknown = " ".join(f"unknown option {o}.{h}" for o, h in zip(options, hints))
+            raise RecipeError(unknown or f"a value that belongs to no option stands behind {_before(rest[0], args)}.")
         for action in self._actions:  # argparse does not check values that came from the recipe
             if action.choices and getattr(namespace, action.dest) is not None:
                 self._check_value(action, getattr(namespace, action.dest))
@@ -114,10 +121,16 @@ class RecipeParser(TrlParser):
         hint = nearest(value, valid)
         if isinstance(value, bool) and {"no", "yes"} & set(valid):
             hint = ' YAML reads an unquoted no as false: write "no".'
-        raise RecipeError(f"{action.dest}: {value!r} is not one of {', '.join(valid)}.{hint}")
+        raise RecipeError(scrub(f"{action.dest}: {value!r} is not one of {', '.join(valid)}.{hint}"))
 
     def error(self, message: str):
-        raise RecipeError(message)
+        raise RecipeError(scrub(message))
+
+
+def _before(value: str, args: list[str]) -> str:
+    """The option that a value stands behind."""
+    options = [arg.split("=")[0] for arg in args[: args.index(value)] if arg.startswith("--")]
+    return options[-1] if options else "no option at all"
 
 
 def _has_accelerator() -> bool:

@@ -87,7 +87,6 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
     checkpoint = resume.find_checkpoint(training_args)
     push = hub.connect(training_args)
     trainer, rows = build_trainer(method, script_args, training_args, model_args, dataset_args)
-    hub.forget_tokens(training_args)
     dataset_name = script_args.dataset_name or ", ".join(d.path for d in dataset_args.datasets)
     if push:
         push.attach(trainer, dataset_name)
@@ -105,11 +104,23 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
             trainer, method=method, recipe=parser.given, recipe_path=config_path(argv), rows=rows,
             metrics=result.metrics, started=started,
         )  # fmt: skip
-    trainer.accelerator.print(f"Saved to {training_args.output_dir}.")
+    trainer.accelerator.print(f"Saved to {training_args.output_dir}.{_serving_note(trainer)}")
     trainer.end()
     if push:
         push.finish()
     return trainer
+
+
+def _serving_note(trainer: Any) -> str:
+    """What vLLM would make of the adapter that was saved; nothing for a whole model, which it loads as any other."""
+    from accelerate.utils import is_peft_model
+
+    from trl_vpo.adapters import vllm_problems
+
+    if not trainer.is_world_process_zero() or not is_peft_model(trainer.model):
+        return ""
+    problems = vllm_problems(trainer.args.output_dir)
+    return f" vLLM and this adapter: {' '.join(problems)}" if problems else " vLLM serves it as it is."
 
 
 def build_trainer(method: str, script_args, training_args, model_args, dataset_args) -> tuple[Any, int | None]:
@@ -121,7 +132,7 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
 
     if not model_args.model_name_or_path:
         raise RecipeError("there is no model: set `model_name_or_path` to a Hub model or a folder.")
-    adapter_config = peft_config(training_args, model_args)
+    adapter_config = peft_config(model_args)
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     evaluate = training_args.eval_strategy != "no"
     train, test = load_splits(script_args, dataset_args, evaluate=evaluate, seed=training_args.seed)
@@ -135,7 +146,6 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
         peft_config=adapter_config,
     )
     show_progress(trainer)
-    keep_gradients(trainer.model)
     if script_args.freeze_vision:
         freeze_vision(trainer.model)
     if script_args.ignore_bias_buffers:
@@ -159,17 +169,6 @@ def refuse_jit_checkpoint(training_args: Any) -> None:
             "enable_jit_checkpoint: leave it out. A checkpoint is saved at the end of the step when SIGTERM comes, "
             "always; the one of transformers may be saved in the middle of a step and cannot be gone on from exactly."
         )
-
-
-def keep_gradients(model: Any) -> None:
-    """Keep 4-bit weights on a CPU as they are: bitsandbytes would repack them in the first evaluation.
-
-    Repacked weights are for inference; no gradient passes them, and nothing says so (bitsandbytes 0.50, on CPUs with
-    AVX512-BF16, `Linear4bit.forward`).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def freeze_vision(model: Any) -> None:
@@ -199,25 +198,19 @@ def model_init_kwargs(training_args: Any, model_args: Any) -> dict[str, Any]:
     }
 
 
-def peft_config(training_args: Any, model_args: Any) -> Any:
-    """TRL's LoRA config; a preset of `lora_target_modules` is spelt out for the model. None without LoRA.
+def peft_config(model_args: Any) -> Any:
+    """TRL's LoRA config, or None without LoRA. The trainer spells a preset of `lora_target_modules` out.
 
     Raises:
-        RecipeError: there is no such preset, or the model lacks what it names.
+        RecipeError: there is no such preset; said before data are loaded.
     """
-    from transformers import AutoConfig
     from trl import get_peft_config
 
-    from trl_vpo.adapters import PRESETS, check_targets, resolve_targets
-    from trl_vpo.footprint import empty_model
+    from trl_vpo.adapters import check_targets
 
     config = get_peft_config(model_args)
     if config is not None:
         check_targets(config.target_modules)
-        if config.target_modules in PRESETS:
-            name, code = model_args.model_name_or_path, training_args.trust_remote_code
-            base = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=code)
-            resolve_targets(config, empty_model(base))
     return config
 
 

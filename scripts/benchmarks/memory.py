@@ -24,7 +24,7 @@ from benchmarks.common import MIB, memory_of, peak_mib, show
 from trl_vpo import footprint, memory
 from trl_vpo.dry_step import LiveBytes
 from trl_vpo.micro_batch import load_of
-from trl_vpo.train import NOT_QUANTIZED, freeze_vision, keep_gradients, quantization_config
+from trl_vpo.train import NOT_QUANTIZED, freeze_vision, quantization_config
 
 COLUMNS = {
     "case": "case",
@@ -194,7 +194,6 @@ def make_step(case: Case):
         quantization_config=quantization_config(model_args),
         peft_config=lora(case),
     )
-    keep_gradients(trainer.model)
     if case.full and case.frozen:
         freeze_vision(trainer.model)
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from trl_vpo.data.importers import FORMATS, ImportFormatError, convert, import_rows
+from trl_vpo.testbed.rows import write_jsonl
 
 TEXT = {"type": "text"}
 
@@ -244,21 +245,16 @@ def test_media_root(tmp_path):
     ],
 )
 def test_bad_records(tmp_path, fmt, change, message):
-    path = write_escaped(tmp_path / "in.jsonl", RECORDS[fmt] | change)
+    path = write_jsonl([RECORDS[fmt] | change], tmp_path / "in.jsonl")
     with pytest.raises(ImportFormatError, match=message) as error:
         list(import_rows(fmt, path))
     assert str(error.value).startswith(f"{path}, line 1: ")
     # the same record is skipped, counted and listed with its reason on request
     good = RECORDS[fmt] | {"id": "good"}
-    counts = convert(fmt, write_escaped(path, RECORDS[fmt] | change, good), tmp_path / "out.jsonl", on_bad="skip")
+    counts = convert(fmt, write_jsonl([RECORDS[fmt] | change, good], path), tmp_path / "out.jsonl", on_bad="skip")
     assert (counts.read, counts.written, counts.rejected) == (2, 1, 1)
     (listed,) = map(json.loads, (tmp_path / "out.jsonl.rejected.jsonl").read_text().splitlines())
     assert re.search(message, listed["reason"]) and listed["record"] == RECORDS[fmt] | change
-
-
-def write_escaped(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 # --- files ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from media_files import (
     cut,
+    needs_pyav,
     number,
     numbers,
     overwrite,
@@ -453,6 +454,7 @@ def test_garbage_and_text(tmp_path):
 
 
 def test_truncated_mp4_with_its_index_in_front(folder, tmp_path):
+    needs_pyav(17, 0, "the index of frames")
     path = cut(folder / "fast.mp4", tmp_path / "cut.mp4", 0.6)
     refused(path, r"truncated: of the 60 frames in its index, the data of \d+ lie past the end.*again")
     refused(path, "truncated", options=VideoOptions(num_frames=2, video_end=0.3))  # also when the rest is not needed

@@ -1,7 +1,5 @@
 """Held-out measures while training: the numbers of `trl-vpo evaluate` on the adapter that was just saved."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +12,7 @@ from trl_vpo.evaluate.heldout import measure_preferences
 from trl_vpo.evaluate.rows import EvaluateError
 from trl_vpo.evaluate.run import run_evaluation
 from trl_vpo.testbed import language, tiny_vlm
+from trl_vpo.testbed.rows import write_jsonl
 
 QUIET = {
     "use_cpu": True, "bf16": False, "report_to": [], "num_frames": 8, "per_device_train_batch_size": 2,
@@ -81,8 +80,7 @@ def test_every_evaluation_has_the_measures(trained):
 
 def test_they_are_those_of_the_saved_adapter(trained, held_out, tmp_path):
     trainer, callback = trained
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in held_out.rows.values() if "chosen" in row))
+    data = write_jsonl((row for row in held_out.rows.values() if "chosen" in row), tmp_path / "rows.jsonl")
     options = {"num_frames": 8, "device": "cpu", "output_dir": tmp_path / "run", "resamples": 10, "num_images": 2}
     argv = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     folder = trainer.args.output_dir

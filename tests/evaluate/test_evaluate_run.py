@@ -32,6 +32,7 @@ from trl_vpo.generate.base import GenerateError, Media
 from trl_vpo.generate.inputs import read_inputs
 from trl_vpo.recipe import RecipeError
 from trl_vpo.testbed import language, tiny_vlm
+from trl_vpo.testbed.rows import write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -343,8 +344,7 @@ def test_bad_media_stop_the_run_unless_told_otherwise(held_out, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     rows[1]["videos"] = [str(broken)]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_jsonl(rows, tmp_path / "rows.jsonl")
     with pytest.raises(EvaluateError, match=rf"row 1 \(id '{rows[1]['id']}'\).*broken\.mp4.*(?s:.)*on_bad=skip"):
         evaluate(held_out, tmp_path / "run", data=data, sensitivity="none")
     results = evaluate(held_out, tmp_path / "run", data=data, sensitivity="none", on_bad="skip")
@@ -365,7 +365,7 @@ def test_bad_media_stop_the_run_unless_told_otherwise(held_out, tmp_path):
 @pytest.mark.parametrize(
     "lora, why",
     [
-        ({"bias": "all"}, "trains biases of the base"),
+        ({"bias": "all"}, "trains the base's own biases"),
         ({"init_lora_weights": "pissa"}, "changes the base's weights"),
         ({"target_modules": ["lm_head"]}, "adapts the LM head by low-rank layers"),
     ],

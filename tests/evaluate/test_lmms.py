@@ -12,10 +12,9 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from families import LANGUAGE_MODEL
-from peft import LoraConfig, get_peft_model
+from held_out_kit import write_adapter
 
 from trl_vpo.data.images import load_image
 from trl_vpo.data.media import VideoOptions, load_video
@@ -27,6 +26,7 @@ from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.local import LocalModel
 from trl_vpo.generate.models import answering_model
 from trl_vpo.testbed import language, world
+from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.testbed.tiny_vlm import BASE
 
 needs_lmms_eval = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra lmms; see the docstring")
@@ -83,7 +83,7 @@ def documents(tmp_path_factory):
 def tasks(tmp_path_factory, documents):
     """A folder with tasks of every kind that the bridge serves, and of some that it refuses."""
     folder = tmp_path_factory.mktemp("tasks")
-    (folder / "documents.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in documents))
+    write_jsonl(documents, folder / "documents.jsonl")
     (folder / "code.py").write_text(CODE)
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "documents.jsonl")}}}
     metric = {"metric": "right", "aggregation": "mean", "higher_is_better": True}
@@ -125,16 +125,8 @@ def base():
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """A random LoRA adapter on the language model, large enough to change answers."""
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules=LANGUAGE_MODEL)
-    model = get_peft_model(answering_model(GenerateConfig(**COMMON)).model, config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1)
     folder = tmp_path_factory.mktemp("adapter") / "last"
-    model.save_pretrained(folder)
-    return str(folder)
+    return write_adapter(folder, scale=0.1, lora_alpha=16, target_modules=LANGUAGE_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from datasets import Dataset
 from families import FAMILIES, KINDS, LANGUAGE_MODEL, build, text_of, tokenizer
 from helpers import row
 from peft import LoraConfig
+from trainer_kit import draw_lora
 
 import trl_vpo
 from trl_vpo.forward import layouts
@@ -34,10 +35,7 @@ def trainer_of(method, layout, folder, data, name="Qwen2.5-VL", target=LANGUAGE_
     args = config(str(folder), use_cpu=True, report_to="none", layout=layout, **settings)
     lora = LoraConfig(r=4, target_modules=target)
     made = trainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=lora)
-    torch.manual_seed(0)
-    for key, weight in made.model.named_parameters():
-        if "lora_B" in key:
-            torch.nn.init.normal_(weight, std=0.05)
+    draw_lora(made.model, std=0.05)
     made.model.train()
     return made
 

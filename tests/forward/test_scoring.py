@@ -199,7 +199,7 @@ def moved(method, name, tmp_path, images, **more):
     return trainer
 
 
-def both_ways(trainer, batch):
+def both_ways(trainer):
     """(R, T) lists of log-probs: ours, and slow."""
     trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
     pairs = [(tree.trunks[b.trunk], b) for tree in trees for b in tree.branches]
@@ -218,7 +218,7 @@ def test_concatenated_forward_scores_as_full_calls(name, layout, tmp_path, image
     trainer = moved("dpo", name, tmp_path, images, layout=layout)
     batch = collated(trainer)
     scores = trainer.concatenated_forward(trainer.model, batch)
-    logits, logps = both_ways(trainer, batch)
+    logits, logps = both_ways(trainer)
     assert len({len(x) for x in logps}) > 3
     for s, (x, want) in enumerate(zip(logits, logps)):
         mask = scores.mask[s]
@@ -241,9 +241,9 @@ def test_kl_is_that_of_the_full_logits(name, layout, tmp_path, images):
     batch = collated(trainer)
     reference = trainer.reference_scores(batch)
     scores = trainer.concatenated_forward(trainer.model, batch, reference)
-    logits, _ = both_ways(trainer, batch)
+    logits, _ = both_ways(trainer)
     with torch.no_grad(), trainer.model.disable_adapter():
-        ref_logits, ref_logps = both_ways(trainer, batch)
+        ref_logits, ref_logps = both_ways(trainer)
     kl = [
         (r.log_softmax(-1).exp() * (r.log_softmax(-1) - x.log_softmax(-1))).sum(-1) for x, r in zip(logits, ref_logits)
     ]
@@ -275,9 +275,9 @@ def test_videos_of_different_lengths_keep_their_order(layout, tmp_path):
     reference = trainer.reference_scores(batch)
     scores = trainer.concatenated_forward(trainer.model, batch, reference)
     assert len(calls) == 2 * 3  # policy and reference
-    logits, logps = both_ways(trainer, batch)
+    logits, logps = both_ways(trainer)
     with torch.no_grad(), trainer.model.disable_adapter():
-        ref_logits, _ = both_ways(trainer, batch)
+        ref_logits, _ = both_ways(trainer)
     for s, (x, r, want) in enumerate(zip(logits, ref_logits, logps)):
         p, q = r.log_softmax(-1), x.log_softmax(-1)
         torch.testing.assert_close(scores.logps[s][scores.mask[s]], want, rtol=1e-4, atol=1e-5)
@@ -303,6 +303,6 @@ def test_bf16_weights_give_float32_log_probs(tmp_path):
     reference = trainer.reference_scores(batch)
     scores = trainer.concatenated_forward(trainer.model, batch, reference)
     assert {scores.logps.dtype, scores.kl.dtype, scores.entropy.dtype} == {torch.float32}
-    _, want = both_ways(trainer, batch)
+    _, want = both_ways(trainer)
     for s, x in enumerate(want):
         torch.testing.assert_close(scores.logps[s][scores.mask[s]], x, rtol=2e-2, atol=2e-2)

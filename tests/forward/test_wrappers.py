@@ -3,32 +3,25 @@ tests/trainers/test_distributed.py.)"""
 
 import pytest
 import torch
+import trainer_kit
 from datasets import Dataset
-from families import LANGUAGE_MODEL, build
-from helpers import row, write_image
-from peft import LoraConfig, prepare_model_for_kbit_training
+from families import build
+from helpers import row
+from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-
-import trl_vpo
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("media")
-    images = [write_image(folder / f"{i}.png", size, i) for i, size in enumerate([(56, 56), (112, 56)])]
+def data(images):
     return Dataset.from_list(
         [row("image", [images[0]]), row("image", [images[1]], "a square.", "two circles are in the picture.")]
     )
 
 
 def trainer_of(model, processor, data, folder, layout):
-    args = trl_vpo.RRPOConfig(str(folder), use_cpu=True, bf16=False, report_to="none", layout=layout)
-    lora = LoraConfig(r=4, target_modules=LANGUAGE_MODEL)
-    trainer = trl_vpo.RRPOTrainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=lora)
-    torch.manual_seed(0)
-    for name, weight in trainer.model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    more = {"layout": layout, "gradient_checkpointing": True}
+    trainer = trainer_kit.trainer_of("rrpo", folder, data, "Qwen2-VL", model, processor, **more)
+    trainer_kit.draw_lora(trainer.model, std=0.05)
     trainer.model.train()
     return trainer
 

@@ -4,7 +4,6 @@ Reads a job as JSON from each line of stdin. {"argv": [...], "log": FILE, "env":
 in the file, and prints its pid. {"wait": pid}: waits for it and prints its exit status, negative for a signal.
 """
 
-import json
 import os
 import sys
 import traceback
@@ -13,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from workers import serve
 
 torch.set_num_threads(1)  # a fork has none of its parent's threads
 
@@ -48,19 +48,7 @@ def child(job: dict) -> None:
     os._exit(status)
 
 
-def main() -> None:
+if __name__ == "__main__":
     warm_up(sys.argv[1])
     print("ready", flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        if "wait" in job:
-            print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
-            continue
-        pid = os.fork()
-        if not pid:
-            child(job)
-        print(pid, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    serve(child)

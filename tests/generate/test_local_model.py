@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from families import LANGUAGE_MODEL, build
+from held_out_kit import write_adapter
 from helpers import write_clip
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
 
 from trl_vpo.data.media import VideoOptions, load_video
@@ -225,15 +226,8 @@ def test_the_true_caption_is_more_likely_than_a_false_one(base):
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """A random LoRA adapter on the language model, large enough to change answers."""
-    torch.manual_seed(0)
-    model = get_peft_model(load().model, LoraConfig(r=4, lora_alpha=16, target_modules=LANGUAGE_MODEL))
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.1)
     folder = tmp_path_factory.mktemp("adapter") / "last"
-    model.save_pretrained(folder)
-    return str(folder)
+    return write_adapter(folder, scale=0.1, lora_alpha=16, target_modules=LANGUAGE_MODEL)
 
 
 def test_an_adapter_answers_as_its_merged_model(base, requests, adapter):
@@ -288,10 +282,7 @@ def wide(tmp_path_factory):
     classes = [getattr(transformers, f"Qwen2VL{name}") for name in names]
     text = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     model, processor = families._qwen(*classes, vision, rope={"mrope_section": [2, 3, 3]}, text=text)
-    folder = tmp_path_factory.mktemp("wide")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    return families.write_model(tmp_path_factory.mktemp("wide"), model, processor)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

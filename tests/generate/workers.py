@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from trl_vpo.generate.base import GenerateError, Outcome
@@ -120,7 +121,8 @@ def child(job: dict) -> None:
         os._exit(3)
 
 
-def main() -> None:
+def serve(child: Callable[[dict], None]) -> None:
+    """Answer the jobs of stdin; each is done by `child`, which never returns, in a fork of this process."""
     for line in sys.stdin:
         job = json.loads(line)
         if "wait" in job:
@@ -134,4 +136,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     assert not {"torch", "transformers", "datasets"} & sys.modules.keys(), "the store must start quickly"
-    main()
+    serve(child)

@@ -25,16 +25,23 @@ elif ENGINE == "fsdp2":  # accelerate takes FSDP on the CPU for plain DDP: it ha
 
     PartialState._prepare_backend = lambda self, cpu, sm, backend=None: ("gloo", DistributedType.MULTI_GPU)
 
+import copy
+import functools
 import tempfile
 import time
 
+import families
 import torch
+import transformers as T
+from accelerate import PartialState
 from datasets import Dataset
 from helpers import row, write_clip, write_image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from trainer_kit import PAIRS, fresh, lora, shake, trainable, trainer_of
 from transformers import TrainerCallback
+
+from trl_vpo.train import NOT_QUANTIZED
 
 EVERYWHERE = r".*\.(q|k|v|o|gate|up|down|out)_proj|.*\.(qkv|fc1|fc2|proj)"  # LoRA on the vision tower, too
 CASES = {
@@ -49,6 +56,25 @@ CASES = {
     "unlike clips, separate": {"method": "rrpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "separate"},
     "images and clips": {"method": "rrpo", "name": "LLaVA-OneVision", "kind": "both", "num_frames": 4},
 }  # fmt: skip
+QUANTIZED = {f"{m}, 4 bits": {"method": m, "four_bits": True} for m in ("dpo", "rrpo")}
+
+
+@functools.cache
+def four_bit_model():
+    """A Qwen2-VL whose language model is stored in 4 bits; its widths are multiples of 64, as that needs on a CPU."""
+    vision = {"depth": 2, "embed_dim": 24, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
+    classes = [getattr(T, f"Qwen2VL{name}") for name in ("Config", "ForConditionalGeneration", "Processor")]
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    torch.manual_seed(0)
+    model, processor = families._qwen(
+        *classes, T.Qwen2VLVideoProcessor, vision, rope={"mrope_section": [2, 3, 3]}, text=text
+    )
+    quantization = T.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(sys.argv[2]).with_suffix(".base") if ENGINE else own  # only the first process writes a model
+        model.save_pretrained(folder)
+        PartialState().wait_for_everyone()
+        return T.AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantization), processor
 
 
 def rows_of(kind, count, folder):
@@ -117,7 +143,7 @@ def engine_options():
     return {"use_cpu": True, "deepspeed": zero | dict.fromkeys(sizes, "auto")}
 
 
-def run_case(method, layout="auto", name="Qwen2-VL", kind=None, rows=8, processes=1, **more):
+def run_case(method, layout="auto", name="Qwen2-VL", kind=None, rows=8, processes=1, four_bits=False, **more):
     """The log of the step, the metrics of the evaluation, gradients and saved adapter by name, layout and wrapper."""
     with tempfile.TemporaryDirectory() as folder:
         made = rows_of(kind or ("list" if method == "lpoi" else "images"), rows, Path(folder))
@@ -127,7 +153,12 @@ def run_case(method, layout="auto", name="Qwen2-VL", kind=None, rows=8, processe
             "learning_rate": 1.0, "max_grad_norm": 1e9, "train_sampling_strategy": "sequential",
             "callbacks": [watch], "eval_dataset": Dataset.from_list(made[:5]), **engine_options(), **more,
         }  # fmt: skip
-        trainer = trainer_of(method, folder, made, name=name, **{"peft_config": lora(), "peft": None, **options})
+        model, processor = copy.deepcopy(four_bit_model()) if four_bits else (None, None)
+        options = {"model": model, "processor": processor, "peft_config": lora(), "peft": None, **options}
+        trainer = trainer_of(method, folder, made, name=name, **options)
+        if four_bits:  # DPOTrainer made their LoRA bfloat16, which is too coarse to compare sums
+            for weight in trainable(trainer.model).values():
+                weight.data = weight.data.float()
         shake(trainer.model)
         watch.watch(trainer)
         if rows % 2:  # accelerate would fill the last batch up
@@ -172,7 +203,6 @@ def meet_bad_row(when):
 
 def main():
     import torch.distributed as dist
-    from accelerate import PartialState
 
     out, cases = Path(sys.argv[2]), sys.argv[3:] or list(CASES)
     PartialState(cpu=ENGINE != "fsdp2")
@@ -182,11 +212,13 @@ def main():
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     for name in {CASES.get(case, {}).get("name", "Qwen2-VL") for case in cases}:
         fresh(name)  # ZeRO-3 would shard models that are built after the first trainer
+    if set(QUANTIZED) & set(cases):
+        four_bit_model()
     done = {}
     for case in cases:
         if case == "bad row":
             meet_bad_row(out.with_suffix(".failed"))
-        done[case] = run_case(**CASES[case], processes=dist.get_world_size())
+        done[case] = run_case(**(CASES | QUANTIZED)[case], processes=dist.get_world_size())
         # In one piece: both ranks write to the same pipe.
         sys.stdout.write(f"rank {dist.get_rank()} of {dist.get_world_size()}: {ENGINE}, {case}\n")
         sys.stdout.flush()

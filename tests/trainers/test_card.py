@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 from datasets import Dataset
-from families import LANGUAGE_MODEL, build, text_model
+from families import LANGUAGE_MODEL, build, text_model, write_model
 from helpers import row, write_clip, write_image
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -55,8 +55,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
     model, processor = build("Qwen2.5-VL")
-    model.save_pretrained("base")
-    processor.save_pretrained("base")
+    write_model("base", model, processor)
     source = write_clip(here / "clip.mp4") if kind == "video" else write_image(here / "photo.jpg")
     card = trained("RRPO", "base", processor, [row(kind, [source])], here)
     assert "trl_vpo" not in re.findall(r"```python\n(.*?)```", card, re.S)[0]
@@ -70,15 +69,13 @@ def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
 
 def test_the_snippets_of_full_and_text_models_run(here, capsys):
     model, processor = build("LLaVA-1.5")
-    model.save_pretrained("base")
-    processor.save_pretrained("base")
+    write_model("base", model, processor)
     photo = write_image(here / "photo.jpg")
     card = trained("LeanPO", "base", processor, [row("image", [photo])], here, peft=None)
     assert "PeftModel" not in card and run_snippet(card, capsys).endswith("\n")
     shutil.rmtree("base")
     model, tokenizer = text_model()
-    model.save_pretrained("base")
-    tokenizer.save_pretrained("base")
+    write_model("base", model, tokenizer)
     card = trained("VisualDPO", "base", tokenizer, [row(None)], here, "all-linear", AutoModelForCausalLM)
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"
     assert "What happens here?" in run_snippet(card, capsys)

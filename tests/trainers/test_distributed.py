@@ -19,7 +19,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from trl_vpo.testbed.rows import write_preferences
+from trl_vpo.testbed.rows import write_jsonl, write_preferences
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -174,7 +174,7 @@ def test_accelerate_takes_the_config(path):
 def test_trl_vpo_train_in_two_processes(tmp_path):
     """`--accelerate_config cpu2` really runs two, and what they print and save comes from one of them."""
     _, rows = write_preferences("clip", 8, 3, tmp_path / "clips")
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(rows, tmp_path / "train.jsonl")
     options = {
         "model_name_or_path": "trl_vpo/testbed/base", "dataset_name": str(tmp_path / "train.jsonl"),
         "output_dir": str(tmp_path / "out"), "num_frames": 8, "use_peft": True, "lora_r": 4,

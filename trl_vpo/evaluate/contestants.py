@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from trl_vpo.adapters import KEEPS_BASE
+from trl_vpo.adapters import loses_base
 from trl_vpo.data.rows import Row
 from trl_vpo.evaluate.answering import Answer
 from trl_vpo.evaluate.config import EvaluateConfig
@@ -188,15 +188,9 @@ def _checked_config(path: str, model: str) -> Any:
         config = checked_adapter(path, model)
     except GenerateError as error:
         raise EvaluateError(f"adapter {str(error).removeprefix('from_adapter: ')}") from error
-    init = getattr(config, "init_lora_weights", True)
-    wrong = None
-    if getattr(config, "bias", "none") != "none":
-        wrong = f"trains biases of the base (bias={config.bias!r})"
-    elif isinstance(init, str) and init.lower() not in KEEPS_BASE:
-        wrong = f"changes the base's weights (init_lora_weights={init!r})"
-    if wrong:
+    if why := loses_base(config):
         raise EvaluateError(
-            f"adapter {path} {wrong}, so the base is not there any more when it is switched off. Merge it with its "
+            f"adapter {path}: {why}, so the base is not there any more when it is switched off. Merge it with its "
             "base, and evaluate the merged model as a base of its own."
         )
     return config

@@ -10,6 +10,7 @@ import types
 from dataclasses import dataclass, field
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -118,11 +119,33 @@ class ReferenceSums:
 def lm_head(model: PreTrainedModel) -> Head:
     """The LM head of `model` with the scaling that some text models apply to their logits."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, head.bias))
+    bias = getattr(head, "bias", None)  # PEFT's layer for single tokens has none
+    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, bias))
     scale = next((s for s in (getattr(config, k, None) for k in _MULTIPLIERS) if s is not None), 1.0)
     if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM divide, HyperCLOVA X multiplies
         scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
     return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def check_head(model: torch.nn.Module) -> None:
+    """Refuse an LM head that is more than its weight and bias: scores would pass the rest by without a word.
+
+    Raises:
+        ValueError: it carries an adapter, or its weight is quantized. A fully trained copy (`modules_to_save`) and
+            single trained tokens (`trainable_token_indices`) are well.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise ValueError(
+            "an adapter on the LM head is not supported: log-probs are computed from the head's weight, and the "
+            "adapter is not in it. Leave lm_head out of target_modules; modules_to_save=['lm_head'] trains the head "
+            "itself. An adapter that was trained so can be merged into its base first (`trl-vpo merge`)."
+        )
+    if head is not None and not head.weight.is_floating_point():
+        raise ValueError(
+            f"the LM head is quantized ({type(head).__name__}), and log-probs are computed from its plain weight: "
+            "name lm_head in llm_int8_skip_modules of the quantization config."
+        )
 
 
 _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -187,7 +210,12 @@ def token_kl_plain(hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Hea
 
 
 def attach_scoring(model: PreTrainedModel) -> None:
-    """Let `model(..., score=ScoreRequest(...))` give a `ScoreOutput`. Other calls behave as before."""
+    """Let `model(..., score=ScoreRequest(...))` give a `ScoreOutput`. Other calls behave as before.
+
+    Raises:
+        ValueError: as `check_head` says.
+    """
+    check_head(model)
     if getattr(model, "_trl_vpo_scoring", False):
         return
     plain_forward = model.forward

@@ -12,7 +12,6 @@ from trl_vpo.data.check import Problem
 SHOWN = 10
 OK, WARN, STOP = "ok", "warning", "stop"
 STYLES = {OK: "green", WARN: "yellow", STOP: "bold red"}
-GIB = 2**30
 
 
 @dataclass
@@ -22,7 +21,6 @@ class Report:
     findings: list[tuple[str, str, str]] = field(default_factory=list)  # (check, status, what)
     problems: list[dict] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
 
     def add(self, check: str, status: str, what: str) -> None:
         self.findings.append((check, status, what))
@@ -50,16 +48,6 @@ def show(report: Report, console: Console) -> None:
         for name, values in report.tokens.items():
             table.add_row(name, str(min(values)), f"{statistics.median(values):g}", str(max(values)))
         console.print(table)
-    if report.memory:
-        table = Table("memory, estimated", "GiB", title_justify="left")
-        for name, size in report.memory.items():
-            table.add_row(name, f"{size / GIB:.2f}")
-        console.print(table)
-        console.print(
-            "An estimate from formulas (trl_vpo/footprint.py), not calibrated on GPUs: the longest tokenized row, no "
-            "ZeRO or FSDP, without the vision tower's pass, the CUDA context and fragmentation.",
-            style="dim",
-        )
     for problem in report.problems[:SHOWN]:
         console.print(f"- {problem['dataset']}: {problem['reason']}", markup=False, highlight=False)
     if len(report.problems) > SHOWN:

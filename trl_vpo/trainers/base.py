@@ -74,7 +74,8 @@ class VisualPreferenceTrainer(DPOTrainer):
         args = self._checked_args(args, model)
         if not self.needs_reference and ref_model is not None:
             raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
-        setup.check_model(model, ref_model, peft_config)
+        setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference)
+        peft_config = setup.spelt_out(peft_config, model, args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")
         if not isinstance(train_dataset, (Dataset, IterableDataset)):
@@ -142,6 +143,7 @@ class VisualPreferenceTrainer(DPOTrainer):
             )
         if not self.needs_reference and is_peft_model(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # DPOTrainer copies the adapter of a PeftModel; nobody would read it
+        setup.keep_gradients(self.model)
         multiple = self.args.pad_to_multiple_of
         self.scorer = Scorer(
             self._bare(self.model),

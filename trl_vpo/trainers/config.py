@@ -1,6 +1,8 @@
 """What the configs of all methods share: how media are read, and which of TRL's knobs make no sense here."""
 
+import copy
 from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from trl import DPOConfig
 
@@ -20,11 +22,14 @@ REFUSED = {
     "dataset_num_proc": "rows are tokenized in the data loader's workers; set dataloader_num_workers",
 }
 _TRL_FIELDS = fields(DPOConfig)
+LOADING_TOKENS = ("token", "use_auth_token")  # keys of `model_init_kwargs`
 
 
-@dataclass
+@dataclass(repr=False)
 class VisualPreferenceConfig(DPOConfig):
     """[`trl.DPOConfig`] plus how images and videos are read.
+
+    Tokens stay in memory: neither `training_args.bin` (a pickle) nor `to_dict` and `repr`, which logs show, have them.
 
     Parameters:
         layout (`"auto"`, `"shared"` or `"separate"`, defaults to `"auto"`): whether the responses of a pair share one
@@ -134,6 +139,32 @@ class VisualPreferenceConfig(DPOConfig):
                     f"Leave `{name}` out of the recipe."
                 )
 
+    # --- tokens: what is written or shown has none ------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"hub_token": None, "model_init_kwargs": _tokenless(self.model_init_kwargs)}
+
+    def __copy__(self):
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def to_dict(self) -> dict[str, Any]:
+        made = super().to_dict()
+        return made | {"model_init_kwargs": _tokenless(made["model_init_kwargs"])}
+
+    def __str__(self) -> str:
+        shown = copy.copy(self)
+        shown.model_init_kwargs = _tokenless(self.model_init_kwargs)
+        return super(VisualPreferenceConfig, shown).__str__()
+
+    __repr__ = __str__  # each config's own @dataclass would make one that shows everything, hence repr=False
+
     def video_options(self) -> VideoOptions:
         """How videos are sampled.
 
@@ -148,3 +179,9 @@ class VisualPreferenceConfig(DPOConfig):
             video_start=self.video_start,
             video_end=self.video_end,
         )
+
+
+def _tokenless(model_init_kwargs: Any) -> Any:
+    if not isinstance(model_init_kwargs, dict):
+        return model_init_kwargs
+    return {key: value for key, value in model_init_kwargs.items() if key not in LOADING_TOKENS}

@@ -10,7 +10,7 @@ from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class VisualDPOConfig(VisualPreferenceConfig):
     """Config of [`VisualDPOTrainer`]. `beta` (0.1) is TRL's."""
 

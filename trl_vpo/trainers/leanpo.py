@@ -18,7 +18,7 @@ from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 REASON = "LeanPO has no reference model"
 
 
-@dataclass
+@dataclass(repr=False)
 class LeanPOConfig(VisualPreferenceConfig):
     """Config of [`LeanPOTrainer`].
 

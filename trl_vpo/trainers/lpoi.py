@@ -11,7 +11,7 @@ from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 
 
-@dataclass
+@dataclass(repr=False)
 class LPOIConfig(VisualPreferenceConfig):
     """Config of [`LPOITrainer`].
 

@@ -10,7 +10,7 @@ from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 WHOLE = "the KL needs the reference's whole next-token distributions, not log-probs only"
 
 
-@dataclass
+@dataclass(repr=False)
 class RRPOConfig(VisualPreferenceConfig):
     """Config of [`RRPOTrainer`].
 

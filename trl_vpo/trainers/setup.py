@@ -1,24 +1,32 @@
 """What is checked and put right before `DPOTrainer.__init__` runs."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import is_peft_model
-from peft import PeftModel, PromptLearningConfig
-from transformers import AutoProcessor
+from peft import PeftConfig, PeftModel, PromptLearningConfig
+from torch import nn
+from transformers import AutoConfig, AutoProcessor
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import get_config_model_id
 
+from trl_vpo.adapters import PRESETS, check_targets, loses_base, resolve_targets
+from trl_vpo.footprint import empty_model
+from trl_vpo.forward.scoring import check_head
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
 
-def check_model(model: Any, ref_model: Any, peft_config: Any) -> None:
-    """Refuse models that would train on nothing, or against nothing.
+def check_model(model: Any, ref_model: Any, peft_config: Any, *, needs_reference: bool) -> None:
+    """Refuse models that would train on nothing, or against nothing, or against something else than they seem to.
 
     Raises:
         ValueError: says which, and what to do.
     """
+    for given in (model, ref_model):
+        if isinstance(given, nn.Module):
+            check_head(given)
     configs = [peft_config] if peft_config is not None else []
     if isinstance(model, PeftModel):
         configs += list(model.peft_config.values())
@@ -30,11 +38,62 @@ def check_model(model: Any, ref_model: Any, peft_config: Any) -> None:
     for config in configs:
         if isinstance(config, PromptLearningConfig):
             raise ValueError(f"{type(config).__name__} prepends virtual tokens, which moves every response. Use LoRA.")
+        # DPOTrainer begins a second adapter in a given PeftModel, whatever the method, and so changes its base again.
+        if ref_model is None and (needs_reference or isinstance(model, PeftModel)) and (why := loses_base(config)):
+            raise ValueError(
+                f"{why}, so switching the adapter off does not give the reference. Leave that out, or give a "
+                "`ref_model`. An adapter that was trained so can be merged into its base first (`trl-vpo merge`)."
+            )
     if not isinstance(model, str) and peft_config is None and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "every parameter of the model is frozen; there is nothing to train. Load an adapter with "
             "PeftModel.from_pretrained(..., is_trainable=True), or give a `peft_config`."
         )
+
+
+def spelt_out(peft_config: PeftConfig | None, model: Any, args: VisualPreferenceConfig) -> PeftConfig | None:
+    """A new adapter's config with a preset of `target_modules` spelt out for the model; the given one stays as it is.
+
+    Args:
+        model: in memory, or a name or folder; its weights are not loaded.
+
+    Raises:
+        RecipeError: targets that can match nothing, or the model lacks what the preset names.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    check_targets(targets)
+    if targets not in PRESETS or isinstance(model, PeftModel):
+        return peft_config
+    if isinstance(model, str):
+        model = empty_model(AutoConfig.from_pretrained(model, **_source(args)))
+    peft_config = copy.copy(peft_config)
+    resolve_targets(peft_config, model)
+    return peft_config
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Keep 4-bit weights on a CPU as they are: bitsandbytes would repack them in the first evaluation.
+
+    Repacked weights are for inference; no gradient passes them, and nothing says so (bitsandbytes 0.50, on CPUs with
+    AVX512-BF16, `Linear4bit.forward`).
+
+    Raises:
+        ValueError: that has happened already. Unpacking them does not give the weights back.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(
+                    "the 4-bit weights of this model were packed for inference when it was first called on this CPU; "
+                    "no gradient passes them. Load the model again, and give it to the trainer before calling it."
+                )
+
+
+def _source(args: VisualPreferenceConfig) -> dict[str, Any]:
+    """Which files of a model's repo are loaded, and how."""
+    given = args.model_init_kwargs or {}
+    return {k: given[k] for k in ("revision", "token") if k in given} | {"trust_remote_code": args.trust_remote_code}
 
 
 def load_processing_class(model: Any, args: VisualPreferenceConfig) -> Any:
@@ -44,8 +103,7 @@ def load_processing_class(model: Any, args: VisualPreferenceConfig) -> Any:
         raise ValueError(
             "the model was not loaded from anywhere, so nor can its processor be: give `processing_class`."
         )
-    revision = (args.model_init_kwargs or {}).get("revision")
-    return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=args.trust_remote_code)
+    return AutoProcessor.from_pretrained(path, **_source(args))
 
 
 def set_pad_token(processing_class: Any, args: VisualPreferenceConfig) -> None:

@@ -1,0 +1,183 @@
+"""What the command line prepares also holds for a trainer that is built in Python: presets, 4-bit weights, tokens."""
+
+import copy
+
+import families
+import pytest
+import torch
+from adapter_kit import train
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trainer_kit import METHODS, config, fresh, image_rows, lora, trainable, trainer_of
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
+
+from trl_vpo.adapters import PRESETS, target_modules
+from trl_vpo.recipe import RecipeError
+
+TOKEN = "hf_" + "a" * 30
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+def adapted(model):
+    names = (n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A"))
+    return set(names)
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["model", "folder"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_spelt_out(preset, loaded, images, tmp_path):
+    """For a model in memory and for one that is named; the config of the user stays as it is."""
+    model, processor = fresh("Qwen2-VL")
+    want = adapted(get_peft_model(model, LoraConfig(r=2, target_modules=target_modules(model, preset))))
+    model, _ = fresh("Qwen2-VL")
+    if not loaded:
+        families.write_model(tmp_path / "base", model, processor)
+        model = str(tmp_path / "base")
+    given = LoraConfig(r=2, target_modules=preset)
+    before = copy.deepcopy(given)
+    trainer = trainer_of(
+        "leanpo", tmp_path, image_rows(images), model=model, processor=processor, peft=None, peft_config=given
+    )
+    assert adapted(trainer.model) == want
+    assert given == before
+    assert trainer.model.peft_config["default"].target_modules not in PRESETS  # what is saved needs nothing of ours
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("langage", "Did you mean language"),
+        ("all", "Qwen2ForCausalLM has no projector"),
+        (["language", "q_proj"], "stands alone"),
+    ],
+)
+def test_targets_that_match_nothing(targets, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        trainer_of("dpo", tmp_path, peft=None, peft_config=LoraConfig(target_modules=targets))
+
+
+def test_other_targets_pass(tmp_path):
+    trainer = trainer_of("dpo", tmp_path, peft=None, peft_config=LoraConfig(target_modules=["q_proj"]))
+    assert {name.split(".")[-1] for name in adapted(trainer.model)} == {"q_proj"}
+
+
+# --- 4-bit weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory):
+    """A folder to load a 4-bit model of, and its processor; the widths are multiples of 64, as that needs on a CPU."""
+    pytest.importorskip("bitsandbytes")
+    model, processor = families.FAMILIES["Qwen2-VL"][0]()
+    sizes = {**model.config.text_config.to_dict(), "hidden_size": 64, "intermediate_size": 128}
+    sizes["num_key_value_heads"] = 4
+    sizes["rope_parameters"] = {**sizes["rope_parameters"], "mrope_section": [2, 3, 3]}
+    vision = {**model.config.vision_config.to_dict(), "hidden_size": 64}
+    made = type(model.config)(**{**model.config.to_dict(), "text_config": sizes, "vision_config": vision})
+    torch.manual_seed(0)
+    return families.write_model(tmp_path_factory.mktemp("wide"), type(model)(made), processor), processor
+
+
+def load_four_bits(folder):
+    skip = ["model.visual", "lm_head"]
+    quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip)
+    return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantization)
+
+
+class Called(TrainerCallback):
+    """Whether gradients reached every layer in each step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        grads = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
+        self.steps.append(sum(grad is not None and bool(grad.abs().max() > 0) for grad in grads.values()))
+
+
+def test_four_bit_weights_train_after_an_evaluation(four_bits, images, tmp_path):
+    """bitsandbytes packs 4-bit weights for inference, in the first call without gradients, on CPUs that can; no
+    gradient passes them then."""
+    folder, processor = four_bits
+    model, watch = load_four_bits(folder), Called()
+    rows, more = image_rows(images), {"peft": None, "peft_config": lora(), "callbacks": [watch], "max_steps": 3}
+    trainer = trainer_of(
+        "dpo", tmp_path, rows, model=model, processor=processor, eval_dataset=Dataset.from_list(rows), **more
+    )
+    trainer.evaluate()
+    trainer.train()
+    assert watch.steps == [len(trainable(trainer.model)) // 2] * 3
+
+
+def test_four_bit_weights_that_were_packed_before(four_bits, images, tmp_path):
+    folder, processor = four_bits
+    model = load_four_bits(folder)
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    if not layers[0].support_avx512bf16_for_cpu:
+        pytest.skip("bitsandbytes packs nothing on this CPU")
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(8, 24)[None])
+    assert all(m.weight.quant_state.packing_format_for_cpu for m in layers)
+    with pytest.raises(ValueError, match="Load the model again"):
+        trainer_of(
+            "dpo", tmp_path, image_rows(images), model=model, processor=processor, peft_config=lora(), peft=None
+        )
+
+
+# --- tokens -------------------------------------------------------------------------------------------------------
+
+
+def options():
+    return {"hub_token": TOKEN, "model_init_kwargs": {"token": TOKEN, "dtype": "float32"}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_shows_no_token(method, tmp_path):
+    args = config(method, tmp_path, **options())
+    shown = {
+        "repr": repr(args),
+        "str": str(args),
+        "json": args.to_json_string(),
+        "dict": str(args.to_sanitized_dict()),
+    }
+    assert [how for how, text in shown.items() if TOKEN in text] == []
+    assert "float32" in shown["repr"] and "float32" in shown["json"]
+    assert args.hub_token == args.model_init_kwargs["token"] == TOKEN
+    for copied in (copy.copy(args), copy.deepcopy(args)):  # goes on to be used
+        assert copied.hub_token == copied.model_init_kwargs["token"] == TOKEN
+        assert copied.learning_rate == args.learning_rate
+    assert copied.model_init_kwargs is not args.model_init_kwargs
+
+
+def test_which_fields_are_tokens_for_the_hub(tmp_path):
+    """A new one of transformers' has to be hidden, too; see `__getstate__` in trl_vpo/trainers/config.py."""
+    names = {name for name in vars(config("dpo", tmp_path)) if name.endswith("_token")}
+    assert names == {"hub_token", "pad_token"}
+
+
+def test_no_file_of_a_run_has_a_token(tmp_path):
+    model, processor = fresh()
+    families.write_model(tmp_path / "base", model, processor)
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "report_to": "tensorboard", **options()}
+    trainer = trainer_of("dpo", tmp_path / "out", model=str(tmp_path / "base"), processor=processor, **keys)
+    trainer.train()
+    trainer.save_model(tmp_path / "out")
+    trainer.create_model_card()
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"README.md", "training_args.bin"} < {path.name for path in files}
+    assert any("tfevents" in path.name for path in files)
+    assert [path for path, content in files.items() if TOKEN.encode() in content] == []
+    saved = torch.load(tmp_path / "out" / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert (
+        type(saved) is METHODS["dpo"][0] and saved.max_steps == 1 and saved.model_init_kwargs == {"dtype": "float32"}
+    )
+    assert trainer.args.hub_token == TOKEN  # a push needs it
+
+
+def test_a_run_of_the_command_line_has_none_either(tmp_path):
+    train(tmp_path / "out", hub_token=TOKEN, model_init_kwargs={"token": TOKEN}, max_steps=1)
+    files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"run.json", "training_args.bin"} < {path.name for path in files}
+    assert [path for path, content in files.items() if TOKEN.encode() in content] == []
