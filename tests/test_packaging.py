@@ -1,0 +1,87 @@
+"""The ranges of the dependencies: what pyproject.toml allows, what is locked, and what `make test-lowest` installs."""
+
+import os
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import test_upstream
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+APART = {"lmms"}  # lmms-eval pins older versions of av and others: an environment of its own
+LOWEST = os.environ.get("TRL_VPO_LOWEST") == "1"
+
+EXTRAS = {name: [Requirement(r) for r in given] for name, given in PROJECT["optional-dependencies"].items()}
+BASE = [Requirement(r) for r in PROJECT["dependencies"]]
+INSTALLED = [*BASE, *(r for name, given in EXTRAS.items() if name not in APART for r in given)]
+ALL = [*BASE, *(r for given in EXTRAS.values() for r in given)]
+
+
+def lower_bound(requirement: Requirement) -> Version:
+    (bound,) = (Version(s.version) for s in requirement.specifier if s.operator == ">=")
+    return bound
+
+
+def recipe(target: str) -> str:
+    return re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)[1]
+
+
+@pytest.mark.parametrize("requirement", ALL, ids=str)
+def test_every_dependency_has_one_lower_bound(requirement):
+    assert [s.operator for s in requirement.specifier].count(">=") == 1, f"{requirement}: give it a tested `>=`."
+
+
+@pytest.mark.parametrize("requirement", INSTALLED, ids=str)
+def test_the_lock_is_within_the_range(requirement):
+    name = canonicalize_name(requirement.name)
+    locked = re.findall(rf"^{re.escape(name)}==([^\s;]+)", LOCK, re.M)
+    assert locked, f"{name} is not in requirements.lock: make lock"
+    assert all(v in requirement.specifier for v in locked), f"{requirement} against {locked}: make lock"
+
+
+@pytest.mark.skipif(not LOWEST, reason="compares what make test-lowest has installed")
+@pytest.mark.parametrize("requirement", INSTALLED, ids=str)
+def test_the_lowest_versions_are_the_lower_bounds(requirement):
+    """A bound that nothing can install, because another dependency asks for more, says less than it seems to."""
+    got = Version(version(requirement.name))
+    assert got == lower_bound(requirement), f"{requirement}, but {got} is the lowest that installs: raise the bound."
+
+
+def test_both_environments_hold_the_same_extras():
+    given = re.findall(r"--extra (\S+)", re.search(r"^EXTRAS := (.*)$", MAKEFILE, re.M)[1])
+    assert set(given) == set(EXTRAS) - APART
+    assert all("$(EXTRAS)" in recipe(target) for target in ("lock", "test-lowest"))
+
+
+def test_the_lowest_environment_is_resolved_and_tested_as_such():
+    commands = recipe("test-lowest")
+    assert "--resolution lowest-direct" in commands and "TRL_VPO_LOWEST=1" in commands
+    python = re.search(r"venv .*--python (\S+) \$\(LOWEST\)", commands)[1]
+    assert f">={python}" == PROJECT["requires-python"]
+    assert ".venv-lowest/" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+
+
+def private_users():
+    """Packages of which a private name stands in the tables of test_upstream.py."""
+    paths = [path for path, *_ in [*test_upstream.CALLED, *test_upstream.MORE_CALLED]]
+    return sorted({path.split(".")[0] for path in paths if re.search(r"\._[a-zA-Z]", path)})
+
+
+def test_private_names_are_found():
+    assert {"trl", "transformers"} <= set(private_users())
+
+
+@pytest.mark.parametrize("package", private_users())
+def test_private_names_come_with_an_upper_bound(package):
+    """Private names may go at any time; at the next major version they have to be looked at anew."""
+    (requirement,) = (r for r in BASE if canonicalize_name(r.name) == canonicalize_name(package))
+    ends = [Version(s.version) for s in requirement.specifier if s.operator == "<"]
+    assert len(ends) == 1 and ends[0].release == (ends[0].major,), f"{requirement}: end it at a major version, `<N`."
