@@ -52,6 +52,20 @@ def config_of(family):
     return model.config
 
 
+def accelerate_of(header):
+    """The accelerate config that a recipe is written for."""
+    found = re.search(r"^#.* --accelerate_config (\w+)( --num_processes (\d+))?", header, re.MULTILINE)
+    gpus = int(re.search(r"written for (\d+) GPU", header)[1]) if "written for" in header else 1
+    assert (ROOT / f"recipes/accelerate/{found[1]}.yaml").is_file()
+    assert int(found[3] or 1) == gpus
+    return found[1]
+
+
+def test_the_small_recipes_name_the_config_to_try_several_processes_with():
+    for path in (path for path in RECIPES if path not in BIG):
+        assert re.search(r"--accelerate_config cpu2\b", path.read_text()), path
+
+
 def test_there_is_a_recipe_for_everything_that_is_promised():
     names = {name(path) for path in BIG}
     for method in ("dpo", "leanpo", "rrpo", "lpoi"):
@@ -82,6 +96,7 @@ def test_header_says_how_on_what_and_from_where(path):
     method = method_of(path)
     assert f"trl-vpo train {method} --config recipes/{name(path)}" in header
     assert f"trl-vpo doctor recipes/{name(path)}" in header
+    assert accelerate_of(header) == "zero3" if "full" in path.stem else accelerate_of(header) in ("single_gpu", "ddp")
     for part in ("# Hardware: written for", "# Source: ", "# Not run by us", "dataset_name is a placeholder"):
         assert part in header
     for key in ("beta", "learning_rate", "num_train_epochs", "lr_scheduler_type", "lora_r", "num_frames"):
