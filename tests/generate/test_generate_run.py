@@ -187,6 +187,7 @@ def test_rewards_hardly_depend_on_the_batch(made, inputs, tmp_path):
 
 
 def test_two_workers_one_after_the_other(made, inputs, tmp_path, monkeypatch, capsys):
+    made("rrpo")  # in an environment of one worker
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert generate("rrpo", inputs["clip"], tmp_path / "run") is None

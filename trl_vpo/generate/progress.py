@@ -38,7 +38,8 @@ class Bar:
         if self.show:
             share = f"1 of {self.workers} shares, which is " if self.workers > 1 else ""
             self._print(f"{share}{self.finished + self.todo} inputs: {self.finished} finished, {self.todo} to do.")
-        self.progress.start()
+        if self.live:  # even a disabled bar of rich before 13.8 ends with an empty line
+            self.progress.start()
         self.task = self.progress.add_task("", total=self.todo, rate="", kept=0, rejected=0)
         return self
 
@@ -51,7 +52,8 @@ class Bar:
             self._tell()
 
     def __exit__(self, *error) -> None:
-        self.progress.stop()
+        if self.live:
+            self.progress.stop()
         if self.show and not self.live and self.todo:
             self._tell()
 
