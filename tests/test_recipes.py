@@ -55,6 +55,7 @@ def config_of(family):
 def accelerate_of(header):
     """The accelerate config that a recipe is written for."""
     found = re.search(r"^#.* --accelerate_config (\w+)( --num_processes (\d+))?", header, re.MULTILINE)
+    assert found, "no accelerate config is named"
     gpus = int(re.search(r"written for (\d+) GPU", header)[1]) if "written for" in header else 1
     assert (ROOT / f"recipes/accelerate/{found[1]}.yaml").is_file()
     assert int(found[3] or 1) == gpus

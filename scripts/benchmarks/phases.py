@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import show
+from benchmarks.common import show, summary
 from benchmarks.step import LAYOUTS, make_trainer
 
 PARTS = ("vision", "reference", "policy", "backward")
@@ -81,8 +81,7 @@ def measure(step: Callable[[], None], clock: Clock, repeats: int) -> dict[str, f
         if repeat:
             for name, value in {"seconds": whole, **clock.seconds}.items():
                 found[name].append(value)
-    row = {name: median(values) for name, values in found.items()}
-    row |= {"seconds_min": min(found["seconds"]), "seconds_max": max(found["seconds"])}
+    row = summary(found.pop("seconds")) | {name: median(values) for name, values in found.items()}
     row["rest"] = row["seconds"] - sum(row[part] for part in PARTS)
     return row | {"without_reference": 1 - row["reference"] / row["seconds"]}
 

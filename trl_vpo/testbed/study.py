@@ -142,8 +142,7 @@ def _write_shared_data(jobs: Sequence[Job], out: Path) -> None:
             study_data.held_out_rows(job.settings["held_out"], out / "data")
             train = job.settings["train"]
             if train and train["watch"]:
-                split = {key: train["watch"][key] for key in ("kind", "seed", "parts")}
-                study_data.held_out_rows(split, out / "data")
+                study_data.held_out_rows(study_plan.watched_split(train["watch"]), out / "data")
             if train and train["data"]["seed"] == study_plan.TUNING_SEED:
                 study_data.training_rows(train["data"], out / "data")
 

@@ -134,7 +134,9 @@ def things_of(facts: dict[str, Any]) -> tuple[world.Thing, ...]:
 
 
 def _write(found: Iterable[dict], path: Path) -> Path:
-    return write_text(path, "".join(json.dumps(row) + "\n" for row in found))
+    with whole(path) as part:
+        rows.write_jsonl(found, part)
+    return path
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -14,8 +14,8 @@ from trl_vpo.testbed.study_plan import SMOOTHED, VARIANTS, Scale, noisy
 
 SHOWN = ("dpo", "leanpo")  # side by side in the displacement figure
 LIST_PANELS = (
-    ("chair/s", "CHAIRs", "captions with a false object, %", 100),
-    ("visibility/tau", "Visibility ranking", "Kendall's tau", 1),
+    ("chair/s", "CHAIRs", "responses with a false object, %", 100),
+    ("visibility/tau", "Visibility", "tau", 1),
 )
 LISTS = {"lpoi_no_list": 1, "lpoi_2": 2, "lpoi_3": 3, "lpoi_5": 5}
 
@@ -76,11 +76,7 @@ def _draw_lists(study: Study, path: Path) -> None:
     runs = {run: length for run, length in LISTS.items() if study.has(run)}
     with style.drawing():
         figure = Figure(figsize=(7.6, 3.2), layout="constrained")
-        panels = (
-            ("chair/s", "CHAIRs", "responses with a false object, %", 100),
-            ("visibility/tau", "Visibility", "tau", 1),
-        )
-        for axes, (measure, title, unit, factor) in zip(figure.subplots(1, 2), panels):
+        for axes, (measure, title, unit, factor) in zip(figure.subplots(1, 2), LIST_PANELS):
             _draw_points(axes, list(runs.values()), [study.of(run, measure) for run in runs], 0, "LPOI", factor)
             for index, name in enumerate(("DPO", "base"), start=1):
                 found = study.of("dpo_scenes", measure) if name == "DPO" else study.base("scene", measure)

@@ -173,6 +173,11 @@ def test_split(kind: str, scale: Scale, parts: Sequence[str] = EVERYTHING) -> di
     return {"kind": kind, "seed": TEST_SEED, "parts": counts}
 
 
+def watched_split(watch: Mapping[str, Any]) -> dict[str, Any]:
+    """The validation split of which the first rows are evaluated during training."""
+    return {key: watch[key] for key in ("kind", "seed", "parts")}
+
+
 def training_data(kind: str, seed: int, scale: Scale, **more: Any) -> dict[str, Any]:
     """Ground-truth pairs; `more`: noise, whole, or how the base makes pairs for itself."""
     return {"kind": kind, "seed": seed, "rows": scale.rows, **more}

@@ -19,7 +19,7 @@ from typing import Any
 
 from trl_vpo.testbed import study_data
 from trl_vpo.testbed.quickstart import RECIPES
-from trl_vpo.testbed.study_plan import BASE, Job, from_json
+from trl_vpo.testbed.study_plan import BASE, Job, from_json, watched_split
 
 ANSWER_TOKENS, EVALUATED_AT_ONCE = 24, 64
 _DECODED: dict[tuple[Path, str], Any] = {}
@@ -123,8 +123,7 @@ def run_training(job: Job, data: Path, out: Path) -> list[dict[str, Any]]:
 def _watched(train: dict[str, Any], data: Path, out: Path) -> Path:
     """A folder with the training rows and, as its test split, the validation rows that are looked at in training."""
     watch, folder = train["watch"], data.with_name(f"{data.stem}-watched-{train['watch']['rows']}")
-    split = {key: watch[key] for key in ("kind", "seed", "parts")}
-    rows, _ = study_data.held_out_rows(split, out / "data")
+    rows, _ = study_data.held_out_rows(watched_split(watch), out / "data")
     lines = rows.read_text(encoding="utf-8").splitlines()[: watch["rows"]]
     study_data.write_text(folder / "test.jsonl", "".join(f"{line}\n" for line in lines))
     study_data.write_text(folder / "train.jsonl", data.read_text(encoding="utf-8"))
