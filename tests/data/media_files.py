@@ -58,6 +58,7 @@ def write_video(
     audio_seconds: float = 0,
     options: dict[str, str] | None = None,
     metadata: dict[str, str] | None = None,
+    x264: str = "scenecut=0",
 ) -> Path:
     """A video of numbered frames. ``times``: when each is shown, in units of 1 / fps (else 0, 1, 2, ...)."""
     with av.open(str(path), "w", options=options or {}) as container:
@@ -66,7 +67,7 @@ def write_video(
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         stream.thread_count = 1
         if codec == "libx264":
-            stream.options = {"g": str(gop), "bf": str(bframes), "crf": "18", "x264-params": "scenecut=0"}
+            stream.options = {"g": str(gop), "bf": str(bframes), "crf": "18", "x264-params": x264}
         if rotation:
             needs_pyav(17, 1, "a rotation that is written")
             stream.set_display_rotation(rotation)

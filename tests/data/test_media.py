@@ -1,5 +1,6 @@
 """Videos and images: sampling and times, sources, and what bad files get. All files are real and written here."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from media_files import (
 from PIL import Image
 
 from trl_vpo.data import media
-from trl_vpo.data.decode import _decode, decode, seeking_pays
+from trl_vpo.data.decode import _decode, _needed, decode, seeking_pays
 from trl_vpo.data.images import fit_pixels
 from trl_vpo.data.media import Clip, MediaError, VideoOptions, check_image, check_video, load_image, load_video
 from trl_vpo.data.video import FrameTable, max_threads, open_video, scan
@@ -174,6 +175,37 @@ def test_seeking_and_sequential_decoding_give_identical_frames(folder, gop, bfra
     assert (sought == decode(path, table, wanted, name)).all()
 
 
+BETWEEN = {  # what H.264 does with the frames from which no other is predicted
+    "none": "bframes=0",
+    "plain": "bframes=3:b-pyramid=none",
+    "pyramid": "bframes=3:b-pyramid=normal",
+    "open": "bframes=3:open-gop=1",
+    "fields": "bframes=3:interlaced=1",
+    "refresh": "bframes=3:intra-refresh=1",
+    "temporal": "bframes=3:direct=temporal:ref=6:slices=4",
+}
+
+
+@pytest.mark.parametrize("seek", [False, True])
+@pytest.mark.parametrize("kind", BETWEEN)
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_frames_left_out_change_no_other_frame(folder, container, kind, seek):
+    """Its slow twin decodes every frame and picks."""
+    path = folder / f"between-{kind}.{container}"
+    if not path.exists():
+        write_video(path, 100, gop=40, x264=f"scenecut=0:b-adapt=0:{BETWEEN[kind]}")
+    table = scan(path, path.name)
+    with open_video(path, path.name) as (file, stream, _):
+        every = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(stream)])
+    assert numbers(every) == list(range(100))
+    for wanted in ([50], [0, 1, 2, 33, 34, 35, 36, 37, 38, 98, 99], range(0, 100, 7), range(100)):
+        assert (decode(path, table, np.array(wanted), path.name, seek=seek) == every[wanted]).all()
+    with open_video(path, path.name) as (file, stream, _):
+        decoded = [frame.pts for frame in _needed(file, stream, {int(table.pts[50])})]
+    assert table.pts[50] in decoded
+    assert len(decoded) == 100 if kind == "none" else len(decoded) < 85
+
+
 @pytest.mark.parametrize("name, bframes", [("a.mp4", 0), ("b.mp4", 3), ("c.mkv", 3), ("shifted.mp4", 2)])
 def test_seeking_lands_on_the_keyframe_itself(folder, name, bframes):
     """Not on the one before it, as it does in an mp4 with B-frames that is sought by decoding time."""
@@ -249,6 +281,17 @@ def test_one_decoder_thread_in_a_worker_process(monkeypatch):
     assert max_threads() >= 1
     monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
     assert max_threads() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no pinning on this system")
+def test_one_decoder_thread_in_a_process_pinned_to_one_core():
+    cores = os.sched_getaffinity(0)
+    assert max_threads() == min(4, len(cores))
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert max_threads() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_a_longer_sound_track_is_not_taken_for_missing_pictures(folder):

@@ -93,16 +93,29 @@ def _by_time(
     seek: bool,
 ) -> Iterator[av.VideoFrame]:
     """The wanted frames, recognised by their time stamps; ends early at one that does not come."""
-    position, frames = 0, container.decode(stream)
+    targets = set(table.pts[wanted].tolist())
+    position, frames = 0, _needed(container, stream, targets)
     for index, key in zip(wanted, table.keys_of(wanted)):
         if seek and table.keyframes[key] - position > SEEK_COST:
             container.seek(int(table.seek_points[key]), stream=stream)
-            frames = container.decode(stream)
+            frames = _needed(container, stream, targets)
         frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= table.pts[index]), None)
         if frame is None or frame.pts != table.pts[index]:
             return
         position = index + 1
         yield frame
+
+
+def _needed(
+    container: av.container.InputContainer, stream: av.VideoStream, targets: set[int]
+) -> Iterator[av.VideoFrame]:
+    """Decodes on from where the container is. Frames from which no other is predicted are left out, unless their time
+    stamp is in ``targets``: in H.264, whose decoder knows them for certain; of other codecs every frame comes."""
+    context = stream.codec_context
+    for packet in container.demux(stream):
+        if context.name == "h264":
+            context.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
+        yield from packet.decode()
 
 
 def _by_count(

@@ -111,9 +111,14 @@ def _video_stream(container: av.container.InputContainer, name: str) -> av.Video
     return best if best in streams else streams[0]
 
 
+def usable_cores() -> int:
+    """Processor cores that this process may use: fewer than the machine's where it is pinned to some of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+
+
 def max_threads() -> int:
     """In a worker process of a data loader the workers are the parallelism; more threads would get in their way."""
-    return 1 if multiprocessing.parent_process() is not None else min(4, os.cpu_count() or 1)
+    return 1 if multiprocessing.parent_process() is not None else min(4, usable_cores())
 
 
 def check_complete(container: av.container.InputContainer, stream: av.VideoStream, size: int, name: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.data.video import usable_cores
 from trl_vpo.files import whole
 from trl_vpo.report.page_data import Unreadable, read_examples, read_rejected, read_summary
 from trl_vpo.report.page_row import IMAGE_FACTOR, Look, show_row
@@ -87,7 +87,8 @@ def write_page(
         split, config: of a dataset with several.
         limit: show only the first so many rows.
         media_root, num_frames, thumb_pixels, num_images, visual_prompt: see `page_row.Look`.
-        workers: threads that decode media; by default one per processor core, at most 8.
+        workers: threads that decode media; by default one per processor core that it may use, at
+            most 8.
 
     Raises:
         DatasetError: the dataset or the split does not exist.
@@ -103,7 +104,7 @@ def write_page(
         split=split,
         look=look,
         image_factor=IMAGE_FACTOR,
-        blocks=_blocks(dataset, examples, limit, look, workers or min(8, os.cpu_count() or 1), counts),
+        blocks=_blocks(dataset, examples, limit, look, workers or min(8, usable_cores()), counts),
         counts=lambda: _script_json(asdict(counts)),  # called behind the blocks
         **_assets(),
     )
