@@ -46,6 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--prompt", type=numbers, default=[512, 1536, 6144], metavar="N,N", help="prompt tokens")
     parser.add_argument("--response", type=int, default=96, help="response tokens")
+    parser.add_argument("--batch", type=int, default=1, help="pairs in a batch of `step`")
     parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of `step` and `phases`")
     parser.add_argument("--vocabulary", type=int, default=152_000, help="tokens of `kl`'s vocabulary")
     parser.add_argument("--tokens", type=numbers, default=[128, 512, 2048], metavar="N,N", help="responses of `kl`")

@@ -69,6 +69,17 @@ def test_step(rows_of):
 
 
 @pytest.mark.slow
+def test_step_of_several_pairs(rows_of):
+    rows = rows_of("step", "--prompt", "600", "--response", "8", "--method", "leanpo", "--batch", "3")
+    assert [(row["method"], row["batch"]) for row in rows] == [("trl", 3), ("leanpo", 3), ("leanpo", 3)]
+    prompts = [600, 500, 400]  # and what the chat template adds
+    more = rows[0]["prompt"] - 600
+    assert 0 <= more < 20
+    ideal = 2 * (sum(prompts) + 3 * more + 24) / (sum(prompts) + 3 * more + 48)
+    assert rows[1]["ideal_ratio"] == pytest.approx(ideal)
+
+
+@pytest.mark.slow
 def test_phases(rows_of):
     rows = rows_of("phases", "--prompt", "300", "--response", "8", "--method", "dpo,leanpo")
     assert [(r["method"], r["layout"]) for r in rows] == [

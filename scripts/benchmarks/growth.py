@@ -48,8 +48,8 @@ def make(part: str, size: int, args: Namespace):
     """A step and the number of tokens in its prompt."""
     if part == "frames":
         data = bench_model.clip_row(size, args.response, SIDE)
-        step, (prompt, _) = make_step("dpo", "shared", 0, args.response, args.device, data)
-        return step, prompt
+        step, prompts = make_step("dpo", "shared", data, args.response, args.device)
+        return step, prompts[0]
     return lpoi.make("shared", size, args)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import show, summary
-from benchmarks.step import LAYOUTS, make_trainer
+from benchmarks.step import LAYOUTS, make_rows, make_trainer
 
 PARTS = ("vision", "reference", "policy", "backward")
 COLUMNS = {
@@ -89,12 +89,13 @@ def measure(step: Callable[[], None], clock: Clock, repeats: int) -> dict[str, f
 def run(args: Namespace) -> list[dict]:
     rows = []
     for prompt in args.prompt:
+        data = make_rows(prompt, args.response)
         for method in args.method.split(","):
             for layout in LAYOUTS:
-                trainer, step, (tokens, response) = make_trainer(method, layout, prompt, args.response, args.device)
+                trainer, step, (tokens,) = make_trainer(method, layout, data, args.response, args.device)
                 clock = Clock(args.device)
                 clock.watch(trainer)
-                row = {"method": method, "layout": layout, "prompt": tokens, "response": response}
+                row = {"method": method, "layout": layout, "prompt": tokens, "response": args.response}
                 rows.append(row | measure(step, clock, args.repeats))
     show(f"parts of a training step, seconds, {args.device}, {torch.get_num_threads()} threads", rows, COLUMNS)
     return rows

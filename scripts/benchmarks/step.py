@@ -1,14 +1,15 @@
 """A training step: forward and backward of the policy, and the reference pass where the method has one.
 
 The same rows and weights for all. Stock TRL has no videos, so the frames are images. Batches are collated before the
-clock starts; LoRA on the language model, gradient checkpointing, one pair a step.
+clock starts; LoRA on the language model, gradient checkpointing. The prompts of a batch of several pairs differ in
+length, evenly from the given one down to about half of it.
 """
 
 import tempfile
 from argparse import Namespace
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 
 from benchmarks import model as bench_model
@@ -20,6 +21,7 @@ COLUMNS = {
     "layout": "layout",
     "prompt": "prompt",
     "response": "response",
+    "batch": "pairs",
     "seconds": "seconds (min-max)",
     "peak_mib": "peak MiB",
     "ratio_vs_trl": "TRL / this",
@@ -42,12 +44,18 @@ def settings(folder: str, device: str) -> dict:
     }
 
 
-def make_step(method: str, layout: str, prompt: int, response: int, device: str, data: Dataset | None = None):
-    """A function that takes one training step, and the numbers of prompt and response tokens of its row."""
-    return make_trainer(method, layout, prompt, response, device, data)[1:]
+def make_rows(prompt: int, response: int, batch: int = 1) -> Dataset:
+    """A row for each pair of the batch."""
+    lengths = [prompt - i * prompt // (2 * batch) for i in range(batch)]
+    return concatenate_datasets([bench_model.rows(length, response) for length in lengths])
 
 
-def make_trainer(method: str, layout: str, prompt: int, response: int, device: str, data: Dataset | None = None):
+def make_step(method: str, layout: str, data: Dataset, response: int, device: str):
+    """A function that takes one training step on all rows, and the number of prompt tokens of each row."""
+    return make_trainer(method, layout, data, response, device)[1:]
+
+
+def make_trainer(method: str, layout: str, data: Dataset, response: int, device: str):
     """A trainer, and what `make_step` gives."""
     import trl
 
@@ -55,7 +63,7 @@ def make_trainer(method: str, layout: str, prompt: int, response: int, device: s
 
     processor = bench_model.processor()
     model = bench_model.model(processor)
-    args = settings(tempfile.mkdtemp(), device)
+    args = settings(tempfile.mkdtemp(), device) | {"per_device_train_batch_size": len(data)}
     if method == "trl":
         config, trainer = trl.DPOConfig, trl.DPOTrainer
     else:
@@ -65,7 +73,7 @@ def make_trainer(method: str, layout: str, prompt: int, response: int, device: s
     made = trainer(
         model=model,
         args=config(**args),
-        train_dataset=data or bench_model.rows(prompt, response),
+        train_dataset=data,
         processing_class=processor,
         peft_config=LoraConfig(r=16, target_modules=bench_model.LANGUAGE_MODEL),
     )
@@ -80,13 +88,15 @@ def make_trainer(method: str, layout: str, prompt: int, response: int, device: s
         made.training_step(policy, inputs, None)
         policy.zero_grad(set_to_none=True)
 
-    tokens = batch["input_ids"].size(1) - response if method == "trl" else int(batch["trunk_mask"][0].sum())
-    return made, step, (tokens, response)
+    # TRL's first sequences are the chosen ones.
+    tokens = batch["attention_mask"].sum(1)[: len(data)] - response if method == "trl" else batch["trunk_mask"].sum(1)
+    return made, step, tokens.tolist()
 
 
 def measure_memory(args: Namespace) -> dict:
     method, layout, prompt = args.contestant.split(":")
-    step, _ = make_step(method, layout, int(prompt), args.response, args.device)
+    data = make_rows(int(prompt), args.response, args.batch)
+    step, _ = make_step(method, layout, data, args.response, args.device)
     return {"peak_mib": peak_mib(step, args.device)}
 
 
@@ -100,18 +110,19 @@ def run(args: Namespace) -> list[dict]:
 
 def _at(prompt: int, args: Namespace) -> list[dict]:
     contestants = [("trl", "separate"), *((m, lay) for m in args.method.split(",") for lay in LAYOUTS)]
-    steps, sizes = {}, None
+    data = make_rows(prompt, args.response, args.batch)
+    steps, prompts = {}, None
     for method, layout in contestants:
-        steps[f"{method}:{layout}:{prompt}"], size = make_step(method, layout, prompt, args.response, args.device)
-        sizes = sizes or size
+        steps[f"{method}:{layout}:{prompt}"], found = make_step(method, layout, data, args.response, args.device)
+        prompts = prompts or found
     timed = in_turn(steps, args.repeats, args.device)
-    tokens, response = sizes
-    ideal = 2 * (tokens + response) / (tokens + 2 * response)
+    ideal = 2 * sum(p + args.response for p in prompts) / sum(p + 2 * args.response for p in prompts)
+    sizes = {"prompt": max(prompts), "response": args.response, "batch": args.batch}
     rows = []
     for name, seconds in timed.items():
         method, layout, _ = name.split(":")
-        row = {"method": method, "layout": layout, "prompt": tokens, "response": response, **summary(seconds)}
-        rows.append(row | memory_of(args, name))
+        row = {"method": method, "layout": layout, **sizes, **summary(seconds)}
+        rows.append(row | memory_of(args, name, batch=args.batch))
     for row in rows:
         row["ratio_vs_trl"] = rows[0]["seconds"] / row["seconds"]
         row["memory_vs_trl"] = row["peak_mib"] / rows[0]["peak_mib"]
