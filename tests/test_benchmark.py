@@ -53,7 +53,7 @@ def test_growth(rows_of):
     assert [(row["part"], row["size"]) for row in rows] == [("frames", 2), ("lists", 2), ("loader", 200)]
     assert all(row["peak_mib"] > 0 for row in rows)
     assert rows[0]["time_vs_first"] == rows[0]["memory_vs_first"] == 1
-    assert {"own_mib", "prepared", "prepare_seconds_per_1000", "prepare_peak_mib"} <= set(rows[2])
+    assert {"own_mib", "prepared", "prepare_seconds_per_1000", "prepare_peak_mib", "prepare_own_mib"} <= set(rows[2])
 
 
 @pytest.mark.slow

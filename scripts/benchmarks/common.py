@@ -82,7 +82,7 @@ def show(title: str, rows: list[dict], columns: dict[str, str]) -> None:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*(_cell(row, key) for key in columns))
-    Console(width=140).print(table)
+    Console(width=160).print(table)
 
 
 def _cell(row: dict, key: str) -> str:

@@ -3,7 +3,7 @@
 The first two: our shared layout, 64 tokens for two frames of the clip, 256 for an image of the list. The third: rows
 of text in an Arrow file on disk, shuffled, 50 batches of 4 pairs through the collator. Its `peak MiB` is all that the
 process holds more at its peak, `own MiB` what of it is no mapped file, after the batches; `prepare` is the check of
-all rows before training, without their media, a thousand rows at a time.
+all rows before training, without their media, a thousand rows at a time; `own MiB` likewise.
 """
 
 import tempfile
@@ -41,6 +41,7 @@ LOADER = {
     "prepared": "rows prepared",
     "prepare_seconds_per_1000": "prepare, s / 1000 rows",
     "prepare_peak_mib": "prepare, peak MiB",
+    "prepare_own_mib": "prepare, own MiB",
 }
 
 
@@ -88,9 +89,10 @@ def loader_numbers(folder: str, args: Namespace) -> dict:
     data = load_from_disk(folder)
     data = data.select(range(min(len(data), PREPARED)))
     kwargs = {"name": "train", "processing_class": processor, "phrases": False, "image_list": False}
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), status_kib("RssAnon")
     numbers["prepare_peak_mib"] = peak_mib(lambda: prepare_dataset(data, config, **kwargs), "cpu")
     numbers["prepare_seconds_per_1000"] = (time.perf_counter() - begin) / len(data) * 1000
+    numbers["prepare_own_mib"] = (status_kib("RssAnon") - before) / 1024
     return numbers | summary(taken) | {"prepared": len(data)}
 
 

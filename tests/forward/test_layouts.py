@@ -111,8 +111,11 @@ def test_training_takes_the_same_path(method, media, tmp_path):
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
-def test_tree_attention_is_attention_under_a_dense_mask():
-    """Two rows, trunks of 5 and 3 tokens, branches of 2 and 3 and of 4 tokens; grouped heads."""
+@pytest.mark.parametrize("queries", [256, 7, 3, 1])
+def test_tree_attention_is_attention_under_a_dense_mask(queries, monkeypatch):
+    """Two rows, trunks of 5 and 3 tokens, branches of 2 and 3 and of 4 tokens; grouped heads; so many queries a call,
+    which leave some over or do not."""
+    monkeypatch.setattr("trl_vpo.forward.attention.QUERIES", queries)
     owner = torch.tensor([[TRUNK] * 5 + [0] * 2 + [1] * 3, [TRUNK] * 3 + [2] * 4 + [PADDING] * 3])
     length = owner.size(1)
     dense = torch.zeros(2, length, length, dtype=torch.bool)

@@ -1,7 +1,8 @@
 """Attention over a shared layout: a trunk, then branches that see the trunk and themselves but not each other.
 
 The trunk is plain causal attention without a mask, so the flash kernel of SDPA serves it. The branches' rows attend
-to all keys under a mask of their own; it has a row for each branch token and never one for a trunk token.
+under a mask of their own; it has a row for each branch token and never one for a trunk token. They do so some hundred
+at a time, to the keys up to the last of them: what lies behind is masked for all, and long branches hold much of it.
 
 The function is registered with transformers' `AttentionInterface`, one for each implementation that a model may use.
 It recognises a shared layout by its mask, (R, 1, Q, L) with Q < L; every other call goes to the implementation it
@@ -15,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "trl_vpo_tree_"
+QUERIES = 256  # branch tokens to one call of SDPA
 
 
 def tree_attention(
@@ -33,14 +35,17 @@ def tree_attention(
     """
     groups = query.size(1) // key.size(1)
     trunk = query.size(2) - mask.size(2)
+    key, value = _repeat(key, groups), _repeat(value, groups)
+    options = {"scale": scaling, "dropout_p": dropout}
     parts = []
     if trunk:
-        keys, values = (_repeat(x[:, :, :trunk], groups) for x in (key, value))
-        attend = F.scaled_dot_product_attention
-        parts = [attend(query[:, :, :trunk], keys, values, is_causal=True, scale=scaling, dropout_p=dropout)]
-    keys, values = _repeat(key, groups), _repeat(value, groups)
-    branches = query[:, :, trunk:]
-    parts.append(F.scaled_dot_product_attention(branches, keys, values, mask, scale=scaling, dropout_p=dropout))
+        prompt = (x[:, :, :trunk] for x in (query, key, value))
+        parts = [F.scaled_dot_product_attention(*prompt, is_causal=True, **options)]
+    for begin in range(trunk, query.size(2), QUERIES):
+        end = min(begin + QUERIES, query.size(2))
+        seen = mask[:, :, begin - trunk : end - trunk, :end]
+        queries, keys, values = query[:, :, begin:end], key[:, :, :end], value[:, :, :end]
+        parts.append(F.scaled_dot_product_attention(queries, keys, values, seen, **options))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
