@@ -13,12 +13,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Reply:
-    """What the server does with a request: wait, then send a status, a body and headers; or hang up."""
+    """What the server does with a request: wait, then send a status, a body and headers; or hang up.
+
+    `pauses`: seconds before each of the spaces in front of the body.
+    """
 
     body: object = None
     status: int = 200
     headers: dict = field(default_factory=dict)
     wait: float = 0.0
+    pauses: tuple[float, ...] = ()
     hang_up: bool = False
 
 
@@ -65,9 +69,12 @@ class Server:
                 self.send_response(reply.status)
                 for key, value in {"content-type": "application/json", **reply.headers}.items():
                     self.send_header(key.replace("_", "-"), value)
-                self.send_header("content-length", str(len(data)))
+                self.send_header("content-length", str(len(reply.pauses) + len(data)))
                 self.end_headers()
                 with contextlib.suppress(OSError):  # the client may have given up waiting
+                    for pause in reply.pauses:
+                        time.sleep(pause)
+                        self.wfile.write(b" ")
                     self.wfile.write(data)
 
             def log_message(self, *args):

@@ -67,6 +67,52 @@ def test_which_option_a_response_names(letter, response):
     assert bool(verdict.why) == (letter is None)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "<answer>{}</answer>", "<answer> {} </answer>", "{{{}}}", '{{"answer": "{}"}}', "{}<|im_end|>", "{}</s>",
+        "The correct answer is {} based on the video.", "Option {} (the animal moves)", "{} (the animal moves).",
+        "I would choose {} here", "I'd go with {} given the frames", "The answer is {} in this case",
+        "{} in this case", "Answer: {} based on the video", "Based on the video, {} fits best", "Option {} fits best.",
+        "Option {} The animal moves", "I pick **{}** here", "Of these, **{} is right**", "THE ANSWER IS {} BECAUSE",
+    ],
+)  # fmt: skip
+def test_all_letters_are_read_alike(form):
+    options = {"A": "a man walks", "B": "a dog runs", "C": "a cat", "D": "nothing"}
+    assert [read_choice(form.format(letter), options).value for letter in options] == list("ABCD")
+
+
+def test_options_that_are_labels_with_a_name():
+    teams = {letter: f"Team {letter}" for letter in "ABCD"}
+    assert [read_choice(f"Team {letter} wins.", teams).value for letter in teams] == list("ABCD")
+
+
+@pytest.mark.parametrize(
+    "response, letter",
+    [
+        *[(start + "A red square", "B") for start in ("The answer is ", "The Answer Is ", "Option ", "It shows ")],
+        *[(start + "A Red Square moves", "B") for start in ("It is ", "The video is called ", "Finally, ")],
+        ("The answer is A red object.", None),  # as option B begins
+        *[(start + "A man walks.", None) for start in ("", "It says:\n", "I see this: ", "It is a dog.\n", "1. ")],
+        ("A cat,\nA man walking,\nA child", None),
+        *[(f"It says {opens}A man walks{closes}", None) for opens, closes in ('""', "“”", "''", "**", "__")],
+        ("They watch A Trip to the Moon.", None),
+        ("The Video Shows A Man Walking", None),
+        ("THE MAN SEES A DOG", None),
+        ("A fits best", None),
+        ("A few dogs run", None),
+        ("A (very) small dog", None),
+        ("A <b>small</b> dog", None),
+        ("An A-frame house with a for-loop", None),
+        ("A in-depth look", None),
+        ("I see a man, a dog and a cat", None),
+        ("the answer is a man in a car", None),
+    ],
+)
+def test_an_article_in_a_sentence_is_no_label(response, letter):
+    assert read_choice(response, OPTIONS).value == letter
+
+
 @pytest.mark.parametrize("answer", ["B", "b.", "(B)", "B. a red square", "A red square", "The answer is B."])
 def test_the_ground_truth_of_a_choice_in_any_form(answer):
     assert check_choice("C", OPTIONS, answer).result == WRONG

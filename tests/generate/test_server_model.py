@@ -274,6 +274,12 @@ def test_a_dropped_connection_and_a_slow_answer_are_asked_for_again(serve, fast,
     assert "no connection (" in caplog.text and "no answer within 0.5 s; asking again in" in caplog.text
 
 
+def test_a_slow_answer_is_waited_for_while_it_comes(serve):
+    server = serve(Reply(said("fine").body, pauses=(0.2,) * 5))
+    assert model_of(server, timeout=0.5).answer([asked()], SAMPLING) == ["fine"]
+    assert len(server.seen) == 1
+
+
 @pytest.mark.parametrize("reply", [refused(500, "boom"), Reply(hang_up=True), refused(429, "slow down")])
 def test_a_server_that_is_down_stops_the_run(serve, fast, reply):
     server = serve(reply)
@@ -297,7 +303,26 @@ def test_one_request_that_breaks_the_server_is_its_own_failure(serve, fast):
     requests = [asked(str(i)) for i in range(4)]
     assert model.answer(requests, SAMPLING) == ["fine", "fine", boom, "fine"]
     assert model.answer(requests[2:3], SAMPLING) == [boom]
-    assert "boom" in stopped(model, requests[2:3])  # twice in a row: it is the server
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_requests_that_break_the_server_are_their_own_failures(serve, fast, concurrency):
+    """Whether they give up one after the other, behind all the others, or in between."""
+    bad = {"2", "3", "7"}
+    breaks = Reply({"error": {"message": "boom"}}, 500, wait=0.05)  # the others are quicker
+    server = serve(behave=lambda _, b: breaks if b["messages"][0]["content"] in bad else said("fine"))
+    model = model_of(server, concurrency=concurrency)
+    boom = Failure("status 500: boom (3 attempts)")
+    expected = [boom if str(i) in bad else "fine" for i in range(8)]
+    assert model.answer([asked(str(i)) for i in range(8)], SAMPLING) == expected
+    assert model.answer([asked("2")], SAMPLING) == model.answer([asked("3")], SAMPLING) == [boom]
+
+
+def test_a_server_that_breaks_down_halfway_stops_the_run(serve, fast):
+    server = serve(*[said("fine")] * 5, refused(500, "boom"))
+    model = model_of(server, concurrency=1)
+    assert "boom" in stopped(model, [asked()] * 40)
+    assert len(server.seen) == 5 + 3 * 3  # two requests, and one that was answered before
 
 
 @pytest.mark.parametrize("status, remedy", [(401, "OPENAI_API_KEY"), (404, "check the model's name")])
@@ -315,6 +340,24 @@ def test_a_server_that_refuses_everything_stops_the_run(serve):
     model = model_of(server)
     message = stopped(model, [asked()] * 3)
     assert "refused all of the first 3 requests" in message and "video_url is not supported" in message
+
+
+def test_a_server_that_refuses_everything_one_by_one_stops_the_run(serve):
+    server = serve(refused(400, "video_url is not supported"))
+    model = model_of(server)
+    refusal = Failure("the server refused the request (400): video_url is not supported")
+    assert model.answer([asked()], SAMPLING) == [refusal]  # it may be this one's fault
+    message = stopped(model)
+    assert "refused all of the first 2 requests" in message and "video_url is not supported" in message
+    assert model.answer([], SAMPLING) == []
+
+
+def test_refusals_of_a_server_that_answers_are_their_requests_own(serve):
+    server = serve(refused(400, "too long"), said("fine"), refused(400, "too long"))
+    model = model_of(server)
+    answers = [model.answer([asked()], SAMPLING)[0] for _ in range(5)]
+    refusal = Failure("the server refused the request (400): too long")
+    assert answers == [refusal, "fine", refusal, refusal, refusal]
 
 
 def test_the_budget_counts_every_attempt(serve, fast):

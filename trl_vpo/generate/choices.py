@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from trl_vpo.generate.base import InputError
 from trl_vpo.generate.reading import (
@@ -122,7 +122,8 @@ def read_choice(response: str, options: Mapping[str, str]) -> Reading:
     """The letter of the option that a response names.
 
     1. Letters count as options where they stand as labels: `B`, `b`, `(b)`, `B.`, `b) ...`, `**B**`, `option b`,
-       `Answer: B`, `B is ...`. The article in `A red square` and the pronoun `I` do not.
+       `Answer: B`, `B is ...`. The article in `A red square` and the pronoun `I` do not. A capital A inside a sentence
+       is a label, unless a name in capitals or the first word of an option that has an article follows.
     2. Options' texts count as whole words, whatever their case, articles, number words or plurals; of texts that
        contain each other, the longest.
     3. Denied letters and texts do not count (`not B`, `neither A nor B`, `B is wrong`), nor do questions, nor what
@@ -159,10 +160,11 @@ def _affirmed(found: Sequence[Word], labels: Sequence[int]) -> set[str]:
 
 def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], list[int], list[tuple[int, int, str]]]:
     """The words of a response, where labels stand among them, and [start, end) of each option's text."""
-    text, letters = said(response), "".join(options)
+    text, letters = said(_CAPITAL_ARTICLE.sub("a", response)), "".join(options)
     if not any(re.search(r"\b(?:because|since)\b", option, re.IGNORECASE) for option in options.values()):
         text = re.sub(r"\b(?:because|since)\b[^.,;!?]*", " ", text, flags=re.IGNORECASE)
-    found = without_articles(words(_marked(text, letters)))
+    articles = (re.match(r"a (\w+)", plain(option), re.IGNORECASE) for option in options.values())
+    found = without_articles(words(_marked(text, letters, {match[1] for match in articles if match})))
     keys = [fold(word.text) for word in found]
     contents = {letter: _option_words(plain(option), letters) for letter, option in options.items()}
     mentions: list[tuple[int, int, str]] = []
@@ -184,25 +186,29 @@ def _option_words(option: str, letters: str) -> list[str]:
 
 
 _LABEL = re.compile(r"__[a-z]__")
+# words behind a letter that could also be an article or a pronoun, if it is a label
+_AFTER = r"(?i:and|or|nor|but|is|are|was|because|since|seems|looks|matches|shows)\b"
+# the same behind an A: no noun phrase begins with them
+_AFTER_A = r"(?i:the|this|these|it|in|on|as|for|from|by|due|where|which|has|does|would|based on|given th\w+)(?![\w'-])"
+# an article that a line or a quotation begins with
+_CAPITAL_ARTICLE = re.compile(rf"(?:(?<=[\n\"“„«*_`])|(?<=(?<!\w)'))A(?=\s+[a-z])(?!\s+(?:{_AFTER}|{_AFTER_A}))")
 
 
-def _marked(text: str, letters: str) -> str:
-    """The text with `__b__` in the place of every label of option B."""
+def _marked(text: str, letters: str, nouns: Collection[str] = ()) -> str:
+    """The text with `__b__` in the place of every label of option B; before `nouns`, `A` is an article."""
     upper, either = f"[{letters}]", f"[{letters}{letters.lower()}]"
-    certain = upper.replace("A", "").replace("I", "")
     alone, apart = r"(?<![A-Za-z0-9_'.-])", r"(?![A-Za-z0-9_'-])"
-    # what follows a letter that could also be an article or a pronoun, if it is a label
-    follows = (
-        rf"(?=\s*$|\s*[).:,;!?\]/&+|]|\s+[-–—]|\s+{upper}{apart}"
-        r"|\s+(?:and|or|nor|but|is|are|was|because|since|seems|looks|matches|shows)\b)"
-    )
+    follows = rf"(?=<|\s*$|\s*[).:,;!?\]}}/&+|]|\s*<[/|]|\s+[-–—]|\s+{upper}{apart}|\s+{_AFTER})"
+    article = "|".join([r"[A-Z][a-z]", *(rf"(?i:{re.escape(noun)})\b" for noun in nouns)])
     cue = r"\b(?i:(?:option|choice|answer|letter)s?(?:\s+(?:is|are|would be|should be))?)\W{0,3}"
     for pattern in (
         rf"(?P<cue>)[(\[]\s*(?P<label>{either})\s*[)\]]",
         rf"(?P<cue>^\W*)(?P<label>{either})(?=[).:](?:\s|$)|\s*$)",
         rf"(?P<cue>{cue})(?P<label>{either}){follows}",
         rf"(?P<cue>){alone}(?P<label>{upper}){follows}",
-        rf"(?P<cue>){alone}(?P<label>{certain}){apart}",
+        rf"(?P<cue>){alone}(?P<label>A)(?=\s+{_AFTER_A}|\s+\([^()]*\)\s*(?:$|[.,;:!]))",
+        rf"(?P<cue>(?<=[a-z,] ))(?P<label>A){apart}(?!\s+(?:{article}))",
+        rf"(?P<cue>){alone}(?P<label>(?![AI]){upper}){apart}",
     ):
         text = re.sub(pattern, lambda match: f"{match['cue']} __{match['label'].lower()}__ ", text)
     return text

@@ -36,6 +36,7 @@ RUN_STATUS = {  # what a status says about every request, and what to do
     404: "it has no such model or no such address: check the model's name, and that the URL ends as in /v1",
     405: "this is no address of a chat model: check that the URL ends as in /v1",
 }
+_Sent = tuple[list[dict], int, Sampling]  # messages as they are sent, seed
 
 
 class RequestBudget:
@@ -90,7 +91,7 @@ class ServerModel(AnsweringModel):
         url: base URL, as http://HOST:PORT/v1.
         model: the model's name on the server.
         api_key_env: environment variable with the API key; servers without keys need none.
-        timeout: seconds for one attempt.
+        timeout: seconds without a byte from the server that end an attempt; an answer that keeps coming is waited for.
         max_retries: attempts after the first.
         max_requests: most requests, every attempt counted; or `budget`, which several models may share.
         concurrency: requests in flight.
@@ -129,7 +130,8 @@ class ServerModel(AnsweringModel):
         self._client = OpenAI(base_url=url, api_key=self._key or "none", timeout=timeout, max_retries=0)
         self._lock = threading.Lock()
         self._replied = 0  # requests that the server replied to, be it with a refusal
-        self._answered = 0  # requests that it answered
+        self._refused = 0  # requests that it refused
+        self._answered: _Sent | None = None  # the last request that it answered
         self._given_up = 0  # requests that were given up since the last reply
 
     def record(self) -> dict[str, str | None]:
@@ -153,9 +155,9 @@ class ServerModel(AnsweringModel):
         if errors:
             raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
         results = [future.result() for future in futures]
-        if len(results) > 1 and not self._answered:
+        if results and self._refused > 1 and self._answered is None:  # the first one alone may be at fault itself
             raise GenerateError(
-                f"{self.url} refused all of the first {len(results)} requests to {self.model!r}. {results[0].reason}"
+                f"{self.url} refused all of the first {self._refused} requests to {self.model!r}. {results[0].reason}"
             )
         return results
 
@@ -172,13 +174,18 @@ class ServerModel(AnsweringModel):
     def _ask_until_answered(self, request: Request, sampling: Sampling, stop: threading.Event) -> str | Failure:
         if stop.is_set():
             raise _Stopped
-        messages = chat_messages(request, media=self._media, max_pixels=self._max_pixels)
+        sent = chat_messages(request, media=self._media, max_pixels=self._max_pixels), request.seed, sampling
+        result = self._send(sent, stop)
+        return self._give_up(result, stop) if isinstance(result, _AttemptFailed) else result
+
+    def _send(self, sent: _Sent, stop: threading.Event) -> str | Failure | _AttemptFailed:
+        """The server's reply, or how the last attempt failed."""
         for attempt in range(self._max_retries + 1):
             if stop.is_set():
                 raise _Stopped
             self._budget.take()
             try:
-                result = self._attempt(messages, request.seed, sampling)
+                result = self._attempt(*sent)
             except _AttemptFailed as failed:
                 problem = failed
             else:
@@ -189,7 +196,7 @@ class ServerModel(AnsweringModel):
                 pause = self._pause(attempt, problem)
                 logger.info(f"{self.url}: {problem}; asking again in {pause:.1f} s")
                 stop.wait(pause)
-        return self._give_up(problem)
+        return problem
 
     def _attempt(self, messages: list[dict], seed: int, sampling: Sampling) -> str | Failure:
         import openai
@@ -211,10 +218,13 @@ class ServerModel(AnsweringModel):
         except openai.APIStatusError as error:
             refused = error.response
         else:
-            return self._read(reply.content, sampling)
-        return self._refused(refused)  # outside of the handler: the client's error may show the key
+            result = self._read(reply.content, sampling)
+            with self._lock:
+                self._answered = messages, seed, sampling
+            return result
+        return self._refusal(refused)  # outside of the handler: the client's error may show the key
 
-    def _refused(self, response: Any) -> Failure:
+    def _refusal(self, response: Any) -> Failure:
         """What an HTTP error means: the end of the run, another attempt, or the end of this request."""
         status, said = response.status_code, _said(self._clean(response.text))
         if status in RUN_STATUS:
@@ -223,6 +233,8 @@ class ServerModel(AnsweringModel):
         if status == 429 or status in (408, 409, 425) or status >= 500:
             fault = "server" if status == 429 else "request"
             raise _AttemptFailed(f"status {status}: {said}", fault, _retry_after(response.headers))
+        with self._lock:
+            self._refused += 1
         return Failure(f"the server refused the request ({status}): {said}")
 
     def _read(self, content: bytes, sampling: Sampling) -> str | Failure:
@@ -236,8 +248,6 @@ class ServerModel(AnsweringModel):
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             start = self._clean(content.decode(errors="replace"))[:SAID]
             raise _AttemptFailed(f"malformed answer: {start!r}", "answer") from None
-        with self._lock:
-            self._answered += 1
         if finish == "length":
             return Failure(f"cut off after {sampling.max_new_tokens} tokens")
         if finish == "content_filter":
@@ -258,18 +268,25 @@ class ServerModel(AnsweringModel):
             )
         return problem.retry_after + pause * random.uniform(0, 0.5)
 
-    def _give_up(self, problem: _AttemptFailed) -> Failure:
-        """A Failure where it may be this request's fault: the server replies to others, and this is the only one."""
+    def _give_up(self, problem: _AttemptFailed, stop: threading.Event) -> Failure:
+        """A Failure where it is taken for this request's fault: the server works, and this is the first one since the
+        last reply, or it still replies to another one.
+        """
         with self._lock:
             self._given_up += 1
             alone, works = self._given_up == 1, self._replied > 0 or problem.fault == "answer"
         reason = f"{problem} ({self._max_retries + 1} attempts)"
-        if alone and works and problem.fault != "server":
+        if problem.fault != "server" and works and (alone or self._still_replies(stop)):
             return Failure(reason)
         raise GenerateError(
             f"{self.url} gives no answer from {self.model!r}: {reason}. Check that the server runs and that "
             "the URL is right; the same command continues the run."
         )
+
+    def _still_replies(self, stop: threading.Event) -> bool:
+        """Whether the server replies to the last request that it answered, asked again."""
+        answered = self._answered
+        return answered is not None and not isinstance(self._send(answered, stop), _AttemptFailed)
 
     def _clean(self, text: str) -> str:
         """Some servers repeat the key that they refuse."""
