@@ -102,10 +102,10 @@ class Plan:
 
     @property
     def trained_dtype(self) -> torch.dtype:
-        """dtype of the weights that are trained. PEFT casts adapters up, TRL those of quantized models down again."""
+        """dtype of the weights that are trained. PEFT casts adapters up, under FSDP TRL some down."""
         if self.sharding.kind.startswith("zero"):
             return self.stored
-        if self.adapter and self.weight_bytes is not None:
+        if self.adapter and self.weight_bytes is not None and self.sharding.kind == "fsdp":
             return torch.bfloat16
         return torch.float32 if self.adapter or (self.autocast and self.sharding.kind == "fsdp") else self.dtype
 

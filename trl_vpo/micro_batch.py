@@ -75,10 +75,11 @@ def load_of(
     batch = tree_batch(trees, pad_token_id)
     if processes > 1:
         batch["calls"] = stackable(batch["media"])
+    padding = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
     if layout != "separate" and why_not(model) is None:
-        layouts = shared(batch, model.base_model, pad_token_id=pad_token_id)
+        layouts = shared(batch, model.base_model, **padding)
     else:
-        layouts = separate(batch, pad_token_id=pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
+        layouts = separate(batch, **padding)
     wanted = batch["chosen"] if compares else batch["chosen"][:0]
     media = torch.tensor(sorted(media_tokens), dtype=torch.long)
     return Load(

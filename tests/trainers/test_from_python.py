@@ -97,6 +97,19 @@ class Called(TrainerCallback):
         self.steps.append(sum(grad is not None and bool(grad.abs().max() > 0) for grad in grads.values()))
 
 
+def test_small_learning_rates_move_all_of_an_adapter_on_four_bit_weights(four_bits, images, tmp_path):
+    """In bfloat16, where DPOTrainer puts it, updates of 5e-6 would leave most of it as it was."""
+    folder, processor = four_bits
+    more = {"processor": processor, "peft": None, "peft_config": lora(), "max_steps": 3, "learning_rate": 5e-6}
+    trainer = trainer_of("dpo", tmp_path, image_rows(images), model=load_four_bits(folder), bf16=True, **more)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    moved = torch.cat([(after[name] != p).flatten() for name, p in before.items()])
+    assert moved.float().mean() > 0.95
+
+
 def test_four_bit_weights_train_after_an_evaluation(four_bits, images, tmp_path):
     """bitsandbytes packs 4-bit weights for inference, in the first call without gradients, on CPUs that can; no
     gradient passes them then."""

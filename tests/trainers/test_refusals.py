@@ -29,6 +29,8 @@ OTHER = {  # a value that is not TRL's default, for every knob that some method 
     "ref_model_mixup_alpha": 0.9,
     "ref_model_sync_steps": 7,
     "dataset_num_proc": 3,
+    "label_smoothing_factor": 0.1,
+    "include_num_input_tokens_seen": "all",
 }
 REFUSED = [(method, knob, reason) for method in METHODS for knob, reason in METHODS[method][0].refused.items()]
 
@@ -43,6 +45,23 @@ def test_knobs_without_effect_are_refused_with_the_reason(method, knob, reason, 
     default = next(f for f in dataclasses.fields(trl.DPOConfig) if f.name == knob)
     value = default.default if default.default is not dataclasses.MISSING else default.default_factory()
     config(method, tmp_path, **{knob: value})
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_sampling_by_length_is_refused(strategy, tmp_path):
+    with pytest.raises(ValueError, match=f"'{strategy}': the length of a row is known only once it is collated"):
+        config("dpo", tmp_path, train_sampling_strategy=strategy)
+    assert config("dpo", tmp_path, train_sampling_strategy="sequential").train_sampling_strategy == "sequential"
+
+
+@pytest.mark.parametrize("method", ["dpo", "leanpo"])
+def test_weights_trained_beside_the_adapter_are_refused(method, tmp_path):
+    """They would not be in its file, and they would move the reference."""
+    model, tokenizer = fresh()
+    model = get_peft_model(model, lora(text=True))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="embed_tokens.weight and 0 other weights are trained beside the adapter"):
+        trainer_of(method, tmp_path, model=model, processor=tokenizer, peft=None)
 
 
 def test_every_knob_of_trl_is_used_or_refused():
@@ -204,3 +223,14 @@ def test_a_model_with_nothing_to_train(tmp_path):
     with pytest.raises(ValueError, match="frozen"):
         trainer_of("dpo", tmp_path, model=model.requires_grad_(False), processor=tokenizer, peft=None)
     trainer_of("dpo", tmp_path, model=model, processor=tokenizer)  # a new adapter on a frozen model is well
+
+
+def test_resuming_with_a_reference_that_moved(tmp_path):
+    """Checkpoints do not hold it. A run that starts anew is well."""
+    more = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of("dpo", tmp_path, peft=None, **more)
+    trainer.train(resume_from_checkpoint=False)
+    for checkpoint in (True, str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match=r"sync_ref_model.*checkpoints do not hold it.*Start anew"):
+            trainer_of("dpo", tmp_path, peft=None, **more).train(resume_from_checkpoint=checkpoint)
+    trainer_of("dpo", tmp_path, peft=None, **more).train()

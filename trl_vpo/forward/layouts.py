@@ -60,9 +60,7 @@ def _separate(
     trunk = batch["branch_trunk"][branches]  # (S',)
     trunk_mask, branch_mask = batch["trunk_mask"][trunk], batch["branch_mask"][branches]
     prompt, response = trunk_mask.sum(-1, keepdim=True), branch_mask.sum(-1, keepdim=True)  # (S', 1)
-    length = int((prompt + response).max())
-    if multiple:
-        length = -(-length // multiple) * multiple
+    length = _rounded(int((prompt + response).max()), multiple)
     column = torch.arange(length, device=trunk.device).expand(len(trunk), -1)  # (S', L)
     # Column c reads prompt token c, then response token c - prompt, then padding (the appended last column).
     width = trunk_mask.size(1)
@@ -97,7 +95,9 @@ def _separate(
 # --- shared -------------------------------------------------------------------------------------------------------
 
 
-def shared(batch: dict, backbone: nn.Module, *, pad_token_id: int) -> list[Layout]:
+def shared(
+    batch: dict, backbone: nn.Module, *, pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> list[Layout]:
     """Every trunk once, its branches behind it: R sequences of a prompt and all its responses.
 
         trunk without its last token | last token, response 1 | last token, response 2 | ... | padding
@@ -116,7 +116,8 @@ def shared(batch: dict, backbone: nn.Module, *, pad_token_id: int) -> list[Layou
         carried[trunk].append(branch)
     lengths = [prompt - 1 + sum(responses[s] + 1 for s in branches) for prompt, branches in zip(prompts, carried)]
     calls = batch.get("calls") or [call for group in stackable(batch["media"]) for call in _calls(group, lengths)]
-    return [_shared(batch, backbone, trunks, carried, prompts, responses, pad_token_id) for trunks in calls]
+    padding = (pad_token_id, pad_to_multiple_of)
+    return [_shared(batch, backbone, trunks, carried, prompts, responses, *padding) for trunks in calls]
 
 
 def _calls(trunks: list[int], lengths: list[int]) -> list[list[int]]:
@@ -137,9 +138,9 @@ def _calls(trunks: list[int], lengths: list[int]) -> list[list[int]]:
     return best[-1][1]
 
 
-def _shared(batch, backbone, trunks, carried, prompts, responses, pad_token_id) -> Layout:
+def _shared(batch, backbone, trunks, carried, prompts, responses, pad_token_id, multiple) -> Layout:
     branches = [s for t in trunks for s in carried[t]]
-    table, starts = _columns(batch, trunks, carried, prompts, responses)
+    table, starts = _columns(batch, trunks, carried, prompts, responses, multiple)
     source, owner, place = table.to(batch["trunk_ids"].device).unbind(0)  # (R, L) each
     branch_ids = batch["branch_ids"]
 
@@ -170,7 +171,7 @@ def _shared(batch, backbone, trunks, carried, prompts, responses, pad_token_id) 
     )
 
 
-def _columns(batch, trunks, carried, prompts, responses) -> tuple[Tensor, list[int]]:
+def _columns(batch, trunks, carried, prompts, responses, multiple) -> tuple[Tensor, list[int]]:
     """(3, R, L): what each column reads (an index into all trunk tokens, all branch tokens, one padding token), whose
     it is, and its place in a sequence that holds its branch only. And the first column of each branch."""
     width, depth = batch["trunk_ids"].size(1), batch["branch_ids"].size(1)
@@ -185,9 +186,13 @@ def _columns(batch, trunks, carried, prompts, responses) -> tuple[Tensor, list[i
             parts += [_part(after_trunks + s * depth, responses[s], s, last + 1)]
             length += 1 + responses[s]
         rows.append(torch.cat(parts, dim=1))
-    length = max(row.size(1) for row in rows)
+    length = _rounded(max(row.size(1) for row in rows), multiple)
     fill = torch.tensor([[padding], [PADDING], [0]])
     return torch.stack([torch.cat([r, fill.expand(3, length - r.size(1))], 1) for r in rows], dim=1), starts
+
+
+def _rounded(length: int, multiple: int | None) -> int:
+    return -(-length // multiple) * multiple if multiple else length
 
 
 def _part(source: int, count: int, owner: int, place: int) -> Tensor:

@@ -34,7 +34,7 @@ class Scorer:
         policy: the model without PEFT or a distributed wrapper around it.
         layout: "auto", "shared" or "separate".
         pad_token_id: fills sequences up.
-        pad_to_multiple_of: of the separate layout's sequence length.
+        pad_to_multiple_of: of the sequence length.
 
     Raises:
         ValueError: `layout="shared"` for a model that cannot have it.
@@ -95,18 +95,18 @@ class Scorer:
     def _layouts(self, batch: dict) -> list[Layout]:
         """The model calls of a batch, built once for policy and reference."""
         if batch.get("layouts", (None,))[0] != self.layout:
-            rows, padding = batch.get("filled", batch) | {"calls": batch.get("calls")}, self._pad_token_id
-            if self.layout == "shared":
-                layouts = shared(rows, self._backbone, pad_token_id=padding)
-            else:
-                layouts = separate(rows, pad_token_id=padding, pad_to_multiple_of=self._pad_to_multiple_of)
+            rows = batch.get("filled", batch) | {"calls": batch.get("calls")}
+            padding = {"pad_token_id": self._pad_token_id, "pad_to_multiple_of": self._pad_to_multiple_of}
+            shares = self.layout == "shared"
+            layouts = shared(rows, self._backbone, **padding) if shares else separate(rows, **padding)
             batch["layouts"] = (self.layout, layouts)
         return batch["layouts"][1]
 
     def agree(self, batch: dict, filler: Callable[[str | None], dict], sharding: str | None) -> None:
         """Before a step of several processes, see `trl_vpo.forward.ranks`. All ranks call this."""
-        if self._vision is not None and "calls" not in batch:
-            agree_on_calls(batch, filler, sharding=sharding, trains_vision=self._vision.trained)
+        if "calls" not in batch:
+            trains_vision = self._vision is not None and self._vision.trained
+            agree_on_calls(batch, filler, sharding=sharding, trains_vision=trains_vision)
 
     def record_vision(self) -> contextlib.AbstractContextManager:
         """Around the reference pass of a step: frozen vision features are kept ..."""

@@ -218,12 +218,12 @@ def attach_scoring(model: PreTrainedModel) -> None:
     check_head(model)
     if getattr(model, "_trl_vpo_scoring", False):
         return
-    plain_forward = model.forward
+    model._trl_vpo_plain = model.forward  # on the model: a deep copy then has its own
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
     def forward(self, *args, score: ScoreRequest | None = None, **kwargs):
         if score is None:
-            return plain_forward(*args, **kwargs)
+            return self._trl_vpo_plain(*args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
         # Both are looked up at each call: FSDP and PEFT replace modules after this patch.
         hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state  # (R, L, H)
@@ -234,25 +234,26 @@ def attach_scoring(model: PreTrainedModel) -> None:
 
 
 def _score(hidden: Tensor, head: Head, request: ScoreRequest) -> ScoreOutput:
-    mask = request.mask
-    hidden = hidden.to(head.weight.device)  # a model split over devices may end elsewhere than its head
-    rows = request.rows.unsqueeze(1).expand_as(mask)[mask]  # (N,)
-    hidden = hidden[rows, request.positions[mask]]  # (N, H)
+    device = head.weight.device  # a model split over devices may begin and end elsewhere
+    mask = request.mask.to(device)
+    rows, positions, labels = (x.to(device) for x in (request.rows, request.positions, request.labels))
+    rows = rows.unsqueeze(1).expand_as(mask)[mask]  # (N,)
+    hidden = hidden.to(device)[rows, positions[mask]]  # (N, H)
     with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 shards the head; the KL's kernel gathers by itself
-        per_token = list(token_scores(hidden, head, request.labels[mask]))
+        per_token = list(token_scores(hidden, head, labels[mask]))
     if request.ref_hidden is not None:
-        per_token.append(_kl(hidden, head, request))
+        per_token.append(_kl(hidden, head, request, mask))
     else:
         per_token.append(None)
     # `masked_scatter` rather than indexing: the result stays connected to the model even where nothing is scored.
     spread = [None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in per_token]
-    return ScoreOutput(*spread, hidden=hidden)
+    return ScoreOutput(*(None if x is None else x.to(request.mask.device) for x in spread), hidden=hidden)
 
 
-def _kl(hidden: Tensor, head: Head, request: ScoreRequest) -> Tensor:
+def _kl(hidden: Tensor, head: Head, request: ScoreRequest, mask: Tensor) -> Tensor:
     """(N,) KL, with gradients for the tokens of `kl_rows` only: the rest of the backward pass would be wasted."""
-    ref_head, mask = request.ref_head or head, request.mask
-    wanted = request.kl_rows if request.kl_rows is not None else torch.ones_like(mask[:, 0])  # (S',)
+    ref_head = request.ref_head or head
+    wanted = request.kl_rows.to(mask.device) if request.kl_rows is not None else torch.ones_like(mask[:, 0])  # (S',)
     needs_grad = wanted.unsqueeze(1).expand_as(mask)[mask]  # (N,)
     with torch.no_grad():
         rest = token_kl(hidden[~needs_grad], head, request.ref_hidden[~needs_grad], ref_head)

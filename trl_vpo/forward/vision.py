@@ -27,9 +27,10 @@ class VisionFeatures:
     """
 
     def __init__(self, backbone: nn.Module, language_model: nn.Module):
-        text = {id(x) for x in (*language_model.parameters(), *language_model.modules())}
-        self._parameters = [p for p in backbone.parameters() if id(p) not in text]
-        self._dropouts = [m for m in backbone.modules() if id(m) not in text and isinstance(m, nn.Dropout) and m.p > 0]
+        text = {id(module) for module in language_model.modules()}
+        # Modules and no parameters: FSDP replaces those.
+        self._modules = [m for m in backbone.modules() if id(m) not in text]
+        self._dropouts = [m for m in self._modules if isinstance(m, nn.Dropout) and m.p > 0]
         self._kept: list[tuple[str, Any]] = []
         self._mode = "off"
 
@@ -41,7 +42,7 @@ class VisionFeatures:
     @property
     def trained(self) -> bool:
         """Whether tower or projector have something to train."""
-        return any(p.requires_grad for p in self._parameters)
+        return any(p.requires_grad for module in self._modules for p in module.parameters(recurse=False))
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_config_model_id, use_adapter
+from trl.trainer.utils import get_config_model_id
 
 from trl_vpo.data.check import prepare_dataset
 from trl_vpo.data.collator import PreferenceCollator
@@ -32,6 +32,7 @@ from trl_vpo.trainers.fillers import Fillers
 from trl_vpo.trainers.finite import NonFiniteLossError, check_losses, check_weights  # noqa: F401
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
 from trl_vpo.trainers.precompute import ReferenceCache
+from trl_vpo.trainers.reference import copy_adapter, evaluating, switched
 
 
 class VisualPreferenceTrainer(DPOTrainer):
@@ -141,9 +142,13 @@ class VisualPreferenceTrainer(DPOTrainer):
                 "the load-balancing loss of mixture-of-experts models is not implemented here. Set "
                 "router_aux_loss_coef=0.0 to train without it."
             )
-        if not self.needs_reference and is_peft_model(self.model) and "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")  # DPOTrainer copies the adapter of a PeftModel; nobody would read it
+        if is_peft_model(self.model) and "ref" in self.model.peft_config:  # DPOTrainer copies a given adapter
+            if self.needs_reference:
+                copy_adapter(self.model)
+            else:
+                self.model.delete_adapter("ref")  # nobody would read it
         setup.keep_gradients(self.model)
+        setup.keep_precision(self)
         multiple = self.args.pad_to_multiple_of
         self.scorer = Scorer(
             self._bare(self.model),
@@ -215,7 +220,10 @@ class VisualPreferenceTrainer(DPOTrainer):
         Returns:
             `Scores` of all S branches, (S, T) each.
         """
-        return self.scorer.score(model, batch, reference)
+        # Not only inside of the call, where accelerate has it: a reference is called without that, and the layouts are
+        # compared outside.
+        with self.accelerator.autocast():
+            return self.scorer.score(model, batch, reference)
 
     @torch.no_grad()
     def reference_scores(self, batch: dict) -> Scores:
@@ -223,14 +231,13 @@ class VisualPreferenceTrainer(DPOTrainer):
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             if self.ref_model is not None:
                 return self._with_head(self.ref_model, batch)
-            if not is_peft_model(self.model):
-                if self.precompute_ref_logps and self.state.global_step == 0:  # the policy still is its reference
+            if is_peft_model(self.model):
+                with switched(self.accelerator.unwrap_model(self.model)):
                     return self._with_head(self.model, batch)
-                raise ValueError(f"{self._name} holds no reference model now; there is nothing to compare with.")
-            policy = self.accelerator.unwrap_model(self.model)
-            adapter = "ref" if "ref" in policy.peft_config else None
-            with use_adapter(policy, adapter_name=adapter):
-                return self._with_head(self.model, batch)
+            if self.precompute_ref_logps and self.state.global_step == 0:  # the policy still is its reference
+                with evaluating(self.model):
+                    return self._with_head(self.model, batch)
+            raise ValueError(f"{self._name} holds no reference model now; there is nothing to compare with.")
 
     def _with_head(self, reference, batch: dict) -> Scores:
         """Scores of a reference, with the LM head that the KL needs."""
@@ -256,8 +263,24 @@ class VisualPreferenceTrainer(DPOTrainer):
     # --- training -------------------------------------------------------------------------------------------------
 
     @record  # a launcher stops all ranks when one fails; with this it ends with that one's error, not with the others'
-    def train(self, *args, **kwargs):
-        return super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint and self.args.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model moves the reference in training, and checkpoints do not hold it: a resumed run would "
+                "compare with the first reference again. Start anew, or set sync_ref_model=False."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        """In the midst of training the model goes back to training: what is logged next goes by its mode."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self.is_in_train:
+                self.model.train()
+
+    def predict(self, test_dataset, *args, **kwargs):
+        return super().predict(self._prepare_eval(test_dataset, self.processing_class, self.args), *args, **kwargs)
 
     # --- loss -----------------------------------------------------------------------------------------------------
 

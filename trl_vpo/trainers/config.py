@@ -19,6 +19,8 @@ REFUSED = {
     "discopop_tau": "it belongs to a loss type that is not implemented here",
     "padding_free": "visual inputs are padded; a branch of the batch is a sequence of its own",
     "truncation_mode": "sequences are never truncated: cutting one may cut its video or its response",
+    "label_smoothing_factor": "it belongs to a cross-entropy; the smoothing of preferences is `label_smoothing`",
+    "include_num_input_tokens_seen": "every log line has `num_tokens`",
     "dataset_num_proc": "rows are tokenized in the data loader's workers; set dataloader_num_workers",
 }
 _TRL_FIELDS = fields(DPOConfig)
@@ -114,6 +116,11 @@ class VisualPreferenceConfig(DPOConfig):
                 raise ValueError(f"{own.name}={getattr(self, own.name)!r} is not one of {', '.join(choices)}.")
         if "inputs" in self.include_for_metrics:
             raise ValueError("include_for_metrics cannot have 'inputs': a batch is a tree of prompts and responses.")
+        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r}: the length of a row is known only once it "
+                "is collated. Use 'random' or 'sequential'."
+            )
         if self.precompute_cache_dir is not None and "precompute_ref_log_probs" in self.refused:
             raise ValueError(f"precompute_cache_dir: {self.refused['precompute_ref_log_probs']}. Leave it out.")
         if self.precompute_ref_log_probs and self.sync_ref_model:

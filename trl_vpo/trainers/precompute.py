@@ -103,26 +103,21 @@ class ReferenceCache:
             model.to(process.device)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self._context}.{process.process_index}.{uuid.uuid4().hex[:12]}.jsonl"
-        waiting, training = iter(keys.values()), model.training
-        model.eval()
-        try:
-            with (
-                self._bar(total=len(keys), desc=f"Reference log-probs of {name} rows") as bar,
-                path.open("x", encoding="utf-8") as shard,
-            ):
-                for batch in loader:
-                    batch = trainer._prepare_inputs(batch)
-                    with process.autocast():
-                        sums = trainer.reference_scores(batch).sums.tolist()  # (S,)
-                    rows = [sums[a:b] for a, b in pairwise([*batch["chosen"].tolist(), len(sums)])]
-                    bad = [label for label, row in zip(batch["names"], rows) if not np.isfinite(row).all()]
-                    if bad:
-                        raise ValueError(f"the reference's log-probs are not finite for: {'; '.join(bad)}.")
-                    shard.writelines(json.dumps({"row": next(waiting), "logps": row}) + "\n" for row in rows)
-                    shard.flush()
-                    bar.update(len(rows))
-        finally:
-            model.train(training)
+        waiting = iter(keys.values())
+        with (
+            self._bar(total=len(keys), desc=f"Reference log-probs of {name} rows") as bar,
+            path.open("x", encoding="utf-8") as shard,
+        ):
+            for batch in loader:
+                batch = trainer._prepare_inputs(batch)
+                sums = trainer.reference_scores(batch).sums.tolist()  # (S,)
+                rows = [sums[a:b] for a, b in pairwise([*batch["chosen"].tolist(), len(sums)])]
+                bad = [label for label, row in zip(batch["names"], rows) if not np.isfinite(row).all()]
+                if bad:
+                    raise ValueError(f"the reference's log-probs are not finite for: {'; '.join(bad)}.")
+                shard.writelines(json.dumps({"row": next(waiting), "logps": row}) + "\n" for row in rows)
+                shard.flush()
+                bar.update(len(rows))
 
     def _bar(self, **kwargs) -> tqdm:
         """On the first process, unless progress bars are off."""

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig, PeftModel, PromptLearningConfig
 from torch import nn
@@ -44,11 +45,40 @@ def check_model(model: Any, ref_model: Any, peft_config: Any, *, needs_reference
                 f"{why}, so switching the adapter off does not give the reference. Leave that out, or give a "
                 "`ref_model`. An adapter that was trained so can be merged into its base first (`trl-vpo merge`)."
             )
+    if isinstance(model, PeftModel):
+        _check_strays(model)
     if not isinstance(model, str) and peft_config is None and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "every parameter of the model is frozen; there is nothing to train. Load an adapter with "
             "PeftModel.from_pretrained(..., is_trainable=True), or give a `peft_config`."
         )
+
+
+def _check_strays(model: PeftModel) -> None:
+    """Refuse weights that train beside the adapter and are not part of it."""
+    biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    strays = [n for n in trained if not set(n.split(".")) & set(model.peft_config) and not (biases and "bias" in n)]
+    if strays:
+        raise ValueError(
+            f"{strays[0]} and {len(strays) - 1} other weights are trained beside the adapter: they would not be saved "
+            "with it, and with the adapter off they would not be the reference's. Freeze them, or name their modules "
+            "in the adapter's modules_to_save."
+        )
+
+
+def keep_precision(trainer: Any) -> None:
+    """Adapters of quantized models stay in float32, in which PEFT makes them.
+
+    DPOTrainer casts them to bfloat16, where most updates of a learning rate like 5e-6 are rounded away. Under FSDP
+    they stay as it makes them: all weights that it gathers together need one dtype.
+    """
+    model = trainer.model
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if quantized and not trainer.is_fsdp_enabled:
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
 
 
 def spelt_out(peft_config: PeftConfig | None, model: Any, args: VisualPreferenceConfig) -> PeftConfig | None:
