@@ -72,7 +72,7 @@ class GenerateConfig(AnsweringConfig):
     judge_model: str | None = field(default=None, metadata={"help": "Model name of the judge, behind judge_url."})
     judge_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible server of the judge."})
     judge_api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "The judge's API key variable."})
-    timeout: float = field(default=120.0, metadata={"help": "Seconds without a byte from a server after which an attempt has failed."})
+    timeout: float = field(default=120.0, metadata={"help": "Seconds without a byte that end an attempt."})
     max_retries: int = field(default=5, metadata={"help": "Attempts after the first, with growing pauses."})
     max_requests: int | None = field(default=None, metadata={"help": "Stop after so many requests to servers."})
     temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 is greedy."})
