@@ -14,8 +14,8 @@ from trainer_kit import fresh, trainer_of
 
 import trl_vpo.trainers.base as base
 
-BASE, SETUP, CONFIG, CARD, METRICS = (
-    f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "config", "card", "metrics")
+BASE, SETUP, CONFIG, CARD, METRICS, LOGS, REFERENCE = (
+    f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "config", "card", "metrics", "logs", "reference")
 )
 SCORING, ATTENTION, LAYOUTS, VISION, RANKS = (
     f"trl_vpo/forward/{x}.py" for x in ("scoring", "attention", "layouts", "vision", "ranks")
@@ -28,7 +28,7 @@ CALLED = [
     ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], SETUP),
     ("trl.models.utils.disable_gradient_checkpointing", ["model", "gradient_checkpointing_kwargs"], BASE),
     ("trl.trainer.utils.maybe_gather_lm_head_ctx", ..., SCORING),
-    ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], BASE),
+    ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], REFERENCE),
     ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE}, {SETUP} and {CARD}"),
     ("trl.DPOTrainer._prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"], BASE),
     ("trl.DPOTrainer._precompute_ref_logps", ["self", "dataset", "name", "batch_size"], BASE),
@@ -36,17 +36,17 @@ CALLED = [
     ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
     ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
     ("transformers.Trainer._get_num_items_in_batch", ["self", "batch_samples", "device"], BASE),
-    ("transformers.Trainer._maybe_log_save_evaluate", ["self"], BASE),
-    ("transformers.Trainer._finalize_training", ["self"], BASE),
+    ("transformers.Trainer._maybe_log_save_evaluate", ["self"], LOGS),
+    ("transformers.Trainer._finalize_training", ["self"], LOGS),
     ("accelerate.Accelerator.reduce", ["self", "tensor", "reduction"], BASE),
     ("torch.distributed.elastic.multiprocessing.errors.record", ["fn"], BASE),
     ("trl.DPOTrainer.create_model_card", ["self", "model_name", "dataset_name", "tags"], BASE),
-    ("trl.DPOTrainer.floating_point_ops", ["self", "inputs"], BASE),
+    ("trl.DPOTrainer.floating_point_ops", ["self", "inputs"], LOGS),
     ("trl.DPOTrainer.save_model", ["self", "output_dir", "_internal_call"], BASE),
     (
         "trl.DPOTrainer.evaluation_loop",
         ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
-        BASE,
+        LOGS,
     ),
     ("trl.extract_prompt", ["example"], "trl_vpo/data/rows.py"),
     ("trl.get_dataset", ["mixture_config"], "trl_vpo/data/sources.py"),
@@ -56,7 +56,7 @@ CALLED = [
     ("trl.DatasetMixtureConfig", ..., "trl_vpo/train.py"),
     ("trl.scripts.utils.ScriptArguments", ..., RECIPE),
     ("trl.scripts.utils.TrlParser.parse_args_and_config", ["self", "args"], RECIPE),
-    ("accelerate.utils.gather_object", ["object"], f"{BASE}, {METRICS}, {PRECOMPUTE} and {RANKS}"),
+    ("accelerate.utils.gather_object", ["object"], f"{LOGS}, {METRICS}, {PRECOMPUTE} and {RANKS}"),
     ("accelerate.utils.broadcast_object_list", ["object_list"], FINGERPRINT),
     ("accelerate.utils.is_peft_model", ["model"], f"{BASE} and {CARD}"),
     ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),

@@ -60,7 +60,7 @@ def test_weights_trained_beside_the_adapter_are_refused(method, tmp_path):
     model, tokenizer = fresh()
     model = get_peft_model(model, lora(text=True))
     model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="embed_tokens.weight and 0 other weights are trained beside the adapter"):
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight and 0 other weights are trained beside the adapter"):
         trainer_of(method, tmp_path, model=model, processor=tokenizer, peft=None)
 
 

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
@@ -30,12 +29,12 @@ from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
 from trl_vpo.trainers.fillers import Fillers
 from trl_vpo.trainers.finite import NonFiniteLossError, check_losses, check_weights  # noqa: F401
-from trl_vpo.trainers.metrics import MetricSums, preference_metrics
+from trl_vpo.trainers.logs import LoggingTrainer
 from trl_vpo.trainers.precompute import ReferenceCache
 from trl_vpo.trainers.reference import copy_adapter, evaluating, switched
 
 
-class VisualPreferenceTrainer(DPOTrainer):
+class VisualPreferenceTrainer(LoggingTrainer):
     """What the four methods share. It takes what [`trl.DPOTrainer`] takes; rows follow `trl_vpo.data.rows`.
 
     A method says what it needs (`needs_*`) and gives `preference_loss`. Against `trl.DPOTrainer`:
@@ -161,9 +160,7 @@ class VisualPreferenceTrainer(DPOTrainer):
         self.model_accepts_loss_kwargs = True  # `training_step` then takes a loss as scaled if it came with totals
         setup.wrap_layers_that_exist(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
-        self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        self._sums = {mode: MetricSums(self.accelerator, gathers=mode == "eval") for mode in ("train", "eval")}
-        self._new_tokens = 0
+        self._start_logs()
         self._fillers = Fillers(self)
         if self.args.precompute_ref_log_probs:
             self.precompute_ref_logps = True  # DPOTrainer was told otherwise; its `evaluate` goes by it
@@ -271,14 +268,6 @@ class VisualPreferenceTrainer(DPOTrainer):
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
-        """In the midst of training the model goes back to training: what is logged next goes by its mode."""
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            if self.is_in_train:
-                self.model.train()
-
     def predict(self, test_dataset, *args, **kwargs):
         return super().predict(self._prepare_eval(test_dataset, self.processing_class, self.args), *args, **kwargs)
 
@@ -287,10 +276,6 @@ class VisualPreferenceTrainer(DPOTrainer):
     def preference_loss(self, scores: Scores, reference: Scores | None, batch: dict) -> PreferenceLoss:
         """The method: per-token scores in, losses of B pairs out."""
         raise NotImplementedError
-
-    def extra_metrics(self, scores: Scores, reference: Scores | None, batch: dict) -> dict:
-        """The method's own metrics: name -> (values, weights), (B,) each."""
-        return {}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
         """(2,) pairs and chosen tokens of an optimizer step: of all its micro-batches on all ranks, which all call."""
@@ -334,48 +319,6 @@ class VisualPreferenceTrainer(DPOTrainer):
         tokens = scores.mask.sum(-1)  # (S,)
         return loss.detach(), tuple(scores.sums[s] for s in sides), tuple(tokens[s] for s in sides)
 
-    def floating_point_ops(self, inputs):
-        """6 operations per parameter and token, as transformers estimates them; both branches of a pair count."""
-        return 6 * self._parameters * _tokens(inputs)
-
-    # --- metrics --------------------------------------------------------------------------------------------------
-
-    def _record(self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict) -> None:
-        metrics = preference_metrics(scores, reference, out) | self.extra_metrics(scores, reference, batch)
-        self._sums["train" if self.model.training else "eval"].record(metrics)
-        if self.model.training:
-            self._new_tokens += _tokens(batch)
-
-    def _averages(self, mode: str) -> dict[str, float]:
-        """Averages of what was recorded since the last call, and the tokens trained on. All ranks call this."""
-        averages = self._sums[mode].averages()
-        self._total_train_tokens += sum(gather_object([self._new_tokens]))
-        self._new_tokens = 0
-        return averages | {"num_tokens": self._total_train_tokens} if averages else {}
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        if self.control.should_log:
-            self._average_training()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _finalize_training(self, *args, **kwargs):
-        self._average_training()
-        return super()._finalize_training(*args, **kwargs)
-
-    def _average_training(self) -> None:
-        """Ready the averages for the next `log`, which then meets no other rank: one may call it alone."""
-        if self.model.training:
-            self._metrics["train"] = {key: [value] for key, value in self._averages("train").items()}
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        """The metrics carry the prefix of their dataset, so that those of several sets stay apart."""
-        self._sums["eval"].averages()  # whatever an interrupted evaluation left
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in self._averages("eval").items()})
-        return output
-
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -388,9 +331,3 @@ class VisualPreferenceTrainer(DPOTrainer):
         """A card that names method, paper, base model and dataset, and shows how to load the adapter."""
         if self.is_world_process_zero():
             write_model_card(self, model_name, dataset_name, tags)
-
-
-def _tokens(batch: dict) -> int:
-    """Tokens that a batch sends through the model: every branch counts with its own copy of the prompt."""
-    prompts = batch["trunk_mask"].sum(-1)[batch["branch_trunk"]].sum()
-    return int(prompts + batch["branch_mask"].sum())
