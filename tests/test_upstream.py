@@ -330,7 +330,7 @@ MORE_CALLED = [
     ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
     ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/{callback,heldout}.py"),
     ("transformers.Trainer._save_checkpoint", ["self", "model", "trial"], "trl_vpo/failed_saves.py (by its name)"),
-    ("transformers.Trainer.compute_loss_context_manager", ["self"], "trl_vpo/evaluate/callback.py"),
+    ("transformers.Trainer.compute_loss_context_manager", ["self"], BASE),
     ("transformers.Trainer.pop_callback", ["self", "callback"], "trl_vpo/report/progress.py"),
     ("transformers.trainer_utils.HubStrategy", ..., "trl_vpo/hub.py"),
     ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., "trl_vpo/hub_repo.py"),

@@ -112,6 +112,34 @@ def test_one_step_is_measured_once(trained, monkeypatch):
     assert calls == [1] and all(one["eval_heldout/kl/chosen"] == 1.0 for one in metrics)
 
 
+def test_after_the_training_the_best_model_is_measured(preferences, held_out, tmp_path):
+    """It was loaded in the place of the last one, at the same step; and a further training begins with new weights."""
+    best = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": False}
+    trainer = trainer_of(
+        "VisualDPO", tmp_path, preferences, max_steps=2, eval_strategy="steps", eval_steps=1, **best,
+        metric_for_best_model="eval_heldout/kl/chosen",
+    )  # fmt: skip
+    callback = EvaluationCallback(trainer, str(held_out.path), sensitivity=(), limit=3)
+    trainer.add_callback(callback)
+    trainer.train()
+    first, last = (entry["eval_heldout/kl/chosen"] for entry in logged(trainer))
+    assert trainer.state.best_global_step == 1 and first < last
+    after = trainer.evaluate()
+    assert after["eval_heldout/kl/chosen"] == pytest.approx(first, rel=1e-3)
+    assert callback._done[0] == 2
+    trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    assert callback._done is None
+
+
+def test_a_training_without_evaluations_is_warned_of(preferences, caplog, tmp_path):
+    trainer = trainer_of("LeanPO", tmp_path, preferences, max_steps=1, eval_strategy="no")
+    for every, warned in ((5, False), ("eval", True)):
+        callback = EvaluationCallback(trainer, dataset(preferences[:1]), every=every, sensitivity=())
+        with caplog.at_level("WARNING"):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+        assert ("Give every=N" in caplog.text) == warned
+
+
 def test_full_fine_tuning_without_a_reference_has_no_movement(preferences, held_out, tmp_path):
     torch.manual_seed(0)
     trainer = trainer_of("LeanPO", tmp_path, preferences, lora=False, model=plain(), max_steps=2)

@@ -388,6 +388,9 @@ def test_a_run_knows_the_bases_weights(held_out, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     changed = run_settings(config, {}, inputs)
     assert {key for key in first if first[key] != changed[key]} == {"weights"}
+    template = base / "chat_template.jinja"  # it decides what the model is asked
+    template.write_text(template.read_text().replace("assistant", "Assistant"))
+    assert run_settings(config, {}, inputs)["weights"] not in (first["weights"], changed["weights"])
 
 
 def test_adapters_that_are_none(held_out, tmp_path):
@@ -453,16 +456,54 @@ def test_clusters_are_media_unless_the_row_says_otherwise():
     from trl_vpo.evaluate.rows import read_rows
     from trl_vpo.generate.base import InputRow
 
-    part = {"path": "/v/1.mp4", "video_start": 2.0}
+    part = {"path": "v/1.mp4", "video_start": 2.0}
     no = {**QUESTION, "answer": "no"}
-    inputs = [
-        InputRow("a", QUESTION, videos=("/v/1.mp4",)),
-        InputRow("b", no, videos=(part,)),
-        InputRow("c", {**CHOICE, "cluster": 7}, images=("/i/1.png",)),
-        InputRow("d", CHOICE, images=("/i/1.png",)),
-        InputRow("e", CHOICE),
+    rows = [
+        {**QUESTION, "videos": ["v/1.mp4"]},
+        {**no, "video": part},
+        {**CHOICE, "cluster": 7, "images": ["i/1.png"]},
+        {**CHOICE, "image": "./i/1.png"},
+        {**CHOICE, "videos": [["f/1.png", "f/2.png"]], "images": ["i/1.png"]},
+        CHOICE,
+        {**CHOICE, "image": {"path": "1.png", "bytes": b"a picture"}},
+        {**CHOICE, "images": [b"a picture"]},
+        {**CHOICE, "images": [b"another picture"]},
     ]
-    rows = read_rows(inputs)
-    assert [row.cluster for row in rows] == ["/v/1.mp4", "/v/1.mp4", "7", "/i/1.png", "e"]
-    assert rows[1].facts == {"question": "Is it red?", "expected": "no", "pair": "p"}
-    assert rows[2].facts == {"question": "Which?", "expected": "B", "options": ["red", "blue"]}
+    found = read_rows([InputRow(f"r{i}", row) for i, row in enumerate(rows)])
+    clusters = [row.cluster for row in found]
+    assert clusters[:6] == ["v/1.mp4", "v/1.mp4", "7", "i/1.png", "f/1.png", "r5"]
+    assert clusters[6] == clusters[7] != clusters[8]
+    assert found[1].facts == {"question": "Is it red?", "expected": "no", "pair": "p"}
+    assert found[2].facts == {"question": "Which?", "expected": "B", "options": ["red", "blue"]}
+
+
+def test_clusters_stay_where_media_move(held_out, tmp_path):
+    """A run may go on where the media lie elsewhere: the rows before and behind that are of the same clusters."""
+    from trl_vpo.evaluate.rows import read_rows
+
+    clip = Path(row_of(held_out, "clip")["videos"][0])
+    data = write_jsonl([{**CHOICE, "id": "a", "videos": [clip.name]}], tmp_path / "rows.jsonl")
+    clusters = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        shutil.copy(clip, tmp_path / place / clip.name)
+        config = EvaluateConfig(dataset_name=str(data), media_root=str(tmp_path / place))
+        inputs = read_inputs(config.generate_config())
+        assert inputs[0].videos == (str(tmp_path / place / clip.name),)
+        clusters += [row.cluster for row in read_rows(inputs)]
+    assert clusters == [clip.name] * 2
+
+
+def test_pairs_that_share_a_cluster_are_one_cluster():
+    """Of questions about v1 to v5: what pairs have in common may come through a third pair."""
+    from trl_vpo.evaluate.results import evidence
+
+    pairs = [("v1", "v1"), ("v2", "v3"), ("v4", "v4"), ("v3", "v5"), ("v5", "v4"), ("v1", "v1")]
+    records = [
+        {"task": "yes_no", "pair": str(i), "expected": side, "cluster": cluster}
+        | {"response": side, "response_tokens": 1, "response_ended": True}
+        for i, both in enumerate(pairs)
+        for side, cluster in zip(("yes", "no"), both)
+    ]
+    _, clusters = evidence(records, records)["yes_no"]
+    assert [clusters.index(cluster) for cluster in clusters] == [0, 1, 1, 1, 1, 0]

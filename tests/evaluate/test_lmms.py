@@ -7,6 +7,7 @@ than the locked ones: `pip install -e .[lmms] pytest pytest-timeout`, then `pyte
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 from importlib.util import find_spec
 
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from families import LANGUAGE_MODEL
 from held_out_kit import write_adapter
+from transformers import AutoProcessor
 
 from trl_vpo.data.images import load_image
 from trl_vpo.data.media import VideoOptions, load_video
@@ -192,6 +194,21 @@ def test_answers_end_where_the_task_says(everything, base, documents):
 
 
 @needs_lmms_eval
+def test_thoughts_that_were_cut_off_are_no_answer(base, documents):
+    """The chat template opened them, so there is no tag in the answer."""
+    from trl_vpo.evaluate.lmms_model import Answering
+
+    request, one = asked(COLOUR, documents[0]["clip"]), Sampling(max_new_tokens=1, temperature=0)
+    found, processor = [], AutoProcessor.from_pretrained(BASE)
+    for opened in ("", "<think>\n"):
+        processor.chat_template = base.processor.chat_template.replace("assistant\n", f"assistant\n{opened}")
+        (answer,) = Answering(base.model, processor).answer([request], one)
+        assert answer.token_counts.output_tokens == 1
+        found.append(answer.text)
+    assert found[0] and found[1] == ""
+
+
+@needs_lmms_eval
 def test_a_task_that_samples_is_repeatable(everything, base, documents):
     _, rows = everything
     hot = Sampling(max_new_tokens=16, temperature=2.5, top_p=0.95)
@@ -299,6 +316,27 @@ def test_finished_benchmarks_are_read(run, tmp_path, monkeypatch):
         run("tiny_colour", out=tmp_path, limit=3, num_frames=2)
 
 
+@needs_lmms_eval
+def test_a_changed_task_file_is_noticed(run, tasks, tmp_path, monkeypatch):
+    """Where the benchmark is of that folder; what lmms-eval has itself does not depend on it."""
+    folder = shutil.copytree(tasks, tmp_path / "tasks")
+    for name in ("tiny_colour", "tiny_all"):
+        run(name, out=tmp_path / "out", limit=1, include_path=folder)
+    monkeypatch.setattr(lmms, "_load", lambda config: pytest.fail("weights were loaded"))
+    (folder / ".git").mkdir()
+    (folder / ".git" / "index").touch()
+    run("tiny_colour", "tiny_all", out=tmp_path / "out", limit=1, include_path=folder)  # Python's caches are no change
+    code = folder / "code.py"
+    code.write_text(code.read_text().replace("results[0] == doc", "results[0] != doc"))
+    for name in ("tiny_colour", "tiny_all"):
+        with pytest.raises(EvaluateError, match="results with another include_files"):
+            run(name, out=tmp_path / "out", limit=1, include_path=folder)
+    code.write_text(CODE)
+    run("tiny_colour", out=tmp_path / "out", limit=1, include_path=folder)
+    with pytest.raises(EvaluateError, match=r"results with another include_path\."):
+        run("tiny_colour", out=tmp_path / "out", limit=1)
+
+
 # --- VideoHallucer --------------------------------------------------------------------------------------------------
 
 PAIRS = {  # which clips the basic and the hallucinated question of each pair are about
@@ -352,6 +390,30 @@ def test_videohallucer_through_lmms_eval(run, copy, base, documents):
         assert [row["doc"]["side"] for row in rows[f"videohallucer_{subset}"]] == ["basic", "hallucination"] * 2
     assert len(set(accuracies)) > 1
     assert found["videohallucer"]["accuracy"] == pytest.approx(np.mean(accuracies))
+
+
+@needs_lmms_eval
+def test_a_changed_copy_of_videohallucer_is_noticed(run, copy, tasks, tmp_path, monkeypatch):
+    own = shutil.copytree(tasks, tmp_path / "tasks")
+
+    def temporal(**settings):
+        return run("videohallucer_temporal", out=tmp_path / "out", limit=2, **{"include_path": own} | settings)[0]
+
+    first = temporal()
+    monkeypatch.setattr(lmms, "_load", lambda config: pytest.fail("weights were loaded"))
+    (own / "code.py").write_text("")  # this task is not of that folder
+    other = copy / "semantic_detail" / "semantic_detail.json"  # nor does it read this subset
+    other.write_text(other.read_text().replace("square", "circle"))
+    assert temporal() == temporal(include_path=None) == first
+    path = copy / "temporal" / "temporal.json"
+    questions = path.read_text()
+    path.write_text(questions.replace("square", "circle"))
+    with pytest.raises(EvaluateError, match=r"results with another videohallucer_files\."):
+        temporal()
+    path.write_text(questions)
+    monkeypatch.setenv(videohallucer.ROOT, str(shutil.copytree(copy, tmp_path / "moved")))
+    with pytest.raises(EvaluateError, match=r"results with another videohallucer_root\."):
+        temporal()
 
 
 def test_videohallucer_scores():

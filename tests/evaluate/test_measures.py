@@ -164,6 +164,11 @@ def test_choice():
     assert measures.choice_logps(credits, average=True).keys() == {"choice/logp_average"}
 
 
+def test_cut_off():
+    assert values(measures.cut_off("length", [True, False, True, True])) == {"length/cut_off": 1 / 4}
+    assert values(measures.cut_off("yes_no", [[True, True], [False, True]])) == {"yes_no/cut_off": 1 / 4}
+
+
 def test_chair():
     table = ObjectTable({"dog": [], "cup": [], "person": ["man"]})
     responses = ["a dog and a dog and a man", "a man", "", "nothing here", "a cup"]
@@ -218,6 +223,8 @@ def test_the_table_names_every_measure(model, base):
     made |= measures.sensitivity([-1.0], {"<damage>": [-1.0]}, [1]) | measures.visibility([[-1.0, -2.0]])
     made |= measures.lengths(["a"], [1]) | measures.yes_no(score_pairs(["yes"], ["no"]))
     made |= measures.choice_letters([True]) | measures.choice_logps([1.0]) | measures.choice_logps([1.0], average=True)
+    for name in ("length", "yes_no", "choice"):
+        made |= measures.cut_off(name, [True])
     made |= measures.chair(count_objects(["a"], [[]], ObjectTable({"dog": []}))[0])
     assert named - {"kl/<side>"} == set(made)
 

@@ -15,6 +15,7 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.importers import import_rows
 from trl_vpo.data.rows import read_row
 from trl_vpo.generate.base import GenerateError
+from trl_vpo.generate.run import weights_digest
 from trl_vpo.generate.shards import read_outcomes, read_settings
 from trl_vpo.testbed import rows as testbed_rows
 from trl_vpo.testbed.tiny_vlm import BASE
@@ -260,3 +261,34 @@ def test_weights_that_changed_under_their_name(made, inputs, tmp_path):
     found = [read_settings(folder) for folder in (tmp_path / "run", other, made("rrpo")[0])]
     assert found[0]["weights"]["model_name_or_path"] == found[2]["weights"]["model_name_or_path"]
     assert found[0]["weights"]["from_adapter"] != found[1]["weights"]["from_adapter"]
+
+
+NAMES = [
+    "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "merges.txt", "vocab.txt", "tokenizer.model",
+    "tokenizer.json", "config.json", "model.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_digest_of_weights_is_of_all_files_that_are_read(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    none = weights_digest(tmp_path)
+    path.write_bytes(b"before")
+    first = weights_digest(tmp_path)
+    (tmp_path / "README.md").write_text("not read")
+    assert weights_digest(tmp_path) == first != none
+    path.write_bytes(b"behind")
+    assert weights_digest(tmp_path) not in (none, first)
+
+
+def test_the_digest_of_text_is_of_every_byte(tmp_path):
+    """Training changes weights all over, an editor one place of a tokenizer."""
+    text = bytearray(3 << 20)
+    (tmp_path / "tokenizer.json").write_bytes(text)
+    first = weights_digest(tmp_path)
+    for place in (20_000, 1 << 20, 3_000_000):
+        text[place] = 1
+        (tmp_path / "tokenizer.json").write_bytes(text)
+        first, before = weights_digest(tmp_path), first
+        assert first != before, place

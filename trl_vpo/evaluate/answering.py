@@ -1,20 +1,24 @@
 """Generated answers: what a row asks the model, and what `rows.jsonl` holds of the answer.
 
-Answers are greedy. An empty answer, or one that was cut off after `max_new_tokens`, is scored as it is.
+An empty answer, or one that was cut off after `max_new_tokens`, is scored as it is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_vpo.data.rows import Row
 from trl_vpo.evaluate.rows import HeldOutRow
 from trl_vpo.evaluate.scoring import Probe
-from trl_vpo.generate.base import InputRow, Media
+from trl_vpo.forward.tree import Trunk
+from trl_vpo.generate.base import InputRow, Media, Sampling
 from trl_vpo.generate.choices import read_options, with_options
+from trl_vpo.generate.local import LocalModel
+from trl_vpo.generate.reading import opens_thoughts, without_reasoning
 
 OPTIONS = "options"  # the probe of a multiple-choice question's options
+TAIL = 16  # tokens that an opening tag and white space behind it take, at most
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,24 @@ class Answer:
     text: str
     tokens: int
     ended: bool  # False: it was cut off
+
+
+class AnswersAsTheyAre(LocalModel):
+    """Unlike for data: an answer that is empty or cut off is an answer, and counts as what it is."""
+
+    def _generate(self, trunks: list[Trunk], seeds: list[int], sampling: Sampling) -> list[Answer]:
+        answers = super()._generate(trunks, seeds, sampling)
+        return [self._without_reasoning(*pair) for pair in zip(answers, trunks, strict=True)]
+
+    def _without_reasoning(self, answer: Answer, trunk: Trunk) -> Answer:
+        """Where the prompt opened thoughts, an answer that ended outside of tags is one without thoughts."""
+        opened = opens_thoughts(self._collator.tokenizer.decode(trunk.ids[-TAIL:]))
+        return replace(answer, text=without_reasoning(answer.text, thinking=opened and not answer.ended))
+
+    def _read(self, ids: list[int]) -> Answer:
+        end = next((i for i, token in enumerate(ids) if token in self._ends), None)
+        text = self._collator.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Answer(text, len(ids[:end]), ended=end is not None)
 
 
 def question_probes(row: HeldOutRow, source: InputRow, media: Media) -> list[Probe]:

@@ -14,7 +14,6 @@ from trl_vpo.data.media import MediaError, check_image, check_video
 from trl_vpo.data.rows import RowError, check_accepted
 from trl_vpo.data.sources import named_splits
 from trl_vpo.evaluate.config import DAMAGES
-from trl_vpo.evaluate.heldout import evaluating
 from trl_vpo.evaluate.measures import estimate
 from trl_vpo.evaluate.results import preference_evidence
 from trl_vpo.evaluate.rows import EvaluateError, HeldOutRow, preference_row, read_rows
@@ -29,6 +28,7 @@ from trl_vpo.evaluate.scoring import (
 from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.generate.base import Media
 from trl_vpo.generate.inputs import Inputs, Unusable, load_media, row_ids
+from trl_vpo.trainers.reference import evaluating
 from trl_vpo.trainers.setup import sharding
 
 if TYPE_CHECKING:
@@ -95,6 +95,17 @@ class EvaluationCallback(TrainerCallback):
         self._inputs, self._rows = self._read(data, split, limit)
         self._done: tuple[int, dict[str, float]] | None = None  # the step that was measured last, and its measures
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._done = None  # another model may be at the same step
+        if self.every == "eval" and args.eval_strategy == "no":
+            logger.warning(
+                "EvaluationCallback measures whenever the trainer evaluates, and eval_strategy is 'no': nothing will "
+                "be measured in this training. Give every=N to measure every N steps."
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._done = None  # the best model, if it was loaded, stands in the place of the last one
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """The trainer has evaluated: the measures join its metrics, once a step however many eval sets there are."""
         if self.every == "eval":
@@ -123,7 +134,7 @@ class EvaluationCallback(TrainerCallback):
         rank, ranks = (trainer.accelerator.process_index, trainer.accelerator.num_processes) if shared else (0, 1)
         mine, size = self._rows[rank::ranks], trainer.args.per_device_eval_batch_size
         records: list[dict[str, Any]] = []
-        with torch.no_grad(), evaluating(trainer.model), trainer.compute_loss_context_manager():
+        with torch.no_grad(), evaluating(trainer.model):
             for start in range(0, len(mine), size):
                 records += self._records(mine[start : start + size])
         if shared:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from trl_vpo.adapters import loses_base
 from trl_vpo.data.rows import Row
-from trl_vpo.evaluate.answering import Answer
+from trl_vpo.evaluate.answering import Answer, AnswersAsTheyAre
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.results import BASE
 from trl_vpo.evaluate.rows import EvaluateError
@@ -25,10 +25,9 @@ from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.generate.base import GenerateError, Sampling
 from trl_vpo.generate.local import LocalModel, stackable
 from trl_vpo.generate.models import answering_model, attach_adapter, checked_adapter
-from trl_vpo.generate.reading import without_reasoning
 
 
-class Contestants(LocalModel):
+class Contestants(AnswersAsTheyAre):
     """A base model and its adapters.
 
     Every response stands behind a prompt of its own, and answers are greedy, so that a row's numbers depend neither on
@@ -127,12 +126,6 @@ class Contestants(LocalModel):
             for one, values in zip(found, totals, strict=True):
                 one[name] = Scored(*values)
         return found
-
-    def _read(self, ids: list[int]) -> Answer:
-        """Unlike for data: an answer that is empty or cut off is an answer, and counts as what it is."""
-        end = next((i for i, token in enumerate(ids) if token in self._ends), None)
-        text = self._collator.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return Answer(without_reasoning(text), len(ids[:end]), ended=end is not None)
 
 
 def _kl_sums(scores: Any) -> list[float]:

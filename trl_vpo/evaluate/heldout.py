@@ -10,6 +10,7 @@ import torch
 
 from trl_vpo.evaluate.measures import PairScores, preference
 from trl_vpo.forward.layouts import merge_media
+from trl_vpo.trainers.reference import evaluating
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,3 @@ def _prompts(batch: dict, pad_token_id: int) -> dict:
     inputs = {"input_ids": shift(batch["trunk_ids"], pad_token_id), "attention_mask": filled.long()}
     inputs |= {key: shift(values, 0) for key, values in batch["trunk_types"].items()}
     return inputs | merge_media([batch["media"][t] for t in trunks.tolist()])
-
-
-@contextmanager
-def evaluating(model) -> Iterator[None]:
-    """The model in evaluation mode, for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

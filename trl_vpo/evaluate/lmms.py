@@ -94,16 +94,17 @@ def run_benchmarks(
         raise EvaluateError("server_url: benchmarks are answered in this process. lmms-eval itself can ask a server.")
     manager = _task_manager(include_path)
     simple = {name: _check(manager, name, limit) for name in benchmarks}
-    record = _record(config, limit, version)
+    common = _record(config, limit, version)
+    records = {name: common | _files(manager, name, include_path) for name in benchmarks}
     folders = {name: Path(output_dir) / name for name in benchmarks}
-    tables = {name: _finished(folder, record) for name, folder in folders.items()}
+    tables = {name: _finished(folder, records[name]) for name, folder in folders.items()}
     if all(table is not None for table in tables.values()):
         return tables
     answering = _load(config)
     for name, table in tables.items():
         if table is None:
             answering.is_simple = simple[name]
-            tables[name] = _run(name, answering, manager, folders[name], record)
+            tables[name] = _run(name, answering, manager, folders[name], records[name])
     return {name: table for name, table in tables.items() if table is not None}
 
 
@@ -165,8 +166,7 @@ def _check(manager: TaskManager, name: str, limit: int | None) -> bool:
 
     tasks, kinds = _tasks(manager, name), set()
     for task in tasks:
-        subset = task.removeprefix("videohallucer_")
-        if task.startswith("videohallucer_") and subset in videohallucer.SUBSETS:
+        if subset := videohallucer.subset_of(task):
             videohallucer.check(subset, limit)
         try:
             config = load_yaml_config(manager.task_index[task]["yaml_path"], mode="full")
@@ -227,6 +227,24 @@ def _record(config: GenerateConfig, limit: int | None, version: str) -> dict[str
         "limit": limit,
         "lmms_eval": version,
     }
+
+
+def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> dict[str, Any]:
+    """What a benchmark takes from files here: `include_path`, if one of its tasks is from there, and VideoHallucer."""
+    from trl_vpo.evaluate.lmms_tasks import videohallucer
+    from trl_vpo.generate.run import files_digest
+
+    tasks, folder = _tasks(manager, name), None
+    if include_path is not None:
+        inside = Path(include_path).absolute()
+        paths = [manager.task_index[task]["yaml_path"] for task in (name, *tasks)]
+        folder = inside if any(Path(str(path)).absolute().is_relative_to(inside) for path in paths) else None
+    record = {"include_path": str(folder) if folder else None, "include_files": None}
+    if folder:  # without Python's caches and what is hidden, such as a repository's own files
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        shown = [folder / file for file in files if not any(part.startswith(".") for part in file.parts)]
+        record["include_files"] = files_digest(folder, shown)
+    return record | videohallucer.record(filter(None, map(videohallucer.subset_of, tasks)))
 
 
 def _finished(folder: Path, record: dict[str, Any]) -> Table | None:

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from trl_vpo.data.images import MediaError, describe, load_image
 from trl_vpo.data.media import VideoOptions, load_video
+from trl_vpo.evaluate.answering import AnswersAsTheyAre
 from trl_vpo.evaluate.rows import EvaluateError
 from trl_vpo.generate.base import Failure, Media, Request, Sampling, stream_seed
-from trl_vpo.generate.local import LocalModel
-from trl_vpo.generate.reading import without_reasoning
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +31,12 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp"}  # 
 READ = {"max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "until"}  # generation settings of a task
 
 
-class Answering(LocalModel):
-    """Unlike for data: an answer that is empty or cut off is an answer, and is scored as what it is."""
+class Answering(AnswersAsTheyAre):
+    """Answers as lmms-eval wants them."""
 
-    def _read(self, ids: list[int]) -> GenerationResult:
-        end = next((i for i, token in enumerate(ids) if token in self._ends), len(ids))
-        text = self._collator.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return GenerationResult(without_reasoning(text), TokenCounts(output_tokens=end))
+    def _generate(self, *args: Any) -> list[GenerationResult]:
+        answers = super()._generate(*args)
+        return [GenerationResult(answer.text, TokenCounts(output_tokens=answer.tokens)) for answer in answers]
 
 
 class BenchmarkModel(lmms):

@@ -20,14 +20,17 @@ denominators, where it is a ratio of sums. Rows are all that must be kept to com
 | `visibility/tau` | -1 to 1 | Kendall's tau-b of log-prob and visibility; 1: always falls as the object fades; up |
 | `visibility/ordered` | share of lists | log-prob falls at every step of the list; up |
 | `length/words`, `length/tokens` | per response | words between white space; tokens as given |
+| `length/cut_off` | share of free answers | that the limit of new tokens cut off; down |
 | `yes_no/basic`, `yes_no/hallucinated` | share of pairs | that question is answered rightly; up |
 | `yes_no/overall` | share of pairs | both questions are, VideoHallucer's accuracy; up |
 | `yes_no/yes_rate` | share of questions | answered yes; 0.5 is unbiased |
 | `yes_no/pct_diff` | -0.5 to 0.5 | (answered yes - truly yes) / questions, the yes rate less 0.5; 0 is unbiased |
 | `yes_no/fp_ratio` | share of wrong answers | that say yes; 0.5 is unbiased |
 | `yes_no/unparsed` | share of questions | whose response says neither; down |
+| `yes_no/cut_off` | share of questions | whose response the limit of new tokens cut off; down |
 | `choice/letter` | share of rows | the letter read from the response is right; an unread one is wrong; up |
 | `choice/unparsed` | share of rows | no letter could be read; down |
+| `choice/cut_off` | share of rows | the limit of new tokens cut the response off; down |
 | `choice/logp` | share of rows | the right option has the highest summed log-prob; up |
 | `choice/logp_average` | share of rows | the same for log-probs per token; up |
 | `chair/i` | share of mentions | hallucinated; down |
@@ -209,6 +212,12 @@ def lengths(responses: Sequence[str], tokens: Any = None) -> Rows:
         _same_length(responses=responses, tokens=tokens)
         rows["length/tokens"] = np.asarray(tokens, dtype=np.float64)
     return rows
+
+
+def cut_off(name: str, ended: Any) -> Rows:
+    """Whether answers ran into the limit of new tokens, (N,), or what share of K answers a row, (N, K)."""
+    cut = 1 - np.asarray(ended, dtype=np.float64)
+    return {f"{name}/cut_off": cut if cut.ndim == 1 else cut.mean(axis=1)}
 
 
 def yes_no(answers: PairedAnswers) -> Rows:

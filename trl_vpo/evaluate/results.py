@@ -170,9 +170,11 @@ def _pairs(records: Records) -> dict[str, dict[str, Mapping]]:
 
 
 def _yes_no(pairs: dict[str, dict[str, Mapping]], rule: str) -> tuple[Rows, list[str]]:
-    whole = [pair for pair in pairs.values() if len(pair) == 2]
-    basic, hallucinated = ([pair[side]["response"] for pair in whole] for side in ("yes", "no"))
-    return measures.yes_no(score_pairs(basic, hallucinated, rule)), _clusters([pair["yes"] for pair in whole])
+    whole = [(pair["yes"], pair["no"]) for pair in pairs.values() if len(pair) == 2]
+    basic, hallucinated = ([pair[side]["response"] for pair in whole] for side in (0, 1))
+    rows = measures.yes_no(score_pairs(basic, hallucinated, rule))
+    rows |= measures.cut_off("yes_no", [[record["response_ended"] for record in pair] for pair in whole])
+    return rows, _joined([_clusters(pair) for pair in whole])
 
 
 def _choice(records: Records) -> tuple[Rows, list[str]]:
@@ -180,6 +182,7 @@ def _choice(records: Records) -> tuple[Rows, list[str]]:
     credits = [by_logprob(r["option_logps"], option_index(r)) for r in records]
     average = [by_logprob(r["option_logps"], option_index(r), r["option_tokens"]) for r in records]
     rows = measures.choice_letters(right) | measures.choice_logps(credits)
+    rows |= measures.cut_off("choice", [r["response_ended"] for r in records])
     return rows | measures.choice_logps(average, average=True), _clusters(records)
 
 
@@ -193,9 +196,26 @@ def _chair(records: Records, table: ObjectTable | None) -> tuple[Rows, list[str]
 def _answers(records: Records) -> tuple[Rows, list[str]]:
     """Of free answers, to captions and preference prompts."""
     rows = measures.lengths([r["response"] for r in records], [r["response_tokens"] for r in records])
-    cut_off = np.array([not r["response_ended"] for r in records], dtype=float)
-    return rows | {"length/cut_off": cut_off}, _clusters(records)
+    return rows | measures.cut_off("length", [r["response_ended"] for r in records]), _clusters(records)
 
 
 def _clusters(records: Records) -> list[str]:
     return [record["cluster"] for record in records]
+
+
+def _joined(pairs: Sequence[Sequence[str]]) -> list[str]:
+    """One cluster for each pair: those of its two rows, and all that other pairs connect with them, become one.
+
+    What is drawn together must hold all that depends on it.
+    """
+    above: dict[str, str] = {}
+
+    def top(cluster: str) -> str:
+        while above.setdefault(cluster, cluster) != cluster:
+            above[cluster] = above[above[cluster]]
+            cluster = above[cluster]
+        return cluster
+
+    for first, second in pairs:
+        above[top(second)] = top(first)
+    return [top(first) for first, _ in pairs]

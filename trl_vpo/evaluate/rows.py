@@ -8,13 +8,16 @@
 | "chair" | `question`, `objects`: names of all objects that are there; may be empty | the answer |
 
 All may have `id`, media (`videos`, `video`, `images`, `image`) and `cluster`: rows of one cluster are not independent.
-Without it, a row's cluster is its first video or image, and without media the row itself. A yes/no row may say `role`
-("basic" for yes, "hallucinated" for no), which then has to agree with its `answer`. Questions are asked as they are;
-options that a multiple-choice question does not list itself are listed behind it.
+Without it, a row's cluster is its first video or image, as the row names it, and without media the row itself; yes/no
+pairs that have one in common are in one together. A yes/no row may say `role` ("basic" for yes, "hallucinated" for
+no), which then has to agree with its `answer`. Questions are asked as they are; options that a multiple-choice
+question does not list itself are listed behind it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +30,7 @@ from trl_vpo.generate.base import InputError, InputRow
 from trl_vpo.generate.choices import read_options
 
 ROLES = {"basic": "yes", "hallucinated": "no"}
+MEDIUM = ("bytes", "path", "video", "image")  # keys that hold it in a source with options; the first one counts
 SHOWN = 5  # problems in one message
 
 
@@ -180,11 +184,17 @@ def _unpaired(rows: list[HeldOutRow]) -> list[str]:
 
 
 def _cluster(row: InputRow) -> str:
-    given = row.example.get("cluster")
-    if given is not None:
-        return str(given)
-    sources = [*row.videos, *row.images, *(row.example.get("image_list") or [])]
-    source = sources[0] if sources else None
+    """From the medium as the row names it: a run may go on with another `media_root`, and its clusters stay."""
+    if row.example.get("cluster") is not None:
+        return str(row.example["cluster"])
+    sources: list[Any] = []
+    for one, many in (("video", "videos"), ("image", "images"), (None, "image_list")):
+        sources += [*(row.example.get(many) or []), row.example.get(one)]
+    source = next((source for source in sources if source is not None), None)
     while isinstance(source, (dict, list)):  # options beside a path; a list of frames
-        source = (source.get("path") or source.get("video")) if isinstance(source, dict) else next(iter(source), None)
-    return source if isinstance(source, str) else row.id
+        if isinstance(source, dict):
+            source = [source[key] for key in MEDIUM if source.get(key) is not None]
+        source = next(iter(source), None)
+    if isinstance(source, bytes):
+        return hashlib.blake2b(source, digest_size=16).hexdigest()
+    return os.path.normpath(source) if isinstance(source, str) else row.id

@@ -102,13 +102,20 @@ class Word(NamedTuple):
     sentence: int
 
 
-def without_reasoning(response: str) -> str:
+def without_reasoning(response: str, thinking: bool = False) -> str:
     """An answer, stripped, without a reasoning model's thoughts in front of it, up to the last `</think>`.
 
-    Chat templates may put the opening tag into the prompt. Reasoning that never ended leaves an empty answer.
+    Reasoning that never ended leaves an empty answer. Chat templates may put the opening tag into the prompt: with
+    `thinking`, a response without the closing one is all thoughts.
     """
-    text = response.rpartition("</think>")[2].strip()
-    return "" if text.startswith("<think>") else text
+    _, closed, text = response.rpartition("</think>")
+    text = text.strip()
+    return "" if text.startswith("<think>") or (thinking and not closed) else text
+
+
+def opens_thoughts(prompt: str) -> bool:
+    """Whether a prompt ends in the tag that opens thoughts."""
+    return prompt.rstrip().endswith("<think>")
 
 
 def plain(response: str) -> str:

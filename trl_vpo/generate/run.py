@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -34,7 +34,11 @@ FREE = {
 }  # fmt: skip
 # Settings that may name a folder of weights.
 WEIGHTS = ("model_name_or_path", "from_adapter", "detector", "mask_model")
-SAMPLES, SAMPLE_BYTES = 64, 16384
+# What a model is loaded from: weights, configs, tokenizer, chat templates.
+LOADED = (
+    "*.json", "*.safetensors", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "vocab.txt", "*.model",
+)  # fmt: skip
+WHOLE_BYTES, SAMPLES, SAMPLE_BYTES = 1 << 26, 64, 16384  # tokenizers are read whole
 DECODERS = 2  # threads that decode the next batch while the model answers this one
 
 
@@ -147,17 +151,26 @@ def run_settings(method: str, config: GenerateConfig, inputs: Inputs) -> dict[st
 
 
 def weights_digest(folder: str | Path) -> str:
-    """A fingerprint of the configs and weights in a folder, so that one trained anew under its old name is noticed.
+    """A fingerprint of what a folder's model is loaded from, so that one changed under its old name is noticed."""
+    paths = {path for pattern in LOADED for path in Path(folder).glob(pattern)}
+    return files_digest(folder, filter(Path.is_file, paths))
+
+
+def files_digest(folder: str | Path, paths: Iterable[Path]) -> str:
+    """A fingerprint of files in a folder: their names there and their contents.
 
     Of large files it takes the size and samples all over, 1 MB a file: they are read in no time, and training changes
     numbers everywhere.
     """
     total = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in Path(folder).iterdir() if path.suffix in (".json", ".safetensors")):
+    for path in sorted(paths):
         size = path.stat().st_size
-        total.update(f"{path.name} {size}\n".encode())
+        total.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
-            for start in sorted({max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+            if size <= WHOLE_BYTES:
+                total.update(file.read())
+                continue
+            for start in sorted({(size - SAMPLE_BYTES) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
                 file.seek(start)
                 total.update(file.read(SAMPLE_BYTES))
     return total.hexdigest()

@@ -42,7 +42,7 @@ def switched(policy: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout or embedding noise, which are the policy's training and not the reference's."""
+    """`model` in evaluation mode: without dropout and embedding noise, which belong to the policy's training."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -13,9 +13,11 @@ the plain mean over the five subsets. `max_new_tokens` is ours.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,22 @@ def _folder(subset: str) -> Path:
             f"holds {SUBSETS[0]}/{SUBSETS[0]}.json."
         )
     return Path(root).expanduser().absolute() / subset
+
+
+def subset_of(task: str) -> str | None:
+    """The subset that a task asks about; None for a task of another benchmark."""
+    subset = task.removeprefix("videohallucer_")
+    return subset if subset != task and subset in SUBSETS else None
+
+
+def record(subsets: Iterable[str]) -> dict[str, Any]:
+    """What tells the user's copies of these subsets from others: the root, and a hash of each json."""
+    hashes = {}
+    for subset in subsets:
+        content = (_folder(subset) / f"{subset}.json").read_bytes()
+        hashes[subset] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    root = str(_folder("")) if hashes else None
+    return {"videohallucer_root": root, "videohallucer_files": hashes or None}
 
 
 def check(subset: str, limit: int | None = None) -> None:
