@@ -86,14 +86,21 @@ def test_adapters_in_the_vision_tower(media, tmp_path):
 
 
 def test_bfloat16_autocast(media, tmp_path):
+    """Float32 weights: both layouts compute in bfloat16, by themselves, and their log-probs differ by its rounding."""
     data = ragged_rows("video", media)
-    trainers = [trainer_of("RRPO", layout, tmp_path, data, bf16=True) for layout in ("separate", "shared")]
-    steps = []
-    for trainer in trainers:
-        with trainer.compute_loss_context_manager():
-            steps.append(step(trainer))
+    exact, steps = [], []
+    for bf16, layout in ((False, "shared"), (True, "separate"), (True, "shared")):
+        trainer = trainer_of("RRPO", layout, tmp_path, data, bf16=bf16)
+        dtypes = set()
+        layer = trainer.model.get_base_model().model.language_model.layers[0].mlp.down_proj.base_layer
+        layer.register_forward_hook(lambda *args, into=dtypes: into.add(args[-1].dtype))
+        (steps if bf16 else exact).append(step(trainer))
+        assert layer.weight.dtype == torch.float32
+        assert dtypes == {torch.bfloat16 if bf16 else torch.float32}  # of policy and reference
     assert steps[0][0].dtype == torch.float32
     assert (steps[0][0] - steps[1][0]).abs().max() < 0.3 and (steps[0][0] - steps[1][0]).abs().mean() < 0.05
+    assert (steps[1][0] - exact[0][0]).abs().max() < 0.3
+    assert (steps[0][2] - steps[1][2]).norm() < 0.1 * steps[0][2].norm()
 
 
 @pytest.mark.parametrize("method", ["VisualDPO", "LPOI"])
@@ -207,6 +214,15 @@ def test_auto_shares_where_it_can(name, media, tmp_path):
     trainer = trainer_of("VisualDPO", "auto", tmp_path, ragged_rows("image", media), name)
     assert trainer.scorer.layout == "auto"
     step(trainer)
+    assert trainer.scorer.layout == "shared"
+
+
+@pytest.mark.parametrize("method", ["VisualDPO", "LeanPO"])
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA-1.5"])
+def test_auto_shares_in_bfloat16_autocast(name, method, media, tmp_path):
+    """The layouts are compared in the precision of training, and by what that allows."""
+    trainer = trainer_of(method, "auto", tmp_path, ragged_rows("image", media), name, bf16=True, max_steps=1)
+    trainer.train()
     assert trainer.scorer.layout == "shared"
 
 

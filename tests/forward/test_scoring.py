@@ -177,6 +177,26 @@ def test_a_copy_of_a_scoring_model_scores_with_its_own_weights():
     assert torch.equal(twin(ids, score=request).logps, scores)
 
 
+def test_a_copy_of_a_scoring_model_computes_plain_calls_with_its_own_weights():
+    """As one keeps a model from before its training: its logits, and what it generates, are its own."""
+    torch.manual_seed(0)
+    model = SPECIAL_HEADS["plain"]().eval()
+    attach_scoring(model)
+    twin = copy.deepcopy(model)
+    third = copy.deepcopy(twin)
+    ids = torch.randint(0, 97, (1, 5))
+    want, said = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    assert not torch.allclose(model(ids).logits, want)
+    for copied in (twin, third):
+        assert torch.equal(copied(ids).logits, want)
+        assert torch.equal(copied.generate(ids, max_new_tokens=4, do_sample=False), said)
+    twin(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in twin.parameters()) and all(p.grad is None for p in model.parameters())
+
+
 def test_rows_without_tokens_score_zero_and_stay_connected():
     model = SPECIAL_HEADS["plain"]()
     attach_scoring(model)
@@ -284,10 +304,11 @@ def test_videos_of_different_lengths_keep_their_order(layout, tmp_path):
         torch.testing.assert_close(scores.kl[s][scores.mask[s]], (p.exp() * (p - q)).sum(-1), rtol=1e-3, atol=1e-5)
 
 
-def test_pad_to_multiple_of_changes_nothing_but_the_width(tmp_path, images):
+@pytest.mark.parametrize("layout", ["separate", "shared"])
+def test_pad_to_multiple_of_changes_nothing_but_the_width(layout, tmp_path, images):
     widths, logps = [], []
     for multiple in (32, None):
-        trainer = moved("dpo", "Qwen2-VL", tmp_path, images, layout="separate", pad_to_multiple_of=multiple)
+        trainer = moved("dpo", "Qwen2-VL", tmp_path, images, layout=layout, pad_to_multiple_of=multiple)
         seen = lambda model, args, kwargs: widths.append(kwargs["input_ids"].size(1))  # noqa: E731
         trainer.model.register_forward_pre_hook(seen, with_kwargs=True)
         logps.append(trainer.concatenated_forward(trainer.model, collated(trainer)).logps)

@@ -35,7 +35,7 @@ import torch
 import transformers as T
 from accelerate import PartialState
 from datasets import Dataset
-from helpers import row, write_clip, write_image
+from helpers import message, row, write_clip, write_image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from trainer_kit import PAIRS, fresh, lora, shake, trainable, trainer_of
@@ -55,6 +55,10 @@ CASES = {
     "unlike clips": {"method": "dpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "shared"},
     "unlike clips, separate": {"method": "rrpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "separate"},
     "images and clips": {"method": "rrpo", "name": "LLaVA-OneVision", "kind": "both", "num_frames": 4},
+    "unlike prompts": {"method": "dpo", "name": "text", "kind": "prompts", "layout": "shared", "scale": 0.3,
+                       "peft_config": lora(text=True)},
+    "unlike prompts, auto": {"method": "dpo", "name": "text", "kind": "prompts", "scale": 0.3,
+                             "peft_config": lora(text=True)},
 }  # fmt: skip
 QUANTIZED = {f"{m}, 4 bits": {"method": m, "four_bits": True} for m in ("dpo", "rrpo")}
 
@@ -87,14 +91,17 @@ def rows_of(kind, count, folder):
         "list": [("image", images[:1])],
         "unlike": [text, text, ("video", [long]), ("video", [short])],  # rank 1 makes two calls of its micro-batches
         "both": [picture, ("video", [long]), ("video", [short]), ("video", [long])],
+        "prompts": [text],
     }[kind]
     made = []
     for i in range(count):
         of_kind, sources = media[i % len(media)]
-        more = {"id": f"row{i}", "images": None, "videos": None}
+        more, prompt = {"id": f"row{i}", "images": None, "videos": None}, {}
         if kind == "list":
             more |= {"image_list": images[: 2 + i % 2], "critical_box": None}
-        made.append(more | row(of_kind, sources, *PAIRS[i % len(PAIRS)]))
+        if kind == "prompts" and i % 4 == 0:  # rank 0 would make two calls of its micro-batches, rank 1 one
+            prompt = {"prompt": message("user", "a red square moves left. " * 60)}
+        made.append(more | row(of_kind, sources, *PAIRS[i % len(PAIRS)], **prompt))
     return made
 
 
@@ -143,7 +150,9 @@ def engine_options():
     return {"use_cpu": True, "deepspeed": zero | dict.fromkeys(sizes, "auto")}
 
 
-def run_case(method, layout="auto", name="Qwen2-VL", kind=None, rows=8, processes=1, four_bits=False, **more):
+def run_case(
+    method, layout="auto", name="Qwen2-VL", kind=None, rows=8, processes=1, four_bits=False, scale=0.05, **more
+):
     """The log of the step, the metrics of the evaluation, gradients and saved adapter by name, layout and wrapper."""
     with tempfile.TemporaryDirectory() as folder:
         made = rows_of(kind or ("list" if method == "lpoi" else "images"), rows, Path(folder))
@@ -159,7 +168,7 @@ def run_case(method, layout="auto", name="Qwen2-VL", kind=None, rows=8, processe
         if four_bits:  # DPOTrainer made their LoRA bfloat16, which is too coarse to compare sums
             for weight in trainable(trainer.model).values():
                 weight.data = weight.data.float()
-        shake(trainer.model)
+        shake(trainer.model, scale=scale)
         watch.watch(trainer)
         if rows % 2:  # accelerate would fill the last batch up
             mine = [list(range(i, min(i + 2, rows))) for i in range(0, rows, 2)][

@@ -159,6 +159,33 @@ def test_evaluation_between_two_logs_takes_nothing_from_training(tmp_path):
     assert seen == sorted(set(seen)) and seen[1] == entries(mixed)[0]["num_tokens"]
 
 
+EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "logging_strategy": "epoch"}
+ENDS = {"epochs": (EPOCHS, [4, 8, 12]), "training": ({"max_steps": 4, "logging_steps": 3}, [3, 4])}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_evaluation_before_a_log_takes_nothing_from_it(end, tmp_path):
+    """Where an epoch or the training ends in a step with an evaluation, that comes first, and the log has what it has
+    in a run without evaluation."""
+    options, steps = ENDS[end]
+    runs = []
+    for more in ({}, {"eval_strategy": "steps", "eval_steps": 4, "eval_dataset": Dataset.from_list(text_rows(2))}):
+        trainer = trainer_of("dpo", tmp_path, text_rows(8), **options, **more)
+        trainer.train()
+        clock = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
+        logged = [e for e in trainer.state.log_history if "eval_loss" not in e]
+        runs.append([{k: v for k, v in e.items() if k not in clock} for e in logged])
+    assert [e["step"] for e in entries(trainer, "eval_loss")] == [step for step in steps if step % 4 == 0]
+    want, got = runs
+    assert got == [{k: pytest.approx(v, rel=1e-5, abs=1e-6) for k, v in e.items()} for e in want]
+    assert [e["step"] for e in got if "rewards/margins" in e] == steps
+    trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
+    epoch = sum(len(t.trunks[0].ids) + len(b.ids) for t in trees for b in t.branches)
+    assert [e["num_tokens"] for e in got if e["step"] % 4 == 0 and "num_tokens" in e] == [
+        epoch * step / 4 for step in steps if step % 4 == 0
+    ]
+
+
 def test_num_tokens_counts_what_the_policy_reads(tmp_path):
     """Prompt and response of both branches, every row once, no padding, and nothing of the reference's pass."""
     trainer = trainer_of("rrpo", tmp_path, max_steps=4)

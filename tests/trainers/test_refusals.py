@@ -226,11 +226,10 @@ def test_a_model_with_nothing_to_train(tmp_path):
 
 
 def test_resuming_with_a_reference_that_moved(tmp_path):
-    """Checkpoints do not hold it. A run that starts anew is well."""
+    """Checkpoints do not hold it. A run from the start is well."""
     more = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = trainer_of("dpo", tmp_path, peft=None, **more)
     trainer.train(resume_from_checkpoint=False)
     for checkpoint in (True, str(tmp_path / "checkpoint-1")):
         with pytest.raises(ValueError, match=r"sync_ref_model.*checkpoints do not hold it.*Start anew"):
             trainer_of("dpo", tmp_path, peft=None, **more).train(resume_from_checkpoint=checkpoint)
-    trainer_of("dpo", tmp_path, peft=None, **more).train()

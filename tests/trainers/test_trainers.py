@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, Sequence, Value, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, Sequence, Value, Video, load_dataset
 from datasets import Image as ImageFeature
+from helpers import row
 from PIL import Image
 from trainer_kit import (
     METHODS,
+    PAIRS,
     collated,
     config,
     fresh,
@@ -122,6 +124,26 @@ def test_decoded_images(images, tmp_path):
         shake(trainer.model)
         trainer.train()
     assert losses_of(by_path) == losses_of(decoded)
+
+
+def test_predict_takes_what_evaluate_takes(media, tmp_path):
+    """A `datasets.Video` column, which nobody else decodes; and rows are checked before anything runs."""
+    rows = [row("video", [media["video"][i % 2]], *PAIRS[i], id=f"v{i}") for i in range(3)]
+    data = Dataset.from_list(rows).cast_column("videos", Sequence(Video()))
+    trainer = trainer_of("dpo", tmp_path, rows, name="Qwen2-VL", num_frames=4)
+    shake(trainer.model)
+    want, predicted = trainer.evaluate(data), trainer.predict(data)
+    skip = ("runtime", "per_second", "time", "epoch")
+    want = {k.removeprefix("eval_"): v for k, v in want.items() if not k.endswith(skip)}
+    got = {k.removeprefix("test_"): v for k, v in predicted.metrics.items() if not k.endswith(skip)}
+    assert abs(want["rewards/margins"]) > 1e-2
+    assert {k: got[k] for k in want} == want
+    with torch.no_grad():
+        scores = trainer.concatenated_forward(trainer.model, collated(trainer))
+    for got, side in zip(predicted.predictions, (scores.chosen, scores.rejected)):
+        torch.testing.assert_close(torch.tensor(got), scores.sums[side], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="1 of 2 eval rows cannot be trained on"):
+        trainer.predict(Dataset.from_list([rows[0], {**rows[1], "rejected": rows[1]["chosen"]}]))
 
 
 def test_shuffled_selected_and_concatenated_rows(tmp_path):
