@@ -194,3 +194,30 @@ def test_a_run_of_the_command_line_has_none_either(tmp_path):
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert {"run.json", "training_args.bin"} < {path.name for path in files}
     assert [path for path, content in files.items() if TOKEN.encode() in content] == []
+
+
+def test_full_fine_tuning_goes_on_from_a_checkpoint(images, tmp_path):
+    """transformers finds no weight in a checkpoint of such a model, which it saves under the names of the Hub."""
+    more = {"peft": None, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    straight, again = (trainer_of("leanpo", tmp_path, image_rows(images), name="Qwen2-VL", **more) for _ in range(2))
+    begun = {name: p.detach().clone() for name, p in straight.model.named_parameters()}
+    straight.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    ends = [dict(trainer.model.named_parameters()) for trainer in (straight, again)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in begun)
+    assert not all(torch.equal(ends[0][name], p) for name, p in begun.items())
+
+
+def test_the_best_model_of_full_fine_tuning_is_loaded(images, tmp_path):
+    rows = image_rows(images)
+    more = {"peft": None, "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    more |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = trainer_of(
+        "leanpo", tmp_path, rows, name="Qwen2-VL", eval_dataset=Dataset.from_list(rows),
+        metric_for_best_model="eval_loss", **more,
+    )  # fmt: skip
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
+    assert losses[best] == max(losses.values()) and best != 3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)

@@ -6,6 +6,7 @@ row -> collator -> tree batch -> `concatenated_forward` -> per-token scores -> `
 import contextlib
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
 from trl_vpo.trainers.fillers import Fillers
 from trl_vpo.trainers.finite import NonFiniteLossError, check_losses, check_weights  # noqa: F401
+from trl_vpo.trainers.full_weights import load_full_weights
 from trl_vpo.trainers.logs import LoggingTrainer
 from trl_vpo.trainers.precompute import ReferenceCache
 from trl_vpo.trainers.reference import copy_adapter, evaluating, switched
@@ -267,6 +269,15 @@ class VisualPreferenceTrainer(LoggingTrainer):
                 "compare with the first reference again. Start anew, or set sync_ref_model=False."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_full_weights(self, Path(resume_from_checkpoint))
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if Path(self.state.best_model_checkpoint).is_dir():
+            load_full_weights(self, Path(self.state.best_model_checkpoint))
 
     def predict(self, test_dataset, *args, **kwargs):
         return super().predict(self._prepare_eval(test_dataset, self.processing_class, self.args), *args, **kwargs)

@@ -1,0 +1,30 @@
+"""Full fine-tuning: a checkpoint's weights where transformers would go on without them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+
+from trl_vpo.checkpoints import saved_tensors
+
+logger = get_logger(__name__)
+
+
+def load_full_weights(trainer: Any, folder: Path) -> None:
+    """Load a checkpoint of full fine-tuning where transformers could not.
+
+    It saves models such as Qwen2-VL under the names that their files have on the Hub. When training goes on, and for
+    `load_best_model_at_end`, it looks for the names of the modules, finds none, and goes on with the weights as they
+    are: https://github.com/huggingface/transformers/issues/43701. This can go when that is fixed.
+    """
+    if is_peft_model(trainer.model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if saved_tensors(folder) <= set(model.state_dict()):
+        return
+    kinds = {p.dtype for p in model.parameters()}
+    loaded = type(model).from_pretrained(folder, dtype=kinds.pop() if len(kinds) == 1 else torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    logger.warning(f"The weights were read from {folder} by from_pretrained: the file has other names for them.")
