@@ -14,6 +14,7 @@ from trl_vpo.checkpoints import (
     find_problems,
     mark_complete,
     newest_complete,
+    next_attempt,
     read_marker,
     what_is_left,
 )
@@ -147,6 +148,23 @@ def test_nothing_finished_and_nothing_left(tmp_path):
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"checkpoint-4: optimizer\.pt is missing"):
         newest_complete(tmp_path, 1, said.append)
+
+
+def test_a_run_from_scratch_does_not_go_on_from_an_earlier_one(tmp_path):
+    """Its numbers begin again at the first step; those of the earlier run are taken when nothing else is whole."""
+    assert next_attempt(tmp_path) == 1
+    for step, attempt in ((2, 2), (4, 2), (6, 1), (8, 1)):
+        mark_complete(write_checkpoint(tmp_path / f"checkpoint-{step}", marked=False), attempt=attempt)
+    assert next_attempt(tmp_path) == 3
+    write_checkpoint(tmp_path / "checkpoint-5", marked=False)
+    said = []
+    assert newest_complete(tmp_path, 1, said.append) == tmp_path / "checkpoint-4"
+    assert "checkpoint-5 is not complete" in said[0]
+    assert said[1].startswith(f"checkpoint-8, checkpoint-6: of an earlier run in {tmp_path}")
+    assert "is checkpoint-4" in what_is_left(tmp_path).replace(f"{tmp_path}/", "")
+    for step in (2, 4):
+        cut(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+    assert newest_complete(tmp_path, 1, said.append) == tmp_path / "checkpoint-8"
 
 
 # --- which are deleted ----------------------------------------------------------------------------------------------

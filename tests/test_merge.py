@@ -1,6 +1,7 @@
 """Adapters of many kinds load, answer and merge elsewhere as they trained; what cannot be merged is refused."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -127,7 +128,36 @@ def test_a_merged_model_is_complete(tmp_path):
     for part in ("library_name: transformers", "`trl_vpo/testbed/base` with the adapter `adapter` merged", "bfloat16",
                  "AutoModelForImageTextToText", "## Training", "2504.12083"):  # fmt: skip
         assert part in card
-    assert "PeftModel" not in card
+    assert "PeftModel" not in card and "base_model:" not in card  # the base is a folder, no model of the Hub
+
+
+def hub_model(cache, **revisions):
+    """me/base in a cache of the Hub: each revision has the testbed's weights, made larger."""
+    weights = load_file(f"{BASE}/model.safetensors")
+    for i, (name, factor) in enumerate(revisions.items()):
+        folder = cache / "models--me--base" / "snapshots" / (str(i) * 40)
+        shutil.copytree(BASE, folder)
+        scaled = {key: tensor * factor for key, tensor in weights.items()}
+        save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+        (cache / "models--me--base" / "refs").mkdir(exist_ok=True)
+        (cache / "models--me--base" / "refs" / name).write_text(str(i) * 40)
+    return weights
+
+
+def test_the_revision_of_the_base_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    weights = hub_model(tmp_path / "hub", main=1.0, v2=1.5)
+    train(tmp_path / "adapter", model_name_or_path="me/base", model_revision="v2", max_steps=1)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    (name,) = [name for name in merged if "patch_embed" in name]  # no adapter is on it
+    torch.testing.assert_close(merged[name], weights[name] * 1.5)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["revision"] == "v2"
+    assert "base_model: me/base" in (tmp_path / "merged" / "README.md").read_text()
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert 'from_pretrained("me/base", revision="v2", dtype="auto"' in card
+    merge(tmp_path / "adapter", tmp_path / "main", revision="main")
+    torch.testing.assert_close(load_file(tmp_path / "main" / "model.safetensors")[name], weights[name])
 
 
 def test_a_text_model_merges(tmp_path):

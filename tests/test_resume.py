@@ -295,6 +295,19 @@ def test_another_run_is_refused_and_a_longer_one_is_not(runs, straight):
     assert [logs["step"] for logs in history(runs.folder / "other" / "checkpoint-4")] == [1, 2, 3, 4]
 
 
+def test_a_new_run_in_the_folder_of_an_older_one(runs, straight):
+    """Killed before it wrote over all of the older one's checkpoints, it goes on from its own."""
+    runs.finish("stale", learning_rate=5e-3)
+    codes, text = runs("stale", ("SIGKILL", 9, "checkpoint-6"), resume_from_checkpoint=None)
+    assert codes == [-9], text
+    text = runs.finish("stale")
+    folder = runs.folder / "stale"
+    assert said(text)[0].startswith(f"checkpoint-8, checkpoint-6: of an earlier run in {runs.folder}/stale"), text
+    assert f"Going on from {folder}/checkpoint-4." in said(text)
+    got, want = (f / "adapter_model.safetensors" for f in (folder, runs.folder / straight))
+    assert got.read_bytes() == want.read_bytes()
+
+
 def test_a_path_and_no_flag(runs, straight):
     folder = runs.folder / straight
     codes, text = runs("path", resume_from_checkpoint=folder / "checkpoint-5")

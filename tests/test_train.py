@@ -233,10 +233,28 @@ def test_every_local_source_gives_the_same_rows(work, tmp_path):
 
 def test_a_test_split_can_be_cut_off(work):
     file = work / "data" / "train.jsonl"
-    train, test = load("--dataset_name", file, "--test_split_size", "0.34", evaluate=True)
+    cut = ["--dataset_name", file, "--test_split_size", "0.34", "--eval_strategy", "epoch"]
+    train, test = load(*cut, evaluate=True)
     assert (len(train), len(test)) == (3, 3)
-    with pytest.raises(DatasetError, match="test_split_size"):
+    with pytest.raises(DatasetError, match="or set test_split_size"):
         load("--dataset_name", file, evaluate=True)
+    with pytest.raises(DatasetError, match="test_split_size cannot cut a test split off a stream"):
+        load(*cut, "--dataset_streaming", evaluate=True)
+
+
+def test_keys_on_data_that_would_do_nothing_are_refused(work, tmp_path):
+    data = str(work / "data")
+    with pytest.raises(RecipeError, match=r"streaming.* `dataset_name` .* dataset_streaming"):
+        parse("dpo", ["--use_cpu", "--dataset_name", data, "--streaming", "true"])
+    with pytest.raises(RecipeError, match=r"test_split_size .* eval_strategy"):
+        parse("dpo", ["--use_cpu", "--dataset_name", data, "--test_split_size", "0.25"])
+    mixture = {"use_cpu": True, "datasets": [{"path": "json", "data_files": f"{data}/train.jsonl", "split": "train"}]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(mixture | {"dataset_streaming": True}))
+    with pytest.raises(RecipeError, match=r"dataset_streaming.* `datasets` .* streaming"):
+        parse("dpo", ["--config", str(recipe)])
+    recipe.write_text(yaml.safe_dump(mixture | {"streaming": True}))
+    assert len(list(load("--config", recipe)[0])) == 6
 
 
 def test_shards_and_media_beside_the_rows(work, tmp_path):

@@ -224,12 +224,19 @@ def newest_complete(output_dir: str | Path, processes: int, say: Callable[[str],
     Raises:
         CheckpointError: checkpoints were finished, but none is whole any more.
     """
-    broken = {}
-    for folder in list_checkpoints(output_dir):
+    broken: dict[Path, list[str]] = {}
+    folders = _in_order(output_dir)
+    for at, folder in enumerate(folders):
         problems = find_problems(folder, processes)
         if not problems:
             for other, why in broken.items():
                 say(f"{other} is not complete: {'; '.join(why)}. Left as it is; {folder.name} is taken in its place.")
+            later = [f.name for f in folders[at + 1 :] if step_of(f) > step_of(folder)]
+            if later:
+                say(
+                    f"{', '.join(later)}: of an earlier run in {output_dir}, and passed over. Name one in place of "
+                    "true to go on from it."
+                )
             return folder
         broken[folder] = problems
     finished = [folder for folder in broken if read_marker(folder) is not None]
@@ -242,6 +249,27 @@ def newest_complete(output_dir: str | Path, processes: int, say: Callable[[str],
     for folder, why in broken.items():
         say(f"{folder} is not complete: {'; '.join(why)}. There is no other to go on from.")
     return None
+
+
+def _in_order(output_dir: str | Path) -> list[Path]:
+    """All checkpoints, the one to go on from first: an earlier run's come behind those of the last one.
+
+    A run that starts from scratch in the folder of another leaves that one's later checkpoints where they are.
+    """
+    attempts = {folder: _attempt(folder) for folder in list_checkpoints(output_dir)}
+    last = max((number for number in attempts.values() if number is not None), default=0)
+    return sorted(attempts, key=lambda folder: -last if attempts[folder] is None else -attempts[folder])
+
+
+def _attempt(folder: Path) -> int | None:
+    """Which of the runs in its folder saved a checkpoint; None where no marker says so."""
+    marker = read_marker(folder)
+    return None if marker is None else marker.get("attempt", 0)
+
+
+def next_attempt(output_dir: str | Path) -> int:
+    """The number of a run that starts from scratch: 1 in an empty folder."""
+    return 1 + max((_attempt(folder) or 0 for folder in list_checkpoints(output_dir)), default=0)
 
 
 def delete_older(output_dir: str | Path, limit: int | None, newest: Path, best: str | None) -> None:
@@ -263,7 +291,7 @@ def delete_older(output_dir: str | Path, limit: int | None, newest: Path, best: 
 
 def what_is_left(output_dir: str | Path) -> str:
     """Which checkpoint a next run will go on from, for messages."""
-    for folder in list_checkpoints(output_dir):
+    for folder in _in_order(output_dir):
         if read_marker(folder):
             return (
                 f"The last complete checkpoint is {folder}. Go on with the same command and "

@@ -1,6 +1,7 @@
 """`trl-vpo`: train, evaluate, generate, plot, merge, view, import, doctor.
 
-Only what a command needs is imported, so that every `--help` answers at once.
+Only what a command needs is imported, so that `--help` answers at once. With a method, and for `evaluate`, it lists
+the keys of recipes, and takes the seconds that importing TRL takes.
 """
 
 from __future__ import annotations

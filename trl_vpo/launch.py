@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+STOPPED = 128 + signal.SIGTERM
 
 
 def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
@@ -69,15 +74,61 @@ def accelerate_config(name: str) -> Path:
 
 
 def launch(options: list[str], command: list[str]) -> int:
-    """Run a `trl-vpo` command in the processes that `accelerate launch` starts."""
+    """Run a `trl-vpo` command in the processes that `accelerate launch` starts.
+
+    SIGTERM goes on to them, and they end as they would without a launcher. The exit code is theirs.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    args = launch_command_parser().parse_args([*options, "--module", "trl_vpo.cli", *command])
+    # torch's own, without SIGTERM: it would kill a training that needs more than 30 s to save, and at once the
+    # processes that load its data, without which it cannot finish the step.
+    args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     try:
-        launch_command(launch_command_parser().parse_args([*options, "--module", "trl_vpo.cli", *command]))
+        with _signals_passed_on():
+            launch_command(args)
     except ChildFailedError as error:  # the failing process has said what happened; the launcher's trace adds nothing
+        if {failure.exitcode for failure in error.failures.values()} <= {STOPPED, -signal.SIGTERM}:
+            return STOPPED
         print(error, file=sys.stderr)
         return 1
+    except SignalException as error:
+        return 128 + error.sigval
     except subprocess.CalledProcessError as error:  # of a single process. Its text is the whole command, with tokens
-        return error.returncode
+        return error.returncode if error.returncode >= 0 else 128 - error.returncode
     return 0
+
+
+@contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """SIGTERM and SIGINT go on to the processes that this one has started, and not to those that they started.
+
+    With several processes torch handles SIGINT itself, from their start on.
+    """
+    import psutil  # accelerate needs it, too
+
+    def pass_on(number, frame):
+        children = psutil.Process().children()
+        if not children:
+            raise SystemExit(128 + number)
+        for child in children if number == signal.SIGTERM or not _in_foreground() else []:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_foreground() -> bool:
+    """Ctrl-C in the terminal reaches all processes here; a second SIGINT would cut short what the first one began."""
+    try:
+        with open("/dev/tty") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:  # no terminal
+        return False

@@ -53,7 +53,8 @@ def merge(
         out: folder to write; it must not exist, or be empty.
         base: folder or Hub name of the base model; None: the one that the adapter's config names.
         dtype: of the saved weights: float32, bfloat16, float16, or auto, as the base is stored.
-        revision: of the base on the Hub; None: the one that the adapter's config names, if it does.
+        revision: of the base on the Hub; None: the one that the adapter's config names, if it does and
+            `base` is the base that it names.
         trust_remote_code: run code that comes with the base.
 
     Returns:
@@ -70,10 +71,12 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} exists and is not an empty folder. Name another one, or move it away.")
     given = read_config(adapter)
-    base = base or given.get("base_model_name_or_path")
+    named = given.get("base_model_name_or_path")
+    base = base or named
     if not base:
         raise AdapterError(f"the config of {adapter} does not name its base model: give `base`.")
-    common = {"revision": revision or given.get("revision"), "trust_remote_code": trust_remote_code}
+    revision = revision or (given.get("revision") if base == named else None)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(base, **common)
     if getattr(config, "quantization_config", None) is not None:
         raise AdapterError(
@@ -172,7 +175,8 @@ def _write_card(folder: Path, adapter: Path, base: str, model: PreTrainedModel, 
         data = {key: card.data.get(key) for key in ("pipeline_tag", "datasets", "tags") if card.data.get(key)}
         training = "\n" + card.text[card.text.find("## Training") :] if "## Training" in card.text else ""
     local = Path(base).exists()
-    head = ModelCardData(base_model=_shown(base), library_name="transformers", model_name=folder.name, **data)
+    named = None if local else base  # the Hub refuses what is no name of a model on it
+    head = ModelCardData(base_model=named, library_name="transformers", model_name=folder.name, **data)
     text = CARD.format(
         name=folder.name,
         base=f"`{_shown(base)}`" if local else f"[{base}](https://huggingface.co/{base})",

@@ -108,6 +108,7 @@ class RecipeParser(TrlParser):
         for action in self._actions:  # argparse does not check values that came from the recipe
             if action.choices and getattr(namespace, action.dest) is not None:
                 self._check_value(action, getattr(namespace, action.dest))
+        _check_data_keys(namespace)
         self.given = {k: v for k, v in vars(namespace).items() if v != self._own_defaults.get(k)}
         if self.any_device and not _has_accelerator():
             namespace.use_cpu = True
@@ -125,6 +126,18 @@ class RecipeParser(TrlParser):
 
     def error(self, message: str):
         raise RecipeError(scrub(message))
+
+
+def _check_data_keys(given: Any) -> None:
+    """Refuse keys on the data that would do nothing."""
+    mixture, streaming = getattr(given, "datasets", None), getattr(given, "streaming", None)
+    if streaming and not mixture:
+        raise RecipeError("streaming is for a mixture: with `dataset_name` set dataset_streaming in its place.")
+    if mixture and getattr(given, "dataset_streaming", None):
+        raise RecipeError("dataset_streaming is for one dataset: with `datasets` set streaming in its place.")
+    evaluation = getattr(given, "eval_strategy", None)
+    if getattr(given, "test_split_size", None) and not mixture and getattr(evaluation, "value", evaluation) == "no":
+        raise RecipeError("test_split_size cuts off rows to evaluate on: set eval_strategy, too, or leave it out.")
 
 
 def _before(value: str, args: list[str]) -> str:

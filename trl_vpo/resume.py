@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from trl_vpo import checkpoints
@@ -113,6 +113,7 @@ def train(trainer: Any, checkpoint: Path | None, run: dict) -> Any:
     finally:
         guard.restore_signal()
     if guard.stopped:
+        trainer.accelerator.wait_for_everyone()  # a launcher gives the others little time once one has ended
         say(f"SIGTERM: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. "
             f"{what_is_left(trainer.args.output_dir)}")  # fmt: skip
         raise TrainingStopped
@@ -156,6 +157,8 @@ class Guard(TrainerCallback):
     def __init__(self, trainer: Any, run: dict, *, checkpoint: Path | None, marker: dict | None):
         self._trainer, self._run, self._checkpoint = trainer, run, checkpoint
         self._marker = marker or {}
+        goes_on = checkpoint and str(trainer.args.resume_from_checkpoint).lower() == "true"  # a path: a new attempt
+        self._attempt = checkpoints.next_attempt(trainer.args.output_dir) - bool(goes_on)
         self._limit, self._began_at = trainer.args.save_total_limit, 0
         self._asked, self._signal_before, self.stopped = False, None, False
 
@@ -167,7 +170,6 @@ class Guard(TrainerCallback):
         self._began_at = state.global_step
         state.stateful_callbacks[checkpoints.SIGN] = {"args": {}, "attributes": {}}  # in every trainer_state.json
         if self._checkpoint:
-            load_full_weights(trainer, self._checkpoint)
             trainer._initial_global_step = 0  # `train_loss` is a mean over all steps, see `on_log`
             ranks = self._marker.get("counters", [])
             if args.process_index < len(ranks):
@@ -201,8 +203,9 @@ class Guard(TrainerCallback):
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         checkpoints.mark_complete(
-            folder, step=state.global_step, run=self._run, layout=self._trainer.scorer.layout, counters=counters
-        )
+            folder, step=state.global_step, attempt=self._attempt, run=self._run,
+            layout=self._trainer.scorer.layout, counters=counters,
+        )  # fmt: skip
         checkpoints.delete_older(args.output_dir, self._limit, folder, state.best_model_checkpoint)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -210,7 +213,6 @@ class Guard(TrainerCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if not best or self.stopped or not Path(best).is_dir():
             return
-        load_full_weights(self._trainer, Path(best))
         if args.should_save and self._limit == 1:  # as transformers does: nobody needs the last one any more
             for folder in checkpoints.list_checkpoints(args.output_dir):
                 if folder.name != Path(best).name and checkpoints.step_of(folder) <= state.global_step:
@@ -256,21 +258,3 @@ def _set_counters(trainer: Any, saved: dict) -> None:
     trainer._total_train_tokens = saved["tokens"]
     trainer._new_tokens = saved["new_tokens"]
     trainer._sums["train"]._sums = saved["sums"]
-
-
-def load_full_weights(trainer: Any, folder: Path) -> None:
-    """Load a checkpoint of full fine-tuning where transformers could not.
-
-    It saves models such as Qwen2-VL under the names that their files have on the Hub. When training goes on, and for
-    `load_best_model_at_end`, it looks for the names of the modules, finds none, and goes on with the weights as they
-    are: https://github.com/huggingface/transformers/issues/43701. This can go when that is fixed.
-    """
-    if is_peft_model(trainer.model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if checkpoints.saved_tensors(folder) <= set(model.state_dict()):
-        return
-    kinds = {p.dtype for p in model.parameters()}
-    loaded = type(model).from_pretrained(folder, dtype=kinds.pop() if len(kinds) == 1 else torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    say(f"the weights were read from {folder} by from_pretrained: the file has other names for them.")

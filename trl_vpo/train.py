@@ -134,6 +134,9 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
         raise RecipeError("there is no model: set `model_name_or_path` to a Hub model or a folder.")
     adapter_config = peft_config(model_args)
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    revision = training_args.model_init_kwargs["revision"]
+    if adapter_config is not None and revision != "main":
+        adapter_config.revision = revision  # of the base, for whoever loads the adapter
     evaluate = training_args.eval_strategy != "no"
     train, test = load_splits(script_args, dataset_args, evaluate=evaluate, seed=training_args.seed)
     rows = len(train) if hasattr(train, "__len__") else None

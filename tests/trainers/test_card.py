@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from families import LANGUAGE_MODEL, build, text_model, write_model
 from helpers import row, write_clip, write_image
 from peft import LoraConfig
@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import trl_vpo
 
 
-def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=AutoModelForImageTextToText):
+def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=AutoModelForImageTextToText, **more):
     """A trainer after one step on a base that lies on disk, saved with its card; the working folder is `folder`."""
     config, trainer = getattr(trl_vpo, f"{method}Config"), getattr(trl_vpo, f"{method}Trainer")
     args = config(
         "tuned",
-        max_steps=1,
+        **{"max_steps": 1} | more,
         per_device_train_batch_size=1,
         num_frames=4,
         report_to="none",
@@ -30,9 +30,8 @@ def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=A
     )
     model = loader.from_pretrained(base)
     lora = LoraConfig(r=2, target_modules=peft) if peft else None
-    made = trainer(
-        model, args=args, train_dataset=Dataset.from_list(rows), processing_class=processor, peft_config=lora
-    )
+    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    made = trainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=lora)
     made.train()
     made.save_model("tuned")
     made.create_model_card(dataset_name="someone/pairs")
@@ -65,6 +64,28 @@ def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
     assert facts["pipeline_tag"] == f"{kind}-text-to-text" and facts["datasets"] == ["someone/pairs"]
     assert {"trl-vpo", "rrpo"} <= set(facts["tags"])
     assert "2504.12083" in card and trl_vpo.__version__ in card and "| `alpha` | 0.01 |" in card
+
+
+def test_the_card_of_a_streamed_run_shows_its_medium(here):
+    """A stream does not know its columns."""
+    model, processor = build("Qwen2.5-VL")
+    write_model("base", model, processor)
+    for kind, write in (("video", write_clip), ("image", write_image)):
+        rows = [row(kind, [write(here / f"a.{'mp4' if kind == 'video' else 'png'}")])]
+        stream = IterableDataset.from_generator(lambda rows=rows: iter(rows))
+        assert stream.column_names is None
+        card = trained("VisualDPO", "base", processor, stream, here)
+        assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == f"{kind}-text-to-text"
+
+
+def test_the_card_shows_the_length_that_was_in_force(here):
+    model, processor = build("Qwen2.5-VL")
+    write_model("base", model, processor)
+    rows = [row("image", [write_image(here / "photo.png")])]
+    card = trained("VisualDPO", "base", processor, rows, here)
+    assert "| `max_steps` | 1 |" in card and "num_train_epochs" not in card
+    card = trained("VisualDPO", "base", processor, rows, here, max_steps=-1, num_train_epochs=1)
+    assert "| `num_train_epochs` | 1 |" in card and "max_steps" not in card
 
 
 def test_the_snippets_of_full_and_text_models_run(here, capsys):

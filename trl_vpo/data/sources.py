@@ -50,6 +50,11 @@ def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 4
     if test is None and mixture.test_split_size and isinstance(train, Dataset):
         halves = train.train_test_split(test_size=mixture.test_split_size, seed=seed)
         train, test = halves["train"], halves["test"]
+    if test is None and mixture.test_split_size:
+        raise DatasetError(
+            "test_split_size cannot cut a test split off a stream. Put train.jsonl and test.jsonl into one folder and "
+            "name the folder, or leave out dataset_streaming."
+        )
     if test is None:
         raise DatasetError(
             f"eval_strategy asks for evaluation, but {script_args.dataset_name or 'the mixture'} has no split "

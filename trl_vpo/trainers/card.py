@@ -80,7 +80,7 @@ MEDIA = {  # medium: (import, load, processor's arguments)
     ),
 }
 PEFT_LOAD = """\
-model = AutoModelForImageTextToText.from_pretrained("{base}", dtype="auto", device_map="auto")
+model = AutoModelForImageTextToText.from_pretrained("{base}", {revision}dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(model, "{name}")"""
 FULL_LOAD = 'model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto", device_map="auto")'
 
@@ -96,11 +96,11 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     local = Path(base).exists()
     if Path(base).is_absolute():  # a folder of this machine; nobody else has it
         base = Path(base).name
-    name = model_name or Path(trainer.args.output_dir).name
+    name, medium = model_name or Path(trainer.args.output_dir).name, _medium(trainer)
     data = ModelCardData(
         base_model=None if local else base,  # the Hub refuses what is no name of a model on it
         library_name="peft" if peft else "transformers",
-        pipeline_tag=PIPELINES[_medium(trainer)],
+        pipeline_tag=PIPELINES[medium],
         datasets=[d for d in (dataset_name or "").split(", ") if d and not Path(d).exists()] or None,
         tags=[*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
         model_name=name,
@@ -113,8 +113,8 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         dataset=f" on `{Path(dataset_name).name if Path(dataset_name).exists() else dataset_name}`"
         if dataset_name
         else "",
-        heading=HEADINGS[_medium(trainer)],
-        snippet=_snippet(trainer, name, base, peft),
+        heading=HEADINGS[medium],
+        snippet=_snippet(trainer, name, base, medium, peft),
         title=trainer._paper["title"],
         paper=trainer._paper["id"],
         settings=_settings(trainer),
@@ -131,13 +131,15 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
 def _medium(trainer: Any) -> str:
     if not isinstance(trainer.processing_class, ProcessorMixin):
         return "text"
-    columns = trainer.train_dataset.column_names or []
+    rows = trainer.train_dataset
+    columns = rows.column_names or next(iter(rows), {})  # a stream often knows no columns
     return "video" if {"video", "videos"} & set(columns) else "image"
 
 
-def _snippet(trainer: Any, name: str, base: str, peft: bool) -> str:
-    medium = _medium(trainer)
-    loaded = (PEFT_LOAD if peft else FULL_LOAD).format(base=base, name=name)
+def _snippet(trainer: Any, name: str, base: str, medium: str, peft: bool) -> str:
+    revision = next(iter(trainer.model.peft_config.values())).revision if peft else None
+    revision = f'revision="{revision}", ' if revision else ""
+    loaded = (PEFT_LOAD if peft else FULL_LOAD).format(base=base, name=name, revision=revision)
     imports = "from peft import PeftModel\n" if peft else ""
     if medium == "text":
         load = loaded.replace("AutoModelForImageTextToText", "AutoModelForCausalLM")
@@ -161,4 +163,6 @@ def _sampling(args: Any) -> str:
 def _settings(trainer: Any) -> str:
     common = {f.name for f in fields(VisualPreferenceConfig)}
     own = [f.name for f in fields(trainer.args) if f.name not in common]
-    return "\n".join(f"| `{name}` | {getattr(trainer.args, name)} |" for name in (*SETTINGS, *own))
+    idle = "num_train_epochs" if trainer.args.max_steps > 0 else "max_steps"
+    names = [name for name in (*SETTINGS, *own) if name != idle]
+    return "\n".join(f"| `{name}` | {getattr(trainer.args, name)} |" for name in names)
