@@ -4,8 +4,9 @@ import json
 
 import pytest
 import yaml
-from families import FAMILIES, build, write_model
-from helpers import row, write_image
+from datasets import Dataset, Features, List, Video
+from families import FAMILIES, build, text_model, write_model
+from helpers import row, write_clip, write_image
 from peft import LoraConfig
 from rich.console import Console
 
@@ -87,6 +88,36 @@ def test_every_problem_is_listed_and_written(work, tmp_path):
     skipping = examine(work / "recipe.yaml", [*argv, "--on_bad_media", "skip"])
     assert "12 would be skipped" in {check: what for check, _, what in skipping.findings}["train rows"]
     assert skipping.stops  # the other two rows still stop it
+
+
+def test_rows_that_the_chat_template_refuses(tmp_path):
+    model, tok = text_model()
+    tok.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tok.chat_template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = [row(None, id=f"r{i}") for i in range(4)]
+    rows[2]["prompt"].insert(0, {"role": "system", "content": [{"type": "text", "text": "Be brief."}]})
+    recipe = {
+        "model_name_or_path": write_model(tmp_path / "base", model, tok),
+        "dataset_name": str(write_jsonl(rows, tmp_path / "rows.jsonl")),
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "recipe.yaml").write_text("# trl-vpo train dpo --config recipe.yaml\n" + yaml.safe_dump(recipe))
+    report = examine(tmp_path / "recipe.yaml", [])
+    assert status(report)["tokens"] == STOP
+    (problem,) = report.problems
+    assert problem["row"] == 2 and "no system role" in problem["reason"]
+
+
+def test_a_stream_of_datasets_videos(work, tmp_path):
+    base = Dataset.from_list([row("video", [write_clip(tmp_path / "a.mp4")])] * 3)
+    base.cast(Features({**base.features, "videos": List(Video())})).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "dpo.yaml").write_text(
+        (work / "recipe.yaml").read_text().replace("lpoi", "dpo").replace("num_images: 4", "")
+    )
+    argv = ["--dataset_name", str(tmp_path / "rows.parquet"), "--dataset_streaming", "true"]
+    report = examine(tmp_path / "dpo.yaml", argv)
+    said = {check: what for check, _, what in report.findings}
+    assert said["tokens"].startswith("3 of 3 rows tokenized, 0 of them") and not report.problems
 
 
 def test_rows_over_max_length(work):

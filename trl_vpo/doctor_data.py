@@ -6,13 +6,12 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 from rich.progress import track
 
-from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows
+from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows, undecoded
 from trl_vpo.data.rows import ROW_INDEX, RowError
 from trl_vpo.data.sources import DatasetError, load_splits
 from trl_vpo.forward.tree import Tree
@@ -54,7 +53,7 @@ def _load_data(patient: Patient, report: Report) -> dict[str, Dataset]:
     loaded = {}
     for name, dataset in zip(("train", "eval"), splits):
         if isinstance(dataset, IterableDataset):
-            dataset = Dataset.from_list(list(dataset.take(64)))
+            dataset = Dataset.from_list(list(undecoded(dataset, patient.args).take(64)))
             report.add(f"{name} data", WARN, f"streamed: only the first {len(dataset)} rows are looked at")
         if dataset is not None and len(dataset) == 0:
             report.add(f"{name} data", STOP, "no rows")
@@ -69,7 +68,7 @@ def _check_rows(patient: Patient, dataset: Dataset, name: str, report: Report) -
     check = partial(
         check_row,
         args=patient.args,
-        processing_class=patient.processor or SimpleNamespace(image_processor=True, video_processor=True),  # any media
+        processing_class=patient.processor,
         phrases=trainer.needs_phrases,
         image_list=trainer.needs_image_list,
     )

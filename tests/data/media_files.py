@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 WIDTH, HEIGHT = 64, 48
+PIXELS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}  # other codecs take yuv420p
 BITS = 8  # columns of WIDTH / BITS pixels, white for 1
 
 
@@ -54,17 +55,20 @@ def write_video(
     bframes: int = 2,
     codec: str = "libx264",
     times: list[int] | None = None,
+    last: int = 1,
     rotation: int = 0,
     audio_seconds: float = 0,
     options: dict[str, str] | None = None,
     metadata: dict[str, str] | None = None,
     x264: str = "scenecut=0",
 ) -> Path:
-    """A video of numbered frames. ``times``: when each is shown, in units of 1 / fps (else 0, 1, 2, ...)."""
+    """A video of numbered frames. ``times``: when each is shown, in units of 1 / fps (else 0, 1, 2, ...).
+    ``last``: how long the last one stays, in the same units (not with B-frames).
+    """
     with av.open(str(path), "w", options=options or {}) as container:
         container.metadata.update(metadata or {})
         stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, PIXELS.get(codec, "yuv420p")
         stream.thread_count = 1
         if codec == "libx264":
             stream.options = {"g": str(gop), "bf": str(bframes), "crf": "18", "x264-params": x264}
@@ -72,11 +76,14 @@ def write_video(
             needs_pyav(17, 1, "a rotation that is written")
             stream.set_display_rotation(rotation)
         sound = container.add_stream("aac", rate=16000) if audio_seconds else None
+        packets: list[av.Packet] = []
         for i in range(frames):
             frame = av.VideoFrame.from_ndarray(picture(i), format="rgb24")
             frame.pts, frame.time_base = (times[i] if times else i), Fraction(1, fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        packets[-1].duration = last
+        container.mux(packets)
         if sound:
             mux_silence(container, sound, audio_seconds)
     return path

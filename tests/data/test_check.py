@@ -208,6 +208,44 @@ def test_datasets_video_and_image_columns(good, processor, tmp_path):
     assert (tree.trunks[0].media["pixel_values"] == plain.trunks[0].media["pixel_values"]).all()
 
 
+@pytest.mark.parametrize("stored", ["arrow", "parquet"])
+def test_streams_of_datasets_videos_are_not_decoded_by_datasets(good, processor, tmp_path, stored):
+    """That needs torchcodec; images of a stream stay images."""
+    picture = write_image(tmp_path / "a.png")
+    rows = [row("video", [good], images=None), row("image", [picture], videos=None)]
+    base = Dataset.from_list(rows)
+    data = base.cast(Features({**base.features, "videos": List(Video()), "images": List(Image())}))
+    if stored == "arrow":
+        stream = data.to_iterable_dataset()
+    else:
+        data.to_parquet(tmp_path / "rows.parquet")
+        path = str(tmp_path / "rows.parquet")
+        stream = load_dataset("parquet", data_files=path, split="train", streaming=True)
+    clip, shown = prepare(stream, processor, tmp_path)
+    assert clip[ROW_INDEX] == 0 and clip["videos"][0]["path"] == good and shown["images"][0].size == (56, 56)
+    for made, plain in ((clip, rows[0]), (shown, rows[1])):
+        want = trl_vpo.PreferenceCollator(processor).encode(plain).trunks[0].media
+        got = trl_vpo.PreferenceCollator(processor).encode(made).trunks[0].media
+        assert want and all((got[key] == value).all() for key, value in want.items())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_image_columns_start_at_media_root_in_training_too(processor, tmp_path, stream):
+    picture = write_image(tmp_path / "a.png")
+    base = Dataset.from_list([row("image", ["a.png"])])
+    data = base.cast(Features({**base.features, "images": List(Image())}))
+    data = data.to_iterable_dataset() if stream else data
+    (example,) = prepare(data, processor, tmp_path, media_root=str(tmp_path))
+    tree = trl_vpo.PreferenceCollator(processor, media_root=str(tmp_path)).encode(example)
+    plain = trl_vpo.PreferenceCollator(processor).encode(row("image", [picture]))
+    assert (tree.trunks[0].media["pixel_values"] == plain.trunks[0].media["pixel_values"]).all()
+
+
+def test_an_empty_stream_is_refused(processor, tmp_path):
+    with pytest.raises(RowError, match="the train dataset has no rows"):
+        prepare(Dataset.from_list([row(None)]).to_iterable_dataset().take(0), processor, tmp_path)
+
+
 def test_jsonl_with_rows_of_different_kinds(good, processor, tmp_path):
     picture = write_image(tmp_path / "a.png")
     rows = [row("image", [picture], id="i"), row("video", [good], id="v"), row(None, id="t")]
@@ -234,6 +272,34 @@ def test_two_placeholders_and_one_video(good, processor, tmp_path):
     broken = row("video", [good]) | {"prompt": message("user", "<video>", "<video>", "What?")}
     with pytest.raises(RowError, match=r"row 0: the prompt has 2 video placeholder\(s\)"):
         prepare([broken], processor, tmp_path)
+
+
+def test_string_prompts_are_checked_for_the_models_own_placeholders(processor, tmp_path):
+    fine = {"prompt": "<|vision_start|><|image_pad|><|vision_end|>What?", "chosen": "a", "rejected": "b"}
+    fine["images"] = [write_image(tmp_path / "a.png")]
+    assert len(prepare([fine], processor, tmp_path)) == 1
+    with pytest.raises(RowError, match=r"1 of 2 .*\n.*row 1: the prompt has 0 image placeholder\(s\) \('<\|image_pad"):
+        prepare([fine, fine | {"prompt": "<image>What?"}], processor, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Qwen2.5-VL", "LLaVA-1.5", "SmolVLM", "LLaVA-OneVision", "InternVL"])
+def test_placeholder_tokens_in_texts_are_refused(family, tmp_path):
+    processor, picture = build(family)[1], write_image(tmp_path / "a.png")
+    token = processor.image_token
+    good, said = row("image", [picture], id="a"), row("image", [picture], chosen=f"the {token} is red", id="b")
+    with pytest.raises(RowError, match=r"1 of 2 .*\n.*row 1 \(id 'b'\): the chosen response holds"):
+        prepare([good, said], processor, tmp_path)
+    asked = row(None) | {"prompt": message("user", f"What does {token} do?")}
+    with pytest.raises(RowError, match="row 0: the prompt holds"):
+        prepare([asked], processor, tmp_path)
+    plain = {"prompt": "What is red?", "chosen": f"the {token}", "rejected": "nothing"}
+    with pytest.raises(RowError, match="row 0: the chosen response holds"):
+        prepare([plain], processor, tmp_path)
+
+
+def test_tags_that_do_not_pair_are_refused(processor, tmp_path):
+    with pytest.raises(RowError, match="row 0: the rejected response holds '<MASK>'"):
+        prepare([row(None, rejected="a <MASK> blue car")], processor, tmp_path)
 
 
 def test_problems_of_many_rows_come_in_their_order():

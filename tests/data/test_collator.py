@@ -101,19 +101,36 @@ def test_phrases_are_marked_on_their_tokens(qwen):
     assert not (mask & ~batch["branch_mask"]).any()
 
 
-def test_phrases_of_a_response_that_the_template_strips(qwen):
-    template = qwen.chat_template
-    try:
-        qwen.chat_template = template.replace("{{ c['text'] }}", "{{ c['text'] | trim }}")
-        tree = PreferenceCollator(qwen, phrases=True).encode(row(None, chosen="  a red car ", rejected="a blue car"))
-    finally:
-        qwen.chat_template = template
-    branch = tree.branches[0]
-    assert text_of(qwen, [i for i, on in zip(branch.ids, branch.phrases) if on]) == " red"
+@pytest.fixture
+def stripping(qwen, monkeypatch):
+    """A processor whose template strips what messages say."""
+    monkeypatch.setattr(qwen, "chat_template", qwen.chat_template.replace("{{ c['text'] }}", "{{ c['text'] | trim }}"))
+    return qwen
 
 
-def test_tags_never_reach_the_model(qwen):
-    tree = PreferenceCollator(qwen, phrases=True).encode(
+def marked(processor, branch):
+    return text_of(processor, [i for i, on in zip(branch.ids, branch.phrases) if on])
+
+
+def test_phrases_of_a_response_that_the_template_strips(stripping):
+    example = row(None, chosen="  a red car ", rejected="a blue car")
+    assert marked(stripping, PreferenceCollator(stripping, phrases=True).encode(example).branches[0]) == " red"
+
+
+def test_phrases_end_where_a_stripped_response_does(stripping):
+    example = row(None, chosen=" \n a red square. \n", rejected="a blue square.", rejected_phrases=[[2, 6]])
+    collator = PreferenceCollator(stripping, phrases=True)
+    for span, want in (([5, 18], " red square."), ([0, 8], "a red"), ([0, 18], "a red square.")):
+        branch = collator.encode(example | {"chosen_phrases": [span]}).branches[0]
+        assert marked(stripping, branch) == want
+    for span in ([0, 2], [16, 18]):
+        with pytest.raises(RowError, match=rf"phrase at characters \[{span[0]}, {span[1]}\) of the chosen"):
+            collator.encode(example | {"chosen_phrases": [span]})
+
+
+@pytest.mark.parametrize("phrases", [False, True])
+def test_tags_never_reach_the_model(qwen, phrases):
+    tree = PreferenceCollator(qwen, phrases=phrases).encode(
         row(None, chosen="a <MASK>red</MASK> car", rejected="a <MASK>blue</MASK> car")
     )
     assert text_of(qwen, tree.branches[0].ids) == "a red car<|im_end|>\n"
@@ -250,3 +267,13 @@ def test_messages_need_a_chat_template():
     tok.chat_template = None
     with pytest.raises(RowError, match="has no chat template"):
         PreferenceCollator(tok).encode(row(None))
+
+
+def test_what_a_chat_template_refuses_is_named():
+    tok = text_model()[1]
+    tok.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tok.chat_template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert PreferenceCollator(tok).encode(row(None))
+    example = row(None, id="x") | {"prompt": message("system", "Be brief.") + message("user", "What?")}
+    with pytest.raises(RowError, match=r"row 4 \(id 'x'\): the chat template refuses its messages: no system role"):
+        PreferenceCollator(tok).encode(example | {"_row_index": 4})

@@ -269,6 +269,49 @@ def test_other_codecs(folder, name, codec):
     assert numbers(load_video(path, ALL).frames) == list(range(20))
 
 
+@pytest.mark.parametrize(
+    "name, codec", [("v.webm", "libvpx"), ("m.mkv", "mpeg4"), ("j.mov", "mjpeg"), ("g.gif", "gif"), ("m.avi", "mpeg4")]
+)
+def test_a_last_frame_may_stay_longer(tmp_path, name, codec):
+    """Pictures of 0.1 s, the last of 10 s: nothing is missing."""
+    if name == "m.avi":
+        needs_pyav(17, 0, "the index of frames")
+    path = tmp_path / name
+    if codec == "gif":
+        first, *others = [Image.fromarray(picture(i)) for i in range(10)]
+        first.save(path, save_all=True, append_images=others, duration=[100] * 9 + [10_000])
+    else:
+        write_video(path, 10, fps=10, codec=codec, last=100)
+    check_video(path, ALL)
+    loaded = load_video(path, ALL)
+    assert numbers(loaded.frames) == list(range(10))
+    assert loaded.duration == pytest.approx(10.9, abs=0.01)
+    np.testing.assert_allclose(loaded.timestamps, np.arange(10) / 10, atol=1e-3)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("codec", ["mpeg4", "mjpeg", "libx264"])
+def test_an_avi_repeats_pictures_without_storing_them(tmp_path, codec, every):
+    """The header counts the repeated ones too."""
+    times = [i + i // every for i in range(60)]
+    path = write_video(tmp_path / "gaps.avi", codec=codec, times=times)
+    check_video(path, ALL)
+    loaded = load_video(path, ALL)
+    assert numbers(loaded.frames) == list(range(60))
+    # packets of libx264 carry the times of decoding, which run up to two pictures behind
+    np.testing.assert_allclose(loaded.timestamps, np.array(times) / 30, atol=2.1 / 30 if codec == "libx264" else 1e-6)
+    refused(cut(path, tmp_path / "cut.avi", 0.7), "gives .* of its .* frames|is truncated")
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "prores_ks", "mpeg2video", "mpeg4"])
+def test_frames_cut_away_from_a_mov_are_not_missing(tmp_path, codec):
+    path = write_video(tmp_path / "whole.mov", codec=codec)
+    trimmed = remux_shifted(path, tmp_path / "trimmed.mov", -10)
+    check_video(trimmed, ALL)
+    loaded = load_video(trimmed, ALL)
+    assert numbers(loaded.frames) == list(range(10, 60)) and loaded.duration == pytest.approx(50 / 30, abs=0.01)
+
+
 def test_titles_in_an_unknown_encoding_do_no_harm(folder):
     path = write_video(folder / "title.mp4", 4, metadata={"title": "a plain title"})
     data = path.read_bytes()
@@ -672,3 +715,23 @@ def test_a_folder_of_frames_is_read_in_the_order_of_its_numbers(tmp_path):
         load_video(tmp_path / "empty", VideoOptions())
     with pytest.raises(MediaError, match="outside of media_root"):
         load_video("../clip", VideoOptions(), media_root=tmp_path / "empty")
+
+
+def test_links_to_frames_are_read_in_the_order_of_their_own_names(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "clip").mkdir()
+    for at, stored in enumerate("cab"):
+        Image.new("RGB", (8, 8), (at, 0, 0)).save(tmp_path / "store" / f"{stored}.png")
+        (tmp_path / "clip" / f"{at / 4}.png").symlink_to(tmp_path / "store" / f"{stored}.png")
+    assert load_video(tmp_path / "clip", VideoOptions()).frames[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_a_folder_of_frames_named_by_their_seconds(tmp_path):
+    for at, second in enumerate(("0", "0.25", "0.5", "1", "1.125", "2", "10", "10.0625")):
+        Image.new("RGB", (8, 8), (at, 0, 0)).save(tmp_path / f"{second}.png")
+    assert load_video(tmp_path, VideoOptions()).frames[:, 0, 0, 0].tolist() == list(range(8))
+    Image.new("RGB", (8, 8), (8, 0, 0)).save(
+        tmp_path / "last.png"
+    )  # no number: the digits of a name are read one by one
+    order = load_video(tmp_path, VideoOptions()).frames[:, 0, 0, 0].tolist()
+    assert order == [2, 1, 0, 4, 3, 5, 7, 6, 8]

@@ -74,6 +74,32 @@ def test_an_image_list_brings_its_first_image():
     assert made.images == ["a.png"] and made.image_list == ["a.png", "b.png"]
 
 
+def test_markers_are_plain_text_where_there_are_no_media():
+    prompt = message("user", "What does the <video> tag of HTML do?")
+    assert read_row(row(None) | {"prompt": prompt}).prompt == prompt
+
+
+@pytest.mark.parametrize("phrases", [False, True])
+def test_tags_are_taken_out_of_responses_whoever_reads_them(phrases):
+    tagged = {"chosen": "a <MASK> red </MASK> car", "rejected": "a <MASK> blue </MASK> car"}
+    made = read_row(row(None, **tagged), phrases=phrases)
+    assert (response_text(made.chosen), response_text(made.rejected)) == ("a red car", "a blue car")
+    made = read_row({"prompt": "What?", **tagged}, phrases=phrases)
+    assert (made.chosen, made.rejected) == ("a red car", "a blue car")
+
+
+def test_tags_are_taken_out_of_every_message_of_a_response():
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
+    answer = message("assistant", "It is <MASK>red</MASK>.")
+    made = read_row(row(None) | {"chosen": [call, {"role": "tool", "content": "a <MASK>red</MASK> car"}, *answer]})
+    assert response_text(made.chosen) == "a red carIt is red." and made.chosen[0]["tool_calls"]
+
+
+def asking(part):
+    """A row whose prompt has this part."""
+    return row(None) | {"prompt": [{"role": "user", "content": [part]}]}
+
+
 TWO = message("user", "<video>", "<video>", "Compare.")
 BROKEN = [
     (row("video", ["a.mp4"]) | {"prompt": TWO}, {}, r"2 video placeholder\(s\), but the row has 1 video"),
@@ -99,6 +125,28 @@ BROKEN = [
         {},
         "carries media inside its message",
     ),
+    (asking({"type": "text", "value": "What?"}), {}, "a text part of a message has no `text`"),
+    (asking({"type": "text", "text": 7}), {}, "a text part of a message has no `text`"),
+    (asking({"type": "input_text", "text": "What?"}), {}, "needs a `type` of text, image or video"),
+    (asking({"type": "image_url", "image_url": {"url": "a.png"}}), {}, "needs a `type` of text, image or video"),
+    (
+        row(None) | {"chosen": [{"role": "assistant", "content": [{"type": "text", "content": "a car"}]}]},
+        {"phrases": True},
+        "a text part of a message has no `text`",
+    ),
+    (row(None) | {"rejected": message("assistant", "<image>", "a car")}, {}, "the rejected response holds media"),
+    (
+        row("image", ["a.png"]) | {"prompt": message("user", "<image>", "<image>\nWhat?")},
+        {},
+        "text part of the prompt says `<image>`",
+    ),
+    (
+        row("video", ["a.mp4"]) | {"prompt": message("user", "<video>", "What is in the <image>?")},
+        {},
+        "text part of the prompt says `<image>`",
+    ),
+    (row(None, chosen="a <MASK>red</MASK> car", rejected="a red car"), {}, "chosen and rejected are identical"),
+    (row(None, chosen="<MASK></MASK>"), {}, "the chosen response is empty"),
     (row(None, chosen_phrases=[[0, 99]]), {"phrases": True}, "phrase"),
     (row(None, chosen_phrases=[[0, 3], [2, 5]]), {"phrases": True}, "overlap"),
     (row(None, chosen_phrases=[], rejected_phrases=[]), {"phrases": True}, "phrase"),

@@ -169,7 +169,7 @@ def test_data_cannot_do_anything(browser, tmp_path):
         **{EVIL: EVIL, "n" + EVIL: 1, "list" + EVIL: [EVIL], "chosen_" + EVIL: 2, "__proto__": EVIL, "constructor": 3},
     }
     hostile["prompt"][0]["role"] = "user"
-    hostile["prompt"][0]["content"].append({"type": EVIL, EVIL: EVIL})
+    hostile["prompt"][0]["content"].append({"type": "text", "text": EVIL})
     broken = {"id": EVIL, "prompt": EVIL}
     folder = tmp_path / "run <img src=x onerror=window.hacked=1>"
     write_jsonl([hostile, broken], folder / "rows.jsonl")
@@ -193,8 +193,8 @@ def test_data_cannot_do_anything(browser, tmp_path):
     assert heading.count(EVIL) == 2
     assert browser.texts("article:first-child .side .text") == [EVIL + "1", EVIL + "2"]
     assert EVIL in browser.text("article:first-child figure")
-    quoted = json.dumps(EVIL)
-    assert quoted in browser.text("article:first-child .prompt") and quoted in browser.text("article:nth-child(2) pre")
+    assert EVIL in browser.text("article:first-child .prompt")
+    assert json.dumps(EVIL) in browser.text("article:nth-child(2) pre")
     assert all(text in browser.text("article:first-child > dl") for text in (EVIL, "__proto__", "constructor"))
     browser.choose("#column", "constructor")
     browser.type("#min", "3")

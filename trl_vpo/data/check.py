@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -46,14 +46,17 @@ def prepare_dataset(
     if isinstance(dataset, IterableDataset):
         if args.on_bad_media == "skip":
             raise ValueError("on_bad_media='skip' needs a dataset that can be read up front, not an IterableDataset.")
-        dataset = dataset.map(_number, with_indices=True)
-        _refuse([p for p in [check(next(iter(dataset)))] if p], 1, name)
+        dataset = undecoded(dataset, args).map(_number, with_indices=True)
+        first = next(iter(dataset), None)
+        if first is None:
+            raise RowError(f"the {name} dataset has no rows.")
+        _refuse([p for p in [check(first)] if p], 1, name)
         return dataset
     if ROW_INDEX in dataset.column_names:
         return dataset
     if len(dataset) == 0:
         raise RowError(f"the {name} dataset has no rows.")
-    dataset = _without_video_decoding(dataset.add_column(ROW_INDEX, np.arange(len(dataset))))
+    dataset = undecoded(dataset.add_column(ROW_INDEX, np.arange(len(dataset))), args)
     problems = check_rows(dataset, check, desc=f"Checking {name} rows")
     if args.on_bad_media == "skip":
         skipped = [p for p in problems if p.media]
@@ -76,11 +79,15 @@ def check_rows(dataset: Dataset, check: Callable[[dict], Problem | None], desc: 
 
 
 def check_row(example: dict, *, args: Any, processing_class: Any, phrases: bool, image_list: bool) -> Problem | None:
-    """The first problem of a row, or None. `args` says how videos are sampled and how closely media are looked at."""
+    """The first problem of a row, or None. `args` says how videos are sampled and how closely media are looked at.
+
+    Without a `processing_class`, rows are not checked against what the model accepts.
+    """
     index = example[ROW_INDEX]
     try:
         row = read_row(example, phrases=phrases, image_list=image_list)
-        check_accepted(row, processing_class)
+        if processing_class is not None:
+            check_accepted(row, processing_class)
     except RowError as error:
         return Problem(index, str(error), media=False)
     try:
@@ -159,19 +166,23 @@ def _holds_media(feature: Any) -> bool:
     return isinstance(feature, (Image, Video)) or (isinstance(feature, List) and _holds_media(feature.feature))
 
 
-def _without_video_decoding(dataset: Dataset) -> Dataset:
-    """`datasets.Video` columns as {path, bytes}: we decode them (with PyAV, in the workers, sampled)."""
-    for column, feature in dataset.features.items():
-        raw = _raw_video(feature)
+def undecoded(dataset: Dataset | IterableDataset, args: Any) -> Dataset | IterableDataset:
+    """`datasets.Video` columns as {path, bytes}: we decode them (with PyAV, in the workers, sampled).
+
+    `Image` columns too with `args.media_root`: `datasets` would take a relative path from the working directory.
+    """
+    kinds = (Video,) if args.media_root is None else (Video, Image)
+    for column, feature in (dataset.features or {}).items():  # a stream may not know its features
+        raw = _raw_media(feature, kinds)
         if raw is not feature:
             dataset = dataset.cast_column(column, raw)
     return dataset
 
 
-def _raw_video(feature: Any) -> Any:
-    if isinstance(feature, Video):
-        return Video(decode=False)
+def _raw_media(feature: Any, kinds: tuple[type, ...]) -> Any:
+    if isinstance(feature, kinds):
+        return replace(feature, decode=False)
     if isinstance(feature, List):
-        inner = _raw_video(feature.feature)
+        inner = _raw_media(feature.feature, kinds)
         return feature if inner is feature.feature else List(inner, length=feature.length)
     return feature

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from trl_vpo.data.masking import check_box, masked_image_list
 from trl_vpo.data.media import Clip, MediaError, VideoOptions, load_image, load_video
-from trl_vpo.data.phrases import PhraseError, spans_to_token_mask
+from trl_vpo.data.phrases import PhraseError, Span, spans_to_token_mask
 from trl_vpo.data.rows import REF_SUMS, Row, RowError, check_accepted, read_row, response_text
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 
@@ -94,7 +95,6 @@ class PreferenceCollator:
         """Prompt and responses as the model's chat template writes them, cut where prompt and conversation part."""
         if not row.conversational:
             eos = self.tokenizer.eos_token or ""
-            self._check_string_placeholders(row)
             texts = [getattr(row, side) for side in sides]
             return row.prompt, [text if text.endswith(eos) else text + eos for text in texts]
         continues = row.prompt[-1]["role"] == "assistant"
@@ -114,9 +114,14 @@ class PreferenceCollator:
                 f"has messages, but {type(self.processing_class).__name__} has no chat template. Set "
                 "`processing_class.chat_template`, or give prompt and responses as strings."
             )
-        return self.processing_class.apply_chat_template(
-            messages, tokenize=False, chat_template=template, **row.template_kwargs, **kwargs
-        )
+        try:
+            return self.processing_class.apply_chat_template(
+                messages, tokenize=False, chat_template=template, **row.template_kwargs, **kwargs
+            )
+        except TemplateError as error:  # "roles must alternate", "no system role"
+            raise RowError(
+                f"the chat template refuses its messages: {error}. Rewrite them, or drop the row."
+            ) from error
 
     def _adds_special_tokens(self, row: Row, prompt: str) -> bool:
         """As in generation: a template of a text model is complete; otherwise BOS is added unless it is there."""
@@ -125,16 +130,6 @@ class PreferenceCollator:
         bos = self.tokenizer.bos_token
         return not (bos and prompt.startswith(bos))
 
-    def _check_string_placeholders(self, row: Row) -> None:
-        for kind, items in (("image", row.images), ("video", row.videos)):
-            token = getattr(self.processing_class, f"{kind}_token", None)
-            found = row.prompt.count(token) if token else 0
-            if found != len(items):
-                raise RowError(
-                    f"the prompt has {found} {kind} placeholder(s) ({token!r}), but the row has {len(items)} "
-                    f"{kind}(s). Put one into the prompt for each, or give the prompt as messages."
-                )
-
     def _branch(self, row: Row, side: str, whole: dict, start: int, prompt: str, response: str) -> Branch:
         ids = whole["input_ids"][start:]
         if not ids:
@@ -142,13 +137,16 @@ class PreferenceCollator:
         if not self.phrases:
             return Branch(ids)
         text = response_text(getattr(row, side))
-        begin, at = 0, response.find(text)
+        spans, begin, at = getattr(row, f"{side}_phrases"), 0, response.find(text)
         if at < 0:  # some templates strip a response: its offsets shift by what is gone
             begin, at = len(text) - len(text.lstrip()), response.find(text.strip())
-        if at < 0:
-            raise RowError(f"the chat template changes the text of the {side} response; phrases cannot be located.")
+            if at < 0:
+                raise RowError(
+                    f"the chat template changes the text of the {side} response; phrases cannot be located."
+                )
+            spans = [_without_margins(span, text, side) for span in spans]
         mask = spans_to_token_mask(
-            getattr(row, f"{side}_phrases"),
+            spans,
             whole["offset_mapping"][start:],
             shift=len(prompt) + at - begin,
             text=prompt + response,
@@ -216,6 +214,17 @@ class PreferenceCollator:
 
 def _common(a: list[int], b: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def _without_margins(span: Span, text: str, side: str) -> Span:
+    """The part of a phrase that is left when the text is stripped: behind it stands the end of the turn."""
+    start, end = max(span[0], len(text) - len(text.lstrip())), min(span[1], len(text.rstrip()))
+    if start >= end:
+        raise PhraseError(
+            f"the phrase at characters [{span[0]}, {span[1]}) of the {side} response is white space that the chat "
+            "template strips. Leave it out."
+        )
+    return start, end
 
 
 def _metadata(clip: Clip) -> VideoMetadata:

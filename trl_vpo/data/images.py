@@ -10,6 +10,7 @@ import math
 import re
 import struct
 import zlib
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -31,6 +32,7 @@ _PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
 
@@ -103,6 +105,8 @@ def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Pa
 def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path] | None:
     """The images of a folder, in the order of the numbers in their names; None if ``source`` names no folder.
 
+    Where all names are decimal numbers ("0.25.png", "0.5.png"), those count; else the digits of a name, run by run.
+
     Raises :class:`MediaError` for a folder outside of ``media_root`` or without images.
     """
     if not isinstance(source, (str, Path)) or (_URL.match(str(source)) and not str(source).startswith("file:")):
@@ -119,7 +123,12 @@ def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path
     frames = [path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES]
     if not frames:
         raise MediaError(f"{name} is a folder without images: name a video file, or a folder that holds its frames.")
-    return sorted((path.resolve() for path in frames), key=_by_number)
+    seconds = all(_DECIMAL.fullmatch(path.stem) for path in frames)
+    return [path.resolve() for path in sorted(frames, key=_by_second if seconds else _by_number)]
+
+
+def _by_second(path: Path) -> tuple:
+    return Decimal(path.stem), _by_number(path)
 
 
 def _by_number(path: Path) -> list:

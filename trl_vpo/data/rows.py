@@ -10,11 +10,20 @@
 | `id`, `source` | strings, carried into every error message and report | optional |
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_vpo.data.phrases import PhraseError, Span, phrase_spans
+from trl_vpo.data.messages import (
+    MARKERS,
+    RowError,
+    drop_none,
+    place_media,
+    response_text,
+    typed_content,
+    with_text,
+    without_tags,
+)
+from trl_vpo.data.phrases import CLOSE, OPEN, PhraseError, Span, phrase_spans
 
 COLUMNS = (
     "prompt",
@@ -35,14 +44,6 @@ COLUMNS = (
 )
 ROW_INDEX = "_row_index"  # added by the trainer, so that a message can name a row that has no id
 REF_SUMS = "_ref_sums"  # added by the trainer: precomputed reference log-probs, one for each branch of the row
-MARKERS = {"<image>": "image", "<video>": "video"}
-
-
-class RowError(ValueError):
-    """A row that cannot be trained on. The message names the row, what is wrong with it and what to do.
-
-    Built from one string, so that it survives being raised in a data-loader worker.
-    """
 
 
 @dataclass
@@ -74,19 +75,12 @@ def row_name(example: dict, index: int | None = None) -> str:
     return f"{name} ({', '.join(tags)})" if tags else name
 
 
-def drop_none(value: Any) -> Any:
-    """Without the `None` entries that Arrow adds to dictionaries of different shapes."""
-    if isinstance(value, dict):
-        return {k: drop_none(v) for k, v in value.items() if v is not None}
-    return [drop_none(v) for v in value] if isinstance(value, list) else value
-
-
 def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) -> Row:
     """Check an example against the contract and bring it into one shape. No media file is opened.
 
     Args:
         example: the row as the dataset gives it.
-        phrases: RRPO: find the phrases that differ (and take `<MASK>` tags out of the responses).
+        phrases: RRPO: find the phrases that differ. `<MASK>` tags are taken out of the responses either way.
         image_list: LPOI: require `image_list`, or `critical_box` with an image.
 
     Raises:
@@ -105,8 +99,11 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
             template_kwargs=_template_kwargs(example),
         )
         row.prompt = place_media(row.prompt, len(row.images), len(row.videos))
+        _check_markers(row)
         if phrases:
             _find_phrases(row, example)
+        else:
+            row.chosen, row.rejected = without_tags(row.chosen), without_tags(row.rejected)
         _check_responses(row)
         if image_list:
             _find_image_list(row, example)
@@ -116,24 +113,70 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
 
 
 def check_accepted(row: Row, processing_class: Any) -> None:
-    """Refuse media that the model cannot see: some processors would drop them without a word.
+    """Refuse media that the model cannot see, which some processors would drop without a word, and misplaced tokens.
 
     Raises:
-        RowError: images or videos that the processing class has no processor for.
+        RowError: images or videos that the processing class has no processor for; a string prompt whose placeholder
+            tokens do not fit its media; a text with such a token, or a response with an unpaired `<MASK>` tag.
     """
+    tokens = {kind: getattr(processing_class, f"{kind}_token", None) for kind in MARKERS.values()}
+    try:
+        _check_kinds(row, processing_class)
+        _check_prompt_tokens(row, tokens)
+        _check_response_tokens(row, tokens)
+    except RowError as error:
+        raise RowError(f"{row.name}: {error}") from error
+
+
+def _check_kinds(row: Row, processing_class: Any) -> None:
     name = type(processing_class).__name__
     for kind, items in (("image", row.images), ("video", row.videos)):
         if not items or getattr(processing_class, f"{kind}_processor", None) is not None:
             continue
         if getattr(processing_class, "tokenizer", None) is None:
             raise RowError(
-                f"{row.name}: has {kind}s, but {name} is a tokenizer of a text model. Train a vision-language model "
-                "with its processor, or drop the media columns."
+                f"has {kind}s, but {name} is a tokenizer of a text model. Train a vision-language model with its "
+                "processor, or drop the media columns."
             )
         raise RowError(
-            f"{row.name}: has {kind}s, but {name} takes none. Choose a model that sees {kind}s (the README has a "
-            "table), or leave these rows out."
+            f"has {kind}s, but {name} takes none. Choose a model that sees {kind}s (the README has a table), or leave "
+            "these rows out."
         )
+
+
+def _check_prompt_tokens(row: Row, tokens: dict[str, str | None]) -> None:
+    for kind, items in (("image", row.images), ("video", row.videos)):
+        token = tokens[kind]
+        if row.conversational:
+            if token and token in response_text(row.prompt):
+                raise RowError(
+                    f"the prompt holds {token!r} in its text, the model's own placeholder of {kind}s. Take it out: "
+                    f'{{"type": "{kind}"}} says where media stand.'
+                )
+            continue
+        found = row.prompt.count(token) if token else 0
+        if found != len(items):
+            raise RowError(
+                f"the prompt has {found} {kind} placeholder(s) ({token!r}), but the row has {len(items)} {kind}(s). "
+                "Put one into the prompt for each, or give the prompt as messages."
+            )
+
+
+def _check_response_tokens(row: Row, tokens: dict[str, str | None]) -> None:
+    for side in ("chosen", "rejected"):
+        text = response_text(getattr(row, side))
+        for kind, token in tokens.items():
+            if token and token in text:
+                raise RowError(
+                    f"the {side} response holds {token!r}, the model's own placeholder of {kind}s; only the prompt "
+                    "can hold media. Take it out."
+                )
+        for tag in (OPEN, CLOSE):
+            if tag in text:
+                raise RowError(
+                    f"the {side} response holds {tag!r} without its partner. Write {OPEN} and {CLOSE} in pairs, not "
+                    "nested, around each phrase, or take them out."
+                )
 
 
 def _texts(example: dict) -> tuple:
@@ -153,7 +196,7 @@ def _texts(example: dict) -> tuple:
     if not isinstance(texts[0], str):
         for key, messages in zip(("prompt", "chosen", "rejected"), texts):
             _check_messages(key, messages)
-    return tuple(texts)
+    return texts[0], *(_typed_response(side, text) for side, text in zip(("chosen", "rejected"), texts[1:]))
 
 
 def _check_messages(key: str, messages: Any) -> None:
@@ -187,86 +230,29 @@ def _template_kwargs(example: dict) -> dict:
     return kwargs
 
 
-# --- placeholders -----------------------------------------------------------------------------------------------
-
-
-def place_media(prompt: list[dict] | str, images: int, videos: int) -> list[dict] | str:
-    """Messages with typed contents, one placeholder for every image and video.
-
-    `<image>` and `<video>` in plain-string contents become placeholders where they stand. If every content is a
-    plain string without a marker, the media go in front of the first user message, as in TRL. A prompt that is a
-    string is not touched: it carries the model's own placeholder tokens.
-
-    Raises:
-        RowError: placeholders and media do not agree in number.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    typed = [{**m, "content": _typed(m.get("content"), m["role"])} for m in prompt]
-    found = {kind: sum(part["type"] == kind for m in typed for part in m["content"]) for kind in ("image", "video")}
-    plain = all(isinstance(m.get("content") or "", str) for m in prompt)
-    if plain and not any(found.values()) and (images or videos):
-        first = next((m for m in typed if m["role"] == "user"), None)
-        if first is None:
-            raise RowError("has media but no user message to put them into.")
-        first["content"] = [{"type": "image"}] * images + [{"type": "video"}] * videos + first["content"]
-        return typed
-    for kind, count in (("image", images), ("video", videos)):
-        if found[kind] != count:
+def _check_markers(row: Row) -> None:
+    """Markers that are left in typed texts would stay there, as words beside the real placeholders."""
+    text = "" if isinstance(row.prompt, str) or not (row.images or row.videos) else response_text(row.prompt)
+    for marker, kind in MARKERS.items():
+        if marker in text:
             raise RowError(
-                f"the prompt has {found[kind]} {kind} placeholder(s), but the row has {count} {kind}(s). Put one "
-                f'{{"type": "{kind}"}} (or a `<{kind}>` marker) into the prompt for each item of `{kind}s`.'
+                f"a text part of the prompt says `{marker}`, which the model would read as words. Take it out: "
+                f'{{"type": "{kind}"}} says where media stand, or a `{marker}` in a user\'s plain string.'
             )
-    return typed
-
-
-def _typed(content: Any, role: str) -> list[dict]:
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return list(_split_markers(content)) if role == "user" else [{"type": "text", "text": content}]
-    for part in content:
-        if not isinstance(part, dict) or "type" not in part:
-            raise RowError(f"a message part is {part!r}; it needs a `type` of text, image or video.")
-        if part["type"] in ("image", "video") and set(part) - {"type"}:
-            raise RowError(
-                f"the prompt carries media inside its message ({part['type']}). Put the source into the "
-                f'`{part["type"]}s` column and leave {{"type": "{part["type"]}"}} in the prompt.'
-            )
-    return [dict(part) for part in content]
-
-
-def _split_markers(text: str) -> Iterator[dict]:
-    """`look at <image> and say` -> text, image, text. The newline that LLaVA data puts after a marker goes too."""
-    while text:
-        hits = [(text.find(marker), marker) for marker in MARKERS if marker in text]
-        if not hits:
-            yield {"type": "text", "text": text}
-            return
-        at, marker = min(hits)
-        if text[:at].strip():
-            yield {"type": "text", "text": text[:at]}
-        yield {"type": MARKERS[marker]}
-        text = text[at + len(marker) :].removeprefix("\n")
 
 
 # --- responses --------------------------------------------------------------------------------------------------
 
 
-def response_text(response: list[dict] | str) -> str:
-    """The plain text of a response: all its text parts, in order."""
+def _typed_response(side: str, response: list[dict] | str) -> list[dict] | str:
+    """Typed contents, as the prompt's: the templates of some models know no others."""
     if isinstance(response, str):
         return response
-    parts = []
-    for message in response:
-        content = message.get("content") or ""
-        parts += [content] if isinstance(content, str) else [p.get("text", "") for p in content if p["type"] == "text"]
-    return "".join(parts)
-
-
-def with_text(response: list[dict] | str, text: str) -> list[dict] | str:
-    """The same response saying `text` (one message only)."""
-    return text if isinstance(response, str) else [{**response[0], "content": [{"type": "text", "text": text}]}]
+    typed = [{**m, "content": typed_content(m.get("content"), m["role"])} for m in response]
+    media = [part["type"] for m in typed for part in m["content"] if part["type"] != "text"]
+    if media:
+        raise RowError(f"the {side} response holds media ({media[0]}); only the prompt can hold media. Take it out.")
+    return typed
 
 
 def _check_responses(row: Row) -> None:
@@ -277,10 +263,6 @@ def _check_responses(row: Row) -> None:
             raise RowError(f"the {side} response is empty. Drop the row or write a response.")
     if row.chosen == row.rejected:
         raise RowError(f"chosen and rejected are identical ({texts['chosen'][:80]!r}): there is no preference in it.")
-    for side in ("chosen", "rejected"):
-        response = getattr(row, side)
-        if not isinstance(response, str):  # typed contents, as the prompt's: templates of some models know no others
-            setattr(row, side, [{**m, "content": _typed(m.get("content"), m["role"])} for m in response])
 
 
 def _find_phrases(row: Row, example: dict) -> None:

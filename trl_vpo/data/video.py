@@ -142,7 +142,7 @@ def scan(data: Path | bytes, name: str) -> FrameTable:
         if _has_packet_times(container, stream):
             table = _table_from_packets(container, stream, name)
         else:
-            table = _table_from_frames(container, stream, name)
+            table = _table_from_frames(container, stream, name, _ends_early(data, size))
         promised = _promised_duration(container, stream)
         if promised is not None and table.duration < 0.9 * promised - 0.5:
             raise MediaError(
@@ -200,22 +200,52 @@ def _table_from_packets(container: av.container.InputContainer, stream: av.Video
     )
 
 
-def _table_from_frames(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
-    packets, shown = 0, []
+def _table_from_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, name: str, short: bool
+) -> FrameTable:
+    """``short``: whether the file is an AVI that ends before its header says."""
+    packets, shown, sent, lasts = 0, [], [], {}
     for packet in container.demux(stream):
-        packets += bool(packet.size) and (packet.is_keyframe or packets > 0)  # a recording may begin between keyframes
+        # A recording may begin between keyframes; an edit list cuts frames away.
+        packets += bool(packet.size) and not packet.is_discard and (packet.is_keyframe or packets > 0)
+        sent += [packet.dts] if packet.size else []
+        lasts[packet.pts] = packet.duration or 0
         shown.extend(frame.pts for frame in packet.decode())
     if not shown:
         raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
-    promised = max(packets, stream.frames)
+    indexed = _counted(container, stream, short)
+    promised = max(packets, indexed)
     # VP8 sends pictures that are never shown; packed MPEG-4 ends on an empty packet.
     if stream.codec_context.name not in ("vp8", "libvpx") and len(shown) < promised - 1 - promised // 100:
         raise MediaError(f"{name} gives {len(shown)} of its {promised} frames: {DAMAGED}.")
-    pts = np.array([-1 if value is None else value for value in shown], dtype=np.int64)
-    if (np.diff(pts) > 0).all() and pts[0] >= 0:
-        return FrameTable(times=(pts - pts[0]) * float(stream.time_base), duration=_duration(pts, 0, stream))
+    in_order = sent if len(sent) == len(shown) else []  # AVI has no other times for frames out of order
+    for times in (shown, in_order):
+        pts = np.array([-1 if value is None else value for value in times], dtype=np.int64)
+        if len(pts) and (np.diff(pts) > 0).all() and pts[0] >= 0:
+            last = lasts.get(shown[-1], 0)
+            if container.format.name == "avi" and indexed and not short:  # all is there: the last picture is repeated
+                last = max(last, (stream.duration or 0) - int(pts[-1]))
+            return FrameTable((pts - pts[0]) * float(stream.time_base), _duration(pts, last, stream))
     rate = float(stream.average_rate or stream.guessed_rate or 25)  # no usable times: evenly spaced
-    return FrameTable(times=np.arange(len(pts)) / rate, duration=len(pts) / rate)
+    return FrameTable(times=np.arange(len(shown)) / rate, duration=len(shown) / rate)
+
+
+def _counted(container: av.container.InputContainer, stream: av.VideoStream, short: bool) -> int:
+    """How many frames the file itself says that it stores."""
+    if "mov" in container.format.name:
+        return 0  # it counts what an edit list cuts away; `check_complete` has looked at its index
+    if container.format.name == "avi" and not short:
+        return len(getattr(stream, "index_entries", ()))  # PyAV >= 17; the header counts repeated pictures as well
+    return stream.frames
+
+
+def _ends_early(data: Path | bytes, size: int) -> bool:
+    """Whether an AVI says in its first bytes that it is longer. One that was written to a pipe does not know."""
+    if isinstance(data, Path):
+        with open(data, "rb") as file:
+            data = file.read(12)
+    promised = int.from_bytes(data[4:8], "little") + 8
+    return data[:4] == b"RIFF" and data[8:12] == b"AVI " and size < promised < 1 << 32
 
 
 def _duration(pts: np.ndarray, last: int, stream: av.VideoStream) -> float:

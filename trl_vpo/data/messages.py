@@ -1,0 +1,125 @@
+"""Messages of prompts and responses: typed contents, placeholders of media, plain text."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from trl_vpo.data.phrases import OPEN, PhraseError, strip_mask_tags
+
+MARKERS = {"<image>": "image", "<video>": "video"}
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on. The message names the row, what is wrong with it and what to do.
+
+    Built from one string, so that it survives being raised in a data-loader worker.
+    """
+
+
+def drop_none(value: Any) -> Any:
+    """Without the `None` entries that Arrow adds to dictionaries of different shapes."""
+    if isinstance(value, dict):
+        return {k: drop_none(v) for k, v in value.items() if v is not None}
+    return [drop_none(v) for v in value] if isinstance(value, list) else value
+
+
+def place_media(prompt: list[dict] | str, images: int, videos: int) -> list[dict] | str:
+    """Messages with typed contents, one placeholder for every image and video.
+
+    `<image>` and `<video>` in plain-string contents become placeholders where they stand. If every content is a
+    plain string without a marker, the media go in front of the first user message, as in TRL. A prompt that is a
+    string is not touched: it carries the model's own placeholder tokens.
+
+    Raises:
+        RowError: placeholders and media do not agree in number.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    typed = [{**m, "content": typed_content(m.get("content"), m["role"])} for m in prompt]
+    found = {kind: sum(part["type"] == kind for m in typed for part in m["content"]) for kind in ("image", "video")}
+    plain = all(isinstance(m.get("content") or "", str) for m in prompt)
+    if plain and not any(found.values()) and (images or videos):
+        first = next((m for m in typed if m["role"] == "user"), None)
+        if first is None:
+            raise RowError("has media but no user message to put them into.")
+        first["content"] = [{"type": "image"}] * images + [{"type": "video"}] * videos + first["content"]
+        return typed
+    for kind, count in (("image", images), ("video", videos)):
+        if found[kind] != count:
+            raise RowError(
+                f"the prompt has {found[kind]} {kind} placeholder(s), but the row has {count} {kind}(s). Put one "
+                f'{{"type": "{kind}"}} (or a `<{kind}>` marker) into the prompt for each item of `{kind}s`.'
+            )
+    return typed
+
+
+def typed_content(content: Any, role: str) -> list[dict]:
+    """A message's content as parts of the types text, image and video; `<image>` of a user's string is one of them."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return list(_split_markers(content)) if role == "user" else [{"type": "text", "text": content}]
+    for part in content:
+        _check_part(part)
+    return [dict(part) for part in content]
+
+
+def _check_part(part: Any) -> None:
+    """Chat templates pass over what they do not know, without a word."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise RowError(
+                f"a text part of a message has no `text`: {repr(part)[:200]}. The model would not see what it says; "
+                'write {"type": "text", "text": "..."}.'
+            )
+    elif kind not in MARKERS.values():
+        raise RowError(
+            f"a message part is {repr(part)[:200]}; it needs a `type` of text, image or video. Words go into `text`, "
+            "sources of media into the columns `images` and `videos`."
+        )
+    elif set(part) - {"type"}:
+        raise RowError(
+            f"the prompt carries media inside its message ({kind}). Put the source into the "
+            f'`{kind}s` column and leave {{"type": "{kind}"}} in the prompt.'
+        )
+
+
+def _split_markers(text: str) -> Iterator[dict]:
+    """`look at <image> and say` -> text, image, text. The newline that LLaVA data puts after a marker goes too."""
+    while text:
+        hits = [(text.find(marker), marker) for marker in MARKERS if marker in text]
+        if not hits:
+            yield {"type": "text", "text": text}
+            return
+        at, marker = min(hits)
+        if text[:at].strip():
+            yield {"type": "text", "text": text[:at]}
+        yield {"type": MARKERS[marker]}
+        text = text[at + len(marker) :].removeprefix("\n")
+
+
+def response_text(response: list[dict] | str) -> str:
+    """The plain text of a response: all its text parts, in order."""
+    if isinstance(response, str):
+        return response
+    parts = []
+    for message in response:
+        content = message.get("content") or ""
+        parts += [content] if isinstance(content, str) else [p.get("text", "") for p in content if p["type"] == "text"]
+    return "".join(parts)
+
+
+def without_tags(response: list[dict] | str) -> list[dict] | str:
+    """The same typed response without `<MASK>` tags. Tags that do not pair stay: `check_accepted` refuses them."""
+    if isinstance(response, str):
+        try:
+            return strip_mask_tags(response)[0]
+        except PhraseError:
+            return response
+    texts = [response_text([message]) for message in response]
+    return [with_text([m], without_tags(t))[0] if OPEN in t else m for m, t in zip(response, texts)]
+
+
+def with_text(response: list[dict] | str, text: str) -> list[dict] | str:
+    """The same response saying `text` (one message only)."""
+    return text if isinstance(response, str) else [{**response[0], "content": [{"type": "text", "text": text}]}]
