@@ -130,7 +130,8 @@ class VisualPreferenceConfig(DPOConfig):
         if not self.accelerator_config.even_batches:
             raise ValueError(
                 "accelerator_config.even_batches=False: a process with a batch less than the others would leave them "
-                "waiting. Leave it out; rows that are repeated to fill a last batch count once in evaluation."
+                "waiting. Leave it out; rows that are repeated to fill a last batch count once when a Dataset is "
+                "evaluated (of a stream, twice)."
             )
         self.accelerator_config.dispatch_batches = False  # the default for streams would be True
         if self.on_bad_media == "skip":
