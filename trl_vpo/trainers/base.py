@@ -33,7 +33,7 @@ from trl_vpo.trainers.finite import NonFiniteLossError, check_losses, check_weig
 from trl_vpo.trainers.full_weights import load_full_weights
 from trl_vpo.trainers.logs import LoggingTrainer
 from trl_vpo.trainers.precompute import ReferenceCache
-from trl_vpo.trainers.reference import copy_adapter, evaluating, switched
+from trl_vpo.trainers.reference import copy_adapter, evaluating, switched, trained_as_before
 
 
 class VisualPreferenceTrainer(LoggingTrainer):
@@ -92,7 +92,9 @@ class VisualPreferenceTrainer(LoggingTrainer):
         if holds_reference and ref_model is None and setup.copies_reference(model, args, peft_config):
             ref_model = copy.deepcopy(model)  # exact, and works for a model that was never saved
         no_reference = contextlib.nullcontext() if holds_reference else setup.no_reference(isinstance(model, str))
-        with no_reference, setup.precompute_later(args):
+        given = isinstance(model, PeftModel) and peft_config is None
+        as_given = trained_as_before(model) if given else contextlib.nullcontext()
+        with no_reference, as_given, setup.precompute_later(args):
             super().__init__(
                 model=model,
                 ref_model=ref_model,

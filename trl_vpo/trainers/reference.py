@@ -25,19 +25,27 @@ def copy_adapter(policy: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def switched(policy: nn.Module) -> Iterator[None]:
-    """While the reference within `policy`, a `PeftModel`, is computed. Afterwards all is as it was before.
+def trained_as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards the same parameters are trainable.
 
-    PEFT makes every weight of the adapter trainable when it switches back, also those that were frozen.
+    PEFT makes every weight of an adapter trainable when it switches back to it (0.20 also when another one is added),
+    those too that were frozen.
     """
-    trained = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None), evaluating(policy):
-            yield
+        yield
     finally:
         for parameter, flag in trained:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def switched(policy: nn.Module) -> Iterator[None]:
+    """While the reference within `policy`, a `PeftModel`, is computed. Afterwards all is as it was before."""
+    adapter = "ref" if "ref" in policy.peft_config else None
+    with trained_as_before(policy), use_adapter(policy, adapter_name=adapter), evaluating(policy):
+        yield
 
 
 @contextlib.contextmanager
