@@ -214,7 +214,7 @@ def test_options_that_cannot_be_used(question, given, message):
         ("A red square.", "A dark red square."),
         ("red square", "a dark red square"),
         ("B because it is red", None),
-        ("The answer is B.", None),
+        ("The answer is B.", "The answer is C."),
     ],
 )
 def test_a_wrong_answer_in_the_form_of_the_truth(answer, form):
@@ -332,14 +332,16 @@ def test_a_ground_truth_without_yes_or_no_is_an_error():
         ("-5", RIGHT, ["-5"]),
         ("50%", RIGHT, ["50 percent"]),
         ("a red square", RIGHT, ["the red square", "Red squares!", "A RED SQUARE", "a red, square"]),
-        ("a red square", WRONG, ["a blue square", "red circle", "It is a blue circle"]),
+        ("a red square", WRONG, ["a blue square", "It is a white square"]),
+        ("a red square", UNDECIDED, ["red circle", "It is a blue circle"]),
         ("a red square", UNDECIDED, ["square", "red", "It's not red", "a blue or a red square"]),
         ("a red square", UNDECIDED, ["A big blue circle moves across the whole frame"]),  # seven words, not six
-        ("a red square", WRONG, ["A big blue circle moves across"]),
+        ("a red square", UNDECIDED, ["A big blue circle moves across"]),
         ("walking", RIGHT, ["walks", "He's walking.", "walked"]),
-        ("walking", WRONG, ["running", "talking"]),
+        ("walking", UNDECIDED, ["running", "strolling"]),
         ("women", RIGHT, ["a woman"]),
-        ("left", WRONG, ["right", "to the right", "leftover"]),
+        ("left", WRONG, ["right", "to the right"]),
+        ("left", UNDECIDED, ["leftover", "up"]),
         ("cannot tell", RIGHT, ["I can't tell", "cannot tell"]),
         ("cannot tell", UNDECIDED, ["not sure"]),
     ],
@@ -350,9 +352,25 @@ def test_short_answers(truth, result, responses):
     )
 
 
+@pytest.mark.parametrize(
+    "truth, response",
+    [
+        ("bike", "bicycle"), ("couch", "sofa"), ("guy", "a man"), ("tv", "television"), ("kid", "child"),
+        ("grey", "gray"), ("aeroplane", "airplane"), ("pink", "purple"), ("3 feet", "36 inches"), ("2:30", "14:30"),
+        ("1/2", "0.5"), ("1st", "first"), ("black and white", "white and black"), ("7 pm", "19"), ("B", "(B) red"),
+        ("rectangle", "square"), ("Answer: (B)", "(B) Threw the clothes."), ("dark blue", "navy"), ("US", "America"),
+    ],
+)  # fmt: skip
+def test_what_may_say_the_same_is_never_wrong(truth, response):
+    for pair in ((response, truth), (truth, response)):
+        assert check_short(*pair).result != WRONG
+
+
 def test_how_long_a_short_answer_may_be():
-    assert check_short("a big blue circle", "red", extra_words=2).result == WRONG
-    assert check_short("a big blue circle", "red", extra_words=1).result == UNDECIDED
+    assert check_short("a big blue circle", "red", extra_words=2, fixed=True).result == WRONG
+    assert check_short("a big blue circle", "red", extra_words=1, fixed=True).result == UNDECIDED
+    assert check_short("a big blue circle", "red", extra_words=2).judgeable
+    assert not check_short("a big blue circle", "red", extra_words=1).judgeable
 
 
 def test_answers_in_a_fixed_form():

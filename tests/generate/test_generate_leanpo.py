@@ -200,6 +200,32 @@ def test_a_failed_plain_answer_costs_no_row():
     assert (figures["plain_right"], figures["chosen_right"], figures["plain_failures"]) == (0.0, 1.0, 1)
 
 
+@pytest.mark.parametrize(
+    "question, truth, chosen, rejected, kind",
+    [
+        ("Is it red?", "No.", "No, it is blue.", "No.", "losing response is right"),
+        ("Is it red?", "No.", "Yes.", "It is red, I think.", "winning response is wrong"),
+        ("Is it red?", "No.", "No, it is blue.", "Yes.", None),
+        ("Which?\nA. red\nB. blue", "(B)", "B. blue", "It is blue.", "losing response is right"),
+        ("Which?\nA. red\nB. blue", "(B)", "A. red", "green", "winning response is wrong"),
+        ("How many?", "2", "There are two.", "two dogs", "losing response is right"),
+        ("How many?", "2", "There are two.", "three", None),
+        ("What does he ride?", "a bike", "a bicycle", "a horse", None),
+        (
+            "What moves?",
+            TRUTH,
+            "It goes to the left, the square.",
+            "A red square moves left",
+            "losing response is right",
+        ),
+    ],
+)
+def test_a_losing_response_that_is_right_is_no_pair(question, truth, chosen, rejected, kind):
+    model = Scripted({"reflection": chosen, "damaged": rejected})
+    (outcome,) = pipeline(model).make([item(question=question, answer=truth)])
+    assert outcome.kind == kind and bool(outcome.rows) == (kind is None)
+
+
 def test_identical_responses_are_no_pair():
     model = Scripted({"damaged": "A red square moves left"})
     (outcome,) = pipeline(model).make([item()])

@@ -158,3 +158,17 @@ def test_candidates_come_in_the_methods_order_and_once():
         Candidate("child", "rest"),
         Candidate("tree", "rest"),
     ]
+
+
+@pytest.mark.parametrize(
+    "question, response, found",
+    [
+        ("Is there a dog in the image?", "No.", []),
+        ("Is there a dog in the image?", "No, there is no dog.", []),
+        ("Is there a dog in the image?", "There is no dog, but there is a cat.", ["cat"]),
+        ("Is there a dog in the image?", "Yes.", ["dog"]),
+        ("What is on the table?", "It isn't a cup, it is a plate without a spoon.", ["plate", "table"]),
+    ],
+)
+def test_what_the_response_denies_is_no_candidate(question, response, found):
+    assert [candidate.text for candidate in candidates(question, response)] == found

@@ -1,10 +1,11 @@
 """The base's own preference data: what the pipelines claim about their rows, and that training on them helps."""
 
 import json
+import re
 
 import pytest
 
-from trl_vpo.testbed import quickstart, selfmade
+from trl_vpo.testbed import language, quickstart, selfmade, world
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,26 @@ def test_leanpo_winning_responses_are_right_more_often_than_plain_answers(inputs
 
 def test_rrpo_rejected_responses_are_wrong(inputs, tmp_path):
     found = figures("rrpo", inputs, tmp_path)
-    assert found["rejected_wrong"] == 1
     assert set(found["rows_by_kind"]) == {"open", "short", "yes_no"}
+    samples = world.draw_samples("clip", selfmade.INPUT_CLIPS, selfmade.INPUT_SEED, habits=False)
+    things = [sample.things for sample in samples]
+    for line in (tmp_path / "rrpo-data/rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        question, rejected = row["prompt"][0]["content"][-1]["text"], row["rejected"][0]["content"][0]["text"]
+        assert not is_true(question, rejected, things[int(row["id"].split("-")[1])]), row
+
+
+def is_true(question, answer, things):
+    """Whether the world says so; not by the rules that chose the answer."""
+    if question.startswith("Describe"):
+        return language.judge_caption(answer, things).exact
+    (thing,) = things
+    facts = {thing.colour, thing.shape, thing.motion}
+    if question.startswith(("Is ", "Does ")):
+        claimed = set(re.findall(r"\w+", question)) & {*world.COLOURS, *world.SHAPES, *world.MOTIONS}
+        return answer.startswith("yes") == (claimed <= facts)
+    asked = {"What": thing.colour, "Which": thing.shape, "Where": thing.motion}[question.split()[0]]
+    return asked in re.findall(r"\w+", answer)
 
 
 def test_lpoi_claims_fall_as_the_object_is_hidden(inputs, tmp_path):

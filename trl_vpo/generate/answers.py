@@ -136,7 +136,33 @@ def _content(found: Sequence[str]) -> list[str]:
 # --- short answers ----------------------------------------------------------------------------------------------
 
 
-def check_short(response: str, answer: str, extra_words: int = SHORT_WORDS) -> Verdict:
+# Words of one kind that exclude each other: in the place of one, another one says something else.
+_COLOURS = ["red", "yellow", "green", "blue", "black", "white"]  # no neighbours, as pink and purple are
+_OPPOSITES = (
+    "left right", "up down", "top bottom", "above below", "inside outside", "indoors outdoors", "open closed",
+    "before after", "first last", "north south", "east west", "day night", "true false", "male female",
+)  # fmt: skip
+_EXCLUSIVE = [set(_COLOURS), *(set(pair.split()) for pair in _OPPOSITES)]
+_SAYS = {
+    "it",
+    "he",
+    "she",
+    "they",
+    "there",
+    "this",
+    "that",
+    "is",
+    "are",
+    "was",
+    "were",
+    "to",
+    "on",
+    "in",
+    "at",
+}  # `It is red` for `red`
+
+
+def check_short(response: str, answer: str, extra_words: int = SHORT_WORDS, fixed: bool = False) -> Verdict:
     """Check a short answer word by word; case, articles, punctuation, plurals, verb endings and `two` or `2` aside.
 
     1. The same words: right.
@@ -144,7 +170,10 @@ def check_short(response: str, answer: str, extra_words: int = SHORT_WORDS) -> V
     3. The truth's words somewhere in the response (`It is red` for `red`): right.
     4. Only words of the truth, but not all (`square` for `red square`): undecided.
     5. More than `extra_words` words above the truth's number: undecided, as it may be no short answer at all.
-    6. Everything else: wrong. So is a synonym: no rule knows that a sofa is a couch.
+    6. A number in the place of another one, or a word in the place of one that it excludes (colours, `left` and
+       `right` and the like), all other words being the truth's: wrong.
+    7. Everything else: undecided, because no rule knows that a sofa is a couch; a judge may. With `fixed`, where
+       answers come from a fixed vocabulary: wrong.
     """
     truth, found = (texts(without_articles(words(text))) for text in (plain(answer), said(response)))
     keys, wanted = [fold(word) for word in found], [fold(word) for word in truth]
@@ -167,7 +196,24 @@ def check_short(response: str, answer: str, extra_words: int = SHORT_WORDS) -> V
     ):
         if applies:
             return Verdict(UNDECIDED, None, why)
-    return Verdict(WRONG, parsed)
+    if fixed or _contradicts(found, truth):
+        return Verdict(WRONG, parsed)
+    return Verdict(UNDECIDED, None, f"may say {answer!r} in other words", judgeable=True)
+
+
+def _contradicts(found: Sequence[str], truth: Sequence[str]) -> bool:
+    """Rule 6 of `check_short`."""
+    found = [word for word in found if word not in _SAYS or word in truth]
+    if len(found) != len(truth) or any(sum(map(_is_number, text)) > 1 for text in (found, truth)):
+        return False  # several numbers may be a time, a date or a fraction, which is written in many ways
+    changed = [(a, b) for a, b in zip(found, truth) if fold(a) != fold(b)]
+    return not {a for a, _ in changed}.intersection(truth) and all(
+        (_is_number(a) and _is_number(b)) or any({a, b} <= kind for kind in _EXCLUSIVE) for a, b in changed
+    )
+
+
+def _is_number(word: str) -> bool:
+    return re.fullmatch(r"-?\d+(?:\.\d+)?", word) is not None
 
 
 # --- answers in a fixed form ------------------------------------------------------------------------------------

@@ -217,12 +217,24 @@ def _marked(text: str, letters: str, nouns: Collection[str] = ()) -> str:
 # --- the form of an answer --------------------------------------------------------------------------------------
 
 
+_LEAD = re.compile(
+    r"(?:(?:so|thus|therefore|the|my|best|correct|right|final)\W+)*(?:answer|option|choice)\b\W*(?:(?:is|:)\W*)?"
+    r"(?:(?:option|choice|letter)\b\W*)?",
+    re.IGNORECASE,
+)
+
+
 def in_form(answer: str, options: Mapping[str, str], right: str, wrong: str) -> str | None:
     """The answer with another option in the place of the one it names: letter for letter, text for text.
 
     `(B)`, `B.`, `b) a red square`, `A red square.` keep their brackets, punctuation and capitals, so that two answers
-    differ in what they say. None for an answer that says more than its option: its reasons would not fit the other.
+    differ in what they say; so do words such as `Best option:` before them. None for an answer that says more than
+    its option: its reasons would not fit the other.
     """
+    lead = _LEAD.match(answer)
+    if lead and answer != options[right]:
+        rest = in_form(answer[lead.end() :], options, right, wrong)
+        return lead[0] + rest if rest is not None else None
     label = re.match(
         rf"(?P<before>\W*)(?P<letter>[{right}{right.lower()}])(?P<after>[).:\]]+\s*|\s+[-–—]\s+|\W*$)", answer
     )

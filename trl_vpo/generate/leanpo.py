@@ -2,7 +2,8 @@
 
 Winning response: the model answers with the ground truth as a hint in the prompt; it is then shown this first answer
 and the ground truth, and improves the answer (reflection). Losing response: the same model answers the plain question
-on a damaged clip (`damage.py`). The training row has the plain question and the untouched media.
+on a damaged clip (`damage.py`). The training row has the plain question and the untouched media. A pair whose losing
+response is right after all, by the rules of `tasks.py`, or whose winning one is wrong, is left out.
 
 The paper's prompts are not published: the ones here are ours, and settings. So are the filters, which are all off
 unless set, and the similarity that stands for trustworthiness (`similarity.py`).
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_vpo.generate.answers import RIGHT, SHORT_WORDS, WRONG
 from trl_vpo.generate.base import (
     Failure,
     GenerateError,
@@ -33,6 +35,7 @@ from trl_vpo.generate.base import (
 from trl_vpo.generate.config import GenerateConfig, check_template
 from trl_vpo.generate.damage import DamageSettings, damage
 from trl_vpo.generate.similarity import pair_figures, right, similarity, trust_margin
+from trl_vpo.generate.tasks import Task, read_task
 
 HINT_PROMPT = (
     "{question}\n"
@@ -250,6 +253,12 @@ class LeanPOPipeline(Pipeline):
             work.reject(
                 "identical responses", f"both responses say {work.pair[0][:200]!r}, up to case and punctuation."
             )
+        elif task := _task(work.row):
+            chosen, rejected = (task.check(text).result for text in work.pair)
+            if rejected == RIGHT:
+                work.reject("losing response is right", f"{work.pair[1][:200]!r} is right: {work.truth[:200]!r}.")
+            elif chosen == WRONG and task.kind != "open":  # other words are nothing wrong in an open-ended answer
+                work.reject("winning response is wrong", f"{work.pair[0][:200]!r} is not {work.truth[:200]!r}.")
 
     def _score(self, works: list[_Work]) -> None:
         """The rewards of both responses and of the ground truth, given the plain question and the untouched media."""
@@ -285,6 +294,14 @@ class LeanPOPipeline(Pipeline):
             work.row, prompt=work.question, chosen=chosen, rejected=rejected, generated_by=self.generated_by, **columns
         )
         return Outcome(work.row.id, rows=(row,), notes=notes)
+
+
+def _task(row: InputRow) -> Task | None:
+    """What rules can check a response with; None where options and answer do not fit together."""
+    try:
+        return read_task(row.example, SHORT_WORDS)
+    except InputError:
+        return None
 
 
 def keep_top(outcomes: Sequence[Outcome], share: float) -> list[Outcome]:

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 
 from trl_vpo.generate import english
+from trl_vpo.generate.answers import read_yes_no
 
 MAX_WORDS = 4  # of a phrase, counted from its head
 
@@ -34,12 +35,19 @@ class Candidate:
 
 
 def candidates(question: str, response: str) -> list[Candidate]:
-    """Noun phrases in LPOI's order: first sentence of the response, question, rest of the response; each text once."""
+    """Noun phrases in LPOI's order: first sentence of the response, question, rest of the response; each text once.
+
+    What the response denies is no candidate: without it in the image, the response would only be truer.
+    """
     first, rest = split_first_sentence(response)
+    if read_yes_no(response, question).value == "no":
+        question = ""
     found: dict[str, Candidate] = {}
+    denied = noun_phrases(response, denied=True)
     for where, text in (("first sentence", first), ("question", question), ("rest", rest)):
         for phrase in noun_phrases(text):
-            found.setdefault(phrase, Candidate(phrase, where))
+            if phrase not in denied:
+                found.setdefault(phrase, Candidate(phrase, where))
     return list(found.values())
 
 
@@ -54,8 +62,8 @@ def split_first_sentence(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def noun_phrases(text: str) -> list[str]:
-    """The phrases in the order of the text, repetitions included."""
+def noun_phrases(text: str, denied: bool = False) -> list[str]:
+    """The phrases in the order of the text, repetitions included; with `denied`, those that it says are not there."""
     words = [w.replace("’", "'").lower() for w in _WORD.findall(_TAG.sub(" . ", text))]
     tags: list[str] = []
     for at in range(len(words)):
@@ -64,7 +72,7 @@ def noun_phrases(text: str) -> list[str]:
     for at in range(len(words) + 1):
         if start is not None and _ends(words, tags, start, at):
             phrase = _phrase(words, tags, start, at)
-            phrases += [phrase] if phrase else []
+            phrases += [phrase] if phrase and _denied(words, start, at) == denied else []
             start = None
         if start is None and at < len(words) and tags[at] in "DJN":
             start = at
@@ -170,6 +178,12 @@ def _phrase(words: list[str], tags: list[str], start: int, end: int) -> str | No
     before = before[-(MAX_WORDS - 1) :]
     joined = [w for i, w in enumerate(before) if w != "and" or 0 < i < len(before) - 1]
     return " ".join([*joined, head])
+
+
+def _denied(words: list[str], start: int, end: int) -> bool:
+    """ "no dog", "without a dog", "is not a dog", "isn't a dog"."""
+    before = words[start - 1] if start else ""
+    return "no" in words[start:end] or before in ("not", "without") or before.endswith("n't")
 
 
 def _is_predicate(words: list[str], start: int) -> bool:

@@ -24,11 +24,13 @@ class Verdict:
         result: RIGHT, WRONG or UNDECIDED.
         parsed: what was read: a letter, "yes" or "no", or the words of a short answer; None where nothing was.
         why: why it is undecided; None otherwise.
+        judgeable: it states something else than the truth in words that no rule can compare: a judge can.
     """
 
     result: str
     parsed: str | None = None
     why: str | None = None
+    judgeable: bool = False
 
 
 @dataclass(frozen=True)

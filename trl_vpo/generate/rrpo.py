@@ -2,8 +2,9 @@
 
 The model answers on perturbed media (`perturb.py`). Where its answer is wrong, the ground truth is chosen and the
 wrong answer rejected; the phrases are what differs between them. Multiple choice, yes/no and short answers are checked
-by rules (`choices.py`, `answers.py`). Open-ended ones are checked by a judge, which then rewrites the ground truth
-with the model's mistakes (`judge.py`). The training row has the plain question and the untouched media.
+by rules (`choices.py`, `answers.py`), and short ones that no rule can decide by a judge. Open-ended ones are checked
+by the judge, which then rewrites the ground truth with the model's mistakes (`judge.py`). The training row has the
+plain question and the untouched media.
 
 Ours, not the paper's: all prompts; several attempts; rejected answers to multiple-choice and yes/no questions in the
 form of the ground truth; the limit on how much a rewrite may change.
@@ -92,8 +93,11 @@ class RRPOPipeline(Pipeline):
     name = "rrpo"
     config: RRPOGenerateConfig
 
+    def _task(self, row: InputRow) -> Task:
+        return read_task(row.example, self.config.short_words, self.config.open_check == "exact")
+
     def check(self, row: InputRow) -> None:
-        read_task(row.example, self.config.short_words)
+        self._task(row)
         if not row.images and not row.videos:
             raise InputError("the row has neither a video nor an image: RRPO needs media that it can perturb.")
         if not row.videos and "mask" not in self.config.perturbation:
@@ -103,7 +107,7 @@ class RRPOPipeline(Pipeline):
             )
 
     def preview(self, row: InputRow, media: Media) -> list[tuple[str, Request]]:
-        work = _Work(row, media, read_task(row.example, self.config.short_words))
+        work = _Work(row, media, self._task(row))
         steps = [(f"{work.task.kind} question on perturbed media", self._request(work, self._next_try(work)))]
         if not self._judged(work):
             return steps
@@ -117,7 +121,7 @@ class RRPOPipeline(Pipeline):
         return steps + [(title, request(text, self._seed(work, title))) for title, text in prompts.items()]
 
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
-        works = [_Work(row, media, read_task(row.example, self.config.short_words)) for row, media in batch]
+        works = [_Work(row, media, self._task(row)) for row, media in batch]
         for work in works:
             self._begin(work)
         for _ in range(self.config.attempts):
@@ -170,18 +174,26 @@ class RRPOPipeline(Pipeline):
         tries = [self._next_try(work) for work in works]
         requests = [self._request(work, attempt) for work, attempt in zip(works, tries)]
         answers = self.model.answer(requests, self.config.sampling())
+        asked = []
         for work, attempt, answer in zip(works, tries, answers, strict=True):
             work.tries.append(attempt)
             if isinstance(answer, Failure):
                 attempt.kind, attempt.why = "no answer", f"no answer ({answer.reason})"
                 continue
             attempt.answer = answer
-            if not self._judged(work):
-                verdict = work.task.check(answer)
-                attempt.result, attempt.parsed = verdict.result, verdict.parsed
-                attempt.kind = {RIGHT: "answered correctly", UNDECIDED: "undecided"}.get(verdict.result, "")
-                attempt.why = f"{answer!r} {verdict.why or 'is right'}"
-        self._judge([work for work in works if self._judged(work) and work.tries[-1].answer])
+            if self._judged(work):
+                asked.append(work)
+                continue
+            verdict = work.task.check(answer)
+            attempt.result, attempt.parsed = verdict.result, verdict.parsed
+            attempt.kind = {RIGHT: "answered correctly", UNDECIDED: "undecided"}.get(verdict.result, "")
+            attempt.why = f"{answer!r} {verdict.why or 'is right'}"
+            if verdict.judgeable and self.judge:
+                asked.append(work)
+            elif verdict.judgeable:
+                attempt.kind = "undecided without a judge"
+                attempt.why += " (judge_url and judge_model let a judge decide)"
+        self._judge(asked)
 
     # --- the judge ----------------------------------------------------------------------------------------------
 
@@ -227,11 +239,11 @@ class RRPOPipeline(Pipeline):
     # --- rows ---------------------------------------------------------------------------------------------------
 
     def _reject_in_form(self, work: _Work) -> None:
-        """The wrong answer as it is trained on, checked once more."""
+        """The wrong answer as it is trained on; what a rule found wrong, it must find wrong in this form, too."""
         attempt = work.tries[-1]
         work.rejected = work.task.rejected(attempt.answer, attempt.parsed)
         verdict = work.task.check(work.rejected)
-        if verdict.result != WRONG:
+        if verdict.result != WRONG and not attempt.differences:
             why = verdict.why or "is right"
             work.stop = ("undecided", f"{attempt.answer!r} is wrong, but in its trained form {work.rejected!r} {why}.")
 
@@ -248,8 +260,6 @@ class RRPOPipeline(Pipeline):
         notes["changed"] = fmean(changed_share(text, spans) for text, spans in zip((chosen, rejected), phrases))
         if attempt.differences:
             notes["differences"] = [asdict(difference) for difference in attempt.differences]
-        else:
-            notes["rejected_wrong"] = work.task.check(rejected).result == WRONG
         row = training_row(
             work.row,
             prompt=work.task.question,
@@ -267,6 +277,13 @@ class RRPOPipeline(Pipeline):
     def _no_wrong_answer(self, work: _Work) -> tuple[str, str]:
         """Why there is none: what came of each attempt, counted by the first of these kinds that occurred."""
         kinds = {attempt.kind for attempt in work.tries}
-        order = ("judge", "undecided", "answered correctly", "no key difference", "no answer")
+        order = (
+            "judge",
+            "undecided without a judge",
+            "undecided",
+            "answered correctly",
+            "no key difference",
+            "no answer",
+        )
         told = [f"attempt {n} ({t.mode}): {t.why}" for n, t in enumerate(work.tries, 1)]
         return next(kind for kind in order if kind in kinds), "; ".join(told) + "."

@@ -22,8 +22,9 @@ class RRPOGenerateConfig(GenerateConfig):
         attempts (`int`, defaults to 1): perturbations tried until the model answers wrongly.
         short_words (`int`, defaults to 4): an answer of at most so many words is a short one; a wrong one may have so
             many words more than the ground truth.
-        open_check (`str`, defaults to `"judge"`): who checks open-ended answers. "exact": any other words than the
-            ground truth's are wrong, and rejected as they are; for answers in a fixed form.
+        open_check (`str`, defaults to `"judge"`): who checks open-ended answers, and short ones that no rule can
+            decide. "exact": any other words than the ground truth's are wrong, and rejected as they are; for answers
+            in a fixed form.
         max_changed (`float`, defaults to 0.6): largest share of words that the judge's rewrite may change.
         choice_prompt_suffix, yes_no_prompt_suffix, short_prompt_suffix, open_prompt_suffix (`str`): what the model is
             told below a question of that kind. Never trained on.
@@ -42,7 +43,7 @@ class RRPOGenerateConfig(GenerateConfig):
     attempts: int = field(default=1, metadata={"help": "Perturbations tried until an answer is wrong."})
     short_words: int = field(default=SHORT_WORDS, metadata={"help": "Most words of a short answer."})
     open_check: str = field(
-        default="judge", metadata={"help": "Who checks open-ended answers.", "choices": ["judge", "exact"]}
+        default="judge", metadata={"help": "Who checks answers that no rule decides.", "choices": ["judge", "exact"]}
     )
     max_changed: float = field(default=0.6, metadata={"help": "Largest share of words that a rewrite may change."})
     choice_prompt_suffix: str = field(

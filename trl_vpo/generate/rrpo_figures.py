@@ -14,8 +14,6 @@ def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     """Figures of a run; None for one that has nothing to be worked out of.
 
     rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by what was done to the media.
-    rejected_wrong: share of the rejected responses that the rule finds wrong, read again in the form they are trained
-        on, over the rows that a rule checks. Less than 1.0 is a fault of the rules.
     perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (the further ones
         are made only where the first was not wrong).
     perturbed_undecided: by kind, share of first answers that could not be read, or that the judge calls incorrect
@@ -35,7 +33,6 @@ def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     return {
         "rows_by_kind": dict(Counter(row["answer_kind"] for row in rows)),
         "rows_by_perturbation": dict(Counter(row["perturbation"]["mode"] for row in rows)),
-        "rejected_wrong": mean([o.notes["rejected_wrong"] for o in outcomes if "rejected_wrong" in o.notes]),
         "perturbed_accuracy": {
             kind: _share(counts, [RIGHT], [RIGHT, WRONG]) for kind, counts in firsts.items() if counts
         },

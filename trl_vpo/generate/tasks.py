@@ -25,6 +25,7 @@ class Task:
         kind: one of `KINDS`.
         options: letter -> text of a multiple-choice question.
         short_words: the most words of a short answer.
+        fixed: short answers come from a fixed vocabulary: other words are wrong.
     """
 
     question: str
@@ -32,6 +33,7 @@ class Task:
     kind: str
     options: Mapping[str, str] = field(default_factory=dict)
     short_words: int = 4
+    fixed: bool = False
 
     def check(self, response: str) -> Verdict:
         """The rule's verdict; for an open-ended answer, that of `check_exact`."""
@@ -40,7 +42,7 @@ class Task:
         if self.kind == "yes_no":
             return check_yes_no(response, self.answer, self.question)
         if self.kind == "short":
-            return check_short(response, self.answer, self.short_words)
+            return check_short(response, self.answer, self.short_words, self.fixed)
         return check_exact(response, self.answer)
 
     def rejected(self, response: str, parsed: str) -> str:
@@ -61,11 +63,11 @@ class Task:
         return own
 
 
-def read_task(example: Mapping[str, Any], short_words: int) -> Task:
-    """The task of an input row.
+def read_task(example: Mapping[str, Any], short_words: int, fixed: bool = False) -> Task:
+    """The task of an input row; `short_words` and `fixed` as of `Task`.
 
     The kind is the row's `answer_kind`; without one, the first of these that applies. choice: there are options, in
-    the column `options` or listed in the question, and the answer is a letter or the text of one, or both. yes_no: the
+    the column `options` or listed in the question, and the answer names one of them. yes_no: the
     answer begins with yes or no (see `yes_or_no`). short: it has at most `short_words` words. open: all others.
 
     Raises:
@@ -84,9 +86,9 @@ def read_task(example: Mapping[str, Any], short_words: int) -> Task:
     letter = read_choice(answer, options).value if options else None
     if must and letter is None:
         raise InputError(f"`answer` is {answer!r}: give the letter or the text of one of the options {options}.")
-    if must or (letter and in_form(answer, options, letter, letter) is not None):
+    if must or (letter and len(words(plain(answer))) <= short_words + len(words(options[letter]))):
         return Task(with_options(question, options), answer, "choice", options)
-    return Task(question, answer, given or _kind(answer, short_words), short_words=short_words)
+    return Task(question, answer, given or _kind(answer, short_words), short_words=short_words, fixed=fixed)
 
 
 def _kind(answer: str, short_words: int) -> str:

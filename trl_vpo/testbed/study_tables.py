@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from trl_vpo.evaluate.measures import Measure
 from trl_vpo.testbed.study_measures import Study
@@ -188,19 +187,13 @@ def _generated(study: Study) -> str:
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     rows = []
     for run, made in study.generated.items():
-        found = [_shares(one["figures"]) for one in made]
+        found = [one["figures"] for one in made]
         known = [[one[key] for one in found if one.get(key) is not None] for key in names]
         shares = [f"{100 * mean(values):.1f} %" if values else "" for values in known]
         count, total = mean([one["rows"] for one in made]), mean([one["inputs"] for one in made])
         label = f"{VARIANTS[run.split('-')[0]].name}, {'second round' if run.endswith('again') else 'self-made'}"
         rows.append([label, f"{count:.0f} of {total:.0f}", *shares])
     return markdown(["data", "rows made of inputs", *names.values()], rows)
-
-
-def _shares(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """RRPO's pipeline counts the wrong ones; its chosen responses are the ground truth."""
-    wrong = figures.get("rejected_wrong")
-    return {**figures, **({"rejected_right": 1 - wrong} if wrong is not None else {})}
 
 
 TABLES: dict[str, Callable[[Study, Scale], list[str]]] = {
