@@ -39,7 +39,7 @@ def cache(tmp_path):
 def assert_same(a, b):
     assert a.frames.dtype == b.frames.dtype == np.uint8 and a.timestamps.dtype == b.timestamps.dtype
     assert np.array_equal(a.frames, b.frames) and np.array_equal(a.timestamps, b.timestamps)
-    for name in ("fps", "total_frames", "duration", "sample_fps"):
+    for name in ("fps", "total_frames", "duration", "span", "sample_fps"):
         assert type(getattr(a, name)) is type(getattr(b, name)) and getattr(a, name) == getattr(b, name)
 
 
@@ -155,12 +155,12 @@ def test_an_entry_of_another_clip_or_format_is_not_taken(clip, cache, monkeypatc
 WRITER = """
 import sys
 from trl_vpo.data.media import VideoOptions, load_video
-from trl_vpo.data.frame_cache import Entry
+from trl_vpo.data.frame_cache import FIELDS, Entry
 from pathlib import Path
 video, cache = Path(sys.argv[1]), sys.argv[2]
 options = VideoOptions(num_frames=4, max_pixels=1000)
 clip = load_video(video, options)
-fields = {k: getattr(clip, k) for k in ("frames", "timestamps", "fps", "total_frames", "duration")}
+fields = {k: getattr(clip, k) for k in FIELDS}
 entry = Entry(cache, video, options)
 entry.write(fields)
 for _ in range(300):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
+import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -178,7 +179,10 @@ class PreferenceCollator:
         clips = [v if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
         kwargs = {"images": [images]} if images else {}
         if clips:
-            kwargs |= {"videos": [clip.frames for clip in clips], "video_metadata": [_metadata(c) for c in clips]}
+            kwargs |= {
+                "videos": [self._frames(clip) for clip in clips],
+                "video_metadata": [_metadata(c) for c in clips],
+            }
             kwargs |= {"do_sample_frames": False}
         special = self._adds_special_tokens(row, prompt)
         try:
@@ -186,6 +190,11 @@ class PreferenceCollator:
         except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
             raise RowError(f"{type(self.processing_class).__name__} refuses its prompt and media: {error}") from error
         return self._split(out, alone, tail)
+
+    def _frames(self, clip: Clip) -> np.ndarray:
+        """A clip's frames; a single one is repeated for towers that take two at a time. Qwen3-VL would refuse it."""
+        missing = (getattr(self.processing_class.video_processor, "temporal_patch_size", None) or 1) - len(clip.frames)
+        return clip.frames if missing <= 0 else np.concatenate([clip.frames, clip.frames[-1:].repeat(missing, axis=0)])
 
     def _split(self, out: dict, alone: list[int], tail: int) -> Trunk:
         """The processor's output for one prompt: token ids, token types, media."""
@@ -230,16 +239,24 @@ def _without_margins(span: Span, text: str, side: str) -> Span:
 def _metadata(clip: Clip) -> VideoMetadata:
     """The clip's real times in the processors' terms: `frames_indices / fps` are its timestamps in seconds.
 
-    Qwen2.5-VL reads the sampling rate as frames / total * fps, so the total counts the part that was sampled.
+    At a constant rate that is a whole number or NTSC's, `fps` is that rate, as if the processor had sampled the
+    frames itself; otherwise the indices count milliseconds. `total_num_frames / fps` is the time that the frames stand
+    for: Qwen2.5-VL divides it by their number, and rounds positions down, so that it has to be exact.
     """
+
+    def off(rate: float) -> float:
+        return float(np.abs(clip.timestamps - np.round(clip.timestamps * rate) / rate).max())
+
+    rate = min((max(1, round(clip.fps)), max(1, round(clip.fps * 1.001)) / 1.001), key=off)
+    if off(rate) > 1e-3:  # more than containers round
+        rate = 1000
+    total = round((clip.duration if clip.span is None else clip.span) * rate, 6)
     height, width = clip.frames.shape[1:3]
-    frames = [round(float(t) * clip.fps) for t in clip.timestamps]
-    total = frames[-1] - frames[0] + 1
     return VideoMetadata(
-        total_num_frames=total,
-        fps=clip.fps,
-        frames_indices=frames,
-        duration=total / clip.fps,
+        total_num_frames=int(total) if total == int(total) else total,
+        fps=rate,
+        frames_indices=np.round(clip.timestamps * rate).astype(int).tolist(),
+        duration=round(clip.duration, 3),
         height=height,
         width=width,
         video_backend="pyav",

@@ -54,7 +54,8 @@ class VideoOptions:
     ``fps`` is given, and an error when both are. ``fps``: that many a second, evenly fewer when there would be more
     than ``max_frames``. ``max_pixels``: larger frames are scaled down to at most so many pixels, aspect kept; none is
     scaled up. ``video_start``, ``video_end``: the window in seconds from the first frame; an end beyond the video
-    means its end. A wrong value raises ValueError and names the field.
+    means its end. The picture on the screen when the window begins belongs to it, and counts from there. A wrong
+    value raises ValueError and names the field.
     """
 
     num_frames: int | None = None
@@ -97,7 +98,8 @@ class Clip:
 
     ``frames``: (T, H, W, 3) uint8 RGB, upright. ``timestamps``: (T,) float64 seconds from the first frame of the
     video. Of the whole video: ``fps`` (frames a second on average), ``total_frames``, ``duration`` in seconds.
-    ``source``: its name for messages.
+    ``source``: its name for messages. ``span``: the seconds that the sampled frames stand for, T intervals and not
+    T - 1: T / ``fps`` where they were sampled by ``fps``, else the window; None is the whole video.
     """
 
     frames: np.ndarray
@@ -106,10 +108,11 @@ class Clip:
     total_frames: int
     duration: float
     source: str
+    span: float | None = None
 
     @property
     def sample_fps(self) -> float:
-        """The sampled frames a second: what a processor calls the video's fps after sampling."""
+        """The rate at which the frames, shown one after the other, keep their times: T - 1 intervals."""
         if len(self.timestamps) == 1:
             return 1 / self.duration
         return float((len(self.timestamps) - 1) / (self.timestamps[-1] - self.timestamps[0]))
@@ -148,19 +151,22 @@ def load_video(
         entry.write({field: getattr(clip, field) for field in FIELDS})
         return clip
     table = _frames_of(source, options, frames_fps, media_root, name)
-    wanted = sample_frames(table.times, table.duration, options, name)
-    return _clip(table, wanted, table.read(wanted, options.max_pixels), name)
+    wanted, span = sample_frames(table.times, table.duration, options, name)
+    return _clip(table, wanted, table.read(wanted, options.max_pixels), options, span, name)
 
 
 def _load_file(data: Path | bytes, options: VideoOptions, name: str) -> Clip:
     table = scan(data, name)
-    wanted = sample_frames(table.times, table.duration, options, name)
-    return _clip(table, wanted, decode(data, table, wanted, name, max_pixels=options.max_pixels), name)
+    wanted, span = sample_frames(table.times, table.duration, options, name)
+    frames = decode(data, table, wanted, name, max_pixels=options.max_pixels)
+    return _clip(table, wanted, frames, options, span, name)
 
 
-def _clip(table: FrameTable | _Frames, wanted: np.ndarray, frames: np.ndarray, name: str) -> Clip:
-    total = len(table.times)
-    return Clip(frames, table.times[wanted], total / table.duration, total, table.duration, name)
+def _clip(
+    table: FrameTable | _Frames, wanted: np.ndarray, frames: np.ndarray, options: VideoOptions, span: float, name: str
+) -> Clip:
+    times, total = np.maximum(table.times[wanted], options.video_start or 0), len(table.times)
+    return Clip(frames, times, total / table.duration, total, table.duration, name, span)
 
 
 def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> None:
@@ -177,33 +183,33 @@ def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | 
         _check_start(options, probe(read_source(source, media_root), name), name)
         return
     table = _frames_of(source, options, frames_fps, media_root, name)
-    wanted = sample_frames(table.times, table.duration, options, name)
+    wanted, _ = sample_frames(table.times, table.duration, options, name)
     table.read(wanted, options.max_pixels)
 
 
-def sample_frames(times: np.ndarray, duration: float, options: VideoOptions, name: str) -> np.ndarray:
-    """The numbers (T,) of the frames to use, ascending and distinct, given when each frame (N,) is shown, in seconds.
+def sample_frames(times: np.ndarray, duration: float, options: VideoOptions, name: str) -> tuple[np.ndarray, float]:
+    """The numbers (T,) of the frames to use, ascending and distinct, and the seconds that they stand for.
 
-    ``num_frames``: ``round(linspace(0, n - 1, T))`` over the n frames of the window - its first and last frame are
-    among them, as in LLaVA and Qwen; a single frame is the middle one. ``fps``: the frames on display at start,
-    start + 1/fps, ... before the window's end. Raises :class:`MediaError` for a window without a frame.
+    ``times``: (N,) when each frame is shown, in seconds. ``num_frames``: ``round(linspace(0, n - 1, T))`` over the n
+    frames of the window - its first and last frame are among them, as in LLaVA and Qwen; a single frame is the middle
+    one. ``fps``: the frames on the screen at start, start + 1/fps, ... before the window's end. The frame on the
+    screen at the start is the window's first. Raises :class:`MediaError` for a window behind the end.
     """
     _check_start(options, duration, name)
     start = options.video_start or 0.0
     end = duration if options.video_end is None else min(options.video_end, duration)
-    low, high = np.searchsorted(times, [start - _CLOCK, end + _CLOCK])
-    if low >= high:
-        raise MediaError(
-            f"{name}: no frame is shown from {start} s to {end} s (frames are {duration / len(times):.3f} s apart): "
-            "widen video_start and video_end."
-        )
+    low = max(0, np.searchsorted(times, start + _CLOCK, side="right") - 1)
+    high = np.searchsorted(times, end + _CLOCK)
     if options.fps is None:
-        return low + _spread(high - low, options.num_frames)
+        # The last of several frames counts as long as is usual; one that stays for long, only in the window.
+        until = end if high - low == 1 else max(end, times[high - 1] + np.median(np.diff(times)))
+        until = min(until, times[high] if high < len(times) else duration)
+        return low + _spread(high - low, options.num_frames), float(until - max(times[low], start))
     count = max(1, math.ceil((end - start) * options.fps - _CLOCK))
     moments = start + np.arange(count) / options.fps
     shown = np.searchsorted(times, moments + _CLOCK, side="right") - 1
     shown = np.unique(shown.clip(low, high - 1))
-    return shown[_spread(len(shown), options.max_frames)]
+    return shown[_spread(len(shown), options.max_frames)], count / options.fps
 
 
 def _spread(n: int, count: int) -> np.ndarray:

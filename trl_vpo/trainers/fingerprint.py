@@ -17,7 +17,7 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.images import MediaError, describe, frame_folder, load_image, resolve_path
 from trl_vpo.data.rows import RowError, read_row
 
-FORMAT = 2  # of the hashes; raise it with a change to the code that changes log-probs
+FORMAT = 3  # of the hashes; raise it with a change to the code that changes log-probs
 MEDIA_SETTINGS = ("video", "max_pixels", "num_images", "visual_prompt", "media_root")  # of the collator
 # Entries of model and adapter configs that say where something came from or how it is run, not what it computes.
 NO_MATTER = {"_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "inference_mode"}
