@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -133,6 +134,16 @@ def overwrite(source: Path, target: Path, start: float, stop: float) -> Path:
     data[low:high] = b"\xa5" * (high - low)
     target.write_bytes(bytes(data))
     return target
+
+
+def set_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
+    """Writes a display matrix into an mp4's track header: (x, y) is shown at (a x + c y, b x + d y)."""
+    data = path.read_bytes()
+    at = data.index(b"tkhd") + 44
+    one = 1 << 16
+    data = data[:at] + struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30) + data[at + 36 :]
+    path.write_bytes(data)
+    return path
 
 
 def remux_shifted(source: Path, target: Path, by: int) -> Path:

@@ -16,6 +16,7 @@ from media_files import (
     overwrite,
     picture,
     remux_shifted,
+    set_matrix,
     write_audio_only,
     write_video,
     write_zero_frames,
@@ -136,12 +137,45 @@ def test_frames_cut_away_by_an_edit_list_are_not_frames(folder, clip, by):
     assert numbers(load_video(path, VideoOptions(num_frames=2, video_start=1.3)).frames) == [39 + by, 59]
 
 
-@pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_display_rotation_is_honoured(folder, rotation):
-    path = write_video(folder / f"turned{rotation}.mp4", 8, rotation=rotation)
-    frames = load_video(path, ALL).frames
-    assert frames.shape[1:3] == ((48, 64) if rotation == 180 else (64, 48))
-    assert numbers(np.rot90(frames, -rotation // 90, axes=(1, 2))) == list(range(8))
+ORIENTATIONS = {  # EXIF: the display matrix that says the same, and what the stored picture is turned by
+    1: ((1, 0, 0, 1), None),
+    2: ((-1, 0, 0, 1), "FLIP_LEFT_RIGHT"),
+    3: ((-1, 0, 0, -1), "ROTATE_180"),
+    4: ((1, 0, 0, -1), "FLIP_TOP_BOTTOM"),
+    5: ((0, 1, 1, 0), "TRANSPOSE"),
+    6: ((0, 1, -1, 0), "ROTATE_270"),
+    7: ((0, -1, -1, 0), "TRANSVERSE"),
+    8: ((0, -1, 1, 0), "ROTATE_90"),
+}
+
+
+def shown(orientation, pixels):
+    turn = ORIENTATIONS[orientation][1]
+    image = Image.fromarray(pixels)
+    return np.asarray(image.transpose(Image.Transpose[turn]) if turn else image).astype(int)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_video_is_shown_as_its_whole_matrix_says(tmp_path, clip, orientation):
+    stored = load_video(clip, VideoOptions(num_frames=3)).frames
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(clip.read_bytes())
+    frames = load_video(set_matrix(path, *ORIENTATIONS[orientation][0]), VideoOptions(num_frames=3)).frames
+    assert all((frame == shown(orientation, pixels)).all() for frame, pixels in zip(frames, stored, strict=True))
+    small = load_video(path, VideoOptions(num_frames=1, max_pixels=800)).frames
+    assert small.shape[1:3] == ((24, 32) if orientation < 5 else (32, 24))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tiff"])
+def test_an_image_is_shown_as_its_exif_says(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    kwargs = {"lossless": True} if name == "x.webp" else {"quality": 95, "subsampling": 0} if name == "x.jpg" else {}
+    Image.fromarray(picture(9)).save(tmp_path / name, exif=exif, **kwargs)
+    upright = np.asarray(load_image(tmp_path / name)).astype(int)
+    want = shown(orientation, picture(9))
+    assert upright.shape == want.shape and np.abs(upright - want).mean() < (12 if name == "x.jpg" else 0.001)
 
 
 def test_max_pixels_scales_down_and_keeps_the_shape(clip):

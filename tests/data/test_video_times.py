@@ -1,4 +1,4 @@
-"""When frames are shown, as each family's processor reads it: literal values, and what the processor does by itself."""
+"""When frames are shown, as each family's processor reads it: literal values, and what it does by itself."""
 
 import re
 

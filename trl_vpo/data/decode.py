@@ -131,6 +131,15 @@ def _by_count(
 
 
 def _to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-    """One decoded frame as (H, W, 3) uint8, scaled to ``size`` by FFmpeg's converter, turned as its matrix asks."""
+    """One decoded frame as (H, W, 3) uint8, scaled to ``size`` by FFmpeg's converter, upright."""
     picture = frame.to_ndarray(format="rgb24", width=size[0], height=size[1], interpolation="BICUBIC")
-    return np.rot90(picture, round(frame.rotation / 90))  # both count counter-clockwise
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return picture if matrix is None else _upright(picture, np.frombuffer(matrix, np.int32))
+
+
+def _upright(picture: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Turned and mirrored as a display matrix asks, in quarters: (x, y) is shown at (a x + c y, b x + d y)."""
+    a, b, _, c, d, *_ = matrix.tolist()
+    if abs(b) > abs(a):  # x is shown downwards
+        picture, a, d = picture.swapaxes(0, 1), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
