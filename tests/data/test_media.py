@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features
+from datasets import Image as DatasetsImage
 from media_files import (
     cut,
     needs_pyav,
@@ -520,14 +522,48 @@ def test_modes_become_rgb_transparency_white_and_exif_upright(tmp_path):
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert load_image(palette).getpixel((0, 0)) == (255, 255, 255)
     assert load_image(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
-    Image.fromarray(np.full((2, 2), 0x8001, np.uint16)).save(tmp_path / "deep.png")
-    assert load_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
-    assert load_image(Image.new("I", (1, 1), 70000)).getpixel((0, 0)) == (255, 255, 255)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate clockwise to view
     Image.fromarray(np.rot90(picture(9))).save(tmp_path / "turned.jpg", exif=exif, quality=95)
     upright = load_image(tmp_path / "turned.jpg")
     assert upright.size == (64, 48) and number(np.asarray(upright)) == 9
+
+
+GREYS = np.array([[0, 1], [128, 255]])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_greys_of_datasets_stay_what_they_are(dtype):
+    """`datasets.Image` stores an array of integers as TIFF with 16 or 32 bits."""
+    data = Dataset.from_dict({"image": [GREYS.astype(dtype)]}, features=Features(image=DatasetsImage()))
+    stored = data.cast_column("image", DatasetsImage(decode=False))[0]["image"]
+    for source in (data[0]["image"], stored):
+        assert np.array_equal(np.asarray(load_image(source))[..., 0], GREYS)
+
+
+@pytest.mark.parametrize("name, dtype", [("i.tif", np.int32), ("i16.tif", np.uint16), ("i16.png", np.uint16)])
+def test_wide_greys_keep_their_upper_bits(tmp_path, name, dtype):
+    for pixels, want in ((GREYS, GREYS), (GREYS * 257, GREYS), (np.array([[0, 0x8001], [300, 65535]]), None)):
+        Image.fromarray(pixels.astype(dtype)).save(tmp_path / name)
+        assert np.asarray(load_image(tmp_path / name))[..., 1].tolist() == (
+            [[0, 128], [1, 255]] if want is None else want.tolist()
+        )
+
+
+def test_other_modes_of_grey_and_colour(tmp_path):
+    big_endian = Image.frombytes("I;16B", (2, 1), b"\x80\x01\xff\xff")
+    assert [load_image(big_endian).getpixel((x, 0))[0] for x in (0, 1)] == [128, 255]
+    assert load_image(Image.new("LA", (1, 1), (40, 255))).getpixel((0, 0)) == (40, 40, 40)
+    assert load_image(Image.new("LA", (1, 1), (40, 0))).getpixel((0, 0)) == (255, 255, 255)
+    half = Image.new("RGBA", (1, 1), (0, 0, 0, 128)).convert("RGBa")
+    assert load_image(half).getpixel((0, 0)) == (127, 127, 127)
+    assert load_image(Image.new("1", (1, 1), 1)).getpixel((0, 0)) == (255, 255, 255)
+    red = Image.new("CMYK", (1, 1), (0, 255, 255, 0))
+    red.save(tmp_path / "red.jpg", quality=100)
+    for source in (red, tmp_path / "red.jpg"):
+        assert np.allclose(load_image(source).getpixel((0, 0)), (255, 0, 0), atol=3)
+    for pixels, reach in ((70000, "0 to 70000"), (-1, "-1 to 0")):
+        refused_image(Image.fromarray(np.array([[0, pixels]], np.int32)), f"greys reach from {reach}", name="PIL")
 
 
 # --- bad input: every message names the file and the way out ---------------------------------------------------------

@@ -179,8 +179,8 @@ def load_image(source: Any, *, max_pixels: int | None = None, media_root: str | 
 
     ``source``: a path, ``file://`` URL, bytes, ``PIL.Image``, uint8 array (H, W), (H, W, 3) or (H, W, 4), or a dict
     with ``path`` (or ``image``) and/or ``bytes``, as ``datasets.Image(decode=False)`` gives it; bytes come before the
-    path. Transparent pixels are laid on white, 16-bit greyscale keeps its upper 8 bits, an animation gives its first
-    image. Boxes and other pixel positions refer to this upright image. Raises :class:`MediaError`.
+    path. Transparent pixels are laid on white, an animation gives its first image. Greyscale of more than 8 bits: up to
+    255 values stay as they are, up to 65535 they lose their lower 8 bits, beyond it is refused, as are floats. Boxes and other pixel positions refer to this upright image. Raises :class:`MediaError`.
     """
     if max_pixels is not None and max_pixels < 1:
         raise MediaError(f"max_pixels is {max_pixels}: give at least 1, or None for no limit.")
@@ -240,9 +240,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range, save it with 8 bits")
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    """Greyscale of 16 or 32 bits: arrays of 0 to 255 are often stored so, by `datasets.Image` for one."""
+    least, most = int(pixels.min()), int(pixels.max())
+    if least < 0 or most > 65535:
+        raise ValueError(f"its greys reach from {least} to {most}, beyond 0 to 65535, save it with 8 bits")
+    return (pixels if most <= 255 else pixels >> 8).astype(np.uint8)
