@@ -21,6 +21,7 @@ SCORING, ATTENTION, LAYOUTS, VISION, RANKS = (
     f"trl_vpo/forward/{x}.py" for x in ("scoring", "attention", "layouts", "vision", "ranks")
 )
 PRECOMPUTE, FINGERPRINT = (f"trl_vpo/trainers/{x}.py" for x in ("precompute", "fingerprint"))
+ATTACH = "trl_vpo/models/attach.py"
 COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "trl_vpo/recipe.py"
 
 # Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
@@ -70,6 +71,15 @@ CALLED = [
         ["model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers"],
         "trl_vpo/doctor.py",
     ),
+    ("peft.load_peft_weights", ["model_id", "device"], ATTACH),
+    ("peft.PeftModel.load_adapter", ["self", "model_id", "adapter_name", "is_trainable", "torch_device"], ATTACH),
+    (
+        "transformers.conversion_mapping.get_model_conversion_mapping",
+        ["model", "key_mapping", "hf_quantizer", "add_legacy"],
+        ATTACH,
+    ),
+    ("transformers.core_model_loading.apply_renamings", ["source_key", "weight_renamings"], ATTACH),
+    ("transformers.core_model_loading.WeightRenaming", ..., ATTACH),
     ("transformers.TrainingArguments.to_dict", ["self"], CONFIG),
     ("torch.distributed.elastic.multiprocessing.api.SignalException", ..., "trl_vpo/launch.py"),
     ("torch.distributed.launcher.api.LaunchConfig.signals_to_handle", ..., "trl_vpo/launch.py"),
@@ -342,7 +352,6 @@ MORE_CALLED = [
     ("huggingface_hub.HfApi.auth_check", ["self", "repo_id"], "trl_vpo/hub_repo.py"),
     ("peft.tuners.tuners_utils.BaseTunerLayer", ..., CONTESTANTS),
     ("peft.PeftModel.set_adapter", ["self", "adapter_name", "inference_mode"], CONTESTANTS),
-    ("peft.PeftModel.load_adapter", ["self", "model_id", "adapter_name"], CONTESTANTS),
     ("peft.get_peft_model_state_dict", ["model"], "trl_vpo/merge.py"),
     ("torch.nn.modules.conv._ConvNd", ..., "trl_vpo/adapters.py"),
     ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", ..., "trl_vpo/adapters.py"),
@@ -400,4 +409,4 @@ def test_the_mark_that_ddp_reads():
 def test_what_loading_an_adapter_tells():
     """Weights that found no place are an error of ours; PEFT only warns."""
     source = inspect.getsource(find("peft.PeftModel.load_adapter"))
-    assert "load_result.missing_keys" in source and "return load_result" in source, CONTESTANTS
+    assert "load_result.missing_keys" in source and "return load_result" in source, ATTACH

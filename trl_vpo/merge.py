@@ -3,19 +3,19 @@
 import json
 import os
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftConfig, PeftModel, PromptLearningConfig, get_peft_model_state_dict
+from peft import PeftConfig, PromptLearningConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 import trl_vpo
-from trl_vpo.adapters import AdapterError, read_config, saved_shapes
+from trl_vpo.adapters import AdapterError, read_config
+from trl_vpo.models.attach import attach_adapter
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -87,7 +87,7 @@ def merge(
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     model = architecture.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **common)
     notes = _notes(adapter, given, base)
-    model = _merged(model, adapter, base).to(saved_as)
+    model = _merged(model, adapter, saved_as)
     source = adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES) else base
     processor = AutoProcessor.from_pretrained(source, **(common if source is base else {}))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,20 +100,15 @@ def merge(
     return notes
 
 
-def _merged(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel:
-    """`model` with the adapter in its weights; what it answers is what base and adapter answered."""
+def _merged(model: PreTrainedModel, adapter: Path, saved_as: torch.dtype) -> PreTrainedModel:
+    """`model` with the adapter in its weights, as they are saved; it answers what base and adapter answered."""
     config = PeftConfig.from_pretrained(adapter)
     if isinstance(config, PromptLearningConfig):
         raise AdapterError(
             f"{adapter} is {type(config).__name__}: it prepends virtual tokens, no weights can hold those."
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # counted below
-            adapted = PeftModel.from_pretrained(model, adapter, config=config, torch_device="cpu")
-    except (RuntimeError, ValueError) as error:  # sizes or names that do not fit
-        raise AdapterError(f"{adapter} does not fit {base}: {error}") from error
-    _check_complete(adapted, adapter, base)
+    stored = _digests(model, saved_as)
+    adapted = attach_adapter(model, adapter, config=config)
     before = _answers(adapted)
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
@@ -125,20 +120,18 @@ def _merged(model: PreTrainedModel, adapter: Path, base: str) -> PreTrainedModel
             f"the merged model differs from base and adapter by {difference:.2g} in its logits; it was not saved. An "
             "adapter on the embeddings of a model whose LM head shares them cannot be merged."
         )
-    return merged
-
-
-def _check_complete(adapted: PeftModel, adapter: Path, base: str) -> None:
-    """Every tensor of the file has its place in the model, and the other way round. PEFT only warns."""
-    saved = saved_shapes(adapter)
-    loaded = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
-    # By shape: a checkpoint of an older transformers has other names, which PEFT translates.
-    if sorted(saved.values()) != sorted(loaded.values()):
-        odd = sorted(saved.keys() ^ loaded.keys())
+    if _digests(merged, saved_as) == stored:
         raise AdapterError(
-            f"{adapter} does not fit {base}: the file has {len(saved)} tensors, the model takes {len(loaded)}; "
-            f"{odd[0] if odd else 'their shapes'} differs. Is this its base model?"
+            f"{adapter} changes no weight of its base in {saved_as}: it was not trained, or its changes are smaller "
+            "than the dtype's rounding (--dtype float32 keeps them). Nothing was saved."
         )
+    return merged.to(saved_as)
+
+
+@torch.no_grad()
+def _digests(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
+    """A hash of each weight as it would be saved."""
+    return {name: torch.hash_tensor(weight.to(dtype)).item() for name, weight in model.state_dict().items()}
 
 
 @torch.no_grad()

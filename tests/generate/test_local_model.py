@@ -13,6 +13,7 @@ from helpers import write_clip
 from peft import PeftModel
 from PIL import Image
 
+from trl_vpo.adapters import AdapterError
 from trl_vpo.data.media import VideoOptions, load_video
 from trl_vpo.generate.base import Failure, GenerateError, Media, Request, Sampling
 from trl_vpo.generate.config import GenerateConfig
@@ -258,7 +259,7 @@ def test_adapters_that_do_not_fit(tmp_path, adapter):
     del base.model.model.language_model.layers[1]
     base.model.save_pretrained(fewer)
     base.processor.save_pretrained(fewer)
-    with pytest.raises(GenerateError, match=r"does not fit .*base: \d+ weights have no counterpart"):
+    with pytest.raises(AdapterError, match=r"does not fit .*base: \d+ weights have no place in the model"):
         load(model_name_or_path=str(fewer), from_adapter=adapter)
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from trl_vpo.adapters import loses_base
+from trl_vpo.adapters import AdapterError, loses_base
 from trl_vpo.data.rows import Row
 from trl_vpo.evaluate.answering import Answer, AnswersAsTheyAre
 from trl_vpo.evaluate.config import EvaluateConfig
@@ -24,7 +24,8 @@ from trl_vpo.evaluate.scoring import Scored
 from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.generate.base import GenerateError, Sampling
 from trl_vpo.generate.local import LocalModel, stackable
-from trl_vpo.generate.models import answering_model, attach_adapter, checked_adapter
+from trl_vpo.generate.models import answering_model, checked_adapter
+from trl_vpo.models.attach import attach_adapter
 
 
 class Contestants(AnswersAsTheyAre):
@@ -195,8 +196,8 @@ def _attached(model: PreTrainedModel, adapters: list[tuple[str, str]]) -> PeftMo
     for name, path in adapters:
         config = _checked_config(path, model.config._name_or_path)
         try:
-            wrapped = attach_adapter(model, config, path, name=name, wrapped=wrapped)
-        except GenerateError as error:
+            wrapped = attach_adapter(model, path, config=config, name=name, wrapped=wrapped)
+        except AdapterError as error:
             raise EvaluateError(str(error)) from error
         if isinstance(model.get_output_embeddings(), BaseTunerLayer):
             raise EvaluateError(

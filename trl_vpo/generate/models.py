@@ -62,6 +62,7 @@ def _load(config: GenerateConfig) -> AnsweringModel:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from trl_vpo.generate.local import LocalModel
+    from trl_vpo.models.attach import attach_adapter
 
     name = config.model_name_or_path
     if config.dtype not in DTYPES:
@@ -89,7 +90,8 @@ def _load(config: GenerateConfig) -> AnsweringModel:
         "revision": None if local else getattr(model.config, "_commit_hash", None) or config.model_revision,
     }
     if adapter is not None:
-        model = _with_adapter(model, adapter, config.from_adapter)
+        # Not merged: merging would round the change to the model's dtype, or to its 4 bits.
+        model = attach_adapter(model, config.from_adapter, config=adapter).get_base_model()
     return LocalModel(model, processor, batch_size=config.batch_size, max_pixels=config.max_pixels, description=record)
 
 
@@ -172,41 +174,3 @@ def _short_name(model: str) -> str:
     """The model's name without the folder or owner in front of it; the same for the Hub, its cache and a copy."""
     cached = re.search(r"models--(?:.+?--)?([^/\\]+)[/\\]snapshots[/\\]", model)
     return (cached.group(1) if cached else re.split(r"[/\\]", model.rstrip("/\\"))[-1]).lower()
-
-
-def _with_adapter(model: Any, adapter: Any, path: str) -> Any:
-    """The model with the adapter's layers in it.
-
-    They are not merged: merging would round the change to the model's dtype, or to its 4 bits.
-    """
-    return attach_adapter(model, adapter, path).get_base_model()
-
-
-def attach_adapter(model: Any, config: Any, path: str, *, name: str = "default", wrapped: Any = None) -> Any:
-    """Load an adapter into a model, or beside others into the `PeftModel` that is around it; gives the `PeftModel`.
-
-    Args:
-        config: the adapter's, as PEFT reads it.
-        path: its folder or Hub name.
-        name: within PEFT.
-        wrapped: what an earlier call gave.
-
-    Raises:
-        GenerateError: weights of another shape, or for layers that the model does not have.
-    """
-    from peft import PeftModel
-
-    misfit = f"adapter {path} does not fit {model.config._name_or_path}"
-    try:
-        if wrapped is None:
-            wrapped = PeftModel(model, config, adapter_name=name)
-        loaded = wrapped.load_adapter(path, name, torch_device=str(model.device))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise GenerateError(f"{misfit}: {error}") from error
-    strange = [*loaded.missing_keys, *loaded.unexpected_keys]
-    if strange:
-        raise GenerateError(
-            f"{misfit}: {len(strange)} weights have no counterpart, the first is {strange[0]}. Name the model that "
-            "the adapter was trained on."
-        )
-    return wrapped

@@ -25,6 +25,7 @@ from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.forward.scorer import Scorer
 from trl_vpo.forward.scoring import ReferenceSums, Scores, lm_head
 from trl_vpo.losses import PreferenceLoss
+from trl_vpo.models.attach import check_checkpoint
 from trl_vpo.trainers import setup
 from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
@@ -273,6 +274,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if is_peft_model(self.model) and (Path(resume_from_checkpoint) / "adapter_model.safetensors").is_file():
+            check_checkpoint(self.model, Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_full_weights(self, Path(resume_from_checkpoint))
 

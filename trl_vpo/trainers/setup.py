@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ def check_model(model: Any, ref_model: Any, peft_config: Any, *, needs_reference
             )
     if isinstance(model, PeftModel):
         _check_strays(model)
+        _warn_of_new(model)
     if not isinstance(model, str) and peft_config is None and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "every parameter of the model is frozen; there is nothing to train. Load an adapter with "
@@ -64,6 +66,18 @@ def _check_strays(model: PeftModel) -> None:
             f"{strays[0]} and {len(strays) - 1} other weights are trained beside the adapter: they would not be saved "
             "with it, and with the adapter off they would not be the reference's. Freeze them, or name their modules "
             "in the adapter's modules_to_save."
+        )
+
+
+def _warn_of_new(model: PeftModel) -> None:
+    """An adapter whose tensors found no place in the model is a new one; PEFT only warns, and it trains as such."""
+    up = [p for name, p in model.named_parameters() if ".lora_B.default." in name and p.numel()]
+    if up and not any(parameter.any() for parameter in up):
+        warnings.warn(
+            "the model's adapter is a new one: every lora_B is zero. If it was loaded from a folder, its weights "
+            "found no place in this model: load it with trl_vpo.models.attach.attach_adapter(model, folder, "
+            "trainable=True), which translates older names or says what does not fit.",
+            stacklevel=4,
         )
 
 

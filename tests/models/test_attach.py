@@ -1,0 +1,181 @@
+"""Every tensor of a saved adapter finds its place: names of older versions are translated, strays are refused."""
+
+import copy
+import json
+
+import pytest
+import torch
+from adapter_kit import BASE, changed, plain, trained
+from families import build
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from trainer_kit import lora, trainer_of
+
+from trl_vpo.adapters import AdapterError
+from trl_vpo.evaluate.contestants import Contestants
+from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.generate.models import answering_model
+from trl_vpo.merge import merge
+from trl_vpo.models.attach import PREFIX, attach_adapter
+
+IDS = torch.arange(8, 24)[None]
+# What modules were called before transformers 4.52, and CLIP's before 5.
+QWEN = {"model.language_model.": "model.", "model.visual.": "visual."}
+LLAVA = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model.",
+         "model.multi_modal_projector.": "multi_modal_projector.", "lm_head.": "language_model.lm_head."}  # fmt: skip
+INTERNVL = {**LLAVA, "model.vision_tower.": "vision_tower."}
+OLD = {"Qwen2-VL": QWEN, "Qwen2.5-VL": QWEN, "LLaVA-1.5": LLAVA, "LLaVA-NeXT-Video": LLAVA, "LLaVA-OneVision": LLAVA,
+       "InternVL": INTERNVL}  # fmt: skip
+
+
+def renamed(folder, names):
+    """The adapter's tensors under their old names, in place."""
+    path = folder / "adapter_model.safetensors"
+
+    def old(key):
+        key = key.removeprefix(PREFIX)
+        return PREFIX + next((o + key.removeprefix(new) for new, o in names.items() if key.startswith(new)), key)
+
+    save_file({old(key): tensor for key, tensor in load_file(path).items()}, path)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("family", OLD)
+def test_old_names_are_translated(family, tmp_path):
+    model = build(family)[0]
+    config = LoraConfig(
+        target_modules="all-linear", init_lora_weights=False, use_dora=True, modules_to_save=["lm_head"]
+    )
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        adapted.base_model.model.lm_head.modules_to_save["default"].weight += 1
+    adapted.save_pretrained(tmp_path)
+    renamed(tmp_path, OLD[family])
+    again = attach_adapter(copy.deepcopy(model), tmp_path)
+    want, got = adapted.state_dict(), again.state_dict()
+    own = [name for name in want if "default" in name]
+    assert len(own) > 60 and not [name for name in own if not torch.equal(want[name], got[name])]
+    assert torch.equal(logits(again), logits(adapted))
+
+
+@pytest.fixture
+def old(tmp_path):
+    """The testbed's trained adapter with the names of its family before transformers 4.52."""
+    folder = changed(trained("lora").folder, tmp_path)
+    renamed(folder, QWEN)
+    return folder
+
+
+def test_an_old_adapter_is_merged_asked_and_compared(old, tmp_path):
+    want = logits(PeftModel.from_pretrained(plain(), trained("lora").folder))
+    assert (want - logits(plain())).abs().max() > 1e-2
+    merge(old, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    base = load_file(f"{BASE}/model.safetensors")
+    assert sum(not torch.equal(merged[name], base[name]) for name in base) == 14  # as many as are adapted
+    local = answering_model(GenerateConfig(model_name_or_path=BASE, from_adapter=str(old), dtype="float32"))
+    torch.testing.assert_close(logits(local.model), want)
+    candidates = Contestants(answering_model(GenerateConfig(model_name_or_path=BASE, dtype="float32")), [str(old)])
+    with candidates.use("changed"):
+        torch.testing.assert_close(logits(candidates.model), want)
+    with candidates.use("base"):
+        torch.testing.assert_close(logits(candidates.model), logits(plain()))
+
+
+def test_an_old_adapter_is_trained_further(old, tmp_path):
+    model = attach_adapter(plain(), old, trainable=True)
+    again = PeftModel.from_pretrained(plain(), trained("lora").folder, is_trainable=True)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, p in again.named_parameters() if p.requires_grad
+    }
+    assert torch.equal(logits(model), logits(again))
+
+
+def without(folder, part):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if part not in name}, path)
+
+
+def bare(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}, path)
+
+
+def twice(folder):
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {name.replace("model.language_model.", "model."): t + 0 for name, t in weights.items()}, path)
+
+
+def alpha(folder):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "alpha_pattern": {"model.layers.9.mlp.up_proj": 64}}))
+
+
+SPOILT = {
+    "other names": (
+        lambda f: renamed(f, {"model.": "transformer."}),
+        "28 weights have no place in the model: base_",
+    ),
+    "a layer is missing": (lambda f: without(f, "layers.1."), "14 weights are not in the file: base_model.*layers.1"),
+    "no prefix": (bare, "does not begin with base_model.model."),
+    "both names": (twice, "28 weights have no place in the model"),
+    "an alpha of no module": (alpha, "alpha_pattern of its config names model.layers.9.mlp.up_proj"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_strays_are_refused(case, tmp_path):
+    spoil, message = SPOILT[case]
+    folder = changed(trained("lora").folder, tmp_path)
+    spoil(folder)
+    with pytest.raises(AdapterError, match=message):
+        attach_adapter(plain(), folder)
+
+
+def test_alphas_of_old_names_are_translated(old):
+    config = json.loads((old / "adapter_config.json").read_text())
+    pattern = {"model.layers.1.mlp.up_proj": 64}
+    (old / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": pattern}))
+    layers = attach_adapter(plain(), old).base_model.model.model.language_model.layers
+    assert [layer.mlp.up_proj.scaling["default"] for layer in layers] == [2.0, 16.0]
+
+
+def test_an_adapter_of_another_size(tmp_path):
+    folder = changed(trained("lora").folder, tmp_path)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: torch.cat([t, t], -1).contiguous() for name, t in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=r"does not fit .*base: .*\[4, 192\].*is torch.Size\(\[4, 96\]\)\.$"):
+        attach_adapter(plain(), folder)
+
+
+@pytest.mark.parametrize("size", [0, 1e-9])
+def test_a_merge_that_changes_nothing(size, tmp_path):
+    """An adapter that was not trained, and one whose changes bfloat16 cannot hold."""
+    folder = changed(trained("lora").folder, tmp_path)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: t * size if "lora_B" in name else t for name, t in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=r"changes no weight of its base in torch\.bfloat16"):
+        merge(folder, tmp_path / "out", dtype="bfloat16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_new_adapter_in_a_given_model_is_named(tmp_path):
+    model, processor = build("Qwen2-VL")
+    new = get_peft_model(copy.deepcopy(model), lora())
+    with pytest.warns(UserWarning, match="every lora_B is zero"):
+        trainer_of("dpo", tmp_path, model=new, processor=processor, peft=None)
+
+
+def test_resuming_from_other_names(tmp_path):
+    trainer = trainer_of("dpo", tmp_path / "out", name="Qwen2-VL")
+    trainer.model.save_pretrained(tmp_path / "saved")
+    trainer._load_from_checkpoint(str(tmp_path / "saved"))
+    renamed(tmp_path / "saved", QWEN)
+    with pytest.raises(AdapterError, match="28 weights have no place in the model"):
+        trainer._load_from_checkpoint(str(tmp_path / "saved"))

@@ -1,0 +1,132 @@
+"""A saved adapter around its base model, with every tensor of the file in its place."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+from trl_vpo.adapters import AdapterError, saved_shapes
+
+PREFIX = "base_model.model."  # of the names in an adapter's file
+SHOWN = 3  # names in a message
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    path: Path | str,
+    *,
+    config: PeftConfig | None = None,
+    name: str = "default",
+    wrapped: PeftModel | None = None,
+    trainable: bool = False,
+) -> PeftModel:
+    """Load an adapter into a model, or beside others into the `PeftModel` that is around it.
+
+    Names that a module had in an older transformers are translated, as transformers does for the base's own weights.
+    PEFT does so for some model types only, and loads what fits with a warning about the rest.
+
+    Args:
+        model: the base.
+        path: folder or Hub name of the adapter.
+        config: the adapter's, if it was read before.
+        name: of the adapter within PEFT.
+        wrapped: what an earlier call gave.
+        trainable: load it to train it further; give the result to a trainer as its model.
+
+    Raises:
+        AdapterError: tensors of the file have no place in the model, or the other way round; or shapes differ.
+    """
+    base = model.config._name_or_path or type(model).__name__
+    misfit = f"adapter {path} does not fit {base}"
+    try:
+        config = config or PeftConfig.from_pretrained(str(path))
+        config.inference_mode = not trainable
+        _translate_patterns(config, model)
+        if wrapped is None:
+            wrapped = PeftModel(model, config, adapter_name=name)
+        else:
+            wrapped.add_adapter(name, config)
+        mapping = _key_mapping(wrapped, name, load_peft_weights(str(path), device="cpu"), misfit)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
+            loaded = wrapped.load_adapter(
+                str(path), name, is_trainable=trainable, torch_device=str(model.device), key_mapping=mapping
+            )
+    except AdapterError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
+        raise AdapterError(f"{misfit}: {first}") from error
+    _refuse_strays(loaded.missing_keys, loaded.unexpected_keys, misfit)
+    _check_patterns(config, wrapped, misfit)
+    return wrapped
+
+
+def check_checkpoint(model: PeftModel, folder: Path) -> None:
+    """Refuse an adapter's checkpoint whose tensors are not those of the adapter that is trained.
+
+    Raises:
+        AdapterError: names the tensors.
+    """
+    name = model.active_adapters[0]
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+    saved = saved_shapes(folder).keys()
+    strange = saved - own - model.state_dict().keys()  # PEFT saves adapted embeddings with their base
+    _refuse_strays(own - saved, strange, f"the adapter in {folder} does not fit the one in training")
+
+
+def _key_mapping(wrapped: PeftModel, name: str, saved: Iterable[str], misfit: str) -> dict[str, str]:
+    """Patterns of names in the file and what the model calls them, where that differs."""
+    own = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
+    saved, mapping, translate = set(saved), {}, translator(wrapped.get_base_model())
+    for key in saved - own.keys():
+        if not key.startswith(PREFIX):
+            raise AdapterError(f"{misfit}: the name {key} does not begin with {PREFIX}, as names that PEFT saves do.")
+        old = key.removeprefix(PREFIX)
+        new = translate(old)
+        if PREFIX + new in own.keys() - saved:
+            mapping[f"^{re.escape(old)}$"] = new.replace("\\", r"\\")
+    return mapping
+
+
+def translator(model: PreTrainedModel) -> Callable[[str], str]:
+    """What a module or weight of an older transformers is called in the model today."""
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    return lambda name: apply_renamings(name, renamings)
+
+
+def _translate_patterns(config: PeftConfig, model: PreTrainedModel) -> None:
+    """Targets, ranks and alphas of single modules go by the modules' names, too."""
+    names, translate = {name for name, _ in model.named_modules()}, translator(model)
+    if isinstance(targets := getattr(config, "target_modules", None), (set, list)):
+        renamed = {old: translate(old) for old in targets}
+        config.target_modules = {new if old not in names and new in names else old for old, new in renamed.items()}
+    for field in ("rank_pattern", "alpha_pattern"):
+        for old in list(getattr(config, field, None) or {}):
+            if old not in names and (new := translate(old)) in names:
+                getattr(config, field)[new] = getattr(config, field).pop(old)
+
+
+def _check_patterns(config: PeftConfig, wrapped: PeftModel, misfit: str) -> None:
+    """An alpha that no module has would be another scaling than in training."""
+    adapted = [n.removeprefix(PREFIX) for n, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)]
+    for pattern in getattr(config, "alpha_pattern", None) or {}:
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+            raise AdapterError(f"{misfit}: alpha_pattern of its config names {pattern}, which is no adapted module.")
+
+
+def _refuse_strays(missing: Iterable[str], unexpected: Iterable[str], misfit: str) -> None:
+    for names, what in ((sorted(unexpected), "have no place in the model"), (sorted(missing), "are not in the file")):
+        if names:
+            more = " and others" if len(names) > SHOWN else ""
+            raise AdapterError(
+                f"{misfit}: {len(names)} weights {what}: {', '.join(names[:SHOWN])}{more}. Name the model that the "
+                "adapter was trained on; what another version of transformers saved can be merged with that version."
+            )
