@@ -803,3 +803,43 @@ def test_a_folder_of_frames_named_by_their_seconds(tmp_path):
     )  # no number: the digits of a name are read one by one
     order = load_video(tmp_path, VideoOptions()).frames[:, 0, 0, 0].tolist()
     assert order == [2, 1, 0, 4, 3, 5, 7, 6, 8]
+
+
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_an_empty_path_is_no_folder_of_frames(tmp_path, monkeypatch, blank):
+    """It joins to the root itself, with every picture that lies there."""
+    frame_files(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    for root in (None, tmp_path):
+        for source in (blank, {"path": blank, "bytes": None}, [blank]):
+            refused(source, "the path is empty", name=repr(blank), media_root=root)
+        refused_image(blank, "the path is empty", name=repr(blank), media_root=root)
+
+
+def test_the_root_itself_is_no_video(tmp_path, monkeypatch):
+    frame_files(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for source in (".", "./", "sub/.."):
+        refused(source, "is the folder .* itself, where media paths start", media_root=tmp_path)
+        refused(source, "is the folder .* itself, where media paths start")
+    refused(tmp_path, "is the folder .* itself", media_root=tmp_path)
+    assert len(load_video(tmp_path, VideoOptions()).frames) == 2  # named in full, and no root is set
+    refused_image(".", "is a folder, not a file", media_root=tmp_path)
+    refused_image("sub/", "is a folder, not a file", name="sub", media_root=tmp_path)
+    refused(None, "is no video: give a path", name="NoneType")
+    refused_image(None, "is no image: give a path", name="NoneType")
+
+
+def test_a_slash_behind_a_folder_of_frames(tmp_path):
+    (tmp_path / "clip").mkdir()
+    frame_files(tmp_path / "clip", 3)
+    assert numbers(load_video("clip/", VideoOptions(), media_root=tmp_path).frames) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".tiff", ".TIF", ".gif", ".jp2", ".ppm"])
+def test_frames_of_every_picture_format_count(tmp_path, suffix):
+    for i in range(3):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}{suffix if i == 1 else '.png'}")
+    (tmp_path / "._0.png").write_bytes(b"left by a Mac")
+    assert numbers(load_video(tmp_path, VideoOptions()).frames) == [0, 1, 2]

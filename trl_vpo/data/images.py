@@ -33,7 +33,8 @@ _PILLOW_ERRORS = (
 )
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_IMAGE_SUFFIXES |= {".pnm", ".jp2", ".avif", ".tga"}
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
 
 
@@ -72,7 +73,7 @@ def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Pa
     symbolic link - is refused. Raises :class:`MediaError`.
     """
     name = describe(source)
-    path = Path(_strip_url(str(source), name))
+    path = _named(source, name)
     try:
         if media_root is None:
             full = path.resolve()
@@ -112,19 +113,27 @@ def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path
     if not isinstance(source, (str, Path)) or (_URL.match(str(source)) and not str(source).startswith("file:")):
         return None
     name = describe(source)
-    folder = Path(media_root or ".") / _strip_url(str(source), name)
+    path = _named(source, name)
+    folder = Path(media_root or ".") / path
     try:
         if not folder.is_dir():
             return None
     except (OSError, ValueError):  # a name that no file system takes: `resolve_path` says so
         return None
-    if media_root is not None and not folder.resolve().is_relative_to(Path(media_root).resolve()):
+    root = Path(media_root or ".").resolve()
+    if media_root is not None and not folder.resolve().is_relative_to(root):
         raise MediaError(f"{name} lies outside of media_root {media_root}: move the folder into it.")
-    frames = [path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES]
+    if folder.resolve() == root and (media_root is not None or not path.is_absolute()):
+        raise MediaError(f"{name} is the folder {root} itself, where media paths start: name a video in it.")
+    frames = [path for path in folder.iterdir() if _is_picture(path)]
     if not frames:
         raise MediaError(f"{name} is a folder without images: name a video file, or a folder that holds its frames.")
     seconds = all(_DECIMAL.fullmatch(path.stem) for path in frames)
     return [path.resolve() for path in sorted(frames, key=_by_second if seconds else _by_number)]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")  # macOS leaves "._frame1.png"
 
 
 def _by_second(path: Path) -> tuple:
@@ -133,6 +142,13 @@ def _by_second(path: Path) -> tuple:
 
 def _by_number(path: Path) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _named(source: str | Path, name: str) -> Path:
+    """The path of a source, which `Path` would take for the working directory where nothing is named."""
+    if not str(source).strip():
+        raise MediaError(f"the path is empty ({str(source)!r}): name the media file, or drop the row.")
+    return Path(_strip_url(str(source), name))
 
 
 def _strip_url(text: str, name: str) -> str:
@@ -179,8 +195,9 @@ def load_image(source: Any, *, max_pixels: int | None = None, media_root: str | 
 
     ``source``: a path, ``file://`` URL, bytes, ``PIL.Image``, uint8 array (H, W), (H, W, 3) or (H, W, 4), or a dict
     with ``path`` (or ``image``) and/or ``bytes``, as ``datasets.Image(decode=False)`` gives it; bytes come before the
-    path. Transparent pixels are laid on white, an animation gives its first image. Greyscale of more than 8 bits: up to
-    255 values stay as they are, up to 65535 they lose their lower 8 bits, beyond it is refused, as are floats. Boxes and other pixel positions refer to this upright image. Raises :class:`MediaError`.
+    path. Transparent pixels are laid on white, an animation gives its first image. Greyscale of more than 8 bits: up
+    to 255 values stay as they are, up to 65535 they lose their lower 8 bits, beyond that they are refused, as floats
+    are. Boxes and other pixel positions refer to this upright image. Raises :class:`MediaError`.
     """
     if max_pixels is not None and max_pixels < 1:
         raise MediaError(f"max_pixels is {max_pixels}: give at least 1, or None for no limit.")
