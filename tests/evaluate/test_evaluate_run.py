@@ -23,6 +23,7 @@ from PIL import Image
 
 from trl_vpo.data.masking import masked_image_list
 from trl_vpo.data.media import VideoOptions, load_video
+from trl_vpo.evaluate import run as run_module
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.contestants import contestant_names
 from trl_vpo.evaluate.rows import EvaluateError
@@ -507,3 +508,42 @@ def test_pairs_that_share_a_cluster_are_one_cluster():
     ]
     _, clusters = evidence(records, records)["yes_no"]
     assert [clusters.index(cluster) for cluster in clusters] == [0, 1, 1, 1, 1, 0]
+
+
+# --- what an adapter was trained on -------------------------------------------------------------------------------
+
+
+def trained(folder, **recipe):
+    """A folder with the `run.json` of a training with this recipe."""
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"recipe": {"learning_rate": 1e-5, **recipe}}))
+    return str(folder)
+
+
+def media_settings(*adapters, **given):
+    argv = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    config = run_module._parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", *adapters, *argv])
+    return [config.num_frames, config.fps, config.max_frames, config.max_pixels]
+
+
+def test_an_adapter_is_evaluated_with_the_frames_of_its_training(tmp_path, caplog):
+    short = trained(tmp_path / "short", num_frames=8, max_pixels=1024)
+    fast = trained(tmp_path / "fast", fps=2.0, max_frames=32)
+    usual = trained(tmp_path / "usual")
+    (tmp_path / "fast/checkpoint-5").mkdir()
+    assert media_settings(short) == [8, None, 64, 1024]
+    assert media_settings(fast) == media_settings(fast + "/checkpoint-5") == [None, 2.0, 32, None]
+    assert media_settings(usual) == [16, None, 64, None]
+    assert media_settings(short, str(tmp_path / "unknown")) == [8, None, 64, 1024]
+    assert not caplog.messages
+    assert media_settings(short, num_frames=8) == [8, None, 64, 1024] and not caplog.messages
+    assert media_settings(short, fps=1.0, max_frames=9, max_pixels=512) == [None, 1.0, 9, 512]
+    assert f"{short} was trained with num_frames 8, and is evaluated with fps 1.0." in caplog.messages
+    assert f"{short} was trained with max_pixels 1024, and is evaluated with max_pixels 512." in caplog.messages
+
+
+def test_adapters_of_different_frames_are_not_compared_silently(tmp_path):
+    short, usual = trained(tmp_path / "short", num_frames=8), trained(tmp_path / "usual")
+    with pytest.raises(EvaluateError, match=r"different settings .*short: num_frames 8; .*usual: num_frames 16"):
+        media_settings(short, usual)
+    assert media_settings(short, usual, num_frames=4)[0] == 4

@@ -150,7 +150,7 @@ def behave(number, body):
     if body["model"] == "judge":
         truth = re.search("Ground truth: (.*)", text)[1]
         if text.startswith("Compare"):
-            found = {"kind": "attribute", "truth": truth.split()[1], "answer": "pink"}
+            found = {"kind": "attribute", "truth": truth.split()[:2][-1], "answer": "pink"}
             return said(json.dumps({"correct": False, "differences": [found]}))
         return said(json.dumps({"rewritten": re.sub(r"^a \w+", "a pink", truth)}))
     question = text[-1]["text"].split("\n")[0]

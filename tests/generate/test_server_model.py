@@ -130,6 +130,32 @@ def test_a_clip_arrives_as_one_mp4(serve, height, width, shown):
     assert np.allclose(pixels.mean((1, 2, 3)), [40, 80, 120, 160, 200], atol=3)
 
 
+def test_a_server_is_asked_to_show_every_frame(serve):
+    server = serve(said("a cat"))
+    clips = [gradient_clip(frames=64, fps=2.5), gradient_clip(frames=3, fps=2.5), gradient_clip(frames=8, fps=0.1)]
+    images = {"images": [Image.new("RGB", (8, 8))]}
+    for request in (asked(videos=clips[:1]), asked(videos=clips[:2]), asked(videos=clips), asked(**images), asked()):
+        model_of(server).answer([request], SAMPLING)
+    model_of(server, media="frames").answer([asked(videos=clips)], SAMPLING)
+    loaded = {"video": {"num_frames": 64, "fps": 4}}  # limits: neither is below what the mp4 has
+    sent = [(body.get("media_io_kwargs"), body.get("mm_processor_kwargs")) for body in server.bodies]
+    assert sent == [
+        (loaded, {"do_sample_frames": False, "fps": 2.5}),
+        (loaded, {"do_sample_frames": False, "fps": 2.5}),
+        (loaded, {"do_sample_frames": False}),  # one rate for all is not to be had
+        *[(None, None)] * 3,
+    ]
+
+
+@pytest.mark.parametrize("status", [500, 400])
+def test_a_server_that_takes_no_video_names_the_remedy(serve, fast, status):
+    server = serve(refused(status, "Internal Server Error"))
+    requests = [asked(videos=[gradient_clip()])] * 2
+    assert "set server_media: frames" in stopped(model_of(server), requests)
+    assert "server_media" not in stopped(model_of(server, media="frames"), requests)
+    assert "server_media" not in stopped(model_of(server), [asked()] * 2)
+
+
 def test_a_clip_arrives_as_frames(serve):
     server = serve(said("a cat"))
     clip = gradient_clip(frames=3)

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.files import whole
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def run_benchmarks(
         batch_size: questions answered at once, at most.
         include_path: a folder with further tasks in lmms-eval's format.
         settings: other fields of `GenerateConfig`: num_frames, fps, max_frames, max_pixels, dtype, device,
-            load_in_4bit, seed, ... `max_new_tokens` applies to tasks that set none, `temperature` and `top_p` to none.
+            load_in_4bit, seed, ... Media settings that are not given are those of the adapter's training, where its
+            `run.json` tells. `max_new_tokens` applies to tasks that set none, `temperature` and `top_p` to none.
 
     Returns:
         Benchmark -> task or group -> metric -> value, with lmms-eval's names and scales and without figures that are
@@ -89,6 +91,7 @@ def run_benchmarks(
     version = _installed_version()
     if limit is not None and limit < 1:
         raise EvaluateError(f"limit is {limit}: give a whole number of at least 1.")
+    settings = trained_media([adapter] if adapter else [], settings) | settings
     config = GenerateConfig(model_name_or_path=model, from_adapter=adapter, batch_size=batch_size, **settings)
     if config.server_url:
         raise EvaluateError("server_url: benchmarks are answered in this process. lmms-eval itself can ask a server.")

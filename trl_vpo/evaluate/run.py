@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,8 @@ def _parse(argv: list[str]) -> EvaluateConfig:
 
     if sum(arg.split("=")[0] == "--adapters" for arg in argv) > 1:
         raise RecipeError("--adapters is given twice, and the first would be lost: name all of them behind one.")
-    config = make_parser().parse(argv)[0]
+    parser = make_parser()
+    config = parser.parse(argv)[0]
     for name, what in (
         ("model_name_or_path", "the base model, a folder or a Hub model"),
         ("dataset_name", "the held-out rows"),
@@ -83,7 +84,9 @@ def _parse(argv: list[str]) -> EvaluateConfig:
     ):
         if not getattr(config, name):
             raise RecipeError(f"`{name}` is not set: give {what}.")
-    return config
+    from trl_vpo.evaluate.trained import trained_media
+
+    return replace(config, **trained_media(config.adapters, parser.given))
 
 
 def _evaluate(config: EvaluateConfig, rank: int, world_size: int) -> dict[str, Any] | None:

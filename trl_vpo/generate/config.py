@@ -66,7 +66,10 @@ class GenerateConfig(AnsweringConfig):
     )
     server_media: str = field(
         default="video",
-        metadata={"help": "How a clip is sent: as one mp4, or as its frames.", "choices": ["video", "frames"]},
+        metadata={
+            "help": "How a clip is sent: as one mp4 (vLLM), or as frames (any).",
+            "choices": ["video", "frames"],
+        },
     )
     api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
     judge_model: str | None = field(default=None, metadata={"help": "Model name of the judge, behind judge_url."})

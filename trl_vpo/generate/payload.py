@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -59,6 +60,20 @@ def chat_messages(request: Request, *, media: str = "video", max_pixels: int | N
             parts = "".join(part["text"] for part in parts)
         sent.append({"role": message["role"], "content": parts})
     return sent
+
+
+def every_frame(clips: Sequence[Clip]) -> dict:
+    """Return the request fields that have every frame of the clips shown.
+
+    vLLM loads 32 frames of a video, or two a second, and processors such as Qwen3-VL's sample once more, unless a
+    request says otherwise: https://docs.vllm.ai/en/latest/api/vllm/multimodal/media/video/. A vLLM before 0.18 takes
+    no `media_io_kwargs` from requests; start it with `--media-io-kwargs '{"video": {"num_frames": -1}}'`. Other
+    servers pass over the fields.
+    """
+    rates = {clip.sample_fps for clip in clips}
+    loaded = {"num_frames": max(len(clip.frames) for clip in clips), "fps": math.ceil(max(rates)) + 1}  # upper limits
+    timed = {"fps": rates.pop()} if len(rates) == 1 else {}
+    return {"media_io_kwargs": {"video": loaded}, "mm_processor_kwargs": {"do_sample_frames": False, **timed}}
 
 
 def clip_to_mp4(clip: Clip, *, max_pixels: int | None = None) -> bytes:

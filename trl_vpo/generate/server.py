@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trl_vpo.generate.base import AnsweringModel, Failure, GenerateError, Request, Sampling
-from trl_vpo.generate.payload import chat_messages
+from trl_vpo.generate.payload import chat_messages, every_frame
 from trl_vpo.generate.reading import without_reasoning
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ RUN_STATUS = {  # what a status says about every request, and what to do
     404: "it has no such model or no such address: check the model's name, and that the URL ends as in /v1",
     405: "this is no address of a chat model: check that the URL ends as in /v1",
 }
-_Sent = tuple[list[dict], int, Sampling]  # messages as they are sent, seed
+NO_VIDEO = " A server that takes no video may take its frames: set server_media: frames."
+_Sent = tuple[list[dict], int, Sampling, dict]  # messages as they are sent, seed, sampling, further fields
 
 
 class RequestBudget:
@@ -95,7 +96,8 @@ class ServerModel(AnsweringModel):
         max_retries: attempts after the first.
         max_requests: most requests, every attempt counted; or `budget`, which several models may share.
         concurrency: requests in flight.
-        media: "video" sends a clip as one mp4 (vLLM, SGLang), "frames" as images.
+        media: "video" sends a clip as one mp4 and asks for all of its frames, which vLLM (from 0.18) gives and others
+            may not; "frames" sends images.
         max_pixels: larger images and frames are scaled down to this many pixels.
 
     Raises:
@@ -174,8 +176,9 @@ class ServerModel(AnsweringModel):
     def _ask_until_answered(self, request: Request, sampling: Sampling, stop: threading.Event) -> str | Failure:
         if stop.is_set():
             raise _Stopped
-        sent = chat_messages(request, media=self._media, max_pixels=self._max_pixels), request.seed, sampling
-        result = self._send(sent, stop)
+        clips = request.media.videos if self._media == "video" else ()
+        messages = chat_messages(request, media=self._media, max_pixels=self._max_pixels)
+        result = self._send((messages, request.seed, sampling, every_frame(clips) if clips else {}), stop)
         return self._give_up(result, stop) if isinstance(result, _AttemptFailed) else result
 
     def _send(self, sent: _Sent, stop: threading.Event) -> str | Failure | _AttemptFailed:
@@ -198,7 +201,7 @@ class ServerModel(AnsweringModel):
                 stop.wait(pause)
         return problem
 
-    def _attempt(self, messages: list[dict], seed: int, sampling: Sampling) -> str | Failure:
+    def _attempt(self, messages: list[dict], seed: int, sampling: Sampling, further: dict) -> str | Failure:
         import openai
 
         try:
@@ -209,6 +212,7 @@ class ServerModel(AnsweringModel):
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 seed=seed % 2**SEED_BITS,
+                extra_body=further or None,
             )
         except openai.APITimeoutError:
             raise _AttemptFailed(f"no answer within {self._timeout:g} s", "request") from None
@@ -220,11 +224,13 @@ class ServerModel(AnsweringModel):
         else:
             result = self._read(reply.content, sampling)
             with self._lock:
-                self._answered = messages, seed, sampling
+                self._answered = messages, seed, sampling, further
             return result
-        return self._refusal(refused)  # outside of the handler: the client's error may show the key
+        return self._refusal(
+            refused, NO_VIDEO if further else ""
+        )  # outside of the handler: the client's error may show the key
 
-    def _refusal(self, response: Any) -> Failure:
+    def _refusal(self, response: Any, hint: str) -> Failure:
         """What an HTTP error means: the end of the run, another attempt, or the end of this request."""
         status, said = response.status_code, _said(self._clean(response.text))
         if status in RUN_STATUS:
@@ -232,10 +238,11 @@ class ServerModel(AnsweringModel):
             raise GenerateError(f"{self.url} refuses requests to {self.model!r} ({status}): {remedy}. It says: {said}")
         if status == 429 or status in (408, 409, 425) or status >= 500:
             fault = "server" if status == 429 else "request"
-            raise _AttemptFailed(f"status {status}: {said}", fault, _retry_after(response.headers))
+            hint = hint if status >= 500 else ""
+            raise _AttemptFailed(f"status {status}: {said}{hint}", fault, _retry_after(response.headers))
         with self._lock:
             self._refused += 1
-        return Failure(f"the server refused the request ({status}): {said}")
+        return Failure(f"the server refused the request ({status}): {said}{hint}")
 
     def _read(self, content: bytes, sampling: Sampling) -> str | Failure:
         """The text of a chat completion."""

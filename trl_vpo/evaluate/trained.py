@@ -1,0 +1,73 @@
+"""The frames that adapters were trained on: what `run.json` says becomes the default of an evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_vpo.data.media import VideoOptions
+from trl_vpo.evaluate.rows import EvaluateError
+
+logger = logging.getLogger(__name__)
+
+GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",))  # one of a group given: the group is as given
+
+
+def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the media settings that the adapters were trained with, as far as they are not given.
+
+    Adapters without a `run.json` have no say. A given setting that differs from that of an adapter is warned of.
+
+    Args:
+        adapters: folders, their checkpoints, or Hub names.
+        given: the settings that were given, by name.
+
+    Raises:
+        EvaluateError: adapters were trained with different settings, and none is given.
+    """
+    known = {path: found for path in adapters if (found := _recorded(path)) is not None}
+    settings: dict[str, Any] = {}
+    for names in GROUPS:
+        recorded = {path: {name: found[name] for name in names} for path, found in known.items()}
+        distinct = list({tuple(values.items()): values for values in recorded.values()}.values())
+        if any(given.get(name) is not None for name in names):
+            mine = {name: given.get(name) for name in names}
+            for path, values in recorded.items():
+                if values != mine:
+                    logger.warning(f"{path} was trained with {_shown(values)}, and is evaluated with {_shown(mine)}.")
+        elif len(distinct) > 1:
+            told = "; ".join(f"{path}: {_shown(values)}" for path, values in recorded.items())
+            raise EvaluateError(
+                f"the adapters were trained with different settings ({told}). Give {names[0]} to evaluate all of them "
+                "alike, or evaluate each with its own in a run of its own."
+            )
+        elif distinct:
+            settings |= distinct[0]
+    return settings
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    given = [f"{name} {value}" for name, value in values.items() if value is not None]
+    return ", ".join(given) or f"no {next(iter(values))}"
+
+
+def _recorded(adapter: str) -> dict[str, Any] | None:
+    """The media settings of an adapter's training, defaults included; None where no `run.json` tells."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder = Path(adapter).absolute()
+    names = [name for group in GROUPS for name in group]
+    try:
+        if folder.is_dir():
+            path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
+        else:
+            path = Path(hf_hub_download(adapter, "run.json"))
+        recipe = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+        options = VideoOptions(**{name: recipe[name] for name in names if recipe.get(name) is not None})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, HfHubHTTPError):
+        return None
+    return {name: getattr(options, name) for name in names}
