@@ -273,7 +273,7 @@ def test_missing_and_broken_data(tmp_path):
     (tmp_path / "valid.jsonl").write_text('{"prompt": "a"')
     with pytest.raises(DatasetError, match="no split 'train'; it has valid"):
         load("--dataset_name", tmp_path)
-    with pytest.raises(DatasetError, match="cannot be read as rows"):
+    with pytest.raises(DatasetError, match=r"valid\.jsonl, line 1: not JSON"):
         load("--dataset_name", tmp_path / "valid.jsonl")
 
 

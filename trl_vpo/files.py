@@ -1,12 +1,20 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all; and files that may be compressed."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+UNREADABLE = (OSError, EOFError, lzma.LZMAError)  # what `open_packed` and reading from it raise
 
 
 @contextmanager
@@ -31,3 +39,13 @@ def whole(path: Path, *, token: str | None = None) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def open_packed(path: Path) -> BinaryIO:
+    """A file to read, unpacked as the end of its name says (`COMPRESSED`)."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")

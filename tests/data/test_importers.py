@@ -288,7 +288,7 @@ def test_on_reject_goes_on(tmp_path):
         "line 2: `img_path` is ",
         "line 3: is a JSON list",
         "line 5: not JSON (Expe",
-        "line 6: not JSON ('utf",
+        "line 6: byte 0xff behi",
     ]
 
 

@@ -38,8 +38,6 @@ def read_record(fmt: str, record) -> dict:
     Raises:
         ValueError: the record cannot be read; the caller adds file and place.
     """
-    if not isinstance(record, dict):
-        raise ValueError(f"is a JSON {type(record).__name__}, not an object with fields.")
     for name in REFUSED:
         if record.get(name):
             raise ValueError(

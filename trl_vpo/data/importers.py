@@ -1,7 +1,7 @@
 """Preference data files of other projects -> rows that follow the row contract (`trl-vpo import FORMAT IN OUT`).
 
-A file is a JSON list or JSON lines, recognised by its first character. `import_formats` has the formats. Fields that
-it does not read are not carried over; the counts name them.
+A file is a JSON list or JSON lines, recognised by its first character and compressed or not, or a parquet file.
+`import_formats` has the formats. Fields that it does not read are not carried over; the counts name them.
 """
 
 import json
@@ -12,7 +12,12 @@ from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from trl_vpo.data.import_formats import FORMATS, read_record
+from trl_vpo.data.json_files import DatasetError, parse_record, raw_records
+from trl_vpo.data.messages import drop_none
 from trl_vpo.files import whole
 
 LIST_COLUMNS = ("images", "videos", "chosen_phrases", "rejected_phrases")
@@ -42,7 +47,7 @@ def import_rows(
 
     Args:
         fmt: a name in `FORMATS`.
-        path: the file, JSON list or JSON lines.
+        path: the file.
         media_root: folder that relative media paths are joined to; URLs and absolute paths stay. Files need not exist.
         on_reject: called with the error of each bad record, which is then left out. Without it the error is raised.
 
@@ -134,14 +139,13 @@ def _read_records(fmt: str, path: Path, media_root) -> Iterator[tuple]:
     if fmt not in FORMATS:
         raise ImportFormatError(f"unknown format {fmt!r}. Formats: {', '.join(FORMATS)}.")
     if not path.is_file():
-        raise ImportFormatError(f"{path}: no such file. Name a .json or .jsonl file.")
+        raise ImportFormatError(f"{path}: no such file. Name a .json, .jsonl or .parquet file.")
 
     def results():
-        for kind, number, raw in _raw_records(path):
+        for kind, number, raw in _records(path):
             record = raw
             try:
-                if isinstance(raw, bytes):
-                    record = _parse(raw)
+                record = parse_record(raw)
                 row = read_record(fmt, record)
                 row["id"] = row["id"] or f"{path.stem}-{number}"
                 for column in ("images", "videos"):
@@ -156,29 +160,19 @@ def _read_records(fmt: str, path: Path, media_root) -> Iterator[tuple]:
     return results()
 
 
-def _raw_records(path: Path) -> Iterator[tuple]:
-    """("line", number, bytes) of JSON lines or ("item", number, object) of a JSON list, numbered from 1."""
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
-        if not head.startswith(b"["):
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield "line", number, line
-            return
+def _records(path: Path) -> Iterator[tuple]:
+    if path.suffix.lower() != ".parquet":
         try:
-            items = json.loads(file.read())
-        except ValueError as error:
-            raise ImportFormatError(f"{path}: begins as a JSON list but is not one: {error}") from error
-    for number, item in enumerate(items, 1):
-        yield "item", number, item
-
-
-def _parse(line: bytes):
+            yield from raw_records(path)
+        except DatasetError as error:
+            raise ImportFormatError(str(error)) from error
+        return
     try:
-        return json.loads(line)
-    except ValueError as error:  # bad UTF-8 too
-        raise ValueError(f"not JSON ({error}). Write one record per line, or all in one list.") from error
+        batches = pq.ParquetFile(path).iter_batches(batch_size=100)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from (("row", number, drop_none(row)) for number, row in enumerate(rows))
+    except (OSError, pa.ArrowException) as error:
+        raise ImportFormatError(f"{path} cannot be read as a parquet file ({error}). Fetch it again.") from error
 
 
 def _join(root, path: str) -> str:
@@ -190,7 +184,7 @@ def _write_lines(path: Path, rows) -> None:
     # backslashreplace is JSON's own escape
     with whole(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>") + "\n")
 
 
 def _exists(path: str) -> bool:

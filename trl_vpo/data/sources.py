@@ -1,25 +1,28 @@
 """Where rows come from: a Hub dataset, a local file, a folder of files, or a folder that `save_to_disk` wrote."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from trl_vpo.data.identity import cache_folder, file_identity
+from trl_vpo.data.json_files import DatasetError, load_json, stream_json
+from trl_vpo.files import COMPRESSED
+
+ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+OTHER_TABLES = {".csv", ".tsv", ".arrow", ".feather", ".xlsx"}  # nobody keeps media in them; not read here
 NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "skipped_rows.jsonl"}
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-
-
-class DatasetError(ValueError):
-    """A dataset or split that is not there. The message names what is."""
+_SHARD = re.compile(r"[-_](\d+)[-_]of[-_](\d+)(-[0-9a-f]{16})?$")
 
 
 def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 42) -> tuple:
     """The train dataset, and the evaluation dataset or None, that TRL's arguments ask for.
 
     `dataset_name` is a Hub dataset or a local path, relative to the working directory:
-    - a .json, .jsonl or .parquet file: its split is "train";
+    - a .json, .jsonl or .parquet file: its split is "train"; JSON may be compressed (.gz, .bz2, .xz, .zst);
     - a folder of such files: each is a split by its name, `train.jsonl` and `test.jsonl` (shards as on the Hub);
     - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
     `datasets` (a mixture) works as in TRL. With `test_split_size` a test split is cut off the train split if there
@@ -73,7 +76,7 @@ def named_splits(
         DatasetError: the path, its rows or the first split do not exist.
     """
     path = Path(name)
-    if path.suffix in BUILDERS or path.exists():
+    if row_format(path) or path.exists():
         available = local_splits(path)
         load = lambda split: _load_local(available[split], streaming)  # noqa: E731
     else:
@@ -84,40 +87,106 @@ def named_splits(
     return {split: load(split) for split in wanted if split in available}
 
 
+def row_format(path: Path) -> str | None:
+    """How a file holds rows, by its name: "json" (perhaps compressed), "parquet", or None."""
+    *_, last = path.suffixes or [""]
+    if last.lower() not in COMPRESSED:
+        return ROWS.get(last.lower())
+    inner = ROWS.get(Path(path.stem).suffix.lower())
+    return "json" if inner == "json" else None
+
+
 def local_splits(path: Path) -> dict[str, Any]:
     """The splits of a local path: lists of files, or datasets that `save_to_disk` wrote.
 
     Raises:
-        DatasetError: nothing there, or nothing with rows.
+        DatasetError: nothing there, nothing with rows, or a split that is not whole or not clear.
     """
     if not path.exists():
         raise DatasetError(f"{path} does not exist (seen from {Path.cwd()}).")
     if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise DatasetError(f"{path} is not one of {', '.join(BUILDERS)}.")
+        if not row_format(path):
+            raise DatasetError(
+                f"{path} is not one of {', '.join(ROWS)}, nor JSON that ends in {', '.join(COMPRESSED)}."
+            )
         return {"train": [path]}
-    if (path / "dataset_dict.json").exists():
-        return dict(load_from_disk(str(path)))
-    if (path / "state.json").exists():
-        return {"train": load_from_disk(str(path))}
-    files = sorted(f for f in path.iterdir() if f.suffix in BUILDERS and f.name not in NOT_ROWS)
+    try:
+        if (path / "dataset_dict.json").exists():
+            return dict(load_from_disk(str(path)))
+        if (path / "state.json").exists():
+            return {"train": load_from_disk(str(path))}
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetError(f"{path} was written by `save_to_disk` and cannot be read: {error}") from error
+    return _folder_splits(path)
+
+
+def _folder_splits(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by split; a clone of a Hub dataset keeps them in data/."""
+    inner = folder / "data"
+    files = sorted(folder.iterdir()) + (sorted(inner.iterdir()) if inner.is_dir() else [])
+    files = [file for file in files if file.is_file() and file.name not in NOT_ROWS and file.name[0] not in "._"]
     splits: dict[str, list[Path]] = {}
-    for file in files or sorted((path / "data").glob("*.parquet")):  # a clone of a Hub dataset keeps them in data/
-        splits.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    for file in filter(row_format, files):
+        splits.setdefault(_split_name(file), []).append(file)
+    unread = [file for file in files if not row_format(file) and _looks_like_rows(file, splits)]
+    if unread:
+        raise DatasetError(
+            f"{', '.join(map(str, unread))} would not be read: rows come from {', '.join(ROWS)}, JSON also with "
+            f"{', '.join(COMPRESSED)} behind it. Convert it, or move it out of the folder."
+        )
     if not splits:
-        raise DatasetError(f"{path} has no {', '.join(BUILDERS)} files and no saved dataset.")
+        raise DatasetError(f"{folder} has no {', '.join(ROWS)} files and no saved dataset.")
     for split, parts in splits.items():
-        if len({BUILDERS[f.suffix] for f in parts}) > 1:
-            raise DatasetError(f"split {split!r} of {path} mixes formats: {', '.join(f.name for f in parts)}.")
+        _check_parts(folder, split, parts)
     return splits
+
+
+def _split_name(file: Path) -> str:
+    return _SHARD.sub("", file.name.split(".")[0] if file.suffix.lower() in COMPRESSED else file.stem)
+
+
+def _looks_like_rows(file: Path, splits: dict) -> bool:
+    """Whether it is a table, or rows that are packed in a way that is not read; archives of media are neither."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    packed = len(suffixes) > 1 and suffixes[-2] in ROWS
+    return packed or (bool(suffixes) and suffixes[-1] in OTHER_TABLES and file.name.split(".")[0] in splits)
+
+
+def _check_parts(folder: Path, split: str, parts: list[Path]) -> None:
+    """Raises DatasetError for formats that mix, shards of several sets, and shards that are missing."""
+    names = ", ".join(part.name for part in parts)
+    if len({row_format(part) for part in parts}) > 1:
+        raise DatasetError(f"split {split!r} of {folder} mixes formats: {names}. Keep one of them.")
+    shards = [_SHARD.search(part.name.split(".")[0]) for part in parts]
+    totals = {shard and int(shard[2]) for shard in shards}
+    if totals == {None} and len(parts) == 1:
+        return
+    numbers = [int(shard[1]) for shard in shards if shard]
+    if len(totals) > 1 or None in totals or len(set(numbers)) < len(numbers):
+        raise DatasetError(
+            f"split {split!r} of {folder} is there more than once: {names}. Keep one file, or one set of shards."
+        )
+    (total,) = totals
+    first = 1 if total in numbers else 0
+    missing = sorted(set(range(first, first + total)) - set(numbers))
+    if missing:
+        raise DatasetError(
+            f"split {split!r} of {folder} has {len(parts)} of its {total} shards; the ones with the numbers "
+            f"{', '.join(map(str, missing))} are missing. Fetch them again, or rename those that are there."
+        )
 
 
 def _load_local(split: Any, streaming: bool) -> Dataset | IterableDataset:
     if not isinstance(split, list):
         return split.to_iterable_dataset() if streaming else split
+    if row_format(split[0]) == "json":
+        return stream_json(split) if streaming else load_json(split)
     files = [str(file) for file in split]
     try:
-        return load_dataset(BUILDERS[split[0].suffix], data_files=files, split="train", streaming=streaming)
+        # A folder of its own for each state of the files: `datasets` knows them by their time alone.
+        state = json.dumps([[str(file.resolve()), *file_identity(file)] for file in split])
+        cache = cache_folder() / "parquet" / hashlib.sha256(state.encode()).hexdigest()[:32]
+        return load_dataset("parquet", data_files=files, split="train", streaming=streaming, cache_dir=str(cache))
     except Exception as error:  # `datasets` wraps the builder's errors in one of its own
         reason = error.__cause__ or error
         raise DatasetError(f"{', '.join(files)} cannot be read as rows: {reason}") from error

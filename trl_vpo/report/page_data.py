@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.files import open_packed
 from trl_vpo.report.page_row import as_json, plain
 
 ROWS, REJECTED, SUMMARY = "rows.jsonl", "rejected.jsonl", "summary.json"  # of a generation run's folder
@@ -39,13 +40,13 @@ def read_examples(dataset: str | Path, split: str, config: str | None = None) ->
     path = Path(dataset)
     if (path / ROWS).is_file() and split == "train":
         return _read_files([path / ROWS])
-    from trl_vpo.data.sources import BUILDERS, DatasetError, local_splits, named_splits
+    from trl_vpo.data.sources import DatasetError, local_splits, named_splits, row_format
 
     if (path / "shards").is_dir() and (path / "settings.json").is_file() and not (path / ROWS).is_file():
         raise DatasetError(f"{path} is a run that is not finished. Give its command again, and view it then.")
-    if path.suffix in BUILDERS or path.exists():
+    if row_format(path) or path.exists():
         files = local_splits(path).get(split)
-        if isinstance(files, list) and BUILDERS[files[0].suffix] == "json":
+        if isinstance(files, list) and row_format(files[0]) == "json":
             return _read_files(files)
     return _read_table(named_splits(str(dataset), [split], config=config)[split])
 
@@ -93,9 +94,9 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def read_json(path: Path) -> Iterator[dict | Unreadable]:
     """The objects of a file of JSON lines, or of a JSON list. Blank lines count for nothing."""
-    with path.open("rb") as file:
+    with open_packed(path) as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        file.seek(0)
+    with open_packed(path) as file:
         if head.startswith(b"["):
             yield from _read_list(path, file.read())
             return

@@ -1,0 +1,218 @@
+"""Files of JSON rows, read line by line: an error names its line, and a column's type comes from all of its rows.
+
+The reader of `datasets` takes types from the first 10 MB (https://github.com/huggingface/datasets/issues/7222), reads
+texts that look like dates as times, and recognises a changed file by its time alone. It can be used again once it
+does none of that.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
+
+from trl_vpo.data.identity import cache_folder
+from trl_vpo.files import UNREADABLE, open_packed, whole
+
+FORMAT = 1  # of the tables in the cache; raise it with a change to what is written
+ROWS_AT_ONCE = 1000
+MIXED = "mixed"
+BOM = b"\xef\xbb\xbf"
+
+
+class DatasetError(ValueError):
+    """A dataset, a split or a line that is not there or cannot be read. The message says where and what to do."""
+
+
+def load_json(files: list[Path]) -> Dataset:
+    """The rows of files in their order, as a table in the cache of `datasets` that is named after their contents.
+
+    A column whose values have one type keeps it; any other keeps its values as they are, as `datasets.Json`.
+
+    Raises:
+        DatasetError: a file or one of its lines cannot be read, or the table cannot be written.
+    """
+    path = cache_folder() / "rows" / f"{_digest(files)}.arrow"
+    if not path.exists():
+        features = Features({name: _feature(kind) for name, kind in _kinds(files).items()})
+        if not features:
+            raise DatasetError(f"{', '.join(map(str, files))}: no rows.")
+        try:
+            with whole(path) as part:
+                _write(read_json(files), features, part)
+        except OSError as error:
+            raise DatasetError(
+                f"the rows of {files[0]} cannot be written to {path} ({error}). Free space there, or let the "
+                "environment variable HF_DATASETS_CACHE name another folder."
+            ) from error
+    return Dataset.from_file(str(path))
+
+
+def stream_json(files: list[Path]) -> IterableDataset:
+    """The rows of files in their order, read when they are asked for; each file is a shard."""
+    return IterableDataset.from_generator(read_json, gen_kwargs={"files": list(files)})
+
+
+def read_json(files: Iterable[Path]) -> Iterator[dict]:
+    """The rows of JSON lines or JSON lists, compressed or not.
+
+    Raises:
+        DatasetError: a line is not UTF-8, not JSON, or not an object; the message names it.
+    """
+    return (row for _, row in _located(files))
+
+
+def _located(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
+    """Each row behind its place, for messages."""
+    for path in files:
+        for kind, number, raw in raw_records(path):
+            where = f"{path}, {kind} {number}"
+            try:
+                row = parse_record(raw)
+            except ValueError as error:
+                raise DatasetError(f"{where}: {error}") from error
+            yield where, row
+
+
+def raw_records(path: Path) -> Iterator[tuple[str, int, Any]]:
+    """("line", number, bytes) of JSON lines or ("item", number, object) of a JSON list, numbered from 1.
+
+    Raises:
+        DatasetError: the file cannot be read, or begins as a list and is not one.
+    """
+    try:
+        with open_packed(path) as file:
+            first = next((line for line in file if line.lstrip(BOM).strip()), b"").lstrip(BOM)
+        with open_packed(path) as file:
+            if not first.lstrip().startswith(b"["):
+                for number, line in enumerate(file, 1):
+                    if line.lstrip(BOM).strip():
+                        yield "line", number, line
+                return
+            try:
+                items = json.loads(_decode(file.read()))
+            except (ValueError, RecursionError) as error:
+                raise DatasetError(f"{path}: begins as a JSON list but is not one: {error}") from error
+    except UNREADABLE as error:
+        raise DatasetError(f"{path} cannot be read ({error}). Check it, or fetch or write it again.") from error
+    for number, item in enumerate(items, 1):
+        yield "item", number, item
+
+
+def parse_record(raw: Any) -> dict:
+    """The object of a line or of an item.
+
+    Raises:
+        ValueError: says what it is instead.
+    """
+    record = raw
+    if isinstance(raw, bytes):
+        try:
+            record = json.loads(_decode(raw))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"not JSON ({error}). Write one record per line, or all in one list.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"is a JSON {type(record).__name__}, not an object with fields.")
+    return record
+
+
+def _decode(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8", "replace")[-40:]
+        raise ValueError(
+            f"byte {raw[error.start]:#04x} behind {before!r} is not UTF-8. Save the file as UTF-8: `iconv -f latin1 "
+            "-t utf-8`, where it is Latin-1."
+        ) from error
+
+
+# --- types of columns ---------------------------------------------------------------------------------------------
+
+
+def _kinds(files: list[Path]) -> dict[str, Any]:
+    """The kind of each column over all rows, in the order in which they appear."""
+    kinds: dict[str, Any] = {}
+    for where, row in _located(files):
+        for name, value in row.items():
+            try:
+                kinds[name] = _merge(kinds.get(name), _kind(value))
+            except ValueError as error:
+                raise DatasetError(f"{where}: `{name}` {error}") from error
+    return kinds
+
+
+def _kind(value: Any) -> Any:
+    """None for null, a name for a plain value, a list of one kind, a dict of kinds, or `MIXED`."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"holds half a surrogate pair (\\u{ord(value[error.start]):x}). Take it out."
+                ) from None
+        return "string"
+    if isinstance(value, dict):
+        kinds = {key: _kind(item) for key, item in value.items()}
+        return kinds if kinds and MIXED not in kinds.values() else MIXED
+    if isinstance(value, list):
+        inner = None
+        for item in value:
+            inner = _merge(inner, _kind(item))
+        return MIXED if inner == MIXED else [inner]
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"holds {value}, a number of more than 64 bits. Write it as a text.")
+    return {bool: "bool", int: "int64", float: "float64"}.get(type(value))
+
+
+def _merge(a: Any, b: Any) -> Any:
+    if a == b or b is None:
+        return a
+    if a is None:
+        return b
+    if isinstance(a, list) and isinstance(b, list):
+        inner = _merge(a[0], b[0])
+        return MIXED if inner == MIXED else [inner]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        merged = {key: _merge(kind, b[key]) for key, kind in a.items()}
+        return MIXED if MIXED in merged.values() else merged
+    return "float64" if {str(a), str(b)} == {"int64", "float64"} else MIXED
+
+
+def _feature(kind: Any) -> Any:
+    if isinstance(kind, dict):
+        return {key: _feature(inner) for key, inner in kind.items()}
+    if isinstance(kind, list):
+        return List(_feature(kind[0]))
+    return Json() if kind == MIXED else Value(kind or "null")
+
+
+def _write(rows: Iterator[dict], features: Features, path: Path) -> None:
+    schema = features.arrow_schema
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            columns = [_column([row.get(field.name) for row in chunk], field.type) for field in schema]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+
+def _column(values: list, kind: pa.DataType) -> pa.Array:
+    if kind == pa.json_():  # encoded here: `datasets` reads a text that is JSON itself, such as "42", as its value
+        values = [None if value is None else json.dumps(value) for value in values]
+    return pa.array(values, kind)
+
+
+def _digest(files: list[Path]) -> str:
+    """Of the contents, whole: a file may be replaced with its old time."""
+    total = hashlib.blake2b(str(FORMAT).encode(), digest_size=16)
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                total.update(path.suffix.encode() + hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise DatasetError(f"{path} cannot be read ({error.strerror or error}). Check its permissions.") from error
+    return total.hexdigest()
