@@ -6,9 +6,8 @@ BIN := .venv/bin
 UV := .uv/bin/uv
 STAMP := .venv/.installed
 EXTRAS := --extra quantization --extra deepspeed --extra judge --extra dev
-LOWEST := .venv-lowest
 
-.PHONY: help install quickstart selfmade study study-quick test test-lowest test-slow lint lock clean
+.PHONY: help install quickstart selfmade study study-quick test test-lowest test-newest test-slow lint lock clean
 
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
@@ -17,11 +16,12 @@ help:
 	@echo "make study-quick  the same with one seed and fewer questions, in outputs/study-quick (minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-lowest  run them in .venv-lowest, with the oldest versions that pyproject.toml allows"
+	@echo "make test-newest  run them in .venv-newest, with the newest versions that pyproject.toml allows"
 	@echo "make test-slow    run the longer ones: FSDP2, ZeRO-2 and ZeRO-3 on two CPU processes, benchmarks, more kills"
 	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
 	@echo "make lint         check style and formatting"
 	@echo "make lock         renew requirements.lock"
-	@echo "make clean        remove outputs and caches (not .venv, .venv-lowest and .uv)"
+	@echo "make clean        remove outputs and caches (not .venv, .venv-lowest, .venv-newest and .uv)"
 
 install: $(STAMP)
 
@@ -50,15 +50,17 @@ study-quick: install
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-# Not locked: whatever the indirect dependencies are today has to go with the lower bounds of the direct ones. Without
-# the extra lmms, as in .venv: lmms-eval has bounds of its own.
-test-lowest: install
-	test -x $(LOWEST)/bin/python || $(UV) venv -q --python 3.11 $(LOWEST)
-	$(UV) pip compile -q pyproject.toml --resolution lowest-direct --upgrade --no-annotate --no-header $(EXTRAS) \
-		--python $(LOWEST)/bin/python -o $(LOWEST)/requirements.txt
-	$(UV) pip sync -q --python $(LOWEST)/bin/python $(LOWEST)/requirements.txt
-	$(UV) pip install -q --python $(LOWEST)/bin/python --no-deps -e .
-	HF_HUB_OFFLINE=1 TRL_VPO_LOWEST=1 $(LOWEST)/bin/python -m pytest $(TESTS)
+# Not locked: whatever the indirect dependencies are today has to go with the lower bounds of the direct ones, and the
+# newest of all with each other. Without the extra lmms, as in .venv: lmms-eval has bounds of its own.
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: test-%: install
+	test -x .venv-$*/bin/python || $(UV) venv -q --python 3.11 .venv-$*
+	$(UV) pip compile -q pyproject.toml --resolution $(RESOLUTION) --upgrade --no-annotate --no-header $(EXTRAS) \
+		--python .venv-$*/bin/python -o .venv-$*/requirements.txt
+	$(UV) pip sync -q --python .venv-$*/bin/python .venv-$*/requirements.txt
+	$(UV) pip install -q --python .venv-$*/bin/python --no-deps -e .
+	HF_HUB_OFFLINE=1 TRL_VPO_VERSIONS=$* .venv-$*/bin/python -m pytest $(TESTS)
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -1,4 +1,4 @@
-"""The ranges of the dependencies: what pyproject.toml allows, what is locked, and what `make test-lowest` installs."""
+"""The ranges of the dependencies: what pyproject.toml allows, what is locked, and what the ends of them install."""
 
 import os
 import re
@@ -17,7 +17,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 APART = {"lmms"}  # lmms-eval pins older versions of av and others: an environment of its own
-LOWEST = os.environ.get("TRL_VPO_LOWEST") == "1"
+ENDS = "test-lowest test-newest: test-%"  # the rule of both targets in the Makefile
+VERSIONS = os.environ.get("TRL_VPO_VERSIONS")  # lowest or newest: set by make
 
 EXTRAS = {name: [Requirement(r) for r in given] for name, given in PROJECT["optional-dependencies"].items()}
 BASE = [Requirement(r) for r in PROJECT["dependencies"]]
@@ -31,7 +32,13 @@ def lower_bound(requirement: Requirement) -> Version:
 
 
 def recipe(target: str) -> str:
-    return re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.M)[1]
+    return re.search(rf"^{target}: .*\n((?:\t.*\n)+)", MAKEFILE, re.M)[1]
+
+
+def locked(requirement: Requirement) -> list[Version]:
+    """One for each platform on which it differs."""
+    name = re.escape(canonicalize_name(requirement.name))
+    return [Version(v) for v in re.findall(rf"^{name}==([^\s;]+)", LOCK, re.M)]
 
 
 @pytest.mark.parametrize("requirement", ALL, ids=str)
@@ -41,13 +48,12 @@ def test_every_dependency_has_one_lower_bound(requirement):
 
 @pytest.mark.parametrize("requirement", INSTALLED, ids=str)
 def test_the_lock_is_within_the_range(requirement):
-    name = canonicalize_name(requirement.name)
-    locked = re.findall(rf"^{re.escape(name)}==([^\s;]+)", LOCK, re.M)
-    assert locked, f"{name} is not in requirements.lock: make lock"
-    assert all(v in requirement.specifier for v in locked), f"{requirement} against {locked}: make lock"
+    found = locked(requirement)
+    assert found, f"{requirement.name} is not in requirements.lock: make lock"
+    assert all(v in requirement.specifier for v in found), f"{requirement} against {found}: make lock"
 
 
-@pytest.mark.skipif(not LOWEST, reason="compares what make test-lowest has installed")
+@pytest.mark.skipif(VERSIONS != "lowest", reason="compares what make test-lowest has installed")
 @pytest.mark.parametrize("requirement", INSTALLED, ids=str)
 def test_the_lowest_versions_are_the_lower_bounds(requirement):
     """A bound that nothing can install, because another dependency asks for more, says less than it seems to."""
@@ -55,18 +61,28 @@ def test_the_lowest_versions_are_the_lower_bounds(requirement):
     assert got == lower_bound(requirement), f"{requirement}, but {got} is the lowest that installs: raise the bound."
 
 
-def test_both_environments_hold_the_same_extras():
+@pytest.mark.skipif(VERSIONS != "newest", reason="compares what make test-newest has installed")
+@pytest.mark.parametrize("requirement", INSTALLED, ids=str)
+def test_the_newest_versions_are_not_older_than_the_locked_ones(requirement):
+    """One package that holds another back would make this a test of old versions."""
+    got = Version(version(requirement.name))
+    assert got in requirement.specifier and got >= max(locked(requirement))
+
+
+def test_all_environments_hold_the_same_extras():
     given = re.findall(r"--extra (\S+)", re.search(r"^EXTRAS := (.*)$", MAKEFILE, re.M)[1])
     assert set(given) == set(EXTRAS) - APART
-    assert all("$(EXTRAS)" in recipe(target) for target in ("lock", "test-lowest"))
+    assert all("$(EXTRAS)" in recipe(target) for target in ("lock", ENDS))
 
 
-def test_the_lowest_environment_is_resolved_and_tested_as_such():
-    commands = recipe("test-lowest")
-    assert "--resolution lowest-direct" in commands and "TRL_VPO_LOWEST=1" in commands
-    python = re.search(r"venv .*--python (\S+) \$\(LOWEST\)", commands)[1]
+@pytest.mark.parametrize(("end", "resolution"), [("lowest", "lowest-direct"), ("newest", "highest")])
+def test_the_ends_are_resolved_and_tested_as_such(end, resolution):
+    commands = recipe(ENDS)
+    assert f"\ntest-{end}: RESOLUTION := {resolution}\n" in MAKEFILE and "--resolution $(RESOLUTION)" in commands
+    assert "TRL_VPO_VERSIONS=$*" in commands
+    python = re.search(r"venv .*--python (\S+) \.venv-\$\*", commands)[1]
     assert f">={python}" == PROJECT["requires-python"]
-    assert ".venv-lowest/" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert f".venv-{end}/" in (ROOT / ".gitignore").read_text(encoding="utf-8").split()
 
 
 def private_users():
