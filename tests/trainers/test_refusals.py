@@ -28,7 +28,6 @@ OTHER = {  # a value that is not TRL's default, for every knob that some method 
     "sync_ref_model": True,
     "ref_model_mixup_alpha": 0.9,
     "ref_model_sync_steps": 7,
-    "dataset_num_proc": 3,
     "label_smoothing_factor": 0.1,
     "include_num_input_tokens_seen": "all",
 }
@@ -83,6 +82,7 @@ def test_every_knob_of_trl_is_used_or_refused():
         "precompute_ref_log_probs",
         "precompute_ref_batch_size",
         "pad_token",
+        "dataset_num_proc",
     }
     undecided = theirs - used - set(METHODS["dpo"][0].refused)
     assert not undecided, f"trl.DPOConfig has new knobs {sorted(undecided)}: use or refuse them in trainers/config.py"

@@ -4,6 +4,7 @@ import copy
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
 from trl_vpo.data.media import VideoOptions
@@ -21,7 +22,6 @@ REFUSED = {
     "truncation_mode": "sequences are never truncated: cutting one may cut its video or its response",
     "label_smoothing_factor": "it belongs to a cross-entropy; the smoothing of preferences is `label_smoothing`",
     "include_num_input_tokens_seen": "every log line has `num_tokens`",
-    "dataset_num_proc": "rows are tokenized in the data loader's workers; set dataloader_num_workers",
 }
 _TRL_FIELDS = fields(DPOConfig)
 LOADING_TOKENS = ("token", "use_auth_token")  # keys of `model_init_kwargs`
@@ -56,6 +56,10 @@ class VisualPreferenceConfig(DPOConfig):
         precompute_cache_dir (`str`, *optional*): where they are kept, `<output_dir>/_reference_cache` by default. Runs
             with the same rows, media settings, processor and reference can share it.
         max_length (`int`, *optional*): prompts with a response longer than this are an error. Nothing is ever cut.
+        dataset_num_proc (`int`, *optional*): taken because TRL's scripts set it. Rows are tokenized in the data
+            loader's workers, so `dataloader_num_workers` is what counts.
+        use_liger_kernel (`bool`, defaults to `False`): Liger's kernels for layers. The LM head is chunked here with
+            or without it.
     """
 
     max_length: int | None = field(
@@ -114,6 +118,8 @@ class VisualPreferenceConfig(DPOConfig):
             choices = own.metadata.get("choices")
             if own.name in ("layout", "check_media", "on_bad_media") and getattr(self, own.name) not in choices:
                 raise ValueError(f"{own.name}={getattr(self, own.name)!r} is not one of {', '.join(choices)}.")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel=True needs the package liger-kernel: `pip install liger-kernel`.")
         if "inputs" in self.include_for_metrics:
             raise ValueError("include_for_metrics cannot have 'inputs': a batch is a tree of prompts and responses.")
         if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
