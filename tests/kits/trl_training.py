@@ -1,0 +1,66 @@
+"""Two short steps of `VisualDPOTrainer`, called as TRL's tests call `DPOTrainer`, and what they moved."""
+
+import torch
+from datasets import Dataset
+
+from trl_vpo import VisualDPOConfig, VisualDPOTrainer
+
+INIT = ("processing_class", "eval_dataset", "ref_model", "data_collator", "compute_metrics", "peft_config")
+INIT += ("quantization_config",)
+SHORT = {
+    "learning_rate": 0.1,
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+def trainer_on(model, rows, folder, **more):
+    """`more`: arguments of the trainer or fields of its config; `rows`: a list of them, or a data set."""
+    init = {key: more.pop(key) for key in INIT if key in more}
+    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
+    args = VisualDPOConfig(str(folder), **{**SHORT, **more})
+    return VisualDPOTrainer(model, args=args, train_dataset=data, **init)
+
+
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def moved(model, before):
+    """Names of the parameters that differ from those of `before`."""
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def train(model, rows, folder, **more):
+    """Train for two steps: (trainer, names of the parameters that moved). The loss of each step was logged."""
+    trainer = trainer_on(model, rows, folder, **more)
+    before = parameters(trainer.model)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(map(torch.isfinite, map(torch.tensor, losses)))
+    assert "train_loss" in trainer.state.log_history[-1]
+    return trainer, moved(trainer.model, before)
+
+
+def trains_all(model, rows, folder, **more):
+    """Full fine-tuning: every parameter moves."""
+    trainer, changed = train(model, rows, folder, **more)
+    assert set(dict(trainer.model.named_parameters())) - changed == set()
+    return trainer
+
+
+def trains_adapter(model, rows, folder, **more):
+    """The adapter moves, all of it; its base and the adapter of the reference do not."""
+    trainer, changed = train(model, rows, folder, **more)
+    lora = {name for name, _ in trainer.model.named_parameters() if "lora_" in name and ".ref." not in name}
+    assert changed == lora and lora
+    return trainer

@@ -1,0 +1,116 @@
+"""What TRL's DPO tests ask of text models and adapters, asked of `VisualDPOTrainer`."""
+
+import json
+
+import pytest
+import torch
+from families import write_model
+from kits.trl_standins import TEXT_MODELS, conversations, plain, text_standin
+from kits.trl_training import moved, parameters, trainer_on, trains_adapter, trains_all
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+EXPERTS = ["Qwen3-MoE", "GPT-OSS"]  # those whose configs set a coefficient for the load-balancing loss
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_full_fine_tuning(name, hub, tmp_path):
+    more = {"router_aux_loss_coef": 0.0} if name in EXPERTS else {}
+    trains_all(hub(name), conversations(), tmp_path, **more)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_load_balancing_loss(name, hub, tmp_path):
+    with pytest.raises(ValueError, match=r"load-balancing loss.*not implemented.*router_aux_loss_coef=0\.0"):
+        trainer_on(hub(name), conversations(), tmp_path)
+
+
+def test_a_model_object(hub, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(hub("Qwen2.5"))
+    trainer = trains_all(model, plain(), tmp_path)
+    assert trainer.model is model and trainer.ref_model is not model
+
+
+def test_a_given_reference_stays_as_it_was(hub, tmp_path):
+    reference = AutoModelForCausalLM.from_pretrained(hub("Qwen2.5"))
+    before = parameters(reference)
+    trainer = trains_all(hub("Qwen2.5"), plain(), tmp_path, ref_model=reference)
+    assert trainer.ref_model is reference and moved(reference, before) == set()
+
+
+def test_a_synchronised_reference_moves(hub, tmp_path):
+    more = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6}
+    trainer = trainer_on(hub("Qwen2.5"), plain(), tmp_path, **more)
+    before = parameters(trainer.ref_model)
+    trainer.train()
+    assert moved(trainer.ref_model, before) == set(before)
+
+
+def test_float16_weights(hub, tmp_path):
+    trainer = trains_all(hub("Qwen2.5"), plain(), tmp_path, model_init_kwargs={"dtype": torch.float16})
+    assert {p.dtype for m in (trainer.model, trainer.ref_model) for p in m.parameters()} == {torch.float16}
+
+
+def test_trust_remote_code(tmp_path):
+    """The folder brings the class of its model and the class of its config."""
+    model, tokenizer = text_standin("Qwen2.5")
+    folder = tmp_path / "remote"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "own.py").write_text(
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\n\n\nclass OwnConfig(Qwen2Config):\n"
+        "    model_type = 'own'\n\n\nclass OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n",
+        encoding="utf-8",
+    )
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        trainer_on(str(folder), plain(), tmp_path / "out")
+    trainer = trains_all(str(folder), plain(), tmp_path / "out", trust_remote_code=True)
+    assert type(trainer.model).__name__ == type(trainer.ref_model).__name__ == "OwnModel"
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["Qwen2.5", "Qwen3-MoE"])
+def test_a_new_adapter(name, checkpointing, hub, tmp_path):
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"])
+    more = {"router_aux_loss_coef": 0.0} if name in EXPERTS else {}
+    trains_adapter(
+        hub(name), conversations(), tmp_path, peft_config=lora, gradient_checkpointing=checkpointing, **more
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_a_given_adapter(checkpointing, hub, tmp_path):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(hub("Qwen2.5")), LoraConfig())
+    trains_adapter(model, conversations(), tmp_path, gradient_checkpointing=checkpointing)
+
+
+def test_an_adapter_on_the_experts(hub, tmp_path):
+    """Experts are tensors, not layers: `target_parameters` names them."""
+    lora = LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    trains_adapter(hub("Qwen3-MoE"), conversations(), tmp_path, peft_config=lora, router_aux_loss_coef=0.0)
+
+
+def test_full_fine_tuning_with_gradient_checkpointing(hub, tmp_path):
+    trains_all(hub("Qwen2.5"), plain(), tmp_path, gradient_checkpointing=True)
+
+
+def test_four_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, tokenizer = text_standin("Qwen2.5", hidden_size=64, intermediate_size=128)  # what that takes on a CPU
+    folder = write_model(tmp_path / "base", model, tokenizer)
+    more = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "bf16": True}
+    trainer = trains_adapter(folder, plain(), tmp_path / "out", peft_config=LoraConfig(), **more)
+    assert trainer.model.is_loaded_in_4bit
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig()], ids=["full", "adapter"])
+def test_tags_for_the_hub(peft_config, hub, tmp_path):
+    trainer = trainer_on(hub("Qwen2.5"), plain(), tmp_path, peft_config=peft_config)
+    assert {"dpo", "trl"} <= set(trainer.model.model_tags)
