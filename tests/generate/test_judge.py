@@ -81,6 +81,7 @@ def test_right_answers():
         (REPLY.replace("false", "true"), "calls the answer correct and lists differences"),
         (REPLY + '{"correct": true, "differences": []}', "2 different JSON objects"),
         ("{" * 5000, "not valid"),
+        (REPLY.replace("red", "\\ud83d"), "not valid"),
         ('{"a":' * 5000, "not valid"),
     ],
 )

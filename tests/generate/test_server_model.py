@@ -1,8 +1,10 @@
 """A model behind a server, against a real HTTP server on loopback that behaves as each test says."""
 
 import base64
+import gzip
 import io
 import itertools
+import json
 import logging
 import socket
 import sys
@@ -214,6 +216,12 @@ def test_answers_that_are_none(serve, fast):
         "thinking": said("<think>well, well", finish="stop"),
         "refused": refused(400, f"prompt of 9000 tokens is too long for {KEY}"),
         "large": Reply(b"<html>too large</html>", 413),
+        "half": Reply(b'{"choices": [{"message": {"content": "a dog \\ud83d"}, "finish_reason": "stop"}]}'),
+        "half error": Reply(b'{"error": {"message": "bad \\ud83d"}}', 422),
+        "image": said("<image> a dog"),
+        "pad": said("a dog<|image_pad|>"),
+        "turn": said("a dog<|im_end|>\n<|im_start|>user"),
+        "no token": said("a <b>dog</b> | <1> |>"),
     }
     server = serve(behave=lambda _, body: replies[body["messages"][0]["content"]])
     model = model_of(server)
@@ -228,6 +236,12 @@ def test_answers_that_are_none(serve, fast):
         "thinking": Failure("empty answer"),
         "refused": Failure("the server refused the request (400): prompt of 9000 tokens is too long for <API key>"),
         "large": Failure("the server refused the request (413): <html>too large</html>"),
+        "half": Failure("the answer holds half a surrogate pair, which is no text"),
+        "half error": Failure("the server refused the request (422): bad ?"),
+        "image": Failure("the answer holds '<image>', a token of templates"),
+        "pad": Failure("the answer holds '<|image_pad|>', a token of templates"),
+        "turn": Failure("the answer holds '<|im_end|>', a token of templates"),
+        "no token": "a <b>dog</b> | <1> |>",
     }
     assert len(server.seen) == len(replies)  # nothing of this was asked twice
 
@@ -304,6 +318,30 @@ def test_a_slow_answer_is_waited_for_while_it_comes(serve):
     server = serve(Reply(said("fine").body, pauses=(0.2,) * 5))
     assert model_of(server, timeout=0.5).answer([asked()], SAMPLING) == ["fine"]
     assert len(server.seen) == 1
+
+
+def test_endless_answers_are_not_read(serve, fast, monkeypatch):
+    monkeypatch.setattr(server_module, "LARGEST_ANSWER", 1000)
+    monkeypatch.setattr(server_module, "LONGEST_ANSWER", 1)
+    plain = json.dumps(said("a" * 900).body).encode()
+    bomb = gzip.compress(b" " * 2**20 + plain)
+    server = serve(said("a" * 2000), Reply(bomb, headers={"content_encoding": "gzip"}), Reply(plain))
+    assert model_of(server).answer([asked()], SAMPLING) == ["a" * 900]
+    assert {headers["accept-encoding"] for _, _, headers, _ in server.seen} == {"identity"}
+    assert "an answer of more than 1000 bytes" in stopped(model_of(serve(said("a" * 2000))), [asked()] * 2)
+    assert "an answer of more than 1000 bytes" in stopped(model_of(serve(refused(500, "a" * 2000))), [asked()] * 2)
+    drips = serve(Reply(plain, pauses=(0.1,) * 50))
+    begun = time.monotonic()
+    assert "an answer that takes longer than 0.3 s" in stopped(model_of(drips, timeout=0.3, max_retries=0))
+    assert time.monotonic() - begun < 3
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_does_not_take_the_key_along(serve, status):
+    other = serve(said("stolen"))
+    server = serve(Reply(b"", status, {"location": f"{other.url}/chat/completions?key={KEY}"}))
+    assert f"redirects to {other.url}/chat/completions: give the address" in stopped(model_of(server))
+    assert other.seen == [] and len(server.seen) == 1
 
 
 @pytest.mark.parametrize("reply", [refused(500, "boom"), Reply(hang_up=True), refused(429, "slow down")])

@@ -182,6 +182,7 @@ def _only_object(reply: str, read: Callable[[dict], Any]) -> Any:
     while (at := text.find("{", at)) >= 0:
         try:
             value, at = _DECODER.raw_decode(text, at)
+            json.dumps(value, ensure_ascii=False).encode()  # raises at half a surrogate pair
             value = read(value)
         except JudgeError as error:
             faults.append(str(error))

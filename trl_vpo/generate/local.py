@@ -17,7 +17,7 @@ from trl_vpo.data.rows import Row, RowError, check_accepted, place_media
 from trl_vpo.forward.layouts import merge_media
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.generate.base import AnsweringModel, Failure, GenerateError, Request, Sampling
-from trl_vpo.generate.reading import without_reasoning
+from trl_vpo.generate.reading import unusable, without_reasoning
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +178,8 @@ class LocalModel(AnsweringModel):
         end = next((i for i, token in enumerate(ids) if token in self._ends), None)
         if end is None:
             return Failure(f"cut off after {len(ids)} tokens")
-        text = self._collator.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return without_reasoning(text) or Failure("empty answer")
+        text = without_reasoning(self._collator.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        return unusable(text) or text
 
     @torch.no_grad()
     def _score(self, waiting: list[tuple[int, None, Tree]]) -> list[float]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from trl_vpo.data.phrases import split_words
+from trl_vpo.generate.base import Failure
 
 RIGHT, WRONG, UNDECIDED = "right", "wrong", "undecided"
 
@@ -113,6 +114,22 @@ def without_reasoning(response: str, thinking: bool = False) -> str:
     _, closed, text = response.rpartition("</think>")
     text = text.strip()
     return "" if text.startswith("<think>") or (thinking and not closed) else text
+
+
+# Placeholders of media and what else templates use: `<image>`, `<|vision_start|>`, `<end_of_turn>` and their like.
+_CONTROL = re.compile(
+    r"<\|[^\s|<>]{1,40}\|>|\[/?(?:INST|IMG(?:_\w+)?)\]"
+    r"|</?(?:image|video|img|audio|IMG_CONTEXT|MASK|s|eos|bos|pad|\w+_of_(?:turn|text|image|utterance)"
+    r"|(?:image|video)_(?:soft_)?(?:token|pad))>"
+)
+
+
+def unusable(answer: str) -> Failure | None:
+    """Return why an answer cannot become a response to train on: it is empty or holds a template's own tokens."""
+    if not answer:
+        return Failure("empty answer")
+    token = _CONTROL.search(answer)
+    return Failure(f"the answer holds {token[0]!r}, a token of templates") if token else None
 
 
 def opens_thoughts(prompt: str) -> bool:

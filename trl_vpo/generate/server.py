@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from trl_vpo.generate.base import AnsweringModel, Failure, GenerateError, Request, Sampling
 from trl_vpo.generate.payload import chat_messages, every_frame
-from trl_vpo.generate.reading import without_reasoning
+from trl_vpo.generate.reading import unusable, without_reasoning
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ LONGEST_PAUSE = 60.0  # seconds between attempts, where the server does not name
 LONGEST_RETRY_AFTER = 600.0  # seconds that a server's Retry-After is waited for
 SEED_BITS = 31  # some servers keep a seed in a signed 32-bit integer
 SAID = 300  # characters of a server's message that are shown
+LARGEST_ANSWER = 1 << 24  # bytes
+LONGEST_ANSWER = 10  # times `timeout`, from the first byte of an answer to its last
 RUN_STATUS = {  # what a status says about every request, and what to do
     401: "it does not accept the API key in {key}: set that variable to a valid key",
     402: "the account behind the API key in {key} cannot pay: top it up",
@@ -92,7 +94,8 @@ class ServerModel(AnsweringModel):
         url: base URL, as http://HOST:PORT/v1.
         model: the model's name on the server.
         api_key_env: environment variable with the API key; servers without keys need none.
-        timeout: seconds without a byte from the server that end an attempt; an answer that keeps coming is waited for.
+        timeout: seconds without a byte from the server that end an attempt; an answer that keeps coming is waited for,
+            up to ten times as long.
         max_retries: attempts after the first.
         max_requests: most requests, every attempt counted; or `budget`, which several models may share.
         concurrency: requests in flight.
@@ -125,11 +128,17 @@ class ServerModel(AnsweringModel):
         self._concurrency = concurrency
         self._media, self._max_pixels = media, max_pixels
         try:
-            from openai import OpenAI
+            import openai
         except ImportError as error:
             raise GenerateError("a model behind a server needs openai: pip install trl-vpo[judge]") from error
         # The client's own attempts would not be counted.
-        self._client = OpenAI(base_url=url, api_key=self._key or "none", timeout=timeout, max_retries=0)
+        self._client = openai.OpenAI(
+            base_url=url,
+            api_key=self._key or "none",
+            timeout=timeout,
+            max_retries=0,
+            http_client=_careful_client(timeout),
+        )
         self._lock = threading.Lock()
         self._replied = 0  # requests that the server replied to, be it with a refusal
         self._refused = 0  # requests that it refused
@@ -218,6 +227,8 @@ class ServerModel(AnsweringModel):
             raise _AttemptFailed(f"no answer within {self._timeout:g} s", "request") from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
+            if isinstance(cause, _AttemptFailed):
+                raise cause from None
             raise _AttemptFailed(self._clean(f"no connection ({type(cause).__name__}: {cause})"), "server") from None
         except openai.APIStatusError as error:
             refused = error.response
@@ -233,6 +244,9 @@ class ServerModel(AnsweringModel):
     def _refusal(self, response: Any, hint: str) -> Failure:
         """What an HTTP error means: the end of the run, another attempt, or the end of this request."""
         status, said = response.status_code, _said(self._clean(response.text))
+        if 300 <= status < 400:
+            where = self._clean(urljoin(self.url, response.headers.get("location", "")).partition("?")[0])
+            raise GenerateError(f"{self.url} redirects to {where}: give the address that answers itself.")
         if status in RUN_STATUS:
             remedy = RUN_STATUS[status].format(key=self._key_env)
             raise GenerateError(f"{self.url} refuses requests to {self.model!r} ({status}): {remedy}. It says: {said}")
@@ -252,6 +266,9 @@ class ServerModel(AnsweringModel):
             if isinstance(text, list):
                 text = "".join(part["text"] for part in text if part["type"] == "text")
             text = without_reasoning(text or "")
+            text.encode()
+        except UnicodeEncodeError:
+            return Failure("the answer holds half a surrogate pair, which is no text")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             start = self._clean(content.decode(errors="replace"))[:SAID]
             raise _AttemptFailed(f"malformed answer: {start!r}", "answer") from None
@@ -259,7 +276,7 @@ class ServerModel(AnsweringModel):
             return Failure(f"cut off after {sampling.max_new_tokens} tokens")
         if finish == "content_filter":
             return Failure("stopped by the server's content filter")
-        return text or Failure("empty answer")
+        return unusable(text) or text
 
     # --- when it fails -----------------------------------------------------------------------------------------------
 
@@ -300,6 +317,37 @@ class ServerModel(AnsweringModel):
         return text.replace(self._key, "<API key>") if self._key else text
 
 
+def _careful_client(timeout: float) -> Any:
+    """Return an HTTP client that follows no redirect, which would take the key along, and reads no endless answer."""
+    import openai
+
+    class Client(openai.DefaultHttpxClient):
+        def send(self, request: Any, *, stream: bool = False, **kwargs: Any) -> Any:
+            response = super().send(request, stream=True, **kwargs)
+            try:
+                content = _bounded(response, LONGEST_ANSWER * timeout)
+            finally:
+                response.close()
+            return type(response)(response.status_code, headers=response.headers, content=content, request=request)
+
+    return Client(follow_redirects=False, headers={"accept-encoding": "identity"})
+
+
+def _bounded(response: Any, seconds: float) -> bytes:
+    """The body of a response that is read as it comes."""
+    coding = response.headers.get("content-encoding", "identity")
+    if coding != "identity":  # it may be small and inflate to gigabytes
+        raise _AttemptFailed(f"an answer in the encoding {coding[:SAID]!r}, which was not asked for", "answer")
+    content, end = bytearray(), time.monotonic() + seconds
+    for part in response.iter_bytes():
+        content += part
+        if len(content) > LARGEST_ANSWER:
+            raise _AttemptFailed(f"an answer of more than {LARGEST_ANSWER} bytes", "answer")
+        if time.monotonic() > end:
+            raise _AttemptFailed(f"an answer that takes longer than {seconds:g} s", "request")
+    return bytes(content)
+
+
 def _shown(url: str) -> str:
     """The URL as messages and records show it: without user, password and query."""
     parts = urlsplit(url)
@@ -318,7 +366,7 @@ def _said(body: str) -> str:
         if isinstance(found, dict) and key in found:
             found = found[key]
     text = found if isinstance(found, str) else json.dumps(found)
-    return text.strip()[:SAID] or "nothing"
+    return text.encode(errors="replace").decode().strip()[:SAID] or "nothing"
 
 
 def _retry_after(headers: Any) -> float | None:
