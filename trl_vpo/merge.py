@@ -89,7 +89,9 @@ def merge(
     notes = _notes(adapter, given, base)
     model = _merged(model, adapter, saved_as)
     source = adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES) else base
-    processor = AutoProcessor.from_pretrained(source, **(common if source is base else {}))
+    processor = AutoProcessor.from_pretrained(
+        source, **(common if source is base else {"trust_remote_code": trust_remote_code})
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=out.parent) as folder:
         whole = Path(folder) / out.name

@@ -1,5 +1,8 @@
 """Zero-shot detectors: the real classes at tiny size, loaded by name, against their own post-processing."""
 
+import contextlib
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from PIL import Image
 from trl_vpo.generate.base import GenerateError
 from trl_vpo.generate.boxes import clip_box
 from trl_vpo.generate.detectors import Detector
+from trl_vpo.generate.segment import Segmenter
 
 KINDS = ("grounding-dino", "mm-grounding-dino", "owlv2")
 LOW = {"grounding-dino": 0.4, "mm-grounding-dino": 0.005, "owlv2": 0.3}  # scores that random weights reach
@@ -136,3 +140,31 @@ def test_detectors_that_cannot_be_used(folders, images, tmp_path):
         broken.model.class_head.dense0.weight.fill_(float("nan"))
     with pytest.raises(GenerateError, match="are nan"):
         broken.detect([images[0]], [["dog"]])
+
+
+@pytest.mark.parametrize("kind, loader", [("grounding-dino", Detector), ("owlv2", Detector), ("sam2", Segmenter)])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "processor_config.json"])
+def test_code_beside_the_weights_is_never_run(kind, loader, file, tmp_path, monkeypatch):
+    """Neither is a question about it asked, which `yes |` would answer."""
+    save(kind, tmp_path)
+    (tmp_path / "evil.py").write_text("open('ran', 'w'); raise SystemExit")
+    path = tmp_path / file
+    config = json.loads(path.read_text()) if path.exists() else {}
+    autos = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoImageProcessor", "AutoModelForZeroShotObjectDetection")
+    config = {"auto_map": dict.fromkeys(autos, "evil.Evil")} | config
+    if file == "config.json":
+        config |= {"model_type": "evil"}
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(GenerateError):  # a known class is loaded all the same
+        loader(str(tmp_path), device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind, loader", [("owlv2", Detector), ("sam2", Segmenter)])
+def test_damaged_weights_are_an_error_with_their_path(kind, loader, tmp_path):
+    save(kind, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(GenerateError, match=f"{tmp_path} cannot be loaded"):
+        loader(str(tmp_path), device="cpu")

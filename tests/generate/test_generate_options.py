@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from trl_vpo import cli
 from trl_vpo.generate import progress
 from trl_vpo.generate.base import GenerateError
 from trl_vpo.generate.progress import Bar, duration
@@ -170,8 +171,11 @@ def test_the_log_of_a_run(inputs, tmp_path, capfd):
 def test_when_nothing_is_kept(inputs, tmp_path, capsys):
     rows = [{**row, "video": "gone.mp4"} for row in lines(inputs["clip"])[:2]]
     dataset = testbed_rows.write_jsonl(rows, tmp_path / "in.jsonl")
-    assert generate("rrpo", dataset, tmp_path / "run")["rows"] == 0
-    out = capsys.readouterr().out
+    argv = ["generate", "rrpo", "--dataset_name", dataset, "--output_dir", tmp_path / "run", "--device", "cpu"]
+    assert cli.main([*map(str, argv), "--model_name_or_path", str(BASE)]) == 1
+    captured = capsys.readouterr()
+    assert "no row was made of 2 inputs (unreadable media: 2)" in captured.err
+    out = captured.out
     assert "No input gave a row" in out and "rows to train on" not in out and "rejected.jsonl" in out
 
 

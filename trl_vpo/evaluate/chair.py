@@ -178,10 +178,17 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     its synonyms, separated by commas. Empty lines are skipped.
 
     Raises:
-        ValueError: two lines begin with the same name, or a file without objects.
+        ValueError: a file that cannot be read, two lines that begin with the same name, or no object.
     """
     table: dict[str, list[str]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), start=1):
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"synonyms: {path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"synonyms: {path}, line {line}: {error.reason}. Save the file as UTF-8.") from error
+    for number, line in enumerate(lines, start=1):
         words = [word.strip() for word in line.split(",") if word.strip()]
         if not words:
             continue

@@ -55,15 +55,17 @@ class Detector:
     ):
         from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
 
+        from trl_vpo.generate.models import LOAD_ERRORS, OWN_CODE
+
         self.name = name
         try:
-            self.kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+            self.kind = AutoConfig.from_pretrained(name, revision=revision, **OWN_CODE).model_type
             if self.kind in THRESHOLDS:
-                self.processor = AutoProcessor.from_pretrained(name, revision=revision)
+                self.processor = AutoProcessor.from_pretrained(name, revision=revision, **OWN_CODE)
                 model = AutoModelForZeroShotObjectDetection.from_pretrained(
-                    name, revision=revision, dtype=dtype, use_safetensors=True
+                    name, revision=revision, dtype=dtype, use_safetensors=True, **OWN_CODE
                 )
-        except (OSError, ValueError, ImportError) as error:
+        except LOAD_ERRORS as error:
             raise GenerateError(f"the detector {name} cannot be loaded: {error}") from error
         if self.kind not in THRESHOLDS:
             types = ", ".join(THRESHOLDS)

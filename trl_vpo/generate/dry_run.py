@@ -13,6 +13,7 @@ from trl_vpo.data.images import MediaError
 from trl_vpo.generate.base import GenerateError, InputError, InputRow, Media, Pipeline, Request
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.inputs import load_media
+from trl_vpo.generate.models import LOAD_ERRORS
 
 TILE = 160  # pixels, height of a frame on a sheet
 
@@ -57,7 +58,7 @@ def _processor(pipeline: Pipeline, config: GenerateConfig):
         processor = AutoProcessor.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
+    except LOAD_ERRORS as error:
         raise GenerateError(f"the processor of {name} cannot be loaded: {error}") from error
     if getattr(processor, "chat_template", None) is None:
         raise GenerateError(f"{name} has no chat template, so it cannot be asked anything: use its chat version.")

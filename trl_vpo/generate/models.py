@@ -10,11 +10,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from trl_vpo.generate.base import AnsweringModel, GenerateError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.server import RequestBudget, ServerModel
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # of files that are no model
+OWN_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal, and `yes |` answers
 
 
 def answering_model(config: GenerateConfig, budget: RequestBudget | None = None) -> AnsweringModel:
@@ -81,7 +85,7 @@ def _load(config: GenerateConfig) -> AnsweringModel:
             use_safetensors=True,
             **common,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except LOAD_ERRORS as error:
         raise GenerateError(f"{name} cannot be loaded as a vision-language model: {error}") from error
     local = Path(name).exists()
     record = {

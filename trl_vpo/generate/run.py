@@ -20,7 +20,7 @@ from typing import Any
 
 from trl_vpo.data.images import MediaError
 from trl_vpo.generate import METHODS
-from trl_vpo.generate.base import InputError, InputRow, Media, Outcome, Pipeline
+from trl_vpo.generate.base import GenerateError, InputError, InputRow, Media, Outcome, Pipeline
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.inputs import Inputs, digest, load_media, read_inputs
 from trl_vpo.generate.shards import check_settings
@@ -69,7 +69,7 @@ def run_generation(method: str, argv: list[str]) -> dict[str, Any] | None:
 
     Raises:
         RecipeError, ValueError: the recipe cannot be used.
-        GenerateError: the inputs, the models or the run's folder cannot be.
+        GenerateError: the inputs, the models or the run's folder cannot be; or no input gave a row.
         SystemExit: Ctrl-C, with 130; what was finished stays.
     """
     config = make_parser(method).parse(argv)[0]
@@ -104,6 +104,12 @@ def _generate(method: str, config: GenerateConfig, rank: int, world_size: int) -
         from trl_vpo.generate.shown import show_summary
 
         show_summary(summary, config.output_dir)
+        if not summary["rows"]:
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in summary["rejected_by_kind"].items())
+            raise GenerateError(
+                f"no row was made of {summary['inputs']} inputs ({kinds}). {config.output_dir}/rejected.jsonl says why "
+                "of each."
+            )
     elif rank == 0:
         print("This worker is done. The last one writes rows.jsonl; if one died, start the same command again.")
     return summary

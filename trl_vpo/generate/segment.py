@@ -36,13 +36,16 @@ class Segmenter:
         from transformers import AutoConfig, Sam2Model, Sam2Processor
 
         from trl_vpo.generate.detectors import pick_device
+        from trl_vpo.generate.models import LOAD_ERRORS, OWN_CODE
 
         try:
-            kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+            kind = AutoConfig.from_pretrained(name, revision=revision, **OWN_CODE).model_type
             if kind in KINDS:
-                self.processor = Sam2Processor.from_pretrained(name, revision=revision)
-                model = Sam2Model.from_pretrained(name, revision=revision, dtype=dtype, use_safetensors=True)
-        except (OSError, ValueError, ImportError) as error:
+                self.processor = Sam2Processor.from_pretrained(name, revision=revision, **OWN_CODE)
+                model = Sam2Model.from_pretrained(
+                    name, revision=revision, dtype=dtype, use_safetensors=True, **OWN_CODE
+                )
+        except LOAD_ERRORS as error:
             raise GenerateError(f"the mask model {name} cannot be loaded: {error}") from error
         if kind not in KINDS:
             raise GenerateError(f"the mask model {name} is of type {kind!r}: name a SAM 2.")

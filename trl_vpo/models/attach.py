@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -60,7 +61,7 @@ def attach_adapter(
             )
     except AdapterError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
         raise AdapterError(f"{misfit}: {first}") from error
     _refuse_strays(loaded.missing_keys, loaded.unexpected_keys, misfit)

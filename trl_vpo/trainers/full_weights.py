@@ -25,6 +25,7 @@ def load_full_weights(trainer: Any, folder: Path) -> None:
     if saved_tensors(folder) <= set(model.state_dict()):
         return
     kinds = {p.dtype for p in model.parameters()}
-    loaded = type(model).from_pretrained(folder, dtype=kinds.pop() if len(kinds) == 1 else torch.float32)
+    dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+    loaded = type(model).from_pretrained(folder, dtype=dtype, use_safetensors=True)  # a pickle may run code
     model.load_state_dict(loaded.state_dict())
     logger.warning(f"The weights were read from {folder} by from_pretrained: the file has other names for them.")
