@@ -131,6 +131,7 @@ def test_same_loss_and_gradients(kind, full, layout, images, tmp_path):
 def test_same_training(kind, images, tmp_path):
     """Three steps: every number that TRL logs, in training and evaluation, and the weights at the end."""
     more = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "max_grad_norm": 0.5, "warmup_steps": 1}
+    more |= {"optim": "sgd", "learning_rate": 1.0}  # Adam makes whole steps of gradients that are rounding alone
     ours, theirs = pair(kind, images, tmp_path, **more)
     for trainer in (ours, theirs):
         trainer.train()
@@ -139,6 +140,5 @@ def test_same_training(kind, images, tmp_path):
         assert set(want) <= set(got) <= set(want) | OURS | {f"eval_{key}" for key in OURS}
         for key in set(want) - NOT_COMPARED:
             assert got[key] == pytest.approx(want[key], rel=2e-4, abs=2e-5), key
-    # Adam's first steps blow rounding up where a gradient is nearly zero, so whole adapters are compared.
     got, want = (torch.cat([p.flatten() for p in trainable(t.model).values()]) for t in (ours, theirs))
-    assert (got - want).norm() <= 1e-4 * want.norm()
+    assert (got - want).norm() <= 1e-6 * want.norm()
