@@ -15,8 +15,8 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.importers import import_rows
 from trl_vpo.data.rows import read_row
 from trl_vpo.generate.base import GenerateError
-from trl_vpo.generate.run import weights_digest
 from trl_vpo.generate.shards import read_outcomes, read_settings
+from trl_vpo.runs.digests import weights_digest
 from trl_vpo.testbed import rows as testbed_rows
 from trl_vpo.testbed.tiny_vlm import BASE
 

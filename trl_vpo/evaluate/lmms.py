@@ -221,7 +221,7 @@ def _check_judge(name: str, tasks: list[str]) -> None:
 
 def _record(config: GenerateConfig, limit: int | None, version: str) -> dict[str, Any]:
     from trl_vpo.evaluate.contestants import fingerprint
-    from trl_vpo.generate.run import weights_digest
+    from trl_vpo.runs.digests import weights_digest
 
     values, base = asdict(config), Path(config.model_name_or_path)
     return {key: values[key] for key in FIXED} | {
@@ -235,7 +235,7 @@ def _record(config: GenerateConfig, limit: int | None, version: str) -> dict[str
 def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> dict[str, Any]:
     """What a benchmark takes from files here: `include_path`, if one of its tasks is from there, and VideoHallucer."""
     from trl_vpo.evaluate.lmms_tasks import videohallucer
-    from trl_vpo.generate.run import files_digest
+    from trl_vpo.runs.digests import files_digest
 
     tasks, folder = _tasks(manager, name), None
     if include_path is not None:

@@ -142,7 +142,7 @@ def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Input
     """All that log-probs and answers depend on, but for the base's revision. A run goes on only with the same."""
     from trl_vpo.evaluate.contestants import fingerprint
     from trl_vpo.generate.inputs import digest
-    from trl_vpo.generate.run import weights_digest
+    from trl_vpo.runs.digests import weights_digest
 
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
     base = Path(config.model_name_or_path)

@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -26,6 +26,7 @@ from trl_vpo.generate.inputs import Inputs, digest, load_media, read_inputs
 from trl_vpo.generate.shards import check_settings
 from trl_vpo.generate.store import Run
 from trl_vpo.report.quiet import quiet_libraries
+from trl_vpo.runs.digests import weights_digest
 
 # What a run may change when it is continued: none of it changes an answer.
 FREE = {
@@ -34,11 +35,6 @@ FREE = {
 }  # fmt: skip
 # Settings that may name a folder of weights.
 WEIGHTS = ("model_name_or_path", "from_adapter", "detector", "mask_model")
-# What a model is loaded from: weights, configs, tokenizer, chat templates.
-LOADED = (
-    "*.json", "*.safetensors", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "vocab.txt", "*.model",
-)  # fmt: skip
-WHOLE_BYTES, SAMPLES, SAMPLE_BYTES = 1 << 26, 64, 16384  # tokenizers are read whole
 DECODERS = 2  # threads that decode the next batch while the model answers this one
 
 
@@ -154,32 +150,6 @@ def run_settings(method: str, config: GenerateConfig, inputs: Inputs) -> dict[st
         name: weights_digest(path) for name, path in folders.items() if path and Path(path).is_dir()
     }
     return settings | {"pipeline": method, "inputs": {"count": len(inputs), "fingerprint": digest(inputs)}}
-
-
-def weights_digest(folder: str | Path) -> str:
-    """A fingerprint of what a folder's model is loaded from, so that one changed under its old name is noticed."""
-    paths = {path for pattern in LOADED for path in Path(folder).glob(pattern)}
-    return files_digest(folder, filter(Path.is_file, paths))
-
-
-def files_digest(folder: str | Path, paths: Iterable[Path]) -> str:
-    """A fingerprint of files in a folder: their names there and their contents.
-
-    Of large files it takes the size and samples all over, 1 MB a file: they are read in no time, and training changes
-    numbers everywhere.
-    """
-    total = hashlib.blake2b(digest_size=8)
-    for path in sorted(paths):
-        size = path.stat().st_size
-        total.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            if size <= WHOLE_BYTES:
-                total.update(file.read())
-                continue
-            for start in sorted({(size - SAMPLE_BYTES) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
-                file.seek(start)
-                total.update(file.read(SAMPLE_BYTES))
-    return total.hexdigest()
 
 
 def generated_by(settings: dict) -> dict[str, str | None]:
