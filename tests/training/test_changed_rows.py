@@ -1,0 +1,70 @@
+"""Which rows may change between two parts of a run, and the order of the rest."""
+
+import numpy as np
+import pytest
+from torch.utils.data import BatchSampler, RandomSampler
+from transformers import TrainingArguments
+
+from trl_vpo.training.changed_rows import RemainingRows, Rows, compare_rows, trained_rows
+
+DIGESTS = np.arange(100, 112, dtype=np.uint64)
+
+
+@pytest.fixture
+def args(tmp_path):
+    return TrainingArguments(str(tmp_path), per_device_train_batch_size=2, data_seed=5, use_cpu=True, report_to="none")
+
+
+def order(args, rows=12):
+    """Of the first epoch, as accelerate prepares `Trainer`'s sampler."""
+    from accelerate.data_loader import prepare_data_loader
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(range(rows), sampler=RandomSampler(range(rows)), batch_size=1)
+    return [int(i) for i in prepare_data_loader(loader, use_seedable_sampler=True, data_seed=args.data_seed)]
+
+
+def without(*positions):
+    return np.delete(DIGESTS, positions)
+
+
+def test_the_rows_that_were_trained_on_are_known(args):
+    assert trained_rows(args, Rows(DIGESTS), 3) == order(args)[:6]
+    assert trained_rows(args, Rows(DIGESTS), 6) == list(range(12))
+    args.train_sampling_strategy = "sequential"
+    assert trained_rows(args, Rows(DIGESTS), 2) == [0, 1, 2, 3]
+
+
+def test_a_row_that_was_not_reached_may_go(args):
+    """The others keep the order of the whole, and what is left of it is remembered."""
+    shuffled = order(args)
+    gone = shuffled[8]
+    rows, refused, said = compare_rows(Rows(DIGESTS), without(gone), trained_rows(args, Rows(DIGESTS), 3))
+    assert refused is None and f"1 of 12 rows were taken out (counted from 0: {gone})" in said
+    sampler = RemainingRows(args, rows)
+    left = rows.left()
+    assert [left[i] for i in sampler] == [i for i in shuffled if i != gone]
+    assert len(sampler) == 11 and len(BatchSampler(sampler, 2, False)) == 6
+    again = Rows(rows.digests, rows.gone)
+    assert compare_rows(again, without(gone), trained_rows(args, again, 5))[1:] == (None, None)
+    later = trained_rows(args, again, 5)
+    assert later == [i for i in shuffled if i != gone][:10]
+    assert "trained on before" in compare_rows(again, without(gone, later[9]), later)[1]
+    assert compare_rows(again, without(gone, shuffled[11]), later)[0].gone == sorted([gone, shuffled[11]])
+    assert compare_rows(again, DIGESTS, later)[1].startswith("rows: 11 when it was saved, 12 now")  # not back again
+
+
+def test_what_was_trained_on_may_not_change(args):
+    trained = trained_rows(args, Rows(DIGESTS), 3)
+    for now in (without(trained[0]), np.where(np.arange(12) == trained[5], 7, DIGESTS).astype(np.uint64)):
+        assert "were trained on before" in compare_rows(Rows(DIGESTS), now, trained)[1]
+    assert "and more has changed than that" in compare_rows(Rows(DIGESTS), without(0)[::-1], trained)[1]
+    assert "and more has changed than that" in compare_rows(Rows(DIGESTS), np.append(DIGESTS, DIGESTS[:1]), [])[1]
+
+
+def test_a_row_that_was_not_reached_may_be_mended(args):
+    trained = trained_rows(args, Rows(DIGESTS), 3)
+    mended = order(args)[11]
+    now = np.where(np.arange(12) == mended, 7, DIGESTS).astype(np.uint64)
+    rows, refused, said = compare_rows(Rows(DIGESTS), now, trained)
+    assert refused is None and rows.digests.tolist() == now.tolist() and f"changed (counted from 0: {mended})" in said
