@@ -1,0 +1,55 @@
+"""The folder of a run: who may write to it, and whether it can be written."""
+
+import fcntl
+import multiprocessing
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from trl_vpo.training.output_dir import LOCK, OutputDirError, check_writable, hold_output_dir, remedy
+
+
+def lock_elsewhere(path, locked, done):
+    with open(path, "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        file.write("pid 77 on node-3")
+        file.flush()
+        locked.set()
+        done.wait(60)
+
+
+def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
+    """Also by one that was killed: nothing is left to clean up."""
+    args, context = SimpleNamespace(output_dir=str(tmp_path / "run")), multiprocessing.get_context("fork")
+    with hold_output_dir(args):
+        assert (tmp_path / "run" / LOCK).read_text().startswith(f"pid {os.getpid()} on ")
+    locked, done = context.Event(), context.Event()
+    other = context.Process(target=lock_elsewhere, args=(tmp_path / "run" / LOCK, locked, done))
+    other.start()
+    assert locked.wait(60)
+    message = f"another training writes to output_dir {tmp_path}/run: pid 77 on node-3"
+    with pytest.raises(OutputDirError, match=message), hold_output_dir(args):
+        pass
+    other.kill()
+    other.join()
+    with hold_output_dir(args):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputDirError, match=r"file/run cannot be written: Not a directory\. A file is in its place"):
+        check_writable(tmp_path / "file" / "run")
+    with pytest.raises(OutputDirError, match=r"cannot be written: .*Give user \d+ the right to write there"):
+        check_writable(tmp_path.__class__("/sys/kernel/run"))  # not even root may
+
+
+def test_what_to_do_is_told_by_what_failed(tmp_path):
+    assert "Give user" in remedy(tmp_path, PermissionError(13, "Permission denied"))
+    assert "Give user" in remedy(tmp_path, OSError(30, "Read-only file system"))
+    assert "MiB are free there. Free some space on that disk, or keep fewer" in remedy(
+        tmp_path, OSError(28, "No space")
+    )
+    assert "or raise the quota, or keep fewer" in remedy(tmp_path, OSError(122, "Disk quota exceeded"))
+    assert "MiB are free there" in remedy(tmp_path, RuntimeError("PytorchStreamWriter failed writing file"))

@@ -1,0 +1,120 @@
+"""The folder of a run: one training at a time writes to it, and that it can be written is known before it begins."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+LOCK = ".training.lock"
+FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+class OutputDirError(OSError):
+    """A folder that cannot take the results of a run. Says which, why, and what to do."""
+
+
+@contextmanager
+def hold_output_dir(args: Any) -> Iterator[None]:
+    """Keep other trainings out of `args.output_dir`. All ranks call this, before they load anything.
+
+    The lock (of the main process, for all) ends with its process, however that ends. It is one of POSIX: those go
+    over NFS, and no child process inherits them. A file system without locks is said, and used all the same.
+
+    Raises:
+        OutputDirError: the folder cannot be written, or another training writes to it.
+    """
+    lock, error = None, None
+    if PartialState().is_main_process:
+        try:
+            folder = Path(args.output_dir)
+            check_writable(folder)
+            lock = _lock(folder)
+        except OSError as problem:  # for all ranks: the others would wait
+            error = str(problem)
+    error = broadcast_object_list([error])[0]
+    if error:
+        raise OutputDirError(error)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def check_writable(folder: Path) -> None:
+    """Do what saving does: make the folder, write a file to the disk, rename and delete it.
+
+    Raises:
+        OutputDirError: it fails.
+    """
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("wb") as file:
+                file.write(bytes(4096))
+                file.flush()
+                os.fsync(file.fileno())
+            probe.rename(probe.with_suffix(".renamed"))
+        finally:
+            for path in (probe, probe.with_suffix(".renamed")):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputDirError(
+            f"output_dir {folder} cannot be written: {error.strerror or error}. {remedy(folder, error)}"
+        ) from error
+
+
+def remedy(folder: Path, error: Exception) -> str:
+    """What to do about a failed write below a folder; errors of torch and safetensors do not say why they failed."""
+    number = getattr(error, "errno", None)
+    if number is None:
+        try:
+            check_writable(folder)
+        except OutputDirError as found:
+            number = found.__cause__.errno
+    if number in FORBIDDEN:
+        return f"Give {_user()} the right to write there (mounted read-only?), or name another output_dir."
+    if number in (errno.EEXIST, errno.ENOTDIR):
+        return "A file is in its place. Name another output_dir."
+    free = ""
+    with suppress(OSError):
+        free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there. "
+    quota = " or raise the quota," if number == errno.EDQUOT else ""
+    return f"{free}Free some space on that disk,{quota} or keep fewer checkpoints with save_total_limit."
+
+
+def _user() -> str:
+    return f"user {os.geteuid()}" if hasattr(os, "geteuid") else "this user"
+
+
+def _lock(folder: Path) -> int | None:
+    """The descriptor that holds the lock; None where the file system has none."""
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(file, 200, 0).decode(errors="replace") or "of an unknown process"
+        os.close(file)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise OutputDirError(
+                f"another training writes to output_dir {folder}: {holder}. Two would write over each other's "
+                "checkpoints. Wait until it is done or stop it, or name another output_dir."
+            ) from error
+        print(f"trl-vpo: {folder} has no file locks ({error.strerror}): see to it that no other run writes there.")
+        return None
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
+    return file
