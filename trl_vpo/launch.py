@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STOPPED = 128 + signal.SIGTERM
+STOP = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends USR1 ahead of the end where `--signal=USR1@60` asks for it
 
 
 def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
@@ -103,7 +104,7 @@ def launch(options: list[str], command: list[str]) -> int:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """SIGTERM and SIGINT go on to the processes that this one has started, and not to those that they started.
+    """Signals go on to the processes that this one has started, and not to those that they started.
 
     With several processes torch handles SIGINT itself, from their start on.
     """
@@ -113,11 +114,11 @@ def _signals_passed_on() -> Iterator[None]:
         children = psutil.Process().children()
         if not children:
             raise SystemExit(128 + number)
-        for child in children if number == signal.SIGTERM or not _in_foreground() else []:
+        for child in children if number in STOP or not _in_foreground() else []:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in (*STOP, signal.SIGINT)}
     try:
         yield
     finally:
