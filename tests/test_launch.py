@@ -18,26 +18,35 @@ from trl_vpo.testbed.rows import write_jsonl, write_preferences
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+OURS = [sys.executable, "-m", "trl_vpo.cli", "train"]
+BARE = {
+    "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", "scripts/train.py"],
+    "accelerate two": ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml",
+                       "scripts/train.py"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/train.py"],
+}  # fmt: skip
+
+
 @pytest.fixture
 def start(tmp_path):
-    """Starts a long run through the launcher; gives its process and log once the first checkpoint is whole."""
+    """Starts a long run; gives its process and log once the first checkpoint is whole."""
     _, rows = write_preferences("clip", 10, 3, tmp_path / "clips")
     write_jsonl(rows * 20, tmp_path / "clips.jsonl")  # epochs that are longer than the test
     started = []
 
-    def run(*launch, **recipe):
-        recipe = RECIPE | {"model_name_or_path": BASE, "dataset_name": tmp_path / "clips.jsonl"} | recipe
-        recipe |= {"output_dir": tmp_path / "out", "max_steps": 5000, "save_total_limit": 2}
+    def run(*launch, command=OURS, **recipe):
+        defaults = {"model_name_or_path": BASE, "dataset_name": tmp_path / "clips.jsonl"}
+        defaults |= {"output_dir": tmp_path / "out", "max_steps": 5000, "save_total_limit": 2}
+        recipe = RECIPE | defaults | recipe
         options = [part for key, value in recipe.items() for part in (f"--{key}", str(value))]
-        command = [sys.executable, "-m", "trl_vpo.cli", "train", "rrpo", *options, *launch]
         log = tmp_path / "log.txt"
         with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, env=ENV, cwd=ROOT, start_new_session=True)
+            process = subprocess.Popen(
+                [*command, "rrpo", *options, *launch], stdout=file, stderr=file, env=ENV, cwd=ROOT,
+                start_new_session=True,
+            )  # fmt: skip
         started.append(process)
-        deadline = time.monotonic() + 300
-        while not list((tmp_path / "out").glob("checkpoint-*/complete.json")):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
+        wait_for(lambda: list((tmp_path / "out").glob("checkpoint-*/complete.json")), process, log)
         return process, log
 
     yield run
@@ -46,6 +55,13 @@ def start(tmp_path):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def wait_for(found, process, log):
+    deadline = time.monotonic() + 300
+    while not found():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
 
 
 def training_processes(folder):
@@ -61,23 +77,70 @@ def training_processes(folder):
     return found
 
 
+def saved_when_stopped(log, folder, name="SIGTERM"):
+    """See that the run said where it stopped, that this is saved, and that nothing failed."""
+    text = log.read_text()
+    assert "Error" not in text.replace("ChildFailedError", ""), text
+    stopped = re.search(rf"{name}: stopped after step (\d+) of 5000\. The last complete checkpoint is", text)
+    assert stopped, text
+    step = stopped.group(1)
+    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert state["global_step"] == int(step)
+    assert (folder / f"checkpoint-{step}" / "complete.json").is_file()
+    return text
+
+
+WORKERS = {"dataloader_num_workers": 2, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+WORKERS |= {"test_split_size": 0.1}
+
+
 @pytest.mark.parametrize(
-    "launch",
-    [("--num_processes", "1"), pytest.param(("--accelerate_config", "cpu2"), marks=pytest.mark.distributed)],
-    ids=["one", "two"],
+    ("launch", "recipe"),
+    [
+        (("--num_processes", "1"), {}),
+        pytest.param(("--accelerate_config", "cpu2"), {}, marks=pytest.mark.distributed),
+        pytest.param((), {"dataloader_persistent_workers": True}, marks=pytest.mark.slow),
+        pytest.param((), {"dataloader_multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
+        pytest.param((), {"dataloader_multiprocessing_context": "forkserver"}, marks=pytest.mark.slow),
+    ],
+    ids=["one", "two", "persistent", "spawn", "forkserver"],
 )
-def test_sigterm_to_the_launcher_saves_and_exits_with_143(start, tmp_path, launch):
-    """With workers that load data, which the signal must not reach."""
-    process, log = start(*launch, dataloader_num_workers=1)
-    process.send_signal(signal.SIGTERM)
+def test_sigterm_to_the_whole_job_saves_and_exits_with_143(start, tmp_path, launch, recipe):
+    """As schedulers send it: the launcher, the ranks and the processes that load data get it, and get it again."""
+    process, log = start(*launch, **WORKERS, **recipe)
+    for _ in range(3):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
     assert process.wait(120) == 143, log.read_text()
     assert training_processes(tmp_path / "out") == []
-    text = log.read_text()
-    assert "Traceback" not in text, text
-    step = re.search(r"SIGTERM: stopped after step (\d+) of 5000\. The last complete checkpoint is", text).group(1)
-    state = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").read_text())
-    assert state["global_step"] == int(step)
-    assert (tmp_path / "out" / f"checkpoint-{step}" / "complete.json").is_file()
+    assert "Traceback" not in saved_when_stopped(log, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("launch", [("--num_processes", "1"), ("--accelerate_config", "cpu2")], ids=["one", "two"])
+def test_a_signal_to_the_launcher_alone(start, tmp_path, launch, number):
+    process, log = start(*launch, **WORKERS)
+    process.send_signal(number)
+    assert process.wait(120) == 143, log.read_text()
+    assert training_processes(tmp_path / "out") == []
+    assert "Traceback" not in saved_when_stopped(log, tmp_path / "out", number.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_launchers_of_others(start, tmp_path, name, number):
+    """SIGTERM to the whole job; or the launcher alone is killed, and its processes end by themselves."""
+    process, log = start(command=[sys.executable, *BARE[name]], use_cpu=True, **WORKERS)
+    os.killpg(process.pid, number) if number == signal.SIGTERM else process.kill()
+    process.wait(120)
+    deadline = time.monotonic() + 60
+    while training_processes(tmp_path / "out"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    saved_when_stopped(log, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,13 @@ def batches(log):
         entry = json.loads(line)
         found.setdefault((entry["rank"], entry["step"]), set()).add(tuple(entry["names"]))
     return found
+
+
+def order(log):
+    """The ids of the rows in the order in which they were trained on, by the last attempt at each step."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    last = {(entry["step"], entry["rank"]): entry["names"] for entry in entries}
+    return [re.search(r"id '([^']+)'", name).group(1) for at in sorted(last) for name in last[at]]
 
 
 def said(text):
@@ -257,7 +265,8 @@ def test_a_full_disk(runs, straight):
         assert codes == [1]
         error = text.splitlines()[-1]
         assert f"SaveError: {disk}/out/checkpoint-4 could not be written" in error
-        assert "MiB are free there. A checkpoint takes 0.1 MiB." in error
+        assert "A checkpoint takes 0.1 MiB. Half of it was written and deleted again. " in error
+        assert "MiB are free there. Free some space on that disk, or keep fewer checkpoints" in error
         assert f"The last complete checkpoint is {disk}/out/checkpoint-2. Go on with" in error
         assert [f.name for f in (disk / "out").glob("checkpoint-*")] == ["checkpoint-2"]
         subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
@@ -269,12 +278,22 @@ def test_a_full_disk(runs, straight):
 
 
 def test_files_that_may_not_grow(runs):
-    """No checkpoint is left where the first one fails."""
-    codes, text = runs("small", file_limit=16_000)
+    """A folder that was there is not deleted with what was written into it, and is no checkpoint any more."""
+    folder = runs.folder / "small" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("of the user")
+    (folder / "complete.json").write_text("of an earlier run")
+    codes, text = runs("small", file_limit=16_000, resume_from_checkpoint=None)
     assert codes == [1]
-    assert "checkpoint-2 could not be written" in text
+    assert "checkpoint-2 could not be written" in text and "deleted again" not in text
     assert "There is no complete checkpoint: the next run starts from scratch." in text
-    assert not list((runs.folder / "small").glob("checkpoint-*"))
+    assert (folder / "notes.txt").is_file() and not (folder / "complete.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(runs):
+    codes, text = runs("unwritable", output_dir="/sys/kernel/run", model_name_or_path="no/such-model")
+    assert codes == [1]
+    assert "output_dir /sys/kernel/run cannot be written: " in text.splitlines()[-1]
 
 
 # --- what is refused, and what is said ------------------------------------------------------------------------------
@@ -291,8 +310,71 @@ def test_another_run_is_refused_and_a_longer_one_is_not(runs, straight):
     assert codes == [1, 1]
     assert "\n  - processes: 1 when it was saved, 2 now" in text
     text = runs.finish("other", max_steps=4, logging_steps=1)
-    assert "although max_steps: 2 when it was saved, 4 now. The linear schedule" in said(text)[0]
-    assert [logs["step"] for logs in history(runs.folder / "other" / "checkpoint-4")] == [1, 2, 3, 4]
+    assert said(text) == [f"Going on from {runs.folder}/other/checkpoint-2, although"]
+    assert "\n  - max_steps: 2 when it was saved, 4 now. The linear schedule of the learning rate is that of" in text
+    logged = history(runs.folder / "other" / "checkpoint-4")
+    assert [logs["step"] for logs in logged] == [1, 2, 3, 4]
+    assert [logs["learning_rate"] for logs in logged] == [1e-2, 5e-3, 5e-3, 2.5e-3]  # the last two: of four steps
+
+
+def test_another_base_and_other_clips_are_refused(runs):
+    """One byte of a weight, the chat template, and a clip that was trained on, each under its old name."""
+    base, clips, data = runs.folder / "base", runs.folder / "clips-2", runs.folder / "clips-2.jsonl"
+    shutil.copytree(BASE, base)
+    shutil.copytree(runs.folder / "clips", clips)
+    data.write_text((runs.folder / "clips.jsonl").read_text().replace("/clips/", "/clips-2/"))
+    options = {"model_name_or_path": base, "dataset_name": data, "max_steps": 4}
+    runs.finish("changed", **options | {"max_steps": 2})
+    trained = {name for names in batches(runs.folder / "changed.log").values() for name in next(iter(names))}
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1000] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with (base / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    number = int(re.match(r"row (\d+)", sorted(trained)[0]).group(1))
+    row = json.loads(data.read_text().splitlines()[number])
+    with Path(row["videos"][0]).open("ab") as file:
+        file.write(b"more")
+    codes, text = runs("changed", **options)
+    assert codes == [1]
+    assert f"\n  - model: chat_template.jinja, model.safetensors of {base} are not what the run was begun with" in text
+    assert f"\n  - rows: 1 of 10 rows were changed (counted from 0: {number}), and 1 of them were trained on" in text
+
+
+# --- a bad row that was found in the middle -------------------------------------------------------------------------
+
+
+def test_a_higher_limit_changes_nothing(runs, straight):
+    codes, text = runs("limit", ("SIGKILL", 9, "checkpoint-4"), max_length=2000)
+    assert codes == [-9], text
+    assert "max_length: 2000 when it was saved, 4000 now. It changes no row" in runs.finish("limit", max_length=4000)
+    runs.assert_same("limit", straight)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_row_is_taken_out(runs, straight, processes):
+    """All rows before it stay trained, all after it come in their order, and none twice; also when killed again."""
+    name = f"taken-{processes}"
+    data, options = (
+        runs.folder / f"{name}.jsonl",
+        {"processes": processes, "per_device_train_batch_size": 2 // processes},
+    )
+    lines = (runs.folder / "clips.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines))
+    codes, text = runs(name, ("SIGKILL", 9, "checkpoint-4"), dataset_name=data, **options)
+    assert -9 in codes, text
+    whole = order(runs.folder / f"{straight}.log")
+    first, gone = whole[0], whole[7]  # of the first and the fourth step
+    for taken, message in ((first, "row"), (gone, None)):
+        data.write_text("\n".join(line for line in lines if json.loads(line)["id"] != taken))
+        codes, text = runs(name, message is None and ("SIGKILL", 9, "checkpoint-6"), dataset_name=data, **options)
+        assert ("and 1 of them were trained on before" in text) == (message is not None), text
+    assert "1 of 10 rows were taken out" in text and -9 in codes
+    text = runs.finish(name, dataset_name=data, **options)
+    assert said(text)[-1] == f"Going on from {runs.folder}/{name}/checkpoint-4."
+    kept = [row for row in whole[:10] if row != gone]
+    assert order(runs.folder / f"{name}.log")[:9] == kept
+    assert gone not in order(runs.folder / f"{name}.log")
 
 
 def test_a_new_run_in_the_folder_of_an_older_one(runs, straight):
@@ -300,9 +382,10 @@ def test_a_new_run_in_the_folder_of_an_older_one(runs, straight):
     runs.finish("stale", learning_rate=5e-3)
     codes, text = runs("stale", ("SIGKILL", 9, "checkpoint-6"), resume_from_checkpoint=None)
     assert codes == [-9], text
-    text = runs.finish("stale")
     folder = runs.folder / "stale"
-    assert said(text)[0].startswith(f"checkpoint-8, checkpoint-6: of an earlier run in {runs.folder}/stale"), text
+    text = runs.finish("stale")
+    assert said(text)[0].startswith(f"{folder}/checkpoint-6 is not complete"), text  # half of it was written over
+    assert said(text)[1].startswith(f"checkpoint-8: of an earlier run in {folder}"), text
     assert f"Going on from {folder}/checkpoint-4." in said(text)
     got, want = (f / "adapter_model.safetensors" for f in (folder, runs.folder / straight))
     assert got.read_bytes() == want.read_bytes()
@@ -322,20 +405,17 @@ def test_a_path_and_no_flag(runs, straight):
     )
 
 
-def test_a_checkpoint_of_plain_trl(runs, straight):
-    """It has no marker: what can be read is taken, and the tokens are counted from the last log line on."""
+def test_a_checkpoint_without_its_marker_is_passed_over(runs, straight):
+    """It is another program's, or was not finished: what it is of is not known."""
     runs.finish("plain", max_steps=6, logging_steps=2)
-    for folder in (runs.folder / "plain").glob("checkpoint-*"):
-        (folder / "complete.json").unlink()
-        state = json.loads((folder / "trainer_state.json").read_text())
-        del state["stateful_callbacks"]["MarkedWhenComplete"]
-        (folder / "trainer_state.json").write_text(json.dumps(state))
-    (runs.folder / "plain" / "checkpoint-6" / "optimizer.pt").write_bytes(b"PK")
-    before = history(runs.folder / "plain" / "checkpoint-6")
+    folder = runs.folder / "plain"
+    (folder / "checkpoint-6" / "complete.json").unlink()
     text = runs.finish("plain", max_steps=6, logging_steps=2)
-    assert "checkpoint-6 is not complete: optimizer.pt is cut short" in said(text)[0]
-    assert "checkpoint-4 has no complete.json: it is not known which recipe and data it is of." in said(text)[1]
-    assert history(runs.folder / "plain" / "checkpoint-6") == before
+    assert "checkpoint-6 is not complete: complete.json, the last file, is missing" in said(text)[0]
+    assert said(text)[1:] == [f"Going on from {folder}/checkpoint-4."]
+    (folder / "checkpoint-6" / "complete.json").unlink()
+    codes, text = runs("plain", max_steps=6, logging_steps=2, resume_from_checkpoint=folder / "checkpoint-6")
+    assert codes == [1] and f"training cannot go on from {folder}/checkpoint-6: complete.json" in text
 
 
 def test_transformers_own_checkpoint_on_sigterm_is_refused(runs):

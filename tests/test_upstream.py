@@ -340,6 +340,7 @@ def test_peft_hands_unknown_arguments_to_the_model(tmp_path):
 
 
 RESUME, CONTESTANTS = "trl_vpo/resume.py", "trl_vpo/evaluate/contestants.py"
+SIGNALS, CHANGED_ROWS = "trl_vpo/training/signals.py", "trl_vpo/training/changed_rows.py"
 MORE_CALLED = [
     ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
     ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/{callback,heldout}.py"),
@@ -355,6 +356,12 @@ MORE_CALLED = [
     ("peft.get_peft_model_state_dict", ["model"], "trl_vpo/merge.py"),
     ("torch.nn.modules.conv._ConvNd", ..., "trl_vpo/adapters.py"),
     ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", ..., "trl_vpo/adapters.py"),
+    ("torch.utils.data.DataLoader._get_iterator", ["self"], SIGNALS),
+    ("accelerate.data_loader.SeedableRandomSampler", ..., CHANGED_ROWS),
+    ("transformers.Trainer._get_train_sampler", ["self", "train_dataset"], f"{CHANGED_ROWS} and {RESUME}"),
+    ("transformers.Trainer._load_optimizer_and_scheduler", ["self", "checkpoint"], "trl_vpo/checkpoints.py"),
+    ("transformers.Trainer._load_rng_state", ["self", "checkpoint"], "trl_vpo/checkpoints.py"),
+    ("transformers.Trainer._load_scaler", ["self", "checkpoint"], "trl_vpo/checkpoints.py"),
     ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/launch.py"),
     ("accelerate.commands.launch.launch_command_parser", [], "trl_vpo/launch.py"),
     ("transformers.utils.is_bitsandbytes_available", ..., "trl_vpo/generate/models.py"),
@@ -382,6 +389,20 @@ def test_the_counters_that_go_on_after_an_interruption():
     used = ("self._total_loss_scalar += self._tr_loss.item()", "self.state.global_step - self._initial_global_step")
     gone = absent("transformers.Trainer._finalize_training", *used)
     assert not gone, f"Trainer._finalize_training has no {gone} any more; see `_counters` in {RESUME}."
+
+
+def test_how_a_data_loader_begins_and_tells_of_a_killed_worker():
+    gone = absent("torch.utils.data.DataLoader.__iter__", "self._get_iterator()")
+    assert not gone, f"DataLoader begins otherwise now; see `keep_from_workers` in {SIGNALS}."
+    told = "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data"
+    gone = absent(told, 'f"DataLoader worker (pid(s) {pids_str}) exited unexpectedly"')
+    assert not gone, f"a killed worker is told otherwise now; see `train` in {RESUME}."
+
+
+def test_the_shuffle_that_accelerate_puts_in():
+    source = inspect.getsource(find("accelerate.data_loader.prepare_data_loader"))
+    assert "if isinstance(sampler, RandomSampler) and use_seedable_sampler:" in source, f"see {CHANGED_ROWS}."
+    assert "sampler_fn=self._get_train_sampler" in inspect.getsource(find("transformers.Trainer.get_train_dataloader"))
 
 
 def test_how_the_end_of_a_single_launched_process_is_told():

@@ -2,8 +2,8 @@
 
 `transformers` writes `checkpoint-N/` in place: weights, optimizer.pt, scheduler.pt, rng_state*.pth, and
 trainer_state.json last. A run that is killed meanwhile leaves a folder that looks like a checkpoint. So each one gets
-`complete.json` once all processes have written their files and the disk has them: sizes and hashes of the files, and
-what the run was. A checkpoint of plain TRL has none; it is taken if everything that resuming needs is there and opens.
+`complete.json` once all processes have written their files and the disk has them: sizes and hashes of the files, what
+the run was, and a hash of all that. Training goes on from no other.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import json
 import os
 import re
 import shutil
+import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 MARKER = "complete.json"
-FORMAT = 1  # of the marker
+FORMAT = 2  # of the marker; 1 was without a hash of its own
 HASHED = 2**30  # bytes; larger files are compared by their size alone, reading them back would hold up every save
-SIGN = "MarkedWhenComplete"  # stands among the callbacks in trainer_state.json where a marker was to follow
-INCOMPLETE = "checkpoint-is-incomplete.txt"  # left by transformers' own checkpoint on SIGTERM
+# Where transformers reads a checkpoint.
+LOADS = {"_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler"}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -60,7 +61,8 @@ def mark_complete(folder: Path, **content) -> None:
         _to_disk(path)
         files[path.relative_to(folder).as_posix()] = _fingerprint(path)
     part = folder / f"{MARKER}.part"
-    part.write_text(json.dumps({"format": FORMAT, "files": files, **content}, indent=1), encoding="utf-8")
+    content = {"format": FORMAT, "files": files, **content}
+    part.write_text(json.dumps({"sha256": _hash(content), **content}, indent=1), encoding="utf-8")
     _to_disk(part)
     os.replace(part, folder / MARKER)
     for parent in (folder, folder.parent):
@@ -68,12 +70,17 @@ def mark_complete(folder: Path, **content) -> None:
 
 
 def read_marker(folder: Path) -> dict | None:
-    """What `mark_complete` wrote; None where there is no marker, or none that can be read."""
+    """What `mark_complete` wrote; None where there is no marker, or not as it was written."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        sha256, number = marker.pop("sha256", None), marker["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return marker if isinstance(marker, dict) and marker.get("format") == FORMAT and "files" in marker else None
+    return marker if number == 1 or (number == FORMAT and sha256 == _hash(marker)) else None
+
+
+def _hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -103,23 +110,16 @@ def _fingerprint(path: Path) -> dict:
 # --- what is wrong with a checkpoint --------------------------------------------------------------------------------
 
 
-def find_problems(folder: Path, processes: int, *, signed_without_marker: bool = True) -> list[str]:
-    """Why training cannot go on from a checkpoint: the files that are missing, cut short or changed. Empty: it can.
-
-    Args:
-        folder: the checkpoint.
-        processes: how many there are now. Another number than when it was saved is no problem of the folder's files.
-        signed_without_marker: count it as a problem that the marker is missing where it was to follow. A checkpoint
-            from the Hub may be without: transformers uploads it before it is marked.
-    """
+def find_problems(folder: Path) -> list[str]:
+    """Why training cannot go on from a checkpoint: what is missing, cut short or changed. Empty: it can."""
     if not folder.is_dir():
         return ["there is no such folder"]
+    if not (folder / MARKER).is_file():
+        return [f"{MARKER}, the last file, is missing: its saving was interrupted, or it is another program's"]
     marker = read_marker(folder)
-    if marker:
-        found = _changed(folder, marker["files"])
-    else:
-        found = [f"{MARKER}, the last file, is missing"] if signed_without_marker and _is_signed(folder) else []
-        found += [*_unreadable(folder), *_missing_rng(folder, processes)]
+    if marker is None:
+        return [f"{MARKER} is not what was saved"]
+    found = _changed(folder, marker["files"])
     return found + [problem for problem in _missing(folder) if problem not in found]
 
 
@@ -143,7 +143,7 @@ def _missing(folder: Path) -> list[str]:
     if "latest" in names:  # of DeepSpeed, written after its folder
         return problems
     sharded = any(name.startswith("pytorch_model_fsdp") for name in names)
-    if not sharded and not any(folder.rglob("*.safetensors")) and not any(folder.rglob("*model*.bin")):
+    if not sharded and not any(folder.rglob("*.safetensors")):
         problems.append("the weights (adapter_model.safetensors or model.safetensors) are missing")
     if not any(name == "optimizer.pt" or name.startswith("optimizer") for name in names):
         problems.append("optimizer.pt is missing (interrupted, or saved with save_only_model)")
@@ -154,47 +154,37 @@ def _missing(folder: Path) -> list[str]:
     return problems
 
 
-def _missing_rng(folder: Path, processes: int) -> list[str]:
-    """Each process writes its own: of a checkpoint without a marker all must be there."""
-    if (folder / "rng_state.pth").is_file() or not any(folder.glob("rng_state_*.pth")):
-        return []
-    names = [f"rng_state_{rank}.pth" for rank in range(processes)]
-    return [f"{name} is missing" for name in names if not (folder / name).is_file()]
+@contextmanager
+def explain_failed_loads(folder: Path | None) -> Iterator[None]:
+    """Name the file that cannot be read: the marker does not say it of large ones, and never of the next version.
+
+    Raises:
+        CheckpointError: in place of the many errors of pickle, zipfile, torch and safetensors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if folder is None or not LOADS & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{_unreadable(folder) or folder} cannot be read: {reason}. Put the file back, or delete {folder}: "
+            "training then goes on from the checkpoint before it."
+        ) from error
 
 
-def saved_by(folder: Path) -> int:
-    """How many processes saved a checkpoint, by its files."""
-    return 1 if (folder / "rng_state.pth").is_file() else len(list(folder.glob("rng_state_*.pth")))
-
-
-def _unreadable(folder: Path) -> list[str]:
-    """Files that do not open, of a checkpoint whose marker cannot say."""
-    problems = [f"{INCOMPLETE} says that it was not finished"] if (folder / INCOMPLETE).exists() else []
-    checks: dict[str, Callable[[Path], Any]] = {
-        ".json": lambda path: json.loads(path.read_bytes()),
-        ".safetensors": _open_safetensors,
-        ".pt": lambda path: zipfile.ZipFile(path).close(),  # what torch.save writes; its directory is at the end
-        ".pth": lambda path: zipfile.ZipFile(path).close(),
-        ".bin": lambda path: zipfile.ZipFile(path).close(),
-    }
+def _unreadable(folder: Path) -> Path | None:
     for path in _files(folder):
         try:
-            if path.suffix in checks:
-                checks[path.suffix](path)
-            if path.name.endswith(".index.json"):
-                shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-                problems += [f"{shard} is missing" for shard in shards if not (path.parent / shard).is_file()]
-        except Exception:  # whatever json, safetensors and zipfile raise on half a file
-            problems.append(f"{path.relative_to(folder).as_posix()} is cut short")
-    return problems
-
-
-def _is_signed(folder: Path) -> bool:
-    """Saved by this package, not by plain TRL."""
-    try:
-        return SIGN in json.loads((folder / "trainer_state.json").read_bytes())["stateful_callbacks"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+            if path.suffix == ".safetensors":
+                _open_safetensors(path)
+            elif path.suffix in (".pt", ".pth"):  # what torch.save writes, with a checksum of each part
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():
+                        return path
+        except Exception:  # whatever they raise
+            return path
+    return None
 
 
 def _open_safetensors(path: Path) -> set[str]:
@@ -213,12 +203,11 @@ def saved_tensors(folder: Path) -> set[str]:
 # --- which to take, which to delete ---------------------------------------------------------------------------------
 
 
-def newest_complete(output_dir: str | Path, processes: int, say: Callable[[str], None]) -> Path | None:
+def newest_complete(output_dir: str | Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that training can go on from; None where none was ever finished.
 
     Args:
         output_dir: the folder of the run.
-        processes: as `find_problems`.
         say: told of each newer one that is not whole, and why.
 
     Raises:
@@ -227,7 +216,7 @@ def newest_complete(output_dir: str | Path, processes: int, say: Callable[[str],
     broken: dict[Path, list[str]] = {}
     folders = _in_order(output_dir)
     for at, folder in enumerate(folders):
-        problems = find_problems(folder, processes)
+        problems = find_problems(folder)
         if not problems:
             for other, why in broken.items():
                 say(f"{other} is not complete: {'; '.join(why)}. Left as it is; {folder.name} is taken in its place.")
@@ -239,7 +228,7 @@ def newest_complete(output_dir: str | Path, processes: int, say: Callable[[str],
                 )
             return folder
         broken[folder] = problems
-    finished = [folder for folder in broken if read_marker(folder) is not None]
+    finished = [folder for folder in broken if (folder / MARKER).is_file()]
     if finished:
         lines = "".join(f"\n  - {folder}: {'; '.join(broken[folder])}" for folder in finished)
         raise CheckpointError(

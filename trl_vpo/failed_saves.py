@@ -1,4 +1,4 @@
-"""A disk that is full while a checkpoint is saved: what happened, what is left, and what to do."""
+"""A checkpoint or a result that cannot be saved: what happened, what is left, and what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.checkpoints import list_checkpoints, read_marker, what_is_left
+from trl_vpo.checkpoints import MARKER, list_checkpoints, read_marker, what_is_left
+from trl_vpo.training.output_dir import remedy
 
 
 class SaveError(OSError):
@@ -18,7 +19,23 @@ class SaveError(OSError):
 
 @contextlib.contextmanager
 def explain_failed_saves(trainer: Any) -> Iterator[None]:
-    """Failed writes of checkpoints and of the model become `SaveError`s; half of a checkpoint is deleted."""
+    """Failed writes of checkpoints and of the model become `SaveError`s; half of a checkpoint is deleted.
+
+    A folder that was there before stays, as do an earlier run's files in it. It loses its marker before it is written
+    over: no marker may stand beside files of which it knows only the size.
+    """
+    save, made = trainer._save_checkpoint, set()
+
+    def save_checkpoint(*args, **kwargs):
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        if trainer.args.should_save:
+            if folder.exists():
+                (folder / MARKER).unlink(missing_ok=True)
+            else:
+                made.add(folder)
+        return save(*args, **kwargs)
+
+    trainer._save_checkpoint = save_checkpoint
     try:
         yield
     except Exception as error:
@@ -28,9 +45,11 @@ def explain_failed_saves(trainer: Any) -> Iterator[None]:
         output_dir = Path(trainer.args.output_dir)
         checkpoint = output_dir / f"checkpoint-{trainer.state.global_step}"
         target = checkpoint if saving & {"_save_checkpoint", "on_save"} else output_dir
-        if target is checkpoint and trainer.args.should_save:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        raise SaveError(_failed_save(trainer, target, error)) from error
+        if target in made:
+            shutil.rmtree(target, ignore_errors=True)
+        raise SaveError(_failed_save(trainer, target, error, deleted=not target.exists())) from error
+    finally:
+        del trainer._save_checkpoint
 
 
 def _is_failed_write(error: Exception) -> bool:
@@ -42,15 +61,13 @@ def _is_failed_write(error: Exception) -> bool:
     )
 
 
-def _failed_save(trainer: Any, target: Path, error: Exception) -> str:
-    free = shutil.disk_usage(trainer.args.output_dir).free
+def _failed_save(trainer: Any, target: Path, error: Exception, *, deleted: bool) -> str:
     reason = (str(error) or type(error).__name__).splitlines()[0]
     older = [f for f in list_checkpoints(trainer.args.output_dir) if read_marker(f)]
     needed = sum(entry["size"] for entry in read_marker(older[0])["files"].values()) if older else 0
     size = f"A checkpoint takes {needed / 2**20:.1f} MiB. " if needed else ""
-    gone = "Half of it was written and deleted again. " if target.name.startswith("checkpoint-") else ""
+    gone = "Half of it was written and deleted again. " if deleted else ""
     return (
-        f"{target} could not be written: {reason}. {free / 2**20:.1f} MiB are free there. {size}"
-        f"{gone}Free some space on that disk, or keep fewer checkpoints with save_total_limit. "
+        f"{target} could not be written: {reason}. {size}{gone}{remedy(Path(trainer.args.output_dir), error)} "
         f"{what_is_left(trainer.args.output_dir)}"
     )

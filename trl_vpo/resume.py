@@ -7,6 +7,7 @@ saves at the end of the step, and a full disk is told with what is left.
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -22,11 +24,14 @@ from transformers import TrainerCallback
 from trl_vpo import checkpoints
 from trl_vpo.checkpoints import CheckpointError, what_is_left
 from trl_vpo.failed_saves import explain_failed_saves
+from trl_vpo.launch import STOP
 from trl_vpo.run_identity import compare_runs
+from trl_vpo.training.changed_rows import FILE, RemainingRows, Rows, compare_rows, read_rows, trained_rows
+from trl_vpo.training.signals import keep_from_workers
 
 
 class TrainingStopped(SystemExit):
-    """SIGTERM came, and a checkpoint was saved. The exit code is 143, as that of a process that SIGTERM ended."""
+    """A signal asked to stop, and a checkpoint was saved. The exit code is 143, as of a process that SIGTERM ended."""
 
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
@@ -72,11 +77,11 @@ def _find(args: Any) -> Path | None:
             )
         return None
     if wanted.lower() == "true":
-        found = checkpoints.newest_complete(args.output_dir, args.world_size, say)
+        found = checkpoints.newest_complete(args.output_dir, say)
         if found is None:
             say(f"{args.output_dir} has no complete checkpoint: training starts from scratch.")
         return found
-    problems = checkpoints.find_problems(Path(wanted), args.world_size, signed_without_marker=False)
+    problems = checkpoints.find_problems(Path(wanted))
     if problems:
         raise CheckpointError(
             f"resume_from_checkpoint: training cannot go on from {wanted}: {'; '.join(problems)}. Name another one, "
@@ -85,24 +90,29 @@ def _find(args: Any) -> Path | None:
     return Path(wanted)
 
 
-def train(trainer: Any, checkpoint: Path | None, run: dict) -> Any:
+def train(trainer: Any, checkpoint: Path | None, run: dict, digests: Any = None) -> Any:
     """`trainer.train()` from a checkpoint, or from the start. Gives its `TrainOutput`. All ranks call this.
 
     Args:
         trainer: before training.
         checkpoint: from `find_checkpoint`.
         run: what the run is, from `trl_vpo.run_identity.describe_run`; kept in each checkpoint.
+        digests: of its rows, from `trl_vpo.runs.digests.row_digests`; kept, too. Only the main process needs them.
 
     Raises:
         CheckpointError: the checkpoint is another run's. Names each difference.
         failed_saves.SaveError: a checkpoint could not be written.
         TrainingStopped: SIGTERM came.
     """
-    marker = _check_same_run(checkpoint, run) if checkpoint else None
-    guard = Guard(trainer, run, checkpoint=checkpoint, marker=marker)
+    rows, marker = Rows(digests), None
+    if checkpoint:
+        rows, marker = _check_same_run(checkpoint, run, digests, trainer.args)
+    if rows.gone and trainer.args.train_sampling_strategy != "sequential":
+        trainer._get_train_sampler = lambda dataset=None: RemainingRows(trainer.args, rows)
+    guard = Guard(trainer, run, rows, checkpoint=checkpoint, marker=marker)
     trainer.callback_handler.callbacks.insert(0, guard)  # the first: reporters see the logs as it puts them right
     try:
-        with explain_failed_saves(trainer):
+        with explain_failed_saves(trainer), checkpoints.explain_failed_loads(checkpoint), keep_from_workers():
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except _NothingLeft:
         # Another `train` would take one more step: transformers looks at the number of steps after each one.
@@ -110,38 +120,51 @@ def train(trainer: Any, checkpoint: Path | None, run: dict) -> Any:
     except KeyboardInterrupt:
         say(f"interrupted after step {trainer.state.global_step}. {what_is_left(trainer.args.output_dir)}")
         raise
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        what = str(error).splitlines()[0].strip().rstrip(".")
+        raise ChildProcessError(
+            f"{what}, after step {trainer.state.global_step}. It loads rows; most often the machine or the container "
+            "had no more memory (`dmesg` says so). Lower dataloader_num_workers or dataloader_prefetch_factor. "
+            f"{what_is_left(trainer.args.output_dir)}"
+        ) from error
     finally:
-        guard.restore_signal()
+        guard.restore_signals()
     if guard.stopped:
         trainer.accelerator.wait_for_everyone()  # a launcher gives the others little time once one has ended
-        say(f"SIGTERM: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. "
+        say(f"{guard.asked}: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. "
             f"{what_is_left(trainer.args.output_dir)}")  # fmt: skip
         raise TrainingStopped
     return result
 
 
-def _check_same_run(checkpoint: Path, run: dict) -> dict | None:
-    """The checkpoint's marker. Warns of what may differ, refuses what may not. All ranks call this."""
+def _check_same_run(checkpoint: Path, run: dict, digests: Any, args: Any) -> tuple[Rows, dict]:
+    """The rows of the rest of the run, and the checkpoint's marker. All ranks call this.
+
+    Says what may differ and does, refuses what may not.
+    """
     marker = checkpoints.read_marker(checkpoint)
-    saved = (marker or {}).get("run")
-    refused: list[list[str]] = [[]]
-    if PartialState().is_main_process and saved:
-        refused[0], warned = compare_runs(saved, run)
-        for line in warned if not refused[0] else []:
-            say(f"going on from {checkpoint}, although {line}")
-    elif not saved:
-        if checkpoints.saved_by(checkpoint) != run["processes"]:
-            refused[0] = [f"processes: {checkpoints.saved_by(checkpoint)} when it was saved, {run['processes']} now"]
-        say(f"{checkpoint} has no {checkpoints.MARKER}: it is not known which recipe and data it is of.")
-    lines = broadcast_object_list(refused)[0]
-    if lines:
+    rows, refused, changed = Rows(digests), [], []
+    if PartialState().is_main_process:
+        saved = read_rows(checkpoint, marker.get("gone", []))
+        known = saved is not None and digests is not None
+        earlier = "model files" not in marker["run"]  # an earlier version's: what is not known is not refused
+        refused, changed = compare_runs(marker["run"], run, same_rows=known or earlier)
+        if known:
+            rows, bad, note = compare_rows(saved, digests, trained_rows(args, saved, checkpoints.step_of(checkpoint)))
+            refused += [bad] if bad else []
+            changed += [note] if note else []
+    rows, refused = broadcast_object_list([rows, refused])
+    if refused:
         raise CheckpointError(
             f"{checkpoint} is of another run, and going on from it would give a result that no run gives:"
-            + "".join(f"\n  - {line}" for line in lines)
+            + "".join(f"\n  - {line}" for line in refused)
             + "\nGive the same recipe and data, or name another output_dir to start a new run."
         )
-    say(f"Going on from {checkpoint}.")
-    return marker
+    although = ", although" + "".join(f"\n  - {line}" for line in changed) if changed else "."
+    say(f"Going on from {checkpoint}{although}")
+    return rows, marker
 
 
 class Guard(TrainerCallback):
@@ -150,17 +173,18 @@ class Guard(TrainerCallback):
     Args:
         trainer: the trainer that it is a callback of.
         run: what the run is; every marker holds it.
+        rows: that it trains on; every checkpoint holds their hashes.
         checkpoint: that training goes on from.
         marker: of that checkpoint, if it has one.
     """
 
-    def __init__(self, trainer: Any, run: dict, *, checkpoint: Path | None, marker: dict | None):
-        self._trainer, self._run, self._checkpoint = trainer, run, checkpoint
+    def __init__(self, trainer: Any, run: dict, rows: Rows, *, checkpoint: Path | None, marker: dict | None):
+        self._trainer, self._run, self._rows, self._checkpoint = trainer, run, rows, checkpoint
         self._marker = marker or {}
         goes_on = checkpoint and str(trainer.args.resume_from_checkpoint).lower() == "true"  # a path: a new attempt
         self._attempt = checkpoints.next_attempt(trainer.args.output_dir) - bool(goes_on)
         self._limit, self._began_at = trainer.args.save_total_limit, 0
-        self._asked, self._signal_before, self.stopped = False, None, False
+        self.asked, self._signals_before, self.stopped = "", {}, False  # asked: the name of the signal
 
     # --- counters -------------------------------------------------------------------------------------------------
 
@@ -168,19 +192,15 @@ class Guard(TrainerCallback):
         """Everything is loaded by now, and transformers has set its counters to zero."""
         trainer = self._trainer
         self._began_at = state.global_step
-        state.stateful_callbacks[checkpoints.SIGN] = {"args": {}, "attributes": {}}  # in every trainer_state.json
         if self._checkpoint:
             trainer._initial_global_step = 0  # `train_loss` is a mean over all steps, see `on_log`
-            ranks = self._marker.get("counters", [])
-            if args.process_index < len(ranks):
-                _set_counters(trainer, ranks[args.process_index])
-            else:
-                logged = [logs["num_tokens"] for logs in state.log_history if "num_tokens" in logs]
-                trainer._total_train_tokens = logged[-1] if logged else 0
+            ranks = self._marker["counters"]
+            _set_counters(trainer, ranks[args.process_index])
+            _follow_schedule(trainer, json.loads((self._checkpoint / "trainer_state.json").read_bytes())["max_steps"])
             if trainer.scorer.layout == "auto" and self._marker.get("layout") in ("shared", "separate"):
                 trainer.scorer.layout = self._marker["layout"]  # as the first batch proved it
         if threading.current_thread() is threading.main_thread():
-            self._signal_before = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._signals_before = {number: signal.signal(number, self._ask) for number in STOP}
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -202,8 +222,10 @@ class Guard(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._rows.digests is not None:
+            np.save(folder / FILE, self._rows.digests)
         checkpoints.mark_complete(
-            folder, step=state.global_step, attempt=self._attempt, run=self._run,
+            folder, step=state.global_step, attempt=self._attempt, run=self._run, gone=self._rows.gone,
             layout=self._trainer.scorer.layout, counters=counters,
         )  # fmt: skip
         checkpoints.delete_older(args.output_dir, self._limit, folder, state.best_model_checkpoint)
@@ -220,23 +242,38 @@ class Guard(TrainerCallback):
 
     # --- SIGTERM --------------------------------------------------------------------------------------------------
 
-    def _on_sigterm(self, number, frame):
-        self._asked = True
+    def _ask(self, number, frame):
+        self.asked = signal.Signals(number).name
 
     def on_step_end(self, args, state, control, **kwargs):
         """The ordinary save at the end of a step, on all ranks together once one of them was asked to stop."""
-        asked = self._asked
+        asked = bool(self.asked)
         if args.world_size > 1:
             flag = torch.tensor(int(asked), device=args.device)
             asked = bool(self._trainer.accelerator.reduce(flag, reduction="sum"))
         if asked and state.global_step < state.max_steps:
+            self.asked = self.asked or "SIGTERM"  # another rank was
             self.stopped = control.should_save = control.should_training_stop = True
 
-    def restore_signal(self) -> None:
-        """SIGTERM ends the process again, as before."""
-        if self._signal_before is not None:
-            signal.signal(signal.SIGTERM, self._signal_before)
-            self._signal_before = None
+    def restore_signals(self) -> None:
+        """The signals end the process again, as before; not while it ends anyway, when they are often sent again."""
+        if not self.stopped:
+            for number, before in self._signals_before.items():
+                signal.signal(number, before)
+
+
+def _follow_schedule(trainer: Any, steps: int) -> None:
+    """Take the learning rate of the next step from the schedule, where its length is no longer that of `steps`.
+
+    The saved rate is that of the old schedule: zero at its end.
+    """
+    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)  # accelerate may wrap it
+    if steps == trainer.state.max_steps or not hasattr(scheduler, "lr_lambdas"):
+        return
+    rates = [base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def _counters(trainer: Any) -> dict:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
-import torch
+import numpy as np
 from datasets import Dataset
 
 import trl_vpo
-from trl_vpo.data.rows import COLUMNS, ROW_INDEX
 from trl_vpo.report.run_record import scrub
+from trl_vpo.runs.digests import model_files, row_digests
 
 # Recipe keys that change nothing about the weights: where things are, what is written, how data are loaded.
 FREE = {"output_dir", "run_name", "resume_from_checkpoint", "project", "disable_tqdm", "push_to_hub"}
@@ -31,7 +30,7 @@ LOOSE |= {"load_best_model_at_end", "greater_is_better"}
 LOOSE_PREFIXES = ("eval_", "test_split_", "dataset_test_")
 DATA = ("dataset_name", "dataset_config", "dataset_train_split", "dataset_streaming", "datasets")
 MODEL = ("model_name_or_path", "model_revision")  # clusters copy models to a disk that is new with every job
-MEDIA = {"videos", "video", "images", "image", "image_list"}
+CHECKS = {"max_length", "on_bad_media"}  # which rows are refused; nothing is cut
 
 
 def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
@@ -42,7 +41,7 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         method: a key of `trl_vpo.train.METHODS`.
         given: every argument of the recipe that differs from its default.
     """
-    args, rows, first = trainer.args, trainer.train_dataset, trainer.is_world_process_zero()  # it alone compares
+    args, first = trainer.args, trainer.is_world_process_zero()  # it alone compares
     recipe = json.loads(json.dumps(scrub(given), default=str))
     return {
         "method": method,
@@ -52,52 +51,39 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         "processes": args.world_size,
         "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "distributed": str(trainer.accelerator.distributed_type),
-        "rows": len(rows) if isinstance(rows, Dataset) else None,
-        "data": digest_rows(rows) if first and isinstance(rows, Dataset) else None,
-        "weights": digest_weights(trainer.accelerator.unwrap_model(trainer.model)) if first else None,
+        "model files": model_files(given["model_name_or_path"], given.get("model_revision")) if first else {},
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "versions": trl_vpo.versions(),
     }
 
 
-def digest_rows(dataset: Dataset) -> str:
-    """A hash of all rows in their order: texts, phrases, boxes and ids. Media are not opened, and may have moved."""
-    columns = sorted(name for name in dataset.column_names if name in ({*COLUMNS, ROW_INDEX} - MEDIA))
-    digest = hashlib.sha256(json.dumps(columns).encode())
-    for batch in dataset.select_columns(columns).with_format("arrow").iter(1000):
-        digest.update(json.dumps(batch.to_pylist(), default=str).encode())
-    return digest.hexdigest()
+def digest_rows(trainer: Any) -> np.ndarray | None:
+    """A hash of each row, on the main process; None for a stream."""
+    rows = trainer.train_dataset
+    known = isinstance(rows, Dataset) and trainer.is_world_process_zero()
+    return row_digests(rows, trainer.args.media_root) if known else None
 
 
-@torch.no_grad()
-def digest_weights(model: torch.nn.Module) -> str:
-    """A hash of names, shapes and the first 8 numbers of the weights that training begins with, but for new LoRA."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if "lora_" not in name:
-            first = weight.reshape(-1)[:8].float().tolist()
-            digest.update(json.dumps([name, list(weight.shape), first]).encode())
-    return digest.hexdigest()
+def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str], list[str]]:
+    """(differences that are refused, differences that are warned of), one line each.
 
-
-def compare_runs(saved: dict, now: dict) -> tuple[list[str], list[str]]:
-    """(differences that are refused, differences that are warned of), one line each."""
-    refused, warned = [], []
-    known = saved["data"] is not None and now["data"] is not None
-    for key in ("method", "processes", "distributed", "rows per step", "rows"):
+    Args:
+        saved: of the checkpoint.
+        now: of the run that is to go on.
+        same_rows: the rows themselves were compared, wherever they lie.
+    """
+    refused, warned = _compare_model(saved, now)
+    for key in ("method", "processes", "distributed", "rows per step"):
         if saved[key] != now[key]:
             refused.append(f"{key}: {saved[key]} when it was saved, {now[key]} now")
-    if known and saved["data"] != now["data"] and saved["rows"] == now["rows"]:
-        refused.append("data: as many rows, but not the same ones, or in another order")
-    if saved["weights"] != now["weights"]:
-        names = [run["recipe"].get("model_name_or_path") for run in (saved, now)]
-        refused.append(f"model: the weights of {names[1]} are not those that it was begun with, of {names[0]}")
     old, new = saved["recipe"], now["recipe"]
     for key in sorted(set(old) | set(new)):
-        if old.get(key) == new.get(key) or (known and key in DATA) or key in MODEL:
+        if old.get(key) == new.get(key) or (same_rows and key in DATA) or key in MODEL:
             continue
         change = f"{key}: {_shown(old, key)} when it was saved, {_shown(new, key)} now"
-        if key in SCHEDULE:
+        if key in CHECKS:
+            warned.append(f"{change}. It changes no row that was trained on.")
+        elif key in SCHEDULE:
             warned.append(f"{change}. The {now['scheduler']} schedule of the learning rate is that of the new length.")
         elif key in LOOSE or key.startswith(LOOSE_PREFIXES):
             warned.append(f"{change}. The rest of the run may differ in rounding and random numbers.")
@@ -109,6 +95,22 @@ def compare_runs(saved: dict, now: dict) -> tuple[list[str], list[str]]:
                 f"{name} was {saved['versions'].get(name)} and is {version}: results may differ in rounding."
             )
     return refused, warned
+
+
+def _compare_model(saved: dict, now: dict) -> tuple[list[str], list[str]]:
+    """Of the files that the base, its processor and its chat template are loaded from."""
+    if "model files" not in saved:
+        return [], ["it was saved by an earlier version: whether model, rows and clips are the same is not known."]
+    old, new = saved["model files"], now["model files"]
+    names = [run["recipe"].get("model_name_or_path") for run in (saved, now)]
+    if not old or not new:  # not on this machine, but for what transformers has loaded
+        unknown = f"the model was {names[0]} and is {names[1]}: whether it is the same is not known."
+        return [], [unknown] if names[0] != names[1] else []
+    files = sorted(name for name in set(old) | set(new) if old.get(name) != new.get(name))
+    if not files:
+        return [], []
+    shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
+    return [f"model: {shown} of {names[1]} are not what the run was begun with, of {names[0]}"], []
 
 
 def _shown(recipe: dict, key: str) -> str:

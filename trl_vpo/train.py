@@ -71,43 +71,49 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
         DatasetError, RowError: the data cannot be.
         NonFiniteLossError: training diverged; nothing was saved after the last checkpoint.
         CheckpointError: training cannot go on from the checkpoint that `resume_from_checkpoint` means.
+        OutputDirError: `output_dir` cannot be written, or another training writes to it.
         SaveError: a checkpoint or the result could not be written.
         TrainingStopped: SIGTERM came; a checkpoint was saved.
         HubError: `push_to_hub`, and the Hub refuses it.
     """
     from trl_vpo import hub, resume
     from trl_vpo.report.quiet import quiet_libraries
-    from trl_vpo.run_identity import describe_run
+    from trl_vpo.run_identity import describe_run, digest_rows
+    from trl_vpo.training.output_dir import hold_output_dir
+    from trl_vpo.training.signals import end_with_launcher
 
+    end_with_launcher()
     quiet_libraries()
     started = datetime.now(UTC)
     parser = make_parser(method)
     script_args, training_args, model_args, dataset_args = parser.parse(argv)
     refuse_jit_checkpoint(training_args)
-    checkpoint = resume.find_checkpoint(training_args)
-    push = hub.connect(training_args)
-    trainer, rows = build_trainer(method, script_args, training_args, model_args, dataset_args)
-    dataset_name = script_args.dataset_name or ", ".join(d.path for d in dataset_args.datasets)
-    if push:
-        push.attach(trainer, dataset_name)
-    result = resume.train(trainer, checkpoint, describe_run(trainer, method, parser.given))
-    trainer.accelerator.print("Training completed.")
-    with resume.explain_failed_saves(trainer):
-        trainer.save_model(training_args.output_dir)  # with the processor
-        trainer.save_state()  # the log history, for `trl-vpo plot`
-    name = push.repo.name if push else training_args.hub_model_id
-    trainer.create_model_card(model_name=name, dataset_name=dataset_name)
-    if trainer.is_world_process_zero():
-        from trl_vpo.report.run_record import write_run_record
+    with hold_output_dir(training_args):
+        checkpoint = resume.find_checkpoint(training_args)
+        push = hub.connect(training_args)
+        trainer, rows = build_trainer(method, script_args, training_args, model_args, dataset_args)
+        dataset_name = script_args.dataset_name or ", ".join(d.path for d in dataset_args.datasets)
+        if push:
+            push.attach(trainer, dataset_name)
+        run = describe_run(trainer, method, parser.given)
+        result = resume.train(trainer, checkpoint, run, digest_rows(trainer))
+        trainer.accelerator.print("Training completed.")
+        with resume.explain_failed_saves(trainer):
+            trainer.save_model(training_args.output_dir)  # with the processor
+            trainer.save_state()  # the log history, for `trl-vpo plot`
+        name = push.repo.name if push else training_args.hub_model_id
+        trainer.create_model_card(model_name=name, dataset_name=dataset_name)
+        if trainer.is_world_process_zero():
+            from trl_vpo.report.run_record import write_run_record
 
-        write_run_record(
-            trainer, method=method, recipe=parser.given, recipe_path=config_path(argv), rows=rows,
-            metrics=result.metrics, started=started,
-        )  # fmt: skip
-    trainer.accelerator.print(f"Saved to {training_args.output_dir}.{_serving_note(trainer)}")
-    trainer.end()
-    if push:
-        push.finish()
+            write_run_record(
+                trainer, method=method, recipe=parser.given, recipe_path=config_path(argv), rows=rows,
+                metrics=result.metrics, started=started,
+            )  # fmt: skip
+        trainer.accelerator.print(f"Saved to {training_args.output_dir}.{_serving_note(trainer)}")
+        trainer.end()
+        if push:
+            push.finish()
     return trainer
 
 
