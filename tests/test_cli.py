@@ -85,7 +85,7 @@ def test_without_a_command(capsys):
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["train", "dpo", "--config", "nowhere.yaml"], 2, "the recipe nowhere.yaml cannot be read"),
+        (["train", "dpo", "--config", "nowhere.yaml"], 2, "the recipe nowhere.yaml does not exist"),
         (["train", "dpo", "--use_cpu", "--betta", "1"], 2, "unknown option --betta. Did you mean --beta"),
         (["train", "dpo", "--use_cpu", "--loss_type", "ipo"], 1, "does not take loss_type"),
         (["train", "dpo", "--accelerate_config", "zero4"], 2, "Did you mean zero"),

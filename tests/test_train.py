@@ -155,7 +155,7 @@ def test_full_fine_tuning_with_a_frozen_tower(work, tmp_path):
         ({"alpah": 1}, "Did you mean alpha"),
         ({"dtype": "bfloat"}, "dtype: 'bfloat' is not one of auto, bfloat16.* Did you mean bfloat16"),
         ({"save_strategy": False}, 'write "no"'),
-        ({"num_frames": "many"}, "invalid int value"),
+        ({"num_frames": "many"}, "give a whole number"),
         ({"loss_type": ["ipo"]}, "does not take loss_type"),
         ({"check_media": "headers"}, "headers.* is not one of header, decode, off"),
     ],
@@ -173,7 +173,7 @@ def test_a_wrong_recipe_is_told_what_is_right(work, tmp_path, extra, message):
         (["--learning-rates", "1"], "unknown option --learning-rates. Did you mean --learning_rate"),
         (["--learning_ra", "1"], "unknown option --learning_ra"),  # no abbreviations
         (["--lr_scheduler_type", "cosin"], "Did you mean cosine"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--config"], "needs the path"),
     ],
 )

@@ -30,6 +30,7 @@ from trl_vpo.memory_report import Verdict, judge, show_memory
 from trl_vpo.micro_batch import load_of
 from trl_vpo.recipe import RecipeError
 from trl_vpo.report.findings import OK, STOP, WARN, Report, show
+from trl_vpo.runs.recipe_file import recipe_text
 from trl_vpo.sharding import Sharding, launched
 from trl_vpo.train import METHODS, NOT_QUANTIZED, parse
 from trl_vpo.trainers.setup import set_pad_token
@@ -143,9 +144,7 @@ def method_of(recipe: Path) -> str:
     Raises:
         RecipeError: nothing says it.
     """
-    if not recipe.is_file():
-        raise RecipeError(f"the recipe {recipe} does not exist (seen from {Path.cwd()}).")
-    header = re.findall(r"^#.*\btrain(?:\.py)?\s+(\w+)", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+    header = re.findall(r"^#.*\btrain(?:\.py)?\s+(\w+)", recipe_text(recipe), re.MULTILINE)
     for name in [*header, recipe.stem, *reversed(recipe.parent.parts)]:
         if name in METHODS:
             return name

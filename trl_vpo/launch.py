@@ -32,6 +32,10 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
                 found[name] = kept.pop(at).split("=", 1)[1]
                 break
     found = _of_recipe(kept) | found
+    if not found.get("num_processes", "1").isdecimal() or int(found.get("num_processes", 1)) < 1:
+        from trl_vpo.runs.recipe_file import RecipeError
+
+        raise RecipeError(f"num_processes is {found['num_processes']!r}: give a whole number of at least 1.")
     if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # launched already
         return kept, []
     launch = (
@@ -42,19 +46,15 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
 
 def _of_recipe(options: list[str]) -> dict[str, str]:
     """The launch keys of the recipe in `--config`. A recipe that cannot be read is the trainer's to complain about."""
-    import yaml
-
+    from trl_vpo.runs.recipe_file import RecipeError, read_recipe
     from trl_vpo.train import config_path
 
     path = config_path(options)
-    if path is None or not Path(path).is_file():
-        return {}
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError:
+        recipe = read_recipe(path) if path is not None else {}
+    except RecipeError:
         return {}
-    keys = ("accelerate_config", "num_processes")
-    return {key: str(recipe[key]) for key in keys if isinstance(recipe, dict) and key in recipe}
+    return {key: str(recipe[key]) for key in ("accelerate_config", "num_processes") if key in recipe}
 
 
 def accelerate_config(name: str) -> Path:
@@ -66,7 +66,7 @@ def accelerate_config(name: str) -> Path:
     folders = (Path("recipes/accelerate"), Path(find_spec("trl").origin).parent / "accelerate_configs")
     valid = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
     if name not in valid:
-        from trl_vpo.recipe import RecipeError, nearest
+        from trl_vpo.runs.recipe_file import RecipeError, nearest
 
         raise RecipeError(
             f"accelerate_config {name!r} is no file and none of {', '.join(valid)}.{nearest(name, valid)}"

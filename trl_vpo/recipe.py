@@ -4,32 +4,22 @@ TRL's parser and conventions. Stricter in three ways, because a misspelt key cos
 abbreviated options and values outside of a choice are errors that name the nearest valid ones.
 """
 
-import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
 from trl.scripts.utils import ScriptArguments, TrlParser
 
 from trl_vpo.report.run_record import scrub
+from trl_vpo.runs.recipe_file import RecipeError, nearest, read_recipe
+from trl_vpo.runs.values import annotations, check_bounds, checked
 
 TARGETS_HELP = (
     "What LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model family; "
     "PEFT's all-linear; or a regular expression of whole module names."
 )
 LAUNCH_KEYS = ("accelerate_config", "num_processes")  # read by `trl-vpo train` before any process starts
-
-
-class RecipeError(ValueError):
-    """A recipe or option that cannot be used. Raised before a model or dataset is loaded."""
-
-
-def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
-    """` Did you mean ...?`, or nothing where nothing is near."""
-    close = difflib.get_close_matches(str(word).lower(), list(valid), n=3)
-    return f" Did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
 
 
 @dataclass
@@ -60,6 +50,7 @@ class RecipeParser(TrlParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.any_device = any_device
         self.given: dict[str, Any] = {}
+        self._path: str | None = None  # of the recipe
         self._own_defaults: dict[str, Any] = {}
         for action in self._actions:  # `--no_x` comes after `--x`, with a default of its own
             if action.dest == "lora_target_modules":
@@ -76,27 +67,44 @@ class RecipeParser(TrlParser):
             ValueError: values contradict each other; raised by the argument classes.
         """
         argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        path, recipe = None, {}
+        if "--config" in argv:
+            at = argv.index("--config")
+            if at + 1 == len(argv):
+                raise RecipeError("--config needs the path of a recipe behind it.")
+            if "--config" in argv[at + 1 :]:
+                raise RecipeError("--config is given twice: name one recipe.")
+            path, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
+            recipe = self._read(path)
+        self._path = path
         try:
-            return self.parse_args_and_config(argv)
-        except IndexError as error:
-            raise RecipeError("--config needs the path of a recipe behind it.") from error
-        except OSError as error:
-            raise RecipeError(
-                f"the recipe {error.filename} cannot be read ({error.strerror}). Paths start from the working "
-                f"directory, {Path.cwd()}."
-            ) from error
-        except yaml.YAMLError as error:
-            # Not the error's own text: it shows the line, which may hold a token.
-            mark = getattr(error, "problem_mark", None)
-            where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            what = getattr(error, "problem", None) or type(error).__name__
-            raise RecipeError(f"the recipe is not valid YAML{where}: {scrub(what)}.") from None
+            self.set_defaults_with_config(**recipe)
+            return self.parse_args_into_dataclasses(args=argv)
+        except RecipeError:
+            raise
+        except (ValueError, TypeError, KeyError, ArithmeticError) as error:  # of argument classes
+            raise ValueError(f"{path}: {error}" if path else str(error)) from error
 
-    def set_defaults_with_config(self, **kwargs) -> list[str]:
-        unknown = [key for key in kwargs if key not in self._own_defaults and key not in LAUNCH_KEYS]
+    def _read(self, path: str) -> dict[str, Any]:
+        """The recipe with checked values; its `env` becomes the environment, as in TRL."""
+        recipe = read_recipe(path)
+        environment = recipe.pop("env", None) or {}
+        if not isinstance(environment, dict):
+            raise RecipeError(f"{path}: env is {type(environment).__name__}: give a mapping of names and texts.")
+        os.environ |= {str(name): str(value) for name, value in environment.items()}
+        known = annotations(self.dataclass_types)
+        unknown = [key for key in recipe if key not in known and key not in LAUNCH_KEYS]
         if unknown:
-            raise RecipeError(" ".join(f"unknown recipe key `{k}`.{nearest(k, self._own_defaults)}" for k in unknown))
-        return super().set_defaults_with_config(**{k: v for k, v in kwargs.items() if k not in LAUNCH_KEYS})
+            hints = " ".join(f"unknown recipe key `{k}`.{nearest(k, known)}" for k in unknown)
+            raise RecipeError(f"{path}: {hints}")
+        recipe = {key: value for key, value in recipe.items() if key not in LAUNCH_KEYS}
+        for action in self._actions:  # argparse does not check values that came from the recipe
+            if action.dest in recipe:
+                value = checked(action.dest, recipe[action.dest], known[action.dest], f"{path}: ")
+                recipe[action.dest] = value
+                if value is not None:
+                    self._check_value(action, value, f"{path}: ")
+        return recipe
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, rest = super().parse_known_args(args, namespace)
@@ -105,16 +113,16 @@ class RecipeParser(TrlParser):
             hints = [nearest(o[2:].replace("-", "_"), self._own_defaults, "--") for o in options]
             unknown = " ".join(f"unknown option {o}.{h}" for o, h in zip(options, hints))
             raise RecipeError(unknown or f"a value that belongs to no option stands behind {_before(rest[0], args)}.")
-        for action in self._actions:  # argparse does not check values that came from the recipe
-            if action.choices and getattr(namespace, action.dest) is not None:
-                self._check_value(action, getattr(namespace, action.dest))
-        _check_data_keys(namespace)
+        for option in {arg.split("=")[0] for arg in args or () if arg.startswith("--")}:
+            key = option[2:].replace("-", "_")
+            check_bounds(key, getattr(namespace, key, None), "--")
+        _check_data_keys(namespace, f"{self._path}: " if self._path else "")
         self.given = {k: v for k, v in vars(namespace).items() if v != self._own_defaults.get(k)}
         if self.any_device and not _has_accelerator():
             namespace.use_cpu = True
         return namespace, rest
 
-    def _check_value(self, action, value):
+    def _check_value(self, action, value, where=""):
         valid = [str(getattr(choice, "value", choice)) for choice in action.choices or ()]
         value = getattr(value, "value", value)
         if not valid or str(value) in valid:
@@ -122,22 +130,29 @@ class RecipeParser(TrlParser):
         hint = nearest(value, valid)
         if isinstance(value, bool) and {"no", "yes"} & set(valid):
             hint = ' YAML reads an unquoted no as false: write "no".'
-        raise RecipeError(scrub(f"{action.dest}: {value!r} is not one of {', '.join(valid)}.{hint}"))
+        raise RecipeError(scrub(f"{where}{action.dest}: {value!r} is not one of {', '.join(valid)}.{hint}"))
 
     def error(self, message: str):
         raise RecipeError(scrub(message))
 
 
-def _check_data_keys(given: Any) -> None:
+def _check_data_keys(given: Any, where: str) -> None:
     """Refuse keys on the data that would do nothing."""
+    wrong = None
     mixture, streaming = getattr(given, "datasets", None), getattr(given, "streaming", None)
     if streaming and not mixture:
-        raise RecipeError("streaming is for a mixture: with `dataset_name` set dataset_streaming in its place.")
+        raise RecipeError(
+            f"{where}streaming is for a mixture: with `dataset_name` set dataset_streaming in its place."
+        )
     if mixture and getattr(given, "dataset_streaming", None):
-        raise RecipeError("dataset_streaming is for one dataset: with `datasets` set streaming in its place.")
+        wrong = "dataset_streaming is for one dataset: with `datasets` set streaming in its place."
     evaluation = getattr(given, "eval_strategy", None)
     if getattr(given, "test_split_size", None) and not mixture and getattr(evaluation, "value", evaluation) == "no":
-        raise RecipeError("test_split_size cuts off rows to evaluate on: set eval_strategy, too, or leave it out.")
+        raise RecipeError(
+            f"{where}test_split_size cuts off rows to evaluate on: set eval_strategy, too, or leave it out."
+        )
+    if wrong:
+        raise RecipeError(where + wrong)
 
 
 def _before(value: str, args: list[str]) -> str:

@@ -1,0 +1,82 @@
+"""The YAML file of a recipe, read strictly: what YAML would drop or guess silently is refused, with file and line."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trl_vpo.report.run_record import scrub
+
+
+class RecipeError(ValueError):
+    """A recipe or option that cannot be used. Raised before a model or dataset is loaded."""
+
+
+def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
+    """` Did you mean ...?`, or nothing where nothing is near."""
+    close = difflib.get_close_matches(str(word).lower(), list(valid), n=3)
+    return f" Did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
+
+
+def read_recipe(path: Path | str) -> dict[str, Any]:
+    """The keys and values of a recipe.
+
+    Raises:
+        RecipeError: no such file, not UTF-8, no YAML mapping, a key given twice, or an alias. Names the file.
+    """
+    text = recipe_text(path)
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few lines can hold gigabytes
+            raise RecipeError(f"the recipe {path} has an alias (*name): write the value out.")
+        recipe = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        # Not the error's own text: it shows the line, which may hold a token.
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
+        raise RecipeError(f"the recipe {path} is not valid YAML{where}: {scrub(what)}.") from None
+    except RecursionError:
+        raise RecipeError(f"the recipe {path} is nested too deeply.") from None
+    except ValueError as error:  # a date like 2024-02-31
+        raise error if isinstance(error, RecipeError) else RecipeError(f"the recipe {path}: {error}.") from None
+    if not isinstance(recipe, dict):
+        kind = "is empty" if recipe is None else f"holds a {type(recipe).__name__}"
+        raise RecipeError(f"the recipe {path} {kind}: write a line `key: value` for each setting.")
+    for key in recipe:
+        if not isinstance(key, str):
+            raise RecipeError(f"the recipe {path}: the key {key!r} is no text. YAML reads it so unless it is quoted.")
+    return recipe
+
+
+def recipe_text(path: Path | str) -> str:
+    """The text of a recipe.
+
+    Raises:
+        RecipeError: no such file, or not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise RecipeError(f"the recipe {path} {why}. Paths start from the working directory, {Path.cwd()}.") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError(f"the recipe {path} is not UTF-8 text, in line {line}: save it as UTF-8.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """[`yaml.SafeLoader`], which takes the last of several equal keys, without that."""
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # the base class refuses it
+            key, line = self.construct_object(key_node), key_node.start_mark.line + 1
+            if key in lines:
+                problem = f"the key {key!r} is there twice, the first time in line {lines[key]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            lines[key] = line
+        return super().construct_mapping(node, deep)
