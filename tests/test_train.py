@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl_vpo.data.rows import RowError
 from trl_vpo.data.sources import DatasetError, load_splits, local_splits
 from trl_vpo.recipe import RecipeError
-from trl_vpo.report.run_record import scrub
+from trl_vpo.runs.secrets import scrub
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.train import METHODS, parse, run_training
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from trl_vpo.data.import_formats import FORMATS
 from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.launch import launch, launch_options
+from trl_vpo.runs.secrets import scrub
 from trl_vpo.train import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
@@ -71,6 +72,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def error(self, message: str):
+        super().error(scrub(message))
+
     def _check_value(self, action, value):
         if action.choices is None or value in action.choices:
             return
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK) or not isinstance(error, _user_errors()):
             raise
-        print(f"trl-vpo: error: {error}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
+        print(f"trl-vpo: error: {scrub(str(error))}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
         return 2 if type(error).__name__ == "RecipeError" else 1
 
 

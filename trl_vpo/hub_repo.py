@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import _http
 
 import trl_vpo
-from trl_vpo.report.run_record import scrub
+from trl_vpo.runs.secrets import scrub
 
 TIMEOUT = 120  # seconds without a byte; huggingface_hub itself waits for ever
 LATER = {408, 409, 412, 425, 429}  # of the 4xx, those that may go well when tried again
@@ -107,8 +107,7 @@ class HubRepo:
 
     def reason(self, error: BaseException) -> str:
         """An error in one line, without the token: servers and proxies may repeat what they were sent."""
-        text = one_line(error)
-        return scrub(text.replace(self._token, "***") if self._token else text)
+        return scrub(one_line(error), self._token or "")
 
 
 def one_line(error: BaseException | None) -> str:

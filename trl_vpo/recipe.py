@@ -11,8 +11,8 @@ from typing import Any
 
 from trl.scripts.utils import ScriptArguments, TrlParser
 
-from trl_vpo.report.run_record import scrub
 from trl_vpo.runs.recipe_file import RecipeError, nearest, read_recipe
+from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.values import annotations, check_bounds, checked
 
 TARGETS_HELP = (

@@ -9,8 +9,8 @@ import numpy as np
 from datasets import Dataset
 
 import trl_vpo
-from trl_vpo.report.run_record import scrub
 from trl_vpo.runs.digests import model_files, row_digests
+from trl_vpo.runs.secrets import scrub
 
 # Recipe keys that change nothing about the weights: where things are, what is written, how data are loaded.
 FREE = {"output_dir", "run_name", "resume_from_checkpoint", "project", "disable_tqdm", "push_to_hub"}

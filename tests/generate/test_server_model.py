@@ -320,6 +320,14 @@ def test_a_slow_answer_is_waited_for_while_it_comes(serve):
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize("key", ["sk-0123456789\nabcdef", "sk-012 345", "sk-ключ-0123456789"])
+def test_a_key_that_no_header_takes_is_named_not_shown(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(GenerateError, match="the API key in OPENAI_API_KEY holds a line break or another") as caught:
+        ServerModel("http://127.0.0.1:9/v1", "tiny")
+    assert key[:6] not in str(caught.value)
+
+
 def test_endless_answers_are_not_read(serve, fast, monkeypatch):
     monkeypatch.setattr(server_module, "LARGEST_ANSWER", 1000)
     monkeypatch.setattr(server_module, "LONGEST_ANSWER", 1)

@@ -27,6 +27,7 @@ from trl_vpo.generate.shards import check_settings
 from trl_vpo.generate.store import Run
 from trl_vpo.report.quiet import quiet_libraries
 from trl_vpo.runs.digests import weights_digest
+from trl_vpo.runs.secrets import scrub
 
 # What a run may change when it is continued: none of it changes an answer.
 FREE = {
@@ -102,10 +103,8 @@ def _generate(method: str, config: GenerateConfig, rank: int, world_size: int) -
         show_summary(summary, config.output_dir)
         if not summary["rows"]:
             kinds = ", ".join(f"{kind}: {count}" for kind, count in summary["rejected_by_kind"].items())
-            raise GenerateError(
-                f"no row was made of {summary['inputs']} inputs ({kinds}). {config.output_dir}/rejected.jsonl says why "
-                "of each."
-            )
+            why = Path(config.output_dir) / "rejected.jsonl"
+            raise GenerateError(f"no row was made of {summary['inputs']} inputs ({kinds}). {why} says why.")
     elif rank == 0:
         print("This worker is done. The last one writes rows.jsonl; if one died, start the same command again.")
     return summary
@@ -142,7 +141,7 @@ def _pipeline(pipeline_class: type[Pipeline], config: GenerateConfig, settings: 
 
 def run_settings(method: str, config: GenerateConfig, inputs: Inputs) -> dict[str, Any]:
     """All that the rows depend on, but for who answers. A run continues only where nothing of it has changed."""
-    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    settings = scrub({key: value for key, value in asdict(config).items() if key not in FREE})
     folders = {name: getattr(config, name, None) for name in WEIGHTS}
     if config.server_url:  # a server's name for its model, and perhaps a folder by chance
         del folders["model_name_or_path"]

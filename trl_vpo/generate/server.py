@@ -22,6 +22,7 @@ from urllib.parse import urljoin, urlsplit
 from trl_vpo.generate.base import AnsweringModel, Failure, GenerateError, Request, Sampling
 from trl_vpo.generate.payload import chat_messages, every_frame
 from trl_vpo.generate.reading import unusable, without_reasoning
+from trl_vpo.runs.secrets import scrub
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,12 @@ class ServerModel(AnsweringModel):
         media: str = "video",
         max_pixels: int | None = None,
     ):
-        self.url, self.model = _shown(url), model
+        self.url, self.model = scrub(_shown(url)), model
         self._key_env, self._key = api_key_env, os.environ.get(api_key_env, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
+            raise GenerateError(
+                f"the API key in {api_key_env} holds a line break or another character that no key has: set it again."
+            )
         self._timeout, self._max_retries = timeout, max_retries
         self._budget = budget or RequestBudget(max_requests)
         self._concurrency = concurrency
@@ -314,7 +319,7 @@ class ServerModel(AnsweringModel):
 
     def _clean(self, text: str) -> str:
         """Some servers repeat the key that they refuse."""
-        return text.replace(self._key, "<API key>") if self._key else text
+        return scrub(text.replace(self._key, "<API key>") if self._key else text, self._key)
 
 
 def _careful_client(timeout: float) -> Any:
@@ -352,7 +357,8 @@ def _shown(url: str) -> str:
     """The URL as messages and records show it: without user, password and query."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise GenerateError(f"{url!r} is no address of a server: give it as http://HOST:PORT/v1.")
+        shown = scrub(url.partition("?")[0].rpartition("@")[2])  # without a scheme, there may be a key before the host
+        raise GenerateError(f"{shown!r} is no address of a server: give it as http://HOST:PORT/v1.")
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,7 @@ import torch
 
 import trl_vpo
 from trl_vpo.files import whole
-
-_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_key|apikey|auth)$", re.IGNORECASE)
-_TEXT_TOKEN = re.compile(r"^(pad|eos|bos|unk|image|video)_token$")
-_SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{16,}|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+from trl_vpo.runs.secrets import scrub
 
 
 def write_run_record(
@@ -59,17 +55,6 @@ def write_run_record(
     with whole(path) as part:
         part.write_text(json.dumps(scrub(record), indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
-
-
-def scrub(value: Any) -> Any:
-    """Without secrets: entries whose name says so are left out, tokens inside of texts are starred."""
-    if isinstance(value, dict):
-        return {k: scrub(v) for k, v in value.items() if _TEXT_TOKEN.match(str(k)) or not _SECRET_KEY.search(str(k))}
-    if isinstance(value, (list, tuple)):
-        return [scrub(item) for item in value]
-    if isinstance(value, str):
-        return _SECRET_VALUE.sub("***", value)
-    return value
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,1 @@
+"""Any run that can go on where it stopped, and what it writes down of itself."""

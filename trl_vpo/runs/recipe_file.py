@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from trl_vpo.report.run_record import scrub
+from trl_vpo.runs.secrets import scrub
 
 
 class RecipeError(ValueError):

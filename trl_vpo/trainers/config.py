@@ -8,6 +8,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
 from trl_vpo.data.media import VideoOptions
+from trl_vpo.runs.secrets import scrub
 
 # Knobs of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.
 REFUSED = {
@@ -24,14 +25,14 @@ REFUSED = {
     "include_num_input_tokens_seen": "every log line has `num_tokens`",
 }
 _TRL_FIELDS = fields(DPOConfig)
-LOADING_TOKENS = ("token", "use_auth_token")  # keys of `model_init_kwargs`
 
 
 @dataclass(repr=False)
 class VisualPreferenceConfig(DPOConfig):
     """[`trl.DPOConfig`] plus how images and videos are read.
 
-    Tokens stay in memory: neither `training_args.bin` (a pickle) nor `to_dict` and `repr`, which logs show, have them.
+    Tokens and passwords stay in memory: neither `training_args.bin` (a pickle) nor `to_dict` and `repr`, which logs
+    show, have them.
 
     Parameters:
         layout (`"auto"`, `"shared"` or `"separate"`, defaults to `"auto"`): whether the responses of a pair share one
@@ -198,4 +199,4 @@ class VisualPreferenceConfig(DPOConfig):
 def _tokenless(model_init_kwargs: Any) -> Any:
     if not isinstance(model_init_kwargs, dict):
         return model_init_kwargs
-    return {key: value for key, value in model_init_kwargs.items() if key not in LOADING_TOKENS}
+    return scrub(model_init_kwargs)
