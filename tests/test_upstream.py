@@ -36,7 +36,8 @@ CALLED = [
     ("trl.DPOTrainer._set_signature_columns_if_needed", ["self"], BASE),
     ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
     ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
-    ("transformers.Trainer._get_num_items_in_batch", ["self", "batch_samples", "device"], BASE),
+    ("transformers.Trainer.get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"], BASE),
+    ("transformers.Trainer.training_step", ["self", "model", "inputs", "num_items_in_batch"], LOGS),
     ("transformers.Trainer._maybe_log_save_evaluate", ["self"], LOGS),
     ("transformers.Trainer._finalize_training", ["self"], LOGS),
     ("transformers.Trainer._load_from_checkpoint", ["self", "resume_from_checkpoint", "model"], BASE),
@@ -281,16 +282,17 @@ def test_the_attributes_that_dpo_trainer_sets(tmp_path):
     assert set(trl.DPOTrainer._paper) == {"title", "id", "citation"}
 
 
-def test_when_a_loss_counts_as_scaled_for_gradient_accumulation():
-    """`compute_loss` gives its part of the whole step's mean where it is given the step's totals, else a mean."""
+def test_what_is_divided_by_the_number_of_micro_batches():
+    """`compute_loss` gives a loss on the scale of a mean, as a subclass does; Trainer divides every one of them."""
+    import trl
+
+    assert trl.DPOTrainer.loss_is_scaled_for_ga is False, f"see `compute_loss` in {BASE}."
     gone = absent(
-        "transformers.Trainer.training_step",
-        "self.loss_is_scaled_for_ga is not None",
-        "self.model_accepts_loss_kwargs and num_items_in_batch is not None",
-    )
-    assert not gone, f"Trainer.training_step has no {gone} any more; see `compute_loss` in {BASE}."
-    source = inspect.getsource(find("transformers.Trainer.get_batch_samples"))
-    assert "self._get_num_items_in_batch(batch_samples, device)" in source, f"{BASE} counts the step's pairs there."
+        "transformers.Trainer._run_epoch",
+        "batch_samples, num_items_in_batch = self.get_batch_samples(epoch_iterator, num_batches, self.args.device)",
+        "self.current_gradient_accumulation_steps = len(batch_samples)",
+    ) + absent("transformers.Trainer.training_step", "loss = loss / self.current_gradient_accumulation_steps")
+    assert not gone, f"Trainer has no {gone} any more; see `get_batch_samples` and `compute_loss` in {BASE}."
 
 
 def test_the_averages_are_ready_when_trainer_logs():

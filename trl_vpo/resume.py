@@ -285,6 +285,7 @@ def _counters(trainer: Any) -> dict:
         "tokens": trainer._total_train_tokens,
         "new_tokens": trainer._new_tokens,
         "sums": trainer._sums["train"]._sums,
+        "metrics": {name: [float(v) for v in values] for name, values in trainer._metrics["train"].items()},
     }
 
 
@@ -295,3 +296,4 @@ def _set_counters(trainer: Any, saved: dict) -> None:
     trainer._total_train_tokens = saved["tokens"]
     trainer._new_tokens = saved["new_tokens"]
     trainer._sums["train"]._sums = saved["sums"]
+    trainer._metrics["train"].update(saved.get("metrics", {}))  # none: an older checkpoint

@@ -38,17 +38,31 @@ from datasets import Dataset
 from helpers import message, row, write_clip, write_image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from trainer_kit import PAIRS, fresh, lora, shake, trainable, trainer_of
+from trainer_kit import METHODS, PAIRS, fresh, lora, shake, trainable, trainer_of
 from transformers import TrainerCallback
 
 from trl_vpo.train import NOT_QUANTIZED
 
+
+class ChangedTrainer(METHODS["dpo"][1]):
+    """A subclass that changes the loss, takes no notice of `num_items_in_batch`, and logs a number of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, scores = super().compute_loss(model, inputs, return_outputs=True)
+        if not self.model.training:
+            return loss + 10
+        self._metrics["train"]["mine"].append(self.accelerator.gather(loss.detach()).mean().item())
+        return loss + 1e-3 * scores.sums.square().mean()
+
+
+METHODS["changed"] = (METHODS["dpo"][0], ChangedTrainer)
 EVERYWHERE = r".*\.(q|k|v|o|gate|up|down|out)_proj|.*\.(qkv|fc1|fc2|proj)"  # LoRA on the vision tower, too
 CASES = {
     # What is compared: one process that accumulates four micro-batches, and two processes that accumulate two.
     **{f"{m}-{layout}": {"method": m, "layout": layout} for m in ("dpo", "leanpo", "rrpo", "lpoi")
        for layout in ("shared", "separate")},
     "seven rows": {"method": "leanpo", "rows": 7},  # the last micro-batch of rank 1 has one row
+    "changed loss": {"method": "changed"},
     "vision trained": {"method": "rrpo", "peft_config": lora(target_modules=EVERYWHERE)},
     "vision trained, recomputed": {"method": "dpo", "peft_config": lora(target_modules=EVERYWHERE),
                                    "gradient_checkpointing": True},

@@ -13,7 +13,6 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.models.utils import disable_gradient_checkpointing
@@ -53,7 +52,6 @@ class VisualPreferenceTrainer(LoggingTrainer):
     """
 
     config_class: type[VisualPreferenceConfig]
-    loss_is_scaled_for_ga = None  # it is where `compute_loss` is given the totals of the step, see `_finish_init`
     needs_reference = True
     needs_kl = False
     needs_phrases = False
@@ -162,7 +160,6 @@ class VisualPreferenceTrainer(LoggingTrainer):
         )
         if self.ref_model is not None:
             self.scorer.add_model(self._bare(self.ref_model))
-        self.model_accepts_loss_kwargs = True  # `training_step` then takes a loss as scaled if it came with totals
         setup.wrap_layers_that_exist(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
         self._start_logs()
@@ -293,25 +290,29 @@ class VisualPreferenceTrainer(LoggingTrainer):
         """The method: per-token scores in, losses of B pairs out."""
         raise NotImplementedError
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> Tensor:
-        """(2,) pairs and chosen tokens of an optimizer step: of all its micro-batches on all ranks, which all call."""
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step, each with the `totals` of the step. All ranks call this."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         totals = torch.zeros(2, dtype=torch.long, device=device)
-        for batch in batch_samples:
+        for batch in batches:
             totals[0] += len(batch["chosen"])
             totals[1] += batch["branch_mask"][batch["chosen"]].sum().to(device)
-        return self.accelerator.reduce(totals, reduction="sum")
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        for batch in batches:
+            batch["totals"] = totals
+        return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss of the batch's pairs; with `return_outputs` also its `Scores`. All ranks call this.
 
-        With `num_items_in_batch`, (2,) the pairs and chosen tokens of an optimizer step: the batch's part of the mean
-        loss over all pairs of the step, times the number of ranks. `Trainer` sums the micro-batches' gradients and
-        averages the ranks', so the step is that of one big batch, however unequal the parts are.
+        A training batch carries the `totals` of its optimizer step (see `get_batch_samples`). Its pairs are then
+        divided by the mean number of pairs in a micro-batch of the step instead of their own number. `Trainer`
+        averages over micro-batches and ranks, as it does with any loss that a subclass returns, so the step is that
+        of one big batch, however unequal the parts are. `num_items_in_batch` is not used.
 
         Raises:
             NonFiniteLossError: the loss is nan or infinite.
         """
-        inputs["totals"] = num_items_in_batch
         self.scorer.agree(inputs, self._fillers, setup.sharding(self))
         reference = self._reference(inputs)
         with self.scorer.replay_vision():
@@ -319,16 +320,23 @@ class VisualPreferenceTrainer(LoggingTrainer):
         out = self.preference_loss(scores, reference, inputs)
         check_losses(out.losses, inputs["names"], self.state.global_step)
         self._record(scores, reference, out, inputs)
-        if num_items_in_batch is None:
+        if inputs.get("totals") is None:
             loss = out.losses.mean()
         else:
-            loss = out.losses.sum() * self.accelerator.num_processes / num_items_in_batch[0]
+            parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            loss = out.losses.sum() / (inputs["totals"][0] / parts)
+        self._own_losses.append(loss.detach())
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
+        self._own_losses = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+            if prediction_loss_only:
+                loss, scores = self.compute_loss(model, inputs), None
+            else:
+                loss, scores = self.compute_loss(model, inputs, return_outputs=True)
+        self._record_returned("eval", loss.detach(), 1, torch.ones_like(inputs["chosen"]))
         if prediction_loss_only:
             return loss.detach(), None, None
         sides = (scores.chosen, scores.rejected)

@@ -97,9 +97,8 @@ class LeanPOTrainer(VisualPreferenceTrainer):
         tokens = scores.chosen_mask.sum(-1)  # (B,)
         return {"loss/nll": (-scores.sums[scores.chosen] / tokens, tokens)}
 
-    def _averages(self, mode: str) -> dict[str, float]:
-        """The loss is put together from its parts, whose averages are over different things: pairs and tokens."""
-        averages = super()._averages(mode)
-        if averages:
-            averages["loss"] = averages["loss/preference"] + self.args.nll_weight * averages["loss/nll"]
-        return averages
+    def _own_average(self, averages: dict[str, float]) -> float:
+        """The loss put together from its parts, whose averages are over different things: pairs and tokens."""
+        if "loss/nll" not in averages:
+            return averages["loss"]
+        return averages["loss/preference"] + self.args.nll_weight * averages["loss/nll"]

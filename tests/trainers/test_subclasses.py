@@ -1,0 +1,159 @@
+"""A subclass that changes the loss trains and logs as the very same subclass of `trl.DPOTrainer` does."""
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from trainer_kit import METHODS, QUIET, fresh, lora, losses_of, shake, text_rows, trainable
+
+from trl_vpo import resume
+from trl_vpo.run_identity import describe_run
+
+
+def penalty(trainer):
+    return 3.0 * sum(p.square().sum() for p in trainable(trainer.model).values())
+
+
+def swallows(base):
+    class Mine(base):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return super().compute_loss(model, inputs, return_outputs)
+
+    return Mine
+
+
+def adds(base):
+    class Mine(base):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss = super().compute_loss(model, inputs)
+            mode, more = "train" if self.model.training else "eval", penalty(self)
+            self._metrics[mode]["mine"].append(more.item() + len(self._metrics[mode]["mine"]))
+            return loss + 10 + more
+
+    return Mine
+
+
+def adds_by_count(base):
+    class Mine(base):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return loss + (penalty(self) if num_items_in_batch is None else penalty(self) / num_items_in_batch.sum())
+
+    return Mine
+
+
+def twice(base):
+    class Mine(base):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return super().compute_loss(model, inputs) + super().compute_loss(model, inputs)
+
+    return Mine
+
+
+def replaces(base):
+    class Mine(base):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return penalty(self)
+
+    return Mine
+
+
+KINDS = [swallows, adds, adds_by_count, twice, replaces]
+
+
+def theirs_of(folder, kind, rows, **more):
+    model, tokenizer = fresh()
+    init = {"train_dataset": Dataset.from_list(rows), "eval_dataset": more.pop("eval_dataset", None)}
+    args = trl.DPOConfig(str(folder), **{**QUIET, "max_length": None, **more})
+    return kind(trl.DPOTrainer)(model, args=args, processing_class=tokenizer, peft_config=lora(text=True), **init)
+
+
+def ours_of(folder, kind, rows, method="dpo", **more):
+    config, base = METHODS[method]
+    args = config(str(folder), **{**QUIET, **{k: v for k, v in more.items() if k != "eval_dataset"}})
+    model, tokenizer = fresh()
+    init = {"train_dataset": Dataset.from_list(rows), "eval_dataset": more.get("eval_dataset")}
+    return kind(base)(model, args=args, processing_class=tokenizer, peft_config=lora(text=True), **init)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_loss_trains_and_logs_as_in_trl(kind, tmp_path):
+    """An epoch of steps of four micro-batches and of two: the weights and all that both log."""
+    more = {"optim": "sgd", "max_grad_norm": 0.0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    more |= {"train_sampling_strategy": "sequential", "eval_strategy": "steps", "eval_steps": 1}
+    more |= {"eval_dataset": Dataset.from_list(text_rows(3))}
+    trainers = ours_of(tmp_path, kind, text_rows(6), **more), theirs_of(tmp_path, kind, text_rows(6), **more)
+    moved = []
+    for trainer in trainers:
+        shake(trainer.model)
+        before = {k: p.detach().clone() for k, p in trainable(trainer.model).items()}
+        trainer.train()
+        moved.append(torch.cat([(p - before[k]).flatten() for k, p in trainable(trainer.model).items()]))
+    got, want = moved
+    assert want.norm() > 1e-3 and (got - want).norm() < 1e-4 * want.norm()
+    ours, theirs = ([e for e in t.state.log_history if "train_runtime" not in e] for t in trainers)
+    assert len(ours) == len(theirs) == 4
+    for entry, other in zip(ours, theirs):
+        shared = {k for k in other if k in ("loss", "eval_loss", "mine", "eval_mine", "grad_norm")}
+        assert shared and {k: entry[k] for k in shared} == {k: pytest.approx(other[k], rel=1e-4) for k in shared}
+    summaries = [t.state.log_history[-1]["train_loss"] for t in trainers]
+    assert summaries[0] == pytest.approx(summaries[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["leanpo", "rrpo"])
+def test_what_a_subclass_adds_is_logged_on_top(method, tmp_path):
+    """Ragged micro-batches in windows of two steps: the exact mean of the method, and the constant; evaluation too."""
+    runs = []
+    for kind in (swallows, adds):
+        more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 2}
+        more |= {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.0, "lr_scheduler_type": "constant"}
+        trainer = ours_of(tmp_path, kind, text_rows(7), method, eval_dataset=Dataset.from_list(text_rows(5)), **more)
+        shake(trainer.model)
+        added = 10 + penalty(trainer).item()
+        trainer.train()
+        runs.append(trainer.state.log_history)
+    plain, more = runs
+    assert len(plain) == len(more) == 3
+    for a, b, key in zip(plain, more, ("loss", "eval_loss", "train_loss")):
+        assert b[key] == pytest.approx(a[key] + added, rel=1e-6)
+    weight, part = {"leanpo": (0.5, "loss/nll"), "rrpo": (0.01, "loss/kl")}[method]
+    assert plain[0]["loss"] == pytest.approx(plain[0]["loss/preference"] + weight * plain[0][part], rel=1e-6)
+
+
+def test_compute_metrics_goes_with_a_changed_loss(tmp_path):
+    """Then the scores are asked for, too."""
+
+    class Mine(METHODS["dpo"][1]):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, scores = super().compute_loss(model, inputs, return_outputs=True)
+            return (loss + 10, scores) if return_outputs else loss + 10
+
+    args = METHODS["dpo"][0](str(tmp_path), **QUIET)
+    model, tokenizer = fresh()
+    data = Dataset.from_list(text_rows(3))
+    seen = lambda prediction: {"rows": len(prediction.predictions[0])}  # noqa: E731
+    trainer = Mine(model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer,
+                   peft_config=lora(text=True), compute_metrics=seen)  # fmt: skip
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(10.6931, abs=1e-4) and metrics["eval_rows"] == 3
+
+
+def test_what_was_not_logged_yet_is_kept_in_a_checkpoint(tmp_path):
+    """Logs every fourth step, a checkpoint after the third: losses and own metrics are those of an unbroken run."""
+
+    def start(folder, steps):
+        more = {"max_steps": 4, "logging_steps": 4, "save_strategy": "steps", "save_steps": 3}
+        trainer = ours_of(tmp_path / folder, adds, text_rows(8), **more)
+        shake(trainer.model)
+        trainer.args.max_steps = steps
+        return trainer
+
+    logged = []
+    for folder, runs in (("straight", [4]), ("broken", [3, 4])):
+        for steps in runs:
+            trainer = start(folder, steps)
+            checkpoint = tmp_path / folder / "checkpoint-3" if len(runs) > 1 and steps == 4 else None
+            resume.train(trainer, checkpoint, describe_run(trainer, "dpo", {"model_name_or_path": str(tmp_path)}))
+        logged.append([{k: e[k] for k in ("step", "loss", "mine") if k in e} for e in trainer.state.log_history])
+    assert logged[1][-2:] == logged[0] and set(logged[0][0]) == {"step", "loss", "mine"}
+    assert losses_of(trainer)[-1] > 10
