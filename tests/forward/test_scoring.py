@@ -2,6 +2,7 @@
 
 import copy
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -41,10 +42,29 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-SPECIAL_HEADS = {  # models that do more than one matrix product between hidden states and logits
+ALL_HEADS = {**TINY, "num_key_value_heads": 4}
+TEXT_OF = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8}
+SIGLIP = families.tower("siglip_vision_model", vision_use_head=False)
+
+
+def visual(name, text_type, **text):
+    """A vision-language model over a text model with special fields in its config."""
+    config = getattr(T, f"{name}Config")(
+        text_config={"model_type": text_type, **TINY, **TEXT_OF, **text}, vision_config=SIGLIP
+    )
+    return getattr(T, f"{name}ForConditionalGeneration")(config)
+
+
+SPECIAL_HEADS = {  # models that do more than one matrix product between hidden states and logits, or only seem to
     "softcap": lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**TINY, head_dim=8, final_logit_softcapping=0.2)),
     "logit_scale": lambda: T.CohereForCausalLM(T.CohereConfig(**TINY, logit_scale=0.25)),
     "logits_scaling": lambda: T.GraniteForCausalLM(T.GraniteConfig(**TINY, logits_scaling=4.0)),
+    "multiplied": lambda: T.HyperCLOVAXForCausalLM(T.HyperCLOVAXConfig(**TINY, logits_scaling=0.25)),
+    "head multiplier": lambda: T.FalconH1ForCausalLM(T.FalconH1Config(**TINY, lm_head_multiplier=0.25)),
+    "fewer dimensions": lambda: T.MiniCPM3ForCausalLM(T.MiniCPM3Config(**ALL_HEADS, dim_model_base=8)),
+    "ignored scale": lambda: visual("AyaVision", "cohere2", logit_scale=0.25),
+    "ignored scale, too": lambda: visual("Cohere2Vision", "cohere2", logit_scale=0.25),
+    "ignored softcap": lambda: visual("Gemma3", "gemma3_text", final_logit_softcapping=0.2),
     "bias": lambda: T.PhiForCausalLM(T.PhiConfig(**TINY)),
     "plain": lambda: T.LlamaForCausalLM(T.LlamaConfig(**TINY)),
     "tied": lambda: T.LlamaForCausalLM(T.LlamaConfig(**TINY, tie_word_embeddings=True)),
@@ -130,7 +150,7 @@ def test_kl_of_a_model_to_itself_is_zero():
 
 @pytest.mark.parametrize("kind", SPECIAL_HEADS)
 def test_the_head_gives_the_models_own_logits(kind):
-    """Scaling, soft cap and bias are found in the config of each family, as the model itself applies them."""
+    """Scaling, soft cap and bias as the model itself applies them, whatever the fields of its config."""
     torch.manual_seed(0)
     model = SPECIAL_HEADS[kind]().eval()
     with torch.no_grad():
@@ -142,12 +162,34 @@ def test_the_head_gives_the_models_own_logits(kind):
         torch.testing.assert_close(lm_head(model).logits(hidden), out.logits, rtol=1e-5, atol=1e-5)
         head = lm_head(model)
         assert {"softcap": head.softcap, "bias": head.bias}.get(kind, 1) is not None
-        assert head.scale == (0.25 if kind in ("logit_scale", "logits_scaling") else 1.0)
+        quartered = ("logit_scale", "logits_scaling", "multiplied", "head multiplier", "fewer dimensions")
+        assert (head.scale, head.softcap) == (0.25 if kind in quartered else 1.0, 0.2 if kind == "softcap" else None)
         attach_scoring(model)
         positions = torch.arange(8).expand(2, -1)
         scores = model(ids, score=ScoreRequest(torch.arange(2), positions, torch.ones(2, 8).bool(), ids[:, 1:]))
         want = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         torch.testing.assert_close(scores.logps, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_not_known_is_refused():
+    """Chameleon gives no text tokens of its pictures: that is no factor and no cap."""
+
+    class Odd(T.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits[..., 3] = -1e9
+            return out
+
+    class Squared(T.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * out.logits.abs()
+            return out
+
+    with pytest.raises(ValueError, match=r"Odd computes its logits .* some tokens"):
+        attach_scoring(Odd(T.LlamaConfig(**TINY)))
+    with pytest.raises(ValueError, match=r"Squared computes its logits .* became"):
+        attach_scoring(Squared(T.LlamaConfig(**TINY)))
 
 
 def test_attach_scoring_leaves_other_calls_alone():

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from trl_vpo.forward.head import logit_transform
+
 VOCAB_CHUNK = 32768
 
 
@@ -117,14 +119,13 @@ class ReferenceSums:
 
 
 def lm_head(model: PreTrainedModel) -> Head:
-    """The LM head of `model` with the scaling that some text models apply to their logits."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    """The LM head of `model`, and what its `forward` does with the logits."""
+    if not hasattr(model, "_trl_vpo_logits"):
+        model._trl_vpo_logits = logit_transform(model)
+    head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)  # PEFT's layer for single tokens has none
     weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, bias))
-    scale = next((s for s in (getattr(config, k, None) for k in _MULTIPLIERS) if s is not None), 1.0)
-    if getattr(config, "logits_scaling", None) is not None:  # Granite and MiniCPM divide, HyperCLOVA X multiplies
-        scale = config.logits_scaling if config.model_type == "hyperclovax" else 1 / config.logits_scaling
-    return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+    return Head(weight, bias, *model._trl_vpo_logits)
 
 
 def check_head(model: torch.nn.Module) -> None:
@@ -146,9 +147,6 @@ def check_head(model: torch.nn.Module) -> None:
             f"the LM head is quantized ({type(head).__name__}), and log-probs are computed from its plain weight: "
             "name lm_head in llm_int8_skip_modules of the quantization config."
         )
-
-
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
 def token_scores(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -213,11 +211,12 @@ def attach_scoring(model: PreTrainedModel) -> None:
     """Let `model(..., score=ScoreRequest(...))` give a `ScoreOutput`. Other calls behave as before.
 
     Raises:
-        ValueError: as `check_head` says.
+        ValueError: as `check_head` and `logit_transform` say.
     """
     check_head(model)
     if getattr(model, "_trl_vpo_scoring", False):
         return
+    model._trl_vpo_logits = logit_transform(model)
     model._trl_vpo_plain = model.forward  # on the model: a deep copy then has its own
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
