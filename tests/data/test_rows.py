@@ -1,5 +1,8 @@
 """The row contract: what is accepted in which shapes, and what every broken row is told."""
 
+from datetime import datetime
+
+import numpy as np
 import pytest
 from helpers import message, row
 
@@ -167,3 +170,134 @@ def test_a_broken_row_is_refused_by_name(example, needs, says):
     with pytest.raises(RowError, match=says) as caught:
         read_row(example | {"_row_index": 3, "id": "x9"}, **needs)
     assert str(caught.value).startswith("row 3 (id 'x9'): ")
+
+
+# --- layouts of others, names that are nearly right, values of other types -----------------------------------------
+
+TURN = [{"from": "human", "value": "<image>What is it?"}]
+SAID = {"from": "gpt", "value": "A cat."}
+LAYOUTS = [
+    (
+        {"conversations": TURN, "chosen": SAID, "rejected": SAID | {"value": "A dog."}},
+        "`chosen` .*import llamafactory",
+    ),
+    ({"messages": TURN, "chosen": "A", "rejected": "B"}, "has no `prompt`.* `messages` are.*import llamafactory"),
+    (
+        {"question": "What?", "chosen": "A cat.", "rejected": "A dog.", "image": "a.png"},
+        "`question` are not read. Rename",
+    ),
+    ({"question": "What?", "chosen": "It is a", "rejected": "It is b"}, "has no `prompt`.* `question`"),
+    ({"messages": [], "rejected_response": "A dog."}, "has no `chosen`.*import ms-swift"),
+    ({"question": "?", "answer": "A", "pred": "B", "video": "a.mp4"}, "has no `chosen`.*`answer`, .*import rrpo"),
+    ({"img_path": "a.png", "chosen": "A", "rejected": "B"}, "has no `prompt`.* `img_path` .*import lpoi"),
+    ({"conversations": TURN, "image": "a.png"}, "has no `chosen`.*`conversations` are not read. Rename"),
+    ({"instruction": "What?", "input": "", "output": ["A", "B"]}, "has no `chosen`.*`input`, `instruction`, `output`"),
+    ({"text": "{}", "image": "a.png", "ds_name": "x"}, "has no `chosen`.*`ds_name`, `text` are not read"),
+    (
+        {"prompt": "What?", "messages": [], "chosen": message("user", "What?"), "rejected": message("user", "What?")},
+        "mixes strings and message lists.*leave `prompt` out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("example", "says"), LAYOUTS, ids=[" ".join(example) for example, _ in LAYOUTS])
+def test_rows_of_another_layout_name_their_importer(example, says):
+    with pytest.raises(RowError, match=says):
+        read_row(example)
+
+
+def test_an_implicit_prompt_beside_columns_of_scores():
+    turn = message("user", "What is it?")
+    example = {"chosen": turn + message("assistant", "A cat."), "rejected": turn + message("assistant", "A dog.")}
+    assert (
+        read_row(example | {"score_chosen": 8.0, "score_rejected": 2.0, "messages": turn, "prompt": None}).prompt
+        == turn
+    )
+
+
+NEAR = {
+    "chosen_phrase": "chosen_phrases",
+    "rejected_phrasees": "rejected_phrases",
+    "image_lists": "image_list",
+    "critical_boxes": "critical_box",
+    "critical_bbox": "critical_box",
+    "imageList": "image_list",
+    "Images": "images",
+    "vidoes": "videos",
+    "promt": "prompt",
+    "tool": "tools",
+    "chat-template-kwargs": "chat_template_kwargs",
+}
+FAR = ["ids", "sources", "image_id", "video_id", "video_path", "prompt_id", "score_chosen", "question", "chosen_model"]
+FAR += [
+    "answer",
+    "options",
+    "split",
+    "image_path",
+    "idx",
+    "data_source",
+    "rejected_score",
+    "critical",
+    "trust",
+    "list",
+]
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_column_that_is_nearly_right_is_named(name):
+    with pytest.raises(RowError, match=f"column `{name}`, which is not read. Did you mean `{NEAR[name]}`"):
+        read_row(row(None) | {name: [1]})
+    read_row(row(None) | {name: None})  # of other rows
+
+
+def test_columns_that_are_near_nothing_are_left_alone():
+    read_row(row(None) | dict.fromkeys(FAR, "x"))
+
+
+def ranked(**more):
+    return row("image", ["a.png"]) | more
+
+
+WRONG = [
+    (row(None, chosen_phrases=3), {"phrases": True}, "`chosen_phrases` must be a list, got int"),
+    (ranked(critical_box=5), {"image_list": True}, "`critical_box` must be a list, got int"),
+    (ranked(critical_box="0,0,5,5"), {"image_list": True}, "`critical_box` must be a list, got str"),
+    (ranked(image_list=3), {}, "`image_list` must be a list, got int"),
+    (ranked(image_list="a.png"), {"image_list": True}, "`image_list` must be a list, got str"),
+    (ranked(image_list=["a.png", None]), {"image_list": True}, r"`image_list` has nothing at position \[1\]"),
+    (ranked(image_list=["b.png", "c.png"]), {"image_list": True}, "an image beside its `image_list`"),
+    (row(None, tools="[{"), {}, "`tools` is not JSON"),
+    (row(None, tools='{"a": 1}'), {}, "`tools` must be a list"),
+    (row(None, chat_template_kwargs=[1]), {}, "`chat_template_kwargs` must be a dictionary"),
+    (row(None) | {"chosen": datetime(2024, 1, 5)}, {}, r"`chosen` is neither .* took a text for a time"),
+    (row(None) | {"prompt": 5}, {}, "`prompt` is neither a string nor a list of messages"),
+    (row(None) | {"prompt": [{"role": "user", "content": 5}]}, {}, "a `content` of the type int"),
+    (row(None) | {"prompt": [{"role": None, "content": "x"}]}, {}, "`prompt` is neither"),
+    (
+        row(None, rejected="\u200b\u2060\ufeff\u3164 "),
+        {},
+        "rejected response is empty, of characters that show nothing",
+    ),
+    ({"prompt": "\u200b", "chosen": "a", "rejected": "b"}, {}, "has an empty prompt"),
+    ({"prompt": "x", "chosen": "\ud83d", "rejected": "b"}, {}, "half a surrogate pair"),
+    ({"chosen": "", "rejected": "b"}, {}, "has no `prompt` and an empty response"),
+]
+
+
+@pytest.mark.parametrize(("example", "needs", "says"), WRONG, ids=[says[:40] for *_, says in WRONG])
+def test_values_of_a_wrong_type_are_refused(example, needs, says):
+    with pytest.raises(RowError, match=rf"row 3: .*{says}"):
+        read_row(example | {"_row_index": 3}, **needs)
+
+
+def test_an_image_beside_its_list_may_be_its_first():
+    example = row("image", ["a.png"], image_list=["a.png", "b.png"])
+    assert read_row(example, image_list=True).image_list == ["a.png", "b.png"]
+    example = row("image", [{"path": "a.png", "bytes": None}], image_list=[{"path": "a.png"}, {"path": "b.png"}])
+    assert len(read_row(example, image_list=True).image_list) == 2
+
+
+def test_columns_of_numpy():
+    made = read_row(row(None, chosen="a red car", chosen_phrases=np.array([[2, 5]])), phrases=True)
+    assert made.chosen_phrases == [(2, 5)]
+    assert read_row(ranked(critical_box=np.array([1, 2, 3, 4])), image_list=True).critical_box == [1, 2, 3, 4]

@@ -30,6 +30,7 @@ class Format:
 
     read: Callable[[dict], dict]  # record -> row without id and source, media paths as they stand
     fields: frozenset[str]  # all that is looked at; the others are reported
+    marks: tuple[frozenset[str], ...] = ()  # fields that only this format has together
 
 
 def read_record(fmt: str, record) -> dict:
@@ -107,17 +108,29 @@ def _llamafactory(record: dict) -> dict:
     return _pair(turns, *sides, images=_media(record, "images"), videos=_media(record, "videos"))
 
 
-def _format(read: Callable[[dict], dict], fields: str) -> Format:
-    return Format(read, frozenset(fields.split()))
+def _format(read: Callable[[dict], dict], fields: str, *marks: str) -> Format:
+    return Format(read, frozenset(fields.split()), tuple(frozenset(names.split()) for names in marks))
 
 
 FORMATS = {
-    "rrpo": _format(_rrpo, "question answer pred answer_masked pred_masked video media_path sample_id id src"),
-    "lpoi": _format(_lpoi, "img_path prompt chosen rejected id"),
-    "ms-swift": _format(
-        _ms_swift, "messages rejected_response rejected_messages images videos rejected_images rejected_videos id"
+    "rrpo": _format(
+        _rrpo,
+        "question answer pred answer_masked pred_masked video media_path sample_id id src",
+        "question answer pred",
     ),
-    "llamafactory": _format(_llamafactory, "conversations messages chosen rejected system images videos id"),
+    "lpoi": _format(_lpoi, "img_path prompt chosen rejected id", "img_path chosen rejected"),
+    "ms-swift": _format(
+        _ms_swift,
+        "messages rejected_response rejected_messages images videos rejected_images rejected_videos id",
+        "messages rejected_response",
+        "messages rejected_messages",
+    ),
+    "llamafactory": _format(
+        _llamafactory,
+        "conversations messages chosen rejected system images videos id",
+        "conversations chosen rejected",
+        "messages chosen rejected",
+    ),
     "llava-hound": _format(_llava_hound, "prompt chosen rejected video id"),
 }
 

@@ -29,10 +29,10 @@ def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
     width, height = size
     where = f"critical_box {_show(box)} in an image of {width}x{height} pixels"
     try:
-        if isinstance(box, str):
+        if isinstance(box, str) or any(isinstance(value, (str, bytes, bool)) for value in box):
             raise TypeError("a string")
         values = [float(value) for value in box]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where} is not a list of numbers: {_FORM}.") from error
     if len(values) != 4:
         raise ValueError(f"{where} has {len(values)} values instead of 4: {_FORM}.")

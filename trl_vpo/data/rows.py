@@ -10,9 +10,15 @@
 | `id`, `source` | strings, carried into every error message and report | optional |
 """
 
+import json
+import unicodedata
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
+import numpy as np
+
+from trl_vpo.data.columns import ASKING, COLUMNS, REF_SUMS, ROW_INDEX, another_layout, misspelt  # noqa: F401
 from trl_vpo.data.messages import (
     MARKERS,
     RowError,
@@ -25,25 +31,8 @@ from trl_vpo.data.messages import (
 )
 from trl_vpo.data.phrases import CLOSE, OPEN, PhraseError, Span, phrase_spans
 
-COLUMNS = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "videos",
-    "video",
-    "images",
-    "image",
-    "chosen_phrases",
-    "rejected_phrases",
-    "critical_box",
-    "image_list",
-    "id",
-    "source",
-    "tools",
-    "chat_template_kwargs",
-)
-ROW_INDEX = "_row_index"  # added by the trainer, so that a message can name a row that has no id
-REF_SUMS = "_ref_sums"  # added by the trainer: precomputed reference log-probs, one for each branch of the row
+MEDIA = ("videos", "video", "images", "image", "image_list")
+BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
 
 
 @dataclass
@@ -87,14 +76,17 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
         RowError: the row breaks the contract; the message names the row and the remedy.
     """
     name = row_name(example)
+    example = {key: value if key in MEDIA else _plain(value) for key, value in example.items()}
     try:
+        _check_names(example)
         prompt, chosen, rejected = _texts(example)
+        listed = _list(example, "image_list") or []
         row = Row(
             name=name,
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            images=_media(example, "images", "image") or list(example.get("image_list") or [])[:1],
+            images=_media(example, "images", "image") or listed[:1],
             videos=_media(example, "videos", "video"),
             template_kwargs=_template_kwargs(example),
         )
@@ -179,31 +171,81 @@ def _check_response_tokens(row: Row, tokens: dict[str, str | None]) -> None:
                 )
 
 
+def _plain(value: Any) -> Any:
+    """Without the arrays and scalars of a dataset with NumPy's format."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_names(example: dict) -> None:
+    for name, meant in misspelt(example).items():
+        raise RowError(f"has a column `{name}`, which is not read. Did you mean `{meant}`? Rename or drop it.")
+
+
 def _texts(example: dict) -> tuple:
     """Prompt, chosen and rejected; the prompt may be implicit in the responses, as TRL allows."""
     for key in ("chosen", "rejected"):
         if example.get(key) is None:
-            raise RowError(f"has no `{key}`. Every row needs `prompt`, `chosen` and `rejected`.")
-    if example.get("prompt") is None:
-        from trl import extract_prompt
-
-        example = extract_prompt({key: example[key] for key in ("chosen", "rejected")})
-    texts = [drop_none(example[key]) for key in ("prompt", "chosen", "rejected")]
-    if len({isinstance(text, str) for text in texts}) > 1:
-        raise RowError("mixes strings and message lists. Give `prompt`, `chosen` and `rejected` in one form.")
-    if not texts[0]:
+            raise RowError(
+                f"has no `{key}`. Every row needs `prompt`, `chosen` and `rejected`. {another_layout(example)}"
+            )
+    texts = {key: example.get(key) for key in ("prompt", "chosen", "rejected") if example.get(key) is not None}
+    for key, text in texts.items():
+        _check_type(key, text, example)
+    if len({isinstance(text, str) for text in texts.values()}) > 1:
+        raise RowError(
+            "mixes strings and message lists. Give `prompt`, `chosen` and `rejected` in one form; where the responses "
+            "begin with the prompt's turns, leave `prompt` out."
+        )
+    if "prompt" not in texts:
+        texts = _implicit_prompt(texts, example)
+    for key, text in texts.items():
+        if key != "prompt" and isinstance(text, list) and any(m["role"] not in ("assistant", "tool") for m in text):
+            raise RowError(f"`{key}` has a message that is not the assistant's. Move the user's turns into `prompt`.")
+    prompt, *responses = (drop_none(texts[key]) for key in ("prompt", "chosen", "rejected"))
+    try:
+        json.dumps(texts, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise RowError("holds half a surrogate pair in its text, which no tokenizer takes. Take it out.") from error
+    if not prompt or (isinstance(prompt, str) and not _visible(prompt)):
         raise RowError("has an empty prompt. Give the model a question or an instruction.")
-    if not isinstance(texts[0], str):
-        for key, messages in zip(("prompt", "chosen", "rejected"), texts):
-            _check_messages(key, messages)
-    return texts[0], *(_typed_response(side, text) for side, text in zip(("chosen", "rejected"), texts[1:]))
+    return prompt, *(_typed_response(side, text) for side, text in zip(("chosen", "rejected"), responses))
 
 
-def _check_messages(key: str, messages: Any) -> None:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise RowError(f"`{key}` is neither a string nor a list of messages with `role` and `content`.")
-    if key != "prompt" and any(m["role"] not in ("assistant", "tool") for m in messages):
-        raise RowError(f"`{key}` has a message that is not the assistant's. Move the user's turns into `prompt`.")
+def _check_type(key: str, text: Any, example: dict) -> None:
+    """Refuse what is neither a string nor a list of messages."""
+    if isinstance(text, str):
+        return
+    if not isinstance(text, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in text):
+        hint = another_layout(example)
+        if hasattr(text, "isoformat"):
+            hint = "`datasets` took a text for a time: name the file as `dataset_name`, or load it with `features`."
+        shown = repr(text)
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+        raise RowError(
+            f"`{key}` is neither a string nor a list of messages with `role` and `content`, but {shown}. {hint}"
+        )
+    for message in text:
+        if not isinstance(message.get("content"), (str, list, NoneType)):
+            raise RowError(
+                f"a message of `{key}` has a `content` of the type {type(message['content']).__name__}. Give a string "
+                "or a list of parts."
+            )
+
+
+def _implicit_prompt(texts: dict, example: dict) -> dict:
+    from trl import extract_prompt
+
+    if not all(texts.values()):
+        raise RowError("has no `prompt` and an empty response. Every row needs `prompt`, `chosen` and `rejected`.")
+    texts = extract_prompt(texts)
+    asks = [name for name in ASKING if example.get(name)]
+    if not texts["prompt"] or (asks and isinstance(texts["prompt"], str)):
+        raise RowError(f"has no `prompt`. {another_layout(example)}")
+    return texts
 
 
 def _media(example: dict, plural: str, singular: str) -> list:
@@ -212,22 +254,34 @@ def _media(example: dict, plural: str, singular: str) -> list:
         raise RowError(f"has both `{plural}` and `{singular}`. Keep one of them.")
     if many is None:
         return [] if one is None else [one]
-    if not isinstance(many, (list, tuple)):
-        raise RowError(f"`{plural}` must be a list, got {type(many).__name__}. One item goes into `{singular}`.")
-    missing = [i for i, item in enumerate(many) if item is None]
+    return _list(example, plural)
+
+
+def _list(example: dict, column: str) -> list | None:
+    value = example.get(column)
+    if isinstance(value, np.ndarray) and value.ndim == 1:  # a column of a dataset with NumPy's format
+        value = list(value)
+    if not isinstance(value, (list, tuple, NoneType)):
+        hint = f" One item goes into `{column[:-1]}`." if column in ("images", "videos") else ""
+        raise RowError(f"`{column}` must be a list, got {type(value).__name__}.{hint}")
+    missing = [i for i, item in enumerate(value or ()) if item is None]
     if missing:
-        raise RowError(f"`{plural}` has nothing at position {missing}. Give every item or shorten the list.")
-    return list(many)
+        raise RowError(f"`{column}` has nothing at position {missing}. Give every item or shorten the list.")
+    return None if value is None else list(value)
 
 
 def _template_kwargs(example: dict) -> dict:
-    kwargs = dict(drop_none(example.get("chat_template_kwargs") or {}))
-    if example.get("tools"):
-        import json
-
-        tools = example["tools"]
-        kwargs["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    return kwargs
+    kwargs, tools = drop_none(example.get("chat_template_kwargs") or {}), example.get("tools")
+    if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
+        raise RowError(f"`chat_template_kwargs` must be a dictionary with names, got {kwargs!r:.80}.")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RowError(f"`tools` is not JSON ({error}): {tools!r:.80}. Give a list of JSON schemas.") from error
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise RowError(f"`tools` must be a list of JSON schemas, or that list as JSON, got {tools!r:.80}.")
+    return kwargs | ({"tools": tools} if tools else {})
 
 
 def _check_markers(row: Row) -> None:
@@ -259,10 +313,16 @@ def _check_responses(row: Row) -> None:
     texts = {side: response_text(getattr(row, side)) for side in ("chosen", "rejected")}
     for side, text in texts.items():
         tool_calls = not isinstance(getattr(row, side), str) and any("tool_calls" in m for m in getattr(row, side))
-        if not text.strip() and not tool_calls:
-            raise RowError(f"the {side} response is empty. Drop the row or write a response.")
+        if not _visible(text) and not tool_calls:
+            unseen = ", of characters that show nothing" if text.strip() else ""
+            raise RowError(f"the {side} response is empty{unseen}. Drop the row or write a response.")
     if row.chosen == row.rejected:
         raise RowError(f"chosen and rejected are identical ({texts['chosen'][:80]!r}): there is no preference in it.")
+
+
+def _visible(text: str) -> bool:
+    """Whether any character shows something: not white space, zero-width characters, marks alone or blank fillers."""
+    return any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in text)
 
 
 def _find_phrases(row: Row, example: dict) -> None:
@@ -274,23 +334,35 @@ def _find_phrases(row: Row, example: dict) -> None:
     chosen, rejected, row.chosen_phrases, row.rejected_phrases = phrase_spans(
         response_text(row.chosen),
         response_text(row.rejected),
-        example.get("chosen_phrases"),
-        example.get("rejected_phrases"),
+        _list(example, "chosen_phrases"),
+        _list(example, "rejected_phrases"),
     )
     row.chosen, row.rejected = with_text(row.chosen, chosen), with_text(row.rejected, rejected)
 
 
 def _find_image_list(row: Row, example: dict) -> None:
-    listed, box = example.get("image_list"), example.get("critical_box")
+    listed, box = _list(example, "image_list"), _list(example, "critical_box")
     if row.videos:
         raise RowError("LPOI ranks images, but the row has videos. Train it with LeanPO, RRPO or DPO.")
+    if len(row.images) != 1 and listed != []:
+        raise RowError(f"LPOI needs exactly one image in `images`, the row has {len(row.images)}.")
     if listed is not None:
         if len(listed) < 2:
             raise RowError(f"`image_list` has {len(listed)} image(s); a ranking needs at least two.")
-        row.image_list = list(listed)
+        if row.images[0] is not listed[0] and not _same(row.images[0], listed[0]):
+            raise RowError(
+                "has an image beside its `image_list`, which is not the list's first: only the list would be used. "
+                "Drop one of the two columns, or put the image first into the list."
+            )
+        row.image_list = listed
     elif box is not None:
-        row.critical_box = list(box)
+        row.critical_box = box
     else:
         raise RowError("LPOI needs a `critical_box` [x0, y0, x1, y1] in pixels, or an `image_list`. The row has none.")
-    if len(row.images) != 1:
-        raise RowError(f"LPOI needs exactly one image in `images`, the row has {len(row.images)}.")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two sources are equal; `datasets` adds `None` to dictionaries."""
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.array_equal(a, b)
+    return drop_none(a) == drop_none(b)
