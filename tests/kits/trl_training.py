@@ -1,7 +1,9 @@
 """Two short steps of `VisualDPOTrainer`, called as TRL's tests call `DPOTrainer`, and what they moved."""
 
 import torch
+import trl
 from datasets import Dataset
+from trainer_kit import assert_same_gradients, collated, gradients, shake
 
 from trl_vpo import VisualDPOConfig, VisualDPOTrainer
 
@@ -31,6 +33,20 @@ def trainer_on(model, rows, folder, **more):
     return VisualDPOTrainer(model, args=args, train_dataset=data, **init)
 
 
+def assert_same_as_trl(trainer, rows, folder, **more):
+    """Loss and gradients of `trl.DPOTrainer` on the same rows and weights, moved away from the reference."""
+    args = trl.DPOConfig(str(folder), **{**SHORT, "max_length": None, **more})
+    theirs = trl.DPOTrainer(trainer.model.name_or_path, args=args, train_dataset=Dataset.from_list(rows))
+    losses = []
+    for each in (trainer, theirs):
+        shake(each.model.eval(), scale=0.02)
+        losses.append(each.compute_loss(each.model, collated(each)))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert abs(losses[0] - 0.6931) > 1e-4
+    got, want = gradients(trainer, losses[0]), gradients(theirs, losses[1])
+    assert_same_gradients(got, {name: g for name, g in want.items() if name in got or g.any()}, rtol=1e-5)
+
+
 def parameters(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -43,12 +59,17 @@ def moved(model, before):
 def train(model, rows, folder, **more):
     """Train for two steps: (trainer, names of the parameters that moved). The loss of each step was logged."""
     trainer = trainer_on(model, rows, folder, **more)
+    return trainer, steps(trainer)
+
+
+def steps(trainer):
+    """Names of the parameters that moved."""
     before = parameters(trainer.model)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 2 and all(map(torch.isfinite, map(torch.tensor, losses)))
     assert "train_loss" in trainer.state.log_history[-1]
-    return trainer, moved(trainer.model, before)
+    return moved(trainer.model, before)
 
 
 def trains_all(model, rows, folder, **more):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from families import write_model
 from kits.trl_standins import TEXT_MODELS, conversations, plain, text_standin
-from kits.trl_training import moved, parameters, trainer_on, trains_adapter, trains_all
+from kits.trl_training import (
+    assert_same_as_trl,
+    moved,
+    parameters,
+    steps,
+    trainer_on,
+    trains_adapter,
+    trains_all,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -15,8 +23,10 @@ EXPERTS = ["Qwen3-MoE", "GPT-OSS"]  # those whose configs set a coefficient for 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_full_fine_tuning(name, hub, tmp_path):
-    more = {"router_aux_loss_coef": 0.0} if name in EXPERTS else {}
-    trains_all(hub(name), conversations(), tmp_path, **more)
+    rows, more = conversations(), {"router_aux_loss_coef": 0.0} if name in EXPERTS else {}
+    trainer = trainer_on(hub(name), rows, tmp_path / "ours", **more)
+    assert_same_as_trl(trainer, rows, tmp_path / "theirs", **more)
+    assert steps(trainer) == set(dict(trainer.model.named_parameters()))
 
 
 @pytest.mark.parametrize("name", EXPERTS)
