@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 WIDTH, HEIGHT = 64, 48
-PIXELS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le"}  # other codecs take yuv420p
+PIXELS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8"}  # other codecs take yuv420p
 BITS = 8  # columns of WIDTH / BITS pixels, white for 1
 
 
@@ -57,11 +57,11 @@ def write_video(
     codec: str = "libx264",
     times: list[int] | None = None,
     last: int = 1,
-    rotation: int = 0,
     audio_seconds: float = 0,
     options: dict[str, str] | None = None,
     metadata: dict[str, str] | None = None,
     x264: str = "scenecut=0",
+    x265: str = "open-gop=0",
 ) -> Path:
     """A video of numbered frames. ``times``: when each is shown, in units of 1 / fps (else 0, 1, 2, ...).
     ``last``: how long the last one stays, in the same units (not with B-frames).
@@ -73,9 +73,10 @@ def write_video(
         stream.thread_count = 1
         if codec == "libx264":
             stream.options = {"g": str(gop), "bf": str(bframes), "crf": "18", "x264-params": x264}
-        if rotation:
-            needs_pyav(17, 1, "a rotation that is written")
-            stream.set_display_rotation(rotation)
+        elif codec == "libx265":
+            stream.options = {"x265-params": f"log-level=none:keyint={gop}:{x265}"}
+        elif codec == "libsvtav1":
+            stream.options = {"svtav1-params": "logical-processors=1", "preset": "12"}
         sound = container.add_stream("aac", rate=16000) if audio_seconds else None
         packets: list[av.Packet] = []
         for i in range(frames):

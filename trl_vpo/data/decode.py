@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import av
@@ -63,17 +64,25 @@ def _decode(
     seek: bool,
     threads: int,
 ) -> np.ndarray:
-    pictures, size, done = None, None, 0
-    with open_video(data, name, threads) as (container, stream, _):
+    pictures, first, done = None, None, 0
+    with open_video(data, name, threads) as (container, stream):
         counted = table.pts is None
-        found = _by_count(container, stream, wanted) if counted else _by_time(container, stream, table, wanted, seek)
+        found = (
+            _by_count(container, stream, table, wanted)
+            if counted
+            else _by_time(container, stream, table, wanted, seek)
+        )
         for frame in found:
-            if frame.is_corrupt:
-                break
-            size = size or fit_pixels(frame.width, frame.height, max_pixels)  # the first frame's, should it change
-            picture = _to_rgb(frame, size)
+            first = first or frame
+            picture = _to_rgb(frame, fit_pixels(first.width, first.height, max_pixels))
             if pictures is None:
                 pictures = np.empty((len(wanted), *picture.shape), dtype=np.uint8)
+            if picture.shape != pictures.shape[1:] or not _same_shape(frame, first):
+                raise MediaError(
+                    f"{name} changes its shape: frame {wanted[done]}, at {table.times[wanted[done]]:.2f} s, is "
+                    f"{frame.width}x{frame.height}, frame {wanted[0]} is {first.width}x{first.height}. Write it with "
+                    "one size, or keep video_start and video_end on one side of the change."
+                )
             pictures[done] = picture
             done += 1
     if done < len(wanted):
@@ -85,6 +94,11 @@ def _decode(
     return pictures
 
 
+def _same_shape(frame: av.VideoFrame, first: av.VideoFrame) -> bool:
+    """A stream may go on in another size, which is scaled to the first; in another shape it would be squashed."""
+    return abs(frame.width * first.height / (frame.height * first.width) - 1) < 0.02
+
+
 def _by_time(
     container: av.container.InputContainer,
     stream: av.VideoStream,
@@ -94,11 +108,11 @@ def _by_time(
 ) -> Iterator[av.VideoFrame]:
     """The wanted frames, recognised by their time stamps; ends early at one that does not come."""
     targets = set(table.pts[wanted].tolist())
-    position, frames = 0, _needed(container, stream, targets)
+    position, frames = 0, _sound(_needed(container, stream, targets), table, wanted)
     for index, key in zip(wanted, table.keys_of(wanted)):
         if seek and table.keyframes[key] - position > SEEK_COST:
             container.seek(int(table.seek_points[key]), stream=stream)
-            frames = _needed(container, stream, targets)
+            frames = _sound(_needed(container, stream, targets), table, wanted)
         frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= table.pts[index]), None)
         if frame is None or frame.pts != table.pts[index]:
             return
@@ -119,15 +133,29 @@ def _needed(
 
 
 def _by_count(
-    container: av.container.InputContainer, stream: av.VideoStream, wanted: np.ndarray
+    container: av.container.InputContainer, stream: av.VideoStream, table: FrameTable, wanted: np.ndarray
 ) -> Iterator[av.VideoFrame]:
     """The wanted frames, recognised by counting what the decoder gives."""
     targets = set(wanted.tolist())
-    for count, frame in enumerate(container.decode(stream)):
+    for count, frame in enumerate(_sound(container.decode(stream), table, wanted)):
         if count in targets:
             yield frame
         if count >= wanted[-1]:
             return
+
+
+def _sound(frames: Iterable[av.VideoFrame], table: FrameTable, wanted: np.ndarray) -> Iterator[av.VideoFrame]:
+    """Frames up to the first that FFmpeg had to patch: what is predicted from it is wrong too, and not marked.
+
+    Where keyframes are known, only those between the same keyframes as a wanted frame count.
+    """
+
+    def matters(frame: av.VideoFrame) -> bool:
+        if table.pts is None or frame.pts is None:
+            return True
+        return table.keys_of(np.searchsorted(table.pts, frame.pts)) in table.keys_of(wanted)
+
+    return takewhile(lambda frame: not (frame.is_corrupt and matters(frame)), frames)
 
 
 def _to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:

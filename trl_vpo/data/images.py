@@ -213,6 +213,8 @@ def load_image(source: Any, *, max_pixels: int | None = None, media_root: str | 
                 image = _to_rgb(opened)
         return shrink(image, max_pixels)
     except _PILLOW_ERRORS as error:
+        if isinstance(error, OSError) and error.errno:  # of the file system; Pillow's own have no number
+            raise MediaError(f"{name} cannot be read ({error}): check its permissions and the disk.") from error
         raise MediaError(f"{name} is not a readable image ({error}): {_image_remedy(source, error)}.") from error
 
 

@@ -22,11 +22,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
 
 from trl_vpo.data.images import MediaError
+from trl_vpo.media.ends import cut_short
 
 # Decoders that turn every packet into exactly one picture. Not VP8 (packets without a picture), nor, outside of mp4,
 # MPEG-4 part 2 (packets with two).
@@ -65,34 +67,46 @@ class FrameTable:
 
 
 @contextmanager
-def open_video(
-    data: Path | bytes, name: str, threads: int = 1
-) -> Iterator[tuple[av.container.InputContainer, av.VideoStream, int]]:
-    """The container, its video stream set to decode in ``threads`` threads, and the file's size in bytes.
-
-    While the block runs, every error of PyAV or of the file system becomes a :class:`MediaError` about ``name``.
-    """
+def _open_file(data: Path | bytes, name: str) -> Iterator[BinaryIO]:
+    """The file, while every error of PyAV or of the file system becomes a :class:`MediaError` about ``name``."""
     try:
         with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            try:
-                options = {"protocol_whitelist": "none"}
-                container = av.open(file, mode="r", metadata_errors="replace", options=options)
-            except (av.FFmpegError, ValueError) as error:
-                raise MediaError(f"{name} cannot be opened as a video ({error}): {_why_not(file)}") from error
-            with container:
-                stream = _video_stream(container, name)
-                stream.thread_type = "AUTO"
-                stream.codec_context.thread_count = threads
-                yield container, stream, size
+            yield file
     except MediaError:
         raise
-    except (av.FFmpegError, OSError, EOFError) as error:
+    except (av.FFmpegError, EOFError) as error:
         raise MediaError(f"{name} cannot be decoded ({error}): {DAMAGED}.") from error
+    except OSError as error:
+        raise MediaError(f"{name} cannot be read ({error}): check its permissions and the disk.") from error
 
 
-def _why_not(file: io.BufferedIOBase) -> str:
+@contextmanager
+def open_video(
+    data: Path | bytes, name: str, threads: int = 1
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The container and its video stream, set to decode in ``threads`` threads."""
+    with _open_file(data, name) as file:
+        try:
+            options = {"protocol_whitelist": "none"}
+            container = av.open(file, mode="r", metadata_errors="replace", options=options)
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(f"{name} cannot be opened as a video ({error}): {_why_not(file)}") from error
+        with container:
+            stream = _video_stream(container, name)
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = threads
+            yield container, stream
+
+
+def check_end(data: Path | bytes, name: str) -> None:
+    """Raises :class:`MediaError` for a file that ends before its own structure says."""
+    with _open_file(data, name) as file:
+        missing = cut_short(file, file.seek(0, os.SEEK_END))
+    if missing:
+        raise MediaError(f"{name} is truncated: {missing}. Fetch or write it again, or drop the row.")
+
+
+def _why_not(file: BinaryIO) -> str:
     file.seek(0)
     head = file.read(1 << 16)
     if head[4:8] == b"ftyp" and b"moov" not in head:
@@ -108,7 +122,10 @@ def _video_stream(container: av.container.InputContainer, name: str) -> av.Video
     if not streams or container.format.name == "tty":  # "tty" is how FFmpeg plays text files
         others = "audio only" if container.streams.audio else f"format {container.format.name}"
         raise MediaError(f"{name} has no video stream ({others}): give a file with pictures in it, or drop the row.")
-    return best if best in streams else streams[0]
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise MediaError(f"{name} has pictures in a format that FFmpeg cannot decode here: convert it, e.g. to h264.")
+    return stream
 
 
 def usable_cores() -> int:
@@ -121,28 +138,17 @@ def max_threads() -> int:
     return 1 if multiprocessing.parent_process() is not None else min(4, usable_cores())
 
 
-def check_complete(container: av.container.InputContainer, stream: av.VideoStream, size: int, name: str) -> None:
-    """An mp4 whose index points past the end of the file was cut short. Reads only the index."""
-    entries = getattr(stream, "index_entries", ())  # PyAV >= 17; without it scan's look at the duration remains
-    past = sum(entry.pos + entry.size > size for entry in entries)
-    if past:
-        raise MediaError(
-            f"{name} is truncated: of the {len(entries)} frames in its index, the data of {past} lie past the end of "
-            f"the file ({size} bytes): fetch or write it again, or drop the row."
-        )
-
-
 def scan(data: Path | bytes, name: str) -> FrameTable:
     """The table of all frames. Reads the whole file, decodes only where packets cannot be relied on.
 
     Raises :class:`MediaError` for a video without frames and for one that ends before its header says.
     """
-    with open_video(data, name, max_threads()) as (container, stream, size):
-        check_complete(container, stream, size, name)
+    check_end(data, name)
+    with open_video(data, name, max_threads()) as (container, stream):
         if _has_packet_times(container, stream):
             table = _table_from_packets(container, stream, name)
         else:
-            table = _table_from_frames(container, stream, name, _ends_early(data, size))
+            table = _table_from_frames(container, stream, name)
         promised = _promised_duration(container, stream)
         if promised is not None and table.duration < 0.9 * promised - 0.5:
             raise MediaError(
@@ -154,8 +160,8 @@ def scan(data: Path | bytes, name: str) -> FrameTable:
 
 def probe(data: Path | bytes, name: str) -> float:
     """Opens the file, decodes its first frame and returns its duration in seconds, without reading all of an mp4."""
-    with open_video(data, name) as (container, stream, size):
-        check_complete(container, stream, size, name)
+    check_end(data, name)
+    with open_video(data, name) as (container, stream):
         indexed = "mov" in container.format.name and stream.frames and stream.duration
         duration = float(stream.duration * stream.time_base) if indexed else None
         if next(container.decode(stream), None) is None:
@@ -200,21 +206,24 @@ def _table_from_packets(container: av.container.InputContainer, stream: av.Video
     )
 
 
-def _table_from_frames(
-    container: av.container.InputContainer, stream: av.VideoStream, name: str, short: bool
-) -> FrameTable:
-    """``short``: whether the file is an AVI that ends before its header says."""
-    packets, shown, sent, lasts = 0, [], [], {}
+def _table_from_frames(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
+    shown, packets, sent, lasts, patched = [], [], [], {}, []
     for packet in container.demux(stream):
-        # A recording may begin between keyframes; an edit list cuts frames away.
-        packets += bool(packet.size) and not packet.is_discard and (packet.is_keyframe or packets > 0)
+        if packet.size and not packet.is_discard and (packet.is_keyframe or packets):  # an edit list cuts frames away
+            packets.append(packet.pts)
         sent += [packet.dts] if packet.size else []
         lasts[packet.pts] = packet.duration or 0
-        shown.extend(frame.pts for frame in packet.decode())
+        for frame in packet.decode():
+            shown.append(frame.pts)
+            patched.append(frame.is_corrupt)
     if not shown:
         raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
-    indexed = _counted(container, stream, short)
-    promised = max(packets, indexed)
+    if any(patched[-4:]):  # the last to be decoded may be shown a little earlier
+        raise MediaError(f"{name} ends in a broken picture: {DAMAGED}.")
+    indexed = _counted(container, stream)
+    # A recording may begin between keyframes: pictures that need earlier ones are not shown.
+    begin = min((pts for pts in shown if pts is not None), default=None)
+    promised = max(sum(None in (pts, begin) or pts >= begin for pts in packets), indexed)
     # VP8 sends pictures that are never shown; packed MPEG-4 ends on an empty packet.
     if stream.codec_context.name not in ("vp8", "libvpx") and len(shown) < promised - 1 - promised // 100:
         raise MediaError(f"{name} gives {len(shown)} of its {promised} frames: {DAMAGED}.")
@@ -223,29 +232,20 @@ def _table_from_frames(
         pts = np.array([-1 if value is None else value for value in times], dtype=np.int64)
         if len(pts) and (np.diff(pts) > 0).all() and pts[0] >= 0:
             last = lasts.get(shown[-1], 0)
-            if container.format.name == "avi" and indexed and not short:  # all is there: the last picture is repeated
+            if container.format.name == "avi" and indexed:  # all is there: the last picture is repeated
                 last = max(last, (stream.duration or 0) - int(pts[-1]))
             return FrameTable((pts - pts[0]) * float(stream.time_base), _duration(pts, last, stream))
     rate = float(stream.average_rate or stream.guessed_rate or 25)  # no usable times: evenly spaced
     return FrameTable(times=np.arange(len(shown)) / rate, duration=len(shown) / rate)
 
 
-def _counted(container: av.container.InputContainer, stream: av.VideoStream, short: bool) -> int:
+def _counted(container: av.container.InputContainer, stream: av.VideoStream) -> int:
     """How many frames the file itself says that it stores."""
     if "mov" in container.format.name:
-        return 0  # it counts what an edit list cuts away; `check_complete` has looked at its index
-    if container.format.name == "avi" and not short:
+        return 0  # it counts what an edit list cuts away
+    if container.format.name == "avi":
         return len(getattr(stream, "index_entries", ()))  # PyAV >= 17; the header counts repeated pictures as well
     return stream.frames
-
-
-def _ends_early(data: Path | bytes, size: int) -> bool:
-    """Whether an AVI says in its first bytes that it is longer. One that was written to a pipe does not know."""
-    if isinstance(data, Path):
-        with open(data, "rb") as file:
-            data = file.read(12)
-    promised = int.from_bytes(data[4:8], "little") + 8
-    return data[:4] == b"RIFF" and data[8:12] == b"AVI " and size < promised < 1 << 32
 
 
 def _duration(pts: np.ndarray, last: int, stream: av.VideoStream) -> float:
