@@ -534,6 +534,9 @@ def test_an_adapter_is_evaluated_with_the_frames_of_its_training(tmp_path, caplo
     assert media_settings(short) == [8, None, 64, 1024]
     assert media_settings(fast) == media_settings(fast + "/checkpoint-5") == [None, 2.0, 32, None]
     assert media_settings(usual) == [16, None, 64, None]
+    window = trained(tmp_path / "window", video_start=1.0, video_end=3.0)
+    config = run_module._parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", window])
+    assert (config.video_start, config.video_end) == (1.0, 3.0) and config.video_options().video_end == 3.0
     assert media_settings(short, str(tmp_path / "unknown")) == [8, None, 64, 1024]
     assert not caplog.messages
     assert media_settings(short, num_frames=8) == [8, None, 64, 1024] and not caplog.messages

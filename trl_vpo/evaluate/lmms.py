@@ -91,7 +91,8 @@ def run_benchmarks(
     version = _installed_version()
     if limit is not None and limit < 1:
         raise EvaluateError(f"limit is {limit}: give a whole number of at least 1.")
-    settings = trained_media([adapter] if adapter else [], settings) | settings
+    trained = trained_media([adapter] if adapter else [], settings)
+    settings = {key: value for key, value in trained.items() if key in FIXED} | settings  # a window is of the data
     config = GenerateConfig(model_name_or_path=model, from_adapter=adapter, batch_size=batch_size, **settings)
     if config.server_url:
         raise EvaluateError("server_url: benchmarks are answered in this process. lmms-eval itself can ask a server.")

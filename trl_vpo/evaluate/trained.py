@@ -13,7 +13,8 @@ from trl_vpo.evaluate.rows import EvaluateError
 
 logger = logging.getLogger(__name__)
 
-GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",))  # one of a group given: the group is as given
+# Where one of a group is given, the group is as given.
+GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",), ("video_start", "video_end"))
 
 
 def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:

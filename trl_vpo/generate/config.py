@@ -35,12 +35,19 @@ class AnsweringConfig:
     fps: float | None = field(default=None, metadata={"help": "Sample this many frames a second instead."})
     max_frames: int = field(default=64, metadata={"help": "Most frames of a video when fps is given."})
     max_pixels: int | None = field(default=None, metadata={"help": "Scale larger images and frames down."})
+    video_start: float | None = field(default=None, metadata={"help": "Where every video begins, in seconds."})
+    video_end: float | None = field(default=None, metadata={"help": "Where every video ends, in seconds."})
     seed: int = field(default=0, metadata={"help": "With a row's id, fixes every random choice about the row."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many inputs."})
 
     def video_options(self) -> VideoOptions:
         return VideoOptions(
-            num_frames=self.num_frames, fps=self.fps, max_frames=self.max_frames, max_pixels=self.max_pixels
+            num_frames=self.num_frames,
+            fps=self.fps,
+            max_frames=self.max_frames,
+            max_pixels=self.max_pixels,
+            video_start=self.video_start,
+            video_end=self.video_end,
         )
 
 

@@ -150,6 +150,8 @@ def _changes(old: Any, new: Any, name: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from _changes(old.get(key, ...), new.get(key, ...), f"{name}.{key}".lstrip("."))
+    elif old is ... and new is None:  # a setting that an older version did not have
+        return
     elif old != new or isinstance(old, bool) != isinstance(new, bool):  # 1 is 1.0, but not true
         yield f"{name}: was {_shown(old)}, is {_shown(new)}"
 
