@@ -26,11 +26,11 @@ from trl_vpo.data.media import VideoOptions, load_video
 from trl_vpo.evaluate import run as run_module
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.contestants import contestant_names
-from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.evaluate.rows import TASKS, EvaluateError
 from trl_vpo.evaluate.run import run_evaluation, run_settings
 from trl_vpo.evaluate.scoring import damaged, row_seed
-from trl_vpo.generate.base import GenerateError, Media
-from trl_vpo.generate.inputs import read_inputs
+from trl_vpo.generate.base import GenerateError, InputRow, Media
+from trl_vpo.generate.inputs import near_misses, read_inputs
 from trl_vpo.recipe import RecipeError
 from trl_vpo.testbed import language, tiny_vlm
 from trl_vpo.testbed.rows import write_jsonl
@@ -550,3 +550,32 @@ def test_adapters_of_different_frames_are_not_compared_silently(tmp_path):
     with pytest.raises(EvaluateError, match=r"different settings .*short: num_frames 8; .*usual: num_frames 16"):
         media_settings(short, usual)
     assert media_settings(short, usual, num_frames=4)[0] == 4
+
+
+# --- rows as people write them --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task, answer, expected",
+    [
+        ("yes_no", "Yes, it is.", "yes"),
+        ("yes_no", "NO", "no"),
+        ("choice", "(B)", "B"),
+        ("choice", "b) blue", "B"),
+        ("choice", "Answer: A", "A"),
+        ("choice", "blue", "B"),
+    ],
+)
+def test_answers_of_rows_are_read_in_every_form(task, answer, expected):
+    example = {"question": "Which is it?", "options": ["red", "blue"], "answer": answer, "pair": 1}
+    facts = TASKS[task](InputRow("a", example), None)
+    assert facts["expected"] == expected
+
+
+def test_a_near_miss_of_a_column_is_named():
+    assert near_misses(["question", "anwser", "option", "image_id", "source", "vidoes"]) == [
+        ("anwser", "answer"),
+        ("option", "options"),
+        ("vidoes", "videos"),
+    ]
+    assert near_misses(["question", "answer", "answers", "images", "imgs", "prompt_template"]) == []

@@ -395,6 +395,7 @@ def test_what_the_testbed_asks():
     [
         ("short", {"question": " "}, "`question` is ' '"),
         ("short", {"answer": None}, "`answer` is None"),
+        ("short", {"answer": "\u200b \ufeff"}, "`answer` is '.u200b "),
         ("short", {"answer": 2}, "`answer` is 2"),
         ("short", {"question": "<video>\nWhat?"}, "holds the marker <video>"),
         ("short", {"answer_kind": "caption"}, "`answer_kind` is 'caption'"),

@@ -209,6 +209,7 @@ def test_answers_that_are_none(serve, fast):
     replies = {
         "cut": said("a long sto", finish="length"),
         "empty": said("  "),
+        "zero width": said("\u200b\u2060"),
         "none": said(None),
         "filter": said("", finish="content_filter"),
         "parts": said([{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]),
@@ -229,6 +230,7 @@ def test_answers_that_are_none(serve, fast):
     assert answers == {
         "cut": Failure("cut off after 7 tokens"),
         "empty": Failure("empty answer"),
+        "zero width": Failure("empty answer"),
         "none": Failure("empty answer"),
         "filter": Failure("stopped by the server's content filter"),
         "parts": "in parts",

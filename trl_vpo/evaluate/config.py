@@ -17,8 +17,8 @@ class EvaluateConfig(AnsweringConfig):
     Parameters:
         model_name_or_path, dataset_name: also `--model` and `--data` on the command line.
         adapters (`list[str]`): LoRA adapters to compare with the base, all on the same base.
-        num_frames, fps, max_frames, max_pixels, video_start, video_end: by default those that the adapters were trained
-            with, where their `run.json` tells; adapters with different ones are refused.
+        num_frames, fps, max_frames, max_pixels, video_start, video_end: by default those of the adapters' training,
+            where their `run.json` tells; adapters with different ones are refused.
         dataset_split (`str`, *optional*): of a folder or a Hub dataset; "test" by default. A single file is its own.
         sensitivity (`list[str]`): how the media of preference rows are damaged: shuffled (the frames of a clip),
             masked (a square), blank (black); or "none".

@@ -26,8 +26,9 @@ from typing import Any
 
 from trl_vpo.data.rows import MARKERS, Row, RowError, read_row, row_name
 from trl_vpo.evaluate.chair import ObjectTable
+from trl_vpo.generate.answers import yes_or_no
 from trl_vpo.generate.base import InputError, InputRow
-from trl_vpo.generate.choices import read_options
+from trl_vpo.generate.choices import read_choice, read_options
 
 ROLES = {"basic": "yes", "hallucinated": "no"}
 MEDIUM = ("bytes", "path", "video", "image")  # keys that hold it in a source with options; the first one counts
@@ -115,8 +116,8 @@ def _preference(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
 
 def _yes_no(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
     question, example = _question(row), row.example
-    answer = str(example.get("answer")).strip().lower().rstrip(".")
-    if answer not in ROLES.values():
+    answer = yes_or_no(str(example.get("answer")))
+    if answer is None:
         raise RowError(f"`answer` is {example.get('answer')!r}: a yes/no question needs yes or no.")
     role = example.get("role")
     if role is not None and ROLES.get(role) != answer:
@@ -129,8 +130,8 @@ def _yes_no(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
 def _choice(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
     question, answer = _question(row), row.example.get("answer")
     options = read_options(question, row.example.get("options"))
-    letter = str(answer).strip().rstrip(".").upper()
-    if letter not in options:
+    letter = read_choice(str(answer), options).value if options else None
+    if letter is None:
         letters = ", ".join(options) or "none: there are no options"
         raise RowError(f"`answer` is {answer!r}: give the letter of the right option ({letters}).")
     return {"question": question, "expected": letter, "options": list(options.values())}

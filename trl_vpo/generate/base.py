@@ -7,6 +7,7 @@ says only which requests it makes and what it makes of the answers.
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,6 +200,11 @@ def stream_seed(seed: int, row_id: str, purpose: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def is_blank(text: str) -> bool:
+    """Return whether nothing of a text is seen: it is white space, zero-width characters or control characters."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cf", "Cc") for character in text)
+
+
 def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
     """A column that must hold text, stripped; `method` is who needs it.
 
@@ -206,7 +212,7 @@ def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
         InputError: it is missing, empty or no text, or holds a media marker, which belongs into a prompt only.
     """
     value = example.get(name)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise InputError(f"`{name}` is {value!r}: {method} needs it as a text that is not empty.")
     for marker in MARKERS:
         if marker in value:

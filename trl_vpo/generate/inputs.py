@@ -7,9 +7,11 @@ them, or a dictionary with a path and options such as `video_start`. What has no
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,13 @@ from trl_vpo.generate.config import GenerateConfig
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
+
+# What the pipelines and evaluations read, but for columns that a setting names.
+COLUMNS = (
+    "question", "answer", "options", "answer_kind", "image", "images", "video", "videos", "prompt", "chosen",
+    "rejected", "objects", "critical_box", "image_list", "task", "pair", "role", "cluster", "source",
+)  # fmt: skip
 CHUNK = 16  # rows read at once for the digest; they may hold whole videos
 _BYTES = (bytes, bytearray, memoryview)
 _PAYLOAD = ("bytes", "path", "video", "image")  # keys of a dictionary that hold the medium, the first given one wins
@@ -124,9 +133,19 @@ def read_inputs(config: GenerateConfig) -> Inputs:
         raise GenerateError("there are no inputs: set `dataset_name` to a Hub dataset, a file or a folder of files.")
     split = config.dataset_split
     dataset = named_splits(config.dataset_name, [split], config=config.dataset_config)[split]
+    for name, meant in near_misses(dataset.column_names):
+        logger.warning(f"{config.dataset_name}: the column `{name}` is not read. Is it meant to be `{meant}`?")
     keep = config.output_dir and not config.dry_run
     folder = Path(config.output_dir).absolute() / "media" if keep else None
     return Inputs(dataset, row_ids(dataset), folder, config.media_root)
+
+
+def near_misses(columns: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (a column that is not read, one that is, has nearly that name and is not there)."""
+    absent = [name for name in COLUMNS if name not in columns]
+    unread = [name for name in columns if name not in COLUMNS]
+    close = [(name, difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.8)) for name in unread]
+    return [(name, found[0]) for name, found in close if found]
 
 
 def row_ids(dataset: Dataset) -> list[str]:

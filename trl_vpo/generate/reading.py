@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from trl_vpo.data.phrases import split_words
-from trl_vpo.generate.base import Failure
+from trl_vpo.generate.base import Failure, is_blank
 
 RIGHT, WRONG, UNDECIDED = "right", "wrong", "undecided"
 
@@ -126,7 +126,7 @@ _CONTROL = re.compile(
 
 def unusable(answer: str) -> Failure | None:
     """Return why an answer cannot become a response to train on: it is empty or holds a template's own tokens."""
-    if not answer:
+    if is_blank(answer):
         return Failure("empty answer")
     token = _CONTROL.search(answer)
     return Failure(f"the answer holds {token[0]!r}, a token of templates") if token else None
