@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from test_resume import BASE, RECIPE, ROOT
 
@@ -40,7 +41,7 @@ def start(tmp_path):
         recipe = RECIPE | defaults | recipe
         options = [part for key, value in recipe.items() for part in (f"--{key}", str(value))]
         log = tmp_path / "log.txt"
-        with log.open("w") as file:
+        with log.open("a") as file:
             process = subprocess.Popen(
                 [*command, "rrpo", *options, *launch], stdout=file, stderr=file, env=ENV, cwd=ROOT,
                 start_new_session=True,
@@ -92,6 +93,7 @@ def saved_when_stopped(log, folder, name="SIGTERM"):
 
 WORKERS = {"dataloader_num_workers": 2, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
 WORKERS |= {"test_split_size": 0.1}
+SPAWNED = {"dataloader_num_workers": 1, "eval_strategy": "no"}  # each imports everything
 
 
 @pytest.mark.parametrize(
@@ -100,14 +102,14 @@ WORKERS |= {"test_split_size": 0.1}
         (("--num_processes", "1"), {}),
         pytest.param(("--accelerate_config", "cpu2"), {}, marks=pytest.mark.distributed),
         pytest.param((), {"dataloader_persistent_workers": True}, marks=pytest.mark.slow),
-        pytest.param((), {"dataloader_multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
-        pytest.param((), {"dataloader_multiprocessing_context": "forkserver"}, marks=pytest.mark.slow),
+        pytest.param((), SPAWNED | {"dataloader_multiprocessing_context": "spawn"}, marks=pytest.mark.slow),
+        pytest.param((), SPAWNED | {"dataloader_multiprocessing_context": "forkserver"}, marks=pytest.mark.slow),
     ],
     ids=["one", "two", "persistent", "spawn", "forkserver"],
 )
 def test_sigterm_to_the_whole_job_saves_and_exits_with_143(start, tmp_path, launch, recipe):
     """As schedulers send it: the launcher, the ranks and the processes that load data get it, and get it again."""
-    process, log = start(*launch, **WORKERS, **recipe)
+    process, log = start(*launch, **WORKERS | recipe)
     for _ in range(3):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -150,3 +152,19 @@ def test_ctrl_c_to_the_launcher_ends_the_training(start, tmp_path):
     assert process.wait(120) == 130, log.read_text()
     assert training_processes(tmp_path / "out") == []
     assert "interrupted after step" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused_and_a_killed_worker_is_named(start, tmp_path):
+    process, log = start(dataloader_num_workers=1)
+    second = subprocess.run(process.args, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=200)
+    assert second.returncode == 1
+    assert f"another training writes to output_dir {tmp_path}/out: pid {process.pid} on " in second.stderr
+    (worker,) = (child for child in psutil.Process(process.pid).children() if "spawn" not in " ".join(child.cmdline()))
+    worker.kill()
+    assert process.wait(60) == 1
+    text = log.read_text()
+    assert re.search(
+        rf"error: DataLoader worker \(pid(\(s\))? {worker.pid}\) .*, after step \d+\. It loads rows; most", text
+    )
+    assert "Go on with the same command" in text and "Traceback" not in text

@@ -23,10 +23,13 @@ from transformers import TrainerCallback
 
 from trl_vpo import checkpoints
 from trl_vpo.checkpoints import CheckpointError, what_is_left
+from trl_vpo.data.images import MediaError
+from trl_vpo.data.messages import RowError
 from trl_vpo.failed_saves import explain_failed_saves
 from trl_vpo.launch import STOP
 from trl_vpo.run_identity import compare_runs
 from trl_vpo.training.changed_rows import FILE, RemainingRows, Rows, compare_rows, read_rows, trained_rows
+from trl_vpo.training.output_dir import check_space
 from trl_vpo.training.signals import keep_from_workers
 
 
@@ -101,9 +104,12 @@ def train(trainer: Any, checkpoint: Path | None, run: dict, digests: Any = None)
 
     Raises:
         CheckpointError: the checkpoint is another run's. Names each difference.
+        OutputDirError: the result would not fit on its disk.
         failed_saves.SaveError: a checkpoint could not be written.
         TrainingStopped: SIGTERM came.
     """
+    trained = (p for p in trainer.model.parameters() if p.requires_grad)
+    check_space(trainer.args, sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained))  # of ZeRO-3
     rows, marker = Rows(digests), None
     if checkpoint:
         rows, marker = _check_same_run(checkpoint, run, digests, trainer.args)
@@ -119,6 +125,9 @@ def train(trainer: Any, checkpoint: Path | None, run: dict, digests: Any = None)
         result = trainer._finalize_training(None, 0, time.time())
     except KeyboardInterrupt:
         say(f"interrupted after step {trainer.state.global_step}. {what_is_left(trainer.args.output_dir)}")
+        raise
+    except (RowError, MediaError):
+        say(f"stopped after step {trainer.state.global_step}. {what_is_left(trainer.args.output_dir)}")
         raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):

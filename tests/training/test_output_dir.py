@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_vpo.training.output_dir import LOCK, OutputDirError, check_writable, hold_output_dir, remedy
+from trl_vpo.training.output_dir import LOCK, OutputDirError, check_space, check_writable, hold_output_dir, remedy
 
 
 def lock_elsewhere(path, locked, done):
@@ -53,3 +53,13 @@ def test_what_to_do_is_told_by_what_failed(tmp_path):
     )
     assert "or raise the quota, or keep fewer" in remedy(tmp_path, OSError(122, "Disk quota exceeded"))
     assert "MiB are free there" in remedy(tmp_path, RuntimeError("PytorchStreamWriter failed writing file"))
+
+
+def test_a_result_that_would_not_fit_is_told_before_training(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    check_space(args, 1 << 20)
+    with pytest.raises(
+        OutputDirError, match=r"no room for what is trained \(1125899906842624\.0 MiB\): No space left"
+    ):
+        check_space(args, 1 << 70)
+    assert not list(tmp_path.iterdir())

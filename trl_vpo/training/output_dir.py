@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 LOCK = ".training.lock"
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+MOST_RESERVED = 1 << 26  # bytes
 
 
 class OutputDirError(OSError):
@@ -75,6 +77,41 @@ def check_writable(folder: Path) -> None:
         raise OutputDirError(
             f"output_dir {folder} cannot be written: {error.strerror or error}. {remedy(folder, error)}"
         ) from error
+
+
+def check_space(args: Any, size: int) -> None:
+    """See that the result of a run would fit where it is to be saved. All ranks call this.
+
+    Args:
+        args: TrainingArguments.
+        size: of the weights that are trained, in bytes; a checkpoint takes more.
+
+    Raises:
+        OutputDirError: it would not fit, by the free space or by a quota.
+    """
+    error = None
+    if PartialState().is_main_process:
+        folder = Path(args.output_dir)
+        try:
+            _reserve(folder, size)
+        except OSError as problem:
+            if problem.errno in NO_SPACE | {errno.EFBIG}:
+                error = (
+                    f"output_dir {folder} has no room for what is trained ({size / 2**20:.1f} MiB): "
+                    f"{problem.strerror}. {remedy(folder, problem)}"
+                )
+    error = broadcast_object_list([error])[0]
+    if error:
+        raise OutputDirError(error)
+
+
+def _reserve(folder: Path, size: int) -> None:
+    """Ask for the space and give it back. Quotas show only so; no more than seconds of it where that means writing."""
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, min(max(size, 1), MOST_RESERVED))
 
 
 def remedy(folder: Path, error: Exception) -> str:

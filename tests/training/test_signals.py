@@ -1,0 +1,67 @@
+"""Who gets the signals that stop a training: real processes of real data loaders, and command lines of launchers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from trl_vpo.training.signals import _is_launcher, keep_from_workers
+
+
+class Pids(Dataset):
+    """Each item is the process that loads it, and whether the `worker_init_fn` ran there."""
+
+    ready = False
+
+    def __len__(self):
+        return 200
+
+    def __getitem__(self, index):
+        return os.getpid(), type(self).ready
+
+
+def set_ready(worker_id):
+    Pids.ready = True
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_outlive_the_signal_and_end_with_their_loader(context):
+    loader = DataLoader(Pids(), num_workers=1, worker_init_fn=set_ready, multiprocessing_context=context)
+    with keep_from_workers():
+        items = iter(loader)
+        (worker,) = items._workers
+        for number in ("TERM", "USR1"):
+            subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)  # also before it has begun
+        assert [int(next(items)[0]) for _ in range(3)] == [worker.pid] * 3
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+        pid, ready = next(items)
+        assert int(pid) == worker.pid and bool(ready)
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # here it still gets through
+        worker.terminate()
+        worker.join(30)
+    assert worker.exitcode == 0
+    del items
+
+
+@pytest.mark.parametrize(
+    ("command", "launches"),
+    [
+        ([sys.executable, "-c", "input()", "torchrun"], True),
+        ([sys.executable, "-c", "input()", "/env/bin/accelerate"], True),
+        ([sys.executable, "-c", "input()", "train.py"], False),
+        (["bash", "-c", "read line; true", "trl-vpo"], False),  # a shell may go and leave the training
+    ],
+)
+def test_what_counts_as_a_launcher(command, launches):
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    until = time.monotonic() + 10
+    while psutil.Process(process.pid).cmdline()[-1:] != command[-1:] and time.monotonic() < until:
+        time.sleep(0.01)
+    assert _is_launcher(process.pid) == launches
+    process.communicate(b"\n")
+    assert not _is_launcher(process.pid)
