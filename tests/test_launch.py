@@ -93,7 +93,7 @@ def saved_when_stopped(log, folder, name="SIGTERM"):
 
 WORKERS = {"dataloader_num_workers": 2, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
 WORKERS |= {"test_split_size": 0.1}
-SPAWNED = {"dataloader_num_workers": 1, "eval_strategy": "no"}  # each imports everything
+SPAWNED = {"dataloader_num_workers": 1, "eval_steps": 1000}  # each imports everything
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,24 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(runs)
     assert "output_dir /sys/kernel/run cannot be written: " in text.splitlines()[-1]
 
 
+def test_a_damaged_clip_is_skipped(runs, straight):
+    """The remedy that the error names: the run goes on with all other rows, in the order that they had."""
+    clips, data = runs.folder / "clips-3", runs.folder / "clips-3.jsonl"
+    shutil.copytree(runs.folder / "clips", clips)
+    data.write_text((runs.folder / "clips.jsonl").read_text().replace("/clips/", "/clips-3/"))
+    whole = order(runs.folder / f"{straight}.log")
+    rows = {row["id"]: row for row in map(json.loads, data.read_text().splitlines())}
+    Path(rows[whole[7]]["videos"][0]).write_bytes(b"damaged")  # of the fourth step
+    codes, text = runs("damaged", dataset_name=data, check_media="off")
+    assert codes == [1] and "MediaError" in text
+    assert (
+        f"stopped after step 2. The last complete checkpoint is {runs.folder}/damaged/checkpoint-2." in text
+    )  # ahead
+    text = runs.finish("damaged", dataset_name=data, on_bad_media="skip")
+    assert "on_bad_media: its default when it was saved, 'skip' now. It changes no row that was trained on." in text
+    assert order(runs.folder / "damaged.log")[:9] == [row for row in whole[:10] if row != whole[7]]
+
+
 # --- what is refused, and what is said ------------------------------------------------------------------------------
 
 
