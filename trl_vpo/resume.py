@@ -164,7 +164,7 @@ def _check_same_run(checkpoint: Path, run: dict, digests: Any, args: Any) -> tup
             rows, bad, note = compare_rows(saved, digests, trained_rows(args, saved, checkpoints.step_of(checkpoint)))
             refused += [bad] if bad else []
             if note and rows.gone != saved.gone and args.max_steps <= 0:
-                note += " The number of steps and the schedule of the learning rate are those of the rows that are left."
+                note += " The number of steps and the schedule of the learning rate are those of the rows left."
             changed += [note] if note else []
     rows, refused = broadcast_object_list([rows, refused])
     if refused:
