@@ -276,8 +276,9 @@ def test_string_prompts_are_checked_for_the_models_own_placeholders(processor, t
     fine = {"prompt": "<|vision_start|><|image_pad|><|vision_end|>What?", "chosen": "a", "rejected": "b"}
     fine["images"] = [write_image(tmp_path / "a.png")]
     assert len(prepare([fine], processor, tmp_path)) == 1
-    with pytest.raises(RowError, match=r"1 of 2 .*\n.*row 1: the prompt has 0 image placeholder\(s\) \('<\|image_pad"):
-        prepare([fine, fine | {"prompt": "<image>What?"}], processor, tmp_path)
+    with pytest.raises(RowError, match=r"1 of 3 .*\n.*row 2: the prompt has 2 image placeholder\(s\) \('<\|vision_st"):
+        placed = fine | {"prompt": "<image>What?"}
+        prepare([fine, placed, fine | {"prompt": fine["prompt"] * 2}], processor, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["Qwen2.5-VL", "LLaVA-1.5", "SmolVLM", "LLaVA-OneVision", "InternVL"])

@@ -13,6 +13,7 @@ from trl_vpo.data.media import VideoOptions, load_image, load_video
 from trl_vpo.data.rows import RowError
 from trl_vpo.forward.layouts import separate
 
+VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 EIGHT = VideoOptions(num_frames=8)
 
 
@@ -248,12 +249,19 @@ def test_a_box_outside_the_image_is_refused(qwen, picture):
         )
 
 
-def test_string_prompts_must_carry_the_models_own_placeholder(qwen, picture):
-    example = {"prompt": "What is it?", "chosen": "A", "rejected": "B", "images": [picture]}
-    with pytest.raises(RowError, match=r"0 image placeholder\(s\) \('<\|image_pad\|>'\), but the row has 1"):
-        PreferenceCollator(qwen).encode(example)
-    example["prompt"] = "<|vision_start|><|image_pad|><|vision_end|>What is it?"
-    assert "pixel_values" in PreferenceCollator(qwen).encode(example).trunks[0].media
+@pytest.mark.parametrize("prompt", ["What is it?", "<image>What is it?", VISION + "What is it?"])
+def test_media_stand_in_string_prompts(qwen, picture, prompt):
+    example = {"prompt": prompt, "chosen": "A", "rejected": "B", "images": [picture]}
+    trunk = PreferenceCollator(qwen).encode(example).trunks[0]
+    image = "<|image_pad|>" * (int(trunk.media["image_grid_thw"].prod()) // 4)
+    assert text_of(qwen, trunk.ids) == f"<|vision_start|>{image}<|vision_end|>What is it?"
+
+
+def test_placeholders_of_a_string_prompt_must_fit_its_media(qwen, picture):
+    example = {"prompt": "<image> and <image>?", "chosen": "A", "rejected": "B", "images": [picture]}
+    for prompt in (example["prompt"], VISION * 2):
+        with pytest.raises(RowError, match=r"2 image placeholder\(s\) \('<\|vision_start\|>.*, but the row has 1"):
+            PreferenceCollator(qwen).encode(example | {"prompt": prompt})
 
 
 def test_a_video_for_a_family_without_videos_is_refused(clip):

@@ -1,14 +1,13 @@
 """Rows -> tree batch: chat template, tokens, phrases, frames. Runs in the data-loader workers."""
 
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 
 import numpy as np
 import torch
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
+from trl_vpo.data.chat import WHOLE, ended, place_in_string, render_chat, same_start
 from trl_vpo.data.masking import check_box, masked_image_list
 from trl_vpo.data.media import Clip, MediaError, VideoOptions, load_image, load_video
 from trl_vpo.data.phrases import PhraseError, Span, spans_to_token_mask
@@ -16,6 +15,7 @@ from trl_vpo.data.rows import REF_SUMS, Row, RowError, check_accepted, read_row,
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 
 SIDES = ("chosen", "rejected")
+REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
 
 
 @dataclass
@@ -83,76 +83,52 @@ class PreferenceCollator:
 
     def _tokenize(self, row: Row, sides: tuple[str, ...]) -> tuple[list[Trunk], list[Branch]]:
         prompt, responses = self._render(row, sides)
-        kwargs = {"add_special_tokens": self._adds_special_tokens(row, prompt)}
-        alone = self.tokenizer(prompt, **kwargs)["input_ids"]
-        whole = [self.tokenizer(prompt + r, return_offsets_mapping=True, **kwargs) for r in responses]
-        # Tokens may merge across the end of the prompt: a response starts where its tokens leave the prompt's.
-        common = min((_common(alone, w["input_ids"]) for w in whole), default=len(alone))
-        tail = len(alone) - common
-        trunks = [self._trunk(row, prompt, images, alone, tail) for images in self._image_lists(row)]
-        return trunks, [self._branch(row, side, w, common, prompt, r) for side, w, r in zip(sides, whole, responses)]
+        alone = self._tokens(prompt)["input_ids"]
+        # The prompt keeps the tokens that generation is given. In a string, tokens may merge across its end, as in
+        # TRL: the responses start where their tokens leave the prompt's.
+        start = alone
+        if not row.conversational:
+            merged = [same_start(alone, self._tokens(prompt + response)["input_ids"]) for response in responses]
+            start = alone[: min(merged, default=len(alone))]
+        trunks = [
+            self._trunk(row, prompt, images, alone, len(alone) - len(start)) for images in self._image_lists(row)
+        ]
+        return trunks, [self._branch(row, side, prompt, start, r) for side, r in zip(sides, responses)]
 
     def _render(self, row: Row, sides: tuple[str, ...]) -> tuple[str, list[str]]:
-        """Prompt and responses as the model's chat template writes them, cut where prompt and conversation part."""
-        if not row.conversational:
-            eos = self.tokenizer.eos_token or ""
-            texts = [getattr(row, side) for side in sides]
-            return row.prompt, [text if text.endswith(eos) else text + eos for text in texts]
-        continues = row.prompt[-1]["role"] == "assistant"
-        prompt = self._template(row, row.prompt, add_generation_prompt=not continues, continue_final_message=continues)
-        whole = [self._template(row, row.prompt + getattr(row, side)) for side in sides]
-        for text in whole:
-            prompt = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text)))
-        return prompt, [text[len(prompt) :] for text in whole]
+        responses = [getattr(row, side) for side in sides]
+        if row.conversational:
+            return render_chat(self.processing_class, row.prompt, responses, row.template_kwargs)
+        counts = {"image": len(row.images), "video": len(row.videos)}
+        prompt = place_in_string(self.processing_class, row.prompt, counts)
+        return prompt, [ended(response, self.processing_class) for response in responses]
 
-    def _template(self, row: Row, messages: list[dict], **kwargs) -> str:
-        if not self.is_vlm:
-            messages = [{**m, "content": response_text([m])} for m in messages]
-        # Passed explicitly: some processors (SmolVLM) swap in a template of their own when the messages hold a video.
-        template = getattr(self.processing_class, "chat_template", None)
-        if template is None:
-            raise RowError(
-                f"has messages, but {type(self.processing_class).__name__} has no chat template. Set "
-                "`processing_class.chat_template`, or give prompt and responses as strings."
-            )
-        try:
-            return self.processing_class.apply_chat_template(
-                messages, tokenize=False, chat_template=template, **row.template_kwargs, **kwargs
-            )
-        except TemplateError as error:  # "roles must alternate", "no system role"
-            raise RowError(
-                f"the chat template refuses its messages: {error}. Rewrite them, or drop the row."
-            ) from error
+    def _tokens(self, text: str) -> dict:
+        return self.tokenizer(text, **WHOLE, return_offsets_mapping=self.phrases)
 
-    def _adds_special_tokens(self, row: Row, prompt: str) -> bool:
-        """As in generation: a template of a text model is complete; otherwise BOS is added unless it is there."""
-        if row.conversational and not self.is_vlm:
-            return False
+    def _first_tokens(self, row: Row, prompt: str) -> list[int]:
+        """What the tokenizer puts in front, as in generation: nothing where a text model's template is complete, or
+        where the prompt begins with BOS. What it puts behind (EOS) would end the prompt, and is left out."""
         bos = self.tokenizer.bos_token
-        return not (bos and prompt.startswith(bos))
+        if (row.conversational and not self.is_vlm) or (bos and prompt.startswith(bos)):
+            return []
+        ids = self.tokenizer("a", **WHOLE | {"add_special_tokens": True})["input_ids"]
+        return ids[: ids.index(self._tokens("a")["input_ids"][0])]
 
-    def _branch(self, row: Row, side: str, whole: dict, start: int, prompt: str, response: str) -> Branch:
-        ids = whole["input_ids"][start:]
+    def _branch(self, row: Row, side: str, prompt: str, start: list[int], response: str) -> Branch:
+        text, whole = prompt + response, self._tokens(prompt + response)
+        shift, skip = len(prompt), len(start)
+        if whole["input_ids"][:skip] != start:  # a token lies across the end of the prompt
+            text, whole, shift, skip = response, self._tokens(response), 0, 0
+        ids = whole["input_ids"][skip:]
         if not ids:
             raise RowError(f"the {side} response has no tokens of its own behind the prompt.")
         if not self.phrases:
             return Branch(ids)
-        text = response_text(getattr(row, side))
-        spans, begin, at = getattr(row, f"{side}_phrases"), 0, response.find(text)
-        if at < 0:  # some templates strip a response: its offsets shift by what is gone
-            begin, at = len(text) - len(text.lstrip()), response.find(text.strip())
-            if at < 0:
-                raise RowError(
-                    f"the chat template changes the text of the {side} response; phrases cannot be located."
-                )
-            spans = [_without_margins(span, text, side) for span in spans]
-        mask = spans_to_token_mask(
-            spans,
-            whole["offset_mapping"][start:],
-            shift=len(prompt) + at - begin,
-            text=prompt + response,
+        spans, moved = _spans_in(response, row, side)
+        return Branch(
+            ids, phrases=spans_to_token_mask(spans, whole["offset_mapping"][skip:], shift=shift + moved, text=text)
         )
-        return Branch(ids, phrases=mask)
 
     # --- media ----------------------------------------------------------------------------------------------------
 
@@ -174,7 +150,7 @@ class PreferenceCollator:
 
     def _trunk(self, row: Row, prompt: str, images: list, alone: list[int], tail: int) -> Trunk:
         if not self.is_vlm:
-            return Trunk(alone[: len(alone) - tail])
+            return Trunk(self._first_tokens(row, prompt) + alone[: len(alone) - tail])
         where = {"media_root": self.media_root, "cache": self.frame_cache}
         clips = [v if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
         kwargs = {"images": [images]} if images else {}
@@ -184,28 +160,31 @@ class PreferenceCollator:
                 "video_metadata": [_metadata(c) for c in clips],
             }
             kwargs |= {"do_sample_frames": False}
-        special = self._adds_special_tokens(row, prompt)
         try:
-            out = self.processing_class(text=[prompt], return_tensors="pt", add_special_tokens=special, **kwargs)
-        except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
-            raise RowError(f"{type(self.processing_class).__name__} refuses its prompt and media: {error}") from error
-        return self._split(out, alone, tail)
+            out = self.processing_class(text=[prompt], return_tensors="pt", text_kwargs=WHOLE, **kwargs)
+        except REFUSALS as error:
+            what = (
+                f"{type(self.processing_class).__name__} refuses its prompt and media: {type(error).__name__}: {error}"
+            )
+            raise RowError(what) from error
+        return self._split(out, self._first_tokens(row, prompt), alone, tail)
 
     def _frames(self, clip: Clip) -> np.ndarray:
         """A clip's frames; a single one is repeated for towers that take two at a time. Qwen3-VL would refuse it."""
         missing = (getattr(self.processing_class.video_processor, "temporal_patch_size", None) or 1) - len(clip.frames)
         return clip.frames if missing <= 0 else np.concatenate([clip.frames, clip.frames[-1:].repeat(missing, axis=0)])
 
-    def _split(self, out: dict, alone: list[int], tail: int) -> Trunk:
+    def _split(self, out: dict, first: list[int], alone: list[int], tail: int) -> Trunk:
         """The processor's output for one prompt: token ids, token types, media."""
         ids = out.pop("input_ids")[0].tolist()
         out.pop("attention_mask", None)
         end = len(ids) - tail
-        if ids[end:] != alone[len(alone) - tail :]:
+        if len(ids) < len(alone) or ids[end:] != alone[len(alone) - tail :]:
             raise RowError("the processor ends the prompt differently from its tokenizer; the response has no start.")
         types = {k: v for k, v in out.items() if torch.is_tensor(v) and v.shape == (1, len(ids))}
         media = {k: v for k, v in out.items() if torch.is_tensor(v) and k not in types}
-        return Trunk(ids[:end], {k: v[0, :end].tolist() for k, v in types.items()}, media)
+        types = {k: [0] * len(first) + v[0, :end].tolist() for k, v in types.items()}
+        return Trunk(first + ids[:end], types, media)
 
     def _check_length(self, tree: Tree) -> None:
         if self.max_length is None:
@@ -221,8 +200,16 @@ class PreferenceCollator:
                 )
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+def _spans_in(response: str, row: Row, side: str) -> tuple[list[Span], int]:
+    """The phrases, and how far the template moves them: some strip a response, or put thoughts in front."""
+    text, spans = response_text(getattr(row, side)), getattr(row, f"{side}_phrases")
+    begin, at = 0, response.find(text)
+    if at < 0:
+        begin, at = len(text) - len(text.lstrip()), response.find(text.strip())
+        if at < 0:
+            raise RowError(f"the chat template changes the text of the {side} response; phrases cannot be located.")
+        spans = [_without_margins(span, text, side) for span in spans]
+    return spans, at - begin
 
 
 def _without_margins(span: Span, text: str, side: str) -> Span:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_vpo.data.chat import place_in_string
 from trl_vpo.data.columns import ASKING, COLUMNS, REF_SUMS, ROW_INDEX, another_layout, misspelt  # noqa: F401
 from trl_vpo.data.messages import (
     MARKERS,
@@ -114,7 +115,7 @@ def check_accepted(row: Row, processing_class: Any) -> None:
     tokens = {kind: getattr(processing_class, f"{kind}_token", None) for kind in MARKERS.values()}
     try:
         _check_kinds(row, processing_class)
-        _check_prompt_tokens(row, tokens)
+        _check_prompt_tokens(row, processing_class, tokens)
         _check_response_tokens(row, tokens)
     except RowError as error:
         raise RowError(f"{row.name}: {error}") from error
@@ -136,21 +137,15 @@ def _check_kinds(row: Row, processing_class: Any) -> None:
         )
 
 
-def _check_prompt_tokens(row: Row, tokens: dict[str, str | None]) -> None:
-    for kind, items in (("image", row.images), ("video", row.videos)):
-        token = tokens[kind]
-        if row.conversational:
-            if token and token in response_text(row.prompt):
-                raise RowError(
-                    f"the prompt holds {token!r} in its text, the model's own placeholder of {kind}s. Take it out: "
-                    f'{{"type": "{kind}"}} says where media stand.'
-                )
-            continue
-        found = row.prompt.count(token) if token else 0
-        if found != len(items):
+def _check_prompt_tokens(row: Row, processing_class: Any, tokens: dict[str, str | None]) -> None:
+    if not row.conversational:
+        place_in_string(processing_class, row.prompt, {"image": len(row.images), "video": len(row.videos)})
+        return
+    for kind, token in tokens.items():
+        if token and token in response_text(row.prompt):
             raise RowError(
-                f"the prompt has {found} {kind} placeholder(s) ({token!r}), but the row has {len(items)} {kind}(s). "
-                "Put one into the prompt for each, or give the prompt as messages."
+                f"the prompt holds {token!r} in its text, the model's own placeholder of {kind}s. Take it out: "
+                f'{{"type": "{kind}"}} says where media stand.'
             )
 
 

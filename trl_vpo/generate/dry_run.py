@@ -9,7 +9,9 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
+from trl_vpo.data.chat import render_chat
 from trl_vpo.data.images import MediaError
+from trl_vpo.data.rows import RowError
 from trl_vpo.generate.base import GenerateError, InputError, InputRow, Media, Pipeline, Request
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.inputs import load_media
@@ -67,9 +69,10 @@ def _processor(pipeline: Pipeline, config: GenerateConfig):
 
 def _text(request: Request, processor) -> str:
     if processor is not None:
-        return processor.apply_chat_template(
-            request.messages, tokenize=False, add_generation_prompt=True, chat_template=processor.chat_template
-        ).strip()
+        try:
+            return render_chat(processor, request.messages, [], {})[0].strip()
+        except RowError as error:
+            raise GenerateError(f"the model cannot be asked this: {error}") from error
     lines = []
     for message in request.messages:
         parts = [part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in message["content"]]

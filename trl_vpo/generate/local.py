@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, ProcessorMixin, TopPLogitsWarper
 
+from trl_vpo.data.chat import stop_token
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import Row, RowError, check_accepted, place_media
 from trl_vpo.forward.layouts import merge_media
@@ -64,7 +65,7 @@ class LocalModel(AnsweringModel):
     """A vision-language model and its processor. Prompts and media are encoded by the collator that training uses.
 
     The model's own generation settings (repetition penalty, sampling defaults, forced tokens) are taken off it; only
-    its end-of-sequence tokens stay.
+    its end-of-sequence tokens stay; the token with which the chat template ends an answer is one of them.
 
     Args:
         model: without PEFT around it; the layers of an adapter may be in it.
@@ -99,7 +100,7 @@ class LocalModel(AnsweringModel):
         self._collator = PreferenceCollator(processor, max_pixels=max_pixels)
         self._description = description
         tokenizer = self._collator.tokenizer
-        self._ends = _end_tokens(model, tokenizer)
+        self._ends = _end_tokens(model, tokenizer) | ({stop_token(processor)} - {None})
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._ends)
         # `generate` fills whatever a call leaves open from here.
         model.generation_config = GenerationConfig(

@@ -1,0 +1,269 @@
+"""Messages -> text: the prompt exactly as generation is given it, and the responses that a conversation adds to it.
+
+The prompt is the chat template's rendering with `add_generation_prompt=True`. A response is what the rendering of the
+whole conversation adds behind it, compared after white space at the seam. It keeps all that the template writes, as in
+TRL: the end-of-turn token, and the line feed that many templates put behind it. Where the template ends no turn, the
+response ends with the tokenizer's EOS, so that the model learns to stop.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from trl_vpo.data.messages import MARKERS, RowError, response_text
+
+# Tokenizers and processors bring settings along that cut or pad: "truncation" and "padding" in tokenizer.json,
+# `max_length` or `text_kwargs` in their configs. A text is tokenized whole, whatever they say.
+WHOLE = {"truncation": False, "padding": False, "add_special_tokens": False}
+RESERVED = {"chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
+PRINTED = ("'type': 'text'", '"type": "text"')  # a list of parts in the output of a template that wants text
+REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+SHOWN = 300  # characters of a rendering in a message
+WORD = "word"
+
+Form = Callable[[dict], bool]  # whether a message's content is given as a string rather than as a list of parts
+
+
+class SeamError(RowError):
+    """A template that writes the prompt in two ways."""
+
+
+def chat_template(processing_class: Any, tools: Any = None) -> str | None:
+    """Return the chat template; of several the one named "tool_use" for rows with tools, otherwise "default".
+
+    Raises:
+        RowError: several, and none of them is named "default".
+    """
+    template = getattr(processing_class, "chat_template", None)
+    if not isinstance(template, dict):
+        return template
+    name = "tool_use" if tools and "tool_use" in template else "default"
+    if name not in template:
+        raise RowError(
+            f"{type(processing_class).__name__} has several chat templates ({', '.join(template)}), but none that is "
+            "named 'default'. Set `processing_class.chat_template` to the one to use."
+        )
+    return template[name]
+
+
+def render_chat(
+    processing_class: Any, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict
+) -> tuple[str, list[str]]:
+    """Return the text of the prompt and of each response.
+
+    Templates differ in what they take as a message's content: lists of parts, strings, or lists from users and
+    strings from others. The forms are tried in turn; the first one that shows the model every text is used.
+
+    Args:
+        processing_class: processor or tokenizer.
+        prompt: messages with typed contents.
+        responses: each a list of messages with typed contents; may be empty.
+        template_kwargs: of the row, for the template.
+
+    Raises:
+        RowError: the template refuses the messages, leaves a text out, or renders prompt and conversation differently.
+    """
+    template = chat_template(processing_class, template_kwargs.get("tools"))
+    if template is None:
+        raise RowError(
+            f"has messages, but {type(processing_class).__name__} has no chat template. Set "
+            "`processing_class.chat_template`, or give prompt and responses as strings."
+        )
+    if reserved := RESERVED & set(template_kwargs):
+        raise RowError(f"`chat_template_kwargs` sets {', '.join(sorted(reserved))}: that is for training to decide.")
+    given = responses or [_says(WORD)]
+    refusals: list[Exception] = []
+    for as_text in _forms(processing_class):
+        # Passed explicitly: some processors (SmolVLM) swap in a template of their own when the messages hold a video.
+        write = partial(
+            processing_class.apply_chat_template, tokenize=False, chat_template=template, **template_kwargs
+        )
+        try:
+            start, texts = _write(write, *(_formed(messages, as_text) for messages in (prompt, *given)))
+            return start, [_ended(text, _tokenizer(processing_class)) for text in texts[: len(responses)]]
+        except REFUSALS as error:  # "roles must alternate", "no system role"; or contents in another form
+            refusals.append(error)
+    raise _refusal(refusals)
+
+
+def ended(text: str, processing_class: Any) -> str:
+    """A response that was given as a string, with EOS behind it unless it ends its turn itself."""
+    tokenizer = _tokenizer(processing_class)
+    return text if end_of_turn(text, tokenizer) else text + (tokenizer.eos_token or "")
+
+
+def end_of_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The special token that a text ends with, white space aside; None if it ends with words."""
+    last = tokenizer(text.rstrip()[-SHOWN:], **WHOLE)["input_ids"][-1:]
+    token = tokenizer.decode(last).strip()
+    return token if token and not tokenizer.decode(last, skip_special_tokens=True) else None
+
+
+def stop_token(processing_class: Any) -> int | None:
+    """The id of the token with which the chat template ends an answer; None if it does not say."""
+    try:
+        _, (text,) = render_chat(processing_class, _says(WORD, "user"), [_says(WORD)], {})
+    except RowError:
+        return None
+    tokenizer = _tokenizer(processing_class)
+    end = end_of_turn(text, tokenizer)
+    return None if end is None else tokenizer.convert_tokens_to_ids(end)
+
+
+def same_start(a: Sequence, b: Sequence) -> int:
+    """How many items two sequences have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
+
+
+def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def _says(text: str, role: str = "assistant") -> list[dict]:
+    return [{"role": role, "content": [{"type": "text", "text": text}]}]
+
+
+# --- the template -------------------------------------------------------------------------------------------------
+
+
+def _write(write: Callable, prompt: list[dict], *responses: list[dict]) -> tuple[str, list[str]]:
+    """The prompt as generation is given it, and what each response adds to it, if every text can be seen in them."""
+    start = write(prompt, add_generation_prompt=True)
+    _check_shown([m for m in prompt if m["role"] in ("user", "system")], start)
+    texts = [_added(start, write(prompt + response)) for response in responses]
+    for messages, text in zip(responses, texts):
+        _check_shown([m for m in messages if m["role"] == "assistant" and not m.get("tool_calls")], text)
+    return start, texts
+
+
+def _refusal(refusals: list[Exception]) -> RowError:
+    """The refusal that says most: of the seam, of the template itself, of texts that it leaves out, of other forms."""
+    order = (SeamError, TemplateError, RowError, Exception)
+    error = min(refusals, key=lambda e: next(i for i, kind in enumerate(order) if isinstance(e, kind)))
+    if isinstance(error, RowError):
+        return error
+    return RowError(f"the chat template refuses its messages: {error}. Rewrite them, or drop the row.")
+
+
+def _forms(processing_class: Any) -> Iterator[Form]:
+    """Which contents are given as strings: templates of processors want lists, those of tokenizers strings."""
+    forms = [lambda message: False, lambda message: message["role"] != "user", lambda message: True]
+    yield from forms if isinstance(processing_class, ProcessorMixin) else reversed(forms)
+
+
+def _formed(messages: list[dict], as_text: Form) -> list[dict]:
+    """The messages with contents in that form; media stay parts."""
+    return [
+        {**m, "content": response_text([m])} if as_text(m) and all(p["type"] == "text" for p in m["content"]) else m
+        for m in messages
+    ]
+
+
+def _added(prompt: str, whole: str) -> str:
+    """What a conversation adds behind the prompt; where only white space at the seam differs, the prompt's stands."""
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    head = prompt.rstrip()
+    if whole.startswith(head):
+        return whole[len(head) :].lstrip()
+    at = max(0, same_start(prompt, whole) - SHOWN // 2)
+    shown = [repr(text[at : at + SHOWN]) for text in (prompt, whole)]
+    raise SeamError(
+        "the chat template writes the prompt differently for generation than in a conversation, so that a response "
+        f"would be trained behind another prompt than it is generated behind. For generation: {shown[0]}; in the "
+        f"conversation: {shown[1]}. Choose another template (`processing_class.chat_template`), other "
+        "`chat_template_kwargs`, or give prompt and responses as strings."
+    )
+
+
+def _check_shown(messages: list[dict], rendered: str) -> None:
+    """Raise if a text of the messages is not in what the template writes.
+
+    White space does not count, for templates strip it. Earlier answers and tools' are not looked at: templates take
+    thoughts out of the first and write the second as JSON.
+    """
+    squashed = _squash(rendered)
+    for message in messages:
+        content = message["content"]
+        for text in [content] if isinstance(content, str) else [part.get("text", "") for part in content]:
+            printed = any(p in rendered and p not in text for p in PRINTED)
+            if printed or _squash(text) not in squashed:
+                raise RowError(
+                    f"the chat template does not write the text of the {message['role']} message as it is. The text: "
+                    f"{text[:SHOWN]!r}; the template's: {rendered[-SHOWN:]!r}. Choose a template that keeps it "
+                    "(`processing_class.chat_template`), or drop the row."
+                )
+
+
+def _squash(text: str) -> str:
+    return "".join(text.split())
+
+
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The response with one end: the template's, or EOS. Data may bring the token that the template adds."""
+    end = end_of_turn(text, tokenizer)
+    if end is None:
+        return text.rstrip() + (tokenizer.eos_token or "")
+    body, space = text.rstrip().removesuffix(end), text[len(text.rstrip()) :]
+    while body.rstrip().endswith(end):
+        body = body.rstrip().removesuffix(end)
+    return body + end + space
+
+
+# --- strings --------------------------------------------------------------------------------------------------------
+
+
+def place_in_string(processing_class: Any, prompt: str, counts: dict[str, int]) -> str:
+    """Return a string prompt with the model's own placeholder for every image and video.
+
+    Placeholders that it carries stay. `<image>` and `<video>` become the model's own where they stand; without any,
+    the media go in front.
+
+    Args:
+        processing_class: processor or tokenizer.
+        prompt: as the row gives it.
+        counts: media of the row by kind.
+
+    Raises:
+        RowError: placeholders and media do not agree in number.
+    """
+    front = ""
+    for marker, kind in MARKERS.items():
+        count = counts[kind]
+        own = [text for text in (getattr(processing_class, f"{kind}_token", None),) if text]
+        if count:
+            own.append(_placeholder(processing_class, kind))
+        found = max((prompt.count(text) for text in own), default=0)
+        if found == 0 and count and prompt.count(marker) in (0, count):
+            if marker in prompt:
+                prompt = prompt.replace(marker, own[-1])
+            else:
+                front += own[-1] * count
+        elif found != count:
+            raise RowError(
+                f"the prompt has {found or prompt.count(marker)} {kind} placeholder(s) ({own[-1]!r}), but the row has "
+                f"{count} {kind}(s). Put one `{marker}` into the prompt for each, or none: then they go in front."
+            )
+    return front + prompt
+
+
+def _placeholder(processing_class: Any, kind: str) -> str:
+    """The text of one image or video in a prompt, as the chat template writes it; without a template, its token."""
+    token = getattr(processing_class, f"{kind}_token", None)
+    template = chat_template(processing_class)
+    if template is None and token:
+        return token
+    text = [{"type": "text", "text": WORD}]
+    with_it, without = (
+        processing_class.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False, chat_template=template
+        )
+        for parts in ([{"type": kind}, *text], text)
+    )
+    start = same_start(with_it, without)
+    end = same_start(with_it[start:][::-1], without[start:][::-1])
+    return with_it[start : len(with_it) - end]
