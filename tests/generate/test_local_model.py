@@ -358,11 +358,11 @@ def test_media_that_the_family_cannot_see(requests):
         LocalModel(model, processor)
 
 
-def test_a_clip_that_the_processor_refuses_is_a_failure_of_its_request(tmp_path):
+def test_an_image_that_the_processor_refuses_is_a_failure_of_its_request():
     model, processor = build("Qwen3-VL")
-    clips = [load_video(write_clip(tmp_path / "a.mp4"), VideoOptions(num_frames=n)) for n in (1, 4)]
+    images = [Image.new("RGB", size) for size in ((4000, 10), (56, 56))]  # 400:1, and 200:1 is its limit
     refused, fine = LocalModel(model, processor).answer(
-        [asked("What?", videos=[clip]) for clip in clips], Sampling(max_new_tokens=2)
+        [asked("What?", images=[image]) for image in images], Sampling(max_new_tokens=2)
     )
     assert isinstance(refused, Failure) and "Qwen3VLProcessor refuses its prompt and media" in refused.reason
     assert isinstance(fine, str) or fine.reason.startswith("cut off")
