@@ -725,6 +725,21 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     refused_image(tmp_path / "bomb.png", "scale it down")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_huge_image_wants_max_pixels(tmp_path, monkeypatch):
+    """The limit is Pillow's own; this is what 169 million pixels are to it, in small."""
+    Image.fromarray(picture(0, 130, 130)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8948)
+    reason = r"has 130x130 pixels \(0 million\), more than 0 million: set max_pixels, which scales it down"
+    refused_image(tmp_path / "huge.png", reason)
+    refused_image(Image.fromarray(picture(0, 130, 130)), reason, name="PIL image 130x130")
+    refused([str(tmp_path / "huge.png")], reason, name="huge.png")
+    assert load_image(tmp_path / "huge.png", max_pixels=1600).size == (40, 40)
+    check_image(tmp_path / "huge.png", max_pixels=1600)
+    assert load_video([str(tmp_path / "huge.png")], VideoOptions(max_pixels=1600)).frames.shape == (1, 40, 40, 3)
+    assert load_image(tmp_path / "huge.png", limit=False).size == (130, 130)
+
+
 def test_media_root_is_where_relative_paths_start_and_what_no_path_leaves(tmp_path, clip):
     root, outside = tmp_path / "root", tmp_path / "outside.png"
     (root / "sub").mkdir(parents=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_files import WIDTH, cut, numbers, picture, remux_shifted, write_video
+from media_files import WIDTH, cut, needs_pyav, numbers, picture, remux_shifted, write_video
 from PIL import Image
 
 from trl_vpo.data.media import MediaError, VideoOptions, check_image, check_video, load_image, load_video
@@ -69,6 +69,8 @@ def corpus(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*HEALTHY, "pillow.gif"])
 def test_healthy_files_pass(corpus, name):
+    if name.endswith((".mpg", ".flv")):
+        needs_pyav(17, 0, "opening these with a protocol_whitelist, on which FFmpeg 7 crashes,")
     check_video(corpus / name, ALL)
     clip = load_video(corpus / name, ALL)
     assert clip.total_frames == FRAMES and numbers(clip.frames) == list(range(FRAMES))

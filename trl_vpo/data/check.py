@@ -109,9 +109,9 @@ def _check_media(row: Row, args: Any) -> None:
         else:
             check_video(source, args.video_options(), media_root=root)
     for source in row.image_list or row.images:
-        check_image(source, media_root=root)
+        check_image(source, max_pixels=args.max_pixels, media_root=root)
     if row.critical_box is not None:
-        size = load_image(row.images[0], media_root=root).size
+        size = load_image(row.images[0], media_root=root, limit=args.max_pixels is None).size
         try:
             check_box(row.critical_box, size)
         except ValueError as error:

@@ -140,7 +140,7 @@ class PreferenceCollator:
         if row.image_list is not None:
             return [[load(source)] for source in row.image_list]
         # The box is in pixels of the image as stored, so the list is drawn before anything is scaled.
-        image = load_image(row.images[0], media_root=self.media_root)
+        image = load_image(row.images[0], media_root=self.media_root, limit=self.max_pixels is None)
         try:
             check_box(row.critical_box, image.size)
         except ValueError as error:

@@ -10,6 +10,7 @@ import math
 import re
 import struct
 import zlib
+from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -190,14 +191,17 @@ def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def load_image(source: Any, *, max_pixels: int | None = None, media_root: str | Path | None = None) -> Image.Image:
+def load_image(
+    source: Any, *, max_pixels: int | None = None, media_root: str | Path | None = None, limit: bool = True
+) -> Image.Image:
     """An image as RGB, turned upright by its EXIF orientation, at most ``max_pixels`` large (aspect kept).
 
     ``source``: a path, ``file://`` URL, bytes, ``PIL.Image``, uint8 array (H, W), (H, W, 3) or (H, W, 4), or a dict
     with ``path`` (or ``image``) and/or ``bytes``, as ``datasets.Image(decode=False)`` gives it; bytes come before the
     path. Transparent pixels are laid on white, an animation gives its first image. Greyscale of more than 8 bits: up
     to 255 values stay as they are, up to 65535 they lose their lower 8 bits, beyond that they are refused, as floats
-    are. Boxes and other pixel positions refer to this upright image. Raises :class:`MediaError`.
+    are. Boxes and other pixel positions refer to this upright image. With ``limit``, one of more pixels than
+    `PIL.Image.MAX_IMAGE_PIXELS` is refused unless ``max_pixels`` scales it down. Raises :class:`MediaError`.
     """
     if max_pixels is not None and max_pixels < 1:
         raise MediaError(f"max_pixels is {max_pixels}: give at least 1, or None for no limit.")
@@ -207,20 +211,34 @@ def load_image(source: Any, *, max_pixels: int | None = None, media_root: str | 
         source = read_source(source, media_root)
     try:
         if isinstance(source, Image.Image):
-            image = _to_rgb(source)
+            opened = nullcontext(source)
         else:
-            with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
-                image = _to_rgb(opened)
+            opened = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+        with opened as image:
+            if limit and max_pixels is None:
+                _check_size(image, name)
+            image = _to_rgb(image)
         return shrink(image, max_pixels)
+    except MediaError:
+        raise
     except _PILLOW_ERRORS as error:
         if isinstance(error, OSError) and error.errno:  # of the file system; Pillow's own have no number
             raise MediaError(f"{name} cannot be read ({error}): check its permissions and the disk.") from error
         raise MediaError(f"{name} is not a readable image ({error}): {_image_remedy(source, error)}.") from error
 
 
-def check_image(source: Any, *, media_root: str | Path | None = None) -> None:
+def check_image(source: Any, *, max_pixels: int | None = None, media_root: str | Path | None = None) -> None:
     """Raises :class:`MediaError` where :func:`load_image` would. It decodes: no shorter look finds a cut-off JPEG."""
-    load_image(source, media_root=media_root)
+    load_image(source, max_pixels=max_pixels, media_root=media_root)
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if most is not None and pixels > most:
+        raise MediaError(
+            f"{name} has {image.width}x{image.height} pixels ({pixels / 1e6:.0f} million), more than {most / 1e6:.0f} "
+            "million: set max_pixels, which scales it down, or scale it down first."
+        )
 
 
 def _unpack_image(source: Any, name: str) -> Path | str | bytes | Image.Image:

@@ -207,7 +207,7 @@ class EvaluationCallback(TrainerCallback):
             for video in source.videos:
                 check_video(video, args.video_options())
             for image in source.images:
-                check_image(image)
+                check_image(image, max_pixels=args.max_pixels)
             with_first_image(pair, Media(images=source.images), args.media_root)
         except ValueError as error:
             raise EvaluateError(f"held-out {row.name}: {error}") from error

@@ -173,7 +173,7 @@ def with_first_image(row: Row, media: Media, media_root: str | None) -> Media:
     if row.image_list is None or media.images:
         return media
     try:
-        return replace(media, images=(load_image(row.image_list[0], media_root=media_root),))
+        return replace(media, images=(load_image(row.image_list[0], media_root=media_root, limit=False),))
     except MediaError as error:
         raise RowError(f"{row.name}: {error}") from error
 
@@ -188,10 +188,10 @@ def image_list(
     """
     try:
         if row.image_list is not None:
-            return [load_image(source, media_root=media_root) for source in row.image_list]
+            return [load_image(source, media_root=media_root, limit=False) for source in row.image_list]
         if row.critical_box is None:
             return []
-        image = load_image(input_row.images[0])  # as stored: the box is in its pixels
+        image = load_image(input_row.images[0], limit=False)  # as stored: the box is in its pixels
         return masked_image_list(image, row.critical_box, num_images, visual_prompt=visual_prompt)
     except (MediaError, ValueError) as error:
         raise RowError(f"{row.name}: {error}") from error

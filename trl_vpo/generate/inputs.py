@@ -252,7 +252,7 @@ def _absolute(source: str | Path, media_root: str | Path | None) -> str:
 
 def _png(picture: Any) -> bytes:
     buffer = io.BytesIO()
-    load_image(picture).save(buffer, "PNG")
+    load_image(picture, limit=False).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -198,7 +198,10 @@ class LPOIPipeline(Pipeline):
 
     def _open(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Case]:
         rows = [row for row, _ in batch]
-        images = [load_image(row.images[0]) if self.config.max_pixels else media.images[0] for row, media in batch]
+        images = [
+            load_image(row.images[0], limit=False) if self.config.max_pixels else media.images[0]
+            for row, media in batch
+        ]
         found = self.finder.find(rows, images)
         return [Case(row, image, f.choices, f.kind, f.reason) for row, image, f in zip(rows, images, found)]
 

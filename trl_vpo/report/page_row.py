@@ -186,12 +186,12 @@ def _clip(source: Any, look: Look) -> tuple[str, Pictures]:
 
 
 def _image(source: Any, most: int, root: str | Path | None) -> tuple[str, Pictures]:
-    image = load_image(source, media_root=root)
+    image = load_image(source, media_root=root, limit=False)
     return f" · {image.width}x{image.height}", [(shrink(image, most), "")]
 
 
 def _drawn_list(source: Any, box: Sequence[float], look: Look) -> tuple[str, Pictures]:
-    image = load_image(source, media_root=look.media_root)
+    image = load_image(source, media_root=look.media_root, limit=False)
     items = masked_image_list(image, box, look.num_images, visual_prompt=look.visual_prompt)
     last = len(items) - 1
     return "", [(shrink(item, look.thumb_pixels), f"{100 * k / last:.0f} % hidden") for k, item in enumerate(items)]

@@ -48,7 +48,7 @@ def _source(source: Any, root: str | None) -> Any:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return hashlib.sha256(source).hexdigest()
     if isinstance(source, Image.Image):
-        source = np.asarray(load_image(source))
+        source = np.asarray(load_image(source, limit=False))
     if isinstance(source, np.ndarray):
         return [str(source.dtype), source.shape, hashlib.sha256(np.ascontiguousarray(source)).hexdigest()]
     if isinstance(source, (list, tuple)):
