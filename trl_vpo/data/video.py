@@ -14,6 +14,7 @@ playlist cannot pull in other files.
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -35,6 +36,10 @@ from trl_vpo.media.ends import cut_short
 _ONE_PICTURE = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d"}
 DAMAGED = "the file is damaged or was cut short: fetch or write it again, or drop the row"
 _MICROSECOND = 1e-6
+
+# A forked data-loader worker has none of the threads of its parent's decoders and scalers: were it to free one that
+# became garbage before the fork, it would wait for those threads for ever. It leaves its parent's objects alone.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @dataclass(frozen=True)
