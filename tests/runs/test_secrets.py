@@ -39,6 +39,7 @@ def test_a_secret_of_the_environment_is_found_however_it_is_written(name, way, m
     "text, clean",
     [
         ("get https://me:pa.ss@host:80/rows?a=1", "get https://***@host:80/rows?a=1"),
+        ("proxy me:pass@host:3128", "proxy me:***@host:3128"),
         ("git+ssh://ghp_0123456789@host/x", "git+ssh://***@host/x"),
         ("next=https%3A%2F%2Fme%3Apass%40host%2Frows", "next=https%3A%2F%2F***%40host%2Frows"),
         ("/v1?api_key=abc&n=2&X-Amz-Signature=f00", "/v1?api_key=***&n=2&X-Amz-Signature=***"),

@@ -21,6 +21,7 @@ _PATTERNS = [  # what group 1 matches stays
     for pattern in (
         r"(\b)(?:hf_[a-z0-9]{16,}|sk-[\w-]{16,})",
         r"(://)[^/\s'\"<>]+(?=@)",  # user and password of an address
+        r"(\b[\w.+-]+:)[^\s/:@'\"<>]+(?=@\w)",  # the same without a scheme
         r"(%3A%2F%2F)(?:(?!%2F|%40)[^/\s'\"<>])+(?=%40)",  # the same, percent-encoded
         rf"([?&](?:[\w.]+[_-])*(?:{_NAME}|key|sig|signature|credential)=)[^&#\s'\"<>]+",  # of its query
         r"(\bbearer\s+)[^\s'\",;\\]{8,}",
