@@ -79,13 +79,16 @@ def test_healthy_files_pass(corpus, name):
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "pillow.gif", "mpeg4.avi"])
-def test_bytes_behind_the_end_do_no_harm(corpus, tmp_path, name):
-    (tmp_path / name).write_bytes((corpus / name).read_bytes() + bytes(1000))
+@pytest.mark.parametrize("more", [bytes(1000), b"junk" * 250])
+def test_bytes_behind_the_end_do_no_harm(corpus, tmp_path, name, more):
+    (tmp_path / name).write_bytes((corpus / name).read_bytes() + more)
     assert load_video(tmp_path / name, ALL).total_frames == FRAMES
 
 
 @pytest.mark.parametrize("name", ["h264.ts", "open.ts", "hevc.ts", "mpeg2.ts"])
 def test_a_recording_may_begin_between_keyframes(corpus, tmp_path, name):
+    if name == "hevc.ts":
+        needs_pyav(17, 0, "leaving out pictures that need what is gone")
     data = (corpus / name).read_bytes()
     (tmp_path / name).write_bytes(data[len(data) // 5 // 188 * 188 :])
     check_video(tmp_path / name, ALL)

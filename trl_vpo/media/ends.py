@@ -10,6 +10,10 @@ import struct
 from typing import BinaryIO
 
 _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"uuid", b"styp", b"sidx", b"meta"}
+_PADDING = {b"free", b"skip", b"wide"}
+_ELEMENTS = {0x1A45DFA3, 0x18538067, 0x1F43B675}  # header, segment, cluster; then what a segment and a cluster hold
+_ELEMENTS |= {0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1043A770, 0x1941A469, 0x1254C367, 0xBF}
+_ELEMENTS |= {0xE7, 0xA7, 0xAB, 0xA3, 0xA0, 0x5854, 0xEC}
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the object with the file's size
 _UNKNOWN = 0xFFFFFFFF
@@ -41,7 +45,7 @@ def _mp4(file: BinaryIO, size: int) -> str | None:
         if length < 8 or kind not in _BOXES:  # 0: to the end, wherever that is
             return None
         at += length
-        if at > size:
+        if at > size and kind not in _PADDING:
             return _promised(f"its {kind.decode()} box", at, size)
     return None
 
@@ -52,8 +56,8 @@ def _matroska(file: BinaryIO, size: int) -> str | None:
     while at < size:
         file.seek(at)
         kind, length = _number(file), _number(file, length=True)
-        if kind == 0:
-            return None  # padding
+        if kind is not None and kind not in _ELEMENTS:
+            return None  # something behind the end
         if kind is None or length is None:
             return f"the element at byte {at} breaks off"
         at = file.tell()
