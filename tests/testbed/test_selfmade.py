@@ -1,7 +1,6 @@
 """The base's own preference data: what the pipelines claim about their rows, and that training on them helps."""
 
 import json
-import re
 
 import pytest
 
@@ -32,25 +31,23 @@ def test_leanpo_winning_responses_are_right_more_often_than_plain_answers(inputs
 def test_rrpo_rejected_responses_are_wrong(inputs, tmp_path):
     found = figures("rrpo", inputs, tmp_path)
     assert set(found["rows_by_kind"]) == {"open", "short", "yes_no"}
-    samples = world.draw_samples("clip", selfmade.INPUT_CLIPS, selfmade.INPUT_SEED, habits=False)
-    things = [sample.things for sample in samples]
-    for line in (tmp_path / "rrpo-data/rows.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        question, rejected = row["prompt"][0]["content"][-1]["text"], row["rejected"][0]["content"][0]["text"]
-        assert not is_true(question, rejected, things[int(row["id"].split("-")[1])]), row
+    assert selfmade.true_rejections(tmp_path / "rrpo-data/rows.jsonl") == 0
 
 
-def is_true(question, answer, things):
-    """Whether the world says so; not by the rules that chose the answer."""
-    if question.startswith("Describe"):
-        return language.judge_caption(answer, things).exact
-    (thing,) = things
-    facts = {thing.colour, thing.shape, thing.motion}
-    if question.startswith(("Is ", "Does ")):
-        claimed = set(re.findall(r"\w+", question)) & {*world.COLOURS, *world.SHAPES, *world.MOTIONS}
-        return answer.startswith("yes") == (claimed <= facts)
-    asked = {"What": thing.colour, "Which": thing.shape, "Where": thing.motion}[question.split()[0]]
-    return asked in re.findall(r"\w+", answer)
+def test_what_the_world_calls_true():
+    things = (world.Thing("red", "square", "left", (0, 0, 9, 9)),)
+    true = {
+        "Describe the video.": "a red square moves left.",
+        "What colour is the shape?": "It is red",
+        "Which shape is it?": "square.",
+        "Where does it move?": "left",
+        "Is the square red?": "Yes.",
+        "Is there a circle?": "no",
+        "Does the square move up?": "No.",
+    }
+    false = ["a red square moves up.", "blue", "circle", "right", "No", "yes", "Yes"]
+    for (question, answer), other in zip(true.items(), false, strict=True):
+        assert language.is_true(question, answer, things) and not language.is_true(question, other, things), question
 
 
 def test_lpoi_claims_fall_as_the_object_is_hidden(inputs, tmp_path):

@@ -84,6 +84,21 @@ def choice_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
     return Item("choice", f"Which is true? {listed}", f"{LETTERS[shuffled.index(caption(things))]}.")
 
 
+def is_true(question: str, answer: str, things: tuple[Thing, ...]) -> bool:
+    """Return whether an answer to a question about a clip is true, by the facts and not by a rule that reads answers.
+
+    A short answer is true if it names the fact that was asked for, whatever else it says.
+    """
+    if question in PROMPTS.values():
+        return judge_caption(answer, things).exact
+    (thing,) = things
+    if question.startswith(("Is ", "Does ")):
+        claimed = set(re.findall(r"\w+", question)) & {*COLOURS, *SHAPES, *MOTIONS}
+        return answer.lower().startswith("yes") == (claimed <= {thing.colour, thing.shape, thing.motion})
+    fact = {"What": thing.colour, "Which": thing.shape, "Where": thing.motion}[question.split()[0]]
+    return fact in re.findall(r"\w+", answer)
+
+
 def wrong_caption(things: tuple[Thing, ...], rng: np.random.Generator) -> str:
     """The typical false caption: what is usual, where that is false here, else the truth with one word changed."""
     usual = as_usual(things)

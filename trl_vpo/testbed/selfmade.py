@@ -8,9 +8,10 @@ RRPO's rejected ones are the base's own; LPOI's pairs are given and get their bo
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from trl_vpo.testbed import quickstart, rows
+from trl_vpo.testbed import language, quickstart, rows, world
 from trl_vpo.testbed.quickstart import METHODS, RECIPES, console
 
 INPUT_CLIPS, INPUT_SCENES, INPUT_SEED = 320, 320, 13
@@ -28,6 +29,8 @@ def main() -> None:
     for method in args.methods:
         kind = METHODS[method][1]
         made = generate(method, inputs[method], args.out)
+        if kind == "clip":
+            console.print(f"{true_rejections(made)} of the rejected responses are true by the world's own facts.")
         base = next((r.before for r in results if r.kind == kind), None)
         recipe = RECIPES / f"{method}-selfmade.yaml"
         results.append(quickstart.run_method(method, args.out, held_out[kind], base, recipe, made))
@@ -55,6 +58,17 @@ def generate(method: str, inputs: Path, out: Path) -> Path:
     options = ["--config", RECIPES / f"{method}-generate.yaml", "--dataset_name", inputs, "--output_dir", run]
     run_generation(method, [str(word) for word in options])
     return run / "rows.jsonl"
+
+
+def true_rejections(made: Path) -> int:
+    """Return how many rejected responses of the rows about clips are true in the world."""
+    samples = world.draw_samples("clip", INPUT_CLIPS, INPUT_SEED, habits=False)
+    count = 0
+    for line in made.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        question, rejected = (row[side][0]["content"][-1]["text"] for side in ("prompt", "rejected"))
+        count += language.is_true(question, rejected, samples[int(row["id"].split("-")[1])].things)
+    return count
 
 
 if __name__ == "__main__":
