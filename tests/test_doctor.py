@@ -150,7 +150,7 @@ def test_full_fine_tuning(work):
 @pytest.mark.parametrize(
     ("argv", "check"),
     [
-        (["--model_name_or_path", "nowhere/nothing"], "processor"),
+        (["--model_name_or_path", "nowhere/nothing"], "model"),
         (["--dataset_name", "nowhere.jsonl"], "data"),
         (["--eval_strategy", "steps"], "data"),  # there is no test split
     ],

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from trl_vpo.adapters import AdapterError, target_modules
 from trl_vpo.merge import merge
+from trl_vpo.models.source import SourceError
 
 LAYERS = 2  # of the models here, each with seven linear layers
 
@@ -226,6 +227,7 @@ def test_an_adapter_on_shared_embeddings_is_not_merged(tmp_path):
 
 
 def test_a_quantized_base_is_refused(tmp_path):
+    shutil.copytree(BASE, tmp_path, dirs_exist_ok=True)
     config = json.loads(Path(BASE, "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     with pytest.raises(AdapterError, match="are quantized"):
@@ -237,7 +239,7 @@ def test_a_pickled_base_is_refused(tmp_path):
         (tmp_path / name).write_text(Path(BASE, name).read_text())
     AutoProcessor.from_pretrained(BASE).save_pretrained(tmp_path)
     torch.save(load_file(f"{BASE}/model.safetensors"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(SourceError, match="has pickled weights alone"):
         train(tmp_path / "out", model_name_or_path=str(tmp_path))
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(SourceError, match="has pickled weights alone"):
         merge(trained("lora").folder, tmp_path / "out", base=str(tmp_path))

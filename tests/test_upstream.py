@@ -72,6 +72,8 @@ CALLED = [
         ["model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers"],
         "trl_vpo/doctor.py",
     ),
+    ("huggingface_hub.constants.HF_HUB_OFFLINE", ..., "trl_vpo/models/source.py"),
+    ("datasets.config.HF_HUB_OFFLINE", ..., "trl_vpo/models/source.py"),
     ("peft.load_peft_weights", ["model_id", "device"], ATTACH),
     ("peft.PeftModel.load_adapter", ["self", "model_id", "adapter_name", "is_trainable", "torch_device"], ATTACH),
     (

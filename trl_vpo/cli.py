@@ -322,7 +322,7 @@ def doctor(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What a user can mend: shown as one message. ValueError covers rows, media, recipes and configs."""
-    errors: list[type[Exception]] = [ValueError, OSError]
+    errors: list[type[Exception]] = [ValueError, OSError, ImportError]  # of packages that are not installed
     if "trl_vpo.trainers.base" in sys.modules:
         errors.append(sys.modules["trl_vpo.trainers.base"].NonFiniteLossError)
     return tuple(errors)

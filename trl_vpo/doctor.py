@@ -28,8 +28,10 @@ from trl_vpo.launch import launch_options
 from trl_vpo.memory import GIB, plan_of
 from trl_vpo.memory_report import Verdict, judge, show_memory
 from trl_vpo.micro_batch import load_of
+from trl_vpo.models.source import SourceError, check_model
 from trl_vpo.recipe import RecipeError
 from trl_vpo.report.findings import OK, STOP, WARN, Report, show
+from trl_vpo.runs.packages import missing_packages
 from trl_vpo.runs.recipe_file import recipe_text
 from trl_vpo.sharding import Sharding, launched
 from trl_vpo.train import METHODS, NOT_QUANTIZED, parse
@@ -159,6 +161,14 @@ def _load_pretrained(patient: Patient, report: Report) -> None:
     if not name:
         report.add("model", STOP, "there is no model: set `model_name_or_path`")
         return
+    for line in missing_packages(vars(patient.args) | vars(patient.model_args)):
+        report.add("package", STOP, line)
+    try:
+        check_model(name, revision=patient.model_args.model_revision)
+    except SourceError as error:
+        report.add("model", STOP, str(error))
+        if not Path(name).exists():
+            return
     kwargs = {"revision": patient.model_args.model_revision, "trust_remote_code": patient.args.trust_remote_code}
     for part, auto in (("config", AutoConfig), ("processor", AutoProcessor)):
         try:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTra
 import trl_vpo
 from trl_vpo.adapters import AdapterError, read_config
 from trl_vpo.models.attach import attach_adapter
+from trl_vpo.models.source import check_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -77,21 +78,22 @@ def merge(
         raise AdapterError(f"the config of {adapter} does not name its base model: give `base`.")
     revision = revision or (given.get("revision") if base == named else None)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    check_model(base, key="base", revision=revision)
     config = AutoConfig.from_pretrained(base, **common)
     if getattr(config, "quantization_config", None) is not None:
         raise AdapterError(
             f"the weights of {base} are quantized; an adapter cannot be merged into them without loss. Give `base` "
             "the model that they were made from."
         )
+    source = adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES) else base
+    processor = AutoProcessor.from_pretrained(
+        source, **(common if source is base else {"trust_remote_code": trust_remote_code})
+    )
     saved_as = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     model = architecture.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **common)
     notes = _notes(adapter, given, base)
     model = _merged(model, adapter, saved_as)
-    source = adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES) else base
-    processor = AutoProcessor.from_pretrained(
-        source, **(common if source is base else {"trust_remote_code": trust_remote_code})
-    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=out.parent) as folder:
         whole = Path(folder) / out.name

@@ -11,6 +11,7 @@ from typing import Any
 
 from trl.scripts.utils import ScriptArguments, TrlParser
 
+from trl_vpo.runs.packages import missing_packages
 from trl_vpo.runs.recipe_file import RecipeError, nearest, read_recipe
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.values import annotations, check_bounds, checked
@@ -117,6 +118,8 @@ class RecipeParser(TrlParser):
             key = option[2:].replace("-", "_")
             check_bounds(key, getattr(namespace, key, None), "--")
         _check_data_keys(namespace, f"{self._path}: " if self._path else "")
+        if not self.any_device and (missing := missing_packages(vars(namespace))):
+            raise RecipeError("; ".join(missing) + ".")
         self.given = {k: v for k, v in vars(namespace).items() if v != self._own_defaults.get(k)}
         if self.any_device and not _has_accelerator():
             namespace.use_cpu = True

@@ -76,7 +76,10 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
         TrainingStopped: SIGTERM came; a checkpoint was saved.
         HubError: `push_to_hub`, and the Hub refuses it.
     """
+    from huggingface_hub import constants
+
     from trl_vpo import hub, resume
+    from trl_vpo.models.source import check_model
     from trl_vpo.report.quiet import quiet_libraries
     from trl_vpo.run_identity import describe_run, digest_rows
     from trl_vpo.training.output_dir import hold_output_dir
@@ -88,10 +91,15 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
     parser = make_parser(method)
     script_args, training_args, model_args, dataset_args = parser.parse(argv)
     refuse_jit_checkpoint(training_args)
+    offline = constants.HF_HUB_OFFLINE
+    if model_args.model_name_or_path:
+        check_model(model_args.model_name_or_path, revision=model_args.model_revision)
     with hold_output_dir(training_args):
         checkpoint = resume.find_checkpoint(training_args)
         push = hub.connect(training_args)
         trainer, rows = build_trainer(method, script_args, training_args, model_args, dataset_args)
+        if push:
+            constants.HF_HUB_OFFLINE = offline  # what was loaded from the cache is pushed once the Hub is there
         dataset_name = script_args.dataset_name or ", ".join(d.path for d in dataset_args.datasets)
         if push:
             push.attach(trainer, dataset_name)

@@ -72,7 +72,7 @@ def test_changed_settings_are_refused_before_weights_are_loaded(inputs, tmp_path
         (["--batch_size", "0"], ValueError, "batch_size is 0"),
         (["--max_requests", "0"], ValueError, "max_requests is 0: give a whole number of at least 1"),
         (["--timeout", "0"], ValueError, "timeout is 0.0: give seconds above 0"),
-        (["--from_adapter", "/none"], GenerateError, "from_adapter: /none"),
+        (["--from_adapter", "/none"], GenerateError, "from_adapter: the folder /none does not exist"),
         (["--device", "cuda"], GenerateError, "device is 'cuda', but"),
     ],
 )

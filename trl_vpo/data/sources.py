@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from trl_vpo.data.identity import cache_folder, file_identity
 from trl_vpo.data.json_files import DatasetError, load_json, stream_json
 from trl_vpo.files import COMPRESSED
+from trl_vpo.models.source import check_on_hub
 
 ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 OTHER_TABLES = {".csv", ".tsv", ".arrow", ".feather", ".xlsx"}  # nobody keeps media in them; not read here
@@ -80,7 +81,14 @@ def named_splits(
         available = local_splits(path)
         load = lambda split: _load_local(available[split], streaming)  # noqa: E731
     else:
-        available = load_dataset(name, name=config, streaming=streaming)
+        check_on_hub(name, key="dataset_name", kind="dataset", file="")
+        try:
+            available = load_dataset(name, name=config, streaming=streaming)
+        except (ConnectionError, FileNotFoundError) as error:
+            raise DatasetError(
+                f"the Hub dataset {name} cannot be loaded: {error}. Where there is a network: `hf download {name} "
+                "--repo-type dataset --local-dir FOLDER`; then give the path of FOLDER."
+            ) from error
         load = available.__getitem__
     if wanted[0] not in available:
         raise DatasetError(f"{name} has no split {wanted[0]!r}; it has {', '.join(available) or 'none'}.")

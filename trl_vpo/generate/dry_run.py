@@ -16,6 +16,7 @@ from trl_vpo.generate.base import GenerateError, InputError, InputRow, Media, Pi
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.inputs import load_media
 from trl_vpo.generate.models import LOAD_ERRORS
+from trl_vpo.models.source import check_on_hub
 
 TILE = 160  # pixels, height of a frame on a sheet
 
@@ -57,6 +58,8 @@ def _processor(pipeline: Pipeline, config: GenerateConfig):
 
     name = config.model_name_or_path
     try:
+        if not Path(name).exists():
+            check_on_hub(name, key="model_name_or_path", revision=config.model_revision)
         processor = AutoProcessor.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )

@@ -67,14 +67,19 @@ def _load(config: GenerateConfig) -> AnsweringModel:
 
     from trl_vpo.generate.local import LocalModel
     from trl_vpo.models.attach import attach_adapter
+    from trl_vpo.models.source import check_model
+    from trl_vpo.runs.packages import missing_packages
 
     name = config.model_name_or_path
+    if missing := missing_packages(vars(config)):
+        raise GenerateError("; ".join(missing) + ".")
     if config.dtype not in DTYPES:
         raise GenerateError(f"dtype is {config.dtype!r}: give one of {', '.join(DTYPES)}.")
     adapter = checked_adapter(config.from_adapter, name) if config.from_adapter else None
     common = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     device_map = _device_map(config.device)
     try:
+        check_model(name, revision=config.model_revision)
         processor = AutoProcessor.from_pretrained(name, **common)
         model = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -126,12 +131,9 @@ def _quantization(config: GenerateConfig) -> Any:
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
     from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
 
     from trl_vpo.train import NOT_QUANTIZED
 
-    if not is_bitsandbytes_available():
-        raise GenerateError("4-bit and 8-bit weights need bitsandbytes: pip install trl-vpo[quantization]")
     return BitsAndBytesConfig(
         load_in_4bit=config.load_in_4bit,
         load_in_8bit=config.load_in_8bit,
@@ -149,6 +151,7 @@ def checked_adapter(path: str, model: str) -> Any:
     from peft import PeftConfig, PromptLearningConfig
 
     from trl_vpo.adapters import AdapterError, read_config
+    from trl_vpo.models.source import SourceError, check_on_hub
 
     if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
         raise GenerateError(
@@ -156,9 +159,13 @@ def checked_adapter(path: str, model: str) -> Any:
             "a fully trained model goes into model_name_or_path."
         )
     try:
-        if Path(path).is_dir():
+        if not Path(path).is_dir():
+            check_on_hub(path, key="from_adapter", file="adapter_config.json")
+        else:
             read_config(Path(path))  # refuses pickled weights
         adapter = PeftConfig.from_pretrained(path)
+    except SourceError as error:
+        raise GenerateError(str(error)) from error
     except AdapterError as error:
         raise GenerateError(f"from_adapter: {error}") from error
     except (OSError, ValueError, TypeError, KeyError) as error:

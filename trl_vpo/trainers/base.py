@@ -75,7 +75,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
         args = self._checked_args(args, model)
         if not self.needs_reference and ref_model is not None:
             raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
-        setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference, revision=revision)
         peft_config = setup.spelt_out(peft_config, model, args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")

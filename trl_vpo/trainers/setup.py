@@ -17,15 +17,20 @@ from trl.trainer.utils import get_config_model_id
 from trl_vpo.adapters import PRESETS, check_targets, loses_base, resolve_targets
 from trl_vpo.footprint import empty_model
 from trl_vpo.forward.scoring import check_head
+from trl_vpo.models.source import check_model as check_source
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
 
-def check_model(model: Any, ref_model: Any, peft_config: Any, *, needs_reference: bool) -> None:
+def check_model(
+    model: Any, ref_model: Any, peft_config: Any, *, needs_reference: bool, revision: str | None = None
+) -> None:
     """Refuse models that would train on nothing, or against nothing, or against something else than they seem to.
 
     Raises:
         ValueError: says which, and what to do.
     """
+    if isinstance(model, str):
+        check_source(model, key="model", revision=revision)
     for given in (model, ref_model):
         if isinstance(given, nn.Module):
             check_head(given)

@@ -1,0 +1,121 @@
+"""A name that leads to no model is told in one line, before anything is loaded."""
+
+import json
+import shutil
+import time
+
+import pytest
+from adapter_kit import BASE, recipe_of, trained
+from safetensors.torch import load_file, save_file
+from test_merge import hub_model
+
+from trl_vpo.cli import main
+from trl_vpo.models import source
+from trl_vpo.models.source import SourceError, check_model
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def no_weights(folder):
+    (folder / WEIGHTS).unlink()
+
+
+def pickled(folder):
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def missing_shard(folder):
+    weights = list(load_file(folder / WEIGHTS).items())
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    save_file(dict(weights[:20]), folder / names[0])
+    where = {name: names[i >= 20] for i, (name, _) in enumerate(weights)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / WEIGHTS).unlink()
+
+
+def cut(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1000])
+
+
+def pointer(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+
+
+FOLDERS = {
+    "no weights": (no_weights, "has no weights"),
+    "pickled": (pickled, "has pickled weights alone"),
+    "a shard is missing": (missing_shard, "lacks 1 of the 2 files of its weights, such as model-00002-of-00002"),
+    "cut short": (cut, "model.safetensors is damaged or cut short"),
+    "a pointer": (pointer, "model.safetensors is a pointer of git-lfs: run `git lfs pull`"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "is no model: it has no config.json"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_is_no_whole_model(case, tmp_path, capsys):
+    spoil, message = FOLDERS[case]
+    adapter = trained("lora").folder
+    check_model(BASE)
+    folder = tmp_path / "base"
+    shutil.copytree(BASE, folder)
+    spoil(folder)
+    recipe, method = recipe_of(tmp_path / "out", model_name_or_path=str(folder))
+    assert main(["doctor", str(recipe), "--method", method]) == 1
+    assert " ".join(message.split()[:2]) in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    commands = {
+        "train": ["train", method, "--config", str(recipe)],
+        "merge": ["merge", str(adapter), str(tmp_path / "merged"), "--base", str(folder)],
+    }
+    for command in commands.values():
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_names_that_are_no_folder():
+    with pytest.raises(SourceError, match="the folder outputs/rrpo/last does not exist"):
+        check_model("outputs/rrpo/last")
+    with pytest.raises(SourceError, match="~ is not expanded"):
+        check_model("~/models/base")
+    with pytest.raises(SourceError, match=r"is neither a folder .* nor a name on the Hub"):
+        check_model("my model!")
+    with pytest.raises(SourceError, match=r"is an adapter, not a model\. Name its base"):
+        check_model(str(trained("lora").folder))
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """The Hub cannot be reached, and nobody has said so before."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    source._ask_hub.cache_clear()
+    yield
+    source._ask_hub.cache_clear()
+
+
+def test_a_model_that_is_nowhere_offline(unreachable, tmp_path, capsys):
+    began = time.monotonic()
+    recipe, method = recipe_of(tmp_path / "out", model_name_or_path="me/base")
+    assert main(["train", method, "--config", str(recipe)]) == 1
+    said = capsys.readouterr().err
+    assert "the Hub cannot be reached (ConnectError" in said and "`hf download me/base --local-dir FOLDER`" in said
+    assert len(said.splitlines()) == 2
+    assert time.monotonic() - began < 5
+
+
+def test_a_cached_model_offline(unreachable, tmp_path, capsys, monkeypatch):
+    """Said once; then the cache is used, and no file is asked for again and again."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_model(tmp_path / "hub", main=1.0)
+    began = time.monotonic()
+    recipe, method = recipe_of(tmp_path / "out", model_name_or_path="me/base", max_steps=1)
+    assert main(["train", method, "--config", str(recipe)]) == 0
+    assert time.monotonic() - began < 20
+    assert capsys.readouterr().out.count("the Hub cannot be reached") == 1
+
+
+def test_a_dataset_that_is_nowhere_offline(unreachable, tmp_path, capsys):
+    recipe, method = recipe_of(tmp_path / "out", dataset_name="me/rows")
+    assert main(["train", method, "--config", str(recipe)]) == 1
+    assert "`hf download me/rows --repo-type dataset --local-dir FOLDER`" in capsys.readouterr().err

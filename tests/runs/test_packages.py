@@ -1,0 +1,53 @@
+"""An optional package that is missing is named with its install command before anything is loaded."""
+
+import pytest
+from adapter_kit import recipe_of
+
+from trl_vpo.cli import main
+from trl_vpo.runs import packages
+from trl_vpo.runs.packages import missing_packages
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """As with the required packages alone."""
+    optional = {"bitsandbytes", "deepspeed", "tensorboard", "tensorboardX", "kernels", "flash_attn"}
+    find = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name in optional else find(name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "install"),
+    [
+        ({"report_to": ["tensorboard"]}, "tensorboard"),
+        ({"report_to": "wandb"}, "wandb"),
+        ({"load_in_4bit": True}, "'trl-vpo[quantization]'"),
+        ({"optim": "paged_adamw_8bit"}, "'trl-vpo[quantization]'"),
+        ({"deepspeed": "zero2.json"}, "'trl-vpo[deepspeed]'"),
+        ({"use_liger_kernel": True}, "liger-kernel"),
+        ({"attn_implementation": "flash_attention_2"}, "flash-attn"),
+        ({"attn_implementation": "kernels-community/flash-attn3"}, "kernels"),
+        ({"optim": "galore_adamw"}, "galore-torch"),
+    ],
+)
+def test_a_missing_package_is_named(settings, install, bare):
+    (line,) = missing_packages(settings)
+    assert line.endswith(f"which is not installed: pip install {install}")
+
+
+def test_what_needs_nothing(bare):
+    plain = {"optim": "adamw_torch_fused", "report_to": ["none"], "attn_implementation": "sdpa", "load_in_4bit": False}
+    assert missing_packages(plain) == []
+
+
+def test_training_and_doctor_say_so(bare, tmp_path, capsys):
+    recipe, method = recipe_of(tmp_path / "out", report_to="wandb", load_in_4bit=True, model_name_or_path="nowhere")
+    assert main(["train", method, "--config", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "pip install wandb" in said and "pip install 'trl-vpo[quantization]'" in said
+    assert main(["doctor", str(recipe), "--method", method]) == 1
+    assert "pip install wandb" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    generate = ["generate", "leanpo", "--model_name_or_path", "nowhere", "--load_in_4bit", "--dataset_name"]
+    (tmp_path / "in.jsonl").write_text('{"question": "Why?"}\n')
+    assert main([*generate, str(tmp_path / "in.jsonl"), "--output_dir", str(tmp_path / "run")]) == 1
+    assert "pip install 'trl-vpo[quantization]'" in capsys.readouterr().err
