@@ -496,6 +496,14 @@ def test_a_torchcodec_decoder_is_asked_for_its_frames():
     assert numbers(loaded.frames) == [5, 12, 19] and loaded.frames.shape == (3, 24, 32, 3)
     np.testing.assert_allclose(loaded.timestamps, [0.5, 1.2, 1.9])
     check_video(Decoder(), VideoOptions())
+
+    class Uneven(Decoder):
+        metadata = SimpleNamespace(num_frames=20, average_fps=10.0, begin_stream_seconds=5.0)
+
+        def get_frames_at(self, indices):
+            return SimpleNamespace(data=array[indices], pts_seconds=5 + np.array(indices) ** 2 / 200)
+
+    np.testing.assert_allclose(load_video(Uneven(), VideoOptions(num_frames=3)).timestamps, [0, 0.5, 1.805])
     Decoder.metadata = SimpleNamespace(num_frames=None, average_fps=None)
     with pytest.raises(MediaError, match="decode=False"):
         load_video(Decoder(), VideoOptions())

@@ -306,7 +306,8 @@ def _read_list(
 
 
 def _from_decoder(decoder: Any, name: str) -> _Frames:
-    """A torchcodec ``VideoDecoder``: it decodes by itself; times are taken to be even, as its metadata gives them."""
+    """A torchcodec ``VideoDecoder``: it decodes by itself. Its metadata knows the average rate only, which decides what
+    is sampled; the frames come with their real times."""
     metadata = decoder.metadata
     total, rate = metadata.num_frames, metadata.average_fps
     if not total or not rate:
@@ -314,12 +315,15 @@ def _from_decoder(decoder: Any, name: str) -> _Frames:
 
     def read(indices: np.ndarray, max_pixels: int | None) -> np.ndarray:
         try:
-            frames = decoder.get_frames_at(indices.tolist()).data
+            batch = decoder.get_frames_at(indices.tolist())
         except (RuntimeError, ValueError, IndexError) as error:
             raise MediaError(f"{name} cannot be decoded ({error}): fetch or write the file again.") from error
-        frames = np.asarray(frames.cpu() if hasattr(frames, "cpu") else frames)
+        if getattr(batch, "pts_seconds", None) is not None:
+            times[indices] = np.asarray(batch.pts_seconds) - (getattr(metadata, "begin_stream_seconds", None) or 0)
+        frames = np.asarray(batch.data.cpu() if hasattr(batch.data, "cpu") else batch.data)
         if frames.shape[-1] != 3:  # (T, 3, H, W)
             frames = frames.transpose(0, 2, 3, 1)
         return np.stack([np.asarray(shrink(Image.fromarray(frame), max_pixels)) for frame in frames])
 
-    return _Frames(np.arange(total) / rate, total / rate, read)
+    times = np.arange(total) / rate
+    return _Frames(times, total / rate, read)
