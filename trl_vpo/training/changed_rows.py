@@ -61,7 +61,10 @@ def compare_rows(saved: Rows, now: np.ndarray, trained: Sequence[int]) -> tuple[
     else:
         changed = _missing(saved.digests, left, now)
         if changed is None:
-            return saved, f"rows: {len(left)} when it was saved, {len(now)} now, and more has changed than that", None
+            return saved, (
+                f"rows: {len(left)} when it was saved, {len(now)} now, and more has changed than that (a split by "
+                "test_split_size changes with every row that is taken out: mend the row, or set on_bad_media: skip)"
+            ), None  # fmt: skip
         rows, done = Rows(saved.digests, sorted([*saved.gone, *changed])), "taken out"
     if not changed:
         return rows, None, None

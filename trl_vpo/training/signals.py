@@ -21,6 +21,7 @@ from trl_vpo.launch import STOP
 
 LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun", "trl-vpo"}
 LAUNCHERS |= {"accelerate.commands.launch", "torch.distributed.run", "torch.distributed.launch", "trl_vpo.cli"}
+LAUNCHERS |= {"deepspeed", "deepspeed.launcher.launch"}
 
 
 @contextmanager
