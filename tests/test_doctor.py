@@ -57,6 +57,11 @@ def test_a_good_recipe(work):
     said = {check: what for check, _, what in report.findings}
     assert said["LoRA"].startswith("4 modules adapted, 0 of them")  # q and v in 2 layers
     assert said["tokens"].startswith("4 of 6 rows tokenized")
+    assert said["prompt and response"].endswith(
+        "the prompt ends '?' '<|im_end|>' "
+        "'\\n' '<|im_start|>' 'as' 'sistan' 't' '\\n'; the chosen response is 'a' ' red' "
+        "' square' ' moves' ' left' '.' '<|im_end|>' '\\n'. It ends with '<|im_end|>'."
+    )
     tokens = {name: values[0] for name, values in report.tokens.items()}
     assert tokens["media"] == 4  # 56 x 56 pixels, patches of 14, merged 2 x 2
     sides = tokens["chosen response"], tokens["rejected response"]

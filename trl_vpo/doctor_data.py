@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset, IterableDataset
 from rich.progress import track
 
+from trl_vpo.data.chat import end_of_turn
 from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows, undecoded
 from trl_vpo.data.rows import ROW_INDEX, RowError
 from trl_vpo.data.sources import DatasetError, load_splits
@@ -20,6 +21,7 @@ from trl_vpo.report.findings import OK, STOP, WARN, Report
 if TYPE_CHECKING:
     from trl_vpo.doctor import Patient
 
+ENDS = 8  # tokens that are shown of an end
 LONGEST, ALL_SEQUENCES = "longest sequence", "all sequences of the pair"
 
 
@@ -104,9 +106,25 @@ def _tokenize(patient: Patient, dataset: Dataset, rows: int | None, report: Repo
             reason = f"{tree.name}: {lengths[LONGEST]} tokens are more than max_length={patient.args.max_length}"
             failed.append(Problem(index, reason, media=False))
     report.add_problems("train", failed)
+    if heaviest:
+        _show_tokens(patient, heaviest[0][2], report)
     what = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on"
     report.add("tokens", STOP if failed or not count else OK, what)
     return [tree for _, _, tree in heaviest]
+
+
+def _show_tokens(patient: Patient, tree: Tree, report: Report) -> None:
+    """The seam of one row: the prompt's last tokens, the chosen response's tokens, and what ends it."""
+    tokenizer = getattr(patient.processor, "tokenizer", patient.processor)
+    prompt, response = (
+        [tokenizer.decode([token]) for token in part.ids] for part in (tree.trunks[0], tree.branches[0])
+    )
+    end = end_of_turn("".join(response), tokenizer)
+    middle = response if len(response) <= 2 * ENDS else [*response[:ENDS], ..., *response[-ENDS:]]
+    shown = [" ".join("..." if piece is ... else repr(piece) for piece in part) for part in (prompt[-ENDS:], middle)]
+    ends = f"It ends with {end!r}." if end else "Nothing ends it: the model would not learn to stop."
+    what = f"{tree.name}: the prompt ends {shown[0]}; the chosen response is {shown[1]}. {ends}"
+    report.add("prompt and response", OK if end else WARN, what)
 
 
 def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:

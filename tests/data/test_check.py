@@ -297,8 +297,40 @@ def test_placeholder_tokens_in_texts_are_refused(family, tmp_path):
 
 
 def test_tags_that_do_not_pair_are_refused(processor, tmp_path):
-    with pytest.raises(RowError, match="row 0: the rejected response holds '<MASK>'"):
-        prepare([row(None, rejected="a <MASK> blue car")], processor, tmp_path)
+    for bad in ("a <MASK>blue</MASK> <MASK> car", "a blue</MASK> car"):
+        with pytest.raises(RowError, match=r"row 0: the rejected response: .*(never closed|no tag is open)"):
+            prepare([row(None, rejected=bad)], processor, tmp_path)
+    with pytest.raises(RowError, match=r"row 0: the rejected response: .*never closed"):
+        prepare([row(None, chosen="a <MASK>red</MASK> car", rejected="a <MASK>blue car")], processor, tmp_path)
+
+
+def test_a_lone_tag_is_a_word(processor, tmp_path):
+    made = prepare([row(None, chosen="BERT fills <MASK> in.", rejected="It fills gaps in.")], processor, tmp_path)
+    tree = trl_vpo.PreferenceCollator(processor).encode(made[0])
+    assert processor.tokenizer.decode(tree.branches[0].ids) == "BERT fills <MASK> in.<|im_end|>\n"
+
+
+def test_markers_are_words_to_a_text_model(processor, tmp_path):
+    """A model that sees media would rather have its clip: there they are refused in a plain string."""
+    asked = row(None) | {"prompt": [{"role": "user", "content": "How do I use the <video> tag?"}]}
+    tok = text_model()[1]
+    (made,) = prepare([asked], tok, tmp_path)
+    assert "use the <video> tag?<|im_end|>" in tok.decode(trl_vpo.PreferenceCollator(tok).encode(made).trunks[0].ids)
+    with pytest.raises(RowError, match=r"row 0: the prompt has a `<video>`, but the row has 0 video\(s\).*words"):
+        prepare([asked], processor, tmp_path)
+    typed = asked | {"prompt": message("user", "How do I use the <video> tag?")}
+    assert len(prepare([typed], processor, tmp_path)) == 1
+
+
+@pytest.mark.parametrize("family, fits", [("SmolVLM", False), ("InternVL", True), ("Qwen2-VL", True)])
+def test_an_image_beside_a_video(family, fits, good, tmp_path):
+    both = row("video", [good]) | {"images": [write_image(tmp_path / "a.png")]}
+    both["prompt"] = message("user", "<image>", "<video>", "Are they alike?")
+    if fits:
+        assert len(prepare([both], build(family)[1], tmp_path)) == 1
+        return
+    with pytest.raises(RowError, match="row 0: has images and videos, but SmolVLMProcessor takes one kind"):
+        prepare([both], build(family)[1], tmp_path)
 
 
 def test_problems_of_many_rows_come_in_their_order():

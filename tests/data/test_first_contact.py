@@ -1,12 +1,15 @@
 """Chat templates in the form in which the models' own checkpoints carry them: what is prompt, what is trained."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import trl
-from families import FAMILIES, text_model
+from families import FAMILIES, text_model, tokenizer
 from helpers import message, row, write_clip, write_image
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoProcessor, AutoTokenizer
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.media import VideoOptions, load_image
@@ -319,3 +322,129 @@ def test_templates_that_trl_ships(name, kind):
             messages[0]["content"] = QUESTION
         assert tree.trunks[0].ids == tok.apply_chat_template(messages, **more)["input_ids"]
     assert collator.encode_row(read_row(example), sides=()).trunks[0].ids == tree.trunks[0].ids
+
+
+# --- rows that come in another form -------------------------------------------------------------------------------
+
+
+def trained(processor, example):
+    """Text of the prompt, and of the chosen response."""
+    tree = PreferenceCollator(processor).encode(example)
+    tok = getattr(processor, "tokenizer", processor)
+    return tok.decode(tree.trunks[0].ids), tok.decode(tree.branches[0].ids)
+
+
+@pytest.mark.parametrize("kind", ["text", "Qwen2-VL"])
+def test_header_of_an_answer_behind_an_answer_is_prompt(kind):
+    processor = text_model()[1] if kind == "text" else FAMILIES[kind][0]()[1]
+    example = row(None, chosen="a cat.", rejected="a dog.")
+    example["prompt"] += message("assistant", "I see:")
+    turns = "<|im_start|>user\nWhat is in the picture?<|im_end|>\n<|im_start|>assistant\nI see:<|im_end|>\n"
+    assert trained(processor, example) == (turns + "<|im_start|>assistant\n", "a cat.<|im_end|>\n")
+
+
+@pytest.mark.parametrize("said", ["a cat.", "a cat.<|im_end|>", "a cat.<|im_end|>\n", "a cat.<|im_end|>\n\n"])
+def test_a_response_ends_once(said):
+    processor = FAMILIES["Qwen2-VL"][0]()[1]
+    ending = said.removeprefix("a cat.") or "<|im_end|>"
+    assert trained(processor, {"prompt": "What? ", "chosen": said, "rejected": "b"})[1].strip(" ") == "a cat." + ending
+    assert trained(processor, row(None, chosen=said))[1] == "a cat.<|im_end|>\n"
+
+
+def test_all_messages_of_a_response_are_trained():
+    call = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "zoom", "arguments": {"to": 2}}]}
+    answer = [call, {"role": "tool", "content": "done"}, {"role": "assistant", "content": "a cat."}]
+    example = row(None) | {"chosen": answer}
+    end = "<|im_end|>\n<|im_start|>"
+    want = f"Let me look.{end}tool\ndone{end}assistant\na cat.<|im_end|>\n"
+    assert trained(text_model()[1], example)[1] == trained(FAMILIES["Qwen2-VL"][0]()[1], example)[1] == want
+
+
+def test_a_token_across_the_seam_leaves_the_prompt_whole():
+    """Behind `assistant\\n` a response that begins with a line feed would make one token of both."""
+    tok = tokenizer(corpus=["a\n\n b"] * 50, vocab_size=280)
+    tok.chat_template = text_model()[1].chat_template
+    assert len(tok("\n\n")["input_ids"]) == 1
+    example = row(None, chosen="\n a cat.", rejected="\nb")
+    tree = PreferenceCollator(tok).encode(example)
+    want = tok("<|im_start|>user\nWhat is in the picture?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    assert tree.trunks[0].ids == want
+    assert [tok.decode(b.ids) for b in tree.branches] == ["\n a cat.<|im_end|>\n", "\nb<|im_end|>\n"]
+
+
+def test_one_of_several_templates():
+    for processor in (text_model()[1], FAMILIES["Qwen2-VL"][0]()[1]):
+        plain = processor.chat_template
+        want = trained(processor, row(None))
+        processor.chat_template = {"default": plain, "tool_use": "tools#" + plain}
+        assert trained(processor, row(None)) == want
+        assert trained(processor, row(None, tools=[{"name": "zoom"}]))[0] == "tools#" + want[0]
+        processor.chat_template = {"rag": plain}
+        with pytest.raises(RowError, match=r"several chat templates .rag., but none that is named 'default'"):
+            PreferenceCollator(processor).encode(row(None))
+
+
+def test_a_template_that_leaves_text_out_is_refused():
+    processor = FAMILIES["Qwen2-VL"][0]()[1]
+    template = processor.chat_template
+    without_system = "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}" + template
+    for broken, role in (
+        (without_system, "system"),
+        (re.sub(r"{{ ((c|m)\['(text|content)'\]) }}", r"{{ \1.split('</think>')[-1] }}", template), "assistant"),
+    ):
+        processor.chat_template = broken
+        example = row(None, chosen="<think>It purrs.</think>a cat.")
+        example["prompt"] = message("system", "Be brief.") + example["prompt"]
+        with pytest.raises(RowError, match=f"does not write the text of the {role} message as it is"):
+            PreferenceCollator(processor).encode(example)
+
+
+def test_what_training_decides_is_no_template_argument():
+    example = row(None, chat_template_kwargs={"add_generation_prompt": False})
+    with pytest.raises(RowError, match="`chat_template_kwargs` sets add_generation_prompt"):
+        PreferenceCollator(text_model()[1]).encode(example)
+
+
+# --- settings that cut and pad ------------------------------------------------------------------------------------
+
+
+def edit(path, **more):
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "SmolVLM", "text"])
+def test_no_setting_of_a_tokenizer_cuts_or_pads(name, picture, tmp_path):
+    processor = text_model()[1] if name == "text" else FAMILIES[name][0]()[1]
+    example = row(None) if name == "text" else row("image", [picture])
+    want = PreferenceCollator(processor).encode(example)
+    processor.save_pretrained(tmp_path)
+    cut = {"direction": "Right", "max_length": 12, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 90}, "direction": "Left", "pad_to_multiple_of": None}
+    edit(tmp_path / "tokenizer.json", truncation=cut, padding=pad | {"pad_id": 0, "pad_type_id": 0, "pad_token": "#"})
+    sides = {"truncation_side": "left", "padding_side": "left", "model_max_length": 16}
+    kwargs = {"truncation": True, "max_length": 12, "padding": "max_length"}
+    edit(tmp_path / "tokenizer_config.json", **kwargs, **sides, add_eos_token=True)
+    if name != "text":
+        edit(tmp_path / "processor_config.json", text_kwargs=kwargs)
+    loaded = (AutoTokenizer if name == "text" else AutoProcessor).from_pretrained(tmp_path)
+    got = PreferenceCollator(loaded).encode(example)
+    assert [t.ids for t in got.trunks] == [t.ids for t in want.trunks]
+    assert [b.ids for b in got.branches] == [b.ids for b in want.branches]
+
+
+def test_an_eos_that_the_tokenizer_adds_ends_no_prompt(picture):
+    processor = official("LLaVA-1.5")[0]
+    want = PreferenceCollator(processor).encode(row("image", [picture]))
+    tok = processor.tokenizer
+    specials = [(token, tok.convert_tokens_to_ids(token)) for token in ("<|begin_of_text|>", "</s>")]
+    both = TemplateProcessing(single="<|begin_of_text|> $A </s>", special_tokens=specials)
+    tok.backend_tokenizer.post_processor = both
+    got = PreferenceCollator(processor).encode(row("image", [picture]))
+    assert got.trunks[0].ids == [specials[0][1], *want.trunks[0].ids] and got.branches == want.branches
+
+
+def test_what_a_processor_raises_names_the_row(picture, monkeypatch):
+    processor = FAMILIES["Qwen2-VL"][0]()[1]
+    monkeypatch.setattr(processor.image_processor, "preprocess", lambda *args, **kwargs: {}["pixels"])
+    with pytest.raises(RowError, match=r"row 3 \(id 'x'\): Qwen2VLProcessor refuses its prompt and media: KeyError"):
+        PreferenceCollator(processor).encode(row("image", [picture], id="x") | {"_row_index": 3})

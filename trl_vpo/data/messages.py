@@ -15,26 +15,58 @@ class RowError(ValueError):
     """
 
 
-def drop_none(value: Any) -> Any:
-    """Without the `None` entries that Arrow adds to dictionaries of different shapes."""
-    if isinstance(value, dict):
-        return {k: drop_none(v) for k, v in value.items() if v is not None}
-    return [drop_none(v) for v in value] if isinstance(value, list) else value
+def drop_none(value: Any, keep: dict[str, set[str]] | None = None) -> Any:
+    """Return the value without the `None` entries that Arrow adds to dictionaries of different shapes.
+
+    Args:
+        value: JSON.
+        keep: of a call of a tool with this name, the arguments that may be null.
+    """
+    if isinstance(value, list):
+        return [drop_none(v, keep) for v in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {k: drop_none(v, keep) for k, v in value.items() if v is not None}
+    arguments = value.get("arguments")
+    if isinstance(arguments, dict):
+        nulls = {k: None for k in (keep or {}).get(value.get("name"), ()) if k in arguments and arguments[k] is None}
+        kept["arguments"] |= nulls
+    return kept
 
 
-def place_media(prompt: list[dict] | str, images: int, videos: int) -> list[dict] | str:
+def null_arguments(tools: list | None) -> dict[str, set[str]]:
+    """The arguments that a call may give as null, by name of the tool: those it must give, or whose type says so.
+
+    Arrow stores an argument that a call leaves out as null, too; only the tool's description tells the two apart.
+    """
+    found = {}
+    for tool in tools or []:
+        function = tool.get("function") or tool if isinstance(tool, dict) else {}
+        parameters = function.get("parameters") or {}
+        nullable = {
+            name
+            for name, about in (parameters.get("properties") or {}).items()
+            if isinstance(about, dict) and (about.get("nullable") or "null" in (about.get("type") or ()))
+        }
+        found[function.get("name")] = nullable | set(parameters.get("required") or ())
+    return found
+
+
+def place_media(prompt: list[dict] | str, images: int, videos: int, *, words: bool = False) -> list[dict] | str:
     """Messages with typed contents, one placeholder for every image and video.
 
     `<image>` and `<video>` in plain-string contents become placeholders where they stand. If every content is a
-    plain string without a marker, the media go in front of the first user message, as in TRL. A prompt that is a
-    string is not touched: it carries the model's own placeholder tokens.
+    plain string without a marker, the media go in front of the first user message, as in TRL. With `words`,
+    markers in a prompt without any media are the user's words. A prompt that is a
+    string is not touched: `trl_vpo.data.chat` places its media.
 
     Raises:
         RowError: placeholders and media do not agree in number.
     """
     if isinstance(prompt, str):
         return prompt
-    typed = [{**m, "content": typed_content(m.get("content"), m["role"])} for m in prompt]
+    markers = images or videos or not words
+    typed = [{**m, "content": typed_content(m.get("content"), m["role"] if markers else None)} for m in prompt]
     found = {kind: sum(part["type"] == kind for m in typed for part in m["content"]) for kind in ("image", "video")}
     plain = all(isinstance(m.get("content") or "", str) for m in prompt)
     if plain and not any(found.values()) and (images or videos):
@@ -52,7 +84,13 @@ def place_media(prompt: list[dict] | str, images: int, videos: int) -> list[dict
     return typed
 
 
-def typed_content(content: Any, role: str) -> list[dict]:
+def forgotten_media(prompt: list[dict] | str) -> str | None:
+    """The first `<image>` or `<video>` in a user's plain string."""
+    said = [m.get("content") for m in prompt if m["role"] == "user"] if not isinstance(prompt, str) else []
+    return next((marker for text in said if isinstance(text, str) for marker in MARKERS if marker in text), None)
+
+
+def typed_content(content: Any, role: str | None) -> list[dict]:
     """A message's content as parts of the types text, image and video; `<image>` of a user's string is one of them."""
     if content is None:
         return []

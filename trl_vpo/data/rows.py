@@ -24,13 +24,15 @@ from trl_vpo.data.messages import (
     MARKERS,
     RowError,
     drop_none,
+    forgotten_media,
+    null_arguments,
     place_media,
     response_text,
     typed_content,
     with_text,
     without_tags,
 )
-from trl_vpo.data.phrases import CLOSE, OPEN, PhraseError, Span, phrase_spans
+from trl_vpo.data.phrases import CLOSE, PhraseError, Span, phrase_spans, strip_mask_tags
 
 MEDIA = ("videos", "video", "images", "image", "image_list")
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
@@ -51,6 +53,7 @@ class Row:
     critical_box: list[float] | None = None
     image_list: list | None = None
     template_kwargs: dict = field(default_factory=dict)
+    forgotten: str | None = None  # a marker in the words of a row without media
 
     @property
     def conversational(self) -> bool:
@@ -91,11 +94,14 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
             videos=_media(example, "videos", "video"),
             template_kwargs=_template_kwargs(example),
         )
-        row.prompt = place_media(row.prompt, len(row.images), len(row.videos))
+        if not row.images and not row.videos:
+            row.forgotten = forgotten_media(row.prompt)
+        row.prompt = place_media(row.prompt, len(row.images), len(row.videos), words=True)
         _check_markers(row)
         if phrases:
             _find_phrases(row, example)
         else:
+            _check_tags(row)
             row.chosen, row.rejected = without_tags(row.chosen), without_tags(row.rejected)
         _check_responses(row)
         if image_list:
@@ -110,11 +116,13 @@ def check_accepted(row: Row, processing_class: Any) -> None:
 
     Raises:
         RowError: images or videos that the processing class has no processor for; a string prompt whose placeholder
-            tokens do not fit its media; a text with such a token, or a response with an unpaired `<MASK>` tag.
+            tokens do not fit its media; a text with such a token.
     """
     tokens = {kind: getattr(processing_class, f"{kind}_token", None) for kind in MARKERS.values()}
     try:
         _check_kinds(row, processing_class)
+        _check_together(row, processing_class)
+        _check_forgotten(row, processing_class)
         _check_prompt_tokens(row, processing_class, tokens)
         _check_response_tokens(row, tokens)
     except RowError as error:
@@ -134,6 +142,27 @@ def _check_kinds(row: Row, processing_class: Any) -> None:
         raise RowError(
             f"has {kind}s, but {name} takes none. Choose a model that sees {kind}s (the README has a table), or leave "
             "these rows out."
+        )
+
+
+def _check_together(row: Row, processing_class: Any) -> None:
+    """Refuse an image beside a video where the processor gives both one name, so that one overwrites the other."""
+    if not (row.images and row.videos):
+        return
+    image, video = (set(getattr(processing_class, f"{k}_processor").model_input_names) for k in ("image", "video"))
+    if image & video:
+        raise RowError(
+            f"has images and videos, but {type(processing_class).__name__} takes one kind in a prompt: it gives both "
+            f"as {', '.join(sorted(image & video))}. Give the image as a video of one frame, or leave the row out."
+        )
+
+
+def _check_forgotten(row: Row, processing_class: Any) -> None:
+    if row.forgotten and getattr(processing_class, "tokenizer", None) is not None:
+        kind = MARKERS[row.forgotten]
+        raise RowError(
+            f"the prompt has a `{row.forgotten}`, but the row has 0 {kind}(s). Give them in `{kind}s`. If these are "
+            'words of the user, write the content as [{"type": "text", "text": "..."}].'
         )
 
 
@@ -157,12 +186,6 @@ def _check_response_tokens(row: Row, tokens: dict[str, str | None]) -> None:
                 raise RowError(
                     f"the {side} response holds {token!r}, the model's own placeholder of {kind}s; only the prompt "
                     "can hold media. Take it out."
-                )
-        for tag in (OPEN, CLOSE):
-            if tag in text:
-                raise RowError(
-                    f"the {side} response holds {tag!r} without its partner. Write {OPEN} and {CLOSE} in pairs, not "
-                    "nested, around each phrase, or take them out."
                 )
 
 
@@ -200,7 +223,8 @@ def _texts(example: dict) -> tuple:
     for key, text in texts.items():
         if key != "prompt" and isinstance(text, list) and any(m["role"] not in ("assistant", "tool") for m in text):
             raise RowError(f"`{key}` has a message that is not the assistant's. Move the user's turns into `prompt`.")
-    prompt, *responses = (drop_none(texts[key]) for key in ("prompt", "chosen", "rejected"))
+    nulls = null_arguments(_template_kwargs(example).get("tools"))
+    prompt, *responses = (drop_none(texts[key], nulls) for key in ("prompt", "chosen", "rejected"))
     try:
         json.dumps(texts, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
@@ -274,6 +298,8 @@ def _template_kwargs(example: dict) -> dict:
             tools = json.loads(tools)
         except ValueError as error:
             raise RowError(f"`tools` is not JSON ({error}): {tools!r:.80}. Give a list of JSON schemas.") from error
+    elif isinstance(tools, list):
+        tools = drop_none(tools)  # Arrow gives every parameter to every tool
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError(f"`tools` must be a list of JSON schemas, or that list as JSON, got {tools!r:.80}.")
     return kwargs | ({"tools": tools} if tools else {})
@@ -302,6 +328,19 @@ def _typed_response(side: str, response: list[dict] | str) -> list[dict] | str:
     if media:
         raise RowError(f"the {side} response holds media ({media[0]}); only the prompt can hold media. Take it out.")
     return typed
+
+
+def _check_tags(row: Row) -> None:
+    """Refuse tags that do not pair. A lone `<MASK>`, in a row where no tag is closed, is a word (BERT's, say)."""
+    if not any(CLOSE in response_text(response) for response in (row.chosen, row.rejected)):
+        return
+    for side in ("chosen", "rejected"):
+        response = getattr(row, side)
+        for text in [response] if isinstance(response, str) else [response_text([m]) for m in response]:
+            try:
+                strip_mask_tags(text)
+            except PhraseError as error:
+                raise RowError(f"the {side} response: {error}") from error
 
 
 def _check_responses(row: Row) -> None:
