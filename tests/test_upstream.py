@@ -27,7 +27,7 @@ COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "
 # Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
 CALLED = [
     ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], SETUP),
-    ("trl.models.utils.disable_gradient_checkpointing", ["model", "gradient_checkpointing_kwargs"], BASE),
+    ("peft.utils.other.ModulesToSaveWrapper", ..., "trl_vpo/forward/frozen.py"),
     ("trl.trainer.utils.maybe_gather_lm_head_ctx", ..., SCORING),
     ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], REFERENCE),
     ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE}, {SETUP} and {CARD}"),

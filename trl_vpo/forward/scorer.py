@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_vpo.forward.attention import use_tree_attention, why_not
+from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, separate, shared
 from trl_vpo.forward.ranks import agree_on_calls
 from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
@@ -52,6 +53,7 @@ class Scorer:
         self._pad_token_id = pad_token_id
         self._pad_to_multiple_of = pad_to_multiple_of
         self._vision = vision_features(self._backbone)
+        self._frozen = FrozenModules(policy)
         self._reason = why_not(policy) if layout != "separate" else None
         if layout == "shared" and self._reason:
             raise ValueError(f"layout='shared' does not fit {type(policy).__name__}: {self._reason}. Use 'auto'.")
@@ -70,6 +72,7 @@ class Scorer:
         """Scores of all S branches; with `reference` also the KL. The first call of "auto" decides the layout."""
         if self.layout == "auto":
             self._prove(model, batch)
+        self._frozen.stay()
         layouts = self._layouts(batch)
         hidden = reference.hidden if reference is not None else [None] * len(layouts)
         head = reference.head if reference is not None else None
@@ -110,6 +113,7 @@ class Scorer:
 
     def record_vision(self) -> contextlib.AbstractContextManager:
         """Around the reference pass of a step: frozen vision features are kept ..."""
+        self._frozen.stay()  # dropout of the tower would mean that its features differ between the passes
         return self._vision.record() if self._vision else contextlib.nullcontext()
 
     def replay_vision(self) -> contextlib.AbstractContextManager:

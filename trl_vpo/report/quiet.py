@@ -9,7 +9,7 @@ import warnings
 
 # FutureWarnings about names that TRL, transformers and PEFT themselves still use; TRL's configs know no other
 DEPRECATED = (
-    r"`(gradient_checkpointing|gradient_checkpointing_kwargs)` is deprecated",
+    r"`gradient_checkpointing(_kwargs|_enable|_disable)?` is deprecated",
     r"`is_gradient_checkpointing` is deprecated",
 )
 # logger: how what it says begins

@@ -15,7 +15,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from trl_vpo.data.check import prepare_dataset
@@ -160,6 +159,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             pad_to_multiple_of=None if multiple == "auto" else multiple,
         )
         if self.ref_model is not None:
+            self.ref_model.eval()  # a copy of a model in training mode is in training mode
             self.scorer.add_model(self._bare(self.ref_model))
         setup.wrap_layers_that_exist(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
@@ -227,17 +227,19 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     @torch.no_grad()
     def reference_scores(self, batch: dict) -> Scores:
-        """The reference's scores of a batch: `ref_model`, the frozen copy of a given adapter, or the base model."""
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            if self.ref_model is not None:
-                return self._with_head(self.ref_model, batch)
-            if is_peft_model(self.model):
-                with switched(self.accelerator.unwrap_model(self.model)):
-                    return self._with_head(self.model, batch)
-            if self.precompute_ref_logps and self.state.global_step == 0:  # the policy still is its reference
-                with evaluating(self.model):
-                    return self._with_head(self.model, batch)
-            raise ValueError(f"{self._name} holds no reference model now; there is nothing to compare with.")
+        """The reference's scores of a batch: `ref_model`, the frozen copy of a given adapter, or the base model.
+
+        In evaluation mode, so nothing is recomputed either: there is no gradient checkpointing to be switched off.
+        """
+        if self.ref_model is not None:
+            return self._with_head(self.ref_model, batch)
+        if is_peft_model(self.model):
+            with switched(self.accelerator.unwrap_model(self.model)):
+                return self._with_head(self.model, batch)
+        if self.precompute_ref_logps and self.state.global_step == 0:  # the policy still is its reference
+            with evaluating(self.model):
+                return self._with_head(self.model, batch)
+        raise ValueError(f"{self._name} holds no reference model now; there is nothing to compare with.")
 
     def _with_head(self, reference, batch: dict) -> Scores:
         """Scores of a reference, with the LM head that the KL needs."""
