@@ -306,8 +306,8 @@ def _read_list(
 
 
 def _from_decoder(decoder: Any, name: str) -> _Frames:
-    """A torchcodec ``VideoDecoder``: it decodes by itself. Its metadata knows only the average rate, which decides what
-    is sampled; the frames come with their real times.
+    """A torchcodec ``VideoDecoder``: it decodes by itself. Its metadata knows only the average rate, by which is
+    sampled; the frames come with their real times.
     """
     metadata = decoder.metadata
     total, rate = metadata.num_frames, metadata.average_fps
