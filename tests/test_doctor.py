@@ -73,6 +73,18 @@ def test_a_good_recipe(work):
     assert {"weights", "optimizer states", "inputs", "working memory"} <= set(report.verdict.found.parts)
 
 
+def test_responses_that_end_where_generation_does_not_stop(work, tmp_path):
+    model, processor = build("Qwen2-VL")
+    processor.tokenizer.add_tokens(["</s>"], special_tokens=True)
+    processor.tokenizer.eos_token = "</s>"  # as in checkpoints whose chat template was added later
+    model.generation_config.eos_token_id = None
+    argv = ["--model_name_or_path", write_model(tmp_path / "base", model, processor)]
+    report = examine(work / "recipe.yaml", argv, rows=1)
+    said = {check: what for check, _, what in report.findings}["prompt and response"]
+    assert status(report)["prompt and response"] == WARN
+    assert "ends with '<|im_end|>', but generation stops at '</s>': add it" in said
+
+
 def test_every_problem_is_listed_and_written(work, tmp_path):
     image = write_image(tmp_path / "image.png")
     (tmp_path / "no.png").write_bytes(b"no image")

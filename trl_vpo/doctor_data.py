@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 from rich.progress import track
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_vpo.data.chat import end_of_turn
 from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows, undecoded
@@ -122,9 +123,25 @@ def _show_tokens(patient: Patient, tree: Tree, report: Report) -> None:
     end = end_of_turn("".join(response), tokenizer)
     middle = response if len(response) <= 2 * ENDS else [*response[:ENDS], ..., *response[-ENDS:]]
     shown = [" ".join("..." if piece is ... else repr(piece) for piece in part) for part in (prompt[-ENDS:], middle)]
-    ends = f"It ends with {end!r}." if end else "Nothing ends it: the model would not learn to stop."
+    ends, status = f"It ends with {end!r}.", OK
+    if end is None:
+        ends, status = "Nothing ends it: the model would not learn to stop.", WARN
+    elif tokenizer.convert_tokens_to_ids(end) not in (stops := _stop_tokens(patient, tokenizer)):
+        stops = " or ".join(repr(tokenizer.decode([token])) for token in sorted(stops))
+        ends, status = f"It ends with {end!r}, but generation stops at {stops}: add it to `eos_token_id`", WARN
+        ends += " in the model's generation_config.json."
     what = f"{tree.name}: the prompt ends {shown[0]}; the chosen response is {shown[1]}. {ends}"
-    report.add("prompt and response", OK if end else WARN, what)
+    report.add("prompt and response", status, what)
+
+
+def _stop_tokens(patient: Patient, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids at which the model's own generation stops."""
+    name, revision = patient.model_args.model_name_or_path, patient.model_args.model_revision
+    try:
+        own = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+    except (OSError, ValueError):  # without that file, generation goes by the model's config
+        own = getattr(patient.config and patient.config.get_text_config(), "eos_token_id", None)
+    return {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id} - {None}
 
 
 def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:

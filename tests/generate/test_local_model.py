@@ -130,6 +130,17 @@ def test_the_models_own_generation_settings_take_no_part(tmp_path, requests):
 # --- answers that are none ----------------------------------------------------------------------------------------
 
 
+def test_the_templates_end_of_turn_ends_an_answer():
+    """Where it is not the tokenizer's EOS, as in Gemma 3 and Idefics2, the model's own settings may not name it."""
+    model, processor = build("Idefics2")
+    template = processor.chat_template.replace("<|im_end|>", "<end_of_utterance>")
+    processor.chat_template = template
+    made = LocalModel(model, processor)
+    end = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    assert model.generation_config.eos_token_id == sorted({end, processor.tokenizer.eos_token_id})
+    assert made._read([65, end, 66]) == processor.tokenizer.decode([65])
+
+
 def test_an_answer_that_does_not_end_is_cut_off(base, requests):
     two = Sampling(max_new_tokens=2, temperature=0)
     assert base.answer(requests[:1], two) == [Failure("cut off after 2 tokens")]
