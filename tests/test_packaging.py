@@ -66,7 +66,7 @@ def test_the_lowest_versions_are_the_lower_bounds(requirement):
 def test_the_newest_versions_are_not_older_than_the_locked_ones(requirement):
     """One package that holds another back would make this a test of old versions."""
     got = Version(version(requirement.name))
-    assert got in requirement.specifier and got >= max(locked(requirement))
+    assert got in requirement.specifier and got >= min(locked(requirement))
 
 
 def test_all_environments_hold_the_same_extras():
