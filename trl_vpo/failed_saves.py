@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import is_peft_model
 
 from trl_vpo.checkpoints import MARKER, list_checkpoints, read_marker, what_is_left
 from trl_vpo.training.output_dir import remedy
@@ -47,9 +50,23 @@ def explain_failed_saves(trainer: Any) -> Iterator[None]:
         target = checkpoint if saving & {"_save_checkpoint", "on_save"} else output_dir
         if target in made:
             shutil.rmtree(target, ignore_errors=True)
-        raise SaveError(_failed_save(trainer, target, error, deleted=not target.exists())) from error
+        kept = _keep_adapter(trainer) if target is output_dir and trainer.args.should_save else ""
+        raise SaveError(_failed_save(trainer, target, error, deleted=not target.exists()) + kept) from error
     finally:
         del trainer._save_checkpoint
+
+
+def _keep_adapter(trainer: Any) -> str:
+    """Save the trained adapter among the temporary files; a sentence that says where, if that went well."""
+    if not is_peft_model(trainer.model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return ""  # whole models are large, and sharded ones are saved by all processes together
+    folder = tempfile.mkdtemp(prefix="trl-vpo-")
+    try:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder)
+    except Exception:  # the same disk, perhaps
+        shutil.rmtree(folder, ignore_errors=True)
+        return ""
+    return f" The adapter of step {trainer.state.global_step} is kept in {folder}: move it from there."
 
 
 def _is_failed_write(error: Exception) -> bool:
