@@ -6,6 +6,8 @@ BIN := .venv/bin
 UV := .uv/bin/uv
 STAMP := .venv/.installed
 EXTRAS := --extra quantization --extra deepspeed --extra judge --extra dev
+# Models of the tests are tiny: a thread for each process is fastest. Four processes at most: each imports TRL.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install quickstart selfmade study study-quick test test-lowest test-newest test-slow lint lock clean
 
@@ -48,7 +50,7 @@ study-quick: install
 	$(BIN)/python -m trl_vpo.testbed.study --quick
 
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST) -n logical --maxprocesses 4 --dist loadfile
 
 # Not locked: whatever the indirect dependencies are today has to go with the lower bounds of the direct ones, and the
 # newest of all with each other. Without the extra lmms, as in .venv: lmms-eval has bounds of its own.
@@ -63,7 +65,7 @@ test-lowest test-newest: test-%: install
 	HF_HUB_OFFLINE=1 TRL_VPO_VERSIONS=$* .venv-$*/bin/python -m pytest $(TESTS)
 
 test-slow: install
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: install
 	$(BIN)/ruff check .
