@@ -55,14 +55,25 @@ def test_few_points_are_not_smoothed_and_many_over_a_fortieth_of_the_run():
     assert history.default_half_life({"short": short, "long": long}) == 100
 
 
-def test_displacement_is_measured_in_the_same_way_for_all_runs():
+def test_a_run_keeps_its_curve_beside_others_without_reference():
     figure, notes = curves.training_figure({"DPO": WITH_REFERENCE})
-    assert points(panels(figure)["Δ log-prob of rejected"].get_lines()[0]) == [(5, -5.0), (10, -10.0)]
+    alone = points(panels(figure)["Δ log-prob of rejected"].get_lines()[0])
+    assert alone == [(5, -5.0), (10, -10.0)]
     assert any("against the reference" in note for note in notes)
     figure, notes = curves.training_figure({"DPO": WITH_REFERENCE, "LeanPO": LOG})
-    for line in panels(figure)["Δ log-prob of rejected"].get_lines()[:2]:
-        assert points(line) == [(5, 0.0), (10, -3.0)]
-    assert any("LeanPO logged no log-probs of a reference" in note for note in notes)
+    against, since = (panels(figure)[t] for t in ("Δ log-prob of rejected", "Δ rejected since first window"))
+    assert [points(line) for line in against.get_lines()[:2]] == [alone, []]
+    assert [points(line) for line in since.get_lines()[:2]] == [[], [(5, 0.0), (10, -3.0)]]
+    assert since.get_lines()[1].get_color() == panels(figure)["Loss"].get_lines()[1].get_color()
+    assert any("of LeanPO, since the first logging window, whose rows were others" in note for note in notes)
+    assert not [note for note in notes if note.startswith("Δ log-prob of")]
+
+
+def test_runs_without_reference_need_no_other_panel():
+    figure, notes = curves.training_figure({"LeanPO": LOG, "SimPO": LOG})
+    assert [title for title in panels(figure) if "window" in title] == []
+    assert points(panels(figure)["Δ log-prob of rejected"].get_lines()[1]) == [(5, 0.0), (10, -3.0)]
+    assert any(note.startswith("Δ log-prob: since the first logging window") for note in notes)
 
 
 def test_evaluations_are_hollow_and_measured_from_the_one_before_training():
@@ -158,16 +169,21 @@ def saved(monkeypatch):
     return figures
 
 
-def test_displacement_figure_puts_runs_side_by_side_on_one_scale(tmp_path, saved):
-    curves.displacement_figure({"DPO": WITH_REFERENCE, "LeanPO": LOG}, tmp_path / "d.png")
-    left, right = saved[0].get_axes()
-    assert [left.get_title("left"), right.get_title("left")] == ["DPO", "LeanPO"]
-    assert left.get_ylim() == right.get_ylim()
-    for axes in (left, right):
-        chosen, rejected = axes.get_lines()[:2]
-        assert points(chosen) == [(5, 0.0), (10, 1.0)] and points(rejected) == [(5, 0.0), (10, -3.0)]
+def test_displacement_figure_puts_runs_side_by_side(tmp_path, saved):
+    curves.displacement_figure({"DPO": WITH_REFERENCE, "LeanPO": LOG, "RRPO": WITH_REFERENCE}, tmp_path / "d.png")
+    left, right, third = saved[0].get_axes()
+    assert left.get_ylim() == third.get_ylim()
+    assert [left.get_title("left"), right.get_title("left")] == ["DPO", "LeanPO\nsince the first window"]
+    chosen, rejected = left.get_lines()[:2]
+    assert points(chosen) == [(5, 1.25), (10, 2.5)] and points(rejected) == [(5, -5.0), (10, -10.0)]
+    chosen, rejected = right.get_lines()[:2]
+    assert points(chosen) == [(5, 0.0), (10, 1.0)] and points(rejected) == [(5, 0.0), (10, -3.0)]
+    assert left.get_ylim() != right.get_ylim()
     assert legend(saved[0]) == ["chosen", "rejected"]
     assert "nats per response" in left.get_ylabel()
+    curves.displacement_figure({"DPO": WITH_REFERENCE, "RRPO": WITH_REFERENCE}, tmp_path / "d.png")
+    left, right = saved[1].get_axes()
+    assert left.get_ylim() == right.get_ylim() and right.get_title("left") == "RRPO"
 
 
 def test_displacement_figure_is_of_the_evaluation_set_where_all_were_evaluated_often_enough(tmp_path, saved):

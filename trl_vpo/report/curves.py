@@ -48,6 +48,9 @@ PANELS = (
     Panel("rewards/accuracies", "Preference accuracy", "share of pairs", 0.5),
     Panel("displacement/chosen", "Δ log-prob of chosen", NATS, 0.0),
     Panel("displacement/rejected", "Δ log-prob of rejected", NATS, 0.0),
+    # Of runs without a reference, beside others that have one: what is noise there would hide the others' course.
+    Panel("window/chosen", "Δ chosen since first window", NATS, 0.0),
+    Panel("window/rejected", "Δ rejected since first window", NATS, 0.0),
     Panel("kl/chosen", "KL from the reference, chosen", NATS, 0.0),
     Panel("grad_norm", "Gradient norm, before clipping", "L2 norm"),
 )
@@ -72,12 +75,13 @@ def training_figure(
     if not runs:
         raise ValueError("there is no run to plot: give at least one name with its log history")
     half_life = default_half_life(runs) if half_life is None else half_life
-    exact = all(has_displacement(history) for history in runs.values())
-    shown = [(panel, {name: _values(panel, log, exact=exact) for name, log in runs.items()}) for panel in PANELS]
+    mixed = _is_mixed(runs)
+    panels = [panel for panel in PANELS if mixed or not panel.key.startswith("window")]
+    shown = [(panel, {name: _values(panel, log, mixed=mixed) for name, log in runs.items()}) for panel in panels]
     drawn = [(panel, found) for panel, found in shown if any(finite(values)[0] for values in found.values())]
     if not drawn:
         raise ValueError(f"{', '.join(runs)}: no metric that could be drawn was logged")
-    notes = _notes(runs, shown, half_life, exact=exact)
+    notes = _notes(runs, shown, half_life)
     from matplotlib.figure import Figure
 
     columns = len(drawn) if len(drawn) < 4 else math.ceil(len(drawn) / 2)
@@ -86,7 +90,7 @@ def training_figure(
         figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.0), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for axes, (panel, found) in zip(grid.flat, drawn):
-            _draw_panel(axes, panel, found, runs, half_life, exact=exact)
+            _draw_panel(axes, panel, found, runs, half_life, mixed=mixed)
         for column in range(columns):
             below = [axes for axes, _ in zip(grid[:, column], range(column, len(drawn), columns))]
             below[-1].set_xlabel("optimizer step")
@@ -109,7 +113,9 @@ def plot_curves(runs: Mapping[str, History], path: str | Path, *, half_life: flo
 
 
 def displacement_figure(runs: Mapping[str, History], out: str | Path, *, half_life: float | None = None) -> Path:
-    """The log-probs of chosen and rejected over training, runs side by side on one scale; .png, .svg or .pdf.
+    """The log-probs of chosen and rejected over training, runs side by side; .png, .svg or .pdf.
+
+    Runs share one scale where all are measured in the same way: one without a reference moves with the rows drawn.
 
     Of the evaluation set where every run was evaluated on it at least three times, which are the same rows each time;
     otherwise of the training rows, smoothed as in `training_figure`.
@@ -120,29 +126,32 @@ def displacement_figure(runs: Mapping[str, History], out: str | Path, *, half_li
     silent = [name for name, log in runs.items() if not any("logps/chosen" in entry for entry in log)]
     if not runs or silent:
         raise ValueError(f"{', '.join(silent) or 'no run given'}: there are no log-probs to draw (logps/chosen)")
-    exact = all(map(has_displacement, runs.values()))
     prefixes = {name: (eval_prefixes(log) or [""])[0] for name, log in runs.items()}
     moved = {
-        name: [finite(displacement(log, side, exact=exact, prefix=prefixes[name])) for side in SIDES]
-        for name, log in runs.items()
+        name: [finite(displacement(log, side, prefix=prefixes[name])) for side in SIDES] for name, log in runs.items()
     }
     held_out = all(prefixes.values()) and all(len(found[0][0]) >= 3 for found in moved.values())
     if held_out:
         half_life, notes = 0, ["Of the evaluation set, against its log-probs before the first step."]
     else:
-        moved = {name: [displacement(log, side, exact=exact) for side in SIDES] for name, log in runs.items()}
+        moved = {name: [displacement(log, side) for side in SIDES] for name, log in runs.items()}
         half_life = default_half_life(runs) if half_life is None else half_life
-        notes = [_displacement_note(runs, exact=exact), _smoothing_note(half_life)]
+        notes = [_displacement_note(runs), _smoothing_note(half_life)]
     from matplotlib.figure import Figure
 
     with style.drawing():
         figure = Figure(figsize=(3.6 * len(runs) + 0.4, 3.6), layout="constrained")
-        grid = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+        shared = held_out or not _is_mixed(runs)
+        grid = figure.subplots(1, len(runs), sharey=shared, squeeze=False)[0]
+        first: dict[bool, Any] = {}
         for axes, (name, found) in zip(grid, moved.items()):
+            if not shared and (other := first.setdefault(has_displacement(runs[name]), axes)) is not axes:
+                axes.sharey(other)
             for index, values in enumerate(found):
                 _draw_line(axes, values, style.look(index), half_life, marked=6 if not held_out else None)
             axes.axhline(0, **style.GUIDE)
-            axes.set_title(style.literal(name))
+            since = "" if shared or has_displacement(runs[name]) else "\nsince the first window"
+            axes.set_title(style.literal(name) + since)
             axes.set_xlabel("optimizer step")
         grid[0].set_ylabel(f"Δ log-prob ({NATS})")
         _add_legend(figure, SIDES, evaluated=False)
@@ -153,28 +162,34 @@ def displacement_figure(runs: Mapping[str, History], out: str | Path, *, half_li
 # --- parts of figures -----------------------------------------------------------------------------------------------
 
 
-def _values(panel: Panel, history: History, *, exact: bool, prefix: str = "") -> Series:
+def _is_mixed(runs: Mapping[str, History]) -> bool:
+    """Whether some of the runs compared themselves with a reference and others did not."""
+    return len({has_displacement(history) for history in runs.values()}) == 2
+
+
+def _values(panel: Panel, history: History, *, mixed: bool, prefix: str = "") -> Series:
     name, _, side = panel.key.partition("/")
-    if name == "displacement":
-        return displacement(history, side, exact=exact, prefix=prefix)
+    if name in ("displacement", "window"):
+        elsewhere = mixed and has_displacement(history) == (name == "window")
+        return ([], []) if elsewhere else displacement(history, side, prefix=prefix)
     return series(history, prefix + panel.key)
 
 
-def _draw_panel(axes, panel: Panel, found: Mapping[str, Series], runs, half_life: float, *, exact: bool) -> None:
+def _draw_panel(axes, panel: Panel, found: Mapping[str, Series], runs, half_life: float, *, mixed: bool) -> None:
     for index, (name, values) in enumerate(found.items()):
-        _draw_run(axes, panel, runs[name], values, index, half_life, exact=exact)
+        _draw_run(axes, panel, runs[name], values, index, half_life, mixed=mixed)
     if panel.guide is not None:
         axes.axhline(panel.guide, **style.GUIDE)
     axes.set_title(panel.title)
     axes.set_ylabel(panel.unit)
 
 
-def _draw_run(axes, panel: Panel, history: History, values: Series, index: int, half_life, *, exact: bool) -> None:
+def _draw_run(axes, panel: Panel, history: History, values: Series, index: int, half_life, *, mixed: bool) -> None:
     """One run: as logged (faint where it is smoothed), the smoothed line, and evaluations as hollow markers."""
     look = style.look(index)
     _draw_line(axes, values, look, half_life)
     for prefix in eval_prefixes(history)[:1]:
-        found = finite(_values(panel, history, exact=exact, prefix=prefix))
+        found = finite(_values(panel, history, mixed=mixed, prefix=prefix))
         axes.plot(*found, color=look["color"], marker=look["marker"], **HOLLOW, zorder=3)
 
 
@@ -211,13 +226,14 @@ def _add_caption(figure: Figure, notes: Sequence[str]) -> None:
 # --- notes ----------------------------------------------------------------------------------------------------------
 
 
-def _notes(runs, shown: Sequence[tuple[Panel, Mapping[str, Series]]], half_life: float, *, exact: bool) -> list[str]:
-    notes = [_smoothing_note(half_life), _displacement_note(runs, exact=exact)]
+def _notes(runs, shown: Sequence[tuple[Panel, Mapping[str, Series]]], half_life: float) -> list[str]:
+    notes = [_smoothing_note(half_life), _displacement_note(runs)]
     if len(runs) > 1:
         notes.append("Loss and rewards are each method's own: compare their course, not their height.")
     for panel, found in shown:
         missing = [name for name, values in found.items() if not values[0]]
-        if missing:
+        told = _is_mixed(runs) and panel.key.startswith(("displacement", "window"))
+        if missing and not told:
             notes.append(
                 f"{panel.title}: not logged by {', '.join(missing) if len(missing) < len(runs) else 'any run'}."
             )
@@ -225,18 +241,20 @@ def _notes(runs, shown: Sequence[tuple[Panel, Mapping[str, Series]]], half_life:
             lost = len(values[0]) - len(finite(values)[0])
             if lost:
                 notes.append(f"{panel.title}: {lost} values of {name} are nan or infinite and not drawn.")
-    return [note for note in (*notes, *_eval_notes(runs, exact=exact)) if note]
+    return [note for note in (*notes, *_eval_notes(runs)) if note]
 
 
-def _displacement_note(runs: Mapping[str, History], *, exact: bool) -> str:
-    if exact:
-        return "Δ log-prob: against the reference model on the same rows."
+def _displacement_note(runs: Mapping[str, History]) -> str:
     without = ", ".join(name for name, history in runs.items() if not has_displacement(history))
+    exact = "Δ log-prob: against the reference model on the same rows"
+    if not without:
+        return f"{exact}."
     evaluated = any(map(eval_prefixes, runs.values()))
     also = ", and of the evaluation set since the evaluation before the first step" if evaluated else ""
+    rest = f"{exact}; of {without}, " if _is_mixed(runs) else "Δ log-prob: "
     return (
-        f"Δ log-prob: since the first logging window, whose rows were others{also}; "
-        f"{without} logged no log-probs of a reference model."
+        f"{rest}since the first logging window, whose rows were others{also}: {without} logged no log-probs of a "
+        "reference model."
     )
 
 
@@ -247,12 +265,12 @@ def _smoothing_note(half_life: float) -> str:
     return f"Faint: as logged. Thick: exponential moving average, half-life {steps}."
 
 
-def _eval_notes(runs: Mapping[str, History], *, exact: bool) -> list[str]:
+def _eval_notes(runs: Mapping[str, History]) -> list[str]:
     notes = []
     for name, history in runs.items():
         prefixes = eval_prefixes(history)
         if len(prefixes) > 1:
             notes.append(f"{name}: the evaluation set drawn is {prefixes[0][5:-1]}, one of {len(prefixes)}.")
-        if prefixes and not exact and not displacement(history, "chosen", exact=False, prefix=prefixes[0])[0]:
+        if prefixes and not has_displacement(history) and not displacement(history, "chosen", prefix=prefixes[0])[0]:
             notes.append(f"{name}: no log-probs of the evaluation set, it was not evaluated before the first step.")
     return notes

@@ -27,18 +27,19 @@ def finite(found: Series) -> Series:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def displacement(history: History, side: str, *, exact: bool, prefix: str = "") -> Series:
+def displacement(history: History, side: str, *, prefix: str = "") -> Series:
     """How far the log-prob of a side has moved, in nats per response.
+
+    From `displacement/*`, against the reference on the same rows, where the run logged that. Otherwise `logps/*` minus
+    its first value: the mean of the first logging window, or the evaluation before the first step. Without such an
+    evaluation there is nothing to compare evaluations with, and none are given.
 
     Args:
         history: a run's log.
         side: chosen or rejected.
-        exact: from `displacement/*`, against the reference on the same rows. Otherwise `logps/*` minus its first
-            value: the mean of the first logging window, or the evaluation before the first step. Without such an
-            evaluation there is nothing to compare evaluations with, and none are given.
         prefix: of an evaluation set's metrics, such as `eval_`; nothing for training.
     """
-    if exact:
+    if has_displacement(history):
         return series(history, f"{prefix}displacement/{side}")
     steps, values = series(history, f"{prefix}logps/{side}")
     if not steps or (prefix and steps[0] != 0):
