@@ -35,7 +35,7 @@ from trl_vpo.runs.packages import missing_packages
 from trl_vpo.runs.recipe_file import recipe_text
 from trl_vpo.sharding import Sharding, launched
 from trl_vpo.train import METHODS, NOT_QUANTIZED, parse
-from trl_vpo.trainers.setup import set_pad_token
+from trl_vpo.trainers.setup import low_rate, set_pad_token
 
 MEDIA_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -200,6 +200,8 @@ def _check_model(patient: Patient, report: Report) -> None:
         report.add("LoRA", STOP, str(error).split(". Please check")[0])
         patient.model = None
         return
+    if wrong := low_rate(patient.args, patient.trainer_class._name):
+        report.add("learning rate", WARN, wrong)
     what = f"{len(adapted.modules)} modules adapted, {len(adapted.vision)} of them in vision tower or projector"
     if adapted.vision:
         what += f" (such as {adapted.vision[0]}): the recipes train the language model only"

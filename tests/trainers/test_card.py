@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import trl_vpo
+from trl_vpo.trainers.card import hub_name
 
 
 def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=AutoModelForImageTextToText, **more):
@@ -100,3 +101,16 @@ def test_the_snippets_of_full_and_text_models_run(here, capsys):
     card = trained("VisualDPO", "base", tokenizer, [row(None)], here, "all-linear", AutoModelForCausalLM)
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"
     assert "What happens here?" in run_snippet(card, capsys)
+
+
+def test_the_snippet_finds_a_base_by_its_whole_path(here, capsys, tmp_path_factory):
+    """A folder elsewhere; one of the Hub's cache goes by its name on the Hub."""
+    model, processor = build("Qwen2.5-VL")
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "base"
+    write_model(elsewhere, model, processor)
+    photo = write_image(here / "photo.jpg")
+    card = trained("VisualDPO", str(elsewhere), processor, [row("image", [photo])], here)
+    assert f'from_pretrained("{elsewhere}"' in card and f"LoRA adapter of `{elsewhere}`" in card
+    assert run_snippet(card, capsys).endswith("\n")
+    assert hub_name("/c/hub/models--Qwen--Qwen2-VL-7B/snapshots/0a1b") == "Qwen/Qwen2-VL-7B"
+    assert hub_name(str(elsewhere)) is None

@@ -1,10 +1,12 @@
 """What the command line prepares also holds for a trainer that is built in Python: presets, 4-bit weights, tokens."""
 
 import copy
+from pathlib import Path
 
 import families
 import pytest
 import torch
+import yaml
 from adapter_kit import train
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
@@ -13,6 +15,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, Traine
 
 from trl_vpo.adapters import PRESETS, target_modules
 from trl_vpo.recipe import RecipeError
+from trl_vpo.trainers import setup
 
 TOKEN = "hf_" + "a" * 30
 
@@ -221,3 +224,21 @@ def test_the_best_model_of_full_fine_tuning_is_loaded(images, tmp_path):
     best = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
     assert losses[best] == max(losses.values()) and best != 3
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "peft", "said"), [(None, "new", 1), (5e-6, "new", 0), (None, None, 0)])
+def test_a_rate_of_full_fine_tuning_for_lora_is_named(rate, peft, said, tmp_path, recwarn):
+    """LeanPO's default is the paper's, for full fine-tuning."""
+    model, processor = fresh()
+    more = {"learning_rate": rate} if rate else {}
+    args = METHODS["leanpo"][0](str(tmp_path), use_cpu=True, bf16=False, report_to="none", **more)
+    trainer_of("leanpo", tmp_path, model=model, processor=processor, args=args, peft=peft)
+    warned = [str(w.message) for w in recwarn if "learning_rate is 5e-07" in str(w.message)]
+    assert len(warned) == said and all("The LoRA recipes of LeanPO have 5e-06." in text for text in warned)
+
+
+def test_the_rates_of_the_recipes_are_as_told():
+    for method in ("dpo", "leanpo", "rrpo", "lpoi"):
+        assert yaml.safe_load(Path(f"recipes/{method}/qwen2_5_vl_3b_qlora_24gb.yaml").read_text())[
+            "learning_rate"
+        ] == pytest.approx(setup.LORA_RATE)

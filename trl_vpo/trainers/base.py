@@ -5,6 +5,7 @@ row -> collator -> tree batch -> `concatenated_forward` -> per-token scores -> `
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,9 @@ class VisualPreferenceTrainer(LoggingTrainer):
                 copy_adapter(self.model)
             else:
                 self.model.delete_adapter("ref")  # nobody would read it
+        wrong = setup.low_rate(self.args, self._name) if is_peft_model(self.model) else None
+        if wrong and self.accelerator.is_main_process:
+            warnings.warn(wrong, stacklevel=3)
         setup.keep_gradients(self.model)
         setup.keep_precision(self)
         multiple = self.args.pad_to_multiple_of

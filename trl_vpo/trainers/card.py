@@ -1,5 +1,6 @@
 """The model card of a trained adapter or model."""
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,10 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     """Write `README.md` into the trainer's output folder and give its path."""
     peft = is_peft_model(trainer.model)
     base = get_config_model_id(trainer.model.config) or "a model without a name"
+    base = hub_name(base) or base
     local = Path(base).exists()
-    if Path(base).is_absolute():  # a folder of this machine; nobody else has it
-        base = Path(base).name
+    if Path(base).is_absolute() and trainer.args.push_to_hub:  # a folder that nobody else has
+        base = f"path/to/{Path(base).name}"
     name, medium = model_name or Path(trainer.args.output_dir).name, _medium(trainer)
     data = ModelCardData(
         base_model=None if local else base,  # the Hub refuses what is no name of a model on it
@@ -126,6 +128,12 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     path.parent.mkdir(parents=True, exist_ok=True)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
     return path
+
+
+def hub_name(model: str) -> str | None:
+    """What a folder in the Hub's cache is called on the Hub; None: it is no such folder."""
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", model)
+    return cached[1].replace("--", "/", 1) if cached else None
 
 
 def _medium(trainer: Any) -> str:

@@ -20,6 +20,8 @@ from trl_vpo.forward.scoring import check_head
 from trl_vpo.models.source import check_model as check_source
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
+LORA_RATE, LOWEST_LORA_RATE = 5e-6, 1e-6  # of the recipes for 7B models; the lowest in the papers
+
 
 def check_model(
     model: Any, ref_model: Any, peft_config: Any, *, needs_reference: bool, revision: str | None = None
@@ -84,6 +86,16 @@ def _warn_of_new(model: PeftModel) -> None:
             "trainable=True), which translates older names or says what does not fit.",
             stacklevel=4,
         )
+
+
+def low_rate(args: VisualPreferenceConfig, method: str) -> str | None:
+    """What is wrong with a learning rate for LoRA; None: nothing."""
+    if args.learning_rate >= LOWEST_LORA_RATE:
+        return None
+    return (
+        f"learning_rate is {args.learning_rate:g}, as in full fine-tuning: LoRA hardly learns with it. The LoRA "
+        f"recipes of {method} have {LORA_RATE:g}."
+    )
 
 
 def keep_precision(trainer: Any) -> None:
