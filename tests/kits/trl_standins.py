@@ -11,6 +11,7 @@ EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 TOOLS_TEMPLATE = (
     "{%- if tools -%}{{ '<|im_start|>system\n' }}{%- for t in tools -%}{{ t | tojson }}{%- endfor -%}"
     "{{ '<|im_end|>\n' }}{%- endif -%}{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and enable_thinking is false -%}{{ '<think></think>' }}{%- endif -%}"
     "{%- if m.tool_calls -%}{%- for c in m.tool_calls -%}{{ c.function.name }}({{ c.function.arguments | tojson }})"
     "{%- endfor -%}{%- else -%}{{ m.content }}{%- endif -%}{{ '<|im_end|>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"

@@ -77,6 +77,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
         revision = (args.model_init_kwargs or {}).get("revision")
         setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference, revision=revision)
+        setup.check_collator(data_collator)
         peft_config = setup.spelt_out(peft_config, model, args)
         if train_dataset is None:
             raise ValueError("`train_dataset` is required")

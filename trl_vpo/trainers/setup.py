@@ -63,6 +63,20 @@ def check_model(
         )
 
 
+def check_collator(data_collator: Any) -> None:
+    """Refuse the collators of TRL and transformers: they take rows of tokens and make no tree batch.
+
+    Raises:
+        ValueError: names the collator.
+    """
+    if getattr(data_collator, "__module__", "").split(".")[0] in ("trl", "transformers"):
+        name = getattr(data_collator, "__name__", type(data_collator).__name__)
+        raise ValueError(
+            f"data_collator={name} pads rows of tokens; these trainers need prompts with their responses and media, "
+            "which `trl_vpo.PreferenceCollator` makes. Leave it out, or give a collator that calls that one."
+        )
+
+
 def _check_strays(model: PeftModel) -> None:
     """Refuse weights that train beside the adapter and are not part of it."""
     biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())

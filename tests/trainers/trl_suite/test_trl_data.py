@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from kits.trl_standins import TOOLS_TEMPLATE, conversations, plain, said, tool_rows
+from kits.trl_standins import TOOLS_TEMPLATE, conversations, plain, tool_rows
 from kits.trl_training import trainer_on, trains_all
 from transformers import AutoTokenizer
 
@@ -47,11 +47,9 @@ def test_tool_calls(hub, tokenizer, tmp_path):
 def test_chat_template_kwargs(hub, tokenizer, tmp_path):
     tokenizer.chat_template = TOOLS_TEMPLATE
     rows = [row | {"chat_template_kwargs": {"enable_thinking": False}} for row in conversations()]
-    for row in rows:
-        for side in ("chosen", "rejected"):
-            row[side] = said("assistant", "<think></think>" + row[side][0]["content"])
     trainer = trains_all(hub("Qwen2.5"), rows, tmp_path, processing_class=tokenizer)
-    assert texts(trainer)[0].endswith("<|im_start|>assistant\n<think></think>")
+    prompt, chosen, _ = texts(trainer)
+    assert prompt.endswith("<|im_start|>assistant\n<think></think>") and chosen.startswith("a red square moves left.<")
 
 
 @pytest.mark.parametrize("rows", [plain, conversations])
