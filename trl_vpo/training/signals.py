@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import get_start_method, resource_tracker
 
 import psutil
 from torch.utils.data import DataLoader
@@ -34,7 +34,7 @@ def keep_from_workers() -> Iterator[None]:
             return begin(loader)
         if not isinstance(loader.worker_init_fn, _Worker):
             loader.worker_init_fn = _Worker(loader.worker_init_fn)
-        if loader.multiprocessing_context is not None:
+        if loader.multiprocessing_context is not None or get_start_method() != "fork":
             resource_tracker.ensure_running()  # with its first process it would let the signals through again
         # Processes inherit what is blocked, from their first moment on and through an exec.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
