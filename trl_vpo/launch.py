@@ -83,6 +83,12 @@ def launch(options: list[str], command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from trl_vpo.runs.packages import missing_packages
+    from trl_vpo.runs.recipe_file import RecipeError
+    from trl_vpo.sharding import launched
+
+    if launched(options).kind.startswith("zero") and (missing := missing_packages({"deepspeed": True})):
+        raise RecipeError(f"accelerate_config: {missing[0]}.")
     args = launch_command_parser().parse_args([*options, "--module", "trl_vpo.cli", *command])
     # torch's own, without SIGTERM: it would kill a training that needs more than 30 s to save, and at once the
     # processes that load its data, without which it cannot finish the step.

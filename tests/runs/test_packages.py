@@ -45,6 +45,9 @@ def test_training_and_doctor_say_so(bare, tmp_path, capsys):
     assert main(["train", method, "--config", str(recipe)]) == 2
     said = capsys.readouterr().err
     assert "pip install wandb" in said and "pip install 'trl-vpo[quantization]'" in said
+    zero = ["--accelerate_config", "zero2", "--num_processes", "2"]
+    assert main(["train", method, "--config", str(recipe), *zero]) == 2
+    assert "accelerate_config: deepspeed needs deepspeed, which is not" in capsys.readouterr().err
     assert main(["doctor", str(recipe), "--method", method]) == 1
     assert "pip install wandb" in " ".join(capsys.readouterr().out.replace("│", " ").split())
     generate = ["generate", "leanpo", "--model_name_or_path", "nowhere", "--load_in_4bit", "--dataset_name"]
