@@ -90,8 +90,9 @@ CALLED = [
     ("accelerate.commands.launch.launch_command_parser", ["subparsers"], "trl_vpo/launch.py"),
     ("peft.PeftModel.delete_adapter", ["self", "adapter_name"], BASE),
     ("peft.PeftModel.get_base_model", ["self"], BASE),
-    ("transformers.AttentionInterface.register", ["key", "value"], ATTENTION),
-    ("transformers.AttentionMaskInterface.register", ["key", "value"], ATTENTION),
+    ("transformers.AttentionInterface.register", ["key", "value"], "trl_vpo/dry_step.py"),
+    ("transformers.AttentionMaskInterface.register", ["key", "value"], "trl_vpo/dry_step.py"),
+    ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get", ["key", "default"], ATTENTION),
     (
         "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
         ["attn_implementation", "default"],
@@ -426,3 +427,18 @@ def test_what_loading_an_adapter_tells():
     """Weights that found no place are an error of ours; PEFT only warns."""
     source = inspect.getsource(find("peft.PeftModel.load_adapter"))
     assert "load_result.missing_keys" in source and "return load_result" in source, ATTACH
+
+
+def test_how_an_attention_function_is_found():
+    """By the name in the config, in a table whose entries may be replaced; eager attention is the default there."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, eager_attention_forward
+
+    from trl_vpo.forward.attention import _eager
+
+    try:
+        ALL_ATTENTION_FUNCTIONS["eager"] = mine = lambda *args: args
+        assert ALL_ATTENTION_FUNCTIONS.get_interface("eager", eager_attention_forward) is mine, ATTENTION
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["eager"]
+    assert _eager(Qwen2Attention) is eager_attention_forward, ATTENTION

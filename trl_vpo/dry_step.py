@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trl_vpo.forward.attention import use_tree_attention
+from trl_vpo.forward.attention import TREE, use_tree_attention
 from trl_vpo.forward.scoring import VOCAB_CHUNK
 
 CAUSAL = "trl_vpo_causal_sdpa"
@@ -238,7 +238,8 @@ class DryStep:
             where = torch.zeros(call.rows, call.length, 1, dtype=torch.bool).expand_as(states)
             states = states.masked_scatter(where, features.to(states.dtype))
         mask = torch.ones(call.rows, 1, call.masked, call.length, dtype=torch.bool) if call.masked else None
-        hidden = decoder(inputs_embeds=states, attention_mask=mask, use_cache=False).last_hidden_state
+        tree = {TREE: mask} if call.masked not in (0, call.length) else {}
+        hidden = decoder(inputs_embeds=states, attention_mask=mask, use_cache=False, **tree).last_hidden_state
         place = torch.zeros(call.scored, dtype=torch.long)
         hidden = hidden[place, place]  # (N, H)
         scores = _Head.apply(hidden, head.weight, "logps", self._device, self._autocast).sum()

@@ -14,7 +14,7 @@ from trainer_kit import draw_lora
 
 import trl_vpo
 from trl_vpo.forward import layouts
-from trl_vpo.forward.attention import PREFIX, tree_attention, use_tree_attention, why_not
+from trl_vpo.forward.attention import tree_attention, use_tree_attention, why_not
 from trl_vpo.forward.layouts import PADDING, TRUNK, shared
 
 
@@ -203,7 +203,7 @@ def test_other_calls_of_the_model_run_as_before(media):
         use_tree_attention(model)  # twice is once
         after = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
-    assert model.config.get_text_config()._attn_implementation == PREFIX + "sdpa"
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
 
 
 # --- auto ---------------------------------------------------------------------------------------------------------

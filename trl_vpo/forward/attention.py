@@ -4,18 +4,26 @@ The trunk is plain causal attention without a mask, so the flash kernel of SDPA 
 under a mask of their own; it has a row for each branch token and never one for a trunk token. They do so some hundred
 at a time, to the keys up to the last of them: what lies behind is masked for all, and long branches hold much of it.
 
-The function is registered with transformers' `AttentionInterface`, one for each implementation that a model may use.
-It recognises a shared layout by its mask, (R, 1, Q, L) with Q < L; every other call goes to the implementation it
-stands for, so generation and evaluation run as before.
+The mask of a shared layout travels as a keyword argument of the language model (`TREE`). transformers hands it on to
+every attention function, also when gradient checkpointing runs a layer again. The function of the implementation that
+the model uses is taught to read it, under its own name. Every other call goes to that function as it was, so that
+generation, evaluation and towers run on flash attention, or whatever the user named.
 """
+
+import contextlib
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-PREFIX = "trl_vpo_tree_"
+TREE = "tree_mask"
 QUERIES = 256  # branch tokens to one call of SDPA
 
 
@@ -53,34 +61,55 @@ def _repeat(states: Tensor, groups: int) -> Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
+class TreeMask:
+    """The mask of the call that a language model computes now; None: an ordinary call."""
+
+    def __init__(self):
+        self._mask: Tensor | None = None
+
+    @contextlib.contextmanager
+    def given(self, mask: Tensor | None) -> Iterator[None]:
+        """While a model is called with this mask; only that of a shared layout has four dimensions."""
+        self._mask = mask if mask is not None and mask.dim() == 4 else None
+        try:
+            yield
+        finally:
+            self._mask = None
+
+    def hand_on(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A hook of the language model. (The arguments of the whole model would reach its vision tower, too.)"""
+        return None if self._mask is None else (args, kwargs | {TREE: self._mask})
+
+
 def use_tree_attention(model: PreTrainedModel) -> None:
     """Let the language model of `model` understand shared layouts; all other calls run as before."""
-    config = model.config.get_text_config()
-    name = config._attn_implementation
-    if name.startswith(PREFIX):
+    _teach(model.config.get_text_config()._attn_implementation)
+    if not hasattr(model, "_trl_vpo_tree"):
+        model._trl_vpo_tree = TreeMask()  # a deep copy of the model, and of its hook, has one of its own
+        model.base_model.get_decoder().register_forward_pre_hook(model._trl_vpo_tree.hand_on, with_kwargs=True)
+
+
+def _teach(name: str) -> None:
+    """The global table keeps the plain function: `del ALL_ATTENTION_FUNCTIONS[name]` brings it back."""
+    plain = ALL_ATTENTION_FUNCTIONS.get(name)
+    if getattr(plain, "reads_tree", False):
         return
-    _register(name)
-    config._attn_implementation = PREFIX + name
+
+    def attention(module, query, key, value, attention_mask, *args, **kwargs):
+        mask = kwargs.pop(TREE, None)
+        if mask is not None:
+            return tree_attention(query, key, value, mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0)), None
+        return (plain or _eager(type(module)))(module, query, key, value, attention_mask, *args, **kwargs)
+
+    attention.reads_tree = True
+    ALL_ATTENTION_FUNCTIONS[name] = attention
 
 
-def _register(name: str) -> None:
-    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-        if attention_mask is None or attention_mask.dim() != 4 or attention_mask.size(2) == query.size(2):
-            plain = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager(module))
-            return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        return tree_attention(query, key, value, attention_mask, scaling, dropout), None
-
-    AttentionInterface.register(PREFIX + name, forward)
-    masks = AttentionMaskInterface()
-    if name in masks:
-        AttentionMaskInterface.register(PREFIX + name, masks[name])
-
-
-def _eager(module):
-    """The eager attention of the module's own file."""
-    import importlib
-
-    return importlib.import_module(type(module).__module__).eager_attention_forward
+@functools.cache
+def _eager(kind: type) -> Callable:
+    """The eager attention of a module's own file: the function that its `forward` names as the default."""
+    named = re.search(r"get_interface\([^,]+,\s*(\w+)", inspect.getsource(kind.forward))
+    return getattr(sys.modules[kind.__module__], named.group(1) if named else "eager_attention_forward")
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -5,6 +5,7 @@ backbone, takes the hidden states that predict response tokens and meets the LM 
 chunk. The call goes through the model's own `forward`, so that DDP, FSDP, DeepSpeed and autocast see it.
 """
 
+import contextlib
 import functools
 import types
 from dataclasses import dataclass, field
@@ -224,8 +225,10 @@ def attach_scoring(model: PreTrainedModel) -> None:
         if score is None:
             return self._trl_vpo_plain(*args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
+        tree = getattr(self, "_trl_vpo_tree", None)  # of models that know shared layouts
         # Both are looked up at each call: FSDP and PEFT replace modules after this patch.
-        hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state  # (R, L, H)
+        with tree.given(kwargs.get("attention_mask")) if tree else contextlib.nullcontext():
+            hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state  # (R, L, H)
         return _score(hidden, lm_head(self), score)
 
     model.forward = types.MethodType(forward, model)
