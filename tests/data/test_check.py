@@ -1,20 +1,24 @@
 """What is found before the first step: every bad file and row by name, and what skipping does."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, Features, Image, List, Video, load_dataset
-from families import build, text_model
+from families import KINDS, build, text_model
 from helpers import message, row, write_clip, write_image
 from media_files import needs_pyav
 
 import trl_vpo
-from trl_vpo.data.check import CHUNK, Problem, check_rows, prepare_dataset
-from trl_vpo.data.rows import ROW_INDEX, RowError
+from trl_vpo.data.blank import blank_encoder
+from trl_vpo.data.check import CHUNK, PassedRows, Problem, _check_media, check_rows, prepare_dataset
+from trl_vpo.data.media import VideoOptions
+from trl_vpo.data.rows import ROW_INDEX, RowError, read_row
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +31,17 @@ def good(tmp_path_factory):
     return write_clip(tmp_path_factory.mktemp("good") / "good.mp4", frames=40)
 
 
-def prepare(rows, processor, folder, phrases=False, image_list=False, **more):
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def prepare(rows, processor, folder, phrases=False, image_list=False, collator=None, **more):
     args = trl_vpo.VisualDPOConfig(str(folder / "out"), num_frames=8, use_cpu=True, bf16=False, **more)
     data = rows if not isinstance(rows, list) else Dataset.from_list(rows)
-    return prepare_dataset(
-        data, args, name="train", processing_class=processor, phrases=phrases, image_list=image_list
-    )
+    needs = {"phrases": phrases, "image_list": image_list}
+    collator = collator or trl_vpo.VisualDPOTrainer.make_collator(processor, args)
+    return prepare_dataset(data, args, name="train", processing_class=processor, collator=collator, **needs)
 
 
 def fast_start(source, target):
@@ -341,3 +350,154 @@ def test_problems_of_many_rows_come_in_their_order():
     bad = [0, CHUNK - 1, CHUNK, 2 * CHUNK + 7, 3 * CHUNK]
     check = lambda row: Problem(row[ROW_INDEX], row["id"], False) if row[ROW_INDEX] in bad else None  # noqa: E731
     assert [problem.index for problem in check_rows(rows, check, "test")] == bad
+
+
+# --- lengths and refusals -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "kind"), KINDS)
+def test_a_row_with_blank_media_is_as_long_as_itself(family, kind, media, images, tmp_path):
+    """Every shape twice: the second time a processor's answer is remembered, and the times are those of its clip."""
+    processor = build(family)[1]
+    collator = trl_vpo.PreferenceCollator(processor, video=VideoOptions(num_frames=8), max_pixels=90 * 50)
+    sources = [images[1], images[2], images[1]] if kind == "image" else [*media["video"], media["video"][0]]
+    if kind == "video":  # as large and as many frames as the first, at other times
+        sources.append(write_clip(tmp_path / "slow.mp4", frames=12, fps=1))
+    encode, args = (
+        blank_encoder(collator),
+        trl_vpo.VisualDPOConfig("x", num_frames=8, max_pixels=90 * 50, use_cpu=True),
+    )
+    for source in sources:
+        example = row(kind, [source])
+        want, got = collator.encode(example), encode(_check_media(read_row(example), args))
+        assert got.trunks[0].ids == want.trunks[0].ids and [b.ids for b in got.branches] == [
+            b.ids for b in want.branches
+        ]
+        shapes = [{k: v.shape for k, v in tree.trunks[0].media.items()} for tree in (got, want)]
+        assert shapes[0] == shapes[1]
+
+
+def test_lists_of_images_are_as_long_as_themselves(images):
+    processor = build("Qwen2-VL")[1]
+    args = trl_vpo.LPOIConfig("x", num_images=3, use_cpu=True, max_pixels=60 * 50)
+    collator = trl_vpo.LPOITrainer.make_collator(processor, args)
+    for more in ({"critical_box": [5, 5, 100, 50]}, {"image_list": images}):
+        example = row("image", [images[1]], **more) | ({"images": None} if "image_list" in more else {})
+        want = collator.encode(example)
+        got = blank_encoder(collator)(_check_media(read_row(example, image_list=True), args))
+        assert len(got.trunks) == 3 and [t.ids for t in got.trunks] == [t.ids for t in want.trunks]
+
+
+def test_what_would_stop_a_step_is_found_before(good, processor, tmp_path):
+    strip = write_image(tmp_path / "strip.png", (4000, 10))
+    rows = [row("video", [good], id="fits"), row("video", [good], id="long", rejected="red " * 90)]
+    rows = [{"images": [], **made} for made in rows] + [row("image", [strip], id="strip", videos=[])]
+    with pytest.raises(RowError) as caught:
+        prepare(rows, processor, tmp_path, max_length=90)
+    assert str(caught.value).startswith("2 of 3 train rows cannot be trained on:\n  - row 1 (id 'long'): ")
+    assert "more than max_length=90" in str(caught.value)
+    assert "row 2 (id 'strip'): Qwen2VLProcessor refuses" in str(caught.value) and "aspect ratio" in str(caught.value)
+    with pytest.raises(RowError, match="row 0: "):
+        mixed = row("video", [good], images=[write_image(tmp_path / "a.png")])
+        mixed["prompt"] = message("user", "<image>", "<video>", "What?")
+        prepare([mixed], build("SmolVLM")[1], tmp_path)
+
+
+def test_what_a_template_refuses_is_found_before(tmp_path):
+    tok = text_model()[1]
+    tok.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tok.chat_template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    bad = row(None) | {"prompt": message("system", "Be brief.") + message("user", "What?")}
+    with pytest.raises(RowError, match=r"1 of 2 .*\n.*row 1: .*no system role"):
+        prepare([row(None), bad], tok, tmp_path)
+    with pytest.raises(RowError, match="no system role"):  # whatever is known of media
+        prepare([row(None), bad], tok, tmp_path, check_media="off")
+
+
+def test_rows_that_passed_are_not_checked_again(good, processor, tmp_path):
+    """A damaged file that was remembered as good shows that nobody looked: size, times, head and tail are the same."""
+    clips = [str(shutil.copy(good, tmp_path / f"{i}.mp4")) for i in range(3)]
+    rows = [row("video", [clip], id=str(i)) for i, clip in enumerate(clips)]
+    prepare(rows[:2], processor, tmp_path)
+    seen = []
+    check = lambda example: seen.append(example["id"])  # noqa: E731
+    args = trl_vpo.VisualDPOConfig(str(tmp_path), num_frames=8, use_cpu=True)
+
+    def looked_at(**changes):
+        seen.clear()
+        passed = PassedRows(args, trl_vpo.PreferenceCollator(processor, **{"video": args.video_options()} | changes))
+        data = Dataset.from_list(rows).add_column(ROW_INDEX, range(3))
+        check_rows(data, check, "test", passed=passed)
+        return sorted(seen)
+
+    assert looked_at() == ["2"] and looked_at() == []
+    assert looked_at(max_length=900) == looked_at(phrases=True) == ["0", "1", "2"]
+    times = Path(clips[0]).stat()
+    Path(clips[0]).write_bytes(Path(good).read_bytes()[:-1] + b"x")
+    os.utime(clips[0], ns=(times.st_atime_ns, times.st_mtime_ns))
+    rows[1] = row("video", [clips[1]], id="1", chosen="a red circle")
+    assert looked_at() == ["0", "1"]
+    rows[2]["id"] = "renamed"
+    assert looked_at() == []
+    processor = build("Qwen3-VL")[1]
+    assert looked_at() == ["0", "1", "renamed"]
+
+
+def test_worker_processes_find_the_same(processor, tmp_path):
+    rows = [row(None, id=str(i), chosen=f"a {i}") for i in range(CHUNK + 3)]
+    rows[CHUNK + 1]["rejected"] = message("assistant", "")
+    rows[3] = row("video", [str(tmp_path / "gone.mp4")], id="3")
+    state = torch.get_rng_state()
+    for workers in (0, 2):
+        with pytest.raises(RowError) as caught:
+            prepare(rows, processor, tmp_path, dataloader_num_workers=workers)
+        found = str(caught.value)
+        assert "row 3 " in found and f"row {CHUNK + 1} " in found and found.startswith(f"2 of {CHUNK + 3} ")
+    assert (torch.get_rng_state() == state).all()
+
+
+# --- columns ------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_index_of_the_users_own_does_not_switch_checks_off(processor, tmp_path):
+    rows = [row(None, _row_index=7), row(None, chosen="", _row_index=8)]
+    with pytest.raises(RowError, match="row 1: the chosen response is empty"):
+        prepare(rows, processor, tmp_path)
+    made = prepare(rows[:1], processor, tmp_path)
+    assert made[0][ROW_INDEX] == 0 and prepare(made, processor, tmp_path) is made
+
+
+def test_columns_that_the_trainer_would_drop_are_named(processor, tmp_path):
+    with pytest.raises(RowError, match=r"a column `image_lists`, which is not read\. Did you mean `image_list`"):
+        prepare([row(None, image_lists=None), row(None, image_lists=["a.png"])], processor, tmp_path)
+    assert len(prepare([row(None, image_lists=None, score=1.0)], processor, tmp_path)) == 1
+    with pytest.raises(RowError, match=r"row 0: has no `prompt`.*`question` are not read"):
+        prepare([{"question": "What?", "chosen": "a", "rejected": "b"}], processor, tmp_path)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_transform_gets_the_columns_that_it_gets_in_training(unused, images, processor, tmp_path):
+    def shown(batch):
+        rows = [row("image", [path]) for path in batch["file"]]
+        return {name: [made[name] for made in rows] for name in rows[0]}
+
+    data = Dataset.from_dict({"file": images, "id": ["a", "b", "c"]}).with_transform(shown)
+    if unused:
+        with pytest.raises(RowError, match=r"rows 0 to .*KeyError: 'file'\)\. It was given `id`\. Set remove_unused"):
+            prepare(data, processor, tmp_path)
+        return
+    made = prepare(data, processor, tmp_path, remove_unused_columns=False)
+    assert made[1][ROW_INDEX] == 1 and made[[0, 2]][ROW_INDEX] == [0, 2]
+    assert trl_vpo.PreferenceCollator(processor)([made[2]])["names"] == ["row 2"]
+
+
+def test_skipped_rows_are_listed_once(good, processor, tmp_path):
+    bad = make_bad("empty", good, tmp_path)
+    rows = [row("video", [p], id=str(i)) for i, p in enumerate([bad, good, bad])]
+    for _ in range(2):
+        prepare(rows, processor, tmp_path, on_bad_media="skip")
+        args = trl_vpo.VisualDPOConfig(str(tmp_path / "out"), use_cpu=True, on_bad_media="skip")
+        more = {"processing_class": processor, "phrases": False, "image_list": False}
+        prepare_dataset(Dataset.from_list(rows[:2]), args, name="eval", **more)
+    listed = [json.loads(line) for line in (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()]
+    assert sorted((entry["dataset"], entry["row"]) for entry in listed) == [("eval", 0), ("train", 0), ("train", 2)]

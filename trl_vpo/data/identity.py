@@ -1,10 +1,18 @@
-"""Whether a file is still the same, without reading all of it; and the folder of what is kept between runs."""
+"""Whether files, media sources and processors are still the same; and the folder of what is kept between runs."""
 
 import hashlib
+import json
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
+import numpy as np
+from PIL import Image
+
+from trl_vpo.data.images import MediaError, describe, frame_folder, load_image, resolve_path
 
 ENDS = 4096  # bytes at the head and at the tail that are looked at
 
@@ -28,3 +36,39 @@ def file_identity(path: Path) -> list:
 def cache_folder() -> Path:
     """A folder in the cache of `datasets`, which the environment variable `HF_DATASETS_CACHE` may move."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "trl_vpo"
+
+
+def source_identity(source: Any, root: str | None, state: Callable[[Path], list] = file_identity) -> Any:
+    """What stands for a media source in a key: of files the path and their `state`. It takes what can be loaded.
+
+    Raises:
+        MediaError: it is not there, or nothing that can be recognised.
+    """
+    if isinstance(source, dict):
+        given = {k: v for k, v in source.items() if v is not None}
+        holder = next((k for k in ("bytes", "path", "video", "image") if k in given), None)
+        options = {k: v for k, v in given.items() if k not in ("bytes", "path", "video", "image")}
+        return [options, source_identity(given.get(holder), root, state)]
+    if isinstance(source, (str, Path)):
+        files = frame_folder(source, root) or [resolve_path(source, root)]
+        return [[str(file), *state(file)] for file in files]
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return hashlib.sha256(source).hexdigest()
+    if isinstance(source, Image.Image):
+        source = np.asarray(load_image(source, limit=False))
+    if isinstance(source, np.ndarray):
+        return [str(source.dtype), source.shape, hashlib.sha256(np.ascontiguousarray(source)).hexdigest()]
+    if isinstance(source, (list, tuple)):
+        return [source_identity(item, root, state) for item in source]
+    raise MediaError(f"{describe(source)} cannot be recognised in a later run: precompute with paths or bytes.")
+
+
+def processor_identity(processing_class: Any) -> list:
+    """The files that a processor or tokenizer would be saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        processing_class.save_pretrained(folder)
+        files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+        found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    if "tokenizer.json" in found:  # the last call's padding and truncation stay behind in it
+        found["tokenizer.json"] = {**json.loads(found["tokenizer.json"]), "padding": None, "truncation": None}
+    return sorted(found.items())

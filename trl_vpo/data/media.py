@@ -26,7 +26,7 @@ from PIL import Image
 from trl_vpo.data.decode import decode
 from trl_vpo.data.frame_cache import FIELDS, Entry
 from trl_vpo.data.images import MediaError, check_image, describe, frame_folder, load_image, read_source, shrink
-from trl_vpo.data.video import FrameTable, probe, scan
+from trl_vpo.data.video import FrameTable, scan
 
 __all__ = [
     "Clip",
@@ -155,10 +155,12 @@ def load_video(
     return _clip(table, wanted, table.read(wanted, options.max_pixels), options, span, name)
 
 
-def _load_file(data: Path | bytes, options: VideoOptions, name: str) -> Clip:
+def _load_file(data: Path | bytes, options: VideoOptions, name: str, *, first: bool = False) -> Clip:
     table = scan(data, name)
     wanted, span = sample_frames(table.times, table.duration, options, name)
-    frames = decode(data, table, wanted, name, max_pixels=options.max_pixels)
+    frames = decode(data, table, wanted[:1] if first else wanted, name, max_pixels=options.max_pixels)
+    if first:
+        frames = np.broadcast_to(frames, (len(wanted), *frames.shape[1:]))
     return _clip(table, wanted, frames, options, span, name)
 
 
@@ -169,22 +171,21 @@ def _clip(
     return Clip(frames, times, total / table.duration, total, table.duration, name, span)
 
 
-def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> None:
-    """Raises :class:`MediaError` for what is wrong with a video as far as that shows without decoding all of it.
+def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> Clip:
+    """The clip that :func:`load_video` would give, with its first frame in the place of all: only that is decoded.
 
-    Of a file: that it exists, opens, has a video stream whose first frame decodes, is not cut short, and that the
-    window begins before its end. Of a list: every frame that would be used. Damage in the middle of a file is found
-    only by :func:`load_video`.
+    Raises :class:`MediaError` for what is wrong with a video as far as that shows: a file that is missing, does not
+    open, has no video stream or is cut short, a window without a frame, a first frame that does not decode. Of a list,
+    every frame that would be used is read. Damage in the middle of a file is found only by :func:`load_video`.
     """
     name = describe(source)
     source, options, frames_fps = _unpack(source, options, name)
     source = frame_folder(source, media_root) or source
     if _is_file(source):
-        _check_start(options, probe(read_source(source, media_root), name), name)
-        return
+        return _load_file(read_source(source, media_root), options, name, first=True)
     table = _frames_of(source, options, frames_fps, media_root, name)
-    wanted, _ = sample_frames(table.times, table.duration, options, name)
-    table.read(wanted, options.max_pixels)
+    wanted, span = sample_frames(table.times, table.duration, options, name)
+    return _clip(table, wanted, table.read(wanted, options.max_pixels), options, span, name)
 
 
 def sample_frames(times: np.ndarray, duration: float, options: VideoOptions, name: str) -> tuple[np.ndarray, float]:

@@ -87,6 +87,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         if processing_class is None:
             processing_class = setup.load_processing_class(model, args)
         setup.set_pad_token(processing_class, args)
+        self._given_collator = data_collator
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
         holds_reference = self.needs_reference and not args.precompute_ref_log_probs
@@ -184,6 +185,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Instead of TRL's tokenization: number the rows and check them. Prepared datasets pass through."""
+        collator = self._given_collator or self.make_collator(processing_class, args)
         dataset = prepare_dataset(
             dataset,
             args,
@@ -191,6 +193,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             processing_class=processing_class,
             phrases=self.needs_phrases,
             image_list=self.needs_image_list,
+            collator=collator if isinstance(collator, PreferenceCollator) else None,
         )
         if isinstance(dataset, Dataset) and not isinstance(processing_class, ProcessorMixin):
             # Every row is known to have no media, but DPOTrainer goes by the name of an empty column.

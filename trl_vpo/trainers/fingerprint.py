@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list, is_peft_model
-from PIL import Image
 from torch import Tensor
 
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.images import MediaError, describe, frame_folder, load_image, resolve_path
+from trl_vpo.data.identity import processor_identity, source_identity
+from trl_vpo.data.images import MediaError
 from trl_vpo.data.rows import RowError, read_row
 
 FORMAT = 3  # of the hashes; raise it with a change to the code that changes log-probs
@@ -29,31 +27,15 @@ def row_key(example: dict, collator: PreferenceCollator) -> str:
     row = read_row(example, image_list=collator.num_images is not None)
     sources = (row.images, row.videos, row.image_list or [])
     try:
-        media = [[_source(source, collator.media_root) for source in kind] for kind in sources]
+        media = [[source_identity(source, collator.media_root, _state) for source in kind] for kind in sources]
     except MediaError as error:
         raise RowError(f"{row.name}: {error}") from error
     return _hash([row.prompt, row.chosen, row.rejected, row.template_kwargs, row.critical_box, media])
 
 
-def _source(source: Any, root: str | None) -> Any:
-    """What stands for a media source in the key; takes what `trl_vpo.data.media` takes."""
-    if isinstance(source, dict):
-        given = {k: v for k, v in source.items() if v is not None}
-        holder = next((k for k in ("bytes", "path", "video", "image") if k in given), None)
-        options = {k: v for k, v in given.items() if k not in ("bytes", "path", "video", "image")}
-        return [options, _source(given.get(holder), root)]
-    if isinstance(source, (str, Path)):
-        files = frame_folder(source, root) or [resolve_path(source, root)]
-        return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return hashlib.sha256(source).hexdigest()
-    if isinstance(source, Image.Image):
-        source = np.asarray(load_image(source, limit=False))
-    if isinstance(source, np.ndarray):
-        return [str(source.dtype), source.shape, hashlib.sha256(np.ascontiguousarray(source)).hexdigest()]
-    if isinstance(source, (list, tuple)):
-        return [_source(item, root) for item in source]
-    raise MediaError(f"{describe(source)} cannot be recognised in a later run: precompute with paths or bytes.")
+def _state(file: Path) -> list:
+    """Not the time of change, which differs on a disk that is new with every job."""
+    return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def context_key(trainer: Any) -> str:
@@ -63,19 +45,8 @@ def context_key(trainer: Any) -> str:
         collator = trainer.data_collator
         media = {name: repr(getattr(collator, name)) for name in MEDIA_SETTINGS}
         precision = [trainer.accelerator.mixed_precision, transformers.__version__]
-        key = [_hash([FORMAT, precision, media, _processor(collator.processing_class), _reference(trainer)])]
+        key = [_hash([FORMAT, precision, media, processor_identity(collator.processing_class), _reference(trainer)])]
     return broadcast_object_list(key)[0]
-
-
-def _processor(processing_class: Any) -> list:
-    """The files that it would be saved as."""
-    with tempfile.TemporaryDirectory() as folder:
-        processing_class.save_pretrained(folder)
-        files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-        found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-    if "tokenizer.json" in found:  # the last call's padding and truncation stay behind in it
-        found["tokenizer.json"] = {**json.loads(found["tokenizer.json"]), "padding": None, "truncation": None}
-    return sorted(found.items())
 
 
 def _reference(trainer: Any) -> list:

@@ -1,0 +1,92 @@
+"""Rows encoded with blank media of the right shapes: their lengths, and every refusal, without decoding a video.
+
+How many tokens a prompt has depends on the sizes of its images, and on the sizes, numbers and times of its frames.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BatchFeature
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import make_batched_metadata
+
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.media import Clip
+from trl_vpo.data.rows import Row
+from trl_vpo.forward.tree import Tree
+
+REMEMBERED = 64  # shapes
+
+
+def blank_image(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size)
+
+
+def blank_clip(clip: Clip) -> Clip:
+    """A clip of the same shape and times that takes no memory."""
+    return replace(clip, frames=np.broadcast_to(np.uint8(0), clip.frames.shape))
+
+
+def blank_encoder(collator: PreferenceCollator) -> Callable[[Row], Tree]:
+    """`collator.encode_row` for rows whose media are blank: processors work once for each shape."""
+    collator, processor = copy.copy(collator), copy.copy(collator.processing_class)
+    for name in ("image_processor", "video_processor"):
+        inner = getattr(processor, name, None)
+        if inner is not None and (name == "image_processor" or _goes_by_shape(inner)):
+            setattr(processor, name, _Remembering(inner))
+    collator.processing_class = processor
+    return collator.encode_row
+
+
+def _goes_by_shape(processor: Any) -> bool:
+    """Whether a video processor passes the metadata on as they are: they choose frames, which are chosen here."""
+    return isinstance(processor, BaseVideoProcessor) and type(processor).preprocess is BaseVideoProcessor.preprocess
+
+
+class _Remembering:
+    """An image or video processor that keeps what it gave for a shape, with tensors that take no memory."""
+
+    def __init__(self, inner: Any):
+        self._inner, self._known = inner, OrderedDict()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_inner":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def __call__(self, media: Any, **kwargs) -> BatchFeature:
+        metadata = kwargs.get("video_metadata")
+        key = repr([_shape(media), sorted((k, repr(v)) for k, v in kwargs.items() if k != "video_metadata")])
+        if key not in self._known:
+            made = self._inner(_real(media), **kwargs)
+            self._known[key] = {name: _hollow(value) for name, value in made.items()}
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        found = {name: copy.copy(value) for name, value in self._known[key].items()}
+        if "video_metadata" in found:
+            found["video_metadata"] = make_batched_metadata(media, video_metadata=metadata)
+        return BatchFeature(found)
+
+
+def _shape(media: Any) -> Any:
+    if isinstance(media, (list, tuple)):
+        return [_shape(item) for item in media]
+    return media.size if isinstance(media, Image.Image) else getattr(media, "shape", repr(media))
+
+
+def _real(media: Any) -> Any:
+    if isinstance(media, (list, tuple)):
+        return [_real(item) for item in media]
+    return np.ascontiguousarray(media) if isinstance(media, np.ndarray) else media
+
+
+def _hollow(value: Any) -> Any:
+    if torch.is_tensor(value) and value.is_floating_point():
+        return value.new_zeros(1).expand(value.shape)
+    return value
