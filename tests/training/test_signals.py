@@ -48,6 +48,13 @@ def test_workers_outlive_the_signal_and_end_with_their_loader(context):
     del items
 
 
+def test_a_worker_whose_parent_is_gone_ends():
+    """Also where it was gone before the worker began: torch looks for a change only."""
+    code = "from trl_vpo.training.signals import _Worker; w = _Worker(None); w._parent += 1; w(0); print('goes on')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("command", "launches"),
     [

@@ -54,9 +54,11 @@ class _Worker:
     """A `worker_init_fn` that still lets the loader end its process, which it does with SIGTERM."""
 
     def __init__(self, init: Callable[[int], None] | None):
-        self._init = init
+        self._init, self._parent = init, os.getpid()
 
     def __call__(self, worker_id: int) -> None:
+        if os.getppid() != self._parent:  # it died while this one was spawned; torch would wait for it for ever
+            os._exit(0)
         if hasattr(signal, "sigwaitinfo"):  # not on macOS
             threading.Thread(target=_end_with_loader, daemon=True).start()
         if self._init is not None:
