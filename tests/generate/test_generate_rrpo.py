@@ -362,6 +362,7 @@ def test_neighbours_in_the_batch_change_nothing(row, media):
         ({"question": "Is it red?", "answer": "No, it is blue and very large."}, "yes_no"),
         ({"question": "Is it red?", "options": [], "answer": "yes"}, "yes_no"),
         ({"question": "What is written there?", "answer": "No parking"}, "short"),
+        ({"question": "What is on the shirt?", "answer": "No. 5"}, "short"),
         ({"question": "What is there?", "answer": "a big red square"}, "short"),
         ({"question": "What is there?", "answer": "a very big red square"}, "open"),
         ({"question": "What is there?", "answer": "a square", "answer_kind": "open"}, "open"),

@@ -40,9 +40,9 @@ SHORT_WORDS = 4
 # --- yes or no --------------------------------------------------------------------------------------------------
 
 _POLAR = {"yes": "yes", "yeah": "yes", "yep": "yes", "yup": "yes", "no": "no", "nope": "no", "nah": "no"}
-# an answer, unlike the `no` of `No cars are visible` or `No parking`
+# an answer, unlike the `no` of `No cars are visible`, `No parking` or `No. 5`
 _WORD = (
-    rf"(?P<word>{'|'.join(_POLAR)})(?=\s*$|\s*[^\w\s'-]|\s+[-–—]"
+    rf"(?!no\.\s*\d)(?P<word>{'|'.join(_POLAR)})(?=\s*$|\s*[^\w\s'-]|\s+[-–—]"
     r"|\s+(?:it|he|she|they|there|this|that|these|those|the|a|an|i|we|you|and|or)\b)"
 )
 _LEAD = re.compile(

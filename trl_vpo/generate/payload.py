@@ -66,7 +66,7 @@ def every_frame(clips: Sequence[Clip]) -> dict:
     """Return the request fields that have every frame of the clips shown.
 
     vLLM loads 32 frames of a video, or two a second, and processors such as Qwen3-VL's sample once more, unless a
-    request says otherwise: https://docs.vllm.ai/en/latest/api/vllm/multimodal/media/video/. A vLLM before 0.18 takes
+    request says otherwise: https://github.com/vllm-project/vllm/pull/34778. A vLLM before 0.18 takes
     no `media_io_kwargs` from requests; start it with `--media-io-kwargs '{"video": {"num_frames": -1}}'`. Other
     servers pass over the fields, or refuse them: they may be sent frames.
     """
