@@ -4,7 +4,8 @@ import pytest
 from datasets import Dataset
 from kits.trl_standins import TOOLS_TEMPLATE, conversations, plain, tool_rows
 from kits.trl_training import trainer_on, trains_all
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, default_data_collator
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from trl_vpo.data.rows import RowError
 
@@ -98,3 +99,10 @@ def test_padding_to_a_multiple(layout, hub, tmp_path):
     trainer.model.model.embed_tokens.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
     trainer.train()
     assert lengths and all(length % 8 == 0 for length in lengths)
+
+
+@pytest.mark.parametrize("collator", [DataCollatorForPreference(pad_token_id=0), default_data_collator])
+def test_the_collators_of_trl_and_transformers(collator, hub, tmp_path):
+    name = getattr(collator, "__name__", type(collator).__name__)
+    with pytest.raises(ValueError, match=rf"{name}.*PreferenceCollator.*Leave it out"):
+        trainer_on(hub("Qwen2.5"), plain(), tmp_path, data_collator=collator)
