@@ -138,3 +138,12 @@ def test_a_prompt_of_one_token(attention, longer, tmp_path):
         steps.append((scores.logps.detach(), gradients(trainer, scores.sums.sum())))
     torch.testing.assert_close(steps[1][0], steps[0][0], rtol=1e-5, atol=1e-5)
     assert_same_gradients(steps[1][1], steps[0][1])
+
+
+def test_a_prompt_without_a_token_is_refused(tmp_path):
+    """The prompt's only letter is in the first token of both responses; nothing would be left to predict that."""
+    model, tokenizer = fresh()
+    tokenizer.chat_template = None
+    rows = [{"prompt": "b", "chosen": "lue circle.", "rejected": "lue."}]
+    with pytest.raises(ValueError, match=r"row 0: the prompt has no token of its own"):
+        collated(trainer_of("dpo", tmp_path, rows, model=model, processor=tokenizer))

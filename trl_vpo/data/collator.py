@@ -74,6 +74,10 @@ class PreferenceCollator:
             trunks, branches = self._tokenize(row, sides)
         except (RowError, MediaError, PhraseError) as error:
             raise RowError(f"{row.name}: {error}") from error
+        if not all(trunk.ids for trunk in trunks):  # nothing would predict the first token of a response
+            raise RowError(
+                f"{row.name}: the prompt has no token of its own. It merges with the responses, or is empty."
+            )
         branches += [replace(branches[0], trunk=k) for k in range(1, len(trunks))]
         tree = Tree(row.name, trunks, branches)
         self._check_length(tree)
