@@ -26,6 +26,7 @@ COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "
 
 # Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
 CALLED = [
+    ("trl.DPOTrainer.compute_ref_log_probs", ["self", "model", "inputs"], BASE),
     ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], SETUP),
     ("peft.utils.other.ModulesToSaveWrapper", ..., "trl_vpo/forward/frozen.py"),
     ("trl.trainer.utils.maybe_gather_lm_head_ctx", ..., SCORING),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from trainer_kit import METHODS, QUIET, fresh, lora, losses_of, shake, text_rows, trainable
+from trainer_kit import METHODS, QUIET, collated, fresh, lora, losses_of, shake, text_rows, trainable, trainer_of
 
 from trl_vpo import resume
 from trl_vpo.run_identity import describe_run
@@ -157,3 +157,15 @@ def test_what_was_not_logged_yet_is_kept_in_a_checkpoint(tmp_path):
         logged.append([{k: e[k] for k in ("step", "loss", "mine") if k in e} for e in trainer.state.log_history])
     assert logged[1][-2:] == logged[0] and set(logged[0][0]) == {"step", "loss", "mine"}
     assert losses_of(trainer)[-1] > 10
+
+
+def test_the_references_log_probs_of_a_batch(tmp_path):
+    """As `trl.DPOTrainer.compute_ref_log_probs` gives them: sums, of the model without its adapter."""
+    trainer = trainer_of("dpo", tmp_path)
+    shake(trainer.model)
+    batch = collated(trainer, 3)
+    with trainer.model.disable_adapter(), torch.no_grad():
+        scores = trainer.concatenated_forward(trainer.model, batch)
+    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+    torch.testing.assert_close(chosen, scores.sums[batch["chosen"]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rejected, scores.sums[batch["rejected"]], rtol=1e-5, atol=1e-5)

@@ -249,6 +249,11 @@ class VisualPreferenceTrainer(LoggingTrainer):
                 return self._with_head(self.model, batch)
         raise ValueError(f"{self._name} holds no reference model now; there is nothing to compare with.")
 
+    def compute_ref_log_probs(self, model, inputs):
+        """The reference's summed log-probs of a batch, chosen and rejected, (B,) each; `model` is not needed."""
+        sums = self.reference_scores(inputs).sums  # (S,)
+        return sums[inputs["chosen"]], sums[inputs["rejected"]]
+
     def _with_head(self, reference, batch: dict) -> Scores:
         """Scores of a reference, with the LM head that the KL needs."""
         scores = self.concatenated_forward(reference, batch)
