@@ -77,7 +77,7 @@ class _Remembering:
 def _shape(media: Any) -> Any:
     if isinstance(media, (list, tuple)):
         return [_shape(item) for item in media]
-    return media.size if isinstance(media, Image.Image) else getattr(media, "shape", repr(media))
+    return media.size if isinstance(media, Image.Image) else media.shape if hasattr(media, "shape") else repr(media)
 
 
 def _real(media: Any) -> Any:
