@@ -6,15 +6,19 @@ TRL: the end-of-turn token, and the line feed that many templates put behind it.
 response ends with the tokenizer's EOS, so that the model learns to stop.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_vpo.data.messages import MARKERS, RowError, response_text
+
+if TYPE_CHECKING:  # rows are read where nothing heavy is imported
+    from transformers import PreTrainedTokenizerBase
 
 # Tokenizers and processors bring settings along that cut or pad: "truncation" and "padding" in tokenizer.json,
 # `max_length` or `text_kwargs` in their configs. A text is tokenized whole, whatever they say.
@@ -152,6 +156,8 @@ def _refusal(refusals: list[Exception]) -> RowError:
 def _forms(processing_class: Any) -> Iterator[Form]:
     """Which contents are given as strings: templates of processors want lists, those of tokenizers strings."""
     forms = [lambda message: False, lambda message: message["role"] != "user", lambda message: True]
+    from transformers import ProcessorMixin
+
     yield from forms if isinstance(processing_class, ProcessorMixin) else reversed(forms)
 
 
