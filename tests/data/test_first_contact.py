@@ -311,6 +311,8 @@ def test_templates_that_trl_ships(name, kind):
     if TEXT[name] is None:
         with pytest.raises(RowError, match=r"writes the prompt differently for generation.*<think>.*A cat"):
             collator.encode(example)
+        asked = collator.encode_row(read_row(example), sides=()).trunks[0].ids
+        assert tok.decode(asked).endswith("<think>\n")
         return
     tree = collator.encode(example)
     assert tok.decode(tree.branches[0].ids) == TEXT[name]

@@ -233,3 +233,18 @@ def test_resuming_with_a_reference_that_moved(tmp_path):
     for checkpoint in (True, str(tmp_path / "checkpoint-1")):
         with pytest.raises(ValueError, match=r"sync_ref_model.*checkpoints do not hold it.*Start anew"):
             trainer_of("dpo", tmp_path, peft=None, **more).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_collator_around_ours_trains(tmp_path):
+    """It is the user's own function: rows are checked as the method's collator would take them."""
+    ours, seen = METHODS["dpo"][1].make_collator(fresh()[1], config("dpo", tmp_path)), []
+
+    def collate(rows):
+        seen.extend(rows)
+        return ours(rows)
+
+    trainer = trainer_of("dpo", tmp_path, data_collator=collate)
+    assert trainer.train().training_loss > 0
+    assert len(seen) >= 4
+    with pytest.raises(RowError, match="max_length=4"):
+        trainer_of("dpo", tmp_path, data_collator=collate, max_length=4)

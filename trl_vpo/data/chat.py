@@ -90,6 +90,8 @@ def render_chat(
             start, texts = _write(write, *(_formed(messages, as_text) for messages in (prompt, *given)))
             return start, [_ended(text, _tokenizer(processing_class)) for text in texts[: len(responses)]]
         except REFUSALS as error:  # "roles must alternate", "no system role"; or contents in another form
+            if isinstance(error, SeamError) and not responses:  # a model that is only asked may open a thought
+                return write(_formed(prompt, as_text), add_generation_prompt=True), []
             refusals.append(error)
     raise _refusal(refusals)
 

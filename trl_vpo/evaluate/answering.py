@@ -62,7 +62,7 @@ def question_probes(row: HeldOutRow, source: InputRow, media: Media) -> list[Pro
         for place, text in enumerate(options):
             sides.append(f"option_{place}")  # responses are attributes of their row, like `chosen`
             setattr(plain, sides[-1], [{"role": "assistant", "content": [{"type": "text", "text": text}]}])
-        probes.append(Probe(OPTIONS, plain, tuple(sides)))
+        probes.append(Probe(OPTIONS, plain, tuple(sides), optional=True))
     return probes
 
 

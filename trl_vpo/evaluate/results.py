@@ -179,11 +179,12 @@ def _yes_no(pairs: dict[str, dict[str, Mapping]], rule: str) -> tuple[Rows, list
 
 def _choice(records: Records) -> tuple[Rows, list[str]]:
     right = [by_letter(r["response"], r["options"], option_index(r)) for r in records]
-    credits = [by_logprob(r["option_logps"], option_index(r)) for r in records]
-    average = [by_logprob(r["option_logps"], option_index(r), r["option_tokens"]) for r in records]
-    rows = measures.choice_letters(right) | measures.choice_logps(credits)
-    rows |= measures.cut_off("choice", [r["response_ended"] for r in records])
-    return rows | measures.choice_logps(average, average=True), _clusters(records)
+    rows = measures.choice_letters(right) | measures.cut_off("choice", [r["response_ended"] for r in records])
+    if all("option_logps" in r for r in records):  # a template that opens a thought has no place for an option
+        credits = [by_logprob(r["option_logps"], option_index(r)) for r in records]
+        average = [by_logprob(r["option_logps"], option_index(r), r["option_tokens"]) for r in records]
+        rows |= measures.choice_logps(credits) | measures.choice_logps(average, average=True)
+    return rows, _clusters(records)
 
 
 def _chair(records: Records, table: ObjectTable | None) -> tuple[Rows, list[str]]:

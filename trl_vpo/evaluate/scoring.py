@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from trl_vpo.data.chat import SeamError
 from trl_vpo.data.images import load_image
 from trl_vpo.data.masking import masked_image_list
 from trl_vpo.data.media import MediaError
@@ -28,11 +29,15 @@ PAIR = "pair"  # the probe of both responses; the one whose KL is wanted
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt with its media, and the attributes of `row` that hold responses; without any: the model answers."""
+    """A prompt with its media, and the attributes of `row` that hold responses; without any: the model answers.
+
+    An `optional` one is left out where the chat template has no place for a response.
+    """
 
     name: str
     row: Row
     sides: tuple[str, ...] = ()
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def run_probes(
                 try:
                     trees.append(encode(probe.row, probe.sides))
                 except RowError as error:
-                    results[place] = error
+                    if not (probe.optional and isinstance(error.__cause__, SeamError)):
+                        results[place] = error
                     continue
                 owners.append(place)
                 scored = bool(probe.sides)

@@ -185,7 +185,9 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """Instead of TRL's tokenization: number the rows and check them. Prepared datasets pass through."""
-        collator = self._given_collator or self.make_collator(processing_class, args)
+        collator = self._given_collator
+        if not isinstance(collator, PreferenceCollator):  # none, or one of the user's own around it
+            collator = self.make_collator(processing_class, args)
         dataset = prepare_dataset(
             dataset,
             args,
