@@ -163,17 +163,6 @@ def scan(data: Path | bytes, name: str) -> FrameTable:
     return table
 
 
-def probe(data: Path | bytes, name: str) -> float:
-    """Opens the file, decodes its first frame and returns its duration in seconds, without reading all of an mp4."""
-    check_end(data, name)
-    with open_video(data, name) as (container, stream):
-        indexed = "mov" in container.format.name and stream.frames and stream.duration
-        duration = float(stream.duration * stream.time_base) if indexed else None
-        if next(container.decode(stream), None) is None:
-            raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
-    return scan(data, name).duration if duration is None else duration
-
-
 def _has_packet_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
     names, codec = container.format.name.split(","), stream.codec_context.name
     return (codec in _ONE_PICTURE and ("mov" in names or "matroska" in names)) or (codec == "mpeg4" and "mov" in names)
