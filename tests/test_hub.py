@@ -233,7 +233,7 @@ def arguments(recipe, output_dir, **options):
 
 def test_a_bad_token_ends_the_run_before_anything_is_loaded(recipe, local, tmp_path):
     with pytest.raises(HubError, match=r"the Hub refuses me/vpo: HTTP 401 .* Log in with `hf auth login`"):
-        train(recipe, tmp_path / "out", hub_token="hf_wrong", model_name_or_path=tmp_path / "not-there")
+        train(recipe, tmp_path / "out", hub_token="hf_wrong", dataset_name=tmp_path / "not-there.jsonl")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".training.lock"]
 
 

@@ -291,7 +291,7 @@ def test_files_that_may_not_grow(runs):
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(runs):
-    codes, text = runs("unwritable", output_dir="/sys/kernel/run", model_name_or_path="no/such-model")
+    codes, text = runs("unwritable", output_dir="/sys/kernel/run", dataset_name="nowhere.jsonl")
     assert codes == [1]
     assert "output_dir /sys/kernel/run cannot be written: " in text.splitlines()[-1]
 

@@ -52,7 +52,8 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_a_folder_that_is_no_whole_model(case, tmp_path, capsys):
+def test_a_folder_that_is_no_whole_model(case, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # tables are not to break the paths
     spoil, message = FOLDERS[case]
     adapter = trained("lora").folder
     check_model(BASE)

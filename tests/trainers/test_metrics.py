@@ -26,7 +26,7 @@ def rows_for(method, images):
         return "text", text_rows(8)
     rows = image_rows(images, 8)
     for i, r in enumerate(rows):
-        r |= {"image_list": images[: 2 + i % 2], "critical_box": None}
+        r |= {"image_list": images[: 2 + i % 2], "images": None, "critical_box": None}
     return "Qwen2-VL", rows
 
 
