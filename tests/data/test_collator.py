@@ -285,3 +285,23 @@ def test_what_a_chat_template_refuses_is_named():
     example = row(None, id="x") | {"prompt": message("system", "Be brief.") + message("user", "What?")}
     with pytest.raises(RowError, match=r"row 4 \(id 'x'\): the chat template refuses its messages: no system role"):
         PreferenceCollator(tok).encode(example | {"_row_index": 4})
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("b", ["b<|im_end|>", " b ", {"content": "b", "reasoning_content": "It is b."}])
+def test_pairs_of_the_same_tokens_are_refused(b, trims):
+    tok = text_model()[1]
+    if trims:
+        tok.chat_template = tok.chat_template.replace("m['content'] }}", "m['content'] | trim }}")
+    example = row(None, chosen="b") | {
+        "rejected": [{"role": "assistant", **(b if isinstance(b, dict) else {"content": b})}]
+    }
+    if b == " b " and not trims:
+        tree = PreferenceCollator(tok).encode(example)
+        assert tree.branches[0].ids != tree.branches[1].ids
+        return
+    with pytest.raises(RowError, match=r"^row: chosen and rejected have the same tokens.*'b<\|im_end\|>"):
+        PreferenceCollator(tok).encode(example)
+    if isinstance(b, str) and not trims:
+        with pytest.raises(RowError, match="chosen and rejected have the same tokens"):
+            PreferenceCollator(tok).encode({"prompt": "q ", "chosen": "b", "rejected": b})

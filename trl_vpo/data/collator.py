@@ -78,6 +78,13 @@ class PreferenceCollator:
             raise RowError(
                 f"{row.name}: the prompt has no token of its own. It merges with the responses, or is empty."
             )
+        if len(branches) == 2 and branches[0].ids == branches[1].ids:
+            raise RowError(
+                f"{row.name}: chosen and rejected have the same tokens, so there is no preference in them: "
+                f"{self.tokenizer.decode(branches[0].ids)[:300]!r}. The chat template or the tokenizer leaves out "
+                "what differs (white space, an end of turn, tool calls, thoughts). Choose a template that writes it "
+                "(`processing_class.chat_template`), or drop the row."
+            )
         branches += [replace(branches[0], trunk=k) for k in range(1, len(trunks))]
         tree = Tree(row.name, trunks, branches)
         self._check_length(tree)
