@@ -13,10 +13,13 @@ from datasets import Dataset, Features, Image, List, Video, load_dataset
 from families import KINDS, build, text_model
 from helpers import message, row, write_clip, write_image
 from media_files import needs_pyav
+from sentencepiece import SentencePieceTrainer
+from transformers import GPTSw3Tokenizer, SiglipTokenizer
 
 import trl_vpo
 from trl_vpo.data.blank import blank_encoder
 from trl_vpo.data.check import CHUNK, PassedRows, Problem, _check_media, check_rows, prepare_dataset
+from trl_vpo.data.identity import processor_identity
 from trl_vpo.data.media import VideoOptions
 from trl_vpo.data.rows import ROW_INDEX, RowError, read_row
 
@@ -441,6 +444,21 @@ def test_rows_that_passed_are_not_checked_again(good, processor, tmp_path):
     assert looked_at() == []
     processor = build("Qwen3-VL")[1]
     assert looked_at() == ["0", "1", "renamed"]
+
+
+@pytest.mark.parametrize("kind", [GPTSw3Tokenizer, SiglipTokenizer])
+def test_a_tokenizer_whose_vocabulary_is_no_text(kind, tmp_path):
+    """SentencePiece's files are binary. Two of them differ; one and the same is recognised."""
+    tokenizers = []
+    for name, text in (("a", "a red square moves left."), ("b", "what is in the picture?")):
+        trained = {"model_prefix": str(tmp_path / name), "vocab_size": 40, "hard_vocab_limit": False}
+        SentencePieceTrainer.train(sentence_iterator=iter([text] * 4), minloglevel=2, **trained)
+        tokenizers.append(kind(str(tmp_path / f"{name}.model"), name_or_path="a"))
+        tokenizers[-1].chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    first, other = map(processor_identity, tokenizers)
+    assert first == processor_identity(kind(str(tmp_path / "a.model"), chat_template=tokenizers[0].chat_template))
+    assert dict(first)["spiece.model"] != dict(other)["spiece.model"]
+    assert len(prepare([row(None)], tokenizers[0], tmp_path)) == 1
 
 
 def test_worker_processes_find_the_same(processor, tmp_path):

@@ -64,11 +64,12 @@ def source_identity(source: Any, root: str | None, state: Callable[[Path], list]
 
 
 def processor_identity(processing_class: Any) -> list:
-    """The files that a processor or tokenizer would be saved as."""
+    """What a processor or tokenizer would be saved as: the names of its files, and what stands for their contents."""
     with tempfile.TemporaryDirectory() as folder:
         processing_class.save_pretrained(folder)
         files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-        found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        found = {name: path.read_bytes() for name, path in files.items()}  # vocabularies may be no text
     if "tokenizer.json" in found:  # the last call's padding and truncation stay behind in it
-        found["tokenizer.json"] = {**json.loads(found["tokenizer.json"]), "padding": None, "truncation": None}
-    return sorted(found.items())
+        saved = {**json.loads(found["tokenizer.json"]), "padding": None, "truncation": None}
+        found["tokenizer.json"] = json.dumps(saved).encode()
+    return [[name, hashlib.sha256(data).hexdigest()] for name, data in sorted(found.items())]
