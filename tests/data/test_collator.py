@@ -305,3 +305,16 @@ def test_pairs_of_the_same_tokens_are_refused(b, trims):
     if isinstance(b, str) and not trims:
         with pytest.raises(RowError, match="chosen and rejected have the same tokens"):
             PreferenceCollator(tok).encode({"prompt": "q ", "chosen": "b", "rejected": b})
+
+
+@pytest.mark.parametrize("header", ["Assistant: ", "<think>A or B?</think>\n", "ABBA "])
+@pytest.mark.parametrize("said", ["A", "A<|im_end|>", "A A"])
+def test_phrases_are_not_marked_in_what_a_template_adds(header, said):
+    tok = text_model()[1]
+    written = "{% if m['role'] == 'assistant' %}{{ 'HEADER' }}{% endif %}{{ m['content'] }}".replace("HEADER", header)
+    tok.chat_template = tok.chat_template.replace("{{ m['content'] }}", written.replace("\n", "\\n"))
+    example = row(None, chosen=said, rejected="B") | {"chosen_phrases": [[0, 1]], "rejected_phrases": [[0, 1]]}
+    for branch, want in zip(PreferenceCollator(tok, phrases=True).encode(example).branches, (said, "B")):
+        at = [i for i, on in enumerate(branch.phrases) if on]
+        assert tok.decode(branch.ids[: at[0]]) == header
+        assert tok.decode(branch.ids[at[0] :]) == want.removesuffix("<|im_end|>") + "<|im_end|>\n"

@@ -7,11 +7,11 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-from trl_vpo.data.chat import WHOLE, ended, place_in_string, render_chat, same_start
+from trl_vpo.data.chat import WHOLE, WORD, ended, place_in_string, render_chat, same_start
 from trl_vpo.data.masking import check_box, masked_image_list
 from trl_vpo.data.media import Clip, MediaError, VideoOptions, load_image, load_video
 from trl_vpo.data.phrases import PhraseError, Span, spans_to_token_mask
-from trl_vpo.data.rows import REF_SUMS, Row, RowError, check_accepted, read_row, response_text
+from trl_vpo.data.rows import REF_SUMS, Row, RowError, check_accepted, read_row, response_text, with_text
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 
 SIDES = ("chosen", "rejected")
@@ -136,7 +136,8 @@ class PreferenceCollator:
             raise RowError(f"the {side} response has no tokens of its own behind the prompt.")
         if not self.phrases:
             return Branch(ids)
-        spans, moved = _spans_in(response, row, side)
+        tail = self._render(replace(row, **{side: with_text(getattr(row, side), WORD)}), (side,))[1][0]
+        spans, moved = _spans_in(response, row, side, tail.rpartition(WORD)[2].strip())
         return Branch(
             ids, phrases=spans_to_token_mask(spans, whole["offset_mapping"][skip:], shift=shift + moved, text=text)
         )
@@ -211,16 +212,24 @@ class PreferenceCollator:
                 )
 
 
-def _spans_in(response: str, row: Row, side: str) -> tuple[list[Span], int]:
-    """The phrases, and how far the template moves them: some strip a response, or put thoughts in front."""
+def _spans_in(response: str, row: Row, side: str, tail: str) -> tuple[list[Span], int]:
+    """The phrases, and how far the template moves them: some strip a response, or put thoughts in front.
+
+    The text is what ends where the template's end of turn begins: what a template puts in front may say the same.
+    """
     text, spans = response_text(getattr(row, side)), getattr(row, f"{side}_phrases")
-    begin, at = 0, response.find(text)
-    if at < 0:
-        begin, at = len(text) - len(text.lstrip()), response.find(text.strip())
-        if at < 0:
-            raise RowError(f"the chat template changes the text of the {side} response; phrases cannot be located.")
+    head, body = response.rstrip().removesuffix(tail).rstrip(), text.strip()
+    while tail and not head.endswith(body) and body.endswith(tail):  # the data bring the end of turn
+        body = body.removesuffix(tail).rstrip()
+    if not head.endswith(body):
+        raise RowError(
+            f"the chat template changes the text of the {side} response; phrases cannot be located. The text: "
+            f"{text[:300]!r}; the template's: {response[:300]!r}."
+        )
+    moved = len(head) - len(body) - (len(text) - len(text.lstrip()))
+    if moved < 0 or response[moved : moved + len(text)] != text:
         spans = [_without_margins(span, text, side) for span in spans]
-    return spans, at - begin
+    return spans, moved
 
 
 def _without_margins(span: Span, text: str, side: str) -> Span:
