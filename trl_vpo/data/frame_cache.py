@@ -25,7 +25,7 @@ import numpy as np
 if TYPE_CHECKING:
     from trl_vpo.data.media import VideoOptions
 
-FORMAT = 3  # another number, and older entries are no longer found: change it with what decoding or sampling gives
+FORMAT = 4  # another number, and older entries are no longer found: change it with what decoding or sampling gives
 FIELDS = ("frames", "timestamps", "fps", "total_frames", "duration", "span")
 # What numpy and zipfile raise on files that are cut short, overwritten or something else altogether.
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError, SyntaxError)

@@ -199,8 +199,10 @@ def sample_frames(times: np.ndarray, duration: float, options: VideoOptions, nam
     _check_start(options, duration, name)
     start = options.video_start or 0.0
     end = duration if options.video_end is None else min(options.video_end, duration)
-    low = max(0, np.searchsorted(times, start + _CLOCK, side="right") - 1)
-    high = np.searchsorted(times, end + _CLOCK)
+    shown_from = times - np.minimum(_CLOCK, 0.4 * np.diff(times, prepend=times[0]))  # less than half an interval
+    low = max(0, np.searchsorted(shown_from, start, side="right") - 1)
+    low = np.searchsorted(times, times[low])  # the first of several with one time
+    high = np.searchsorted(shown_from, end)
     if options.fps is None:
         # The last of several frames counts as long as is usual; one that stays for long, only in the window.
         until = end if high - low == 1 else max(end, times[high - 1] + np.median(np.diff(times)))
@@ -208,7 +210,7 @@ def sample_frames(times: np.ndarray, duration: float, options: VideoOptions, nam
         return low + _spread(high - low, options.num_frames), float(until - max(times[low], start))
     count = max(1, math.ceil((end - start) * options.fps - _CLOCK))
     moments = start + np.arange(count) / options.fps
-    shown = np.searchsorted(times, moments + _CLOCK, side="right") - 1
+    shown = np.searchsorted(shown_from, moments, side="right") - 1
     shown = np.unique(shown.clip(low, high - 1))
     return shown[_spread(len(shown), options.max_frames)], count / options.fps
 
