@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch._utils import ExceptionWrapper
 
 from trl_vpo import cli
+from trl_vpo.data.rows import RowError
 from trl_vpo.launch import launch_options
 
 RRPO_ROW = {
@@ -176,3 +178,26 @@ def test_launch_runs_the_module(unlaunched, monkeypatch):
     (args,) = seen
     assert (args.module, args.training_script, args.num_processes) == (True, "trl_vpo.cli", 2)
     assert args.training_script_args == ["train", "rrpo", "--config", "r.yaml"]
+
+
+def test_what_a_loader_process_raises_is_told_without_its_traceback(monkeypatch, capsys):
+    """As torch hands it on."""
+
+    def fail(*_):
+        try:
+            raise RowError("row 3: damaged")
+        except RowError:
+            ExceptionWrapper(where="in DataLoader worker process 0").reraise()
+
+    monkeypatch.setattr("trl_vpo.cli.doctor", fail)
+    assert cli.main(["doctor", "recipe.yaml"]) == 1
+    assert capsys.readouterr().err.splitlines()[0] == "trl-vpo: error: row 3: damaged"
+
+
+def test_ctrl_c_ends_with_its_exit_code(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl_vpo.cli.doctor", interrupted)
+    assert cli.main(["doctor", "recipe.yaml"]) == 130
+    assert capsys.readouterr().err == ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from trl_vpo.data.import_formats import FORMATS
 from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.launch import launch, launch_options
+from trl_vpo.report.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.train import METHODS
 
@@ -95,13 +96,22 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if rest and args.run not in (doctor, evaluate):
         args.parser.error(f"unknown option {rest[0]}. `{args.parser.prog} --help` lists the options.")
+    hide_messages()
     try:
         return args.run(args, rest)
+    except KeyboardInterrupt:  # whoever was interrupted has said how to go on
+        return 130
     except Exception as error:
         if os.environ.get(TRACEBACK) or not isinstance(error, _user_errors()):
             raise
-        print(f"trl-vpo: error: {scrub(str(error))}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
+        print(f"trl-vpo: error: {scrub(_message(error))}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
         return 2 if type(error).__name__ == "RecipeError" else 1
+
+
+def _message(error: Exception) -> str:
+    """What an error says; torch puts the traceback of a data-loader worker in front of that."""
+    parts = str(error).split(f"\n{type(error).__module__}.{type(error).__qualname__}: ")
+    return parts[-1].rstrip() if parts[0].startswith("Caught ") else str(error)
 
 
 def make_parser() -> Parser:

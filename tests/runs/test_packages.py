@@ -54,3 +54,9 @@ def test_training_and_doctor_say_so(bare, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text('{"question": "Why?"}\n')
     assert main([*generate, str(tmp_path / "in.jsonl"), "--output_dir", str(tmp_path / "run")]) == 1
     assert "pip install 'trl-vpo[quantization]'" in capsys.readouterr().err
+
+
+def test_a_reporter_that_does_not_exist_is_never_installed():
+    assert missing_packages({"report_to": ["tensorbord"]}) == [
+        "report_to: there is no tensorbord. Did you mean tensorboard?"
+    ]

@@ -7,7 +7,7 @@ import torch
 import transformers as T
 import trl
 from datasets import Dataset, DatasetDict
-from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from trainer_kit import METHODS, TEXT_METHODS, config, fresh, image_rows, lora, text_rows, trainer_of
 
 from trl_vpo.data.rows import RowError
@@ -233,6 +233,20 @@ def test_resuming_with_a_reference_that_moved(tmp_path):
     for checkpoint in (True, str(tmp_path / "checkpoint-1")):
         with pytest.raises(ValueError, match=r"sync_ref_model.*checkpoints do not hold it.*Start anew"):
             trainer_of("dpo", tmp_path, peft=None, **more).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_loss_that_would_never_be_called(tmp_path):
+    class Mine(METHODS["dpo"][1]):
+        def _compute_loss(self, model, inputs, return_outputs):
+            raise NotImplementedError
+
+    with pytest.raises(TypeError, match=r"Mine\._compute_loss would never be called: override `preference_loss"):
+        Mine(fresh()[0], args=config("dpo", tmp_path), train_dataset=Dataset.from_list(text_rows()))
+
+
+def test_targets_that_peft_does_not_know(images, tmp_path):
+    with pytest.raises(ValueError, match=r"what to adapt in a qwen2_vl: set lora_target_modules .* language"):
+        trainer_of("dpo", tmp_path, image_rows(images), name="Qwen2-VL", peft_config=LoraConfig(), peft=None)
 
 
 def test_a_collator_around_ours_trains(tmp_path):

@@ -19,17 +19,22 @@ SAID = {
 }
 
 
+def hide_messages() -> None:
+    """Hide the messages above, and no other."""
+    for message in DEPRECATED:
+        warnings.filterwarnings("ignore", message, FutureWarning)
+    for name in SAID:
+        logging.getLogger(name).addFilter(_is_news)
+
+
 def quiet_libraries(*, bars: bool | None = None) -> None:
-    """Hide the messages above, and no other. Call it before TRL is imported.
+    """Hide the messages above, and progress bars where they would fill a log. Call it before TRL is imported.
 
     Args:
         bars: let transformers and datasets show their progress bars. By default on rank 0 of a terminal only: in a
             log file each step of a bar is a line.
     """
-    for message in DEPRECATED:
-        warnings.filterwarnings("ignore", message, FutureWarning)
-    for name in SAID:
-        logging.getLogger(name).addFilter(_is_news)
+    hide_messages()
     if bars is None:
         bars = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
     if not bars:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from trl_vpo.runs.recipe_file import nearest
+
 BITSANDBYTES = (("bitsandbytes",), "'trl-vpo[quantization]'")
 DEEPSPEED = (("deepspeed",), "'trl-vpo[deepspeed]'")
 # The modules of which one is needed, and what pip calls them.
@@ -35,6 +37,18 @@ REPORTERS = {
     "flyte": (("flytekit",), "flytekit"),
 }
 NO_REPORTERS = {"none", "all"}
+KNOWN_REPORTERS = {
+    *REPORTERS,
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "mlflow",
+    "neptune",
+    "swanlab",
+}
+KNOWN_REPORTERS |= {"trackio", "wandb"}
 
 
 def missing_packages(settings: Mapping[str, Any]) -> list[str]:
@@ -43,7 +57,8 @@ def missing_packages(settings: Mapping[str, Any]) -> list[str]:
     Args:
         settings: names and values of a run's arguments.
     """
-    return [
+    unknown = [name for name in _reporters(settings) if name not in KNOWN_REPORTERS]
+    return [f"report_to: there is no {name}.{nearest(name, KNOWN_REPORTERS)}" for name in unknown] + [
         f"{what} needs {modules[0]}, which is not installed: pip install {name}"
         for what, (modules, name) in _needed(settings)
         if not any(_installed(module) for module in modules)
@@ -60,10 +75,13 @@ def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[str,
         for pattern, package in table.items():
             if re.search(pattern, value) if table is OPTIMIZERS else re.fullmatch(pattern, value):
                 yield f"{key}: {value}", package
-    reporters = settings.get("report_to") or []
-    for name in [reporters] if isinstance(reporters, str) else reporters:
-        if name not in NO_REPORTERS:
-            yield f"report_to: {name}", REPORTERS.get(name, ((name,), name.replace("_", "-")))
+    for name in KNOWN_REPORTERS.intersection(_reporters(settings)):
+        yield f"report_to: {name}", REPORTERS.get(name, ((name,), name.replace("_", "-")))
+
+
+def _reporters(settings: Mapping[str, Any]) -> list[str]:
+    given = settings.get("report_to") or []
+    return [name for name in ([given] if isinstance(given, str) else given) if name and name not in NO_REPORTERS]
 
 
 def _installed(module: str) -> bool:

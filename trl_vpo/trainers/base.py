@@ -72,6 +72,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         quantization_config: Any = None,
         peft_config: "PeftConfig | None" = None,
     ):
+        setup.check_hooks(type(self), VisualPreferenceTrainer)
         args = self._checked_args(args, model)
         if not self.needs_reference and ref_model is not None:
             raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")

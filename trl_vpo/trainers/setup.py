@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftConfig, PeftModel, PromptLearningConfig
+from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 from trl.trainer import dpo_trainer
@@ -18,9 +19,11 @@ from trl_vpo.adapters import PRESETS, check_targets, loses_base, resolve_targets
 from trl_vpo.footprint import empty_model
 from trl_vpo.forward.scoring import check_head
 from trl_vpo.models.source import check_model as check_source
+from trl_vpo.runs.recipe_file import RecipeError
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
-LORA_RATE, LOWEST_LORA_RATE = 5e-6, 1e-6  # of the recipes for 7B models; the lowest in the papers
+LORA_RATE, LOWEST_LORA_RATE = 5e-6, 1e-6  # of the recipes for 7B models; DPO's default, for full fine-tuning
+UNCALLED = ("_compute_loss", "get_batch_loss_metrics", "dpo_loss")  # where TRL's trainers, now and before, have a loss
 
 
 def check_model(
@@ -77,6 +80,20 @@ def check_collator(data_collator: Any) -> None:
         )
 
 
+def check_hooks(kind: type, base: type) -> None:
+    """Refuse a subclass whose loss would never be called.
+
+    Raises:
+        TypeError: names its method, and the one to override.
+    """
+    for name in UNCALLED:
+        if getattr(kind, name, None) is not getattr(base, name, None):
+            raise TypeError(
+                f"{kind.__name__}.{name} would never be called: override `preference_loss(scores, reference, batch)`, "
+                "or `compute_loss`."
+            )
+
+
 def _check_strays(model: PeftModel) -> None:
     """Refuse weights that train beside the adapter and are not part of it."""
     biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
@@ -104,7 +121,7 @@ def _warn_of_new(model: PeftModel) -> None:
 
 def low_rate(args: VisualPreferenceConfig, method: str) -> str | None:
     """What is wrong with a learning rate for LoRA; None: nothing."""
-    if args.learning_rate >= LOWEST_LORA_RATE:
+    if args.learning_rate > LOWEST_LORA_RATE:
         return None
     return (
         f"learning_rate is {args.learning_rate:g}, as in full fine-tuning: LoRA hardly learns with it. The LoRA "
@@ -137,6 +154,13 @@ def spelt_out(peft_config: PeftConfig | None, model: Any, args: VisualPreference
     """
     targets = getattr(peft_config, "target_modules", None)
     check_targets(targets)
+    if isinstance(peft_config, LoraConfig) and not (targets or peft_config.target_parameters):
+        kind = AutoConfig.from_pretrained(model, **_source(args)) if isinstance(model, str) else model.config
+        if kind.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+            raise RecipeError(
+                f"LoRA needs to know what to adapt in a {kind.model_type}: set lora_target_modules (in Python "
+                f"`LoraConfig(target_modules=...)`) to {', '.join(PRESETS)}, or a list of module names."
+            )
     if targets not in PRESETS or isinstance(model, PeftModel):
         return peft_config
     if isinstance(model, str):

@@ -126,6 +126,8 @@ def remedy(folder: Path, error: Exception) -> str:
         return f"Give {_user()} the right to write there (mounted read-only?), or name another output_dir."
     if number in (errno.EEXIST, errno.ENOTDIR):
         return "A file is in its place. Name another output_dir."
+    if number in (errno.ENOENT, errno.ENAMETOOLONG, errno.ENODEV):
+        return "No folder can be made there. Name another output_dir."
     free = ""
     with suppress(OSError):
         free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there. "
