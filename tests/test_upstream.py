@@ -76,6 +76,8 @@ CALLED = [
     ("huggingface_hub.constants.HF_HUB_OFFLINE", ..., "trl_vpo/models/source.py"),
     ("datasets.config.HF_HUB_OFFLINE", ..., "trl_vpo/models/source.py"),
     ("peft.load_peft_weights", ["model_id", "device"], ATTACH),
+    ("peft.utils.TrainableTokensWrapper.adapter_state_dict", ["self", "adapter_name", "state_dict"], ATTACH),
+    ("peft.utils.TrainableTokensWrapper.adapter_state_dict_load_map", ["self", "adapter_name"], ATTACH),
     ("peft.PeftModel.load_adapter", ["self", "model_id", "adapter_name", "is_trainable", "torch_device"], ATTACH),
     (
         "transformers.conversion_mapping.get_model_conversion_mapping",

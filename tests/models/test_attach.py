@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -136,6 +137,69 @@ def test_strays_are_refused(case, tmp_path):
     spoil(folder)
     with pytest.raises(AdapterError, match=message):
         attach_adapter(plain(), folder)
+
+
+def saved(folder, **keys):
+    """An adapter with random weights, also for the trained tokens."""
+    config = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False} | keys)
+    get_peft_model(plain(), config).save_pretrained(folder)
+    path = folder / "adapter_model.safetensors"
+    save_file({n: t + torch.randn_like(t) if "tokens_delta" in n else t for n, t in load_file(path).items()}, path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a", "m", "lora"])
+def test_an_adapter_may_be_called_a_part_of_a_word(name):
+    folder = trained("lora").folder
+    pair = attach_adapter(plain(), folder)
+    attach_adapter(pair.get_base_model(), folder, name=name, wrapped=pair).set_adapter(name)
+    assert torch.equal(logits(pair), logits(attach_adapter(plain(), folder)))
+
+
+@pytest.mark.parametrize("name", ["layers", "lora_A", "0"])
+def test_an_adapter_called_like_a_module(name):
+    with pytest.raises(AdapterError, match=f"the adapter name '{name}' is what a part of the model is called"):
+        attach_adapter(plain(), trained("lora").folder, name=name)
+
+
+def test_an_adapter_beside_one_with_trained_tokens(tmp_path):
+    folders = {
+        "tokens": saved(tmp_path / "tokens", trainable_token_indices=[9, 12]),
+        "lora": saved(tmp_path / "lora"),
+    }
+    pair = attach_adapter(plain(), folders["tokens"], name="tokens")
+    attach_adapter(pair.get_base_model(), folders["lora"], name="lora", wrapped=pair)
+    alone = {name: logits(attach_adapter(plain(), folder)) for name, folder in folders.items()}
+    assert (alone["tokens"] - alone["lora"]).abs().max() > 1
+    for name in ("tokens", "lora", "tokens"):
+        pair.set_adapter(name)
+        assert torch.equal(logits(pair), alone[name])
+
+
+def test_trained_tokens_beside_adapted_embeddings(tmp_path):
+    pair = attach_adapter(plain(), saved(tmp_path / "embed", target_modules=["embed_tokens"]))
+    tokens = saved(tmp_path / "tokens", trainable_token_indices=[9])
+    with pytest.raises(AdapterError, match="trainable_token_indices cannot be applied"):
+        attach_adapter(pair.get_base_model(), tokens, name="tokens", wrapped=pair)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite(value, tmp_path):
+    folder = changed(trained("lora").folder, tmp_path)
+    path = folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "layers.1" in name and "lora_B" in name)
+    weights[name][0, 0] = value
+    save_file(weights, path)
+    with pytest.raises(AdapterError, match=f"{re.escape(name)} holds values that are not finite"):
+        attach_adapter(plain(), folder)
+
+
+def test_merging_biases_into_layers_without(tmp_path):
+    folder = saved(tmp_path / "biased", target_modules=["o_proj"], lora_bias=True)
+    with pytest.raises(AdapterError, match=r"cannot be merged: .*`lora_bias=True` because the base layer has no bias"):
+        merge(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_alphas_of_old_names_are_translated(old):

@@ -2,12 +2,15 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TrainableTokensWrapper
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -36,35 +39,42 @@ def attach_adapter(
         model: the base.
         path: folder or Hub name of the adapter.
         config: the adapter's, if it was read before.
-        name: of the adapter within PEFT.
+        name: of the adapter within PEFT; not what a part of the model is called, such as `layers` or `lora_A`.
         wrapped: what an earlier call gave.
         trainable: load it to train it further; give the result to a trainer as its model.
 
     Raises:
-        AdapterError: tensors of the file have no place in the model, or the other way round; or shapes differ.
+        AdapterError: tensors of the file have no place in the model, or the other way round; shapes differ; a tensor
+            is not finite; PEFT does not take the name, or the adapter beside the others.
     """
     base = model.config._name_or_path or type(model).__name__
     misfit = f"adapter {path} does not fit {base}"
     try:
         config = config or PeftConfig.from_pretrained(str(path))
         config.inference_mode = not trainable
+        weights = load_peft_weights(str(path), device="cpu")
+        _check_finite(weights, path)
         _translate_patterns(config, model)
+        parts = [key for key, _ in model.named_parameters()]
         if wrapped is None:
             wrapped = PeftModel(model, config, adapter_name=name)
         else:
             wrapped.add_adapter(name, config)
-        mapping = _key_mapping(wrapped, name, load_peft_weights(str(path), device="cpu"), misfit)
-        with warnings.catch_warnings():
+        with _own_tokens_only(), warnings.catch_warnings():
+            own = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False).keys()
+            _check_name(name, [*parts, *own])
+            mapping = _key_mapping(wrapped, own, weights.keys(), misfit)
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
             loaded = wrapped.load_adapter(
                 str(path), name, is_trainable=trainable, torch_device=str(model.device), key_mapping=mapping
             )
     except AdapterError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
         raise AdapterError(f"{misfit}: {first}") from error
-    _refuse_strays(loaded.missing_keys, loaded.unexpected_keys, misfit)
+    missing = [key for key in loaded.missing_keys if name in key.split(".")]  # PEFT takes it for a part of any word
+    _refuse_strays(missing, loaded.unexpected_keys, misfit)
     _check_patterns(config, wrapped, misfit)
     return wrapped
 
@@ -82,16 +92,49 @@ def check_checkpoint(model: PeftModel, folder: Path) -> None:
     _refuse_strays(own - saved, strange, f"the adapter in {folder} does not fit the one in training")
 
 
-def _key_mapping(wrapped: PeftModel, name: str, saved: Iterable[str], misfit: str) -> dict[str, str]:
+@contextmanager
+def _own_tokens_only() -> Iterator[None]:
+    """Ask a module with trained tokens only for adapters that train some, as PEFT asks other modules.
+
+    PEFT asks it for every adapter, and raises KeyError for one without `trainable_token_indices` beside one that has
+    them. To be deleted once both methods look at `_adapters`, as those of `peft.utils.ModulesToSaveWrapper` do.
+    """
+
+    def asked(method: Callable) -> Callable:
+        return lambda self, name, *args: method(self, name, *args) if name in self._adapters else {}
+
+    names = ("adapter_state_dict", "adapter_state_dict_load_map")
+    methods = [getattr(TrainableTokensWrapper, name) for name in names]
+    try:
+        for name, method in zip(names, methods):
+            setattr(TrainableTokensWrapper, name, asked(method))
+        yield
+    finally:
+        for name, method in zip(names, methods):
+            setattr(TrainableTokensWrapper, name, method)
+
+
+def _check_finite(weights: dict[str, Tensor], path: Path | str) -> None:
+    for key, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise AdapterError(f"adapter {path}: {key} holds values that are not finite. Use an earlier checkpoint.")
+
+
+def _check_name(name: str, keys: Iterable[str]) -> None:
+    """Refuse a name that PEFT, which goes by parts of keys, cannot tell from a module's."""
+    if any(name in key.split(".") for key in keys):
+        raise AdapterError(f"the adapter name {name!r} is what a part of the model is called: give another one.")
+
+
+def _key_mapping(wrapped: PeftModel, own: Iterable[str], saved: Iterable[str], misfit: str) -> dict[str, str]:
     """Patterns of names in the file and what the model calls them, where that differs."""
-    own = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
-    saved, mapping, translate = set(saved), {}, translator(wrapped.get_base_model())
-    for key in saved - own.keys():
+    own, saved, mapping, translate = set(own), set(saved), {}, translator(wrapped.get_base_model())
+    for key in saved - own:
         if not key.startswith(PREFIX):
             raise AdapterError(f"{misfit}: the name {key} does not begin with {PREFIX}, as names that PEFT saves do.")
         old = key.removeprefix(PREFIX)
         new = translate(old)
-        if PREFIX + new in own.keys() - saved:
+        if PREFIX + new in own - saved:
             mapping[f"^{re.escape(old)}$"] = new.replace("\\", r"\\")
     return mapping
 
