@@ -14,7 +14,7 @@ from trl.scripts.utils import ScriptArguments, TrlParser
 from trl_vpo.runs.packages import missing_packages
 from trl_vpo.runs.recipe_file import RecipeError, nearest, read_recipe
 from trl_vpo.runs.secrets import scrub
-from trl_vpo.runs.values import annotations, check_bounds, checked
+from trl_vpo.runs.values import annotations, check_bounds, checked, environment
 
 TARGETS_HELP = (
     "What LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model family; "
@@ -89,10 +89,7 @@ class RecipeParser(TrlParser):
     def _read(self, path: str) -> dict[str, Any]:
         """The recipe with checked values; its `env` becomes the environment, as in TRL."""
         recipe = read_recipe(path)
-        environment = recipe.pop("env", None) or {}
-        if not isinstance(environment, dict):
-            raise RecipeError(f"{path}: env is {type(environment).__name__}: give a mapping of names and texts.")
-        os.environ |= {str(name): str(value) for name, value in environment.items()}
+        os.environ |= environment(recipe.pop("env", None) or {}, f"{path}: ")
         known = annotations(self.dataclass_types)
         unknown = [key for key in recipe if key not in known and key not in LAUNCH_KEYS]
         if unknown:

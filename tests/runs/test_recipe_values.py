@@ -1,5 +1,7 @@
 """A recipe is read strictly: what its keys cannot take is refused, with the file and the key, before it runs."""
 
+import os
+
 import pytest
 
 from trl_vpo.cli import main
@@ -56,6 +58,18 @@ WRONG = [  # a line, the command, what is wanted
     ("model_init_kwargs:\n  a: {b: 1, b: 2}", "train", "'b' is there twice, the first time in line 4"),
     ("a: &a [x, x]\nb: *a", "train", "has an alias"),
     ("beta:\t1", "train", "line 3, column 6"),
+    ("seed: 010", "train", "line 3, column 7: a number to base 8: write a plain decimal one"),
+    ("seed: -0_10", "train", "line 3, column 7: a number to base 8"),
+    ("beta: 1:30", "train", "line 3, column 7: a number to base 60"),
+    ("video_end: 10:30.5", "train", "line 3, column 12: a number to base 60"),
+    ("lora_modules_to_save: [1:30]", "train", "line 3, .*: a number to base 60"),
+    ("env: {A: null}", "train", r"env\.A is null: give a text \(quote it\) or a number"),
+    ("env: {A: true}", "train", r"env\.A is true: give a text \(quote it\)"),
+    ("env: {A: [secret]}", "train", r"env\.A is a list: give a text"),
+    ("env: {on: a}", "train", "env: the name true is no text"),
+    ("env: [A]", "train", "env is list: give a mapping"),
+    ("pad_to_multiple_of: -8", "train", "pad_to_multiple_of is -8: give at least 1"),
+    ("report_to:", "train", 'report_to is null: write "none"'),
     ("temperature: true", "generate", "temperature is true: give a number"),
     ("temperature: .nan", "generate", "temperature is nan: give a finite number"),
     ("batch_size: [1]", "generate", r"batch_size is \[1\]: give a whole number"),
@@ -110,11 +124,29 @@ def test_values_that_stand_for_what_is_meant(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("line", "wanted"), [("true", "true"), ("false", None), ("yes", "true"), ("", None), ("a/checkpoint-4",) * 2]
+)
+def test_what_a_recipe_resumes_from(line, wanted, tmp_path):
+    assert parsed(tmp_path, f"resume_from_checkpoint: {line}")[1].resume_from_checkpoint == wanted
+
+
+def test_numbers_that_yaml_reads_as_they_look(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.environ", {**os.environ})
+    text = "seed: 0\nmax_steps: 1_000\nbeta: 0.10\nlearning_rate: 1.0e-5\nalpha: +05.5\nrun_name: '010'\n"
+    text += "env: {SOME_PORT: 8080, SOME_PATH: /a, SOME_FLAG: 'true'}"
+    training = parsed(tmp_path, text, "rrpo")[1]
+    assert (training.seed, training.max_steps, training.beta, training.learning_rate) == (0, 1000, 0.1, 1e-5)
+    assert (training.alpha, training.run_name) == (5.5, "010")
+    assert [os.environ[name] for name in ("SOME_PORT", "SOME_PATH", "SOME_FLAG")] == ["8080", "/a", "true"]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--learning_rate", "nan"], "--learning_rate is nan: give a finite number"),
         (["--max-steps", "0"], "--max_steps is 0: give a whole number of at least 1"),
         (["--lora_dropout=2"], "--lora_dropout is 2.0: give at least 0 and below 1"),
+        (["--pad_to_multiple_of", "-8"], "--pad_to_multiple_of is -8: give at least 1"),
         (["--lora_target_modules", "*x"], "--lora_target_modules: .* is not a regular expression"),
         (["--max_steps", "a"], "argument --max_steps.*: invalid int value"),
         (["--config", "b.yaml"], "--config is given twice"),

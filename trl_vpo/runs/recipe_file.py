@@ -1,6 +1,7 @@
 """The YAML file of a recipe, read strictly: what YAML would drop or guess silently is refused, with file and line."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def read_recipe(path: Path | str) -> dict[str, Any]:
     """The keys and values of a recipe.
 
     Raises:
-        RecipeError: no such file, not UTF-8, no YAML mapping, a key given twice, or an alias. Names the file.
+        RecipeError: no such file, not UTF-8, no YAML mapping, a key given twice, an alias, or a number that YAML 1.1
+            takes to base 8 or 60. Names the file.
     """
     text = recipe_text(path)
     try:
@@ -67,7 +69,7 @@ def recipe_text(path: Path | str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """[`yaml.SafeLoader`], which takes the last of several equal keys, without that."""
+    """[`yaml.SafeLoader`] without what nobody means: the last of several equal keys, 010 as 8, and 1:30 as 90."""
 
     def construct_mapping(self, node, deep=False):
         lines: dict[Any, int] = {}
@@ -80,3 +82,14 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             lines[key] = line
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node):
+        octal = re.fullmatch(r"[-+]?0[0-9_]+", node.value)
+        if octal or ":" in node.value:
+            problem = f"a number to base {8 if octal else 60}: write a plain decimal one, or quote what is a text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+
+
+for kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _Loader.construct_number)

@@ -18,7 +18,7 @@ AT_LEAST_ONE = {
     "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "precompute_ref_batch_size", "lora_r", "lora_alpha", "max_length", "dataset_num_proc",
     "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps",
-    "ref_model_sync_steps", "ddp_timeout",
+    "ref_model_sync_steps", "ddp_timeout", "pad_to_multiple_of",
 }  # fmt: skip
 AT_LEAST_ZERO = {
     "alpha", "nll_weight", "list_weight", "dpo_weight", "anchor_weight", "weight_decay",
@@ -55,6 +55,10 @@ def checked(key: str, value: Any, annotation: Any, where: str = "") -> Any:
     Raises:
         RecipeError: the value is of another type, not finite, or out of bounds.
     """
+    if key == "report_to" and value is None:  # transformers would look for a reporter called None
+        raise RecipeError(f'{where}report_to is null: write "none", or name what to report to.')
+    if key == "resume_from_checkpoint" and isinstance(value, bool):  # a text to transformers
+        value = "true" if value else None
     if (inner := _dataclass_of(annotation)) is not None:
         return [_checked_item(f"{key}[{i}]", item, inner, where) for i, item in enumerate(_listed(value))]
     if list in _parts(annotation) and str not in _parts(annotation) and isinstance(value, str):
@@ -66,12 +70,31 @@ def checked(key: str, value: Any, annotation: Any, where: str = "") -> Any:
     return value
 
 
+def environment(values: Any, where: str) -> dict[str, str]:
+    """The `env` of a recipe.
+
+    Raises:
+        RecipeError: no mapping of names to texts or numbers. Shows no value that may be a secret.
+    """
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}env is {type(values).__name__}: give a mapping of names and texts.")
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise RecipeError(f"{where}env: the name {_shown(name)} is no text. YAML reads it so unless it is quoted.")
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            shown = _shown(value) if isinstance(value, (bool, NoneType)) else f"a {type(value).__name__}"
+            raise RecipeError(f"{where}env.{name} is {shown}: give a text (quote it) or a number.")
+    return {name: str(value) for name, value in values.items()}
+
+
 def check_bounds(key: str, value: Any, where: str = "") -> None:
     """Refuse numbers that are not finite or out of bounds, and what is no regular expression.
 
     Raises:
         RecipeError: names the key.
     """
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value):
+        value = int(value)  # an option that takes texts, too
     if isinstance(value, (int, float)) and not isinstance(value, bool) and (wanted := _misses(key, value)):
         raise RecipeError(f"{where}{key} is {value}: give {wanted}.")
     if isinstance(value, list) and any(isinstance(item, float) and not math.isfinite(item) for item in value):
