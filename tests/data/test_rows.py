@@ -129,6 +129,21 @@ BROKEN = [
     (row(None, chosen=" "), {}, "the chosen response is empty"),
     (row(None, rejected=""), {}, "the rejected response is empty"),
     (row(None) | {"prompt": []}, {}, "has an empty prompt"),
+    (
+        row(None) | {"prompt": [{"role": "user", "content": None}]},
+        {},
+        "has an empty prompt: the last message .user. says",
+    ),
+    (
+        row(None) | {"prompt": [{"role": "user", "content": []}]},
+        {},
+        "has an empty prompt: the last message .user. says",
+    ),
+    (
+        row(None) | {"prompt": message("system", "Be brief.") + message("user", " ")},
+        {},
+        "has an empty prompt: the last",
+    ),
     (row(None) | {"rejected": None}, {}, "has no `rejected`"),
     (row(None) | {"prompt": "What?"}, {}, "mixes strings and message lists"),
     (row(None) | {"chosen": message("user", "hm")}, {}, "a message that is not the assistant's"),

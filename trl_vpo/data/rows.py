@@ -97,6 +97,7 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
         if not row.images and not row.videos:
             row.forgotten = forgotten_media(row.prompt)
         row.prompt = place_media(row.prompt, len(row.images), len(row.videos), words=True)
+        _check_question(row)
         _check_markers(row)
         if phrases:
             _find_phrases(row, example)
@@ -303,6 +304,18 @@ def _template_kwargs(example: dict) -> dict:
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError(f"`tools` must be a list of JSON schemas, or that list as JSON, got {tools!r:.80}.")
     return kwargs | ({"tools": tools} if tools else {})
+
+
+def _check_question(row: Row) -> None:
+    """Refuse a prompt that ends with a message of nothing. A tool may have nothing to say."""
+    last = {"role": "tool"} if isinstance(row.prompt, str) else row.prompt[-1]
+    if last["role"] == "tool" or last.get("tool_calls") or any(part["type"] != "text" for part in last["content"]):
+        return
+    if not _visible(response_text([last])):
+        raise RowError(
+            f"has an empty prompt: the last message ({last['role']}) says nothing. Give the model a question or an "
+            "instruction."
+        )
 
 
 def _check_markers(row: Row) -> None:
