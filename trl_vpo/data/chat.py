@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from trl_vpo.data.messages import MARKERS, RowError, response_text
+from trl_vpo.data.shown import SHOWN, LeftOutError, check_prompt, check_response
 
 if TYPE_CHECKING:  # rows are read where nothing heavy is imported
     from transformers import PreTrainedTokenizerBase
@@ -24,9 +25,7 @@ if TYPE_CHECKING:  # rows are read where nothing heavy is imported
 # `max_length` or `text_kwargs` in their configs. A text is tokenized whole, whatever they say.
 WHOLE = {"truncation": False, "padding": False, "add_special_tokens": False}
 RESERVED = {"chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
-PRINTED = ("'type': 'text'", '"type": "text"')  # a list of parts in the output of a template that wants text
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
-SHOWN = 300  # characters of a rendering in a message
 WORD = "word"
 
 Form = Callable[[dict], bool]  # whether a message's content is given as a string rather than as a list of parts
@@ -136,20 +135,21 @@ def _says(text: str, role: str = "assistant") -> list[dict]:
 # --- the template -------------------------------------------------------------------------------------------------
 
 
-def _write(write: Callable, prompt: list[dict], *responses: list[dict]) -> tuple[str, list[str]]:
+def _write(write: partial, prompt: list[dict], *responses: list[dict]) -> tuple[str, list[str]]:
     """The prompt as generation is given it, and what each response adds to it, if every text can be seen in them."""
     start = write(prompt, add_generation_prompt=True)
-    _check_shown([m for m in prompt if m["role"] in ("user", "system")], start)
+    check_prompt(prompt, write.keywords.get("tools"), start)
     texts = [_added(start, write(prompt + response)) for response in responses]
     for messages, text in zip(responses, texts):
-        _check_shown([m for m in messages if m["role"] == "assistant" and not m.get("tool_calls")], text)
+        check_response(messages, text)
     return start, texts
 
 
 def _refusal(refusals: list[Exception]) -> RowError:
-    """The refusal that says most: of the seam, of the template itself, of texts that it leaves out, of other forms."""
-    order = (SeamError, TemplateError, RowError, Exception)
-    error = min(refusals, key=lambda e: next(i for i, kind in enumerate(order) if isinstance(e, kind)))
+    """The refusal that says most: of the seam, of the template itself, of what it leaves out, of other forms."""
+    order = (SeamError, TemplateError, LeftOutError, RowError)  # jinja's own errors are of another form
+    kinds = [type(e) for e in refusals]
+    error = refusals[min(range(len(kinds)), key=lambda i: order.index(kinds[i]) if kinds[i] in order else len(order))]
     if isinstance(error, RowError):
         return error
     return RowError(f"the chat template refuses its messages: {error}. Rewrite them, or drop the row.")
@@ -186,29 +186,6 @@ def _added(prompt: str, whole: str) -> str:
         f"conversation: {shown[1]}. Choose another template (`processing_class.chat_template`), other "
         "`chat_template_kwargs`, or give prompt and responses as strings."
     )
-
-
-def _check_shown(messages: list[dict], rendered: str) -> None:
-    """Raise if a text of the messages is not in what the template writes.
-
-    White space does not count, for templates strip it. Earlier answers and tools' are not looked at: templates take
-    thoughts out of the first and write the second as JSON.
-    """
-    squashed = _squash(rendered)
-    for message in messages:
-        content = message["content"]
-        for text in [content] if isinstance(content, str) else [part.get("text", "") for part in content]:
-            printed = any(p in rendered and p not in text for p in PRINTED)
-            if printed or _squash(text) not in squashed:
-                raise RowError(
-                    f"the chat template does not write the text of the {message['role']} message as it is. The text: "
-                    f"{text[:SHOWN]!r}; the template's: {rendered[-SHOWN:]!r}. Choose a template that keeps it "
-                    "(`processing_class.chat_template`), or drop the row."
-                )
-
-
-def _squash(text: str) -> str:
-    return "".join(text.split())
 
 
 def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
