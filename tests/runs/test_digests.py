@@ -113,4 +113,6 @@ def test_rows_are_known_by_their_texts_and_media(tmp_path):
         assert not set(changed) & set(first)
     for changed in (rows(text="Yes."), rows(start=1.0)):
         assert changed[0] != first[0] and changed[1] == first[1]
+    (tmp_path / "there" / "frames" / "1.png").write_bytes(b"other")  # as large, and in the middle
+    assert rows("there")[0] == first[0] and rows("there")[1] != first[1]
     assert row_digests(Dataset.from_list([{"prompt": "a"}])).dtype == np.uint64
