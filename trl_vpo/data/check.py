@@ -16,7 +16,8 @@ from typing import Any
 
 import av
 import numpy as np
-import PIL
+import PIL.Image
+import PIL.ImageFile
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -239,7 +240,8 @@ class PassedRows:
         self._root = collator.media_root
         settings = {name: repr(value) for name, value in vars(collator).items() if name not in OWN}
         versions = [trl_vpo.versions(), av.__version__, av.library_versions, PIL.__version__]
-        parts = [FORMAT, args.check_media, type(collator).__qualname__, settings, versions]
+        pillow = [PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES]
+        parts = [FORMAT, args.check_media, type(collator).__qualname__, settings, versions, pillow]
         self._folder = cache_folder() / "checks" / _hash([*parts, processor_identity(collator.processing_class)])
         self._known = {
             line
