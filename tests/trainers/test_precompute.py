@@ -376,6 +376,24 @@ def test_full_fine_tuning_evaluates_other_rows_only_before_training(tmp_path):
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
+def test_sums_stay_with_the_trainer_that_made_them(tmp_path):
+    """Its own rows keep theirs; those of an earlier trainer get the sums of the later one's reference."""
+    first = ahead("dpo", tmp_path, eval_dataset=Dataset.from_list(text_rows(3)))
+    shake(first.model)
+    own = first.eval_dataset
+    assert first._prepare_eval(own, first.processing_class, first.args) is own
+    assert first._precompute_ref_logps(own, "eval", 2) is own
+    part = first.evaluate(own.select([0, 1, 2]))
+    assert first.evaluate(own)["eval_loss"] == first.evaluate()["eval_loss"] == part["eval_loss"] != LOG2
+    reference = copy.deepcopy(fresh()[0])
+    reference.lm_head.weight.data *= 2
+    later = ahead("dpo", tmp_path, own.select([2, 0]), ref_model=reference)
+    assert later.train_dataset["_row_index"] == [0, 1]
+    sums = later.reference_scores(collated(later)).sums.view(2, 2)
+    torch.testing.assert_close(torch.tensor(later.train_dataset["_ref_sums"][:]), sums, rtol=1e-5, atol=1e-5)
+    assert ((torch.tensor(own.select([2, 0])["_ref_sums"][:]) - sums).abs() > 0.05).all()
+
+
 def test_evaluation(images, tmp_path):
     """Sets that were given, several of them, and rows that come later."""
     sets = {"a": Dataset.from_list(image_rows(images, 2)), "b": Dataset.from_list(text_rows(3))}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, Sequence, Value, Video, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, Sequence, Value, Video, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from helpers import row
 from PIL import Image
@@ -23,7 +23,7 @@ from trainer_kit import (
 from transformers import TrainerCallback
 
 from trl_vpo import PreferenceCollator
-from trl_vpo.data.rows import response_text
+from trl_vpo.data.rows import RowError, response_text
 
 
 def stream(rows):
@@ -158,6 +158,51 @@ def test_shuffled_selected_and_concatenated_rows(tmp_path):
         text = decode(batch["branch_ids"][2 * i][batch["branch_mask"][2 * i]])
         assert text.startswith(response_text(example["chosen"]))
     trainer.train()
+
+
+def test_rows_of_an_earlier_trainer_are_checked_anew(tmp_path):
+    """Whatever is derived from them, and by what this trainer is set to; its own are not looked at twice."""
+    first = trainer_of("dpo", tmp_path, text_rows(3))
+    rows = first.train_dataset
+    derived = [
+        rows,
+        rows.select([0, 1]),
+        concatenate_datasets([rows, rows]),
+        rows.map(lambda example: {"chosen": example["chosen"]}),
+    ]
+    for data in derived:
+        with pytest.raises(RowError, match="more than max_length=5"):
+            trainer_of("dpo", tmp_path, data, max_length=5)
+    with pytest.raises(RowError, match=r"row 0 \(id 't0'\): "):
+        trainer_of("rrpo", tmp_path, rows.select([0]).map(lambda example: {"rejected": example["chosen"]}))
+    broken = rows.select([2, 0]).map(lambda example, i: {"chosen": example["chosen"] * (1 - i)}, with_indices=True)
+    with pytest.raises(RowError, match=r"1 of 2 eval rows .*\n.*row 1 \(id 't0'\): the chosen response is empty"):
+        first.evaluate(broken)
+    again = trainer_of("dpo", tmp_path, concatenate_datasets([rows, rows]), eval_dataset=rows)
+    assert again.train_dataset["_row_index"] == [*range(6)]
+    prepare = again._prepare_dataset
+    assert prepare(again.eval_dataset, again.processing_class, again.args, "eval") is again.eval_dataset
+
+
+@pytest.mark.parametrize("kind", ["arrow", "pandas", "numpy", "torch"])
+def test_rows_train_in_whatever_format_they_come(kind, tmp_path):
+    """Phrases as well, contents as messages, and streams; columns that a format hides stay hidden."""
+    rows = text_rows(2)
+    for made in rows:
+        made["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+        made |= {"chosen_phrases": [[0, 3]], "rejected_phrases": [[2, 6]], "score": 1.0}
+    plain = Dataset.from_list(rows)
+    shown = [column for column in plain.column_names if column != "score"]
+    want = collated(trainer_of("rrpo", tmp_path, plain))
+    for columns in (None, shown):
+        data = plain.with_format(kind, columns=columns)
+        got = trainer_of("rrpo", tmp_path, data, eval_dataset=plain.to_iterable_dataset().with_format(kind))
+        assert ("score" in got.train_dataset[0]) == (columns is None)
+        for batch in (collated(got), got._prepare_inputs(next(iter(got.get_eval_dataloader())))):
+            assert want["phrase_mask"].any() and batch.keys() == want.keys()
+            for name, value in want.items():
+                assert torch.equal(batch[name], value) if torch.is_tensor(value) else batch[name] == value, name
+    assert data.format["type"] == kind
 
 
 def test_a_dataset_of_large_strings_and_missing_columns(tmp_path):

@@ -21,7 +21,7 @@ import PIL.ImageFile
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, Image, IterableDataset, List, Value, Video
+from datasets import Dataset, Image, IterableDataset, List, Video
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -39,7 +39,6 @@ CHUNK = 128  # rows in memory at a time
 SHOWN = 5
 FORMAT = 1  # of the remembered rows; raise it with a change to what is checked
 OWN = ("processing_class", "frame_cache")  # attributes of a collator that its settings are not told by
-PREPARED = uuid.uuid4().hex  # marks the column `ROW_INDEX` of a dataset that this process has prepared
 
 
 @dataclass
@@ -64,7 +63,7 @@ def prepare_dataset(
     """Number the rows of a dataset and check them; leave out rows with bad media if `args.on_bad_media` is "skip".
 
     Of an `IterableDataset` only the first row is checked here; the others are when they are collated. All ranks call
-    this.
+    this. Values come as Python's, whatever format the dataset was given, and through its own transform.
 
     Args:
         collator: encodes each row, with blank media, as it will in training; without it lengths, the chat template
@@ -85,13 +84,11 @@ def prepare_dataset(
     if isinstance(dataset, IterableDataset):
         if args.on_bad_media == "skip":
             raise ValueError("on_bad_media='skip' needs a dataset that can be read up front, not an IterableDataset.")
-        dataset = undecoded(dataset, args).map(_number, with_indices=True)
+        dataset = undecoded(dataset.with_format(None), args).map(_number, with_indices=True)
         first = next(iter(dataset), None)
         if first is None:
             raise RowError(f"the {name} dataset has no rows.")
         _refuse([p for p in [check(first)] if p], 1, name)
-        return dataset
-    if getattr(dataset.features.get(ROW_INDEX), "id", None) == PREPARED:
         return dataset
     if len(dataset) == 0:
         raise RowError(f"the {name} dataset has no rows.")
@@ -126,15 +123,16 @@ def _numbered(dataset: Dataset, args: Any) -> Dataset:
     if transform and args.remove_unused_columns:  # as the trainer will
         dataset = dataset.select_columns([c for c in dataset.column_names if c in COLUMNS])
     columns = [*dataset.format["columns"], ROW_INDEX]
-    dataset = dataset.add_column(ROW_INDEX, np.arange(len(dataset)), feature=Value("int64", id=PREPARED))
+    dataset = dataset.add_column(ROW_INDEX, np.arange(len(dataset)))
     if transform:
         return dataset.with_transform(_Numbering(transform, args.remove_unused_columns), columns=columns)
-    return undecoded(dataset, args)
+    return undecoded(dataset.with_format(None, columns, dataset.format["output_all_columns"]), args)
 
 
 def _transform(dataset: Dataset) -> Callable | None:
     """What `with_transform` or `set_transform` was given."""
-    return dataset.format["format_kwargs"].get("transform") if dataset.format["type"] == "custom" else None
+    transform = dataset.format["format_kwargs"].get("transform") if dataset.format["type"] == "custom" else None
+    return transform.transform if isinstance(transform, _Numbering) else transform
 
 
 @dataclass

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import is_peft_model
@@ -89,6 +90,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             processing_class = setup.load_processing_class(model, args)
         setup.set_pad_token(processing_class, args)
         self._given_collator = data_collator
+        self._prepared = WeakSet()  # not a mark in them: what a user derives from one is not checked
         train_dataset = self._prepare_dataset(train_dataset, processing_class, args, "train")
         eval_dataset = self._prepare_eval(eval_dataset, processing_class, args)
         holds_reference = self.needs_reference and not args.precompute_ref_log_probs
@@ -185,7 +187,9 @@ class VisualPreferenceTrainer(LoggingTrainer):
     # --- data -----------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Instead of TRL's tokenization: number the rows and check them. Prepared datasets pass through."""
+        """Instead of TRL's tokenization: number the rows and check them. This trainer's own datasets pass through."""
+        if dataset in self._prepared:
+            return dataset
         collator = self._given_collator
         if not isinstance(collator, PreferenceCollator):  # none, or one of the user's own around it
             collator = self.make_collator(processing_class, args)
@@ -201,6 +205,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         if isinstance(dataset, Dataset) and not isinstance(processing_class, ProcessorMixin):
             # Every row is known to have no media, but DPOTrainer goes by the name of an empty column.
             dataset = dataset.remove_columns([c for c in ("image", "images") if c in dataset.column_names])
+        self._prepared.add(dataset)
         return dataset
 
     def _prepare_eval(self, eval_dataset, processing_class, args):

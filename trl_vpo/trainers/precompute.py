@@ -70,8 +70,8 @@ class ReferenceCache:
         """
         if not isinstance(dataset, Dataset):
             _refuse(f"the {name} rows are an IterableDataset, which cannot be read up front. Use a Dataset")
-        if REF_SUMS in dataset.column_names:  # of another trainer
-            dataset = dataset.remove_columns(REF_SUMS)
+        if REF_SUMS in dataset.column_names:  # of this trainer: preparing drops others'
+            return dataset
         process, collator = self._trainer.accelerator, self._trainer.data_collator
         rows = self._bar(iterable=raw_rows(dataset), total=len(dataset), desc=f"Looking up {name} rows", leave=False)
         keys = [row_key(row, collator) for row in rows]
@@ -86,7 +86,9 @@ class ReferenceCache:
             known = self._read()
             if not all(key in known for key in keys):
                 _refuse(f"{self.folder} is not the same folder on all machines. Set precompute_cache_dir to one")
-        return dataset.add_column(REF_SUMS, [known[key] for key in keys])
+        dataset = dataset.add_column(REF_SUMS, [known[key] for key in keys])
+        self._trainer._prepared.add(dataset)
+        return dataset
 
     @torch.no_grad()
     def _compute(self, dataset: Dataset, keys: dict[int, str], name: str, batch_size: int) -> None:
