@@ -10,7 +10,7 @@ from trl_vpo.data.messages import RowError
 PRINTED = ("'type': 'text'", '"type": "text"')  # a list of parts in the output of a template that wants text
 SHOWN = 300  # characters in a message
 TAG = re.compile(r"<[^<>\s]+>")
-THOUGHT = re.compile(r"(?is).*(?:</(?:think|thinking|reasoning)>|<channel\|>|\[/think\]|◁/think▷)")
+THOUGHT = re.compile(r"(?i)(?:</(?:think|thinking|reasoning)>|<channel\|>|\[/think\]|◁/think▷)")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -24,7 +24,7 @@ def check_prompt(prompt: list[dict], tools: list[dict] | None, rendered: str) ->
     Of earlier answers only what follows a thought has to be there, for templates take thoughts out.
     """
     listed = [("name of the tool", _name(tool)) for tool in tools or ()]
-    _check(prompt, [*_said(prompt, lambda text: THOUGHT.sub("", text)), *listed], rendered)
+    _check(prompt, [*_said(prompt, lambda text: THOUGHT.split(text)[-1]), *listed], rendered)
 
 
 def check_response(response: list[dict], rendered: str) -> None:
@@ -55,8 +55,9 @@ def _check(messages: list[dict], said: list[tuple[str, Any]], rendered: str) -> 
     for (what, text), own in sorted(zip(said, words), key=lambda pair: -len(pair[1])):  # what holds others first
         if printed or shown.count(own) < sum(other.count(own) for other in words):
             raise _refusal(what, text, rendered)
-    loose = _letters(rendered)
-    for text in (text for message in messages if message["role"] == "tool" for text in _texts(message)):
+    results = [text for message in messages if message["role"] == "tool" for text in _texts(message)]
+    loose = _letters(rendered) if results else ""
+    for text in results:
         forms = (text, json.dumps(text), json.dumps(text, ensure_ascii=False))
         if printed or not any(_letters(form) in loose for form in forms):
             raise _refusal("text of the tool message", text, rendered)
