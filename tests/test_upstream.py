@@ -39,7 +39,7 @@ CALLED = [
     ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
     ("transformers.Trainer.get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"], BASE),
     ("transformers.Trainer.training_step", ["self", "model", "inputs", "num_items_in_batch"], LOGS),
-    ("transformers.Trainer._maybe_log_save_evaluate", ["self"], LOGS),
+    ("transformers.Trainer._maybe_log_save_evaluate", ["self", "tr_loss"], LOGS),
     ("transformers.Trainer._finalize_training", ["self"], LOGS),
     ("transformers.Trainer._load_from_checkpoint", ["self", "resume_from_checkpoint", "model"], BASE),
     ("transformers.Trainer._load_best_model", ["self"], BASE),

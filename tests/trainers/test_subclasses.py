@@ -1,5 +1,7 @@
 """A subclass that changes the loss trains and logs as the very same subclass of `trl.DPOTrainer` does."""
 
+import dataclasses
+
 import pytest
 import torch
 import trl
@@ -58,7 +60,23 @@ def replaces(base):
     return Mine
 
 
-KINDS = [swallows, adds, adds_by_count, twice, replaces]
+def doubles_the_step(base):
+    class Mine(base):
+        def training_step(self, *args, **kwargs):
+            return super().training_step(*args, **kwargs) * 2
+
+    return Mine
+
+
+def logs_otherwise(base):
+    class Mine(base):
+        def log(self, logs, *args, **kwargs):
+            super().log({k: v + 100 if k in ("loss", "eval_loss") else v for k, v in logs.items()}, *args, **kwargs)
+
+    return Mine
+
+
+KINDS = [swallows, adds, adds_by_count, twice, replaces, doubles_the_step, logs_otherwise]
 
 
 def theirs_of(folder, kind, rows, **more):
@@ -120,12 +138,45 @@ def test_what_a_subclass_adds_is_logged_on_top(method, tmp_path):
     assert plain[0]["loss"] == pytest.approx(plain[0]["loss/preference"] + weight * plain[0][part], rel=1e-6)
 
 
-def test_compute_metrics_goes_with_a_changed_loss(tmp_path):
-    """Then the scores are asked for, too."""
+@pytest.mark.parametrize("terms", [True, False])
+def test_the_loss_that_a_subclass_prefers_is_logged(terms, tmp_path):
+    """LeanPO's loss, doubled and raised by five: in steps of ragged micro-batches and in an evaluation."""
+
+    def changes(base):
+        class Mine(base):
+            def preference_loss(self, scores, reference, batch):
+                out = super().preference_loss(scores, reference, batch)
+                return dataclasses.replace(out, losses=2 * out.losses + 5, terms=out.terms if terms else {})
+
+        return Mine
+
+    runs = []
+    for kind in (swallows, changes):
+        more = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
+        more |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 5}
+        trainer = ours_of(tmp_path, kind, text_rows(7), "leanpo", eval_dataset=Dataset.from_list(text_rows(5)), **more)
+        shake(trainer.model)
+        trainer.train()
+        runs.append(trainer.state.log_history)
+    plain, changed = runs
+    assert len(plain) == len(changed) == 4
+    for a, b, key in zip(plain, changed, ("loss", "loss", "eval_loss", "train_loss")):
+        assert b[key] == pytest.approx(2 * a[key] + 5, rel=1e-6)
+        assert not [name for name in b if "pairwise" in name]
+
+
+@pytest.mark.parametrize("outputs", ["scores", "a dict", "replaced"])
+def test_compute_metrics_goes_with_a_changed_loss(outputs, tmp_path):
+    """Then the scores are asked for, too: those of ours, whatever the subclass returns beside its loss."""
 
     class Mine(METHODS["dpo"][1]):
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            loss, scores = super().compute_loss(model, inputs, return_outputs=True)
+            if outputs == "replaced":
+                loss, scores = penalty(self) * 0 + 0.693147, None
+            else:
+                loss, scores = super().compute_loss(model, inputs, return_outputs=True)
+            if outputs == "a dict":
+                scores = {"mine": 1}
             return (loss + 10, scores) if return_outputs else loss + 10
 
     args = METHODS["dpo"][0](str(tmp_path), **QUIET)

@@ -324,6 +324,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         totals = self.accelerator.reduce(totals, reduction="sum")
         for batch in batches:
             batch["totals"] = totals
+        self._step = (self._tr_loss.clone(), totals[0] / self.accelerator.num_processes)
         return batches, num_items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -343,29 +344,29 @@ class VisualPreferenceTrainer(LoggingTrainer):
             scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
         out = self.preference_loss(scores, reference, inputs)
         check_losses(out.losses, inputs["names"], self.state.global_step)
-        self._record(scores, reference, out, inputs)
         if inputs.get("totals") is None:
             loss = out.losses.mean()
         else:
             parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = out.losses.sum() / (inputs["totals"][0] / parts)
-        self._own_losses.append(loss.detach())
+        self._record(scores, reference, out, inputs, loss)
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        self._own_losses = []
+        self._own_losses, self._own_scores = [], None
         with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)
+            loss = (loss if prediction_loss_only else loss[0]).detach()
+            scores, self._own_scores = self._own_scores, None  # not what a subclass may return in their place
+            self._record_returned(loss, len(inputs["chosen"]))
             if prediction_loss_only:
-                loss, scores = self.compute_loss(model, inputs), None
-            else:
-                loss, scores = self.compute_loss(model, inputs, return_outputs=True)
-        self._record_returned("eval", loss.detach(), 1, torch.ones_like(inputs["chosen"]))
-        if prediction_loss_only:
-            return loss.detach(), None, None
+                return loss, None, None
+            if scores is None:  # a subclass has a loss of its own
+                scores = self.concatenated_forward(model, inputs)
         sides = (scores.chosen, scores.rejected)
         tokens = scores.mask.sum(-1)  # (S,)
-        return loss.detach(), tuple(scores.sums[s] for s in sides), tuple(tokens[s] for s in sides)
+        return loss, tuple(scores.sums[s] for s in sides), tuple(tokens[s] for s in sides)
 
     # --- saving ---------------------------------------------------------------------------------------------------
 

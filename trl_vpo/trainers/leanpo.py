@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from trl_vpo.losses import PreferenceLoss, leanpo_loss
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
+from trl_vpo.trainers.logs import PAIRWISE
 
 REASON = "LeanPO has no reference model"
 
@@ -97,8 +98,7 @@ class LeanPOTrainer(VisualPreferenceTrainer):
         tokens = scores.chosen_mask.sum(-1)  # (B,)
         return {"loss/nll": (-scores.sums[scores.chosen] / tokens, tokens)}
 
-    def _own_average(self, averages: dict[str, float]) -> float:
-        """The loss put together from its parts, whose averages are over different things: pairs and tokens."""
-        if "loss/nll" not in averages:
-            return averages["loss"]
-        return averages["loss/preference"] + self.args.nll_weight * averages["loss/nll"]
+    def _exact_loss(self, averages: dict[str, float]) -> float:
+        """The loss with the NLL of all tokens in the place of its mean over pairs, for which each step has its own."""
+        loss, pairwise = averages["loss"], averages.get(PAIRWISE + "loss/nll")
+        return loss if pairwise is None else loss + self.args.nll_weight * (averages["loss/nll"] - pairwise)

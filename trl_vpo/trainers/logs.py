@@ -9,13 +9,15 @@ from trl_vpo.forward.scoring import Scores
 from trl_vpo.losses import PreferenceLoss
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
 
-ADDED = "loss/added"  # to our loss by a subclass; never logged by itself
+ADDED = "loss/added"  # to our loss by a subclass's `compute_loss`, in evaluation; never logged by itself
+PAIRWISE = "pairwise "  # the mean over pairs of a metric that is logged as another mean; never logged by itself
 
 
 class LoggingTrainer(DPOTrainer):
     """`trl.DPOTrainer` with metrics that are averaged over all pairs since the last log, on all ranks.
 
-    `loss` is the exact mean of the method's loss over these pairs, plus what a subclass's `compute_loss` adds to it.
+    `loss` is the exact mean over these pairs of what is trained on: with all that a subclass's `preference_loss`,
+    `compute_loss` or `training_step` does to it. It takes the place of transformers' own before `log` is called.
     What a subclass appends to `self._metrics[mode][name]` is logged as in TRL.
     """
 
@@ -24,51 +26,65 @@ class LoggingTrainer(DPOTrainer):
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self._sums = {mode: MetricSums(self.accelerator, gathers=mode == "eval") for mode in ("train", "eval")}
         self._new_tokens = 0
-        self._own_losses: list[Tensor] = []  # what `compute_loss` itself gave since the step began
+        self._step: tuple[Tensor, Tensor] | None = None  # Trainer's sum of losses before this step, and its pairs
+        self._own_losses: list[Tensor] = []  # what `compute_loss` itself gave for this batch of an evaluation
+        self._own_scores: Scores | None = None  # the same
 
     def extra_metrics(self, scores: Scores, reference: Scores | None, batch: dict) -> dict:
         """The method's own metrics: name -> (values, weights), (B,) each."""
         return {}
 
-    def _record(self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict) -> None:
-        metrics = preference_metrics(scores, reference, out) | self.extra_metrics(scores, reference, batch)
-        self._sums["train" if self.model.training else "eval"].record(metrics)
+    def _record(
+        self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict, loss: Tensor
+    ) -> None:
+        metrics = preference_metrics(scores, reference, out)
+        extra = self.extra_metrics(scores, reference, batch)
+        metrics |= {PAIRWISE + key: metrics[key] for key in metrics.keys() & extra.keys()} | extra
         if self.model.training:
+            del metrics["loss"]  # taken from Trainer, which has what a subclass made of it
             self._new_tokens += _tokens(batch)
+        else:
+            self._own_losses.append(loss.detach())
+            self._own_scores = scores
+        self._sums["train" if self.model.training else "eval"].record(metrics)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self._own_losses = []
-        loss = super().training_step(model, inputs, num_items_in_batch)  # a part of the mean over the micro-batches
-        parts, totals = self.current_gradient_accumulation_steps, inputs.get("totals")
-        pairs = len(inputs["chosen"]) if totals is None else totals[0] / (parts * self.accelerator.num_processes)
-        self._record_returned("train", loss, parts, torch.as_tensor([pairs], device=loss.device))
-        return loss
+    def _record_step(self, tr_loss: Tensor) -> None:
+        """Record by how much the step that just ended raised Trainer's sum of losses, once for each of its pairs."""
+        if self._step is not None:
+            before, pairs = self._step
+            self._sums["train"].record({"loss": ((tr_loss - before)[None], pairs[None])})
+        self._step = None
 
-    def _record_returned(self, mode: str, returned: Tensor, parts: int, weights: Tensor) -> None:
-        """Record by how much a loss that `compute_loss` returned, divided by `parts`, differs from our own."""
+    def _record_returned(self, returned: Tensor, pairs: int) -> None:
+        """Record by how much a loss that `compute_loss` returned in an evaluation differs from our own."""
         if self._own_losses:
-            metrics = {ADDED: returned - torch.stack(self._own_losses).mean() / parts}
+            metrics = {ADDED: returned - torch.stack(self._own_losses).mean()}
         else:  # a subclass has a loss of its own
             metrics = {"loss": returned, ADDED: torch.zeros_like(returned)}
-        self._sums[mode].record({k: ((v * parts).expand(len(weights)), weights) for k, v in metrics.items()})
+        self._sums["eval"].record({key: value.expand(pairs) for key, value in metrics.items()})
 
     def _averages(self, mode: str) -> dict[str, float]:
         """Averages of what was recorded since the last call, and the tokens trained on. All ranks call this."""
         averages = self._sums[mode].averages()
-        if averages:
-            averages["loss"] = self._own_average(averages) + averages.pop(ADDED, 0.0)
+        if "loss" in averages:  # it is not where someone looks at a batch and no step is made
+            averages["loss"] = self._exact_loss(averages) + averages.pop(ADDED, 0.0)
+        averages = {key: value for key, value in averages.items() if not key.startswith(PAIRWISE)}
         self._total_train_tokens += sum(gather_object([self._new_tokens]))
         self._new_tokens = 0
         return averages | {"num_tokens": self._total_train_tokens} if averages else {}
 
-    def _own_average(self, averages: dict[str, float]) -> float:
-        """The average of the method's own loss."""
+    def _exact_loss(self, averages: dict[str, float]) -> float:
+        """The loss, given its mean over pairs as `loss`, and what else was averaged."""
         return averages["loss"]
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
+        self._record_step(tr_loss)
         if self.control.should_log:
             self._average_training()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+            loss = self._metrics["train"].pop("loss", None)
+            if loss is not None:  # Trainer divides it by the number of steps, and `log` gets that
+                tr_loss.fill_(loss[-1] * (self.state.global_step - self._globalstep_last_logged))
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
         self._average_training()
