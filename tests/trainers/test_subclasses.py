@@ -6,10 +6,23 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from trainer_kit import METHODS, QUIET, collated, fresh, lora, losses_of, shake, text_rows, trainable, trainer_of
+from trainer_kit import (
+    METHODS,
+    QUIET,
+    collated,
+    config,
+    fresh,
+    lora,
+    losses_of,
+    shake,
+    text_rows,
+    trainable,
+    trainer_of,
+)  # fmt: skip
 
 from trl_vpo import resume
 from trl_vpo.run_identity import describe_run
+from trl_vpo.trainers.finite import NonFiniteLossError
 
 
 def penalty(trainer):
@@ -220,3 +233,19 @@ def test_the_references_log_probs_of_a_batch(tmp_path):
     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
     torch.testing.assert_close(chosen, scores.sums[batch["chosen"]], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(rejected, scores.sums[batch["rejected"]], rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_of_a_subclass_that_is_not_finite_stops_the_run(tmp_path):
+    """Before the optimizer's step, and with the rows of this batch."""
+
+    class Ruined(METHODS["dpo"][1]):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss = super().compute_loss(model, inputs, return_outputs=False)
+            return loss * float("nan") if self.state.global_step == 1 else loss
+
+    options = {"max_steps": 4, "train_sampling_strategy": "sequential"}
+    trainer = Ruined(fresh()[0], args=config("dpo", tmp_path, **options), processing_class=fresh()[1],
+                     train_dataset=Dataset.from_list(text_rows()), peft_config=lora(text=True))  # fmt: skip
+    with pytest.raises(NonFiniteLossError, match=r"at step 1 for: row 2 \(id 't2'\); row 3 \(id 't3'\)"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainable(trainer.model).values())

@@ -352,6 +352,11 @@ class VisualPreferenceTrainer(LoggingTrainer):
         self._record(scores, reference, out, inputs, loss)
         return (loss, scores) if return_outputs else loss
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        check_losses(loss.expand(len(inputs["chosen"])), inputs["names"], self.state.global_step)  # a subclass's, too
+        return loss
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         self._own_losses, self._own_scores = [], None
