@@ -22,7 +22,10 @@ def warm_up(model: str) -> None:
     import datasets  # noqa: F401
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from trl_vpo.generate import progress, run, shown  # noqa: F401
+    from trl_vpo import recipe  # noqa: F401
+    from trl_vpo.generate import local, models, progress, run, shown  # noqa: F401
+    from trl_vpo.models import attach, source  # noqa: F401
+    from trl_vpo.runs import packages  # noqa: F401
 
     AutoProcessor.from_pretrained(model)
     AutoModelForImageTextToText.from_pretrained(model)
