@@ -57,8 +57,8 @@ class VisualPreferenceConfig(DPOConfig):
         precompute_cache_dir (`str`, *optional*): where they are kept, `<output_dir>/_reference_cache` by default. Runs
             with the same rows, media settings, processor and reference can share it.
         max_length (`int`, *optional*): prompts with a response longer than this are an error. Nothing is ever cut.
-        dataset_num_proc (`int`, *optional*): taken because TRL's scripts set it. Rows are tokenized in the data
-            loader's workers, so `dataloader_num_workers` is what counts.
+        dataset_num_proc (`int`, *optional*): processes, on each rank, that check the rows before training; by default
+            `dataloader_num_workers`. For training rows are tokenized in the data loader's workers.
         use_liger_kernel (`bool`, defaults to `False`): Liger's kernels for layers. The LM head is chunked here with
             or without it.
     """
