@@ -44,10 +44,10 @@ selfmade: install
 	$(BIN)/python -m trl_vpo.testbed.selfmade
 
 study: install
-	$(BIN)/python -m trl_vpo.testbed.study
+	$(BIN)/python -m studies.testbed.study
 
 study-quick: install
-	$(BIN)/python -m trl_vpo.testbed.study --quick
+	$(BIN)/python -m studies.testbed.study --quick
 
 test: install
 	$(PYTEST) -n logical --maxprocesses 4 --dist loadfile

@@ -15,10 +15,7 @@ ratios of one run, not the seconds. Memory is measured in a process of its own f
 import argparse
 import importlib
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 BENCHMARKS = {
     "step": "a training step: stock trl.DPOTrainer against ours, shared and separate layout",

@@ -11,7 +11,7 @@ from torch._utils import ExceptionWrapper
 
 from trl_vpo import cli
 from trl_vpo.data.rows import RowError
-from trl_vpo.launch import launch_options
+from trl_vpo.training.launch import launch_options
 
 RRPO_ROW = {
     "question": "What moves?",

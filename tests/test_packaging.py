@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import test_upstream
+import upstream_names
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -86,8 +86,8 @@ def test_the_ends_are_resolved_and_tested_as_such(end, resolution):
 
 
 def private_users():
-    """Packages of which a private name stands in the tables of test_upstream.py."""
-    paths = [path for path, *_ in [*test_upstream.CALLED, *test_upstream.MORE_CALLED]]
+    """Packages of which a private name stands in the tables of upstream_names.py."""
+    paths = [path for path, *_ in [*upstream_names.CALLED, *upstream_names.MORE_CALLED]]
     return sorted({path.split(".")[0] for path in paths if re.search(r"\._[a-zA-Z]", path)})
 
 

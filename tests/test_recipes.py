@@ -12,11 +12,12 @@ import yaml
 from families import FAMILIES
 from trl import get_peft_config
 
-from trl_vpo import footprint
-from trl_vpo.doctor import method_of
+from trl_vpo.doctor.checks import method_of
 from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.generate.run import make_parser
-from trl_vpo.train import NOT_QUANTIZED, parse, quantization_config
+from trl_vpo.models import model_size as footprint
+from trl_vpo.models.load import NOT_QUANTIZED
+from trl_vpo.training.run import parse, quantization_config
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))

@@ -11,114 +11,24 @@ import re
 import pytest
 import torch
 from trainer_kit import fresh, trainer_of
+from upstream_names import (
+    ATTACH,
+    ATTENTION,
+    BASE,
+    CALLED,
+    CARD,
+    CHANGED_ROWS,
+    COLLATOR,
+    CONFIG,
+    FINGERPRINT,
+    MORE_CALLED,
+    RESUME,
+    SCORING,
+    SETUP,
+    SIGNALS,
+)
 
 import trl_vpo.trainers.base as base
-
-BASE, SETUP, CONFIG, CARD, METRICS, LOGS, REFERENCE = (
-    f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "config", "card", "metrics", "logs", "reference")
-)
-SCORING, ATTENTION, LAYOUTS, VISION, RANKS = (
-    f"trl_vpo/forward/{x}.py" for x in ("scoring", "attention", "layouts", "vision", "ranks")
-)
-PRECOMPUTE, FINGERPRINT = (f"trl_vpo/trainers/{x}.py" for x in ("precompute", "fingerprint"))
-ATTACH = "trl_vpo/models/attach.py"
-COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "trl_vpo/recipe.py"
-
-# Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
-CALLED = [
-    ("trl.DPOTrainer.compute_ref_log_probs", ["self", "model", "inputs"], BASE),
-    ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], SETUP),
-    ("peft.utils.other.ModulesToSaveWrapper", ..., "trl_vpo/forward/frozen.py"),
-    ("trl.trainer.utils.maybe_gather_lm_head_ctx", ..., SCORING),
-    ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], REFERENCE),
-    ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE}, {SETUP} and {CARD}"),
-    ("trl.DPOTrainer._prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"], BASE),
-    ("trl.DPOTrainer._precompute_ref_logps", ["self", "dataset", "name", "batch_size"], BASE),
-    ("trl.DPOTrainer._set_signature_columns_if_needed", ["self"], BASE),
-    ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
-    ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
-    ("transformers.Trainer.get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"], BASE),
-    ("transformers.Trainer.training_step", ["self", "model", "inputs", "num_items_in_batch"], LOGS),
-    ("transformers.Trainer._maybe_log_save_evaluate", ["self", "tr_loss"], LOGS),
-    ("transformers.Trainer._finalize_training", ["self"], LOGS),
-    ("transformers.Trainer._load_from_checkpoint", ["self", "resume_from_checkpoint", "model"], BASE),
-    ("transformers.Trainer._load_best_model", ["self"], BASE),
-    ("accelerate.Accelerator.reduce", ["self", "tensor", "reduction"], BASE),
-    ("torch.distributed.elastic.multiprocessing.errors.record", ["fn"], BASE),
-    ("trl.DPOTrainer.create_model_card", ["self", "model_name", "dataset_name", "tags"], BASE),
-    ("trl.DPOTrainer.floating_point_ops", ["self", "inputs"], LOGS),
-    ("trl.DPOTrainer.save_model", ["self", "output_dir", "_internal_call"], BASE),
-    (
-        "trl.DPOTrainer.evaluation_loop",
-        ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
-        LOGS,
-    ),
-    ("trl.extract_prompt", ["example"], "trl_vpo/data/rows.py"),
-    ("trl.get_dataset", ["mixture_config"], "trl_vpo/data/sources.py"),
-    ("trl.get_peft_config", ["model_args"], "trl_vpo/train.py and trl_vpo/doctor.py"),
-    ("trl.get_quantization_config", ["model_args"], "trl_vpo/train.py"),
-    ("trl.ModelConfig", ..., "trl_vpo/train.py"),
-    ("trl.DatasetMixtureConfig", ..., "trl_vpo/train.py"),
-    ("trl.scripts.utils.ScriptArguments", ..., RECIPE),
-    ("trl.scripts.utils.TrlParser.parse_args_and_config", ["self", "args"], RECIPE),
-    ("accelerate.utils.gather_object", ["object"], f"{LOGS}, {METRICS}, {PRECOMPUTE} and {RANKS}"),
-    ("accelerate.utils.broadcast_object_list", ["object_list"], FINGERPRINT),
-    ("accelerate.utils.is_peft_model", ["model"], f"{BASE} and {CARD}"),
-    ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),
-    ("accelerate.PartialState", ..., CHECK),
-    ("peft.PromptLearningConfig", ..., SETUP),
-    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., SCORING),
-    (
-        "peft.get_peft_model_state_dict",
-        ["model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers"],
-        "trl_vpo/doctor.py",
-    ),
-    ("huggingface_hub.constants.HF_HUB_OFFLINE", ..., "trl_vpo/models/source.py"),
-    ("datasets.config.HF_HUB_OFFLINE", ..., "trl_vpo/models/source.py"),
-    ("peft.load_peft_weights", ["model_id", "device"], ATTACH),
-    ("peft.utils.TrainableTokensWrapper.adapter_state_dict", ["self", "adapter_name", "state_dict"], ATTACH),
-    ("peft.utils.TrainableTokensWrapper.adapter_state_dict_load_map", ["self", "adapter_name"], ATTACH),
-    ("peft.PeftModel.load_adapter", ["self", "model_id", "adapter_name", "is_trainable", "torch_device"], ATTACH),
-    (
-        "transformers.conversion_mapping.get_model_conversion_mapping",
-        ["model", "key_mapping", "hf_quantizer", "add_legacy"],
-        ATTACH,
-    ),
-    ("transformers.core_model_loading.apply_renamings", ["source_key", "weight_renamings"], ATTACH),
-    ("transformers.core_model_loading.WeightRenaming", ..., ATTACH),
-    ("transformers.TrainingArguments.to_dict", ["self"], CONFIG),
-    ("torch.distributed.elastic.multiprocessing.api.SignalException", ..., "trl_vpo/launch.py"),
-    ("torch.distributed.launcher.api.LaunchConfig.signals_to_handle", ..., "trl_vpo/launch.py"),
-    ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/launch.py"),
-    ("accelerate.commands.launch.launch_command_parser", ["subparsers"], "trl_vpo/launch.py"),
-    ("peft.PeftModel.delete_adapter", ["self", "adapter_name"], BASE),
-    ("peft.PeftModel.get_base_model", ["self"], BASE),
-    ("transformers.AttentionInterface.register", ["key", "value"], "trl_vpo/dry_step.py"),
-    ("transformers.AttentionMaskInterface.register", ["key", "value"], "trl_vpo/dry_step.py"),
-    ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get", ["key", "default"], ATTENTION),
-    (
-        "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
-        ["attn_implementation", "default"],
-        ATTENTION,
-    ),
-    ("transformers.PreTrainedModel._supports_attention_backend", ..., ATTENTION),
-    ("transformers.Qwen2VLModel.get_rope_index", ["self", "input_ids"], LAYOUTS),
-    ("transformers.Qwen2VLModel.get_image_features", ["self", "pixel_values"], VISION),
-    ("transformers.Qwen2VLModel.get_video_features", ["self", "pixel_values_videos"], VISION),
-    ("transformers.LlavaModel.get_image_features", ["self", "pixel_values"], VISION),
-    ("transformers.PreTrainedModel.get_decoder", ["self"], VISION),
-    ("transformers.utils.ModelOutput", ..., SCORING),
-    ("transformers.PreTrainedModel.get_output_embeddings", ["self"], SCORING),
-    ("transformers.PretrainedConfig.get_text_config", ["self"], "trl_vpo/forward/head.py"),
-    ("transformers.PreTrainedModel.base_model", ..., "trl_vpo/forward/head.py"),
-    ("transformers.modeling_outputs.BaseModelOutputWithPast", ..., "trl_vpo/forward/head.py"),
-    ("transformers.Trainer.loss_is_scaled_for_ga", ..., BASE),
-    ("transformers.quantizers.quantizers_utils.should_convert_module", ..., "trl_vpo/footprint.py"),
-    ("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", ..., "trl_vpo/testbed/quickstart.py"),
-    ("torch.distributed.tensor.DTensor.full_tensor", ["self"], SCORING),
-    ("datasets.List", ..., CHECK),
-    ("datasets.Video", ..., CHECK),
-]
 
 
 def find(path):
@@ -338,35 +248,6 @@ def test_peft_hands_unknown_arguments_to_the_model(tmp_path):
         )
 
 
-RESUME, CONTESTANTS = "trl_vpo/resume.py", "trl_vpo/evaluate/contestants.py"
-SIGNALS, CHANGED_ROWS = "trl_vpo/training/signals.py", "trl_vpo/training/changed_rows.py"
-MORE_CALLED = [
-    ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
-    ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/{callback,heldout}.py"),
-    ("transformers.Trainer._save_checkpoint", ["self", "model", "trial"], "trl_vpo/failed_saves.py (by its name)"),
-    ("transformers.Trainer.compute_loss_context_manager", ["self"], BASE),
-    ("transformers.Trainer.pop_callback", ["self", "callback"], "trl_vpo/report/progress.py"),
-    ("transformers.trainer_utils.HubStrategy", ..., "trl_vpo/hub.py"),
-    ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., "trl_vpo/hub_repo.py"),
-    ("huggingface_hub.set_client_factory", ["client_factory"], "trl_vpo/hub_repo.py"),
-    ("huggingface_hub.HfApi.auth_check", ["self", "repo_id"], "trl_vpo/hub_repo.py"),
-    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., CONTESTANTS),
-    ("peft.PeftModel.set_adapter", ["self", "adapter_name", "inference_mode"], CONTESTANTS),
-    ("peft.get_peft_model_state_dict", ["model"], "trl_vpo/merge.py"),
-    ("torch.nn.modules.conv._ConvNd", ..., "trl_vpo/adapters.py"),
-    ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", ..., "trl_vpo/adapters.py"),
-    ("torch.utils.data.DataLoader._get_iterator", ["self"], SIGNALS),
-    ("accelerate.data_loader.SeedableRandomSampler", ..., CHANGED_ROWS),
-    ("transformers.Trainer._get_train_sampler", ["self", "train_dataset"], f"{CHANGED_ROWS} and {RESUME}"),
-    ("transformers.Trainer._load_optimizer_and_scheduler", ["self", "checkpoint"], "trl_vpo/checkpoints.py"),
-    ("transformers.Trainer._load_rng_state", ["self", "checkpoint"], "trl_vpo/checkpoints.py"),
-    ("transformers.Trainer._load_scaler", ["self", "checkpoint"], "trl_vpo/checkpoints.py"),
-    ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/launch.py"),
-    ("accelerate.commands.launch.launch_command_parser", [], "trl_vpo/launch.py"),
-    ("transformers.utils.is_bitsandbytes_available", ..., "trl_vpo/generate/models.py"),
-]
-
-
 @pytest.mark.parametrize(("path", "parameters", "user"), MORE_CALLED, ids=[path for path, *_ in MORE_CALLED])
 def test_what_else_is_called_is_there(path, parameters, user):
     test_what_is_called_is_there(path, parameters, user)
@@ -406,7 +287,7 @@ def test_the_shuffle_that_accelerate_puts_in():
 
 def test_how_the_end_of_a_single_launched_process_is_told():
     gone = absent("accelerate.commands.launch.simple_launcher", "subprocess.CalledProcessError(")
-    assert not gone, "accelerate tells it otherwise now; see `launch` in trl_vpo/launch.py."
+    assert not gone, "accelerate tells it otherwise now; see `launch` in trl_vpo/training/launch.py."
 
 
 def test_what_keeps_bitsandbytes_from_packing_four_bit_weights():
@@ -423,7 +304,7 @@ def test_what_shows_a_config():
 
 def test_the_mark_that_ddp_reads():
     source = inspect.getsource(find("torch.nn.parallel.DistributedDataParallel.__init__"))
-    assert "_ddp_params_and_buffers_to_ignore" in source, "DDP no longer reads it; see trl_vpo/train.py."
+    assert "_ddp_params_and_buffers_to_ignore" in source, "DDP no longer reads it; see trl_vpo/training/run.py."
 
 
 def test_what_loading_an_adapter_tells():

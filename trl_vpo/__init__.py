@@ -22,8 +22,9 @@ _WHERE = {
     "LPOITrainer": "trl_vpo.trainers.lpoi",
     "PreferenceCollator": "trl_vpo.data.collator",
     "EvaluationCallback": "trl_vpo.evaluate.callback",
+    "versions": "trl_vpo.data.identity",
 }
-__all__ = [*_WHERE, "__version__", "versions"]
+__all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str):
@@ -34,9 +35,3 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted(__all__)
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package and of those that decide a run's result."""
-    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "av")
-    return {"trl_vpo": __version__, **{name: version(name) for name in names}}

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from trl_vpo.data.import_formats import FORMATS
 from trl_vpo.generate import METHODS as PIPELINES
-from trl_vpo.launch import launch, launch_options
-from trl_vpo.report.quiet import hide_messages
+from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
-from trl_vpo.train import METHODS
+from trl_vpo.training.launch import launch, launch_options
+from trl_vpo.training.run import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
 DESCRIPTION = "Visual preference optimization on TRL: LeanPO, RRPO, LPOI and DPO on videos and images."
@@ -241,7 +241,7 @@ def _add_doctor(commands) -> None:
 
 def train(args: argparse.Namespace, rest: list[str]) -> int:
     """Train in this process, or in those that accelerate launches."""
-    from trl_vpo.train import make_parser, run_training
+    from trl_vpo.training.run import make_parser, run_training
 
     return _with_recipe("train", args, make_parser, run_training)
 
@@ -275,7 +275,7 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
 
 def plot(args: argparse.Namespace, rest: list[str]) -> int:
     """Draw, and say what could not be drawn."""
-    from trl_vpo.report.plot import plot_runs
+    from trl_vpo.report.plot.page import plot_runs
 
     notes = plot_runs(args.runs, args.out, names=args.names)
     print("\n".join([str(args.out), *notes]))
@@ -284,7 +284,7 @@ def plot(args: argparse.Namespace, rest: list[str]) -> int:
 
 def merge(args: argparse.Namespace, rest: list[str]) -> int:
     """Merge, and say what a user should know about the result."""
-    from trl_vpo.merge import merge as merge_adapter
+    from trl_vpo.models.merge import merge as merge_adapter
 
     notes = merge_adapter(
         args.adapter, args.out, base=args.base, dtype=args.dtype, revision=args.revision,
@@ -296,7 +296,7 @@ def merge(args: argparse.Namespace, rest: list[str]) -> int:
 
 def view(args: argparse.Namespace, rest: list[str]) -> int:
     """Write the page and say what is in it."""
-    from trl_vpo.report.page import write_page
+    from trl_vpo.report.view.page import write_page
 
     counts = write_page(
         args.dataset, args.out, split=args.split, limit=args.limit, media_root=args.media_root,
@@ -322,7 +322,7 @@ def import_data(args: argparse.Namespace, rest: list[str]) -> int:
 
 def doctor(args: argparse.Namespace, rest: list[str]) -> int:
     """Check a recipe and its data."""
-    from trl_vpo.doctor import run_doctor
+    from trl_vpo.doctor.checks import run_doctor
 
     return run_doctor(args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out)
 

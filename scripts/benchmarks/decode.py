@@ -65,7 +65,7 @@ def repeat_clip(source: Path, target: Path, times: int) -> Path:
 
 
 def ours(path: str, cache: str | None = None) -> np.ndarray:
-    from trl_vpo.data.media import VideoOptions, load_video
+    from trl_vpo.media.load import VideoOptions, load_video
 
     return load_video(path, VideoOptions(num_frames=FRAMES), cache=cache).frames
 

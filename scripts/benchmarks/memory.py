@@ -1,8 +1,8 @@
 """Memory of a training step: what `trl-vpo doctor` estimates against what is measured.
 
 Random Qwen2.5-VL models of several sizes; forward, backward, clipping and optimizer. Measured is the peak of the bytes
-of all tensors that are alive, weights and the batch included (`trl_vpo.dry_step.LiveBytes`): exact, the same in every
-run, and what torch's allocator counts (`torch.cuda.max_memory_allocated` on a GPU) but for what kernels allocate
+of all tensors that are alive, weights and the batch included (`activation_estimate.LiveBytes`): exact, the same in
+every run, and what torch's allocator counts (`torch.cuda.max_memory_allocated` on a GPU) but for what kernels allocate
 inside of themselves. The estimate is the doctor's for a CPU, without CUDA context and fragmentation.
 
 Of some cases the resident memory of a process of its own is shown, too: with what libraries load on first use, the
@@ -21,10 +21,12 @@ from trl import ModelConfig
 
 from benchmarks import model as bench_model
 from benchmarks.common import MIB, memory_of, peak_mib, show
-from trl_vpo import footprint, memory
-from trl_vpo.dry_step import LiveBytes
-from trl_vpo.micro_batch import load_of
-from trl_vpo.train import NOT_QUANTIZED, freeze_vision, quantization_config
+from trl_vpo.doctor import memory
+from trl_vpo.doctor.activation_estimate import LiveBytes
+from trl_vpo.doctor.workload import load_of
+from trl_vpo.models import model_size as footprint
+from trl_vpo.models.load import NOT_QUANTIZED
+from trl_vpo.training.run import freeze_vision, quantization_config
 
 COLUMNS = {
     "case": "case",

@@ -21,17 +21,17 @@ from held_out_kit import (
 )
 from PIL import Image
 
-from trl_vpo.data.masking import masked_image_list
-from trl_vpo.data.media import VideoOptions, load_video
+from trl_vpo.data.inputs import InputRow, near_misses, read_inputs
+from trl_vpo.errors import GenerateError
 from trl_vpo.evaluate import run as run_module
+from trl_vpo.evaluate.candidates import contestant_names
 from trl_vpo.evaluate.config import EvaluateConfig
-from trl_vpo.evaluate.contestants import contestant_names
 from trl_vpo.evaluate.rows import TASKS, EvaluateError
 from trl_vpo.evaluate.run import run_evaluation, run_settings
 from trl_vpo.evaluate.scoring import damaged, row_seed
-from trl_vpo.generate.base import GenerateError, InputRow, Media
-from trl_vpo.generate.inputs import near_misses, read_inputs
-from trl_vpo.recipe import RecipeError
+from trl_vpo.media.load import Media, VideoOptions, load_video
+from trl_vpo.media.masking import masked_image_list
+from trl_vpo.runs.recipe import RecipeError
 from trl_vpo.testbed import language, tiny_vlm
 from trl_vpo.testbed.rows import write_jsonl
 
@@ -302,7 +302,7 @@ def test_the_table_marks_what_differs():
 
 def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, held_out, adapters, run, monkeypatch, tmp_path):
     from trl_vpo.evaluate import run as module
-    from trl_vpo.generate.store import Run
+    from trl_vpo.runs.store import Run
 
     write, evaluate_batch, written, worked = Run.write, module.evaluate_batch, [], []
 
@@ -443,10 +443,10 @@ CAPTION = {"task": "chair", "question": "Describe.", "objects": ["square"]}
     ],
 )
 def test_rows_that_break_the_contract(rows, why):
+    from trl_vpo.data.inputs import InputRow
     from trl_vpo.data.rows import drop_none
-    from trl_vpo.evaluate.chair import ObjectTable
     from trl_vpo.evaluate.rows import read_rows
-    from trl_vpo.generate.base import InputRow
+    from trl_vpo.text.chair import ObjectTable
 
     inputs = [InputRow(f"r{i}", drop_none(row)) for i, row in enumerate(rows)]
     with pytest.raises(EvaluateError, match=why):
@@ -454,8 +454,8 @@ def test_rows_that_break_the_contract(rows, why):
 
 
 def test_clusters_are_media_unless_the_row_says_otherwise():
+    from trl_vpo.data.inputs import InputRow
     from trl_vpo.evaluate.rows import read_rows
-    from trl_vpo.generate.base import InputRow
 
     part = {"path": "v/1.mp4", "video_start": 2.0}
     no = {**QUESTION, "answer": "no"}

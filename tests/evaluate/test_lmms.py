@@ -18,15 +18,16 @@ from families import LANGUAGE_MODEL
 from held_out_kit import write_adapter
 from transformers import AutoProcessor
 
-from trl_vpo.data.images import load_image
-from trl_vpo.data.media import VideoOptions, load_video
-from trl_vpo.evaluate import command, lmms
-from trl_vpo.evaluate.lmms_tasks import videohallucer
+from trl_vpo.evaluate import command
+from trl_vpo.evaluate.lmms import run as lmms
+from trl_vpo.evaluate.lmms.tasks import videohallucer
 from trl_vpo.evaluate.rows import EvaluateError
-from trl_vpo.generate.base import Media, Request, Sampling, stream_seed
 from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.generate.local import LocalModel
-from trl_vpo.generate.models import answering_model
+from trl_vpo.media.images import load_image
+from trl_vpo.media.load import Media, VideoOptions, load_video
+from trl_vpo.models.load import answering_model
+from trl_vpo.models.local import LocalModel
+from trl_vpo.models.requests import Request, Sampling, stream_seed
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.testbed.tiny_vlm import BASE
@@ -196,7 +197,7 @@ def test_answers_end_where_the_task_says(everything, base, documents):
 @needs_lmms_eval
 def test_thoughts_that_were_cut_off_are_no_answer(base, documents):
     """The chat template opened them, so there is no tag in the answer."""
-    from trl_vpo.evaluate.lmms_model import Answering
+    from trl_vpo.evaluate.lmms.model import Answering
 
     request, one = asked(COLOUR, documents[0]["clip"]), Sampling(max_new_tokens=1, temperature=0)
     found, processor = [], AutoProcessor.from_pretrained(BASE)
@@ -249,7 +250,7 @@ def test_options_are_compared_by_their_log_probs(everything, base, documents):
 
 @needs_lmms_eval
 def test_messages_become_requests(documents):
-    from trl_vpo.evaluate.lmms_model import as_request
+    from trl_vpo.evaluate.lmms.model import as_request
 
     clip, scenes = documents[0]["clip"], documents[0]["scenes"]
     images = [{"type": "image", "url": path} for path in scenes]

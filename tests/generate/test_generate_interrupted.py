@@ -11,17 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from chat_server import Reply, Server, said
+from helpers import KITS
+from run_kit import generate, lines, options, write_inputs, written
 
 from trl_vpo.data.rows import read_row
-from trl_vpo.generate import server as server_module
-from trl_vpo.generate.base import GenerateError
-from trl_vpo.generate.shards import read_outcomes
+from trl_vpo.errors import GenerateError
+from trl_vpo.models import server as server_module
+from trl_vpo.runs.shards import read_outcomes
 from trl_vpo.testbed import rows as testbed_rows
 from trl_vpo.testbed.tiny_vlm import BASE
-
-sys.path.insert(0, str(Path(__file__).parent))
-from chat_server import Reply, Server, said
-from run_kit import generate, lines, options, write_inputs, written
 
 KILLS = 20
 
@@ -45,7 +44,7 @@ class Runs:
 
     def __init__(self, inputs):
         self.inputs = inputs
-        script = str(Path(__file__).with_name("generation_runs.py"))
+        script = str(KITS / "generation_runs.py")
         self.process = subprocess.Popen([sys.executable, script, str(BASE)], stdin=-1, stdout=-1, text=True)
         assert self.process.stdout.readline() == "ready\n"
 

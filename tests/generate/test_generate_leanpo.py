@@ -8,20 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_vpo.data.media import Clip, VideoOptions, load_video
+from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import read_row
-from trl_vpo.generate.base import (
-    AnsweringModel,
-    Failure,
-    GenerateError,
-    InputError,
-    InputRow,
-    Media,
-    Outcome,
-    stream_seed,
-)
+from trl_vpo.errors import GenerateError, InputError
 from trl_vpo.generate.leanpo import HINT_PROMPT, LeanPOGenerateConfig, LeanPOPipeline, keep_top
+from trl_vpo.media.load import Clip, Media, VideoOptions, load_video
+from trl_vpo.models.requests import AnsweringModel, stream_seed
+from trl_vpo.runs.outcome import Outcome
 from trl_vpo.testbed import language, world
+from trl_vpo.text.reading import Failure
 
 PROMPTS = {"hint_prompt": language.HINT, "reflection_prompt": language.REFLECTION}
 TRUTH = "a red square moves left."
@@ -441,7 +436,7 @@ def made(tmp_path_factory):
     """(items, pipeline, outcomes) of 16 clips of the small world, answered by the shipped base."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from trl_vpo.generate.local import LocalModel
+    from trl_vpo.models.local import LocalModel
     from trl_vpo.testbed.tiny_vlm import BASE
 
     folder = tmp_path_factory.mktemp("clips")

@@ -9,15 +9,17 @@ from detector_models import save
 from helpers import message, write_image
 from PIL import Image
 
-from trl_vpo.data.images import load_image
-from trl_vpo.data.masking import check_box, hidden_box, masked_image_list
-from trl_vpo.data.media import VideoOptions
+from trl_vpo.data.inputs import InputRow, load_media
 from trl_vpo.data.rows import read_row
-from trl_vpo.generate.base import AnsweringModel, Failure, InputError, InputRow
-from trl_vpo.generate.boxes import Detection
-from trl_vpo.generate.inputs import load_media
+from trl_vpo.errors import InputError
 from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
+from trl_vpo.generate.objects.boxes import Detection
+from trl_vpo.media.images import load_image
+from trl_vpo.media.load import VideoOptions
+from trl_vpo.media.masking import check_box, hidden_box, masked_image_list
+from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.testbed import rows as testbed
+from trl_vpo.text.reading import Failure
 
 MADE = {"pipeline": "lpoi", "model": None}
 CHOSEN = "A man walks a dog. There is a tree behind them."

@@ -2,24 +2,20 @@
 
 import re
 import shutil
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from run_kit import KINDS, generate, lines, write_inputs, written
 
 from trl_vpo import cli
-from trl_vpo.generate import progress
-from trl_vpo.generate.base import GenerateError
-from trl_vpo.generate.progress import Bar, duration
+from trl_vpo.errors import GenerateError
 from trl_vpo.generate.run import run_generation
-from trl_vpo.recipe import RecipeError
+from trl_vpo.runs import progress
+from trl_vpo.runs.progress import Bar, duration
+from trl_vpo.runs.recipe import RecipeError
 from trl_vpo.testbed import rows as testbed_rows
 from trl_vpo.testbed.tiny_vlm import BASE
-
-sys.path.insert(0, str(Path(__file__).parent))
-from run_kit import KINDS, generate, lines, write_inputs, written
 
 COUNT = 12
 

@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_vpo.data.media import VideoOptions, load_video
+from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import read_row
-from trl_vpo.generate.base import AnsweringModel, Failure, InputError, InputRow, Media, Outcome, stream_seed
-from trl_vpo.generate.perturb import PerturbSettings, perturb
+from trl_vpo.errors import InputError
 from trl_vpo.generate.rrpo import RRPOGenerateConfig, RRPOPipeline
 from trl_vpo.generate.tasks import read_task
+from trl_vpo.media.load import Media, VideoOptions, load_video
+from trl_vpo.media.perturb import PerturbSettings, perturb
+from trl_vpo.models.requests import AnsweringModel, stream_seed
+from trl_vpo.runs.outcome import Outcome
 from trl_vpo.testbed import language, world
+from trl_vpo.text.reading import Failure
 
 CAPTION = "a red square moves left."
 ROWS = {

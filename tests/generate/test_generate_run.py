@@ -2,26 +2,23 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
+from run_kit import KINDS, generate, lines, write_inputs, written
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.importers import import_rows
 from trl_vpo.data.rows import read_row
-from trl_vpo.generate.base import GenerateError
-from trl_vpo.generate.shards import read_outcomes, read_settings
+from trl_vpo.errors import GenerateError
 from trl_vpo.runs.digests import weights_digest
+from trl_vpo.runs.shards import read_outcomes, read_settings
 from trl_vpo.testbed import rows as testbed_rows
 from trl_vpo.testbed.tiny_vlm import BASE
-
-sys.path.insert(0, str(Path(__file__).parent))
-from run_kit import KINDS, generate, lines, write_inputs, written
 
 COUNT = 12
 WHO = {"model": str(BASE), "adapter": None, "revision": None, "judge": None}

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from trl_vpo.generate.base import AnsweringModel, Failure, Sampling
 from trl_vpo.generate.config import check_template
 from trl_vpo.generate.judge import (
     DIFFERENCES_PROMPT,
@@ -19,6 +18,8 @@ from trl_vpo.generate.judge import (
     read_rewrite,
     show_differences,
 )
+from trl_vpo.models.requests import AnsweringModel, Sampling
+from trl_vpo.text.reading import Failure
 
 RED_BLUE = Difference("attribute", "red", "blue")
 WRONG = Judgement(False, (RED_BLUE,))

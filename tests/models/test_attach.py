@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainer_kit import lora, trainer_of
 
-from trl_vpo.adapters import AdapterError
-from trl_vpo.evaluate.contestants import Contestants
+from trl_vpo.evaluate.candidates import Contestants
 from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.generate.models import answering_model
-from trl_vpo.merge import merge
+from trl_vpo.models.adapters import AdapterError
 from trl_vpo.models.attach import PREFIX, attach_adapter
+from trl_vpo.models.load import answering_model
+from trl_vpo.models.merge import merge
 
 IDS = torch.arange(8, 24)[None]
 # What modules were called before transformers 4.52, and CLIP's before 5.

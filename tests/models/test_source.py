@@ -5,13 +5,13 @@ import shutil
 import time
 
 import pytest
-from adapter_kit import BASE, recipe_of, trained
+from adapter_kit import BASE, hub_model, recipe_of, trained
 from safetensors.torch import load_file, save_file
-from test_merge import hub_model
 
 from trl_vpo.cli import main
+from trl_vpo.errors import SourceError
 from trl_vpo.models import source
-from trl_vpo.models.source import SourceError, check_model
+from trl_vpo.models.source import check_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -7,7 +7,7 @@ import pytest
 from trl_vpo.cli import main
 from trl_vpo.evaluate.run import make_parser as evaluate_parser
 from trl_vpo.generate.run import make_parser as generate_parser
-from trl_vpo.train import make_parser as train_parser
+from trl_vpo.training.run import make_parser as train_parser
 
 BASE = "model_name_or_path: base\ndataset_name: rows.jsonl\n"
 PARSERS = {

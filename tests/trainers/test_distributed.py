@@ -18,6 +18,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from helpers import KITS
 
 from trl_vpo.testbed.rows import write_jsonl, write_preferences
 
@@ -43,7 +44,7 @@ def torchrun(*args, timeout=550):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    script = Path(__file__).with_name("distributed_run.py")
+    script = KITS / "distributed_run.py"
     done = subprocess.run([*command, str(script), *args], capture_output=True, text=True, env=ENV, timeout=timeout)
     return done, time.time()
 
@@ -191,3 +192,20 @@ def test_trl_vpo_train_in_two_processes(tmp_path):
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (record["processes"], record["steps"]) == (2, 2)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "engine", ["ddp", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero2", "zero3", "fsdp2"))]
+)
+def test_qlora_in_two_processes_does_the_step_of_one(engine, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "out.pt"
+    done, _ = torchrun(engine, str(out), *distributed_run.QUANTIZED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, got in torch.load(out).items():
+        want = distributed_run.run_case(**distributed_run.QUANTIZED[case])
+        assert got["wrapper"] == WRAPPERS[engine]
+        assert all("lora_" in name for name in want["grads"])
+        assert_same_step(got, want)
+        assert all(f"rank {rank} of 2: {engine}, {case}\n" in done.stdout for rank in (0, 1))

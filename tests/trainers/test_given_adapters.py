@@ -9,7 +9,7 @@ from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_
 from trainer_kit import collated, fresh, image_rows, lora, losses_of, shake, text_rows, trainable, trainer_of
 from transformers import TrainerCallback
 
-from trl_vpo.train import freeze_vision
+from trl_vpo.training.run import freeze_vision
 
 LOG2 = pytest.approx(math.log(2), abs=1e-6)
 FEED_FORWARD = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}

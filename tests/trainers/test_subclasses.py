@@ -20,9 +20,9 @@ from trainer_kit import (
     trainer_of,
 )  # fmt: skip
 
-from trl_vpo import resume
-from trl_vpo.run_identity import describe_run
 from trl_vpo.trainers.finite import NonFiniteLossError
+from trl_vpo.training import resume
+from trl_vpo.training.run_identity import describe_run
 
 
 def penalty(trainer):

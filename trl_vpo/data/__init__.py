@@ -1,0 +1,1 @@
+"""Rows of preference data: read, checked, and collated into tree batches."""

@@ -17,9 +17,9 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import make_batched_metadata
 
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.media import Clip
 from trl_vpo.data.rows import Row
 from trl_vpo.forward.tree import Tree
+from trl_vpo.media.load import Clip
 
 REMEMBERED = 64  # shapes
 

@@ -25,15 +25,14 @@ from datasets import Dataset, Image, IterableDataset, List, Video
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-import trl_vpo
 from trl_vpo.data.blank import blank_clip, blank_encoder, blank_image
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.columns import COLUMNS, REF_SUMS, ROW_INDEX, nearest_column
-from trl_vpo.data.identity import cache_folder, processor_identity, source_identity
-from trl_vpo.data.masking import check_box
-from trl_vpo.data.media import Clip, MediaError, check_video, load_image, load_video
+from trl_vpo.data.identity import cache_folder, processor_identity, source_identity, versions
 from trl_vpo.data.rows import MEDIA, Row, RowError, check_accepted, read_row
 from trl_vpo.files import whole
+from trl_vpo.media.load import Clip, MediaError, check_video, load_image, load_video
+from trl_vpo.media.masking import check_box
 
 CHUNK = 128  # rows in memory at a time
 SHOWN = 5
@@ -237,9 +236,9 @@ class PassedRows:
     def __init__(self, args: Any, collator: PreferenceCollator):
         self._root = collator.media_root
         settings = {name: repr(value) for name, value in vars(collator).items() if name not in OWN}
-        versions = [trl_vpo.versions(), av.__version__, av.library_versions, PIL.__version__]
+        libraries = [versions(), av.__version__, av.library_versions, PIL.__version__]
         pillow = [PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES]
-        parts = [FORMAT, args.check_media, type(collator).__qualname__, settings, versions, pillow]
+        parts = [FORMAT, args.check_media, type(collator).__qualname__, settings, libraries, pillow]
         self._folder = cache_folder() / "checks" / _hash([*parts, processor_identity(collator.processing_class)])
         self._known = {
             line

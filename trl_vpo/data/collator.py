@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from trl_vpo.data.chat import WHOLE, WORD, ended, place_in_string, render_chat, same_start
-from trl_vpo.data.masking import check_box, masked_image_list
-from trl_vpo.data.media import Clip, MediaError, VideoOptions, load_image, load_video
-from trl_vpo.data.phrases import PhraseError, Span, spans_to_token_mask
 from trl_vpo.data.rows import REF_SUMS, Row, RowError, check_accepted, read_row, response_text, with_text
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
+from trl_vpo.media.load import Clip, MediaError, VideoOptions, load_image, load_video
+from trl_vpo.media.masking import check_box, masked_image_list
+from trl_vpo.text.phrases import PhraseError, Span, spans_to_token_mask
 
 SIDES = ("chosen", "rejected")
 REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
@@ -35,7 +35,7 @@ class PreferenceCollator:
         num_images: LPOI: length of the image list drawn from `critical_box`. None: no list.
         visual_prompt: LPOI: draw the red ellipse.
         media_root: folder of the media.
-        frame_cache: folder that keeps decoded clips (see `trl_vpo.data.frame_cache`). None: no cache.
+        frame_cache: folder that keeps decoded clips (see `trl_vpo.media.frame_cache`). None: no cache.
 
     Raises:
         RowError: a row breaks the contract, does not fit, or its media cannot be read. The message names the row.

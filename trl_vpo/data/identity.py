@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from trl_vpo.data.images import MediaError, describe, frame_folder, load_image, resolve_path
+from trl_vpo.media.images import MediaError, describe, frame_folder, load_image, resolve_path
 
 ENDS = 4096  # bytes at the head and at the tail that are looked at
 
@@ -73,3 +74,17 @@ def processor_identity(processing_class: Any) -> list:
         saved = {**json.loads(found["tokenizer.json"]), "padding": None, "truncation": None}
         found["tokenizer.json"] = json.dumps(saved).encode()
     return [[name, hashlib.sha256(data).hexdigest()] for name, data in sorted(found.items())]
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that decide a run's result."""
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "av")
+    return {"trl_vpo": package_version(), **{name: version(name) for name in names}}
+
+
+def package_version() -> str:
+    """Return the version of this package."""
+    try:
+        return version("trl-vpo")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"

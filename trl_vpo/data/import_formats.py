@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from trl_vpo.data.phrases import CLOSE, OPEN, masked_spans
+from trl_vpo.text.phrases import CLOSE, OPEN, masked_spans
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 REFUSED = ("audios", "tools", "objects")  # they change what the text means

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from trl_vpo.data.phrases import OPEN, PhraseError, strip_mask_tags
+from trl_vpo.text.phrases import OPEN, PhraseError, strip_mask_tags
 
 MARKERS = {"<image>": "image", "<video>": "video"}
 

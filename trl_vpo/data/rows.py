@@ -32,7 +32,7 @@ from trl_vpo.data.messages import (
     with_text,
     without_tags,
 )
-from trl_vpo.data.phrases import CLOSE, PhraseError, Span, phrase_spans, strip_mask_tags
+from trl_vpo.text.phrases import CLOSE, PhraseError, Span, phrase_spans, strip_mask_tags
 
 MEDIA = ("videos", "video", "images", "image", "image_list")
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing

@@ -8,10 +8,10 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
+from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.identity import cache_folder, file_identity
 from trl_vpo.data.json_files import DatasetError, load_json, stream_json
 from trl_vpo.files import COMPRESSED
-from trl_vpo.models.source import check_on_hub
 
 ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 OTHER_TABLES = {".csv", ".tsv", ".arrow", ".feather", ".xlsx"}  # nobody keeps media in them; not read here

@@ -1,0 +1,1 @@
+"""Held-out measures of a base model and its adapters."""

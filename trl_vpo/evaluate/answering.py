@@ -8,14 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import Row
 from trl_vpo.evaluate.rows import HeldOutRow
 from trl_vpo.evaluate.scoring import Probe
 from trl_vpo.forward.tree import Trunk
-from trl_vpo.generate.base import InputRow, Media, Sampling
-from trl_vpo.generate.choices import read_options, with_options
-from trl_vpo.generate.local import LocalModel
-from trl_vpo.generate.reading import opens_thoughts, without_reasoning
+from trl_vpo.media.load import Media
+from trl_vpo.models.local import LocalModel
+from trl_vpo.models.requests import Sampling
+from trl_vpo.text.choices import read_options, with_options
+from trl_vpo.text.reading import opens_thoughts, without_reasoning
 
 OPTIONS = "options"  # the probe of a multiple-choice question's options
 TAIL = 16  # tokens that an opening tag and white space behind it take, at most

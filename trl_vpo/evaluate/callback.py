@@ -10,7 +10,7 @@ from accelerate.utils import gather_object, is_peft_model
 from transformers import TrainerCallback
 
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.media import MediaError, check_image, check_video
+from trl_vpo.data.inputs import Inputs, Unusable, load_media, row_ids
 from trl_vpo.data.rows import RowError, check_accepted
 from trl_vpo.data.sources import named_splits
 from trl_vpo.evaluate.config import DAMAGES
@@ -26,8 +26,7 @@ from trl_vpo.evaluate.scoring import (
     with_first_image,
 )
 from trl_vpo.forward.tree import Tree, tree_batch
-from trl_vpo.generate.base import Media
-from trl_vpo.generate.inputs import Inputs, Unusable, load_media, row_ids
+from trl_vpo.media.load import Media, MediaError, check_image, check_video
 from trl_vpo.trainers.reference import evaluating
 from trl_vpo.trainers.setup import sharding
 

@@ -33,7 +33,7 @@ def evaluate(options: list[str]) -> None:
 
 def _run_benchmarks(options: list[str]) -> None:
     """Each benchmark once for the base or, where adapters are given, once for each: several get folders by name."""
-    from trl_vpo.recipe import RecipeError
+    from trl_vpo.runs.recipe import RecipeError
 
     parser = argparse.ArgumentParser(prog="trl-vpo evaluate --benchmark", allow_abbrev=False)
     parser.add_argument("--benchmark", required=True, metavar="NAME,NAME", help="tasks of lmms-eval, or videohallucer")
@@ -53,10 +53,10 @@ def _run_benchmarks(options: list[str]) -> None:
     given = {name: value for name, value in vars(args).items() if name in MODEL_OPTIONS}
     folders = [args.output_dir]
     if len(args.adapters) > 1:
-        from trl_vpo.evaluate.contestants import contestant_names
+        from trl_vpo.evaluate.candidates import contestant_names
 
         folders = [f"{args.output_dir}/{name}" for name in contestant_names(args.adapters)]
-    from trl_vpo.evaluate.lmms import run_benchmarks
+    from trl_vpo.evaluate.lmms.run import run_benchmarks
 
     for adapter, folder in zip(args.adapters, folders, strict=True):
         results = run_benchmarks(

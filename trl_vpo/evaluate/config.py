@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from trl_vpo.generate.config import AnsweringConfig, GenerateConfig
+from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.models.config import AnsweringConfig
 
 DAMAGES = ("shuffled", "masked", "blank")
 

@@ -52,9 +52,9 @@ from typing import Any
 
 import numpy as np
 
-from trl_vpo.evaluate.chair import ChairCounts
 from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
-from trl_vpo.evaluate.yes_no import PairedAnswers
+from trl_vpo.text.chair import ChairCounts
+from trl_vpo.text.yes_no import PairedAnswers
 
 Rows = dict[str, np.ndarray]
 

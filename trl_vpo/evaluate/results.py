@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-import trl_vpo
+from trl_vpo.data.identity import package_version
 from trl_vpo.evaluate import measures
-from trl_vpo.evaluate.chair import ObjectTable, count_objects, read_response
-from trl_vpo.evaluate.choice import by_letter, by_logprob
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.measures import Rows
 from trl_vpo.evaluate.rows import option_index
-from trl_vpo.evaluate.yes_no import parse, score_pairs
-from trl_vpo.generate.base import Outcome
+from trl_vpo.runs.outcome import Outcome
+from trl_vpo.text.chair import ObjectTable, count_objects, read_response
+from trl_vpo.text.choice import by_letter, by_logprob
+from trl_vpo.text.yes_no import parse, score_pairs
 
 BASE = "base"
 Records = Sequence[Mapping[str, Any]]
@@ -72,7 +72,7 @@ class Report:
         }
         skipped = sum(not outcome.rows for outcome in outcomes)
         self.results = {
-            "trl_vpo": trl_vpo.__version__,
+            "trl_vpo": package_version(),
             "settings": asdict(self._config),
             "data": {"rows": len(base), "skipped": skipped, **counts},
             "contestants": self._compared(records),

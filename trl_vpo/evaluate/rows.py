@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any
 
+from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import MARKERS, Row, RowError, read_row, row_name
-from trl_vpo.evaluate.chair import ObjectTable
-from trl_vpo.generate.answers import yes_or_no
-from trl_vpo.generate.base import InputError, InputRow
-from trl_vpo.generate.choices import read_choice, read_options
+from trl_vpo.errors import InputError
+from trl_vpo.text.answers import yes_or_no
+from trl_vpo.text.chair import ObjectTable
+from trl_vpo.text.choices import read_choice, read_options
 
 ROLES = {"basic": "yes", "hallucinated": "no"}
 MEDIUM = ("bytes", "path", "video", "image")  # keys that hold it in a source with options; the first one counts

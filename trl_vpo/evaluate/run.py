@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any
 from trl_vpo.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
-    from trl_vpo.evaluate.contestants import Contestants
+    from trl_vpo.data.inputs import InputRow, Inputs
+    from trl_vpo.evaluate.candidates import Contestants
     from trl_vpo.evaluate.rows import HeldOutRow
-    from trl_vpo.generate.base import InputRow, Media, Outcome
-    from trl_vpo.generate.inputs import Inputs
-    from trl_vpo.generate.store import Run
+    from trl_vpo.media.load import Media
+    from trl_vpo.runs.outcome import Outcome
+    from trl_vpo.runs.store import Run
 
 # What a run may change when it is continued: none of it changes a log-prob or an answer.
 FREE = {
@@ -40,7 +41,7 @@ DECODERS = 2  # threads that decode the next batch while the model works on this
 
 def make_parser():
     """The parser of recipes and options."""
-    from trl_vpo.recipe import RecipeParser
+    from trl_vpo.runs.recipe import RecipeParser
 
     return RecipeParser([EvaluateConfig], any_device=True, prog="trl-vpo evaluate")
 
@@ -71,7 +72,7 @@ def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
 
 
 def _parse(argv: list[str]) -> EvaluateConfig:
-    from trl_vpo.recipe import RecipeError
+    from trl_vpo.runs.recipe import RecipeError
 
     if sum(arg.split("=")[0] == "--adapters" for arg in argv) > 1:
         raise RecipeError("--adapters is given twice, and the first would be lost: name all of them behind one.")
@@ -91,18 +92,18 @@ def _parse(argv: list[str]) -> EvaluateConfig:
 
 def _evaluate(config: EvaluateConfig, rank: int, world_size: int) -> dict[str, Any] | None:
     """Everything that can be checked without weights comes before they are loaded."""
-    from trl_vpo.evaluate.chair import ObjectTable, read_synonyms
+    from trl_vpo.data.inputs import read_inputs
     from trl_vpo.evaluate.rows import read_rows
-    from trl_vpo.generate.inputs import read_inputs
-    from trl_vpo.generate.shards import check_settings
-    from trl_vpo.generate.store import Run
+    from trl_vpo.runs.shards import check_settings
+    from trl_vpo.runs.store import Run
+    from trl_vpo.text.chair import ObjectTable, read_synonyms
 
     _quiet(rank)
     table = ObjectTable(read_synonyms(config.synonyms)) if config.synonyms else None
     inputs = read_inputs(config.generate_config())
     wanted = inputs[: config.limit] if config.limit else inputs
     rows = read_rows(wanted, table)
-    from trl_vpo.evaluate.contestants import contestant_names, load_contestants
+    from trl_vpo.evaluate.candidates import contestant_names, load_contestants
     from trl_vpo.evaluate.results import BASE, Report
 
     names = contestant_names(config.adapters)
@@ -140,8 +141,8 @@ def _quiet(rank: int) -> None:
 
 def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Inputs) -> dict[str, Any]:
     """All that log-probs and answers depend on, but for the base's revision. A run goes on only with the same."""
-    from trl_vpo.evaluate.contestants import fingerprint
-    from trl_vpo.generate.inputs import digest
+    from trl_vpo.data.inputs import digest
+    from trl_vpo.evaluate.candidates import fingerprint
     from trl_vpo.runs.digests import weights_digest
 
     settings = {key: value for key, value in asdict(config).items() if key not in FREE}
@@ -182,7 +183,7 @@ def work(
         EvaluateError: a row's media or prompt cannot be used, and `on_bad` is "error". What is written stays.
     """
     from trl_vpo.evaluate.rows import EvaluateError
-    from trl_vpo.generate.progress import Bar
+    from trl_vpo.runs.progress import Bar
 
     share, size = len(range(run.rank, len(rows), run.world_size)), config.batch_size
     batches = [[rows[i] for i in todo[start : start + size]] for start in range(0, len(todo), size)]
@@ -219,8 +220,8 @@ def _loaded(
 
 def _load(inputs: Inputs, row: HeldOutRow, config: EvaluateConfig) -> tuple[HeldOutRow, InputRow, Media | str]:
     """A row with its media, or why they cannot be used."""
-    from trl_vpo.data.images import MediaError
-    from trl_vpo.generate.inputs import load_media
+    from trl_vpo.data.inputs import load_media
+    from trl_vpo.media.images import MediaError
 
     source = inputs[row.place]
     try:
@@ -235,7 +236,7 @@ def evaluate_batch(
     """What every contestant does on each row of a batch: a record for each, or the reason why there is none."""
     from trl_vpo.data.rows import RowError
     from trl_vpo.evaluate.scoring import run_probes
-    from trl_vpo.generate.base import Outcome
+    from trl_vpo.runs.outcome import Outcome
 
     reasons: dict[str, tuple[str, str]] = {}
     usable, probes = [], []

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trl_vpo.generate.results import encode, replace_file
+from trl_vpo.runs.results import encode, replace_file
 
 UP, DOWN = "▲", "▼"
 

@@ -1,0 +1,1 @@
+"""One model call over a tree batch: layouts, attention, per-token scores."""

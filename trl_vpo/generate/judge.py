@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trl_vpo.data.phrases import Span, split_words, word_diff
-from trl_vpo.generate.answers import same_words
-from trl_vpo.generate.base import AnsweringModel, Failure, Request, Sampling
-from trl_vpo.generate.reading import without_reasoning
+from trl_vpo.models.requests import AnsweringModel, Request, Sampling
+from trl_vpo.text.answers import same_words
+from trl_vpo.text.phrases import Span, split_words, word_diff
+from trl_vpo.text.reading import Failure, without_reasoning
 
 KINDS = ("object", "action", "attribute")
 DIFFERENCES_PROMPT = """\
@@ -158,7 +158,7 @@ def read_rewrite(reply: str, truth: str, max_changed: float) -> str:
 
 
 def changed_share(text: str, phrases: Sequence[Span]) -> float:
-    """The share of a text's words that lie in phrases; words and phrases as in `trl_vpo.data.phrases`."""
+    """The share of a text's words that lie in phrases; words and phrases as in `trl_vpo.text.phrases`."""
     spans = split_words(text)
     inside = [any(start < last and first < end for start, end in phrases) for first, last in spans]
     return sum(inside) / max(1, len(spans))

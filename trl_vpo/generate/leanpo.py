@@ -18,24 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from trl_vpo.generate.answers import RIGHT, SHORT_WORDS, WRONG
-from trl_vpo.generate.base import (
-    Failure,
-    GenerateError,
-    InputError,
-    InputRow,
-    Media,
-    Outcome,
-    Pipeline,
-    Request,
-    given_text,
-    stream_seed,
-    training_row,
-)
+from trl_vpo.data.inputs import InputRow, given_text
+from trl_vpo.errors import GenerateError, InputError
 from trl_vpo.generate.config import GenerateConfig, check_template
-from trl_vpo.generate.damage import DamageSettings, damage
-from trl_vpo.generate.similarity import pair_figures, right, similarity, trust_margin
+from trl_vpo.generate.pipeline import Pipeline, training_row
 from trl_vpo.generate.tasks import Task, read_task
+from trl_vpo.media.damage import DamageSettings, damage
+from trl_vpo.media.load import Media
+from trl_vpo.models.requests import Request, stream_seed
+from trl_vpo.runs.outcome import Outcome
+from trl_vpo.text.answers import RIGHT, SHORT_WORDS, WRONG
+from trl_vpo.text.reading import Failure
+from trl_vpo.text.similarity import pair_figures, right, similarity, trust_margin
 
 HINT_PROMPT = (
     "{question}\n"

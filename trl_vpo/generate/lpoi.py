@@ -2,7 +2,7 @@
 
 The critical object is the first thing that the text names and that has a usable box: noun phrases of the chosen
 response's first sentence, then of the question, then of the rest of the chosen response; else any detection. The row
-goes on unchanged with the box, from which training draws the list of images (`trl_vpo.data.masking`).
+goes on unchanged with the box, from which training draws the list of images (`trl_vpo.media.masking`).
 
 Published: Grounding DINO tiny, the order above, the check for hard negatives. Ours: the noun phrases by rules
 (`nouns`), the limits on a box's size, the names of "any detection" (`fallback_labels`), the wording of the question,
@@ -17,14 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.data.images import load_image
-from trl_vpo.data.masking import masked_image_list
+from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import RowError, read_row
-from trl_vpo.generate.base import InputError, InputRow, Media, Outcome, Pipeline, Request, mean
-from trl_vpo.generate.boxes import area_share
+from trl_vpo.errors import InputError
 from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.generate.critical import Finder
-from trl_vpo.generate.hidden import Case, Hiding, request
+from trl_vpo.generate.objects.boxes import area_share
+from trl_vpo.generate.objects.object_candidates import Finder
+from trl_vpo.generate.objects.occlusion import Case, Hiding, request
+from trl_vpo.generate.pipeline import Pipeline
+from trl_vpo.media.images import load_image
+from trl_vpo.media.load import Media
+from trl_vpo.media.masking import masked_image_list
+from trl_vpo.models.requests import Request
+from trl_vpo.runs.outcome import Outcome
+from trl_vpo.text.similarity import mean
 
 # Looked for where the text names nothing that is found.
 FALLBACK_LABELS = (
@@ -225,7 +231,7 @@ class LPOIPipeline(Pipeline):
             "generated_by": self.generated_by,
         }
         if self.config.mask_model:
-            from trl_vpo.generate.inputs import portable
+            from trl_vpo.data.inputs import portable
 
             folder = Path(self.config.output_dir).absolute() / "media"
             hidden = [portable(image, folder) for image in case.images[1:]]

@@ -18,19 +18,8 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from trl_vpo.data.phrases import PhraseError, phrase_spans
-from trl_vpo.generate.answers import RIGHT, UNDECIDED, WRONG
-from trl_vpo.generate.base import (
-    Failure,
-    InputError,
-    InputRow,
-    Media,
-    Outcome,
-    Pipeline,
-    Request,
-    stream_seed,
-    training_row,
-)
+from trl_vpo.data.inputs import InputRow
+from trl_vpo.errors import InputError
 from trl_vpo.generate.judge import (
     Difference,
     Question,
@@ -41,11 +30,17 @@ from trl_vpo.generate.judge import (
     request,
     show_differences,
 )
-from trl_vpo.generate.perturb import effective_mode, perturb
-from trl_vpo.generate.reading import without_reasoning
+from trl_vpo.generate.pipeline import Pipeline, training_row
 from trl_vpo.generate.rrpo_config import RRPOGenerateConfig
 from trl_vpo.generate.rrpo_figures import figures
 from trl_vpo.generate.tasks import Task, read_task
+from trl_vpo.media.load import Media
+from trl_vpo.media.perturb import effective_mode, perturb
+from trl_vpo.models.requests import Request, stream_seed
+from trl_vpo.runs.outcome import Outcome
+from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
+from trl_vpo.text.phrases import PhraseError, phrase_spans
+from trl_vpo.text.reading import Failure, without_reasoning
 
 __all__ = ["RRPOGenerateConfig", "RRPOPipeline"]
 

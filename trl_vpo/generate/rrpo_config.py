@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trl_vpo.generate.answers import SHORT_WORDS
-from trl_vpo.generate.base import Sampling
 from trl_vpo.generate.config import GenerateConfig, check_template
 from trl_vpo.generate.judge import DIFFERENCES_PROMPT, REWRITE_PROMPT
-from trl_vpo.generate.perturb import MODES, PerturbSettings
+from trl_vpo.media.perturb import MODES, PerturbSettings
+from trl_vpo.models.requests import Sampling
+from trl_vpo.text.answers import SHORT_WORDS
 
 
 @dataclass

@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trl_vpo.generate.answers import RIGHT, UNDECIDED, WRONG
-from trl_vpo.generate.base import Outcome, mean
+from trl_vpo.runs.outcome import Outcome
+from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
+from trl_vpo.text.similarity import mean
 
 
 def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:

@@ -18,16 +18,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.data.images import MediaError
+from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_inputs
+from trl_vpo.errors import GenerateError, InputError
 from trl_vpo.generate import METHODS
-from trl_vpo.generate.base import GenerateError, InputError, InputRow, Media, Outcome, Pipeline
 from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.generate.inputs import Inputs, digest, load_media, read_inputs
-from trl_vpo.generate.shards import check_settings
-from trl_vpo.generate.store import Run
-from trl_vpo.report.quiet import quiet_libraries
+from trl_vpo.generate.pipeline import Pipeline
+from trl_vpo.media.images import MediaError
+from trl_vpo.media.load import Media
 from trl_vpo.runs.digests import weights_digest
+from trl_vpo.runs.outcome import Outcome
+from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.runs.secrets import scrub
+from trl_vpo.runs.shards import check_settings
+from trl_vpo.runs.store import Run
 
 # What a run may change when it is continued: none of it changes an answer.
 FREE = {
@@ -45,7 +48,7 @@ def make_parser(method: str):
     Raises:
         RecipeError: there is no such method.
     """
-    from trl_vpo.recipe import RecipeError, RecipeParser, nearest
+    from trl_vpo.runs.recipe import RecipeError, RecipeParser, nearest
 
     if method not in METHODS:
         raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{nearest(method, METHODS)}")
@@ -98,7 +101,7 @@ def _generate(method: str, config: GenerateConfig, rank: int, world_size: int) -
         work(run, pipeline, wanted, run.remaining(wanted.ids), config)
         summary = run.finish(wanted.ids, pipeline)
     if summary is not None:
-        from trl_vpo.generate.shown import show_summary
+        from trl_vpo.generate.summary import show_summary
 
         show_summary(summary, config.output_dir)
         if not summary["rows"]:
@@ -111,7 +114,7 @@ def _generate(method: str, config: GenerateConfig, rank: int, world_size: int) -
 
 
 def _check_config(config: GenerateConfig, pipeline_class: type[Pipeline]) -> None:
-    from trl_vpo.recipe import RecipeError
+    from trl_vpo.runs.recipe import RecipeError
 
     for name, what in (("dataset_name", "the inputs"), ("output_dir", "a folder for the run")):
         if not getattr(config, name):
@@ -125,8 +128,8 @@ def _check_config(config: GenerateConfig, pipeline_class: type[Pipeline]) -> Non
 
 def _pipeline(pipeline_class: type[Pipeline], config: GenerateConfig, settings: dict, *, say: bool) -> Pipeline:
     """The pipeline with its model and judge, which are entered into the settings."""
-    from trl_vpo.generate.models import answering_model, judge_model
-    from trl_vpo.generate.server import RequestBudget
+    from trl_vpo.models.load import answering_model, judge_model
+    from trl_vpo.models.server import RequestBudget
 
     budget, model = RequestBudget(config.max_requests), None
     if pipeline_class.needs_model(config):
@@ -166,7 +169,7 @@ def generated_by(settings: dict) -> dict[str, str | None]:
 
 def work(run: Run, pipeline: Pipeline, inputs: Inputs, todo: Sequence[int], config: GenerateConfig) -> None:
     """Work through the inputs at positions `todo`, batch by batch, and write what came of each as it comes."""
-    from trl_vpo.generate.progress import Bar
+    from trl_vpo.runs.progress import Bar
 
     share = len(range(run.rank, len(inputs), run.world_size))
     batches = [todo[start : start + config.batch_size] for start in range(0, len(todo), config.batch_size)]

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_vpo.generate.answers import check_exact, check_short, check_yes_no, yes_or_no
-from trl_vpo.generate.base import InputError, given_text
-from trl_vpo.generate.choices import check_choice, in_form, read_choice, read_options, with_options
-from trl_vpo.generate.reading import Verdict, plain, without_reasoning, words
+from trl_vpo.data.inputs import given_text
+from trl_vpo.errors import InputError
+from trl_vpo.text.answers import check_exact, check_short, check_yes_no, yes_or_no
+from trl_vpo.text.choices import check_choice, in_form, read_choice, read_options, with_options
+from trl_vpo.text.reading import Verdict, plain, without_reasoning, words
 
 KINDS = ("choice", "yes_no", "short", "open")
 

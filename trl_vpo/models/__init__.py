@@ -1,0 +1,1 @@
+"""Models are loaded, adapted, asked, scored and merged."""

@@ -1,0 +1,1 @@
+"""Pages for people: preference data and curves."""

@@ -1,1 +1,1 @@
-"""Any run that can go on where it stopped, and what it writes down of itself."""
+"""What training, generation and evaluation runs share: recipe, record, store."""

@@ -80,7 +80,7 @@ def main() -> None:
         base = next((r.before for r in results if r.kind == METHODS[method][1]), None)
         results.append(run_method(method, args.out, held_out[METHODS[method][1]], base))
     show_results(results)
-    from trl_vpo.report.curves import plot_curves
+    from trl_vpo.report.plot.curves import plot_curves
 
     curves = plot_curves({result.method: result.history for result in results}, args.out / "curves.png")
     console.print(f"\nAdapters: {', '.join(str(args.out / method) for method in args.methods)}\nCurves:   {curves}")
@@ -138,7 +138,7 @@ def run_method(
     name, kind = METHODS[method]
     console.rule(f"{name} on {kind}s")
     from trl_vpo.evaluate.heldout import base_model, generate_responses, measure_preferences
-    from trl_vpo.train import run_training
+    from trl_vpo.training.run import run_training
 
     recipe = recipe or RECIPES / f"{method}.yaml"
     data = data or out / "data" / f"{kind}s_train.jsonl"
@@ -189,7 +189,7 @@ def quiet_libraries() -> None:
     """No bars but ours, and no warnings that a first-time user can do nothing about."""
     import transformers
 
-    from trl_vpo.report import quiet
+    from trl_vpo.runs import quiet
 
     quiet.quiet_libraries(bars=False)
     transformers.logging.set_verbosity_error()

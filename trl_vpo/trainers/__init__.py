@@ -1,0 +1,1 @@
+"""The trainers: one file for each method, and what they share."""

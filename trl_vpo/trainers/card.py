@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
-import trl_vpo
+from trl_vpo.data.identity import package_version, versions
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
 CARD = """\
@@ -120,8 +120,8 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         title=trainer._paper["title"],
         paper=trainer._paper["id"],
         settings=_settings(trainer),
-        version=trl_vpo.__version__,
-        versions=", ".join(f"{k} {v}" for k, v in trl_vpo.versions().items() if k != "trl_vpo"),
+        version=package_version(),
+        versions=", ".join(f"{k} {v}" for k, v in versions().items() if k != "trl_vpo"),
         citation=trainer._paper["citation"].strip(),
     )
     path = Path(trainer.args.output_dir) / "README.md"

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
-from trl_vpo.data.media import VideoOptions
+from trl_vpo.media.load import VideoOptions
 from trl_vpo.runs.secrets import scrub
 
 # Knobs of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.

@@ -7,8 +7,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
-from trl_vpo.checkpoints import saved_tensors
-
 logger = get_logger(__name__)
 
 
@@ -29,3 +27,16 @@ def load_full_weights(trainer: Any, folder: Path) -> None:
     loaded = type(model).from_pretrained(folder, dtype=dtype, use_safetensors=True)  # a pickle may run code
     model.load_state_dict(loaded.state_dict())
     logger.warning(f"The weights were read from {folder} by from_pretrained: the file has other names for them.")
+
+
+def open_safetensors(path: Path) -> set[str]:
+    """The names of its tensors; opening compares the header with the size of the file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return set(file.keys())
+
+
+def saved_tensors(folder: Path) -> set[str]:
+    """The names of all tensors in a checkpoint's safetensors files."""
+    return set().union(*map(open_safetensors, folder.glob("*.safetensors")))

@@ -17,7 +17,7 @@ from multiprocessing import get_start_method, resource_tracker
 import psutil
 from torch.utils.data import DataLoader
 
-from trl_vpo.launch import STOP
+from trl_vpo.training.launch import STOP
 
 LAUNCHERS = {"accelerate", "accelerate-launch", "torchrun", "trl-vpo"}
 LAUNCHERS |= {"accelerate.commands.launch", "torch.distributed.run", "torch.distributed.launch", "trl_vpo.cli"}

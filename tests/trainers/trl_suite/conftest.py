@@ -1,8 +1,8 @@
 import pytest
 import torch
 from families import write_model
-from kits.trl_standins import TEXT_MODELS, text_standin
-from kits.vlm_standins import VISION_MODELS
+from trl_standins import TEXT_MODELS, text_standin
+from vlm_standins import VISION_MODELS
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
 import pytest
 from datasets import Dataset
-from kits.trl_standins import TOOLS_TEMPLATE, conversations, plain, tool_rows
-from kits.trl_training import trainer_on, trains_all
 from transformers import AutoTokenizer, default_data_collator
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl_standins import TOOLS_TEMPLATE, conversations, plain, tool_rows
+from trl_training import trainer_on, trains_all
 
 from trl_vpo.data.rows import RowError
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDatasetDict
-from kits.trl_standins import conversations, plain
-from kits.trl_training import trainer_on
 from peft import LoraConfig
+from trl_standins import conversations, plain
+from trl_training import trainer_on
 
 
 def data():

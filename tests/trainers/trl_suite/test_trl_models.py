@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from families import write_model
-from kits.trl_standins import TEXT_MODELS, conversations, plain, text_standin
-from kits.trl_training import (
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl_standins import TEXT_MODELS, conversations, plain, text_standin
+from trl_training import (
     assert_same_as_trl,
     moved,
     parameters,
@@ -15,8 +17,6 @@ from kits.trl_training import (
     trains_adapter,
     trains_all,
 )
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 EXPERTS = ["Qwen3-MoE", "GPT-OSS"]  # those whose configs set a coefficient for the load-balancing loss
 

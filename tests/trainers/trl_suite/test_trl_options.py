@@ -5,10 +5,10 @@ import sys
 from types import ModuleType
 
 import pytest
-from kits.trl_standins import plain, typed
-from kits.trl_training import trainer_on, trains_all
 from peft import LoraConfig, PromptTuningConfig
 from PIL import Image
+from trl_standins import plain, typed
+from trl_training import trainer_on, trains_all
 
 OTHER_LOSSES = ["hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"]
 OTHER_LOSSES += ["apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]

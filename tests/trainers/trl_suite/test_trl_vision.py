@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from kits.trl_standins import conversations, plain, typed
-from kits.trl_training import assert_same_as_trl, steps, train, trainer_on, trains_adapter, trains_all
-from kits.vlm_standins import VISION_MODELS
 from peft import LoraConfig
 from PIL import Image
+from trl_standins import conversations, plain, typed
+from trl_training import assert_same_as_trl, steps, train, trainer_on, trains_adapter, trains_all
+from vlm_standins import VISION_MODELS
 
 from trl_vpo.data.rows import RowError
 

@@ -1,0 +1,1 @@
+"""Studies of the methods, outside of the package."""

@@ -1,0 +1,1 @@
+"""The methods compared on the small world of moving shapes."""

@@ -1,0 +1,249 @@
+"""`trl-vpo doctor`: what it finds in a good recipe, and in bad ones."""
+
+import json
+
+import pytest
+import yaml
+from datasets import Dataset, Features, List, Video
+from families import FAMILIES, build, text_model, write_model
+from helpers import row, write_clip, write_image
+from peft import LoraConfig
+from rich.console import Console
+
+from trl_vpo.doctor.checks import examine, method_of, run_doctor
+from trl_vpo.doctor.findings import OK, STOP, WARN
+from trl_vpo.models import model_size as footprint
+from trl_vpo.runs.recipe import RecipeError
+from trl_vpo.testbed.rows import write_jsonl
+from trl_vpo.training.sharding import Sharding
+
+LORA = r".*language_model.*\.(q_proj|v_proj)"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A tiny model on disk, rows with images, and a recipe for them."""
+    folder = tmp_path_factory.mktemp("doctor")
+    base = write_model(folder / "base", *build("Qwen2-VL"))
+    image = write_image(folder / "image.png")
+    rows = [row("image", [image], critical_box=[8, 8, 40, 40], id=f"r{i}") for i in range(6)]
+    recipe = {
+        "model_name_or_path": base,
+        "dataset_name": str(write_jsonl(rows, folder / "rows.jsonl")),
+        "output_dir": str(folder / "out"),
+        "use_peft": True,
+        "lora_r": 2,
+        "lora_target_modules": LORA,
+        "per_device_train_batch_size": 3,
+        "num_images": 4,
+    }
+    (folder / "recipe.yaml").write_text("# trl-vpo train lpoi --config recipe.yaml\n" + yaml.safe_dump(recipe))
+    return folder
+
+
+def status(report):
+    return {check: found for check, found, _ in report.findings}
+
+
+def parts(report):
+    return report.verdict.found.parts
+
+
+def test_a_good_recipe(work):
+    report = examine(work / "recipe.yaml", [], rows=4)
+    assert not report.stops
+    assert not report.problems
+    assert status(report)["LoRA"] == OK
+    said = {check: what for check, _, what in report.findings}
+    assert said["LoRA"].startswith("4 modules adapted, 0 of them")  # q and v in 2 layers
+    assert said["tokens"].startswith("4 of 6 rows tokenized")
+    assert said["prompt and response"].endswith(
+        "the prompt ends '?' '<|im_end|>' "
+        "'\\n' '<|im_start|>' 'as' 'sistan' 't' '\\n'; the chosen response is 'a' ' red' "
+        "' square' ' moves' ' left' '.' '<|im_end|>' '\\n'. It ends with '<|im_end|>'."
+    )
+    tokens = {name: values[0] for name, values in report.tokens.items()}
+    assert tokens["media"] == 4  # 56 x 56 pixels, patches of 14, merged 2 x 2
+    sides = tokens["chosen response"], tokens["rejected response"]
+    prompt = tokens["prompt text"] + tokens["media"]
+    assert tokens["longest sequence"] == prompt + max(sides)
+    assert tokens["all sequences of the pair"] == 5 * prompt + 4 * sides[0] + sides[1]  # 4 images and the rejected
+    assert status(report)["memory"] == OK
+    assert report.verdict.sharding == Sharding()
+    assert {"weights", "optimizer states", "inputs", "working memory"} <= set(report.verdict.found.parts)
+
+
+def test_responses_that_end_where_generation_does_not_stop(work, tmp_path):
+    model, processor = build("Qwen2-VL")
+    processor.tokenizer.add_tokens(["</s>"], special_tokens=True)
+    processor.tokenizer.eos_token = "</s>"  # as in checkpoints whose chat template was added later
+    model.generation_config.eos_token_id = None
+    argv = ["--model_name_or_path", write_model(tmp_path / "base", model, processor)]
+    report = examine(work / "recipe.yaml", argv, rows=1)
+    said = {check: what for check, _, what in report.findings}["prompt and response"]
+    assert status(report)["prompt and response"] == WARN
+    assert "ends with '<|im_end|>', but generation stops at '</s>': add it" in said
+
+
+def test_every_problem_is_listed_and_written(work, tmp_path):
+    image = write_image(tmp_path / "image.png")
+    (tmp_path / "no.png").write_bytes(b"no image")
+    rows = [row("image", [image], critical_box=[8, 8, 40, 40], id="good")]
+    rows += [row("image", [str(tmp_path / "no.png")], critical_box=[8, 8, 40, 40], id=f"bad-{i}") for i in range(12)]
+    rows += [row("image", [image], critical_box=[40, 8, 8, 40], id="inverted"), row(None, id="text")]
+    argv = ["--dataset_name", str(write_jsonl(rows, tmp_path / "rows.jsonl"))]
+    console = Console(record=True, width=100)
+    code = run_doctor(work / "recipe.yaml", argv, out=tmp_path / "problems.jsonl", console=console)
+    assert code == 1
+    found = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
+    assert [problem["row"] for problem in found] == list(range(1, 15))
+    assert [problem["media"] for problem in found] == [True] * 12 + [False] * 2
+    assert "bad-0" in found[0]["reason"]
+    text = console.export_text()
+    assert "and 4 more" in text
+    assert "1 of 15 rows tokenized" in text  # the one that is good
+    skipping = examine(work / "recipe.yaml", [*argv, "--on_bad_media", "skip"])
+    assert "12 would be skipped" in {check: what for check, _, what in skipping.findings}["train rows"]
+    assert skipping.stops  # the other two rows still stop it
+
+
+def test_rows_that_the_chat_template_refuses(tmp_path):
+    model, tok = text_model()
+    tok.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tok.chat_template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = [row(None, id=f"r{i}") for i in range(4)]
+    rows[2]["prompt"].insert(0, {"role": "system", "content": [{"type": "text", "text": "Be brief."}]})
+    recipe = {
+        "model_name_or_path": write_model(tmp_path / "base", model, tok),
+        "dataset_name": str(write_jsonl(rows, tmp_path / "rows.jsonl")),
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "recipe.yaml").write_text("# trl-vpo train dpo --config recipe.yaml\n" + yaml.safe_dump(recipe))
+    report = examine(tmp_path / "recipe.yaml", [])
+    assert status(report)["tokens"] == STOP
+    (problem,) = report.problems
+    assert problem["row"] == 2 and "no system role" in problem["reason"]
+
+
+def test_a_stream_of_datasets_videos(work, tmp_path):
+    base = Dataset.from_list([row("video", [write_clip(tmp_path / "a.mp4")])] * 3)
+    base.cast(Features({**base.features, "videos": List(Video())})).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "dpo.yaml").write_text(
+        (work / "recipe.yaml").read_text().replace("lpoi", "dpo").replace("num_images: 4", "")
+    )
+    argv = ["--dataset_name", str(tmp_path / "rows.parquet"), "--dataset_streaming", "true"]
+    report = examine(tmp_path / "dpo.yaml", argv)
+    said = {check: what for check, _, what in report.findings}
+    assert said["tokens"].startswith("3 of 3 rows tokenized, 0 of them") and not report.problems
+
+
+def test_rows_over_max_length(work):
+    report = examine(work / "recipe.yaml", ["--max_length", "10"])
+    assert status(report)["tokens"] == STOP
+    assert len(report.problems) == 6
+    assert "max_length=10" in report.problems[0]["reason"]
+
+
+def test_lora_targets(work):
+    everywhere = examine(work / "recipe.yaml", ["--lora_target_modules", "all-linear"])
+    assert status(everywhere)["LoRA"] == WARN
+    nowhere = examine(work / "recipe.yaml", ["--lora_target_modules", "query"])
+    assert status(nowhere)["LoRA"] == STOP
+    assert "tokens" in status(nowhere)  # the other checks went on
+
+
+def test_full_fine_tuning(work):
+    argv = ["--use_peft", "false"]
+    report = examine(work / "recipe.yaml", argv)
+    assert status(report)["full fine-tuning"] == WARN
+    frozen = examine(work / "recipe.yaml", [*argv, "--freeze_vision"])
+    assert status(frozen)["full fine-tuning"] == OK
+    assert parts(frozen)["optimizer states"] < parts(report)["optimizer states"]
+    assert parts(report)["weights"] == parts(report)["reference model"]
+    lora = examine(work / "recipe.yaml", [])
+    assert "reference model" not in parts(lora)
+
+
+@pytest.mark.parametrize(
+    ("argv", "check"),
+    [
+        (["--model_name_or_path", "nowhere/nothing"], "model"),
+        (["--dataset_name", "nowhere.jsonl"], "data"),
+        (["--eval_strategy", "steps"], "data"),  # there is no test split
+    ],
+)
+def test_what_is_missing_stops(work, argv, check):
+    assert status(examine(work / "recipe.yaml", argv))[check] == STOP
+
+
+def test_method_of_a_recipe(work, tmp_path):
+    assert method_of(work / "recipe.yaml") == "lpoi"
+    (tmp_path / "rrpo").mkdir()
+    for path in (tmp_path / "rrpo" / "some.yaml", tmp_path / "leanpo.yaml", tmp_path / "other.yaml"):
+        path.write_text("use_cpu: true\n")
+    assert method_of(tmp_path / "rrpo" / "some.yaml") == "rrpo"
+    assert method_of(tmp_path / "leanpo.yaml") == "leanpo"
+    with pytest.raises(RecipeError, match="--method"):
+        method_of(tmp_path / "other.yaml")
+    with pytest.raises(RecipeError, match="does not exist"):
+        method_of(tmp_path / "nowhere.yaml")
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_whether_it_fits(work):
+    console = Console(record=True, width=200)
+    run = [work / "recipe.yaml", ["--gpu_memory", "0.25", "--gradient_checkpointing", "false"]]
+    assert run_doctor(*run, console=console) == 0  # a warning, no stop
+    text = console.export_text()
+    assert "does not fit into 0.2 GiB" in text
+    assert "half as many tokens of media (max_pixels) " in text  # there are no videos
+    assert "per_device_train_batch_size: 1, gradient_accumulation_steps: 3" in text
+    assert "gradient_checkpointing: true" in text
+    assert status(examine(*run))["memory"] == WARN
+    fits = examine(work / "recipe.yaml", ["--gpu_memory=24"])
+    assert status(fits)["memory"] == OK and fits.verdict.fits and not fits.verdict.remedies
+    with pytest.raises(RecipeError, match="number of GiB"):
+        examine(work / "recipe.yaml", ["--gpu_memory", "much"])
+
+
+def test_several_gpus(work, monkeypatch):
+    for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    whole = examine(work / "recipe.yaml", [])
+    argv = ["--accelerate_config", "zero3", "--num_processes", "4"]  # TRL's, where the working directory has none
+    split = examine(work / "recipe.yaml", argv)
+    assert split.verdict.sharding == Sharding("zero3", 4)
+    assert parts(split)["weights"] < parts(whole)["weights"] / 3
+    ddp = examine(work / "recipe.yaml", ["--num_processes", "2"])
+    assert parts(ddp)["communication"] == 4 * 2 * 2 * (32 + 32 + 32 + 16)  # float32, 2 layers, rank 2, q and v
+    with pytest.raises(RecipeError, match="accelerate_config"):
+        examine(work / "recipe.yaml", ["--accelerate_config", "zero4"])
+
+
+def test_a_model_that_needs_data_is_not_estimated(work, monkeypatch):
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+
+    whole = Qwen2VLTextModel.forward
+    forward = lambda self, *args, **kwargs: whole(self, *args, **kwargs).last_hidden_state.sum().item()  # noqa: E731
+    monkeypatch.setattr(Qwen2VLTextModel, "forward", forward)
+    report = examine(work / "recipe.yaml", [])
+    assert status(report)["memory"] == WARN and report.verdict is None
+    assert "not estimated: DataDependentOutputException" in {c: w for c, _, w in report.findings}["memory"]
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_empty_models_count_as_real_ones(family):
+    model, _ = build(family)
+    model.config.architectures = [type(model).__name__]
+    empty = footprint.empty_model(model.config)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    counted = footprint.sizes(empty, quantized=False, skip=[])
+    assert counted.total == model.num_parameters()
+    assert 0 < counted.vision < counted.total
+    _, adapted = footprint.adapt(empty, LoraConfig(target_modules="all-linear"))
+    assert adapted.vision  # all-linear reaches into the tower of every family

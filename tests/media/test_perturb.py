@@ -1,0 +1,187 @@
+"""RRPO's perturbations on real clips and images: what is covered, what changes places, what stays."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from trl_vpo.errors import InputError
+from trl_vpo.media.load import Media, VideoOptions, load_video
+from trl_vpo.media.perturb import FILL, MODES, PerturbSettings, effective_mode, mask_size, perturb
+from trl_vpo.testbed import world
+
+SEEDS = range(30)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A clip of eight different frames, read from a real file; none of its pixels is as bright as the mask."""
+    (sample,) = world.draw_samples("clip", 1, 3, habits=False)
+    clip = load_video(
+        world.write_sample(sample, tmp_path_factory.mktemp("clip") / "a.mp4"), VideoOptions(num_frames=8)
+    )
+    clip.frames.clip(0, 240, out=clip.frames)
+    clip.frames.flags.writeable = False  # perturb must not change what it is given
+    return clip
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """An image, twice as wide as it is high."""
+    (sample,) = world.draw_samples("scene", 1, 3, habits=False)
+    image = Image.open(world.write_sample(sample, tmp_path_factory.mktemp("scene") / "a.png"))
+    return Image.fromarray(np.asarray(image.convert("RGB")).clip(0, 240))
+
+
+def covered(frames):
+    return (frames == np.array(FILL, np.uint8)).all(axis=-1)  # (T, H, W)
+
+
+def order_of(before, after):
+    """Which frame of `before` each frame of `after` is."""
+    return [next(i for i, frame in enumerate(before) if (frame == other).all()) for other in after]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_mask_is_one_grey_square_at_the_same_place_of_every_frame(clip, seed):
+    (masked,) = perturb(Media(videos=(clip,)), seed, PerturbSettings("mask")).videos
+    hidden = covered(masked.frames)
+    assert masked.frames.shape == clip.frames.shape and masked.frames.dtype == np.uint8
+    assert (hidden == hidden[0]).all()
+    ys, xs = np.nonzero(hidden[0])
+    assert np.ptp(ys) == np.ptp(xs) and len(ys) == (np.ptp(ys) + 1) ** 2
+    assert 0.25 <= hidden[0].mean() <= 0.5
+    assert (masked.frames[~hidden] == clip.frames[~hidden]).all()
+
+
+def test_masks_of_different_seeds_use_the_whole_range_and_frame(clip):
+    masks = np.stack(
+        [covered(perturb(Media(videos=(clip,)), s, PerturbSettings("mask")).videos[0].frames)[0] for s in SEEDS]
+    )
+    shares = masks.mean(axis=(1, 2))
+    assert shares.min() < 0.3 and shares.max() > 0.45
+    assert masks.any(axis=0).mean() > 0.95
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_images_are_masked_in_every_mode_with_a_mask(scene, seed):
+    shown = [
+        perturb(Media(images=(scene,)), seed, PerturbSettings(mode)).images[0] for mode in MODES if "mask" in mode
+    ]
+    arrays = [np.asarray(image) for image in shown]
+    assert all((array == arrays[0]).all() for array in arrays)  # one seed, one mask
+    assert shown[0].size == scene.size and shown[0].mode == "RGB"
+    assert 0.25 <= covered(arrays[0]).mean() <= 0.5
+
+
+@pytest.mark.parametrize(
+    "size, share, box",
+    [
+        ((100, 100), 0.36, (60, 60)),
+        ((100, 200), 0.5, (100, 100)),  # the largest square of a 2:1 frame
+        ((100, 400), 0.25, (100, 100)),
+        ((100, 400), 0.5, (100, 200)),  # no square of that area fits: a rectangle keeps it
+        ((400, 100), 0.5, (200, 100)),
+        ((2, 2), 0.4, (1, 1)),
+        ((1, 1), 0.4, (1, 1)),
+    ],
+)
+def test_size_of_the_mask(size, share, box):
+    assert mask_size(*size, share, (0.25, 0.5)) == box
+
+
+@pytest.mark.parametrize("size", [(56, 56), (56, 112), (360, 640), (1080, 404), (37, 211), (7, 5)])
+def test_no_rounding_leaves_the_range(size):
+    for share in np.linspace(0.25, 0.5, 60):
+        height, width = mask_size(*size, share, (0.25, 0.5))
+        assert 0.25 <= height * width / (size[0] * size[1]) <= 0.5
+        assert height == width or min(size) in (height, width)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_local_shuffling_stays_in_its_windows_and_moves_every_frame(clip, seed):
+    (shuffled,) = perturb(Media(videos=(clip,)), seed, PerturbSettings("local", window=4)).videos
+    order = order_of(clip.frames, shuffled.frames)
+    assert sorted(order[:4]) == [0, 1, 2, 3] and sorted(order[4:]) == [4, 5, 6, 7]
+    assert all(i != place for place, i in enumerate(order))
+    assert (shuffled.timestamps == clip.timestamps).all() and (np.diff(shuffled.timestamps) > 0).all()
+
+
+def test_a_last_window_of_one_frame_joins_the_one_before(clip):
+    seven = replace(clip, frames=clip.frames[:7], timestamps=clip.timestamps[:7])
+    orders = {
+        tuple(
+            order_of(
+                seven.frames, perturb(Media(videos=(seven,)), s, PerturbSettings("local", window=3)).videos[0].frames
+            )
+        )
+        for s in SEEDS
+    }
+    assert all(sorted(order[:3]) == [0, 1, 2] and sorted(order[3:]) == [3, 4, 5, 6] for order in orders)
+    assert all(order[6] != 6 for order in orders) and len(orders) > 5
+
+
+def test_global_shuffling_reaches_the_whole_clip(clip):
+    orders = [
+        order_of(clip.frames, perturb(Media(videos=(clip,)), s, PerturbSettings("global")).videos[0].frames)
+        for s in SEEDS
+    ]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert all(i != place for order in orders for place, i in enumerate(order))
+    assert any(abs(i - place) > 5 for order in orders for place, i in enumerate(order))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_window_with_two_different_frames_always_looks_different(clip, seed):
+    pattern = clip.frames[[0, 1, 0, 1]]  # most permutations that move every frame change nothing here
+    still = replace(clip, frames=pattern, timestamps=clip.timestamps[:4])
+    (shuffled,) = perturb(Media(videos=(still,)), seed, PerturbSettings("local")).videos
+    assert (shuffled.frames != pattern).any()
+
+
+def test_masking_with_shuffling_is_both(clip):
+    media = Media(videos=(clip,))
+    both, mask = (perturb(media, 5, PerturbSettings(mode)).videos[0] for mode in ("mask+local", "mask"))
+    shuffled = perturb(media, 5, PerturbSettings("local")).videos[0]
+    hidden = covered(mask.frames)
+    assert (covered(both.frames) == hidden).all()
+    assert (both.frames[~hidden] == shuffled.frames[~hidden]).all()
+
+
+def test_the_seed_decides_and_nothing_else(clip, scene):
+    media = Media((scene, scene), (clip, clip))
+    settings = PerturbSettings("mask+global")
+    first, second, other = (perturb(media, seed, settings) for seed in (2**62, 2**62, 1))
+    for one, two in zip(first.videos, second.videos):
+        assert (one.frames == two.frames).all()
+    assert (first.videos[0].frames != other.videos[0].frames).any()
+    assert (first.videos[0].frames != first.videos[1].frames).any()  # each has a mask of its own
+    assert (np.asarray(first.images[0]) != np.asarray(first.images[1])).any()
+
+
+def test_what_cannot_be_shuffled(clip, scene):
+    one = replace(clip, frames=clip.frames[:1], timestamps=clip.timestamps[:1])
+    still = replace(clip, frames=clip.frames[[2] * 8])
+    blocks = replace(clip, frames=clip.frames[[0] * 4 + [1] * 4])  # within windows of four, nothing changes
+    for media in (Media(images=(scene,)), Media(videos=(one,)), Media(videos=(still,)), Media(videos=(blocks,))):
+        assert effective_mode(media, PerturbSettings("mask+local")) == "mask"
+        with pytest.raises(InputError, match=r"local shuffling changes nothing.*Use a perturbation with mask"):
+            perturb(media, 0, PerturbSettings("local"))
+    assert effective_mode(Media(videos=(blocks,)), PerturbSettings("mask+global")) == "mask+global"
+    assert effective_mode(Media((scene,), (still, clip)), PerturbSettings("local")) == "local"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mode": "shuffle"}, "perturbation is 'shuffle'"),
+        ({"area": (0.5, 0.25)}, "masked area"),
+        ({"area": (0.0, 0.5)}, "masked area"),
+        ({"area": (0.5, 1.0)}, "masked area"),
+        ({"window": 1}, "shuffle_window is 1"),
+    ],
+)
+def test_settings_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        PerturbSettings(**change)

@@ -1,0 +1,234 @@
+"""What the presets of `lora_target_modules` adapt in every family, and what vLLM takes of an adapter."""
+
+import copy
+import re
+from functools import cache
+
+import pytest
+import torch
+from adapter_kit import changed, pickled, recipe_of, train, trained
+from families import FAMILIES, text_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from trl_vpo.doctor import checks as doctor
+from trl_vpo.models import model_size as footprint
+from trl_vpo.models.adapters import PRESETS, AdapterError, target_modules, vllm_problems
+from trl_vpo.runs.recipe import RecipeError
+
+
+def examine(recipe, method):
+    """The doctor's report on a recipe."""
+    return doctor.examine(recipe, [], method=method, rows=1)
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+def layers(stem, leaves, numbers=(0, 1)):
+    return {f"{stem}.{i}.{leaf}" for i in numbers for leaf in leaves.split()}
+
+
+def language(name):
+    attention = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+    return layers(f"model.{name}.layers", f"{attention} mlp.gate_proj mlp.up_proj mlp.down_proj")
+
+
+SEVEN = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+CLIP = layers(
+    "model.vision_tower.encoder.layers",
+    "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj mlp.fc1 mlp.fc2",
+)
+IDEFICS = {name.replace("vision_tower", "vision_model") for name in CLIP}
+MERGER = {"model.visual.merger.mlp.0", "model.visual.merger.mlp.2"}
+LLAVA = {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
+PARTS = {  # family: (language model, projector, vision tower)
+    "Qwen2-VL": (
+        language("language_model"),
+        MERGER,
+        layers("model.visual.blocks", "attn.qkv attn.proj mlp.fc1 mlp.fc2"),
+    ),
+    "Qwen2.5-VL": (
+        language("language_model"),
+        MERGER,
+        layers("model.visual.blocks", "attn.qkv attn.proj mlp.gate_proj mlp.up_proj mlp.down_proj"),
+    ),
+    "Qwen3-VL": (
+        language("language_model"),
+        {"model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"}
+        | layers("model.visual.deepstack_merger_list", "linear_fc1 linear_fc2", numbers=(0,)),
+        layers("model.visual.blocks", "attn.qkv attn.proj mlp.linear_fc1 mlp.linear_fc2"),
+    ),
+    "LLaVA-1.5": (language("language_model"), LLAVA, CLIP),
+    "LLaVA-NeXT-Video": (language("language_model"), LLAVA, CLIP),
+    "LLaVA-OneVision": (language("language_model"), LLAVA, CLIP),
+    "Idefics2": (
+        language("text_model"),
+        {f"model.connector.modality_projection.{n}_proj" for n in ("gate", "up", "down")}
+        | layers("model.connector.perceiver_resampler.layers", SEVEN, numbers=(0,)),
+        IDEFICS,
+    ),
+    "Idefics3": (language("text_model"), {"model.connector.modality_projection.proj"}, IDEFICS),
+    "SmolVLM": (language("text_model"), {"model.connector.modality_projection.proj"}, IDEFICS),
+    "InternVL": (
+        language("language_model"),
+        LLAVA,
+        layers(
+            "model.vision_tower.encoder.layer",
+            "attention.q_proj attention.k_proj attention.v_proj attention.projection_layer mlp.fc1 mlp.fc2",
+        ),
+    ),
+}
+
+
+@cache
+def config_of(family):
+    model, _ = FAMILIES[family][0]()
+    model.config.architectures = [type(model).__name__]
+    return model.config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_preset_adapts_the_same_parts_of_every_family(family, preset, tmp_path):
+    want = set().union(*PARTS[family][: PRESETS.index(preset) + 1])
+    config = LoraConfig(r=2, target_modules=preset)
+    _, what = footprint.adapt(footprint.empty_model(config_of(family)), config)
+    assert set(what.modules) == want
+    assert set(what.vision) == want - PARTS[family][0]
+    config.save_pretrained(tmp_path)  # and what is saved needs nothing of ours
+    again = get_peft_model(footprint.empty_model(config_of(family)), LoraConfig.from_pretrained(tmp_path))
+    names = {n.removeprefix("base_model.model.") for n, m in again.named_modules() if hasattr(m, "lora_A")}
+    assert names == want
+
+
+def test_presets_of_text_models():
+    model, _ = text_model()
+    config = LoraConfig(target_modules="language")
+    _, what = footprint.adapt(copy.deepcopy(model), config)
+    assert set(what.modules) == layers("model.layers", SEVEN)
+    for preset in ("language+projector", "all"):
+        with pytest.raises(RecipeError, match=f"{re.escape(preset)}: Qwen2ForCausalLM has no projector"):
+            target_modules(model, preset)
+
+
+class Odd(nn.Module):
+    """Layers that differ, a head that is never called, experts in one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = nn.Module()
+        self.text.layers = nn.ModuleList([nn.Module(), nn.Module()])
+        self.text.layers[0].mix = nn.Linear(2, 2)
+        self.text.layers[1].mix = nn.Conv1d(2, 2, 1)
+        self.text.layers[1].experts = nn.Module()
+        self.text.layers[1].experts.up = nn.Parameter(torch.zeros(3, 2, 2))
+        self.connector = nn.Linear(2, 2)
+        self.vision_model = nn.Module()
+        self.vision_model.head = nn.MultiheadAttention(2, 1)
+        self.vision_model.out = nn.Linear(2, 2)
+
+    def get_decoder(self):
+        return self.text
+
+
+def test_presets_of_an_odd_model():
+    with pytest.warns(UserWarning, match=r"1 parameters such as layers\.1\.experts\.up .*lora_target_parameters"):
+        config = LoraConfig(target_modules=target_modules(Odd(), "all"))
+    adapted = get_peft_model(Odd(), config)
+    names = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
+    assert names == {"text.layers.0.mix", "connector", "vision_model.out"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("langage", r"'langage' is none of the presets language, language\+projector, all. Did you mean language"),
+        ("language+projektor", r"Did you mean language\+projector"),
+        ("q_proj", r"whole module names, such as \.\*\\.q_proj"),
+        (["language", "lm_head"], "the preset 'language' stands alone"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(tmp_path, targets, message):
+    with pytest.raises(RecipeError, match=message):
+        train(tmp_path, lora_target_modules=targets, dataset_name="nowhere")  # before data and model are loaded
+
+
+# --- vLLM ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        ("lora", []),
+        ("rslora", []),
+        ("dora", ["it is DoRA"]),
+        ("head", ["modules_to_save: lm_head"]),
+        (
+            "all",
+            [r"10 of its 24 modules are in vision tower or projector, such as model\.visual\.blocks\.0\.attn\.proj"],
+        ),
+    ],
+)
+def test_what_vllm_takes(name, messages):
+    problems = vllm_problems(trained(name).folder)
+    assert len(problems) == len(messages)
+    for problem, message in zip(problems, messages):
+        assert re.search(message, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"r": 64}, "its rank is 64, vLLM's max_lora_rank 16: start vLLM with --max-lora-rank 64"),
+        ({"rank_pattern": {"q_proj": 20}}, "its rank is 20, .* --max-lora-rank 32"),
+        ({"r": 1024}, "vLLM takes 512 at most"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
+        ({"bias": "all"}, "it has biases"),
+        ({"peft_type": "OFT"}, "it is OFT, not LoRA"),
+    ],
+)
+def test_what_vllm_does_not_take(keys, message, tmp_path):
+    (problem,) = vllm_problems(changed(trained("lora").folder, tmp_path, **keys))
+    assert re.search(message, problem), problem
+
+
+@pytest.mark.parametrize(
+    ("keys", "status", "said"),
+    [
+        ({"lora_r": 4}, "ok", "serves the adapter as it will be saved"),
+        ({"lora_r": 64}, "ok", "its rank is 64, .* start vLLM with --max-lora-rank 64"),
+        ({"use_dora": True}, "warning", "it is DoRA"),
+        ({"lora_modules_to_save": ["lm_head"]}, "warning", "modules_to_save: lm_head"),
+        ({"lora_target_modules": "all"}, "warning", "10 of its 24 modules are in vision tower or projector"),
+    ],
+)
+def test_the_doctor_says_what_vllm_takes(keys, status, said, tmp_path):
+    """Before anything is trained, and the same as of the saved adapter."""
+    report = examine(*recipe_of(tmp_path / "out", **keys))
+    (found,) = (finding for finding in report.findings if finding[0] == "vLLM")
+    assert found[1] == status
+    assert re.search(said, found[2]), found
+
+
+def test_the_doctor_stops_at_an_adapter_on_the_head(tmp_path):
+    report = examine(*recipe_of(tmp_path / "out", lora_target_modules=["q_proj", "lm_head"]))
+    assert any(check == "LoRA" and status == "stop" and "LM head" in what for check, status, what in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"), [({}, "vLLM serves it as it is"), ({"use_dora": True}, "vLLM and this adapter: it is DoRA")]
+)
+def test_the_end_of_training_says_what_vllm_takes(keys, said, tmp_path, capsys):
+    train(tmp_path / "out", max_steps=1, **keys)
+    assert f"Saved to {tmp_path / 'out'}. {said}" in capsys.readouterr().out
+
+
+def test_vllm_takes_safetensors_of_linear_layers_only(tmp_path):
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin"):
+        vllm_problems(pickled(trained("lora").folder, tmp_path))
+    (tmp_path / "changed" / "adapter_model.bin").unlink()
+    save_file({"base_model.model.x.lora_embedding_A": torch.zeros(1)}, tmp_path / "changed/adapter_model.safetensors")
+    (problem,) = vllm_problems(tmp_path / "changed")
+    assert "1 tensors are no LoRA weights of linear layers, such as base_model.model.x.lora_embedding_A" in problem

@@ -1,0 +1,261 @@
+"""`trl-vpo plot`: runs found in their folders, their names, and the page with final values and settings."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from trl_vpo.report.plot import page as plot
+
+HISTORY = [
+    {"step": 0, "eval_loss": 0.9, "eval_logps/chosen": -9.0, "eval_logps/rejected": -7.0},
+    {"step": 5, "epoch": 0.5, "loss": 0.7, "rewards/margins": 0.1, "logps/chosen": -8.0, "logps/rejected": -6.0},
+    {"step": 10, "epoch": 1.0, "loss": 0.51239, "rewards/margins": 0.6, "logps/chosen": -7.0, "logps/rejected": -9.0,
+     "num_tokens": 110080.0, "entropy": 2.0},
+    {"step": 10, "epoch": 1.0, "eval_loss": 0.6, "eval_logps/chosen": -8.5, "eval_logps/rejected": -9.5},
+    {"step": 10, "epoch": 1.0, "train_runtime": 3.25, "train_loss": 0.6, "total_flos": 1e9, "logps/chosen": -1.0},
+]  # fmt: skip
+RECORD = {
+    "method": "leanpo",
+    "recipe": {"learning_rate": 1e-6, "beta": 2.0, "output_dir": "out", "seed": 3},
+    "rows": {"trained": 160, "skipped": 2},
+    "processes": 8,
+    "device": "NVIDIA H100 80GB HBM3",
+    "versions": {"trl": "1.16.0"},
+    "finished": "2026-01-02T03:04:05+00:00",
+}
+
+
+def write_state(folder, history=HISTORY, when=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "trainer_state.json"
+    path.write_text(json.dumps({"global_step": history[-1]["step"] if history else 0, "log_history": history}))
+    if when is not None:
+        os.utime(path, (when, when))
+    return folder
+
+
+def write_run(folder, history=HISTORY, **record):
+    write_state(folder, history)
+    recipe = RECORD["recipe"] | record.pop("recipe", {})
+    (folder / "run.json").write_text(json.dumps(RECORD | {"recipe": recipe} | record))
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, and tables by the heading before them: {row: values}, with the heads under None."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.tables = [], [], {}
+        self._cell, self._row, self._heading = None, [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag in ("h2", "h3", "th", "td"):
+            self._cell = ""
+
+    def handle_data(self, data):
+        if self._cell is not None:
+            self._cell += data
+
+    def handle_endtag(self, tag):
+        if tag in ("h2", "h3"):
+            self._heading, self._cell = self._cell, None
+        elif tag in ("th", "td"):
+            self._row.append(self._cell)
+            self._cell = None
+        elif tag == "tr":
+            name, *values = self._row
+            self.tables.setdefault(self._heading, {})[name or None] = values
+            self._row = []
+
+
+# --- finding runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run(tmp_path):
+    (run,) = plot.read_runs([write_run(tmp_path / "a")])
+    assert run.history == HISTORY
+    assert run.record["device"] == RECORD["device"]
+    assert run.name == "LeanPO"
+
+
+def test_a_run_that_goes_on_is_read_from_its_newest_checkpoint(tmp_path):
+    write_state(tmp_path / "checkpoint-9", HISTORY[:2], when=1000)
+    folder = write_state(tmp_path / "checkpoint-10", HISTORY[:3], when=2000)
+    marker = {"format": 1, "files": {}, "run": {"method": "rrpo", "recipe": {"alpha": 0.1}, "rows": 5}}
+    (folder / "complete.json").write_text(json.dumps(marker))
+    (run,) = plot.read_runs([tmp_path])
+    assert run.history == HISTORY[:3] and run.name == "RRPO" and run.record["recipe"] == {"alpha": 0.1}
+    assert plot.read_run(tmp_path / "checkpoint-9").history == HISTORY[:2]
+
+
+def test_what_an_earlier_run_left_in_the_folder_does_not_count(tmp_path):
+    write_run(tmp_path)
+    os.utime(tmp_path / "trainer_state.json", (1000, 1000))
+    write_state(tmp_path / "checkpoint-5", HISTORY[:2], when=2000)
+    (tmp_path / "checkpoint-5" / "complete.json").write_text(json.dumps({"run": {"method": "dpo"}}))
+    run = plot.read_run(tmp_path)
+    assert run.history == HISTORY[:2] and run.method == "DPO"
+
+
+def test_runs_of_one_method_are_named_by_what_tells_their_folders_apart(tmp_path):
+    a, b = write_run(tmp_path / "a" / "out"), write_run(tmp_path / "b" / "out")
+    c = write_run(tmp_path / "c" / "out", method="dpo")
+    assert [run.name for run in plot.read_runs([a, b, c])] == ["LeanPO (a/out)", "LeanPO (b/out)", "DPO"]
+    assert [run.name for run in plot.read_runs([write_state(tmp_path / "_x")])] == ["run (_x)"]
+    assert [run.name for run in plot.read_runs([a, b], ["one", "two"])] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda f: [], "no run to plot"),
+        (lambda f: [f / "none"], "there is no such folder"),
+        (lambda f: [f], "has no trainer_state.json, neither itself nor in a checkpoint"),
+        (lambda f: [write_state(f, [])], "nothing was logged. Set logging_steps"),
+        (lambda f: [write_run(f), f / "."], "is given twice"),
+    ],
+)
+def test_what_is_no_run(tmp_path, make, message):
+    with pytest.raises(plot.PlotError, match=message):
+        plot.read_runs(make(tmp_path))
+
+
+def test_a_broken_file_is_named(tmp_path):
+    write_state(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(plot.PlotError, match=r"run\.json cannot be read"):
+        plot.read_run(tmp_path)
+
+
+def test_names_must_fit(tmp_path):
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    with pytest.raises(plot.PlotError, match="1 names for 2 runs"):
+        plot.read_runs([a, b], ["one"])
+    with pytest.raises(plot.PlotError, match="two runs are named 'x'"):
+        plot.read_runs([a, b], ["x", "x"])
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_final_values_are_the_last_of_each_metric(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", [{"step": 5, "loss": 0.25, "kl/chosen": 1.5}], method="rrpo")
+    sections = plot.final_values(plot.read_runs([tmp_path / "a", tmp_path / "b"]))
+    training, evaluation, whole = map(dict, sections.values())
+    assert list(training)[:3] == ["loss", "rewards/margins", "kl/chosen"]  # as in the figure
+    assert training["loss"] == [0.51239, 0.25]
+    assert training["kl/chosen"] == [None, 1.5]
+    assert training["logps/chosen"] == [-7.0, None]  # not the summary's
+    assert not {"step", "epoch", "total_flos"} & set(training)
+    assert evaluation == {
+        "eval_loss": [0.6, None],
+        "eval_logps/chosen": [-8.5, None],
+        "eval_logps/rejected": [-9.5, None],
+    }
+    assert whole == {"train_loss": [0.6, None], "train_runtime": [3.25, None]}
+
+
+def test_settings_that_differ(tmp_path):
+    write_run(tmp_path / "a", recipe={"output_dir": "a"})
+    write_run(tmp_path / "b", recipe={"output_dir": "b", "learning_rate": 5e-6, "lora_r": 8}, versions={"trl": "1.17"})
+    write_state(tmp_path / "c")
+    runs = plot.read_runs([tmp_path / name for name in "abc"])
+    assert plot.differing_settings(runs) == [
+        ("learning_rate", [1e-6, 5e-6]),
+        ("lora_r", [None, 8]),
+        ("version of trl", ["1.16.0", "1.17"]),
+    ]
+    assert dict(plot.differing_settings(runs[:1])) == {
+        "beta": [2.0], "learning_rate": [1e-6], "seed": [3], "version of trl": ["1.16.0"]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.51239, "0.5124"), (1e-6, "1e-06"), (110080.0, "110,080"), (8, "8"), (True, "True"), ("a", "a"),
+     (float("nan"), "nan"), (float("inf"), "inf"), (1.0, "1")],
+)  # fmt: skip
+def test_show_value(value, shown):
+    assert plot.show_value(value) == shown
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_page_holds_the_figure_the_settings_and_the_final_values(tmp_path):
+    write_run(tmp_path / "a", recipe={"learning_rate": 5e-6})
+    write_run(tmp_path / "b", method="dpo")
+    out = tmp_path / "new" / "page.html"
+    notes = plot.plot_runs([tmp_path / "a", tmp_path / "b"], out)
+    assert "Preference accuracy: not logged by any run." in notes
+    page = Page(out)
+    assert page.tables["Settings that differ"] == {None: ["LeanPO", "DPO"], "learning_rate": ["5e-06", "1e-06"]}
+    assert page.tables["Runs"]["rows"] == ["160", "160"] and page.tables["Runs"]["last step"] == ["10", "10"]
+    training = page.tables["Training: mean over the last logging window"]
+    assert training["loss"] == ["0.5124", "0.5124"] and training["num_tokens"] == ["110,080"] * 2
+    assert page.tables["Evaluation: the last one"]["eval_loss"] == ["0.6", "0.6"]
+    (source,) = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
+    svg = base64.b64decode(source.removeprefix("data:image/svg+xml;base64,"))
+    assert ElementTree.fromstring(svg).tag.endswith("svg")
+    text = out.read_text(encoding="utf-8")
+    assert all(f"<li>{note.replace(chr(39), '&#39;')}</li>" in text for note in notes)
+
+
+def test_page_is_whole_in_one_file_and_runs_nothing(tmp_path):
+    name = '<img src=x onerror="alert(1)">'
+    write_run(tmp_path / "a", recipe={"learning_rate": "</style><script>alert(1)</script>"}, device="<b>gpu</b>")
+    one, two = tmp_path / "one.html", tmp_path / "two.html"
+    for out in (one, two):
+        plot.plot_runs([tmp_path / "a"], out, names=[name])
+    assert one.read_bytes() == two.read_bytes()
+    page, text = Page(one), one.read_text(encoding="utf-8")
+    assert not {"script", "link", "iframe", "object", "b"} & set(page.tags) and page.tags.count("img") == 1
+    assert page.tables["Settings"]["learning_rate"] == ["</style><script>alert(1)</script>"]
+    assert page.tables["Settings"][None] == [name]
+    links = [value for _, key, value in page.attributes if key in ("src", "href")]
+    assert all(value.startswith("data:image/svg+xml;base64,") for value in links)
+    (policy,) = [v for tag, key, v in page.attributes if key == "content" and "default-src 'none'" in v]
+    assert "script-src" not in policy and "unsafe-inline" not in policy
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL).group(1)
+    allowed = re.search(r"style-src 'sha256-([^']+)'", policy).group(1)
+    assert base64.b64decode(allowed) == hashlib.sha256(style.encode()).digest()
+    assert " style=" not in text  # the policy would drop it
+
+
+def test_a_run_without_record_is_plotted_and_that_is_said(tmp_path):
+    notes = plot.plot_runs([write_state(tmp_path / "a")], tmp_path / "page.html")
+    assert notes[-1] == f"run (a): its settings are not known, {tmp_path / 'a'} has no run.json."
+    assert "Settings" not in Page(tmp_path / "page.html").tables
+
+
+def test_picture_and_wrong_names(tmp_path):
+    run = write_run(tmp_path / "a")
+    plot.plot_runs([run], tmp_path / "new" / "a.png")
+    assert Image.open(tmp_path / "new" / "a.png").format == "PNG"
+    with pytest.raises(plot.PlotError, match=r"must end in .png, .svg, .pdf or .html"):
+        plot.plot_runs([run], tmp_path / "a.jpeg")
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(plot.PlotError, match="is a folder"):
+        plot.plot_runs([run], tmp_path / "folder.html")
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+def test_plotting_imports_neither_torch_nor_pyplot():
+    heavy = "torch", "matplotlib", "jinja2"
+    code = f"import sys, trl_vpo.report.plot.page; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

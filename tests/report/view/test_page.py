@@ -1,0 +1,332 @@
+"""The page of preference data as a file: what it holds, that it holds all of it, and that nothing in it can run."""
+
+import base64
+import fnmatch
+import hashlib
+import io
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, List
+from datasets import Image as ImageFeature
+from helpers import row, write_clip, write_image
+from PIL import Image
+
+from trl_vpo.data.rows import read_row, response_text
+from trl_vpo.data.sources import DatasetError
+from trl_vpo.media.load import VideoOptions, load_video
+from trl_vpo.media.masking import masked_image_list
+from trl_vpo.report.view.page import write_page
+from trl_vpo.testbed.rows import write_jsonl, write_preferences
+
+BLOCK = re.compile(r'<script type="application/json" class="(\w+)"(?: data-number="(\d+)")?>(.*?)</script>', re.S)
+
+
+class Page:
+    """What a page holds, read as its script reads it."""
+
+    def __init__(self, path):
+        self.html = path.read_text(encoding="utf-8")
+        blocks = [(kind, json.loads(text, parse_constant=pytest.fail)) for kind, _, text in BLOCK.findall(self.html)]
+        self.rows = [row for kind, block in blocks if kind == "rows" for row in block]
+        self.rejected = [entry for kind, block in blocks if kind == "rejected" for entry in block]
+        self.summary = [entry for kind, block in blocks if kind == "summary" for entry in block]
+        self.pictures = {n: urls for kind, block in blocks if kind == "pictures" for n, urls in block.items()}
+        (self.counts,) = [block for kind, block in blocks if kind == "counts"]
+
+    def images(self, n):
+        """The decoded pictures of row n, one list for each group."""
+        urls = iter(self.pictures[str(n)])
+        return [[decoded(next(urls)) for _ in group["pictures"]] for group in self.rows[n]["media"]]
+
+
+def decoded(url):
+    head, data = url.split(",")
+    assert head == "data:image/webp;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+
+
+def page_of(tmp_path, rows, **options):
+    write_page(write_jsonl(rows, tmp_path / "rows.jsonl"), tmp_path / "page.html", **options)
+    return Page(tmp_path / "page.html")
+
+
+def difference(image, pixels):
+    return np.abs(np.asarray(image, dtype=int) - np.asarray(pixels, dtype=int)).mean()
+
+
+def spans(pieces):
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    return [(ends[at - 1], ends[at]) for at in range(1, len(pieces), 2)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return [row for kind in ("clip", "scene") for row in write_preferences(kind, 10, 5, folder / kind)[1]]
+
+
+def test_a_run_is_shown_whole(tmp_path, world):
+    rows = [{**row, "chosen_reward": -0.5 * n, "flag": n > 3} for n, row in enumerate(world)]
+    rows[1]["videos"] = [str(tmp_path / "gone.mp4")]
+    rows[2]["generated_by"] = {"pipeline": "leanpo", "adapter": None}
+    write_jsonl(rows, tmp_path / "rows.jsonl")
+    left_out = [
+        {"id": f"in-{n}", "kind": "answered correctly", "reason": "It was right.", "notes": {"n": n}} for n in range(3)
+    ]
+    write_jsonl(left_out, tmp_path / "rejected.jsonl")
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"rows": 20, "left out": {"answered correctly": 3}, "ids": [1, 2]})
+    )
+    counts = write_page(tmp_path, tmp_path / "new" / "page.html")
+    page = Page(tmp_path / "new" / "page.html")
+    assert (counts.rows, counts.problem_rows, counts.media, counts.media_failures) == (20, 1, 30, 1)
+    assert counts.pictures == 9 * 8 + 10 * (1 + 5) == sum(map(len, page.pictures.values()))
+    assert counts.rejected == 3 and not counts.limited
+    assert str(counts).startswith(
+        "20 rows; 1 with problems; 30 media, 1 of which cannot be shown; 132 pictures; 3 left out"
+    )
+    assert counts.file_bytes == (tmp_path / "new" / "page.html").stat().st_size
+    assert {key: value for key, value in page.counts.items() if key != "file_bytes"} == {
+        key: value for key, value in vars(counts).items() if key != "file_bytes"
+    }
+    assert [row["n"] for row in page.rows] == list(range(20))
+    assert [row["id"] for row in page.rows] == [row["id"] for row in rows]
+    assert page.rows[4]["columns"] == [["chosen_reward", -2.0], ["flag", True]]
+    assert page.rows[2]["more"] == [["generated_by", '{\n "pipeline": "leanpo",\n "adapter": null\n}']]
+    assert page.rows[0]["prompt"] == [["user", [["video", 1], "Describe the video."]]]
+    (group,) = page.rows[1]["media"]
+    assert "gone.mp4 does not exist" in group["error"] and "pictures" not in group and "1" not in page.pictures
+    assert page.rejected[2] == {
+        "id": "in-2",
+        "kind": "answered correctly",
+        "reason": "It was right.",
+        "more": '{\n "notes": {\n  "n": 2\n }\n}',
+    }
+    assert page.summary == [["rows", 20], ["left out / answered correctly", 3], ["ids", "[1, 2]"]]
+    # The file of rows alone shows the files of the run beside it, too.
+    assert write_page(tmp_path / "rows.jsonl", tmp_path / "page.html").rejected == 3
+
+
+def test_phrases_are_those_of_training(tmp_path):
+    rows = [
+        row(None, chosen="A red 🙂 car, parked.", rejected="A blue 🙂 van, parked."),
+        row(None, chosen="A <MASK> red </MASK> car.", rejected="A <MASK> blue </MASK> car."),
+        row(None, chosen="one two three", rejected="one 2 3", chosen_phrases=[[4, 7]], rejected_phrases=[]),
+    ]
+    rows.append({"prompt": "Which colour?", "chosen": "It is red.", "rejected": "It is red, and blue."})
+    page = page_of(tmp_path, rows)
+    for example, record in zip(rows, page.rows):
+        expected = read_row(example, phrases=True)
+        for side in ("chosen", "rejected"):
+            assert "".join(record[side]) == response_text(getattr(expected, side))
+            assert spans(record[side]) == getattr(expected, f"{side}_phrases")
+    assert page.rows[0]["chosen"] == ["A ", "red", " 🙂 ", "car", ", parked."]
+    assert page.rows[1]["rejected"] == ["A ", "blue", " car."]
+    assert page.rows[3]["prompt"] == [["prompt", ["Which colour?"]]]
+    assert not any(record["problems"] or record["notes"] for record in page.rows)
+
+
+def test_frames_are_the_clips_with_their_times(tmp_path, world):
+    page = page_of(tmp_path, [world[0]], num_frames=3, thumb_pixels=1000)
+    clip = load_video(world[0]["videos"][0], VideoOptions(num_frames=3, max_pixels=1000))
+    (group,), (images,) = page.rows[0]["media"], page.images(0)
+    assert group["pictures"] == [[31, 31, "0.00 s"], [31, 31, "1.00 s"], [31, 31, "1.75 s"]]
+    assert group["title"] == "Video 1" and group["what"].endswith("0000.mp4 · 2.00 s · 8 frames · 4 a second")
+    assert [image.size for image in images] == [(31, 31)] * 3
+    assert all(difference(image, frame) < 8 for image, frame in zip(images, clip.frames))
+    assert difference(images[0], clip.frames[2]) > 8
+
+
+def test_a_rows_own_video_options_cannot_make_the_page_larger(tmp_path):
+    path = write_clip(tmp_path / "clip.mp4", frames=40)
+    wild = {"path": path, "num_frames": 30, "max_pixels": 10**6, "video_start": 1.0}
+    page = page_of(tmp_path, [row("video", [wild])], num_frames=4, thumb_pixels=400)
+    (group,) = page.rows[0]["media"]
+    assert [(w, h) for w, h, _ in group["pictures"]] == [(20, 20)] * 4
+    assert [caption for *_, caption in group["pictures"]] == ["1.00 s", "2.00 s", "2.90 s", "3.90 s"]
+
+
+def test_the_image_list_is_that_of_training(tmp_path, world):
+    scene = world[10]
+    page = page_of(tmp_path, [scene], num_images=3, visual_prompt=False, thumb_pixels=10_000)
+    image = Image.open(scene["images"][0])
+    whole, listed = page.images(0)
+    expected = masked_image_list(image, scene["critical_box"], 3, visual_prompt=False)
+    assert [group["title"] for group in page.rows[0]["media"]] == ["Image 1", "Image list"]
+    assert [caption for *_, caption in page.rows[0]["media"][1]["pictures"]] == [
+        "0 % hidden",
+        "50 % hidden",
+        "100 % hidden",
+    ]
+    assert whole[0].size == (112, 56) and difference(whole[0], image) < 8
+    assert [difference(shown, item) < 8 for shown, item in zip(listed, expected)] == [True] * 3
+    x0, y0, x1, y1 = scene["critical_box"]
+    hidden = np.asarray(listed[2])[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3]
+    assert hidden.mean() < 16
+
+
+def test_a_given_image_list_needs_no_images_column(tmp_path):
+    paths = [write_image(tmp_path / f"{n}.png", (40, 20), n) for n in range(3)]
+    example = row("image", paths[:1])
+    del example["images"]
+    page = page_of(tmp_path, [{**example, "image_list": paths}])
+    assert [(g["title"], len(g["pictures"])) for g in page.rows[0]["media"]] == [("Image 1", 1), ("Image list", 3)]
+    assert page.rows[0]["problems"] == []
+
+
+def test_the_same_data_make_the_same_bytes(tmp_path, world):
+    write_jsonl(world, tmp_path / "rows.jsonl")
+    for name, workers in (("a", 1), ("b", 4)):
+        write_page(tmp_path / "rows.jsonl", tmp_path / name, workers=workers)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_no_row_is_skipped(tmp_path, world):
+    """Whatever is wrong with a line, a row or its files: it has its place on the page, and the error stands there."""
+    bad = [
+        (b'{"id": "cut off"', "line 1 is not JSON"),
+        (b"[1, 2]", "line 2 is a list"),
+        (b'{"id": "\xff"}', "line 3 is not JSON"),
+        ({"id": "lonely", "prompt": "?", "chosen": "yes", "score": 2}, "has no `rejected`"),
+        (row(None, prompt=[{"role": "user", "content": 5}]), "a `content` of the type int"),
+        (row(None, chosen="same", rejected="same"), "identical"),
+        (row(None, chosen_phrases=[[0, 400]]), "Phrases (RRPO): chosen_phrases[0]"),
+        (row(None, chosen="a <MASK> b", rejected="c"), "Phrases (RRPO): the last <MASK>"),
+        ({**world[0], "critical_box": [0, 0, 5, 5]}, "Image list (LPOI): LPOI ranks images"),
+    ]
+    lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item, _ in bad]
+    broken_list = {**world[10], "critical_box": [0, 0, 500, 5]}
+    spaces = row(None, chosen="a b", rejected="a  b")
+    (tmp_path / "rows.jsonl").write_bytes(
+        b"\n".join([*lines, *(json.dumps(r).encode() for r in (broken_list, spaces))])
+    )
+    counts = write_page(tmp_path / "rows.jsonl", tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    for record, (_, problem) in zip(page.rows, bad):
+        assert len(record["problems"]) == 1 and problem in record["problems"][0], record
+    assert page.rows[0]["raw"] == '{"id": "cut off"' and '"chosen": "yes"' in page.rows[3]["raw"]
+    assert page.rows[3]["id"] == "lonely" and page.rows[3]["columns"] == [["score", 2]]
+    assert page.rows[6]["chosen"] == ["a red square moves left."] and "raw" not in page.rows[6]
+    assert "reaches outside" in page.rows[9]["media"][1]["error"] and page.rows[9]["problems"] == []
+    assert "white space only" in page.rows[10]["notes"][0] and page.rows[10]["problems"] == []
+    assert (counts.rows, counts.problem_rows, counts.media_failures) == (11, 10, 1)
+
+
+def test_a_file_that_is_no_list_and_an_import_with_rejects(tmp_path):
+    (tmp_path / "a.json").write_text("[{}, ")
+    write_page(tmp_path / "a.json", tmp_path / "page.html")
+    assert "begins as a JSON list" in Page(tmp_path / "page.html").rows[0]["problems"][0]
+    (tmp_path / "b.json").write_text(json.dumps([row(None), row(None, id="second")]))
+    (tmp_path / "b.json.rejected.jsonl").write_text('{"reason": "no answer", "record": {"q": 1}}\n{nonsense\n')
+    (tmp_path / "summary.json").write_text("{")
+    write_page(tmp_path / "b.json", tmp_path / "page.html")
+    page = Page(tmp_path / "page.html")
+    assert [record.get("id") for record in page.rows] == [None, "second"]
+    assert [entry["kind"] for entry in page.rejected] == ["", "unreadable line"]
+    assert page.rejected[0]["reason"] == "no answer" and "line 2 is not JSON" in page.rejected[1]["reason"]
+    assert page.summary[0][0] == "error" and "summary.json is not JSON" in page.summary[0][1]
+
+
+def test_odd_values_stay_readable(tmp_path):
+    odd = {"nan": float("nan"), "big": 2**60, "half": "\ud83d", "nothing": None, "long": list(range(20_000))}
+    example = row(None, **odd, deep={"a": float("inf")})
+    page = page_of(tmp_path, [example])
+    (record,) = page.rows
+    assert record["columns"] == [["nan", "nan"], ["big", str(2**60)], ["half", "\ud83d"]]
+    assert [name for name, _ in record["more"]] == ["long", "deep"]
+    assert record["more"][1][1] == '{\n "a": "inf"\n}'
+    assert record["more"][0][1].endswith("characters in all)") and len(record["more"][0][1]) < 20_100
+
+
+def test_nothing_in_the_data_is_markup(tmp_path):
+    evil = '</script><script>window.hacked=1</script><!--<script>"><img src=x onerror=alert(1)>\u2028{{ 7*7 }}'
+    example = row(
+        None, chosen=evil + "1", rejected=evil + "2", id=evil, source=evil, **{evil: evil, "x" + evil: [evil]}
+    )
+    folder = tmp_path / "<b>{{ 7*7 }}"
+    write_jsonl([{"id": evil, "kind": evil, "reason": evil, evil: evil}], folder / "rejected.jsonl")
+    page = page_of(folder, [example])
+    assert page.rows[0]["id"] == evil and "".join(page.rows[0]["chosen"]) == evil + "1"
+    assert page.rejected[0]["kind"] == evil
+    skeleton = BLOCK.sub("", page.html)
+    assert len(re.findall("<script", page.html)) == len(BLOCK.findall(page.html)) + 1
+    assert "hacked" not in skeleton and "onerror" not in skeleton
+    assert "{{ 7*7 }}" in re.findall("<h1>.*", skeleton)[0]
+    assert "<b>" not in skeleton and "&lt;b&gt;" in skeleton
+    assert all("<" not in text for _, _, text in BLOCK.findall(page.html))
+
+
+def test_the_policy_admits_the_pages_own_style_and_script_only(tmp_path):
+    page = page_of(tmp_path, [row(None)])
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page.html)
+    rules = dict(rule.split(" ", 1) for rule in policy.replace("&#39;", "'").split("; "))
+    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:"
+    for tag in ("style", "script"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page.html, re.S)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:|//)", page.html)
+    assert (
+        ".innerHTML" not in page.html and "insertAdjacentHTML" not in page.html and "document.write" not in page.html
+    )
+
+
+def test_parquet_and_saved_datasets_with_media_inside(tmp_path, world):
+    paths = [row["images"][0] for row in world[10:12]]
+    inside = [[{"path": None, "bytes": Path(path).read_bytes()}] for path in paths]
+    rows = [row("image", items, id=f"s{n}", score=n / 2) for n, items in enumerate(inside)]
+    dataset = Dataset.from_list(rows).cast_column("images", List(ImageFeature()))
+    (tmp_path / "folder").mkdir()
+    dataset.to_parquet(str(tmp_path / "folder" / "test.parquet"))
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    for name, split in (("folder", "test"), ("saved", "train")):
+        write_page(tmp_path / name, tmp_path / "page.html", split=split)
+        page = Page(tmp_path / "page.html")
+        assert [(r["id"], r["columns"]) for r in page.rows] == [("s0", [["score", 0.0]]), ("s1", [["score", 0.5]])]
+        assert difference(page.images(1)[0][0], Image.open(paths[1])) < 8
+
+
+def test_limit_and_media_root(tmp_path, world):
+    rows = [{**row, "videos": [Path(row["videos"][0]).name]} for row in world[:3]]
+    page = page_of(tmp_path, rows, limit=2, media_root=Path(world[0]["videos"][0]).parent)
+    assert len(page.rows) == 2 and page.counts["limited"] and page.counts["media_failures"] == 0
+    assert not page_of(tmp_path, rows, limit=3).counts["limited"]
+    assert page_of(tmp_path, []).rows == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit is 0"),
+        ({"num_frames": 0}, "num_frames is 0"),
+        ({"num_images": 1}, "num_images is 1"),
+        ({"thumb_pixels": 9}, "thumb_pixels is 9"),
+        ({"split": "test"}, "has no split 'test'; it has train"),
+        ({"dataset": "missing.jsonl"}, "missing.jsonl does not exist"),
+        ({"out": "rows.jsonl"}, "is the dataset itself"),
+        ({"out": "."}, "is a folder"),
+    ],
+)
+def test_refused(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    before = write_jsonl([row(None)], tmp_path / "rows.jsonl").read_bytes()
+    (tmp_path / "page.html").write_text("the last one")
+    arguments = {"dataset": "rows.jsonl", "out": "page.html"} | options
+    with pytest.raises((ValueError, DatasetError), match=message):
+        write_page(arguments.pop("dataset"), arguments.pop("out"), **arguments)
+    assert (tmp_path / "page.html").read_text() == "the last one"
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "rows.jsonl"]
+
+
+def test_the_parts_of_the_page_are_packaged():
+    root = Path(__file__).parents[3]
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["trl_vpo"]
+    for name in ("page.html.j2", "page.css", "page.js", "page_elements.js"):
+        assert (root / "trl_vpo" / "report" / name).is_file()
+        assert any(fnmatch.fnmatch(f"report/{name}", pattern) for pattern in patterns), name

@@ -1,0 +1,294 @@
+"""The study's plan, data, intervals, verdicts; a tiny study from end to end, interrupted and gone on with."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from studies.testbed import data as study_data
+from studies.testbed import figures as study_figures
+from studies.testbed import measures as study_measures
+from studies.testbed import plan as study_plan
+from studies.testbed import runs as study_runs
+from studies.testbed import study
+from studies.testbed.measures import over_seeds
+from studies.testbed.plan import FULL, QUICK, Scale
+from studies.testbed.verdicts import FAILS, HOLDS, UNKNOWN, decide, together
+from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
+from trl_vpo.evaluate.measures import Measure
+from trl_vpo.testbed import language
+from trl_vpo.trainers.finite import NonFiniteLossError
+
+TINY = Scale(
+    seeds=1, rows=16, steps=2, batch=8, validation=4, test=6, more=4, watched=4, watch_steps=1, rates=(1e-3,),
+    variants=("dpo", "leanpo"), noise=(), self_made=False,
+)  # fmt: skip
+RATES = dict.fromkeys(study_plan.VARIANTS, 1e-3)
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+def jobs(scale=FULL, base="base", rates=RATES):
+    return [*study_plan.tuning_jobs(scale, base), *study_plan.final_jobs(scale, base, rates)]
+
+
+def test_every_job_has_a_name_and_a_digest_of_its_own():
+    found = jobs()
+    assert len({job.name for job in found}) == len({job.stem for job in found}) == len(found)
+    trained = [job.digest for job in found if job.settings["train"]]
+    assert len(set(trained)) == len(trained)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"base": "another"},
+        {"rates": RATES | {"dpo": 3e-3}},
+        {"scale": replace(FULL, steps=41)},
+        {"scale": replace(FULL, rows=300)},
+        {"scale": replace(FULL, test=100)},
+    ],
+)
+def test_what_a_result_depends_on_changes_where_it_is_kept(other):
+    before, after = ({job.name: job.stem for job in jobs(**given)} for given in ({}, other))
+    assert before["seed0/dpo"] != after["seed0/dpo"]
+
+
+def test_what_a_result_does_not_depend_on_leaves_it():
+    more = {job.name: job.stem for job in jobs(replace(FULL, seeds=7, noise=(0.3,)), rates=RATES | {"sft": 3e-3})}
+    same = {job.name for job in jobs() if more.get(job.name) == job.stem}
+    assert {"tune/dpo/0.001", "base/clip", "seed0/dpo", "seed4/rrpo-made-again"} <= same and "seed0/sft" not in same
+
+
+def test_a_second_round_depends_on_the_first():
+    first, again = ({job.name: job for job in jobs(rates=rates)} for rates in (RATES, RATES | {"rrpo": 3e-3}))
+    for found in (first, again):
+        made_by = found["seed1/rrpo-made-again"].settings["train"]["data"]["made_by"]
+        assert made_by == found["seed1/rrpo-made"].stem
+    assert first["seed1/rrpo-made-again"].digest != again["seed1/rrpo-made-again"].digest
+
+
+def test_every_method_is_tuned_with_the_same_budget_and_not_on_the_test_split():
+    tuning = study_plan.tuning_jobs(FULL, "base")
+    assert len(tuning) == len(FULL.variants) * len(FULL.rates)
+    assert {job.settings["held_out"]["seed"] for job in tuning} == {study_plan.VALIDATION_SEED}
+    seeds = {job.settings["train"]["data"]["seed"] for job in jobs() if job.settings["train"]}
+    held_out = {study_plan.TEST_SEED + stream for stream in study_data.STREAMS.values()}
+    assert not seeds & (held_out | {study_plan.VALIDATION_SEED}) and study_plan.VALIDATION_SEED not in held_out
+
+
+def test_the_jobs_of_a_seed_and_kind_are_one_process_in_order():
+    found = study._groups(jobs(QUICK), out=study.Path("nowhere"))
+    assert list(found) == ["seed0-clip", "seed0-scene", "base"]
+    assert [job.name for job in found["seed0-scene"]] == ["seed0/dpo_scenes", "seed0/lpoi_2", "seed0/lpoi_5"]
+
+
+def test_jobs_survive_their_file():
+    assert study_plan.from_json(study_plan.as_json(jobs(QUICK))) == jobs(QUICK)
+
+
+def test_the_rate_with_the_fewest_wrong_captions_is_taken():
+    found = lambda wrong, accuracy: {"captions/wrong": wrong, "preference/accuracy": accuracy}  # noqa: E731
+    tuned = {
+        "dpo": {1e-4: found(0.2, 1.0), 1e-3: found(0.1, 0.5)},
+        "rrpo": {1e-4: found(0.1, 0.8), 1e-3: found(0.1, 0.9)},
+        "sft": {1e-3: found(0.1, 0.9), 1e-4: found(0.1, 0.9)},
+    }
+    assert study_measures.best_rates(tuned) == {"dpo": 1e-3, "rrpo": 1e-3, "sft": 1e-4}
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_flipped_pairs_are_a_share_and_those_of_less_noise_are_among_them(tmp_path):
+    data = study_plan.training_data("clip", 1000, replace(TINY, rows=20))
+    clean = read(study_data.training_rows(data, tmp_path))
+    flipped = {}
+    for noise in (0.2, 0.4):
+        rows = read(study_data.training_rows(data | {"noise": noise}, tmp_path))
+        flipped[noise] = {row["id"] for row, true in zip(rows, clean) if row["chosen"] == true["rejected"]}
+        assert all(row["rejected"] == true["chosen"] for row, true in zip(rows, clean) if row["id"] in flipped[noise])
+    assert len(flipped[0.2]) == 4 and len(flipped[0.4]) == 8 and flipped[0.2] < flipped[0.4]
+
+
+def test_whole_responses_are_the_phrases(tmp_path):
+    data = study_plan.training_data("clip", 1000, replace(TINY, rows=2), whole=True)
+    for row in read(study_data.training_rows(data, tmp_path)):
+        for side in ("chosen", "rejected"):
+            text = row[side][0]["content"][0]["text"]
+            assert row[f"{side}_phrases"] == [[0, len(text)]]
+
+
+@pytest.mark.parametrize("kind", ["clip", "scene"])
+def test_held_out_parts_know_their_answers(kind, tmp_path):
+    path, facts_path = study_data.held_out_rows(study_plan.test_split(kind, TINY), tmp_path)
+    rows, facts = read(path), json.loads(facts_path.read_text())
+    assert {name: sum(facts[row["id"]]["part"] == name for row in rows) for name in study_plan.EVERYTHING} == {
+        "balanced": 6, "biased": 4, "questions": 4, "yes_no": 8, "other": 4,
+    }  # fmt: skip
+    for row in rows:
+        known = facts[row["id"]]
+        things = study_data.things_of(known)
+        if row["task"] == "yes_no":
+            assert row["answer"] == known["answer"]
+            continue
+        chosen, rejected = (row[side][0]["content"][0]["text"] for side in ("chosen", "rejected"))
+        assert chosen == known["answer"] != rejected
+        if known["part"] != "questions":
+            assert language.judge_caption(chosen, things).exact
+            assert language.judge_caption(rejected, things).hallucinated
+    ranked = {facts[row["id"]]["part"] for row in rows if "critical_box" in row}
+    assert ranked == ({"balanced"} if kind == "scene" else set())
+
+
+# --- intervals and verdicts ---------------------------------------------------------------------------------------
+
+
+def test_one_seed_is_a_cluster_bootstrap():
+    random = np.random.default_rng(0)
+    first, second = random.normal(size=(2, 200))
+    clusters = [f"clip {row // 2}" for row in range(200)]
+    for found, expected in (
+        (over_seeds([first], clusters), clustered_bootstrap(first, clusters)),
+        (over_seeds([first], clusters, [second]), paired_difference(second, first, clusters)),
+    ):
+        assert found.value == pytest.approx(expected.value)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+
+
+def test_ratios_are_of_sums():
+    rows = [np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([[1.0, 4.0], [3.0, 4.0]])]
+    found = over_seeds(rows, ["a", "b"])
+    assert found.value == pytest.approx(5 / 10) and found.n == 3
+
+
+def test_an_interval_covers_seeds_and_samples():
+    """Rows that differ by seed alone: an interval over samples would have no width."""
+    by_seed = [np.full(50, float(seed)) for seed in range(5)]
+    found = over_seeds(by_seed, [str(row) for row in range(50)])
+    assert found.value == 2 and found.low < 1.2 and found.high > 2.8
+    paired = over_seeds(by_seed, [str(row) for row in range(50)], [rows - 1 for rows in by_seed])
+    assert (paired.value, paired.low, paired.high) == pytest.approx((1, 1, 1))
+
+
+def test_nothing_can_be_said_of_one_row_of_one_seed():
+    assert math.isnan(over_seeds([np.ones(1)], ["a"]).low)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rule", "margin", "verdict"),
+    [
+        (0.1, 0.3, "above", 0, HOLDS), (-0.1, 0.3, "above", 0, UNKNOWN), (-0.3, -0.1, "above", 0, FAILS),
+        (-0.3, -0.1, "below", 0, HOLDS), (0.1, 0.3, "below", 0, FAILS), (0.0, 0.0, "below", 0, UNKNOWN),
+        (-0.01, 0.3, "at least", 0.02, HOLDS), (-0.03, 0.3, "at least", 0.02, UNKNOWN),
+        (-0.3, -0.03, "at least", 0.02, FAILS), (0.0, 0.1, "at least", 0, HOLDS), (-0.2, -0.1, "at least", 0, FAILS),
+        (-0.3, 0.01, "at most", 0.02, HOLDS), (0.03, 0.3, "at most", 0.02, FAILS),
+        (math.nan, math.nan, "at most", 0.02, UNKNOWN),
+    ],
+)  # fmt: skip
+def test_an_interval_decides(low, high, rule, margin, verdict):
+    assert decide(Measure((low + high) / 2, low, high, 10), rule, margin) == verdict
+
+
+def test_one_claim_that_fails_is_enough():
+    assert together([HOLDS, UNKNOWN, FAILS]) == FAILS
+    assert together([HOLDS, UNKNOWN]) == together([]) == UNKNOWN
+    assert together([HOLDS, HOLDS]) == HOLDS
+
+
+def test_another_rule_is_an_error():
+    with pytest.raises(ValueError, match="at least"):
+        decide(Measure(0, 0, 0, 1), "higher")
+
+
+def test_the_mean_log_keeps_what_all_runs_logged():
+    runs = [
+        [{"step": 0, "eval_loss": 1.0}, {"step": 1, "loss": 2.0, "only": 1.0}, {"step": 2, "loss": 1.0}],
+        [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 4.0}, {"step": 1, "train_runtime": 9.0}],
+    ]
+    assert study_figures.mean_history(runs) == [{"step": 0, "eval_loss": 2.0}, {"step": 1, "loss": 3.0}]
+
+
+# --- a tiny study -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Importing TRL takes long: the jobs are done here. Gives the names of those that were trained."""
+    trained, train = [], study_runs.run_training
+
+    def counted(job, data, out):
+        trained.append(job.name)
+        return train(job, data, out)
+
+    def run_jobs(jobs, out, *args):
+        for job in jobs:
+            if not job.result(out).is_file():
+                study_runs.run_job(job, out)
+
+    monkeypatch.setattr(study_runs, "run_training", counted)
+    monkeypatch.setattr(study, "run_jobs", run_jobs)
+    threads = torch.get_num_threads()
+    yield trained
+    torch.set_num_threads(threads)
+
+
+def records(out):
+    found = {path.name: json.loads(path.read_text()) for path in (out / "results").glob("*.json")}
+    return {name: (result["settings"], result["records"]) for name, result in found.items()}
+
+
+def test_an_interrupted_study_goes_on_and_ends_with_the_same_results(tmp_path, monkeypatch, in_this_process):
+    evaluate = study_runs.evaluate
+
+    def interrupted(job, out):
+        if job.name == "seed0/leanpo":
+            raise KeyboardInterrupt
+        return evaluate(job, out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study_runs, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study.run_study(TINY, tmp_path / "cut", tmp_path / "report")
+    assert in_this_process == ["seed0/dpo", "seed0/leanpo"] and len(records(tmp_path / "cut")) == 2
+    report = study.run_study(TINY, tmp_path / "cut", tmp_path / "report", command="make study")
+    assert in_this_process == ["seed0/dpo", "seed0/leanpo", "seed0/leanpo"]  # what was finished is not done again
+    study.run_study(TINY, tmp_path / "whole", tmp_path / "other")
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    check_report(report)
+
+
+def test_a_rate_at_which_training_diverges_is_not_taken(tmp_path, monkeypatch):
+    def diverging(job, data, out):
+        raise NonFiniteLossError("the loss is nan")
+
+    tuning = study_plan.tuning_jobs(replace(TINY, rates=(1e-3, 1e9), variants=("dpo",)), "base")
+    monkeypatch.setattr(study_runs, "run_training", diverging)
+    study_runs.run_job(tuning[1], tmp_path)
+    result = {"records": [], "history": []}
+    monkeypatch.setattr(study_measures, "measure_rows", lambda *_: {
+        name: (np.array([0.5]), ["a"]) for name in ("captions/wrong", "preference/accuracy")
+    })  # fmt: skip
+    tuning[0].result(tmp_path).write_text(json.dumps(result))
+    tuned = study_measures.read_tuning(tuning, tmp_path)
+    assert tuned["dpo"][1e9]["captions/wrong"] == 1 and study_measures.best_rates(tuned) == {"dpo": 1e-3}
+
+
+def check_report(report):
+    text = report.read_text()
+    assert "## (a)" in text and "## (b)" not in text and "![" in text and "make study" in text
+    assert str(report.parent) not in text  # no paths of this machine
+    assert (report.parent / "displacement.svg").is_file()
+    claims = json.loads((report.parent / "study.json").read_text())["claims"]
+    assert [claim["question"] for claim in claims] == ["a"] * 4
+    for claim in claims:
+        found = Measure(**{key: math.nan if value is None else value for key, value in claim["found"].items()})
+        assert claim["verdict"] == decide(found, claim["rule"], claim["margin"])

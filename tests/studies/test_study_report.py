@@ -1,0 +1,142 @@
+"""The study's report from made-up results: what decides a claim, and that every question has its tables."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from studies.testbed import data as study_data
+from studies.testbed import measures as study_measures
+from studies.testbed import plan as study_plan
+from studies.testbed import report as study_report
+from studies.testbed.plan import FULL, VARIANTS
+from studies.testbed.tables import number
+from trl_vpo.evaluate.measures import Measure
+
+SMALL = replace(FULL, seeds=2, rows=4, validation=2, test=6, more=4, watched=2, rates=(3e-4, 1e-3))
+RATES = dict.fromkeys(VARIANTS, 1e-3)
+
+
+def made_up(job, out, better):
+    """A result without a model: a run is right where `better` says so, the base on every other row."""
+    path, _ = study_data.held_out_rows(job.settings["held_out"], out / "data")
+    train = job.settings["train"]
+    random = np.random.default_rng(int(job.digest, 16) % 2**32)
+    records = []
+    for place, line in enumerate(path.read_text().splitlines()):
+        row = json.loads(line)
+        right = random.random() < better(job) if train else place % 2 == 0
+        record = {"id": row["id"], "task": row["task"]}
+        if row["task"] == "yes_no":
+            said = row["answer"] if right else {"yes": "no", "no": "yes"}[row["answer"]]
+            record |= {"pair": row["pair"], "expected": row["answer"]}
+        else:
+            said = row["chosen" if right else "rejected"][0]["content"][0]["text"]
+            logps = {"chosen_logp": -1.0 if right else -4.0, "rejected_logp": -3.0 - bool(train)}
+            tokens = {"chosen_tokens": 6, "rejected_tokens": 6}
+            record |= logps | tokens | {"chosen_kl": 0.5 * bool(train), "image_logps": None}
+            if "critical_box" in row:
+                record["image_logps"] = [-1.0, -2.0, -3.0, -4.0, -4.5 if right else 0.0]
+        records.append(record | {"response": said, "response_tokens": 6, "response_ended": True})
+    logged = {"loss": 1.0, "grad_norm": 0.5, "loss/smoothing": 0.02, "logps/chosen": -1.0, "logps/rejected": -2.0}
+    evaluated = {"eval_loss": 1.0, "eval_logps/chosen": -1.0}
+    history = [{"step": step, **logged} for step in (1, 2)]
+    history += [{"step": step, **evaluated, "eval_logps/rejected": -step} for step in (0, 1, 2)]
+    made = bool(train) and "made_by" in train["data"]
+    generated = {"inputs": 4, "rows": 3, "figures": {"chosen_right": 1.0, "rejected_right": 0.25}} if made else None
+    seconds = {"training": 1.0, "evaluation": 2.0}
+    result = {"name": job.name, "settings": job.settings, "history": history if train else [], "generated": generated}
+    result |= {"records": records, "seconds": seconds, "cpu_seconds": seconds, "commit": "abc1234 with changes"}
+    study_data.write_text(job.result(out), json.dumps(result))
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The report of a study in which LPOI is always right, DPO on scenes seldom, and all else mostly."""
+    out = tmp_path_factory.mktemp("study")
+    better = lambda job: {"lpoi_5": 1.0, "dpo_scenes": 0.1}.get(job.name.split("/")[1], 0.8)  # noqa: E731
+    tuning, final = study_plan.tuning_jobs(SMALL, "base"), study_plan.final_jobs(SMALL, "base", RATES)
+    for job in (*tuning, *final):
+        made_up(job, out, better)
+    tuned = study_measures.read_tuning(tuning, out)
+    about = study_report.About("make study", SMALL, RATES, tuned, "abc1234", 60.0, 2)
+    path = study_report.write_report(about, tuning, final, out, out / "report")
+    return path.read_text(), json.loads((path.parent / "study.json").read_text()), path.parent
+
+
+def test_every_question_has_a_verdict_and_its_figure(reported):
+    text, _, folder = reported
+    for key in "abcde":
+        assert len(re.findall(rf"^## \({key}\)", text, re.MULTILINE)) == 1
+        assert (
+            len(re.findall(rf"^\| \({key}\) .*\*\*(holds|does not hold|cannot be told)\*\*", text, re.MULTILINE)) == 1
+        )
+    shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert shown == ["displacement.svg", "noise.svg", "lists.svg"]
+    assert all((folder / name).is_file() for name in shown)
+
+
+def test_claims_follow_from_the_figures(reported):
+    claims = {claim["text"]: claim for claim in reported[1]["claims"]}
+    chair = claims["LPOI (N = 5) has a lower CHAIRs than DPO"]
+    assert chair["verdict"] == "holds" and chair["found"]["high"] < 0
+    assert claims["RRPO's gradient norm is below DPO's"]["verdict"] == "cannot be told"  # they are equal
+    assert claims["under DPO the rejected one's falls"]["found"]["value"] == pytest.approx(-1)
+
+
+def test_it_says_what_it_was_made_with_and_nothing_of_where(reported):
+    text, _, folder = reported
+    assert "abc1234 with changes" in text and "torch " in text and "make study" in text
+    assert str(folder.parent) not in text and "/" + "tmp" not in text
+
+
+def test_tables_are_whole(reported):
+    """Every line of a table has as many cells as its head, and there is no figure that could not be made."""
+    width = None
+    for line in reported[0].splitlines():
+        if line.startswith("|"):
+            cells = line.count(" | ") + 1
+            width = width or cells
+            assert cells == width, line
+            assert "nan" not in line
+        else:
+            width = None
+
+
+def test_no_empty_paragraphs(reported):
+    assert "\n\n\n" not in reported[0]
+
+
+def test_values_of_all_measures_are_kept(reported):
+    values = reported[1]["values"]
+    assert values["lpoi_5"]["chair/s"] == 0 and values["base/scene"]["captions/hallucinated"] == 0.5
+    assert values["leanpo"]["smoothed"] == pytest.approx(0.2)
+
+
+def test_a_run_without_a_model_is_named_and_left_out(tmp_path):
+    scale = replace(SMALL, variants=("leanpo", "rrpo", "lpoi_5"), noise=())
+    final = study_plan.final_jobs(scale, "base", RATES)
+    for job in final:
+        made_up(job, tmp_path, lambda job: 0.8)
+    job = next(job for job in final if job.name == "seed1/rrpo-made-again")
+    result = json.loads(job.result(tmp_path).read_text())
+    del result["records"]
+    job.result(tmp_path).write_text(json.dumps(result))
+    about = study_report.About("make study", scale, RATES, {}, "abc1234", 60.0, 2)
+    text = study_report.write_report(about, [], final, tmp_path, tmp_path / "report").read_text()
+    assert "rrpo-made-again is not in the tables" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "unit", "signed", "text"),
+    [
+        (Measure(0.123, 0.1, 0.145, 9), "share", False, "12.3 % [10.0, 14.5]"),
+        (Measure(-0.02, -0.03, 0.01, 9), "points", True, "−2.0 [−3.0, +1.0]"),
+        (Measure(1.5, float("nan"), float("nan"), 1), "nats", True, "+1.50"),
+        (Measure(float("nan"), float("nan"), float("nan"), 0), "share", False, "–"),
+    ],
+)
+def test_numbers(found, unit, signed, text):
+    assert number(found, unit, signed=signed) == text

@@ -1,0 +1,152 @@
+"""Objects found in responses, and the counts behind CHAIR, by hand."""
+
+import numpy as np
+import pytest
+
+from trl_vpo.text.chair import Mention, ObjectTable, count_objects, plurals, read_response, read_synonyms
+
+SYNONYMS = {
+    "person": ["man", "woman", "child", "baby", "passenger", "people"],
+    "dog": ["puppy"],
+    "hot dog": [],
+    "bear": [],
+    "teddy bear": ["stuffed teddy bear"],
+    "bird": [],
+    "knife": ["pocketknife"],
+    "mouse": [],
+    "sheep": [],
+    "bus": [],
+    "potato": [],
+    "wine glass": [],
+    "cup": [],
+    "train": [],
+    "toilet": [],
+    "chair": ["seat"],
+    "skis": ["ski"],
+    "scissors": [],
+    "tie": ["bow tie"],
+}
+
+
+@pytest.fixture(scope="module")
+def table():
+    return ObjectTable(SYNONYMS)
+
+
+@pytest.mark.parametrize(
+    ("response", "objects"),
+    [
+        ("A man eats a hot dog.", ["person", "hot dog"]),
+        ("Two hot dogs and a dog", ["hot dog", "dog"]),
+        ("It is hot. Dogs sleep; puppies too.", ["dog", "dog"]),
+        ("a hot, dog", ["dog"]),
+        ("hot\ndogs", ["hot dog"]),
+        ("a hot-dog stand, a man-made hill", ["hot dog"]),
+        ("A stuffed teddy bear, teddy-bears, a bear and BEARS!", ["teddy bear", "teddy bear", "bear", "bear"]),
+        ("people, children, women and passengers", ["person"] * 4),
+        ("knives, pocketknives, mice, sheep, buses, potatoes", ["knife", "knife", "mouse", "sheep", "bus", "potato"]),
+        ("wine glasses and cups, a glass of wine", ["wine glass", "cup"]),
+        ("the dog's bowl, the dogs' bowls, the puppy’s", ["dog", "dog", "dog"]),
+        ("skis, a ski, scissors", ["skis", "skis", "scissors"]),
+        ("a hotdog, doggedly, a cupboard, mankind, a birdcage", []),
+        ("a baby bird, baby birds and a baby", ["bird", "bird", "person"]),
+        ("a baby animal on home plate", []),
+        ("a passenger train by the train tracks", ["train"]),
+        ("the toilet seat, the seat of the toilet, a seat", ["toilet", "toilet", "chair"]),
+        ("**dog** _dog_ \u201cdog\u201d (dog)", ["dog"] * 4),
+        ("", []),
+        ("Nothing of note.", []),
+    ],
+)
+def test_mentions(table, response, objects):
+    assert [mention.object for mention in table.mentions(response)] == objects
+
+
+def test_a_mention_holds_the_words_of_the_table(table):
+    assert table.mentions("PUPPIES beside bow ties") == [Mention("puppy", "dog"), Mention("bow tie", "tie")]
+
+
+def test_a_phrase_of_the_table_wins_over_the_published_list():
+    assert ObjectTable({"track": ["train track"]}).mentions("train tracks") == [Mention("train track", "track")]
+    assert ObjectTable({"person": ["baby"], "bird": []}, reads_as={}).mentions("baby bird") == [
+        Mention("baby", "person"),
+        Mention("bird", "bird"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("noun", "forms"),
+    [
+        ("dog", {"dogs"}),
+        ("policewoman", {"policewomen", "policewomans"}),
+        ("human", {"humans", "humen"}),
+        ("grandchild", {"grandchildren", "grandchilds"}),
+        ("person", {"people", "persons"}),
+        ("knife", {"knives", "knifes"}),
+        ("giraffe", {"giraffes"}),
+        ("box", {"boxes", "boxen"}),
+        ("bench", {"benches"}),
+        ("bus", {"buses", "busses"}),
+        ("puppy", {"puppies"}),
+        ("donkey", {"donkeys"}),
+        ("photo", {"photos", "photoes"}),
+        ("scarf", {"scarfs", "scarves"}),
+    ],
+)
+def test_plurals(noun, forms):
+    assert plurals(noun) == forms
+
+
+def test_every_mention_counts_and_once_counts_each_word_once(table):
+    response = "A man, a man and a woman watch a dog, a dog and a puppy."
+    row = read_response(response, ["person"], table)
+    assert len(row.mentioned) == 6
+    assert [mention.words for mention in row.hallucinated] == ["dog", "dog", "puppy"]
+    row = read_response(response, ["person"], table, once=True)
+    assert [mention.words for mention in row.mentioned] == ["man", "woman", "dog", "puppy"]
+    assert [mention.words for mention in row.hallucinated] == ["dog", "puppy"]
+    assert row.covered == row.truth == {"person"}
+
+
+def test_truth_may_be_named_by_synonyms_and_be_empty(table):
+    row = read_response("a dog", ["puppies", "DOG", "Teddy Bear"], table)
+    assert row.truth == {"dog", "teddy bear"} and row.covered == {"dog"} and not row.hallucinated
+    assert len(read_response("a dog", [], table).hallucinated) == 1
+
+
+def test_counts(table):
+    responses = ["a man with two dogs, two dogs", "a dog", "", "Nothing here.", "a cup and a man"]
+    truths = [["person", "cup"], ["dog"], ["dog", "cup"], [], ["person", "cup"]]
+    counts, rows = count_objects(responses, truths, table)
+    np.testing.assert_array_equal(counts.mentioned, [3, 1, 0, 0, 2])
+    np.testing.assert_array_equal(counts.hallucinated, [2, 0, 0, 0, 0])
+    np.testing.assert_array_equal(counts.covered, [1, 1, 0, 0, 2])
+    np.testing.assert_array_equal(counts.truth, [2, 1, 2, 0, 2])
+    assert rows[0].hallucinated == (Mention("dog", "dog"),) * 2
+
+
+def test_errors_name_the_row_and_the_word(table):
+    with pytest.raises(ValueError, match=r"row 1: object 'unicorn' is not in the table"):
+        count_objects(["a", "b"], [["dog"], ["unicorn"]], table)
+    with pytest.raises(ValueError, match="2 responses but 1"):
+        count_objects(["a", "b"], [["dog"]], table)
+    with pytest.raises(ValueError, match="'turkey' stands for 'bird' and for 'food'"):
+        ObjectTable({"bird": ["turkey"], "food": ["turkey"]})
+    with pytest.raises(ValueError, match="object 'dog' has an empty word"):
+        ObjectTable({"dog": [" "]})
+    with pytest.raises(ValueError, match="home plate"):
+        table.name("home plate")
+
+
+def test_read_synonyms(tmp_path):
+    path = tmp_path / "synonyms.txt"
+    path.write_text("\ufeffperson, man,  woman, man \n\nhot dog\ndog, puppy,\n", encoding="utf-8")
+    synonyms = read_synonyms(path)
+    assert synonyms == {"person": ["man", "woman", "man"], "hot dog": [], "dog": ["puppy"]}
+    assert [m.object for m in ObjectTable(synonyms).mentions("men, hot dogs, puppies")] == ["person", "hot dog", "dog"]
+    path.write_text("dog, puppy\ndog, hound\n")
+    with pytest.raises(ValueError, match=r"synonyms\.txt, line 2: 'dog' begins a line for the second time"):
+        read_synonyms(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="lists no object"):
+        read_synonyms(path)

@@ -1,0 +1,302 @@
+"""Training that pushes to a Hub on this machine: what arrives, what does not, and what happens when the Hub fails."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from families import LANGUAGE_MODEL, build, write_model
+from huggingface_hub import constants, set_client_factory
+from huggingface_hub.utils import _http
+from local_hub import Commit, Fault, LocalHub, Repo
+
+from trl_vpo.testbed.rows import write_jsonl
+from trl_vpo.training import checkpoints, hub, hub_repo
+from trl_vpo.training.hub_repo import HubError
+from trl_vpo.training.run import parse, run_training
+
+TOKEN = "hf_TheTokenThatNobodyMayEverSee0123456"
+READ_TOKEN = "hf_ThisOneMayReadButNotWrite0123456789"
+LOADING_TOKEN = "hf_ThisOneWasForTheBaseModel0123456789"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A recipe of a tiny model and text-only rows; it does not say where the result goes."""
+    folder = tmp_path_factory.mktemp("hub")
+    base = write_model(folder / "base", *build("Qwen2-VL"))
+    rows = [{"prompt": "What moves?", "chosen": f"a red square {i}.", "rejected": f"a blue circle {i}."} for i in "ab"]
+    settings = {
+        "model_name_or_path": base,
+        "dataset_name": str(write_jsonl(rows, folder / "train.jsonl")),
+        "use_peft": True,
+        "lora_r": 2,
+        "lora_target_modules": LANGUAGE_MODEL,
+        "per_device_train_batch_size": 1,
+        "save_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "push_to_hub": True,
+        "hub_model_id": "me/vpo",
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture
+def local(monkeypatch, tmp_path):
+    """The local Hub, in place of the real one."""
+    with LocalHub() as server:
+        server.tokens = {TOKEN: ("me", ("read", "write")), READ_TOKEN: ("me", ("read",))}
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is no part of the local one
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(hub, "RETRY_WAITS", (0, 0))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+        set_client_factory(_http.default_client_factory)
+
+
+def train(recipe, output_dir, **options):
+    argv = ["--config", str(recipe), "--output_dir", str(output_dir)]
+    return run_training("rrpo", argv + [part for k, v in options.items() for part in (f"--{k}", str(v))])
+
+
+def model_files(folder, *more):
+    """What a repo's root is to hold: loading needs it, or it tells about the run."""
+    names = ["adapter_config.json", "adapter_model.safetensors", "processor_config.json", "chat_template.jinja"]
+    names += ["tokenizer.json", "tokenizer_config.json", "README.md", *more]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def below(folder, prefix):
+    return {f"{prefix}/{p.relative_to(folder)}": p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_not_in(tokens, folder, server, output):
+    """In no file of the run, nothing that was pushed, no line that was printed."""
+    places = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name, repo in server.repos.items():
+        places |= {f"{name}:{path}": content for commit in repo.commits for path, content in commit.files.items()}
+    places |= {"printed": output.encode()} | {c: c.encode() for repo in server.repos.values() for c in repo.messages()}
+    assert any(str(place).endswith("training_args.bin") for place in places)
+    assert [place for place, content in places.items() for token in tokens if token.encode() in content] == []
+
+
+def test_pushes_in_the_background_hold_up_nothing_and_bring_nothing_else(recipe, local, tmp_path, capfd, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "model.safetensors").write_text("of another run")
+    (out / ".push-of-a-killed-run").mkdir()
+    monkeypatch.delenv("HF_TOKEN")
+    seen = {}
+
+    def slow():  # the first push does not end before training has gone on to the third save
+        until = time.monotonic() + 120
+        while not (out / "checkpoint-3" / checkpoints.MARKER).exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        seen.update(model_files(out / "checkpoint-1"))
+
+    local.faults = [Fault(r"POST .*/commit/main", slow, times=1)]
+    options = {"hub_token": TOKEN, "hub_private_repo": True, "model_init_kwargs": json.dumps({"token": LOADING_TOKEN})}
+    train(recipe, out, max_steps=3, learning_rate=0.01, **options)
+
+    repo = local.repos["me/vpo"]
+    assert repo.private
+    assert repo.messages() == ["Training in progress, step 1", "End of training"]
+    cards = [commit.files["README.md"].decode() for commit in repo.commits]
+    assert repo.commits[0].files == seen | {"README.md": cards[0].encode()}
+    assert repo.files == model_files(out, "run.json")
+    assert [commit.lfs for commit in repo.commits] == [["adapter_model.safetensors"]] * 2
+    weights = [commit.files["adapter_model.safetensors"] for commit in repo.commits]
+    assert weights[0] != weights[1]
+    assert all('PeftModel.from_pretrained(model, "me/vpo")' in card and "**RRPO** on" in card for card in cards)
+    assert json.loads(repo.files["run.json"])["steps"] == 3
+    printed = capfd.readouterr()
+    assert f"trl-vpo: pushed to {local.url}/me/vpo. 2 saves came during an upload" in printed.out
+    assert not list(out.glob(".push-*"))
+    assert_not_in([TOKEN, LOADING_TOKEN], out, local, printed.out + printed.err)
+
+
+def test_the_last_checkpoint_arrives_whole_although_the_hub_fails_at_times(recipe, local, tmp_path, capfd, caplog):
+    left = {"last-checkpoint/rng_state_7.pth": b"old", "last-checkpoint/scheduler.pt": b"old", "mine.txt": b"mine"}
+    local.repos["me/vpo"] = Repo(private=False)
+    local.repos["me/vpo"].branches["main"].append(Commit("before", [], [], left))
+    local.faults = [
+        Fault(r"POST .*/commit/", 500, times=1),  # the push of step 1
+        Fault(r"PUT /storage/", "drop", times=1),  # an upload of step 1; huggingface_hub tries it again
+        Fault(r"POST .*/commit/", 502, times=1, after=1),  # the first try at the end
+    ]
+    out = tmp_path / "out"
+    train(recipe, out, max_steps=2, save_total_limit=1, hub_strategy="checkpoint", hub_always_push=True)
+
+    repo = local.repos["me/vpo"]
+    assert repo.messages() == ["before", "Training in progress, step 2", "End of training"]
+    assert repo.commits[1].deleted == ["last-checkpoint/rng_state_7.pth"]
+    kept = below(out / "checkpoint-2", "last-checkpoint")
+    assert {"last-checkpoint/optimizer.pt", f"last-checkpoint/{checkpoints.MARKER}"} < set(kept)
+    assert repo.files == model_files(out, "run.json") | kept | {"mine.txt": b"mine"}
+    for name, content in repo.files.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert checkpoints.find_problems(tmp_path / "copy" / "last-checkpoint") == []
+    printed = capfd.readouterr()
+    failed = "HTTP {} to POST /api/models/me/vpo/commit/main: no luck with ***."
+    assert f"trl-vpo: step 1 was not pushed to the Hub: {failed.format(500)} Training goes on" in printed.out
+    assert f"trl-vpo: pushing to the Hub failed: {failed.format(502)} Again in 0 s." in printed.out
+    assert "The push of step 1 had failed; this one comes after it." in printed.out
+    assert f"thrown while requesting PUT {local.url}/storage/" in caplog.text
+    assert_not_in([TOKEN], out, local, printed.out + printed.err + caplog.text)
+
+
+def run_by_hand(server, lines):
+    environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    for line in lines:
+        program, *options = shlex.split(line)
+        command = [str(Path(sys.executable).with_name(program)), *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_was_not_pushed_can_be_pushed_by_the_commands_that_are_printed(recipe, local, tmp_path, capfd):
+    local.faults = [Fault("", "drop")]  # of every request
+    out = tmp_path / "the result"
+    more = {"save_total_limit": 2, "hub_strategy": "all_checkpoints", "hub_private_repo": True}
+    trainer = train(recipe, out, max_steps=3, **more)
+    assert trainer.state.global_step == 3
+    assert local.repos == {}
+    assert local.requests == ["POST /api/repos/create"] * 7  # at the start, after each step, three times at the end
+    printed = capfd.readouterr().out
+    assert "trl-vpo: the Hub cannot be reached: Server disconnected without sending a response. Training" in printed
+    assert f"NOT PUSHED to {local.url}/me/vpo: the result in {out}, checkpoint-2, checkpoint-3. Server" in printed
+    assert "trl-vpo: checkpoint-1 was not pushed, and save_total_limit has deleted it meanwhile." in printed
+
+    local.faults = []
+    run_by_hand(local, [line for line in printed.split("HF_TOKEN, and:\n")[1].splitlines() if "hf upload" in line])
+    repo = local.repos["me/vpo"]
+    assert repo.private
+    steps = below(out / "checkpoint-2", "checkpoint-2") | below(out / "checkpoint-3", "checkpoint-3")
+    assert repo.files == model_files(out, "run.json") | steps
+
+
+def test_a_whole_model_goes_to_a_branch_once_at_the_end(recipe, local, tmp_path):
+    more = {"use_peft": False, "max_steps": 1, "save_strategy": "no", "hub_strategy": "end", "hub_revision": "dev"}
+    train(recipe, tmp_path / "qwen2-vl.rrpo", hub_model_id="qwen2-vl.rrpo", **more)
+    repo = local.repos["me/qwen2-vl.rrpo"]
+    assert repo.messages() == []
+    assert [commit.message for commit in repo.branches["dev"][1:]] == ["End of training"]
+    files = repo.branches["dev"][-1].files
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "run.json"} < set(files)
+    assert "training_args.bin" not in files
+    assert files["model.safetensors"] == (tmp_path / "qwen2-vl.rrpo" / "model.safetensors").read_bytes()
+    assert '.from_pretrained("me/qwen2-vl.rrpo"' in files["README.md"].decode()
+
+
+def test_the_commands_for_the_last_checkpoint(recipe, local, tmp_path):
+    files = {
+        "README.md": "---\nlicense: mit\n---\n",
+        "checkpoint-4/README.md": "---\nbase_model: /a/folder\n---\n",
+        "checkpoint-4/s.pt": "s",
+    }
+    files |= {"checkpoint-4/global_step4/a.pt": "a", "notes.txt": "mine", "checkpoint-2/s.pt": "older"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    push = hub.connect(arguments(recipe, tmp_path, hub_strategy="checkpoint", hub_revision="dev"))
+    local.repos["me/vpo"].branches["dev"].append(Commit("", [], [], {"last-checkpoint/global_step2/a.pt": b"old"}))
+    run_by_hand(local, push._commands(["README.md"], {"last-checkpoint": tmp_path / "checkpoint-4"}))
+    there = local.repos["me/vpo"].branches["dev"][-1].files
+    wanted = below(tmp_path / "checkpoint-4", "last-checkpoint") | {"README.md": files["README.md"].encode()}
+    assert there == wanted
+    assert local.repos["me/vpo"].commits == []
+
+
+# --- before training ----------------------------------------------------------------------------------------------
+
+
+def arguments(recipe, output_dir, **options):
+    options = {"output_dir": output_dir} | options
+    return parse("rrpo", ["--config", str(recipe), *(p for k, v in options.items() for p in (f"--{k}", str(v)))])[1]
+
+
+def test_a_bad_token_ends_the_run_before_anything_is_loaded(recipe, local, tmp_path):
+    with pytest.raises(HubError, match=r"the Hub refuses me/vpo: HTTP 401 .* Log in with `hf auth login`"):
+        train(recipe, tmp_path / "out", hub_token="hf_wrong", dataset_name=tmp_path / "not-there.jsonl")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".training.lock"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "requests"),
+    [
+        ({"hub_token": ""}, "there is no token. Log in", 0),
+        ({"hub_model_id": "me/my vpo"}, "hub_model_id, .*'my vpo'|hub_model_id, .*'me/my vpo'", 0),
+        ({"hub_model_id": "you/vpo"}, "refuses you/vpo: HTTP 403 .*: You may not create you/vpo", 2),
+        ({"hub_token": READ_TOKEN, "hub_model_id": "me/new"}, "HTTP 403 .*: You may not create me/new", 2),
+        ({"hub_token": READ_TOKEN}, "HTTP 403 .*: You may not write to me/vpo", 2),
+        ({"hub_private_repo": True}, "hub_private_repo: me/vpo is there already, and it is public", 2),
+    ],
+)
+def test_what_the_user_must_mend_is_told_at_once(recipe, local, tmp_path, monkeypatch, options, message, requests):
+    local.repos["me/vpo"] = Repo(private=False)
+    if options.get("hub_token") == "":
+        monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match=message) as raised:
+        hub.connect(arguments(recipe, tmp_path, **options))
+    assert len(local.requests) == requests
+    assert "hf_" not in str(raised.value)
+
+
+@pytest.mark.parametrize("what", [503, "drop", "hang"])
+def test_what_may_pass_is_told_and_training_goes_on(recipe, local, tmp_path, capfd, monkeypatch, what):
+    monkeypatch.setattr(hub_repo, "TIMEOUT", 0.3)
+    local.faults = [Fault("POST /api/repos/create", what, times=1)]
+    started = time.monotonic()
+    push = hub.connect(arguments(recipe, tmp_path))
+    assert time.monotonic() - started < 10
+    assert "trl-vpo: the Hub cannot be reached: " in capfd.readouterr().out
+    file = tmp_path / "file"
+    file.write_text("a")
+    push.repo.commit({"file": file}, "later")
+    assert local.repos["me/vpo"].messages() == ["later"]
+
+
+def test_a_queue_does_not_wait_for_a_hub_that_is_down(recipe, local, tmp_path):
+    push = hub.connect(arguments(recipe, tmp_path, hub_strategy="all_checkpoints"))
+    push._down, push._newest = True, 3
+    asked = len(local.requests)
+    for step in (2, 3):
+        (tmp_path / str(step)).mkdir()
+        (tmp_path / str(step) / "file").write_text("a")
+        push._push_step(step, tmp_path / str(step), f"checkpoint-{step}", tmp_path)
+        assert (len(local.requests) > asked) == (step == 3)
+        assert not (tmp_path / str(step)).exists()
+    assert push._failed == [2]
+    assert list(push._pushed) == ["checkpoint-3"]
+
+
+def test_offline(recipe, local, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    push = hub.connect(arguments(recipe, tmp_path))
+    printed = capfd.readouterr().out
+    assert "unset the `HF_HUB_OFFLINE`" in printed
+    assert push is not None
+    assert local.requests == []
+
+
+def test_nothing_is_asked_of_the_hub_without_push_to_hub(recipe, local, tmp_path):
+    args = arguments(recipe, tmp_path, push_to_hub=False, hub_token=TOKEN)
+    assert hub.connect(args) is None
+    assert args.hub_token is None  # training_args.bin would hold it
+    assert local.requests == []

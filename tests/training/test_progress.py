@@ -1,0 +1,183 @@
+"""What training prints: a bar on a terminal, a line for each logging step elsewhere, and on rank 0 alone."""
+
+import io
+import re
+import sys
+
+import pytest
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as upstream
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from trl_vpo.training import progress
+from trl_vpo.training.progress import GIB, TrainingProgress, show_progress
+
+STEP = {
+    "loss": 0.69314, "rewards/margins": 0.125, "rewards/accuracies": 0.5, "grad_norm": 0.21, "learning_rate": 5e-6,
+    "logps/chosen": -8.0, "epoch": 0.25,
+}  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Run:
+    """Drives the callback as `Trainer` would, with a clock that the test moves."""
+
+    def __init__(self, monkeypatch, tmp_path, *, out=None, err=None, rank=0, step=0, **args):
+        self.out, self.err, self.clock = out or io.StringIO(), err or io.StringIO(), 100.0
+        monkeypatch.setattr(sys, "stdout", self.out)
+        monkeypatch.setattr(sys, "stderr", self.err)
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.clock)
+        monkeypatch.setattr(progress, "peak_memory", lambda device: 3 * GIB // 2)
+        self.args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **args)
+        self.state = TrainerState(max_steps=20, global_step=step, is_world_process_zero=rank == 0)
+        self.callback = TrainingProgress()
+        self.tell("train_begin")
+
+    def tell(self, event, **kwargs):
+        getattr(self.callback, f"on_{event}")(self.args, self.state, TrainerControl(), **kwargs)
+
+    def steps(self, count, seconds):
+        for _ in range(count):
+            self.state.global_step += 1
+            self.clock += seconds
+            self.tell("step_end")
+
+    def lines(self):
+        return self.out.getvalue().splitlines()
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path):
+    return lambda **kwargs: Run(monkeypatch, tmp_path, **kwargs)
+
+
+def test_a_line_for_each_logging_step_where_there_is_no_terminal(start):
+    run = start()
+    run.steps(5, seconds=2.0)
+    run.tell("log", logs=STEP | {"num_tokens": 12000.0})
+    assert run.lines() == [
+        "step 5/20  epoch 0.25  loss 0.6931  margin +0.125  accuracy 0.50  grad 0.21  lr 5.00e-06  1,200 tokens/s"
+        "  peak 1.50 GiB"
+    ]
+    assert run.err.getvalue() == ""
+
+
+def test_tokens_per_second_are_without_evaluations_and_checkpoints(start):
+    run = start()
+    run.steps(2, seconds=5.0)
+    run.tell("log", logs=STEP | {"num_tokens": 1000})
+    run.clock += 30
+    run.tell("log", logs={"eval_loss": 0.5, "eval_rewards/margins": 0.25, "eval_runtime": 29.5})
+    run.tell("evaluate")
+    run.clock += 7
+    run.tell("save")
+    run.steps(2, seconds=5.0)
+    run.tell("log", logs=STEP | {"num_tokens": 3000})
+    rates = [re.search(r"([\d,]+) tokens/s", line) for line in run.lines()]
+    assert [rate and rate.group(1) for rate in rates] == ["100", None, "200"]
+    assert run.lines()[1] == "step 2/20  evaluation:  loss 0.5000  margin +0.250  29.5 s"
+
+
+def test_tokens_before_a_checkpoint_are_not_of_the_first_window_after_it(start):
+    run = start(step=7)
+    for tokens in (9000, 9400):
+        run.steps(1, seconds=2.0)
+        run.tell("log", logs=STEP | {"num_tokens": tokens})
+    assert ["tokens/s" in line for line in run.lines()] == [False, True]
+    assert "200 tokens/s" in run.lines()[1]
+
+
+def test_metrics_that_are_not_logged_are_left_out(start):
+    run = start()
+    run.steps(1, seconds=1.0)
+    run.tell("log", logs={"loss": 1.0})
+    run.tell("log", logs={"note": 3})
+    assert run.lines() == ["step 1/20  loss 1.0000  peak 1.50 GiB", "step 1/20  note 3"]
+
+
+def test_a_terminal_gets_a_bar_and_no_lines_but_evaluations_and_the_end(start):
+    run = start(out=Terminal(), err=Terminal(), disable_tqdm=False)
+    run.steps(5, seconds=2.0)
+    run.tell("log", logs=STEP | {"num_tokens": 12000})
+    run.tell("log", logs={"eval_b_loss": 0.5, "eval_b_rewards/accuracies": 0.75})
+    run.tell("log", logs={"train_runtime": 10.0, "train_loss": 0.6, "train_samples_per_second": 2.5})
+    run.tell("train_end")
+    bar = run.err.getvalue()
+    assert "5/20" in bar and "loss 0.6931  margin +0.125  1,200 tokens/s  peak 1.50 GiB" in bar
+    assert "logps" not in bar
+    assert run.lines() == [
+        "step 5/20  evaluation of b:  loss 0.5000  accuracy 0.75",
+        "trained to step 5 in 10.0 s, 2.50 rows/s, mean loss 0.6000",
+    ]
+
+
+def test_a_log_file_gets_its_lines_also_where_errors_go_to_a_terminal(start):
+    run = start(err=Terminal(), disable_tqdm=False)
+    run.steps(1, seconds=1.0)
+    run.tell("log", logs=STEP)
+    assert "1/20" in run.err.getvalue() and run.lines()[0].startswith("step 1/20")
+
+
+def test_disable_tqdm_leaves_lines_on_a_terminal(start):
+    run = start(out=Terminal(), err=Terminal(), disable_tqdm=True)
+    run.steps(1, seconds=1.0)
+    run.tell("prediction_step", eval_dataloader=[1, 2])
+    run.tell("log", logs=STEP)
+    assert run.err.getvalue() == "" and run.lines()[0].startswith("step 1/20")
+
+
+def test_evaluation_has_a_bar_of_its_own_that_goes_away(start):
+    run = start(out=Terminal(), err=Terminal(), disable_tqdm=False)
+    for _ in range(2):
+        run.tell("prediction_step", eval_dataloader=[1, 2, 3])
+    assert "evaluation" in run.err.getvalue() and run.callback._eval_bar.n == 2
+    run.tell("evaluate")
+    assert run.callback._eval_bar is None
+
+
+def test_other_ranks_are_silent(start):
+    run = start(rank=1, out=Terminal(), err=Terminal(), disable_tqdm=False)
+    run.steps(2, seconds=1.0)
+    run.tell("prediction_step", eval_dataloader=[1, 2])
+    run.tell("log", logs=STEP)
+    run.tell("log", logs={"eval_loss": 1.0})
+    run.tell("evaluate")
+    run.tell("save")
+    run.tell("train_end")
+    assert run.out.getvalue() == run.err.getvalue() == ""
+
+
+def test_peak_memory_on_the_cpu_is_of_the_whole_process():
+    before = progress.peak_memory(torch.device("cpu"))
+    held = torch.ones(GIB // 16)  # 256 MiB of float32
+    after = progress.peak_memory(torch.device("cpu"))
+    assert GIB // 16 < before <= after < 256 * GIB
+    assert held.sum() > 0
+    assert progress.peak_memory(torch.device("meta")) is None
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_it_takes_the_place_of_transformers_own(tmp_path, disable_tqdm):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=disable_tqdm)
+    trainer = Trainer(torch.nn.Linear(1, 1), args)
+    show_progress(trainer)
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert kinds.count(TrainingProgress) == 1
+    assert not {ProgressCallback, PrinterCallback} & set(kinds)
+
+
+def test_a_progress_that_was_chosen_stays(tmp_path, monkeypatch):
+    class Chosen(TrainerCallback):
+        pass
+
+    monkeypatch.setattr(upstream, "DEFAULT_PROGRESS_CALLBACK", Chosen)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=False)
+    trainer = Trainer(torch.nn.Linear(1, 1), args)
+    show_progress(trainer)
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert Chosen in kinds and TrainingProgress not in kinds

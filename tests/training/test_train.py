@@ -1,0 +1,307 @@
+"""`run_training` from a recipe and a file of rows to an adapter that loads again."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from families import build, write_model
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from trl_vpo.data.rows import RowError
+from trl_vpo.data.sources import DatasetError, load_splits, local_splits
+from trl_vpo.runs.recipe import RecipeError
+from trl_vpo.runs.secrets import scrub
+from trl_vpo.testbed.rows import write_jsonl
+from trl_vpo.training.run import METHODS, parse, run_training
+
+LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def preference_rows(folder, count=6):
+    """Rows of both kinds: with an image, and text only."""
+    rows = []
+    for i in range(count):
+        text = {"prompt": [{"role": "user", "content": "What moves?"}], "id": f"row-{i}"}
+        sides = {"chosen": f"a red square moves left {i}.", "rejected": f"a blue circle moves right {i}."}
+        row = text | {side: [{"role": "assistant", "content": content}] for side, content in sides.items()}
+        if i % 2 == 0:
+            image = folder / f"{i}.png"
+            Image.new("RGB", (56, 56), (40 * i, 0, 0)).save(image)
+            row["images"] = [str(image)]
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A tiny model on disk, train and test rows, and a recipe."""
+    folder = tmp_path_factory.mktemp("train")
+    base = write_model(folder / "base", *build("Qwen2-VL"))
+    data = folder / "data"
+    rows = preference_rows(folder)
+    write_jsonl(rows, data / "train.jsonl")
+    write_jsonl(rows[:2], data / "test.jsonl")
+    recipe = {
+        "model_name_or_path": base,
+        "dataset_name": str(data),
+        "output_dir": str(folder / "out"),
+        "use_peft": True,
+        "lora_r": 2,
+        "lora_target_modules": LORA,
+        "learning_rate": "1e-2",
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 1,
+        "report_to": "none",
+        "hub_token": "hf_abcdefghijklmnopqrstuvwxyz",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(work):
+    return run_training("rrpo", ["--config", str(work / "recipe.yaml"), "--alpha", "0.05"])
+
+
+def test_adapter_and_processor_load_again(work, trained):
+    model = AutoModelForImageTextToText.from_pretrained(work / "base")
+    adapted = PeftModel.from_pretrained(model, work / "out")
+    assert adapted.peft_config["default"].r == 2
+    assert type(AutoProcessor.from_pretrained(work / "out")).__name__ == "Qwen2VLProcessor"
+    weights = load_file(work / "out" / "adapter_model.safetensors")
+    assert any(bool(tensor.abs().max() > 0) for name, tensor in weights.items() if "lora_B" in name)
+    assert not [name for name in weights if "visual" in name]
+
+
+def test_model_card_shows_how_to_load_the_adapter(work, trained):
+    card = (work / "out" / "README.md").read_text()
+    for part in ("RRPO", "2504.12083", "PeftModel.from_pretrained", "AutoModelForImageTextToText", "TRL-VPO"):
+        assert part in card
+    assert "text-generation" not in card
+
+
+def test_run_record(work, trained):
+    record = json.loads((work / "out" / "run.json").read_text())
+    assert record["method"] == "rrpo"
+    assert record["seed"] == 3
+    assert record["rows"] == {"trained": 6, "skipped": 0}
+    assert record["steps"] == 2
+    assert record["recipe"]["alpha"] == 0.05
+    assert record["recipe"]["learning_rate"] == 0.01
+    given = yaml.safe_load((work / "recipe.yaml").read_text()).keys() - {"hub_token"}
+    assert set(record["recipe"]) <= given | {"alpha"}  # nothing that has its default value
+    assert record["recipe_path"] == str(work / "recipe.yaml")
+    assert {"train_loss", "rewards/margins", "kl/chosen"} <= set(record["metrics"]["train"])
+    assert "eval_loss" in record["metrics"]["eval"]
+    assert {"torch", "trl", "trl_vpo"} <= set(record["versions"])
+    assert record["started"] <= record["finished"]
+    assert record["device"].startswith("cpu")
+    assert "hf_" not in json.dumps(record)
+
+
+def test_resume_continues_from_the_last_checkpoint(work, trained):
+    more = ["--config", str(work / "recipe.yaml"), "--alpha", "0.05", "--max_steps", "3"]
+    resumed = run_training("rrpo", [*more, "--resume_from_checkpoint", "true"])
+    assert resumed.state.global_step == 3
+    assert [logs["step"] for logs in resumed.state.log_history if "loss" in logs] == [1, 2, 3]
+    weights = load_file(work / "out" / "checkpoint-2" / "adapter_model.safetensors")
+    assert len(weights) == len(load_file(work / "out" / "adapter_model.safetensors"))
+
+
+def test_bad_rows_are_counted_as_skipped(work, tmp_path):
+    rows = [json.loads(line) for line in (work / "data" / "train.jsonl").read_text().splitlines()]
+    (tmp_path / "no.png").write_bytes(b"not an image")
+    rows[0]["images"] = [str(tmp_path / "no.png")]
+    data = write_jsonl(rows, tmp_path / "rows.jsonl")
+    argv = ["--config", str(work / "recipe.yaml"), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
+    argv += ["--eval_strategy", "no", "--max_steps", "1"]
+    with pytest.raises(RowError, match="row-0"):
+        run_training("leanpo", argv)
+    run_training("leanpo", [*argv, "--on_bad_media", "skip"])
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["rows"] == {"trained": 5, "skipped": 1}
+    assert "eval" not in record["metrics"]
+
+
+def test_full_fine_tuning_with_a_frozen_tower(work, tmp_path):
+    argv = ["--config", str(work / "recipe.yaml"), "--output_dir", str(tmp_path), "--max_steps", "1"]
+    run_training("leanpo", [*argv, "--use_peft", "false", "--freeze_vision", "--eval_strategy", "no"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (work / "base", tmp_path))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not [name for name in changed if "visual" in name]
+    assert json.loads((tmp_path / "run.json").read_text())["recipe"]["freeze_vision"] is True
+
+
+# --- recipes and options ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"learning_rat": 1}, "unknown recipe key `learning_rat`. Did you mean learning_rate"),
+        ({"alpah": 1}, "Did you mean alpha"),
+        ({"dtype": "bfloat"}, "dtype: 'bfloat' is not one of auto, bfloat16.* Did you mean bfloat16"),
+        ({"save_strategy": False}, 'write "no"'),
+        ({"num_frames": "many"}, "give a whole number"),
+        ({"loss_type": ["ipo"]}, "does not take loss_type"),
+        ({"check_media": "headers"}, "headers.* is not one of header, decode, off"),
+    ],
+)
+def test_a_wrong_recipe_is_told_what_is_right(work, tmp_path, extra, message):
+    recipe = yaml.safe_load((work / "recipe.yaml").read_text()) | extra
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(ValueError, match=message):
+        parse("rrpo", ["--config", str(tmp_path / "recipe.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning-rates", "1"], "unknown option --learning-rates. Did you mean --learning_rate"),
+        (["--learning_ra", "1"], "unknown option --learning_ra"),  # no abbreviations
+        (["--lr_scheduler_type", "cosin"], "Did you mean cosine"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["--config"], "needs the path"),
+    ],
+)
+def test_a_wrong_option_is_told_what_is_right(argv, message):
+    with pytest.raises(RecipeError, match=message):
+        parse("leanpo", ["--use_cpu", *argv])
+
+
+def test_unknown_method():
+    with pytest.raises(RecipeError, match=r"one of dpo, leanpo, rrpo, lpoi\. Did you mean rrpo"):
+        parse("rpo", [])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_win_over_the_recipe(method, work):
+    recipe = yaml.safe_load((work / "recipe.yaml").read_text())
+    del recipe["hub_token"]
+    argv = [f"--config={work / 'recipe.yaml'}", "--beta", "0.7", "--no_remove_unused_columns"]
+    script_args, training_args, model_args, _ = parse(method, argv)
+    assert (training_args.beta, training_args.learning_rate) == (0.7, 0.01)
+    assert script_args.dataset_name == recipe["dataset_name"]
+    assert model_args.lora_target_modules == LORA  # a string stays a regular expression
+
+
+def test_launch_keys_of_a_recipe_are_left_to_the_launcher(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("accelerate_config: zero2\nnum_processes: 2\nuse_cpu: true\n")
+    parse("dpo", ["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_no_model_and_no_data(work):
+    with pytest.raises(RecipeError, match="model_name_or_path"):
+        run_training("dpo", ["--use_cpu", "--dataset_name", str(work / "data")])
+    with pytest.raises(DatasetError, match="dataset_name"):
+        run_training("dpo", ["--use_cpu", "--model_name_or_path", str(work / "base")])
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def load(*argv, evaluate=False):
+    script_args, _, _, mixture = parse("dpo", ["--use_cpu", *map(str, argv)])
+    return load_splits(script_args, mixture, evaluate=evaluate)
+
+
+def test_every_local_source_gives_the_same_rows(work, tmp_path):
+    train, test = load("--dataset_name", work / "data", evaluate=True)
+    assert (len(train), len(test)) == (6, 2)
+    train.to_parquet(tmp_path / "rows.parquet")
+    train.to_json(tmp_path / "rows.json")
+    train.save_to_disk(tmp_path / "saved")
+    for source in (work / "data" / "train.jsonl", *(tmp_path / n for n in ("rows.parquet", "rows.json", "saved"))):
+        rows, _ = load("--dataset_name", source)
+        assert rows["chosen"][:] == train["chosen"][:], source
+    streamed, _ = load("--dataset_name", work / "data", "--dataset_streaming")
+    assert len(list(streamed)) == 6
+
+
+def test_a_test_split_can_be_cut_off(work):
+    file = work / "data" / "train.jsonl"
+    cut = ["--dataset_name", file, "--test_split_size", "0.34", "--eval_strategy", "epoch"]
+    train, test = load(*cut, evaluate=True)
+    assert (len(train), len(test)) == (3, 3)
+    with pytest.raises(DatasetError, match="or set test_split_size"):
+        load("--dataset_name", file, evaluate=True)
+    with pytest.raises(DatasetError, match="test_split_size cannot cut a test split off a stream"):
+        load(*cut, "--dataset_streaming", evaluate=True)
+
+
+def test_keys_on_data_that_would_do_nothing_are_refused(work, tmp_path):
+    data = str(work / "data")
+    with pytest.raises(RecipeError, match=r"streaming.* `dataset_name` .* dataset_streaming"):
+        parse("dpo", ["--use_cpu", "--dataset_name", data, "--streaming", "true"])
+    with pytest.raises(RecipeError, match=r"test_split_size .* eval_strategy"):
+        parse("dpo", ["--use_cpu", "--dataset_name", data, "--test_split_size", "0.25"])
+    mixture = {"use_cpu": True, "datasets": [{"path": "json", "data_files": f"{data}/train.jsonl", "split": "train"}]}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(mixture | {"dataset_streaming": True}))
+    with pytest.raises(RecipeError, match=r"dataset_streaming.* `datasets` .* streaming"):
+        parse("dpo", ["--config", str(recipe)])
+    recipe.write_text(yaml.safe_dump(mixture | {"streaming": True}))
+    assert len(list(load("--config", recipe)[0])) == 6
+
+
+def test_shards_and_media_beside_the_rows(work, tmp_path):
+    for i in range(2):
+        write_jsonl(preference_rows(tmp_path, 2), tmp_path / f"train-0000{i}-of-00002.jsonl")
+    (tmp_path / "skipped_rows.jsonl").write_text("{}\n")
+    assert list(local_splits(tmp_path)) == ["train"]
+    assert len(load("--dataset_name", tmp_path)[0]) == 4
+
+
+def test_missing_and_broken_data(tmp_path):
+    with pytest.raises(DatasetError, match="does not exist"):
+        load("--dataset_name", tmp_path / "rows.jsonl")
+    with pytest.raises(DatasetError, match=r"has no \.jsonl"):
+        load("--dataset_name", tmp_path)
+    (tmp_path / "valid.jsonl").write_text('{"prompt": "a"')
+    with pytest.raises(DatasetError, match="no split 'train'; it has valid"):
+        load("--dataset_name", tmp_path)
+    with pytest.raises(DatasetError, match=r"valid\.jsonl, line 1: not JSON"):
+        load("--dataset_name", tmp_path / "valid.jsonl")
+
+
+def test_secrets_are_left_out_of_the_record():
+    record = {"hub_token": "x", "model_init_kwargs": {"token": "y", "dtype": "auto"}, "pad_token": "<pad>"}
+    record["dataset_name"] = "https://me:pass@host/rows"
+    clean = scrub(record)
+    assert clean["model_init_kwargs"] == {"dtype": "auto"}
+    assert clean["pad_token"] == "<pad>"
+    assert "hub_token" not in clean
+    assert "pass" not in clean["dataset_name"]
+
+
+def test_quantized_weights_leave_tower_and_head_alone():
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from trl_vpo.training.run import quantization_config
+
+    model_args = parse("dpo", ["--use_cpu", "--load_in_4bit", "--dtype", "bfloat16"])[2]
+    config = quantization_config(model_args)
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    skip = config.llm_int8_skip_modules
+    for name in (
+        "model.visual.blocks.0.attn.qkv",
+        "model.vision_tower.layers.0.q_proj",
+        "lm_head",
+        "model.connector.p",
+    ):
+        assert not should_convert_module(name, skip), name
+    for name in ("model.language_model.layers.0.self_attn.q_proj", "model.text_model.layers.1.mlp.up_proj"):
+        assert should_convert_module(name, skip), name

@@ -1,0 +1,323 @@
+"""The annotated inputs of a run: rows of a dataset as `InputRow`, read when they are asked for.
+
+Media come from the columns `images` (or `image`) and `videos` (or `video`), with the sources of `trl_vpo.data.rows`.
+A training row is a line of JSON, so every source becomes one that such a line can hold: an absolute path, a list of
+them, or a dictionary with a path and options such as `video_start`. What has no path is written to `<run>/media/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from PIL import Image
+
+from trl_vpo.data.rows import MARKERS, drop_none
+from trl_vpo.errors import GenerateError, InputError
+from trl_vpo.files import whole
+from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.media.images import MediaError, describe, frame_folder, load_image, resolve_path
+from trl_vpo.media.load import Media, VideoOptions, load_video
+from trl_vpo.text.reading import is_blank
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+# What the pipelines and evaluations read, but for columns that a setting names.
+COLUMNS = (
+    "question", "answer", "options", "answer_kind", "image", "images", "video", "videos", "prompt", "chosen",
+    "rejected", "objects", "critical_box", "image_list", "task", "pair", "role", "cluster", "source",
+)  # fmt: skip
+CHUNK = 16  # rows read at once for the digest; they may hold whole videos
+_BYTES = (bytes, bytearray, memoryview)
+_PAYLOAD = ("bytes", "path", "video", "image")  # keys of a dictionary that hold the medium, the first given one wins
+_MAGIC = (  # (where, what, suffix): for people and web pages, the readers here look at the contents
+    (0, b"\x89PNG", ".png"),
+    (0, b"\xff\xd8\xff", ".jpg"),
+    (0, b"GIF8", ".gif"),
+    (8, b"WEBP", ".webp"),
+    (4, b"ftyp", ".mp4"),
+    (0, b"\x1aE\xdf\xa3", ".mkv"),
+    (8, b"AVI ", ".avi"),
+)
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """One annotated input. Media are still undecoded sources.
+
+    Attributes:
+        id: unique within the run; together with the run's seed it fixes everything random about the row.
+        example: the row as the dataset gives it, without its `None` entries.
+        images, videos: sources as in `trl_vpo.data.rows`; paths are absolute.
+    """
+
+    id: str
+    example: dict[str, Any]
+    images: tuple = ()
+    videos: tuple = ()
+
+    def user_message(self, text: str) -> dict:
+        """A user's turn with a placeholder for each image and video, then `text`."""
+        media = [{"type": "image"}] * len(self.images) + [{"type": "video"}] * len(self.videos)
+        return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+
+    def media_columns(self) -> dict[str, list]:
+        """The `images` and `videos` columns of a training row made from this input."""
+        return {key: list(value) for key in ("images", "videos") if (value := getattr(self, key))}
+
+
+def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
+    """A column that must hold text, stripped; `method` is who needs it.
+
+    Raises:
+        InputError: it is missing, empty or no text, or holds a media marker, which belongs into a prompt only.
+    """
+    value = example.get(name)
+    if not isinstance(value, str) or is_blank(value):
+        raise InputError(f"`{name}` is {value!r}: {method} needs it as a text that is not empty.")
+    for marker in MARKERS:
+        if marker in value:
+            raise InputError(f"`{name}` holds the marker {marker}: take it out, media come from their columns.")
+    return value.strip()
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """In the place of a medium that cannot be used: `load_media` raises the reason, and the input is rejected."""
+
+    reason: str
+
+
+class Inputs(Sequence[InputRow]):
+    """The inputs in the order of the dataset. An index gives an `InputRow`, a slice gives `Inputs`.
+
+    Reading a row writes its media, if they need to be; it fails only where that does (GenerateError: no space). Use
+    `ids` where nothing else is needed.
+
+    Args:
+        dataset: the rows.
+        ids: of the rows, in order; see `row_ids`.
+        media_folder: for media without a path; None leaves them as they are (a dry run).
+        media_root: as in `trl_vpo.media.images.resolve_path`.
+    """
+
+    def __init__(
+        self, dataset: Dataset, ids: list[str], media_folder: Path | None = None, media_root: str | Path | None = None
+    ):
+        raw = [name for name, feature in dataset.features.items() if _decodes(feature)]
+        self._raw = dataset.select_columns(raw).with_format("arrow") if raw else None
+        self._plain = dataset.select_columns([name for name in dataset.column_names if name not in raw])
+        self._dataset, self.ids, self._folder, self._root = dataset, ids, media_folder, media_root
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int | slice) -> InputRow | Inputs:
+        if isinstance(index, slice):
+            kept = range(len(self))[index]
+            return Inputs(self._dataset.select(kept), self.ids[index], self._folder, self._root)
+        index = range(len(self))[index]
+        (example,) = self.examples(index, index + 1)
+        media = {name: self._media(example, name) for name in ("images", "videos")}
+        return InputRow(self.ids[index], drop_none(example), **media)
+
+    def examples(self, start: int, stop: int) -> list[dict[str, Any]]:
+        """Rows as the dataset gives them, with Arrow's `None`s. Media stay {"path", "bytes"}: nothing is decoded."""
+        columns = dict(self._plain[start:stop])
+        if self._raw is not None:
+            columns |= self._raw[start:stop].to_pydict()
+        return [{name: values[i] for name, values in columns.items()} for i in range(stop - start)]
+
+    def _media(self, example: dict[str, Any], plural: str) -> tuple:
+        many, one = example.get(plural), example.get(plural[:-1])
+        if many is not None and one is not None:
+            return (Unusable(f"the row has both `{plural}` and `{plural[:-1]}`. Keep one of them."),)
+        if many is not None and not isinstance(many, list):
+            return (Unusable(f"`{plural}` must be a list, got {describe(many)}. One item goes into `{plural[:-1]}`."),)
+        sources = many if many is not None else [] if one is None else [one]
+        return tuple(self._usable(source, f"`{plural}`, item {i}") for i, source in enumerate(sources))
+
+    def _usable(self, source: Any, place: str) -> Any:
+        if source is None:
+            return Unusable(f"{place} is empty. Give every item or shorten the list.")
+        try:
+            return portable(source, self._folder, self._root)
+        except MediaError as error:
+            return Unusable(str(error))
+
+
+def read_inputs(config: GenerateConfig) -> Inputs:
+    """The inputs that `dataset_name`, `dataset_config`, `dataset_split` and `media_root` name; `limit` is not applied.
+
+    `dataset_name` is a Hub dataset, a .json, .jsonl or .parquet file, or a folder (see `trl_vpo.data.sources`). No
+    media file is opened.
+
+    Raises:
+        GenerateError: no dataset is named, or two rows with the same id.
+        DatasetError: the dataset or the split is not there, or has no rows.
+    """
+    from trl_vpo.data.sources import named_splits
+
+    if not config.dataset_name:
+        raise GenerateError("there are no inputs: set `dataset_name` to a Hub dataset, a file or a folder of files.")
+    split = config.dataset_split
+    dataset = named_splits(config.dataset_name, [split], config=config.dataset_config)[split]
+    for name, meant in near_misses(dataset.column_names):
+        logger.warning(f"{config.dataset_name}: the column `{name}` is not read. Is it meant to be `{meant}`?")
+    keep = config.output_dir and not config.dry_run
+    folder = Path(config.output_dir).absolute() / "media" if keep else None
+    return Inputs(dataset, row_ids(dataset), folder, config.media_root)
+
+
+def near_misses(columns: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (a column that is not read, one that is, has nearly that name and is not there)."""
+    absent = [name for name in COLUMNS if name not in columns]
+    unread = [name for name in columns if name not in COLUMNS]
+    close = [(name, difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.8)) for name in unread]
+    return [(name, found[0]) for name, found in close if found]
+
+
+def row_ids(dataset: Dataset) -> list[str]:
+    """The `id` of every row as a string; a row without one is "row-" and its position in six digits.
+
+    Raises:
+        GenerateError: two rows have the same id.
+    """
+    given = dataset["id"][:] if "id" in dataset.column_names else [None] * len(dataset)
+    ids = [f"row-{i:06d}" if name is None or name == "" else str(name) for i, name in enumerate(given)]
+    first: dict[str, int] = {}
+    for i, name in enumerate(ids):
+        if first.setdefault(name, i) != i:
+            raise GenerateError(
+                f"rows {first[name]} and {i} of the inputs both have the id {name!r}. Make them differ."
+            )
+    return ids
+
+
+def digest(rows: Inputs) -> str:
+    """A fingerprint of ids and contents, in their order; media bytes count by their hash, files by their path only."""
+    total = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(rows), CHUNK):
+        stop = min(start + CHUNK, len(rows))
+        for name, example in zip(rows.ids[start:stop], rows.examples(start, stop)):
+            line = json.dumps([name, drop_none(example)], sort_keys=True, default=_hashed)
+            total.update(line.encode() + b"\n")
+    return total.hexdigest()
+
+
+def _hashed(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [str(value.dtype), value.shape, _hashed(value.tobytes())]
+    return hashlib.blake2b(value, digest_size=16).hexdigest() if isinstance(value, _BYTES) else str(value)
+
+
+def load_media(row: InputRow, video_options: VideoOptions, max_pixels: int | None = None) -> Media:
+    """The decoded media of an input. Sampling options beside a video's path win over `video_options`.
+
+    Raises:
+        MediaError: an image or a video cannot be used.
+    """
+    for source in (*row.images, *row.videos):
+        if isinstance(source, Unusable):
+            raise MediaError(source.reason)
+    return Media(
+        images=tuple(load_image(source, max_pixels=max_pixels) for source in row.images),
+        videos=tuple(load_video(source, video_options) for source in row.videos),
+    )
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+
+def portable(source: Any, folder: Path | None, media_root: str | Path | None = None) -> Any:
+    """A media source as JSON can hold it: an absolute path, a list of them, or a dictionary around either.
+
+    Bytes are written to `folder` under their hash; images and arrays in memory become PNG files there. A dictionary
+    stays one where it has options beside the medium. Paths may not leave `media_root`.
+
+    Raises:
+        MediaError: no medium, or one that is not there.
+        GenerateError: `folder` cannot be written.
+    """
+    if isinstance(source, dict):
+        return _portable_dict(source, folder, media_root)
+    if isinstance(source, (str, Path)):
+        return _absolute(source, media_root)
+    if isinstance(source, _BYTES):
+        if not len(source):
+            raise MediaError(f"{describe(source)} is empty: the row holds no data, write it again.")
+        return _stored(bytes(source), folder) if folder else source
+    if isinstance(source, (list, tuple)) or (isinstance(source, np.ndarray) and source.ndim == 4):
+        return [portable(frame, folder, media_root) for frame in source]
+    if isinstance(source, (Image.Image, np.ndarray)):
+        return _stored(_png(source), folder) if folder else source
+    raise MediaError(f"{describe(source)} is no image or video: give a path, bytes, or a list of frames.")
+
+
+def _portable_dict(source: dict, folder: Path | None, media_root: str | Path | None) -> Any:
+    payload = next((source[key] for key in _PAYLOAD if source.get(key) is not None), None)
+    if payload is None:
+        raise MediaError(f"{describe(source)} names no image or video: give `path` or `bytes`.")
+    found = portable(payload, folder, media_root)
+    options = source.keys() - {*_PAYLOAD, "type"}
+    if not options:  # options that are None here are given in other rows, which must look alike
+        return found
+    inner = found if isinstance(found, dict) else {_key(found): found}
+    return inner | {key: value for key, value in source.items() if key in options and value is not None}
+
+
+def _key(found: Any) -> str:
+    return "path" if isinstance(found, str) else "bytes" if isinstance(found, _BYTES) else "video"
+
+
+def _absolute(source: str | Path, media_root: str | Path | None) -> str:
+    """The absolute path of an existing file or folder of frames. Links stay: what they lead to may have no suffix."""
+    if frame_folder(source, media_root) is None:
+        resolve_path(source, media_root)
+    text = str(source)
+    path = Path(media_root or ".").absolute() / (unquote(urlsplit(text).path) if text.startswith("file://") else text)
+    return str(path.resolve() if ".." in path.parts else path)
+
+
+def _png(picture: Any) -> bytes:
+    buffer = io.BytesIO()
+    load_image(picture, limit=False).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _stored(data: bytes, folder: Path) -> str:
+    """The path of a file with these contents; several workers may write the same one."""
+    suffix = next((end for at, magic, end in _MAGIC if data[at : at + len(magic)] == magic), ".bin")
+    path = folder / (hashlib.blake2b(data, digest_size=16).hexdigest() + suffix)
+    if path.exists():
+        return str(path)
+    try:
+        with whole(path) as part:
+            part.write_bytes(data)
+    except OSError as error:
+        raise GenerateError(
+            f"{path} cannot be written ({error.strerror or error}). Free space there, then start the same command "
+            "again: it goes on where it stopped."
+        ) from error
+    return str(path)
+
+
+def _decodes(feature: Any) -> bool:
+    """Whether `datasets` would open or decode media to give a value of this column."""
+    if isinstance(feature, dict):
+        return any(map(_decodes, feature.values()))
+    if hasattr(feature, "feature"):  # lists
+        return _decodes(feature.feature)
+    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"

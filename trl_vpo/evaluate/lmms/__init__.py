@@ -1,0 +1,1 @@
+"""Public benchmarks, run by lmms-eval."""

@@ -1,0 +1,244 @@
+"""lmms-eval's requests, answered by a model of `trl_vpo.generate`. Importing this needs lmms-eval.
+
+An lmms-eval model only has to answer requests (`lmms_eval.api.model.lmms`). Prompts, frames and the adapter are those
+of training: each request becomes a chat with media, encoded by the collator that training uses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from trl_vpo.evaluate.answering import AnswersAsTheyAre
+from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.media.images import MediaError, describe, load_image
+from trl_vpo.media.load import Media, VideoOptions, load_video
+from trl_vpo.models.requests import Request, Sampling, stream_seed
+from trl_vpo.text.reading import Failure
+
+logger = logging.getLogger(__name__)
+
+DECODERS = 2  # threads that load the next batch's media while the model answers this one
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp"}  # what lmms-eval takes for an image
+READ = {"max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "until"}  # generation settings of a task
+
+
+class Answering(AnswersAsTheyAre):
+    """Answers as lmms-eval wants them."""
+
+    def _generate(self, *args: Any) -> list[GenerationResult]:
+        answers = super()._generate(*args)
+        return [GenerationResult(answer.text, TokenCounts(output_tokens=answer.tokens)) for answer in answers]
+
+
+class BenchmarkModel(lmms):
+    """Answers what lmms-eval asks.
+
+    Args:
+        model: who answers; the layers of an adapter may be in it.
+        video_options: which frames of a video are shown.
+        max_new_tokens: where a task sets none.
+        seed: with task, document and repetition it fixes the answers of a task that samples.
+
+    `is_simple` is lmms-eval's word for tasks that give a text and a list of media; False: they give whole messages.
+    Only tasks that compare log-probs need True.
+    """
+
+    is_simple = False
+
+    def __init__(self, model: Answering, video_options: VideoOptions, *, max_new_tokens: int = 256, seed: int = 0):
+        super().__init__()
+        self._answering, self._options = model, video_options
+        self._max_new_tokens, self._seed = max_new_tokens, seed
+
+    @property
+    def device(self) -> Any:
+        """Where lmms-eval keeps what several processes exchange."""
+        return self._answering.model.device
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """One answer to each request, cut before the first of the task's stop strings.
+
+        Raises:
+            EvaluateError: media that cannot be used, a prompt that the processor refuses, or settings of a task that
+                are not supported. It names the task and the document.
+            GenerateError: one request that does not fit on the device.
+        """
+        _warn_of_unread_settings(requests)
+        seen: Counter = Counter()
+        jobs = []
+        for instance in requests:
+            *_, doc_id, task, _ = instance.args
+            seen[task, doc_id] += 1  # a request that is to be repeated comes several times
+            seed = stream_seed(self._seed, f"{task}/{doc_id}", f"answer {seen[task, doc_id]}")
+            jobs.append((instance, seed))
+        results = []
+        with tqdm(total=len(jobs), desc="Answering", disable=self.rank != 0) as bar:
+            for sampling, group in groupby(jobs, key=lambda job: self._sampling(job[0])):
+                for batch, asked in self._loaded(list(group)):
+                    answers = self._answering.answer(asked, sampling)
+                    results += [self._result(*pair) for pair in zip(batch, answers, strict=True)]
+                    bar.update(len(batch))
+        return results
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """How likely each continuation is, and whether it is the greedy answer; its end of turn included in both.
+
+        lmms-eval's models give the mean negative log-prob per token here, and its scoring takes the lowest. It comes
+        in the place of a text, because lmms-eval 0.7.3 makes a string of a bare pair (`unwrap_generation_output`), on
+        which its scoring fails.
+        """
+        results = []
+        with tqdm(total=len(requests), desc="Scoring", disable=self.rank != 0) as bar:
+            for batch, asked in self._loaded([(instance, 0) for instance in requests]):
+                texts = [self._continuation(instance).strip() for instance, _ in batch]
+                averages = self._answering.average_logps(asked, texts)
+                # One token more than the longest has: an answer that goes on is longer than its text.
+                tokens = max(len(self._answering.processor.tokenizer(text)["input_ids"]) for text in texts) + 1
+                greedy = self._answering.answer(asked, Sampling(max_new_tokens=tokens, temperature=0))
+                results += [
+                    GenerationResult((-average, not isinstance(answer, Failure) and answer.text == text))
+                    for average, answer, text in zip(averages, greedy, texts, strict=True)
+                ]
+                bar.update(len(batch))
+        return results
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise EvaluateError("tasks of several rounds are not supported.")  # refused before anything is loaded
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _loaded(self, jobs: list[tuple[Instance, int]]) -> Iterator[tuple[list[tuple[Instance, int]], list[Request]]]:
+        """The jobs in batches with their media decoded, one batch ahead."""
+        size = self._answering.batch_size
+        waiting: deque[tuple[list, list[Future]]] = deque()
+        with ThreadPoolExecutor(DECODERS) as pool:
+            for start in range(0, len(jobs), size):
+                batch = jobs[start : start + size]
+                waiting.append((batch, [pool.submit(self._request, *job) for job in batch]))
+                if len(waiting) > 1:
+                    ready, futures = waiting.popleft()
+                    yield ready, [future.result() for future in futures]
+            for ready, futures in waiting:
+                yield ready, [future.result() for future in futures]
+
+    def _request(self, instance: Instance, seed: int) -> Request:
+        *_, doc_id, task, split = instance.args
+        try:
+            document = self.task_dict[task][split][doc_id]
+            if self.is_simple:
+                text, _, to_visuals, *_ = instance.args
+                content = [_part(visual) for visual in to_visuals(document) or []] if callable(to_visuals) else []
+                messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+            else:
+                messages = instance.args[1](document)
+            return as_request(messages, self._options, seed)
+        # Some tasks leave the interpreter where a video is missing.
+        except (MediaError, EvaluateError, FileNotFoundError, SystemExit) as error:
+            raise EvaluateError(f"{task}, document {doc_id}: {error}") from error
+
+    def _continuation(self, instance: Instance) -> str:
+        _, continuation, *_, doc_id, task, split = instance.args
+        return continuation(self.task_dict[task][split][doc_id]) if callable(continuation) else continuation
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def _settings(self, instance: Instance) -> dict[str, Any]:
+        return instance.args[1 if self.is_simple else 2] or {}
+
+    def _sampling(self, instance: Instance) -> Sampling:
+        """Greedy, unless a task wants a temperature; lmms-eval's own models read it like this."""
+        settings = self._settings(instance)
+        if (settings.get("num_beams") or 1) > 1:
+            raise EvaluateError(f"{instance.task_name} wants {settings['num_beams']} beams; there is no beam search.")
+        temperature = settings.get("temperature") or 0.0
+        if not settings.get("do_sample", True):
+            temperature = 0.0
+        return Sampling(
+            max_new_tokens=settings.get("max_new_tokens") or self._max_new_tokens,
+            temperature=temperature,
+            top_p=(settings.get("top_p") or 1.0) if temperature else 1.0,
+        )
+
+    def _result(self, job: tuple[Instance, int], answer: Any) -> GenerationResult:
+        instance, _ = job
+        *_, doc_id, task, _ = instance.args
+        if isinstance(answer, Failure):
+            raise EvaluateError(f"{task}, document {doc_id} cannot be asked: {answer.reason}")
+        stops = self._settings(instance).get("until") or []
+        text = answer.text
+        for stop in [stops] if isinstance(stops, str) else stops:
+            text = text.split(stop)[0] if stop else text
+        return GenerationResult(text, answer.token_counts)
+
+
+def as_request(messages: Sequence[dict], video_options: VideoOptions, seed: int = 0) -> Request:
+    """lmms-eval's messages, which carry their media, as a request, whose messages have placeholders.
+
+    Raises:
+        MediaError: an image or a video cannot be used.
+        EvaluateError: there is something else than text, images and videos.
+    """
+    images, videos, turns = [], [], []
+    for message in messages:
+        content = message["content"]
+        for part in content if not isinstance(content, str) else ():
+            if part["type"] == "image":
+                images.append(load_image(part["url"], max_pixels=video_options.max_pixels))
+            elif part["type"] == "video":
+                videos.append(load_video(_video_source(part), video_options))
+            elif part["type"] != "text":
+                raise EvaluateError(f"it has {part['type']} in it; models here take text, images and videos.")
+        turns.append({"role": message["role"], "content": _placeholders(content)})
+    return Request(turns, Media(tuple(images), tuple(videos)), seed)
+
+
+def _warn_of_unread_settings(requests: list[Instance]) -> None:
+    unread: dict[str, set[str]] = {}
+    for instance in requests:
+        settings = next((arg for arg in instance.args if isinstance(arg, dict)), {})
+        unread.setdefault(instance.task_name, set()).update(settings.keys() - READ)
+    for task, keys in unread.items():
+        if keys:
+            logger.warning(f"{task}: generation settings that play no role here: {', '.join(sorted(keys))}.")
+
+
+def _part(visual: Any) -> dict:
+    """One item of a task's `doc_to_visual` as a message part."""
+    if isinstance(visual, dict):
+        return {"type": visual.get("type", "video"), "url": visual}
+    is_image = not isinstance(visual, (str, Path)) or Path(visual).suffix.lower() in IMAGE_SUFFIXES
+    return {"type": "image" if is_image else "video", "url": visual}
+
+
+def _video_source(part: dict) -> Any:
+    """A video of a message as `load_video` takes it, with its window in seconds where the task sets one."""
+    url = part["url"]
+    given = {**url, **part} if isinstance(url, dict) else part
+    window = {f"video_{end}": given.get(f"video_{end}", given.get(f"{end}_time")) for end in ("start", "end")}
+    if isinstance(url, dict):
+        url = next((url[key] for key in ("url", "path", "video") if key in url), None)
+    if url is None:
+        raise EvaluateError(f"it shows a video without a path: {describe(part['url'])}")
+    window = {key: value for key, value in window.items() if value is not None}
+    return {"video": url, **window} if window else url
+
+
+def _placeholders(content: str | list[dict]) -> str | list[dict]:
+    """A message's content with placeholders. `<image>` in its text says where the images stand, if the numbers fit."""
+    if isinstance(content, str):
+        return content
+    kinds = Counter(part["type"] for part in content)
+    text = "".join(part["text"] for part in content if part["type"] == "text")
+    if kinds["image"] and not kinds["video"] and text.count("<image>") == kinds["image"]:
+        return text
+    return [part if part["type"] == "text" else {"type": part["type"]} for part in content]

@@ -1,0 +1,313 @@
+"""Public benchmarks through lmms-eval (github.com/EvolvingLMMs-Lab/lmms-eval), on a base model with an adapter.
+
+lmms-eval brings the tasks: their data, prompts and scoring. The model answers as it does everywhere else here, so any
+family works, frames are sampled as in training, and the adapter is not merged. VideoHallucer, which lmms-eval does not
+have, is in `tasks/`. Importing this module needs no lmms-eval.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.evaluate.trained import trained_media
+from trl_vpo.files import whole
+
+if TYPE_CHECKING:
+    from lmms_eval.tasks import TaskManager
+
+    from trl_vpo.evaluate.lmms.model import BenchmarkModel
+    from trl_vpo.generate.config import GenerateConfig
+
+logger = logging.getLogger(__name__)
+
+TASKS = Path(__file__).parent / "tasks"
+RESULTS = "results.json"
+LOGPROBS = {"loglikelihood", "multiple_choice"}
+SUPPORTED = {"generate_until", "generate_until_agentic", *LOGPROBS}
+# Their scoring asks a GPT model about every answer, and counts the answer as wrong where it gets no reply.
+JUDGED = {"hallusion_bench_image", "tempcompass_captioning"}
+# The same for the answers that their rules cannot read.
+PARTLY_JUDGED = {"tempcompass_multi_choice", "tempcompass_yes_no", "tempcompass_caption_matching"}
+# What an answer depends on, beside the task.
+FIXED = (
+    "model_name_or_path", "model_revision", "from_adapter", "dtype", "attn_implementation", "load_in_4bit",
+    "load_in_8bit", "num_frames", "fps", "max_frames", "max_pixels", "max_new_tokens", "seed",
+)  # fmt: skip
+
+Table = dict[str, dict[str, float]]  # task or group -> metric -> value, in lmms-eval's names
+
+
+def run_benchmarks(
+    benchmarks: Sequence[str],
+    *,
+    model: str,
+    adapter: str | None = None,
+    output_dir: str | Path,
+    limit: int | None = None,
+    batch_size: int = 1,
+    include_path: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Table]:
+    """Run tasks or groups of lmms-eval on a base model, with an adapter if one is given.
+
+    Each benchmark gets a folder in `output_dir` as soon as it is finished: `results.json` with its metrics and
+    settings, `samples_TASK.jsonl` with every answer, and what the task itself writes (submission files). Called again
+    with the same settings, finished benchmarks are read, not run. Under `accelerate launch` every process answers its
+    share.
+
+    Args:
+        benchmarks: names of lmms-eval's tasks or groups, of those here (`videohallucer`), or in `include_path`.
+        model: Hub name or folder of the base.
+        adapter: folder or Hub name of an adapter on it.
+        limit: only the first so many questions of each task.
+        batch_size: questions answered at once, at most.
+        include_path: a folder with further tasks in lmms-eval's format.
+        settings: other fields of `GenerateConfig`: num_frames, fps, max_frames, max_pixels, dtype, device,
+            load_in_4bit, seed, ... Media settings that are not given are those of the adapter's training, where its
+            `run.json` tells. `max_new_tokens` applies to tasks that set none, `temperature` and `top_p` to none.
+
+    Returns:
+        Benchmark -> task or group -> metric -> value, with lmms-eval's names and scales and without figures that are
+        not defined; empty in all processes but the first.
+
+    Raises:
+        EvaluateError: lmms-eval is not installed, an unknown benchmark, one that cannot be run here, or media that
+            cannot be used. All but the last before weights are loaded.
+        GenerateError: the model or adapter cannot be loaded.
+    """
+    from trl_vpo.generate.config import GenerateConfig
+
+    version = _installed_version()
+    if limit is not None and limit < 1:
+        raise EvaluateError(f"limit is {limit}: give a whole number of at least 1.")
+    trained = trained_media([adapter] if adapter else [], settings)
+    settings = {key: value for key, value in trained.items() if key in FIXED} | settings  # a window is of the data
+    config = GenerateConfig(model_name_or_path=model, from_adapter=adapter, batch_size=batch_size, **settings)
+    if config.server_url:
+        raise EvaluateError("server_url: benchmarks are answered in this process. lmms-eval itself can ask a server.")
+    manager = _task_manager(include_path)
+    simple = {name: _check(manager, name, limit) for name in benchmarks}
+    common = _record(config, limit, version)
+    records = {name: common | _files(manager, name, include_path) for name in benchmarks}
+    folders = {name: Path(output_dir) / name for name in benchmarks}
+    tables = {name: _finished(folder, records[name]) for name, folder in folders.items()}
+    if all(table is not None for table in tables.values()):
+        return tables
+    answering = _load(config)
+    for name, table in tables.items():
+        if table is None:
+            answering.is_simple = simple[name]
+            tables[name] = _run(name, answering, manager, folders[name], records[name])
+    return {name: table for name, table in tables.items() if table is not None}
+
+
+def _installed_version() -> str:
+    try:
+        import lmms_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise EvaluateError(
+            f"public benchmarks need lmms-eval, which cannot be imported ({error}): pip install trl-vpo[lmms]"
+        ) from error
+    from importlib.metadata import version
+
+    return version("lmms-eval")
+
+
+def _load(config: GenerateConfig) -> BenchmarkModel:
+    from trl_vpo.evaluate.lmms.model import Answering, BenchmarkModel
+    from trl_vpo.models.load import answering_model
+
+    plain = answering_model(config)
+    model = Answering(
+        plain.model,
+        plain.processor,
+        batch_size=config.batch_size,
+        max_pixels=config.max_pixels,
+        description=plain.record(),
+    )
+    return BenchmarkModel(model, config.video_options(), max_new_tokens=config.max_new_tokens, seed=config.seed)
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def _task_manager(include_path: str | Path | None) -> TaskManager:
+    import loguru
+    from huggingface_hub.constants import HF_HOME
+    from lmms_eval.tasks import TaskManager
+
+    loguru.logger.remove()  # only lmms-eval logs through it, and by default everything
+    loguru.logger.add(sys.stderr, level="WARNING")
+
+    # Some tasks look for their videos there and fail where it is not set; this is its default.
+    os.environ.setdefault("HF_HOME", HF_HOME)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise EvaluateError(f"include_path: {include_path} is no folder.")
+    folders = [str(TASKS), *([str(include_path)] if include_path is not None else [])]
+    return TaskManager("WARNING", include_path=folders, model_name="trl_vpo")
+
+
+def _check(manager: TaskManager, name: str, limit: int | None) -> bool:
+    """Whether a benchmark's tasks are lmms-eval's "simple" ones. Imports what they need; opens no data set.
+
+    Raises:
+        EvaluateError: there is no such benchmark, or it cannot be run here.
+    """
+    from lmms_eval.utils import load_yaml_config
+
+    from trl_vpo.evaluate.lmms.tasks import videohallucer
+
+    tasks, kinds = _tasks(manager, name), set()
+    for task in tasks:
+        if subset := videohallucer.subset_of(task):
+            videohallucer.check(subset, limit)
+        try:
+            config = load_yaml_config(manager.task_index[task]["yaml_path"], mode="full")
+        except Exception as error:  # a task runs code of its own when it is imported
+            raise EvaluateError(f"lmms-eval's task {task} cannot be loaded: {error}") from error
+        kinds.add(config.get("output_type", "generate_until"))
+    if kinds - SUPPORTED:
+        raise EvaluateError(f"{name} asks for {', '.join(sorted(kinds - SUPPORTED))}, which is not supported.")
+    _check_judge(name, tasks)
+    return bool(kinds & LOGPROBS)
+
+
+def _tasks(manager: TaskManager, name: str) -> list[str]:
+    """The single tasks of a task, a group or a tag."""
+    from lmms_eval.utils import load_yaml_config
+
+    entry = manager.task_index.get(name)
+    if entry is None:
+        close = difflib.get_close_matches(name.lower(), manager.all_tasks, n=3)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "`lmms-eval tasks list` shows what it has."
+        raise EvaluateError(f"lmms-eval has no benchmark {name!r}. {hint}")
+    if entry["type"] in ("task", "python_task"):
+        return [name]
+    parts = entry["task"] if entry["task"] != -1 else load_yaml_config(entry["yaml_path"], mode="simple")["task"]
+    found = []
+    for part in parts:
+        inner = part["task"] if isinstance(part, dict) else part
+        for one in inner if isinstance(inner, list) else [inner]:
+            found += _tasks(manager, one["task"] if isinstance(one, dict) else one)
+    return found
+
+
+def _check_judge(name: str, tasks: list[str]) -> None:
+    if os.environ.get("OPENAI_API_KEY") or os.environ.get("AZURE_API_KEY"):
+        return
+    judged = JUDGED.intersection(tasks)
+    if judged:
+        others = f" Or name the others alone: {', '.join(t for t in tasks if t not in judged)}." * (len(tasks) > 1)
+        raise EvaluateError(
+            f"{name}: a GPT model judges every answer to {', '.join(sorted(judged))}, and without one all count as "
+            f"wrong. Set OPENAI_API_KEY (and OPENAI_API_URL for another server).{others}"
+        )
+    for task in PARTLY_JUDGED.intersection(tasks):
+        logger.warning(f"{task}: without OPENAI_API_KEY, answers that its rules cannot read count as wrong.")
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def _record(config: GenerateConfig, limit: int | None, version: str) -> dict[str, Any]:
+    from trl_vpo.evaluate.candidates import fingerprint
+    from trl_vpo.runs.digests import weights_digest
+
+    values, base = asdict(config), Path(config.model_name_or_path)
+    return {key: values[key] for key in FIXED} | {
+        "weights": weights_digest(base) if base.is_dir() else None,  # another model in the same place is not this one
+        "adapter_files": fingerprint(config.from_adapter) if config.from_adapter else None,
+        "limit": limit,
+        "lmms_eval": version,
+    }
+
+
+def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> dict[str, Any]:
+    """What a benchmark takes from files here: `include_path`, if one of its tasks is from there, and VideoHallucer."""
+    from trl_vpo.evaluate.lmms.tasks import videohallucer
+    from trl_vpo.runs.digests import files_digest
+
+    tasks, folder = _tasks(manager, name), None
+    if include_path is not None:
+        inside = Path(include_path).absolute()
+        paths = [manager.task_index[task]["yaml_path"] for task in (name, *tasks)]
+        folder = inside if any(Path(str(path)).absolute().is_relative_to(inside) for path in paths) else None
+    record = {"include_path": str(folder) if folder else None, "include_files": None}
+    if folder:  # without Python's caches and what is hidden, such as a repository's own files
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+        shown = [folder / file for file in files if not any(part.startswith(".") for part in file.parts)]
+        record["include_files"] = files_digest(folder, shown)
+    return record | videohallucer.record(filter(None, map(videohallucer.subset_of, tasks)))
+
+
+def _finished(folder: Path, record: dict[str, Any]) -> Table | None:
+    """The metrics of an earlier run with the same settings, or None where there was none.
+
+    Raises:
+        EvaluateError: there was one with other settings.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(key for key in record if stored["settings"].get(key) != record[key])
+    if changed:
+        raise EvaluateError(
+            f"{path} holds results with another {', '.join(changed)}. Give a new output_dir, or delete that folder."
+        )
+    logger.info(f"{folder.name}: finished before, read from {path}.")
+    return stored["metrics"]
+
+
+def _run(name: str, model: BenchmarkModel, manager: TaskManager, folder: Path, record: dict[str, Any]) -> Table | None:
+    from lmms_eval.evaluator import simple_evaluate
+
+    found = simple_evaluate(
+        model=model,
+        tasks=[name],
+        task_manager=manager,
+        limit=record["limit"],
+        verbosity="WARNING",
+        # Scoring reads from here where a task may write, and that it gets documents without their images.
+        cli_args=SimpleNamespace(output_path=str(folder), process_with_media=False),
+    )
+    if found is None:
+        return None
+    return _write(found, folder, record)
+
+
+def _write(found: dict[str, Any], folder: Path, record: dict[str, Any]) -> Table:
+    """The files of a finished benchmark; `results.json` comes last and whole."""
+    from lmms_eval.utils import handle_non_serializable
+
+    def dumped(value: Any, **options: Any) -> str:
+        return json.dumps(value, default=handle_non_serializable, ensure_ascii=False, **options)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = found.pop("samples", {})
+    for task, rows in samples.items():
+        lines = "".join(dumped(row) + "\n" for row in sorted(rows, key=lambda row: row["doc_id"]))
+        (folder / f"samples_{task}.jsonl").write_text(lines, encoding="utf-8")
+    metrics = {task: _numbers(values) for task, values in found["results"].items()}
+    metrics = {task: values for task, values in metrics.items() if values or task in samples}
+    kept = {key: found[key] for key in ("n-samples", "versions", "higher_is_better", "configs") if key in found}
+    with whole(folder / RESULTS) as part:
+        part.write_text(dumped({"settings": record, "metrics": metrics, **kept}, indent=2), encoding="utf-8")
+    return metrics
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers among a task's results; "none" is lmms-eval's name for answers that passed no filter."""
+    numbers = {key.removesuffix(",none"): float(value) for key, value in values.items() if hasattr(value, "__float__")}
+    return {key: value for key, value in numbers.items() if math.isfinite(value)}

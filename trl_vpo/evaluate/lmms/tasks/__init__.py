@@ -1,0 +1,1 @@
+"""Task files that lmms-eval does not have."""

@@ -1,0 +1,190 @@
+"""VideoHallucer (Wang et al. 2024, arXiv 2406.16338) as lmms-eval tasks, over the user's own copy of the benchmark.
+
+`VIDEOHALLUCER_ROOT` names the folder that holds, as the authors publish it (github.com/patrick-tssn/VideoHallucer):
+
+    object_relation/object_relation.json      [{"basic": {"video", "question", "answer"},
+    object_relation/videos/*.mp4                "hallucination": {"video", "question", "answer"}, "type"}, ...]
+    temporal/... semantic_detail/... external_factual/... external_nonfactual/...
+
+Prompt and scoring are those of the authors' `evaluations/evaluation.py` and of RRPO's evaluation: the expected answer
+must stand in the response as a word, and a pair counts when both of its questions are answered rightly. The total is
+the plain mean over the five subsets. `max_new_tokens` is ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.text.yes_no import parse
+
+ROOT = "VIDEOHALLUCER_ROOT"
+SUBSETS = ("object_relation", "temporal", "semantic_detail", "external_factual", "external_nonfactual")
+SIDES = ("basic", "hallucination")
+PROMPT = "{question}\nAnswer the question using 'yes' or 'no'."
+
+
+def __getattr__(name: str) -> str:
+    """`SUBSET_file`: the subset's json. A task file can only name attributes, and the folder is known at run time."""
+    subset = name.removesuffix("_file")
+    if name == subset or subset not in SUBSETS:
+        raise AttributeError(name)
+    return str(_folder(subset) / f"{subset}.json")
+
+
+def _folder(subset: str) -> Path:
+    root = os.environ.get(ROOT)
+    if not root:
+        raise EvaluateError(
+            f"VideoHallucer is not part of lmms-eval: get it from its authors, and set {ROOT} to the folder that "
+            f"holds {SUBSETS[0]}/{SUBSETS[0]}.json."
+        )
+    return Path(root).expanduser().absolute() / subset
+
+
+def subset_of(task: str) -> str | None:
+    """The subset that a task asks about; None for a task of another benchmark."""
+    subset = task.removeprefix("videohallucer_")
+    return subset if subset != task and subset in SUBSETS else None
+
+
+def record(subsets: Iterable[str]) -> dict[str, Any]:
+    """What tells the user's copies of these subsets from others: the root, and a hash of each json."""
+    hashes = {}
+    for subset in subsets:
+        content = (_folder(subset) / f"{subset}.json").read_bytes()
+        hashes[subset] = hashlib.blake2b(content, digest_size=8).hexdigest()
+    root = str(_folder("")) if hashes else None
+    return {"videohallucer_root": root, "videohallucer_files": hashes or None}
+
+
+def check(subset: str, limit: int | None = None) -> None:
+    """Whether the user's copy of a subset can be used.
+
+    Raises:
+        EvaluateError: there is none, a record that is no pair, a video that is not there, or a limit within a pair.
+    """
+    folder = _folder(subset)
+    path = folder / f"{subset}.json"
+    try:
+        pairs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluateError(f"VideoHallucer: {path} cannot be read ({error}). Correct {ROOT}.") from error
+    if not isinstance(pairs, list) or not pairs:
+        raise EvaluateError(f"VideoHallucer: {path} is no list of pairs.")
+    missing = []
+    for number, pair in enumerate(pairs):
+        for side in SIDES:
+            question = pair.get(side) if isinstance(pair, dict) else None
+            keys = {"video", "question", "answer"}
+            if not isinstance(question, dict) or not all(isinstance(question.get(key), str) for key in keys):
+                raise EvaluateError(f"VideoHallucer: {path}, pair {number} has no `{side}` with {sorted(keys)}.")
+            if _answer(question) not in ("yes", "no"):
+                raise EvaluateError(
+                    f"VideoHallucer: {path}, pair {number}: the answer {question['answer']!r} is neither yes nor no."
+                )
+            video = folder / "videos" / question["video"]
+            missing += [] if video.is_file() else [video]
+    if missing:
+        raise EvaluateError(
+            f"VideoHallucer: {len(missing)} videos of {subset} are not there; the first is {missing[0]}."
+        )
+    if limit is not None and limit % 2:
+        raise EvaluateError(f"limit is {limit}: VideoHallucer's questions come in pairs, give an even number.")
+
+
+def _answer(question: dict) -> str:
+    return question["answer"].strip().lower()
+
+
+# --- what the task files name ---------------------------------------------------------------------------------------
+
+
+def questions(pairs: Any) -> Any:
+    """Pairs (a `datasets.Dataset`) -> their questions, two for each pair, one after the other."""
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "pair": number,
+                "side": side,
+                "video": pair[side]["video"],
+                "question": pair[side]["question"],
+                "answer": _answer(pair[side]),
+                "type": pair.get("type"),
+            }
+            for number, pair in enumerate(pairs)
+            for side in SIDES
+        ]
+    )
+
+
+def doc_to_visual(doc: dict, lmms_eval_specific_kwargs: dict) -> list[str]:
+    return [str(_folder(lmms_eval_specific_kwargs["subset"]) / "videos" / doc["video"])]
+
+
+def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
+    return PROMPT.format(question=doc["question"])
+
+
+def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
+    """One record of the answer under the name of every metric; each metric is made of all records."""
+    record = {"pair": doc["pair"], "side": doc["side"], "expected": doc["answer"]}
+    record["said"] = parse(results[0], "videohallucer", doc["answer"])
+    return dict.fromkeys(METRICS, record)
+
+
+def score(records: list[dict]) -> dict[str, float]:
+    """All metrics of a subset, from the records of its questions.
+
+    accuracy, basic_accuracy, hallucinated_accuracy, unparsed: per cent, of the pairs, of the questions of one side, of
+    all questions. yes_difference: the share of yes among the answers less that among the right ones. fp_ratio: the
+    share of yes among the wrong answers, nan where none is wrong (HallusionBench, arXiv 2310.14566, Eq. 6 and 7;
+    VideoHallucer's own bias script computes it differently).
+
+    Raises:
+        ValueError: a pair without one of its questions.
+    """
+    pairs: dict[int, dict[str, bool]] = defaultdict(dict)
+    for record in records:
+        pairs[record["pair"]][record["side"]] = record["said"] == record["expected"]
+    halves = [pair for pair, sides in pairs.items() if len(sides) < 2]
+    if halves:
+        raise ValueError(f"VideoHallucer: pair {halves[0]} lacks one of its questions: give an even limit.")
+    wrong = [record["said"] == "yes" for record in records if record["said"] != record["expected"]]
+
+    def percent(hits: list[bool]) -> float:
+        return 100 * sum(hits) / len(hits) if hits else float("nan")
+
+    def share(key: str) -> float:
+        return sum(record[key] == "yes" for record in records) / len(records)
+
+    return {
+        "accuracy": percent([all(sides.values()) for sides in pairs.values()]),
+        "basic_accuracy": percent([sides["basic"] for sides in pairs.values()]),
+        "hallucinated_accuracy": percent([sides["hallucination"] for sides in pairs.values()]),
+        "yes_difference": share("said") - share("expected"),
+        "fp_ratio": sum(wrong) / len(wrong) if wrong else float("nan"),
+        "unparsed": percent([record["said"] is None for record in records]),
+    }
+
+
+def _metric(records: list[dict], *, name: str) -> float:
+    return score(records)[name]
+
+
+accuracy = partial(_metric, name="accuracy")
+basic_accuracy = partial(_metric, name="basic_accuracy")
+hallucinated_accuracy = partial(_metric, name="hallucinated_accuracy")
+yes_difference = partial(_metric, name="yes_difference")
+fp_ratio = partial(_metric, name="fp_ratio")
+unparsed = partial(_metric, name="unparsed")
+METRICS = ("accuracy", "basic_accuracy", "hallucinated_accuracy", "yes_difference", "fp_ratio", "unparsed")

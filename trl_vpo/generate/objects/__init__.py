@@ -1,0 +1,1 @@
+"""Objects of an image: their names, boxes and detectors."""

@@ -1,0 +1,247 @@
+"""Which box is the critical object: known boxes read and matched with what the text names, and the choice.
+
+Boxes are (x0, y0, x1, y1) in whole pixels of the upright image, x1 and y1 exclusive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl_vpo.data.rows import drop_none
+from trl_vpo.errors import InputError
+from trl_vpo.generate.objects.nouns import Candidate
+from trl_vpo.text.english import singular
+
+Box = tuple[int, int, int, int]
+SAME_INSTANCE = 0.5  # boxes of one label that overlap more (intersection over union) show one instance
+SLACK = 0.02  # of the image's side: how far an annotated box may reach out of the image before it is refused
+# What texts call the things that annotations name otherwise.
+PEOPLE = (
+    "man", "woman", "boy", "girl", "child", "kid", "lady", "guy", "baby", "player", "skier", "surfer", "rider",
+    "pedestrian",
+)  # fmt: skip
+OTHER_NAMES = {
+    **dict.fromkeys(PEOPLE, "person"), "puppy": "dog", "kitten": "cat", "bike": "bicycle", "bicycle": "bike",
+    "motorbike": "motorcycle", "motorcycle": "motorbike", "plane": "airplane", "airplane": "plane", "jet": "airplane",
+    "sofa": "couch", "couch": "sofa", "tv": "television", "television": "tv", "phone": "cell phone",
+    "cellphone": "cell phone", "smartphone": "cell phone", "fridge": "refrigerator", "refrigerator": "fridge",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Detection:
+    """A box with its label; score from 0 to 1, None for an annotation."""
+
+    label: str
+    box: Box
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A critical object.
+
+    Attributes:
+        where: the part of the row that names it, or "any".
+        instances: how many separate boxes its label has in the image. Where they are several and the box is the best
+            one, the others stay visible when it is hidden.
+    """
+
+    label: str
+    box: Box
+    score: float | None
+    where: str
+    instances: int
+
+
+# --- choice -----------------------------------------------------------------------------------------------------
+
+
+def choices(
+    detections: Sequence[Detection], candidates: Sequence[Candidate], size: tuple[int, int], config: Any
+) -> list[Choice]:
+    """The critical object, and behind it those to try next.
+
+    The candidates with a usable detection, in their order. Only where no candidate has one: any other label, that
+    with the best score first (of annotations, that with the largest box). A detection is usable if its score reaches
+    `config.box_threshold` and its box covers `config.min_box_area` to `config.max_box_area` of the image. Of several
+    boxes with one label the best score is taken (of annotations, the largest box), or with `config.instances` "union"
+    the smallest box around all of them.
+    """
+    by_label: dict[str, list[Detection]] = {}
+    for detection in detections:
+        by_label.setdefault(detection.label, []).append(detection)
+    named = [_choice(by_label.get(c.text, []), c.text, c.where, size, config) for c in candidates]
+    if any(named):
+        return [choice for choice in named if choice]
+    texts = {c.text for c in candidates}
+    others = [_choice(d, label, "any", size, config) for label, d in by_label.items() if label not in texts]
+    return sorted((choice for choice in others if choice), key=lambda c: _rank(c), reverse=True)
+
+
+def area_share(box: Sequence[float], size: tuple[int, int]) -> float:
+    """The share of the image that a box covers."""
+    return max(0, box[2] - box[0]) * max(0, box[3] - box[1]) / (size[0] * size[1])
+
+
+def clip_box(box: Sequence[float], size: tuple[int, int]) -> Box:
+    """The whole pixels that a box touches, inside of the image. A box outside of it comes back empty."""
+    x0, y0 = (min(max(0, math.floor(v)), side) for v, side in zip(box[:2], size))
+    x1, y1 = (min(max(0, math.ceil(v)), side) for v, side in zip(box[2:], size))
+    return x0, y0, max(x0, x1), max(y0, y1)
+
+
+def _choice(found: Sequence[Detection], label: str, where: str, size: tuple[int, int], config: Any) -> Choice | None:
+    least = config.box_threshold or 0
+    found = [d for d in found if (d.score is None or d.score >= least) and _usable(d.box, size, config)]
+    if not found:
+        return None
+    found = sorted(found, key=_rank, reverse=True)
+    apart: list[Detection] = []
+    for detection in found:
+        if all(_overlap(detection.box, other.box) <= SAME_INSTANCE for other in apart):
+            apart.append(detection)
+    box = found[0].box
+    if config.instances == "union":
+        corners = list(zip(*(d.box for d in apart)))
+        box = (min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3]))
+        if not _usable(box, size, config):
+            return None
+    return Choice(label, box, found[0].score, where, len(apart))
+
+
+def _rank(item: Detection | Choice) -> tuple:
+    """Sorts by score, then by area; the box itself decides what would be a tie."""
+    x0, y0, x1, y1 = item.box
+    return item.score or 0, (x1 - x0) * (y1 - y0), item.box
+
+
+def _usable(box: Box, size: tuple[int, int], config: Any) -> bool:
+    share = area_share(box, size)
+    return share > 0 and config.min_box_area <= share <= config.max_box_area
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes that are not empty."""
+    inside = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    return inside / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside)
+
+
+# --- known boxes ------------------------------------------------------------------------------------------------
+
+
+def annotated(objects: Any, size: tuple[int, int], categories: Sequence[str] | None = None) -> list[Detection]:
+    """The boxes of a row's annotation column. A list of these, or a dict with a list for each key:
+
+    - {"label", "box": [x0, y0, x1, y1]}: ours.
+    - {"category": name or number, "bbox": [x, y, w, h]}: COCO. A number is a place in `categories`, counted from 0.
+    - {"names": [...], "x", "y", "w", "h"}: Visual Genome; a box with several names counts under each.
+
+    Raises:
+        InputError: an entry that is none of these, or whose box is no box in an image of `size` (width, height).
+    """
+    found = []
+    for at, item in enumerate(_items(objects)):
+        names, corners = _read_item(drop_none(item), at, categories)
+        box = _checked(corners, size, at)
+        found += [Detection(_normal(name), box) for name in dict.fromkeys(names)]
+    return found
+
+
+def match(detections: Sequence[Detection], candidates: Sequence[Candidate]) -> list[Detection]:
+    """Annotated boxes under the texts of the candidates that mean them; those that none means keep their label.
+
+    A label means a candidate if they are equal up to case, plural and article. Only where no label does: if one is
+    the end of the other ("dog" and "brown dog", "table" and "dining table", never "red ball" and "blue ball"), or the
+    label is another name for the candidate's head ("person" for "young man").
+    """
+    matched, used = [], set()
+    for candidate in candidates:
+        degrees = [_degree(detection.label, _normal(candidate.text)) for detection in detections]
+        best = max(degrees, default=0)
+        for at, (detection, degree) in enumerate(zip(detections, degrees)):
+            if best and degree == best:
+                matched.append(Detection(candidate.text, detection.box, detection.score))
+                used.add(at)
+    return matched + [detection for at, detection in enumerate(detections) if at not in used]
+
+
+def _degree(label: str, text: str) -> int:
+    """2 for the same name, 1 for one within the other or another name, 0 for different things."""
+    if label == text:
+        return 2
+    other = OTHER_NAMES.get(text.split()[-1]) if text else None
+    within = f" {text}".endswith(f" {label}") or f" {label}".endswith(f" {text}")
+    return int(bool(label and text) and (within or label == other))
+
+
+def _normal(name: str) -> str:
+    words = name.lower().replace("_", " ").split()
+    words = words[1:] if words[:1] in (["a"], ["an"], ["the"]) else words
+    last = ["glass" if word == "glasses" else singular(word) for word in words[-1:]]
+    return " ".join(words[:-1] + last)
+
+
+def _items(objects: Any) -> list[dict]:
+    if isinstance(objects, dict):
+        columns = {key: value for key, value in objects.items() if isinstance(value, (list, tuple))}
+        lengths = {len(value) for value in columns.values()}
+        if len(lengths) > 1:
+            raise InputError(f"the annotations have lists of different lengths: {sorted(lengths)}. Give each box all.")
+        objects = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    if not isinstance(objects, (list, tuple)) or not all(isinstance(item, dict) for item in objects):
+        raise InputError(f"the annotations are {str(objects)[:80]!r}, not a list of boxes with names.")
+    return list(objects)
+
+
+def _read_item(item: dict, at: int, categories: Sequence[str] | None) -> tuple[list[str], list]:
+    """Names and corners (x0, y0, x1, y1)."""
+    if "box" in item:
+        names, corners = [item.get("label")], item["box"]
+    elif "bbox" in item:
+        category = item.get("category")
+        if isinstance(category, int):
+            known = categories or ()
+            if not 0 <= category < len(known):
+                raise InputError(
+                    f"annotation {at} has the category number {category}, and `categories` has {len(known)} names. "
+                    "Give the names of all categories, in their order."
+                )
+            category = known[category]
+        names, corners = [category], _corners(item["bbox"])
+    elif {"x", "y", "w", "h"} <= set(item):
+        names = item.get("names") or [item.get("name")]
+        corners = _corners([item[key] for key in "xywh"])
+    else:
+        raise InputError(
+            f"annotation {at} has the keys {sorted(item)}: it needs `box`, `bbox`, or `x`, `y`, `w`, `h`."
+        )
+    if not all(isinstance(name, str) and name.strip() for name in names):
+        raise InputError(f"annotation {at} is called {names}: every box needs a name.")
+    return names, corners
+
+
+def _corners(box: Any) -> Any:
+    """x, y, width, height -> x0, y0, x1, y1; what is no box is left for `_checked` to refuse."""
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+        return box
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+
+
+def _checked(corners: Any, size: tuple[int, int], at: int) -> Box:
+    numbers = isinstance(corners, (list, tuple)) and all(isinstance(v, (int, float)) for v in corners)
+    if not numbers or len(corners) != 4 or not all(math.isfinite(v) for v in corners):
+        raise InputError(f"annotation {at} has the box {corners!r}: it needs four finite numbers.")
+    x0, y0, x1, y1 = corners
+    if x1 < x0 or y1 < y0:
+        raise InputError(f"annotation {at} has the corners {list(corners)}: they are inverted.")
+    slack = [max(2, SLACK * side) for side in size]
+    if min(x0 + slack[0], y0 + slack[1], size[0] + slack[0] - x1, size[1] + slack[1] - y1) < 0:
+        raise InputError(
+            f"annotation {at} has the corners {list(corners)} in an image of {size[0]}x{size[1]} pixels: it was "
+            "measured on another size, or is in another form than its key says."
+        )
+    return clip_box(corners, size)

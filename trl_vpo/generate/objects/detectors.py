@@ -1,0 +1,194 @@
+"""Zero-shot object detectors of transformers: names of objects in, boxes with scores out.
+
+| model type | published as | text of the prompt | threshold |
+| --- | --- | --- | --- |
+| grounding-dino | IDEA-Research/grounding-dino-tiny | "red square. dog." | 0.35 |
+| mm-grounding-dino | openmmlab-community/mm_grounding_dino_tiny_o365v1_goldg | "red square. dog." | 0.35 |
+| owlv2 | google/owlv2-base-patch16-ensemble | ["a photo of a red square", "a photo of a dog"] | 0.2 |
+
+The scores are read from the logits, and not with `post_process_grounded_object_detection`: that gives each box one
+label only, which for Grounding DINO is a string of all words above a threshold, across names, and for OWLv2 can be
+the padding of another image's names. Here a box has a score for each name: the sigmoid of its largest token logit
+(Grounding DINO) or of its logit (OWLv2). That of a box's best name is the score which post-processing gives, except
+that Grounding DINO's also counts the full stops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trl_vpo.errors import GenerateError
+from trl_vpo.generate.objects.boxes import Detection, clip_box
+from trl_vpo.text.english import with_article
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+THRESHOLDS = {"grounding-dino": 0.35, "mm-grounding-dino": 0.35, "owlv2": 0.2}
+
+
+class Detector:
+    """A detector and its processor.
+
+    Args:
+        name: a Hub name or a folder.
+        revision: of the Hub repository.
+        device: "cpu", or None for this process' accelerator if it has one.
+        dtype: of the weights.
+        threshold: least score of a detection; None: the one in the table above.
+
+    Raises:
+        GenerateError: it cannot be loaded, or is of another model type.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str = "main",
+        device: str | None = None,
+        dtype: str = "float32",
+        threshold: float | None = None,
+    ):
+        from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
+
+        from trl_vpo.models.load import LOAD_ERRORS, OWN_CODE
+
+        self.name = name
+        try:
+            self.kind = AutoConfig.from_pretrained(name, revision=revision, **OWN_CODE).model_type
+            if self.kind in THRESHOLDS:
+                self.processor = AutoProcessor.from_pretrained(name, revision=revision, **OWN_CODE)
+                model = AutoModelForZeroShotObjectDetection.from_pretrained(
+                    name, revision=revision, dtype=dtype, use_safetensors=True, **OWN_CODE
+                )
+        except LOAD_ERRORS as error:
+            raise GenerateError(f"the detector {name} cannot be loaded: {error}") from error
+        if self.kind not in THRESHOLDS:
+            types = ", ".join(THRESHOLDS)
+            raise GenerateError(f"the detector {name} is of type {self.kind!r}; it must be one of {types}.")
+        self.model = model.to(pick_device(device)).eval()
+        self.threshold = THRESHOLDS[self.kind] if threshold is None else threshold
+
+    def detect(
+        self, images: Sequence[Image.Image], candidates: Sequence[Sequence[str]], *, batch_size: int = 8
+    ) -> list[list[Detection]]:
+        """The detections of each image, best first.
+
+        Args:
+            images: RGB.
+            candidates: names to look for in each image; an image without any is not looked at.
+            batch_size: images in one call of the model, at most.
+
+        Returns:
+            for each image, a detection for each (box, name) whose score is above the threshold, with the name as it
+            was given. Boxes are clipped to the image and rounded outwards; one outside of the image is empty.
+
+        Raises:
+            GenerateError: the scores are not numbers.
+        """
+        found: list[list[Detection]] = [[] for _ in images]
+        for jobs in self._batches(images, candidates, batch_size):
+            places, names = [place for place, _ in jobs], [names for _, names in jobs]
+            results = self._run([images[place] for place in places], names)
+            for place, detections in zip(places, results):
+                found[place] += detections
+        return [sorted(detections, key=lambda d: (-d.score, d.label, d.box)) for detections in found]
+
+    def _batches(
+        self, images: Sequence[Image.Image], candidates: Sequence[Sequence[str]], batch_size: int
+    ) -> Iterator[list[tuple[int, list[str]]]]:
+        """(place, names) of images of one size: padding pixels would change what is found beside them."""
+        by_size: dict[tuple[int, int], list] = {}
+        for place, (image, names) in enumerate(zip(images, candidates, strict=True)):
+            for part in self._parts(list(dict.fromkeys(names))):
+                by_size.setdefault(image.size, []).append((place, part))
+        for jobs in by_size.values():
+            for start in range(0, len(jobs), batch_size):
+                yield jobs[start : start + batch_size]
+
+    def _parts(self, names: list[str]) -> Iterator[list[str]]:
+        """The names in as many lists as the model's longest text makes necessary."""
+        if self.kind == "owlv2":
+            yield from [names] if names else []
+            return
+        part, tokens, most = [], 2, self.model.config.max_text_len  # two of them open and close the text
+        for name in names:
+            length = len(self.processor.tokenizer(_dino_text([name]), add_special_tokens=False)["input_ids"])
+            if length + 2 > most:
+                raise GenerateError(f"{name!r} is too long for {self.name}: {length} tokens. Give a shorter name.")
+            if tokens + length > most:
+                yield part
+                part, tokens = [], 2
+            part, tokens = [*part, name], tokens + length
+        if part:
+            yield part
+
+    def _run(self, images: list[Image.Image], names: list[list[str]]) -> list[list[Detection]]:
+        import torch
+
+        with torch.no_grad():
+            scores, boxes = (self._owl if self.kind == "owlv2" else self._dino)(images, names)
+        results = []
+        for image, labels, score, box in zip(images, names, scores, boxes):
+            if score.isnan().any():
+                raise GenerateError(f"the scores of {self.name} are nan: use detector_dtype float32.")
+            kept = (score > self.threshold).nonzero().tolist()
+            results.append(
+                [Detection(labels[k], clip_box(box[q].tolist(), image.size), score[q, k].item()) for q, k in kept]
+            )
+        return results
+
+    def _dino(self, images: list, names: list[list[str]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Scores (Q, K) and boxes (Q, 4) of each image, for Q queries and K names."""
+        import torch
+
+        texts = [_dino_text(labels) for labels in names]
+        inputs = self._inputs(images=images, text=texts, padding=True)
+        outputs = self.model(**inputs)
+        ids = inputs["input_ids"]  # (B, T)
+        dots = ids == self.processor.tokenizer.convert_tokens_to_ids(".")
+        special = torch.isin(ids, torch.tensor(self.processor.tokenizer.all_special_ids, device=ids.device))
+        number = (dots.cumsum(-1) - dots.long()).masked_fill(dots | special, -1)  # (B, T): the token's name
+        probabilities = outputs.logits.float().sigmoid()[..., : ids.size(1)]  # (B, Q, T)
+        scores = [
+            torch.stack([p[:, n == k].amax(-1) for k in range(len(labels))], -1).cpu()
+            for p, n, labels in zip(probabilities, number, names)
+        ]
+        return scores, _corners(outputs.pred_boxes, images)
+
+    def _owl(self, images: list, names: list[list[str]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """As `_dino`. The model sees the image padded to a square, at its upper left corner."""
+        texts = [[f"a photo of {with_article(name)}" for name in labels] for labels in names]
+        outputs = self.model(**self._inputs(images=images, text=texts, truncation=True))
+        probabilities = outputs.logits.float().sigmoid().cpu()  # (B, Q, most names)
+        scores = [p[:, : len(labels)] for p, labels in zip(probabilities, names)]
+        return scores, _corners(outputs.pred_boxes, images, square=True)
+
+    def _inputs(self, **kwargs) -> Any:
+        return self.processor(**kwargs, return_tensors="pt").to(self.model.device, self.model.dtype)
+
+
+def pick_device(device: str | None) -> Any:
+    """The CPU if asked for, else what this process has."""
+    from accelerate import PartialState
+
+    return "cpu" if device == "cpu" else PartialState().device
+
+
+def _dino_text(names: Sequence[str]) -> str:
+    """Lower case, each name closed by a full stop, which no name may hold itself."""
+    return " ".join(f"{' '.join(re.sub('[.?]', ' ', name).lower().split())}." for name in names)
+
+
+def _corners(boxes: torch.Tensor, images: Sequence[Image.Image], square: bool = False) -> torch.Tensor:
+    """Centre, width and height as shares (B, Q, 4) -> corners in pixels of the images, on the CPU."""
+    import torch
+
+    centre, extent = boxes.float().cpu().split(2, -1)  # (B, Q, 2)
+    sides = [(max(image.size),) * 2 if square else image.size for image in images]
+    corners = torch.cat([centre - extent / 2, centre + extent / 2], -1)
+    return corners * torch.tensor(sides).repeat(1, 2)[:, None]

@@ -1,0 +1,99 @@
+"""Sampled frames of video files, kept on disk: a second epoch, or a second run, reads them instead of decoding.
+
+One file for each video file and way of sampling it, named after the digest of both. Frames are stored as they are,
+T x H x W x 3 bytes a clip: small `max_pixels` keep the folder small. The folder may be shared by workers, ranks and
+runs, and deleted at any time. What cannot be read back whole is decoded and written again; where nothing can be
+written (a full disk), training goes on without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import tokenize
+import warnings
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+
+if TYPE_CHECKING:
+    from trl_vpo.media.load import VideoOptions
+
+FORMAT = 4  # another number, and older entries are no longer found: change it with what decoding or sampling gives
+FIELDS = ("frames", "timestamps", "fps", "total_frames", "duration", "span")
+# What numpy and zipfile raise on files that are cut short, overwritten or something else altogether.
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError, SyntaxError)
+_UNREADABLE += (TypeError, zipfile.BadZipFile, tokenize.TokenError)
+_warned = False
+
+
+class Entry:
+    """The place of one clip in the cache.
+
+    The key holds the file's real path, size and time of change, the sampling, and the version of the decoder. A file
+    that changes within the resolution of its time stamp and keeps its size is not noticed.
+    """
+
+    def __init__(self, folder: str | Path, video: Path, options: VideoOptions):
+        self._video, self._stat = video, _stat(video)
+        key = [FORMAT, av.__version__, av.library_versions, os.path.realpath(video), self._stat, asdict(options)]
+        self._key = json.dumps(key, sort_keys=True, default=lambda number: number.item())  # numpy's numbers
+        self.path = Path(folder) / f"{hashlib.sha256(self._key.encode()).hexdigest()}.npz"
+
+    def read(self) -> dict | None:
+        """The `FIELDS` of the stored clip; None where there is none, or none that is whole."""
+        try:
+            with np.load(self.path, allow_pickle=False) as stored:  # zip: every member carries its checksum
+                if stored["key"].item() != self._key:
+                    return None
+                clip = {name: stored[name] for name in FIELDS}
+            return {name: value if value.ndim else value.item() for name, value in clip.items()}
+        except _UNREADABLE:
+            return None
+
+    def write(self, clip: dict) -> None:
+        """Store the `FIELDS` of a clip, all or nothing: readers see the whole file or none."""
+        if _stat(self._video) != self._stat:
+            return  # replaced while it was read: nobody knows which of the two was decoded
+        temporary = self.path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # a name of its own for every writer
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "xb") as file:
+                np.savez(file, key=np.array(self._key), **clip)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            _warn_once(self.path.parent, error)
+        finally:
+            _remove(temporary)
+
+
+def _stat(video: Path) -> list[int] | None:
+    try:
+        found = video.stat()
+    except OSError:  # gone since: whoever opens it says so
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _remove(temporary: Path) -> None:
+    try:
+        temporary.unlink(missing_ok=True)
+    except OSError:  # the folder is no folder, or went read-only: there is nothing to tidy up
+        return
+
+
+def _warn_once(folder: Path, error: OSError) -> None:
+    global _warned
+    if not _warned:
+        warnings.warn(
+            f"frame_cache: nothing can be written to {folder} ({error}); clips are decoded without it. Free space "
+            "there, name another folder, or leave frame_cache out.",
+            stacklevel=2,
+        )
+    _warned = True

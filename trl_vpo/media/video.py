@@ -1,0 +1,252 @@
+"""Video files through PyAV: opening them, and when each of their frames is shown (:func:`scan`).
+
+Two kinds of container are told apart:
+
+* mp4/mov and Matroska/WebM: every packet carries the time at which its frame is shown. Reading the packets gives a
+  table of all frames without decoding; a wanted frame is recognised by its time, and decoding may start at any
+  keyframe.
+* everything else (AVI, MPEG-TS, raw streams, rarer codecs): packet times are absent or cannot be relied on. The
+  frames are counted by decoding the file once; frame k is the k-th that comes out of the decoder.
+
+PyAV is given an open file and never a name, so that a name cannot be taken for a protocol ("concat:...") and a
+playlist cannot pull in other files.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import multiprocessing
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+
+from trl_vpo.media.ends import cut_short
+from trl_vpo.media.images import MediaError
+
+# Decoders that turn every packet into exactly one picture. Not VP8 (packets without a picture), nor, outside of mp4,
+# MPEG-4 part 2 (packets with two).
+_ONE_PICTURE = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d"}
+DAMAGED = "the file is damaged or was cut short: fetch or write it again, or drop the row"
+_MICROSECOND = 1e-6
+
+# A forked data-loader worker has none of the threads of its parent's decoders and scalers: were it to free one that
+# became garbage before the fork, it would wait for those threads for ever. It leaves its parent's objects alone.
+os.register_at_fork(after_in_child=gc.freeze)
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """All frames of a video in the order in which they are shown.
+
+    ``times``: (N,) float64, seconds, the first frame at 0. ``pts``: (N,) int64 in units of the stream's time base, or
+    None when frames are recognised by counting. ``keyframes``: (K,) ascending, the first frame that each keyframe
+    makes decodable; ``seek_points``: (K,) the time stamps to seek to for it. ``duration``: seconds, to the end of the
+    last frame.
+    """
+
+    times: np.ndarray
+    duration: float
+    pts: np.ndarray | None = None
+    keyframes: np.ndarray | None = None
+    seek_points: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def fps(self) -> float:
+        """Frames a second, averaged over the file."""
+        return len(self) / self.duration
+
+    def keys_of(self, indices: np.ndarray) -> np.ndarray:
+        """For each frame number (T,), which of the K keyframes is the last one not behind it."""
+        return np.searchsorted(self.keyframes, indices, side="right") - 1
+
+
+@contextmanager
+def _open_file(data: Path | bytes, name: str) -> Iterator[BinaryIO]:
+    """The file, while every error of PyAV or of the file system becomes a :class:`MediaError` about ``name``."""
+    try:
+        with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
+            yield file
+    except MediaError:
+        raise
+    except (av.FFmpegError, EOFError) as error:
+        raise MediaError(f"{name} cannot be decoded ({error}): {DAMAGED}.") from error
+    except OSError as error:
+        raise MediaError(f"{name} cannot be read ({error}): check its permissions and the disk.") from error
+
+
+@contextmanager
+def open_video(
+    data: Path | bytes, name: str, threads: int = 1
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The container and its video stream, set to decode in ``threads`` threads."""
+    with _open_file(data, name) as file:
+        try:
+            options = {"protocol_whitelist": "none"}
+            container = av.open(file, mode="r", metadata_errors="replace", options=options)
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(f"{name} cannot be opened as a video ({error}): {_why_not(file)}") from error
+        with container:
+            stream = _video_stream(container, name)
+            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = threads
+            yield container, stream
+
+
+def check_end(data: Path | bytes, name: str) -> None:
+    """Raises :class:`MediaError` for a file that ends before its own structure says."""
+    with _open_file(data, name) as file:
+        missing = cut_short(file, file.seek(0, os.SEEK_END))
+    if missing:
+        raise MediaError(f"{name} is truncated: {missing}. Fetch or write it again, or drop the row.")
+
+
+def _why_not(file: BinaryIO) -> str:
+    file.seek(0)
+    head = file.read(1 << 16)
+    if head[4:8] == b"ftyp" and b"moov" not in head:
+        return "an mp4 without its index (no moov atom), so most likely cut short: fetch or write it again."
+    return "check that it is a video and complete."
+
+
+def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
+    """The best real video stream; cover pictures of audio files are none."""
+    picture = av.stream.Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & picture]
+    best = container.streams.best("video")
+    if not streams or container.format.name == "tty":  # "tty" is how FFmpeg plays text files
+        others = "audio only" if container.streams.audio else f"format {container.format.name}"
+        raise MediaError(f"{name} has no video stream ({others}): give a file with pictures in it, or drop the row.")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise MediaError(f"{name} has pictures in a format that FFmpeg cannot decode here: convert it, e.g. to h264.")
+    return stream
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use: fewer than the machine's where it is pinned to some of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
+
+
+def max_threads() -> int:
+    """In a worker process of a data loader the workers are the parallelism; more threads would get in their way."""
+    return 1 if multiprocessing.parent_process() is not None else min(4, usable_cores())
+
+
+def scan(data: Path | bytes, name: str) -> FrameTable:
+    """The table of all frames. Reads the whole file, decodes only where packets cannot be relied on.
+
+    Raises :class:`MediaError` for a video without frames and for one that ends before its header says.
+    """
+    check_end(data, name)
+    with open_video(data, name, max_threads()) as (container, stream):
+        if _has_packet_times(container, stream):
+            table = _table_from_packets(container, stream, name)
+        else:
+            table = _table_from_frames(container, stream, name)
+        promised = _promised_duration(container, stream)
+        if promised is not None and table.duration < 0.9 * promised - 0.5:
+            raise MediaError(
+                f"{name} is incomplete: its header promises {promised:.2f} s of video, it holds {table.duration:.2f} "
+                f"that can be decoded: {DAMAGED}."
+            )
+    return table
+
+
+def _has_packet_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    names, codec = container.format.name.split(","), stream.codec_context.name
+    return (codec in _ONE_PICTURE and ("mov" in names or "matroska" in names)) or (codec == "mpeg4" and "mov" in names)
+
+
+def _promised_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
+    """Seconds of video according to the header, where the header speaks of this stream."""
+    if len(container.streams) == 1 and container.duration:
+        return container.duration * _MICROSECOND - max(0, container.start_time or 0) * _MICROSECOND
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska with sound
+    return float(tag[1]) * 3600 + float(tag[2]) * 60 + float(tag[3]) if tag else None
+
+
+def _table_from_packets(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
+    packets = [
+        (packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+        for packet in container.demux(stream)
+        if packet.size and packet.pts is not None
+    ]
+    keys = sorted(pts for pts, _, is_key, _ in packets if is_key)
+    # Not shown: what an edit list cuts away (its keyframes still serve), and what precedes the first keyframe.
+    shown = sorted((pts, last) for pts, last, _, cut in packets if not cut and keys and pts >= keys[0])
+    if not shown:
+        raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
+    pts = np.array([pts for pts, _ in shown], dtype=np.int64)
+    return FrameTable(
+        times=(pts - pts[0]) * float(stream.time_base),
+        duration=_duration(pts, shown[-1][1], stream),
+        pts=pts,
+        keyframes=np.searchsorted(pts, keys),
+        # FFmpeg takes the time to seek to for a time of showing; with the decoding time it lands a keyframe too early.
+        seek_points=np.array(keys, dtype=np.int64),
+    )
+
+
+def _table_from_frames(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
+    shown, packets, sent, lasts, patched = [], [], [], {}, []
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard and (packet.is_keyframe or packets):  # an edit list cuts frames away
+            packets.append(packet.pts)
+        sent += [packet.dts] if packet.size else []
+        lasts[packet.pts] = packet.duration or 0
+        for frame in packet.decode():
+            shown.append(frame.pts)
+            patched.append(frame.is_corrupt)
+    if not shown:
+        raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
+    if any(patched[-4:]):  # the last to be decoded may be shown a little earlier
+        raise MediaError(f"{name} ends in a broken picture: {DAMAGED}.")
+    indexed = _counted(container, stream)
+    # A recording may begin between keyframes: pictures that need earlier ones are not shown.
+    begin = min((pts for pts in shown if pts is not None), default=None)
+    promised = max(sum(None in (pts, begin) or pts >= begin for pts in packets), indexed)
+    # VP8 sends pictures that are never shown; packed MPEG-4 ends on an empty packet.
+    if stream.codec_context.name not in ("vp8", "libvpx") and len(shown) < promised - 1 - promised // 100:
+        raise MediaError(f"{name} gives {len(shown)} of its {promised} frames: {DAMAGED}.")
+    in_order = sent if len(sent) == len(shown) else []  # AVI has no other times for frames out of order
+    for times in (shown, in_order):
+        pts = np.array([-1 if value is None else value for value in times], dtype=np.int64)
+        if len(pts) and (np.diff(pts) > 0).all() and pts[0] >= 0:
+            last = lasts.get(shown[-1], 0)
+            if container.format.name == "avi" and indexed:  # all is there: the last picture is repeated
+                last = max(last, (stream.duration or 0) - int(pts[-1]))
+            return FrameTable((pts - pts[0]) * float(stream.time_base), _duration(pts, last, stream))
+    rate = float(stream.average_rate or stream.guessed_rate or 25)  # no usable times: evenly spaced
+    return FrameTable(times=np.arange(len(shown)) / rate, duration=len(shown) / rate)
+
+
+def _counted(container: av.container.InputContainer, stream: av.VideoStream) -> int:
+    """How many frames the file itself says that it stores."""
+    if "mov" in container.format.name:
+        return 0  # it counts what an edit list cuts away
+    if container.format.name == "avi":
+        return len(getattr(stream, "index_entries", ()))  # PyAV >= 17; the header counts repeated pictures as well
+    return stream.frames
+
+
+def _duration(pts: np.ndarray, last: int, stream: av.VideoStream) -> float:
+    """Seconds from the first frame to the end of the last, which stays for ``last`` units or as long as is usual."""
+    if last <= 0 and len(pts) > 1:
+        last = int(np.median(np.diff(pts)))
+    if last <= 0:
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        return float(pts[-1] - pts[0]) * float(stream.time_base) + 1 / rate
+    return float(pts[-1] - pts[0] + last) * float(stream.time_base)

@@ -1,0 +1,244 @@
+"""LoRA adapters: the presets of `lora_target_modules`, and what vLLM needs of a saved adapter."""
+
+import json
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from trl_vpo.runs.recipe import RecipeError, nearest
+
+PRESETS = ("language", "language+projector", "all")
+VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)\.")
+PROJECTOR = re.compile(
+    r"(^|\.)(visual\.(merger|deepstack_merger_list)|multi_modal_projector|vision_resampler|connector)\."
+)
+# Ways to begin a LoRA that leave the base's weights as they are; the others (PiSSA, OLoRA, ...) subtract something.
+KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+MAX_LORA_RANK = 16  # vLLM's default
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be read or merged. The message says why, and what to do."""
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+def check_targets(targets: str | Iterable[str] | None) -> None:
+    """Refuse values of `lora_target_modules` that can match nothing; PEFT would say so after loading the model.
+
+    Raises:
+        RecipeError: a single word that is no preset, or a preset among other names.
+    """
+    if targets is None or targets in (*PRESETS, "all-linear"):
+        return
+    if isinstance(targets, str):
+        if re.fullmatch(r"[\w+-]+", targets):
+            raise RecipeError(
+                f"lora_target_modules: {targets!r} is none of the presets {', '.join(PRESETS)}."
+                f"{nearest(targets, PRESETS)} Anything else is a regular expression of whole module names, such as "
+                rf".*\.{targets}"
+            )
+    elif found := [name for name in targets if name in PRESETS]:
+        raise RecipeError(
+            f"lora_target_modules: the preset {found[0]!r} stands alone, without other names. Write a regular "
+            "expression to adapt something else."
+        )
+
+
+def target_modules(model: nn.Module, preset: str) -> str:
+    r"""What a preset adapts in a model, as PEFT takes it: a regular expression that matches whole module names.
+
+    An adapter's config holds this expression, so that it loads where `trl_vpo` is not installed. The presets mean the
+    same in every family:
+    - `language`: the linear layers of the language model (attention and MLP of its decoder layers). Not the
+      embeddings, not the LM head. Experts that are stored as one fused parameter are no linear layers; a warning names
+      them, `lora_target_parameters` adapts them.
+    - `language+projector`: those, and the linear layers between vision tower and language model: Qwen's mergers with
+      those of DeepStack, the multi-modal projector of LLaVA and InternVL, the connector of Idefics and SmolVLM with
+      the perceiver of Idefics2.
+    - `all`: those, and the linear layers of the vision tower. Not its convolutions and embeddings. Layers behind
+      `vision_feature_layer` are adapted too, and learn nothing.
+
+    Args:
+        model: loaded, or empty on the meta device; without an adapter.
+        preset: one of `PRESETS`.
+
+    Raises:
+        RecipeError: the model has no projector or vision tower that we know.
+    """
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    text = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is text) + "."
+    names = {name for name in linear if name.startswith(prefix) and not VISION.search(f"{name}.")}
+    _warn_of_fused(text)
+    if preset != "language":
+        names |= _found(model, linear, PROJECTOR, preset, "projector")
+    if preset == "all":
+        names |= _found(model, linear, VISION, preset, "vision tower")
+    return _pattern(names, {name for name, _ in model.named_modules()})
+
+
+def resolve_targets(peft_config: Any, model: nn.Module) -> None:
+    """Spell the preset of a LoRA config out for a model, in place. Other targets stay as they are.
+
+    Raises:
+        RecipeError: as `check_targets` and `target_modules` say.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    check_targets(targets)
+    if targets in PRESETS:
+        peft_config.target_modules = target_modules(model, targets)
+
+
+def loses_base(config: Any) -> str | None:
+    """Why a model is not its base where an adapter of this config is switched off; None: it is."""
+    init = getattr(config, "init_lora_weights", True)
+    if (bias := getattr(config, "bias", "none")) != "none":
+        return f"bias={bias!r} trains the base's own biases"
+    if isinstance(init, str) and init.lower() not in KEEPS_BASE:
+        return f"init_lora_weights={init!r} changes the base's weights"
+    return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # `nn.MultiheadAttention` reads the weight of its own kind of linear layer and never calls it: LoRA would not act.
+    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def _found(model: nn.Module, linear: list[str], pattern: re.Pattern, preset: str, what: str) -> set[str]:
+    names = {name for name in linear if pattern.search(f"{name}.")}
+    if not names:
+        raise RecipeError(
+            f"lora_target_modules: {preset}: {type(model).__name__} has no {what} that we know. Use language, or a "
+            "regular expression of whole module names."
+        )
+    return names
+
+
+def _warn_of_fused(text: nn.Module) -> None:
+    fused = [
+        f"{name}.{own}"
+        for name, module in text.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(module, _ConvNd)
+    ]
+    if fused:
+        warnings.warn(
+            f"{len(fused)} parameters such as {fused[0]} hold the weights of several experts; no preset adapts them. "
+            "Name them in lora_target_parameters to do so.",
+            stacklevel=3,
+        )
+
+
+def _pattern(names: set[str], every: set[str]) -> str:
+    """A regular expression for exactly `names` out of `every` module name, with layer numbers as `\\d+` if it can."""
+    leaves = defaultdict(set)
+    for name in names:
+        *parents, leaf = name.split(".")
+        leaves["".join(r"\d+\." if p.isdigit() else rf"{re.escape(p)}\." for p in parents)].add(re.escape(leaf))
+    pattern = "|".join(f"{stem}({'|'.join(sorted(leaves[stem]))})" for stem in sorted(leaves))
+    if {name for name in every if re.fullmatch(pattern, name)} == names:
+        return pattern
+    return "|".join(re.escape(name) for name in sorted(names))  # layers that differ from one another
+
+
+# --- saved adapters -----------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `adapter_config.json` of a saved adapter, whose weights are known to be a safetensors file.
+
+    Raises:
+        AdapterError: no adapter, one whose weights are pickled, or one that needs a base that was not saved.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{folder} is no adapter: its adapter_config.json cannot be read ({error}). Name the output_dir of a LoRA "
+            "training, or one of its checkpoints."
+        ) from error
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickled = ", ".join(path.name for path in sorted(folder.glob("adapter_model.*")))
+        has = f"only {pickled}, which can run code when it is loaded" if pickled else "no weights"
+        raise AdapterError(f"{folder} has {has}; adapters are read from adapter_model.safetensors.")
+    if str(config.get("init_lora_weights")).lower() == "lora_ga":
+        raise AdapterError(
+            f"{folder} began with init_lora_weights='lora_ga', which changed the base's weights by gradients that are "
+            "gone: on the base as it is stored, the adapter is another model than the one that was trained."
+        )
+    return config
+
+
+def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a saved adapter's tensors, by their names."""
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def vllm_problems(adapter: Path | str, *, max_lora_rank: int = MAX_LORA_RANK) -> list[str]:
+    """Why vLLM would refuse a saved adapter, or ignore parts of it; empty where it serves it as it is.
+
+    After vLLM's own checks (`vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py`, 2026): it takes plain LoRA and
+    rsLoRA of linear layers. What it does not take can be merged into the base model.
+
+    Args:
+        adapter: the folder of the adapter.
+        max_lora_rank: what the server was started with.
+
+    Raises:
+        AdapterError: no adapter.
+    """
+    return vllm_refuses(read_config(adapter), saved_shapes(adapter), max_lora_rank=max_lora_rank)
+
+
+def vllm_refuses(config: dict[str, Any], tensors: Iterable[str], *, max_lora_rank: int = MAX_LORA_RANK) -> list[str]:
+    """`vllm_problems` of an adapter that is not saved yet: its config and the names of its tensors."""
+    problems = [problem for wrong, problem in _vllm_features(config) if wrong]
+    pattern = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+    matches = {name: pattern.fullmatch(name) for name in tensors}
+    unknown = sorted(name for name, match in matches.items() if match is None)
+    if unknown and not problems:
+        problems.append(f"{len(unknown)} tensors are no LoRA weights of linear layers, such as {unknown[0]}.")
+    ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
+    if max(ranks) > max_lora_rank:
+        enough = next((str(rank) for rank in LORA_RANKS if rank >= max(ranks)), None)
+        remedy = f"start vLLM with --max-lora-rank {enough}" if enough else f"vLLM takes {LORA_RANKS[-1]} at most"
+        problems.append(f"its rank is {max(ranks)}, vLLM's max_lora_rank {max_lora_rank}: {remedy}.")
+    modules = {match[1] for match in matches.values() if match}
+    if vision := sorted(name for name in modules if VISION.search(f"{name}.")):
+        problems.append(
+            f"{len(vision)} of its {len(modules)} modules are in vision tower or projector, such as {vision[0]}: vLLM "
+            "ignores them unless it is started with --enable-tower-connector-lora, which some models do not have."
+        )
+    return problems
+
+
+def _vllm_features(config: dict[str, Any]) -> list[tuple[Any, str]]:
+    """(has it, what to say) of the LoRA features that vLLM does not have."""
+    kind, init = config.get("peft_type"), config.get("init_lora_weights")
+    merge = "merge it into the base model first."
+    trained = ", ".join(config.get("modules_to_save") or [])
+    return [
+        (kind != "LORA", f"it is {kind}, not LoRA: {merge}"),
+        (config.get("use_dora"), f"it is DoRA (use_dora): {merge}"),
+        (trained, f"it holds fully trained modules (modules_to_save: {trained}): {merge}"),
+        (config.get("bias", "none") != "none" or config.get("lora_bias"), f"it has biases: {merge}"),
+        (config.get("alora_invocation_tokens"), "it is activated LoRA (alora_invocation_tokens)."),
+        (config.get("layer_replication"), "it repeats layers (layer_replication)."),
+        (
+            isinstance(init, str) and init.lower() not in KEEPS_BASE,
+            f"init_lora_weights={init!r} changes the base model's weights, which vLLM leaves as they are: {merge}",
+        ),
+    ]

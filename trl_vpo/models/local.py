@@ -1,0 +1,276 @@
+"""A model in this process: answers whose randomness no batch changes, and log-probs as training computes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, ProcessorMixin, TopPLogitsWarper
+
+from trl_vpo.data.chat import stop_token
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.rows import Row, RowError, check_accepted, place_media
+from trl_vpo.errors import GenerateError
+from trl_vpo.forward.layouts import merge_media
+from trl_vpo.forward.tree import Tree, Trunk, tree_batch
+from trl_vpo.models.requests import AnsweringModel, Request, Sampling
+from trl_vpo.text.reading import Failure, unusable, without_reasoning
+
+logger = logging.getLogger(__name__)
+
+
+class SeededSampling(LogitsProcessor):
+    """Temperature and top-p, then noise: the most likely token of what comes out is a sample of what went in.
+
+    With u_i uniform on [0, 1), i independent, the arg max over i of `log p_i - log(-log u_i)` is i with probability
+    p_i: that is sampling, not an approximation of it (the Gumbel-max trick; Gumbel 1954, Maddison et al. 2014,
+    arXiv 1411.0030). A constant added to all scores moves no arg max, so unnormalized logits will do, and a token
+    outside the nucleus has -inf and never wins. `generate` then decodes greedily and needs no random state of its own.
+    u has 24 bits.
+
+    The noise of a row at a step is a function of its seed and the step alone, drawn on the CPU: neither the row's
+    place in the batch, nor its neighbours, its padding or the device change it.
+
+    Args:
+        seeds: one for each row, 0 or above.
+        prompt_length: columns of the padded prompts.
+        sampling: `temperature` 0 leaves the scores as they are.
+    """
+
+    def __init__(self, seeds: Sequence[int], prompt_length: int, sampling: Sampling):
+        self._seeds = list(seeds)
+        self._prompt_length = prompt_length
+        self._temperature = sampling.temperature
+        self._top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.size(1) - self._prompt_length
+        if step == 0 and bool(scores.isnan().any()):
+            raise GenerateError("the model's logits are nan. float16 overflows in many models: use dtype bfloat16.")
+        if self._temperature == 0:
+            return scores
+        scores = scores.float() / self._temperature  # (B, V)
+        if self._top_p is not None:
+            scores = self._top_p(input_ids, scores)
+        rows = [np.random.default_rng((seed, step)).random(scores.size(1), np.float32) for seed in self._seeds]
+        uniform = torch.from_numpy(np.stack(rows)).to(scores.device)  # (B, V)
+        return scores - torch.log(-torch.log(uniform))
+
+
+class LocalModel(AnsweringModel):
+    """A vision-language model and its processor. Prompts and media are encoded by the collator that training uses.
+
+    The model's own generation settings (repetition penalty, sampling defaults, forced tokens) are taken off it; only
+    its end-of-sequence tokens stay; the token with which the chat template ends an answer is one of them.
+
+    Args:
+        model: without PEFT around it; the layers of an adapter may be in it.
+        processor: the model's.
+        batch_size: requests in one call of the model, at most. Halved when the device runs out of memory.
+        max_pixels: larger images are scaled down to this many pixels.
+        description: what `record` gives.
+
+    Raises:
+        GenerateError: the model has no chat template, or no end-of-sequence token.
+    """
+
+    can_score = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        *,
+        batch_size: int = 8,
+        max_pixels: int | None = None,
+        description: dict[str, str | None] | None = None,
+    ):
+        if getattr(processor, "chat_template", None) is None:
+            raise GenerateError(
+                f"{type(processor).__name__} has no chat template, so the model cannot be asked anything: use its "
+                "chat (instruct) version."
+            )
+        self.model = model.eval()
+        self.processor = processor
+        self.batch_size = batch_size
+        self._collator = PreferenceCollator(processor, max_pixels=max_pixels)
+        self._description = description
+        tokenizer = self._collator.tokenizer
+        self._ends = _end_tokens(model, tokenizer) | ({stop_token(processor)} - {None})
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._ends)
+        # `generate` fills whatever a call leaves open from here.
+        model.generation_config = GenerationConfig(
+            eos_token_id=sorted(self._ends), pad_token_id=self._pad, bos_token_id=tokenizer.bos_token_id
+        )
+        self._scorer = None
+
+    def record(self) -> dict[str, str | None]:
+        if self._description is not None:
+            return dict(self._description)
+        return {"model": self.model.config._name_or_path or None, "adapter": None, "revision": None}
+
+    def answer(self, requests: Sequence[Request], sampling: Sampling) -> list[str | Failure]:
+        """See `AnsweringModel`. A prompt that the processor refuses is a `Failure` of that request.
+
+        Raises:
+            GenerateError: media that the model cannot see, or one request that does not fit on the device.
+        """
+        answers: list[str | Failure | None] = [None] * len(requests)
+        waiting = []  # (place, seed, tree)
+        for place, request in enumerate(requests):
+            row = self._row(request)
+            try:
+                waiting.append((place, request.seed, self._encode(row, ())))
+            except RowError as error:
+                answers[place] = Failure(str(error))
+
+        def run(batch: list) -> list[str | Failure]:
+            return self._generate([tree.trunks[0] for *_, tree in batch], [seed for _, seed, _ in batch], sampling)
+
+        for group in stackable(waiting):
+            for (place, *_), text in zip(group, self._in_batches(group, run)):
+                answers[place] = text
+        return answers
+
+    def average_logps(self, requests: Sequence[Request], responses: Sequence[str]) -> list[float]:
+        """Mean log-prob (nats, float32) per token of each response behind its request, its end of turn included.
+
+        Tokens, positions and log-probs are those of training; every response stands behind a prompt of its own, so
+        its figure does not depend on the others.
+
+        Raises:
+            GenerateError: a prompt that the processor refuses, or one request that does not fit on the device.
+        """
+        averages = [0.0] * len(requests)
+        waiting = []  # (place, None, tree)
+        for place, (request, response) in enumerate(zip(requests, responses, strict=True)):
+            row = self._row(request)
+            row.chosen = [{"role": "assistant", "content": [{"type": "text", "text": response}]}]
+            try:
+                waiting.append((place, None, self._encode(row, ("chosen",))))
+            except RowError as error:
+                raise GenerateError(f"a response cannot be scored: {error}") from error
+        for group in stackable(waiting):
+            for (place, *_), average in zip(group, self._in_batches(group, self._score)):
+                averages[place] = average
+        return averages
+
+    # --- one call ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _generate(self, trunks: list[Trunk], seeds: list[int], sampling: Sampling) -> list[str | Failure]:
+        inputs = send_to_device(_left_padded(trunks, self._pad), self.model.device)
+        width = inputs["input_ids"].size(1)
+        output = self.model.generate(
+            **inputs,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            logits_processor=[SeededSampling(seeds, width, sampling)],
+        )
+        return [self._read(ids) for ids in output[:, width:].tolist()]
+
+    def _read(self, ids: list[int]) -> str | Failure:
+        end = next((i for i, token in enumerate(ids) if token in self._ends), None)
+        if end is None:
+            return Failure(f"cut off after {len(ids)} tokens")
+        text = without_reasoning(self._collator.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        return unusable(text) or text
+
+    @torch.no_grad()
+    def _score(self, waiting: list[tuple[int, None, Tree]]) -> list[float]:
+        if self._scorer is None:
+            from trl_vpo.forward.scorer import Scorer  # imports TRL
+
+            # Not the shared layout: it would put another attention into the model that also answers.
+            self._scorer = Scorer(self.model, layout="separate", pad_token_id=self._pad)
+        batch = tree_batch([tree for *_, tree in waiting], self._pad)
+        scores = self._scorer.score(self.model, send_to_device(batch, self.model.device))
+        return (scores.sums / scores.mask.sum(-1)).tolist()
+
+    def _in_batches(self, items: list, run: Callable[[list], list]) -> list:
+        """`run` over the items, as many at once as `batch_size` says and the device's memory takes."""
+        results = []
+        while len(results) < len(items):
+            batch = items[len(results) : len(results) + self.batch_size]
+            try:
+                results += run(batch)
+                continue
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise GenerateError(_too_large(batch[0][2], self.model.device)) from None
+            # Outside of the handler: its traceback would keep the failed call's tensors alive.
+            torch.cuda.empty_cache()
+            half = len(batch) // 2
+            logger.warning(f"{len(batch)} requests at once do not fit on {self.model.device}: from now on {half}.")
+            self.batch_size = half
+        return results
+
+    # --- encoding ----------------------------------------------------------------------------------------------------
+
+    def _row(self, request: Request) -> Row:
+        """The request as a row without responses."""
+        images, videos = list(request.media.images), list(request.media.videos)
+        row = Row("the request", prompt=[], chosen=[], rejected=[], images=images, videos=videos)
+        try:
+            row.prompt = place_media(request.messages, len(images), len(videos))
+            check_accepted(row, self.processor)
+        except RowError as error:
+            raise GenerateError(f"{type(self.model).__name__} cannot be asked this: {error}") from error
+        return row
+
+    def _encode(self, row: Row, sides: tuple[str, ...]) -> Tree:
+        tree = self._collator.encode_row(row, sides)
+        for trunk in tree.trunks:  # not all models bring pixels into their own dtype; times stay exact
+            floats = [k for k, v in trunk.media.items() if k.startswith("pixel_values") and v.is_floating_point()]
+            trunk.media |= {key: trunk.media[key].to(self.model.dtype) for key in floats}
+        return tree
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the model's own, and the tokenizer's."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id} - {None}
+    if not ends:
+        raise GenerateError(f"{type(model).__name__} and its tokenizer have no end-of-sequence token: set one.")
+    return ends
+
+
+def _left_padded(trunks: list[Trunk], pad_token_id: int) -> dict[str, Tensor]:
+    """Prompts as inputs of `generate`: ids, mask and token types (B, P), padded on the left, and their media."""
+    width = max(len(trunk.ids) for trunk in trunks)
+
+    def pad(rows: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([[value] * (width - len(row)) + row for row in rows])
+
+    inputs = {
+        "input_ids": pad([trunk.ids for trunk in trunks], pad_token_id),
+        "attention_mask": pad([[1] * len(trunk.ids) for trunk in trunks], 0),
+    }
+    inputs |= {key: pad([trunk.types[key] for trunk in trunks], 0) for key in trunks[0].types}
+    return inputs | merge_media([trunk.media for trunk in trunks])
+
+
+def stackable(waiting: list[tuple]) -> list[list[tuple]]:
+    """Items whose media fit into one call: families that take clips as (N, frames, C, H, W) need them in one shape."""
+    groups: dict[tuple | None, list[tuple]] = {}
+    for item in waiting:
+        video = item[2].trunks[0].media.get("pixel_values_videos")
+        shape = tuple(video.shape[1:]) if video is not None and video.dim() == 5 else None
+        groups.setdefault(shape, []).append(item)
+    return list(groups.values())
+
+
+def _too_large(tree: Tree, device: torch.device) -> str:
+    trunk = tree.trunks[0]
+    media = {key: tuple(value.shape) for key, value in trunk.media.items()}
+    return (
+        f"one request alone does not fit on {device}: {len(trunk.ids)} prompt tokens, media {media or 'none'}. Lower "
+        "num_frames, max_pixels or max_new_tokens, set load_in_4bit, or spread the model with device='auto'."
+    )

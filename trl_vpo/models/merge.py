@@ -1,0 +1,192 @@
+"""An adapter merged into its base model: a folder that loads without PEFT."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftConfig, PromptLearningConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
+
+from trl_vpo.data.identity import package_version
+from trl_vpo.models.adapters import AdapterError, read_config
+from trl_vpo.models.attach import attach_adapter
+from trl_vpo.models.source import check_model
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+CARD = """\
+# {name}
+
+{base} with the adapter `{adapter}` merged into its weights, in {dtype}, by TRL-VPO {version}.{notes}
+
+```python
+from transformers import {auto}, AutoProcessor
+
+model = {auto}.from_pretrained("{name}", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("{name}")
+```
+{training}"""
+
+
+def merge(
+    adapter: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Merge a saved adapter (LoRA, rsLoRA, DoRA, with `modules_to_save` or without) into its base model.
+
+    Base and adapter are read from safetensors files. The arithmetic is float32, on the CPU: it takes 4 bytes of memory
+    per parameter. The merged model is compared with base and adapter on a text before it is saved. `out` gets weights,
+    config, generation config, processor and model card, all or nothing.
+
+    Args:
+        adapter: folder of the adapter.
+        out: folder to write; it must not exist, or be empty.
+        base: folder or Hub name of the base model; None: the one that the adapter's config names.
+        dtype: of the saved weights: float32, bfloat16, float16, or auto, as the base is stored.
+        revision: of the base on the Hub; None: the one that the adapter's config names, if it does and
+            `base` is the base that it names.
+        trust_remote_code: run code that comes with the base.
+
+    Returns:
+        What a user of the merged model should know, a sentence each; often nothing.
+
+    Raises:
+        AdapterError: `adapter` is none, does not fit the base, or cannot be merged; the base is quantized; `out` holds
+            files.
+        OSError: the base cannot be read.
+    """
+    adapter, out = Path(adapter), Path(out)
+    if dtype not in DTYPES:
+        raise AdapterError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterError(f"{out} exists and is not an empty folder. Name another one, or move it away.")
+    given = read_config(adapter)
+    named = given.get("base_model_name_or_path")
+    base = base or named
+    if not base:
+        raise AdapterError(f"the config of {adapter} does not name its base model: give `base`.")
+    revision = revision or (given.get("revision") if base == named else None)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    check_model(base, key="base", revision=revision)
+    config = AutoConfig.from_pretrained(base, **common)
+    if getattr(config, "quantization_config", None) is not None:
+        raise AdapterError(
+            f"the weights of {base} are quantized; an adapter cannot be merged into them without loss. Give `base` "
+            "the model that they were made from."
+        )
+    source = adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES) else base
+    processor = AutoProcessor.from_pretrained(
+        source, **(common if source is base else {"trust_remote_code": trust_remote_code})
+    )
+    saved_as = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    model = architecture.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **common)
+    notes = _notes(adapter, given, base)
+    model = _merged(model, adapter, saved_as)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=out.parent) as folder:
+        whole = Path(folder) / out.name
+        model.save_pretrained(whole)
+        processor.save_pretrained(whole)
+        _write_card(whole, adapter, base, model, notes)
+        os.replace(whole, out)  # takes the place of an empty folder, too
+    return notes
+
+
+def _merged(model: PreTrainedModel, adapter: Path, saved_as: torch.dtype) -> PreTrainedModel:
+    """`model` with the adapter in its weights, as they are saved; it answers what base and adapter answered."""
+    config = PeftConfig.from_pretrained(adapter)
+    if isinstance(config, PromptLearningConfig):
+        raise AdapterError(
+            f"{adapter} is {type(config).__name__}: it prepends virtual tokens, no weights can hold those."
+        )
+    stored = _digests(model, saved_as)
+    adapted = attach_adapter(model, adapter, config=config)
+    before = _answers(adapted)
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (AttributeError, RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+        raise AdapterError(f"{adapter} ({config.peft_type.value}) cannot be merged: {error}") from error
+    difference = (_answers(merged) - before).abs().max().item()
+    if not difference <= 1e-3 * max(1.0, before.abs().max().item()):  # nan fails
+        raise AdapterError(
+            f"the merged model differs from base and adapter by {difference:.2g} in its logits; it was not saved. An "
+            "adapter on the embeddings of a model whose LM head shares them cannot be merged."
+        )
+    if _digests(merged, saved_as) == stored:
+        raise AdapterError(
+            f"{adapter} changes no weight of its base in {saved_as}: it was not trained, or its changes are smaller "
+            "than the dtype's rounding (--dtype float32 keeps them). Nothing was saved."
+        )
+    return merged.to(saved_as)
+
+
+@torch.no_grad()
+def _digests(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, int]:
+    """A hash of each weight as it would be saved."""
+    return {name: torch.hash_tensor(weight.to(dtype)).item() for name, weight in model.state_dict().items()}
+
+
+@torch.no_grad()
+def _answers(model: Any) -> Tensor:
+    """(V,) logits behind a fixed text of ordinary tokens."""
+    model.eval()
+    ids = torch.arange(16).unsqueeze(0) * 7 % min(100, model.config.get_text_config().vocab_size)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+
+
+def _notes(adapter: Path, config: dict[str, Any], base: str) -> list[str]:
+    notes = []
+    named = config.get("base_model_name_or_path")
+    if named and Path(named).name != Path(base).name:
+        notes.append(f"The adapter names {_shown(named)} as its base; it was merged into {_shown(base)}.")
+    try:
+        recipe = json.loads((adapter / "run.json").read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError):
+        return notes
+    bits = 4 if recipe.get("load_in_4bit") else 8 if recipe.get("load_in_8bit") else None
+    if bits:
+        notes.append(
+            f"The adapter was trained on {bits}-bit weights and is merged into those of full precision, so answers "
+            "differ a little from the ones in training."
+        )
+    return notes
+
+
+def _write_card(folder: Path, adapter: Path, base: str, model: PreTrainedModel, notes: list[str]) -> None:
+    """`README.md`, with the adapter's own sections on its training where it has them."""
+    data, training = {}, ""
+    if (adapter / "README.md").is_file():
+        card = ModelCard.load(adapter / "README.md", ignore_metadata_errors=True)
+        data = {key: card.data.get(key) for key in ("pipeline_tag", "datasets", "tags") if card.data.get(key)}
+        training = "\n" + card.text[card.text.find("## Training") :] if "## Training" in card.text else ""
+    local = Path(base).exists()
+    named = None if local else base  # the Hub refuses what is no name of a model on it
+    head = ModelCardData(base_model=named, library_name="transformers", model_name=folder.name, **data)
+    text = CARD.format(
+        name=folder.name,
+        base=f"`{_shown(base)}`" if local else f"[{base}](https://huggingface.co/{base})",
+        adapter=adapter.resolve().name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        version=package_version(),
+        notes="".join(f" {note}" for note in notes),
+        auto="AutoModelForCausalLM" if model.get_decoder() is model.base_model else "AutoModelForImageTextToText",
+        training=training,
+    )
+    (folder / "README.md").write_text(f"---\n{head.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def _shown(model: str) -> str:
+    """A model's name without folders that only this machine has."""
+    return Path(model).name if Path(model).is_absolute() else model

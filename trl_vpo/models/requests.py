@@ -1,0 +1,61 @@
+"""A question to a model, and who answers it."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from trl_vpo.media.load import Media
+from trl_vpo.text.reading import Failure
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a model.
+
+    Attributes:
+        messages: turns with `role` and typed contents; one {"type": "image"} or {"type": "video"} for each item of
+            `media`, in order.
+        media: what the placeholders stand for.
+        seed: of this request's own random stream; see `stream_seed`.
+    """
+
+    messages: list[dict]
+    media: Media = field(default_factory=Media)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn. `temperature` 0 is greedy decoding."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 0.9
+
+
+class AnsweringModel(ABC):
+    """Who answers: a model in this process (`local.LocalModel`) or behind a server (`server.ServerModel`)."""
+
+    can_score: ClassVar[bool] = False
+
+    @abstractmethod
+    def answer(self, requests: Sequence[Request], sampling: Sampling) -> list[str | Failure]:
+        """The answers, stripped, in the order of the requests. An empty or cut-off answer is a `Failure`."""
+
+    def average_logps(self, requests: Sequence[Request], responses: Sequence[str]) -> list[float]:
+        """Mean log-prob per response token (nats), LeanPO's reward before beta. Only where `can_score`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot score responses")
+
+    @abstractmethod
+    def record(self) -> dict[str, str | None]:
+        """Who it is, for every row made: `model`, `adapter`, `revision` (and `server` behind one)."""
+
+
+def stream_seed(seed: int, row_id: str, purpose: str) -> int:
+    """The seed (63 bits) of one random stream of one row, whatever the batch, the worker or the machine."""
+    digest = hashlib.blake2b(f"{seed}\x1f{row_id}\x1f{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,153 @@
+"""What the page is made from: the rows of a dataset as they are stored, and the other files of a generation run.
+
+JSON files are read line by line here and not by `datasets`: one bad line, or a column whose type changes, would stop
+it at the whole file, and a page that shows what is wrong with the data has to come after that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trl_vpo.files import open_packed
+from trl_vpo.report.view.row import as_json, plain
+
+ROWS, REJECTED, SUMMARY = "rows.jsonl", "rejected.jsonl", "summary.json"  # of a generation run's folder
+_TEXT_FEATURES = {"Value", "ClassLabel", "Json"}  # of `datasets`; others hold files, and decoding them is not wanted
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """In the place of a row: the error, and the beginning of the text that caused it."""
+
+    reason: str
+    text: str
+
+
+def read_examples(dataset: str | Path, split: str, config: str | None = None) -> Iterator[dict | Unreadable]:
+    """The rows of a split in their order. Media stay paths and bytes.
+
+    Args:
+        dataset: a generation run's folder, else a Hub dataset or a local path as in `trl_vpo.data.sources`.
+        split, config: of a dataset with several.
+
+    Raises:
+        DatasetError: the path, its rows or the split do not exist.
+    """
+    path = Path(dataset)
+    if (path / ROWS).is_file() and split == "train":
+        return _read_files([path / ROWS])
+    from trl_vpo.data.sources import DatasetError, local_splits, named_splits, row_format
+
+    if (path / "shards").is_dir() and (path / "settings.json").is_file() and not (path / ROWS).is_file():
+        raise DatasetError(f"{path} is a run that is not finished. Give its command again, and view it then.")
+    if row_format(path) or path.exists():
+        files = local_splits(path).get(split)
+        if isinstance(files, list) and row_format(files[0]) == "json":
+            return _read_files(files)
+    return _read_table(named_splits(str(dataset), [split], config=config)[split])
+
+
+def read_rejected(dataset: str | Path) -> Iterator[dict]:
+    """What a run or an import left out: `id`, `kind`, `reason` (texts) and `more`, the rest as JSON text."""
+    path = _beside(dataset, REJECTED)
+    imported = Path(f"{dataset}.{REJECTED}")  # as `trl-vpo import` calls it
+    for record in read_json(imported) if imported.is_file() else read_json(path) if path.is_file() else ():
+        if isinstance(record, Unreadable):
+            yield {"id": "", "kind": "unreadable line", "reason": record.reason, "more": record.text}
+            continue
+        record = dict(record)
+        told = {
+            key: "" if (value := record.pop(key, None)) is None else str(value) for key in ("id", "kind", "reason")
+        }
+        yield told | {"more": as_json(record) if record else ""}
+
+
+def read_summary(dataset: str | Path) -> list[tuple[str, Any]]:
+    """The figures of a run's summary as (path of keys, value); a summary that cannot be read is one entry, `error`."""
+    path = _beside(dataset, SUMMARY)
+    if not path.is_file():
+        return []
+    try:
+        return list(flatten(json.loads(path.read_bytes())))
+    except (ValueError, RecursionError) as error:
+        return [("error", f"{path} is not JSON ({error}).")]
+
+
+def _beside(dataset: str | Path, name: str) -> Path:
+    """A file of the run that the dataset belongs to: in its folder, or beside its file."""
+    path = Path(dataset)
+    return (path.parent if path.is_file() else path) / name
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path of keys, scalar) for each leaf of nested dictionaries; lists are leaves, as JSON text."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flatten(inner, f"{path} / {key}" if path else str(key))
+    else:
+        yield path, plain(value) if isinstance(value, (str, bool, int, float)) else as_json(value)
+
+
+def read_json(path: Path) -> Iterator[dict | Unreadable]:
+    """The objects of a file of JSON lines, or of a JSON list. Blank lines count for nothing."""
+    with open_packed(path) as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    with open_packed(path) as file:
+        if head.startswith(b"["):
+            yield from _read_list(path, file.read())
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _checked(f"{path.name}, line {number}", line)
+
+
+def _read_list(path: Path, text: bytes) -> Iterator[dict | Unreadable]:
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        yield Unreadable(f"{path.name} begins as a JSON list but is not one ({error}).", _beginning(text))
+        return
+    for number, item in enumerate(items, 1):
+        yield _checked(f"{path.name}, item {number}", item)
+
+
+def _checked(where: str, item: Any) -> dict | Unreadable:
+    text = item if isinstance(item, bytes) else None
+    try:
+        item = item if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
+        return Unreadable(f"{where} is not JSON ({error}). Write one row per line.", _beginning(text))
+    if not isinstance(item, dict):
+        shown = as_json(item) if text is None else _beginning(text)
+        return Unreadable(f"{where} is a {type(item).__name__}. A row is an object with named columns.", shown)
+    return item
+
+
+def _beginning(text: bytes) -> str:
+    return text[:2000].decode("utf-8", "replace").strip()
+
+
+def _read_files(files: list[Path]) -> Iterator[dict | Unreadable]:
+    for path in files:
+        yield from read_json(path)
+
+
+def _read_table(dataset: Any) -> Iterator[dict]:
+    """Rows of a `datasets.Dataset`: columns of text and numbers decoded, all others as they are stored."""
+    texts = [name for name, feature in dataset.features.items() if _is_text(feature)]
+    files = [name for name in dataset.features if name not in texts]
+    decoded = dataset.select_columns(texts)
+    stored = dataset.select_columns(files).with_format("arrow") if files else None
+    for index in range(len(dataset)):
+        yield decoded[index] | (stored[index].to_pylist()[0] if files else {})
+
+
+def _is_text(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return all(map(_is_text, feature.values()))
+    inner = getattr(feature, "feature", None)  # of a list
+    return type(feature).__name__ in _TEXT_FEATURES if inner is None else _is_text(inner)

@@ -1,0 +1,29 @@
+"""What came of one input of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one input: training rows, or the reason why there are none.
+
+    Attributes:
+        id: of the input row.
+        rows: training rows that follow `trl_vpo.data.rows`; empty where the input was rejected.
+        reason: why the input was rejected, as a sentence with the figures in it; None where rows were made.
+        kind: a short name for the reason, by which the summary counts, such as "answered correctly".
+        notes: figures and texts of this input for the run's summary; JSON values.
+    """
+
+    id: str
+    rows: tuple[dict, ...] = ()
+    reason: str | None = None
+    kind: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.rows) == bool(self.reason):
+            raise ValueError(f"outcome {self.id!r} needs rows or a reason, and not both")

@@ -1,0 +1,1 @@
+"""Phrases, words, and answers that are read."""

@@ -1,0 +1,258 @@
+"""Multiple choice: the options of a question, the option that a response names, an answer that names another one."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Collection, Mapping, Sequence
+
+from trl_vpo.errors import InputError
+from trl_vpo.text.reading import (
+    Reading,
+    Verdict,
+    Word,
+    fold,
+    hedged,
+    negated,
+    places,
+    plain,
+    said,
+    texts,
+    without_articles,
+    words,
+)
+
+# --- options ----------------------------------------------------------------------------------------------------
+
+_MARK = r"\(?(?P<letter>[A-Za-z])[.):]"
+_LINES = re.compile(rf"^[ \t]*{_MARK}[ \t]*(?=\S)", re.MULTILINE)
+_INLINE = re.compile(r"(?:^|(?<=\s))\(?(?P<letter>[A-Z])[.):]\s+")
+
+
+def read_options(question: str, given: Sequence[str] | None = None) -> dict[str, str]:
+    """The options of a question, letter -> text; empty if it has none.
+
+    Args:
+        question: lists them as lines (`A. red`, `(B) blue`, `c) green`) or in one line (`Which? A. red B. blue`), the
+            letters from A on in order, unless they are given.
+        given: the texts in order, with or without their letters.
+
+    Raises:
+        InputError: given options that are no texts, fewer than two, more than the letters, or two alike; or the
+            question lists others.
+    """
+    listed = _listed(question)
+    if given is None:
+        options = listed
+    else:
+        if not isinstance(given, (list, tuple)) or not all(isinstance(o, str) and o.strip() for o in given):
+            raise InputError(f"`options` is {given!r}: give a list of texts that are not empty.")
+        if not 2 <= len(given) <= 26:
+            raise InputError(f"`options` has {len(given)} entries: give 2 to 26.")
+        options = dict(zip(string.ascii_uppercase, _without_letters([option.strip() for option in given])))
+        if listed and _contents(listed) != _contents(options):
+            raise InputError(
+                f"`options` is {list(options.values())}, but the question lists {list(listed.values())}: make them "
+                "the same, or leave one of them out."
+            )
+    seen: dict[tuple[str, ...], str] = {}
+    for letter, content in _contents(options).items():
+        if content in seen:
+            raise InputError(f"the options {seen[content]} and {letter} say the same, {options[letter]!r}: drop one.")
+        seen[content] = letter
+    return options
+
+
+def with_options(question: str, options: Mapping[str, str]) -> str:
+    """The question with its options, one a line, unless it lists them itself."""
+    if not options or _listed(question):
+        return question
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
+
+
+def _listed(question: str) -> dict[str, str]:
+    for pattern in (_LINES, _INLINE):
+        marks: list[re.Match] = []
+        for mark in pattern.finditer(question):
+            letter = mark["letter"].upper()
+            if letter == "A" and len(marks) < 2:
+                marks = [mark]  # the last A before the first B
+            elif marks and letter == string.ascii_uppercase[len(marks) % 26]:
+                marks.append(mark)
+        if len(marks) > 1:
+            ends = [*(mark.start() for mark in marks[1:]), len(question)]
+            listed = (question[mark.end() : end].split("\n")[0].strip(" \t,;") for mark, end in zip(marks, ends))
+            return dict(zip(string.ascii_uppercase, listed))
+    return {}
+
+
+def _without_letters(given: list[str]) -> list[str]:
+    marks = [re.match(_MARK + r"\s*(?=\S)", option) for option in given]
+    lettered = all(m and m["letter"].upper() == letter for m, letter in zip(marks, string.ascii_uppercase))
+    return [option[m.end() :] for option, m in zip(given, marks)] if lettered else given
+
+
+def _contents(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """What tells the options' texts apart: their words, or what is not a word."""
+    found = {letter: texts(without_articles(words(plain(text)))) for letter, text in options.items()}
+    return {letter: tuple(found[letter]) or (text.strip(" ."),) for letter, text in options.items()}
+
+
+# --- answers ----------------------------------------------------------------------------------------------------
+
+
+def check_choice(response: str, options: Mapping[str, str], answer: str) -> Verdict:
+    """Check the option that a response names.
+
+    Args:
+        response: of the model.
+        options: letter -> text, no two texts alike; letters are upper-case and begin with A.
+        answer: the ground truth: a letter, an option's text, or both, in any of the forms below.
+
+    Raises:
+        ValueError: the ground truth names no option, or more than one.
+    """
+    truth = read_choice(answer, options)
+    if truth.value is None:
+        raise ValueError(f"the answer {answer!r} {truth.why}: give the letter or the text of one option.")
+    return read_choice(response, options).verdict(truth.value)
+
+
+def read_choice(response: str, options: Mapping[str, str]) -> Reading:
+    """The letter of the option that a response names.
+
+    1. Letters count as options where they stand as labels: `B`, `b`, `(b)`, `B.`, `b) ...`, `**B**`, `option b`,
+       `Answer: B`, `B is ...`. The article in `A red square` and the pronoun `I` do not. A capital A inside a sentence
+       is a label, unless a name in capitals or the first word of an option that has an article follows.
+    2. Options' texts count as whole words, whatever their case, articles, number words or plurals; of texts that
+       contain each other, the longest.
+    3. Denied letters and texts do not count (`not B`, `neither A nor B`, `B is wrong`), nor do questions, nor what
+       stands behind `because` or `since` up to the next comma or full stop.
+    4. Hedges outside of options' texts (`not sure`, `cannot tell`, `maybe`, `either`) leave the answer undecided.
+    5. Letters in a sentence behind the word `answer` decide; where there are none, all other letters; where there are
+       none, the texts. Two different ones (`A or B`) leave the answer undecided, and so does a letter with only
+       another option's text (`B. a blue circle` where that is C).
+    """
+    found, labels, mentions = _mentions(response, options)
+    inside = {i for start, end, _ in mentions for i in range(start, end)}
+    if hedged([word.text for i, word in enumerate(found) if i not in inside]):
+        return Reading(why="leaves it open")
+    stated = _behind(found, labels, "answer")
+    letters = _affirmed(found, stated) or _affirmed(found, labels)
+    quoted = {letter for start, end, letter in mentions if not negated(found, start, end)}
+    if len(letters) == 1 and quoted and not letters & quoted:
+        return Reading(why=f"names {letters.pop()} with the text of {' and '.join(sorted(quoted))}")
+    named = sorted(letters or quoted)
+    if len(named) != 1:
+        return Reading(why=f"names {' and '.join(named)}" if named else "names none of the options")
+    return Reading(named[0])
+
+
+def _behind(found: Sequence[Word], labels: Sequence[int], cue: str) -> list[int]:
+    """The labels that stand behind a word in its sentence."""
+    cues = [i for i, word in enumerate(found) if word.text == cue]
+    return [i for i in labels if any(c < i and found[c].sentence == found[i].sentence for c in cues)]
+
+
+def _affirmed(found: Sequence[Word], labels: Sequence[int]) -> set[str]:
+    return {found[i].text[2].upper() for i in labels if not negated(found, i, i + 1)}
+
+
+def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], list[int], list[tuple[int, int, str]]]:
+    """The words of a response, where labels stand among them, and [start, end) of each option's text."""
+    text, letters = said(_CAPITAL_ARTICLE.sub("a", response)), "".join(options)
+    if not any(re.search(r"\b(?:because|since)\b", option, re.IGNORECASE) for option in options.values()):
+        text = re.sub(r"\b(?:because|since)\b[^.,;!?]*", " ", text, flags=re.IGNORECASE)
+    articles = (re.match(r"a (\w+)", plain(option), re.IGNORECASE) for option in options.values())
+    found = without_articles(words(_marked(text, letters, {match[1] for match in articles if match})))
+    keys = [fold(word.text) for word in found]
+    contents = {letter: _option_words(plain(option), letters) for letter, option in options.items()}
+    mentions: list[tuple[int, int, str]] = []
+    taken: dict[int, list[str]] = {}  # the words of texts found so far, longest first, and which texts
+    for letter, content in sorted(contents.items(), key=lambda item: -len(item[1])):
+        for start in places(keys, content):
+            span = range(start, start + len(content))
+            if all(taken.get(i, content) == content for i in span):
+                taken |= dict.fromkeys(span, content)
+                mentions.append((start, start + len(content), letter))
+    labels = [i for i, word in enumerate(found) if _LABEL.fullmatch(word.text) and i not in taken]
+    return found, labels, mentions
+
+
+def _option_words(option: str, letters: str) -> list[str]:
+    """The words by which an option's text is found; none where it is nothing but a label itself."""
+    content = [fold(text) for text in texts(without_articles(words(_marked(option, letters))))]
+    return [] if all(_LABEL.fullmatch(text) for text in content) else content
+
+
+_LABEL = re.compile(r"__[a-z]__")
+# words behind a letter that could also be an article or a pronoun, if it is a label
+_AFTER = r"(?i:and|or|nor|but|is|are|was|because|since|seems|looks|matches|shows)\b"
+# the same behind an A: no noun phrase begins with them
+_AFTER_A = r"(?i:the|this|these|it|in|on|as|for|from|by|due|where|which|has|does|would|based on|given th\w+)(?![\w'-])"
+# an article that a line or a quotation begins with
+_CAPITAL_ARTICLE = re.compile(rf"(?:(?<=[\n\"“„«*_`])|(?<=(?<!\w)'))A(?=\s+[a-z])(?!\s+(?:{_AFTER}|{_AFTER_A}))")
+
+
+def _marked(text: str, letters: str, nouns: Collection[str] = ()) -> str:
+    """The text with `__b__` in the place of every label of option B; before `nouns`, `A` is an article."""
+    upper, either = f"[{letters}]", f"[{letters}{letters.lower()}]"
+    alone, apart = r"(?<![A-Za-z0-9_'.-])", r"(?![A-Za-z0-9_'-])"
+    follows = rf"(?=<|\s*$|\s*[).:,;!?\]}}/&+|]|\s*<[/|]|\s+[-–—]|\s+{upper}{apart}|\s+{_AFTER})"
+    article = "|".join([r"[A-Z][a-z]", *(rf"(?i:{re.escape(noun)})\b" for noun in nouns)])
+    cue = r"\b(?i:(?:option|choice|answer|letter)s?(?:\s+(?:is|are|would be|should be))?)\W{0,3}"
+    for pattern in (
+        rf"(?P<cue>)[(\[]\s*(?P<label>{either})\s*[)\]]",
+        rf"(?P<cue>^\W*)(?P<label>{either})(?=[).:](?:\s|$)|\s*$)",
+        rf"(?P<cue>{cue})(?P<label>{either}){follows}",
+        rf"(?P<cue>){alone}(?P<label>{upper}){follows}",
+        rf"(?P<cue>){alone}(?P<label>A)(?=\s+{_AFTER_A}|\s+\([^()]*\)\s*(?:$|[.,;:!]))",
+        rf"(?P<cue>(?<=[a-z,] ))(?P<label>A){apart}(?!\s+(?:{article}))",
+        rf"(?P<cue>){alone}(?P<label>(?![AI]){upper}){apart}",
+    ):
+        text = re.sub(pattern, lambda match: f"{match['cue']} __{match['label'].lower()}__ ", text)
+    return text
+
+
+# --- the form of an answer --------------------------------------------------------------------------------------
+
+
+_LEAD = re.compile(
+    r"(?:(?:so|thus|therefore|the|my|best|correct|right|final)\W+)*(?:answer|option|choice)\b\W*(?:(?:is|:)\W*)?"
+    r"(?:(?:option|choice|letter)\b\W*)?",
+    re.IGNORECASE,
+)
+
+
+def in_form(answer: str, options: Mapping[str, str], right: str, wrong: str) -> str | None:
+    """The answer with another option in the place of the one it names: letter for letter, text for text.
+
+    `(B)`, `B.`, `b) a red square`, `A red square.` keep their brackets, punctuation and capitals, so that two answers
+    differ in what they say; so do words such as `Best option:` before them. None for an answer that says more than
+    its option: its reasons would not fit the other.
+    """
+    lead = _LEAD.match(answer)
+    if lead and answer != options[right]:
+        rest = in_form(answer[lead.end() :], options, right, wrong)
+        return lead[0] + rest if rest is not None else None
+    label = re.match(
+        rf"(?P<before>\W*)(?P<letter>[{right}{right.lower()}])(?P<after>[).:\]]+\s*|\s+[-–—]\s+|\W*$)", answer
+    )
+    if label:
+        letter = wrong if label["letter"].isupper() else wrong.lower()
+        rest = answer[label.end() :]
+        text = _text_in_form(rest, options[right], options[wrong]) if rest else ""
+        if text is not None:
+            return label["before"] + letter + label["after"] + text
+    return _text_in_form(answer, options[right], options[wrong])
+
+
+def _text_in_form(text: str, right: str, wrong: str) -> str | None:
+    if text == right:
+        return wrong
+    same = [[word.text for word in without_articles(words(plain(part)))] for part in (text, right)]
+    if same[0] != same[1]:
+        return None
+    if text[:1].isupper() and not right[:1].isupper():
+        wrong = wrong[:1].upper() + wrong[1:]
+    return wrong.rstrip(".!?") + re.search(r"[.!?]*$", text.rstrip())[0]

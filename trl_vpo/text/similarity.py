@@ -1,0 +1,128 @@
+"""Trustworthiness in LeanPO's sense (arXiv 2506.05260): how far a response agrees with the ground truth, and how its
+reward goes with that.
+
+The paper compares reward and trustworthiness; what similarity it used is not published. Here it is ROUGE-L's F1 (Lin
+2004) over words: of two texts with m and n words whose longest common subsequence has l words, 2 l / (m + n).
+
+Words are those of `trl_vpo.text.phrases`, after NFKC and case folding: scripts without spaces (Chinese, Japanese,
+Thai, ...) count character by character, `3.5` and `isn't` are one word, and punctuation and symbols - a minus sign
+too - count for nothing. Where neither text has a word (an emoji, say), the texts themselves are compared.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from trl_vpo.text.phrases import split_words
+
+
+def words(text: str) -> list[str]:
+    """The words that are compared: `A red Square!` -> `a`, `red`, `square`."""
+    text = _normalised(text)
+    found = [text[start:end] for start, end in split_words(text)]
+    return [word for word in found if any(unicodedata.category(character)[0] in "LN" for character in word)]
+
+
+def right(answer: str, truth: str) -> bool:
+    """Whether an answer has the words of the ground truth, all of them, in order, and no other.
+
+    Strict on purpose: of a longer answer that holds the truth somewhere, no rule can tell whether it also says the
+    contrary. For open-ended answers it is close to "never", and `similarity` the better measure.
+    """
+    pair = words(answer), words(truth)
+    return pair[0] == pair[1] if any(pair) else _normalised(answer) == _normalised(truth)
+
+
+def similarity(answer: str, truth: str) -> float:
+    """ROUGE-L F1 of two texts, 0 (no word in common) to 1 (the same words in the same order); symmetric."""
+    a, b = words(answer), words(truth)
+    if not a and not b:
+        return float(right(answer, truth))
+    return 2 * common_subsequence(a, b) / (len(a) + len(b))
+
+
+def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence.
+
+    Bit-parallel (Hyyrö 2004): bit i of `row` is 0 where the usual table's row grows from column i to i + 1, and one
+    addition works out the next row. Texts of thousands of words take milliseconds.
+    """
+    places: dict[str, int] = {}
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    row = full
+    for word in b:
+        grows = row & places.get(word, 0)
+        row = (row + grows | row - grows) & full
+    return len(a) - row.bit_count()
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's correlation of N pairs; None for fewer than 3, or where one side does not vary."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)  # (N,)
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
+        return None
+    x, y = x - x.mean(), y - y.mean()
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, equal values sharing their average rank; None where `pearson` is."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """(N,) ranks from 1, the average of their places for equal values."""
+    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def trust_margin(pair: dict[str, Any]) -> float:
+    """By how much the winning response of a row (or its notes) agrees better with the ground truth, -1 to 1."""
+    return pair["chosen_trust"] - pair["rejected_trust"]
+
+
+def pair_figures(pairs: Sequence[dict[str, Any]], *, plain: bool, rewards: bool) -> dict[str, Any]:
+    """What a set of pairs is like; None for a figure that has too few of them.
+
+    `..._right`: share of responses that are `right`, of the plain answers too, so that the hint's benefit shows; a
+    plain answer that failed is not right, and counted in `plain_failures`.
+    `reward_accuracy`: share of pairs whose winning response has the higher reward. `reward_trust_pearson` and
+    `reward_trust_spearman`: over the winning and the losing responses together.
+
+    Args:
+        pairs: `chosen_trust`, `rejected_trust`, `chosen_right` and `rejected_right` of each; with `plain` also
+            `plain_right`; and `chosen_reward`, `rejected_reward`, `answer_reward` where it was scored.
+        plain: whether plain answers were asked for.
+        rewards: whether the model scores.
+    """
+    sides = ("chosen", "rejected")
+    shares = [f"{who}_right" for who in (*sides, *(["plain"] if plain else []))]
+    figures: dict[str, Any] = {"pairs": len(pairs)}
+    figures |= {name: mean(pair[name] for pair in pairs) for name in (*shares, "chosen_trust", "rejected_trust")}
+    if plain:
+        figures["plain_failures"] = sum("plain_failure" in pair for pair in pairs)
+    if not rewards:
+        return figures
+    scored = [pair for pair in pairs if "chosen_reward" in pair]
+    figures |= {f"{who}_reward": mean(pair[f"{who}_reward"] for pair in scored) for who in (*sides, "answer")}
+    figures["reward_accuracy"] = mean(pair["chosen_reward"] > pair["rejected_reward"] for pair in scored)
+    points = [[pair[f"{side}_{axis}"] for pair in scored for side in sides] for axis in ("reward", "trust")]
+    return figures | {"reward_trust_pearson": pearson(*points), "reward_trust_spearman": spearman(*points)}
+
+
+def _normalised(text: str) -> str:
+    """NFKC and case folding; the typographic apostrophe is written plainly."""
+    return unicodedata.normalize("NFKC", text).casefold().replace("’", "'").strip()
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean; None of no values."""
+    values = list(values)
+    return fmean(values) if values else None

@@ -1,0 +1,153 @@
+"""A model repo on the Hub that a run pushes to, and what went wrong with it: for good or for now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+from huggingface_hub.utils import _http
+
+from trl_vpo.data.identity import package_version
+from trl_vpo.runs.secrets import scrub
+
+TIMEOUT = 120  # seconds without a byte; huggingface_hub itself waits for ever
+LATER = {408, 409, 412, 425, 429}  # of the 4xx, those that may go well when tried again
+LOG_IN = (
+    "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there. push_to_hub: false trains without "
+    "pushing."
+)
+
+
+class HubError(ValueError):
+    """The Hub will not take the model of this run, however often it is tried. Says why, and what to do."""
+
+
+class HubRepo:
+    """A repo to push to. Nothing is asked of the Hub before `open` or `commit`.
+
+    Args:
+        name: `name` or `namespace/name`; once it is opened, `name` has the namespace.
+        private: make it private. None: as the Hub does by default.
+        revision: branch to push to; None for the main one.
+        token: None for the one of HF_TOKEN or of `hf auth login`.
+    """
+
+    def __init__(self, name: str, *, private: bool | None, revision: str | None, token: str | None):
+        self.name, self.private, self.revision = name, private, revision
+        self._token, self._api, self._is_open = token, None, False
+
+    @property
+    def url(self) -> str:
+        return f"{constants.ENDPOINT}/{self.name}"
+
+    def open(self) -> None:
+        """Create the repo, or check the one that is there.
+
+        Raises:
+            HubError: it cannot be pushed to.
+            Exception: whatever huggingface_hub raises when the Hub cannot be reached.
+        """
+        if self._api is None:
+            self._api = HfApi(token=self._token, library_name="trl-vpo", library_version=package_version())
+            set_client_factory(_with_timeout(_http._GLOBAL_CLIENT_FACTORY))
+        try:
+            self._token = self._token or get_token()  # kept to be starred out of messages
+            if not self._token:
+                raise HubError(f"push_to_hub: there is no token. {LOG_IN}")
+            name = self._api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
+            self._check(name)
+        except HFValidationError as error:
+            raise HubError(f"hub_model_id, or else the name of output_dir: {error}") from None
+        except Exception as error:
+            if not is_refusal(error) or isinstance(error, (HubError, OfflineModeIsEnabled)):
+                raise
+            raise HubError(f"push_to_hub: the Hub refuses {self.name}: {self.reason(error)}. {LOG_IN}") from None
+        self.name, self._is_open = name, True
+
+    def _check(self, name: str) -> None:
+        """Of a repo that was there already: is it private, may it be written, does it have the branch?"""
+        if self.private and not self._api.model_info(name, timeout=TIMEOUT).private:
+            raise HubError(
+                f"hub_private_repo: {name} is there already, and it is public. Make it private in its settings, name "
+                "another hub_model_id, or leave hub_private_repo out to push to the public one."
+            )
+        try:
+            self._api.auth_check(name, write=True)  # creating what is there goes well with a token that only reads
+        except HfHubHTTPError as error:
+            if status_of(error) in (401, 403):
+                raise
+        if self.revision:
+            try:
+                self._api.model_info(name, revision=self.revision, timeout=TIMEOUT)
+            except RevisionNotFoundError:
+                self._api.create_branch(name, branch=self.revision, exist_ok=True)
+
+    def commit(self, files: dict[str, Path], message: str, *, replace: str | None = None) -> None:
+        """Upload files in one commit; opens the repo if that did not go well before.
+
+        Args:
+            files: path in the repo -> file. Files that the repo has as they are cost nothing.
+            message: of the commit.
+            replace: a folder of the repo that holds nothing but these files afterwards.
+
+        Raises:
+            HubError: as `open`.
+            Exception: whatever huggingface_hub raises; nothing was committed.
+        """
+        if not self._is_open:
+            self.open()
+        operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
+        if replace:
+            there = self._api.list_repo_files(self.name, revision=self.revision)
+            old = {path for path in there if path.startswith(f"{replace}/")} - set(files)
+            operations += [CommitOperationDelete(path) for path in sorted(old)]
+        self._api.create_commit(self.name, operations, commit_message=message, revision=self.revision)
+
+    def reason(self, error: BaseException) -> str:
+        """An error in one line, without the token: servers and proxies may repeat what they were sent."""
+        return scrub(one_line(error), self._token or "")
+
+
+def one_line(error: BaseException | None) -> str:
+    """An error and what it came from: `HTTP 403 to POST /api/repos/create: You may not`."""
+    parts = []
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            parts.append(f"HTTP {response.status_code} to {response.request.method} {response.request.url.path}")
+            parts += [error.server_message] if getattr(error, "server_message", None) else []
+            break
+        parts.append(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+        error = error.__cause__
+    lines = [" ".join(part.split()).rstrip(".:") for part in parts]
+    return ": ".join(dict.fromkeys(lines))  # httpx repeats what it wraps
+
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status that is behind an error; None where no answer came."""
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return error.response.status_code
+        error = error.__cause__
+    return None
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether trying again would not help."""
+    if isinstance(error, (HubError, OfflineModeIsEnabled)):
+        return True
+    status = status_of(error)
+    return status is not None and 400 <= status < 500 and status not in LATER
+
+
+def _with_timeout(factory):
+    """The clients of another factory, but for how long they wait."""
+
+    def make():
+        client = factory()
+        client.timeout = TIMEOUT
+        return client
+
+    return make
