@@ -10,7 +10,7 @@ import pytest
 from torch._utils import ExceptionWrapper
 
 from trl_vpo import cli
-from trl_vpo.data.rows import RowError
+from trl_vpo.errors import RowError
 from trl_vpo.training.launch import launch_options
 
 RRPO_ROW = {

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trl_vpo.data.import_formats import FORMATS
+from trl_vpo.errors import RecipeError, UserError
 from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
@@ -85,6 +86,10 @@ class Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(None, f"{name}: {value!r} is not one of {', '.join(action.choices)}.{hint}")
 
 
+# What a user can mend; ImportError: of packages that are not installed.
+USER_ERRORS = (UserError, ValueError, OSError, ImportError)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Gives the exit code: 0, 1 for what went wrong, 2 for how it was called."""
     argv = sys.argv[1:] if argv is None else argv
@@ -102,10 +107,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # whoever was interrupted has said how to go on
         return 130
     except Exception as error:
-        if os.environ.get(TRACEBACK) or not isinstance(error, _user_errors()):
+        if os.environ.get(TRACEBACK) or not isinstance(error, USER_ERRORS):
             raise
         print(f"trl-vpo: error: {scrub(_message(error))}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
-        return 2 if type(error).__name__ == "RecipeError" else 1
+        return 2 if isinstance(error, RecipeError) else 1
 
 
 def _message(error: Exception) -> str:
@@ -328,14 +333,6 @@ def doctor(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What a user can mend: shown as one message. ValueError covers rows, media, recipes and configs."""
-    errors: list[type[Exception]] = [ValueError, OSError, ImportError]  # of packages that are not installed
-    if "trl_vpo.trainers.base" in sys.modules:
-        errors.append(sys.modules["trl_vpo.trainers.base"].NonFiniteLossError)
-    return tuple(errors)
 
 
 def _version() -> str:

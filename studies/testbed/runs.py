@@ -70,7 +70,7 @@ def run_job(job: Job, out: Path) -> None:
 
 def _trained(job: Job, data: Path | None, out: Path) -> tuple[list[dict[str, Any]], bool]:
     """The log of a run, and whether there is a model: without rows or after diverging there is none to measure."""
-    from trl_vpo.trainers.finite import NonFiniteLossError
+    from trl_vpo.errors import NonFiniteLossError
 
     if data is None:
         return [], False

@@ -20,7 +20,8 @@ import trl_vpo
 from trl_vpo.data.blank import blank_encoder
 from trl_vpo.data.check import CHUNK, PassedRows, Problem, _check_media, check_rows, prepare_dataset
 from trl_vpo.data.identity import processor_identity
-from trl_vpo.data.rows import ROW_INDEX, RowError, read_row
+from trl_vpo.data.rows import ROW_INDEX, read_row
+from trl_vpo.errors import RowError
 from trl_vpo.media.load import VideoOptions
 
 

@@ -8,7 +8,7 @@ from helpers import message, row, write_clip, write_image
 from tokenizers.processors import TemplateProcessing
 
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.rows import RowError
+from trl_vpo.errors import RowError
 from trl_vpo.forward.layouts import separate
 from trl_vpo.media.load import VideoOptions, load_image, load_video
 from trl_vpo.media.masking import masked_image_list

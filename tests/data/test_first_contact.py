@@ -12,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer
 
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.rows import RowError, read_row
+from trl_vpo.data.rows import read_row
+from trl_vpo.errors import RowError
 from trl_vpo.media.load import VideoOptions, load_image
 
 FOUR = VideoOptions(num_frames=4)

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from trl_vpo.data.importers import FORMATS, ImportFormatError, convert, import_rows
+from trl_vpo.data.importers import FORMATS, convert, import_rows
+from trl_vpo.errors import ImportFormatError
 from trl_vpo.testbed.rows import write_jsonl
 
 TEXT = {"type": "text"}

@@ -13,11 +13,10 @@ from PIL import Image as PILImage
 
 from trl_vpo.data.inputs import Unusable, digest, load_media, portable, read_inputs
 from trl_vpo.data.rows import read_row
-from trl_vpo.data.sources import DatasetError
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import DatasetError, GenerateError, MediaError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.pipeline import training_row
-from trl_vpo.media.load import MediaError, VideoOptions, load_image, load_video
+from trl_vpo.media.load import VideoOptions, load_image, load_video
 
 FOUR = VideoOptions(num_frames=4)
 

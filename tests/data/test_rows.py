@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import message, row
 
-from trl_vpo.data.rows import RowError, place_media, read_row, response_text, row_name
+from trl_vpo.data.rows import place_media, read_row, response_text, row_name
+from trl_vpo.errors import RowError
 
 
 def kinds(messages):

@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset
 
 from trl_vpo.data import json_files
-from trl_vpo.data.sources import DatasetError, local_splits, named_splits
+from trl_vpo.data.sources import local_splits, named_splits
+from trl_vpo.errors import DatasetError
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from trl_vpo.doctor.checks import examine, method_of, run_doctor
 from trl_vpo.doctor.findings import OK, STOP, WARN
+from trl_vpo.errors import RecipeError
 from trl_vpo.models import model_size as footprint
-from trl_vpo.runs.recipe import RecipeError
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.training.sharding import Sharding
 

@@ -7,9 +7,9 @@ from held_out_kit import LANGUAGE, plain, processor, said, slow_sum, write_held_
 from peft import LoraConfig
 
 import trl_vpo
+from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate.callback import EvaluationCallback
 from trl_vpo.evaluate.heldout import measure_preferences
-from trl_vpo.evaluate.rows import EvaluateError
 from trl_vpo.evaluate.run import run_evaluation
 from trl_vpo.testbed import language, tiny_vlm
 from trl_vpo.testbed.rows import write_jsonl

@@ -22,16 +22,15 @@ from held_out_kit import (
 from PIL import Image
 
 from trl_vpo.data.inputs import InputRow, near_misses, read_inputs
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import EvaluateError, GenerateError, RecipeError
 from trl_vpo.evaluate import run as run_module
 from trl_vpo.evaluate.candidates import contestant_names
 from trl_vpo.evaluate.config import EvaluateConfig
-from trl_vpo.evaluate.rows import TASKS, EvaluateError
+from trl_vpo.evaluate.rows import TASKS
 from trl_vpo.evaluate.run import run_evaluation, run_settings
 from trl_vpo.evaluate.scoring import damaged, row_seed
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
-from trl_vpo.runs.recipe import RecipeError
 from trl_vpo.testbed import language, tiny_vlm
 from trl_vpo.testbed.rows import write_jsonl
 

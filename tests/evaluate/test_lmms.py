@@ -18,10 +18,10 @@ from families import LANGUAGE_MODEL
 from held_out_kit import write_adapter
 from transformers import AutoProcessor
 
+from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate import command
 from trl_vpo.evaluate.lmms import run as lmms
 from trl_vpo.evaluate.lmms.tasks import videohallucer
-from trl_vpo.evaluate.rows import EvaluateError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media, VideoOptions, load_video

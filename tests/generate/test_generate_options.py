@@ -9,11 +9,10 @@ import torch
 from run_kit import KINDS, generate, lines, write_inputs, written
 
 from trl_vpo import cli
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import GenerateError, RecipeError
 from trl_vpo.generate.run import run_generation
 from trl_vpo.runs import progress
 from trl_vpo.runs.progress import Bar, duration
-from trl_vpo.runs.recipe import RecipeError
 from trl_vpo.testbed import rows as testbed_rows
 from trl_vpo.testbed.tiny_vlm import BASE
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
+from trl_vpo.errors import JudgeError
 from trl_vpo.generate.config import check_template
 from trl_vpo.generate.judge import (
     DIFFERENCES_PROMPT,
     REWRITE_PROMPT,
     Difference,
-    JudgeError,
     Judgement,
     Question,
     ask,

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 import trl_vpo
 from trl_vpo.data.check import prepare_dataset
 from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.errors import MediaError
 from trl_vpo.media import frame_cache
-from trl_vpo.media.load import MediaError, VideoOptions, load_video
+from trl_vpo.media.load import VideoOptions, load_video
 
 FOUR = VideoOptions(num_frames=4, max_pixels=1000)
 

@@ -26,10 +26,11 @@ from media_files import (
 )
 from PIL import Image
 
+from trl_vpo.errors import MediaError
 from trl_vpo.media import load as media
 from trl_vpo.media.decode import _decode, _needed, decode, seeking_pays
 from trl_vpo.media.images import fit_pixels
-from trl_vpo.media.load import Clip, MediaError, VideoOptions, check_image, check_video, load_image, load_video
+from trl_vpo.media.load import Clip, VideoOptions, check_image, check_video, load_image, load_video
 from trl_vpo.media.video import FrameTable, max_threads, open_video, scan
 
 ALL = VideoOptions(num_frames=1000)

@@ -13,8 +13,9 @@ import pytest
 from media_files import WIDTH, cut, needs_pyav, numbers, picture, remux_shifted, write_video
 from PIL import Image
 
+from trl_vpo.errors import MediaError
 from trl_vpo.media.ends import cut_short
-from trl_vpo.media.load import MediaError, VideoOptions, check_image, check_video, load_image, load_video
+from trl_vpo.media.load import VideoOptions, check_image, check_video, load_image, load_video
 from trl_vpo.media.video import scan
 
 ALL = VideoOptions(num_frames=1000)

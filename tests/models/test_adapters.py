@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trl_vpo.doctor import checks as doctor
+from trl_vpo.errors import AdapterError, RecipeError
 from trl_vpo.models import model_size as footprint
-from trl_vpo.models.adapters import PRESETS, AdapterError, target_modules, vllm_problems
-from trl_vpo.runs.recipe import RecipeError
+from trl_vpo.models.adapters import PRESETS, target_modules, vllm_problems
 
 
 def examine(recipe, method):

@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainer_kit import lora, trainer_of
 
+from trl_vpo.errors import AdapterError
 from trl_vpo.evaluate.candidates import Contestants
 from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.models.adapters import AdapterError
 from trl_vpo.models.attach import PREFIX, attach_adapter
 from trl_vpo.models.load import answering_model
 from trl_vpo.models.merge import merge

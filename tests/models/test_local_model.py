@@ -13,10 +13,9 @@ from helpers import write_clip
 from peft import PeftModel
 from PIL import Image
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import AdapterError, GenerateError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.media.load import Media, VideoOptions, load_video
-from trl_vpo.models.adapters import AdapterError
 from trl_vpo.models.load import _short_name, answering_model
 from trl_vpo.models.local import LocalModel, SeededSampling
 from trl_vpo.models.requests import Request, Sampling

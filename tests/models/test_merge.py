@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from trl_vpo.errors import SourceError
-from trl_vpo.models.adapters import AdapterError, target_modules
+from trl_vpo.errors import AdapterError, SourceError
+from trl_vpo.models.adapters import target_modules
 from trl_vpo.models.merge import merge
 
 LAYERS = 2  # of the models here, each with seven linear layers

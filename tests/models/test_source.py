@@ -9,8 +9,8 @@ from adapter_kit import BASE, hub_model, recipe_of, trained
 from safetensors.torch import load_file, save_file
 
 from trl_vpo.cli import main
+from trl_vpo.data import hub_names
 from trl_vpo.errors import SourceError
-from trl_vpo.models import source
 from trl_vpo.models.source import check_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -90,9 +90,9 @@ def unreachable(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    source._ask_hub.cache_clear()
+    hub_names._ask_hub.cache_clear()
     yield
-    source._ask_hub.cache_clear()
+    hub_names._ask_hub.cache_clear()
 
 
 def test_a_model_that_is_nowhere_offline(unreachable, tmp_path, capsys):

@@ -17,10 +17,10 @@ from studies.testbed import study
 from studies.testbed.measures import over_seeds
 from studies.testbed.plan import FULL, QUICK, Scale
 from studies.testbed.verdicts import FAILS, HOLDS, UNKNOWN, decide, together
+from trl_vpo.errors import NonFiniteLossError
 from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
 from trl_vpo.evaluate.measures import Measure
 from trl_vpo.testbed import language
-from trl_vpo.trainers.finite import NonFiniteLossError
 
 TINY = Scale(
     seeds=1, rows=16, steps=2, batch=8, validation=4, test=6, more=4, watched=4, watch_steps=1, rates=(1e-3,),

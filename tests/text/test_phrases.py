@@ -9,8 +9,8 @@ import sys
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from trl_vpo.errors import PhraseError
 from trl_vpo.text.phrases import (
-    PhraseError,
     check_spans,
     masked_spans,
     phrase_spans,

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from trainer_kit import METHODS, config, fresh, image_rows, lora, trainable, trainer_of
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
 
+from trl_vpo.errors import RecipeError
 from trl_vpo.models.adapters import PRESETS, target_modules
-from trl_vpo.runs.recipe import RecipeError
 from trl_vpo.trainers import setup
 
 TOKEN = "hf_" + "a" * 30

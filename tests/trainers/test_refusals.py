@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from trainer_kit import METHODS, TEXT_METHODS, config, fresh, image_rows, lora, text_rows, trainer_of
 
-from trl_vpo.data.rows import RowError
+from trl_vpo.errors import RowError
 
 OTHER = {  # a value that is not TRL's default, for every knob that some method refuses
     "loss_type": ["ipo"],

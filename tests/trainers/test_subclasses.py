@@ -20,7 +20,7 @@ from trainer_kit import (
     trainer_of,
 )  # fmt: skip
 
-from trl_vpo.trainers.finite import NonFiniteLossError
+from trl_vpo.errors import NonFiniteLossError
 from trl_vpo.training import resume
 from trl_vpo.training.run_identity import describe_run
 

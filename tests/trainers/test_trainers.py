@@ -23,7 +23,8 @@ from trainer_kit import (
 from transformers import TrainerCallback
 
 from trl_vpo import PreferenceCollator
-from trl_vpo.data.rows import RowError, response_text
+from trl_vpo.data.rows import response_text
+from trl_vpo.errors import RowError
 
 
 def stream(rows):

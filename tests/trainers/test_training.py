@@ -26,7 +26,7 @@ from trainer_kit import (
 )
 from transformers import TrainerCallback
 
-from trl_vpo.trainers.base import NonFiniteLossError
+from trl_vpo.errors import NonFiniteLossError
 
 VISUAL = {"critical_box": [4, 4, 40, 30]}
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from trl_vpo.errors import CheckpointError
 from trl_vpo.training.checkpoints import (
-    CheckpointError,
     delete_older,
     explain_failed_loads,
     find_problems,

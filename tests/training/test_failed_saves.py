@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from trainer_kit import shake, trainable, trainer_of
 
-from trl_vpo.training.failed_saves import SaveError, explain_failed_saves
+from trl_vpo.errors import SaveError
+from trl_vpo.training.failed_saves import explain_failed_saves
 
 
 def test_an_adapter_that_cannot_be_saved_is_kept_elsewhere(tmp_path, monkeypatch):

@@ -15,9 +15,9 @@ from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import _http
 from local_hub import Commit, Fault, LocalHub, Repo
 
+from trl_vpo.errors import HubError
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.training import checkpoints, hub, hub_repo
-from trl_vpo.training.hub_repo import HubError
 from trl_vpo.training.run import parse, run_training
 
 TOKEN = "hf_TheTokenThatNobodyMayEverSee0123456"

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_vpo.training.output_dir import LOCK, OutputDirError, check_space, check_writable, hold_output_dir, remedy
+from trl_vpo.errors import OutputDirError
+from trl_vpo.training.output_dir import LOCK, check_space, check_writable, hold_output_dir, remedy
 
 
 def lock_elsewhere(path, locked, done):

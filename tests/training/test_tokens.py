@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from trl_vpo.runs.recipe import RecipeError
+from trl_vpo.errors import RecipeError
 from trl_vpo.training import launch
 from trl_vpo.training.run import parse
 

@@ -11,9 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from trl_vpo.data.rows import RowError
-from trl_vpo.data.sources import DatasetError, load_splits, local_splits
-from trl_vpo.runs.recipe import RecipeError
+from trl_vpo.data.sources import load_splits, local_splits
+from trl_vpo.errors import DatasetError, RecipeError, RowError
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.training.run import METHODS, parse, run_training

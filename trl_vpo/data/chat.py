@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from trl_vpo.data.messages import MARKERS, RowError, response_text
+from trl_vpo.data.messages import MARKERS, response_text
 from trl_vpo.data.shown import SHOWN, LeftOutError, check_prompt, check_response
+from trl_vpo.errors import RowError
 
 if TYPE_CHECKING:  # rows are read where nothing heavy is imported
     from transformers import PreTrainedTokenizerBase

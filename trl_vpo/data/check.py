@@ -29,9 +29,10 @@ from trl_vpo.data.blank import blank_clip, blank_encoder, blank_image
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.columns import COLUMNS, REF_SUMS, ROW_INDEX, nearest_column
 from trl_vpo.data.identity import cache_folder, processor_identity, source_identity, versions
-from trl_vpo.data.rows import MEDIA, Row, RowError, check_accepted, read_row
+from trl_vpo.data.rows import MEDIA, Row, check_accepted, read_row
+from trl_vpo.errors import MediaError, RowError
 from trl_vpo.files import whole
-from trl_vpo.media.load import Clip, MediaError, check_video, load_image, load_video
+from trl_vpo.media.load import Clip, check_video, load_image, load_video
 from trl_vpo.media.masking import check_box
 
 CHUNK = 128  # rows in memory at a time

@@ -8,11 +8,12 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
 from trl_vpo.data.chat import WHOLE, WORD, ended, place_in_string, render_chat, same_start
-from trl_vpo.data.rows import REF_SUMS, Row, RowError, check_accepted, read_row, response_text, with_text
+from trl_vpo.data.rows import REF_SUMS, Row, check_accepted, read_row, response_text, with_text
+from trl_vpo.errors import MediaError, PhraseError, RowError
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
-from trl_vpo.media.load import Clip, MediaError, VideoOptions, load_image, load_video
+from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
 from trl_vpo.media.masking import check_box, masked_image_list
-from trl_vpo.text.phrases import PhraseError, Span, spans_to_token_mask
+from trl_vpo.text.phrases import Span, spans_to_token_mask
 
 SIDES = ("chosen", "rejected")
 REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)

@@ -13,7 +13,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from trl_vpo.media.images import MediaError, describe, frame_folder, load_image, resolve_path
+from trl_vpo.errors import MediaError
+from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
 
 ENDS = 4096  # bytes at the head and at the tail that are looked at
 

@@ -16,15 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trl_vpo.data.import_formats import FORMATS, read_record
-from trl_vpo.data.json_files import DatasetError, parse_record, raw_records
+from trl_vpo.data.json_files import parse_record, raw_records
 from trl_vpo.data.messages import drop_none
+from trl_vpo.errors import DatasetError, ImportFormatError
 from trl_vpo.files import whole
 
 LIST_COLUMNS = ("images", "videos", "chosen_phrases", "rejected_phrases")
-
-
-class ImportFormatError(ValueError):
-    """A record that cannot be imported. The message names the file, the place in it, the field and the remedy."""
 
 
 @dataclass

@@ -22,10 +22,10 @@ import numpy as np
 from PIL import Image
 
 from trl_vpo.data.rows import MARKERS, drop_none
-from trl_vpo.errors import GenerateError, InputError
+from trl_vpo.errors import GenerateError, InputError, MediaError
 from trl_vpo.files import whole
 from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.media.images import MediaError, describe, frame_folder, load_image, resolve_path
+from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.text.reading import is_blank
 

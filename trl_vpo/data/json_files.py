@@ -16,16 +16,13 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from trl_vpo.data.identity import cache_folder
+from trl_vpo.errors import DatasetError
 from trl_vpo.files import UNREADABLE, open_packed, whole
 
 FORMAT = 1  # of the tables in the cache; raise it with a change to what is written
 ROWS_AT_ONCE = 1000
 MIXED = "mixed"
 BOM = b"\xef\xbb\xbf"
-
-
-class DatasetError(ValueError):
-    """A dataset, a split or a line that is not there or cannot be read. The message says where and what to do."""
 
 
 def load_json(files: list[Path]) -> Dataset:

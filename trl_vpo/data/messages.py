@@ -3,16 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from trl_vpo.text.phrases import OPEN, PhraseError, strip_mask_tags
+from trl_vpo.errors import PhraseError, RowError
+from trl_vpo.text.phrases import OPEN, strip_mask_tags
 
 MARKERS = {"<image>": "image", "<video>": "video"}
-
-
-class RowError(ValueError):
-    """A row that cannot be trained on. The message names the row, what is wrong with it and what to do.
-
-    Built from one string, so that it survives being raised in a data-loader worker.
-    """
 
 
 def drop_none(value: Any, keep: dict[str, set[str]] | None = None) -> Any:

@@ -22,7 +22,6 @@ from trl_vpo.data.chat import place_in_string
 from trl_vpo.data.columns import ASKING, COLUMNS, REF_SUMS, ROW_INDEX, another_layout, misspelt  # noqa: F401
 from trl_vpo.data.messages import (
     MARKERS,
-    RowError,
     drop_none,
     forgotten_media,
     null_arguments,
@@ -32,7 +31,8 @@ from trl_vpo.data.messages import (
     with_text,
     without_tags,
 )
-from trl_vpo.text.phrases import CLOSE, PhraseError, Span, phrase_spans, strip_mask_tags
+from trl_vpo.errors import PhraseError, RowError
+from trl_vpo.text.phrases import CLOSE, Span, phrase_spans, strip_mask_tags
 
 MEDIA = ("videos", "video", "images", "image", "image_list")
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from trl_vpo.data.messages import RowError
+from trl_vpo.errors import RowError
 
 PRINTED = ("'type': 'text'", '"type": "text"')  # a list of parts in the output of a template that wants text
 SHOWN = 300  # characters in a message

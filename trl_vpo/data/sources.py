@@ -10,7 +10,8 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.identity import cache_folder, file_identity
-from trl_vpo.data.json_files import DatasetError, load_json, stream_json
+from trl_vpo.data.json_files import load_json, stream_json
+from trl_vpo.errors import DatasetError
 from trl_vpo.files import COMPRESSED
 
 ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}

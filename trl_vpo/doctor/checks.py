@@ -24,7 +24,7 @@ from trl_vpo.doctor.findings import OK, STOP, WARN, Report, show
 from trl_vpo.doctor.memory import GIB, plan_of
 from trl_vpo.doctor.memory_report import Verdict, judge, show_memory
 from trl_vpo.doctor.workload import load_of
-from trl_vpo.errors import SourceError
+from trl_vpo.errors import RecipeError, SourceError
 from trl_vpo.forward.scoring import check_head
 from trl_vpo.forward.tree import Tree
 from trl_vpo.models import model_size as footprint
@@ -32,7 +32,6 @@ from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.source import check_model
 from trl_vpo.runs.packages import missing_packages
-from trl_vpo.runs.recipe import RecipeError
 from trl_vpo.runs.recipe_file import recipe_text
 from trl_vpo.trainers.setup import low_rate, set_pad_token
 from trl_vpo.training.launch import launch_options

@@ -14,9 +14,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_vpo.data.chat import end_of_turn
 from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows, undecoded
-from trl_vpo.data.rows import ROW_INDEX, RowError
-from trl_vpo.data.sources import DatasetError, load_splits
+from trl_vpo.data.rows import ROW_INDEX
+from trl_vpo.data.sources import load_splits
 from trl_vpo.doctor.findings import OK, STOP, WARN, Report
+from trl_vpo.errors import DatasetError, RowError
 from trl_vpo.forward.tree import Tree
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
 The estimate adds up what is there all the time (weights, a reference model, optimizer states), what a step adds
 (`activation_estimate.py`), and what the processes need to exchange. A step has three moments that may take the
 most: the vision tower's pass, the backward pass, and the optimizer's. Checked against the bytes of real training steps
-on CPUs, within 25 % (`scripts/benchmark.py memory`). Not calibrated on GPUs: `CONTEXT` and `FRAGMENTATION` are guesses.
+on CPUs, within 25 % (`scripts/benchmark.py memory`). Not calibrated on GPUs: `CONTEXT` and `FRAGMENTATION` are
+guesses.
 """
 
 from __future__ import annotations

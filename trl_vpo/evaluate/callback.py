@@ -11,12 +11,13 @@ from transformers import TrainerCallback
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.inputs import Inputs, Unusable, load_media, row_ids
-from trl_vpo.data.rows import RowError, check_accepted
+from trl_vpo.data.rows import check_accepted
 from trl_vpo.data.sources import named_splits
+from trl_vpo.errors import EvaluateError, MediaError, RowError
 from trl_vpo.evaluate.config import DAMAGES
 from trl_vpo.evaluate.measures import estimate
 from trl_vpo.evaluate.results import preference_evidence
-from trl_vpo.evaluate.rows import EvaluateError, HeldOutRow, preference_row, read_rows
+from trl_vpo.evaluate.rows import HeldOutRow, preference_row, read_rows
 from trl_vpo.evaluate.scoring import (
     Scored,
     preference_numbers,
@@ -26,7 +27,7 @@ from trl_vpo.evaluate.scoring import (
     with_first_image,
 )
 from trl_vpo.forward.tree import Tree, tree_batch
-from trl_vpo.media.load import Media, MediaError, check_image, check_video
+from trl_vpo.media.load import Media, check_image, check_video
 from trl_vpo.trainers.reference import evaluating
 from trl_vpo.trainers.setup import sharding
 

@@ -15,14 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from trl_vpo.data.rows import Row
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import AdapterError, EvaluateError, GenerateError
 from trl_vpo.evaluate.answering import Answer, AnswersAsTheyAre
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.results import BASE
-from trl_vpo.evaluate.rows import EvaluateError
 from trl_vpo.evaluate.scoring import Scored
 from trl_vpo.forward.tree import Tree, tree_batch
-from trl_vpo.models.adapters import AdapterError, loses_base
+from trl_vpo.models.adapters import loses_base
 from trl_vpo.models.attach import attach_adapter
 from trl_vpo.models.load import answering_model, checked_adapter
 from trl_vpo.models.local import LocalModel, stackable

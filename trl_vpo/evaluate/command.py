@@ -33,7 +33,7 @@ def evaluate(options: list[str]) -> None:
 
 def _run_benchmarks(options: list[str]) -> None:
     """Each benchmark once for the base or, where adapters are given, once for each: several get folders by name."""
-    from trl_vpo.runs.recipe import RecipeError
+    from trl_vpo.errors import RecipeError
 
     parser = argparse.ArgumentParser(prog="trl-vpo evaluate --benchmark", allow_abbrev=False)
     parser.add_argument("--benchmark", required=True, metavar="NAME,NAME", help="tasks of lmms-eval, or videohallucer")

@@ -25,8 +25,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow
-from trl_vpo.data.rows import MARKERS, Row, RowError, read_row, row_name
-from trl_vpo.errors import InputError
+from trl_vpo.data.rows import MARKERS, Row, read_row, row_name
+from trl_vpo.errors import EvaluateError, InputError, RowError
 from trl_vpo.text.answers import yes_or_no
 from trl_vpo.text.chair import ObjectTable
 from trl_vpo.text.choices import read_choice, read_options
@@ -34,10 +34,6 @@ from trl_vpo.text.choices import read_choice, read_options
 ROLES = {"basic": "yes", "hallucinated": "no"}
 MEDIUM = ("bytes", "path", "video", "image")  # keys that hold it in a source with options; the first one counts
 SHOWN = 5  # problems in one message
-
-
-class EvaluateError(ValueError):
-    """An evaluation that cannot start or go on. The message says what to do."""
 
 
 @dataclass(frozen=True)

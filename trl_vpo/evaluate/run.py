@@ -72,7 +72,7 @@ def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
 
 
 def _parse(argv: list[str]) -> EvaluateConfig:
-    from trl_vpo.runs.recipe import RecipeError
+    from trl_vpo.errors import RecipeError
 
     if sum(arg.split("=")[0] == "--adapters" for arg in argv) > 1:
         raise RecipeError("--adapters is given twice, and the first would be lost: name all of them behind one.")
@@ -156,7 +156,7 @@ def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Input
 
 def _refuse_skipped(run: Run, config: EvaluateConfig) -> None:
     """Rows that an earlier call left out are finished, and would stay left out without a word."""
-    from trl_vpo.evaluate.rows import EvaluateError
+    from trl_vpo.errors import EvaluateError
 
     skipped = [outcome for outcome in run.outcomes() if outcome.reason] if config.on_bad == "error" else []
     if skipped:
@@ -182,7 +182,7 @@ def work(
     Raises:
         EvaluateError: a row's media or prompt cannot be used, and `on_bad` is "error". What is written stays.
     """
-    from trl_vpo.evaluate.rows import EvaluateError
+    from trl_vpo.errors import EvaluateError
     from trl_vpo.runs.progress import Bar
 
     share, size = len(range(run.rank, len(rows), run.world_size)), config.batch_size
@@ -221,7 +221,7 @@ def _loaded(
 def _load(inputs: Inputs, row: HeldOutRow, config: EvaluateConfig) -> tuple[HeldOutRow, InputRow, Media | str]:
     """A row with its media, or why they cannot be used."""
     from trl_vpo.data.inputs import load_media
-    from trl_vpo.media.images import MediaError
+    from trl_vpo.errors import MediaError
 
     source = inputs[row.place]
     try:
@@ -234,7 +234,7 @@ def evaluate_batch(
     contestants: Contestants, batch: Sequence[tuple[HeldOutRow, InputRow, Media | str]], config: EvaluateConfig
 ) -> list[Outcome]:
     """What every contestant does on each row of a batch: a record for each, or the reason why there is none."""
-    from trl_vpo.data.rows import RowError
+    from trl_vpo.errors import RowError
     from trl_vpo.evaluate.scoring import run_probes
     from trl_vpo.runs.outcome import Outcome
 

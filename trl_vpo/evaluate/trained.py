@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.errors import EvaluateError
 from trl_vpo.media.load import VideoOptions
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,9 @@ from rich.markup import escape
 from trl_vpo.data.chat import render_chat
 from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.inputs import InputRow, load_media
-from trl_vpo.data.rows import RowError
-from trl_vpo.errors import GenerateError, InputError
+from trl_vpo.errors import GenerateError, InputError, MediaError, RowError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.pipeline import Pipeline
-from trl_vpo.media.images import MediaError
 from trl_vpo.media.load import Media
 from trl_vpo.models.load import LOAD_ERRORS
 from trl_vpo.models.requests import Request

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trl_vpo.errors import JudgeError
 from trl_vpo.models.requests import AnsweringModel, Request, Sampling
 from trl_vpo.text.answers import same_words
 from trl_vpo.text.phrases import Span, split_words, word_diff
@@ -49,10 +50,6 @@ and style of everything else.
 Reply with one JSON object and nothing else:
 {{"rewritten": "the ground truth with the mistakes"}}"""
 RETRY = "\n\nAn earlier reply could not be used: {why}. Reply with the JSON object only."
-
-
-class JudgeError(ValueError):
-    """A reply that cannot be used. The message says why, as the judge is told when it is asked again."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow
-from trl_vpo.data.rows import RowError, read_row
-from trl_vpo.errors import InputError
+from trl_vpo.data.rows import read_row
+from trl_vpo.errors import InputError, RowError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.objects.boxes import area_share
 from trl_vpo.generate.objects.object_candidates import Finder

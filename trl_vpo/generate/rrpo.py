@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow
-from trl_vpo.errors import InputError
+from trl_vpo.errors import InputError, PhraseError
 from trl_vpo.generate.judge import (
     Difference,
     Question,
@@ -39,7 +39,7 @@ from trl_vpo.media.perturb import effective_mode, perturb
 from trl_vpo.models.requests import Request, stream_seed
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
-from trl_vpo.text.phrases import PhraseError, phrase_spans
+from trl_vpo.text.phrases import phrase_spans
 from trl_vpo.text.reading import Failure, without_reasoning
 
 __all__ = ["RRPOGenerateConfig", "RRPOPipeline"]

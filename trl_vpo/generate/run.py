@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_inputs
-from trl_vpo.errors import GenerateError, InputError
+from trl_vpo.errors import GenerateError, InputError, MediaError
 from trl_vpo.generate import METHODS
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.pipeline import Pipeline
-from trl_vpo.media.images import MediaError
 from trl_vpo.media.load import Media
 from trl_vpo.runs.digests import weights_digest
 from trl_vpo.runs.outcome import Outcome
@@ -48,7 +47,8 @@ def make_parser(method: str):
     Raises:
         RecipeError: there is no such method.
     """
-    from trl_vpo.runs.recipe import RecipeError, RecipeParser, nearest
+    from trl_vpo.errors import RecipeError
+    from trl_vpo.runs.recipe import RecipeParser, nearest
 
     if method not in METHODS:
         raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{nearest(method, METHODS)}")
@@ -114,7 +114,7 @@ def _generate(method: str, config: GenerateConfig, rank: int, world_size: int) -
 
 
 def _check_config(config: GenerateConfig, pipeline_class: type[Pipeline]) -> None:
-    from trl_vpo.runs.recipe import RecipeError
+    from trl_vpo.errors import RecipeError
 
     for name, what in (("dataset_name", "the inputs"), ("output_dir", "a folder for the run")):
         if not getattr(config, name):

@@ -9,7 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from trl_vpo.media.images import MediaError, fit_pixels
+from trl_vpo.errors import MediaError
+from trl_vpo.media.images import fit_pixels
 from trl_vpo.media.video import DAMAGED, FrameTable, max_threads, open_video
 
 SEEK_COST = 8  # a seek takes about as long as decoding this many frames in one thread

@@ -19,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import Image, ImageOps
 
+from trl_vpo.errors import MediaError
+
 # What Pillow raises on files that are broken in one way or another: its plugins let their parsers' errors through.
 _PILLOW_ERRORS = (
     OSError,
@@ -37,13 +39,6 @@ _DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _IMAGE_SUFFIXES |= {".pnm", ".jp2", ".avif", ".tga"}
 _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts"}
-
-
-class MediaError(ValueError):
-    """An image or a video that cannot be used. The message says what happened, which file, and what to do.
-
-    It is built from one string, because torch's DataLoader raises a worker's exception again as ``exc_type(message)``.
-    """
 
 
 def describe(source: Any) -> str:

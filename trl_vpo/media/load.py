@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from trl_vpo.errors import MediaError
 from trl_vpo.media.decode import decode
 from trl_vpo.media.frame_cache import FIELDS, Entry
-from trl_vpo.media.images import MediaError, check_image, describe, frame_folder, load_image, read_source, shrink
+from trl_vpo.media.images import check_image, describe, frame_folder, load_image, read_source, shrink
 from trl_vpo.media.video import FrameTable, scan
 
 __all__ = [

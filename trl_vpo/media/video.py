@@ -28,8 +28,8 @@ from typing import BinaryIO
 import av
 import numpy as np
 
+from trl_vpo.errors import MediaError
 from trl_vpo.media.ends import cut_short
-from trl_vpo.media.images import MediaError
 
 # Decoders that turn every packet into exactly one picture. Not VP8 (packets without a picture), nor, outside of mp4,
 # MPEG-4 part 2 (packets with two).

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from trl_vpo.runs.recipe import RecipeError, nearest
+from trl_vpo.errors import AdapterError, RecipeError
+from trl_vpo.runs.recipe import nearest
 
 PRESETS = ("language", "language+projector", "all")
 VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)\.")
@@ -24,10 +25,6 @@ PROJECTOR = re.compile(
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 MAX_LORA_RANK = 16  # vLLM's default
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read or merged. The message says why, and what to do."""
 
 
 # --- presets ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-from trl_vpo.models.adapters import AdapterError, saved_shapes
+from trl_vpo.errors import AdapterError
+from trl_vpo.models.adapters import saved_shapes
 
 PREFIX = "base_model.model."  # of the names in an adapter's file
 SHOWN = 3  # names in a message

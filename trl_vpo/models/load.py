@@ -158,8 +158,8 @@ def checked_adapter(path: str, model: str) -> Any:
     from peft import PeftConfig, PromptLearningConfig
 
     from trl_vpo.data.hub_names import check_on_hub
-    from trl_vpo.errors import SourceError
-    from trl_vpo.models.adapters import AdapterError, read_config
+    from trl_vpo.errors import AdapterError, SourceError
+    from trl_vpo.models.adapters import read_config
 
     if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
         raise GenerateError(

@@ -14,8 +14,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pro
 
 from trl_vpo.data.chat import stop_token
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.rows import Row, RowError, check_accepted, place_media
-from trl_vpo.errors import GenerateError
+from trl_vpo.data.rows import Row, check_accepted, place_media
+from trl_vpo.errors import GenerateError, RowError
 from trl_vpo.forward.layouts import merge_media
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.models.requests import AnsweringModel, Request, Sampling

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from trl_vpo.data.identity import package_version
-from trl_vpo.models.adapters import AdapterError, read_config
+from trl_vpo.errors import AdapterError
+from trl_vpo.models.adapters import read_config
 from trl_vpo.models.attach import attach_adapter
 from trl_vpo.models.source import check_model
 

@@ -12,8 +12,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from trl_vpo.data.rows import RowError, place_media
-from trl_vpo.errors import GenerateError
+from trl_vpo.data.rows import place_media
+from trl_vpo.errors import GenerateError, RowError
 from trl_vpo.media.images import shrink
 from trl_vpo.media.load import Clip
 from trl_vpo.models.requests import Request

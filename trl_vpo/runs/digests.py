@@ -17,8 +17,9 @@ import numpy as np
 from datasets import Dataset
 
 from trl_vpo.data.rows import COLUMNS
+from trl_vpo.errors import MediaError
 from trl_vpo.files import whole
-from trl_vpo.media.images import MediaError, frame_folder, resolve_path
+from trl_vpo.media.images import frame_folder, resolve_path
 
 # What a model is loaded from: weights, configs, tokenizer, chat templates, code of its own.
 LOADED = (

@@ -11,8 +11,9 @@ from typing import Any
 
 from trl.scripts.utils import ScriptArguments, TrlParser
 
+from trl_vpo.errors import RecipeError
 from trl_vpo.runs.packages import missing_packages
-from trl_vpo.runs.recipe_file import RecipeError, nearest, read_recipe
+from trl_vpo.runs.recipe_file import nearest, read_recipe
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.values import annotations, check_bounds, checked, environment
 

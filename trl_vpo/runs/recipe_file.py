@@ -8,11 +8,8 @@ from typing import Any
 
 import yaml
 
+from trl_vpo.errors import RecipeError
 from trl_vpo.runs.secrets import scrub
-
-
-class RecipeError(ValueError):
-    """A recipe or option that cannot be used. Raised before a model or dataset is loaded."""
 
 
 def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:

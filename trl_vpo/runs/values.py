@@ -10,7 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from trl_vpo.runs.recipe_file import RecipeError, nearest
+from trl_vpo.errors import RecipeError
+from trl_vpo.runs.recipe_file import nearest
 from trl_vpo.runs.secrets import scrub
 
 # Keys that argument classes do not check themselves: below these, training does nothing, or something else.

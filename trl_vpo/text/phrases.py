@@ -13,6 +13,8 @@ from numbers import Integral
 
 import regex
 
+from trl_vpo.errors import PhraseError
+
 Span = tuple[int, int]
 
 OPEN, CLOSE = "<MASK>", "</MASK>"
@@ -26,13 +28,6 @@ _LETTER = rf"(?:(?![{_NO_SPACES}])[\p{{L}}\p{{N}}_][\p{{M}}\u200c\u200d]*)"
 # an emoji with skin tone or joiners, a flag or an accented character is never cut in two.
 _WORD = regex.compile(rf"\s+|{_LETTER}+(?:(?:['’]|(?<=\p{{Nd}})[.,:](?=\p{{Nd}})){_LETTER}+)*|\X")
 _ENDS_WORD, _STARTS_WORD = regex.compile(rf"{_LETTER}$"), regex.compile(_LETTER)
-
-
-class PhraseError(ValueError):
-    """Phrases that cannot be used. The message says which span or tag, what is wrong with it and what to do.
-
-    It does not name the row: the caller does. Built from one string, so that it survives a data-loader worker.
-    """
 
 
 def phrase_spans(

@@ -29,7 +29,7 @@ from trl_vpo.models.attach import check_checkpoint
 from trl_vpo.trainers import setup
 from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
-from trl_vpo.trainers.finite import NonFiniteLossError, check_losses, check_weights  # noqa: F401
+from trl_vpo.trainers.finite import check_losses, check_weights
 from trl_vpo.trainers.full_weights import load_full_weights
 from trl_vpo.trainers.logs import LoggingTrainer
 from trl_vpo.trainers.padding_rows import Fillers

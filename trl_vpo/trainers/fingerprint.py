@@ -12,8 +12,8 @@ from torch import Tensor
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.identity import processor_identity, source_identity
-from trl_vpo.data.rows import RowError, read_row
-from trl_vpo.media.images import MediaError
+from trl_vpo.data.rows import read_row
+from trl_vpo.errors import MediaError, RowError
 
 FORMAT = 3  # of the hashes; raise it with a change to the code that changes log-probs
 MEDIA_SETTINGS = ("video", "max_pixels", "num_images", "visual_prompt", "media_root")  # of the collator

@@ -7,11 +7,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from trl_vpo.errors import NonFiniteLossError
 from trl_vpo.trainers.setup import sharding
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss, or the weights after a step, became nan or infinite. Names the rows; nothing is saved."""
 
 
 def check_losses(losses: Tensor, names: list[str], step: int) -> None:

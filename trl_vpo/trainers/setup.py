@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoProcessor
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import get_config_model_id
 
+from trl_vpo.errors import RecipeError
 from trl_vpo.forward.scoring import check_head
 from trl_vpo.models.adapters import PRESETS, check_targets, loses_base, resolve_targets
 from trl_vpo.models.model_size import empty_model
 from trl_vpo.models.source import check_model as check_source
-from trl_vpo.runs.recipe_file import RecipeError
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
 LORA_RATE, LOWEST_LORA_RATE = 5e-6, 1e-6  # of the recipes for 7B models; DPO's default, for full fine-tuning

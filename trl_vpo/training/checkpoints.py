@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trl_vpo.errors import CheckpointError
 from trl_vpo.trainers.full_weights import open_safetensors
 
 MARKER = "complete.json"
@@ -27,10 +28,6 @@ HASHED = 2**30  # bytes; larger files are compared by their size alone, reading 
 # Where transformers reads a checkpoint.
 LOADS = {"_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler"}
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be gone on from. Says which, and what is wrong with it."""
 
 
 def step_of(folder: Path) -> int:

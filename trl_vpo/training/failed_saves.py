@@ -12,12 +12,9 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 
+from trl_vpo.errors import SaveError
 from trl_vpo.training.checkpoints import MARKER, list_checkpoints, read_marker, what_is_left
 from trl_vpo.training.output_dir import remedy
-
-
-class SaveError(OSError):
-    """A checkpoint or model could not be written. Says where, why, and which checkpoint is left."""
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
-from trl_vpo.training.hub_repo import HubError, HubRepo, is_refusal
+from trl_vpo.errors import HubError
+from trl_vpo.training.hub_repo import HubRepo, is_refusal
 from trl_vpo.training.resume import say
 
 ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import _http
 
 from trl_vpo.data.identity import package_version
+from trl_vpo.errors import HubError
 from trl_vpo.runs.secrets import scrub
 
 TIMEOUT = 120  # seconds without a byte; huggingface_hub itself waits for ever
@@ -18,10 +19,6 @@ LOG_IN = (
     "Log in with `hf auth login`, or set HF_TOKEN to a token that may write there. push_to_hub: false trains without "
     "pushing."
 )
-
-
-class HubError(ValueError):
-    """The Hub will not take the model of this run, however often it is tried. Says why, and what to do."""
 
 
 class HubRepo:

@@ -33,7 +33,7 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
                 break
     found = _of_recipe(kept) | found
     if not found.get("num_processes", "1").isdecimal() or int(found.get("num_processes", 1)) < 1:
-        from trl_vpo.runs.recipe_file import RecipeError
+        from trl_vpo.errors import RecipeError
 
         raise RecipeError(f"num_processes is {found['num_processes']!r}: give a whole number of at least 1.")
     if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # launched already
@@ -46,7 +46,8 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
 
 def _of_recipe(options: list[str]) -> dict[str, str]:
     """The launch keys of the recipe in `--config`. A recipe that cannot be read is the trainer's to complain about."""
-    from trl_vpo.runs.recipe_file import RecipeError, read_recipe
+    from trl_vpo.errors import RecipeError
+    from trl_vpo.runs.recipe_file import read_recipe
     from trl_vpo.training.run import config_path
 
     path = config_path(options)
@@ -66,7 +67,8 @@ def accelerate_config(name: str) -> Path:
     folders = (Path("recipes/accelerate"), Path(find_spec("trl").origin).parent / "accelerate_configs")
     valid = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
     if name not in valid:
-        from trl_vpo.runs.recipe_file import RecipeError, nearest
+        from trl_vpo.errors import RecipeError
+        from trl_vpo.runs.recipe_file import nearest
 
         raise RecipeError(
             f"accelerate_config {name!r} is no file and none of {', '.join(valid)}.{nearest(name, valid)}"
@@ -83,8 +85,8 @@ def launch(options: list[str], command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from trl_vpo.errors import RecipeError
     from trl_vpo.runs.packages import missing_packages
-    from trl_vpo.runs.recipe_file import RecipeError
     from trl_vpo.training.sharding import launched
 
     if launched(options).kind.startswith("zero") and (missing := missing_packages({"deepspeed": True})):

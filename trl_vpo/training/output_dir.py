@@ -17,14 +17,12 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from trl_vpo.errors import OutputDirError
+
 LOCK = ".training.lock"
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 MOST_RESERVED = 1 << 26  # bytes
-
-
-class OutputDirError(OSError):
-    """A folder that cannot take the results of a run. Says which, why, and what to do."""
 
 
 @contextmanager

@@ -21,11 +21,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
-from trl_vpo.data.messages import RowError
-from trl_vpo.media.images import MediaError
+from trl_vpo.errors import CheckpointError, MediaError, RowError
 from trl_vpo.training import checkpoints
 from trl_vpo.training.changed_rows import FILE, RemainingRows, Rows, compare_rows, read_rows, trained_rows
-from trl_vpo.training.checkpoints import CheckpointError, what_is_left
+from trl_vpo.training.checkpoints import what_is_left
 from trl_vpo.training.failed_saves import explain_failed_saves
 from trl_vpo.training.launch import STOP
 from trl_vpo.training.output_dir import check_space

@@ -30,7 +30,8 @@ def make_parser(method: str, *, any_device: bool = False) -> RecipeParser:
     from trl import DatasetMixtureConfig, ModelConfig
 
     import trl_vpo
-    from trl_vpo.runs.recipe import RecipeError, RecipeParser, VisualScriptArguments, nearest
+    from trl_vpo.errors import RecipeError
+    from trl_vpo.runs.recipe import RecipeParser, VisualScriptArguments, nearest
 
     if method not in METHODS:
         raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{nearest(method, METHODS)}")
@@ -135,7 +136,7 @@ def build_trainer(method: str, script_args, training_args, model_args, dataset_a
     """The trainer of parsed arguments, and how many rows its train split has (None: streamed)."""
     import trl_vpo
     from trl_vpo.data.sources import load_splits
-    from trl_vpo.runs.recipe import RecipeError
+    from trl_vpo.errors import RecipeError
     from trl_vpo.training.progress import show_progress
 
     if not model_args.model_name_or_path:
@@ -173,7 +174,7 @@ def refuse_jit_checkpoint(training_args: Any) -> None:
     Raises:
         RecipeError: `enable_jit_checkpoint` is on.
     """
-    from trl_vpo.runs.recipe import RecipeError
+    from trl_vpo.errors import RecipeError
 
     if training_args.enable_jit_checkpoint:
         raise RecipeError(

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from trl_vpo.errors import PlotError
 from trl_vpo.report.plot import page as plot
 
 HISTORY = [
@@ -129,22 +130,22 @@ def test_runs_of_one_method_are_named_by_what_tells_their_folders_apart(tmp_path
     ],
 )
 def test_what_is_no_run(tmp_path, make, message):
-    with pytest.raises(plot.PlotError, match=message):
+    with pytest.raises(PlotError, match=message):
         plot.read_runs(make(tmp_path))
 
 
 def test_a_broken_file_is_named(tmp_path):
     write_state(tmp_path)
     (tmp_path / "run.json").write_text("{")
-    with pytest.raises(plot.PlotError, match=r"run\.json cannot be read"):
+    with pytest.raises(PlotError, match=r"run\.json cannot be read"):
         plot.read_run(tmp_path)
 
 
 def test_names_must_fit(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    with pytest.raises(plot.PlotError, match="1 names for 2 runs"):
+    with pytest.raises(PlotError, match="1 names for 2 runs"):
         plot.read_runs([a, b], ["one"])
-    with pytest.raises(plot.PlotError, match="two runs are named 'x'"):
+    with pytest.raises(PlotError, match="two runs are named 'x'"):
         plot.read_runs([a, b], ["x", "x"])
 
 
@@ -246,10 +247,10 @@ def test_picture_and_wrong_names(tmp_path):
     run = write_run(tmp_path / "a")
     plot.plot_runs([run], tmp_path / "new" / "a.png")
     assert Image.open(tmp_path / "new" / "a.png").format == "PNG"
-    with pytest.raises(plot.PlotError, match=r"must end in .png, .svg, .pdf or .html"):
+    with pytest.raises(PlotError, match=r"must end in .png, .svg, .pdf or .html"):
         plot.plot_runs([run], tmp_path / "a.jpeg")
     (tmp_path / "folder.html").mkdir()
-    with pytest.raises(plot.PlotError, match="is a folder"):
+    with pytest.raises(PlotError, match="is a folder"):
         plot.plot_runs([run], tmp_path / "folder.html")
     assert not list(tmp_path.glob("**/*.part"))
 

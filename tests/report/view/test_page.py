@@ -17,7 +17,7 @@ from helpers import row, write_clip, write_image
 from PIL import Image
 
 from trl_vpo.data.rows import read_row, response_text
-from trl_vpo.data.sources import DatasetError
+from trl_vpo.errors import DatasetError
 from trl_vpo.media.load import VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.report.view.page import write_page
@@ -328,5 +328,5 @@ def test_the_parts_of_the_page_are_packaged():
     root = Path(__file__).parents[3]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["trl_vpo"]
     for name in ("page.html.j2", "page.css", "page.js", "page_elements.js"):
-        assert (root / "trl_vpo" / "report" / name).is_file()
-        assert any(fnmatch.fnmatch(f"report/{name}", pattern) for pattern in patterns), name
+        assert (root / "trl_vpo" / "report" / "view" / name).is_file()
+        assert any(fnmatch.fnmatch(f"report/view/{name}", pattern) for pattern in patterns), name

@@ -7,7 +7,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_standins import TOOLS_TEMPLATE, conversations, plain, tool_rows
 from trl_training import trainer_on, trains_all
 
-from trl_vpo.data.rows import RowError
+from trl_vpo.errors import RowError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from trl_standins import conversations, plain, typed
 from trl_training import assert_same_as_trl, steps, train, trainer_on, trains_adapter, trains_all
 from vlm_standins import VISION_MODELS
 
-from trl_vpo.data.rows import RowError
+from trl_vpo.errors import RowError
 
 UNUSED = {  # LLaVA reads CLIP's patches in front of that layer; Gemma 3n's sounds, and tokens that stand for media
     "LLaVA": r"vision_tower\.post_layernorm\.",

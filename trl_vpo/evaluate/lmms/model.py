@@ -18,9 +18,9 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from trl_vpo.errors import EvaluateError, MediaError
 from trl_vpo.evaluate.answering import AnswersAsTheyAre
-from trl_vpo.evaluate.rows import EvaluateError
-from trl_vpo.media.images import MediaError, describe, load_image
+from trl_vpo.media.images import describe, load_image
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models.requests import Request, Sampling, stream_seed
 from trl_vpo.text.reading import Failure

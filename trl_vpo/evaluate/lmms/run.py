@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.files import whole
 

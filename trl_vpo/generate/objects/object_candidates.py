@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from trl_vpo.data.inputs import InputRow
-from trl_vpo.data.rows import RowError, read_row, response_text
-from trl_vpo.errors import InputError
+from trl_vpo.data.rows import read_row, response_text
+from trl_vpo.errors import InputError, RowError
 from trl_vpo.generate.objects.boxes import Choice, annotated, choices, match
 from trl_vpo.generate.objects.nouns import Candidate, candidates
 

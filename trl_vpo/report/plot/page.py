@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.errors import PlotError
 from trl_vpo.files import whole
 from trl_vpo.report.plot import curves, style
 from trl_vpo.report.plot.history import History
@@ -30,10 +31,6 @@ SECTIONS = {  # prefix of a metric: where it is shown
     "train_": "The whole run",
 }
 FOLDER = Path(__file__).parent
-
-
-class PlotError(ValueError):
-    """A folder that is no run, a run that logged nothing, or a file that cannot be written so."""
 
 
 @dataclass

@@ -40,7 +40,8 @@ def read_examples(dataset: str | Path, split: str, config: str | None = None) ->
     path = Path(dataset)
     if (path / ROWS).is_file() and split == "train":
         return _read_files([path / ROWS])
-    from trl_vpo.data.sources import DatasetError, local_splits, named_splits, row_format
+    from trl_vpo.data.sources import local_splits, named_splits, row_format
+    from trl_vpo.errors import DatasetError
 
     if (path / "shards").is_dir() and (path / "settings.json").is_file() and not (path / ROWS).is_file():
         raise DatasetError(f"{path} is a run that is not finished. Give its command again, and view it then.")

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.evaluate.rows import EvaluateError
+from trl_vpo.errors import EvaluateError
 from trl_vpo.text.yes_no import parse
 
 ROOT = "VIDEOHALLUCER_ROOT"
