@@ -9,7 +9,7 @@ from held_out_kit import write_held_out
 from trl_vpo.evaluate.run import run_evaluation
 from trl_vpo.testbed import tiny_vlm
 from trl_vpo.testbed.rows import write_jsonl
-from trl_vpo.text.reading import opens_thoughts, without_reasoning
+from trl_vpo.text.responses import opens_thoughts, without_reasoning
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from trl_vpo.evaluate import measures
 from trl_vpo.evaluate.measures import Measure, PairScores, difference, estimate
 from trl_vpo.text.chair import ObjectTable, count_objects
-from trl_vpo.text.choice import by_logprob
+from trl_vpo.text.choices import by_logprob
 from trl_vpo.text.yes_no import score_pairs
 
 

@@ -16,7 +16,7 @@ from trl_vpo.media.load import Clip, Media, VideoOptions, load_video
 from trl_vpo.models.requests import AnsweringModel, stream_seed
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.testbed import language, world
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.responses import Failure
 
 PROMPTS = {"hint_prompt": language.HINT, "reflection_prompt": language.REFLECTION}
 TRUTH = "a red square moves left."

@@ -19,7 +19,7 @@ from trl_vpo.media.load import VideoOptions
 from trl_vpo.media.masking import check_box, hidden_box, masked_image_list
 from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.testbed import rows as testbed
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.responses import Failure
 
 MADE = {"pipeline": "lpoi", "model": None}
 CHOSEN = "A man walks a dog. There is a tree behind them."

@@ -17,7 +17,7 @@ from trl_vpo.media.perturb import PerturbSettings, perturb
 from trl_vpo.models.requests import AnsweringModel, stream_seed
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.testbed import language, world
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.responses import Failure
 
 CAPTION = "a red square moves left."
 ROWS = {

@@ -19,7 +19,7 @@ from trl_vpo.generate.judge import (
     show_differences,
 )
 from trl_vpo.models.requests import AnsweringModel, Sampling
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.responses import Failure
 
 RED_BLUE = Difference("attribute", "red", "blue")
 WRONG = Judgement(False, (RED_BLUE,))

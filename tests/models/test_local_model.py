@@ -21,7 +21,7 @@ from trl_vpo.models.local import LocalModel, SeededSampling
 from trl_vpo.models.requests import Request, Sampling
 from trl_vpo.testbed import world
 from trl_vpo.testbed.tiny_vlm import BASE
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.responses import Failure
 
 GREEDY = Sampling(max_new_tokens=16, temperature=0)
 HOT = Sampling(max_new_tokens=16, temperature=2.5, top_p=0.95)

@@ -23,7 +23,7 @@ from trl_vpo.models import server as server_module
 from trl_vpo.models.load import answering_model, judge_model
 from trl_vpo.models.requests import Request, Sampling
 from trl_vpo.models.server import RequestBudget, ServerModel
-from trl_vpo.text.reading import Failure, without_reasoning
+from trl_vpo.text.responses import Failure, without_reasoning
 
 KEY = "sk-very-secret-0123456789"
 SAMPLING = Sampling(max_new_tokens=7, temperature=0.5, top_p=0.8)

@@ -3,19 +3,10 @@
 import pytest
 
 from trl_vpo.errors import InputError
-from trl_vpo.text.answers import (
-    RIGHT,
-    UNDECIDED,
-    WRONG,
-    check_choice,
-    check_exact,
-    check_short,
-    check_yes_no,
-    same_words,
-    yes_or_no,
-)
-from trl_vpo.text.choices import in_form, read_choice, read_options, with_options
-from trl_vpo.text.reading import fold, plain, texts, words
+from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG, check_exact, check_short
+from trl_vpo.text.choices import check_choice, in_form, read_choice, read_options, with_options
+from trl_vpo.text.normalize import normalize, same_words, texts, words
+from trl_vpo.text.yes_no import check_yes_no, yes_or_no
 
 OPTIONS = {"A": "a blue circle", "B": "a red square", "C": "a dark red square", "D": "It cannot be determined."}
 
@@ -404,23 +395,4 @@ def test_answers_in_a_fixed_form():
     ],
 )
 def test_words_of_a_text(text, expected):
-    assert " ".join(texts(words(plain(text)))) == expected
-
-
-FORMS = [
-    "square squares", "box boxes", "city cities", "move moves moved moving", "run runs running",
-    "walk walks walked walking", "man men", "dog dog's dogs", "glass glasses", "bus buses",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("forms", FORMS)
-def test_forms_of_a_word_fall_together(forms):
-    assert len({fold(word) for word in forms.split()}) == 1
-
-
-@pytest.mark.parametrize(
-    "pair", ["red bed", "left lift", "string strong", "this that", "bring brown", "is it", "talking walking"]
-)
-def test_different_words_stay_apart(pair):
-    first, second = pair.split()
-    assert fold(first) != fold(second)
+    assert " ".join(texts(words(normalize(text)))) == expected

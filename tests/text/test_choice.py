@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trl_vpo.text.choice import by_letter, by_logprob
+from trl_vpo.text.choices import by_letter, by_logprob
 
 OPTIONS = ["a red square", "a blue circle", "a green star"]
 

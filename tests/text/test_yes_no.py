@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trl_vpo.text.yes_no import parse, score_pairs
+from trl_vpo.text.yes_no import read_yes_no, score_pairs
 
 # response, the benchmark's reading where yes is right, where no is right, the strict reading
 RESPONSES = [
@@ -32,20 +32,21 @@ RESPONSES = [
 ]
 
 
+EXPECTED = ("yes", "no", None)
+
+
 @pytest.mark.parametrize(("response", "where_yes", "where_no", "strict"), RESPONSES)
 def test_parse(response, where_yes, where_no, strict):
-    assert parse(response, expected="yes") == where_yes
-    assert parse(response, expected="no") == where_no
-    assert parse(response) == (where_yes if where_yes == where_no else None)
-    for expected in ("yes", "no", None):
-        assert parse(response, "strict", expected) == strict
+    read = {expected: read_yes_no(response, rule="videohallucer", expected=expected).value for expected in EXPECTED}
+    assert read == {"yes": where_yes, "no": where_no, None: where_yes if where_yes == where_no else None}
+    assert {read_yes_no(response, rule="strict", expected=expected).value for expected in EXPECTED} == {strict}
 
 
 def test_parse_refuses_what_is_no_text_and_unknown_rules():
     with pytest.raises(TypeError, match="None is no text"):
-        parse(None)
+        read_yes_no(None)
     with pytest.raises(ValueError, match="rule is 'lax'"):
-        parse("yes", "lax")
+        read_yes_no("yes", rule="lax")
 
 
 BASIC = ["Yes.", "Yes", "No", "I cannot tell", "Yes, no doubt"]

@@ -27,7 +27,7 @@ from trl_vpo.files import whole
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
-from trl_vpo.text.reading import is_blank
+from trl_vpo.text.responses import is_blank
 
 if TYPE_CHECKING:
     from datasets import Dataset

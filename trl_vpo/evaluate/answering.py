@@ -17,7 +17,7 @@ from trl_vpo.media.load import Media
 from trl_vpo.models.local import LocalModel
 from trl_vpo.models.requests import Sampling
 from trl_vpo.text.choices import read_options, with_options
-from trl_vpo.text.reading import opens_thoughts, without_reasoning
+from trl_vpo.text.responses import opens_thoughts, without_reasoning
 
 OPTIONS = "options"  # the probe of a multiple-choice question's options
 TAIL = 16  # tokens that an opening tag and white space behind it take, at most

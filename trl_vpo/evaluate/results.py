@@ -20,8 +20,8 @@ from trl_vpo.evaluate.measures import Rows
 from trl_vpo.evaluate.rows import option_index
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.chair import ObjectTable, count_objects, read_response
-from trl_vpo.text.choice import by_letter, by_logprob
-from trl_vpo.text.yes_no import parse, score_pairs
+from trl_vpo.text.choices import by_letter, by_logprob
+from trl_vpo.text.yes_no import read_yes_no, score_pairs
 
 BASE = "base"
 Records = Sequence[Mapping[str, Any]]
@@ -49,7 +49,8 @@ class Report:
 
     def _read(self, record: Mapping[str, Any]) -> dict[str, Any]:
         if record["task"] == "yes_no":
-            return {"said": parse(record["response"], self._config.yes_no_rule, record["expected"])}
+            rule, expected = self._config.yes_no_rule, record["expected"]
+            return {"said": read_yes_no(record["response"], rule=rule, expected=expected).value}
         if record["task"] == "choice":
             return {"right": by_letter(record["response"], record["options"], option_index(record))}
         if record["task"] == "chair":

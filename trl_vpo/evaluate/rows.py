@@ -27,9 +27,9 @@ from typing import Any
 from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import MARKERS, Row, read_row, row_name
 from trl_vpo.errors import EvaluateError, InputError, RowError
-from trl_vpo.text.answers import yes_or_no
 from trl_vpo.text.chair import ObjectTable
 from trl_vpo.text.choices import read_choice, read_options
+from trl_vpo.text.yes_no import yes_or_no
 
 ROLES = {"basic": "yes", "hallucinated": "no"}
 MEDIUM = ("bytes", "path", "video", "image")  # keys that hold it in a source with options; the first one counts

@@ -15,9 +15,9 @@ from typing import Any
 
 from trl_vpo.errors import JudgeError
 from trl_vpo.models.requests import AnsweringModel, Request, Sampling
-from trl_vpo.text.answers import same_words
+from trl_vpo.text.normalize import same_words
 from trl_vpo.text.phrases import Span, split_words, word_diff
-from trl_vpo.text.reading import Failure, without_reasoning
+from trl_vpo.text.responses import Failure, without_reasoning
 
 KINDS = ("object", "action", "attribute")
 DIFFERENCES_PROMPT = """\

@@ -28,7 +28,7 @@ from trl_vpo.media.load import Media
 from trl_vpo.models.requests import Request, stream_seed
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.answers import RIGHT, SHORT_WORDS, WRONG
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.responses import Failure
 from trl_vpo.text.similarity import pair_figures, right, similarity, trust_margin
 
 HINT_PROMPT = (

@@ -40,7 +40,7 @@ from trl_vpo.models.requests import Request, stream_seed
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
 from trl_vpo.text.phrases import phrase_spans
-from trl_vpo.text.reading import Failure, without_reasoning
+from trl_vpo.text.responses import Failure, without_reasoning
 
 __all__ = ["RRPOGenerateConfig", "RRPOPipeline"]
 

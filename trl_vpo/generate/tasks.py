@@ -9,9 +9,11 @@ from typing import Any
 
 from trl_vpo.data.inputs import given_text
 from trl_vpo.errors import InputError
-from trl_vpo.text.answers import check_exact, check_short, check_yes_no, yes_or_no
+from trl_vpo.text.answers import AnswerCheck, check_exact, check_short
 from trl_vpo.text.choices import check_choice, in_form, read_choice, read_options, with_options
-from trl_vpo.text.reading import Verdict, plain, without_reasoning, words
+from trl_vpo.text.normalize import normalize, words
+from trl_vpo.text.responses import without_reasoning
+from trl_vpo.text.yes_no import check_yes_no, yes_or_no
 
 KINDS = ("choice", "yes_no", "short", "open")
 
@@ -36,8 +38,8 @@ class Task:
     short_words: int = 4
     fixed: bool = False
 
-    def check(self, response: str) -> Verdict:
-        """The rule's verdict; for an open-ended answer, that of `check_exact`."""
+    def check(self, response: str) -> AnswerCheck:
+        """Check a response by the rule of its kind; open-ended ones by `check_exact`."""
         if self.kind == "choice":
             return check_choice(response, self.options, self.answer)
         if self.kind == "yes_no":
@@ -87,7 +89,7 @@ def read_task(example: Mapping[str, Any], short_words: int, fixed: bool = False)
     letter = read_choice(answer, options).value if options else None
     if must and letter is None:
         raise InputError(f"`answer` is {answer!r}: give the letter or the text of one of the options {options}.")
-    if must or (letter and len(words(plain(answer))) <= short_words + len(words(options[letter]))):
+    if must or (letter and len(words(normalize(answer))) <= short_words + len(words(options[letter]))):
         return Task(with_options(question, options), answer, "choice", options)
     return Task(question, answer, given or _kind(answer, short_words), short_words=short_words, fixed=fixed)
 
@@ -95,4 +97,4 @@ def read_task(example: Mapping[str, Any], short_words: int, fixed: bool = False)
 def _kind(answer: str, short_words: int) -> str:
     if yes_or_no(answer):
         return "yes_no"
-    return "short" if len(words(plain(answer))) <= short_words else "open"
+    return "short" if len(words(normalize(answer))) <= short_words else "open"

@@ -19,7 +19,7 @@ from trl_vpo.errors import GenerateError, RowError
 from trl_vpo.forward.layouts import merge_media
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.models.requests import AnsweringModel, Request, Sampling
-from trl_vpo.text.reading import Failure, unusable, without_reasoning
+from trl_vpo.text.responses import Failure, unusable, without_reasoning
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from trl_vpo.media.load import Media
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.responses import Failure
 
 
 @dataclass(frozen=True)

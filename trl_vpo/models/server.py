@@ -23,7 +23,7 @@ from trl_vpo.errors import GenerateError
 from trl_vpo.models.payload import chat_messages, every_frame
 from trl_vpo.models.requests import AnsweringModel, Request, Sampling
 from trl_vpo.runs.secrets import scrub
-from trl_vpo.text.reading import Failure, unusable, without_reasoning
+from trl_vpo.text.responses import Failure, unusable, without_reasoning
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trl_vpo.text.inflection import plurals
+
 # What the published codes hard-code for COCO: "baby" and "passenger" name persons, but not in "baby bird".
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 READS_AS: dict[str, str | None] = {
@@ -37,31 +39,6 @@ READS_AS: dict[str, str | None] = {
     "home plate": None,
     "train track": None,
 }
-
-# Also for words that end in them: snowman, grandchild, pocketknife, bookshelf.
-_IRREGULAR_ENDINGS = {
-    "man": "men",
-    "child": "children",
-    "person": "people",
-    "foot": "feet",
-    "tooth": "teeth",
-    "goose": "geese",
-    "mouse": "mice",
-    "ox": "oxen",
-    "knife": "knives",
-    "wife": "wives",
-    "leaf": "leaves",
-    "loaf": "loaves",
-    "calf": "calves",
-    "half": "halves",
-    "shelf": "shelves",
-    "wolf": "wolves",
-    "scarf": "scarves",
-    "thief": "thieves",
-    "hoof": "hooves",
-    "elf": "elves",
-}
-_IRREGULAR = {"life": "lives", "die": "dice", "bus": "busses", "quiz": "quizzes", "cactus": "cacti"}
 
 # A word may hold apostrophes and hyphens; any other mark ends a phrase, as in "It is hot. Dogs sleep."
 _TOKEN = re.compile(r"[^\W_]+(?:[-'’‐‑][^\W_]+)*|[^\w\s]|_")
@@ -152,25 +129,6 @@ def _token(token: str) -> str:
 
 def _key(phrase: str) -> tuple[str, ...]:
     return tuple(_token(word) for word in phrase.split())
-
-
-def plurals(noun: str) -> set[str]:
-    """The plural forms of a lower-case noun. Where both are in use, both: scarfs and scarves, photos and potatoes.
-
-    Nouns without a plural of their own (sheep, skis, scissors) get forms that stand in no text; the noun itself is
-    what finds them.
-    """
-    forms = {plural for singular, plural in _IRREGULAR.items() if noun == singular}
-    forms |= {noun[: -len(end)] + plural for end, plural in _IRREGULAR_ENDINGS.items() if noun.endswith(end)}
-    if noun.endswith(("s", "x", "z", "ch", "sh")):
-        forms.add(noun + "es")
-    elif noun.endswith("y") and noun[-2:-1] not in set("aeiou"):
-        forms.add(noun[:-1] + "ies")
-    elif noun.endswith("o"):
-        forms |= {noun + "s", noun + "es"}
-    else:
-        forms.add(noun + "s")
-    return forms
 
 
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Collection, Mapping, Sequence
+from string import ascii_uppercase
+
+import numpy as np
 
 from trl_vpo.errors import InputError
-from trl_vpo.text.reading import (
-    Reading,
-    Verdict,
+from trl_vpo.text.answers import AnswerCheck, Reading
+from trl_vpo.text.inflection import stem
+from trl_vpo.text.normalize import (
     Word,
-    fold,
+    content_words,
     hedged,
     negated,
+    normalize,
     places,
-    plain,
-    said,
-    texts,
+    same_words,
+    statement,
     without_articles,
     words,
 )
@@ -30,7 +32,7 @@ _INLINE = re.compile(r"(?:^|(?<=\s))\(?(?P<letter>[A-Z])[.):]\s+")
 
 
 def read_options(question: str, given: Sequence[str] | None = None) -> dict[str, str]:
-    """The options of a question, letter -> text; empty if it has none.
+    """Return the options of a question, letter -> text; empty if it has none.
 
     Args:
         question: lists them as lines (`A. red`, `(B) blue`, `c) green`) or in one line (`Which? A. red B. blue`), the
@@ -49,7 +51,7 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
             raise InputError(f"`options` is {given!r}: give a list of texts that are not empty.")
         if not 2 <= len(given) <= 26:
             raise InputError(f"`options` has {len(given)} entries: give 2 to 26.")
-        options = dict(zip(string.ascii_uppercase, _without_letters([option.strip() for option in given])))
+        options = dict(zip(ascii_uppercase, _without_letters([option.strip() for option in given])))
         if listed and _contents(listed) != _contents(options):
             raise InputError(
                 f"`options` is {list(options.values())}, but the question lists {list(listed.values())}: make them "
@@ -57,14 +59,13 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
             )
     seen: dict[tuple[str, ...], str] = {}
     for letter, content in _contents(options).items():
-        if content in seen:
+        if seen.setdefault(content, letter) != letter:
             raise InputError(f"the options {seen[content]} and {letter} say the same, {options[letter]!r}: drop one.")
-        seen[content] = letter
     return options
 
 
 def with_options(question: str, options: Mapping[str, str]) -> str:
-    """The question with its options, one a line, unless it lists them itself."""
+    """Return the question with its options, one a line, unless it lists them itself."""
     if not options or _listed(question):
         return question
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
@@ -77,37 +78,31 @@ def _listed(question: str) -> dict[str, str]:
             letter = mark["letter"].upper()
             if letter == "A" and len(marks) < 2:
                 marks = [mark]  # the last A before the first B
-            elif marks and letter == string.ascii_uppercase[len(marks) % 26]:
+            elif marks and letter == ascii_uppercase[len(marks) % 26]:
                 marks.append(mark)
         if len(marks) > 1:
             ends = [*(mark.start() for mark in marks[1:]), len(question)]
             listed = (question[mark.end() : end].split("\n")[0].strip(" \t,;") for mark, end in zip(marks, ends))
-            return dict(zip(string.ascii_uppercase, listed))
+            return dict(zip(ascii_uppercase, listed))
     return {}
 
 
 def _without_letters(given: list[str]) -> list[str]:
     marks = [re.match(_MARK + r"\s*(?=\S)", option) for option in given]
-    lettered = all(m and m["letter"].upper() == letter for m, letter in zip(marks, string.ascii_uppercase))
+    lettered = all(m and m["letter"].upper() == letter for m, letter in zip(marks, ascii_uppercase))
     return [option[m.end() :] for option, m in zip(given, marks)] if lettered else given
 
 
 def _contents(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """What tells the options' texts apart: their words, or what is not a word."""
-    found = {letter: texts(without_articles(words(plain(text)))) for letter, text in options.items()}
-    return {letter: tuple(found[letter]) or (text.strip(" ."),) for letter, text in options.items()}
+    """Return what tells the options' texts apart: their words, or what is not a word."""
+    return {letter: tuple(content_words(normalize(text))) or (text.strip(" ."),) for letter, text in options.items()}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
 
 
-def check_choice(response: str, options: Mapping[str, str], answer: str) -> Verdict:
-    """Check the option that a response names.
-
-    Args:
-        response: of the model.
-        options: letter -> text, no two texts alike; letters are upper-case and begin with A.
-        answer: the ground truth: a letter, an option's text, or both, in any of the forms below.
+def check_choice(response: str, options: Mapping[str, str], answer: str) -> AnswerCheck:
+    """Check which option a response names. `options` and `answer`, the ground truth, as in `read_choice`.
 
     Raises:
         ValueError: the ground truth names no option, or more than one.
@@ -115,11 +110,59 @@ def check_choice(response: str, options: Mapping[str, str], answer: str) -> Verd
     truth = read_choice(answer, options)
     if truth.value is None:
         raise ValueError(f"the answer {answer!r} {truth.why}: give the letter or the text of one option.")
-    return read_choice(response, options).verdict(truth.value)
+    return read_choice(response, options).check(truth.value)
+
+
+def by_letter(response: str, options: Sequence[str], answer_index: int) -> bool | None:
+    """Return whether a response names the right option; None where it names none, several, or hedges.
+
+    Args:
+        options: (K,) the options' texts, which the question called A, B, C, ... in this order; at most 26.
+        answer_index: which one is right, from 0.
+
+    Raises:
+        ValueError: an index outside of the options, or more options than letters.
+    """
+    if len(options) > len(ascii_uppercase):
+        raise ValueError(f"{len(options)} options: there are letters for {len(ascii_uppercase)}.")
+    _check_index(answer_index, len(options))
+    named = read_choice(response, dict(zip(ascii_uppercase, options))).value
+    return None if named is None else named == ascii_uppercase[answer_index]
+
+
+def by_logprob(option_logps: Sequence[float], answer_index: int, lengths: Sequence[int] | None = None) -> float:
+    """Return whether the right option is the likeliest: 1 or 0; a tie at the top shares the point (1/3 of three).
+
+    Args:
+        option_logps: (K,) summed log-prob of each option as the response, nats. -inf is an impossible option.
+        answer_index: which one is right, from 0.
+        lengths: (K,) tokens of each option: compare the log-probs per token, so that short options have no head start.
+
+    Raises:
+        ValueError: no options, nan, an index outside of them, or lengths that do not fit.
+    """
+    scores = np.asarray(option_logps, dtype=np.float64)
+    if scores.ndim != 1 or not len(scores) or np.isnan(scores).any() or np.isneginf(scores).all():
+        raise ValueError(f"option log-probs {scores.tolist()}: give one number for each option.")
+    _check_index(answer_index, len(scores))
+    if lengths is not None:
+        tokens = np.asarray(lengths)
+        if tokens.shape != scores.shape or (tokens < 1).any():
+            raise ValueError(f"lengths {tokens.tolist()} for {len(scores)} options: give each one's tokens.")
+        scores = scores / tokens
+    best = scores == scores.max()
+    return float(best[answer_index] / best.sum())
+
+
+def _check_index(answer_index: int, count: int) -> None:
+    if not 0 <= answer_index < count:
+        raise ValueError(f"answer_index {answer_index} is not one of the {count} options, which count from 0.")
 
 
 def read_choice(response: str, options: Mapping[str, str]) -> Reading:
-    """The letter of the option that a response names.
+    """Read the letter of the option that a response names.
+
+    `options` are letter -> text, no two texts alike; letters are upper-case and begin with A.
 
     1. Letters count as options where they stand as labels: `B`, `b`, `(b)`, `B.`, `b) ...`, `**B**`, `option b`,
        `Answer: B`, `B is ...`. The article in `A red square` and the pronoun `I` do not. A capital A inside a sentence
@@ -137,7 +180,9 @@ def read_choice(response: str, options: Mapping[str, str]) -> Reading:
     inside = {i for start, end, _ in mentions for i in range(start, end)}
     if hedged([word.text for i, word in enumerate(found) if i not in inside]):
         return Reading(why="leaves it open")
-    stated = _behind(found, labels, "answer")
+    stated = [
+        i for i in labels if any(word.text == "answer" and word.sentence == found[i].sentence for word in found[:i])
+    ]
     letters = _affirmed(found, stated) or _affirmed(found, labels)
     quoted = {letter for start, end, letter in mentions if not negated(found, start, end)}
     if len(letters) == 1 and quoted and not letters & quoted:
@@ -148,25 +193,19 @@ def read_choice(response: str, options: Mapping[str, str]) -> Reading:
     return Reading(named[0])
 
 
-def _behind(found: Sequence[Word], labels: Sequence[int], cue: str) -> list[int]:
-    """The labels that stand behind a word in its sentence."""
-    cues = [i for i, word in enumerate(found) if word.text == cue]
-    return [i for i in labels if any(c < i and found[c].sentence == found[i].sentence for c in cues)]
-
-
 def _affirmed(found: Sequence[Word], labels: Sequence[int]) -> set[str]:
     return {found[i].text[2].upper() for i in labels if not negated(found, i, i + 1)}
 
 
 def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], list[int], list[tuple[int, int, str]]]:
-    """The words of a response, where labels stand among them, and [start, end) of each option's text."""
-    text, letters = said(_CAPITAL_ARTICLE.sub("a", response)), "".join(options)
+    """Return the words of a response, where labels stand among them, and [start, end) of each option's text."""
+    text, letters = statement(_CAPITAL_ARTICLE.sub("a", response)), "".join(options)
     if not any(re.search(r"\b(?:because|since)\b", option, re.IGNORECASE) for option in options.values()):
         text = re.sub(r"\b(?:because|since)\b[^.,;!?]*", " ", text, flags=re.IGNORECASE)
-    articles = (re.match(r"a (\w+)", plain(option), re.IGNORECASE) for option in options.values())
+    articles = (re.match(r"a (\w+)", normalize(option), re.IGNORECASE) for option in options.values())
     found = without_articles(words(_marked(text, letters, {match[1] for match in articles if match})))
-    keys = [fold(word.text) for word in found]
-    contents = {letter: _option_words(plain(option), letters) for letter, option in options.items()}
+    keys = [stem(word.text) for word in found]
+    contents = {letter: _option_words(normalize(option), letters) for letter, option in options.items()}
     mentions: list[tuple[int, int, str]] = []
     taken: dict[int, list[str]] = {}  # the words of texts found so far, longest first, and which texts
     for letter, content in sorted(contents.items(), key=lambda item: -len(item[1])):
@@ -180,8 +219,8 @@ def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], li
 
 
 def _option_words(option: str, letters: str) -> list[str]:
-    """The words by which an option's text is found; none where it is nothing but a label itself."""
-    content = [fold(text) for text in texts(without_articles(words(_marked(option, letters))))]
+    """Return the words by which an option's text is found; none where it is nothing but a label itself."""
+    content = [stem(text) for text in content_words(_marked(option, letters))]
     return [] if all(_LABEL.fullmatch(text) for text in content) else content
 
 
@@ -195,7 +234,7 @@ _CAPITAL_ARTICLE = re.compile(rf"(?:(?<=[\n\"“„«*_`])|(?<=(?<!\w)'))A(?=\s+
 
 
 def _marked(text: str, letters: str, nouns: Collection[str] = ()) -> str:
-    """The text with `__b__` in the place of every label of option B; before `nouns`, `A` is an article."""
+    """Return the text with `__b__` in the place of every label of option B; before `nouns`, `A` is an article."""
     upper, either = f"[{letters}]", f"[{letters}{letters.lower()}]"
     alone, apart = r"(?<![A-Za-z0-9_'.-])", r"(?![A-Za-z0-9_'-])"
     follows = rf"(?=<|\s*$|\s*[).:,;!?\]}}/&+|]|\s*<[/|]|\s+[-–—]|\s+{upper}{apart}|\s+{_AFTER})"
@@ -225,7 +264,7 @@ _LEAD = re.compile(
 
 
 def in_form(answer: str, options: Mapping[str, str], right: str, wrong: str) -> str | None:
-    """The answer with another option in the place of the one it names: letter for letter, text for text.
+    """Return the answer with another option in the place of the one it names: letter for letter, text for text.
 
     `(B)`, `B.`, `b) a red square`, `A red square.` keep their brackets, punctuation and capitals, so that two answers
     differ in what they say; so do words such as `Best option:` before them. None for an answer that says more than
@@ -250,8 +289,7 @@ def in_form(answer: str, options: Mapping[str, str], right: str, wrong: str) -> 
 def _text_in_form(text: str, right: str, wrong: str) -> str | None:
     if text == right:
         return wrong
-    same = [[word.text for word in without_articles(words(plain(part)))] for part in (text, right)]
-    if same[0] != same[1]:
+    if not same_words(text, right):
         return None
     if text[:1].isupper() and not right[:1].isupper():
         wrong = wrong[:1].upper() + wrong[1:]

@@ -1,7 +1,6 @@
-"""Yes/no questions: what a response says, and pairs of questions scored as VideoHallucer does.
+"""Yes/no answers: what a response says, under one of three rules, and pairs of questions scored as VideoHallucer does.
 
-Two rules read a response:
-
+- "careful", for training data: what cannot be read with certainty says nothing; see `read_yes_no`.
 - "videohallucer": the expected answer stands anywhere in the response as a word, in any case. It is the rule of
   VideoHallucer (Wang et al. 2024, arXiv 2406.16338; github.com/patrick-tssn/VideoHallucer, evaluations/) and of RRPO's
   evaluation on it (github.com/pritamqu/RRPO, eval/videohallucer/evaluation_utils.py). "Yes, there is no dog" is right
@@ -9,7 +8,7 @@ Two rules read a response:
 - "strict": the response holds exactly one of the two words, in whatever place, case and punctuation. With both of them
   it says nothing: "Yes and no", "Yes, there is no dog".
 
-Under both, "no" inside of "snowboard" or "know" is no answer.
+Under all of them, "no" inside of "snowboard" or "know" is no answer.
 """
 
 from __future__ import annotations
@@ -17,24 +16,67 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
 
+from trl_vpo.text.answers import AnswerCheck, Reading
+from trl_vpo.text.inflection import stem
+from trl_vpo.text.normalize import (
+    ARTICLES,
+    AUXILIARIES,
+    NEGATORS,
+    Word,
+    hedged,
+    normalize,
+    statement,
+    texts,
+    words,
+)
+
 Answer = Literal["yes", "no"]
-Rule = Literal["videohallucer", "strict"]
+Rule = Literal["careful", "videohallucer", "strict"]
 
-_BENCHMARK_WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-# Unlike \b: `no-one` is one word, and Markdown's `_` is not part of a word.
-_WORD = re.compile(r"[^\W_]+(?:[-'’‐‑][^\W_]+)*")
+_EVALUATION_WORDS = {
+    "videohallucer": re.compile(r"\b(?:yes|no)\b"),
+    # Unlike \b: `no-one` is one word, and Markdown's `_` is not part of a word.
+    "strict": re.compile(r"[^\W_]+(?:[-'’‐‑][^\W_]+)*"),
+}
+_POLAR = {"yes": "yes", "yeah": "yes", "yep": "yes", "yup": "yes", "no": "no", "nope": "no", "nah": "no"}
+_LEAD = re.compile(
+    r"(?:(?:well|so|ok|okay|actually|oh|hmm) )*(?:(?:based on|according to|in|from) the \S+ )?"
+    r"(?:(?:the |my |your )?(?:final |correct |short )?answer (?:to (?:the|your|this) question )?(?:(?:is|would be) )?"
+    r"|i (?:think|believe|would say|would answer) (?:that )?)?"
+)
+_POLES = ("yes", "no")
+_PRONOUNS = {"it", "he", "she", "they", "this", "that", "these", "those"}
+# Words that cannot belong to a `no` before them, as `cars` does in `No cars are visible`.
+_SUBJECTS = _PRONOUNS | ARTICLES | {"there", "i", "we", "you", "and", "or"}
+_SCENE = re.compile(r"\b(?:in|on|from) (?:the|this) (?:video|image|picture|clip|scene|frame|photo|footage)\b")
+_SMALL = ARTICLES | AUXILIARIES | _PRONOUNS | {"not", "no", "there", "any", "some"}
 
 
-def parse(response: str, rule: Rule = "videohallucer", expected: Answer | None = None) -> Answer | None:
-    """What a response says: "yes", "no", or None where the rule cannot tell.
+def read_yes_no(
+    response: str, question: str = "", *, rule: Rule = "careful", expected: Answer | None = None
+) -> Reading:
+    """Read whether a response says "yes" or "no".
+
+    The rule "careful":
+
+    1. Hedges (`not sure`, `cannot tell`, `maybe`) leave it undecided.
+    2. The first word decides: yes, yeah, yep, yup; no, nope, nah; `The answer is`, `I think`, `Well,` and the like may
+       come before it. It stands alone, before punctuation, or before a word that cannot belong to it (`No it is`),
+       unlike `No cars are visible`. Undecided if the other one comes anywhere (`Yes and no`), if a statement as in
+       rule 3 says the other (`No, it is`), or if a verb is denied behind a yes (`Yes, it does not`).
+    3. Without such a word, one sentence may repeat the question, as a statement (`There is no dog`, `The square is
+       red`), with a pronoun for a subject of one word (`It moves left`), or as a verb alone (`It does not`): no if it
+       holds `not` or `no`, else yes. The words must be the question's, in its order.
 
     Args:
+        question: what was asked, for rule 3.
         expected: the right answer. The rule "videohallucer" needs it to read a response with both words, which
-            counts as right either way; without it such a response gives None. "strict" does not look at it.
+            counts as right either way; without it such a response says nothing. The other rules do not look at it.
 
     Raises:
         TypeError: the response is no string.
@@ -42,13 +84,86 @@ def parse(response: str, rule: Rule = "videohallucer", expected: Answer | None =
     """
     if not isinstance(response, str):
         raise TypeError(f"the response {response!r} is no text. A missing response is an empty string.")
-    if rule not in ("videohallucer", "strict"):
-        raise ValueError(f'rule is {rule!r}: give "videohallucer" or "strict".')
-    words = (_BENCHMARK_WORD if rule == "videohallucer" else _WORD).findall(response)
-    said = {word.lower() for word in words} & {"yes", "no"}
-    if rule == "videohallucer" and expected in said:
-        return expected
-    return said.pop() if len(said) == 1 else None
+    if rule == "careful":
+        return _careful(_words(statement(response)), words(normalize(question)))
+    if rule not in _EVALUATION_WORDS:
+        raise ValueError(f"rule is {rule!r}: give one of careful, {', '.join(_EVALUATION_WORDS)}.")
+    answers = set(_POLES).intersection(_EVALUATION_WORDS[rule].findall(response.lower()))
+    if rule == "videohallucer" and expected in answers:
+        return Reading(expected)
+    return Reading(answers.pop()) if len(answers) == 1 else Reading(why="says both or neither")
+
+
+def yes_or_no(answer: str) -> str | None:
+    """Return what a ground truth begins with: "yes", "no" or, where it is no answer to a yes/no question, None."""
+    return _polar(_words(normalize(answer)), 0)
+
+
+def check_yes_no(response: str, answer: str, question: str = "") -> AnswerCheck:
+    """Check a yes or a no; the ground truth begins with the word `yes` or `no`.
+
+    Raises:
+        ValueError: it does not.
+    """
+    truth = yes_or_no(answer)
+    if truth is None:
+        raise ValueError(f"the answer {answer!r} says neither yes nor no: let it begin with one of them.")
+    return read_yes_no(response, question).check(truth)
+
+
+def _polar(found: Sequence[Word], at: int) -> str | None:
+    """Return the yes or no that a word is, unlike the `no` of `No cars are visible`, `No parking` or `No. 5`."""
+    if at >= len(found) or found[at].text not in _POLAR:
+        return None
+    alone = at + 1 == len(found) or found[at + 1].clause > found[at].clause or found[at + 1].text in _SUBJECTS
+    return _POLAR[found[at].text] if alone else None
+
+
+def _words(text: str) -> list[Word]:
+    return words(re.sub(r"\bno\.\s*(?=\d)", "number ", text, flags=re.IGNORECASE))
+
+
+def _careful(found: list[Word], question: list[Word]) -> Reading:
+    if hedged(texts(found)):
+        return Reading(why="leaves it open")
+    spoken = {_POLAR[word.text] for word in found if word.text in _POLAR}
+    at = _LEAD.match(" ".join(texts(found)))[0].count(" ")
+    value = _polar(found, at)
+    if value is None:
+        return Reading(why="says yes only in passing") if "yes" in spoken else _repeated(found, question)
+    parts = [list(part) for _, part in groupby(found[at + 1 :], key=lambda word: word.clause)]
+    stated = {_repeated(part, question).value for part in parts}
+    if len(spoken | stated - {None}) > 1:
+        return Reading(why="says both yes and no")
+    verbs = {word.clause for word in found if word.text in AUXILIARIES}
+    if value == "yes" and any(word.text == "not" and word.clause in verbs for word in found):
+        return Reading(why="says yes and denies something")
+    return Reading(value)
+
+
+def _repeated(found: list[Word], question: list[Word]) -> Reading:
+    """Read one sentence that repeats the question, rule 3 of `read_yes_no`."""
+    unread = Reading(why="says neither yes nor no")
+    said, asked = texts(found), texts(question)
+    denials = sum(word in ("not", "no") for word in said)
+    if not found or found[0].sentence != found[-1].sentence or denials > 1 or NEGATORS.intersection(asked):
+        return unread
+    if said[0] in AUXILIARIES:  # the question again
+        return unread
+    value = Reading("no" if denials else "yes")
+    pronoun = said[0] in _PRONOUNS
+    if len(said) == 2 + denials and (pronoun or said[0] == "there") and said[1] in AUXILIARIES:
+        return value
+    content, expected = _content(said), _content(asked)
+    same = content == expected or (pronoun and not _PRONOUNS.intersection(asked) and content == expected[1:])
+    return value if content and same else unread
+
+
+def _content(found: Sequence[str]) -> list[str]:
+    return [stem(word) for word in _SCENE.sub(" ", " ".join(found)).split() if word not in _SMALL]
+
+
+# --- pairs of questions -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,7 +202,7 @@ class PairedAnswers:
 
 
 def score_pairs(basic: Sequence[str], hallucinated: Sequence[str], rule: Rule = "videohallucer") -> PairedAnswers:
-    """Reads the responses to N basic and N hallucinated questions, in the same order.
+    """Read the responses to N basic and N hallucinated questions, in the same order.
 
     Raises:
         ValueError: unequal numbers of responses, or an unknown rule.
@@ -95,8 +210,8 @@ def score_pairs(basic: Sequence[str], hallucinated: Sequence[str], rule: Rule = 
     """
     if len(basic) != len(hallucinated):
         raise ValueError(f"{len(basic)} basic responses but {len(hallucinated)} hallucinated ones: give pairs.")
-    first = [parse(response, rule, "yes") for response in basic]
-    second = [parse(response, rule, "no") for response in hallucinated]
-    return PairedAnswers(
-        *(np.array([said == word for said in side], dtype=bool) for side in (first, second) for word in ("yes", "no"))
-    )
+    sides = [
+        [read_yes_no(response, rule=rule, expected=expected).value for response in side]
+        for side, expected in ((basic, "yes"), (hallucinated, "no"))
+    ]
+    return PairedAnswers(*(np.array([said == word for said in side], bool) for side in sides for word in _POLES))

@@ -23,7 +23,7 @@ from trl_vpo.evaluate.answering import AnswersAsTheyAre
 from trl_vpo.media.images import describe, load_image
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models.requests import Request, Sampling, stream_seed
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.responses import Failure
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 from trl_vpo.data.rows import drop_none
 from trl_vpo.errors import InputError
 from trl_vpo.generate.objects.nouns import Candidate
-from trl_vpo.text.english import singular
+from trl_vpo.text.inflection import singular
 
 Box = tuple[int, int, int, int]
 SAME_INSTANCE = 0.5  # boxes of one label that overlap more (intersection over union) show one instance

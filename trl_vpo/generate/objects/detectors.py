@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_vpo.errors import GenerateError
 from trl_vpo.generate.objects.boxes import Detection, clip_box
-from trl_vpo.text.english import with_article
+from trl_vpo.text.inflection import with_article
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from trl_vpo.text import english
-from trl_vpo.text.answers import read_yes_no
+from trl_vpo.generate.objects import word_lists as lists
+from trl_vpo.text.inflection import plain_verb, singular
+from trl_vpo.text.yes_no import read_yes_no
 
 MAX_WORDS = 4  # of a phrase, counted from its head
+_TAG = re.compile(r"<[^<>]*>")  # <image> and other markup
+_WORD = re.compile(r"[A-Za-zÀ-ÿ]+n['’]t|[A-Za-zÀ-ÿ]+(?:-[A-Za-zÀ-ÿ]+)*|['’](?:s|re|ve|ll|d|m)\b|\d+|[^\sA-Za-zÀ-ÿ\d]")
+# Of one letter for each word, see `_tag`: "black and white cat" and "large, brown dog" are one phrase.
+_PHRASE = re.compile(r"(?=[DJN])(?:[DJ]|(?<=J)C(?=J))*N+")
+_BEFORE_PREDICATE = {"very", "quite", "rather", "too", "so", "not", "also", "and", ","}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Candidate:
 
 
 def candidates(question: str, response: str) -> list[Candidate]:
-    """Noun phrases in LPOI's order: first sentence of the response, question, rest of the response; each text once.
+    """Return noun phrases in LPOI's order, each text once: first sentence of the response, question, its rest.
 
     What the response denies is no candidate: without it in the image, the response would only be truer.
     """
@@ -52,43 +58,32 @@ def candidates(question: str, response: str) -> list[Candidate]:
 
 
 def split_first_sentence(text: str) -> tuple[str, str]:
-    """The first sentence and what follows it. A line's end closes a sentence too; abbreviations do not."""
+    """Return the first sentence and what follows it. A line's end closes a sentence too; abbreviations do not."""
     text = text.strip()
     for match in re.finditer(r"[.!?]+[\"')\]]*(?=\s|$)|\n", text):
         before = text[: match.start()].split()
-        if match.group().startswith(".") and before and before[-1].strip("\"'([").lower() in english.ABBREVIATIONS:
+        if match.group().startswith(".") and before and before[-1].strip("\"'([").lower() in lists.ABBREVIATIONS:
             continue
         return text[: match.end()], text[match.end() :].strip()
     return text, ""
 
 
 def noun_phrases(text: str, denied: bool = False) -> list[str]:
-    """The phrases in the order of the text, repetitions included; with `denied`, those that it says are not there."""
+    """Return phrases in the text's order, repetitions included; with `denied`, those that it says are not there."""
     words = [w.replace("’", "'").lower() for w in _WORD.findall(_TAG.sub(" . ", text))]
-    tags: list[str] = []
+    tags = ""
     for at in range(len(words)):
-        tags.append(_tag(words, tags, at))
-    phrases, start = [], None
-    for at in range(len(words) + 1):
-        if start is not None and _ends(words, tags, start, at):
-            phrase = _phrase(words, tags, start, at)
-            phrases += [phrase] if phrase and _denied(words, start, at) == denied else []
-            start = None
-        if start is None and at < len(words) and tags[at] in "DJN":
-            start = at
-    return phrases
-
-
-_WORD = re.compile(r"[A-Za-zÀ-ÿ]+n['’]t|[A-Za-zÀ-ÿ]+(?:-[A-Za-zÀ-ÿ]+)*|['’](?:s|re|ve|ll|d|m)\b|\d+|[^\sA-Za-zÀ-ÿ\d]")
-_BEFORE_PREDICATE = {"very", "quite", "rather", "too", "so", "not", "also", "and", ","}
-_TAG = re.compile(r"<[^<>]*>")  # <image> and other markup
+        tags += _tag(words, tags, at)
+    spans = [match.span() for match in _PHRASE.finditer(tags)]
+    phrases = [_phrase(words, tags, *span) for span in spans if _denied(words, *span) == denied]
+    return [phrase for phrase in phrases if phrase]
 
 
 # --- tags -------------------------------------------------------------------------------------------------------
 
 
-def _tag(words: list[str], tags: list[str], at: int) -> str:
-    """D determiner or number, J adjective, N noun, V verb, P preposition, C "and" or comma, X all else.
+def _tag(words: list[str], tags: str, at: int) -> str:
+    """Return D determiner or number, J adjective, N noun, V verb, P preposition, C "and" or comma, X all else.
 
     Closed-class words first; then what is inside a phrase that still waits for its noun is an adjective or a noun,
     and elsewhere known verb forms are verbs.
@@ -97,98 +92,88 @@ def _tag(words: list[str], tags: list[str], at: int) -> str:
     before = tags[at - 1] if at else "P"
     if word in (",", "and", "&"):
         return "C"
-    if word.isdigit() or word in english.DETERMINERS:
+    if word.isdigit() or word in lists.DETERMINERS:
         return "X" if word == "that" and before == "N" else "D"  # "the dog that barks"
-    if word in english.PREPOSITIONS:
+    if word in lists.PREPOSITIONS:
         return "P"
-    if word in english.OTHERS or not word[0].isalpha() or (word.endswith("ly") and word not in english.NO_ADVERBS):
+    if word in lists.OTHERS or not word[0].isalpha() or _is_adverb(word):
         return "X"
-    waits, followed = before in "DJ", _content(words, at + 1)
-    alone = before == "D" and words[at - 1] in english.STANDALONE  # "one holds a bat": it need not wait for a noun
+    waits, followed = before in "DJ", _goes_on(words, at + 1)
+    alone = before == "D" and words[at - 1] in lists.STANDALONE  # "one holds a bat": it need not wait for a noun
     if "-" in word and followed and not word.endswith("ing"):  # "a double-decker old bus"
         return "J"
     if word == "light":
-        return "J" if words[at + 1 : at + 2] and words[at + 1] in english.ADJECTIVES else "N"
-    if word in english.ADJECTIVES:
+        return "J" if words[at + 1 : at + 2] and words[at + 1] in lists.ADJECTIVES else "N"
+    if word in lists.ADJECTIVES:
         return "N" if word == "orange" and before == "D" and not followed else "J"
-    if word.endswith("ing") and len(word) > 4 and word not in english.ING_NOUNS:
-        if followed and ((waits and not alone) or word in english.ING_MODIFIERS):
+    if word.endswith("ing") and len(word) > 4 and word not in lists.ING_NOUNS:
+        if followed and ((waits and not alone) or word in lists.ING_MODIFIERS):
             return "J"
         return "N" if before == "D" and not alone else "V"
-    if word in english.PAST or (word.endswith("ed") and len(word) > 3 and word not in english.ED_NOUNS):
+    if word in lists.PAST or (word.endswith("ed") and len(word) > 3 and word not in lists.ED_NOUNS):
         return "J" if followed and (waits or before in "PC") else "V"
-    if _is_verb(words, tags, at, waits and not alone):
+    if (not waits or alone) and _is_verb(words, tags, at):
         return "V"
-    long = len(word) > 5 and word not in english.ABLE_NOUNS
+    long = len(word) > 5 and word not in lists.ABLE_NOUNS
     return "J" if long and word.endswith(("ful", "ous", "ive", "less", "ish", "able", "ible")) else "N"
 
 
-def _is_verb(words: list[str], tags: list[str], at: int, waits: bool) -> bool:
-    """After a noun the -s form is a verb, and after a plural the plain form: "food stand", but "dogs stand"."""
+def _is_verb(words: list[str], tags: str, at: int) -> bool:
+    """Return whether a word is a verb: after a noun the -s form is, after a plural the plain one ("dogs stand")."""
     word, before = words[at], tags[at - 1] if at else None
-    if waits:
-        return False
-    if before == "N":
-        several = english.singular(words[at - 1]) != words[at - 1] or "and" in words[max(0, at - 4) : at]
-        if word in english.VERBS or word in english.VERBS_S:
-            return several or word in english.VERBS_S
-        after = words[at + 1] if at + 1 < len(words) else ""
-        return (
-            not several and english.singular(word) != word and after in english.DETERMINERS
-        )  # "the cat licks its paw"
-    return (word in english.VERBS and before != "P") or (word in english.VERBS_S and before not in ("P", "V"))
+    plain = word in lists.VERBS
+    s_form = not plain and plain_verb(word) in lists.VERBS
+    if before != "N":
+        return (plain and before != "P") or (s_form and before not in ("P", "V"))
+    several = singular(words[at - 1]) != words[at - 1] or "and" in words[max(0, at - 4) : at]
+    if plain or s_form:
+        return several or s_form
+    after = words[at + 1] if at + 1 < len(words) else ""
+    return not several and plain_verb(word) != word and after in lists.DETERMINERS  # "the cat licks its paw"
 
 
-def _content(words: list[str], at: int) -> bool:
-    """Whether the word there can belong to a noun phrase behind a modifier."""
-    if at >= len(words) or not words[at][0].isalpha():
+def _is_adverb(word: str) -> bool:
+    return word.endswith("ly") and word not in lists.NO_ADVERBS
+
+
+def _goes_on(words: list[str], at: int) -> bool:
+    """Return whether the word there can belong to a noun phrase behind a modifier."""
+    if at >= len(words) or not words[at][0].isalpha() or _is_adverb(words[at]):
         return False
-    word = words[at]
-    closed = word in english.DETERMINERS or word in english.PREPOSITIONS or word in english.OTHERS or word == "and"
-    return not closed and not (word.endswith("ly") and word not in english.NO_ADVERBS)
+    closed = lists.DETERMINERS | lists.PREPOSITIONS | lists.OTHERS
+    return words[at] not in closed and words[at] != "and"
 
 
 # --- phrases ----------------------------------------------------------------------------------------------------
 
 
-def _ends(words: list[str], tags: list[str], start: int, at: int) -> bool:
-    """Whether the phrase that begins at `start` is over before position `at`."""
-    if at == len(words) or tags[at] in "VPX":
-        return True
-    if tags[at] == "C":  # "black and white cat", "large, brown dog" go on
-        return not (tags[at - 1] == "J" and at + 1 < len(words) and tags[at + 1] == "J")
-    return tags[at] in "DJ" and "N" in tags[start:at]
-
-
-def _phrase(words: list[str], tags: list[str], start: int, end: int) -> str | None:
-    """The phrase words[start:end] as a candidate, or None if it names nothing that can be seen."""
-    if tags[end - 1] != "N":
+def _phrase(words: list[str], tags: str, start: int, end: int) -> str | None:
+    """Return the phrase words[start:end] as a candidate, or None if it names nothing that can be seen."""
+    head = singular(words[end - 1])
+    if {head, words[end - 1]} & (lists.SKIPPED | lists.ABBREVIATIONS) or len(head) < 2:
         return None
-    head = english.singular(words[end - 1])
-    if {head, words[end - 1]} & (english.SKIPPED | english.ABBREVIATIONS) or len(head) < 2:
+    if head.endswith(lists.ABSTRACT) and head not in lists.CONCRETE:
         return None
-    if head.endswith(english.ABSTRACT) and head not in english.CONCRETE:
-        return None
-    if head in english.GATHERERS and words[end : end + 1] == ["of"]:
+    if head in lists.GATHERERS and words[end : end + 1] == ["of"]:
         return None
     if "D" not in tags[start:end] and head == words[end - 1] and _is_predicate(words, start):
         return None
     pairs = zip(words[start : end - 1], tags[start:end])
-    before = [w for w, tag in pairs if (tag in "JN" and w not in english.UNSEEN) or w == "and"]
+    before = [w for w, tag in pairs if (tag in "JN" and w not in lists.UNSEEN) or w == "and"]
     before = before[-(MAX_WORDS - 1) :]
     joined = [w for i, w in enumerate(before) if w != "and" or 0 < i < len(before) - 1]
     return " ".join([*joined, head])
 
 
 def _denied(words: list[str], start: int, end: int) -> bool:
-    """ "no dog", "without a dog", "is not a dog", "isn't a dog"."""
+    """Return whether a phrase is not there: "no dog", "without a dog", "is not a dog", "isn't a dog"."""
     before = words[start - 1] if start else ""
     return "no" in words[start:end] or before in ("not", "without") or before.endswith("n't")
 
 
 def _is_predicate(words: list[str], start: int) -> bool:
-    """ "The cat is asleep": a bare word behind a copula says how something is, except in "there is snow"."""
+    """Return whether a bare word says how something is ("The cat is asleep"), unlike in "there is snow"."""
     at = start - 1
-    while at >= 0 and (words[at].endswith("ly") or words[at] in _BEFORE_PREDICATE or words[at] in english.ADJECTIVES):
+    while at >= 0 and (words[at].endswith("ly") or words[at] in _BEFORE_PREDICATE or words[at] in lists.ADJECTIVES):
         at -= 1
-    return at >= 0 and words[at] in english.COPULAS and not (at and words[at - 1] == "there")
+    return at >= 0 and words[at] in lists.COPULAS and not (at and words[at - 1] == "there")

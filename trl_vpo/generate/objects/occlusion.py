@@ -18,9 +18,9 @@ from trl_vpo.generate.objects.boxes import Choice
 from trl_vpo.media.load import Media
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.models.requests import AnsweringModel, Request, stream_seed
-from trl_vpo.text.answers import read_yes_no
-from trl_vpo.text.english import with_article
-from trl_vpo.text.reading import Failure
+from trl_vpo.text.inflection import with_article
+from trl_vpo.text.responses import Failure
+from trl_vpo.text.yes_no import read_yes_no
 
 
 @dataclass(eq=False)

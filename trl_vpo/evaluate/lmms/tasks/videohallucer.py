@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.errors import EvaluateError
-from trl_vpo.text.yes_no import parse
+from trl_vpo.text.yes_no import read_yes_no
 
 ROOT = "VIDEOHALLUCER_ROOT"
 SUBSETS = ("object_relation", "temporal", "semantic_detail", "external_factual", "external_nonfactual")
@@ -138,7 +138,7 @@ def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str
 def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
     """One record of the answer under the name of every metric; each metric is made of all records."""
     record = {"pair": doc["pair"], "side": doc["side"], "expected": doc["answer"]}
-    record["said"] = parse(results[0], "videohallucer", doc["answer"])
+    record["said"] = read_yes_no(results[0], rule="videohallucer", expected=doc["answer"]).value
     return dict.fromkeys(METRICS, record)
 
 

@@ -1,4 +1,4 @@
-"""English words by kind: what `generate/objects/nouns.py` tags text with. Lower case, not complete."""
+"""English words by kind, with which `nouns.py` tags text: lower case, not complete."""
 
 from __future__ import annotations
 
@@ -107,47 +107,3 @@ CONCRETE = _words(
     "fence appliance entrance vegetation decoration intersection plantation television cushion mansion compartment "
     "condiment parchment ship battleship spaceship steamship residence cement document parliament"
 )
-IRREGULAR = {
-    "people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "teeth": "tooth",
-    "geese": "goose", "mice": "mouse", "knives": "knife", "leaves": "leaf", "shelves": "shelf", "wolves": "wolf",
-    "loaves": "loaf", "halves": "half", "scarves": "scarf", "calves": "calf", "wives": "wife", "hooves": "hoof",
-    "oxen": "ox", "buses": "bus", "lenses": "lens", "firemen": "fireman", "policemen": "policeman",
-    "fishermen": "fisherman", "snowmen": "snowman", "businessmen": "businessman", "canvases": "canvas",
-    "bookshelves": "bookshelf", "gases": "gas", "cacti": "cactus", "buffaloes": "buffalo", "quizzes": "quiz",
-}  # fmt: skip
-NO_SINGULAR = _words(
-    "glasses sunglasses eyeglasses pants jeans shorts scissors trousers binoculars headphones goggles tongs clothes "
-    "tights leggings pajamas overalls pliers lens canvas gas always series species swiss christmas headquarters news "
-    "atlas pancreas texas kansas paris"
-)
-IES = _words("movies cookies brownies zombies selfies hoodies birdies smoothies veggies eyries genies calories")
-OES = _words("tomatoes potatoes heroes mangoes mosquitoes volcanoes torpedoes buffaloes echoes tornadoes")
-
-
-def _third_person(verb: str) -> str:
-    if verb.endswith(("s", "x", "z", "ch", "sh", "o")):
-        return verb + "es"
-    return verb[:-1] + "ies" if verb.endswith("y") and verb[-2] not in "aeou" else verb + "s"
-
-
-VERBS_S = frozenset(_third_person(verb) for verb in VERBS)
-
-
-def singular(word: str) -> str:
-    """The singular of a lower-case noun; words that are none, or have none, come back as they are."""
-    if word in IRREGULAR:
-        return IRREGULAR[word]
-    if word in NO_SINGULAR or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
-        return word
-    if word.endswith("ies") and len(word) > 4 and word not in IES:
-        return word[:-3] + "y"
-    if word.endswith(("sses", "shes", "ches", "xes", "zzes")) or word in OES:
-        return word[:-2]
-    return word[:-1]
-
-
-def with_article(name: str) -> str:
-    """ "a dog", "an umbrella"; words without a singular stay alone: "scissors"."""
-    if name.split()[-1:] and name.split()[-1] in NO_SINGULAR:
-        return name
-    return f"{'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}"
