@@ -230,5 +230,5 @@ def test_the_table_names_every_measure(model, base):
 
 
 def test_scorers_import_without_torch():
-    code = "import sys, trl_vpo.evaluate.measures, trl_vpo.text.choice; sys.exit('torch' in sys.modules)"
+    code = "import sys, trl_vpo.evaluate.measures, trl_vpo.text.choices; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

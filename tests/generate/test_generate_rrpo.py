@@ -12,8 +12,8 @@ from trl_vpo.data.rows import read_row
 from trl_vpo.errors import InputError
 from trl_vpo.generate.rrpo import RRPOGenerateConfig, RRPOPipeline
 from trl_vpo.generate.tasks import read_task
+from trl_vpo.media.corruptions import PerturbSettings, perturb
 from trl_vpo.media.load import Media, VideoOptions, load_video
-from trl_vpo.media.perturb import PerturbSettings, perturb
 from trl_vpo.models.requests import AnsweringModel, stream_seed
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.testbed import language, world

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_vpo.media.damage import Damage, DamageSettings, apply_damage, damage, draw_damage
+from trl_vpo.media.corruptions import Damage, DamageSettings, apply_damage, damage, draw_damage
 from trl_vpo.media.load import Clip, Media
 
 SETTINGS = DamageSettings()

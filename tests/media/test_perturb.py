@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from trl_vpo.errors import InputError
+from trl_vpo.media.corruptions import FILL, MODES, PerturbSettings, effective_mode, mask_size, perturb
 from trl_vpo.media.load import Media, VideoOptions, load_video
-from trl_vpo.media.perturb import FILL, MODES, PerturbSettings, effective_mode, mask_size, perturb
 from trl_vpo.testbed import world
 
 SEEDS = range(30)

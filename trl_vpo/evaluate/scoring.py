@@ -20,10 +20,10 @@ from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import Row
 from trl_vpo.errors import InputError, MediaError, RowError
 from trl_vpo.forward.tree import Tree
+from trl_vpo.media.corruptions import PerturbSettings, perturb
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media
 from trl_vpo.media.masking import masked_image_list
-from trl_vpo.media.perturb import PerturbSettings, perturb
 from trl_vpo.models.requests import stream_seed
 
 PAIR = "pair"  # the probe of both responses; the one whose KL is wanted

@@ -2,7 +2,7 @@
 
 Winning response: the model answers with the ground truth as a hint in the prompt; it is then shown this first answer
 and the ground truth, and improves the answer (reflection). Losing response: the same model answers the plain question
-on a damaged clip (`damage.py`). The training row has the plain question and the untouched media. A pair whose losing
+on a damaged clip (`corruptions.py`). The training row has the plain question and the untouched media. A pair whose losing
 response is right after all, by the rules of `tasks.py`, or whose winning one is wrong, is left out.
 
 The paper's prompts are not published: the ones here are ours, and settings. So are the filters, which are all off
@@ -23,7 +23,7 @@ from trl_vpo.errors import GenerateError, InputError
 from trl_vpo.generate.config import GenerateConfig, check_template
 from trl_vpo.generate.pipeline import Pipeline, training_row
 from trl_vpo.generate.tasks import Task, read_task
-from trl_vpo.media.damage import DamageSettings, damage
+from trl_vpo.media.corruptions import DamageSettings, damage
 from trl_vpo.media.load import Media
 from trl_vpo.models.requests import Request, stream_seed
 from trl_vpo.runs.outcome import Outcome

@@ -1,6 +1,6 @@
 """RRPO's self-alignment data (Sarkar & Etemad, NeurIPS 2025, arXiv 2504.12083): videos or images with questions.
 
-The model answers on perturbed media (`perturb.py`). Where its answer is wrong, the ground truth is chosen and the
+The model answers on perturbed media (`corruptions.py`). Where its answer is wrong, the ground truth is chosen and the
 wrong answer rejected; the phrases are what differs between them. Multiple choice, yes/no and short answers are checked
 by rules (`choices.py`, `answers.py`), and short ones that no rule can decide by a judge. Open-ended ones are checked
 by the judge, which then rewrites the ground truth with the model's mistakes (`judge.py`). The training row has the
@@ -34,8 +34,8 @@ from trl_vpo.generate.pipeline import Pipeline, training_row
 from trl_vpo.generate.rrpo_config import RRPOGenerateConfig
 from trl_vpo.generate.rrpo_figures import figures
 from trl_vpo.generate.tasks import Task, read_task
+from trl_vpo.media.corruptions import effective_mode, perturb
 from trl_vpo.media.load import Media
-from trl_vpo.media.perturb import effective_mode, perturb
 from trl_vpo.models.requests import Request, stream_seed
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG

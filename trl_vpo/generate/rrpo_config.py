@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from trl_vpo.generate.config import GenerateConfig, check_template
 from trl_vpo.generate.judge import DIFFERENCES_PROMPT, REWRITE_PROMPT
-from trl_vpo.media.perturb import MODES, PerturbSettings
+from trl_vpo.media.corruptions import MODES, PerturbSettings
 from trl_vpo.models.requests import Sampling
 from trl_vpo.text.answers import SHORT_WORDS
 

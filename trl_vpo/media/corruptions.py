@@ -1,0 +1,270 @@
+"""Corrupted media, on which a model is asked so that it answers worse. What is drawn follows from the seed alone.
+
+Damage, for LeanPO's losing response (arXiv 2506.05260): few frames of a clip are left, and one random-resized crop,
+colour jitter, greyscale, Gaussian blur and horizontal flip are the same for all of them. The flip is the paper's. It
+exchanges left and right, so for a question about directions the losing response may be wrong for no other reason;
+`flip_p=0` leaves it out.
+
+Perturbation, for RRPO's mistakes (arXiv 2504.12083, section 3.1): one square, at the same place in every frame of a
+clip, covers 25-50 % of the area with a light grey; and the frames change places within short windows ("local") or over
+the whole clip ("global"). The timestamps stay, so the model is told nothing about it. The paper found masking with
+local shuffling to work best. It gives neither the windows nor the kind of permutation: both are ours, see `_shuffled`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from trl_vpo.errors import InputError
+from trl_vpo.media.load import Clip, Media
+
+# --- damage -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DamageSettings:
+    """The ranges that damage is drawn from; the defaults are the paper's.
+
+    Attributes:
+        num_frames: frames left of a clip; all of a shorter one.
+        area: share of the frame that the crop keeps.
+        ratio: width / height of the crop, drawn evenly in its logarithm. In a frame too narrow for it, the crop is
+            cut to the frame.
+        brightness, contrast, saturation: factors are drawn from 1 - value to 1 + value.
+        hue: shift, drawn from -value to value in turns of the colour circle.
+        jitter_p, grey_p, flip_p: how often there is colour jitter, greyscale, a flip.
+        blur_sigma: pixels of the frame's own size; there always is blur, as no probability is given for it.
+    """
+
+    num_frames: int = 2
+    area: tuple[float, float] = (0.08, 0.30)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    flip_p: float = 0.5
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The damage of one clip or image.
+
+    Attributes:
+        frames: positions of the frames that are left, ascending.
+        crop: (top, left, height, width) in pixels; scaled back to the size of the frame.
+        jitter: (name, factor) of brightness, contrast, saturation and hue in the order they are applied; or empty.
+        grey, flip: whether there is greyscale, a horizontal flip.
+        sigma: of the blur, in pixels.
+    """
+
+    frames: tuple[int, ...]
+    crop: tuple[int, int, int, int]
+    jitter: tuple[tuple[str, float], ...]
+    grey: bool
+    sigma: float
+    flip: bool
+
+
+def damage(media: Media, rng: np.random.Generator, settings: DamageSettings) -> Media:
+    """Return damaged copies of all clips and images, each with a damage of its own.
+
+    Sizes stay, and the frames that are left keep their timestamps. A clip may be left with a single frame.
+    """
+    images, videos = [], []
+    for image in media.images:
+        frames = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
+        drawn = draw_damage(rng, 1, frames.shape[1:3], settings)
+        images.append(Image.fromarray(apply_damage(frames, drawn)[0]))
+    for clip in media.videos:
+        drawn = draw_damage(rng, len(clip.frames), clip.frames.shape[1:3], settings)
+        kept = clip.timestamps[list(drawn.frames)]
+        videos.append(replace(clip, frames=apply_damage(clip.frames, drawn), timestamps=kept))
+    return Media(tuple(images), tuple(videos))
+
+
+def draw_damage(rng: np.random.Generator, num_frames: int, size: tuple[int, int], settings: DamageSettings) -> Damage:
+    """Draw the damage of a clip of `num_frames` frames of `size` (height, width)."""
+    left = rng.choice(num_frames, size=min(num_frames, settings.num_frames), replace=False)
+    crop = _draw_crop(rng, size, settings)
+    jitter = [
+        ("brightness", rng.uniform(1 - settings.brightness, 1 + settings.brightness)),
+        ("contrast", rng.uniform(1 - settings.contrast, 1 + settings.contrast)),
+        ("saturation", rng.uniform(1 - settings.saturation, 1 + settings.saturation)),
+        ("hue", rng.uniform(-settings.hue, settings.hue)),
+    ]
+    order = rng.permutation(len(jitter))
+    return Damage(
+        frames=tuple(sorted(left.tolist())),
+        crop=crop,
+        jitter=tuple(jitter[i] for i in order) if rng.random() < settings.jitter_p else (),
+        grey=bool(rng.random() < settings.grey_p),
+        sigma=rng.uniform(*settings.blur_sigma),
+        flip=bool(rng.random() < settings.flip_p),
+    )
+
+
+def _draw_crop(rng: np.random.Generator, size: tuple[int, int], settings: DamageSettings) -> tuple[int, int, int, int]:
+    height, width = size
+    area = rng.uniform(*settings.area) * height * width
+    ratio = math.exp(rng.uniform(*(math.log(value) for value in settings.ratio)))
+    h = min(height, max(1, round(math.sqrt(area / ratio))))
+    w = min(width, max(1, round(math.sqrt(area * ratio))))
+    return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+
+
+def apply_damage(frames: np.ndarray, drawn: Damage) -> np.ndarray:
+    """Return the frames that `drawn` leaves of (T, H, W, 3) uint8, damaged: (len(drawn.frames), H, W, 3) uint8."""
+    import torch
+    from torchvision.transforms.v2 import functional as F
+
+    height, width = frames.shape[1:3]
+    picked = torch.from_numpy(frames[list(drawn.frames)]).permute(0, 3, 1, 2)  # (T, 3, H, W); indexing has copied
+    picked = F.resized_crop(picked, *drawn.crop, size=[height, width], antialias=True)
+    for name, factor in drawn.jitter:
+        picked = getattr(F, f"adjust_{name}")(picked, factor)
+    if drawn.grey:
+        picked = F.rgb_to_grayscale(picked, num_output_channels=3)
+    # three sigma on each side hold 99.7 % of the kernel; the mirrored border must be shorter than the frame
+    reach = min(math.ceil(3 * drawn.sigma), height - 1, width - 1)
+    picked = F.gaussian_blur(picked, kernel_size=[2 * reach + 1] * 2, sigma=[drawn.sigma] * 2)
+    if drawn.flip:
+        picked = F.horizontal_flip(picked)
+    return picked.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+# --- perturbation -----------------------------------------------------------------------------------------------
+
+FILL = (245, 245, 245)
+MODES = ("mask+local", "mask+global", "mask", "local", "global")
+
+
+@dataclass(frozen=True)
+class PerturbSettings:
+    """How media are perturbed; the defaults are the paper's, apart from the window.
+
+    Attributes:
+        mode: one of `MODES`.
+        area: smallest and largest share of the frame that is masked.
+        window: frames that change places with each other in local shuffling.
+    """
+
+    mode: str = "mask+local"
+    area: tuple[float, float] = (0.25, 0.5)
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"perturbation is {self.mode!r}: one of {', '.join(MODES)}.")
+        if not 0 < self.area[0] <= self.area[1] < 1:
+            raise ValueError(f"the masked area is {self.area}: give two shares above 0 and below 1, in order.")
+        if self.window < 2:
+            raise ValueError(f"shuffle_window is {self.window}: give at least 2 frames.")
+
+
+def perturb(media: Media, seed: int, settings: PerturbSettings) -> Media:
+    """Return perturbed copies of all images and clips; sizes, frame counts and timestamps stay.
+
+    Each image and each clip has a mask of its own. The same seed draws the same masks in every mode with masks.
+
+    Raises:
+        InputError: nothing can be perturbed in this mode, see `effective_mode`.
+    """
+    parts = effective_mode(media, settings).split("+")
+    masks, orders = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
+    images, videos = list(media.images), [clip.frames for clip in media.videos]
+    if "mask" in parts:
+        pictures = (np.asarray(image.convert("RGB"))[None] for image in images)  # (1, H, W, 3) each
+        images = [Image.fromarray(_masked(picture, masks, settings.area)[0]) for picture in pictures]
+        videos = [_masked(frames, masks, settings.area) for frames in videos]
+    if parts[-1] != "mask":
+        videos = [frames[_shuffled(_windows(len(frames), settings), orders)] for frames in videos]
+    return Media(tuple(images), tuple(replace(clip, frames=f) for clip, f in zip(media.videos, videos)))
+
+
+def effective_mode(media: Media, settings: PerturbSettings) -> str:
+    """Return what of the mode these media allow: images, single frames and still clips cannot be shuffled.
+
+    Raises:
+        InputError: the mode only shuffles, and there is nothing to shuffle.
+    """
+    if settings.mode == "mask" or any(_moves(clip, settings) for clip in media.videos):
+        return settings.mode
+    if settings.mode.startswith("mask"):
+        return "mask"
+    raise InputError(
+        f"{settings.mode} shuffling changes nothing: the row has {len(media.images)} image(s) and "
+        f"{len(media.videos)} clip(s), none with different frames to exchange. Use a perturbation with mask."
+    )
+
+
+def _moves(clip: Clip, settings: PerturbSettings) -> bool:
+    windows = _windows(len(clip.frames), settings)
+    return any((clip.frames[start + 1 : end] != clip.frames[start]).any() for start, end in windows)
+
+
+def _masked(frames: np.ndarray, rng: np.random.Generator, area: tuple[float, float]) -> np.ndarray:
+    """Return a copy of (T, H, W, 3) uint8 frames with one box, the same in all of them, filled with `FILL`."""
+    height, width = frames.shape[1:3]
+    box_height, box_width = mask_size(height, width, rng.uniform(*area), area)
+    top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
+    frames = frames.copy()
+    frames[:, top : top + box_height, left : left + box_width] = FILL
+    return frames
+
+
+def mask_size(height: int, width: int, share: float, area: tuple[float, float]) -> tuple[int, int]:
+    """Return (height, width) in pixels of the box that covers about `share` of a frame.
+
+    A square where it fits. Where its side would be longer than the short side of the frame (with half of the area
+    masked: from an aspect of 2:1 on), the area is kept: the box is as high (or wide) as the frame, and as much wider
+    as it takes. Whole pixels are chosen so that the covered share lies within `area`; only in a frame of a few pixels
+    there may be no such number, and then the box is the next smaller one, of at least one pixel.
+    """
+    short, long = sorted((height, width))
+    side = math.sqrt(share * short * long)
+    if side <= short:
+        low, high = (math.sqrt(limit * short * long) for limit in area)
+        size = _whole(side, low, high)
+        return size, size
+    length = _whole(share * long, area[0] * long, area[1] * long)
+    return (short, length) if height <= width else (length, short)
+
+
+def _whole(value: float, low: float, high: float) -> int:
+    """Return the whole number nearest to `value` between the limits."""
+    return max(1, min(max(round(value), math.ceil(low)), math.floor(high)))
+
+
+def _windows(count: int, settings: PerturbSettings) -> list[tuple[int, int]]:
+    """Return [start, end) of the windows within which frames change places; for global shuffling there is one.
+
+    A last window of a single frame joins the window before it.
+    """
+    size = count if settings.mode.endswith("global") else settings.window
+    starts = list(range(0, count, size))
+    if len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], count]))
+
+
+def _shuffled(windows: list[tuple[int, int]], rng: np.random.Generator) -> np.ndarray:
+    """Return the order (T,) in which the frames are shown.
+
+    Every window is permuted by one random cycle through all its places (Sattolo's algorithm). So no frame stays where
+    it was, and the window looks different as soon as two of its frames do: were it to look the same, each frame would
+    equal the next of the cycle, and thus all of them.
+    """
+    order = np.arange(windows[-1][1])
+    for start, end in windows:
+        for place in range(end - 1, start, -1):
+            other = int(rng.integers(start, place))
+            order[[place, other]] = order[[other, place]]
+    return order
