@@ -2,11 +2,11 @@
 
 Winning response: the model answers with the ground truth as a hint in the prompt; it is then shown this first answer
 and the ground truth, and improves the answer (reflection). Losing response: the same model answers the plain question
-on a damaged clip (`corruptions.py`). The training row has the plain question and the untouched media. A pair whose losing
-response is right after all, by the rules of `tasks.py`, or whose winning one is wrong, is left out.
+on a damaged clip (`trl_vpo.media.corruptions`). The training row has the plain question and the untouched media. A
+pair whose losing response is right after all, by the rules of `tasks.py`, or whose winning one is wrong, is left out.
 
 The paper's prompts are not published: the ones here are ours, and settings. So are the filters, which are all off
-unless set, and the similarity that stands for trustworthiness (`similarity.py`).
+unless set, and the similarity that stands for trustworthiness (`trl_vpo.text.similarity`).
 """
 
 from __future__ import annotations
@@ -61,35 +61,35 @@ _ROUNDING = 1e-9  # 0.7 - 0.4 is a margin of 0.3
 
 @dataclass
 class LeanPOGenerateConfig(GenerateConfig):
-    """Settings of LeanPO's pipeline.
+    """Settings of LeanPO's pipeline; trust is the similarity with the ground truth, 0 to 1."""
 
-    Parameters:
-        hint_prompt (`str`): with `{question}` and `{answer}`, the ground truth. Other braces are doubled.
-        reflection_prompt (`str`): with `{first_answer}` too.
-        reflection (`bool`, defaults to `True`): off, the first answer is the winning response.
-        plain_answer (`bool`, defaults to `True`): also ask the plain question, greedily, to compare in the summary.
-        num_damaged_frames (`int`, defaults to 2): frames left of a damaged clip.
-        flip_probability (`float`, defaults to 0.5): how often they are flipped, 0 where left and right matter.
-        min_margin (`float`, *optional*): least margin of the rewards, in nats per token before beta.
-        min_trust, min_trust_margin (`float`, *optional*): least trust of the winning response, and least margin over
-            the losing one; trust is the similarity with the ground truth, 0 to 1.
-        keep_top (`float`, *optional*): of the rows that pass all this, keep this share, those with the largest trust
-            margin; rounded up.
-    """
-
-    hint_prompt: str = field(default=HINT_PROMPT, metadata={"help": "Prompt with {question} and {answer}."})
+    hint_prompt: str = field(
+        default=HINT_PROMPT,
+        metadata={"help": "Prompt with {question} and {answer}, the ground truth; other braces are doubled."},
+    )
     reflection_prompt: str = field(
         default=REFLECTION_PROMPT, metadata={"help": "Prompt with {question}, {answer} and {first_answer}."}
     )
-    reflection: bool = field(default=True, metadata={"help": "Let the model improve its hinted answer."})
-    plain_answer: bool = field(default=True, metadata={"help": "Ask the plain question too, for the summary."})
+    reflection: bool = field(
+        default=True, metadata={"help": "Let the model improve its hinted answer; off, the first answer wins."}
+    )
+    plain_answer: bool = field(
+        default=True, metadata={"help": "Ask the plain question too, greedily, to compare in the summary."}
+    )
     num_damaged_frames: int = field(default=2, metadata={"help": "Frames left of a damaged clip."})
-    flip_probability: float = field(default=0.5, metadata={"help": "How often damaged media are flipped."})
-    min_margin: float | None = field(default=None, metadata={"help": "Least margin of the rewards, nats per token."})
+    flip_probability: float = field(
+        default=0.5, metadata={"help": "How often damaged media are flipped: 0 where left and right matter."}
+    )
+    min_margin: float | None = field(
+        default=None, metadata={"help": "Least margin of the rewards, nats per token before beta."}
+    )
     min_trust: float | None = field(default=None, metadata={"help": "Least trust of the winning response, 0 to 1."})
-    min_trust_margin: float | None = field(default=None, metadata={"help": "Least margin of the trusts, -1 to 1."})
+    min_trust_margin: float | None = field(
+        default=None, metadata={"help": "Least margin of its trust over the losing response's, -1 to 1."}
+    )
     keep_top: float | None = field(
-        default=None, metadata={"help": "Share of the rows to keep, by trust margin, above 0 and up to 1."}
+        default=None,
+        metadata={"help": "Share of the rows to keep, those with the largest trust margins: above 0, up to 1."},
     )
 
     def __post_init__(self) -> None:
@@ -115,8 +115,8 @@ class LeanPOGenerateConfig(GenerateConfig):
 
 
 @dataclass
-class _Work:
-    """One input on its way: the answers by stage, and why there is no pair once that is known."""
+class _Pair:
+    """One input on its way to a pair: the answers by stage, and why there is no pair once that is known."""
 
     row: InputRow
     media: Media
@@ -134,12 +134,16 @@ class _Work:
         return self.row.example["answer"].strip()
 
     @property
-    def pair(self) -> tuple[str, str]:
+    def responses(self) -> tuple[str, str]:
         """The winning and the losing response."""
         return self.answers.get("reflection", self.answers["hint"]), self.answers["damaged"]
 
     def reject(self, kind: str, reason: str) -> None:
         self.kind, self.reason = kind, reason
+
+
+def _open(pairs: Iterable[_Pair]) -> list[_Pair]:
+    return [pair for pair in pairs if not pair.reason]
 
 
 class LeanPOPipeline(Pipeline):
@@ -170,28 +174,26 @@ class LeanPOPipeline(Pipeline):
             raise InputError("the row has neither a video nor an image: LeanPO needs media that it can damage.")
 
     def preview(self, row: InputRow, media: Media) -> list[tuple[str, Request]]:
-        work = _Work(row, media, {"hint": "<the first answer>"})
-        return [(STAGES[stage], self._request(stage, work)) for stage in self._stages()]
+        pair = _Pair(row, media, {"hint": "<the first answer>"})
+        return [(STAGES[stage], self._request(stage, pair)) for stage in self._stages()]
 
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
-        works = [_Work(row, media) for row, media in batch]
+        pairs = [_Pair(row, media) for row, media in batch]
         for stage in self._stages():
-            self._ask(stage, [work for work in works if not work.reason])
-        pairs = [work for work in works if not work.reason]
-        for work in pairs:
-            self._judge(work)
+            self._ask(stage, _open(pairs))
+        for pair in _open(pairs):
+            self._compare(pair)
         if self.model.can_score:
-            self._score([work for work in pairs if not work.reason])
-        for work in pairs:
-            if not work.reason:
-                self._filter(work)
-        return [self._outcome(work) for work in works]
+            self._score(_open(pairs))
+        for pair in _open(pairs):
+            self._filter(pair)
+        return [self._outcome(pair) for pair in pairs]
 
     def select(self, outcomes: list[Outcome]) -> list[Outcome]:
         return outcomes if self.config.keep_top is None else keep_top(outcomes, self.config.keep_top)
 
     def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
-        """`similarity.pair_figures` over every pair of responses that came about, kept or not.
+        """Return `pair_figures` over every pair of responses that came about, kept or not.
 
         Where a filter is set, the same over the pairs that were kept, as `kept_...`.
         """
@@ -199,99 +201,95 @@ class LeanPOPipeline(Pipeline):
         groups = {"": [notes for notes, _ in pairs]}
         if any(getattr(self.config, name) is not None for name in (*FILTERS, "keep_top")):
             groups["kept_"] = [notes for notes, kept in pairs if kept]
-        what = {"plain": self.config.plain_answer, "rewards": self.model is not None and self.model.can_score}
-        return {
-            prefix + name: figure
-            for prefix, notes in groups.items()
-            for name, figure in pair_figures(notes, **what).items()
-        }
+        options = {"plain": self.config.plain_answer, "rewards": self.model is not None and self.model.can_score}
+        figures = {prefix: pair_figures(notes, **options) for prefix, notes in groups.items()}
+        return {prefix + name: figure for prefix, group in figures.items() for name, figure in group.items()}
 
     def _stages(self) -> list[str]:
         skipped = {"reflection": not self.config.reflection, "plain": not self.config.plain_answer}
         return [stage for stage in STAGES if not skipped.get(stage)]
 
-    def _request(self, stage: str, work: _Work) -> Request:
-        seed, text, media = self.config.seed, work.question, work.media
+    def _request(self, stage: str, pair: _Pair) -> Request:
+        seed, media, values = self.config.seed, pair.media, {"question": pair.question, "answer": pair.truth}
         if stage == "hint":
-            text = self.config.hint_prompt.format(question=text, answer=work.truth)
+            text = self.config.hint_prompt.format(**values)
         elif stage == "reflection":
-            text = self.config.reflection_prompt.format(
-                question=text, answer=work.truth, first_answer=work.answers["hint"]
-            )
-        elif stage == "damaged":
-            rng = np.random.default_rng(stream_seed(seed, work.row.id, "damage"))
+            text = self.config.reflection_prompt.format(**values, first_answer=pair.answers["hint"])
+        else:
+            text = pair.question
+        if stage == "damaged":
+            rng = np.random.default_rng(stream_seed(seed, pair.row.id, "damage"))
             media = damage(media, rng, self.config.damage_settings())
-        return Request([work.row.user_message(text)], media, stream_seed(seed, work.row.id, stage))
+        return Request([pair.row.user_message(text)], media, stream_seed(seed, pair.row.id, stage))
 
-    def _ask(self, stage: str, works: list[_Work]) -> None:
-        if not works:
+    def _ask(self, stage: str, pairs: list[_Pair]) -> None:
+        if not pairs:
             return
         sampling = self.config.sampling(temperature=0.0) if stage == "plain" else self.config.sampling()
-        answers = self.model.answer([self._request(stage, work) for work in works], sampling)
-        for work, answer in zip(works, answers, strict=True):
+        answers = self.model.answer([self._request(stage, pair) for pair in pairs], sampling)
+        for pair, answer in zip(pairs, answers, strict=True):
             if not isinstance(answer, Failure):
-                work.answers[stage] = answer
+                pair.answers[stage] = answer
             elif stage == "plain":  # the pair does not need it
-                work.notes["plain_failure"] = answer.reason
+                pair.notes["plain_failure"] = answer.reason
             else:
-                work.reject("no answer", f"there is no {STAGES[stage]}: {answer.reason}")
+                pair.reject("no answer", f"there is no {STAGES[stage]}: {answer.reason}")
 
-    def _judge(self, work: _Work) -> None:
+    def _compare(self, pair: _Pair) -> None:
         """Compare both responses with the ground truth, and with each other."""
-        for side, text in zip(("chosen", "rejected"), work.pair):
-            work.notes[f"{side}_trust"] = similarity(text, work.truth)
-            work.notes[f"{side}_right"] = right(text, work.truth)
+        chosen, rejected = pair.responses
+        for side, text in (("chosen", chosen), ("rejected", rejected)):
+            pair.notes[f"{side}_trust"] = similarity(text, pair.truth)
+            pair.notes[f"{side}_right"] = right(text, pair.truth)
         if self.config.plain_answer:
-            work.notes["plain_right"] = "plain" in work.answers and right(work.answers["plain"], work.truth)
-        if right(*work.pair):
-            work.reject(
-                "identical responses", f"both responses say {work.pair[0][:200]!r}, up to case and punctuation."
-            )
-        elif task := _task(work.row):
-            chosen, rejected = (task.check(text).result for text in work.pair)
-            if rejected == RIGHT:
-                work.reject("losing response is right", f"{work.pair[1][:200]!r} is right: {work.truth[:200]!r}.")
-            elif chosen == WRONG and task.kind != "open":  # other words are nothing wrong in an open-ended answer
-                work.reject("winning response is wrong", f"{work.pair[0][:200]!r} is not {work.truth[:200]!r}.")
+            pair.notes["plain_right"] = "plain" in pair.answers and right(pair.answers["plain"], pair.truth)
+        task = _task(pair.row)
+        if right(chosen, rejected):
+            pair.reject("identical responses", f"both responses say {chosen[:200]!r}, up to case and punctuation.")
+        elif task and task.check(rejected).result == RIGHT:
+            pair.reject("losing response is right", f"{rejected[:200]!r} is right: {pair.truth[:200]!r}.")
+        elif task and task.kind != "open" and task.check(chosen).result == WRONG:
+            # not for open-ended answers, where other words are nothing wrong
+            pair.reject("winning response is wrong", f"{chosen[:200]!r} is not {pair.truth[:200]!r}.")
 
-    def _score(self, works: list[_Work]) -> None:
-        """The rewards of both responses and of the ground truth, given the plain question and the untouched media."""
-        if not works:
+    def _score(self, pairs: list[_Pair]) -> None:
+        """Note the rewards of both responses and of the ground truth, given the plain question and the clean media."""
+        if not pairs:
             return
-        requests = [self._request("plain", work) for work in works for _ in range(3)]
-        responses = [text for work in works for text in (*work.pair, work.truth)]
-        rewards = np.reshape(self.model.average_logps(requests, responses), (len(works), 3)).tolist()
-        for work, values in zip(works, rewards):
-            if not np.isfinite(values).all():
-                work.reject("no reward", f"the rewards of chosen, rejected and answer are {values}, not all finite.")
-                continue
-            work.notes |= zip(("chosen_reward", "rejected_reward", "answer_reward"), values)
+        requests = [self._request("plain", pair) for pair in pairs for _ in range(3)]
+        responses = [text for pair in pairs for text in (*pair.responses, pair.truth)]
+        rewards = np.reshape(self.model.average_logps(requests, responses), (len(pairs), 3)).tolist()
+        for pair, values in zip(pairs, rewards):
+            if np.isfinite(values).all():
+                pair.notes |= zip(("chosen_reward", "rejected_reward", "answer_reward"), values)
+            else:
+                pair.reject("no reward", f"the rewards of chosen, rejected and answer are {values}, not all finite.")
 
-    def _filter(self, work: _Work) -> None:
-        notes = work.notes
+    def _filter(self, pair: _Pair) -> None:
+        notes = pair.notes
         values = {"min_trust": notes["chosen_trust"], "min_trust_margin": trust_margin(notes)}
         if "chosen_reward" in notes:
             values["min_margin"] = notes["chosen_reward"] - notes["rejected_reward"]
         for name, (what, *_) in FILTERS.items():
             least = getattr(self.config, name)
             if least is not None and values[name] < least - _ROUNDING:
-                work.reject(f"below {name}", f"the {what} is {values[name]:.4g}, {name} is {least:.4g}.")
+                pair.reject(f"below {name}", f"the {what} is {values[name]:.4g}, {name} is {least:.4g}.")
                 return
 
-    def _outcome(self, work: _Work) -> Outcome:
-        notes = {"answers": work.answers, **work.notes}
-        if work.reason:
-            return Outcome(work.row.id, reason=work.reason, kind=work.kind, notes=notes)
-        columns = {key: value for key, value in work.notes.items() if key.endswith(("_reward", "_trust"))}
-        chosen, rejected = work.pair
+    def _outcome(self, pair: _Pair) -> Outcome:
+        notes = {"answers": pair.answers, **pair.notes}
+        if pair.reason:
+            return Outcome(pair.row.id, reason=pair.reason, kind=pair.kind, notes=notes)
+        columns = {key: value for key, value in pair.notes.items() if key.endswith(("_reward", "_trust"))}
+        chosen, rejected = pair.responses
         row = training_row(
-            work.row, prompt=work.question, chosen=chosen, rejected=rejected, generated_by=self.generated_by, **columns
+            pair.row, prompt=pair.question, chosen=chosen, rejected=rejected, generated_by=self.generated_by, **columns
         )
-        return Outcome(work.row.id, rows=(row,), notes=notes)
+        return Outcome(pair.row.id, rows=(row,), notes=notes)
 
 
 def _task(row: InputRow) -> Task | None:
-    """What rules can check a response with; None where options and answer do not fit together."""
+    """Return what rules can check a response with; None where options and answer do not fit together."""
     try:
         return read_task(row.example, SHORT_WORDS)
     except InputError:
@@ -303,20 +301,14 @@ def keep_top(outcomes: Sequence[Outcome], share: float) -> list[Outcome]:
 
     Equal margins are kept in the order of their ids, so the choice does not depend on the order of the outcomes.
     """
-    made = [outcome for outcome in outcomes if outcome.rows]
-    margins = {outcome.id: trust_margin(outcome.rows[0]) for outcome in made}
+    margins = {outcome.id: trust_margin(outcome.rows[0]) for outcome in outcomes if outcome.rows}
     ranked = sorted(margins, key=lambda id: (-round(margins[id] / _ROUNDING), id))
     count = math.ceil(share * len(ranked) - _ROUNDING)
     dropped = set(ranked[count:])
+    rank = f"is not among the {count} largest of {len(ranked)} (keep_top {share})."
     return [
-        Outcome(
-            outcome.id,
-            reason=f"the trust margin {margins[outcome.id]:.4g} is not among the {count} largest of {len(ranked)} "
-            f"(keep_top {share}).",
-            kind="outside keep_top",
-            notes=outcome.notes,
-        )
-        if outcome.id in dropped
-        else outcome
-        for outcome in outcomes
+        Outcome(o.id, reason=f"the trust margin {margins[o.id]:.4g} {rank}", kind="outside keep_top", notes=o.notes)
+        if o.id in dropped
+        else o
+        for o in outcomes
     ]
