@@ -1,4 +1,4 @@
-"""The ranges of the dependencies: what pyproject.toml allows, what is locked, and what the ends of them install."""
+"""The package's files, and the ranges of its dependencies: allowed, locked, and installed at their ends."""
 
 import os
 import re
@@ -13,7 +13,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 LOCK = (ROOT / "requirements.lock").read_text(encoding="utf-8")
 APART = {"lmms"}  # lmms-eval pins older versions of av and others: an environment of its own
@@ -39,6 +40,15 @@ def locked(requirement: Requirement) -> list[Version]:
     """One for each platform on which it differs."""
     name = re.escape(canonicalize_name(requirement.name))
     return [Version(v) for v in re.findall(rf"^{name}==([^\s;]+)", LOCK, re.M)]
+
+
+def test_the_wheel_has_every_file_of_the_package():
+    package = ROOT / "trl_vpo"
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["trl_vpo"]
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert not files - packaged
+    assert {path.suffix for path in packaged} >= {".j2", ".css", ".js", ".mplstyle", ".safetensors", ".yaml"}
 
 
 @pytest.mark.parametrize("requirement", ALL, ids=str)

@@ -84,3 +84,7 @@ class SaveError(UserError, OSError):
 
 class SourceError(UserError):
     """A name that leads to no model, adapter or dataset that can be loaded. Says what it leads to, and what to do."""
+
+
+class PlotError(ValueError):
+    """A folder that is no run, a run that logged nothing, or a figure that cannot be written."""

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from studies.testbed.measures import Study
 from studies.testbed.plan import SMOOTHED, VARIANTS, Scale, noisy
 from trl_vpo.evaluate.measures import Measure
 from trl_vpo.report.plot import style
-from trl_vpo.report.plot.curves import displacement_figure
-from trl_vpo.report.plot.history import History
+from trl_vpo.report.plot.curves import (
+    NATS,
+    add_caption,
+    add_legend,
+    displacement_note,
+    draw_line,
+    is_mixed,
+    smoothing_note,
+)
+from trl_vpo.report.plot.history import (
+    History,
+    default_half_life,
+    displacement,
+    eval_prefixes,
+    finite,
+    has_displacement,
+)
 
+SIDES = ("chosen", "rejected")
 SHOWN = ("dpo", "leanpo")  # side by side in the displacement figure
 LIST_PANELS = (
     ("chair/s", "CHAIRs", "responses with a false object, %", 100),
@@ -49,6 +65,52 @@ def mean_history(histories: Sequence[History]) -> list[dict[str, float]]:
             keys = [key for key in found[0] if all(isinstance(one.get(key), (int, float)) for one in found)]
             means.append({key: sum(one[key] for one in found) / len(found) for key in keys} | {"step": step})
     return means
+
+
+def displacement_figure(runs: Mapping[str, History], out: Path) -> Path:
+    """Draw the log-probs of chosen and rejected over training, runs side by side.
+
+    They are of the evaluation set, which has the same rows each time, if every run was evaluated at least three times;
+    otherwise of the training rows, smoothed. Runs share one scale if all are measured in the same way: one without a
+    reference moves with the rows drawn.
+
+    Raises:
+        ValueError: a run logged no log-probs.
+    """
+    silent = [name for name, log in runs.items() if not any("logps/chosen" in entry for entry in log)]
+    if not runs or silent:
+        raise ValueError(f"{', '.join(silent) or 'no run given'}: there are no log-probs to draw (logps/chosen)")
+    prefixes = {name: (eval_prefixes(log) or [""])[0] for name, log in runs.items()}
+    moved = {
+        name: [finite(displacement(log, side, prefix=prefixes[name])) for side in SIDES] for name, log in runs.items()
+    }
+    held_out = all(prefixes.values()) and all(len(sides[0][0]) >= 3 for sides in moved.values())
+    if held_out:
+        half_life, notes = 0, ["Of the evaluation set, against its log-probs before the first step."]
+    else:
+        moved = {name: [displacement(log, side) for side in SIDES] for name, log in runs.items()}
+        half_life = default_half_life(runs)
+        notes = [displacement_note(runs), smoothing_note(half_life)]
+    from matplotlib.figure import Figure
+
+    with style.drawing():
+        figure = Figure(figsize=(3.6 * len(runs) + 0.4, 3.6), layout="constrained")
+        shared = held_out or not is_mixed(runs)
+        grid = figure.subplots(1, len(runs), sharey=shared, squeeze=False)[0]
+        first = {}
+        for axes, (name, sides) in zip(grid, moved.items()):
+            if not shared and (other := first.setdefault(has_displacement(runs[name]), axes)) is not axes:
+                axes.sharey(other)
+            for index, values in enumerate(sides):
+                draw_line(axes, values, index, half_life, marked=6 if not held_out else None)
+            axes.axhline(0, **style.GUIDE)
+            since = "" if shared or has_displacement(runs[name]) else "\nsince the first window"
+            axes.set_title(style.literal(name) + since)
+            axes.set_xlabel("optimizer step")
+        grid[0].set_ylabel(f"Δ log-prob ({NATS})")
+        add_legend(figure, SIDES, evaluated=False)
+        add_caption(figure, notes)
+    return style.save(figure, out)
 
 
 def _draw_noise(study: Study, scale: Scale, path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 import yaml
 from transformers import PrinterCallback, ProgressCallback
 
-from trl_vpo.report.plot.page import plot_runs, read_run
+from trl_vpo.report.plot.page import plot_runs
+from trl_vpo.report.plot.runs import read_run
 from trl_vpo.testbed import rows
 from trl_vpo.training.progress import TrainingProgress
 from trl_vpo.training.run import run_training

@@ -15,6 +15,7 @@ from PIL import Image
 
 from trl_vpo.errors import PlotError
 from trl_vpo.report.plot import page as plot
+from trl_vpo.report.plot.runs import read_run, read_runs
 
 HISTORY = [
     {"step": 0, "eval_loss": 0.9, "eval_logps/chosen": -9.0, "eval_logps/rejected": -7.0},
@@ -86,7 +87,7 @@ class Page(HTMLParser):
 
 
 def test_a_finished_run(tmp_path):
-    (run,) = plot.read_runs([write_run(tmp_path / "a")])
+    (run,) = read_runs([write_run(tmp_path / "a")])
     assert run.history == HISTORY
     assert run.record["device"] == RECORD["device"]
     assert run.name == "LeanPO"
@@ -97,9 +98,9 @@ def test_a_run_that_goes_on_is_read_from_its_newest_checkpoint(tmp_path):
     folder = write_state(tmp_path / "checkpoint-10", HISTORY[:3], when=2000)
     marker = {"format": 1, "files": {}, "run": {"method": "rrpo", "recipe": {"alpha": 0.1}, "rows": 5}}
     (folder / "complete.json").write_text(json.dumps(marker))
-    (run,) = plot.read_runs([tmp_path])
+    (run,) = read_runs([tmp_path])
     assert run.history == HISTORY[:3] and run.name == "RRPO" and run.record["recipe"] == {"alpha": 0.1}
-    assert plot.read_run(tmp_path / "checkpoint-9").history == HISTORY[:2]
+    assert read_run(tmp_path / "checkpoint-9").history == HISTORY[:2]
 
 
 def test_what_an_earlier_run_left_in_the_folder_does_not_count(tmp_path):
@@ -107,16 +108,16 @@ def test_what_an_earlier_run_left_in_the_folder_does_not_count(tmp_path):
     os.utime(tmp_path / "trainer_state.json", (1000, 1000))
     write_state(tmp_path / "checkpoint-5", HISTORY[:2], when=2000)
     (tmp_path / "checkpoint-5" / "complete.json").write_text(json.dumps({"run": {"method": "dpo"}}))
-    run = plot.read_run(tmp_path)
+    run = read_run(tmp_path)
     assert run.history == HISTORY[:2] and run.method == "DPO"
 
 
 def test_runs_of_one_method_are_named_by_what_tells_their_folders_apart(tmp_path):
     a, b = write_run(tmp_path / "a" / "out"), write_run(tmp_path / "b" / "out")
     c = write_run(tmp_path / "c" / "out", method="dpo")
-    assert [run.name for run in plot.read_runs([a, b, c])] == ["LeanPO (a/out)", "LeanPO (b/out)", "DPO"]
-    assert [run.name for run in plot.read_runs([write_state(tmp_path / "_x")])] == ["run (_x)"]
-    assert [run.name for run in plot.read_runs([a, b], ["one", "two"])] == ["one", "two"]
+    assert [run.name for run in read_runs([a, b, c])] == ["LeanPO (a/out)", "LeanPO (b/out)", "DPO"]
+    assert [run.name for run in read_runs([write_state(tmp_path / "_x")])] == ["run (_x)"]
+    assert [run.name for run in read_runs([a, b], ["one", "two"])] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -131,22 +132,22 @@ def test_runs_of_one_method_are_named_by_what_tells_their_folders_apart(tmp_path
 )
 def test_what_is_no_run(tmp_path, make, message):
     with pytest.raises(PlotError, match=message):
-        plot.read_runs(make(tmp_path))
+        read_runs(make(tmp_path))
 
 
 def test_a_broken_file_is_named(tmp_path):
     write_state(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(PlotError, match=r"run\.json cannot be read"):
-        plot.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_names_must_fit(tmp_path):
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
     with pytest.raises(PlotError, match="1 names for 2 runs"):
-        plot.read_runs([a, b], ["one"])
+        read_runs([a, b], ["one"])
     with pytest.raises(PlotError, match="two runs are named 'x'"):
-        plot.read_runs([a, b], ["x", "x"])
+        read_runs([a, b], ["x", "x"])
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_names_must_fit(tmp_path):
 def test_final_values_are_the_last_of_each_metric(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", [{"step": 5, "loss": 0.25, "kl/chosen": 1.5}], method="rrpo")
-    sections = plot.final_values(plot.read_runs([tmp_path / "a", tmp_path / "b"]))
+    sections = plot.final_values(read_runs([tmp_path / "a", tmp_path / "b"]))
     training, evaluation, whole = map(dict, sections.values())
     assert list(training)[:3] == ["loss", "rewards/margins", "kl/chosen"]  # as in the figure
     assert training["loss"] == [0.51239, 0.25]
@@ -174,7 +175,7 @@ def test_settings_that_differ(tmp_path):
     write_run(tmp_path / "a", recipe={"output_dir": "a"})
     write_run(tmp_path / "b", recipe={"output_dir": "b", "learning_rate": 5e-6, "lora_r": 8}, versions={"trl": "1.17"})
     write_state(tmp_path / "c")
-    runs = plot.read_runs([tmp_path / name for name in "abc"])
+    runs = read_runs([tmp_path / name for name in "abc"])
     assert plot.differing_settings(runs) == [
         ("learning_rate", [1e-6, 5e-6]),
         ("lora_r", [None, 8]),

@@ -1,4 +1,4 @@
-"""Numbers out of a trainer's `state.log_history`: series of a metric, displacement, smoothing."""
+"""Numbers from a trainer's `state.log_history`: series of a metric, displacement, smoothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SMOOTHED_FROM = 40  # logged points; fewer are drawn as they are
 
 
 def series(history: History, key: str) -> Series:
-    """Steps and values of one metric in a trainer's `state.log_history`.
+    """Return the steps and values of one metric.
 
     Entries without it are skipped, and the summary at the end, whose averages are over whatever steps were left.
     Values that are not finite are kept: `finite` leaves them out.
@@ -21,23 +21,23 @@ def series(history: History, key: str) -> Series:
     return [step for step, _ in points], [float(value) for _, value in points]
 
 
-def finite(found: Series) -> Series:
-    """The points that can be drawn."""
-    points = [(step, value) for step, value in zip(*found) if math.isfinite(value)]
+def finite(values: Series) -> Series:
+    """Return the points that can be drawn."""
+    points = [(step, value) for step, value in zip(*values) if math.isfinite(value)]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def displacement(history: History, side: str, *, prefix: str = "") -> Series:
-    """How far the log-prob of a side has moved, in nats per response.
+    """Return the change of a side's log-prob, in nats per response.
 
-    From `displacement/*`, against the reference on the same rows, where the run logged that. Otherwise `logps/*` minus
-    its first value: the mean of the first logging window, or the evaluation before the first step. Without such an
-    evaluation there is nothing to compare evaluations with, and none are given.
+    It is `displacement/*`, against the reference on the same rows, if the run logged that. Otherwise it is `logps/*`
+    minus its first value: the mean of the first logging window, or the evaluation before the first step. Without such
+    an evaluation there is nothing to compare evaluations with, and the series is empty.
 
     Args:
         history: a run's log.
         side: chosen or rejected.
-        prefix: of an evaluation set's metrics, such as `eval_`; nothing for training.
+        prefix: of an evaluation set's metrics, such as `eval_`; empty for training.
     """
     if has_displacement(history):
         return series(history, f"{prefix}displacement/{side}")
@@ -47,20 +47,20 @@ def displacement(history: History, side: str, *, prefix: str = "") -> Series:
     return steps, [value - values[0] for value in values]
 
 
-def smooth(found: Series, half_life: float) -> Series:
-    """An exponentially weighted mean of the values so far: a value's weight halves every `half_life` steps."""
-    steps, values = found
+def smooth(values: Series, half_life: float) -> Series:
+    """Return the exponentially weighted mean of the values so far; a weight halves every `half_life` steps."""
     total = weight = 0.0
     means = []
-    for index, value in enumerate(values):
-        decay = 0.5 ** ((steps[index] - steps[index - 1]) / half_life) if index else 0.0
-        total, weight = total * decay + value, weight * decay + 1.0
+    before = None
+    for step, value in zip(*values):
+        decay = 0.0 if before is None else 0.5 ** ((step - before) / half_life)
+        total, weight, before = total * decay + value, weight * decay + 1.0, step
         means.append(total / weight)
-    return steps, means
+    return values[0], means
 
 
 def default_half_life(runs: Mapping[str, History]) -> int:
-    """A fortieth of the longest run, in steps; 0, which is no smoothing, where few points were logged."""
+    """Return a fortieth of the longest run, in steps; 0, which is no smoothing, if few points were logged."""
     logged = [series(history, "loss")[0] for history in runs.values()]
     if max(map(len, logged)) <= SMOOTHED_FROM:
         return 0
@@ -68,11 +68,11 @@ def default_half_life(runs: Mapping[str, History]) -> int:
 
 
 def eval_prefixes(history: History) -> list[str]:
-    """`eval_`, or `eval_NAME_` for each of several evaluation sets, in the order of the log."""
+    """Return `eval_`, or `eval_NAME_` for each of several evaluation sets, in the order of the log."""
     keys = dict.fromkeys(key for entry in history for key in entry)
     return [key.removesuffix("loss") for key in keys if key.startswith("eval_") and key.endswith("_loss")]
 
 
 def has_displacement(history: History) -> bool:
-    """Whether the run compared itself with a reference; LeanPO has none."""
+    """Return True if the run compared itself with a reference; LeanPO has none."""
     return any("displacement/chosen" in entry for entry in history)

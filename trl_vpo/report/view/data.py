@@ -1,7 +1,7 @@
-"""What the page is made from: the rows of a dataset as they are stored, and the other files of a generation run.
+"""Sources of the page: the rows of a dataset as they are stored, and the other files of a generation run.
 
-JSON files are read line by line here and not by `datasets`: one bad line, or a column whose type changes, would stop
-it at the whole file, and a page that shows what is wrong with the data has to come after that.
+JSON files are read line by line here and not by `datasets`, which one bad line, or a column whose type changes, would
+stop at the whole file: the page exists to show such lines.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.errors import DatasetError
 from trl_vpo.files import open_packed
-from trl_vpo.report.view.row import as_json, plain
+from trl_vpo.report.view.values import as_json, plain
 
 ROWS, REJECTED, SUMMARY = "rows.jsonl", "rejected.jsonl", "summary.json"  # of a generation run's folder
-_TEXT_FEATURES = {"Value", "ClassLabel", "Json"}  # of `datasets`; others hold files, and decoding them is not wanted
+TEXT_FEATURES = {"Value", "ClassLabel", "Json"}  # of `datasets`; others hold files, which must not be decoded
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Unreadable:
 
 
 def read_examples(dataset: str | Path, split: str, config: str | None = None) -> Iterator[dict | Unreadable]:
-    """The rows of a split in their order. Media stay paths and bytes.
+    """Return the rows of a split in their order. Media stay paths and bytes.
 
     Args:
         dataset: a generation run's folder, else a Hub dataset or a local path as in `trl_vpo.data.sources`.
@@ -39,74 +41,69 @@ def read_examples(dataset: str | Path, split: str, config: str | None = None) ->
     """
     path = Path(dataset)
     if (path / ROWS).is_file() and split == "train":
-        return _read_files([path / ROWS])
+        return read_json(path / ROWS)
     from trl_vpo.data.sources import local_splits, named_splits, row_format
-    from trl_vpo.errors import DatasetError
 
     if (path / "shards").is_dir() and (path / "settings.json").is_file() and not (path / ROWS).is_file():
         raise DatasetError(f"{path} is a run that is not finished. Give its command again, and view it then.")
     if row_format(path) or path.exists():
         files = local_splits(path).get(split)
         if isinstance(files, list) and row_format(files[0]) == "json":
-            return _read_files(files)
+            return chain.from_iterable(map(read_json, files))
     return _read_table(named_splits(str(dataset), [split], config=config)[split])
 
 
 def read_rejected(dataset: str | Path) -> Iterator[dict]:
-    """What a run or an import left out: `id`, `kind`, `reason` (texts) and `more`, the rest as JSON text."""
-    path = _beside(dataset, REJECTED)
+    """Yield what a run or an import left out: `id`, `kind`, `reason` (texts) and `more`, the rest as JSON text."""
     imported = Path(f"{dataset}.{REJECTED}")  # as `trl-vpo import` calls it
-    for record in read_json(imported) if imported.is_file() else read_json(path) if path.is_file() else ():
+    path = imported if imported.is_file() else _beside(dataset, REJECTED)
+    for record in read_json(path) if path.is_file() else ():
         if isinstance(record, Unreadable):
-            yield {"id": "", "kind": "unreadable line", "reason": record.reason, "more": record.text}
-            continue
-        record = dict(record)
-        told = {
-            key: "" if (value := record.pop(key, None)) is None else str(value) for key in ("id", "kind", "reason")
-        }
-        yield told | {"more": as_json(record) if record else ""}
+            record = {"kind": "unreadable line", "reason": record.reason, "more": record.text}
+        else:
+            more = {key: value for key, value in record.items() if key not in ("id", "kind", "reason")}
+            record |= {"more": as_json(more) if more else ""}
+        texts = {key: record.get(key) for key in ("id", "kind", "reason", "more")}
+        yield {key: "" if text is None else str(text) for key, text in texts.items()}
 
 
 def read_summary(dataset: str | Path) -> list[tuple[str, Any]]:
-    """The figures of a run's summary as (path of keys, value); a summary that cannot be read is one entry, `error`."""
+    """Return the figures of a run's summary as (path of keys, value); `error` is the only one if it is not JSON."""
     path = _beside(dataset, SUMMARY)
     if not path.is_file():
         return []
     try:
-        return list(flatten(json.loads(path.read_bytes())))
+        return list(_leaves(json.loads(path.read_bytes())))
     except (ValueError, RecursionError) as error:
         return [("error", f"{path} is not JSON ({error}).")]
 
 
 def _beside(dataset: str | Path, name: str) -> Path:
-    """A file of the run that the dataset belongs to: in its folder, or beside its file."""
+    """Return a file of the run that the dataset belongs to: in its folder, or beside its file."""
     path = Path(dataset)
     return (path.parent if path.is_file() else path) / name
 
 
-def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path of keys, scalar) for each leaf of nested dictionaries; lists are leaves, as JSON text."""
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path of keys, scalar) for each leaf of nested dictionaries; lists are leaves, as JSON text."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
-            yield from flatten(inner, f"{path} / {key}" if path else str(key))
+            yield from _leaves(inner, f"{path} / {key}" if path else str(key))
     else:
         yield path, plain(value) if isinstance(value, (str, bool, int, float)) else as_json(value)
 
 
 def read_json(path: Path) -> Iterator[dict | Unreadable]:
-    """The objects of a file of JSON lines, or of a JSON list. Blank lines count for nothing."""
+    """Yield the objects of a file of JSON lines, or of a JSON list. Blank lines are skipped."""
     with open_packed(path) as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     with open_packed(path) as file:
-        if head.startswith(b"["):
-            yield from _read_list(path, file.read())
+        if not head.startswith(b"["):
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _checked(f"{path.name}, line {number}", line)
             return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _checked(f"{path.name}, line {number}", line)
-
-
-def _read_list(path: Path, text: bytes) -> Iterator[dict | Unreadable]:
+        text = file.read()
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -117,28 +114,24 @@ def _read_list(path: Path, text: bytes) -> Iterator[dict | Unreadable]:
 
 
 def _checked(where: str, item: Any) -> dict | Unreadable:
-    text = item if isinstance(item, bytes) else None
+    """Return a row from a line's bytes or from an item of a list."""
+    line = item if isinstance(item, bytes) else None
     try:
-        item = item if text is None else json.loads(text)
+        item = item if line is None else json.loads(line)
     except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
-        return Unreadable(f"{where} is not JSON ({error}). Write one row per line.", _beginning(text))
-    if not isinstance(item, dict):
-        shown = as_json(item) if text is None else _beginning(text)
-        return Unreadable(f"{where} is a {type(item).__name__}. A row is an object with named columns.", shown)
-    return item
+        return Unreadable(f"{where} is not JSON ({error}). Write one row per line.", _beginning(line))
+    if isinstance(item, dict):
+        return item
+    text = as_json(item) if line is None else _beginning(line)
+    return Unreadable(f"{where} is a {type(item).__name__}. A row is an object with named columns.", text)
 
 
 def _beginning(text: bytes) -> str:
     return text[:2000].decode("utf-8", "replace").strip()
 
 
-def _read_files(files: list[Path]) -> Iterator[dict | Unreadable]:
-    for path in files:
-        yield from read_json(path)
-
-
 def _read_table(dataset: Any) -> Iterator[dict]:
-    """Rows of a `datasets.Dataset`: columns of text and numbers decoded, all others as they are stored."""
+    """Yield the rows of a `datasets.Dataset`: columns of text and numbers decoded, all others as they are stored."""
     texts = [name for name, feature in dataset.features.items() if _is_text(feature)]
     files = [name for name in dataset.features if name not in texts]
     decoded = dataset.select_columns(texts)
@@ -151,4 +144,4 @@ def _is_text(feature: Any) -> bool:
     if isinstance(feature, dict):
         return all(map(_is_text, feature.values()))
     inner = getattr(feature, "feature", None)  # of a list
-    return type(feature).__name__ in _TEXT_FEATURES if inner is None else _is_text(inner)
+    return type(feature).__name__ in TEXT_FEATURES if inner is None else _is_text(inner)

@@ -1,67 +1,60 @@
-"""Preference data as one HTML page that needs nothing else: no server, no network, no other file.
+"""Preference data as one HTML page that needs no server, no network and no other file.
 
-The rows lie in the page as JSON, sixteen to a block, their thumbnails in a block beside it; the script makes elements
-of one page of rows at a time and parses only the thumbnails that it shows. Blocks are written as rows come, so neither
-this process nor the page's script ever holds all pictures.
+The rows lie in the page as JSON, sixteen to a block, and their thumbnails in a block beside it. The script builds one
+page of rows at a time and parses only the thumbnails that it shows. Blocks are written as rows come, so neither this
+process nor the page's script ever holds all pictures.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.files import whole
 from trl_vpo.media.video import usable_cores
+from trl_vpo.report.html import write_html
 from trl_vpo.report.view.data import Unreadable, read_examples, read_rejected, read_summary
 from trl_vpo.report.view.row import IMAGE_FACTOR, Look, show_row
 
-CHUNK = 16  # rows of a block
-REJECTED_CHUNK = 500
-FOLDER = Path(__file__).parent
+BLOCK = 16  # rows
+REJECTED_BLOCK = 500
+TEMPLATE = Path(__file__).parent / "page.html.j2"
 
 
 @dataclass
 class PageCounts:
-    """What a page holds.
-
-    Attributes:
-        rows: rows shown; `limited` where the dataset has more.
-        problem_rows: rows that break the contract, cannot be read, or have media that cannot.
-        media: clips, images and image lists; `media_failures` of them cannot be shown.
-        pictures: thumbnails.
-        rejected: entries of `rejected.jsonl`.
-        file_bytes: size of the page.
-    """
+    """The contents of a page, counted."""
 
     rows: int = 0
-    problem_rows: int = 0
-    media: int = 0
-    media_failures: int = 0
-    pictures: int = 0
-    rejected: int = 0
-    limited: bool = False
+    problem_rows: int = 0  # break the contract, cannot be read, or have media that cannot
+    media: int = 0  # clips, images and image lists
+    media_failures: int = 0  # media that cannot be shown
+    pictures: int = 0  # thumbnails
+    rejected: int = 0  # entries of rejected.jsonl
+    limited: bool = False  # the dataset has more rows
     file_bytes: int = 0
 
+    def add(self, record: dict, urls: list[str]) -> None:
+        media = record.get("media", ())
+        failures = sum("error" in group for group in media)
+        self.rows += 1
+        self.problem_rows += bool(record["problems"] or failures)
+        self.media += len(media)
+        self.media_failures += failures
+        self.pictures += len(urls)
+
     def __str__(self) -> str:
-        lines = [
-            f"{self.rows} rows" + (" (the dataset has more)" if self.limited else ""),
-            f"{self.problem_rows} with problems",
-            f"{self.media} media"
-            + (f", {self.media_failures} of which cannot be shown" if self.media_failures else ""),
-            f"{self.pictures} pictures",
-            *([f"{self.rejected} left out by the run"] if self.rejected else []),
-            f"{self.file_bytes / 1e6:.1f} MB",
-        ]
-        return "; ".join(lines)
+        failures = f", {self.media_failures} of which cannot be shown" if self.media_failures else ""
+        limited = " (the dataset has more)" if self.limited else ""
+        rejected = f"{self.rejected} left out by the run; " if self.rejected else ""
+        return (
+            f"{self.rows} rows{limited}; {self.problem_rows} with problems; {self.media} media{failures}; "
+            f"{self.pictures} pictures; {rejected}{self.file_bytes / 1e6:.1f} MB"
+        )
 
 
 def write_page(
@@ -71,12 +64,7 @@ def write_page(
     split: str = "train",
     config: str | None = None,
     limit: int | None = None,
-    media_root: str | Path | None = None,
-    num_frames: int = Look.num_frames,
-    thumb_pixels: int = Look.thumb_pixels,
-    num_images: int = Look.num_images,
-    visual_prompt: bool = Look.visual_prompt,
-    workers: int | None = None,
+    **look: Any,
 ) -> PageCounts:
     """Write the page of a dataset, whole or not at all. The same data give the same bytes.
 
@@ -86,48 +74,42 @@ def write_page(
         out: the .html file; replaced if it exists.
         split, config: of a dataset with several.
         limit: show only the first so many rows.
-        media_root, num_frames, thumb_pixels, num_images, visual_prompt: see `page_row.Look`.
-        workers: threads that decode media; by default one per processor core that it may use, at
-            most 8.
+        look: fields of `Look`.
 
     Raises:
         DatasetError: the dataset or the split does not exist.
-        ValueError: an option that makes no sense.
+        ValueError: an option is out of range, or `out` is a folder or the dataset itself.
     """
     out = Path(out)
-    _check_options(dataset, out, limit, num_frames, thumb_pixels, num_images)
-    look = Look(media_root, num_frames, thumb_pixels, num_images, visual_prompt)
-    examples = read_examples(dataset, split, config)
-    counts = PageCounts()
-    parts = _template().generate(
-        name=str(dataset),
-        split=split,
-        look=look,
-        image_factor=IMAGE_FACTOR,
-        blocks=_blocks(dataset, examples, limit, look, workers or min(8, usable_cores()), counts),
-        counts=lambda: _script_json(asdict(counts)),  # called behind the blocks
-        **_assets(),
-    )
-    # Half a surrogate pair is in JSON, but in no UTF-8; backslashreplace writes JSON's own escape for it.
-    with whole(out) as part, part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.writelines(parts)
-    counts.file_bytes = out.stat().st_size
-    return counts
-
-
-def _check_options(dataset: str | Path, out: Path, limit: int | None, *sizes: int) -> None:
-    for name, value, least in zip(
-        ("limit", "num_frames", "thumb_pixels", "num_images"), (limit, *sizes), (1, 1, 64, 2)
+    options = Look(**look)
+    for name, value, least in (
+        ("limit", 1 if limit is None else limit, 1),
+        ("num_frames", options.num_frames, 1),
+        ("thumb_pixels", options.thumb_pixels, 64),
+        ("num_images", options.num_images, 2),
     ):
-        if value is not None and value < least:
+        if value < least:
             raise ValueError(f"{name} is {value}: give a whole number of at least {least}.")
     if out.is_dir():
         raise ValueError(f"{out} is a folder: name the .html file to write.")
     if out.exists() and Path(dataset).exists() and out.samefile(dataset):
         raise ValueError(f"{out} is the dataset itself: name another file for the page.")
-
-
-# --- the data in the page -----------------------------------------------------------------------------------------
+    examples = read_examples(dataset, split, config)
+    counts = PageCounts()
+    write_html(
+        out,
+        TEMPLATE,
+        styles=["page.css"],
+        scripts=["page_elements.js", "page.js"],
+        name=str(dataset),
+        split=split,
+        look=options,
+        image_factor=IMAGE_FACTOR,
+        blocks=_blocks(dataset, examples, limit, options, counts),
+        counts=lambda: _script_json(asdict(counts)),  # called behind the blocks
+    )
+    counts.file_bytes = out.stat().st_size
+    return counts
 
 
 def _blocks(
@@ -135,91 +117,37 @@ def _blocks(
     examples: Iterator[dict | Unreadable],
     limit: int | None,
     look: Look,
-    workers: int,
     counts: PageCounts,
 ) -> Iterator[tuple[str, int, Any]]:
-    """(kind, number, JSON) of each block: rows and their pictures, then what was rejected, then the summary."""
+    """Yield (kind, number, JSON) of each block: rows and their pictures, what was rejected, the summary."""
     from tqdm import tqdm
 
     bar = tqdm(islice(examples, limit), desc="Rows", unit="row", leave=False, disable=None)  # on a terminal only
-    shown = _in_order(partial(_show, look=look), enumerate(bar), workers)
-    for number, chunk in enumerate(_chunks(shown, CHUNK)):
-        for record, urls in chunk:
-            _count(record, urls, counts)
-        yield "rows", number, _script_json([record for record, _ in chunk])
-        pictures = {record["n"]: urls for record, urls in chunk if urls}
-        if pictures:
-            yield "pictures", number, _script_json(pictures)
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
+        for number, batch in enumerate(_batched(enumerate(bar), BLOCK)):
+            block = list(pool.map(lambda item: show_row(*item, look), batch))
+            for record, urls in block:
+                counts.add(record, urls)
+            yield "rows", number, _script_json([record for record, _ in block])
+            pictures = {record["n"]: urls for record, urls in block if urls}
+            if pictures:
+                yield "pictures", number, _script_json(pictures)
     counts.limited = limit is not None and next(examples, None) is not None
-    for number, chunk in enumerate(_chunks(read_rejected(dataset), REJECTED_CHUNK)):
-        counts.rejected += len(chunk)
-        yield "rejected", number, _script_json(chunk)
+    for number, block in enumerate(_batched(read_rejected(dataset), REJECTED_BLOCK)):
+        counts.rejected += len(block)
+        yield "rejected", number, _script_json(block)
     summary = read_summary(dataset)
     if summary:
         yield "summary", 0, _script_json(summary)
 
 
-def _show(item: tuple[int, dict | Unreadable], look: Look) -> tuple[dict, list[str]]:
-    index, example = item
-    if isinstance(example, Unreadable):
-        problems = [example.reason]
-        return {"n": index, "problems": problems, "notes": [], "columns": [], "more": [], "raw": example.text}, []
-    return show_row(example, index, look)
-
-
-def _count(record: dict, urls: list[str], counts: PageCounts) -> None:
-    media = record.get("media", ())
-    failures = sum("error" in group for group in media)
-    counts.rows += 1
-    counts.problem_rows += bool(record["problems"] or failures)
-    counts.media += len(media)
-    counts.media_failures += failures
-    counts.pictures += len(urls)
-
-
-def _in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """The results of a thread pool in the order of the items; few are ahead, since each holds pictures."""
-    waiting: deque = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _chunks(items: Iterator, size: int) -> Iterator[list]:
-    while chunk := list(islice(items, size)):
-        yield chunk
+def _batched(items: Iterator, size: int) -> Iterator[list]:
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 def _script_json(value: Any) -> Any:
-    """JSON for a <script> element. Without `<` nothing in it can end the element or begin a comment."""
+    """Return JSON for a <script> element. Without `<`, nothing in it can end the element or begin a comment."""
     from markupsafe import Markup
 
     return Markup(json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"))
-
-
-# --- the page around it -------------------------------------------------------------------------------------------
-
-
-def _template():
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(FOLDER)
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
-        "page.html.j2"
-    )
-
-
-def _assets() -> dict[str, Any]:
-    """The page's own style and script, and their hashes: its security policy lets nothing else in."""
-    from markupsafe import Markup
-
-    assets: dict[str, Any] = {}
-    for name, files in (("css", ["page.css"]), ("js", ["page_elements.js", "page.js"])):
-        text = "\n" + "\n".join((FOLDER / file).read_text(encoding="utf-8") for file in files)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assets |= {name: Markup(text), f"{name}_hash": f"sha256-{digest}"}
-    return assets

@@ -1,0 +1,43 @@
+"""HTML pages that are one file: template, style, script and data."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from trl_vpo.files import whole
+
+
+def write_html(
+    out: Path, template: Path, *, styles: list[str], scripts: list[str] | None = None, **values: Any
+) -> None:
+    """Write a page from a Jinja template, whole or not at all. The same values give the same bytes.
+
+    Args:
+        out: the file, replaced if it exists.
+        template: its values are escaped; `css` and `js` are the styles and scripts, `css_hash` and `js_hash` what the
+            page's security policy admits, so that nothing else in the page is applied or run.
+        styles, scripts: names of files beside the template.
+        values: of the template; a generator is written piece by piece.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    folder = template.parent
+    for name, files in (("css", styles), ("js", scripts or [])):
+        text = "\n" + "\n".join((folder / file).read_text(encoding="utf-8") for file in files)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        values |= {name: Markup(text), f"{name}_hash": f"sha256-{digest}"}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pieces = environment.get_template(template.name).generate(values)
+    # Half of a surrogate pair is valid in JSON but not in UTF-8: backslashreplace writes JSON's own escape for it.
+    with whole(out) as part, part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.writelines(pieces)
