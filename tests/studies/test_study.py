@@ -1,4 +1,4 @@
-"""The study's plan, data, intervals, verdicts; a tiny study from end to end, interrupted and gone on with."""
+"""The study's plan, data, intervals, verdicts; a tiny study from end to end, interrupted and continued."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from studies.testbed import data as study_data
-from studies.testbed import figures as study_figures
 from studies.testbed import measures as study_measures
 from studies.testbed import plan as study_plan
 from studies.testbed import runs as study_runs
@@ -37,9 +36,9 @@ def jobs(scale=FULL, base="base", rates=RATES):
 
 
 def test_every_job_has_a_name_and_a_digest_of_its_own():
-    found = jobs()
-    assert len({job.name for job in found}) == len({job.stem for job in found}) == len(found)
-    trained = [job.digest for job in found if job.settings["train"]]
+    planned = jobs()
+    assert len({job.name for job in planned}) == len({job.stem for job in planned}) == len(planned)
+    trained = [job.digest for job in planned if job.settings["train"]]
     assert len(set(trained)) == len(trained)
 
 
@@ -66,13 +65,13 @@ def test_what_a_result_does_not_depend_on_leaves_it():
 
 def test_a_second_round_depends_on_the_first():
     first, again = ({job.name: job for job in jobs(rates=rates)} for rates in (RATES, RATES | {"rrpo": 3e-3}))
-    for found in (first, again):
-        made_by = found["seed1/rrpo-made-again"].settings["train"]["data"]["made_by"]
-        assert made_by == found["seed1/rrpo-made"].stem
+    for plan in (first, again):
+        made_by = plan["seed1/rrpo-made-again"].settings["train"]["data"]["made_by"]
+        assert made_by == plan["seed1/rrpo-made"].stem
     assert first["seed1/rrpo-made-again"].digest != again["seed1/rrpo-made-again"].digest
 
 
-def test_every_method_is_tuned_with_the_same_budget_and_not_on_the_test_split():
+def test_all_are_tuned_with_one_budget_off_the_test_split():
     tuning = study_plan.tuning_jobs(FULL, "base")
     assert len(tuning) == len(FULL.variants) * len(FULL.rates)
     assert {job.settings["held_out"]["seed"] for job in tuning} == {study_plan.VALIDATION_SEED}
@@ -82,9 +81,9 @@ def test_every_method_is_tuned_with_the_same_budget_and_not_on_the_test_split():
 
 
 def test_the_jobs_of_a_seed_and_kind_are_one_process_in_order():
-    found = study._groups(jobs(QUICK), out=study.Path("nowhere"))
-    assert list(found) == ["seed0-clip", "seed0-scene", "base"]
-    assert [job.name for job in found["seed0-scene"]] == ["seed0/dpo_scenes", "seed0/lpoi_2", "seed0/lpoi_5"]
+    groups = study._groups(jobs(QUICK), out=study.Path("nowhere"))
+    assert list(groups) == ["seed0-clip", "seed0-scene", "base"]
+    assert [job.name for job in groups["seed0-scene"]] == ["seed0/dpo_scenes", "seed0/lpoi_2", "seed0/lpoi_5"]
 
 
 def test_jobs_survive_their_file():
@@ -92,12 +91,13 @@ def test_jobs_survive_their_file():
 
 
 def test_the_rate_with_the_fewest_wrong_captions_is_taken():
-    found = lambda wrong, accuracy: {"captions/wrong": wrong, "preference/accuracy": accuracy}  # noqa: E731
-    tuned = {
-        "dpo": {1e-4: found(0.2, 1.0), 1e-3: found(0.1, 0.5)},
-        "rrpo": {1e-4: found(0.1, 0.8), 1e-3: found(0.1, 0.9)},
-        "sft": {1e-3: found(0.1, 0.9), 1e-4: found(0.1, 0.9)},
+    tuned = {  # rate: (wrong captions, preference accuracy)
+        "dpo": {1e-4: (0.2, 1.0), 1e-3: (0.1, 0.5)},
+        "rrpo": {1e-4: (0.1, 0.8), 1e-3: (0.1, 0.9)},
+        "sft": {1e-3: (0.1, 0.9), 1e-4: (0.1, 0.9)},
     }
+    names = ("captions/wrong", "preference/accuracy")
+    tuned = {key: {rate: dict(zip(names, pair)) for rate, pair in rates.items()} for key, rates in tuned.items()}
     assert study_measures.best_rates(tuned) == {"dpo": 1e-3, "rrpo": 1e-3, "sft": 1e-4}
 
 
@@ -108,7 +108,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_flipped_pairs_are_a_share_and_those_of_less_noise_are_among_them(tmp_path):
+def test_flipped_pairs_are_a_share_and_more_noise_adds_to_them(tmp_path):
     data = study_plan.training_data("clip", 1000, replace(TINY, rows=20))
     clean = read(study_data.training_rows(data, tmp_path))
     flipped = {}
@@ -156,25 +156,25 @@ def test_one_seed_is_a_cluster_bootstrap():
     random = np.random.default_rng(0)
     first, second = random.normal(size=(2, 200))
     clusters = [f"clip {row // 2}" for row in range(200)]
-    for found, expected in (
+    for measured, expected in (
         (over_seeds([first], clusters), clustered_bootstrap(first, clusters)),
         (over_seeds([first], clusters, [second]), paired_difference(second, first, clusters)),
     ):
-        assert found.value == pytest.approx(expected.value)
-        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.02)
+        assert measured.value == pytest.approx(expected.value)
+        assert (measured.low, measured.high) == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
 def test_ratios_are_of_sums():
     rows = [np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([[1.0, 4.0], [3.0, 4.0]])]
-    found = over_seeds(rows, ["a", "b"])
-    assert found.value == pytest.approx(5 / 10) and found.n == 3
+    ratio = over_seeds(rows, ["a", "b"])
+    assert ratio.value == pytest.approx(5 / 10) and ratio.n == 3
 
 
 def test_an_interval_covers_seeds_and_samples():
     """Rows that differ by seed alone: an interval over samples would have no width."""
     by_seed = [np.full(50, float(seed)) for seed in range(5)]
-    found = over_seeds(by_seed, [str(row) for row in range(50)])
-    assert found.value == 2 and found.low < 1.2 and found.high > 2.8
+    mean = over_seeds(by_seed, [str(row) for row in range(50)])
+    assert mean.value == 2 and mean.low < 1.2 and mean.high > 2.8
     paired = over_seeds(by_seed, [str(row) for row in range(50)], [rows - 1 for rows in by_seed])
     assert (paired.value, paired.low, paired.high) == pytest.approx((1, 1, 1))
 
@@ -209,14 +209,6 @@ def test_another_rule_is_an_error():
         decide(Measure(0, 0, 0, 1), "higher")
 
 
-def test_the_mean_log_keeps_what_all_runs_logged():
-    runs = [
-        [{"step": 0, "eval_loss": 1.0}, {"step": 1, "loss": 2.0, "only": 1.0}, {"step": 2, "loss": 1.0}],
-        [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 4.0}, {"step": 1, "train_runtime": 9.0}],
-    ]
-    assert study_figures.mean_history(runs) == [{"step": 0, "eval_loss": 2.0}, {"step": 1, "loss": 3.0}]
-
-
 # --- a tiny study -------------------------------------------------------------------------------------------------
 
 
@@ -242,11 +234,11 @@ def in_this_process(monkeypatch):
 
 
 def records(out):
-    found = {path.name: json.loads(path.read_text()) for path in (out / "results").glob("*.json")}
-    return {name: (result["settings"], result["records"]) for name, result in found.items()}
+    results = [json.loads(path.read_text()) for path in (out / "results").glob("*.json")]
+    return {result["name"]: (result["settings"], result["records"]) for result in results}
 
 
-def test_an_interrupted_study_goes_on_and_ends_with_the_same_results(tmp_path, monkeypatch, in_this_process):
+def test_an_interrupted_study_ends_with_the_same_results(tmp_path, monkeypatch, in_this_process):
     evaluate = study_runs.evaluate
 
     def interrupted(job, out):
@@ -290,5 +282,5 @@ def check_report(report):
     claims = json.loads((report.parent / "study.json").read_text())["claims"]
     assert [claim["question"] for claim in claims] == ["a"] * 4
     for claim in claims:
-        found = Measure(**{key: math.nan if value is None else value for key, value in claim["found"].items()})
-        assert claim["verdict"] == decide(found, claim["rule"], claim["margin"])
+        measured = Measure(**{key: math.nan if value is None else value for key, value in claim["found"].items()})
+        assert claim["verdict"] == decide(measured, claim["rule"], claim["margin"])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 TINY = """
 import sys
 from pathlib import Path
-from trl_vpo.testbed import study
+from studies.testbed import study
 from studies.testbed.plan import Scale
 tiny = Scale(seeds=1, rows=16, steps=2, batch=8, validation=4, test=6, more=4, watched=4, watch_steps=1,
              rates=(1e-3,), variants=("dpo", "leanpo", "rrpo"), noise=(), self_made=False)
@@ -27,15 +27,15 @@ def started(out):
 
 
 def finished_jobs(out):
-    """What the workers' logs say they have done, in order."""
+    """Return the jobs that the workers' logs report as done."""
     lines = [line for log in (out / "logs").glob("*.log") for line in log.read_text(errors="replace").splitlines()]
     return [line.split(":")[0] for line in lines if " s of CPU)" in line]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["command", "everything"])
-def test_a_killed_study_goes_on_and_does_nothing_twice(whom, tmp_path):
-    """Of a killed command, the worker may live on for a job: the next command waits for it."""
+def test_a_killed_study_continues_and_does_nothing_twice(whom, tmp_path):
+    """The worker of a killed command may live on for a job: the next command waits for it."""
     first = started(tmp_path)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "results").glob("seed0-dpo-*.json")) and time.monotonic() < deadline:
@@ -56,9 +56,9 @@ def test_the_quick_study_shows_the_direction_of_its_claims(tmp_path):
     """With margins that one seed may miss by; what does not hold in this world (RESULTS.md) is not asserted."""
     command = [sys.executable, "-m", "studies.testbed.study", "--quick", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
-    found = json.loads((tmp_path / "study.json").read_text())
-    assert {claim["question"] for claim in found["claims"]} == {"a", "c", "d"}
-    of = found["values"]
+    report = json.loads((tmp_path / "study.json").read_text())
+    assert {claim["question"] for claim in report["claims"]} == {"a", "c", "d"}
+    of = report["values"]
     base, dpo, leanpo, rrpo = (of[run] for run in ("base/clip", "dpo", "leanpo", "rrpo"))
     scenes, dpo_scenes, lpoi = (of[run] for run in ("base/scene", "dpo_scenes", "lpoi_5"))
     for trained in (dpo, leanpo, rrpo):
