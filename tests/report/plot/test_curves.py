@@ -5,6 +5,7 @@ import math
 import pytest
 from PIL import Image
 
+from trl_vpo.errors import PlotError
 from trl_vpo.report.plot import curves, history, style
 
 LOG = [
@@ -35,7 +36,7 @@ def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_series_skips_entries_without_the_metric_and_the_summary():
+def test_series_skips_entries_without_it_and_the_summary():
     assert history.series(LOG, "loss") == ([5, 10], [0.7, 0.5])
     assert history.series(LOG, "logps/chosen") == ([5, 10], [-8.0, -7.0])
     assert history.series(LOG, "kl/chosen") == ([], [])
@@ -48,14 +49,14 @@ def test_smoothing_weighs_by_steps():
     assert means == pytest.approx([1.0, 3.5 / 1.5, (1 / 8 + 3 / 4) / (1 / 8 + 1 / 4 + 1)])
 
 
-def test_few_points_are_not_smoothed_and_many_over_a_fortieth_of_the_run():
+def test_many_points_are_smoothed_over_a_fortieth_of_the_run():
     short = [{"step": step, "loss": 1.0} for step in range(10, 410, 10)]
     long = [{"step": step, "loss": 1.0} for step in range(10, 4010, 10)]
     assert history.default_half_life({"short": short}) == 0
     assert history.default_half_life({"short": short, "long": long}) == 100
 
 
-def test_a_run_keeps_its_curve_beside_others_without_reference():
+def test_a_run_keeps_its_curve_beside_those_without_reference():
     figure, notes = curves.training_figure({"DPO": WITH_REFERENCE})
     alone = points(panels(figure)["Δ log-prob of rejected"].get_lines()[0])
     assert alone == [(5, -5.0), (10, -10.0)]
@@ -76,7 +77,7 @@ def test_runs_without_reference_need_no_other_panel():
     assert any(note.startswith("Δ log-prob: since the first logging window") for note in notes)
 
 
-def test_evaluations_are_hollow_and_measured_from_the_one_before_training():
+def test_evaluations_are_hollow_and_start_before_training():
     figure, _ = curves.training_figure({"LeanPO": EVALUATED})
     line, marks = panels(figure)["Δ log-prob of rejected"].get_lines()[:2]
     assert points(line) == [(5, 0.0), (10, -3.0)]
@@ -86,7 +87,7 @@ def test_evaluations_are_hollow_and_measured_from_the_one_before_training():
     assert legend(figure) == ["LeanPO", "hollow: evaluation set"]
 
 
-def test_without_an_evaluation_before_training_its_log_probs_are_left_out_and_that_is_said():
+def test_log_probs_need_an_evaluation_before_training():
     figure, notes = curves.training_figure({"LeanPO": EVALUATED[1:]})
     assert points(panels(figure)["Δ log-prob of chosen"].get_lines()[1]) == []
     assert points(panels(figure)["Loss"].get_lines()[1]) == [(10, 0.6)]
@@ -152,10 +153,11 @@ def test_plot_curves_writes_a_picture_and_the_same_one_again(tmp_path):
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no run to plot"):
-        curves.plot_curves({}, tmp_path / "curves.png")
-    with pytest.raises(ValueError, match="DPO: no metric"):
-        curves.plot_curves({"DPO": [{"step": 1, "epoch": 1.0}]}, tmp_path / "curves.png")
-    with pytest.raises(ValueError, match=r"curves.jpg: a figure is written as .png"):
-        curves.plot_curves({"DPO": LOG}, tmp_path / "curves.jpg")
+    for runs, name, message in (
+        ({}, "curves.png", "no run to plot"),
+        ({"DPO": [{"step": 1, "epoch": 1.0}]}, "curves.png", "DPO: no metric"),
+        ({"DPO": LOG}, "curves.jpg", "curves.jpg: a figure is written as .png"),
+    ):
+        with pytest.raises(PlotError, match=message):
+            curves.plot_curves(runs, tmp_path / name)
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,8 @@
 """`trl-vpo plot`: runs found in their folders, their names, and the page with final values and settings."""
 
 import base64
-import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -93,7 +91,7 @@ def test_a_finished_run(tmp_path):
     assert run.name == "LeanPO"
 
 
-def test_a_run_that_goes_on_is_read_from_its_newest_checkpoint(tmp_path):
+def test_an_unfinished_run_is_read_from_its_newest_checkpoint(tmp_path):
     write_state(tmp_path / "checkpoint-9", HISTORY[:2], when=1000)
     folder = write_state(tmp_path / "checkpoint-10", HISTORY[:3], when=2000)
     marker = {"format": 1, "files": {}, "run": {"method": "rrpo", "recipe": {"alpha": 0.1}, "rows": 5}}
@@ -103,7 +101,7 @@ def test_a_run_that_goes_on_is_read_from_its_newest_checkpoint(tmp_path):
     assert read_run(tmp_path / "checkpoint-9").history == HISTORY[:2]
 
 
-def test_what_an_earlier_run_left_in_the_folder_does_not_count(tmp_path):
+def test_what_an_earlier_run_left_is_ignored(tmp_path):
     write_run(tmp_path)
     os.utime(tmp_path / "trainer_state.json", (1000, 1000))
     write_state(tmp_path / "checkpoint-5", HISTORY[:2], when=2000)
@@ -112,7 +110,7 @@ def test_what_an_earlier_run_left_in_the_folder_does_not_count(tmp_path):
     assert run.history == HISTORY[:2] and run.method == "DPO"
 
 
-def test_runs_of_one_method_are_named_by_what_tells_their_folders_apart(tmp_path):
+def test_runs_of_one_method_are_named_by_their_folders(tmp_path):
     a, b = write_run(tmp_path / "a" / "out"), write_run(tmp_path / "b" / "out")
     c = write_run(tmp_path / "c" / "out", method="dpo")
     assert [run.name for run in read_runs([a, b, c])] == ["LeanPO (a/out)", "LeanPO (b/out)", "DPO"]
@@ -128,26 +126,19 @@ def test_runs_of_one_method_are_named_by_what_tells_their_folders_apart(tmp_path
         (lambda f: [f], "has no trainer_state.json, neither itself nor in a checkpoint"),
         (lambda f: [write_state(f, [])], "nothing was logged. Set logging_steps"),
         (lambda f: [write_run(f), f / "."], "is given twice"),
+        (lambda f: [write_state(f), (f / "run.json").write_text("{")][:1], r"run\.json cannot be read"),
     ],
 )
-def test_what_is_no_run(tmp_path, make, message):
+def test_what_is_not_a_run(tmp_path, make, message):
     with pytest.raises(PlotError, match=message):
         read_runs(make(tmp_path))
 
 
-def test_a_broken_file_is_named(tmp_path):
-    write_state(tmp_path)
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(PlotError, match=r"run\.json cannot be read"):
-        read_run(tmp_path)
-
-
 def test_names_must_fit(tmp_path):
-    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
-    with pytest.raises(PlotError, match="1 names for 2 runs"):
-        read_runs([a, b], ["one"])
-    with pytest.raises(PlotError, match="two runs are named 'x'"):
-        read_runs([a, b], ["x", "x"])
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    for names, message in ((["one"], "1 names for 2 runs"), (["x", "x"], "two runs are named 'x'")):
+        with pytest.raises(PlotError, match=message):
+            read_runs(runs, names)
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -198,7 +189,7 @@ def test_show_value(value, shown):
 # --- files --------------------------------------------------------------------------------------------------------
 
 
-def test_page_holds_the_figure_the_settings_and_the_final_values(tmp_path):
+def test_page_holds_figure_settings_and_final_values(tmp_path):
     write_run(tmp_path / "a", recipe={"learning_rate": 5e-6})
     write_run(tmp_path / "b", method="dpo")
     out = tmp_path / "new" / "page.html"
@@ -217,25 +208,14 @@ def test_page_holds_the_figure_the_settings_and_the_final_values(tmp_path):
     assert all(f"<li>{note.replace(chr(39), '&#39;')}</li>" in text for note in notes)
 
 
-def test_page_is_whole_in_one_file_and_runs_nothing(tmp_path):
+def test_nothing_in_a_run_is_markup(tmp_path):
     name = '<img src=x onerror="alert(1)">'
     write_run(tmp_path / "a", recipe={"learning_rate": "</style><script>alert(1)</script>"}, device="<b>gpu</b>")
-    one, two = tmp_path / "one.html", tmp_path / "two.html"
-    for out in (one, two):
-        plot.plot_runs([tmp_path / "a"], out, names=[name])
-    assert one.read_bytes() == two.read_bytes()
-    page, text = Page(one), one.read_text(encoding="utf-8")
+    plot.plot_runs([tmp_path / "a"], tmp_path / "page.html", names=[name])
+    page = Page(tmp_path / "page.html")
     assert not {"script", "link", "iframe", "object", "b"} & set(page.tags) and page.tags.count("img") == 1
     assert page.tables["Settings"]["learning_rate"] == ["</style><script>alert(1)</script>"]
     assert page.tables["Settings"][None] == [name]
-    links = [value for _, key, value in page.attributes if key in ("src", "href")]
-    assert all(value.startswith("data:image/svg+xml;base64,") for value in links)
-    (policy,) = [v for tag, key, v in page.attributes if key == "content" and "default-src 'none'" in v]
-    assert "script-src" not in policy and "unsafe-inline" not in policy
-    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL).group(1)
-    allowed = re.search(r"style-src 'sha256-([^']+)'", policy).group(1)
-    assert base64.b64decode(allowed) == hashlib.sha256(style.encode()).digest()
-    assert " style=" not in text  # the policy would drop it
 
 
 def test_a_run_without_record_is_plotted_and_that_is_said(tmp_path):
