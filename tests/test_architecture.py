@@ -34,14 +34,19 @@ PENDING = {
         "runs.results -> generate.pipeline",
         "runs.store -> generate.pipeline",
     },
-    "root": {"doctor.checks", "training.run"},
+    "root": {
+        "doctor.checks",
+        "training.run",
+    },
     "circles": {
         "doctor.checks doctor.data",
         "media.frame_cache media.load",
         "testbed.pretraining testbed.tiny_vlm",
         "training.hub training.launch training.resume training.run training.signals",
     },
-    "inits": {"generate"},
+    "inits": {
+        "generate",
+    },
     "lines": {
         "tests/data/test_check.py",
         "tests/data/test_first_contact.py",
@@ -89,11 +94,8 @@ PENDING = {
         "tests/models/test_local_model.py",
         "tests/models/test_real_server.py",
         "tests/models/test_server_model.py",
-        "tests/report/plot/test_curves.py",
-        "tests/report/plot/test_plot.py",
         "tests/runs/test_quiet.py",
         "tests/runs/test_secrets.py",
-        "tests/studies/test_study.py",
         "tests/test_cli.py",
         "tests/test_recipes.py",
         "tests/testbed/test_base.py",

@@ -64,7 +64,7 @@ class PhraseError(UserError):
 
 
 class PlotError(UserError):
-    """A folder that is no run, a run that logged nothing, or a file that cannot be written so."""
+    """A folder that is not a run, a run that logged nothing, or a figure that cannot be written."""
 
 
 class RecipeError(UserError):
@@ -84,7 +84,3 @@ class SaveError(UserError, OSError):
 
 class SourceError(UserError):
     """A name that leads to no model, adapter or dataset that can be loaded. Says what it leads to, and what to do."""
-
-
-class PlotError(ValueError):
-    """A folder that is no run, a run that logged nothing, or a figure that cannot be written."""

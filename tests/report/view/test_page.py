@@ -14,7 +14,7 @@ from helpers import row, write_clip, write_image
 from PIL import Image
 
 from trl_vpo.data.rows import read_row, response_text
-from trl_vpo.errors import DatasetError
+from trl_vpo.errors import UserError
 from trl_vpo.media.load import VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.report.view import page as page_module
@@ -301,7 +301,7 @@ def test_refused(tmp_path, monkeypatch, options, message):
     before = write_jsonl([row(None)], tmp_path / "rows.jsonl").read_bytes()
     (tmp_path / "page.html").write_text("the last one")
     arguments = {"dataset": "rows.jsonl", "out": "page.html"} | options
-    with pytest.raises((ValueError, DatasetError), match=message):
+    with pytest.raises(UserError, match=message):
         write_page(arguments.pop("dataset"), arguments.pop("out"), **arguments)
     assert (tmp_path / "page.html").read_text() == "the last one"
     assert (tmp_path / "rows.jsonl").read_bytes() == before

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.errors import UserError
 from trl_vpo.media.video import usable_cores
 from trl_vpo.report.html import write_html
 from trl_vpo.report.view.data import Unreadable, read_examples, read_rejected, read_summary
@@ -78,7 +79,7 @@ def write_page(
 
     Raises:
         DatasetError: the dataset or the split does not exist.
-        ValueError: an option is out of range, or `out` is a folder or the dataset itself.
+        UserError: an option is out of range, or `out` is a folder or the dataset itself.
     """
     out = Path(out)
     options = Look(**look)
@@ -89,11 +90,11 @@ def write_page(
         ("num_images", options.num_images, 2),
     ):
         if value < least:
-            raise ValueError(f"{name} is {value}: give a whole number of at least {least}.")
+            raise UserError(f"{name} is {value}: give a whole number of at least {least}.")
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: name the .html file to write.")
+        raise UserError(f"{out} is a folder: name the .html file to write.")
     if out.exists() and Path(dataset).exists() and out.samefile(dataset):
-        raise ValueError(f"{out} is the dataset itself: name another file for the page.")
+        raise UserError(f"{out} is the dataset itself: name another file for the page.")
     examples = read_examples(dataset, split, config)
     counts = PageCounts()
     write_html(
