@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trl_vpo.data.import_formats import FORMATS
-from trl_vpo.errors import RecipeError, UserError
+from trl_vpo.errors import UserError
 from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get(TRACEBACK) or not isinstance(error, USER_ERRORS):
             raise
         print(f"trl-vpo: error: {scrub(_message(error))}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
-        return 2 if isinstance(error, RecipeError) else 1
+        return getattr(error, "exit_code", 1)
 
 
 def _message(error: Exception) -> str:

@@ -1,36 +1,94 @@
-"""The errors of this package. Each message says what happened, where, and what to do."""
+"""The errors of this package. Each message says what happened, where, and what to do.
+
+Everything that a user can correct is a `UserError`; the command line shows its message without a traceback. What
+libraries raise is turned into one where it arises, by `as_user_errors`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Something that a user can correct. The command line shows its message without a traceback."""
+    """Something that a user can correct.
+
+    Built from one string, so that it survives a data-loader worker: torch raises it again as `type(error)(message)`.
+    """
+
+    exit_code = 1  # of the command line
 
 
-class AdapterError(UserError):
-    """An adapter that cannot be read or merged. The message says why, and what to do."""
+class RecipeError(UserError):
+    """A recipe or option that cannot be used. Raised before a model or dataset is loaded."""
+
+    exit_code = 2
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be gone on from. Says which, and what is wrong with it."""
+class SourceError(UserError):
+    """A name that leads to no model, adapter or dataset that can be loaded. Says what it leads to."""
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
 
 
 class DatasetError(UserError):
-    """A dataset, a split or a line that is not there or cannot be read. The message says where and what to do."""
-
-
-class EvaluateError(UserError):
-    """An evaluation that cannot start or go on. The message says what to do."""
-
-
-class GenerateError(UserError):
-    """A run that cannot start or go on: its settings, its inputs or its folder. The message says what to do."""
-
-
-class HubError(UserError):
-    """The Hub will not take the model of this run, however often it is tried. Says why, and what to do."""
+    """A dataset, a split or a line that is missing or cannot be read."""
 
 
 class ImportFormatError(UserError):
-    """A record that cannot be imported. The message names the file, the place in it, the field and the remedy."""
+    """A record that cannot be imported. Names the file, the place in it and the field."""
+
+
+class RowError(UserError):
+    """A row that cannot be trained on. Names the row."""
+
+
+class PhraseError(UserError):
+    """Phrases that cannot be used. Names the span or tag; the caller names the row."""
+
+
+class MediaError(UserError):
+    """An image or a video that cannot be used. Names the file."""
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+class AdapterError(UserError):
+    """An adapter that cannot be read, attached or merged."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss, or the weights after a step, became nan or infinite. Names the rows; nothing is saved."""
+
+
+class OutputDirError(UserError):
+    """A folder that cannot take the results of a run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that training cannot continue from."""
+
+
+class SaveError(UserError):
+    """A checkpoint or model that could not be written. Says which checkpoint is left."""
+
+
+class HubError(UserError):
+    """The Hub will not take the model of this run, however often it is tried."""
+
+
+# --- generation, evaluation, reports --------------------------------------------------------------------------------
+
+
+class GenerateError(UserError):
+    """A run of generation that cannot start or continue: its settings, its inputs or its folder."""
+
+
+class EvaluateError(UserError):
+    """An evaluation that cannot start or continue."""
 
 
 class InputError(UserError):
@@ -38,49 +96,38 @@ class InputError(UserError):
 
 
 class JudgeError(UserError):
-    """A reply that cannot be used. The message says why, as the judge is told when it is asked again."""
-
-
-class MediaError(UserError):
-    """An image or a video that cannot be used. The message says what happened, which file, and what to do.
-
-    It is built from one string, because torch's DataLoader raises a worker's exception again as ``exc_type(message)``.
-    """
-
-
-class NonFiniteLossError(UserError, RuntimeError):
-    """The loss, or the weights after a step, became nan or infinite. Names the rows; nothing is saved."""
-
-
-class OutputDirError(UserError, OSError):
-    """A folder that cannot take the results of a run. Says which, why, and what to do."""
-
-
-class PhraseError(UserError):
-    """Phrases that cannot be used. The message says which span or tag, what is wrong with it and what to do.
-
-    It does not name the row: the caller does. Built from one string, so that it survives a data-loader worker.
-    """
+    """A judge's reply that cannot be used. The message is what the judge is told when it is asked again."""
 
 
 class PlotError(UserError):
-    """A folder that is not a run, a run that logged nothing, or a figure that cannot be written."""
+    """A folder that is no run, a run that logged nothing, or a figure that cannot be written."""
 
 
-class RecipeError(UserError):
-    """A recipe or option that cannot be used. Raised before a model or dataset is loaded."""
+# --- helpers --------------------------------------------------------------------------------------------------------
 
 
-class RowError(UserError):
-    """A row that cannot be trained on. The message names the row, what is wrong with it and what to do.
+@contextmanager
+def as_user_errors(where: str = "") -> Iterator[None]:
+    """Turn what libraries raise about settings, files and missing packages into `UserError`.
 
-    Built from one string, so that it survives being raised in a data-loader worker.
+    Put it around the calls in which a `ValueError`, `OSError` or `ImportError` is about what the user set, named or
+    stored: loading a model, reading a dataset, writing a result.
+
+    Args:
+        where: what the message begins with, such as the name of what is loaded.
+
+    Raises:
+        UserError: in place of those errors; a `UserError` passes as it is.
     """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"{where}: {error}" if where else str(error) or type(error).__name__) from error
 
 
-class SaveError(UserError, OSError):
-    """A checkpoint or model could not be written. Says where, why, and which checkpoint is left."""
-
-
-class SourceError(UserError):
-    """A name that leads to no model, adapter or dataset that can be loaded. Says what it leads to, and what to do."""
+def did_you_mean(word: str, valid: Iterable[str], prefix: str = "") -> str:
+    """Return ` Did you mean ...?`, or nothing where no valid word is near."""
+    close = difflib.get_close_matches(str(word).lower(), list(valid), n=3)
+    return f" Did you mean {' or '.join(prefix + c for c in close)}?" if close else ""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from studies.testbed.plan import digest
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 from trl_vpo.testbed import language, rows, world
 
 OTHER = {"clip": "scene", "scene": "clip"}
@@ -134,13 +134,13 @@ def things_of(facts: dict[str, Any]) -> tuple[world.Thing, ...]:
 
 
 def _write(found: Iterable[dict], path: Path) -> Path:
-    with whole(path) as part:
+    with atomic_write(path) as part:
         rows.write_jsonl(found, part)
     return path
 
 
 def write_text(path: Path, text: str) -> Path:
     """Whole or not at all: a killed run leaves no half of a file under its name."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
     return path

@@ -10,15 +10,16 @@ import pytest
 from datasets import Dataset, Features, Image, List, concatenate_datasets
 from PIL import Image as Picture
 
-from trl_vpo.runs import digests
-from trl_vpo.runs.digests import file_digest, model_files, row_digests
+from trl_vpo import files
+from trl_vpo.files import file_digest
+from trl_vpo.runs.digests import model_files, row_digests
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Files that count as large, and an empty memory of their hashes."""
-    monkeypatch.setattr(digests, "REMEMBERED", 100)
-    monkeypatch.setattr(digests, "_memory", lambda: tmp_path / "memory")
+    monkeypatch.setattr(files, "REMEMBERED", 100)
+    monkeypatch.setattr(files, "_memory", lambda: tmp_path / "memory")
     folder = tmp_path / "base"
     folder.mkdir()
     for name in (
@@ -37,11 +38,11 @@ def small(tmp_path, monkeypatch):
 def age(path):
     """As if it had been there for long, which a hash that is remembered must have."""
     seen = time.time
-    digests.time.time = lambda: seen() + 60
+    files.time.time = lambda: seen() + 60
     try:
         return file_digest(path)
     finally:
-        digests.time.time = seen
+        files.time.time = seen
 
 
 def test_every_byte_of_a_model_counts(small):
@@ -62,10 +63,10 @@ def test_a_large_file_is_read_once_until_it_changes(small, monkeypatch):
     path = small / "model-1.safetensors"
     first = age(path)
     read = []
-    monkeypatch.setattr(digests.hashlib, "file_digest", lambda file, name: read.append(1))
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda file, name: read.append(1))
     assert file_digest(path) == first and not read
     monkeypatch.undo()
-    monkeypatch.setattr(digests, "REMEMBERED", 100)
+    monkeypatch.setattr(files, "REMEMBERED", 100)
     stat = path.stat()
     path.write_bytes(path.read_bytes()[::-1])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the time of the inode's change stays behind

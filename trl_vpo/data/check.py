@@ -31,7 +31,7 @@ from trl_vpo.data.columns import COLUMNS, REF_SUMS, ROW_INDEX, nearest_column
 from trl_vpo.data.identity import cache_folder, processor_identity, source_identity, versions
 from trl_vpo.data.rows import MEDIA, Row, check_accepted, read_row
 from trl_vpo.errors import MediaError, RowError
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 from trl_vpo.media.load import Clip, check_video, load_image, load_video
 from trl_vpo.media.masking import check_box
 
@@ -384,7 +384,7 @@ def _list_skipped(path: Path, name: str, problems: list[Problem]) -> None:
     lines = [json.dumps({"dataset": name, "row": p.index, "reason": p.message}) for p in problems]
     others = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = [line for line in others if not line.startswith(json.dumps({"dataset": name})[:-1] + ",")] + lines
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

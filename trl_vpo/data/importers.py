@@ -19,7 +19,7 @@ from trl_vpo.data.import_formats import FORMATS, read_record
 from trl_vpo.data.json_files import parse_record, raw_records
 from trl_vpo.data.messages import drop_none
 from trl_vpo.errors import DatasetError, ImportFormatError
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 
 LIST_COLUMNS = ("images", "videos", "chosen_phrases", "rejected_phrases")
 
@@ -179,7 +179,7 @@ def _join(root, path: str) -> str:
 def _write_lines(path: Path, rows) -> None:
     """Write JSON lines beside the target, then put the whole file in its place."""
     # backslashreplace is JSON's own escape
-    with whole(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>") + "\n")
 

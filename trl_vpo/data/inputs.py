@@ -23,7 +23,7 @@ from PIL import Image
 
 from trl_vpo.data.rows import MARKERS, drop_none
 from trl_vpo.errors import GenerateError, InputError, MediaError
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
@@ -304,7 +304,7 @@ def _stored(data: bytes, folder: Path) -> str:
     if path.exists():
         return str(path)
     try:
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_bytes(data)
     except OSError as error:
         raise GenerateError(

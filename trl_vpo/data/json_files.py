@@ -17,7 +17,7 @@ from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from trl_vpo.data.identity import cache_folder
 from trl_vpo.errors import DatasetError
-from trl_vpo.files import UNREADABLE, open_packed, whole
+from trl_vpo.files import UNREADABLE, atomic_write, open_packed
 
 FORMAT = 1  # of the tables in the cache; raise it with a change to what is written
 ROWS_AT_ONCE = 1000
@@ -39,7 +39,7 @@ def load_json(files: list[Path]) -> Dataset:
         if not features:
             raise DatasetError(f"{', '.join(map(str, files))}: no rows.")
         try:
-            with whole(path) as part:
+            with atomic_write(path) as part:
                 _write(read_json(files), features, part)
         except OSError as error:
             raise DatasetError(

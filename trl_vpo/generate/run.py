@@ -47,11 +47,11 @@ def make_parser(method: str):
     Raises:
         RecipeError: there is no such method.
     """
-    from trl_vpo.errors import RecipeError
-    from trl_vpo.runs.recipe import RecipeParser, nearest
+    from trl_vpo.errors import RecipeError, did_you_mean
+    from trl_vpo.runs.recipe import RecipeParser
 
     if method not in METHODS:
-        raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{nearest(method, METHODS)}")
+        raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
     module, config, _ = METHODS[method]
     types = [getattr(importlib.import_module(module), config)]
     return RecipeParser(types, any_device=True, prog=f"trl-vpo generate {method}")

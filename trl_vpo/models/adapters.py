@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from trl_vpo.errors import AdapterError, RecipeError
-from trl_vpo.runs.recipe import nearest
+from trl_vpo.errors import AdapterError, RecipeError, did_you_mean
 
 PRESETS = ("language", "language+projector", "all")
 VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)\.")
@@ -42,8 +41,8 @@ def check_targets(targets: str | Iterable[str] | None) -> None:
         if re.fullmatch(r"[\w+-]+", targets):
             raise RecipeError(
                 f"lora_target_modules: {targets!r} is none of the presets {', '.join(PRESETS)}."
-                f"{nearest(targets, PRESETS)} Anything else is a regular expression of whole module names, such as "
-                rf".*\.{targets}"
+                f"{did_you_mean(targets, PRESETS)} Anything else is a regular expression of whole module names, such "
+                rf"as .*\.{targets}"
             )
     elif found := [name for name in targets if name in PRESETS]:
         raise RecipeError(

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 
 
 def write_html(
@@ -39,5 +39,5 @@ def write_html(
     )
     pieces = environment.get_template(template.name).generate(values)
     # Half of a surrogate pair is valid in JSON but not in UTF-8: backslashreplace writes JSON's own escape for it.
-    with whole(out) as part, part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+    with atomic_write(out) as part, part.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.writelines(pieces)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from trl_vpo.runs.recipe_file import nearest
+from trl_vpo.errors import did_you_mean
 
 BITSANDBYTES = (("bitsandbytes",), "'trl-vpo[quantization]'")
 DEEPSPEED = (("deepspeed",), "'trl-vpo[deepspeed]'")
@@ -58,7 +58,7 @@ def missing_packages(settings: Mapping[str, Any]) -> list[str]:
         settings: names and values of a run's arguments.
     """
     unknown = [name for name in _reporters(settings) if name not in KNOWN_REPORTERS]
-    return [f"report_to: there is no {name}.{nearest(name, KNOWN_REPORTERS)}" for name in unknown] + [
+    return [f"report_to: there is no {name}.{did_you_mean(name, KNOWN_REPORTERS)}" for name in unknown] + [
         f"{what} needs {modules[0]}, which is not installed: pip install {name}"
         for what, (modules, name) in _needed(settings)
         if not any(_installed(module) for module in modules)

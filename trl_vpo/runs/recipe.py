@@ -11,9 +11,9 @@ from typing import Any
 
 from trl.scripts.utils import ScriptArguments, TrlParser
 
-from trl_vpo.errors import RecipeError
+from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.runs.packages import missing_packages
-from trl_vpo.runs.recipe_file import nearest, read_recipe
+from trl_vpo.runs.recipe_file import read_recipe
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.values import annotations, check_bounds, checked, environment
 
@@ -94,7 +94,7 @@ class RecipeParser(TrlParser):
         known = annotations(self.dataclass_types)
         unknown = [key for key in recipe if key not in known and key not in LAUNCH_KEYS]
         if unknown:
-            hints = " ".join(f"unknown recipe key `{k}`.{nearest(k, known)}" for k in unknown)
+            hints = " ".join(f"unknown recipe key `{k}`.{did_you_mean(k, known)}" for k in unknown)
             raise RecipeError(f"{path}: {hints}")
         recipe = {key: value for key, value in recipe.items() if key not in LAUNCH_KEYS}
         for action in self._actions:  # argparse does not check values that came from the recipe
@@ -109,7 +109,7 @@ class RecipeParser(TrlParser):
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:  # without values: a token may be among them
             options = [arg.split("=")[0] for arg in rest if arg.startswith("--")]
-            hints = [nearest(o[2:].replace("-", "_"), self._own_defaults, "--") for o in options]
+            hints = [did_you_mean(o[2:].replace("-", "_"), self._own_defaults, "--") for o in options]
             unknown = " ".join(f"unknown option {o}.{h}" for o, h in zip(options, hints))
             raise RecipeError(unknown or f"a value that belongs to no option stands behind {_before(rest[0], args)}.")
         for option in {arg.split("=")[0] for arg in args or () if arg.startswith("--")}:
@@ -128,7 +128,7 @@ class RecipeParser(TrlParser):
         value = getattr(value, "value", value)
         if not valid or str(value) in valid:
             return
-        hint = nearest(value, valid)
+        hint = did_you_mean(value, valid)
         if isinstance(value, bool) and {"no", "yes"} & set(valid):
             hint = ' YAML reads an unquoted no as false: write "no".'
         raise RecipeError(scrub(f"{where}{action.dest}: {value!r} is not one of {', '.join(valid)}.{hint}"))

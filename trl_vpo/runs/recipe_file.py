@@ -1,8 +1,6 @@
 """The YAML file of a recipe, read strictly: what YAML would drop or guess silently is refused, with file and line."""
 
-import difflib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +8,6 @@ import yaml
 
 from trl_vpo.errors import RecipeError
 from trl_vpo.runs.secrets import scrub
-
-
-def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
-    """` Did you mean ...?`, or nothing where nothing is near."""
-    close = difflib.get_close_matches(str(word).lower(), list(valid), n=3)
-    return f" Did you mean {' or '.join(prefix + c for c in close)}?" if close else ""
 
 
 def read_recipe(path: Path | str) -> dict[str, Any]:

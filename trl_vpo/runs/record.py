@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trl_vpo.data.identity import versions
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 from trl_vpo.runs.secrets import scrub
 
 
@@ -52,7 +52,7 @@ def write_run_record(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     path = Path(trainer.args.output_dir) / "run.json"
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(json.dumps(scrub(record), indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.errors import GenerateError
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.runs.outcome import Outcome
 
@@ -108,7 +108,7 @@ def replace_file(path: Path, lines: Iterable[str]) -> None:
         GenerateError: it cannot be written.
     """
     try:
-        with whole(path, token="new") as part, part.open("w", encoding="utf-8") as file:
+        with atomic_write(path, token="new") as part, part.open("w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
     except OSError as error:
         raise GenerateError(

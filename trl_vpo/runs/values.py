@@ -10,8 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from trl_vpo.errors import RecipeError
-from trl_vpo.runs.recipe_file import nearest
+from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.runs.secrets import scrub
 
 # Keys that argument classes do not check themselves: below these, training does nothing, or something else.
@@ -146,7 +145,7 @@ def _checked_item(key: str, item: Any, kind: type, where: str) -> dict[str, Any]
     known = annotations([kind])
     for name in item:
         if name not in known:
-            raise RecipeError(f"{where}unknown key `{name}` in {key}.{nearest(name, known)}")
+            raise RecipeError(f"{where}unknown key `{name}` in {key}.{did_you_mean(name, known)}")
     return {name: checked(f"{key}.{name}", value, known[name], where) for name, value in item.items()}
 
 

@@ -67,11 +67,10 @@ def accelerate_config(name: str) -> Path:
     folders = (Path("recipes/accelerate"), Path(find_spec("trl").origin).parent / "accelerate_configs")
     valid = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
     if name not in valid:
-        from trl_vpo.errors import RecipeError
-        from trl_vpo.runs.recipe_file import nearest
+        from trl_vpo.errors import RecipeError, did_you_mean
 
         raise RecipeError(
-            f"accelerate_config {name!r} is no file and none of {', '.join(valid)}.{nearest(name, valid)}"
+            f"accelerate_config {name!r} is no file and none of {', '.join(valid)}.{did_you_mean(name, valid)}"
         )
     return valid[name]
 

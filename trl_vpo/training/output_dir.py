@@ -41,7 +41,7 @@ def hold_output_dir(args: Any) -> Iterator[None]:
             folder = Path(args.output_dir)
             check_writable(folder)
             lock = _lock(folder)
-        except OSError as problem:  # for all ranks: the others would wait
+        except (OSError, OutputDirError) as problem:  # for all ranks: the others would wait
             error = str(problem)
     error = broadcast_object_list([error])[0]
     if error:

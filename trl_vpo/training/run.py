@@ -30,11 +30,11 @@ def make_parser(method: str, *, any_device: bool = False) -> RecipeParser:
     from trl import DatasetMixtureConfig, ModelConfig
 
     import trl_vpo
-    from trl_vpo.errors import RecipeError
-    from trl_vpo.runs.recipe import RecipeParser, VisualScriptArguments, nearest
+    from trl_vpo.errors import RecipeError, did_you_mean
+    from trl_vpo.runs.recipe import RecipeParser, VisualScriptArguments
 
     if method not in METHODS:
-        raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{nearest(method, METHODS)}")
+        raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
     config = getattr(trl_vpo, METHODS[method][0])
     types = (VisualScriptArguments, config, ModelConfig, DatasetMixtureConfig)
     return RecipeParser(types, any_device=any_device, prog=f"trl-vpo train {method}")

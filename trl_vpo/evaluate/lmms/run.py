@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate.trained import trained_media
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
@@ -302,7 +302,7 @@ def _write(found: dict[str, Any], folder: Path, record: dict[str, Any]) -> Table
     metrics = {task: _numbers(values) for task, values in found["results"].items()}
     metrics = {task: values for task, values in metrics.items() if values or task in samples}
     kept = {key: found[key] for key in ("n-samples", "versions", "higher_is_better", "configs") if key in found}
-    with whole(folder / RESULTS) as part:
+    with atomic_write(folder / RESULTS) as part:
         part.write_text(dumped({"settings": record, "metrics": metrics, **kept}, indent=2), encoding="utf-8")
     return metrics
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.errors import PlotError
-from trl_vpo.files import whole
+from trl_vpo.files import atomic_write
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -52,6 +52,6 @@ def save(figure: Any, path: str | Path) -> Path:
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise PlotError(f"{path}: a figure is written as {', '.join(FORMATS)}; name a file that ends so.")
-    with whole(path) as part, drawing():
+    with atomic_write(path) as part, drawing():
         figure.savefig(part, format=kind[1:], dpi=150, metadata=METADATA[kind])
     return path
