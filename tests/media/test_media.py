@@ -28,7 +28,7 @@ from PIL import Image
 
 from trl_vpo.errors import MediaError
 from trl_vpo.media import load as media
-from trl_vpo.media.decode import _decode, _needed, decode, seeking_pays
+from trl_vpo.media.decode import decode, decode_once, needed_frames, seeking_pays
 from trl_vpo.media.images import fit_pixels
 from trl_vpo.media.load import Clip, VideoOptions, check_image, check_video, load_image, load_video
 from trl_vpo.media.video import FrameTable, max_threads, open_video, scan
@@ -225,7 +225,7 @@ def test_seeking_and_sequential_decoding_give_identical_frames(folder, gop, bfra
     table = scan(path, name)
     assert table.keyframes.tolist() == list(range(0, 100, gop))
     wanted = np.array([0, 1, 30, 31, 47, 48, 49, 70, 96, 99])
-    sought = _decode(path, table, wanted, name, None, seek=True, threads=1)  # no second chance
+    sought = decode_once(path, table, wanted, name, seek=True)  # no second chance
     assert numbers(sought) == wanted.tolist()
     assert (sought == decode(path, table, wanted, name, seek=False)).all()
     assert (sought == decode(path, table, wanted, name)).all()
@@ -257,7 +257,7 @@ def test_frames_left_out_change_no_other_frame(folder, container, kind, seek):
     for wanted in ([50], [0, 1, 2, 33, 34, 35, 36, 37, 38, 98, 99], range(0, 100, 7), range(100)):
         assert (decode(path, table, np.array(wanted), path.name, seek=seek) == every[wanted]).all()
     with open_video(path, path.name) as (file, stream):
-        decoded = [frame.pts for frame in _needed(file, stream, {int(table.pts[50])})]
+        decoded = [frame.pts for frame in needed_frames(file, stream, {int(table.pts[50])})]
     assert table.pts[50] in decoded
     assert len(decoded) == 100 if kind == "none" else len(decoded) < 85
 

@@ -14,8 +14,8 @@ from media_files import WIDTH, cut, needs_pyav, numbers, picture, remux_shifted,
 from PIL import Image
 
 from trl_vpo.errors import MediaError
-from trl_vpo.media.ends import cut_short
 from trl_vpo.media.load import VideoOptions, check_image, check_video, load_image, load_video
+from trl_vpo.media.truncation import find_truncation
 from trl_vpo.media.video import scan
 
 ALL = VideoOptions(num_frames=1000)
@@ -76,7 +76,7 @@ def test_healthy_files_pass(corpus, name):
     clip = load_video(corpus / name, ALL)
     assert clip.total_frames == FRAMES and numbers(clip.frames) == list(range(FRAMES))
     data = (corpus / name).read_bytes()
-    assert cut_short(io.BytesIO(data), len(data)) is None
+    assert find_truncation(io.BytesIO(data), len(data)) is None
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "pillow.gif", "mpeg4.avi"])
@@ -121,7 +121,7 @@ def test_a_file_cut_anywhere_is_noticed(corpus, tmp_path, name):
     """At 60 places, all but those where one unit of a stream ends and the next begins."""
     data = (corpus / name).read_bytes()
     places = np.linspace(len(data) * 0.1, len(data) - 1, 60).astype(int)
-    unnoticed = [at for at in places if cut_short(io.BytesIO(data[:at]), at) is None]
+    unnoticed = [at for at in places if find_truncation(io.BytesIO(data[:at]), at) is None]
     if name.endswith(".mp4") or name.endswith(".mov"):  # without its index, FFmpeg refuses it
         unnoticed = [at for at in unnoticed if b"moov" in data[:at]]
     assert len(unnoticed) <= (2 if name.endswith((".ts", ".mpg", "live.mkv", "live.webm", "fragments.mp4")) else 0)

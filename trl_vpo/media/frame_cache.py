@@ -11,19 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import tokenize
 import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 
-if TYPE_CHECKING:
-    from trl_vpo.media.load import VideoOptions
+from trl_vpo.files import atomic_write
+from trl_vpo.media.sampling import VideoOptions
 
 FORMAT = 4  # another number, and older entries are no longer found: change it with what decoding or sampling gives
 FIELDS = ("frames", "timestamps", "fps", "total_frames", "duration", "span")
@@ -41,13 +39,13 @@ class Entry:
     """
 
     def __init__(self, folder: str | Path, video: Path, options: VideoOptions):
-        self._video, self._stat = video, _stat(video)
-        key = [FORMAT, av.__version__, av.library_versions, os.path.realpath(video), self._stat, asdict(options)]
+        self._video, self._state = video, _state(video)
+        key = [FORMAT, av.__version__, av.library_versions, os.path.realpath(video), self._state, asdict(options)]
         self._key = json.dumps(key, sort_keys=True, default=lambda number: number.item())  # numpy's numbers
         self.path = Path(folder) / f"{hashlib.sha256(self._key.encode()).hexdigest()}.npz"
 
     def read(self) -> dict | None:
-        """The `FIELDS` of the stored clip; None where there is none, or none that is whole."""
+        """Return the `FIELDS` of the stored clip; None where there is none, or none that is whole."""
         try:
             with np.load(self.path, allow_pickle=False) as stored:  # zip: every member carries its checksum
                 if stored["key"].item() != self._key:
@@ -59,33 +57,21 @@ class Entry:
 
     def write(self, clip: dict) -> None:
         """Store the `FIELDS` of a clip, all or nothing: readers see the whole file or none."""
-        if _stat(self._video) != self._stat:
+        if _state(self._video) != self._state:
             return  # replaced while it was read: nobody knows which of the two was decoded
-        temporary = self.path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # a name of its own for every writer
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
+            with atomic_write(self.path) as part, part.open("wb") as file:
                 np.savez(file, key=np.array(self._key), **clip)
-            os.replace(temporary, self.path)
         except OSError as error:
             _warn_once(self.path.parent, error)
-        finally:
-            _remove(temporary)
 
 
-def _stat(video: Path) -> list[int] | None:
+def _state(video: Path) -> list[int] | None:
     try:
-        found = video.stat()
-    except OSError:  # gone since: whoever opens it says so
+        stat = video.stat()
+    except OSError:  # deleted since: whoever opens it says so
         return None
-    return [found.st_size, found.st_mtime_ns]
-
-
-def _remove(temporary: Path) -> None:
-    try:
-        temporary.unlink(missing_ok=True)
-    except OSError:  # the folder is no folder, or went read-only: there is nothing to tidy up
-        return
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _warn_once(folder: Path, error: OSError) -> None:

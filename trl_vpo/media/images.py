@@ -1,4 +1,4 @@
-"""Where media come from, and images: every accepted source becomes an RGB ``PIL.Image`` or a :class:`MediaError`.
+"""Sources of media, and images: every accepted source becomes an RGB ``PIL.Image`` or a :class:`MediaError`.
 
 Nothing here imports torch, transformers or trl, so a data-loader worker or a checking tool starts quickly.
 """
@@ -22,18 +22,9 @@ from PIL import Image, ImageOps
 from trl_vpo.errors import MediaError
 
 # What Pillow raises on files that are broken in one way or another: its plugins let their parsers' errors through.
-_PILLOW_ERRORS = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, EOFError, struct.error)
+_PILLOW_ERRORS += (zlib.error, Image.DecompressionBombError)
+_BYTES = (bytes, bytearray, memoryview)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -42,14 +33,14 @@ _VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mp
 
 
 def describe(source: Any) -> str:
-    """A short name of a media source for messages: its path, or its kind and size."""
+    """Return a short name of a media source for messages: its path, or its kind and size."""
     if isinstance(source, dict):
         named = next((source[key] for key in ("path", "video", "image", "bytes") if source.get(key) is not None), None)
         return "<dict without a source>" if named is None else describe(named)
     if isinstance(source, (str, Path)):
         text = str(source)
         return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
-    if isinstance(source, (bytes, bytearray, memoryview)):
+    if isinstance(source, _BYTES):
         return f"<bytes, {len(source)} long>"
     if isinstance(source, np.ndarray):
         return f"<array {source.shape} {source.dtype}>"
@@ -62,29 +53,24 @@ def describe(source: Any) -> str:
 
 
 def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Path:
-    """The absolute path of an existing, non-empty file.
+    """Return the absolute path of an existing, non-empty file.
 
     ``source`` is a path or a ``file://`` URL. A relative one starts at ``media_root`` when that is given, else at the
     working directory. With ``media_root``, a path that leaves it - by ``..``, as an absolute path or through a
     symbolic link - is refused. Raises :class:`MediaError`.
     """
     name = describe(source)
-    path = _named(source, name)
+    path = _parse_path(source, name)
     try:
-        if media_root is None:
-            full = path.resolve()
-        else:
-            root = Path(media_root).resolve()
-            if not root.is_dir():
-                raise MediaError(
-                    f"media_root {media_root} is not a folder: point it at the folder that holds the media."
-                )
-            full = (root / path).resolve()
-            if not full.is_relative_to(root):
-                raise MediaError(
-                    f"{name} lies outside of media_root {root} (it resolves to {full}): "
-                    "move the file into media_root, or point media_root at a folder that holds all media."
-                )
+        root = Path(media_root or ".").resolve()
+        if not root.is_dir():
+            raise MediaError(f"media_root {media_root} is not a folder: point it at the folder that holds the media.")
+        full = (root / path).resolve()
+        if media_root is not None and not full.is_relative_to(root):
+            raise MediaError(
+                f"{name} lies outside of media_root {root} (it resolves to {full}): move the file into media_root, or "
+                "point media_root at a folder that holds all media."
+            )
         if full.is_dir():
             raise MediaError(f"{name} is a folder, not a file: name the media file itself.")
         if not full.exists():
@@ -100,7 +86,7 @@ def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Pa
 
 
 def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path] | None:
-    """The images of a folder, in the order of the numbers in their names; None if ``source`` names no folder.
+    """Return the images of a folder, in the order of their numbers; None if ``source`` names no folder.
 
     Where all names are decimal numbers ("0.25.png", "0.5.png"), those count; else the digits of a name, run by run.
 
@@ -109,7 +95,7 @@ def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path
     if not isinstance(source, (str, Path)) or (_URL.match(str(source)) and not str(source).startswith("file:")):
         return None
     name = describe(source)
-    path = _named(source, name)
+    path = _parse_path(source, name)
     folder = Path(media_root or ".") / path
     try:
         if not folder.is_dir():
@@ -121,47 +107,38 @@ def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path
         raise MediaError(f"{name} lies outside of media_root {media_root}: move the folder into it.")
     if folder.resolve() == root and (media_root is not None or not path.is_absolute()):
         raise MediaError(f"{name} is the folder {root} itself, where media paths start: name a video in it.")
-    frames = [path for path in folder.iterdir() if _is_picture(path)]
+    # macOS leaves "._frame1.png" beside "frame1.png"
+    frames = [p for p in folder.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not frames:
         raise MediaError(f"{name} is a folder without images: name a video file, or a folder that holds its frames.")
     seconds = all(_DECIMAL.fullmatch(path.stem) for path in frames)
-    return [path.resolve() for path in sorted(frames, key=_by_second if seconds else _by_number)]
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")  # macOS leaves "._frame1.png"
-
-
-def _by_second(path: Path) -> tuple:
-    return Decimal(path.stem), _by_number(path)
+    frames.sort(key=lambda path: (Decimal(path.stem) if seconds else 0, _by_number(path)))
+    return [path.resolve() for path in frames]
 
 
 def _by_number(path: Path) -> list:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
-def _named(source: str | Path, name: str) -> Path:
-    """The path of a source, which `Path` would take for the working directory where nothing is named."""
-    if not str(source).strip():
-        raise MediaError(f"the path is empty ({str(source)!r}): name the media file, or drop the row.")
-    return Path(_strip_url(str(source), name))
-
-
-def _strip_url(text: str, name: str) -> str:
+def _parse_path(source: str | Path, name: str) -> Path:
+    """Return the path of a source or of its ``file://`` URL. `Path` takes an empty one for the working directory."""
+    text = str(source)
+    if not text.strip():
+        raise MediaError(f"the path is empty ({text!r}): name the media file, or drop the row.")
     if not _URL.match(text):
         if text.startswith("data:"):
             raise MediaError(f"{name} is a data: URL: decode it and pass the bytes.")
-        return text
+        return Path(text)
     parts = urlsplit(text)
     if parts.scheme.lower() != "file":
         raise MediaError(f"{name} is a {parts.scheme}:// URL: nothing is fetched here, download it and pass the path.")
     if parts.netloc not in ("", "localhost"):
         raise MediaError(f"{name} names the host {parts.netloc!r}: a file URL looks like file:///folder/name.")
-    return unquote(parts.path)
+    return Path(unquote(parts.path))
 
 
 def read_source(source: str | Path | bytes, media_root: str | Path | None = None) -> Path | bytes:
-    """A checked path, or non-empty bytes. Raises :class:`MediaError`."""
+    """Return a checked path, or non-empty bytes. Raises :class:`MediaError`."""
     if isinstance(source, (str, Path)):
         return resolve_path(source, media_root)
     data = bytes(source)
@@ -171,7 +148,7 @@ def read_source(source: str | Path | bytes, media_root: str | Path | None = None
 
 
 def fit_pixels(width: int, height: int, max_pixels: int | None) -> tuple[int, int]:
-    """The largest (width, height) of the same shape with at most ``max_pixels`` pixels; never larger than given."""
+    """Return the largest (width, height) of that shape with at most ``max_pixels`` pixels, not above the given."""
     if max_pixels is None or width * height <= max_pixels:
         return width, height
     scale = math.sqrt(max_pixels / (width * height))
@@ -181,7 +158,7 @@ def fit_pixels(width: int, height: int, max_pixels: int | None) -> tuple[int, in
 
 
 def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    """``image`` itself, or a smaller copy that fits ``max_pixels`` (bicubic)."""
+    """Return ``image`` itself, or a smaller copy that fits ``max_pixels`` (bicubic)."""
     size = fit_pixels(*image.size, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
@@ -189,7 +166,7 @@ def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
 def load_image(
     source: Any, *, max_pixels: int | None = None, media_root: str | Path | None = None, limit: bool = True
 ) -> Image.Image:
-    """An image as RGB, turned upright by its EXIF orientation, at most ``max_pixels`` large (aspect kept).
+    """Return an image as RGB, turned upright by its EXIF orientation, at most ``max_pixels`` large (aspect kept).
 
     ``source``: a path, ``file://`` URL, bytes, ``PIL.Image``, uint8 array (H, W), (H, W, 3) or (H, W, 4), or a dict
     with ``path`` (or ``image``) and/or ``bytes``, as ``datasets.Image(decode=False)`` gives it; bytes come before the
@@ -202,16 +179,20 @@ def load_image(
         raise MediaError(f"max_pixels is {max_pixels}: give at least 1, or None for no limit.")
     name = describe(source)
     source = _unpack_image(source, name)
-    if isinstance(source, (str, Path, bytes, bytearray, memoryview)):
+    if not isinstance(source, Image.Image):
         source = read_source(source, media_root)
+    most = Image.MAX_IMAGE_PIXELS if limit and max_pixels is None else None
     try:
         if isinstance(source, Image.Image):
             opened = nullcontext(source)
         else:
             opened = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
         with opened as image:
-            if limit and max_pixels is None:
-                _check_size(image, name)
+            if most is not None and (pixels := image.width * image.height) > most:
+                raise MediaError(
+                    f"{name} has {image.width}x{image.height} pixels ({pixels / 1e6:.0f} million), more than "
+                    f"{most / 1e6:.0f} million: set max_pixels, which scales it down, or scale it down first."
+                )
             image = _to_rgb(image)
         return shrink(image, max_pixels)
     except MediaError:
@@ -223,34 +204,22 @@ def load_image(
 
 
 def check_image(source: Any, *, max_pixels: int | None = None, media_root: str | Path | None = None) -> None:
-    """Raises :class:`MediaError` where :func:`load_image` would. It decodes: no shorter look finds a cut-off JPEG."""
+    """Raise :class:`MediaError` where :func:`load_image` would. It decodes: no shorter look finds a cut-off JPEG."""
     load_image(source, max_pixels=max_pixels, media_root=media_root)
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
-    if most is not None and pixels > most:
-        raise MediaError(
-            f"{name} has {image.width}x{image.height} pixels ({pixels / 1e6:.0f} million), more than {most / 1e6:.0f} "
-            "million: set max_pixels, which scales it down, or scale it down first."
-        )
-
-
 def _unpack_image(source: Any, name: str) -> Path | str | bytes | Image.Image:
-    """Dicts and arrays taken apart; everything else that is no image is refused."""
+    """Take dicts and arrays apart, and refuse what is no image."""
     if isinstance(source, dict):
         source = next((source[key] for key in ("bytes", "path", "image") if source.get(key) is not None), None)
         if source is None:
             raise MediaError(f"{name} names no image: give `path` or `bytes`.")
     if isinstance(source, np.ndarray):
-        if (
-            source.dtype != np.uint8
-            or source.size == 0
-            or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4)))
-        ):
+        shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+        if not (shaped and source.dtype == np.uint8 and source.size):
             raise MediaError(f"{name} is no image: give a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4).")
         return Image.fromarray(np.ascontiguousarray(source))
-    if not isinstance(source, (str, Path, bytes, bytearray, memoryview, Image.Image)):
+    if not isinstance(source, (str, Path, *_BYTES, Image.Image)):
         raise MediaError(f"{name} is no image: give a path, bytes, a PIL image or a uint8 array (H, W, 3).")
     return source
 
@@ -283,7 +252,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Greyscale of 16 or 32 bits: arrays of 0 to 255 are often stored so, by `datasets.Image` for one."""
+    """Narrow greyscale of 16 or 32 bits: arrays of 0 to 255 are often stored so, by `datasets.Image` for one."""
     least, most = int(pixels.min()), int(pixels.max())
     if least < 0 or most > 65535:
         raise ValueError(f"its greys reach from {least} to {most}, beyond 0 to 65535, save it with 8 bits")

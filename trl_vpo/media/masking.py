@@ -17,51 +17,55 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-_FORM = "boxes are [x0, y0, x1, y1] in pixels of the upright image"
+from trl_vpo.errors import RowError
 
 
 def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
-    """Raises ValueError, naming the box, the image's (width, height) and the remedy, unless the box lies in the image.
+    """Raise RowError, naming the box, the image's (width, height) and the remedy, unless the box lies in the image.
 
     Refused are a wrong length, values that are no finite numbers, fractions of the image instead of pixels, and empty,
     inverted or protruding boxes.
     """
     width, height = size
-    where = f"critical_box {_show(box)} in an image of {width}x{height} pixels"
     try:
         if isinstance(box, str) or any(isinstance(value, (str, bytes, bool)) for value in box):
             raise TypeError("a string")
         values = [float(value) for value in box]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{where} is not a list of numbers: {_FORM}.") from error
-    if len(values) != 4:
-        raise ValueError(f"{where} has {len(values)} values instead of 4: {_FORM}.")
-    if not all(math.isfinite(value) for value in values):
-        raise ValueError(
-            f"{where} holds a value that is not finite: {_FORM}; drop the row or detect the object again."
+    except (TypeError, ValueError, OverflowError):
+        values = None
+    if problem := _box_problem(values, width, height):
+        box = box.tolist() if hasattr(box, "tolist") else box
+        what, remedy = problem
+        raise RowError(
+            f"critical_box {box} in an image of {width}x{height} pixels {what}: boxes are [x0, y0, x1, y1] in pixels "
+            f"of the upright image{remedy}."
         )
+
+
+def _box_problem(values: list[float] | None, width: int, height: int) -> tuple[str, str] | None:
+    """Return what is wrong with a box and how to mend it; None for a good one."""
+    if values is None:
+        return "is not a list of numbers", ""
+    if len(values) != 4:
+        return f"has {len(values)} values instead of 4", ""
+    if not all(map(math.isfinite, values)):
+        return "holds a value that is not finite", "; drop the row or detect the object again"
     x0, y0, x1, y1 = values
     if x1 < x0 or y1 < y0:
-        raise ValueError(
-            f"{where} is inverted: {_FORM} with x0 < x1 and y0 < y1; if it holds width and height, add x, y."
-        )
+        return "is inverted", " with x0 < x1 and y0 < y1; if it holds width and height, add x, y"
     if x1 == x0 or y1 == y0:
-        raise ValueError(
-            f"{where} is empty: {_FORM} with x0 < x1 and y0 < y1; drop the row or detect the object again."
-        )
+        return "is empty", " with x0 < x1 and y0 < y1; drop the row or detect the object again"
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-        raise ValueError(
-            f"{where} reaches outside of the image: {_FORM}; clip it, or check that it was measured on this image "
-            "at this size."
-        )
+        return "reaches outside of the image", "; clip it, or check that it was measured on this image at this size"
     if max(values) <= 1 and any(0 < value < 1 for value in values):
-        raise ValueError(f"{where} seems to hold fractions: {_FORM}; multiply x by {width} and y by {height}.")
+        return "seems to hold fractions", f"; multiply x by {width} and y by {height}"
+    return None
 
 
 def masked_image_list(
     image: Image.Image, box: Sequence[float], n: int, *, visual_prompt: bool = True
 ) -> list[Image.Image]:
-    """N RGB images from fully visible to fully masked: item k hides (k - 1) / (N - 1) of the box in black.
+    """Return N RGB images from fully visible to fully masked: item k hides (k - 1) / (N - 1) of the box in black.
 
     The first item has the pixels of ``image``. With ``visual_prompt`` a red ellipse is drawn around the hidden part of
     every other item: it passes through the corners of the hidden rectangle, drawn in to the image's border where it
@@ -77,13 +81,14 @@ def masked_image_list(
         draw = ImageDraw.Draw(item)
         draw.rectangle(_inclusive(hidden), fill=(0, 0, 0))
         if visual_prompt:
-            draw.ellipse(_ellipse(hidden, image.size), outline=(255, 0, 0), width=_line_width(image.size))
+            width = max(1, round(min(image.size) / 100))
+            draw.ellipse(_ellipse(hidden, image.size), outline=(255, 0, 0), width=width)
         items.append(item)
     return items
 
 
 def hidden_box(box: Sequence[float], size: tuple[int, int], k: int, n: int) -> tuple[int, int, int, int]:
-    """The pixels [x0, y0, x1, y1) hidden in item ``k`` of ``n``, counted from 0: none for 0, the box for n - 1."""
+    """Return the pixels [x0, y0, x1, y1) hidden in item ``k`` of ``n`` (from 0): none for 0, the box for n - 1."""
     x0, y0, x1, y1 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     distances = {"left": x0, "right": size[0] - x1, "top": y0, "bottom": size[1] - y1}
     side = min(distances, key=distances.get)  # the first of equals
@@ -98,21 +103,13 @@ def hidden_box(box: Sequence[float], size: tuple[int, int], k: int, n: int) -> t
 
 
 def _inclusive(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Pillow draws the last row and column too."""
+    """Return the corners for Pillow, which draws the last row and column too."""
     return box[0], box[1], box[2] - 1, box[3] - 1
 
 
 def _ellipse(hidden: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The box of the ellipse through the corners of ``hidden``, cut to the image, as Pillow wants it."""
+    """Return the box of the ellipse through the corners of ``hidden``, cut to the image, as Pillow wants it."""
     x0, y0, x1, y1 = hidden
     dx = math.ceil((x1 - x0) * (math.sqrt(2) - 1) / 2)
     dy = math.ceil((y1 - y0) * (math.sqrt(2) - 1) / 2)
     return _inclusive((max(0, x0 - dx), max(0, y0 - dy), min(size[0], x1 + dx), min(size[1], y1 + dy)))
-
-
-def _line_width(size: tuple[int, int]) -> int:
-    return max(1, round(min(size) / 100))
-
-
-def _show(box: Sequence[float]) -> str:
-    return str(box.tolist() if hasattr(box, "tolist") else box)

@@ -1,4 +1,4 @@
-"""Video files through PyAV: opening them, and when each of their frames is shown (:func:`scan`).
+"""Video files through PyAV: open them, and find out when each of their frames is shown (:func:`scan`).
 
 Two kinds of container are told apart:
 
@@ -29,8 +29,9 @@ import av
 import numpy as np
 
 from trl_vpo.errors import MediaError
-from trl_vpo.media.ends import cut_short
+from trl_vpo.media.truncation import find_truncation
 
+Container = av.container.InputContainer
 # Decoders that turn every packet into exactly one picture. Not VP8 (packets without a picture), nor, outside of mp4,
 # MPEG-4 part 2 (packets with two).
 _ONE_PICTURE = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d"}
@@ -61,19 +62,14 @@ class FrameTable:
     def __len__(self) -> int:
         return len(self.times)
 
-    @property
-    def fps(self) -> float:
-        """Frames a second, averaged over the file."""
-        return len(self) / self.duration
-
     def keys_of(self, indices: np.ndarray) -> np.ndarray:
-        """For each frame number (T,), which of the K keyframes is the last one not behind it."""
+        """Return for each frame number (T,) which of the K keyframes is the last one not behind it."""
         return np.searchsorted(self.keyframes, indices, side="right") - 1
 
 
 @contextmanager
 def _open_file(data: Path | bytes, name: str) -> Iterator[BinaryIO]:
-    """The file, while every error of PyAV or of the file system becomes a :class:`MediaError` about ``name``."""
+    """Open the file; every error of PyAV or of the file system becomes a :class:`MediaError` about ``name``."""
     try:
         with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
             yield file
@@ -86,16 +82,18 @@ def _open_file(data: Path | bytes, name: str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def open_video(
-    data: Path | bytes, name: str, threads: int = 1
-) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The container and its video stream, set to decode in ``threads`` threads."""
+def open_video(data: Path | bytes, name: str, threads: int = 1) -> Iterator[tuple[Container, av.VideoStream]]:
+    """Open the container and its video stream, set to decode in ``threads`` threads."""
     with _open_file(data, name) as file:
         try:
-            options = {"protocol_whitelist": "none"}
-            container = av.open(file, mode="r", metadata_errors="replace", options=options)
+            container = av.open(file, metadata_errors="replace", options={"protocol_whitelist": "none"})
         except (av.FFmpegError, ValueError) as error:
-            raise MediaError(f"{name} cannot be opened as a video ({error}): {_why_not(file)}") from error
+            file.seek(0)
+            head = file.read(1 << 16)
+            remedy = "check that it is a video and complete."
+            if head[4:8] == b"ftyp" and b"moov" not in head:
+                remedy = "an mp4 without its index (no moov atom), so most likely cut short: fetch or write it again."
+            raise MediaError(f"{name} cannot be opened as a video ({error}): {remedy}") from error
         with container:
             stream = _video_stream(container, name)
             stream.thread_type = "AUTO"
@@ -103,24 +101,8 @@ def open_video(
             yield container, stream
 
 
-def check_end(data: Path | bytes, name: str) -> None:
-    """Raises :class:`MediaError` for a file that ends before its own structure says."""
-    with _open_file(data, name) as file:
-        missing = cut_short(file, file.seek(0, os.SEEK_END))
-    if missing:
-        raise MediaError(f"{name} is truncated: {missing}. Fetch or write it again, or drop the row.")
-
-
-def _why_not(file: BinaryIO) -> str:
-    file.seek(0)
-    head = file.read(1 << 16)
-    if head[4:8] == b"ftyp" and b"moov" not in head:
-        return "an mp4 without its index (no moov atom), so most likely cut short: fetch or write it again."
-    return "check that it is a video and complete."
-
-
-def _video_stream(container: av.container.InputContainer, name: str) -> av.VideoStream:
-    """The best real video stream; cover pictures of audio files are none."""
+def _video_stream(container: Container, name: str) -> av.VideoStream:
+    """Return the best real video stream; cover pictures of audio files are none."""
     picture = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & picture]
     best = container.streams.best("video")
@@ -134,26 +116,28 @@ def _video_stream(container: av.container.InputContainer, name: str) -> av.Video
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may use: fewer than the machine's where it is pinned to some of them."""
+    """Return the number of processor cores that this process may use; it may be pinned to some of them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
 
 
 def max_threads() -> int:
-    """In a worker process of a data loader the workers are the parallelism; more threads would get in their way."""
+    """Return how many threads may decode: one in a worker of a data loader, where the workers are the parallelism."""
     return 1 if multiprocessing.parent_process() is not None else min(4, usable_cores())
 
 
 def scan(data: Path | bytes, name: str) -> FrameTable:
-    """The table of all frames. Reads the whole file, decodes only where packets cannot be relied on.
+    """Return the table of all frames. Reads the whole file, decodes only where packets cannot be relied on.
 
     Raises :class:`MediaError` for a video without frames and for one that ends before its header says.
     """
-    check_end(data, name)
+    with _open_file(data, name) as file:
+        if missing := find_truncation(file, file.seek(0, os.SEEK_END)):
+            raise MediaError(f"{name} is truncated: {missing}. Fetch or write it again, or drop the row.")
     with open_video(data, name, max_threads()) as (container, stream):
-        if _has_packet_times(container, stream):
-            table = _table_from_packets(container, stream, name)
-        else:
-            table = _table_from_frames(container, stream, name)
+        names, codec = container.format.name.split(","), stream.codec_context.name
+        one_picture = codec in _ONE_PICTURE and ("mov" in names or "matroska" in names)
+        read = _table_from_packets if one_picture or (codec == "mpeg4" and "mov" in names) else _table_from_frames
+        table = read(container, stream, name)
         promised = _promised_duration(container, stream)
         if promised is not None and table.duration < 0.9 * promised - 0.5:
             raise MediaError(
@@ -163,13 +147,8 @@ def scan(data: Path | bytes, name: str) -> FrameTable:
     return table
 
 
-def _has_packet_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
-    names, codec = container.format.name.split(","), stream.codec_context.name
-    return (codec in _ONE_PICTURE and ("mov" in names or "matroska" in names)) or (codec == "mpeg4" and "mov" in names)
-
-
-def _promised_duration(container: av.container.InputContainer, stream: av.VideoStream) -> float | None:
-    """Seconds of video according to the header, where the header speaks of this stream."""
+def _promised_duration(container: Container, stream: av.VideoStream) -> float | None:
+    """Return the seconds of video according to the header, where the header speaks of this stream."""
     if len(container.streams) == 1 and container.duration:
         return container.duration * _MICROSECOND - max(0, container.start_time or 0) * _MICROSECOND
     if stream.duration:
@@ -178,7 +157,7 @@ def _promised_duration(container: av.container.InputContainer, stream: av.VideoS
     return float(tag[1]) * 3600 + float(tag[2]) * 60 + float(tag[3]) if tag else None
 
 
-def _table_from_packets(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
+def _table_from_packets(container: Container, stream: av.VideoStream, name: str) -> FrameTable:
     packets = [
         (packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
         for packet in container.demux(stream)
@@ -200,7 +179,7 @@ def _table_from_packets(container: av.container.InputContainer, stream: av.Video
     )
 
 
-def _table_from_frames(container: av.container.InputContainer, stream: av.VideoStream, name: str) -> FrameTable:
+def _table_from_frames(container: Container, stream: av.VideoStream, name: str) -> FrameTable:
     shown, packets, sent, lasts, patched = [], [], [], {}, []
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard and (packet.is_keyframe or packets):  # an edit list cuts frames away
@@ -229,12 +208,12 @@ def _table_from_frames(container: av.container.InputContainer, stream: av.VideoS
             if container.format.name == "avi" and indexed:  # all is there: the last picture is repeated
                 last = max(last, (stream.duration or 0) - int(pts[-1]))
             return FrameTable((pts - pts[0]) * float(stream.time_base), _duration(pts, last, stream))
-    rate = float(stream.average_rate or stream.guessed_rate or 25)  # no usable times: evenly spaced
-    return FrameTable(times=np.arange(len(shown)) / rate, duration=len(shown) / rate)
+    rate = _rate(stream)  # no usable times: evenly spaced
+    return FrameTable(np.arange(len(shown)) / rate, len(shown) / rate)
 
 
-def _counted(container: av.container.InputContainer, stream: av.VideoStream) -> int:
-    """How many frames the file itself says that it stores."""
+def _counted(container: Container, stream: av.VideoStream) -> int:
+    """Return how many frames the file itself claims to store."""
     if "mov" in container.format.name:
         return 0  # it counts what an edit list cuts away
     if container.format.name == "avi":
@@ -243,10 +222,13 @@ def _counted(container: av.container.InputContainer, stream: av.VideoStream) -> 
 
 
 def _duration(pts: np.ndarray, last: int, stream: av.VideoStream) -> float:
-    """Seconds from the first frame to the end of the last, which stays for ``last`` units or as long as is usual."""
+    """Return the seconds to the end of the last frame, which stays for ``last`` units or as long as is usual."""
     if last <= 0 and len(pts) > 1:
         last = int(np.median(np.diff(pts)))
     if last <= 0:
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        return float(pts[-1] - pts[0]) * float(stream.time_base) + 1 / rate
+        return float(pts[-1] - pts[0]) * float(stream.time_base) + 1 / _rate(stream)
     return float(pts[-1] - pts[0] + last) * float(stream.time_base)
+
+
+def _rate(stream: av.VideoStream) -> float:
+    return float(stream.average_rate or stream.guessed_rate or 25)

@@ -1,7 +1,6 @@
-"""Whether a media file goes on to where its own structure says that it ends, without decoding any of it.
+"""Media files that end before their own structure says, found without decoding any of it.
 
-What no structure says cannot be known: an MPEG-TS, a live WebM or a fragmented mp4 that was cut between two of its
-units is a shorter healthy one.
+An MPEG-TS, a live WebM or a fragmented mp4 that was cut between two of its units is a shorter healthy one.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the object with
 _UNKNOWN = 0xFFFFFFFF
 
 
-def cut_short(file: BinaryIO, size: int) -> str | None:
-    """Say what is missing of a file of ``size`` bytes; None where nothing is, or the format does not say."""
+def find_truncation(file: BinaryIO, size: int) -> str | None:
+    """Say what is missing of a file of ``size`` bytes; None where nothing is, or the format does not tell."""
     file.seek(0)
     head = file.read(16)
     if head[4:8] in _BOXES:
