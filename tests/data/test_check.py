@@ -18,7 +18,7 @@ from transformers import GPTSw3Tokenizer, SiglipTokenizer
 
 import trl_vpo
 from trl_vpo.data.blank import blank_encoder
-from trl_vpo.data.check import CHUNK, PassedRows, Problem, _check_media, check_rows, prepare_dataset
+from trl_vpo.data.check import CHUNK, PassedRows, Problem, check_media, check_rows, prepare_dataset
 from trl_vpo.data.identity import processor_identity
 from trl_vpo.data.rows import ROW_INDEX, read_row
 from trl_vpo.errors import RowError
@@ -373,7 +373,7 @@ def test_a_row_with_blank_media_is_as_long_as_itself(family, kind, media, images
     )
     for source in sources:
         example = row(kind, [source])
-        want, got = collator.encode(example), encode(_check_media(read_row(example), args))
+        want, got = collator.encode(example), encode(check_media(read_row(example), args))
         assert got.trunks[0].ids == want.trunks[0].ids and [b.ids for b in got.branches] == [
             b.ids for b in want.branches
         ]
@@ -388,7 +388,7 @@ def test_lists_of_images_are_as_long_as_themselves(images):
     for more in ({"critical_box": [5, 5, 100, 50]}, {"image_list": images}):
         example = row("image", [images[1]], **more) | ({"images": None} if "image_list" in more else {})
         want = collator.encode(example)
-        got = blank_encoder(collator)(_check_media(read_row(example, image_list=True), args))
+        got = blank_encoder(collator)(check_media(read_row(example, image_list=True), args))
         assert len(got.trunks) == 3 and [t.ids for t in got.trunks] == [t.ids for t in want.trunks]
 
 

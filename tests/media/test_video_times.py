@@ -10,7 +10,7 @@ from media_files import numbers, picture, write_video
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from trl_vpo.data.collator import PreferenceCollator, _metadata
+from trl_vpo.data.collator import PreferenceCollator, video_metadata
 from trl_vpo.media.load import Clip, VideoOptions, load_video
 
 VIDEO_FAMILIES = [name for name, (_, video) in FAMILIES.items() if video]
@@ -176,7 +176,9 @@ def test_frames_without_a_clock_count_as_two_a_second(processors):
 )
 def test_the_clock_of_the_processors_keeps_every_time(times, rate):
     fps = len(times) / (times[-1] + times[1])
-    meta = _metadata(Clip(np.zeros((len(times), 8, 8, 3), np.uint8), times, fps, len(times), len(times) / fps, "x"))
+    meta = video_metadata(
+        Clip(np.zeros((len(times), 8, 8, 3), np.uint8), times, fps, len(times), len(times) / fps, "x")
+    )
     assert meta.fps == pytest.approx(rate, rel=1e-12)
     assert all(type(index) is int for index in meta.frames_indices)
     np.testing.assert_allclose(meta.timestamps, times, atol=1e-3)

@@ -29,12 +29,12 @@ def blank_image(size: tuple[int, int]) -> Image.Image:
 
 
 def blank_clip(clip: Clip) -> Clip:
-    """A clip of the same shape and times that takes no memory."""
+    """Return a clip of the same shape and times that takes no memory."""
     return replace(clip, frames=np.broadcast_to(np.uint8(0), clip.frames.shape))
 
 
 def blank_encoder(collator: PreferenceCollator) -> Callable[[Row], Tree]:
-    """`collator.encode_row` for rows whose media are blank: processors work once for each shape."""
+    """Return `collator.encode_row` for rows whose media are blank: processors work once for each shape."""
     collator, processor = copy.copy(collator), copy.copy(collator.processing_class)
     for name in ("image_processor", "video_processor"):
         inner = getattr(processor, name, None)
@@ -45,7 +45,7 @@ def blank_encoder(collator: PreferenceCollator) -> Callable[[Row], Tree]:
 
 
 def _goes_by_shape(processor: Any) -> bool:
-    """Whether a video processor passes the metadata on as they are: they choose frames, which are chosen here."""
+    """Return True if a video processor passes the metadata on as they are; it could choose frames by them."""
     return isinstance(processor, BaseVideoProcessor) and type(processor).preprocess is BaseVideoProcessor.preprocess
 
 
@@ -64,14 +64,14 @@ class _Remembering:
         metadata = kwargs.get("video_metadata")
         key = repr([_shape(media), sorted((k, repr(v)) for k, v in kwargs.items() if k != "video_metadata")])
         if key not in self._known:
-            made = self._inner(_real(media), **kwargs)
-            self._known[key] = {name: _hollow(value) for name, value in made.items()}
+            output = self._inner(_real(media), **kwargs)
+            self._known[key] = {name: _hollow(value) for name, value in output.items()}
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
-        found = {name: copy.copy(value) for name, value in self._known[key].items()}
-        if "video_metadata" in found:
-            found["video_metadata"] = make_batched_metadata(media, video_metadata=metadata)
-        return BatchFeature(found)
+        output = {name: copy.copy(value) for name, value in self._known[key].items()}
+        if "video_metadata" in output:
+            output["video_metadata"] = make_batched_metadata(media, video_metadata=metadata)
+        return BatchFeature(output)
 
 
 def _shape(media: Any) -> Any:

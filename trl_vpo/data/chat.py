@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from trl_vpo.data.messages import MARKERS, response_text
-from trl_vpo.data.shown import SHOWN, LeftOutError, check_prompt, check_response
+from trl_vpo.data.template_check import SHOWN, LeftOutError, check_prompt, check_response
 from trl_vpo.errors import RowError
 
 if TYPE_CHECKING:  # rows are read where nothing heavy is imported
@@ -57,16 +57,10 @@ def chat_template(processing_class: Any, tools: Any = None) -> str | None:
 def render_chat(
     processing_class: Any, prompt: list[dict], responses: list[list[dict]], template_kwargs: dict
 ) -> tuple[str, list[str]]:
-    """Return the text of the prompt and of each response.
+    """Return the text of the prompt and of each response, given as messages with typed contents.
 
     Templates differ in what they take as a message's content: lists of parts, strings, or lists from users and
     strings from others. The forms are tried in turn; the first one that shows the model every text is used.
-
-    Args:
-        processing_class: processor or tokenizer.
-        prompt: messages with typed contents.
-        responses: each a list of messages with typed contents; may be empty.
-        template_kwargs: of the row, for the template.
 
     Raises:
         RowError: the template refuses the messages, leaves a text out, or renders prompt and conversation differently.
@@ -79,15 +73,13 @@ def render_chat(
         )
     if reserved := RESERVED & set(template_kwargs):
         raise RowError(f"`chat_template_kwargs` sets {', '.join(sorted(reserved))}: that is for training to decide.")
-    given = responses or [_says(WORD)]
+    # Passed explicitly: some processors (SmolVLM) swap in a template of their own when the messages hold a video.
+    write = partial(processing_class.apply_chat_template, tokenize=False, chat_template=template, **template_kwargs)
     refusals: list[Exception] = []
     for as_text in _forms(processing_class):
-        # Passed explicitly: some processors (SmolVLM) swap in a template of their own when the messages hold a video.
-        write = partial(
-            processing_class.apply_chat_template, tokenize=False, chat_template=template, **template_kwargs
-        )
+        conversation = [_formed(messages, as_text) for messages in (prompt, *(responses or [_message(WORD)]))]
         try:
-            start, texts = _write(write, *(_formed(messages, as_text) for messages in (prompt, *given)))
+            start, texts = _write(write, *conversation)
             return start, [_ended(text, _tokenizer(processing_class)) for text in texts[: len(responses)]]
         except REFUSALS as error:  # "roles must alternate", "no system role"; or contents in another form
             if isinstance(error, SeamError) and not responses:  # a model that is only asked may open a thought
@@ -97,22 +89,22 @@ def render_chat(
 
 
 def ended(text: str, processing_class: Any) -> str:
-    """A response that was given as a string, with EOS behind it unless it ends its turn itself."""
+    """Return a response that is a string with EOS behind it, unless it ends its turn itself."""
     tokenizer = _tokenizer(processing_class)
     return text if end_of_turn(text, tokenizer) else text + (tokenizer.eos_token or "")
 
 
 def end_of_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The special token that a text ends with, white space aside; None if it ends with words."""
+    """Return the special token that a text ends with, white space aside; None if it ends with words."""
     last = tokenizer(text.rstrip()[-SHOWN:], **WHOLE)["input_ids"][-1:]
     token = tokenizer.decode(last).strip()
     return token if token and not tokenizer.decode(last, skip_special_tokens=True) else None
 
 
 def stop_token(processing_class: Any) -> int | None:
-    """The id of the token with which the chat template ends an answer; None if it does not say."""
+    """Return the id of the token with which the chat template ends an answer; None if it does not say."""
     try:
-        _, (text,) = render_chat(processing_class, _says(WORD, "user"), [_says(WORD)], {})
+        _, (text,) = render_chat(processing_class, _message(WORD, "user"), [_message(WORD)], {})
     except RowError:
         return None
     tokenizer = _tokenizer(processing_class)
@@ -121,7 +113,7 @@ def stop_token(processing_class: Any) -> int | None:
 
 
 def same_start(a: Sequence, b: Sequence) -> int:
-    """How many items two sequences have in common at their beginning."""
+    """Return how many items two sequences have in common at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
 
 
@@ -129,7 +121,7 @@ def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def _says(text: str, role: str = "assistant") -> list[dict]:
+def _message(text: str, role: str = "assistant") -> list[dict]:
     return [{"role": role, "content": [{"type": "text", "text": text}]}]
 
 
@@ -137,7 +129,7 @@ def _says(text: str, role: str = "assistant") -> list[dict]:
 
 
 def _write(write: partial, prompt: list[dict], *responses: list[dict]) -> tuple[str, list[str]]:
-    """The prompt as generation is given it, and what each response adds to it, if every text can be seen in them."""
+    """Return the prompt of generation and what each response adds to it, if every text can be seen in them."""
     start = write(prompt, add_generation_prompt=True)
     check_prompt(prompt, write.keywords.get("tools"), start)
     texts = [_added(start, write(prompt + response)) for response in responses]
@@ -147,17 +139,16 @@ def _write(write: partial, prompt: list[dict], *responses: list[dict]) -> tuple[
 
 
 def _refusal(refusals: list[Exception]) -> RowError:
-    """The refusal that says most: of the seam, of the template itself, of what it leaves out, of other forms."""
+    """Return the refusal that says most: of the seam, of the template itself, of what it leaves out, then others."""
     order = (SeamError, TemplateError, LeftOutError, RowError)  # jinja's own errors are of another form
-    kinds = [type(e) for e in refusals]
-    error = refusals[min(range(len(kinds)), key=lambda i: order.index(kinds[i]) if kinds[i] in order else len(order))]
+    error = min(refusals, key=lambda error: order.index(type(error)) if type(error) in order else len(order))
     if isinstance(error, RowError):
         return error
     return RowError(f"the chat template refuses its messages: {error}. Rewrite them, or drop the row.")
 
 
 def _forms(processing_class: Any) -> Iterator[Form]:
-    """Which contents are given as strings: templates of processors want lists, those of tokenizers strings."""
+    """Give the forms of contents in the order to try: templates of processors want lists, of tokenizers strings."""
     forms = [lambda message: False, lambda message: message["role"] != "user", lambda message: True]
     from transformers import ProcessorMixin
 
@@ -165,7 +156,7 @@ def _forms(processing_class: Any) -> Iterator[Form]:
 
 
 def _formed(messages: list[dict], as_text: Form) -> list[dict]:
-    """The messages with contents in that form; media stay parts."""
+    """Return the messages with contents in that form; media stay parts."""
     return [
         {**m, "content": response_text([m])} if as_text(m) and all(p["type"] == "text" for p in m["content"]) else m
         for m in messages
@@ -173,7 +164,7 @@ def _formed(messages: list[dict], as_text: Form) -> list[dict]:
 
 
 def _added(prompt: str, whole: str) -> str:
-    """What a conversation adds behind the prompt; where only white space at the seam differs, the prompt's stands."""
+    """Return what a conversation adds to the prompt; where only white space at the seam differs, the prompt wins."""
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     head = prompt.rstrip()
@@ -190,7 +181,7 @@ def _added(prompt: str, whole: str) -> str:
 
 
 def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The response with one end: the template's, or EOS. Data may bring the token that the template adds."""
+    """Return the response with one end: the template's, or EOS. Data may bring the token that the template adds."""
     end = end_of_turn(text, tokenizer)
     if end is None:
         return text.rstrip() + (tokenizer.eos_token or "")
@@ -207,12 +198,7 @@ def place_in_string(processing_class: Any, prompt: str, counts: dict[str, int]) 
     """Return a string prompt with the model's own placeholder for every image and video.
 
     Placeholders that it carries stay. `<image>` and `<video>` become the model's own where they stand; without any,
-    the media go in front.
-
-    Args:
-        processing_class: processor or tokenizer.
-        prompt: as the row gives it.
-        counts: media of the row by kind.
+    the media go in front. `counts`: media of the row by kind.
 
     Raises:
         RowError: placeholders and media do not agree in number.
@@ -223,33 +209,30 @@ def place_in_string(processing_class: Any, prompt: str, counts: dict[str, int]) 
         own = [text for text in (getattr(processing_class, f"{kind}_token", None),) if text]
         if count:
             own.append(_placeholder(processing_class, kind))
-        found = max((prompt.count(text) for text in own), default=0)
-        if found == 0 and count and prompt.count(marker) in (0, count):
+        placed = max((prompt.count(text) for text in own), default=0)
+        if placed == 0 and count and prompt.count(marker) in (0, count):
             if marker in prompt:
                 prompt = prompt.replace(marker, own[-1])
             else:
                 front += own[-1] * count
-        elif found != count:
+        elif placed != count:
             raise RowError(
-                f"the prompt has {found or prompt.count(marker)} {kind} placeholder(s) ({own[-1]!r}), but the row has "
-                f"{count} {kind}(s). Put one `{marker}` into the prompt for each, or none: then they go in front."
+                f"the prompt has {placed or prompt.count(marker)} {kind} placeholder(s) ({own[-1]!r}), but the row "
+                f"has {count} {kind}(s). Put one `{marker}` into the prompt for each, or none: then they go in front."
             )
     return front + prompt
 
 
 def _placeholder(processing_class: Any, kind: str) -> str:
-    """The text of one image or video in a prompt, as the chat template writes it; without a template, its token."""
+    """Return the text of one image or video in a prompt, as the chat template writes it; without one, its token."""
     token = getattr(processing_class, f"{kind}_token", None)
     template = chat_template(processing_class)
     if template is None and token:
         return token
-    text = [{"type": "text", "text": WORD}]
-    with_it, without = (
-        processing_class.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False, chat_template=template
-        )
-        for parts in ([{"type": kind}, *text], text)
-    )
+    (plain,) = _message(WORD, "user")
+    media = plain | {"content": [{"type": kind}, *plain["content"]]}
+    write = partial(processing_class.apply_chat_template, tokenize=False, chat_template=template)
+    with_it, without = write([media]), write([plain])
     start = same_start(with_it, without)
     end = same_start(with_it[start:][::-1], without[start:][::-1])
     return with_it[start : len(with_it) - end]

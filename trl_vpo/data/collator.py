@@ -7,12 +7,15 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
+from trl_vpo.data.accepted import check_accepted
 from trl_vpo.data.chat import WHOLE, WORD, ended, place_in_string, render_chat, same_start
-from trl_vpo.data.rows import REF_SUMS, Row, check_accepted, read_row, response_text, with_text
+from trl_vpo.data.columns import REF_SUMS
+from trl_vpo.data.messages import response_text, with_text
+from trl_vpo.data.rows import Row, read_row
 from trl_vpo.errors import MediaError, PhraseError, RowError
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
-from trl_vpo.media.masking import check_box, masked_image_list
+from trl_vpo.media.masking import masked_image_list
 from trl_vpo.text.phrases import Span, spans_to_token_mask
 
 SIDES = ("chosen", "rejected")
@@ -26,6 +29,14 @@ class PreferenceCollator:
     The prompt goes through the processor once per image list item, not once per response: each video is decoded
     and preprocessed once per pair. Responses are tokenized behind their prompt, so that tokens merge as they would
     in generation, and never carry tags or new special tokens.
+
+    Example:
+        >>> collator = PreferenceCollator(AutoProcessor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct"))
+        >>> row = {"prompt": [{"role": "user", "content": "<video>What happens?"}], "videos": ["clip.mp4"],
+        ...        "chosen": [{"role": "assistant", "content": "A dog runs."}],
+        ...        "rejected": [{"role": "assistant", "content": "A cat runs."}]}
+        >>> batch = collator([row])  # one trunk, two branches
+        >>> DataLoader(rows, batch_size=2, collate_fn=collator)
 
     Args:
         processing_class: processor of a vision-language model, or tokenizer of a text model.
@@ -64,12 +75,12 @@ class PreferenceCollator:
         return tree_batch([self.encode(example) for example in examples], self.tokenizer.pad_token_id)
 
     def encode(self, example: dict) -> Tree:
-        """One row as a tree: trunk of each image list item, branches chosen, rejected, chosen on images 2 to N."""
+        """Return a row's tree: a trunk for each item of the image list; branches chosen, rejected, chosen on the others."""
         row = read_row(example, phrases=self.phrases, image_list=self.num_images is not None)
         return replace(self.encode_row(row), ref_sums=example.get(REF_SUMS))
 
     def encode_row(self, row: Row, sides: tuple[str, ...] = SIDES) -> Tree:
-        """A row that was read, with some of its responses. `sides=()`: the prompt alone, as for generation."""
+        """Return the tree of a row with some of its responses. `sides=()`: the prompt alone, as for generation."""
         check_accepted(row, self.processing_class)
         try:
             trunks, branches = self._tokenize(row, sides)
@@ -102,9 +113,8 @@ class PreferenceCollator:
         if not row.conversational:
             merged = [same_start(alone, self._tokens(prompt + response)["input_ids"]) for response in responses]
             start = alone[: min(merged, default=len(alone))]
-        trunks = [
-            self._trunk(row, prompt, images, alone, len(alone) - len(start)) for images in self._image_lists(row)
-        ]
+        tail = len(alone) - len(start)
+        trunks = [self._trunk(row, prompt, images, alone, tail) for images in self._image_lists(row)]
         return trunks, [self._branch(row, side, prompt, start, r) for side, r in zip(sides, responses)]
 
     def _render(self, row: Row, sides: tuple[str, ...]) -> tuple[str, list[str]]:
@@ -119,8 +129,10 @@ class PreferenceCollator:
         return self.tokenizer(text, **WHOLE, return_offsets_mapping=self.phrases)
 
     def _first_tokens(self, row: Row, prompt: str) -> list[int]:
-        """What the tokenizer puts in front, as in generation: nothing where a text model's template is complete, or
-        where the prompt begins with BOS. What it puts behind (EOS) would end the prompt, and is left out."""
+        """Return what the tokenizer puts in front, as in generation; not what it puts behind (EOS), to end the prompt.
+
+        That is nothing where a text model's template is complete, or where the prompt begins with BOS.
+        """
         bos = self.tokenizer.bos_token
         if (row.conversational and not self.is_vlm) or (bos and prompt.startswith(bos)):
             return []
@@ -139,14 +151,13 @@ class PreferenceCollator:
             return Branch(ids)
         tail = self._render(replace(row, **{side: with_text(getattr(row, side), WORD)}), (side,))[1][0]
         spans, moved = _spans_in(response, row, side, tail.rpartition(WORD)[2].strip())
-        return Branch(
-            ids, phrases=spans_to_token_mask(spans, whole["offset_mapping"][skip:], shift=shift + moved, text=text)
-        )
+        offsets = whole["offset_mapping"][skip:]
+        return Branch(ids, phrases=spans_to_token_mask(spans, offsets, shift=shift + moved, text=text))
 
     # --- media ----------------------------------------------------------------------------------------------------
 
     def _image_lists(self, row: Row) -> list[list]:
-        """The images of each trunk: the row's own, or for LPOI one image of the list each."""
+        """Return the images of each trunk: the row's own, or for LPOI one image of the list each."""
         load = lambda source: load_image(source, max_pixels=self.max_pixels, media_root=self.media_root)  # noqa: E731
         if self.num_images is None:
             return [[load(source) for source in row.images]]
@@ -154,10 +165,6 @@ class PreferenceCollator:
             return [[load(source)] for source in row.image_list]
         # The box is in pixels of the image as stored, so the list is drawn before anything is scaled.
         image = load_image(row.images[0], media_root=self.media_root, limit=self.max_pixels is None)
-        try:
-            check_box(row.critical_box, image.size)
-        except ValueError as error:
-            raise RowError(str(error)) from error
         items = masked_image_list(image, row.critical_box, self.num_images, visual_prompt=self.visual_prompt)
         return [[load(item)] for item in items]
 
@@ -168,27 +175,22 @@ class PreferenceCollator:
         clips = [v if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
         kwargs = {"images": [images]} if images else {}
         if clips:
-            kwargs |= {
-                "videos": [self._frames(clip) for clip in clips],
-                "video_metadata": [_metadata(c) for c in clips],
-            }
-            kwargs |= {"do_sample_frames": False}
+            kwargs["videos"] = [self._frames(clip) for clip in clips]
+            kwargs |= {"video_metadata": [video_metadata(clip) for clip in clips], "do_sample_frames": False}
         try:
             out = self.processing_class(text=[prompt], return_tensors="pt", text_kwargs=WHOLE, **kwargs)
         except REFUSALS as error:
-            what = (
-                f"{type(self.processing_class).__name__} refuses its prompt and media: {type(error).__name__}: {error}"
-            )
-            raise RowError(what) from error
+            name = type(self.processing_class).__name__
+            raise RowError(f"{name} refuses its prompt and media: {type(error).__name__}: {error}") from error
         return self._split(out, self._first_tokens(row, prompt), alone, tail)
 
     def _frames(self, clip: Clip) -> np.ndarray:
-        """A clip's frames; a single one is repeated for towers that take two at a time. Qwen3-VL would refuse it."""
+        """Return a clip's frames; one alone is repeated for towers that take two at a time: Qwen3-VL refuses it."""
         missing = (getattr(self.processing_class.video_processor, "temporal_patch_size", None) or 1) - len(clip.frames)
         return clip.frames if missing <= 0 else np.concatenate([clip.frames, clip.frames[-1:].repeat(missing, axis=0)])
 
     def _split(self, out: dict, first: list[int], alone: list[int], tail: int) -> Trunk:
-        """The processor's output for one prompt: token ids, token types, media."""
+        """Return the processor's output for one prompt as a trunk: token ids, token types, media."""
         ids = out.pop("input_ids")[0].tolist()
         out.pop("attention_mask", None)
         end = len(ids) - tail
@@ -214,7 +216,7 @@ class PreferenceCollator:
 
 
 def _spans_in(response: str, row: Row, side: str, tail: str) -> tuple[list[Span], int]:
-    """The phrases, and how far the template moves them: some strip a response, or put thoughts in front.
+    """Return the phrases, and how far the template moves them: some strip a response, or put thoughts in front.
 
     The text is what ends where the template's end of turn begins: what a template puts in front may say the same.
     """
@@ -228,24 +230,21 @@ def _spans_in(response: str, row: Row, side: str, tail: str) -> tuple[list[Span]
             f"{text[:300]!r}; the template's: {response[:300]!r}."
         )
     moved = len(head) - len(body) - (len(text) - len(text.lstrip()))
-    if moved < 0 or response[moved : moved + len(text)] != text:
-        spans = [_without_margins(span, text, side) for span in spans]
-    return spans, moved
+    if moved >= 0 and response[moved : moved + len(text)] == text:
+        return spans, moved
+    # The part of each phrase that is left when the text is stripped: behind it stands the end of the turn.
+    low, high = len(text) - len(text.lstrip()), len(text.rstrip())
+    for start, end in spans:
+        if max(start, low) >= min(end, high):
+            raise PhraseError(
+                f"the phrase at characters [{start}, {end}) of the {side} response is white space that the chat "
+                "template strips. Leave it out."
+            )
+    return [(max(start, low), min(end, high)) for start, end in spans], moved
 
 
-def _without_margins(span: Span, text: str, side: str) -> Span:
-    """The part of a phrase that is left when the text is stripped: behind it stands the end of the turn."""
-    start, end = max(span[0], len(text) - len(text.lstrip())), min(span[1], len(text.rstrip()))
-    if start >= end:
-        raise PhraseError(
-            f"the phrase at characters [{span[0]}, {span[1]}) of the {side} response is white space that the chat "
-            "template strips. Leave it out."
-        )
-    return start, end
-
-
-def _metadata(clip: Clip) -> VideoMetadata:
-    """The clip's real times in the processors' terms: `frames_indices / fps` are its timestamps in seconds.
+def video_metadata(clip: Clip) -> VideoMetadata:
+    """Return the clip's real times in the processors' terms: `frames_indices / fps` are its timestamps in seconds.
 
     At a constant rate that is a whole number or NTSC's, `fps` is that rate, as if the processor had sampled the
     frames itself; otherwise the indices count milliseconds. `total_num_frames / fps` is the time that the frames stand

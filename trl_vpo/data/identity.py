@@ -1,8 +1,6 @@
-"""Whether files, media sources and processors are still the same; and the folder of what is kept between runs."""
+"""Identities of files, media sources and processors: is it still the same? And the folder of what runs keep."""
 
-import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -14,71 +12,66 @@ import numpy as np
 from PIL import Image
 
 from trl_vpo.errors import MediaError
+from trl_vpo.files import bytes_digest, ends_digest
 from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
 
-ENDS = 4096  # bytes at the head and at the tail that are looked at
+_PAYLOAD = ("bytes", "path", "video", "image")  # keys of a dict that hold the medium, the first given one wins
 
 
 def file_identity(path: Path) -> list:
-    """The size, both times and a digest of head and tail of a file: one that is replaced with its old time differs.
+    """Return size, both times and a digest of head and tail of a file: one that is replaced with its old time differs.
 
     Raises:
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        found = os.fstat(file.fileno())
-        ends = file.read(ENDS)
-        if found.st_size > ENDS:
-            file.seek(max(ENDS, found.st_size - ENDS))
-            ends += file.read(ENDS)
-    digest = hashlib.blake2b(ends, digest_size=16).hexdigest()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, digest]
+    stat = path.stat()
+    return [stat.st_mtime_ns, stat.st_ctime_ns, *ends_digest(path)]
 
 
 def cache_folder() -> Path:
-    """A folder in the cache of `datasets`, which the environment variable `HF_DATASETS_CACHE` may move."""
+    """Return a folder in the cache of `datasets`, which the environment variable `HF_DATASETS_CACHE` may move."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "trl_vpo"
 
 
 def source_identity(source: Any, root: str | None, state: Callable[[Path], list] = file_identity) -> Any:
-    """What stands for a media source in a key: of files the path and their `state`. It takes what can be loaded.
+    """Return what stands for a media source in a key: of files the path and their `state`.
 
     Raises:
-        MediaError: it is not there, or nothing that can be recognised.
+        MediaError: it is missing, or nothing that can be recognised.
     """
     if isinstance(source, dict):
-        given = {k: v for k, v in source.items() if v is not None}
-        holder = next((k for k in ("bytes", "path", "video", "image") if k in given), None)
-        options = {k: v for k, v in given.items() if k not in ("bytes", "path", "video", "image")}
-        return [options, source_identity(given.get(holder), root, state)]
+        entries = {key: value for key, value in source.items() if value is not None}
+        payload = next((entries[key] for key in _PAYLOAD if key in entries), None)
+        options = {key: value for key, value in entries.items() if key not in _PAYLOAD}
+        return [options, source_identity(payload, root, state)]
     if isinstance(source, (str, Path)):
         files = frame_folder(source, root) or [resolve_path(source, root)]
         return [[str(file), *state(file)] for file in files]
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return hashlib.sha256(source).hexdigest()
+        return bytes_digest(source)
     if isinstance(source, Image.Image):
         source = np.asarray(load_image(source, limit=False))
     if isinstance(source, np.ndarray):
-        return [str(source.dtype), source.shape, hashlib.sha256(np.ascontiguousarray(source)).hexdigest()]
+        return [str(source.dtype), source.shape, bytes_digest(np.ascontiguousarray(source))]
     if isinstance(source, (list, tuple)):
         return [source_identity(item, root, state) for item in source]
     raise MediaError(f"{describe(source)} cannot be recognised in a later run: precompute with paths or bytes.")
 
 
 def processor_identity(processing_class: Any) -> list:
-    """What a processor or tokenizer would be saved as: the names of its files, and what stands for their contents."""
+    """Return the names of the files that a processor or tokenizer would be saved as, each with a digest."""
     with tempfile.TemporaryDirectory() as folder:
         processing_class.save_pretrained(folder)
-        files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
-        found = {name: path.read_bytes() for name, path in files.items()}  # vocabularies may be no text
-    if "tokenizer.json" in found:  # the last call's padding and truncation stay behind in it
-        saved = {**json.loads(found["tokenizer.json"]), "padding": None, "truncation": None}
-        found["tokenizer.json"] = json.dumps(saved).encode()
-    return [[name, hashlib.sha256(data).hexdigest()] for name, data in sorted(found.items())]
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        saved = {str(path.relative_to(folder)): path.read_bytes() for path in files}  # vocabularies may be no text
+    if "tokenizer.json" in saved:  # the last call's padding and truncation stay behind in it
+        settings = {**json.loads(saved["tokenizer.json"]), "padding": None, "truncation": None}
+        saved["tokenizer.json"] = json.dumps(settings).encode()
+    return [[name, bytes_digest(data)] for name, data in sorted(saved.items())]
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package and of those that decide a run's result."""
+    """Return the versions of this package and of those that decide a run's result."""
     names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "av")
     return {"trl_vpo": package_version(), **{name: version(name) for name in names}}
 

@@ -1,4 +1,4 @@
-"""How other projects write preference pairs: one record of theirs -> one row of the row contract. No files here.
+"""The formats of other projects: one record of theirs -> one row of the row contract. No files here.
 
 | format | fields read | published in |
 | --- | --- | --- |
@@ -26,7 +26,7 @@ _MARKER = re.compile("<(image|video)>")
 
 @dataclass(frozen=True)
 class Format:
-    """One project's way to write a pair."""
+    """The way in which one project writes a pair."""
 
     read: Callable[[dict], dict]  # record -> row without id and source, media paths as they stand
     fields: frozenset[str]  # all that is looked at; the others are reported
@@ -34,20 +34,18 @@ class Format:
 
 
 def read_record(fmt: str, record) -> dict:
-    """The row of a record: id (empty if it has none), source, prompt, chosen, rejected and the format's columns.
+    """Return the row of a record: id (empty if it has none), source, prompt, chosen, rejected, the format's columns.
 
     Raises:
         ValueError: the record cannot be read; the caller adds file and place.
     """
     for name in REFUSED:
         if record.get(name):
-            raise ValueError(
-                f"`{name}` is not supported and would be lost. Remove it where the text does not need it."
-            )
-    row = FORMATS[fmt].read(record)
+            raise ValueError(f"`{name}` is not supported and would be lost. Remove it if the text does not need it.")
     tags = {key: record.get(key) for key in ("id", "sample_id", "src") if key in FORMATS[fmt].fields}
     row_id = next((tags[key] for key in ("id", "sample_id") if tags.get(key) not in (None, "")), "")
-    return {"id": str(row_id), "source": f"{fmt}/{tags['src']}" if tags.get("src") else fmt, **row}
+    source = f"{fmt}/{tags['src']}" if tags.get("src") else fmt
+    return {"id": str(row_id), "source": source, **FORMATS[fmt].read(record)}
 
 
 def _rrpo(record: dict) -> dict:
@@ -67,14 +65,6 @@ def _rrpo(record: dict) -> dict:
     if not row["chosen_phrases"] and not row["rejected_phrases"]:
         raise ValueError("`answer_masked` and `pred_masked` mark nothing. Mark what differs, or leave both out.")
     return row
-
-
-def _lpoi(record: dict) -> dict:
-    return _flat_pair(record, images=[_text(record, "img_path")])
-
-
-def _llava_hound(record: dict) -> dict:
-    return _flat_pair(record, videos=[_text(record, "video")])
 
 
 def _flat_pair(record: dict, **media) -> dict:
@@ -118,7 +108,11 @@ FORMATS = {
         "question answer pred answer_masked pred_masked video media_path sample_id id src",
         "question answer pred",
     ),
-    "lpoi": _format(_lpoi, "img_path prompt chosen rejected id", "img_path chosen rejected"),
+    "lpoi": _format(
+        lambda record: _flat_pair(record, images=[_text(record, "img_path")]),
+        "img_path prompt chosen rejected id",
+        "img_path chosen rejected",
+    ),
     "ms-swift": _format(
         _ms_swift,
         "messages rejected_response rejected_messages images videos rejected_images rejected_videos id",
@@ -131,7 +125,9 @@ FORMATS = {
         "conversations chosen rejected",
         "messages chosen rejected",
     ),
-    "llava-hound": _format(_llava_hound, "prompt chosen rejected video id"),
+    "llava-hound": _format(
+        lambda record: _flat_pair(record, videos=[_text(record, "video")]), "prompt chosen rejected video id"
+    ),
 }
 
 
@@ -139,7 +135,7 @@ FORMATS = {
 
 
 def _text(record: dict, name: str, other: str | None = None) -> str:
-    """The text of a required field, or of its other name."""
+    """Return the text of a required field, or of its other name."""
     name = other if other in record and record.get(name) is None else name
     value = record.get(name)
     if not isinstance(value, str):
@@ -152,7 +148,7 @@ def _text(record: dict, name: str, other: str | None = None) -> str:
 
 
 def _turns(record: dict, name: str) -> list[tuple[str, str]]:
-    """(role, text) of each message, under either naming: role and content, from and value."""
+    """Return (role, text) of each message, under either naming: role and content, from and value."""
     messages = record.get(name)
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`{name}` is missing or not a list of messages.")
@@ -161,7 +157,7 @@ def _turns(record: dict, name: str) -> list[tuple[str, str]]:
 
 
 def _last_turn(record: dict, name: str) -> tuple[list[tuple[str, str]], str]:
-    """The turns of the prompt and the text of the response behind them."""
+    """Return the turns of the prompt and the text of the response behind them."""
     turns = _turns(record, name)
     role, response = turns.pop() if turns else ("nobody", "")
     if role != "assistant":
@@ -181,7 +177,7 @@ def _turn(message, name: str) -> tuple[str, str]:
 
 
 def _media(record: dict, name: str) -> list[str]:
-    """Paths or URLs: one, a list of them, or a list of {"path": ...}."""
+    """Return the paths or URLs of a field: one, a list of them, or a list of {"path": ...}."""
     items = record.get(name) or []
     items = [items] if isinstance(items, (str, dict)) else items
     if not isinstance(items, list):
@@ -194,7 +190,7 @@ def _media(record: dict, name: str) -> list[str]:
 
 
 def _pair(turns: list[tuple[str, str]], chosen: str, rejected: str, **media: list[str]) -> dict:
-    """A row with typed contents. `media`: the columns that this format can have, with the row's paths."""
+    """Return a row with typed contents. `media`: the columns that this format can have, with the row's paths."""
     for side, text in (("chosen", chosen), ("rejected", rejected)):
         if _MARKER.search(text):
             raise ValueError(f"the {side} response contains <image> or <video>; only the prompt can hold media.")
@@ -211,16 +207,16 @@ def _pair(turns: list[tuple[str, str]], chosen: str, rejected: str, **media: lis
 
 
 def _prompt(turns: list[tuple[str, str]], media: dict[str, list[str]]) -> list[dict]:
-    found = [kind for role, text in turns for kind in _MARKER.findall(text)]
+    markers = [kind for role, text in turns for kind in _MARKER.findall(text)]
     if any(role != "user" and _MARKER.search(text) for role, text in turns):
         raise ValueError("<image> or <video> stands in a turn that is not the user's. Move it into a user turn.")
-    front = [] if found else [{"type": name[:-1]} for name, items in media.items() for _ in items]
+    front = [] if markers else [{"type": name[:-1]} for name, items in media.items() for _ in items]
     for name in ("images", "videos"):
-        count, markers = len(media.get(name, [])), found.count(name[:-1])
-        if found and count != markers:
+        items, marked = media.get(name, []), markers.count(name[:-1])
+        if markers and len(items) != marked:
             raise ValueError(
-                f"the text has {markers} <{name[:-1]}> marker(s) for {count} {name}. Put one marker for each, or none "
-                "at all: then the media go in front."
+                f"the text has {marked} <{name[:-1]}> marker(s) for {len(items)} {name}. Put one marker for each, or "
+                "none at all: then the media go in front."
             )
     prompt = []
     for role, text in turns:
@@ -230,15 +226,15 @@ def _prompt(turns: list[tuple[str, str]], media: dict[str, list[str]]) -> list[d
 
 
 def _content(text: str) -> list[dict]:
-    """`<image> What is it?` -> image, text. White space between a marker and the text's beginning or end goes."""
+    """Split `<image> What is it?` into image, text. White space between a marker and the text's ends goes."""
     parts = _MARKER.split(text)  # text, kind, text, kind, ..., text
-    content = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            content.append({"type": part})
-            continue
-        part = part.lstrip() if i and not any(p.strip() for p in parts[:i:2]) else part
-        part = part.rstrip() if i < len(parts) - 1 and not any(p.strip() for p in parts[i + 2 :: 2]) else part
-        if part.strip():
-            content.append({"type": "text", "text": part})
-    return content
+    words = [i for i in range(0, len(parts), 2) if parts[i].strip()]
+    if words and words[0] > 0:
+        parts[words[0]] = parts[words[0]].lstrip()
+    if words and words[-1] < len(parts) - 1:
+        parts[words[-1]] = parts[words[-1]].rstrip()
+    return [
+        {"type": part} if i % 2 else {"type": "text", "text": part}
+        for i, part in enumerate(parts)
+        if i % 2 or i in words
+    ]

@@ -6,7 +6,7 @@ A file is a JSON list or JSON lines, recognised by its first character and compr
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,7 @@ LIST_COLUMNS = ("images", "videos", "chosen_phrases", "rejected_phrases")
 
 @dataclass
 class ImportCounts:
-    """What `convert` did. Media are counted once per path."""
+    """The result of `convert`. Media are counted once per path."""
 
     read: int = 0
     written: int = 0
@@ -40,7 +40,7 @@ class ImportCounts:
 def import_rows(
     fmt: str, path, *, media_root=None, on_reject: Callable[[ImportFormatError], None] | None = None
 ) -> Iterator[dict]:
-    """The rows of a file, one by one (JSON lines are streamed).
+    """Give the rows of a file, one by one (JSON lines are streamed).
 
     Args:
         fmt: a name in `FORMATS`.
@@ -51,18 +51,13 @@ def import_rows(
     Raises:
         ImportFormatError: unknown format, unreadable file, or a bad record where there is no `on_reject`.
     """
-    records = _read_records(fmt, Path(path), media_root)
-
-    def rows():
-        for _, result in records:
-            if isinstance(result, dict):
-                yield result
-            elif on_reject is None:
-                raise result
-            else:
-                on_reject(result)
-
-    return rows()
+    for _, row in _read(fmt, Path(path), media_root):
+        if isinstance(row, dict):
+            yield row
+        elif on_reject is None:
+            raise row
+        else:
+            on_reject(row)
 
 
 def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "error") -> ImportCounts:
@@ -85,17 +80,16 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     source, target = Path(in_path), Path(out_path)
     if source.exists() and target.exists() and source.samefile(target):
         raise ImportFormatError(f"{target}: input and output are the same file. Name another output.")
-    counts, first, rejects = _survey(fmt, source, media_root, on_bad)
+    rejects: list[dict] = []
+    counts, first = _survey(fmt, source, media_root, rejects if on_bad == "skip" else None)
     rejected_path = target.with_name(target.name + ".rejected.jsonl")
     rejected_path.unlink(missing_ok=True)  # of an earlier run
     if rejects:
-        counts.rejected_path = str(rejected_path)
+        counts.rejected, counts.rejected_path = len(rejects), str(rejected_path)
         _write_lines(rejected_path, rejects)
     if not counts.written:
-        raise ImportFormatError(
-            f"{source}: none of its {counts.read} records can be imported as {fmt}"
-            + (f"; {rejected_path} says why." if rejects else ". Is it the right file?")
-        )
+        why = f"; {rejected_path} says why." if rejects else ". Is it the right file?"
+        raise ImportFormatError(f"{source}: none of its {counts.read} records can be imported as {fmt}{why}")
     columns = {"id", "source", "prompt", "chosen", "rejected", *first}
     front = dict(sorted(first.values(), key=lambda item: item[0]))  # by number: one row may fill several columns
     rows = enumerate(import_rows(fmt, source, media_root=media_root, on_reject=lambda _: None))
@@ -104,70 +98,62 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     return counts
 
 
-def _survey(fmt: str, source: Path, media_root, on_bad: str) -> tuple[ImportCounts, dict, list[dict]]:
-    """First reading: the counts, the first (number, row) to fill each list column, and the rejected records."""
-    counts, first, rejects, ignored = ImportCounts(), {}, [], set()
-    media: dict[str, bool] = {}
-    for record, row in _read_records(fmt, source, media_root):
+def _survey(fmt: str, source: Path, media_root, rejects: list | None) -> tuple[ImportCounts, dict]:
+    """Return the counts, and for each list column the first (number, row) to fill it. Bad records go to `rejects`."""
+    counts, first, ignored, media = ImportCounts(), {}, set(), set()
+    for record, row in _read(fmt, source, media_root):
         counts.read += 1
-        if not isinstance(row, dict):
-            if on_bad == "error":
+        if isinstance(row, ImportFormatError):
+            if rejects is None:
                 raise row
             rejects.append({"reason": str(row), "record": record})
             continue
         ignored |= set(record) - FORMATS[fmt].fields
+        media |= {*row.get("images", []), *row.get("videos", [])}
         for column in LIST_COLUMNS:
             if row.get(column):
                 first.setdefault(column, (counts.written, row))
-        for path in row.get("images", []) + row.get("videos", []):
-            if path not in media:
-                media[path] = _exists(path)
         counts.written += 1
-    counts.rejected, counts.ignored_fields = len(rejects), sorted(ignored)
-    counts.media, counts.missing_media = len(media), sum(not found for found in media.values())
-    return counts, first, rejects
+    counts.ignored_fields, counts.media = sorted(ignored), len(media)
+    counts.missing_media = sum(not _exists(path) for path in media)
+    return counts, first
 
 
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def _read_records(fmt: str, path: Path, media_root) -> Iterator[tuple]:
-    """Check format and file, then give (record, row or ImportFormatError) for each record."""
+def _read(fmt: str, path: Path, media_root) -> Iterator[tuple[object, dict | ImportFormatError]]:
+    """Give (record, row or error) for each record of a file."""
     if fmt not in FORMATS:
         raise ImportFormatError(f"unknown format {fmt!r}. Formats: {', '.join(FORMATS)}.")
     if not path.is_file():
         raise ImportFormatError(f"{path}: no such file. Name a .json, .jsonl or .parquet file.")
-
-    def results():
-        for kind, number, raw in _records(path):
-            record = raw
-            try:
-                record = parse_record(raw)
-                row = read_record(fmt, record)
-                row["id"] = row["id"] or f"{path.stem}-{number}"
-                for column in ("images", "videos"):
-                    if column in row:
-                        row[column] = [_join(media_root, item) for item in row[column]]
-                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is in JSON, but in no text
-                yield record, row
-            except ValueError as error:
-                shown = raw.decode("utf-8", "replace").strip() if isinstance(record, bytes) else record
-                yield shown, ImportFormatError(f"{path}, {kind} {number}: {error}")
-
-    return results()
+    for kind, number, raw in _records(path):
+        record = raw
+        try:
+            record = parse_record(raw)
+            row = read_record(fmt, record)
+            row["id"] = row["id"] or f"{path.stem}-{number}"
+            for column in {"images", "videos"} & row.keys():
+                row[column] = [_join(media_root, item) for item in row[column]]
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is in JSON, but in no text
+        except ValueError as error:
+            record = raw.decode("utf-8", "replace").strip() if isinstance(record, bytes) else record
+            row = ImportFormatError(f"{path}, {kind} {number}: {error}")
+        yield record, row
 
 
 def _records(path: Path) -> Iterator[tuple]:
-    if path.suffix.lower() != ".parquet":
-        try:
-            yield from raw_records(path)
-        except DatasetError as error:
-            raise ImportFormatError(str(error)) from error
-        return
+    """Give (kind, number, record) of a file, as `raw_records` does; of parquet the rows, numbered from 0."""
     try:
+        if path.suffix.lower() != ".parquet":
+            yield from raw_records(path)
+            return
         batches = pq.ParquetFile(path).iter_batches(batch_size=100)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         yield from (("row", number, drop_none(row)) for number, row in enumerate(rows))
+    except DatasetError as error:
+        raise ImportFormatError(str(error)) from error
     except (OSError, pa.ArrowException) as error:
         raise ImportFormatError(f"{path} cannot be read as a parquet file ({error}). Fetch it again.") from error
 
@@ -176,8 +162,7 @@ def _join(root, path: str) -> str:
     return path if root is None or "://" in path else os.path.join(root, path)  # an absolute path stays
 
 
-def _write_lines(path: Path, rows) -> None:
-    """Write JSON lines beside the target, then put the whole file in its place."""
+def _write_lines(path: Path, rows: Iterable[dict]) -> None:
     # backslashreplace is JSON's own escape
     with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
@@ -185,8 +170,6 @@ def _write_lines(path: Path, rows) -> None:
 
 
 def _exists(path: str) -> bool:
-    """Whether a local file or folder of frames is there. URLs of other schemes are not looked up."""
-    if "://" not in path:
-        return os.path.exists(path)
-    url = urlsplit(path)
-    return url.scheme != "file" or os.path.exists(unquote(url.path))
+    """Return True for a local file or folder of frames, and for URLs of other schemes, which are not looked up."""
+    url = urlsplit(path) if "://" in path else None
+    return os.path.exists(path) if url is None else url.scheme != "file" or os.path.exists(unquote(url.path))

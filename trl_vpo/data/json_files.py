@@ -1,11 +1,10 @@
 """Files of JSON rows, read line by line: an error names its line, and a column's type comes from all of its rows.
 
 The reader of `datasets` takes types from the first 10 MB (https://github.com/huggingface/datasets/issues/7222), reads
-texts that look like dates as times, and recognises a changed file by its time alone. It can be used again once it
-does none of that.
+texts that look like dates as times, and recognises a changed file by its time alone. Once it does none of that, it can
+take the place of this one.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -17,7 +16,7 @@ from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from trl_vpo.data.identity import cache_folder
 from trl_vpo.errors import DatasetError
-from trl_vpo.files import UNREADABLE, atomic_write, open_packed
+from trl_vpo.files import UNREADABLE, atomic_write, file_digest, json_digest, open_packed
 
 FORMAT = 1  # of the tables in the cache; raise it with a change to what is written
 ROWS_AT_ONCE = 1000
@@ -26,7 +25,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def load_json(files: list[Path]) -> Dataset:
-    """The rows of files in their order, as a table in the cache of `datasets` that is named after their contents.
+    """Return the rows of files in their order: a table in the cache of `datasets` that is named after their contents.
 
     A column whose values have one type keeps it; any other keeps its values as they are, as `datasets.Json`.
 
@@ -50,12 +49,12 @@ def load_json(files: list[Path]) -> Dataset:
 
 
 def stream_json(files: list[Path]) -> IterableDataset:
-    """The rows of files in their order, read when they are asked for; each file is a shard."""
+    """Stream the rows of files in their order; each file is a shard."""
     return IterableDataset.from_generator(read_json, gen_kwargs={"files": list(files)})
 
 
 def read_json(files: Iterable[Path]) -> Iterator[dict]:
-    """The rows of JSON lines or JSON lists, compressed or not.
+    """Give the rows of JSON lines or JSON lists, compressed or not.
 
     Raises:
         DatasetError: a line is not UTF-8, not JSON, or not an object; the message names it.
@@ -64,7 +63,7 @@ def read_json(files: Iterable[Path]) -> Iterator[dict]:
 
 
 def _located(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
-    """Each row behind its place, for messages."""
+    """Give each row behind its place, for messages."""
     for path in files:
         for kind, number, raw in raw_records(path):
             where = f"{path}, {kind} {number}"
@@ -76,7 +75,7 @@ def _located(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
 
 
 def raw_records(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """("line", number, bytes) of JSON lines or ("item", number, object) of a JSON list, numbered from 1.
+    """Give ("line", number, bytes) of JSON lines or ("item", number, object) of a JSON list, numbered from 1.
 
     Raises:
         DatasetError: the file cannot be read, or begins as a list and is not one.
@@ -101,7 +100,7 @@ def raw_records(path: Path) -> Iterator[tuple[str, int, Any]]:
 
 
 def parse_record(raw: Any) -> dict:
-    """The object of a line or of an item.
+    """Return the object of a line or of an item.
 
     Raises:
         ValueError: says what it is instead.
@@ -132,7 +131,7 @@ def _decode(raw: bytes) -> str:
 
 
 def _kinds(files: list[Path]) -> dict[str, Any]:
-    """The kind of each column over all rows, in the order in which they appear."""
+    """Return the kind of each column over all rows, in the order in which they appear."""
     kinds: dict[str, Any] = {}
     for where, row in _located(files):
         for name, value in row.items():
@@ -144,15 +143,13 @@ def _kinds(files: list[Path]) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> Any:
-    """None for null, a name for a plain value, a list of one kind, a dict of kinds, or `MIXED`."""
+    """Return None for null, a name for a plain value, a list of one kind, a dict of kinds, or `MIXED`."""
     if isinstance(value, str):
-        if not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"holds half a surrogate pair (\\u{ord(value[error.start]):x}). Take it out."
-                ) from None
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(value[error.start]):x}"
+            raise ValueError(f"holds half a surrogate pair ({half}). Take it out.") from None
         return "string"
     if isinstance(value, dict):
         kinds = {key: _kind(item) for key, item in value.items()}
@@ -204,12 +201,9 @@ def _column(values: list, kind: pa.DataType) -> pa.Array:
 
 
 def _digest(files: list[Path]) -> str:
-    """Of the contents, whole: a file may be replaced with its old time."""
-    total = hashlib.blake2b(str(FORMAT).encode(), digest_size=16)
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                total.update(path.suffix.encode() + hashlib.file_digest(file, "blake2b").digest())
-        except OSError as error:
-            raise DatasetError(f"{path} cannot be read ({error.strerror or error}). Check its permissions.") from error
-    return total.hexdigest()
+    """Return a digest of whole contents: a file may be replaced with its old time."""
+    try:
+        return json_digest([FORMAT, [[path.suffix, file_digest(path)] for path in files]])
+    except OSError as error:
+        path, reason = error.filename or files[0], error.strerror or error
+        raise DatasetError(f"{path} cannot be read ({reason}). Check its permissions.") from error

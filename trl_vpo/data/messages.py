@@ -10,11 +10,9 @@ MARKERS = {"<image>": "image", "<video>": "video"}
 
 
 def drop_none(value: Any, keep: dict[str, set[str]] | None = None) -> Any:
-    """Return the value without the `None` entries that Arrow adds to dictionaries of different shapes.
+    """Return JSON without the `None` entries that Arrow adds to dictionaries of different shapes.
 
-    Args:
-        value: JSON.
-        keep: of a call of a tool with this name, the arguments that may be null.
+    `keep`: of a call of the tool with this name, the arguments that may be null.
     """
     if isinstance(value, list):
         return [drop_none(v, keep) for v in value]
@@ -23,17 +21,17 @@ def drop_none(value: Any, keep: dict[str, set[str]] | None = None) -> Any:
     kept = {k: drop_none(v, keep) for k, v in value.items() if v is not None}
     arguments = value.get("arguments")
     if isinstance(arguments, dict):
-        nulls = {k: None for k in (keep or {}).get(value.get("name"), ()) if k in arguments and arguments[k] is None}
-        kept["arguments"] |= nulls
+        nullable = (keep or {}).get(value.get("name"), ())
+        kept["arguments"] |= {k: None for k, v in arguments.items() if v is None and k in nullable}
     return kept
 
 
 def null_arguments(tools: list | None) -> dict[str, set[str]]:
-    """The arguments that a call may give as null, by name of the tool: those it must give, or whose type says so.
+    """Return by name of the tool the arguments that a call may give as null: required ones, and nullable types.
 
     Arrow stores an argument that a call leaves out as null, too; only the tool's description tells the two apart.
     """
-    found = {}
+    allowed = {}
     for tool in tools or []:
         function = tool.get("function") or tool if isinstance(tool, dict) else {}
         parameters = function.get("parameters") or {}
@@ -42,17 +40,16 @@ def null_arguments(tools: list | None) -> dict[str, set[str]]:
             for name, about in (parameters.get("properties") or {}).items()
             if isinstance(about, dict) and (about.get("nullable") or "null" in (about.get("type") or ()))
         }
-        found[function.get("name")] = nullable | set(parameters.get("required") or ())
-    return found
+        allowed[function.get("name")] = nullable | set(parameters.get("required") or ())
+    return allowed
 
 
 def place_media(prompt: list[dict] | str, images: int, videos: int, *, words: bool = False) -> list[dict] | str:
-    """Messages with typed contents, one placeholder for every image and video.
+    """Return messages with typed contents, one placeholder for every image and video.
 
     `<image>` and `<video>` in plain-string contents become placeholders where they stand. If every content is a
-    plain string without a marker, the media go in front of the first user message, as in TRL. With `words`,
-    markers in a prompt without any media are the user's words. A prompt that is a
-    string is not touched: `trl_vpo.data.chat` places its media.
+    plain string without a marker, the media go in front of the first user message, as in TRL. With `words`, markers
+    in a prompt without any media are the user's words. A string stays as it is: `trl_vpo.data.chat` places its media.
 
     Raises:
         RowError: placeholders and media do not agree in number.
@@ -61,31 +58,31 @@ def place_media(prompt: list[dict] | str, images: int, videos: int, *, words: bo
         return prompt
     markers = images or videos or not words
     typed = [{**m, "content": typed_content(m.get("content"), m["role"] if markers else None)} for m in prompt]
-    found = {kind: sum(part["type"] == kind for m in typed for part in m["content"]) for kind in ("image", "video")}
+    kinds = [part["type"] for m in typed for part in m["content"]]
     plain = all(isinstance(m.get("content") or "", str) for m in prompt)
-    if plain and not any(found.values()) and (images or videos):
+    if plain and not {"image", "video"} & set(kinds) and (images or videos):
         first = next((m for m in typed if m["role"] == "user"), None)
         if first is None:
             raise RowError("has media but no user message to put them into.")
         first["content"] = [{"type": "image"}] * images + [{"type": "video"}] * videos + first["content"]
         return typed
     for kind, count in (("image", images), ("video", videos)):
-        if found[kind] != count:
+        if kinds.count(kind) != count:
             raise RowError(
-                f"the prompt has {found[kind]} {kind} placeholder(s), but the row has {count} {kind}(s). Put one "
-                f'{{"type": "{kind}"}} (or a `<{kind}>` marker) into the prompt for each item of `{kind}s`.'
+                f"the prompt has {kinds.count(kind)} {kind} placeholder(s), but the row has {count} {kind}(s). Put "
+                f'one {{"type": "{kind}"}} (or a `<{kind}>` marker) into the prompt for each item of `{kind}s`.'
             )
     return typed
 
 
 def forgotten_media(prompt: list[dict] | str) -> str | None:
-    """The first `<image>` or `<video>` in a user's plain string."""
-    said = [m.get("content") for m in prompt if m["role"] == "user"] if not isinstance(prompt, str) else []
-    return next((marker for text in said if isinstance(text, str) for marker in MARKERS if marker in text), None)
+    """Return the first `<image>` or `<video>` in a user's plain string."""
+    texts = [m.get("content") for m in prompt if m["role"] == "user"] if not isinstance(prompt, str) else []
+    return next((marker for text in texts if isinstance(text, str) for marker in MARKERS if marker in text), None)
 
 
 def typed_content(content: Any, role: str | None) -> list[dict]:
-    """A message's content as parts of the types text, image and video; `<image>` of a user's string is one of them."""
+    """Return a content as parts of the types text, image and video; `<image>` of a user's string is one of them."""
     if content is None:
         return []
     if isinstance(content, str):
@@ -96,7 +93,7 @@ def typed_content(content: Any, role: str | None) -> list[dict]:
 
 
 def _check_part(part: Any) -> None:
-    """Chat templates pass over what they do not know, without a word."""
+    """Refuse a part that chat templates would leave out without a word."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
         if not isinstance(part.get("text"), str):
@@ -111,13 +108,13 @@ def _check_part(part: Any) -> None:
         )
     elif set(part) - {"type"}:
         raise RowError(
-            f"the prompt carries media inside its message ({kind}). Put the source into the "
-            f'`{kind}s` column and leave {{"type": "{kind}"}} in the prompt.'
+            f"the prompt carries media inside its message ({kind}). Put the source into the `{kind}s` column and "
+            f'leave {{"type": "{kind}"}} in the prompt.'
         )
 
 
 def _split_markers(text: str) -> Iterator[dict]:
-    """`look at <image> and say` -> text, image, text. The newline that LLaVA data puts after a marker goes too."""
+    """Split `look at <image> and say` into text, image, text. The newline of LLaVA data behind a marker goes too."""
     while text:
         hits = [(text.find(marker), marker) for marker in MARKERS if marker in text]
         if not hits:
@@ -131,7 +128,7 @@ def _split_markers(text: str) -> Iterator[dict]:
 
 
 def response_text(response: list[dict] | str) -> str:
-    """The plain text of a response: all its text parts, in order."""
+    """Return the plain text of a response: all its text parts, in order."""
     if isinstance(response, str):
         return response
     parts = []
@@ -142,7 +139,7 @@ def response_text(response: list[dict] | str) -> str:
 
 
 def without_tags(response: list[dict] | str) -> list[dict] | str:
-    """The same typed response without `<MASK>` tags. Tags that do not pair stay: `check_accepted` refuses them."""
+    """Return a typed response without `<MASK>` tags. Tags that do not pair stay: `read_row` refuses them."""
     if isinstance(response, str):
         try:
             return strip_mask_tags(response)[0]
@@ -153,5 +150,5 @@ def without_tags(response: list[dict] | str) -> list[dict] | str:
 
 
 def with_text(response: list[dict] | str, text: str) -> list[dict] | str:
-    """The same response saying `text` (one message only)."""
+    """Return the same response with another text (one message only)."""
     return text if isinstance(response, str) else [{**response[0], "content": [{"type": "text", "text": text}]}]

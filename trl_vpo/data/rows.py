@@ -1,4 +1,4 @@
-"""The row contract: what a row of preference data may hold, and what a row that breaks it is told.
+"""The row contract: what a row of preference data may hold. A row that breaks it is refused with a remedy.
 
 | column | type | who |
 | --- | --- | --- |
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from trl_vpo.data.chat import place_in_string
 from trl_vpo.data.columns import ASKING, COLUMNS, REF_SUMS, ROW_INDEX, another_layout, misspelt  # noqa: F401
 from trl_vpo.data.messages import (
     MARKERS,
@@ -61,7 +60,7 @@ class Row:
 
 
 def row_name(example: dict, index: int | None = None) -> str:
-    """How messages call a row: its position, and its id and source where it has them."""
+    """Return the name of a row in messages: its position, and its id and source where it has them."""
     index = example.get(ROW_INDEX, index)
     name = "row" if index is None else f"row {index}"
     tags = [f"{key} {example[key]!r}" for key in ("id", "source") if example.get(key) is not None]
@@ -82,7 +81,8 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
     name = row_name(example)
     example = {key: value if key in MEDIA else _plain(value) for key, value in example.items()}
     try:
-        _check_names(example)
+        for column, meant in misspelt(example).items():
+            raise RowError(f"has a column `{column}`, which is not read. Did you mean `{meant}`? Rename or drop it.")
         prompt, chosen, rejected = _texts(example)
         listed = _list(example, "image_list") or []
         row = Row(
@@ -90,8 +90,8 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
-            images=_media(example, "images", "image") or listed[:1],
-            videos=_media(example, "videos", "video"),
+            images=_media(example, "image") or listed[:1],
+            videos=_media(example, "video"),
             template_kwargs=_template_kwargs(example),
         )
         if not row.images and not row.videos:
@@ -112,86 +112,8 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
     return row
 
 
-def check_accepted(row: Row, processing_class: Any) -> None:
-    """Refuse media that the model cannot see, which some processors would drop without a word, and misplaced tokens.
-
-    Raises:
-        RowError: images or videos that the processing class has no processor for; a string prompt whose placeholder
-            tokens do not fit its media; a text with such a token.
-    """
-    tokens = {kind: getattr(processing_class, f"{kind}_token", None) for kind in MARKERS.values()}
-    try:
-        _check_kinds(row, processing_class)
-        _check_together(row, processing_class)
-        _check_forgotten(row, processing_class)
-        _check_prompt_tokens(row, processing_class, tokens)
-        _check_response_tokens(row, tokens)
-    except RowError as error:
-        raise RowError(f"{row.name}: {error}") from error
-
-
-def _check_kinds(row: Row, processing_class: Any) -> None:
-    name = type(processing_class).__name__
-    for kind, items in (("image", row.images), ("video", row.videos)):
-        if not items or getattr(processing_class, f"{kind}_processor", None) is not None:
-            continue
-        if getattr(processing_class, "tokenizer", None) is None:
-            raise RowError(
-                f"has {kind}s, but {name} is a tokenizer of a text model. Train a vision-language model with its "
-                "processor, or drop the media columns."
-            )
-        raise RowError(
-            f"has {kind}s, but {name} takes none. Choose a model that sees {kind}s (the README has a table), or leave "
-            "these rows out."
-        )
-
-
-def _check_together(row: Row, processing_class: Any) -> None:
-    """Refuse an image beside a video where the processor gives both one name, so that one overwrites the other."""
-    if not (row.images and row.videos):
-        return
-    image, video = (set(getattr(processing_class, f"{k}_processor").model_input_names) for k in ("image", "video"))
-    if image & video:
-        raise RowError(
-            f"has images and videos, but {type(processing_class).__name__} takes one kind in a prompt: it gives both "
-            f"as {', '.join(sorted(image & video))}. Give the image as a video of one frame, or leave the row out."
-        )
-
-
-def _check_forgotten(row: Row, processing_class: Any) -> None:
-    if row.forgotten and getattr(processing_class, "tokenizer", None) is not None:
-        kind = MARKERS[row.forgotten]
-        raise RowError(
-            f"the prompt has a `{row.forgotten}`, but the row has 0 {kind}(s). Give them in `{kind}s`. If these are "
-            'words of the user, write the content as [{"type": "text", "text": "..."}].'
-        )
-
-
-def _check_prompt_tokens(row: Row, processing_class: Any, tokens: dict[str, str | None]) -> None:
-    if not row.conversational:
-        place_in_string(processing_class, row.prompt, {"image": len(row.images), "video": len(row.videos)})
-        return
-    for kind, token in tokens.items():
-        if token and token in response_text(row.prompt):
-            raise RowError(
-                f"the prompt holds {token!r} in its text, the model's own placeholder of {kind}s. Take it out: "
-                f'{{"type": "{kind}"}} says where media stand.'
-            )
-
-
-def _check_response_tokens(row: Row, tokens: dict[str, str | None]) -> None:
-    for side in ("chosen", "rejected"):
-        text = response_text(getattr(row, side))
-        for kind, token in tokens.items():
-            if token and token in text:
-                raise RowError(
-                    f"the {side} response holds {token!r}, the model's own placeholder of {kind}s; only the prompt "
-                    "can hold media. Take it out."
-                )
-
-
 def _plain(value: Any) -> Any:
-    """Without the arrays and scalars of a dataset with NumPy's format."""
+    """Return a value without the arrays and scalars of a dataset with NumPy's format."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     if isinstance(value, dict):
@@ -199,13 +121,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _check_names(example: dict) -> None:
-    for name, meant in misspelt(example).items():
-        raise RowError(f"has a column `{name}`, which is not read. Did you mean `{meant}`? Rename or drop it.")
-
-
 def _texts(example: dict) -> tuple:
-    """Prompt, chosen and rejected; the prompt may be implicit in the responses, as TRL allows."""
+    """Return prompt, chosen and rejected; the prompt may be implicit in the responses, as TRL allows."""
     for key in ("chosen", "rejected"):
         if example.get(key) is None:
             raise RowError(
@@ -268,13 +185,11 @@ def _implicit_prompt(texts: dict, example: dict) -> dict:
     return texts
 
 
-def _media(example: dict, plural: str, singular: str) -> list:
-    many, one = example.get(plural), example.get(singular)
+def _media(example: dict, kind: str) -> list:
+    many, one = _list(example, f"{kind}s"), example.get(kind)
     if many is not None and one is not None:
-        raise RowError(f"has both `{plural}` and `{singular}`. Keep one of them.")
-    if many is None:
-        return [] if one is None else [one]
-    return _list(example, plural)
+        raise RowError(f"has both `{kind}s` and `{kind}`. Keep one of them.")
+    return many if many is not None else [] if one is None else [one]
 
 
 def _list(example: dict, column: str) -> list | None:
@@ -309,9 +224,8 @@ def _template_kwargs(example: dict) -> dict:
 def _check_question(row: Row) -> None:
     """Refuse a prompt that ends with a message of nothing. A tool may have nothing to say."""
     last = {"role": "tool"} if isinstance(row.prompt, str) else row.prompt[-1]
-    if last["role"] == "tool" or last.get("tool_calls") or any(part["type"] != "text" for part in last["content"]):
-        return
-    if not _visible(response_text([last])):
+    filled = last["role"] == "tool" or last.get("tool_calls") or any(p["type"] != "text" for p in last["content"])
+    if not filled and not _visible(response_text([last])):
         raise RowError(
             f"has an empty prompt: the last message ({last['role']}) says nothing. Give the model a question or an "
             "instruction."
@@ -319,7 +233,7 @@ def _check_question(row: Row) -> None:
 
 
 def _check_markers(row: Row) -> None:
-    """Markers that are left in typed texts would stay there, as words beside the real placeholders."""
+    """Refuse markers in typed texts: they would stay there, as words beside the real placeholders."""
     text = "" if isinstance(row.prompt, str) or not (row.images or row.videos) else response_text(row.prompt)
     for marker, kind in MARKERS.items():
         if marker in text:
@@ -333,7 +247,7 @@ def _check_markers(row: Row) -> None:
 
 
 def _typed_response(side: str, response: list[dict] | str) -> list[dict] | str:
-    """Typed contents, as the prompt's: the templates of some models know no others."""
+    """Return a response with typed contents, as the prompt's: the templates of some models know no others."""
     if isinstance(response, str):
         return response
     typed = [{**m, "content": typed_content(m.get("content"), m["role"])} for m in response]
@@ -349,11 +263,11 @@ def _check_tags(row: Row) -> None:
         return
     for side in ("chosen", "rejected"):
         response = getattr(row, side)
-        for text in [response] if isinstance(response, str) else [response_text([m]) for m in response]:
-            try:
-                strip_mask_tags(text)
-            except PhraseError as error:
-                raise RowError(f"the {side} response: {error}") from error
+        try:
+            for part in [response] if isinstance(response, str) else [[message] for message in response]:
+                strip_mask_tags(response_text(part))
+        except PhraseError as error:
+            raise RowError(f"the {side} response: {error}") from error
 
 
 def _check_responses(row: Row) -> None:
@@ -368,7 +282,7 @@ def _check_responses(row: Row) -> None:
 
 
 def _visible(text: str) -> bool:
-    """Whether any character shows something: not white space, zero-width characters, marks alone or blank fillers."""
+    """Return True if any character is visible: not white space, of no width, a mark alone or a blank filler."""
     return any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in text)
 
 
@@ -409,7 +323,7 @@ def _find_image_list(row: Row, example: dict) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two sources are equal; `datasets` adds `None` to dictionaries."""
+    """Return True for equal sources; `datasets` adds `None` to dictionaries."""
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
         return np.array_equal(a, b)
     return drop_none(a) == drop_none(b)

@@ -1,7 +1,5 @@
-"""Where rows come from: a Hub dataset, a local file, a folder of files, or a folder that `save_to_disk` wrote."""
+"""Datasets by name: a Hub dataset, a local file, a folder of files, or a folder that `save_to_disk` wrote."""
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.identity import cache_folder, file_identity
 from trl_vpo.data.json_files import load_json, stream_json
 from trl_vpo.errors import DatasetError
-from trl_vpo.files import COMPRESSED
+from trl_vpo.files import COMPRESSED, json_digest
 
 ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 OTHER_TABLES = {".csv", ".tsv", ".arrow", ".feather", ".xlsx"}  # nobody keeps media in them; not read here
@@ -21,7 +19,7 @@ _SHARD = re.compile(r"[-_](\d+)[-_]of[-_](\d+)(-[0-9a-f]{16})?$")
 
 
 def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 42) -> tuple:
-    """The train dataset, and the evaluation dataset or None, that TRL's arguments ask for.
+    """Return the train dataset, and the evaluation dataset or None, that TRL's arguments ask for.
 
     `dataset_name` is a Hub dataset or a local path, relative to the working directory:
     - a .json, .jsonl or .parquet file: its split is "train"; JSON may be compressed (.gz, .bz2, .xz, .zst);
@@ -33,54 +31,52 @@ def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 4
     Raises:
         DatasetError: the path, its rows or a split do not exist.
     """
+    train_name, test_name = script_args.dataset_train_split, script_args.dataset_test_split
     if mixture.datasets:
         from trl import get_dataset
 
         splits = get_dataset(mixture)
-        names = [n for n in (script_args.dataset_train_split, script_args.dataset_test_split) if n in splits]
-        parts = {name: splits[name] for name in names}
     elif script_args.dataset_name:
-        wanted = [script_args.dataset_train_split] + [script_args.dataset_test_split] * evaluate
-        parts = named_splits(
+        splits = named_splits(
             script_args.dataset_name,
-            wanted,
+            [train_name] + [test_name] * evaluate,
             config=script_args.dataset_config,
             streaming=script_args.dataset_streaming,
         )
     else:
         raise DatasetError("there is no data: set `dataset_name` to a Hub dataset, a file or a folder of files.")
-    train, test = (parts.get(name) for name in (script_args.dataset_train_split, script_args.dataset_test_split))
+    train, test = (splits.get(name) for name in (train_name, test_name))
     if not evaluate:
         return train, None
-    if test is None and mixture.test_split_size and isinstance(train, Dataset):
+    if test is None and mixture.test_split_size:
+        if not isinstance(train, Dataset):
+            raise DatasetError(
+                "test_split_size cannot cut a test split off a stream. Put train.jsonl and test.jsonl into one folder "
+                "and name the folder, or leave out dataset_streaming."
+            )
         halves = train.train_test_split(test_size=mixture.test_split_size, seed=seed)
         train, test = halves["train"], halves["test"]
-    if test is None and mixture.test_split_size:
-        raise DatasetError(
-            "test_split_size cannot cut a test split off a stream. Put train.jsonl and test.jsonl into one folder and "
-            "name the folder, or leave out dataset_streaming."
-        )
     if test is None:
         raise DatasetError(
             f"eval_strategy asks for evaluation, but {script_args.dataset_name or 'the mixture'} has no split "
-            f"{script_args.dataset_test_split!r}. Put train.jsonl and test.jsonl into one folder and name the folder, "
-            'or set test_split_size, or eval_strategy to "no".'
+            f"{test_name!r}. Put train.jsonl and test.jsonl into one folder and name the folder, or set "
+            'test_split_size, or eval_strategy to "no".'
         )
     return train, test
 
 
 def named_splits(
-    name: str, wanted: list[str], *, config: str | None = None, streaming: bool = False
+    name: str, splits: list[str], *, config: str | None = None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
-    """The splits of a Hub dataset or a local path that are wanted and exist. The first one must.
+    """Return those of the splits that a Hub dataset or a local path has. It must have the first one.
 
     Raises:
         DatasetError: the path, its rows or the first split do not exist.
     """
     path = Path(name)
-    if row_format(path) or path.exists():
+    local = bool(row_format(path)) or path.exists()
+    if local:
         available = local_splits(path)
-        load = lambda split: _load_local(available[split], streaming)  # noqa: E731
     else:
         check_on_hub(name, key="dataset_name", kind="dataset", file="")
         try:
@@ -90,14 +86,14 @@ def named_splits(
                 f"the Hub dataset {name} cannot be loaded: {error}. Where there is a network: `hf download {name} "
                 "--repo-type dataset --local-dir FOLDER`; then give the path of FOLDER."
             ) from error
-        load = available.__getitem__
-    if wanted[0] not in available:
-        raise DatasetError(f"{name} has no split {wanted[0]!r}; it has {', '.join(available) or 'none'}.")
-    return {split: load(split) for split in wanted if split in available}
+    if splits[0] not in available:
+        raise DatasetError(f"{name} has no split {splits[0]!r}; it has {', '.join(available) or 'none'}.")
+    chosen = {split: available[split] for split in splits if split in available}
+    return {split: _load_local(part, streaming) for split, part in chosen.items()} if local else chosen
 
 
 def row_format(path: Path) -> str | None:
-    """How a file holds rows, by its name: "json" (perhaps compressed), "parquet", or None."""
+    """Return how a file holds rows, by its name: "json" (perhaps compressed), "parquet", or None."""
     *_, last = path.suffixes or [""]
     if last.lower() not in COMPRESSED:
         return ROWS.get(last.lower())
@@ -106,10 +102,10 @@ def row_format(path: Path) -> str | None:
 
 
 def local_splits(path: Path) -> dict[str, Any]:
-    """The splits of a local path: lists of files, or datasets that `save_to_disk` wrote.
+    """Return the splits of a local path: lists of files, or datasets that `save_to_disk` wrote.
 
     Raises:
-        DatasetError: nothing there, nothing with rows, or a split that is not whole or not clear.
+        DatasetError: no such path, nothing with rows, or a split that is not whole or not clear.
     """
     if not path.exists():
         raise DatasetError(f"{path} does not exist (seen from {Path.cwd()}).")
@@ -130,7 +126,7 @@ def local_splits(path: Path) -> dict[str, Any]:
 
 
 def _folder_splits(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by split; a clone of a Hub dataset keeps them in data/."""
+    """Return the files of a folder by split; a clone of a Hub dataset keeps them in data/."""
     inner = folder / "data"
     files = sorted(folder.iterdir()) + (sorted(inner.iterdir()) if inner.is_dir() else [])
     files = [file for file in files if file.is_file() and file.name not in NOT_ROWS and file.name[0] not in "._"]
@@ -155,14 +151,14 @@ def _split_name(file: Path) -> str:
 
 
 def _looks_like_rows(file: Path, splits: dict) -> bool:
-    """Whether it is a table, or rows that are packed in a way that is not read; archives of media are neither."""
+    """Return True for a table, and for rows packed in a way that is not read; archives of media are neither."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     packed = len(suffixes) > 1 and suffixes[-2] in ROWS
     return packed or (bool(suffixes) and suffixes[-1] in OTHER_TABLES and file.name.split(".")[0] in splits)
 
 
 def _check_parts(folder: Path, split: str, parts: list[Path]) -> None:
-    """Raises DatasetError for formats that mix, shards of several sets, and shards that are missing."""
+    """Raise DatasetError for formats that mix, shards of several sets, and shards that are missing."""
     names = ", ".join(part.name for part in parts)
     if len({row_format(part) for part in parts}) > 1:
         raise DatasetError(f"split {split!r} of {folder} mixes formats: {names}. Keep one of them.")
@@ -173,7 +169,7 @@ def _check_parts(folder: Path, split: str, parts: list[Path]) -> None:
     numbers = [int(shard[1]) for shard in shards if shard]
     if len(totals) > 1 or None in totals or len(set(numbers)) < len(numbers):
         raise DatasetError(
-            f"split {split!r} of {folder} is there more than once: {names}. Keep one file, or one set of shards."
+            f"{folder} has the split {split!r} more than once: {names}. Keep one file, or one set of shards."
         )
     (total,) = totals
     first = 1 if total in numbers else 0
@@ -181,7 +177,7 @@ def _check_parts(folder: Path, split: str, parts: list[Path]) -> None:
     if missing:
         raise DatasetError(
             f"split {split!r} of {folder} has {len(parts)} of its {total} shards; the ones with the numbers "
-            f"{', '.join(map(str, missing))} are missing. Fetch them again, or rename those that are there."
+            f"{', '.join(map(str, missing))} are missing. Fetch them again, or rename the others."
         )
 
 
@@ -193,8 +189,8 @@ def _load_local(split: Any, streaming: bool) -> Dataset | IterableDataset:
     files = [str(file) for file in split]
     try:
         # A folder of its own for each state of the files: `datasets` knows them by their time alone.
-        state = json.dumps([[str(file.resolve()), *file_identity(file)] for file in split])
-        cache = cache_folder() / "parquet" / hashlib.sha256(state.encode()).hexdigest()[:32]
+        state = json_digest([[str(file.resolve()), *file_identity(file)] for file in split])
+        cache = cache_folder() / "parquet" / state
         return load_dataset("parquet", data_files=files, split="train", streaming=streaming, cache_dir=str(cache))
     except Exception as error:  # `datasets` wraps the builder's errors in one of its own
         reason = error.__cause__ or error

@@ -13,7 +13,8 @@ from rich.progress import track
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from trl_vpo.data.chat import end_of_turn
-from trl_vpo.data.check import Problem, check_row, check_rows, raw_rows, undecoded
+from trl_vpo.data.check import Problem, check_row, check_rows
+from trl_vpo.data.raw_rows import raw_rows, undecoded
 from trl_vpo.data.rows import ROW_INDEX
 from trl_vpo.data.sources import load_splits
 from trl_vpo.doctor.findings import OK, STOP, WARN, Report

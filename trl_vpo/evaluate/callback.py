@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from transformers import TrainerCallback
 
+from trl_vpo.data.accepted import check_accepted
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.inputs import Inputs, Unusable, load_media, row_ids
-from trl_vpo.data.rows import check_accepted
 from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import EvaluateError, MediaError, RowError
 from trl_vpo.evaluate.config import DAMAGES

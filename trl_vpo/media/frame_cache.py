@@ -8,7 +8,6 @@ written (a full disk), training goes on without.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tokenize
@@ -20,7 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from trl_vpo.files import atomic_write
+from trl_vpo.files import atomic_write, bytes_digest
 from trl_vpo.media.sampling import VideoOptions
 
 FORMAT = 4  # another number, and older entries are no longer found: change it with what decoding or sampling gives
@@ -42,7 +41,7 @@ class Entry:
         self._video, self._state = video, _state(video)
         key = [FORMAT, av.__version__, av.library_versions, os.path.realpath(video), self._state, asdict(options)]
         self._key = json.dumps(key, sort_keys=True, default=lambda number: number.item())  # numpy's numbers
-        self.path = Path(folder) / f"{hashlib.sha256(self._key.encode()).hexdigest()}.npz"
+        self.path = Path(folder) / f"{bytes_digest(self._key.encode())}.npz"
 
     def read(self) -> dict | None:
         """Return the `FIELDS` of the stored clip; None where there is none, or none that is whole."""

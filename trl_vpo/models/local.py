@@ -12,9 +12,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, ProcessorMixin, TopPLogitsWarper
 
+from trl_vpo.data.accepted import check_accepted
 from trl_vpo.data.chat import stop_token
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.rows import Row, check_accepted, place_media
+from trl_vpo.data.rows import Row, place_media
 from trl_vpo.errors import GenerateError, RowError
 from trl_vpo.forward.layouts import merge_media
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch

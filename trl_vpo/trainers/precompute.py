@@ -21,8 +21,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from trl_vpo.data.check import raw_rows
 from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.raw_rows import raw_rows
 from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.trainers.fingerprint import context_key, row_key
 from trl_vpo.trainers.setup import sharding

@@ -1,8 +1,8 @@
-"""What a chat template has to write: every text, tool and call. Many leave out what they do not know."""
+"""A check of what a chat template writes: every text, tool and call has to be in it. Many templates leave some out."""
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from trl_vpo.errors import RowError
@@ -21,22 +21,22 @@ class LeftOutError(RowError):
 def check_prompt(prompt: list[dict], tools: list[dict] | None, rendered: str) -> None:
     """Raise a RowError if something of the prompt is not in what the template writes.
 
-    Of earlier answers only what follows a thought has to be there, for templates take thoughts out.
+    Of earlier answers only what follows a thought is needed, for templates take thoughts out.
     """
     listed = [("name of the tool", _name(tool)) for tool in tools or ()]
-    _check(prompt, [*_said(prompt, lambda text: THOUGHT.split(text)[-1]), *listed], rendered)
+    _check(prompt, [*_statements(prompt, lambda text: THOUGHT.split(text)[-1]), *listed], rendered)
 
 
 def check_response(response: list[dict], rendered: str) -> None:
     """Raise a RowError if something of a response is not in what the template writes."""
     thoughts = [(f"`{key}` of the answer", response[-1].get(key)) for key in REASONING]
-    _check(response, [*_said(response), *thoughts], rendered)
+    _check(response, [*_statements(response), *thoughts], rendered)
 
 
-def _said(messages: list[dict], cut: Any = str) -> Iterator[tuple[str, Any]]:
-    """The texts of the messages and the names of their calls, each with what it is.
+def _statements(messages: list[dict], cut: Callable[[str], str] = str) -> Iterator[tuple[str, Any]]:
+    """Give the texts of the messages and the names of their calls, each behind what it is.
 
-    What stands beside a call is not looked at: templates take it for a thought. Nor are tools' results, see `_check`.
+    A text beside a call is left out: templates take it for a thought. So are tools' results, see `_check`.
     """
     for message in messages:
         role, calls = message["role"], message.get("tool_calls") or ()
@@ -46,20 +46,21 @@ def _said(messages: list[dict], cut: Any = str) -> Iterator[tuple[str, Any]]:
             yield from ((f"text of the {role} message", cut(t) if role == "assistant" else t) for t in texts)
 
 
-def _check(messages: list[dict], said: list[tuple[str, Any]], rendered: str) -> None:
-    """Raise if one of the texts is written less often than the texts say it: it may stand in another one, too."""
-    said = [(what, text) for what, text in said if isinstance(text, str) and text.strip()]
+def _check(messages: list[dict], statements: list[tuple[str, Any]], rendered: str) -> None:
+    """Raise if a text is written less often than the statements hold it: it may be part of another one, too."""
+    statements = [(what, text) for what, text in statements if isinstance(text, str) and text.strip()]
     every = [text for message in messages for text in _texts(message)]
     printed = any(p in rendered and not any(p in text for text in every) for p in PRINTED)
-    shown, words = _words(rendered), [_words(text) for _, text in said]
-    for (what, text), own in sorted(zip(said, words), key=lambda pair: -len(pair[1])):  # what holds others first
+    shown, words = _words(rendered), [_words(text) for _, text in statements]
+    longest_first = sorted(zip(statements, words), key=lambda pair: -len(pair[1]))  # they may hold others
+    for (what, text), own in longest_first:
         if printed or shown.count(own) < sum(other.count(own) for other in words):
             raise _refusal(what, text, rendered)
     results = [text for message in messages if message["role"] == "tool" for text in _texts(message)]
-    loose = _letters(rendered) if results else ""
+    letters = _letters(rendered) if results else ""
     for text in results:
         forms = (text, json.dumps(text), json.dumps(text, ensure_ascii=False))
-        if printed or not any(_letters(form) in loose for form in forms):
+        if printed or not any(_letters(form) in letters for form in forms):
             raise _refusal("text of the tool message", text, rendered)
 
 
@@ -77,12 +78,12 @@ def _texts(message: dict) -> list[str]:
 
 
 def _name(tool: Any) -> Any:
-    """The name in a tool's description or in a call, with or without a `function` around it."""
+    """Return the name in a tool's description or in a call, with or without a `function` around it."""
     return (tool.get("function") or tool).get("name") if isinstance(tool, dict) else None
 
 
 def _words(text: str) -> str:
-    """The words, one space between: templates strip texts, and put line feeds around the tags of a thought."""
+    """Join the words by one space: templates strip texts, and put line feeds around the tags of a thought."""
     return " ".join(TAG.sub(r" \g<0> ", text).split())
 
 

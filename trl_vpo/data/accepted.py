@@ -1,0 +1,69 @@
+"""A row against a model's processor: media and placeholder tokens that it would misread are refused."""
+
+from typing import Any
+
+from trl_vpo.data.chat import place_in_string
+from trl_vpo.data.messages import MARKERS, response_text
+from trl_vpo.data.rows import Row
+from trl_vpo.errors import RowError
+
+
+def check_accepted(row: Row, processing_class: Any) -> None:
+    """Refuse media that the model cannot see, which some processors would drop without a word, and misplaced tokens.
+
+    Raises:
+        RowError: images or videos that the processing class has no processor for; a string prompt whose placeholder
+            tokens do not fit its media; a text with such a token.
+    """
+    try:
+        _check_media(row, processing_class)
+        _check_tokens(row, processing_class)
+    except RowError as error:
+        raise RowError(f"{row.name}: {error}") from error
+
+
+def _check_media(row: Row, processing_class: Any) -> None:
+    name = type(processing_class).__name__
+    text_model = getattr(processing_class, "tokenizer", None) is None
+    kinds = [kind for kind in ("image", "video") if getattr(row, f"{kind}s")]
+    for kind in kinds:
+        if getattr(processing_class, f"{kind}_processor", None) is None:
+            if text_model:
+                why = f"{name} is a tokenizer of a text model. Train a vision-language model with its processor, or"
+                raise RowError(f"has {kind}s, but {why} drop the media columns.")
+            raise RowError(
+                f"has {kind}s, but {name} takes none. Choose a model that sees {kind}s (the README has a table), or "
+                "leave these rows out."
+            )
+    if len(kinds) == 2:  # a processor that gives both one name would overwrite one with the other
+        image, video = (set(getattr(processing_class, f"{kind}_processor").model_input_names) for kind in kinds)
+        if image & video:
+            raise RowError(
+                f"has images and videos, but {name} takes one kind in a prompt: it gives both as "
+                f"{', '.join(sorted(image & video))}. Give the image as a video of one frame, or leave the row out."
+            )
+    if row.forgotten and not text_model:
+        kind = MARKERS[row.forgotten]
+        raise RowError(
+            f"the prompt has a `{row.forgotten}`, but the row has 0 {kind}(s). Give them in `{kind}s`. If these are "
+            'words of the user, write the content as [{"type": "text", "text": "..."}].'
+        )
+
+
+def _check_tokens(row: Row, processing_class: Any) -> None:
+    texts = {side: response_text(getattr(row, side)) for side in ("prompt", "chosen", "rejected")}
+    if not row.conversational:
+        place_in_string(processing_class, texts.pop("prompt"), {"image": len(row.images), "video": len(row.videos)})
+    for side, text in texts.items():
+        for kind in MARKERS.values():
+            token = getattr(processing_class, f"{kind}_token", None)
+            if token and token in text and side == "prompt":
+                raise RowError(
+                    f"the prompt holds {token!r} in its text, the model's own placeholder of {kind}s. Take it out: "
+                    f'{{"type": "{kind}"}} says where media stand.'
+                )
+            if token and token in text:
+                raise RowError(
+                    f"the {side} response holds {token!r}, the model's own placeholder of {kind}s; only the prompt "
+                    "can hold media. Take it out."
+                )
