@@ -40,7 +40,6 @@ PENDING = {
     },
     "circles": {
         "doctor.checks doctor.data",
-        "media.frame_cache media.load",
         "testbed.pretraining testbed.tiny_vlm",
         "training.hub training.launch training.resume training.run training.signals",
     },
@@ -67,8 +66,6 @@ PENDING = {
         "tests/trainers/test_precompute.py",
         "tests/trainers/test_trainers.py",
         "tests/training/test_resume.py",
-        "trl_vpo/data/check.py",
-        "trl_vpo/data/rows.py",
         "trl_vpo/models/server.py",
         "trl_vpo/trainers/base.py",
     },

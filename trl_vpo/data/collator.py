@@ -75,7 +75,7 @@ class PreferenceCollator:
         return tree_batch([self.encode(example) for example in examples], self.tokenizer.pad_token_id)
 
     def encode(self, example: dict) -> Tree:
-        """Return a row's tree: a trunk for each item of the image list; branches chosen, rejected, chosen on the others."""
+        """Return a row's tree: trunks of the image list's items; branches chosen, rejected, chosen on the others."""
         row = read_row(example, phrases=self.phrases, image_list=self.num_images is not None)
         return replace(self.encode_row(row), ref_sums=example.get(REF_SUMS))
 
