@@ -22,7 +22,7 @@ STREAMS = {"balanced": 0, "biased": 0, "questions": 10_000, "yes_no": 20_000, "o
 
 
 def training_rows(data: dict[str, Any], folder: Path) -> Path:
-    """The file of a run's preference rows, written unless it is there; see `study_plan.training_data`.
+    """The file of a run's preference rows, written unless it is there; see `plan.training_data`.
 
     `noise` is the share of rows whose responses change places; those of less noise are among those of more.
     """

@@ -109,7 +109,7 @@ def _clustered(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answers(records: Records, facts: Mapping[str, Mapping[str, Any]]) -> Rows:
-    """What the model said, against the truth."""
+    """The model's answers against the truth."""
     clusters, texts = [record["id"] for record in records], [record["response"] for record in records]
     things = [study_data.things_of(facts[name]) for name in clusters]
     verdicts = [language.judge_caption(text, seen) for text, seen in zip(texts, things)]
@@ -228,7 +228,7 @@ def read_study(jobs: Sequence[Job], out: Path) -> Study:
 
 
 def _logged(history: Sequence[Mapping[str, Any]], smoothing: float) -> Rows:
-    """What the trainer logged at each step: the gradient's norm, and LeanPO's share of smoothed pairs."""
+    """The trainer's log at each step: the gradient's norm, and LeanPO's share of smoothed pairs."""
     rows = {}
     for name, key, unit in (("grad_norm", "grad_norm", 1.0), ("smoothed", "loss/smoothing", smoothing)):
         values = [entry[key] / unit for entry in history if key in entry] if unit else []

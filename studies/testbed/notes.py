@@ -1,4 +1,4 @@
-"""Why a figure of the study is as it is, where other figures of the study show it; sentences with their numbers."""
+"""Explanations of the study's figures by other figures of it: sentences with their numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLOOR = 0.02  # a rate below it leaves a method nothing to be better by
 
 
 def likelihood(study: Study, scale: Scale) -> list[str]:
-    """Which pairs, and which term, move the chosen response."""
+    """Say which pairs, and which term, move the chosen response."""
     notes, moved = [], study.of("dpo", "displacement/chosen")
     wrongly, rightly = (study.of("dpo", f"displacement/chosen_base_{side}") for side in ("wrong", "right"))
     if decide(moved, "below") != HOLDS and decide(wrongly, "above") == HOLDS:
@@ -33,7 +33,7 @@ def likelihood(study: Study, scale: Scale) -> list[str]:
 
 
 def smoothing(study: Study, scale: Scale) -> list[str]:
-    """How many pairs the smoothing reaches."""
+    """Say how many pairs the smoothing reaches."""
     key, most = list(SMOOTHED)[1], scale.noise[-1]
     shares = [study.of(noisy(key, noise), "smoothed") for noise in (0.0, most)]
     return [
@@ -44,7 +44,7 @@ def smoothing(study: Study, scale: Scale) -> list[str]:
 
 
 def regularised(study: Study, scale: Scale) -> list[str]:
-    """What phrases and KL each change against DPO."""
+    """Say what phrases and KL each change against DPO."""
     notes = []
     if study.has("rrpo_no_kl", "dpo_kl"):
         for measure, name, unit in (("grad_norm", "gradient norm", ""), ("kl/chosen", "KL", "nats")):
@@ -63,7 +63,7 @@ def regularised(study: Study, scale: Scale) -> list[str]:
 
 
 def listwise(study: Study, scale: Scale) -> list[str]:
-    """Whether there was room above DPO, and what the list costs."""
+    """Say if there was room above DPO, and what the list costs."""
     notes = _at_the_floor(study, ("dpo_scenes", "lpoi_5"), "chair/s", "captions with a hallucinated object")
     norms = [study.of(run, "grad_norm") for run in ("dpo_scenes", "lpoi_5")]
     worse = decide(study.difference("lpoi_5", "dpo_scenes", "chair/s"), "below") == FAILS
@@ -82,14 +82,14 @@ def listwise(study: Study, scale: Scale) -> list[str]:
     found = study.difference("lpoi_5", "dpo_scenes", "captions/unparsed")
     if decide(found, "at most", FLOOR) == FAILS:
         notes.append(
-            "LPOI's captions are no sentences of the world more often than DPO's: "
+            "LPOI's captions are outside the world's grammar more often than DPO's: "
             f"{_signed(found, 'points')} points. CHAIR counts what such a caption mentions all the same."
         )
     return notes
 
 
 def self_made(study: Study, scale: Scale) -> list[str]:
-    """Which runs there are not."""
+    """Name the runs that are missing."""
     return [
         f"{name} is not in the tables: with some seeds there were no rows to train on, or training diverged."
         for name in dict.fromkeys(study.left_out)

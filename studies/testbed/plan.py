@@ -1,4 +1,4 @@
-"""What the study trains and measures: variants, sizes, splits, and the jobs that come of them. No torch in here.
+"""The plan of the study: variants, sizes, splits, and the jobs that come of them. No torch in here.
 
 A job is one training run with its evaluation, or the base's evaluation alone. Its settings hold all that its result
 depends on, and their digest is part of the result's name: a change of plan or base never meets old results.
@@ -81,7 +81,7 @@ ROUNDS = ("leanpo", "rrpo")  # LPOI's pipeline adds boxes to given pairs: a seco
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the study is.
+    """The size of the study.
 
     Attributes:
         seeds: training runs of each variant; each has its own rows, order and LoRA initialisation.
@@ -148,12 +148,12 @@ class Job:
 
 
 def digest(settings: Any) -> str:
-    """Of JSON values, whatever the order of their keys."""
+    """Return the digest of JSON values, whatever the order of their keys."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def base_digest(base: Path = BASE) -> str:
-    """Of the base's weights, configuration and tokenizer."""
+    """Return the digest of the base's weights, configuration and tokenizer."""
     total = hashlib.blake2b(digest_size=8)
     for path in sorted(path for path in base.iterdir() if path.is_file()):
         total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -202,7 +202,7 @@ def tuning_jobs(scale: Scale, base: str) -> list[Job]:
 
 
 def final_jobs(scale: Scale, base: str, rates: Mapping[str, float]) -> list[Job]:
-    """What is measured on the test split.
+    """The jobs that are measured on the test split.
 
     Args:
         base: digest of the base.

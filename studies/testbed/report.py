@@ -36,11 +36,11 @@ COUNTED = {HOLDS: "hold", FAILS: "do not", UNKNOWN: "cannot be told"}
 
 @dataclass(frozen=True)
 class About:
-    """How a study was run.
+    """The circumstances of a study.
 
     Attributes:
         command: that makes it again.
-        rates, tuned: of `study_measures.best_rates` and `read_tuning`.
+        rates, tuned: of `measures.best_rates` and `read_tuning`.
         commit: of the working tree when the command began.
         seconds: that this call took; an interrupted study needed others before it.
     """

@@ -5,7 +5,7 @@
 
 Tuning first, on the validation split; then the final runs, each measured once on the test split. Runs are grouped, by
 seed and kind of samples or by the variant that is tuned, and every group is a process of its own. The same command
-goes on after an interruption: finished runs stay (`study_plan` says what tells them apart).
+continues after an interruption: finished runs stay (`plan` says what tells them apart).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def main() -> None:
     try:
         run_study(QUICK if args.quick else FULL, out, report, workers=args.workers, command=command)
     except KeyboardInterrupt:
-        print(f"Stopped. The same command goes on with what is finished in {out}.", file=sys.stderr)
+        print(f"Stopped. Give the same command again to continue from what is finished in {out}.", file=sys.stderr)
         raise SystemExit(130) from None
 
 
 def run_study(scale: Scale, out: Path, report: Path, *, workers: int = WORKERS, command: str = "") -> Path:
-    """Make what is missing of a study's results and write its report; gives the report's path.
+    """Make what is missing of a study's results, write its report and return the report's path.
 
     Raises:
         SystemExit: the working directory has no recipes, or a worker failed; the message names its log.
@@ -135,7 +135,7 @@ def _groups(jobs: Sequence[Job], out: Path) -> dict[str, list[Job]]:
 
 
 def _write_shared_data(jobs: Sequence[Job], out: Path) -> None:
-    """What several processes read is written before they start."""
+    """Write what several processes read, before they start."""
     from studies.testbed import data as study_data
 
     with console.status("writing clips and scenes ..."):
@@ -167,7 +167,7 @@ def _start(group: str, jobs: Sequence[Job], out: Path, state: str) -> subprocess
 def _failure(group: str, out: Path) -> str:
     log = _log(group, out)
     tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-    return f"{tail}\n\nThe runs of {group} failed, {log} says why. The same command goes on with what is finished."
+    return f"{tail}\n\nThe runs of {group} failed, {log} says why. Give the same command again to continue."
 
 
 def _log(group: str, out: Path) -> Path:
@@ -177,7 +177,7 @@ def _log(group: str, out: Path) -> Path:
 
 
 def _tell(done: int, missing: int, told: int, seconds: float) -> int:
-    """A line for every tenth of the runs; gives how many were told of."""
+    """Print a line for every tenth of the runs, and return how many were counted."""
     if done == told or (done < missing and done - told < max(1, missing // 10)):
         return told
     left = seconds / done * (missing - done)

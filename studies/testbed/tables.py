@@ -182,7 +182,7 @@ def self_made(study: Study, scale: Scale) -> list[str]:
 
 
 def _generated(study: Study) -> str:
-    """What the pipelines said of their rows: means over the seeds."""
+    """The pipelines' own figures about their rows: means over the seeds."""
     names = {"chosen_right": "chosen is right", "rejected_right": "rejected is right", "plain_right": "plain answers"}
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     rows = []

@@ -46,7 +46,7 @@ class Claim:
 
 
 def decide(found: Measure, rule: str, margin: float = 0.0) -> str:
-    """What an interval says of a claim.
+    """Decide a claim by an interval.
 
     "above" holds where the whole interval is above 0, and does not hold where it is wholly below; "at least" holds
     where it does not reach below -margin, and does not hold where it is wholly below that. "below" and "at most" are
@@ -66,7 +66,7 @@ def decide(found: Measure, rule: str, margin: float = 0.0) -> str:
 
 
 def together(verdicts: Sequence[str]) -> str:
-    """Of several claims: all must hold; one that does not is enough."""
+    """Decide several claims together: all must hold; one that does not is enough."""
     if FAILS in verdicts:
         return FAILS
     return HOLDS if verdicts and set(verdicts) == {HOLDS} else UNKNOWN
