@@ -1,4 +1,4 @@
-"""What every test needs: no Hub, and threads that do not fight over a small machine."""
+"""Surroundings of every test: no Hub, few threads, and a few media files."""
 
 import os
 

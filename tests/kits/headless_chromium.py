@@ -30,19 +30,13 @@ class Browser:
         self.base = f"http://127.0.0.1:{self._port()}"
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        options = {
-            "binary": paths[0],
-            "args": [
-                "--headless=new",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--window-size=1280,1000",
-                *sandbox,
-            ],
+        flags = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,1000", *sandbox]
+        capabilities = {
+            "goog:chromeOptions": {"binary": paths[0], "args": flags},
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
         try:
-            session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+            session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": capabilities}})
         except Exception:
             self.driver.kill()
             raise
@@ -50,8 +44,8 @@ class Browser:
 
     def _port(self) -> str:
         for line in self.driver.stdout:
-            if found := re.search(r"started successfully on port (\d+)", line):
-                return found[1]
+            if port := re.search(r"started successfully on port (\d+)", line):
+                return port[1]
         raise RuntimeError("chromedriver ended before it was ready")
 
     def _call(self, method: str, path: str, body: dict | None = None):
@@ -70,7 +64,7 @@ class Browser:
         self._call("POST", "/url", {"url": page.resolve().as_uri() + address})
 
     def run(self, script: str, *args):
-        """What a function body in the page returns; it gets `args` as `arguments`."""
+        """Return what a function body returns in the page; it gets `args` as `arguments`."""
         return self._call("POST", "/execute/sync", {"script": script, "args": list(args)})
 
     def texts(self, selector: str) -> list[str]:
@@ -83,8 +77,8 @@ class Browser:
         return text
 
     def _find(self, selector: str) -> str:
-        found = self._call("POST", "/element", {"using": "css selector", "value": selector})
-        return f"/element/{next(iter(found.values()))}"
+        element = self._call("POST", "/element", {"using": "css selector", "value": selector})
+        return f"/element/{next(iter(element.values()))}"
 
     def click(self, selector: str) -> None:
         self._call("POST", f"{self._find(selector)}/click")

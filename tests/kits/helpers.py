@@ -43,10 +43,9 @@ def message(role: str, *parts: str) -> list[dict]:
 def row(kind: str | None, media=(), chosen="a red square moves left.", rejected="a blue circle moves left.", **more):
     """A conversational row; `kind` is image, video or None (text only), `media` its sources."""
     parts = [f"<{kind}>"] * len(media) if kind else []
-    made = {
+    texts = {
         "prompt": message("user", *parts, "What is in the picture?"),
         "chosen": message("assistant", chosen),
         "rejected": message("assistant", rejected),
-        **more,
     }
-    return made | ({f"{kind}s": list(media)} if kind else {})
+    return {**texts, **more, **({f"{kind}s": list(media)} if kind else {})}

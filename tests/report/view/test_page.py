@@ -25,7 +25,7 @@ BLOCK = re.compile(r'<script type="application/json" class="(\w+)"(?: data-numbe
 
 
 class Page:
-    """What a page holds, read as its script reads it."""
+    """The contents of a page, read as its script reads them."""
 
     def __init__(self, path):
         self.html = path.read_text(encoding="utf-8")
@@ -73,25 +73,19 @@ def test_a_run_is_shown_whole(tmp_path, world):
     rows[1]["videos"] = [str(tmp_path / "gone.mp4")]
     rows[2]["generated_by"] = {"pipeline": "leanpo", "adapter": None}
     write_jsonl(rows, tmp_path / "rows.jsonl")
-    left_out = [
-        {"id": f"in-{n}", "kind": "answered correctly", "reason": "It was right.", "notes": {"n": n}} for n in range(3)
-    ]
-    write_jsonl(left_out, tmp_path / "rejected.jsonl")
-    (tmp_path / "summary.json").write_text(
-        json.dumps({"rows": 20, "left out": {"answered correctly": 3}, "ids": [1, 2]})
-    )
+    left_out = {"kind": "answered correctly", "reason": "It was right."}
+    write_jsonl([{"id": f"in-{n}", **left_out, "notes": {"n": n}} for n in range(3)], tmp_path / "rejected.jsonl")
+    summary = {"rows": 20, "left out": {"answered correctly": 3}, "ids": [1, 2]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
     counts = write_page(tmp_path, tmp_path / "new" / "page.html")
     page = Page(tmp_path / "new" / "page.html")
     assert (counts.rows, counts.problem_rows, counts.media, counts.media_failures) == (20, 1, 30, 1)
     assert counts.pictures == 9 * 8 + 10 * (1 + 5) == sum(map(len, page.pictures.values()))
     assert counts.rejected == 3 and not counts.limited
-    assert str(counts).startswith(
-        "20 rows; 1 with problems; 30 media, 1 of which cannot be shown; 132 pictures; 3 left out"
-    )
+    shown = "20 rows; 1 with problems; 30 media, 1 of which cannot be shown; 132 pictures; 3 left out"
+    assert str(counts).startswith(shown)
     assert counts.file_bytes == (tmp_path / "new" / "page.html").stat().st_size
-    assert {key: value for key, value in page.counts.items() if key != "file_bytes"} == {
-        key: value for key, value in vars(counts).items() if key != "file_bytes"
-    }
+    assert page.counts == {**vars(counts), "file_bytes": 0}
     assert [row["n"] for row in page.rows] == list(range(20))
     assert [row["id"] for row in page.rows] == [row["id"] for row in rows]
     assert page.rows[4]["columns"] == [["chosen_reward", -2.0], ["flag", True]]
@@ -99,12 +93,7 @@ def test_a_run_is_shown_whole(tmp_path, world):
     assert page.rows[0]["prompt"] == [["user", [["video", 1], "Describe the video."]]]
     (group,) = page.rows[1]["media"]
     assert "gone.mp4 does not exist" in group["error"] and "pictures" not in group and "1" not in page.pictures
-    assert page.rejected[2] == {
-        "id": "in-2",
-        "kind": "answered correctly",
-        "reason": "It was right.",
-        "more": '{\n "notes": {\n  "n": 2\n }\n}',
-    }
+    assert page.rejected[2] == {"id": "in-2", **left_out, "more": '{\n "notes": {\n  "n": 2\n }\n}'}
     assert page.summary == [["rows", 20], ["left out / answered correctly", 3], ["ids", "[1, 2]"]]
     # The file of rows alone shows the files of the run beside it, too.
     assert write_page(tmp_path / "rows.jsonl", tmp_path / "page.html").rejected == 3
@@ -156,11 +145,8 @@ def test_the_image_list_is_that_of_training(tmp_path, world):
     whole, listed = page.images(0)
     expected = masked_image_list(image, scene["critical_box"], 3, visual_prompt=False)
     assert [group["title"] for group in page.rows[0]["media"]] == ["Image 1", "Image list"]
-    assert [caption for *_, caption in page.rows[0]["media"][1]["pictures"]] == [
-        "0 % hidden",
-        "50 % hidden",
-        "100 % hidden",
-    ]
+    captions = [caption for *_, caption in page.rows[0]["media"][1]["pictures"]]
+    assert captions == ["0 % hidden", "50 % hidden", "100 % hidden"]
     assert whole[0].size == (112, 56) and difference(whole[0], image) < 8
     assert [difference(shown, item) < 8 for shown, item in zip(listed, expected)] == [True] * 3
     x0, y0, x1, y1 = scene["critical_box"]
@@ -201,9 +187,8 @@ def test_no_row_is_skipped(tmp_path, world):
     lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item, _ in bad]
     broken_list = {**world[10], "critical_box": [0, 0, 500, 5]}
     spaces = row(None, chosen="a b", rejected="a  b")
-    (tmp_path / "rows.jsonl").write_bytes(
-        b"\n".join([*lines, *(json.dumps(r).encode() for r in (broken_list, spaces))])
-    )
+    lines += [json.dumps(r).encode() for r in (broken_list, spaces)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     counts = write_page(tmp_path / "rows.jsonl", tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
     for record, (_, problem) in zip(page.rows, bad):
@@ -244,9 +229,8 @@ def test_odd_values_stay_readable(tmp_path):
 
 def test_nothing_in_the_data_is_markup(tmp_path):
     evil = '</script><script>window.hacked=1</script><!--<script>"><img src=x onerror=alert(1)>\u2028{{ 7*7 }}'
-    example = row(
-        None, chosen=evil + "1", rejected=evil + "2", id=evil, source=evil, **{evil: evil, "x" + evil: [evil]}
-    )
+    columns = {"id": evil, "source": evil, evil: evil, "x" + evil: [evil]}
+    example = row(None, chosen=evil + "1", rejected=evil + "2", **columns)
     folder = tmp_path / "<b>{{ 7*7 }}"
     write_jsonl([{"id": evil, "kind": evil, "reason": evil, evil: evil}], folder / "rejected.jsonl")
     page = page_of(folder, [example])

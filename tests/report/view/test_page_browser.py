@@ -177,13 +177,8 @@ def test_data_cannot_do_anything(browser, tmp_path):
     (folder / "summary.json").write_text(json.dumps({EVIL: EVIL}))
     write_page(folder, tmp_path / "page.html")
     browser.console(), browser.requests()
-    for view in (
-        "",
-        "#view=rejected",
-        "#view=summary",
-        "#sort=n" + EVIL,
-        f"#q={EVIL}&source={EVIL}&column={EVIL}&row={EVIL}",
-    ):
+    everywhere = f"#q={EVIL}&source={EVIL}&column={EVIL}&row={EVIL}"
+    for view in ("", "#view=rejected", "#view=summary", "#sort=n" + EVIL, everywhere):
         browser.open(tmp_path / "page.html", view)
         assert browser.run("return window.hacked") is None
         assert browser.run("return document.querySelectorAll('img:not(#viewer-image)').length") == 0
@@ -224,17 +219,11 @@ def test_the_policy_stops_what_is_not_the_pages_own(browser, run_page):
 
 
 def test_thousands_of_rows(browser, tmp_path):
-    texts = [
-        row(
-            None,
-            id=f"r{n}",
-            score=n % 100,
-            chosen=f"A red car\u2028number {n} 👩‍👩‍👧 parks.",
-            rejected=f"سيارة رقم {n} زرقاء.",
-        )
-        for n in range(5000)
+    chosen, rejected = "A red car\u2028number {} 👩‍👩‍👧 parks.", "سيارة رقم {} زرقاء."
+    rows = [
+        row(None, id=f"r{n}", score=n % 100, chosen=chosen.format(n), rejected=rejected.format(n)) for n in range(5000)
     ]
-    write_page(write_jsonl(texts, tmp_path / "rows.jsonl"), tmp_path / "page.html")
+    write_page(write_jsonl(rows, tmp_path / "rows.jsonl"), tmp_path / "page.html")
     browser.console()
     browser.open(tmp_path / "page.html", "#size=50")
     nodes = "return document.querySelectorAll('body *').length"
@@ -251,8 +240,8 @@ def test_thousands_of_rows(browser, tmp_path):
     assert numbers(browser)[:2] == [99, 199]
     browser.type("#q", "NUMBER 4321 👩")
     assert numbers(browser) == [4321]
-    chosen, rejected = browser.run("return [...document.querySelectorAll('.side .text')].map((e) => e.textContent)")
-    assert chosen == "A red car\u2028number 4321 👩‍👩‍👧 parks." and rejected == "سيارة رقم 4321 زرقاء."
+    texts = browser.run("return [...document.querySelectorAll('.side .text')].map((e) => e.textContent)")
+    assert texts == [chosen.format(4321), rejected.format(4321)]
     direction = "return [...document.querySelectorAll('.side .text')].map((e) => e.matches(':dir(rtl)'))"
     assert browser.run(direction) == [False, True]
     assert browser.console() == []

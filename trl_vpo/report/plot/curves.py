@@ -112,13 +112,13 @@ def training_figure(
     return figure, notes
 
 
-def plot_curves(runs: Mapping[str, History], path: str | Path, *, half_life: float | None = None) -> Path:
+def plot_curves(runs: Mapping[str, History], path: str | Path) -> Path:
     """Draw `training_figure` into a .png, .svg or .pdf file.
 
     Raises:
         PlotError: there is nothing to draw, or the path has another suffix.
     """
-    return style.save(training_figure(runs, half_life=half_life)[0], path)
+    return style.save(training_figure(runs)[0], path)
 
 
 def is_mixed(runs: Mapping[str, History]) -> bool:

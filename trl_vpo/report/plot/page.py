@@ -24,13 +24,7 @@ TEMPLATE = Path(__file__).parent / "plot.html.j2"
 Rows = list[tuple[str, list[Any]]]  # a name, and the value of each run
 
 
-def plot_runs(
-    paths: Sequence[str | Path],
-    out: str | Path,
-    *,
-    names: Sequence[str] | None = None,
-    half_life: float | None = None,
-) -> list[str]:
+def plot_runs(paths: Sequence[str | Path], out: str | Path, *, names: Sequence[str] | None = None) -> list[str]:
     """Draw runs into one figure (.png, .svg, .pdf) or page (.html) and return the notes on what it shows.
 
     The page needs no server, no network and no other file. The same runs give the same bytes.
@@ -39,7 +33,6 @@ def plot_runs(
         paths: the runs' folders.
         out: the file to write, whole or not at all; its suffix chooses the format.
         names: of the runs, in place of their methods.
-        half_life: of the smoothing, in optimizer steps; 0: none. By default a fortieth of the longest run.
 
     Raises:
         PlotError: a folder is not a run, or the file has none of these formats.
@@ -51,9 +44,7 @@ def plot_runs(
         raise PlotError(f"{out} is a folder: name the file to write.")
     runs = read_runs(paths, names)
     is_page = out.suffix.lower() == ".html"
-    figure, notes = curves.training_figure(
-        {run.name: run.history for run in runs}, half_life=half_life, captioned=not is_page
-    )
+    figure, notes = curves.training_figure({run.name: run.history for run in runs}, captioned=not is_page)
     notes += [f"{run.name}: its settings are not known, {run.path} has no run.json." for run in runs if not run.record]
     if not is_page:
         style.save(figure, out)
