@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import trl_vpo
-from trl_vpo.trainers.card import hub_name
+from trl_vpo.models.source import hub_name
 
 
 def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=AutoModelForImageTextToText, **more):

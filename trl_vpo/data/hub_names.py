@@ -1,4 +1,4 @@
-"""Whether a name leads to a repository on the Hub, found out before anything is loaded."""
+"""Names of repositories on the Hub, looked up before anything is loaded."""
 
 import os
 import re
@@ -20,21 +20,25 @@ SECONDS = 10  # that the Hub has for an answer
 
 
 def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str = "model", file="config.json") -> None:
-    """Refuse a name that is not on the Hub, or not reachable and not in the cache.
+    """Refuse a name that is not on the Hub; where the Hub cannot be reached, one that is not in the cache.
+
+    Without the Hub, what the cache has is used, and the Hub is not asked again for each file.
 
     Args:
-        name, key, revision: as of `check_model`.
-        kind: of repo: model or dataset.
-        file: that the cache has of it if it has it. Empty: whatever loads it looks for itself.
+        name, key, revision: as of `trl_vpo.models.source.check_model`.
+        kind: of the repository: model or dataset.
+        file: a file that the cache has if it has the repository. Empty: the cache is not looked into.
 
     Raises:
-        SourceError: what is wrong.
+        SourceError: says what is wrong.
     """
     seen_from = f"(seen from {Path.cwd()})"
     if re.match(r"[~./\\]|\w:\\", name) or name.count("/") > 1:
         home = " ~ is not expanded: write the whole path." if name.startswith("~") else ""
         raise SourceError(f"{key}: the folder {name} does not exist {seen_from}.{home}")
     error = _ask_hub(name, kind, revision)
+    if error is None:
+        return
     if isinstance(error, HFValidationError):
         raise SourceError(f"{key}: {name} is neither a folder {seen_from} nor a name on the Hub.") from None
     if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
@@ -43,26 +47,23 @@ def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str 
             f"{key}: {name} is no folder {seen_from}, and the Hub has no {what} that you may see. For a private one "
             "log in with `hf auth login`."
         ) from None
-    if error is None:
-        return
-    wanted_so = isinstance(error, OfflineModeIsEnabled)
+    offline = isinstance(error, OfflineModeIsEnabled)
     if file and not isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=kind), str):
-        why = "HF_HUB_OFFLINE is set" if wanted_so else f"{type(error).__name__}: {error}"
+        why = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {error}"
         option = " --repo-type dataset" if kind == "dataset" else ""
         raise SourceError(
             f"{key}: {name} is no folder {seen_from} and not in the cache, and the Hub cannot be reached ({why}). "
             f"Where there is a network: `hf download {name}{option} --local-dir FOLDER`; then give the path of FOLDER."
         ) from None
-    if not wanted_so and not constants.HF_HUB_OFFLINE:
+    if not offline and not constants.HF_HUB_OFFLINE:
         if os.environ.get("RANK", "0") == "0":
             print(f"trl-vpo: the Hub cannot be reached ({error}): what the cache has of {name} is used.", flush=True)
-        # As HF_HUB_OFFLINE=1 before the start: no file is asked for six times.
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # as the variable, set before the start
 
 
 @cache
 def _ask_hub(name: str, kind: str, revision: str | None) -> Exception | None:
-    """What the Hub says about a repo, asked once; None: it has it."""
+    """Return the Hub's error for a repository, asked for once; None: it has it."""
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=SECONDS)
     except Exception as error:  # of whichever HTTP library the client stands on

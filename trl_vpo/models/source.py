@@ -1,6 +1,7 @@
-"""Whether a model's name leads to a model: found out before anything is loaded, and in one line."""
+"""The names of models: which folder or Hub model one leads to, found out before anything is loaded."""
 
 import json
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -8,19 +9,30 @@ from safetensors import SafetensorError, safe_open
 from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.errors import SourceError
 
+CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # a folder in the Hub's cache
+
+
+def hub_name(model: str) -> str | None:
+    """Return what a folder in the Hub's cache is called on the Hub; None: it is no such folder."""
+    cached = CACHED.search(model)
+    return cached[1].replace("--", "/", 1) if cached else None
+
+
+def short_name(model: str) -> str:
+    """Return a model's name without folder or owner, in lower case; the same for the Hub, its cache and a copy."""
+    return re.split(r"[/\\]", (hub_name(model) or model).rstrip("/\\"))[-1].lower()
+
 
 def check_model(name: str, *, key: str = "model_name_or_path", revision: str | None = None) -> None:
     """Refuse a folder without a model that can be loaded, and a name that is neither a folder nor on the Hub.
 
-    Where the Hub cannot be reached, what the cache has is used; no file is then asked for again and again.
-
     Args:
         name: a folder, or a name on the Hub.
-        key: what the user gave it as.
+        key: the option that gave it.
         revision: on the Hub.
 
     Raises:
-        SourceError: what is wrong.
+        SourceError: says what is wrong.
     """
     if Path(name).exists():
         _check_folder(Path(name), key)
@@ -29,7 +41,7 @@ def check_model(name: str, *, key: str = "model_name_or_path", revision: str | N
 
 
 def _check_folder(folder: Path, key: str) -> None:
-    """The files that loading needs are there, and open."""
+    """Refuse a folder that lacks a file that loading needs, or has one that cannot be opened."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise SourceError(
@@ -41,17 +53,16 @@ def _check_folder(folder: Path, key: str) -> None:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
             raise SourceError(f"{key}: {index} cannot be read ({error}). Download it again.") from error
-        gone = [shard for shard in shards if not (folder / shard).is_file()]
-        if gone:
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
             raise SourceError(
-                f"{key}: {folder} lacks {len(gone)} of the {len(shards)} files of its weights, such as {gone[0]}. "
-                "Download it again."
+                f"{key}: {folder} lacks {len(missing)} of the {len(shards)} files of its weights, such as "
+                f"{missing[0]}. Download it again."
             )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        has = "pickled weights alone, which can run code when they are loaded" if pickled else "no weights"
-        raise SourceError(f"{key}: {folder} has {has}; models are read from .safetensors files.")
+        contents = "pickled weights alone, which can run code when they are loaded" if pickled else "no weights"
+        raise SourceError(f"{key}: {folder} has {contents}; models are read from .safetensors files.")
     for path in weights:
         try:
             with safe_open(path, "pt"):

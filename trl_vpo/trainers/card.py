@@ -1,6 +1,5 @@
 """The model card of a trained adapter or model."""
 
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from trl_vpo.data.identity import package_version, versions
+from trl_vpo.models.source import hub_name
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
 CARD = """\
@@ -128,12 +128,6 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     path.parent.mkdir(parents=True, exist_ok=True)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
     return path
-
-
-def hub_name(model: str) -> str | None:
-    """What a folder in the Hub's cache is called on the Hub; None: it is no such folder."""
-    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", model)
-    return cached[1].replace("--", "/", 1) if cached else None
 
 
 def _medium(trainer: Any) -> str:
