@@ -167,12 +167,12 @@ def evaluate(job: Job, out: Path) -> list[dict[str, Any]]:
         answer_preferences=True,
     )  # fmt: skip
     inputs = read_inputs(config.generate_config())
-    rows, contestants = read_rows(inputs), _contestants(config)
+    rows, candidates = read_rows(inputs), _candidates(config)
     records = []
     for start in range(0, len(rows), EVALUATED_AT_ONCE):
         sources = [(row, inputs[row.place]) for row in rows[start : start + EVALUATED_AT_ONCE]]
         batch = [(row, source, _media(path, source, config)) for row, source in sources]
-        for outcome in evaluate_batch(contestants, batch, config):
+        for outcome in evaluate_batch(candidates, batch, config):
             if outcome.reason:
                 raise ValueError(f"{job.name}: {outcome.reason}")
             records.append({k: v for k, v in outcome.rows[-1].items() if k not in UNNEEDED})
@@ -189,24 +189,13 @@ def _media(path: Path, source: Any, config: Any) -> Any:
     return _DECODED[key]
 
 
-def _contestants(config: Any) -> Any:
+def _candidates(config: Any) -> Any:
     """The base beside its adapter. The base's answers are known from its own job: it is scored, for the KL, only."""
-    from trl_vpo.evaluate.candidates import Contestants
-    from trl_vpo.models.load import answering_model
+    from trl_vpo.evaluate.candidates import load_candidates
 
-    class LastOne(Contestants):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            self._everyone, self.names = self.names, self.names[-1:]
-
-        def score(self, trees, kl=False):
-            own, self.names = self.names, self._everyone if kl else self.names
-            try:
-                return super().score(trees, kl)
-            finally:
-                self.names = own
-
-    return LastOne(answering_model(config.generate_config()), config.adapters, max_pixels=config.max_pixels)
+    models = load_candidates(config.adapters, **config.model_options())
+    models.names = models.names[-1:]
+    return models
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from PIL import Image
 from trl_vpo.data.inputs import InputRow, near_misses, read_inputs
 from trl_vpo.errors import EvaluateError, GenerateError, RecipeError
 from trl_vpo.evaluate import run as run_module
-from trl_vpo.evaluate.candidates import contestant_names
+from trl_vpo.evaluate.candidates import candidate_names
 from trl_vpo.evaluate.config import EvaluateConfig
+from trl_vpo.evaluate.probes import damaged, row_seed
 from trl_vpo.evaluate.rows import TASKS
 from trl_vpo.evaluate.run import run_evaluation, run_settings
-from trl_vpo.evaluate.scoring import damaged, row_seed
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.testbed import language, tiny_vlm
@@ -399,12 +399,12 @@ def test_adapters_that_are_none(held_out, tmp_path):
 
 
 def test_contestants_are_named_by_as_much_of_their_path_as_it_takes():
-    assert contestant_names(["out/rrpo", "out/lpoi/"]) == ["rrpo", "lpoi"]
-    assert contestant_names(["a/rrpo/last", "b/dpo/last"]) == ["rrpo/last", "dpo/last"]
-    assert contestant_names(["out/base"]) == ["out/base"]
-    assert contestant_names([]) == []
+    assert candidate_names(["out/rrpo", "out/lpoi/"]) == ["rrpo", "lpoi"]
+    assert candidate_names(["a/rrpo/last", "b/dpo/last"]) == ["rrpo/last", "dpo/last"]
+    assert candidate_names(["out/base"]) == ["out/base"]
+    assert candidate_names([]) == []
     with pytest.raises(EvaluateError, match="cannot be told apart"):
-        contestant_names(["out/rrpo", "out/rrpo"])
+        candidate_names(["out/rrpo", "out/rrpo"])
 
 
 def test_options_that_would_lose_something(tmp_path):

@@ -25,7 +25,7 @@ from trl_vpo.evaluate.lmms.tasks import videohallucer
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media, VideoOptions, load_video
-from trl_vpo.models.load import answering_model
+from trl_vpo.models.load import load_model
 from trl_vpo.models.local import LocalModel
 from trl_vpo.models.requests import Request, Sampling, stream_seed
 from trl_vpo.testbed import language, world
@@ -33,7 +33,7 @@ from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.testbed.tiny_vlm import BASE
 
 needs_lmms_eval = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra lmms; see the docstring")
-COMMON = {"model_name_or_path": str(BASE), "device": "cpu", "dtype": "float32"}
+COMMON = {"name": str(BASE), "device": "cpu", "dtype": "float32"}
 FRAMES = VideoOptions(num_frames=4)
 GREEDY = Sampling(max_new_tokens=16, temperature=0)
 COLOUR, CAPTION = "What colour is the shape?", "Describe the video."
@@ -122,7 +122,7 @@ def tasks(tmp_path_factory, documents):
 
 @pytest.fixture(scope="module")
 def base():
-    return answering_model(GenerateConfig(**COMMON))
+    return load_model(**COMMON)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_base_and_adapter_answer_as_elsewhere(run, adapter, documents):
     found = []
     for path in (None, adapter):
         metrics, rows = run("tiny_colour", adapter=path, batch_size=4)
-        model = answering_model(GenerateConfig(from_adapter=path, **COMMON))
+        model = load_model(adapter=path, **COMMON)
         expected = model.answer([asked(COLOUR, doc["clip"]) for doc in documents], GREEDY)
         assert answers(rows["tiny_colour"]) == expected
         hits = [text == doc["answer"] for text, doc in zip(expected, documents)]
@@ -194,17 +194,14 @@ def test_answers_end_where_the_task_says(everything, base, documents):
     assert all(text and whole.startswith(text) and text != whole for text, whole in zip(beginnings, captions))
 
 
-@needs_lmms_eval
 def test_thoughts_that_were_cut_off_are_no_answer(base, documents):
     """The chat template opened them, so there is no tag in the answer."""
-    from trl_vpo.evaluate.lmms.model import Answering
-
     request, one = asked(COLOUR, documents[0]["clip"]), Sampling(max_new_tokens=1, temperature=0)
     found, processor = [], AutoProcessor.from_pretrained(BASE)
     for opened in ("", "<think>\n"):
         processor.chat_template = base.processor.chat_template.replace("assistant\n", f"assistant\n{opened}")
-        (answer,) = Answering(base.model, processor).answer([request], one)
-        assert answer.token_counts.output_tokens == 1
+        (answer,) = LocalModel(base.model, processor).complete([request], one)
+        assert answer.tokens == 1
         found.append(answer.text)
     assert found[0] and found[1] == ""
 

@@ -106,11 +106,11 @@ CALLED = [
     ("datasets.Video", ..., "trl_vpo/data/raw_rows.py"),
 ]
 
-RESUME, CONTESTANTS = "trl_vpo/training/resume.py", "trl_vpo/evaluate/candidates.py"
+RESUME, CANDIDATES = "trl_vpo/training/resume.py", "trl_vpo/evaluate/candidates.py"
 SIGNALS, CHANGED_ROWS = "trl_vpo/training/signals.py", "trl_vpo/training/changed_rows.py"
 MORE_CALLED = [
     ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
-    ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/{callback,heldout}.py"),
+    ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/callback.py"),
     (
         "transformers.Trainer._save_checkpoint",
         ["self", "model", "trial"],
@@ -122,8 +122,8 @@ MORE_CALLED = [
     ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., "trl_vpo/training/hub_repo.py"),
     ("huggingface_hub.set_client_factory", ["client_factory"], "trl_vpo/training/hub_repo.py"),
     ("huggingface_hub.HfApi.auth_check", ["self", "repo_id"], "trl_vpo/training/hub_repo.py"),
-    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., CONTESTANTS),
-    ("peft.PeftModel.set_adapter", ["self", "adapter_name", "inference_mode"], CONTESTANTS),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., CANDIDATES),
+    ("peft.PeftModel.set_adapter", ["self", "adapter_name", "inference_mode"], CANDIDATES),
     ("peft.get_peft_model_state_dict", ["model"], "trl_vpo/models/merge.py"),
     ("torch.nn.modules.conv._ConvNd", ..., "trl_vpo/models/adapters.py"),
     ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", ..., "trl_vpo/models/adapters.py"),

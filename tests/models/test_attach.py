@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from trainer_kit import lora, trainer_of
 
 from trl_vpo.errors import AdapterError
-from trl_vpo.evaluate.candidates import Contestants
-from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.evaluate.candidates import ModelSet
 from trl_vpo.models.attach import PREFIX, attach_adapter
-from trl_vpo.models.load import answering_model
+from trl_vpo.models.load import load_model
 from trl_vpo.models.merge import merge
 
 IDS = torch.arange(8, 24)[None]
@@ -78,13 +77,13 @@ def test_an_old_adapter_is_merged_asked_and_compared(old, tmp_path):
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     base = load_file(f"{BASE}/model.safetensors")
     assert sum(not torch.equal(merged[name], base[name]) for name in base) == 14  # as many as are adapted
-    local = answering_model(GenerateConfig(model_name_or_path=BASE, from_adapter=str(old), dtype="float32"))
+    local = load_model(BASE, adapter=str(old), dtype="float32")
     torch.testing.assert_close(logits(local.model), want)
-    candidates = Contestants(answering_model(GenerateConfig(model_name_or_path=BASE, dtype="float32")), [str(old)])
+    candidates = ModelSet(load_model(BASE, dtype="float32"), [str(old)])
     with candidates.use("changed"):
-        torch.testing.assert_close(logits(candidates.model), want)
+        torch.testing.assert_close(logits(candidates.model.model), want)
     with candidates.use("base"):
-        torch.testing.assert_close(logits(candidates.model), logits(plain()))
+        torch.testing.assert_close(logits(candidates.model.model), logits(plain()))
 
 
 def test_an_old_adapter_is_trained_further(old, tmp_path):

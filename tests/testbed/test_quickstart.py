@@ -1,9 +1,13 @@
 """The quickstart's table and sentences follow from the numbers; its recipes train what it says they do."""
 
+import pytest
+from datasets import Dataset
+from held_out_kit import LANGUAGE, processor
+from peft import LoraConfig
 from rich.console import Console
 
-from trl_vpo.evaluate.heldout import PreferenceMeasures
-from trl_vpo.testbed import quickstart
+from trl_vpo import LeanPOConfig, LeanPOTrainer
+from trl_vpo.testbed import language, quickstart, rows, tiny_vlm
 from trl_vpo.testbed.language import Verdict
 from trl_vpo.testbed.quickstart import Measured, Result
 
@@ -11,7 +15,9 @@ TRUE, FALSE, GARBLED = Verdict(True, True, ()), Verdict(True, False, ("red squar
 
 
 def measured(verdicts, accuracy=0.5, chosen=-5.0, rejected=-4.0, kl=0.0):
-    return Measured(PreferenceMeasures(len(verdicts), accuracy, accuracy, chosen, rejected, kl), verdicts)
+    preferences = {"preference/accuracy": accuracy, "preference/accuracy_average": accuracy}
+    preferences |= {"logps/chosen": chosen, "logps/rejected": rejected, "kl/chosen": kl}
+    return Measured(preferences, verdicts)
 
 
 BEFORE = measured([FALSE] * 40 + [TRUE] * 60)
@@ -54,3 +60,14 @@ def test_the_table_compares_each_kind_with_its_own_base():
     assert ["DPO", "99.0%", "0.0%", "+2.00", "-5.00", "1.250", "21"] in lines
     assert ["base", "(scenes)", "50.0%", "20.0%"] in lines
     assert ["LPOI", "75.0%", "0.0%", "-1.00", "-1.00", "0.500", "33"] in lines
+
+
+@pytest.mark.parametrize("kind", ["clip", "scene"])
+def test_captions_are_the_models_own_greedy_answers(kind, tmp_path):
+    samples, written = rows.write_preferences(kind, 3, seed=21, folder=tmp_path / "media")
+    args = LeanPOConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], num_frames=8)
+    dataset, lora = Dataset.from_list(written), LoraConfig(target_modules=LANGUAGE)
+    trainer = LeanPOTrainer(str(tiny_vlm.BASE), args=args, train_dataset=dataset, peft_config=lora)
+    model = trainer.model.eval()
+    expected = tiny_vlm.answer(model, processor(), samples, [language.PROMPTS[kind]] * 3)
+    assert quickstart.answer_prompts(trainer, dataset) == expected

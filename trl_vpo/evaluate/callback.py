@@ -16,18 +16,12 @@ from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import EvaluateError, MediaError, RowError
 from trl_vpo.evaluate.config import DAMAGES
 from trl_vpo.evaluate.measures import estimate
+from trl_vpo.evaluate.probes import numbers, preference_probes, row_seed, run_probes, with_first_image
 from trl_vpo.evaluate.results import preference_evidence
-from trl_vpo.evaluate.rows import HeldOutRow, preference_row, read_rows
-from trl_vpo.evaluate.scoring import (
-    Scored,
-    preference_numbers,
-    preference_probes,
-    row_seed,
-    run_probes,
-    with_first_image,
-)
+from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.media.load import Media, check_image, check_video
+from trl_vpo.models.scoring import Scored, by_tree
 from trl_vpo.trainers.reference import evaluating
 from trl_vpo.trainers.setup import sharding
 
@@ -43,8 +37,6 @@ PREFIX = "eval_heldout/"
 
 class EvaluationCallback(TrainerCallback):
     """Measures preference rows that are not trained on, and adds the measures to the metrics of an evaluation.
-
-        trainer.add_callback(EvaluationCallback(trainer, "data/held_out.jsonl"))
 
     The measures are those of `trl-vpo evaluate` (see `trl_vpo.evaluate.measures`), without intervals: preference,
     log-probs and sensitivity to damaged media; movement and KL where the trainer has a reference (its `ref_model`, or
@@ -67,6 +59,14 @@ class EvaluationCallback(TrainerCallback):
     Raises:
         EvaluateError: the rows cannot be used; their media are opened, too.
         ValueError: another `every`, or an unknown kind of damage.
+
+    Example:
+
+    ```python
+    trainer = LeanPOTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=args, train_dataset=train_dataset)
+    trainer.add_callback(EvaluationCallback(trainer, "data/held_out.jsonl", every=50))
+    trainer.train()
+    ```
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class EvaluationCallback(TrainerCallback):
         self._done = None  # the best model, if it was loaded, stands in the place of the last one
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """The trainer has evaluated: the measures join its metrics, once a step however many eval sets there are."""
+        """Add the measures to the metrics of an evaluation; they are taken once a step, however many eval sets."""
         if self.every == "eval":
-            found = self._measured(state.global_step)
+            measures = self._measured(state.global_step)
             if metrics is not None:
-                metrics.update(found)
+                metrics.update(measures)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.every != "eval" and state.global_step % self.every == 0:
@@ -124,11 +124,16 @@ class EvaluationCallback(TrainerCallback):
         return self._done[1]
 
     def measure(self) -> dict[str, float]:
-        """The measures of the model as it is now. All processes call this.
+        """Return the measures of the model as it is now. All processes call this.
 
         Raises:
             RowError, MediaError: a row that could be read before cannot be now.
         """
+        policy, reference = self.records()
+        return measures_of(policy, reference or None)
+
+    def records(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return what policy and reference make of each row, as `rows.jsonl` has it; see `measure`."""
         trainer = self.trainer
         shared = sharding(trainer) is None
         rank, ranks = (trainer.accelerator.process_index, trainer.accelerator.num_processes) if shared else (0, 1)
@@ -136,16 +141,13 @@ class EvaluationCallback(TrainerCallback):
         records: list[dict[str, Any]] = []
         with torch.no_grad(), evaluating(trainer.model):
             for start in range(0, len(mine), size):
-                records += self._records(mine[start : start + size])
+                records += self._batch_records(mine[start : start + size])
         if shared:
             records = sorted(gather_object(records), key=lambda record: record["place"])
-        policy, base = ([r[side] for r in records if side in r] for side in (POLICY, REFERENCE))
-        measures: dict[str, float] = {}
-        for rows, clusters in preference_evidence(policy, base or None).values():
-            measures |= {name: found.value for name, found in estimate(rows, clusters, resamples=1).items()}
-        return measures
+        policy, reference = ([r[side] for r in records if side in r] for side in (POLICY, REFERENCE))
+        return policy, reference
 
-    def _records(self, rows: list[HeldOutRow]) -> list[dict[str, Any]]:
+    def _batch_records(self, rows: list[EvalRow]) -> list[dict[str, Any]]:
         """For each row its place, and what policy and reference make of it."""
         args, probes = self.trainer.args, []
         for row in rows:
@@ -155,10 +157,10 @@ class EvaluationCallback(TrainerCallback):
             media = with_first_image(pair, media, args.media_root)
             probes.append(preference_probes(pair, media, seed=seed, damages=self.sensitivity))
         records = []
-        for row, found in zip(rows, run_probes(probes, self._collator.encode_row, self._score), strict=True):
-            if isinstance(found, RowError):
-                raise found
-            sides = {side: preference_numbers(scores) | {"cluster": row.id} for side, scores in found.items()}
+        for row, results in zip(rows, run_probes(probes, self._collator.encode_row, self._score), strict=True):
+            if isinstance(results, RowError):
+                raise results
+            sides = {side: numbers(values) | {"cluster": row.id} for side, values in results.items()}
             records.append({"place": row.place, **sides})
         return records
 
@@ -173,12 +175,12 @@ class EvaluationCallback(TrainerCallback):
                 reference = trainer.reference_scores(batch)
         with trainer.scorer.replay_vision():
             scores = trainer.concatenated_forward(model, batch, reference)
-        found = {POLICY: _by_tree(scores, trees)}
-        return found | ({REFERENCE: _by_tree(reference, trees)} if reference is not None else {})
+        sides = {POLICY: scores} | ({REFERENCE: reference} if reference is not None else {})
+        return {side: by_tree(values, trees) for side, values in sides.items()}
 
     # --- the rows -------------------------------------------------------------------------------------------------
 
-    def _read(self, data: Dataset | str, split: str | None, limit: int | None) -> tuple[Inputs, list[HeldOutRow]]:
+    def _read(self, data: Dataset | str, split: str | None, limit: int | None) -> tuple[Inputs, list[EvalRow]]:
         if isinstance(data, str):
             split = split or ("train" if data.endswith((".jsonl", ".json", ".parquet")) else "test")
             data = named_splits(data, [split])[split]
@@ -195,7 +197,7 @@ class EvaluationCallback(TrainerCallback):
             self._check(row, inputs)
         return inputs, rows
 
-    def _check(self, row: HeldOutRow, inputs: Inputs) -> None:
+    def _check(self, row: EvalRow, inputs: Inputs) -> None:
         """Open the media now: an error hours into the training would cost more."""
         source, args = inputs[row.place], self.trainer.args
         try:
@@ -213,7 +215,9 @@ class EvaluationCallback(TrainerCallback):
             raise EvaluateError(f"held-out {row.name}: {error}") from error
 
 
-def _by_tree(scores: Any, trees: list[Tree]) -> list[list[Scored]]:
-    kl = scores.kl if scores.kl is not None else torch.zeros_like(scores.logps)
-    values = zip(scores.sums.tolist(), scores.mask.sum(-1).tolist(), kl.sum(-1).tolist(), strict=True)
-    return [[Scored(*next(values)) for _ in tree.branches] for tree in trees]
+def measures_of(records: list[dict[str, Any]], base: list[dict[str, Any]] | None = None) -> dict[str, float]:
+    """Return the measures of preference rows, with those against the base where it is given."""
+    measures: dict[str, float] = {}
+    for rows, clusters in preference_evidence(records, base).values():
+        measures |= {name: measure.value for name, measure in estimate(rows, clusters, resamples=1).items()}
+    return measures

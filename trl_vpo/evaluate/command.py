@@ -53,9 +53,9 @@ def _run_benchmarks(options: list[str]) -> None:
     given = {name: value for name, value in vars(args).items() if name in MODEL_OPTIONS}
     folders = [args.output_dir]
     if len(args.adapters) > 1:
-        from trl_vpo.evaluate.candidates import contestant_names
+        from trl_vpo.evaluate.candidates import candidate_names
 
-        folders = [f"{args.output_dir}/{name}" for name in contestant_names(args.adapters)]
+        folders = [f"{args.output_dir}/{name}" for name in candidate_names(args.adapters)]
     from trl_vpo.evaluate.lmms.run import run_benchmarks
 
     for adapter, folder in zip(args.adapters, folders, strict=True):

@@ -37,7 +37,7 @@ SHOWN = 5  # problems in one message
 
 
 @dataclass(frozen=True)
-class HeldOutRow:
+class EvalRow:
     """What a row asks, without its media.
 
     Attributes:
@@ -56,9 +56,7 @@ class HeldOutRow:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def read_rows(
-    inputs: Sequence[InputRow], table: ObjectTable | None = None, only: str | None = None
-) -> list[HeldOutRow]:
+def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only: str | None = None) -> list[EvalRow]:
     """Check all rows against the contract. No media file is opened.
 
     Args:
@@ -84,7 +82,7 @@ def read_rows(
             message = str(error).removeprefix(f"{row_name(example)}: ")  # `read_row` does not know the place
             problems.append(f"{name}: {message}")
             continue
-        rows.append(HeldOutRow(place, row.id, name, task, _cluster(row), facts))
+        rows.append(EvalRow(place, row.id, name, task, _cluster(row), facts))
     problems += _unpaired(rows) if not problems else []
     if problems:
         shown = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
@@ -166,9 +164,9 @@ def _question(row: InputRow) -> str:
     return question
 
 
-def _unpaired(rows: list[HeldOutRow]) -> list[str]:
+def _unpaired(rows: list[EvalRow]) -> list[str]:
     """What is wrong with pairs of yes/no questions."""
-    pairs: dict[str, list[HeldOutRow]] = {}
+    pairs: dict[str, list[EvalRow]] = {}
     for row in rows:
         if row.task == "yes_no":
             pairs.setdefault(row.facts["pair"], []).append(row)

@@ -1,11 +1,11 @@
-"""A run of `trl-vpo evaluate`: held-out rows -> contestants -> store -> results; started again, it continues.
+"""A run of `trl-vpo evaluate`: held-out rows -> candidates -> store -> results; started again, it continues.
 
     settings.json    what decides the numbers; a run with other settings is refused
     rows.jsonl       a line for each row and contestant: log-probs, answers, what was read from them
     rejected.jsonl   rows that were left out (`on_bad=skip`), with the reason
     results.json     settings, and for each contestant measures with intervals and paired differences to the base
 
-A row is worked on once, for all contestants: its media are decoded once, and the KL needs the base beside the adapter.
+A row is worked on once, for all candidates: its media are decoded once, and the KL needs the base beside the adapter.
 How yes and no are read, synonyms and the bootstrap may change when a run is continued: the stored answers stay, the
 results are made anew. Under `accelerate launch` every process works on its own share of the rows.
 """
@@ -25,8 +25,8 @@ from trl_vpo.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:
     from trl_vpo.data.inputs import InputRow, Inputs
-    from trl_vpo.evaluate.candidates import Contestants
-    from trl_vpo.evaluate.rows import HeldOutRow
+    from trl_vpo.evaluate.candidates import ModelSet
+    from trl_vpo.evaluate.rows import EvalRow
     from trl_vpo.media.load import Media
     from trl_vpo.runs.outcome import Outcome
     from trl_vpo.runs.store import Run
@@ -103,20 +103,20 @@ def _evaluate(config: EvaluateConfig, rank: int, world_size: int) -> dict[str, A
     inputs = read_inputs(config.generate_config())
     wanted = inputs[: config.limit] if config.limit else inputs
     rows = read_rows(wanted, table)
-    from trl_vpo.evaluate.candidates import contestant_names, load_contestants
+    from trl_vpo.evaluate.candidates import candidate_names, load_candidates
     from trl_vpo.evaluate.results import BASE, Report
 
-    names = contestant_names(config.adapters)
+    names = candidate_names(config.adapters)
     settings = run_settings(config, dict(zip(names, config.adapters)), inputs)
     check_settings(config.output_dir, settings, partly=True)
-    contestants = load_contestants(config)
-    settings["evaluated"] = contestants.record()
-    about = {BASE: contestants.record()} | {name: {"adapter": path} for name, path in zip(names, config.adapters)}
+    candidates = load_candidates(config.adapters, **config.model_options())
+    settings["evaluated"] = candidates.model.record()
+    about = {BASE: candidates.model.record()} | {name: {"adapter": path} for name, path in zip(names, config.adapters)}
     report = Report(config, about, table)
     ids = [row.id for row in rows]
     with Run(config.output_dir, settings, rank=rank, world_size=world_size) as run:
         _refuse_skipped(run, config)
-        work(run, contestants, wanted, rows, run.remaining(ids), config)
+        work(run, candidates, wanted, rows, run.remaining(ids), config)
         summary = run.finish(ids, report)
     if summary is None:
         if rank == 0:
@@ -171,9 +171,9 @@ def _refuse_skipped(run: Run, config: EvaluateConfig) -> None:
 
 def work(
     run: Run,
-    contestants: Contestants,
+    candidates: ModelSet,
     inputs: Inputs,
-    rows: Sequence[HeldOutRow],
+    rows: Sequence[EvalRow],
     todo: Sequence[int],
     config: EvaluateConfig,
 ) -> None:
@@ -193,7 +193,7 @@ def work(
         closing(loaded),
     ):
         for batch in loaded:
-            for outcome in evaluate_batch(contestants, batch, config):
+            for outcome in evaluate_batch(candidates, batch, config):
                 if outcome.reason and config.on_bad == "error":
                     raise EvaluateError(
                         f"{outcome.reason}\nMend the row or its media and start the same command again: it goes on "
@@ -204,8 +204,8 @@ def work(
 
 
 def _loaded(
-    inputs: Inputs, batches: Sequence[Sequence[HeldOutRow]], config: EvaluateConfig
-) -> Iterator[list[tuple[HeldOutRow, InputRow, Media | str]]]:
+    inputs: Inputs, batches: Sequence[Sequence[EvalRow]], config: EvaluateConfig
+) -> Iterator[list[tuple[EvalRow, InputRow, Media | str]]]:
     """Each batch with its media, decoded while the model works on the one before."""
     pool = ThreadPoolExecutor(DECODERS)
     submit = lambda batch: [pool.submit(_load, inputs, row, config) for row in batch]  # noqa: E731
@@ -218,7 +218,7 @@ def _loaded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _load(inputs: Inputs, row: HeldOutRow, config: EvaluateConfig) -> tuple[HeldOutRow, InputRow, Media | str]:
+def _load(inputs: Inputs, row: EvalRow, config: EvaluateConfig) -> tuple[EvalRow, InputRow, Media | str]:
     """A row with its media, or why they cannot be used."""
     from trl_vpo.data.inputs import load_media
     from trl_vpo.errors import MediaError
@@ -231,11 +231,11 @@ def _load(inputs: Inputs, row: HeldOutRow, config: EvaluateConfig) -> tuple[Held
 
 
 def evaluate_batch(
-    contestants: Contestants, batch: Sequence[tuple[HeldOutRow, InputRow, Media | str]], config: EvaluateConfig
+    candidates: ModelSet, batch: Sequence[tuple[EvalRow, InputRow, Media | str]], config: EvaluateConfig
 ) -> list[Outcome]:
     """What every contestant does on each row of a batch: a record for each, or the reason why there is none."""
     from trl_vpo.errors import RowError
-    from trl_vpo.evaluate.scoring import run_probes
+    from trl_vpo.evaluate.probes import run_probes
     from trl_vpo.runs.outcome import Outcome
 
     reasons: dict[str, tuple[str, str]] = {}
@@ -250,14 +250,14 @@ def evaluate_batch(
         except RowError as error:
             reasons[row.id] = (str(error), "unusable row")
     found = run_probes(
-        probes, contestants.encode, contestants.score, lambda trees: contestants.ask(trees, config.max_new_tokens)
+        probes, candidates.model.encode, candidates.score, lambda trees: candidates.ask(trees, config.max_new_tokens)
     )
     records: dict[str, tuple[dict, ...]] = {}
     for row, result in zip(usable, found, strict=True):
         if isinstance(result, RowError):
             reasons[row.id] = (str(result), "unusable row")
         else:
-            records[row.id] = tuple(_record(row, name, result[name]) for name in contestants.names)
+            records[row.id] = tuple(_record(row, name, result[name]) for name in candidates.names)
     outcomes = []
     for row, *_ in batch:
         reason, kind = reasons.get(row.id, (None, None))
@@ -265,10 +265,9 @@ def evaluate_batch(
     return outcomes
 
 
-def _probes(row: HeldOutRow, source: InputRow, media: Media, config: EvaluateConfig) -> list:
-    from trl_vpo.evaluate.answering import question_probes
+def _probes(row: EvalRow, source: InputRow, media: Media, config: EvaluateConfig) -> list:
+    from trl_vpo.evaluate.probes import image_list, preference_probes, question_probes, row_seed, with_first_image
     from trl_vpo.evaluate.rows import preference_row
-    from trl_vpo.evaluate.scoring import image_list, preference_probes, row_seed, with_first_image
 
     if row.task != "preference":
         return question_probes(row, source, media)
@@ -285,12 +284,9 @@ def _probes(row: HeldOutRow, source: InputRow, media: Media, config: EvaluateCon
     )
 
 
-def _record(row: HeldOutRow, contestant: str, found: dict[str, Any]) -> dict[str, Any]:
+def _record(row: EvalRow, contestant: str, results: dict[str, Any]) -> dict[str, Any]:
     """A line of `rows.jsonl`."""
-    from trl_vpo.evaluate.answering import answer_numbers
-    from trl_vpo.evaluate.scoring import preference_numbers
+    from trl_vpo.evaluate.probes import numbers
 
-    record = {"id": row.id, "task": row.task, "cluster": row.cluster, "contestant": contestant, **row.facts}
-    if row.task == "preference":
-        record |= preference_numbers(found)
-    return record | answer_numbers(found)
+    about = {"id": row.id, "task": row.task, "cluster": row.cluster, "contestant": contestant}
+    return about | row.facts | numbers(results)

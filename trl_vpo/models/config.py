@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl_vpo.media.load import VideoOptions
 
@@ -34,6 +35,15 @@ class AnsweringConfig:
     video_end: float | None = field(default=None, metadata={"help": "Where every video ends, in seconds."})
     seed: int = field(default=0, metadata={"help": "With a row's id, fixes every random choice about the row."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many inputs."})
+
+    def model_options(self) -> dict[str, Any]:
+        """The arguments of `trl_vpo.models.load.load_model`, but for an adapter."""
+        names = (
+            "dtype", "attn_implementation", "device", "load_in_4bit", "load_in_8bit", "trust_remote_code",
+            "batch_size", "max_pixels",
+        )  # fmt: skip
+        options = {name: getattr(self, name) for name in names}
+        return options | {"name": self.model_name_or_path, "revision": self.model_revision}
 
     def video_options(self) -> VideoOptions:
         return VideoOptions(

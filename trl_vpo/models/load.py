@@ -1,21 +1,20 @@
-"""Who answers and who judges: from the run's settings to an `AnsweringModel`.
-
-Settings are checked and weights are loaded here; `local.py` and `server.py` do the answering. Nothing heavy is
-imported before weights are loaded.
-"""
+"""Weights as they are loaded to answer, score and evaluate. Settings are checked first; nothing heavy is imported
+before."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from trl_vpo.errors import GenerateError
-from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.models.requests import AnsweringModel
-from trl_vpo.models.server import RequestBudget, ServerModel
+from trl_vpo.errors import AdapterError, GenerateError, SourceError
+from trl_vpo.runs.packages import missing_packages
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from trl_vpo.models.local import LocalModel
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # of files that are no model
@@ -28,91 +27,68 @@ NOT_QUANTIZED = [
 OWN_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal, and `yes |` answers
 
 
-def answering_model(config: GenerateConfig, budget: RequestBudget | None = None) -> AnsweringModel:
-    """The model that answers: behind `server_url`, or in this process.
+def load_model(
+    name: str | None,
+    *,
+    adapter: str | None = None,
+    revision: str = "main",
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    trust_remote_code: bool = False,
+    batch_size: int = 8,
+    max_pixels: int | None = None,
+) -> LocalModel:
+    """Load a vision-language model, with an adapter if one is given, to answer in this process.
 
     Args:
-        config: the run's settings.
-        budget: what is left of `max_requests`; give the same to `judge_model`, so that both count together.
+        name, revision: a folder, or a name on the Hub.
+        adapter: a folder or a name on the Hub. It is not merged: that would round its change to the model's dtype, or
+            to its 4 bits.
+        dtype: one of `DTYPES`.
+        device: "cpu", the kind of this process' accelerator, or "auto" for all accelerators. None: the best there is.
+        load_in_4bit, load_in_8bit: quantize the language model, as in training.
+        batch_size, max_pixels: see `LocalModel`.
 
     Raises:
         GenerateError: the settings name no model, or one that cannot be loaded here.
     """
-    if not config.model_name_or_path:
+    if not name:
         raise GenerateError("there is no model: set model_name_or_path to a Hub model, a folder or a server's model.")
-    if config.server_url:
-        return _server(config, config.server_url, config.model_name_or_path, config.api_key_env, budget)
-    return _load(config)
+    bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
+    if missing := missing_packages(bits | {"attn_implementation": attn_implementation}):
+        raise GenerateError("; ".join(missing) + ".")
+    if dtype not in DTYPES:
+        raise GenerateError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}.")
 
-
-def judge_model(config: GenerateConfig, budget: RequestBudget | None = None) -> AnsweringModel | None:
-    """The model that judges open-ended answers, or None where the settings name none. Arguments as above."""
-    if not config.judge_url:
-        return None
-    return _server(config, config.judge_url, config.judge_model, config.judge_api_key_env, budget)
-
-
-def _server(config: GenerateConfig, url: str, model: str, key: str, budget: RequestBudget | None) -> ServerModel:
-    return ServerModel(
-        url,
-        model,
-        api_key_env=key,
-        timeout=config.timeout,
-        max_retries=config.max_retries,
-        budget=budget or RequestBudget(config.max_requests),
-        concurrency=config.batch_size,
-        media=config.server_media,
-        max_pixels=config.max_pixels,
-    )
-
-
-# --- a model in this process ----------------------------------------------------------------------------------------
-
-
-def _load(config: GenerateConfig) -> AnsweringModel:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from trl_vpo.models.attach import attach_adapter
     from trl_vpo.models.local import LocalModel
     from trl_vpo.models.source import check_model
-    from trl_vpo.runs.packages import missing_packages
 
-    name = config.model_name_or_path
-    if missing := missing_packages(vars(config)):
-        raise GenerateError("; ".join(missing) + ".")
-    if config.dtype not in DTYPES:
-        raise GenerateError(f"dtype is {config.dtype!r}: give one of {', '.join(DTYPES)}.")
-    adapter = checked_adapter(config.from_adapter, name) if config.from_adapter else None
-    common = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    device_map = _device_map(config.device)
+    adapter_config = checked_adapter(adapter, name) if adapter else None
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "device_map": _device_map(device)}
     try:
-        check_model(name, revision=config.model_revision)
+        check_model(name, revision=revision)
         processor = AutoProcessor.from_pretrained(name, **common)
         model = AutoModelForImageTextToText.from_pretrained(
-            name,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            device_map=device_map,
-            quantization_config=_quantization(config),
-            use_safetensors=True,
-            **common,
+            name, quantization_config=_quantization(dtype, bits), use_safetensors=True, **options, **common
         )
     except LOAD_ERRORS as error:
         raise GenerateError(f"{name} cannot be loaded as a vision-language model: {error}") from error
-    local = Path(name).exists()
-    record = {
-        "model": name,
-        "adapter": config.from_adapter,
-        "revision": None if local else getattr(model.config, "_commit_hash", None) or config.model_revision,
-    }
-    if adapter is not None:
-        # Not merged: merging would round the change to the model's dtype, or to its 4 bits.
-        model = attach_adapter(model, config.from_adapter, config=adapter).get_base_model()
-    return LocalModel(model, processor, batch_size=config.batch_size, max_pixels=config.max_pixels, description=record)
+    commit = None if Path(name).exists() else getattr(model.config, "_commit_hash", None) or revision
+    if adapter_config is not None:
+        model = attach_adapter(model, adapter, config=adapter_config).get_base_model()
+    record = {"model": name, "adapter": adapter, "revision": commit}
+    return LocalModel(model, processor, batch_size=batch_size, max_pixels=max_pixels, description=record)
 
 
 def _device_map(device: str | None) -> Any:
-    """Where the weights go: this process' accelerator (or CPU), or with "auto" all accelerators there are."""
+    """Map the weights to this process' accelerator (or CPU), or with "auto" to all accelerators."""
     from accelerate import PartialState
 
     state = PartialState()
@@ -133,44 +109,43 @@ def _device_map(device: str | None) -> Any:
     return {"": "cpu"}
 
 
-def _quantization(config: GenerateConfig) -> Any:
-    """4-bit or 8-bit weights in the language model only, as in training. None: neither."""
-    if not (config.load_in_4bit or config.load_in_8bit):
+def _quantization(dtype: str, bits: dict[str, bool]) -> Any:
+    """4-bit or 8-bit weights in the language model only. None: neither."""
+    if not any(bits.values()):
         return None
     from transformers import BitsAndBytesConfig
 
-    from trl_vpo.models.load import NOT_QUANTIZED
-
     return BitsAndBytesConfig(
-        load_in_4bit=config.load_in_4bit,
-        load_in_8bit=config.load_in_8bit,
+        **bits,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype="bfloat16" if config.dtype == "auto" else config.dtype,
+        bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
         llm_int8_skip_modules=list(NOT_QUANTIZED),
     )
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------
+def checked_adapter(path: str, model: str) -> PeftConfig:
+    """Return an adapter's config, checked as far as that goes without weights.
 
-
-def checked_adapter(path: str, model: str) -> Any:
-    """The adapter's config, checked as far as that goes without weights."""
+    Raises:
+        GenerateError: there is no such adapter, it cannot be read, or it belongs to another model.
+    """
     from peft import PeftConfig, PromptLearningConfig
 
     from trl_vpo.data.hub_names import check_on_hub
-    from trl_vpo.errors import AdapterError, SourceError
     from trl_vpo.models.adapters import read_config
+    from trl_vpo.models.source import short_name
 
-    if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise GenerateError(
             f"from_adapter: {path} has no adapter_config.json. Name the folder that training wrote its adapter into; "
             "a fully trained model goes into model_name_or_path."
         )
     try:
-        if not Path(path).is_dir():
-            check_on_hub(path, key="from_adapter", file="adapter_config.json")
+        if folder.is_dir():
+            read_config(folder)  # refuses pickled weights
         else:
-            read_config(Path(path))  # refuses pickled weights
+            check_on_hub(path, key="from_adapter", file="adapter_config.json")
         adapter = PeftConfig.from_pretrained(path)
     except SourceError as error:
         raise GenerateError(str(error)) from error
@@ -181,7 +156,7 @@ def checked_adapter(path: str, model: str) -> Any:
     if isinstance(adapter, PromptLearningConfig):
         raise GenerateError(f"from_adapter: {path} is a {type(adapter).__name__}; only LoRA and its kin work here.")
     base = adapter.base_model_name_or_path
-    if base and _short_name(base) != _short_name(model):
+    if base and short_name(base) != short_name(model):
         raise GenerateError(
             f"from_adapter: {path} was trained on {base}, but model_name_or_path is {model}. Name its own base; if "
             "they are the same model under two names, correct base_model_name_or_path in adapter_config.json."
@@ -189,7 +164,31 @@ def checked_adapter(path: str, model: str) -> Any:
     return adapter
 
 
-def _short_name(model: str) -> str:
-    """The model's name without the folder or owner in front of it; the same for the Hub, its cache and a copy."""
-    cached = re.search(r"models--(?:.+?--)?([^/\\]+)[/\\]snapshots[/\\]", model)
-    return (cached.group(1) if cached else re.split(r"[/\\]", model.rstrip("/\\"))[-1]).lower()
+def answering_model(config: Any, budget: Any = None) -> Any:
+    """The model that answers, of a generation's settings: behind `server_url`, or in this process."""
+    if config.server_url and config.model_name_or_path:
+        return _server(config, config.server_url, config.model_name_or_path, config.api_key_env, budget)
+    return load_model(**config.model_options(), adapter=config.from_adapter)
+
+
+def judge_model(config: Any, budget: Any = None) -> Any:
+    """The model that judges open-ended answers, or None where the settings name none."""
+    if not config.judge_url:
+        return None
+    return _server(config, config.judge_url, config.judge_model, config.judge_api_key_env, budget)
+
+
+def _server(config: Any, url: str, model: str, key: str, budget: Any) -> Any:
+    from trl_vpo.models.server import RequestBudget, ServerModel
+
+    return ServerModel(
+        url,
+        model,
+        api_key_env=key,
+        timeout=config.timeout,
+        max_retries=config.max_retries,
+        budget=budget or RequestBudget(config.max_requests),
+        concurrency=config.batch_size,
+        media=config.server_media,
+        max_pixels=config.max_pixels,
+    )

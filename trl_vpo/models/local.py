@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,16 @@ from trl_vpo.data.rows import Row, place_media
 from trl_vpo.errors import GenerateError, RowError
 from trl_vpo.forward.layouts import merge_media
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
-from trl_vpo.models.requests import AnsweringModel, Request, Sampling
-from trl_vpo.text.responses import Failure, unusable, without_reasoning
+from trl_vpo.models.requests import Answer, AnsweringModel, Request, Sampling
+from trl_vpo.text.responses import Failure, opens_thoughts, unusable, without_reasoning
+
+if TYPE_CHECKING:
+    from trl_vpo.forward.scoring import Scores
 
 logger = logging.getLogger(__name__)
+
+TAIL = 16  # tokens that an opening tag of thoughts and the white space behind it take, at most
+Result = TypeVar("Result")
 
 
 class SeededSampling(LogitsProcessor):
@@ -31,16 +37,10 @@ class SeededSampling(LogitsProcessor):
     With u_i uniform on [0, 1), i independent, the arg max over i of `log p_i - log(-log u_i)` is i with probability
     p_i: that is sampling, not an approximation of it (the Gumbel-max trick; Gumbel 1954, Maddison et al. 2014,
     arXiv 1411.0030). A constant added to all scores moves no arg max, so unnormalized logits will do, and a token
-    outside the nucleus has -inf and never wins. `generate` then decodes greedily and needs no random state of its own.
-    u has 24 bits.
+    outside the nucleus has -inf and never wins. `generate` then decodes greedily.
 
-    The noise of a row at a step is a function of its seed and the step alone, drawn on the CPU: neither the row's
-    place in the batch, nor its neighbours, its padding or the device change it.
-
-    Args:
-        seeds: one for each row, 0 or above.
-        prompt_length: columns of the padded prompts.
-        sampling: `temperature` 0 leaves the scores as they are.
+    The noise of a row at a step is a function of its seed (0 or above) and the step alone, drawn on the CPU with 24
+    bits: neither the row's place in the batch, nor its neighbours, its padding or the device change it.
     """
 
     def __init__(self, seeds: Sequence[int], prompt_length: int, sampling: Sampling):
@@ -72,7 +72,7 @@ class LocalModel(AnsweringModel):
     Args:
         model: without PEFT around it; the layers of an adapter may be in it.
         processor: the model's.
-        batch_size: requests in one call of the model, at most. Halved when the device runs out of memory.
+        batch_size: sequences in one call of the model, at most. Halved when the device runs out of memory.
         max_pixels: larger images are scaled down to this many pixels.
         description: what `record` gives.
 
@@ -100,7 +100,8 @@ class LocalModel(AnsweringModel):
         self.processor = processor
         self.batch_size = batch_size
         self._collator = PreferenceCollator(processor, max_pixels=max_pixels)
-        self._description = description
+        name = model.config._name_or_path or None
+        self._description = description or {"model": name, "adapter": None, "revision": None}
         tokenizer = self._collator.tokenizer
         self._ends = _end_tokens(model, tokenizer) | ({stop_token(processor)} - {None})
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._ends)
@@ -111,9 +112,7 @@ class LocalModel(AnsweringModel):
         self._scorer = None
 
     def record(self) -> dict[str, str | None]:
-        if self._description is not None:
-            return dict(self._description)
-        return {"model": self.model.config._name_or_path or None, "adapter": None, "revision": None}
+        return dict(self._description)
 
     def answer(self, requests: Sequence[Request], sampling: Sampling) -> list[str | Failure]:
         """See `AnsweringModel`. A prompt that the processor refuses is a `Failure` of that request.
@@ -121,25 +120,27 @@ class LocalModel(AnsweringModel):
         Raises:
             GenerateError: media that the model cannot see, or one request that does not fit on the device.
         """
-        answers: list[str | Failure | None] = [None] * len(requests)
-        waiting = []  # (place, seed, tree)
+        return [_usable(answer) for answer in self.complete(requests, sampling)]
+
+    def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer | Failure]:
+        """Return the answers as they are, empty and cut-off ones too. Failures and errors as in `answer`."""
+        trees: dict[int, Tree] = {}
+        failures: dict[int, Failure] = {}
         for place, request in enumerate(requests):
             row = self._row(request)
             try:
-                waiting.append((place, request.seed, self._encode(row, ())))
+                trees[place] = self.encode(row)
             except RowError as error:
-                answers[place] = Failure(str(error))
+                failures[place] = Failure(str(error))
 
-        def run(batch: list) -> list[str | Failure]:
-            return self._generate([tree.trunks[0] for *_, tree in batch], [seed for _, seed, _ in batch], sampling)
+        def run(places: list[int]) -> list[Answer]:
+            return self.generate([trees[i] for i in places], [requests[i].seed for i in places], sampling)
 
-        for group in stackable(waiting):
-            for (place, *_), text in zip(group, self._in_batches(group, run)):
-                answers[place] = text
-        return answers
+        answers = failures | self.in_batches(trees, run)
+        return [answers[place] for place in range(len(requests))]
 
     def average_logps(self, requests: Sequence[Request], responses: Sequence[str]) -> list[float]:
-        """Mean log-prob (nats, float32) per token of each response behind its request, its end of turn included.
+        """Return the mean log-prob (nats, float32) per token of each response, its end of turn included.
 
         Tokens, positions and log-probs are those of training; every response stands behind a prompt of its own, so
         its figure does not depend on the others.
@@ -147,24 +148,28 @@ class LocalModel(AnsweringModel):
         Raises:
             GenerateError: a prompt that the processor refuses, or one request that does not fit on the device.
         """
-        averages = [0.0] * len(requests)
-        waiting = []  # (place, None, tree)
+        trees: dict[int, Tree] = {}
         for place, (request, response) in enumerate(zip(requests, responses, strict=True)):
             row = self._row(request)
             row.chosen = [{"role": "assistant", "content": [{"type": "text", "text": response}]}]
             try:
-                waiting.append((place, None, self._encode(row, ("chosen",))))
+                trees[place] = self.encode(row, ("chosen",))
             except RowError as error:
                 raise GenerateError(f"a response cannot be scored: {error}") from error
-        for group in stackable(waiting):
-            for (place, *_), average in zip(group, self._in_batches(group, self._score)):
-                averages[place] = average
-        return averages
+
+        def run(places: list[int]) -> list[float]:
+            scores = self.score(self.batch([trees[i] for i in places]))
+            return (scores.sums / scores.mask.sum(-1)).tolist()
+
+        averages = self.in_batches(trees, run)
+        return [averages[place] for place in range(len(requests))]
 
     # --- one call ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _generate(self, trunks: list[Trunk], seeds: list[int], sampling: Sampling) -> list[str | Failure]:
+    def generate(self, trees: Sequence[Tree], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
+        """Return the answer to the prompt of each tree, all of them in one call of the model."""
+        trunks = [tree.trunks[0] for tree in trees]
         inputs = send_to_device(_left_padded(trunks, self._pad), self.model.device)
         width = inputs["input_ids"].size(1)
         output = self.model.generate(
@@ -175,45 +180,63 @@ class LocalModel(AnsweringModel):
             use_cache=True,
             logits_processor=[SeededSampling(seeds, width, sampling)],
         )
-        return [self._read(ids) for ids in output[:, width:].tolist()]
+        return [self._read(ids, trunk) for ids, trunk in zip(output[:, width:].tolist(), trunks)]
 
-    def _read(self, ids: list[int]) -> str | Failure:
+    def _read(self, ids: list[int], trunk: Trunk) -> Answer:
+        """An answer that ended outside of tags is one without thoughts, also where the prompt opened some."""
+        decode = self._collator.tokenizer.decode
         end = next((i for i, token in enumerate(ids) if token in self._ends), None)
-        if end is None:
-            return Failure(f"cut off after {len(ids)} tokens")
-        text = without_reasoning(self._collator.tokenizer.decode(ids[:end], skip_special_tokens=True))
-        return unusable(text) or text
+        thinking = end is None and opens_thoughts(decode(trunk.ids[-TAIL:]))
+        text = without_reasoning(decode(ids[:end], skip_special_tokens=True), thinking=thinking)
+        return Answer(text, len(ids[:end]), ended=end is not None)
+
+    def batch(self, trees: list[Tree]) -> dict[str, Any]:
+        """Return the trees as one batch on the model's device, for `score`."""
+        return send_to_device(tree_batch(trees, self._pad), self.model.device)
 
     @torch.no_grad()
-    def _score(self, waiting: list[tuple[int, None, Tree]]) -> list[float]:
+    def score(self, batch: dict[str, Any], reference: Scores | None = None) -> Scores:
+        """Return the scores of all branches of a batch in one call; with a reference also the KL."""
         if self._scorer is None:
             from trl_vpo.forward.scorer import Scorer  # imports TRL
 
             # Not the shared layout: it would put another attention into the model that also answers.
             self._scorer = Scorer(self.model, layout="separate", pad_token_id=self._pad)
-        batch = tree_batch([tree for *_, tree in waiting], self._pad)
-        scores = self._scorer.score(self.model, send_to_device(batch, self.model.device))
-        return (scores.sums / scores.mask.sum(-1)).tolist()
+        return self._scorer.score(self.model, batch, reference)
 
-    def _in_batches(self, items: list, run: Callable[[list], list]) -> list:
-        """`run` over the items, as many at once as `batch_size` says and the device's memory takes."""
-        results = []
-        while len(results) < len(items):
-            batch = items[len(results) : len(results) + self.batch_size]
-            try:
-                results += run(batch)
-                continue
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise GenerateError(_too_large(batch[0][2], self.model.device)) from None
-            # Outside of the handler: its traceback would keep the failed call's tensors alive.
-            torch.cuda.empty_cache()
-            half = len(batch) // 2
-            logger.warning(f"{len(batch)} requests at once do not fit on {self.model.device}: from now on {half}.")
-            self.batch_size = half
+    def in_batches(self, trees: Mapping[int, Tree], run: Callable[[list[int]], list[Result]]) -> dict[int, Result]:
+        """Return what `run` gives for each tree. It gets the keys of as many as `batch_size` and memory allow.
+
+        Raises:
+            GenerateError: one tree alone does not fit on the device.
+        """
+        results: dict[int, Result] = {}
+        for keys in _stackable(trees):
+            while keys:
+                batch = keys[: self.batch_size]
+                try:
+                    results |= zip(batch, run(batch), strict=True)
+                    keys = keys[len(batch) :]
+                    continue
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise GenerateError(_too_large(trees[batch[0]], self.model.device)) from None
+                # Outside of the handler: its traceback would keep the failed call's tensors alive.
+                torch.cuda.empty_cache()
+                half = len(batch) // 2
+                logger.warning(f"{len(batch)} requests at once do not fit on {self.model.device}: from now on {half}.")
+                self.batch_size = half
         return results
 
     # --- encoding ----------------------------------------------------------------------------------------------------
+
+    def encode(self, row: Row, sides: tuple[str, ...] = ()) -> Tree:
+        """Encode a row with decoded media and some of its responses. Raises RowError, naming the row."""
+        tree = self._collator.encode_row(row, sides)
+        for trunk in tree.trunks:  # not all models bring pixels into their own dtype; times stay exact
+            floats = [k for k, v in trunk.media.items() if k.startswith("pixel_values") and v.is_floating_point()]
+            trunk.media |= {key: trunk.media[key].to(self.model.dtype) for key in floats}
+        return tree
 
     def _row(self, request: Request) -> Row:
         """The request as a row without responses."""
@@ -226,12 +249,13 @@ class LocalModel(AnsweringModel):
             raise GenerateError(f"{type(self.model).__name__} cannot be asked this: {error}") from error
         return row
 
-    def _encode(self, row: Row, sides: tuple[str, ...]) -> Tree:
-        tree = self._collator.encode_row(row, sides)
-        for trunk in tree.trunks:  # not all models bring pixels into their own dtype; times stay exact
-            floats = [k for k, v in trunk.media.items() if k.startswith("pixel_values") and v.is_floating_point()]
-            trunk.media |= {key: trunk.media[key].to(self.model.dtype) for key in floats}
-        return tree
+
+def _usable(answer: Answer | Failure) -> str | Failure:
+    if isinstance(answer, Failure):
+        return answer
+    if not answer.ended:
+        return Failure(f"cut off after {answer.tokens} tokens")
+    return unusable(answer.text) or answer.text
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
@@ -258,13 +282,13 @@ def _left_padded(trunks: list[Trunk], pad_token_id: int) -> dict[str, Tensor]:
     return inputs | merge_media([trunk.media for trunk in trunks])
 
 
-def stackable(waiting: list[tuple]) -> list[list[tuple]]:
-    """Items whose media fit into one call: families that take clips as (N, frames, C, H, W) need them in one shape."""
-    groups: dict[tuple | None, list[tuple]] = {}
-    for item in waiting:
-        video = item[2].trunks[0].media.get("pixel_values_videos")
+def _stackable(trees: Mapping[int, Tree]) -> list[list[int]]:
+    """Group trees whose media fit into one call: some families stack clips of one shape (N, frames, C, H, W) only."""
+    groups: dict[tuple | None, list[int]] = {}
+    for key, tree in trees.items():
+        video = tree.trunks[0].media.get("pixel_values_videos")
         shape = tuple(video.shape[1:]) if video is not None and video.dim() == 5 else None
-        groups.setdefault(shape, []).append(item)
+        groups.setdefault(shape, []).append(key)
     return list(groups.values())
 
 

@@ -1,4 +1,4 @@
-"""A question to a model, and who answers it."""
+"""A question to a model, its answer, and the interface of whoever answers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A model's answer as it is, stripped and without its thoughts.
+
+    Attributes:
+        text: may be empty.
+        tokens: before the one that ends it, those of thoughts included.
+        ended: False where the limit of new tokens cut it off.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+@dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn. `temperature` 0 is greedy decoding."""
+    """The way an answer is drawn. `temperature` 0 is greedy decoding."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -38,24 +53,24 @@ class Sampling:
 
 
 class AnsweringModel(ABC):
-    """Who answers: a model in this process (`local.LocalModel`) or behind a server (`server.ServerModel`)."""
+    """A model that answers: in this process (`local.LocalModel`) or behind a server (`server.ServerModel`)."""
 
     can_score: ClassVar[bool] = False
 
     @abstractmethod
     def answer(self, requests: Sequence[Request], sampling: Sampling) -> list[str | Failure]:
-        """The answers, stripped, in the order of the requests. An empty or cut-off answer is a `Failure`."""
+        """Return the answers, stripped, in the order of the requests. An empty or cut-off answer is a `Failure`."""
 
     def average_logps(self, requests: Sequence[Request], responses: Sequence[str]) -> list[float]:
-        """Mean log-prob per response token (nats), LeanPO's reward before beta. Only where `can_score`."""
+        """Return the mean log-prob per response token (nats), LeanPO's reward before beta. Only where `can_score`."""
         raise NotImplementedError(f"{type(self).__name__} cannot score responses")
 
     @abstractmethod
     def record(self) -> dict[str, str | None]:
-        """Who it is, for every row made: `model`, `adapter`, `revision` (and `server` behind one)."""
+        """Return what each row says of the model: `model`, `adapter`, `revision`, and `server` behind one."""
 
 
 def stream_seed(seed: int, row_id: str, purpose: str) -> int:
-    """The seed (63 bits) of one random stream of one row, whatever the batch, the worker or the machine."""
+    """Return the seed (63 bits) of one random stream of one row, whatever the batch, the worker or the machine."""
     digest = hashlib.blake2b(f"{seed}\x1f{row_id}\x1f{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -27,6 +27,7 @@ RECIPES = Path("recipes/quickstart")
 METHODS = {"dpo": ("DPO", "clip"), "leanpo": ("LeanPO", "clip"), "rrpo": ("RRPO", "clip"), "lpoi": ("LPOI", "scene")}
 TRAIN_ROWS, HELD_OUT_ROWS = 320, 150
 TRAIN_SEED, HELD_OUT_SEED = 11, 12
+CAPTION_TOKENS = 32
 
 console = Console()
 
@@ -44,9 +45,9 @@ class HeldOut:
 
 @dataclass
 class Measured:
-    """One line of the table: preferences (`evaluate.heldout.PreferenceMeasures`) and the judged captions."""
+    """One line of the table: measures of preferences (`trl_vpo.evaluate.measures`) and the judged captions."""
 
-    preferences: object
+    preferences: dict[str, float]
     verdicts: list[language.Verdict]
 
     @property
@@ -137,7 +138,7 @@ def run_method(
     """Train one method from its recipe and measure it, and the base too unless it is known already."""
     name, kind = METHODS[method]
     console.rule(f"{name} on {kind}s")
-    from trl_vpo.evaluate.heldout import base_model, generate_responses, measure_preferences
+    from trl_vpo.evaluate.callback import EvaluationCallback, measures_of
     from trl_vpo.training.run import run_training
 
     recipe = recipe or RECIPES / f"{method}.yaml"
@@ -150,12 +151,25 @@ def run_method(
         trainer = run_training(method, argv)
     seconds = time.perf_counter() - began
     with console.status(f"measuring {name} on {len(held_out.samples)} held-out {kind}s ..."):
-        reference, policy = measure_preferences(trainer, held_out.dataset)
-        after = Measured(policy, held_out.verdicts(generate_responses(trainer, held_out.dataset)))
+        policy, reference = EvaluationCallback(trainer, held_out.dataset, sensitivity=()).records()
+        after = Measured(measures_of(policy, reference), held_out.verdicts(answer_prompts(trainer, held_out.dataset)))
         if base is None:
-            with base_model(trainer.accelerator.unwrap_model(trainer.model)):
-                base = Measured(reference, held_out.verdicts(generate_responses(trainer, held_out.dataset)))
+            with trainer.model.disable_adapter():
+                base = Measured(measures_of(reference), held_out.verdicts(answer_prompts(trainer, held_out.dataset)))
     return Result(name, kind, base, after, seconds, trainer.state.log_history)
+
+
+def answer_prompts(trainer, dataset) -> list[str]:
+    """Return the greedy response of a trainer's model to each prompt of a dataset; media as in its training."""
+    from trl_vpo.data.inputs import Inputs, load_media, row_ids
+    from trl_vpo.models.local import LocalModel
+    from trl_vpo.models.requests import Request, Sampling
+
+    model = LocalModel(trainer.model.get_base_model(), trainer.processing_class)
+    inputs, media = Inputs(dataset, row_ids(dataset), None, None), trainer.args.video_options()
+    requests = [Request(row.example["prompt"], load_media(row, media, trainer.args.max_pixels)) for row in inputs]
+    answers = model.complete(requests, Sampling(max_new_tokens=CAPTION_TOKENS, temperature=0))
+    return [answer.text for answer in answers]
 
 
 @contextmanager
@@ -218,23 +232,24 @@ def results_table(results: list[Result]) -> Table:
         table.add_row(f"base ({kind}s)", *_shares(before), "", "", "", "", style="dim")
         for result in of_kind:
             now, was = result.after.preferences, before.preferences
-            changes = (now.chosen_logp - was.chosen_logp, now.rejected_logp - was.rejected_logp)
-            moved = [f"{change:+.2f}" for change in changes]
-            table.add_row(result.method, *_shares(result.after), *moved, f"{now.kl:.3f}", f"{result.seconds:.0f}")
+            moved = [f"{now[side] - was[side]:+.2f}" for side in ("logps/chosen", "logps/rejected")]
+            kl = f"{now['kl/chosen']:.3f}"
+            table.add_row(result.method, *_shares(result.after), *moved, kl, f"{result.seconds:.0f}")
         table.add_section()
     return table
 
 
 def _shares(measured: Measured) -> tuple[str, str]:
-    return f"{measured.preferences.accuracy:.1%}", f"{measured.hallucination:.1%}"
+    return f"{measured.preferences['preference/accuracy']:.1%}", f"{measured.hallucination:.1%}"
 
 
 def verdict(result: Result) -> str:
     """What the numbers of one method say, in words; where it does not help, that."""
     before, after = result.before, result.after
+    was, now = before.preferences, after.preferences
     pairs = list(zip(before.verdicts, after.verdicts))
-    mended = sum(was.hallucinated and not now.hallucinated for was, now in pairs)
-    broken = sum(now.hallucinated and not was.hallucinated for was, now in pairs)
+    mended = sum(old.hallucinated and not new.hallucinated for old, new in pairs)
+    broken = sum(new.hallucinated and not old.hallucinated for old, new in pairs)
     said = [f"{mended} of {len(pairs)} captions mended, {broken} newly false"]
     clear = 2 * math.sqrt(mended + broken)  # twice the standard deviation of mended - broken, were there no effect
     if mended - broken > clear:
@@ -243,11 +258,11 @@ def verdict(result: Result) -> str:
         said.append("it does not help here: it hallucinates more than the base")
     else:
         said.append("it does not help here: no clear change in hallucination")
-    if after.preferences.accuracy <= before.preferences.accuracy:
+    if now["preference/accuracy"] <= was["preference/accuracy"]:
         said.append("and it does not prefer the true captions more often than the base does")
-    if f"{after.preferences.average_accuracy:.3f}" != f"{after.preferences.accuracy:.3f}":
-        said.append(f"by log-prob per token, its preference accuracy is {after.preferences.average_accuracy:.1%}")
-    moved = after.preferences.chosen_logp - before.preferences.chosen_logp
+    if f"{now['preference/accuracy_average']:.3f}" != f"{now['preference/accuracy']:.3f}":
+        said.append(f"by log-prob per token, its preference accuracy is {now['preference/accuracy_average']:.1%}")
+    moved = now["logps/chosen"] - was["logps/chosen"]
     if moved < 0:
         said.append(f"it makes the true captions themselves less likely ({moved:+.2f} nats)")
     if after.unparsed:

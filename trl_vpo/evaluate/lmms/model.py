@@ -19,10 +19,10 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from trl_vpo.errors import EvaluateError, MediaError
-from trl_vpo.evaluate.answering import AnswersAsTheyAre
 from trl_vpo.media.images import describe, load_image
 from trl_vpo.media.load import Media, VideoOptions, load_video
-from trl_vpo.models.requests import Request, Sampling, stream_seed
+from trl_vpo.models.local import LocalModel
+from trl_vpo.models.requests import Answer, Request, Sampling, stream_seed
 from trl_vpo.text.responses import Failure
 
 logger = logging.getLogger(__name__)
@@ -30,14 +30,6 @@ logger = logging.getLogger(__name__)
 DECODERS = 2  # threads that load the next batch's media while the model answers this one
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp"}  # what lmms-eval takes for an image
 READ = {"max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "until"}  # generation settings of a task
-
-
-class Answering(AnswersAsTheyAre):
-    """Answers as lmms-eval wants them."""
-
-    def _generate(self, *args: Any) -> list[GenerationResult]:
-        answers = super()._generate(*args)
-        return [GenerationResult(answer.text, TokenCounts(output_tokens=answer.tokens)) for answer in answers]
 
 
 class BenchmarkModel(lmms):
@@ -55,7 +47,7 @@ class BenchmarkModel(lmms):
 
     is_simple = False
 
-    def __init__(self, model: Answering, video_options: VideoOptions, *, max_new_tokens: int = 256, seed: int = 0):
+    def __init__(self, model: LocalModel, video_options: VideoOptions, *, max_new_tokens: int = 256, seed: int = 0):
         super().__init__()
         self._answering, self._options = model, video_options
         self._max_new_tokens, self._seed = max_new_tokens, seed
@@ -85,7 +77,7 @@ class BenchmarkModel(lmms):
         with tqdm(total=len(jobs), desc="Answering", disable=self.rank != 0) as bar:
             for sampling, group in groupby(jobs, key=lambda job: self._sampling(job[0])):
                 for batch, asked in self._loaded(list(group)):
-                    answers = self._answering.answer(asked, sampling)
+                    answers = self._answering.complete(asked, sampling)
                     results += [self._result(*pair) for pair in zip(batch, answers, strict=True)]
                     bar.update(len(batch))
         return results
@@ -104,7 +96,7 @@ class BenchmarkModel(lmms):
                 averages = self._answering.average_logps(asked, texts)
                 # One token more than the longest has: an answer that goes on is longer than its text.
                 tokens = max(len(self._answering.processor.tokenizer(text)["input_ids"]) for text in texts) + 1
-                greedy = self._answering.answer(asked, Sampling(max_new_tokens=tokens, temperature=0))
+                greedy = self._answering.complete(asked, Sampling(max_new_tokens=tokens, temperature=0))
                 results += [
                     GenerationResult((-average, not isinstance(answer, Failure) and answer.text == text))
                     for average, answer, text in zip(averages, greedy, texts, strict=True)
@@ -169,7 +161,7 @@ class BenchmarkModel(lmms):
             top_p=(settings.get("top_p") or 1.0) if temperature else 1.0,
         )
 
-    def _result(self, job: tuple[Instance, int], answer: Any) -> GenerationResult:
+    def _result(self, job: tuple[Instance, int], answer: Answer | Failure) -> GenerationResult:
         instance, _ = job
         *_, doc_id, task, _ = instance.args
         if isinstance(answer, Failure):
@@ -178,7 +170,7 @@ class BenchmarkModel(lmms):
         text = answer.text
         for stop in [stops] if isinstance(stops, str) else stops:
             text = text.split(stop)[0] if stop else text
-        return GenerationResult(text, answer.token_counts)
+        return GenerationResult(text, TokenCounts(output_tokens=answer.tokens))
 
 
 def as_request(messages: Sequence[dict], video_options: VideoOptions, seed: int = 0) -> Request:

@@ -125,17 +125,10 @@ def _installed_version() -> str:
 
 
 def _load(config: GenerateConfig) -> BenchmarkModel:
-    from trl_vpo.evaluate.lmms.model import Answering, BenchmarkModel
-    from trl_vpo.models.load import answering_model
+    from trl_vpo.evaluate.lmms.model import BenchmarkModel
+    from trl_vpo.models.load import load_model
 
-    plain = answering_model(config)
-    model = Answering(
-        plain.model,
-        plain.processor,
-        batch_size=config.batch_size,
-        max_pixels=config.max_pixels,
-        description=plain.record(),
-    )
+    model = load_model(**config.model_options(), adapter=config.from_adapter)
     return BenchmarkModel(model, config.video_options(), max_new_tokens=config.max_new_tokens, seed=config.seed)
 
 

@@ -1,0 +1,224 @@
+"""What models are asked and scored on for a row, and the numbers of `rows.jsonl` that come of it.
+
+A row becomes probes: a prompt with its media and the responses behind it. A preference row has one with both
+responses, one with the chosen response for each kind of damaged media, and one for each image of its list; a question
+has one that is answered and, for multiple choice, one with its options. `candidates` runs them on the command line,
+`callback` in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trl_vpo.data.chat import SeamError
+from trl_vpo.data.inputs import InputRow
+from trl_vpo.data.rows import Row
+from trl_vpo.errors import InputError, MediaError, RowError
+from trl_vpo.evaluate.rows import EvalRow
+from trl_vpo.forward.tree import Tree
+from trl_vpo.media.corruptions import PerturbSettings, perturb
+from trl_vpo.media.images import load_image
+from trl_vpo.media.load import Media
+from trl_vpo.media.masking import masked_image_list
+from trl_vpo.models.requests import Answer, stream_seed
+from trl_vpo.models.scoring import Scored
+from trl_vpo.text.choices import read_options, with_options
+
+PAIR, ANSWER, OPTIONS, IMAGE = "pair", "answer", "options", "image "  # names of probes; others are kinds of damage
+MODES = {"shuffled": "global", "masked": "mask"}  # damage -> mode of `perturb`
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt with its media, and the attributes of `row` that hold responses; without any: the model answers.
+
+    An `optional` one is left out where the chat template has no place for a response.
+    """
+
+    name: str
+    row: Row
+    sides: tuple[str, ...] = ()
+    optional: bool = False
+
+
+Results = dict[str, dict[str, list[Scored] | Answer]]  # candidate -> probe -> scores of its responses, or the answer
+
+
+def run_probes(
+    rows: Sequence[Sequence[Probe]],
+    encode: Callable[[Row, tuple[str, ...]], Tree],
+    score: Callable[[list[Tree], bool], dict[str, list[list[Scored]]]],
+    ask: Callable[[list[Tree]], dict[str, list[Answer]]] | None = None,
+) -> list[Results | RowError]:
+    """Run all probes of a batch of rows, those of one name together: they are alike, and so are their lengths.
+
+    Args:
+        rows: the probes of each row.
+        encode: a row with some of its responses as a tree. Raises RowError for a row that cannot be used.
+        score: trees, and whether the KL is wanted -> candidate -> for each tree its branches' scores.
+        ask: trees without branches -> candidate -> an answer for each.
+
+    Returns:
+        for each row its results, or the reason why it cannot be used.
+    """
+    results: list[Results | RowError] = [{} for _ in rows]
+    for name in dict.fromkeys(probe.name for probes in rows for probe in probes):
+        trees: dict[int, Tree] = {}
+        scored = True
+        for place, probes in enumerate(rows):
+            probe = next((probe for probe in probes if probe.name == name), None)
+            if probe is None or isinstance(results[place], RowError):
+                continue
+            try:
+                trees[place] = encode(probe.row, probe.sides)
+                scored = bool(probe.sides)
+            except RowError as error:
+                if not (probe.optional and isinstance(error.__cause__, SeamError)):
+                    results[place] = error
+        batch = list(trees.values())
+        columns = {} if not batch else score(batch, name == PAIR) if scored else ask(batch)
+        for candidate, values in columns.items():
+            for place, value in zip(trees, values, strict=True):
+                results[place].setdefault(candidate, {})[name] = value
+    return results
+
+
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what `rows.jsonl` holds of a row under one candidate, from its results by probe."""
+    columns: dict[str, Any] = {}
+    if PAIR in results:
+        chosen, rejected = results[PAIR]
+        columns |= {"chosen_logp": chosen.logp, "rejected_logp": rejected.logp}
+        columns |= {"chosen_tokens": chosen.tokens, "rejected_tokens": rejected.tokens, "chosen_kl": chosen.kl}
+        images = [scored[0].logp for name, scored in results.items() if name.startswith(IMAGE)]
+        damages = [name for name in results if name not in (PAIR, ANSWER) and not name.startswith(IMAGE)]
+        columns["damaged_logps"] = {name: results[name][0].logp for name in damages} or None
+        columns["image_logps"] = images or None
+    if ANSWER in results:
+        answer = results[ANSWER]
+        columns |= {"response": answer.text, "response_tokens": answer.tokens, "response_ended": answer.ended}
+    if OPTIONS in results:
+        columns["option_logps"] = [scored.logp for scored in results[OPTIONS]]
+        columns["option_tokens"] = [scored.tokens for scored in results[OPTIONS]]
+    return columns
+
+
+# --- questions ----------------------------------------------------------------------------------------------------
+
+
+def question_probes(row: EvalRow, source: InputRow, media: Media) -> list[Probe]:
+    """Return the probes of a question: its answer, and for multiple choice the log-probs of its options.
+
+    The answer is given to the question with its options listed; the options' texts are scored as responses to the
+    question as the row has it.
+    """
+    question, options = row.facts["question"], row.facts.get("options", ())
+
+    def asked(text: str) -> Row:
+        return _with_media(Row(row.name, [source.user_message(text)], chosen=[], rejected=[]), media)
+
+    probes = [Probe(ANSWER, asked(with_options(question, read_options(question, options)) if options else question))]
+    if options:
+        plain, sides = asked(question), tuple(f"option_{place}" for place in range(len(options)))
+        for side, text in zip(sides, options):  # responses are attributes of their row, like `chosen`
+            setattr(plain, side, [{"role": "assistant", "content": [{"type": "text", "text": text}]}])
+        probes.append(Probe(OPTIONS, plain, sides, optional=True))
+    return probes
+
+
+# --- preference rows ----------------------------------------------------------------------------------------------
+
+
+def preference_probes(
+    row: Row,
+    media: Media,
+    *,
+    seed: int,
+    damages: Sequence[str],
+    images: Sequence[Image.Image] = (),
+    answered: bool = False,
+) -> list[Probe]:
+    """Return the probes of a preference row.
+
+    Args:
+        row: as it was read; its media are taken from `media`.
+        seed: of the row, for masks and shuffling; see `row_seed`.
+        damages: kinds of damaged media, of `config.DAMAGES`. Media that cannot be damaged so are left out.
+        images: its image list, most visible first.
+        answered: also let the model answer the prompt.
+    """
+    row = _with_media(row, media)
+    probes = [Probe(PAIR, row, ("chosen", "rejected"))]
+    for kind in damages:
+        changed = damaged(media, kind, seed)
+        if changed is not None:
+            probes.append(Probe(kind, _with_media(row, changed), ("chosen",)))
+    for place, image in enumerate(images):
+        probes.append(Probe(f"{IMAGE}{place}", replace(row, images=[image]), ("chosen",)))
+    return [*probes, Probe(ANSWER, row)] if answered else probes
+
+
+def _with_media(row: Row, media: Media) -> Row:
+    return replace(row, images=list(media.images), videos=list(media.videos))
+
+
+def row_seed(seed: int, row_id: str) -> int:
+    """Return the seed of a row's damages: the same for every candidate, batch and worker."""
+    return stream_seed(seed, row_id, "sensitivity")
+
+
+def damaged(media: Media, kind: str, seed: int) -> Media | None:
+    """Return damaged copies of all media, or None where they cannot be damaged so.
+
+    Sizes, frame counts and timestamps stay. shuffled: the frames of every clip change places over its whole length,
+    none stays (RRPO's global shuffling). Images, single frames and clips that stand still cannot be. masked: a light
+    grey square over 25-50 % of each image and clip (RRPO's mask). blank: black.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if not media.images and not media.videos:
+        return None
+    if kind == "blank":
+        images = tuple(Image.new("RGB", image.size) for image in media.images)
+        return Media(images, tuple(replace(clip, frames=np.zeros_like(clip.frames)) for clip in media.videos))
+    if kind not in MODES:
+        raise ValueError(f"media cannot be {kind!r}: one of shuffled, masked, blank.")
+    try:
+        return perturb(media, seed, PerturbSettings(mode=MODES[kind]))
+    except InputError:  # only of shuffling: nothing moves
+        return None
+
+
+def with_first_image(row: Row, media: Media, media_root: str | None) -> Media:
+    """Return the media of a row; one that has only an `image_list` is asked about the first of it. Raises RowError."""
+    if row.image_list is None or media.images:
+        return media
+    try:
+        return replace(media, images=(load_image(row.image_list[0], media_root=media_root, limit=False),))
+    except MediaError as error:
+        raise RowError(f"{row.name}: {error}") from error
+
+
+def image_list(
+    row: Row, input_row: InputRow, *, num_images: int, visual_prompt: bool, media_root: str | None
+) -> list[Image.Image]:
+    """Return the images of a row's list, the one with the whole object first, as LPOI trains on them; or none.
+
+    Raises:
+        RowError: an image cannot be read, or the box does not lie in it; names the row.
+    """
+    try:
+        if row.image_list is not None:
+            return [load_image(source, media_root=media_root, limit=False) for source in row.image_list]
+        if row.critical_box is None:
+            return []
+        image = load_image(input_row.images[0], limit=False)  # as stored: the box is in its pixels
+        return masked_image_list(image, row.critical_box, num_images, visual_prompt=visual_prompt)
+    except (MediaError, ValueError) as error:
+        raise RowError(f"{row.name}: {error}") from error
