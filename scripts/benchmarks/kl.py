@@ -17,8 +17,16 @@ COLUMNS = {
 }
 
 
+def plain_kl(hidden, head, ref_hidden, ref_head):
+    """Return (N,) KL(reference || model) through the full logits of both."""
+    logps = head.logits(hidden).log_softmax(-1)
+    ref_logps = ref_head.logits(ref_hidden).log_softmax(-1).detach()
+    return (ref_logps.exp() * (ref_logps - logps)).sum(-1)
+
+
 def make(method: str, tokens: int, vocabulary: int, device: str):
-    from trl_vpo.forward.scoring import Head, token_kl, token_kl_plain
+    from trl_vpo.forward.head import Head
+    from trl_vpo.forward.kl import token_kl
 
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -26,7 +34,7 @@ def make(method: str, tokens: int, vocabulary: int, device: str):
     hidden, reference = torch.randn(2, tokens, WIDTH, device=device, dtype=dtype)
     hidden.requires_grad_()
     head = Head(weight, None)
-    kl = {"chunked": token_kl, "plain": token_kl_plain}[method]
+    kl = {"chunked": token_kl, "plain": plain_kl}[method]
 
     def run() -> None:
         kl(hidden, head, reference, head).sum().backward()

@@ -14,7 +14,8 @@ from trainer_kit import draw_lora
 
 import trl_vpo
 from trl_vpo.forward import layouts
-from trl_vpo.forward.attention import tree_attention, use_tree_attention, why_not
+from trl_vpo.forward.attention import tree_attention, use_tree_attention
+from trl_vpo.forward.families import why_separate
 from trl_vpo.forward.layouts import PADDING, TRUNK, shared
 
 
@@ -286,7 +287,7 @@ def test_kinds_that_fall_back_without_trying(kind, says, tmp_path, caplog):
 
 
 def test_idefics2_has_a_sliding_window():
-    assert "sliding window (4096 tokens)" in why_not(build("Idefics2")[0])
+    assert "sliding window (4096 tokens)" in why_separate(build("Idefics2")[0])
 
 
 # --- vision -------------------------------------------------------------------------------------------------------

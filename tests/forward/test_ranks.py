@@ -1,4 +1,4 @@
-"""What ranks agree on, and the fillers that they are given. (Real processes: tests/trainers/test_distributed.py.)"""
+"""The calls that ranks agree on, and their padding rows. (Real processes: tests/trainers/test_distributed.py.)"""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def agreed(trainer, batch, others, monkeypatch, *, sharding=None, trains_vision=
     """The batch after another rank said which vision inputs its calls have."""
     monkeypatch.setattr(ranks, "PartialState", lambda: type("State", (), {"num_processes": 2}))
     monkeypatch.setattr(ranks, "gather_object", lambda mine: [*mine, others])
-    ranks.agree_on_calls(batch, trainer._fillers, sharding=sharding, trains_vision=trains_vision)
+    ranks.sync_calls(batch, trainer._padding_rows, sharding=sharding, trains_vision=trains_vision)
     return batch
 
 
@@ -68,7 +68,7 @@ def test_a_video_passes_the_tower_of_a_rank_that_has_images(name, media, tmp_pat
     trainer.model.eval()
     with torch.no_grad():
         want = trainer.concatenated_forward(trainer.model, collated(trainer)).logps
-    video = trainer._fillers("pixel_values_videos")["media"][0]
+    video = trainer._padding_rows("pixel_values_videos")["media"][0]
     others = [[n for n in ranks.VISION_INPUTS if n in video]]
     batch = agreed(trainer, collated(trainer), others, monkeypatch, sharding="zero3")
     got, passes = vision_calls(trainer, batch)
@@ -117,5 +117,5 @@ def test_a_rank_with_fewer_calls_makes_idle_ones(media, tmp_path, monkeypatch):
 def test_one_process_agrees_with_itself(media, tmp_path):
     trainer = trainer_of("dpo", tmp_path, rows("text", "image", media=media), name="Qwen2-VL")
     batch = collated(trainer)
-    trainer.scorer.agree(batch, trainer._fillers, "fsdp")
-    assert "calls" not in batch and not trainer._fillers._made
+    trainer.scorer.sync_calls(batch, trainer._padding_rows, "fsdp")
+    assert "calls" not in batch and not trainer._padding_rows._batches

@@ -22,16 +22,9 @@ from trainer_kit import (
     trainer_of,
 )
 
-from trl_vpo.forward.scoring import (
-    Head,
-    ScoreRequest,
-    attach_scoring,
-    lm_head,
-    token_kl,
-    token_kl_plain,
-    token_scores,
-    token_scores_plain,
-)
+from trl_vpo.forward.head import Head, lm_head
+from trl_vpo.forward.kl import token_kl
+from trl_vpo.forward.scoring import ScoreRequest, attach_scoring, token_scores
 
 TINY = {
     "vocab_size": 97,
@@ -94,6 +87,19 @@ def heads(kind, dtype=torch.float32, n=50, width=16, vocab=301):
     return hidden.to(dtype).requires_grad_(), one(0.0), near, one(0.1)
 
 
+def plain_scores(hidden, head, labels):
+    """Log-probs, entropy, mean logit and "is the most likely", through the full logits."""
+    logits = head.logits(hidden)  # (N, V)
+    logps = logits.log_softmax(-1)
+    token_logps = logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return token_logps, -(logps.exp() * logps).sum(-1), logits.mean(-1), logits.argmax(-1) == labels
+
+
+def plain_kl(hidden, head, ref_hidden, ref_head):
+    p, q = (h.logits(x).log_softmax(-1) for h, x in ((ref_head, ref_hidden), (head, hidden)))
+    return (p.detach().exp() * (p.detach() - q)).sum(-1)
+
+
 def grads_of(loss, hidden, head):
     wanted = {"hidden": hidden, "weight": head.weight, **({} if head.bias is None else {"bias": head.bias})}
     return dict(zip(wanted, (g.float() for g in torch.autograd.grad(loss, wanted.values()))))
@@ -105,7 +111,7 @@ def test_fused_scores_are_the_plain_ones(kind, dtype, rtol):
     hidden, head, _, _ = heads(kind, dtype)
     labels = torch.randint(0, 301, (50,))
     labels[:10] = head.logits(hidden)[:10].argmax(-1)  # some tokens are the most likely ones
-    got, want = token_scores(hidden, head, labels), token_scores_plain(hidden, head, labels)
+    got, want = token_scores(hidden, head, labels), plain_scores(hidden, head, labels)
     for name, a, b in zip(("logps", "entropy", "mean_logits"), got, want):
         assert a.dtype == torch.float32, name
         torch.testing.assert_close(a, b, rtol=rtol, atol=20 * rtol if dtype is torch.bfloat16 else rtol)
@@ -120,7 +126,7 @@ def test_fused_scores_are_the_plain_ones(kind, dtype, rtol):
 @pytest.mark.parametrize("kind", HEADS)
 def test_fused_kl_is_the_plain_one(kind, dtype, rtol):
     hidden, head, ref_hidden, ref_head = heads(kind, dtype)
-    got, want = token_kl(hidden, head, ref_hidden, ref_head), token_kl_plain(hidden, head, ref_hidden, ref_head)
+    got, want = token_kl(hidden, head, ref_hidden, ref_head), plain_kl(hidden, head, ref_hidden, ref_head)
     assert got.dtype == want.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=10 * rtol, atol=10 * rtol)
     # By the definition, in float64 and with nothing shared: sum of p_ref * (log p_ref - log p).
@@ -137,14 +143,14 @@ def test_fused_kl_is_the_plain_one(kind, dtype, rtol):
 def test_kl_sends_no_gradient_into_the_reference():
     hidden, head, ref_hidden, ref_head = heads("bias")
     ref_hidden.requires_grad_()
-    for kl in (token_kl, token_kl_plain):
+    for kl in (token_kl, plain_kl):
         loss = kl(hidden, head, ref_hidden, ref_head).sum()
         assert torch.autograd.grad(loss, [ref_hidden, ref_head.weight], allow_unused=True) == (None, None)
 
 
 def test_kl_of_a_model_to_itself_is_zero():
     hidden, head, _, _ = heads("all")
-    for kl in (token_kl, token_kl_plain):
+    for kl in (token_kl, plain_kl):
         assert kl(hidden, head, hidden.detach(), head).abs().max() < 1e-5
 
 

@@ -3,8 +3,8 @@
 BASE, SETUP, CONFIG, CARD, METRICS, LOGS, REFERENCE = (
     f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "config", "card", "metrics", "logs", "reference")
 )
-SCORING, ATTENTION, LAYOUTS, VISION, RANKS = (
-    f"trl_vpo/forward/{x}.py" for x in ("scoring", "attention", "layouts", "vision", "ranks")
+SCORING, HEAD, KL, ATTENTION, LAYOUTS, FAMILIES, RANKS = (
+    f"trl_vpo/forward/{x}.py" for x in ("scoring", "head", "kl", "attention", "layouts", "families", "ranks")
 )
 PRECOMPUTE, FINGERPRINT = (f"trl_vpo/trainers/{x}.py" for x in ("precompute", "fingerprint"))
 ATTACH = "trl_vpo/models/attach.py"
@@ -53,7 +53,7 @@ CALLED = [
     ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),
     ("accelerate.PartialState", ..., CHECK),
     ("peft.PromptLearningConfig", ..., SETUP),
-    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., SCORING),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., HEAD),
     (
         "peft.get_peft_model_state_dict",
         ["model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers"],
@@ -87,21 +87,21 @@ CALLED = [
         ["attn_implementation", "default"],
         ATTENTION,
     ),
-    ("transformers.PreTrainedModel._supports_attention_backend", ..., ATTENTION),
+    ("transformers.PreTrainedModel._supports_attention_backend", ..., FAMILIES),
     ("transformers.Qwen2VLModel.get_rope_index", ["self", "input_ids"], LAYOUTS),
-    ("transformers.Qwen2VLModel.get_image_features", ["self", "pixel_values"], VISION),
-    ("transformers.Qwen2VLModel.get_video_features", ["self", "pixel_values_videos"], VISION),
-    ("transformers.LlavaModel.get_image_features", ["self", "pixel_values"], VISION),
-    ("transformers.PreTrainedModel.get_decoder", ["self"], VISION),
+    ("transformers.Qwen2VLModel.get_image_features", ["self", "pixel_values"], FAMILIES),
+    ("transformers.Qwen2VLModel.get_video_features", ["self", "pixel_values_videos"], FAMILIES),
+    ("transformers.LlavaModel.get_image_features", ["self", "pixel_values"], FAMILIES),
+    ("transformers.PreTrainedModel.get_decoder", ["self"], "trl_vpo/forward/vision.py"),
     ("transformers.utils.ModelOutput", ..., SCORING),
-    ("transformers.PreTrainedModel.get_output_embeddings", ["self"], SCORING),
-    ("transformers.PretrainedConfig.get_text_config", ["self"], "trl_vpo/forward/head.py"),
-    ("transformers.PreTrainedModel.base_model", ..., "trl_vpo/forward/head.py"),
-    ("transformers.modeling_outputs.BaseModelOutputWithPast", ..., "trl_vpo/forward/head.py"),
+    ("transformers.PreTrainedModel.get_output_embeddings", ["self"], HEAD),
+    ("transformers.PretrainedConfig.get_text_config", ["self"], HEAD),
+    ("transformers.PreTrainedModel.base_model", ..., HEAD),
+    ("transformers.modeling_outputs.BaseModelOutputWithPast", ..., HEAD),
     ("transformers.Trainer.loss_is_scaled_for_ga", ..., BASE),
     ("transformers.quantizers.quantizers_utils.should_convert_module", ..., "trl_vpo/models/model_size.py"),
     ("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", ..., "trl_vpo/testbed/quickstart.py"),
-    ("torch.distributed.tensor.DTensor.full_tensor", ["self"], SCORING),
+    ("torch.distributed.tensor.DTensor.full_tensor", ["self"], HEAD),
     ("datasets.List", ..., "trl_vpo/data/raw_rows.py"),
     ("datasets.Video", ..., "trl_vpo/data/raw_rows.py"),
 ]

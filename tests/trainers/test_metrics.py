@@ -58,7 +58,7 @@ def test_leanpos_nll_is_a_mean_over_the_tokens_of_a_step(tmp_path):
     batch = collated(trainer)
     with torch.no_grad():
         scores = trainer.concatenated_forward(trainer.model, batch)
-    sums, tokens = scores.sums[scores.chosen], scores.chosen_mask.sum(-1)
+    sums, tokens = scores.sums[scores.chosen], scores.mask[scores.chosen].sum(-1)
     trainer.train()
     (logged,), summary = entries(trainer), trainer.state.log_history[-1]
     want = -(sums.sum() / tokens.sum()).item()

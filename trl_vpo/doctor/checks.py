@@ -25,7 +25,7 @@ from trl_vpo.doctor.memory import GIB, plan_of
 from trl_vpo.doctor.memory_report import Verdict, judge, show_memory
 from trl_vpo.doctor.workload import load_of
 from trl_vpo.errors import RecipeError, SourceError
-from trl_vpo.forward.scoring import check_head
+from trl_vpo.forward.head import check_head
 from trl_vpo.forward.tree import Tree
 from trl_vpo.models import model_size as footprint
 from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from trl_vpo.doctor.activation_estimate import Call
-from trl_vpo.forward.attention import why_not
+from trl_vpo.forward.families import stackable, why_separate
 from trl_vpo.forward.layouts import Layout, separate, shared
-from trl_vpo.forward.ranks import stackable
 from trl_vpo.forward.tree import Tree, tree_batch
 
 
@@ -76,7 +75,7 @@ def load_of(
     if processes > 1:
         batch["calls"] = stackable(batch["media"])
     padding = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
-    if layout != "separate" and why_not(model) is None:
+    if layout != "separate" and why_separate(model) is None:
         layouts = shared(batch, model.base_model, **padding)
     else:
         layouts = separate(batch, **padding)

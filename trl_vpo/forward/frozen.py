@@ -1,8 +1,7 @@
 """Frozen modules stay in evaluation mode while the rest trains.
 
-`Trainer` puts the whole model into training mode before each step. In frozen parts that would switch dropout on, and
-let BatchNorm move its running statistics: those of a base model lie in no adapter, so the model that is loaded later
-would not be the one that was trained.
+`Trainer` puts the whole model into training mode before each step. In frozen parts that would switch dropout on and
+move BatchNorm's running statistics, which no adapter saves: the model loaded later would not be the one that trained.
 """
 
 from collections.abc import Iterator
@@ -13,20 +12,20 @@ from torch import nn
 
 
 class FrozenModules:
-    """What is frozen in a model at this time. FSDP replaces parameters later on, but no modules."""
+    """The modules of a model that are frozen now. (FSDP replaces parameters later, but no modules.)"""
 
     def __init__(self, model: nn.Module):
         self._modules = [*_frozen(model), *_unsaved_statistics(model)]
 
-    def stay(self) -> None:
-        """Call it before each pass: a `train()` of the whole model may have come in between."""
+    def keep_in_eval(self) -> None:
+        """Put them into evaluation mode; before each pass, as `train()` of the whole model may have been called."""
         for module in self._modules:
             if not _needs_training_mode(module):
                 module.training = False
 
 
 def _frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """All modules of the parts that hold weights or statistics, and train none of them."""
+    """Yield all modules of the parts that have weights or statistics, none of which train."""
     parameters = list(module.parameters())
     if any(p.requires_grad for p in parameters):
         for child in module.children():
@@ -36,7 +35,7 @@ def _frozen(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _unsaved_statistics(model: nn.Module) -> list[nn.Module]:
-    """Layers with running statistics that lie in no adapter, although their weights or biases may."""
+    """Return layers whose running statistics no adapter saves, although their weights or biases may train."""
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return []
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
@@ -46,7 +45,6 @@ def _unsaved_statistics(model: nn.Module) -> list[nn.Module]:
 
 
 def _needs_training_mode(module: nn.Module) -> bool:
-    """Layers that recompute their activations, embeddings with NEFTune's noise, and 8-bit weights that pass gradients
-    on: without training mode they would leave that out."""
+    """Tell whether a layer recomputes its activations, adds NEFTune's noise, or passes gradients through 8 bits."""
     recomputes = getattr(module, "gradient_checkpointing", False)
     return recomputes or hasattr(module, "neftune_noise_alpha") or type(module).__module__.startswith("bitsandbytes")

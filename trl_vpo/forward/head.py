@@ -1,18 +1,71 @@
-"""What a model does with the output of its LM head: multiply it, cap it, or nothing.
+"""The LM head: its weights, and what a model does with its output (multiply it, cap it, or nothing).
 
 Config fields do not tell. Cohere's text model multiplies by its `logit_scale`; Aya Vision has the same text config and
-does not. So the model's own `forward` is run, with given numbers in the place of what its backbone and head compute.
+does not. So the model's own `forward` is run, with known numbers in the place of what its backbone and head compute.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 PROBES = (1.0, -1.0, 2.0**-20, -3.0, 20.0, 1e6)  # logits; the last one is far beyond every cap
+
+
+@dataclass
+class Head:
+    """An LM head: `softcap(scale * (hidden @ weight.T + bias))`."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return (N, V) float32 logits: what the kernels never hold in full."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def lm_head(model: PreTrainedModel) -> Head:
+    """Return the LM head of `model`; what its `forward` does with the logits is found out at the first call.
+
+    Raises:
+        ValueError: see `logit_transform`.
+    """
+    if not hasattr(model, "_trl_vpo_logits"):
+        model._trl_vpo_logits = logit_transform(model)
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)  # PEFT's layer for single tokens has none
+    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, bias))
+    return Head(weight, bias, *model._trl_vpo_logits)
+
+
+def check_head(model: nn.Module) -> None:
+    """Refuse an LM head that is more than a weight and a bias: scores would silently ignore the rest.
+
+    Raises:
+        ValueError: it carries an adapter, or its weight is quantized. A fully trained copy (`modules_to_save`) and
+            single trained tokens (`trainable_token_indices`) are supported.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise ValueError(
+            "an adapter on the LM head is not supported: log-probs are computed from the head's weight, and the "
+            "adapter is not in it. Leave lm_head out of target_modules; modules_to_save=['lm_head'] trains the head "
+            "itself. An adapter that was trained so can be merged into its base first (`trl-vpo merge`)."
+        )
+    if head is not None and not head.weight.is_floating_point():
+        raise ValueError(
+            f"the LM head is quantized ({type(head).__name__}), and log-probs are computed from its plain weight: "
+            "name lm_head in llm_int8_skip_modules of the quantization config."
+        )
 
 
 class _Hidden(BaseModelOutputWithPast):
@@ -25,7 +78,7 @@ class _Hidden(BaseModelOutputWithPast):
 
 @torch.no_grad()
 def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
-    """(scale, cap) of a model whose logits are `cap * tanh(scale * head(hidden) / cap)`; cap None: not capped.
+    """Return (scale, cap) of a model whose logits are `cap * tanh(scale * head(hidden) / cap)`; cap None: not capped.
 
     Raises:
         ValueError: the model's `forward` does something else.
@@ -34,30 +87,30 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     name = type(model).__name__
     if backbone is model or head is None:
         raise ValueError(f"{name} has no backbone apart from its LM head; its log-probs cannot be computed here.")
-    given = torch.tensor(PROBES, dtype=torch.float64)
+    probes = torch.tensor(PROBES, dtype=torch.float64)
     hidden = (torch.arange(len(PROBES) * config.hidden_size) % 3 + 1.0).reshape(1, len(PROBES), -1)  # (1, N, H)
-    logits = given.reshape(1, -1, 1).expand(1, len(PROBES), config.vocab_size)
+    logits = probes.reshape(1, -1, 1).expand(1, len(PROBES), config.vocab_size)
     taken: list[Tensor] = []
     with (
         _instead(backbone, lambda *args, **kwargs: _Hidden(last_hidden_state=hidden)),
         _instead(head, lambda states: taken.append(states) or logits.clone()),
     ):
         out = type(model).forward(model, input_ids=torch.zeros(1, len(PROBES), dtype=torch.long)).logits
-    problem = f"{name} computes its logits from its hidden states in a way that is not known here: "
+    problem = f"{name} computes its logits from its hidden states in a way that is not supported: "
     if not taken:
         raise ValueError(problem + "it does not call its output embeddings.")
     before = (taken[-1].double() / hidden).unique()
     if before.numel() != 1 or (before.item() != 1 and getattr(head, "bias", None) is not None):
-        raise ValueError(problem + "its head takes something else than the backbone's output.")
+        raise ValueError(problem + "its head does not take the backbone's output.")
     if not torch.equal(out, out[..., :1].expand_as(out)):
-        raise ValueError(problem + "some tokens of the vocabulary are treated unlike the others.")
-    found = out[0, :, 0].double()  # (N,)
-    scale, end = found[2].item() / PROBES[2], found[-1].item()
+        raise ValueError(problem + "some tokens of the vocabulary are treated differently from the others.")
+    result = out[0, :, 0].double()  # (N,)
+    scale, end = result[2].item() / PROBES[2], result[-1].item()
     cap = None if end > 1e4 * scale else end
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # (x / cap) * cap is rounded
-    want = given * scale if cap is None else cap * torch.tanh(given * scale / cap)
-    if not torch.allclose(found, want, rtol=16 * torch.finfo(out.dtype).eps, atol=0):
-        raise ValueError(problem + f"logits {given.tolist()} became {found.tolist()}.")
+    want = probes * scale if cap is None else cap * torch.tanh(probes * scale / cap)
+    if not torch.allclose(result, want, rtol=16 * torch.finfo(out.dtype).eps, atol=0):
+        raise ValueError(problem + f"logits {probes.tolist()} became {result.tolist()}.")
     return scale * before.item(), cap
 
 

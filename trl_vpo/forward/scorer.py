@@ -1,7 +1,7 @@
-"""The forward pass over a tree batch: which layout, one model call, scores of all branches.
+"""The forward pass over a tree batch: choose the layout, call the model, score all branches.
 
-`layout="auto"` proves itself: on the first batch both layouts are scored without gradients. Where they agree, the
-shared one is used; where the model cannot have it, or they do not agree, "separate" is, and the log says why.
+`layout="auto"` is proved: on the first batch both layouts are scored without gradients. Where they agree, the shared
+one is used; where the model cannot have it, or they do not agree, the separate one is, and the log says why.
 """
 
 import contextlib
@@ -14,28 +14,22 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl_vpo.forward.attention import use_tree_attention, why_not
+from trl_vpo.forward.attention import use_tree_attention
+from trl_vpo.forward.families import why_separate
 from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, separate, shared
-from trl_vpo.forward.ranks import agree_on_calls
+from trl_vpo.forward.ranks import sync_calls
 from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
 from trl_vpo.forward.vision import vision_features
 
 logger = get_logger(__name__)
 
-LAYOUTS = ("auto", "shared", "separate")
 # How far the log-probs of a token may differ between the layouts, by dtype of the computation: mean, maximum (nats).
 TOLERANCES = {torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 0.2), torch.bfloat16: (0.05, 1.0)}
 
 
 class Scorer:
-    """Scores tree batches with a policy and its reference.
-
-    Args:
-        policy: the model without PEFT or a distributed wrapper around it.
-        layout: "auto", "shared" or "separate".
-        pad_token_id: fills sequences up.
-        pad_to_multiple_of: of the sequence length.
+    """Score tree batches with a policy (without PEFT or a distributed wrapper around it) and its reference.
 
     Raises:
         ValueError: `layout="shared"` for a model that cannot have it.
@@ -54,25 +48,25 @@ class Scorer:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._vision = vision_features(self._backbone)
         self._frozen = FrozenModules(policy)
-        self._reason = why_not(policy) if layout != "separate" else None
-        if layout == "shared" and self._reason:
-            raise ValueError(f"layout='shared' does not fit {type(policy).__name__}: {self._reason}. Use 'auto'.")
-        self.layout = "separate" if self._reason else layout
+        reason = why_separate(policy) if layout != "separate" else None
+        if layout == "shared" and reason:
+            raise ValueError(f"layout='shared' does not fit {type(policy).__name__}: {reason}. Use 'auto'.")
+        self.layout = "separate" if reason else layout
         self.add_model(policy)
-        if layout == "auto" and self._reason:
-            self._log_fallback(self._reason)
+        if reason:
+            self._log_fallback(reason)
 
     def add_model(self, model: PreTrainedModel) -> None:
-        """Teach a model (the policy, a reference) to be scored."""
+        """Prepare a model (the policy, a reference) for being scored."""
         attach_scoring(model)
         if self.layout != "separate":
             use_tree_attention(model)
 
     def score(self, model: nn.Module, batch: dict, reference: Scores | None = None) -> Scores:
-        """Scores of all S branches; with `reference` also the KL. The first call of "auto" decides the layout."""
+        """Return the scores of all S branches; with `reference` also the KL. The first call of "auto" decides."""
         if self.layout == "auto":
             self._prove(model, batch)
-        self._frozen.stay()
+        self._frozen.keep_in_eval()
         layouts = self._layouts(batch)
         hidden = reference.hidden if reference is not None else [None] * len(layouts)
         head = reference.head if reference is not None else None
@@ -80,8 +74,8 @@ class Scorer:
             model(**layout.inputs, score=_request(layout, batch, states, head))
             for layout, states in zip(layouts, hidden)
         ]
-        fillers_last = torch.cat([layout.branches for layout in layouts]).argsort()
-        order = fillers_last[: len(batch["branch_mask"])]
+        padding_last = torch.cat([layout.branches for layout in layouts]).argsort()
+        order = padding_last[: len(batch["branch_mask"])]
 
         def gather(name: str) -> Tensor | None:
             parts = [getattr(output, name) for output in outputs]
@@ -96,35 +90,35 @@ class Scorer:
         )
 
     def _layouts(self, batch: dict) -> list[Layout]:
-        """The model calls of a batch, built once for policy and reference."""
+        """Return the model calls of a batch, built once for policy and reference."""
         if batch.get("layouts", (None,))[0] != self.layout:
-            rows = batch.get("filled", batch) | {"calls": batch.get("calls")}
+            rows = batch.get("padded", batch) | {"calls": batch.get("calls")}
             padding = {"pad_token_id": self._pad_token_id, "pad_to_multiple_of": self._pad_to_multiple_of}
             shares = self.layout == "shared"
             layouts = shared(rows, self._backbone, **padding) if shares else separate(rows, **padding)
             batch["layouts"] = (self.layout, layouts)
         return batch["layouts"][1]
 
-    def agree(self, batch: dict, filler: Callable[[str | None], dict], sharding: str | None) -> None:
-        """Before a step of several processes, see `trl_vpo.forward.ranks`. All ranks call this."""
+    def sync_calls(self, batch: dict, padding_row: Callable[[str | None], dict], sharding: str | None) -> None:
+        """Agree on the model calls of a step, see `trl_vpo.forward.ranks`. All ranks call this."""
         if "calls" not in batch:
             trains_vision = self._vision is not None and self._vision.trained
-            agree_on_calls(batch, filler, sharding=sharding, trains_vision=trains_vision)
+            sync_calls(batch, padding_row, sharding=sharding, trains_vision=trains_vision)
 
     def record_vision(self) -> contextlib.AbstractContextManager:
-        """Around the reference pass of a step: frozen vision features are kept ..."""
-        self._frozen.stay()  # dropout of the tower would mean that its features differ between the passes
+        """Keep frozen vision features during the reference pass of a step ..."""
+        self._frozen.keep_in_eval()  # dropout of the tower would mean that its features differ between the passes
         return self._vision.record() if self._vision else contextlib.nullcontext()
 
     def replay_vision(self) -> contextlib.AbstractContextManager:
-        """... and around its policy pass: they are used again."""
+        """... and use them again during its policy pass."""
         return self._vision.replay() if self._vision else contextlib.nullcontext()
 
     # --- the proof ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _prove(self, model: nn.Module, batch: dict) -> None:
-        """Score a batch in both layouts; keep the shared one if they agree on every rank."""
+        """Score a batch in both layouts, and keep the shared one if they agree on every rank."""
         logps = {}
         training = model.training
         model.eval()
@@ -146,7 +140,7 @@ class Scorer:
             self._log_fallback(problems[0])
 
     def _disagreement(self, separate_logps: Tensor, shared_logps: Tensor, mask: Tensor) -> str | None:
-        """Why the layouts do not agree, or None."""
+        """Return why the layouts do not agree, or None."""
         difference = (separate_logps - shared_logps)[mask].abs()  # (N,)
         device = mask.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._backbone.dtype

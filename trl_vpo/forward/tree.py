@@ -1,7 +1,6 @@
 """The tree batch: trunks (prompts with their media) that carry branches (responses).
 
-A collator makes it from rows with [`tree_batch`]; it does not say how the branches are laid out in the model's input:
-`trl_vpo.forward.layouts` does.
+A collator makes it from rows with [`tree_batch`]; `trl_vpo.forward.layouts` lays it out in the model's input.
 
     trunk_ids, trunk_mask    (R, P)   prompts, padded on the right
     trunk_types              dict of (R, P): mm_token_type_ids and the like, where the processor gives them
@@ -14,7 +13,7 @@ A collator makes it from rows with [`tree_batch`]; it does not say how the branc
     media                    R dicts of the tensors that the processor made of a trunk's images and videos
     names                    B strings for messages
     totals                   (2,) pairs and chosen tokens of the whole optimizer step, in training
-    calls, filled            what the ranks of a step agreed on, see `trl_vpo.forward.ranks`
+    calls, padded            what the ranks of a step agreed on, see `trl_vpo.forward.ranks`
 """
 
 from collections.abc import Iterator

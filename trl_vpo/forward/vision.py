@@ -1,9 +1,8 @@
-"""Frozen vision features, computed once per step and without gradients: the reference pass records them, the policy
-pass plays them back.
+"""Frozen vision features, computed once per step: the reference pass records them, the policy pass replays them.
 
-Where vision tower and projector are frozen and carry no adapter, both passes of a step see the same features. Every
-family computes them in its backbone's `get_image_features` and `get_video_features` (DeepStack features included), so
-those two methods are where they are kept. Calls come in the same order in both passes of a step.
+Where vision tower and projector are frozen and carry no adapter, both passes of a step see the same features, in the
+same order. Every family computes them in two methods of its backbone (`families.FEATURE_METHODS`; DeepStack features
+included), so those are wrapped.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-METHODS = ("get_image_features", "get_video_features")
+from trl_vpo.forward.families import FEATURE_METHODS
 
 
 class VisionFeatures:
@@ -36,17 +35,17 @@ class VisionFeatures:
 
     @property
     def frozen(self) -> bool:
-        """Whether tower and projector give the same features in both passes: nothing trains, no dropout."""
+        """True where tower and projector give the same features in both passes: nothing trains, no dropout."""
         return not self.trained and not any(m.training for m in self._dropouts)
 
     @property
     def trained(self) -> bool:
-        """Whether tower or projector have something to train."""
+        """True where something of tower or projector trains."""
         return any(p.requires_grad for module in self._modules for p in module.parameters(recurse=False))
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Keep what is computed, if it is frozen; what an earlier step left is forgotten."""
+        """Keep the features that are computed, if they are frozen; drop those of an earlier step."""
         self._kept = []
         self._mode = "record" if self.frozen else "off"
         try:
@@ -65,7 +64,7 @@ class VisionFeatures:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        """Use what was kept, each feature once, in the order in which it was computed."""
+        """Use the kept features, each once, in the order in which they were computed."""
         self._mode = "replay" if self._kept else "off"
         try:
             yield
@@ -73,11 +72,11 @@ class VisionFeatures:
             self._mode, self._kept = "off", []
 
     def features(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What `compute` gives, or what was kept of it."""
+        """Return what `compute` returns, or what was kept of it."""
         if self._mode == "replay":
             kept, value = self._kept.pop(0)
             if kept != name:
-                raise RuntimeError(f"the policy asks for {name}, but the reference computed {kept} at this point.")
+                raise RuntimeError(f"the policy needs {name}, but the reference computed {kept} at this point.")
             return value
         # Frozen features need no backward pass. Autograd would run one all the same: gradient checkpointing makes the
         # embeddings of the vision tower require gradients, like those of the language model.
@@ -90,7 +89,7 @@ class VisionFeatures:
 
 
 def _kept(method: Callable) -> Callable:
-    """`method` of a backbone, by way of its `VisionFeatures`. Bound to the backbone, it survives a deep copy."""
+    """Route a method of a backbone through its `VisionFeatures`. Bound to the backbone, it survives a deep copy."""
 
     @functools.wraps(method)  # `generate` goes by the signature
     def features(self, *args, **kwargs):
@@ -102,10 +101,10 @@ def _kept(method: Callable) -> Callable:
 def vision_features(backbone: nn.Module) -> VisionFeatures | None:
     """Let a vision-language backbone keep its features when asked to; None for a text model."""
     decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else None
-    if decoder is None or decoder is backbone or not any(hasattr(backbone, name) for name in METHODS):
+    if decoder is None or decoder is backbone or not any(hasattr(backbone, name) for name in FEATURE_METHODS):
         return None
     backbone._trl_vpo_vision = VisionFeatures(backbone, decoder)
-    for name in METHODS:
+    for name in FEATURE_METHODS:
         if hasattr(backbone, name):
             setattr(backbone, name, types.MethodType(_kept(getattr(type(backbone), name)), backbone))
     return backbone._trl_vpo_vision

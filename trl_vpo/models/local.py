@@ -17,7 +17,7 @@ from trl_vpo.data.chat import stop_token
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import Row, place_media
 from trl_vpo.errors import GenerateError, RowError
-from trl_vpo.forward.layouts import merge_media
+from trl_vpo.forward.families import merge_media
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.models.requests import Answer, AnsweringModel, Request, Sampling
 from trl_vpo.text.responses import Failure, opens_thoughts, unusable, without_reasoning

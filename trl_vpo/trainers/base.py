@@ -22,8 +22,9 @@ from trl.trainer.utils import get_config_model_id
 from trl_vpo.data.check import prepare_dataset
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
+from trl_vpo.forward.head import lm_head
 from trl_vpo.forward.scorer import Scorer
-from trl_vpo.forward.scoring import ReferenceSums, Scores, lm_head
+from trl_vpo.forward.scoring import ReferenceSums, Scores
 from trl_vpo.losses import PreferenceLoss
 from trl_vpo.models.attach import check_checkpoint
 from trl_vpo.trainers import setup
@@ -32,7 +33,7 @@ from trl_vpo.trainers.config import VisualPreferenceConfig
 from trl_vpo.trainers.finite import check_losses, check_weights
 from trl_vpo.trainers.full_weights import load_full_weights
 from trl_vpo.trainers.logs import LoggingTrainer
-from trl_vpo.trainers.padding_rows import Fillers
+from trl_vpo.trainers.padding_rows import PaddingRows
 from trl_vpo.trainers.precompute import ReferenceCache
 from trl_vpo.trainers.reference import copy_adapter, evaluating, switched, trained_as_before
 
@@ -173,7 +174,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         setup.wrap_layers_that_exist(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
         self._start_logs()
-        self._fillers = Fillers(self)
+        self._padding_rows = PaddingRows(self)
         if self.args.precompute_ref_log_probs:
             self.precompute_ref_logps = True  # DPOTrainer was told otherwise; its `evaluate` goes by it
             self._reference_cache = ReferenceCache(self)
@@ -338,7 +339,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         Raises:
             NonFiniteLossError: the loss is nan or infinite.
         """
-        self.scorer.agree(inputs, self._fillers, setup.sharding(self))
+        self.scorer.sync_calls(inputs, self._padding_rows, setup.sharding(self))
         reference = self._reference(inputs)
         with self.scorer.replay_vision():
             scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)

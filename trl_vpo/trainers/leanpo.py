@@ -95,7 +95,7 @@ class LeanPOTrainer(VisualPreferenceTrainer):
 
     def extra_metrics(self, scores, reference, batch) -> dict:
         """The NLL per token: the average in the logs is over all tokens, however they fell into micro-batches."""
-        tokens = scores.chosen_mask.sum(-1)  # (B,)
+        tokens = scores.mask[scores.chosen].sum(-1)  # (B,)
         return {"loss/nll": (-scores.sums[scores.chosen] / tokens, tokens)}
 
     def _exact_loss(self, averages: dict[str, float]) -> float:

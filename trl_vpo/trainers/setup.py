@@ -16,7 +16,7 @@ from trl.trainer import dpo_trainer
 from trl.trainer.utils import get_config_model_id
 
 from trl_vpo.errors import RecipeError
-from trl_vpo.forward.scoring import check_head
+from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import PRESETS, check_targets, loses_base, resolve_targets
 from trl_vpo.models.model_size import empty_model
 from trl_vpo.models.source import check_model as check_source
