@@ -19,13 +19,14 @@ from upstream_names import (
     CARD,
     CHANGED_ROWS,
     COLLATOR,
+    COMPAT,
     CONFIG,
     FINGERPRINT,
     KL,
+    LOGS,
     MORE_CALLED,
     RESUME,
     SCORING,
-    SETUP,
     SIGNALS,
 )
 
@@ -82,6 +83,7 @@ KERNELS = [
     (
         "trl.kernels.chunked_divergence.ChunkedDivergenceFunction",
         KL,
+        LOGS,
         "student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
         "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
         2,
@@ -114,11 +116,11 @@ def test_where_dpo_trainer_loads_the_reference():
     source = inspect.getsource(find("trl.DPOTrainer.__init__"))
     calls = re.findall(r"(\S+) = create_model_from_path\(", source)
     assert calls == ["model", "self.ref_model"], (
-        f"DPOTrainer.__init__ now loads {calls} through create_model_from_path; `no_reference` in {SETUP} expects the "
-        "policy (where it is given by name) and then the reference."
+        f"DPOTrainer.__init__ now loads {calls} through create_model_from_path; `without_reference_model` in {COMPAT} "
+        "expects the policy (where it is given by name) and then the reference."
     )
     other = re.findall(r"\b(create_reference_model|from_pretrained|deepcopy)\(", source)
-    assert other == ["from_pretrained"], f"DPOTrainer.__init__ now also calls {other}; see `no_reference` in {SETUP}."
+    assert other == ["from_pretrained"], f"{other} in DPOTrainer.__init__: see `without_reference_model` in {COMPAT}."
 
 
 def test_the_copy_of_a_given_adapter_is_called_ref():
@@ -186,7 +188,7 @@ def test_the_attributes_that_dpo_trainer_sets(tmp_path):
     for name, kind in ATTRIBUTES.items():
         assert hasattr(trainer, name), f"DPOTrainer no longer sets `{name}`; {BASE} reads or overrides it."
         assert isinstance(getattr(trainer, name), kind), f"DPOTrainer.{name} is now {type(getattr(trainer, name))}."
-    assert set(trainer._metrics) == {"train", "eval"}, f"DPOTrainer._metrics has new modes; see `log` in {BASE}."
+    assert set(trainer._metrics) == {"train", "eval"}, f"DPOTrainer._metrics has new modes; see `log` in {LOGS}."
     for name in ("_tag_names", "_name", "_paper"):
         assert hasattr(trl.DPOTrainer, name), f"DPOTrainer has no `{name}`; every trainer and {CARD} set or read it."
     assert set(trl.DPOTrainer._paper) == {"title", "id", "citation"}
@@ -202,16 +204,16 @@ def test_what_is_divided_by_the_number_of_micro_batches():
         "batch_samples, num_items_in_batch = self.get_batch_samples(epoch_iterator, num_batches, self.args.device)",
         "self.current_gradient_accumulation_steps = len(batch_samples)",
     ) + absent("transformers.Trainer.training_step", "loss = loss / self.current_gradient_accumulation_steps")
-    assert not gone, f"Trainer has no {gone} any more; see `get_batch_samples` and `compute_loss` in {BASE}."
+    assert not gone, f"Trainer has no {gone} any more; see `get_batch_samples` in {LOGS} and `compute_loss` in {BASE}."
 
 
 def test_the_averages_are_ready_when_trainer_logs():
     """`log` merges `_metrics`; every rank passes the two places that fill it, and then one may log alone."""
     source = inspect.getsource(find("trl.DPOTrainer.log"))
-    assert "self._metrics[mode]" in source and "logs.update(metrics)" in source, f"see `_average_training` in {BASE}."
+    assert "self._metrics[mode]" in source and "logs.update(metrics)" in source, f"see `_average_training` in {LOGS}."
     calls = {name: inspect.getsource(find(f"transformers.Trainer.{name}")).count("self.log(")
              for name in ("_maybe_log_save_evaluate", "_finalize_training", "_run_epoch")}  # fmt: skip
-    assert calls == {"_maybe_log_save_evaluate": 1, "_finalize_training": 1, "_run_epoch": 0}, f"{calls}, see {BASE}"
+    assert calls == {"_maybe_log_save_evaluate": 1, "_finalize_training": 1, "_run_epoch": 0}, f"{calls}, see {LOGS}"
 
 
 def test_the_knobs_that_are_refused_are_still_trls():
@@ -296,7 +298,7 @@ def test_how_the_end_of_a_single_launched_process_is_told():
 def test_what_keeps_bitsandbytes_from_packing_four_bit_weights():
     pytest.importorskip("bitsandbytes")
     gone = absent("bitsandbytes.nn.Linear4bit.forward", "self.support_avx512bf16_for_cpu", "packing_format_for_cpu")
-    assert not gone, f"Linear4bit.forward has no {gone} any more; see `keep_gradients` in {SETUP}."
+    assert not gone, f"Linear4bit.forward has no {gone} any more; see `keep_4bit_weights_trainable` in {COMPAT}."
 
 
 def test_what_shows_a_config():

@@ -1,7 +1,7 @@
 """Names of other libraries that the package calls, with their parameters and the files that call them."""
 
-BASE, SETUP, CONFIG, CARD, METRICS, LOGS, REFERENCE = (
-    f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "config", "card", "metrics", "logs", "reference")
+BASE, SETUP, COMPAT, CONFIG, CARD, METRICS, LOGS, REFERENCE = (
+    f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "compat", "config", "card", "metrics", "logs", "reference")
 )
 SCORING, HEAD, KL, ATTENTION, LAYOUTS, FAMILIES, RANKS = (
     f"trl_vpo/forward/{x}.py" for x in ("scoring", "head", "kl", "attention", "layouts", "families", "ranks")
@@ -13,7 +13,7 @@ COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "
 # Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
 CALLED = [
     ("trl.DPOTrainer.compute_ref_log_probs", ["self", "model", "inputs"], BASE),
-    ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], SETUP),
+    ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], COMPAT),
     ("peft.utils.other.ModulesToSaveWrapper", ..., "trl_vpo/forward/frozen.py"),
     ("trl.trainer.utils.maybe_gather_lm_head_ctx", ..., SCORING),
     ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], REFERENCE),
@@ -23,13 +23,13 @@ CALLED = [
     ("trl.DPOTrainer._set_signature_columns_if_needed", ["self"], BASE),
     ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
     ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
-    ("transformers.Trainer.get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"], BASE),
+    ("transformers.Trainer.get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"], LOGS),
     ("transformers.Trainer.training_step", ["self", "model", "inputs", "num_items_in_batch"], LOGS),
     ("transformers.Trainer._maybe_log_save_evaluate", ["self", "tr_loss"], LOGS),
     ("transformers.Trainer._finalize_training", ["self"], LOGS),
     ("transformers.Trainer._load_from_checkpoint", ["self", "resume_from_checkpoint", "model"], BASE),
     ("transformers.Trainer._load_best_model", ["self"], BASE),
-    ("accelerate.Accelerator.reduce", ["self", "tensor", "reduction"], BASE),
+    ("accelerate.Accelerator.reduce", ["self", "tensor", "reduction"], LOGS),
     ("torch.distributed.elastic.multiprocessing.errors.record", ["fn"], BASE),
     ("trl.DPOTrainer.create_model_card", ["self", "model_name", "dataset_name", "tags"], BASE),
     ("trl.DPOTrainer.floating_point_ops", ["self", "inputs"], LOGS),

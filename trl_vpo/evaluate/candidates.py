@@ -82,7 +82,7 @@ class ModelSet:
         return scores
 
     def _score_batch(self, trees: list[Tree], names: Sequence[str], kl: bool) -> dict[str, list[list[Scored]]]:
-        from trl_vpo.forward.scoring import lm_head  # imports TRL
+        from trl_vpo.forward.head import lm_head
 
         batch, reference, columns = self.model.batch(trees), None, {}
         for name in names:

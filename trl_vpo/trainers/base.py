@@ -22,26 +22,24 @@ from trl.trainer.utils import get_config_model_id
 from trl_vpo.data.check import prepare_dataset
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
-from trl_vpo.forward.head import lm_head
 from trl_vpo.forward.scorer import Scorer
 from trl_vpo.forward.scoring import ReferenceSums, Scores
 from trl_vpo.losses import PreferenceLoss
 from trl_vpo.models.attach import check_checkpoint
-from trl_vpo.trainers import setup
+from trl_vpo.trainers import compat, setup
 from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
 from trl_vpo.trainers.finite import check_losses, check_weights
-from trl_vpo.trainers.full_weights import load_full_weights
 from trl_vpo.trainers.logs import LoggingTrainer
 from trl_vpo.trainers.padding_rows import PaddingRows
 from trl_vpo.trainers.precompute import ReferenceCache
-from trl_vpo.trainers.reference import copy_adapter, evaluating, switched, trained_as_before
+from trl_vpo.trainers.reference import reference_scores
 
 
 class VisualPreferenceTrainer(LoggingTrainer):
-    """What the four methods share. It takes what [`trl.DPOTrainer`] takes; rows follow `trl_vpo.data.rows`.
+    """The base of the four methods. It takes what [`trl.DPOTrainer`] takes; rows follow `trl_vpo.data.rows`.
 
-    A method says what it needs (`needs_*`) and gives `preference_loss`. Against `trl.DPOTrainer`:
+    A method declares what it needs (`needs_*`) and defines `preference_loss`. Differences from `trl.DPOTrainer`:
     - videos, images, text and mixtures of them go through one collator and one code path;
     - nothing is truncated, and rows that cannot be trained on are refused before the first step;
     - log-probs are computed at response tokens only;
@@ -50,7 +48,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     Raises:
         RowError: rows break the contract or their media cannot be read.
-        ValueError: a knob, model or dataset that the method cannot take; the message says why.
+        ValueError: an option, model or dataset that the method cannot take; the message says why.
     """
 
     config_class: type[VisualPreferenceConfig]
@@ -74,19 +72,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
         quantization_config: Any = None,
         peft_config: "PeftConfig | None" = None,
     ):
-        setup.check_hooks(type(self), VisualPreferenceTrainer)
-        args = self._checked_args(args, model)
-        if not self.needs_reference and ref_model is not None:
-            raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
-        revision = (args.model_init_kwargs or {}).get("revision")
-        setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference, revision=revision)
-        setup.check_collator(data_collator)
-        peft_config = setup.spelt_out(peft_config, model, args)
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
-        if not isinstance(train_dataset, (Dataset, IterableDataset)):
-            kind = type(train_dataset).__name__
-            raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{kind}`.")
+        args = self._checked_args(model, ref_model, args, data_collator, train_dataset, peft_config)
+        peft_config = setup.resolve_target_modules(peft_config, model, args)
         if processing_class is None:
             processing_class = setup.load_processing_class(model, args)
         setup.set_pad_token(processing_class, args)
@@ -97,10 +84,12 @@ class VisualPreferenceTrainer(LoggingTrainer):
         holds_reference = self.needs_reference and not args.precompute_ref_log_probs
         if holds_reference and ref_model is None and setup.copies_reference(model, args, peft_config):
             ref_model = copy.deepcopy(model)  # exact, and works for a model that was never saved
-        no_reference = contextlib.nullcontext() if holds_reference else setup.no_reference(isinstance(model, str))
-        given = isinstance(model, PeftModel) and peft_config is None
-        as_given = trained_as_before(model) if given else contextlib.nullcontext()
-        with no_reference, as_given, setup.precompute_later(args):
+        with contextlib.ExitStack() as corrections:
+            corrections.enter_context(compat.without_trl_precomputing(args))
+            if not holds_reference:
+                corrections.enter_context(compat.without_reference_model(isinstance(model, str)))
+            if isinstance(model, PeftModel) and peft_config is None:
+                corrections.enter_context(compat.keep_frozen(model))
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -119,20 +108,32 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     # --- construction ---------------------------------------------------------------------------------------------
 
-    def _checked_args(self, args: VisualPreferenceConfig | None, model: Any) -> VisualPreferenceConfig:
+    def _checked_args(self, model, ref_model, args, data_collator, train_dataset, peft_config):
+        """Return the config, after refusing what cannot be trained. Nothing is loaded."""
+        setup.check_hooks(type(self), VisualPreferenceTrainer)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config) or type(model).__name__
-            return self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
-        if not isinstance(args, self.config_class):
+            args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
+        elif not isinstance(args, self.config_class):
             raise TypeError(
                 f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(args).__name__}: each "
                 "method has fields of its own."
             )
+        if not self.needs_reference and ref_model is not None:
+            raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
+        revision = (args.model_init_kwargs or {}).get("revision")
+        setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference, revision=revision)
+        setup.check_collator(data_collator)
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required")
+        if not isinstance(train_dataset, (Dataset, IterableDataset)):
+            kind = type(train_dataset).__name__
+            raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{kind}`.")
         return args
 
     @classmethod
     def make_collator(cls, processing_class: Any, args: VisualPreferenceConfig) -> PreferenceCollator:
-        """The collator of the method: rows to tree batches."""
+        """Return the collator of the method: rows to tree batches."""
         return PreferenceCollator(
             processing_class,
             video=args.video_options(),
@@ -153,14 +154,14 @@ class VisualPreferenceTrainer(LoggingTrainer):
             )
         if is_peft_model(self.model) and "ref" in self.model.peft_config:  # DPOTrainer copies a given adapter
             if self.needs_reference:
-                copy_adapter(self.model)
+                compat.copy_whole_adapter(self.model)
             else:
-                self.model.delete_adapter("ref")  # nobody would read it
-        wrong = setup.low_rate(self.args, self._name) if is_peft_model(self.model) else None
-        if wrong and self.accelerator.is_main_process:
-            warnings.warn(wrong, stacklevel=3)
-        setup.keep_gradients(self.model)
-        setup.keep_precision(self)
+                self.model.delete_adapter("ref")  # nothing would read it
+        warning = setup.low_rate(self.args, self._name) if is_peft_model(self.model) else None
+        if warning and self.accelerator.is_main_process:
+            warnings.warn(warning, stacklevel=3)
+        compat.keep_4bit_weights_trainable(self.model)
+        compat.undo_bfloat16_adapters(self)
         multiple = self.args.pad_to_multiple_of
         self.scorer = Scorer(
             self._bare(self.model),
@@ -171,7 +172,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         if self.ref_model is not None:
             self.ref_model.eval()  # a copy of a model in training mode is in training mode
             self.scorer.add_model(self._bare(self.ref_model))
-        setup.wrap_layers_that_exist(self)
+        compat.wrap_existing_layers(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
         self._start_logs()
         self._padding_rows = PaddingRows(self)
@@ -188,7 +189,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
     # --- data -----------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        """Instead of TRL's tokenization: number the rows and check them. This trainer's own datasets pass through."""
+        """Number the rows and check them, instead of TRL's tokenization. This trainer's own datasets pass through."""
         if dataset in self._prepared:
             return dataset
         collator = self._given_collator
@@ -201,11 +202,9 @@ class VisualPreferenceTrainer(LoggingTrainer):
             processing_class=processing_class,
             phrases=self.needs_phrases,
             image_list=self.needs_image_list,
-            collator=collator if isinstance(collator, PreferenceCollator) else None,
+            collator=collator,
         )
-        if isinstance(dataset, Dataset) and not isinstance(processing_class, ProcessorMixin):
-            # Every row is known to have no media, but DPOTrainer goes by the name of an empty column.
-            dataset = dataset.remove_columns([c for c in ("image", "images") if c in dataset.column_names])
+        dataset = compat.drop_empty_media_columns(dataset, processing_class)
         self._prepared.add(dataset)
         return dataset
 
@@ -221,7 +220,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             self._signature_columns = [*COLUMNS, ROW_INDEX, REF_SUMS]
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
-        """Instead of TRL's, which takes text only; its `evaluate` calls this."""
+        """Take the place of TRL's, which takes text only; its `evaluate` calls this."""
         return self._reference_cache.attach(dataset, name, batch_size)
 
     # --- forward --------------------------------------------------------------------------------------------------
@@ -231,46 +230,27 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
         Args:
             model: the policy or the reference, wrapped or not.
-            batch: what the collator gives (see `trl_vpo.forward.tree`), on the model's device.
+            batch: from the collator (see `trl_vpo.forward.tree`), on the model's device.
             reference: the reference's scores of the same batch; adds `Scores.kl`, with gradients for chosen branches.
 
         Returns:
             `Scores` of all S branches, (S, T) each.
         """
-        # Not only inside of the call, where accelerate has it: a reference is called without that, and the layouts are
-        # compared outside.
-        with self.accelerator.autocast():
+        with self.accelerator.autocast():  # also outside the wrapped call: for the reference, and to compare layouts
             return self.scorer.score(model, batch, reference)
 
     @torch.no_grad()
     def reference_scores(self, batch: dict) -> Scores:
-        """The reference's scores of a batch: `ref_model`, the frozen copy of a given adapter, or the base model.
-
-        In evaluation mode, so nothing is recomputed either: there is no gradient checkpointing to be switched off.
-        """
-        if self.ref_model is not None:
-            return self._with_head(self.ref_model, batch)
-        if is_peft_model(self.model):
-            with switched(self.accelerator.unwrap_model(self.model)):
-                return self._with_head(self.model, batch)
-        if self.precompute_ref_logps and self.state.global_step == 0:  # the policy still is its reference
-            with evaluating(self.model):
-                return self._with_head(self.model, batch)
-        raise ValueError(f"{self._name} holds no reference model now; there is nothing to compare with.")
+        """Return the scores of `ref_model`, of the frozen copy of a given adapter, or of the base model."""
+        return reference_scores(self, batch)
 
     def compute_ref_log_probs(self, model, inputs):
-        """The reference's summed log-probs of a batch, chosen and rejected, (B,) each; `model` is not needed."""
+        """Return the reference's summed log-probs of a batch, chosen and rejected, (B,) each; `model` is unused."""
         sums = self.reference_scores(inputs).sums  # (S,)
         return sums[inputs["chosen"]], sums[inputs["rejected"]]
 
-    def _with_head(self, reference, batch: dict) -> Scores:
-        """Scores of a reference, with the LM head that the KL needs."""
-        scores = self.concatenated_forward(reference, batch)
-        scores.head = lm_head(self._bare(reference))
-        return scores
-
     def _reference(self, batch: dict) -> Scores | ReferenceSums | None:
-        """What the loss compares with: nothing, what was precomputed, or a pass of the reference."""
+        """Return what the loss compares with: nothing, what was precomputed, or a pass of the reference."""
         if not self.needs_reference:
             return None
         if not self.precompute_ref_logps:
@@ -284,7 +264,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             )
         return ReferenceSums(batch["ref_sums"])
 
-    # --- training -------------------------------------------------------------------------------------------------
+    # --- training and saving --------------------------------------------------------------------------------------
 
     @record  # a launcher stops all ranks when one fails; with this it ends with that one's error, not with the others'
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -296,45 +276,43 @@ class VisualPreferenceTrainer(LoggingTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if is_peft_model(self.model) and (Path(resume_from_checkpoint) / "adapter_model.safetensors").is_file():
-            check_checkpoint(self.model, Path(resume_from_checkpoint))
+        folder = Path(resume_from_checkpoint)
+        if is_peft_model(self.model) and (folder / "adapter_model.safetensors").is_file():
+            check_checkpoint(self.model, folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_full_weights(self, Path(resume_from_checkpoint))
+        compat.load_renamed_weights(self, folder)
 
     def _load_best_model(self):
         super()._load_best_model()
         if Path(self.state.best_model_checkpoint).is_dir():
-            load_full_weights(self, Path(self.state.best_model_checkpoint))
+            compat.load_renamed_weights(self, Path(self.state.best_model_checkpoint))
 
     def predict(self, test_dataset, *args, **kwargs):
         return super().predict(self._prepare_eval(test_dataset, self.processing_class, self.args), *args, **kwargs)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save as `Trainer` does; ruined weights raise NonFiniteLossError instead."""
+        check_weights(self)
+        with contextlib.nullcontext() if _internal_call else compat.full_state_dict(self):  # internal: a checkpoint
+            super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Write a card that names method, paper, base model and dataset, and shows how to load the result."""
+        if self.is_world_process_zero():
+            write_model_card(self, model_name, dataset_name, tags)
+
     # --- loss -----------------------------------------------------------------------------------------------------
 
     def preference_loss(self, scores: Scores, reference: Scores | None, batch: dict) -> PreferenceLoss:
-        """The method: per-token scores in, losses of B pairs out."""
+        """Compute the losses of B pairs from per-token scores: this is the method."""
         raise NotImplementedError
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of an optimizer step, each with the `totals` of the step. All ranks call this."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        totals = torch.zeros(2, dtype=torch.long, device=device)
-        for batch in batches:
-            totals[0] += len(batch["chosen"])
-            totals[1] += batch["branch_mask"][batch["chosen"]].sum().to(device)
-        totals = self.accelerator.reduce(totals, reduction="sum")
-        for batch in batches:
-            batch["totals"] = totals
-        self._step = (self._tr_loss.clone(), totals[0] / self.accelerator.num_processes)
-        return batches, num_items
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean loss of the batch's pairs; with `return_outputs` also its `Scores`. All ranks call this.
+        """Return the mean loss of the batch's pairs; with `return_outputs` also its `Scores`. All ranks call this.
 
-        A training batch carries the `totals` of its optimizer step (see `get_batch_samples`). Its pairs are then
-        divided by the mean number of pairs in a micro-batch of the step instead of their own number. `Trainer`
-        averages over micro-batches and ranks, as it does with any loss that a subclass returns, so the step is that
-        of one big batch, however unequal the parts are. `num_items_in_batch` is not used.
+        A training batch carries the `totals` of its optimizer step. Its losses are then divided by the mean number of
+        pairs in a micro-batch of the step instead of their own number. `Trainer` averages over micro-batches and
+        ranks, so the step is that of one big batch, however unequal its parts are. `num_items_in_batch` is not used.
 
         Raises:
             NonFiniteLossError: the loss is nan or infinite.
@@ -353,11 +331,6 @@ class VisualPreferenceTrainer(LoggingTrainer):
         self._record(scores, reference, out, inputs, loss)
         return (loss, scores) if return_outputs else loss
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        check_losses(loss.expand(len(inputs["chosen"])), inputs["names"], self.state.global_step)  # a subclass's, too
-        return loss
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         self._own_losses, self._own_scores = [], None
@@ -373,16 +346,3 @@ class VisualPreferenceTrainer(LoggingTrainer):
         sides = (scores.chosen, scores.rejected)
         tokens = scores.mask.sum(-1)  # (S,)
         return loss, tuple(scores.sums[s] for s in sides), tuple(tokens[s] for s in sides)
-
-    # --- saving ---------------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir=None, _internal_call=False):
-        """Raises NonFiniteLossError for ruined weights."""
-        check_weights(self)
-        with contextlib.nullcontext() if _internal_call else setup.whole_weights(self):  # internal: a checkpoint
-            super().save_model(output_dir, _internal_call)
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """A card that names method, paper, base model and dataset, and shows how to load the adapter."""
-        if self.is_world_process_zero():
-            write_model_card(self, model_name, dataset_name, tags)

@@ -1,4 +1,4 @@
-"""What the configs of all methods share: how media are read, and which of TRL's knobs make no sense here."""
+"""The config under those of all methods: how media are read, and which of TRL's options are refused."""
 
 import copy
 from dataclasses import MISSING, dataclass, field, fields
@@ -10,7 +10,7 @@ from trl import DPOConfig
 from trl_vpo.media.load import VideoOptions
 from trl_vpo.runs.secrets import scrub
 
-# Knobs of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.
+# Options of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.
 REFUSED = {
     "loss_type": "each trainer has one loss; choose the method by its trainer (dpo, leanpo, rrpo, lpoi)",
     "loss_weights": "each trainer has one loss, with weights of its own",
@@ -27,94 +27,70 @@ REFUSED = {
 _TRL_FIELDS = fields(DPOConfig)
 
 
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Return a dataclass field. `help` is its one documentation: `trl-vpo train METHOD --help` shows it."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass(repr=False)
 class VisualPreferenceConfig(DPOConfig):
-    """[`trl.DPOConfig`] plus how images and videos are read.
+    """[`trl.DPOConfig`] plus how images and videos are read; `trl-vpo train METHOD --help` lists all fields.
 
     Tokens and passwords stay in memory: neither `training_args.bin` (a pickle) nor `to_dict` and `repr`, which logs
     show, have them.
-
-    Parameters:
-        layout (`"auto"`, `"shared"` or `"separate"`, defaults to `"auto"`): whether the responses of a pair share one
-            copy of their prompt. "auto" shares it where the model allows it and both layouts agree on the first
-            batch; otherwise each response gets a sequence of its own, and the log says why.
-        num_frames (`int`, *optional*): frames sampled uniformly from each video; 16 when `fps` is not given either.
-        fps (`float`, *optional*): sample this many frames a second instead, at most `max_frames`.
-        max_frames (`int`, defaults to 64): upper bound on the frames of a video when `fps` is given.
-        max_pixels (`int`, *optional*): larger images and frames are scaled down to this many pixels (width * height).
-        video_start, video_end (`float`, *optional*): the part of each video to use, in seconds. A row may say its own
-            with `{"path": ..., "video_start": ..., "video_end": ...}`.
-        media_root (`str`, *optional*): folder that relative paths start from; paths outside of it are refused.
-        frame_cache (`str`, *optional*): folder that keeps the sampled frames of video files, uncompressed, so that
-            later epochs and runs read them instead of decoding. It may be deleted at any time.
-        check_media (`"header"`, `"decode"` or `"off"`, defaults to `"header"`): how media are checked before training.
-            "header" opens every file, "decode" reads it as training will (exact, and as slow as one epoch of loading).
-        on_bad_media (`"error"` or `"skip"`, defaults to `"error"`): "skip" decodes every file up front and leaves out
-            rows whose media fail; they are counted and listed in `<output_dir>/skipped_rows.jsonl`.
-        precompute_ref_log_probs (`bool`, defaults to `False`): run the reference once over all rows before training
-            (DPO and LPOI) and keep its log-probs on disk; interrupted and later runs read them. Full fine-tuning then
-            holds one model, not two. `precompute_ref_batch_size` rows at a time.
-        precompute_cache_dir (`str`, *optional*): where they are kept, `<output_dir>/_reference_cache` by default. Runs
-            with the same rows, media settings, processor and reference can share it.
-        max_length (`int`, *optional*): prompts with a response longer than this are an error. Nothing is ever cut.
-        dataset_num_proc (`int`, *optional*): processes, on each rank, that check the rows before training; by default
-            `dataloader_num_workers`. For training rows are tokenized in the data loader's workers.
-        use_liger_kernel (`bool`, defaults to `False`): Liger's kernels for layers. The LM head is chunked here with
-            or without it.
     """
 
-    max_length: int | None = field(
-        default=None, metadata={"help": "A longer row is an error; nothing is ever truncated. Default: no limit."}
+    max_length: int | None = option(
+        None, "A prompt and response longer than this are an error: nothing is ever cut. Default: no limit."
     )
-    layout: str = field(
-        default="auto",
-        metadata={
-            "help": "Whether the responses of a pair share one copy of their prompt.",
-            "choices": ["auto", "shared", "separate"],
-        },
+    dataset_num_proc: int | None = option(
+        None, "Processes, on each rank, that check the rows before training; `dataloader_num_workers` by default."
     )
-    num_frames: int | None = field(
-        default=None, metadata={"help": "Frames sampled uniformly from each video; 16 unless `fps` is given."}
+    precompute_cache_dir: str | None = option(
+        None,
+        "Folder of precomputed reference log-probs, where interrupted and later runs find them; in `output_dir` by "
+        "default. Runs with the same rows, media settings, processor and reference can share it.",
     )
-    fps: float | None = field(
-        default=None, metadata={"help": "Sample this many frames a second instead of `num_frames`."}
+    layout: str = option(
+        "auto",
+        "Whether the responses of a pair share one copy of their prompt. `auto` shares it where the model allows it "
+        "and both layouts agree on the first batch; where not, the log says why.",
+        choices=["auto", "shared", "separate"],
     )
-    max_frames: int = field(default=64, metadata={"help": "Most frames of a video when `fps` is given."})
-    max_pixels: int | None = field(
-        default=None, metadata={"help": "Scale larger images and frames down to this many pixels (width * height)."}
+    num_frames: int | None = option(None, "Frames sampled uniformly from each video; 16 unless `fps` is given.")
+    fps: float | None = option(None, "Sample this many frames a second instead of `num_frames`, at most `max_frames`.")
+    max_frames: int = option(64, "Most frames of a video when `fps` is given.")
+    max_pixels: int | None = option(None, "Scale larger images and frames down to this many pixels (width * height).")
+    video_start: float | None = option(
+        None, "Where every video begins, in seconds. A row may have its own: `{path, video_start, video_end}`."
     )
-    video_start: float | None = field(default=None, metadata={"help": "Where every video begins, in seconds."})
-    video_end: float | None = field(default=None, metadata={"help": "Where every video ends, in seconds."})
-    media_root: str | None = field(
-        default=None, metadata={"help": "Folder of the media. Paths that lead outside of it are refused."}
+    video_end: float | None = option(None, "Where every video ends, in seconds.")
+    media_root: str | None = option(
+        None, "Folder that relative media paths start from. Paths that lead outside of it are refused."
     )
-    frame_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder that keeps the sampled frames of video files; later epochs decode nothing."},
+    frame_cache: str | None = option(
+        None,
+        "Folder that keeps the sampled frames of video files, uncompressed, so that later epochs and runs decode "
+        "nothing. It may be deleted at any time.",
     )
-    precompute_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where precomputed reference log-probs are kept; in output_dir by default."}
+    check_media: str = option(
+        "header",
+        "How media are checked before training: `header` opens every file, `decode` reads it as training will (exact, "
+        "and as slow as one epoch of loading), `off` does not.",
+        choices=["header", "decode", "off"],
     )
-    check_media: str = field(
-        default="header",
-        metadata={
-            "help": "How media are checked before training: open each file, decode it as training will, or not.",
-            "choices": ["header", "decode", "off"],
-        },
-    )
-    on_bad_media: str = field(
-        default="error",
-        metadata={
-            "help": "What happens to rows whose media cannot be read: an error, or skip them up front and list them.",
-            "choices": ["error", "skip"],
-        },
+    on_bad_media: str = option(
+        "error",
+        "What happens to rows whose media cannot be read. `skip` decodes every file up front, leaves these rows out "
+        "and lists them in `<output_dir>/skipped_rows.jsonl`.",
+        choices=["error", "skip"],
     )
 
     refused = REFUSED  # no annotation: not a field
 
     def __post_init__(self):
         super().__post_init__()
-        self._refuse_unused_knobs()
+        self._refuse_unused_options()
         for own in fields(VisualPreferenceConfig):
             choices = own.metadata.get("choices")
             if own.name in ("layout", "check_media", "on_bad_media") and getattr(self, own.name) not in choices:
@@ -145,7 +121,7 @@ class VisualPreferenceConfig(DPOConfig):
             self.check_media = "decode"  # rows can only be left out up front if every file was read
         self.num_frames = self.video_options().num_frames  # also says what is wrong, before anything is loaded
 
-    def _refuse_unused_knobs(self) -> None:
+    def _refuse_unused_options(self) -> None:
         defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in _TRL_FIELDS}
         for name, reason in self.refused.items():
             if getattr(self, name) != defaults[name]:
@@ -170,8 +146,8 @@ class VisualPreferenceConfig(DPOConfig):
         return copied
 
     def to_dict(self) -> dict[str, Any]:
-        made = super().to_dict()
-        return made | {"model_init_kwargs": _tokenless(made["model_init_kwargs"])}
+        values = super().to_dict()
+        return values | {"model_init_kwargs": _tokenless(values["model_init_kwargs"])}
 
     def __str__(self) -> str:
         shown = copy.copy(self)
@@ -181,7 +157,7 @@ class VisualPreferenceConfig(DPOConfig):
     __repr__ = __str__  # each config's own @dataclass would make one that shows everything, hence repr=False
 
     def video_options(self) -> VideoOptions:
-        """How videos are sampled.
+        """Return how videos are sampled.
 
         Raises:
             ValueError: the options contradict each other.
@@ -197,6 +173,4 @@ class VisualPreferenceConfig(DPOConfig):
 
 
 def _tokenless(model_init_kwargs: Any) -> Any:
-    if not isinstance(model_init_kwargs, dict):
-        return model_init_kwargs
-    return scrub(model_init_kwargs)
+    return scrub(model_init_kwargs) if isinstance(model_init_kwargs, dict) else model_init_kwargs

@@ -1,6 +1,6 @@
 """DPO on videos and images: the baseline (arXiv 2305.18290).
 
-What differs from `trl.DPOTrainer`: rows may hold videos, and mixed text, image and video datasets train together.
+Different from `trl.DPOTrainer`: rows may hold videos, and mixed text, image and video datasets train together.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,27 @@ from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 
 @dataclass(repr=False)
 class VisualDPOConfig(VisualPreferenceConfig):
-    """Config of [`VisualDPOTrainer`]. `beta` (0.1) is TRL's."""
+    """Config of [`VisualDPOTrainer`]. `beta` (0.1) is TRL's.
+
+    Example:
+        >>> args = VisualDPOConfig("dpo-out", num_frames=16, precompute_ref_log_probs=True)
+    """
 
     refused = REFUSED | {"label_smoothing": "the DPO loss here is the sigmoid loss without smoothing"}
 
 
 class VisualDPOTrainer(VisualPreferenceTrainer):
-    """Direct preference optimization, `-logsigmoid(beta * (logratio of chosen - logratio of rejected))`."""
+    """Direct preference optimization, `-logsigmoid(beta * (logratio of chosen - logratio of rejected))`.
+
+    Example:
+        >>> trainer = VisualDPOTrainer(
+        ...     "Qwen/Qwen2.5-VL-3B-Instruct",
+        ...     args=VisualDPOConfig("dpo-out", learning_rate=5e-6),
+        ...     train_dataset=load_dataset("json", data_files="pairs.jsonl", split="train"),
+        ...     peft_config=LoraConfig(target_modules="language"),
+        ... )
+        >>> trainer.train()
+    """
 
     config_class = VisualDPOConfig
     _tag_names = ["trl", "trl-vpo", "dpo"]

@@ -1,4 +1,4 @@
-"""Losses and weights that are nan or infinite end a run before anything of them is saved."""
+"""End a run whose losses or weights are nan or infinite before anything of them is saved."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from trl_vpo.trainers.setup import sharding
 
 
 def check_losses(losses: Tensor, names: list[str], step: int) -> None:
-    """Raises NonFiniteLossError where one of the losses of B pairs, (B,), is not finite."""
+    """Raise NonFiniteLossError where one of the losses of B pairs, (B,), is not finite."""
     if torch.isfinite(losses).all():
         return
     bad = [name for name, finite in zip(names, torch.isfinite(losses).tolist()) if not finite]
@@ -23,7 +23,7 @@ def check_losses(losses: Tensor, names: list[str], step: int) -> None:
 
 
 def check_weights(trainer: Any) -> None:
-    """Raises NonFiniteLossError for ruined weights: a step with a finite loss may still end in nan.
+    """Raise NonFiniteLossError for ruined weights: a step with a finite loss may still end in nan.
 
     Of sharded weights each rank has a part: they all call this, and all raise.
     """

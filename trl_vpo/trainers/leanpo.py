@@ -2,18 +2,21 @@
 
 The paper's code was never released. From the first author's public trainer: the swapped term keeps the sign of the
 margin, the weight of the smoothing carries no gradient, NLL is a mean over chosen tokens and not over pairs, and the
-defaults of beta, margin, smoothing and NLL weight. Ours: the symmetric margin as an option, LoRA in the recipes (the
-paper trains the whole language model), and which tokens NLL is averaged over. The author's trainer takes those of a
-micro-batch; here they are those of all micro-batches and ranks of an optimizer step, so that a run does not depend on
-how its batch is cut. With one micro-batch a step on one device, both are the same.
+defaults of beta, margin, smoothing and NLL weight. Different from it:
+
+- the symmetric margin is an option;
+- the recipes train LoRA (the paper trains the whole language model);
+- NLL is averaged over the tokens of all micro-batches and ranks of an optimizer step, where the author's trainer takes
+  those of a micro-batch. So a run does not depend on how its batch is cut; on one device with one micro-batch a step,
+  both are the same.
 """
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, leanpo_loss
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, option
 from trl_vpo.trainers.logs import PAIRWISE
 
 REASON = "LeanPO has no reference model"
@@ -23,23 +26,17 @@ REASON = "LeanPO has no reference model"
 class LeanPOConfig(VisualPreferenceConfig):
     """Config of [`LeanPOTrainer`].
 
-    Parameters:
-        beta (`float`, defaults to 2.0): scale of the reward, the average log-likelihood.
-        target_margin (`float`, defaults to 0.5): margin that the scaled reward of chosen should have over rejected.
-        label_smoothing (`float`, defaults to 0.1): smoothing of the pairs that the policy ranks wrongly, in [0, 1).
-        smoothing_threshold (`float`, defaults to 0.0): pairs with a margin below it are ranked wrongly, nats/token.
-        nll_weight (`float`, defaults to 0.5): weight of the negative log-likelihood of the chosen responses.
-        symmetric_margin (`bool`, defaults to `False`): SimPO's sign of the margin in the swapped term.
-        learning_rate (`float`, defaults to 5e-7): the paper's, for full fine-tuning.
+    Example:
+        >>> args = LeanPOConfig("leanpo-out", learning_rate=5e-6, num_frames=16)
     """
 
-    learning_rate: float = field(default=5e-7, metadata={"help": "The initial learning rate for AdamW."})
-    beta: float = field(default=2.0, metadata={"help": "Scale of the reward, the average log-likelihood."})
-    target_margin: float = field(default=0.5, metadata={"help": "Margin of the scaled reward, chosen over rejected."})
-    label_smoothing: float = field(default=0.1, metadata={"help": "Smoothing of pairs that are ranked wrongly."})
-    smoothing_threshold: float = field(default=0.0, metadata={"help": "Margins below it are wrong, nats per token."})
-    nll_weight: float = field(default=0.5, metadata={"help": "Weight of the chosen responses' NLL."})
-    symmetric_margin: bool = field(default=False, metadata={"help": "SimPO's margin sign in the swapped term."})
+    learning_rate: float = option(5e-7, "Initial learning rate; the paper's, for full fine-tuning. LoRA: 5e-6.")
+    beta: float = option(2.0, "Scale of the reward, the average log-likelihood.")
+    target_margin: float = option(0.5, "Margin that the scaled reward of chosen should have over rejected.")
+    label_smoothing: float = option(0.1, "Smoothing of the pairs that the policy ranks wrongly, in [0, 1).")
+    smoothing_threshold: float = option(0.0, "Pairs with a margin below it are ranked wrongly, nats per token.")
+    nll_weight: float = option(0.5, "Weight of the negative log-likelihood of the chosen responses.")
+    symmetric_margin: bool = option(False, "SimPO's sign of the margin in the swapped term.")
 
     refused = REFUSED | dict.fromkeys(
         (
@@ -59,7 +56,17 @@ class LeanPOConfig(VisualPreferenceConfig):
 
 
 class LeanPOTrainer(VisualPreferenceTrainer):
-    """Reward `beta * average log-likelihood`, smoothing of wrongly ranked pairs, no reference model at all."""
+    """Reward `beta * average log-likelihood`, smoothing of wrongly ranked pairs, no reference model at all.
+
+    Example:
+        >>> trainer = LeanPOTrainer(
+        ...     "Qwen/Qwen2.5-VL-3B-Instruct",
+        ...     args=LeanPOConfig("leanpo-out", learning_rate=5e-6, num_frames=16),
+        ...     train_dataset=load_dataset("json", data_files="pairs.jsonl", split="train"),
+        ...     peft_config=LoraConfig(target_modules="language"),
+        ... )
+        >>> trainer.train()
+    """
 
     config_class = LeanPOConfig
     needs_reference = False
@@ -94,11 +101,11 @@ class LeanPOTrainer(VisualPreferenceTrainer):
         )
 
     def extra_metrics(self, scores, reference, batch) -> dict:
-        """The NLL per token: the average in the logs is over all tokens, however they fell into micro-batches."""
+        """Return the NLL per token, so that the logs average over all tokens, whatever the micro-batches."""
         tokens = scores.mask[scores.chosen].sum(-1)  # (B,)
         return {"loss/nll": (-scores.sums[scores.chosen] / tokens, tokens)}
 
     def _exact_loss(self, averages: dict[str, float]) -> float:
-        """The loss with the NLL of all tokens in the place of its mean over pairs, for which each step has its own."""
+        """Replace the mean NLL over pairs, which each step weighs for itself, by that over all tokens."""
         loss, pairwise = averages["loss"], averages.get(PAIRWISE + "loss/nll")
         return loss if pairwise is None else loss + self.args.nll_weight * (averages["loss/nll"] - pairwise)

@@ -1,4 +1,4 @@
-"""What is logged: averages over all pairs of what steps and evaluations recorded, and the tokens trained on."""
+"""The log: averages over all pairs of what steps and evaluations recorded, and the tokens trained on."""
 
 import torch
 from accelerate.utils import gather_object
@@ -7,6 +7,7 @@ from trl import DPOTrainer
 
 from trl_vpo.forward.scoring import Scores
 from trl_vpo.losses import PreferenceLoss
+from trl_vpo.trainers.finite import check_losses
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
 
 ADDED = "loss/added"  # to our loss by a subclass's `compute_loss`, in evaluation; never logged by itself
@@ -16,13 +17,12 @@ PAIRWISE = "pairwise "  # the mean over pairs of a metric that is logged as anot
 class LoggingTrainer(DPOTrainer):
     """`trl.DPOTrainer` with metrics that are averaged over all pairs since the last log, on all ranks.
 
-    `loss` is the exact mean over these pairs of what is trained on: with all that a subclass's `preference_loss`,
-    `compute_loss` or `training_step` does to it. It takes the place of transformers' own before `log` is called.
-    What a subclass appends to `self._metrics[mode][name]` is logged as in TRL.
+    `loss` is the exact mean over these pairs of what is trained on, with all that a subclass's `preference_loss`,
+    `compute_loss` or `training_step` does to it; it replaces transformers' own. What a subclass appends to
+    `self._metrics[mode][name]` is logged as in TRL.
     """
 
     def _start_logs(self) -> None:
-        """At the end of construction."""
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self._sums = {mode: MetricSums(self.accelerator, gathers=mode == "eval") for mode in ("train", "eval")}
         self._new_tokens = 0
@@ -31,8 +31,21 @@ class LoggingTrainer(DPOTrainer):
         self._own_scores: Scores | None = None  # the same
 
     def extra_metrics(self, scores: Scores, reference: Scores | None, batch: dict) -> dict:
-        """The method's own metrics: name -> (values, weights), (B,) each."""
+        """Return the method's own metrics: name -> (values, weights), (B,) each."""
         return {}
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the micro-batches of an optimizer step, each with the step's `totals`. All ranks call this."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        totals = torch.zeros(2, dtype=torch.long, device=device)
+        for batch in batches:
+            totals[0] += len(batch["chosen"])
+            totals[1] += batch["branch_mask"][batch["chosen"]].sum().to(device)
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        for batch in batches:
+            batch["totals"] = totals
+        self._step = (self._tr_loss.clone(), totals[0] / self.accelerator.num_processes)
+        return batches, num_items
 
     def _record(
         self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict, loss: Tensor
@@ -64,9 +77,9 @@ class LoggingTrainer(DPOTrainer):
         self._sums["eval"].record({key: value.expand(pairs) for key, value in metrics.items()})
 
     def _averages(self, mode: str) -> dict[str, float]:
-        """Averages of what was recorded since the last call, and the tokens trained on. All ranks call this."""
+        """Return the averages since the last call, and the tokens trained on. All ranks call this."""
         averages = self._sums[mode].averages()
-        if "loss" in averages:  # it is not where someone looks at a batch and no step is made
+        if "loss" in averages:  # not where a batch was scored without a step
             averages["loss"] = self._exact_loss(averages) + averages.pop(ADDED, 0.0)
         averages = {key: value for key, value in averages.items() if not key.startswith(PAIRWISE)}
         self._total_train_tokens += sum(gather_object([self._new_tokens]))
@@ -74,8 +87,13 @@ class LoggingTrainer(DPOTrainer):
         return averages | {"num_tokens": self._total_train_tokens} if averages else {}
 
     def _exact_loss(self, averages: dict[str, float]) -> float:
-        """The loss, given its mean over pairs as `loss`, and what else was averaged."""
+        """Return the loss, given its mean over pairs as `loss`, and all other averages."""
         return averages["loss"]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        check_losses(loss.expand(len(inputs["chosen"])), inputs["names"], self.state.global_step)  # a subclass's, too
+        return loss
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
         self._record_step(tr_loss)
@@ -91,25 +109,25 @@ class LoggingTrainer(DPOTrainer):
         return super()._finalize_training(*args, **kwargs)
 
     def _average_training(self) -> None:
-        """Ready the averages for the next `log`, which then meets no other rank: one may call it alone."""
+        """Reduce the metrics now, so that `log` needs no collective: one rank may call it alone."""
         if self.model.training:
             self._metrics["train"].update({key: [value] for key, value in self._averages("train").items()})
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """The metrics carry the prefix of their dataset, so that those of several sets stay apart."""
-        mine = self._metrics["eval"]
+        """Prefix the metrics with their dataset, so that those of several sets stay apart."""
+        own = self._metrics["eval"]  # what a subclass appended
         self._sums["eval"].averages()  # whatever an interrupted evaluation left
-        mine.clear()
+        own.clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        averages = {key: sum(values) / len(values) for key, values in mine.items()} | self._averages("eval")
+        averages = {key: sum(values) / len(values) for key, values in own.items()} | self._averages("eval")
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in averages.items()})
-        mine.clear()
+        own.clear()
         return output
 
     def evaluate(self, *args, **kwargs):
-        """In the midst of training the model goes back to training: what is logged next goes by its mode."""
+        """Evaluate, and go back to training mode in the midst of training: the next log goes by it."""
         try:
             return super().evaluate(*args, **kwargs)
         finally:
@@ -117,11 +135,11 @@ class LoggingTrainer(DPOTrainer):
                 self.model.train()
 
     def floating_point_ops(self, inputs):
-        """6 operations per parameter and token, as transformers estimates them; both branches of a pair count."""
+        """Count 6 operations per parameter and token, as transformers does, over both branches of a pair."""
         return 6 * self._parameters * _tokens(inputs)
 
 
 def _tokens(batch: dict) -> int:
-    """Tokens that a batch sends through the model: every branch counts with its own copy of the prompt."""
+    """Count a batch's tokens: every branch counts with its own copy of the prompt."""
     prompts = batch["trunk_mask"].sum(-1)[batch["branch_trunk"]].sum()
     return int(prompts + batch["branch_mask"].sum())

@@ -1,35 +1,37 @@
 """LPOI: a listwise ranking of images in which the critical object is more and more hidden (arXiv 2505.21061).
 
-The response is always the chosen one; the images of a row differ in how much of the object they show.
+Different from DPO: a row has a list of images that show less and less of an object. The chosen response is scored on
+each of them, and the more visible image should win; the rejected response is scored on the first.
 """
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, lpoi_loss
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, option
 
 
 @dataclass(repr=False)
 class LPOIConfig(VisualPreferenceConfig):
-    """Config of [`LPOITrainer`].
+    """Config of [`LPOITrainer`]. `beta` (0.1) is TRL's.
 
-    Parameters:
-        num_images (`int`, defaults to 5): length of the list drawn from `critical_box`, the clean image included.
-            Rows with an `image_list` of their own keep its length.
-        visual_prompt (`bool`, defaults to `True`): draw a red ellipse around the hidden part.
-        list_weight, dpo_weight, anchor_weight (`float`, default to 1.0): weights of the three parts of the loss.
-        beta (`float`, defaults to 0.1): scale of the scores.
-        learning_rate (`float`, defaults to 5e-6): the paper's for Idefics2-8B (1e-6 for LLaVA-1.5), with LoRA.
+    Example:
+        >>> args = LPOIConfig("lpoi-out", num_images=5)
     """
 
-    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
-    num_images: int = field(default=5, metadata={"help": "Images of a list drawn from a box, at least 2."})
-    visual_prompt: bool = field(default=True, metadata={"help": "Draw a red ellipse around the hidden part."})
-    list_weight: float = field(default=1.0, metadata={"help": "Weight of the ranking of the images."})
-    dpo_weight: float = field(default=1.0, metadata={"help": "Weight of the DPO term on the clean image."})
-    anchor_weight: float = field(default=1.0, metadata={"help": "Weight of the anchor of the chosen response."})
+    learning_rate: float = option(
+        5e-6, "Initial learning rate; the paper's for Idefics2-8B (1e-6 for LLaVA-1.5), with LoRA."
+    )
+    num_images: int = option(
+        5,
+        "Length of the list drawn from `critical_box`, the clean image included; at least 2. Rows with their own "
+        "`image_list` keep its length.",
+    )
+    visual_prompt: bool = option(True, "Draw a red ellipse around the hidden part.")
+    list_weight: float = option(1.0, "Weight of the ranking of the images.")
+    dpo_weight: float = option(1.0, "Weight of the DPO term on the clean image.")
+    anchor_weight: float = option(1.0, "Weight of the anchor of the chosen response.")
 
     refused = REFUSED | {"label_smoothing": "LPOI has no label smoothing"}
 
@@ -40,7 +42,17 @@ class LPOIConfig(VisualPreferenceConfig):
 
 
 class LPOITrainer(VisualPreferenceTrainer):
-    """Plackett-Luce ranking of the images under the chosen response, plus DPO and an anchor on the clean image."""
+    """Plackett-Luce ranking of the images under the chosen response, plus DPO and an anchor on the clean image.
+
+    Example:
+        >>> trainer = LPOITrainer(
+        ...     "HuggingFaceM4/idefics2-8b",
+        ...     args=LPOIConfig("lpoi-out", num_images=5),
+        ...     train_dataset=load_dataset("json", data_files="boxes.jsonl", split="train"),
+        ...     peft_config=LoraConfig(target_modules="language"),
+        ... )
+        >>> trainer.train()
+    """
 
     config_class = LPOIConfig
     needs_image_list = True

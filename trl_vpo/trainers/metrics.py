@@ -14,13 +14,13 @@ Metric = Tensor | tuple[Tensor, Tensor]  # (B,) values; or (B,) values and weigh
 
 
 def preference_metrics(scores: Scores, reference: Scores | None, out: PreferenceLoss) -> dict[str, Metric]:
-    """The metrics of every method: TRL's keys, the parts of the loss, and the distance to the reference."""
+    """Return the metrics of every method: TRL's keys, the parts of the loss, and the distance to the reference."""
     chosen, rejected = scores.chosen, scores.rejected
     tokens = scores.mask.sum(-1).float()  # (S,)
     mean = {k: getattr(scores, k).float().sum(-1) / tokens for k in ("mean_logits", "is_top1")}
     both = tokens[chosen] + tokens[rejected]  # (B,)
     metrics = {
-        "loss": out.losses,  # in the place of transformers' own, which is a mean over steps and micro-batches
+        "loss": out.losses,  # instead of transformers' own, which is a mean over steps and micro-batches
         "entropy": ((scores.entropy[chosen].sum(-1) + scores.entropy[rejected].sum(-1)) / both, both),
         "logits/chosen": (mean["mean_logits"][chosen], tokens[chosen]),
         "logits/rejected": (mean["mean_logits"][rejected], tokens[rejected]),
@@ -42,11 +42,10 @@ def preference_metrics(scores: Scores, reference: Scores | None, out: Preference
 
 
 class MetricSums:
-    """What was recorded since the last average.
+    """Sums and weights since the last average.
 
-    Args:
-        gathers: gather the rows of all ranks at each record, as evaluation must: it drops the rows that fill up the
-            last batch. Otherwise each rank sums for itself and the sums meet in `averages`.
+    With `gathers`, each record gathers the rows of all ranks, as evaluation must: it drops the rows that fill up the
+    last batch. Otherwise each rank sums for itself, and the sums meet in `averages`.
     """
 
     def __init__(self, accelerator: Accelerator, *, gathers: bool):
@@ -72,7 +71,7 @@ class MetricSums:
             total[0], total[1] = total[0] + value, total[1] + weight
 
     def averages(self) -> dict[str, float]:
-        """The averages over all ranks, and a fresh start. Every rank calls this."""
+        """Return the averages over all ranks, and start anew. All ranks call this."""
         ranks = [self._sums] if self._gathers else gather_object([self._sums])
         totals = defaultdict(lambda: [0.0, 0.0])
         for key, (value, weight) in ((k, pair) for sums in ranks for k, pair in sums.items()):

@@ -1,56 +1,53 @@
-"""The reference that lies within the policy: its base, with the adapter off, or the frozen copy of a given adapter."""
+"""The reference that a policy is compared with: a model of its own, or one that lies within the policy."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
-import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from trl.trainer.utils import use_adapter
 
+from trl_vpo.forward.head import lm_head
+from trl_vpo.forward.scoring import Scores
+from trl_vpo.trainers.compat import keep_frozen
 
-@torch.no_grad()
-def copy_adapter(policy: nn.Module) -> None:
-    """Make the adapter "ref" of a `PeftModel` equal to its adapter "default", in weights and buffers.
 
-    `DPOTrainer` copies what has ".default." in its name. That leaves out what ends in ".default": LoRA on embeddings,
-    single trained tokens, IA3, LoHa, LoKr, VeRA. Their reference would be a new adapter.
+def reference_scores(trainer: Any, batch: dict) -> Scores:
+    """Score a batch with `ref_model`, the frozen copy of a given adapter, or the base model with the adapter off.
+
+    In evaluation mode, so there is no gradient checkpointing to be switched off. The scores carry the LM head that the
+    KL needs.
+
+    Raises:
+        ValueError: the policy was its own reference, and has changed.
     """
-    tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
-    for name, tensor in tensors.items():
-        parts = name.split(".")
-        if "default" in parts:
-            twin = tensors.get(".".join("ref" if part == "default" else part for part in parts))
-            if twin is not None and twin is not tensor:
-                twin.copy_(tensor)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.ref_model is not None:
+        reference, switch = trainer.ref_model, contextlib.nullcontext()
+    elif is_peft_model(model):
+        reference, switch = trainer.model, reference_active(model)
+    elif trainer.precompute_ref_logps and trainer.state.global_step == 0:  # the policy still is its reference
+        reference, switch = trainer.model, evaluating(trainer.model)
+    else:
+        raise ValueError(f"{trainer._name} holds no reference model now; there is nothing to compare with.")
+    with switch:
+        scores = trainer.concatenated_forward(reference, batch)
+        scores.head = lm_head(trainer._bare(reference))
+        return scores
 
 
 @contextlib.contextmanager
-def trained_as_before(model: nn.Module) -> Iterator[None]:
-    """Afterwards the same parameters are trainable.
-
-    PEFT makes every weight of an adapter trainable when it switches back to it (0.20 also when another one is added),
-    those too that were frozen.
-    """
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in trained:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
-
-
-@contextlib.contextmanager
-def switched(policy: nn.Module) -> Iterator[None]:
-    """While the reference within `policy`, a `PeftModel`, is computed. Afterwards all is as it was before."""
+def reference_active(policy: nn.Module) -> Iterator[None]:
+    """Let `policy`, a `PeftModel`, compute its reference for a while."""
     adapter = "ref" if "ref" in policy.peft_config else None
-    with trained_as_before(policy), use_adapter(policy, adapter_name=adapter), evaluating(policy):
+    with keep_frozen(policy), use_adapter(policy, adapter_name=adapter), evaluating(policy):
         yield
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode: without dropout and embedding noise, which belong to the policy's training."""
+    """Keep `model` in evaluation mode for a while: without dropout and embedding noise, which belong to training."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,27 +1,29 @@
-"""RRPO: rewards on the phrases that differ, and an exact token-wise KL to the reference (arXiv 2504.12083)."""
+"""RRPO: rewards on the phrases that differ, and an exact token-wise KL to the reference (arXiv 2504.12083).
+
+Different from DPO: only the phrases in which the responses differ are rewarded, and a KL over the whole vocabulary
+(`trl_vpo.forward.kl`) holds the policy at every token of the chosen response.
+"""
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, rrpo_loss
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, option
 
 WHOLE = "the KL needs the reference's whole next-token distributions, not log-probs only"
 
 
 @dataclass(repr=False)
 class RRPOConfig(VisualPreferenceConfig):
-    """Config of [`RRPOTrainer`].
+    """Config of [`RRPOTrainer`]. `beta` (0.1) scales the phrase reward; the paper has 0.1 to 0.9, by base model.
 
-    Parameters:
-        alpha (`float`, defaults to 0.01): weight of the KL, which is summed over the chosen response's tokens.
-        beta (`float`, defaults to 0.1): scale of the phrase reward (the paper: 0.1 to 0.9, by base model).
-        learning_rate (`float`, defaults to 5e-6): the paper's, with LoRA.
+    Example:
+        >>> args = RRPOConfig("rrpo-out", alpha=0.01, beta=0.1)
     """
 
-    learning_rate: float = field(default=5e-6, metadata={"help": "The initial learning rate for AdamW."})
-    alpha: float = field(default=0.01, metadata={"help": "Weight of the token-wise KL to the reference."})
+    learning_rate: float = option(5e-6, "Initial learning rate; the paper's, with LoRA.")
+    alpha: float = option(0.01, "Weight of the KL to the reference, summed over the chosen response's tokens.")
 
     refused = REFUSED | {
         "label_smoothing": "RRPO has no label smoothing",
@@ -31,7 +33,17 @@ class RRPOConfig(VisualPreferenceConfig):
 
 
 class RRPOTrainer(VisualPreferenceTrainer):
-    """Reward on phrase tokens only, plus `alpha` times KL(reference || policy) over the chosen response."""
+    """Reward on phrase tokens only, plus `alpha` times KL(reference || policy) over the chosen response.
+
+    Example:
+        >>> trainer = RRPOTrainer(
+        ...     "Qwen/Qwen2.5-VL-3B-Instruct",
+        ...     args=RRPOConfig("rrpo-out", num_frames=16),
+        ...     train_dataset=load_dataset("json", data_files="phrases.jsonl", split="train"),
+        ...     peft_config=LoraConfig(target_modules="language"),
+        ... )
+        >>> trainer.train()
+    """
 
     config_class = RRPOConfig
     needs_kl = True
