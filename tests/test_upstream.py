@@ -83,7 +83,6 @@ KERNELS = [
     (
         "trl.kernels.chunked_divergence.ChunkedDivergenceFunction",
         KL,
-        LOGS,
         "student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
         "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
         2,
