@@ -65,7 +65,6 @@ PENDING = {
         "tests/trainers/test_trainers.py",
         "tests/training/test_resume.py",
         "trl_vpo/models/server.py",
-        "trl_vpo/trainers/base.py",
     },
     "names": {
         "tests/data/test_check.py",
