@@ -367,7 +367,7 @@ def test_an_empty_mask_makes_room_for_the_next(tmp_path):
             return [np.full((image.height, image.width), box == tuple(full)) for image, box in zip(images, boxes)]
 
     made = pipeline(mask_model="none", output_dir=str(tmp_path / "run"))
-    made.hiding.segmenter, full = Empty(), DOG["box"]
+    made.occlusion.segmenter, full = Empty(), DOG["box"]
     (outcome,) = run(made, make_row(tmp_path, objects=[MAN, DOG]))
     assert made_row(outcome)["critical_object"] == "dog"
     (outcome,) = run(made, make_row(tmp_path, objects=[MAN]))

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.data.inputs import InputRow
+from trl_vpo.data.inputs import InputRow, portable
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import InputError, RowError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.objects.boxes import area_share
-from trl_vpo.generate.objects.object_candidates import Finder
-from trl_vpo.generate.objects.occlusion import Case, Hiding, request
+from trl_vpo.generate.objects.object_candidates import Case, Finder
+from trl_vpo.generate.objects.occlusion import Occlusion, request
 from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media
@@ -44,22 +44,7 @@ REPLACED = {"id", "image", "images", "image_list", "critical_box"}  # columns of
 
 @dataclass
 class LPOIGenerateConfig(GenerateConfig):
-    """Settings of LPOI's pipeline. No model is needed unless `hard_negative` or `visibility_check` is on.
-
-    Parameters:
-        boxes (`str`, defaults to "detector"): or "annotations", from the column `annotations_column`.
-        objects_column (`str`, *optional*): a column with each row's own candidates, names in the order of preference;
-            in the place of noun phrases.
-        box_threshold (`float`, *optional*): least score of a detection; None: the detector's own (`detectors`).
-        min_box_area, max_box_area (`float`): shares of the image that a critical box covers at least and at most.
-        instances (`str`, defaults to "best"): of several boxes of one object take the best, as published, or the
-            "union" of them, so that all of them are hidden. The summary says how often there are several.
-        mask_model (`str`, *optional*): a SAM 2; the rows then have an `image_list` of `num_images` files, in which
-            only the object's outline is hidden.
-        hard_negative (`bool`): keep an object only if the model still claims it where it is hidden.
-        visibility_check (`bool`): ask about the object at each place of the list and report the answers.
-        num_images, visual_prompt: of the list for masks and questions; as in training.
-    """
+    """Settings of LPOI's pipeline. No model is needed unless `hard_negative` or `visibility_check` is on."""
 
     boxes: str = field(
         default="detector", metadata={"help": "Where boxes come from.", "choices": ["detector", "annotations"]}
@@ -69,28 +54,53 @@ class LPOIGenerateConfig(GenerateConfig):
     )
     detector_revision: str = field(default="main", metadata={"help": "Revision of the detector."})
     detector_dtype: str = field(default="float32", metadata={"help": "Dtype of the detector and the mask model."})
-    box_threshold: float | None = field(default=None, metadata={"help": "Least score. Default: the detector's own."})
+    box_threshold: float | None = field(
+        default=None, metadata={"help": "Least score of a detection. Default: the detector's own."}
+    )
     annotations_column: str = field(default="objects", metadata={"help": "Column of the known boxes."})
     categories: list[str] | None = field(
         default=None, metadata={"help": "Names of the annotations' category numbers, from 0."}
     )
-    objects_column: str | None = field(default=None, metadata={"help": "Column with a row's own candidates."})
+    objects_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with a row's own candidates, the preferred first, instead of noun phrases."},
+    )
     max_candidates: int = field(default=40, metadata={"help": "Look for this many names of a row at most."})
     fallback_labels: list[str] = field(
         default_factory=FALLBACK_LABELS.split,
         metadata={"help": "Names to look for where no candidate is found. Empty: reject the row."},
     )
-    min_box_area: float = field(default=0.005, metadata={"help": "Least share of the image that a box covers."})
-    max_box_area: float = field(default=0.9, metadata={"help": "Largest share of the image that a box covers."})
-    instances: str = field(
-        default="best", metadata={"help": "Of several boxes of one object.", "choices": ["best", "union"]}
+    min_box_area: float = field(
+        default=0.005, metadata={"help": "Least share of the image that a critical box covers."}
     )
-    mask_model: str | None = field(default=None, metadata={"help": "SAM 2 that turns boxes into outlines."})
+    max_box_area: float = field(
+        default=0.9, metadata={"help": "Largest share of the image that a critical box covers."}
+    )
+    instances: str = field(
+        default="best",
+        metadata={
+            "help": "Of several boxes of one object the best, as published, or all of them as one, so that all of "
+            "them are hidden. The summary says how often there are several.",
+            "choices": ["best", "union"],
+        },
+    )
+    mask_model: str | None = field(
+        default=None,
+        metadata={"help": "SAM 2; rows then have an `image_list` of files in which only the outline is hidden."},
+    )
     mask_model_revision: str = field(default="main", metadata={"help": "Revision of the mask model."})
-    num_images: int = field(default=5, metadata={"help": "Length of the image list."})
-    visual_prompt: bool = field(default=True, metadata={"help": "Draw a red ellipse around the hidden part."})
-    hard_negative: bool = field(default=False, metadata={"help": "The model must claim the hidden object."})
-    visibility_check: bool = field(default=False, metadata={"help": "Ask about the object at each place of the list."})
+    num_images: int = field(
+        default=5, metadata={"help": "Length of the image list for masks and questions; as in training."}
+    )
+    visual_prompt: bool = field(
+        default=True, metadata={"help": "Draw a red ellipse around the hidden part; as in training."}
+    )
+    hard_negative: bool = field(
+        default=False, metadata={"help": "Keep an object only if the model still claims it where it is hidden."}
+    )
+    visibility_check: bool = field(
+        default=False, metadata={"help": "Ask about the object at each place of the list; report the answers."}
+    )
     presence_question: str = field(
         default="Is there {object} in the image? Answer yes or no.",
         metadata={"help": "What the model is asked; {object} is the object with its article."},
@@ -128,7 +138,7 @@ class LPOIPipeline(Pipeline):
     def __init__(self, config, model, judge=None, generated_by=None):
         super().__init__(config, model, judge, generated_by)
         self.finder = Finder(config)
-        self.hiding = Hiding(config, model)
+        self.occlusion = Occlusion(config, model)
 
     @classmethod
     def needs_model(cls, config: LPOIGenerateConfig) -> bool:
@@ -159,7 +169,7 @@ class LPOIPipeline(Pipeline):
                 case.image, choice.box, self.config.num_images, visual_prompt=self.config.visual_prompt
             )
             title = f"critical object: {choice.label} ({choice.where}), box {list(choice.box)}"
-            text = self.hiding.question(choice) if self.needs_model(self.config) else "(no model is asked)"
+            text = self.occlusion.question(choice) if self.needs_model(self.config) else "(no model is asked)"
             return [(title, request(shown, text))]
         named = self.finder.candidates(row)
         names = ", ".join(f"{candidate.text} ({candidate.where})" for candidate in named) or "(no candidates)"
@@ -170,20 +180,20 @@ class LPOIPipeline(Pipeline):
 
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
         cases = self._open(batch)
-        self.hiding.settle([case for case in cases if not case.reason])
+        self.occlusion.settle([case for case in cases if not case.reason])
         if self.config.visibility_check:
-            self.hiding.look([case for case in cases if not case.reason])
+            self.occlusion.look([case for case in cases if not case.reason])
         return [self._outcome(case) for case in cases]
 
     def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
-        """Where the objects were named, their boxes and labels; where they were asked about, what the model claimed.
+        """Count where objects were named, their boxes and labels, and what the model claimed where it was asked.
 
         `hard_negatives`: `asked` objects, the share of them `claimed` though hidden, and the share of the `inputs`
         asked about that had one. `claimed_at`: the share of rows whose object is claimed at each place of the list,
         most visible first.
         """
-        notes = [(outcome.notes, bool(outcome.rows)) for outcome in outcomes]
-        kept = [note for note, made in notes if made]
+        outcomes = list(outcomes)
+        kept = [outcome.notes for outcome in outcomes if outcome.rows]
         labels = Counter(note["label"] for note in kept)
         figures: dict[str, Any] = {
             "named_in": {where: sum(note["where"] == where for note in kept) for where in WHERE},
@@ -193,7 +203,7 @@ class LPOIPipeline(Pipeline):
             "labels": dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:TOP_LABELS]),
         }
         if self.config.hard_negative:
-            asked = [note["asked"] for note, _ in notes if note.get("asked")]
+            asked = [outcome.notes["asked"] for outcome in outcomes if outcome.notes.get("asked")]
             claims = [item["claimed"] for items in asked for item in items]
             inputs = [any(item["claimed"] for item in items) for items in asked]
             figures["hard_negatives"] = {"asked": len(claims), "claimed": mean(claims), "inputs": mean(inputs)}
@@ -203,13 +213,13 @@ class LPOIPipeline(Pipeline):
         return figures
 
     def _open(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Case]:
-        rows = [row for row, _ in batch]
-        images = [
+        stored = [
             load_image(row.images[0], limit=False) if self.config.max_pixels else media.images[0]
             for row, media in batch
         ]
-        found = self.finder.find(rows, images)
-        return [Case(row, image, f.choices, f.kind, f.reason) for row, image, f in zip(rows, images, found)]
+        cases = [Case(row, image) for (row, _), image in zip(batch, stored)]
+        self.finder.find(cases)
+        return cases
 
     def _outcome(self, case: Case) -> Outcome:
         notes: dict[str, Any] = {"asked": case.asked} if case.asked else {}
@@ -231,8 +241,6 @@ class LPOIPipeline(Pipeline):
             "generated_by": self.generated_by,
         }
         if self.config.mask_model:
-            from trl_vpo.data.inputs import portable
-
             folder = Path(self.config.output_dir).absolute() / "media"
             hidden = [portable(image, folder) for image in case.images[1:]]
             row["image_list"] = [*case.row.images, *hidden]

@@ -1,4 +1,4 @@
-"""Which box is the critical object: known boxes read and matched with what the text names, and the choice.
+"""The critical object's box: known boxes are read and matched with what the text names, and one is chosen.
 
 Boxes are (x0, y0, x1, y1) in whole pixels of the upright image, x1 and y1 exclusive.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_vpo.data.rows import drop_none
@@ -19,12 +19,9 @@ Box = tuple[int, int, int, int]
 SAME_INSTANCE = 0.5  # boxes of one label that overlap more (intersection over union) show one instance
 SLACK = 0.02  # of the image's side: how far an annotated box may reach out of the image before it is refused
 # What texts call the things that annotations name otherwise.
-PEOPLE = (
-    "man", "woman", "boy", "girl", "child", "kid", "lady", "guy", "baby", "player", "skier", "surfer", "rider",
-    "pedestrian",
-)  # fmt: skip
+_PEOPLE = "man woman boy girl child kid lady guy baby player skier surfer rider pedestrian"
 OTHER_NAMES = {
-    **dict.fromkeys(PEOPLE, "person"), "puppy": "dog", "kitten": "cat", "bike": "bicycle", "bicycle": "bike",
+    **dict.fromkeys(_PEOPLE.split(), "person"), "puppy": "dog", "kitten": "cat", "bike": "bicycle", "bicycle": "bike",
     "motorbike": "motorcycle", "motorcycle": "motorbike", "plane": "airplane", "airplane": "plane", "jet": "airplane",
     "sofa": "couch", "couch": "sofa", "tv": "television", "television": "tv", "phone": "cell phone",
     "cellphone": "cell phone", "smartphone": "cell phone", "fridge": "refrigerator", "refrigerator": "fridge",
@@ -63,7 +60,7 @@ class Choice:
 def choices(
     detections: Sequence[Detection], candidates: Sequence[Candidate], size: tuple[int, int], config: Any
 ) -> list[Choice]:
-    """The critical object, and behind it those to try next.
+    """Return the critical object, and behind it those to try next.
 
     The candidates with a usable detection, in their order. Only where no candidate has one: any other label, that
     with the best score first (of annotations, that with the largest box). A detection is usable if its score reaches
@@ -74,49 +71,47 @@ def choices(
     by_label: dict[str, list[Detection]] = {}
     for detection in detections:
         by_label.setdefault(detection.label, []).append(detection)
-    named = [_choice(by_label.get(c.text, []), c.text, c.where, size, config) for c in candidates]
+    named = [_choice(by_label.pop(c.text, []), c.where, size, config) for c in candidates]
     if any(named):
         return [choice for choice in named if choice]
-    texts = {c.text for c in candidates}
-    others = [_choice(d, label, "any", size, config) for label, d in by_label.items() if label not in texts]
-    return sorted((choice for choice in others if choice), key=lambda c: _rank(c), reverse=True)
+    others = [_choice(detections, "any", size, config) for detections in by_label.values()]
+    return sorted(filter(None, others), key=_rank, reverse=True)
 
 
 def area_share(box: Sequence[float], size: tuple[int, int]) -> float:
-    """The share of the image that a box covers."""
-    return max(0, box[2] - box[0]) * max(0, box[3] - box[1]) / (size[0] * size[1])
+    """Return the share of the image that a box covers."""
+    return _area(box) / (size[0] * size[1])
 
 
 def clip_box(box: Sequence[float], size: tuple[int, int]) -> Box:
-    """The whole pixels that a box touches, inside of the image. A box outside of it comes back empty."""
+    """Return the whole pixels that a box touches, inside of the image. A box outside of it comes back empty."""
     x0, y0 = (min(max(0, math.floor(v)), side) for v, side in zip(box[:2], size))
     x1, y1 = (min(max(0, math.ceil(v)), side) for v, side in zip(box[2:], size))
     return x0, y0, max(x0, x1), max(y0, y1)
 
 
-def _choice(found: Sequence[Detection], label: str, where: str, size: tuple[int, int], config: Any) -> Choice | None:
+def _choice(detections: Sequence[Detection], where: str, size: tuple[int, int], config: Any) -> Choice | None:
     least = config.box_threshold or 0
-    found = [d for d in found if (d.score is None or d.score >= least) and _usable(d.box, size, config)]
-    if not found:
+    usable = [d for d in detections if (d.score is None or d.score >= least) and _usable(d.box, size, config)]
+    if not usable:
         return None
-    found = sorted(found, key=_rank, reverse=True)
-    apart: list[Detection] = []
-    for detection in found:
+    usable.sort(key=_rank, reverse=True)
+    best, apart = usable[0], []
+    for detection in usable:
         if all(_overlap(detection.box, other.box) <= SAME_INSTANCE for other in apart):
             apart.append(detection)
-    box = found[0].box
+    box = best.box
     if config.instances == "union":
-        corners = list(zip(*(d.box for d in apart)))
-        box = (min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3]))
+        x0, y0, x1, y1 = zip(*(d.box for d in apart))
+        box = (min(x0), min(y0), max(x1), max(y1))
         if not _usable(box, size, config):
             return None
-    return Choice(label, box, found[0].score, where, len(apart))
+    return Choice(best.label, box, best.score, where, len(apart))
 
 
 def _rank(item: Detection | Choice) -> tuple:
-    """Sorts by score, then by area; the box itself decides what would be a tie."""
-    x0, y0, x1, y1 = item.box
-    return item.score or 0, (x1 - x0) * (y1 - y0), item.box
+    """Sort by score, then by area; the box itself decides what would be a tie."""
+    return item.score or 0, _area(item.box), item.box
 
 
 def _usable(box: Box, size: tuple[int, int], config: Any) -> bool:
@@ -124,17 +119,21 @@ def _usable(box: Box, size: tuple[int, int], config: Any) -> bool:
     return share > 0 and config.min_box_area <= share <= config.max_box_area
 
 
+def _area(box: Sequence[float]) -> float:
+    return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
+
+
 def _overlap(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes that are not empty."""
-    inside = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    return inside / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside)
+    """Return the intersection over union of two boxes that are not empty."""
+    inside = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    return inside / (_area(a) + _area(b) - inside)
 
 
 # --- known boxes ------------------------------------------------------------------------------------------------
 
 
 def annotated(objects: Any, size: tuple[int, int], categories: Sequence[str] | None = None) -> list[Detection]:
-    """The boxes of a row's annotation column. A list of these, or a dict with a list for each key:
+    """Read the boxes of a row's annotation column. A list of these, or a dict with a list for each key:
 
     - {"label", "box": [x0, y0, x1, y1]}: ours.
     - {"category": name or number, "bbox": [x, y, w, h]}: COCO. A number is a place in `categories`, counted from 0.
@@ -143,16 +142,18 @@ def annotated(objects: Any, size: tuple[int, int], categories: Sequence[str] | N
     Raises:
         InputError: an entry that is none of these, or whose box is no box in an image of `size` (width, height).
     """
-    found = []
+    detections = []
     for at, item in enumerate(_items(objects)):
-        names, corners = _read_item(drop_none(item), at, categories)
+        names, corners = _read_item(drop_none(item), at, categories or ())
+        if not all(isinstance(name, str) and name.strip() for name in names):
+            raise InputError(f"annotation {at} is called {names}: every box needs a name.")
         box = _checked(corners, size, at)
-        found += [Detection(_normal(name), box) for name in dict.fromkeys(names)]
-    return found
+        detections += [Detection(_normal(name), box) for name in dict.fromkeys(names)]
+    return detections
 
 
 def match(detections: Sequence[Detection], candidates: Sequence[Candidate]) -> list[Detection]:
-    """Annotated boxes under the texts of the candidates that mean them; those that none means keep their label.
+    """Return annotated boxes under the texts of the candidates that mean them; the others keep their label.
 
     A label means a candidate if they are equal up to case, plural and article. Only where no label does: if one is
     the end of the other ("dog" and "brown dog", "table" and "dining table", never "red ball" and "blue ball"), or the
@@ -160,22 +161,17 @@ def match(detections: Sequence[Detection], candidates: Sequence[Candidate]) -> l
     """
     matched, used = [], set()
     for candidate in candidates:
-        degrees = [_degree(detection.label, _normal(candidate.text)) for detection in detections]
-        best = max(degrees, default=0)
-        for at, (detection, degree) in enumerate(zip(detections, degrees)):
-            if best and degree == best:
-                matched.append(Detection(candidate.text, detection.box, detection.score))
-                used.add(at)
+        text = _normal(candidate.text)
+        meant = [at for at, d in enumerate(detections) if d.label == text]
+        meant = meant or [at for at, d in enumerate(detections) if _means(d.label, text)]
+        matched += [replace(detections[at], label=candidate.text) for at in meant]
+        used.update(meant)
     return matched + [detection for at, detection in enumerate(detections) if at not in used]
 
 
-def _degree(label: str, text: str) -> int:
-    """2 for the same name, 1 for one within the other or another name, 0 for different things."""
-    if label == text:
-        return 2
-    other = OTHER_NAMES.get(text.split()[-1]) if text else None
+def _means(label: str, text: str) -> bool:
     within = f" {text}".endswith(f" {label}") or f" {label}".endswith(f" {text}")
-    return int(bool(label and text) and (within or label == other))
+    return bool(label and text) and (within or label == OTHER_NAMES.get(text.split()[-1]))
 
 
 def _normal(name: str) -> str:
@@ -197,43 +193,36 @@ def _items(objects: Any) -> list[dict]:
     return list(objects)
 
 
-def _read_item(item: dict, at: int, categories: Sequence[str] | None) -> tuple[list[str], list]:
-    """Names and corners (x0, y0, x1, y1)."""
+def _read_item(item: dict, at: int, categories: Sequence[str]) -> tuple[list[Any], Any]:
+    """Return names and corners (x0, y0, x1, y1)."""
     if "box" in item:
-        names, corners = [item.get("label")], item["box"]
-    elif "bbox" in item:
+        return [item.get("label")], item["box"]
+    if "bbox" in item:
         category = item.get("category")
         if isinstance(category, int):
-            known = categories or ()
-            if not 0 <= category < len(known):
+            if not 0 <= category < len(categories):
                 raise InputError(
-                    f"annotation {at} has the category number {category}, and `categories` has {len(known)} names. "
-                    "Give the names of all categories, in their order."
+                    f"annotation {at} has the category number {category}, and `categories` has {len(categories)} "
+                    "names. Give the names of all categories, in their order."
                 )
-            category = known[category]
-        names, corners = [category], _corners(item["bbox"])
-    elif {"x", "y", "w", "h"} <= set(item):
-        names = item.get("names") or [item.get("name")]
-        corners = _corners([item[key] for key in "xywh"])
-    else:
-        raise InputError(
-            f"annotation {at} has the keys {sorted(item)}: it needs `box`, `bbox`, or `x`, `y`, `w`, `h`."
-        )
-    if not all(isinstance(name, str) and name.strip() for name in names):
-        raise InputError(f"annotation {at} is called {names}: every box needs a name.")
-    return names, corners
+            category = categories[category]
+        return [category], _corners(item["bbox"])
+    if {"x", "y", "w", "h"} <= set(item):
+        return item.get("names") or [item.get("name")], _corners([item[key] for key in "xywh"])
+    raise InputError(f"annotation {at} has the keys {sorted(item)}: it needs `box`, `bbox`, or `x`, `y`, `w`, `h`.")
 
 
 def _corners(box: Any) -> Any:
-    """x, y, width, height -> x0, y0, x1, y1; what is no box is left for `_checked` to refuse."""
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
-        return box
-    return [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+    """Turn x, y, width, height into x0, y0, x1, y1; what is no box is left for `_checked` to refuse."""
+    return [box[0], box[1], box[0] + box[2], box[1] + box[3]] if _numbers(box) else box
+
+
+def _numbers(box: Any) -> bool:
+    return isinstance(box, (list, tuple)) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
 
 
 def _checked(corners: Any, size: tuple[int, int], at: int) -> Box:
-    numbers = isinstance(corners, (list, tuple)) and all(isinstance(v, (int, float)) for v in corners)
-    if not numbers or len(corners) != 4 or not all(math.isfinite(v) for v in corners):
+    if not _numbers(corners) or not all(math.isfinite(v) for v in corners):
         raise InputError(f"annotation {at} has the box {corners!r}: it needs four finite numbers.")
     x0, y0, x1, y1 = corners
     if x1 < x0 or y1 < y0:

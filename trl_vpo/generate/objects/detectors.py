@@ -30,18 +30,46 @@ if TYPE_CHECKING:
 THRESHOLDS = {"grounding-dino": 0.35, "mm-grounding-dino": 0.35, "owlv2": 0.2}
 
 
+def load_model(
+    name: str, classes: tuple[str, str], kinds: Sequence[str], what: str, revision: str, device: str | None, dtype: str
+) -> tuple[str, Any, Any]:
+    """Load a model of transformers; return its type, its processor and the model on this process' device.
+
+    Args:
+        name: a Hub name or a folder.
+        classes: names of the processor's and the model's class.
+        kinds: model types that can be used.
+        what: what messages call the model.
+        device: "cpu", or None for this process' accelerator if it has one.
+
+    Raises:
+        GenerateError: it cannot be loaded, or is of another model type.
+    """
+    import transformers
+    from accelerate import PartialState
+
+    from trl_vpo.models.load import LOAD_ERRORS, OWN_CODE
+
+    options = {"revision": revision, **OWN_CODE}
+    try:
+        kind = transformers.AutoConfig.from_pretrained(name, **options).model_type
+        if kind in kinds:
+            processor, model = (getattr(transformers, class_name) for class_name in classes)
+            processor = processor.from_pretrained(name, **options)
+            model = model.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+    except LOAD_ERRORS as error:
+        raise GenerateError(f"the {what} {name} cannot be loaded: {error}") from error
+    if kind not in kinds:
+        raise GenerateError(f"the {what} {name} is of type {kind!r}; it must be one of {', '.join(kinds)}.")
+    return kind, processor, model.to("cpu" if device == "cpu" else PartialState().device).eval()
+
+
 class Detector:
     """A detector and its processor.
 
     Args:
-        name: a Hub name or a folder.
-        revision: of the Hub repository.
-        device: "cpu", or None for this process' accelerator if it has one.
-        dtype: of the weights.
+        name, revision, device, dtype: see `load_model`, as is what is raised.
         threshold: least score of a detection; None: the one in the table above.
-
-    Raises:
-        GenerateError: it cannot be loaded, or is of another model type.
     """
 
     def __init__(
@@ -53,30 +81,16 @@ class Detector:
         dtype: str = "float32",
         threshold: float | None = None,
     ):
-        from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
-
-        from trl_vpo.models.load import LOAD_ERRORS, OWN_CODE
-
+        classes = "AutoProcessor", "AutoModelForZeroShotObjectDetection"
+        loaded = load_model(name, classes, tuple(THRESHOLDS), "detector", revision, device, dtype)
+        self.kind, self.processor, self.model = loaded
         self.name = name
-        try:
-            self.kind = AutoConfig.from_pretrained(name, revision=revision, **OWN_CODE).model_type
-            if self.kind in THRESHOLDS:
-                self.processor = AutoProcessor.from_pretrained(name, revision=revision, **OWN_CODE)
-                model = AutoModelForZeroShotObjectDetection.from_pretrained(
-                    name, revision=revision, dtype=dtype, use_safetensors=True, **OWN_CODE
-                )
-        except LOAD_ERRORS as error:
-            raise GenerateError(f"the detector {name} cannot be loaded: {error}") from error
-        if self.kind not in THRESHOLDS:
-            types = ", ".join(THRESHOLDS)
-            raise GenerateError(f"the detector {name} is of type {self.kind!r}; it must be one of {types}.")
-        self.model = model.to(pick_device(device)).eval()
         self.threshold = THRESHOLDS[self.kind] if threshold is None else threshold
 
     def detect(
         self, images: Sequence[Image.Image], candidates: Sequence[Sequence[str]], *, batch_size: int = 8
     ) -> list[list[Detection]]:
-        """The detections of each image, best first.
+        """Return the detections of each image, best first.
 
         Args:
             images: RGB.
@@ -90,18 +104,17 @@ class Detector:
         Raises:
             GenerateError: the scores are not numbers.
         """
-        found: list[list[Detection]] = [[] for _ in images]
+        detections: list[list[Detection]] = [[] for _ in images]
         for jobs in self._batches(images, candidates, batch_size):
-            places, names = [place for place, _ in jobs], [names for _, names in jobs]
-            results = self._run([images[place] for place in places], names)
-            for place, detections in zip(places, results):
-                found[place] += detections
-        return [sorted(detections, key=lambda d: (-d.score, d.label, d.box)) for detections in found]
+            results = self._run([images[place] for place, _ in jobs], [names for _, names in jobs])
+            for (place, _), result in zip(jobs, results):
+                detections[place] += result
+        return [sorted(each, key=lambda d: (-d.score, d.label, d.box)) for each in detections]
 
     def _batches(
         self, images: Sequence[Image.Image], candidates: Sequence[Sequence[str]], batch_size: int
     ) -> Iterator[list[tuple[int, list[str]]]]:
-        """(place, names) of images of one size: padding pixels would change what is found beside them."""
+        """Yield (place, names) of images of one size: padding pixels would change what is found beside them."""
         by_size: dict[tuple[int, int], list] = {}
         for place, (image, names) in enumerate(zip(images, candidates, strict=True)):
             for part in self._parts(list(dict.fromkeys(names))):
@@ -111,7 +124,7 @@ class Detector:
                 yield jobs[start : start + batch_size]
 
     def _parts(self, names: list[str]) -> Iterator[list[str]]:
-        """The names in as many lists as the model's longest text makes necessary."""
+        """Yield the names in as many lists as the model's longest text makes necessary."""
         if self.kind == "owlv2":
             yield from [names] if names else []
             return
@@ -143,15 +156,15 @@ class Detector:
         return results
 
     def _dino(self, images: list, names: list[list[str]]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Scores (Q, K) and boxes (Q, 4) of each image, for Q queries and K names."""
+        """Return scores (Q, K) and boxes (Q, 4) of each image, for Q queries and K names."""
         import torch
 
-        texts = [_dino_text(labels) for labels in names]
-        inputs = self._inputs(images=images, text=texts, padding=True)
+        inputs = self._inputs(images=images, text=[_dino_text(labels) for labels in names], padding=True)
         outputs = self.model(**inputs)
         ids = inputs["input_ids"]  # (B, T)
-        dots = ids == self.processor.tokenizer.convert_tokens_to_ids(".")
-        special = torch.isin(ids, torch.tensor(self.processor.tokenizer.all_special_ids, device=ids.device))
+        tokenizer = self.processor.tokenizer
+        dots = ids == tokenizer.convert_tokens_to_ids(".")
+        special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
         number = (dots.cumsum(-1) - dots.long()).masked_fill(dots | special, -1)  # (B, T): the token's name
         probabilities = outputs.logits.float().sigmoid()[..., : ids.size(1)]  # (B, Q, T)
         scores = [
@@ -161,7 +174,7 @@ class Detector:
         return scores, _corners(outputs.pred_boxes, images)
 
     def _owl(self, images: list, names: list[list[str]]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """As `_dino`. The model sees the image padded to a square, at its upper left corner."""
+        """Do as `_dino`. The model sees the image padded to a square, at its upper left corner."""
         texts = [[f"a photo of {with_article(name)}" for name in labels] for labels in names]
         outputs = self.model(**self._inputs(images=images, text=texts, truncation=True))
         probabilities = outputs.logits.float().sigmoid().cpu()  # (B, Q, most names)
@@ -172,20 +185,13 @@ class Detector:
         return self.processor(**kwargs, return_tensors="pt").to(self.model.device, self.model.dtype)
 
 
-def pick_device(device: str | None) -> Any:
-    """The CPU if asked for, else what this process has."""
-    from accelerate import PartialState
-
-    return "cpu" if device == "cpu" else PartialState().device
-
-
 def _dino_text(names: Sequence[str]) -> str:
-    """Lower case, each name closed by a full stop, which no name may hold itself."""
+    """Return lower case, each name closed by a full stop, which no name may hold itself."""
     return " ".join(f"{' '.join(re.sub('[.?]', ' ', name).lower().split())}." for name in names)
 
 
 def _corners(boxes: torch.Tensor, images: Sequence[Image.Image], square: bool = False) -> torch.Tensor:
-    """Centre, width and height as shares (B, Q, 4) -> corners in pixels of the images, on the CPU."""
+    """Turn centre, width and height as shares (B, Q, 4) into corners in pixels of the images, on the CPU."""
     import torch
 
     centre, extent = boxes.float().cpu().split(2, -1)  # (B, Q, 2)

@@ -1,8 +1,9 @@
 """Noun phrases of English text by rules: what a response says can be seen, as names for an object detector.
 
-A tagger with small lists of closed-class words, common caption verbs and adjectives, and suffixes; every word that
-none of them knows counts as a noun. A phrase is a run of adjectives and nouns; articles, numbers and adjectives that
-nothing can be seen of fall away, and the head becomes singular: "two large brown dogs" gives "large brown dog".
+A tagger with small lists (`words.yaml`) of closed-class words, common caption verbs and adjectives, and suffixes;
+every word that none of them knows counts as a noun. A phrase is a run of adjectives and nouns; articles, numbers and
+adjectives that nothing can be seen of fall away, and the head becomes singular: "two large brown dogs" gives "large
+brown dog".
 
 Limits. It reads English only. It does not parse: a verb it does not know may stay in a phrase ("bird flutter"), and
 nouns that share a spelling with a listed verb are sometimes lost. Figures of speech, quoted writing and names are
@@ -14,10 +15,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
-from trl_vpo.generate.objects import word_lists as lists
+import yaml
+
 from trl_vpo.text.inflection import plain_verb, singular
 from trl_vpo.text.yes_no import read_yes_no
+
+_words = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+lists = SimpleNamespace(**{kind: frozenset(words.split()) for kind, words in _words.items()})
+lists.determiners |= lists.standalone
+lists.others |= lists.copulas
+lists.no_adverbs = lists.ly_nouns | lists.adjectives  # though they end in "ly"
+_CLOSED = lists.determiners | lists.prepositions | lists.others | {"and"}
+_ABSTRACT = ("tion", "sion", "ness", "ment", "ity", "ance", "ence", "ism", "ship", "hood", "ology", "ability")
 
 MAX_WORDS = 4  # of a phrase, counted from its head
 _TAG = re.compile(r"<[^<>]*>")  # <image> and other markup
@@ -62,7 +74,7 @@ def split_first_sentence(text: str) -> tuple[str, str]:
     text = text.strip()
     for match in re.finditer(r"[.!?]+[\"')\]]*(?=\s|$)|\n", text):
         before = text[: match.start()].split()
-        if match.group().startswith(".") and before and before[-1].strip("\"'([").lower() in lists.ABBREVIATIONS:
+        if match.group().startswith(".") and before and before[-1].strip("\"'([").lower() in lists.abbreviations:
             continue
         return text[: match.end()], text[match.end() :].strip()
     return text, ""
@@ -92,56 +104,55 @@ def _tag(words: list[str], tags: str, at: int) -> str:
     before = tags[at - 1] if at else "P"
     if word in (",", "and", "&"):
         return "C"
-    if word.isdigit() or word in lists.DETERMINERS:
+    if word.isdigit() or word in lists.determiners:
         return "X" if word == "that" and before == "N" else "D"  # "the dog that barks"
-    if word in lists.PREPOSITIONS:
+    if word in lists.prepositions:
         return "P"
-    if word in lists.OTHERS or not word[0].isalpha() or _is_adverb(word):
+    if word in lists.others or not word[0].isalpha() or _is_adverb(word):
         return "X"
     waits, followed = before in "DJ", _goes_on(words, at + 1)
-    alone = before == "D" and words[at - 1] in lists.STANDALONE  # "one holds a bat": it need not wait for a noun
+    alone = before == "D" and words[at - 1] in lists.standalone  # "one holds a bat": it need not wait for a noun
     if "-" in word and followed and not word.endswith("ing"):  # "a double-decker old bus"
         return "J"
     if word == "light":
-        return "J" if words[at + 1 : at + 2] and words[at + 1] in lists.ADJECTIVES else "N"
-    if word in lists.ADJECTIVES:
+        return "J" if words[at + 1 : at + 2] and words[at + 1] in lists.adjectives else "N"
+    if word in lists.adjectives:
         return "N" if word == "orange" and before == "D" and not followed else "J"
-    if word.endswith("ing") and len(word) > 4 and word not in lists.ING_NOUNS:
-        if followed and ((waits and not alone) or word in lists.ING_MODIFIERS):
+    if word.endswith("ing") and len(word) > 4 and word not in lists.ing_nouns:
+        if followed and ((waits and not alone) or word in lists.ing_modifiers):
             return "J"
         return "N" if before == "D" and not alone else "V"
-    if word in lists.PAST or (word.endswith("ed") and len(word) > 3 and word not in lists.ED_NOUNS):
+    if word in lists.past or (word.endswith("ed") and len(word) > 3 and word not in lists.ed_nouns):
         return "J" if followed and (waits or before in "PC") else "V"
     if (not waits or alone) and _is_verb(words, tags, at):
         return "V"
-    long = len(word) > 5 and word not in lists.ABLE_NOUNS
+    long = len(word) > 5 and word not in lists.able_nouns
     return "J" if long and word.endswith(("ful", "ous", "ive", "less", "ish", "able", "ible")) else "N"
 
 
 def _is_verb(words: list[str], tags: str, at: int) -> bool:
     """Return whether a word is a verb: after a noun the -s form is, after a plural the plain one ("dogs stand")."""
     word, before = words[at], tags[at - 1] if at else None
-    plain = word in lists.VERBS
-    s_form = not plain and plain_verb(word) in lists.VERBS
+    plain = word in lists.verbs
+    s_form = not plain and plain_verb(word) in lists.verbs
     if before != "N":
         return (plain and before != "P") or (s_form and before not in ("P", "V"))
     several = singular(words[at - 1]) != words[at - 1] or "and" in words[max(0, at - 4) : at]
     if plain or s_form:
         return several or s_form
     after = words[at + 1] if at + 1 < len(words) else ""
-    return not several and plain_verb(word) != word and after in lists.DETERMINERS  # "the cat licks its paw"
+    return not several and plain_verb(word) != word and after in lists.determiners  # "the cat licks its paw"
 
 
 def _is_adverb(word: str) -> bool:
-    return word.endswith("ly") and word not in lists.NO_ADVERBS
+    return word.endswith("ly") and word not in lists.no_adverbs
 
 
 def _goes_on(words: list[str], at: int) -> bool:
     """Return whether the word there can belong to a noun phrase behind a modifier."""
     if at >= len(words) or not words[at][0].isalpha() or _is_adverb(words[at]):
         return False
-    closed = lists.DETERMINERS | lists.PREPOSITIONS | lists.OTHERS
-    return words[at] not in closed and words[at] != "and"
+    return words[at] not in _CLOSED
 
 
 # --- phrases ----------------------------------------------------------------------------------------------------
@@ -150,16 +161,16 @@ def _goes_on(words: list[str], at: int) -> bool:
 def _phrase(words: list[str], tags: str, start: int, end: int) -> str | None:
     """Return the phrase words[start:end] as a candidate, or None if it names nothing that can be seen."""
     head = singular(words[end - 1])
-    if {head, words[end - 1]} & (lists.SKIPPED | lists.ABBREVIATIONS) or len(head) < 2:
+    if {head, words[end - 1]} & (lists.skipped | lists.abbreviations) or len(head) < 2:
         return None
-    if head.endswith(lists.ABSTRACT) and head not in lists.CONCRETE:
+    if head.endswith(_ABSTRACT) and head not in lists.concrete:
         return None
-    if head in lists.GATHERERS and words[end : end + 1] == ["of"]:
+    if head in lists.gatherers and words[end : end + 1] == ["of"]:
         return None
     if "D" not in tags[start:end] and head == words[end - 1] and _is_predicate(words, start):
         return None
     pairs = zip(words[start : end - 1], tags[start:end])
-    before = [w for w, tag in pairs if (tag in "JN" and w not in lists.UNSEEN) or w == "and"]
+    before = [w for w, tag in pairs if (tag in "JN" and w not in lists.unseen) or w == "and"]
     before = before[-(MAX_WORDS - 1) :]
     joined = [w for i, w in enumerate(before) if w != "and" or 0 < i < len(before) - 1]
     return " ".join([*joined, head])
@@ -174,6 +185,6 @@ def _denied(words: list[str], start: int, end: int) -> bool:
 def _is_predicate(words: list[str], start: int) -> bool:
     """Return whether a bare word says how something is ("The cat is asleep"), unlike in "there is snow"."""
     at = start - 1
-    while at >= 0 and (words[at].endswith("ly") or words[at] in _BEFORE_PREDICATE or words[at] in lists.ADJECTIVES):
+    while at >= 0 and (words[at].endswith("ly") or words[at] in _BEFORE_PREDICATE or words[at] in lists.adjectives):
         at -= 1
-    return at >= 0 and words[at] in lists.COPULAS and not (at and words[at - 1] == "there")
+    return at >= 0 and words[at] in lists.copulas and not (at and words[at - 1] == "there")

@@ -1,9 +1,9 @@
-"""What in an image may be critical: from a row's text and a detector, or known boxes, to choices in their order."""
+"""Objects of an image that may be critical: from a row's text and a detector, or known boxes, to choices in order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,13 +16,22 @@ from trl_vpo.generate.objects.boxes import Choice, annotated, choices, match
 from trl_vpo.generate.objects.nouns import Candidate, candidates
 
 
-@dataclass(frozen=True)
-class Found:
-    """The choices of one row, first the one to take; or why there is none."""
+@dataclass(eq=False)
+class Case:
+    """One input on its way: the objects to choose from, the one that is chosen, or why none is."""
 
-    choices: list[Choice]
+    row: InputRow
+    image: Image.Image  # RGB, in the size in which it is stored: boxes refer to that
+    choices: list[Choice] = field(default_factory=list)  # still to be tried, first the one to take
     kind: str | None = None
     reason: str | None = None
+    choice: Choice | None = None
+    images: list[Image.Image] = field(default_factory=list)  # the list of the choice, where it is needed
+    asked: list[dict] = field(default_factory=list)  # about hidden objects
+    claimed_at: list[bool | None] = field(default_factory=list)
+
+    def reject(self, kind: str, reason: str) -> None:
+        self.kind, self.reason = kind, reason
 
 
 class Finder:
@@ -44,7 +53,7 @@ class Finder:
         )
 
     def candidates(self, row: InputRow) -> list[Candidate]:
-        """What the row's text, or its column of candidates, names. Opens no file.
+        """Return what the row's text, or its column of candidates, names. Opens no file.
 
         Raises:
             InputError: the row is no preference pair, or the column holds no names.
@@ -55,51 +64,57 @@ class Finder:
                 pair = read_row(row.example)
             except RowError as error:
                 raise InputError(str(error)) from error
-            found = candidates(question_text(pair.prompt), response_text(pair.chosen))
-            return found[: self.config.max_candidates]
-        names = row.example.get(column)
-        if not isinstance(names, list) or not all(isinstance(n, str) and any(map(str.isalpha, n)) for n in names):
-            raise InputError(f"`{column}` is {names!r}: it needs a list of names (objects_column).")
-        names = dict.fromkeys(" ".join(name.split()) for name in names)
-        return [Candidate(name, "objects_column") for name in names][: self.config.max_candidates]
+            named = candidates(question_text(pair.prompt), response_text(pair.chosen))
+        else:
+            names = row.example.get(column)
+            if not isinstance(names, list) or not all(isinstance(n, str) and any(map(str.isalpha, n)) for n in names):
+                raise InputError(f"`{column}` is {names!r}: it needs a list of names (objects_column).")
+            names = dict.fromkeys(" ".join(name.split()) for name in names)
+            named = [Candidate(name, "objects_column") for name in names]
+        return named[: self.config.max_candidates]
 
-    def find(self, rows: Sequence[InputRow], images: Sequence[Image.Image]) -> list[Found]:
-        """For each row with its RGB image, in the size in which it is stored."""
-        if self.config.boxes == "annotations":
-            return [self._annotated(row, image) for row, image in zip(rows, images)]
-        return self._detected([self.candidates(row) for row in rows], images)
+    def find(self, cases: Sequence[Case]) -> None:
+        """Give each case its choices, or the reason why it has none."""
+        named = [self.candidates(case.row) for case in cases]
+        counts = self._annotated(cases, named) if self.config.boxes == "annotations" else self._detected(cases, named)
+        least, most = self.config.min_box_area, self.config.max_box_area
+        for case, listed, count in zip(cases, named, counts):
+            if not case.choices and not case.reason:
+                names = ", ".join(candidate.text for candidate in listed) or "nothing that can be seen"
+                boxes = f"{count} boxes were found, none of {least:g} to {most:g} of the image"
+                case.reject("no object found", f"the text names {names}; {boxes}.")
 
-    def _annotated(self, row: InputRow, image: Image.Image) -> Found:
-        named = self.candidates(row)
-        try:
-            boxes = annotated(row.example[self.config.annotations_column], image.size, self.config.categories)
-        except InputError as error:
-            return Found([], "unusable input", str(error))
-        chosen = choices(match(boxes, named), named, image.size, self.config)
-        return Found(chosen) if chosen else self._nothing(named, len(boxes))
+    def _annotated(self, cases: Sequence[Case], named: Sequence[list[Candidate]]) -> list[int]:
+        """Fill in the choices; return how many boxes each case has, as does `_detected`."""
+        counts = [0] * len(cases)
+        for at, (case, listed) in enumerate(zip(cases, named)):
+            objects = case.row.example[self.config.annotations_column]
+            try:
+                boxes = annotated(objects, case.image.size, self.config.categories)
+            except InputError as error:
+                case.reject("unusable input", str(error))
+                continue
+            counts[at] = len(boxes)
+            case.choices = choices(match(boxes, listed), listed, case.image.size, self.config)
+        return counts
 
-    def _detected(self, named: Sequence[list[Candidate]], images: Sequence[Image.Image]) -> list[Found]:
-        """One look for the candidates; where none is found, a second one for the fallback labels."""
-        chosen: list[list[Choice]] = [[] for _ in images]
-        counts = [0] * len(images)
+    def _detected(self, cases: Sequence[Case], named: Sequence[list[Candidate]]) -> list[int]:
+        """Look for the candidates, and where none is found a second time, for the fallback labels."""
+        counts = [0] * len(cases)
         for second in (False, True):
-            todo = [at for at in range(len(images)) if not chosen[at]]
+            todo = [at for at, case in enumerate(cases) if not case.choices]
             labels = [self.config.fallback_labels if second else [c.text for c in named[at]] for at in todo]
-            found = self.detector.detect([images[at] for at in todo], labels, batch_size=self.config.batch_size)
+            images = [cases[at].image for at in todo]
+            found = self.detector.detect(images, labels, batch_size=self.config.batch_size)
             for at, detections in zip(todo, found):
                 counts[at] += len(detections)
-                chosen[at] = choices(detections, [] if second else named[at], images[at].size, self.config)
-        return [Found(c) if c else self._nothing(n, count) for c, n, count in zip(chosen, named, counts)]
-
-    def _nothing(self, named: Sequence[Candidate], boxes: int) -> Found:
-        names = ", ".join(candidate.text for candidate in named) or "nothing that can be seen"
-        least, most = self.config.min_box_area, self.config.max_box_area
-        reason = f"the text names {names}; {boxes} boxes were found, none of {least:g} to {most:g} of the image."
-        return Found([], "no object found", reason)
+                listed = [] if second else named[at]
+                cases[at].choices = choices(detections, listed, cases[at].image.size, self.config)
+        return counts
 
 
 def question_text(prompt: list[dict] | str) -> str:
-    """The text of the last user turn."""
+    """Return the text of the last user turn."""
     if isinstance(prompt, str):
         return prompt
     users = [message for message in prompt if message["role"] == "user"]
