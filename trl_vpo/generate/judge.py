@@ -63,7 +63,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge says of an answer; without differences, nothing is wrong with it that could be trained on."""
+    """A judge's reply about an answer; without differences, nothing is wrong with it that could be trained on."""
 
     correct: bool
     differences: tuple[Difference, ...]
@@ -89,22 +89,22 @@ def request(prompt: str, seed: int) -> Request:
 
 
 def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling) -> list[Any]:
-    """What the judge says to each question, or a `Failure` where neither reply could be used.
+    """Return what the judge says to each question, or a `Failure` where neither reply could be used.
 
     The second request says what was wrong with the first reply, and has another seed.
     """
-    said: list[Any] = [None] * len(questions)
+    results: list[Any] = [None] * len(questions)
     todo, prompts = list(range(len(questions))), [question.prompt for question in questions]
     for attempt in range(2):
         if not todo:
             break
         replies = judge.answer([request(prompts[i], questions[i].seeds[attempt]) for i in todo], sampling)
         for i, reply in zip(todo, replies, strict=True):
-            said[i] = _read(questions[i], reply)
-            if isinstance(said[i], Failure):
-                prompts[i] = questions[i].prompt + RETRY.format(why=said[i].reason)
-        todo = [i for i in todo if isinstance(said[i], Failure)]
-    return said
+            results[i] = _read(questions[i], reply)
+            if isinstance(results[i], Failure):
+                prompts[i] = questions[i].prompt + RETRY.format(why=results[i].reason)
+        todo = [i for i in todo if isinstance(results[i], Failure)]
+    return results
 
 
 def _read(question: Question, reply: str | Failure) -> Any:
@@ -120,19 +120,19 @@ def _read(question: Question, reply: str | Failure) -> Any:
 
 
 def read_judgement(reply: str) -> Judgement:
-    """The reply to `DIFFERENCES_PROMPT`.
+    """Read the reply to `DIFFERENCES_PROMPT`.
 
     Raises:
         JudgeError: no JSON object of the form asked for, or two different ones, or one that contradicts itself.
     """
-    found = _only_object(reply, _judgement)
-    if found.correct and found.differences:
+    judgement = _only_object(reply, _judgement)
+    if judgement.correct and judgement.differences:
         raise JudgeError("it calls the answer correct and lists differences")
-    return found
+    return judgement
 
 
 def read_rewrite(reply: str, truth: str, max_changed: float) -> str:
-    """The reply to `REWRITE_PROMPT`, as far as it is the ground truth with other words in it.
+    """Read the reply to `REWRITE_PROMPT`: the ground truth with other words in it.
 
     Args:
         truth: the ground truth.
@@ -155,14 +155,14 @@ def read_rewrite(reply: str, truth: str, max_changed: float) -> str:
 
 
 def changed_share(text: str, phrases: Sequence[Span]) -> float:
-    """The share of a text's words that lie in phrases; words and phrases as in `trl_vpo.text.phrases`."""
+    """Return the share of a text's words that lie in phrases; words and phrases as in `trl_vpo.text.phrases`."""
     spans = split_words(text)
     inside = [any(start < last and first < end for start, end in phrases) for first, last in spans]
     return sum(inside) / max(1, len(spans))
 
 
 def show_differences(differences: Sequence[Difference]) -> str:
-    """The differences as a list for `REWRITE_PROMPT`, one a line."""
+    """Return the differences as a list for `REWRITE_PROMPT`, one a line."""
     return "\n".join(f'- {d.kind}: "{d.answer}" instead of "{d.truth}"' for d in differences)
 
 
@@ -170,12 +170,12 @@ _DECODER = json.JSONDecoder(strict=False)  # not strict: texts may hold line bre
 
 
 def _only_object(reply: str, read: Callable[[dict], Any]) -> Any:
-    """What `read` makes of the only JSON object in a reply that it accepts.
+    """Return what `read` makes of the only JSON object in a reply that it accepts.
 
     Objects are looked for at every brace that does not lie inside one already found. One that is repeated word for
     word counts once.
     """
-    text, at, found, faults = without_reasoning(reply), 0, [], []
+    text, at, accepted, faults = without_reasoning(reply), 0, [], []
     while (at := text.find("{", at)) >= 0:
         try:
             value, at = _DECODER.raw_decode(text, at)
@@ -187,18 +187,19 @@ def _only_object(reply: str, read: Callable[[dict], Any]) -> Any:
             faults.append(f"the JSON is not valid ({error})")
             at += 1
         else:
-            found += [value] if value not in found else []
-    if len(found) != 1:
-        several = f"there are {len(found)} different JSON objects in it"
-        raise JudgeError(several if found else [*faults, "there is no JSON object in it"][0])
-    return found[0]
+            accepted += [value] if value not in accepted else []
+    if len(accepted) > 1:
+        raise JudgeError(f"there are {len(accepted)} different JSON objects in it")
+    if not accepted:
+        raise JudgeError([*faults, "there is no JSON object in it"][0])
+    return accepted[0]
 
 
 def _judgement(value: dict) -> Judgement:
     correct, listed = value.get("correct"), value.get("differences")
     if not isinstance(correct, bool) or not isinstance(listed, list):
         raise JudgeError('"correct" has to be true or false and "differences" a list')
-    return Judgement(correct, tuple(_difference(item) for item in listed))
+    return Judgement(correct, tuple(map(_difference, listed)))
 
 
 def _difference(item: Any) -> Difference:

@@ -2,7 +2,7 @@
 
 The model answers on perturbed media (`corruptions.py`). Where its answer is wrong, the ground truth is chosen and the
 wrong answer rejected; the phrases are what differs between them. Multiple choice, yes/no and short answers are checked
-by rules (`choices.py`, `answers.py`), and short ones that no rule can decide by a judge. Open-ended ones are checked
+by rules (`trl_vpo.text`), and short ones that no rule can decide by a judge. Open-ended ones are checked
 by the judge, which then rewrites the ground truth with the model's mistakes (`judge.py`). The training row has the
 plain question and the untouched media.
 
@@ -45,6 +45,10 @@ from trl_vpo.text.responses import Failure, without_reasoning
 __all__ = ["RRPOGenerateConfig", "RRPOPipeline"]
 
 FAILED = "failed"  # an attempt without an answer, or that the judge could not check
+# Why a row has no wrong answer, by the first of these that an attempt came to.
+NO_WRONG_ANSWER = (
+    "judge", "undecided without a judge", "undecided", "answered correctly", "no key difference", "no answer",
+)  # fmt: skip
 
 
 @dataclass
@@ -179,13 +183,13 @@ class RRPOPipeline(Pipeline):
             if self._judged(work):
                 asked.append(work)
                 continue
-            verdict = work.task.check(answer)
-            attempt.result, attempt.parsed = verdict.result, verdict.parsed
-            attempt.kind = {RIGHT: "answered correctly", UNDECIDED: "undecided"}.get(verdict.result, "")
-            attempt.why = f"{answer!r} {verdict.why or 'is right'}"
-            if verdict.judgeable and self.judge:
+            check = work.task.check(answer)
+            attempt.result, attempt.parsed = check.result, check.parsed
+            attempt.kind = {RIGHT: "answered correctly", UNDECIDED: "undecided"}.get(check.result, "")
+            attempt.why = f"{answer!r} {check.why or 'is right'}"
+            if check.judgeable and self.judge:
                 asked.append(work)
-            elif verdict.judgeable:
+            elif check.judgeable:
                 attempt.kind = "undecided without a judge"
                 attempt.why += " (judge_url and judge_model let a judge decide)"
         self._judge(asked)
@@ -237,9 +241,9 @@ class RRPOPipeline(Pipeline):
         """The wrong answer as it is trained on; what a rule found wrong, it must find wrong in this form, too."""
         attempt = work.tries[-1]
         work.rejected = work.task.rejected(attempt.answer, attempt.parsed)
-        verdict = work.task.check(work.rejected)
-        if verdict.result != WRONG and not attempt.differences:
-            why = verdict.why or "is right"
+        check = work.task.check(work.rejected)
+        if check.result != WRONG and not attempt.differences:
+            why = check.why or "is right"
             work.stop = ("undecided", f"{attempt.answer!r} is wrong, but in its trained form {work.rejected!r} {why}.")
 
     def _outcome(self, work: _Work) -> Outcome:
@@ -270,15 +274,7 @@ class RRPOPipeline(Pipeline):
         return Outcome(work.row.id, (row,), notes=notes)
 
     def _no_wrong_answer(self, work: _Work) -> tuple[str, str]:
-        """Why there is none: what came of each attempt, counted by the first of these kinds that occurred."""
+        """Return the kind and what came of each attempt."""
         kinds = {attempt.kind for attempt in work.tries}
-        order = (
-            "judge",
-            "undecided without a judge",
-            "undecided",
-            "answered correctly",
-            "no key difference",
-            "no answer",
-        )
-        told = [f"attempt {n} ({t.mode}): {t.why}" for n, t in enumerate(work.tries, 1)]
-        return next(kind for kind in order if kind in kinds), "; ".join(told) + "."
+        attempts = [f"attempt {n} ({t.mode}): {t.why}" for n, t in enumerate(work.tries, 1)]
+        return next(kind for kind in NO_WRONG_ANSWER if kind in kinds), "; ".join(attempts) + "."

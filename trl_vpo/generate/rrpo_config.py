@@ -13,39 +13,33 @@ from trl_vpo.text.answers import SHORT_WORDS
 
 @dataclass
 class RRPOGenerateConfig(GenerateConfig):
-    """Settings of RRPO's pipeline.
-
-    Parameters:
-        perturbation (`str`, defaults to `"mask+local"`): what the model sees; images are only ever masked.
-        mask_area_min, mask_area_max (`float`, default to 0.25 and 0.5): share of the frame that is masked.
-        shuffle_window (`int`, defaults to 4): frames that change places with each other in local shuffling.
-        attempts (`int`, defaults to 1): perturbations tried until the model answers wrongly.
-        short_words (`int`, defaults to 4): an answer of at most so many words is a short one; a wrong one may have so
-            many words more than the ground truth.
-        open_check (`str`, defaults to `"judge"`): who checks open-ended answers, and short ones that no rule can
-            decide. "exact": any other words than the ground truth's are wrong, and rejected as they are; for answers
-            in a fixed form.
-        max_changed (`float`, defaults to 0.6): largest share of words that the judge's rewrite may change.
-        choice_prompt_suffix, yes_no_prompt_suffix, short_prompt_suffix, open_prompt_suffix (`str`): what the model is
-            told below a question of that kind. Never trained on.
-        differences_prompt (`str`): the judge's first prompt, with `{question}`, `{truth}` and `{answer}` (the model's
-            answer).
-        rewrite_prompt (`str`): its second one, with `{differences}` too. Other braces are doubled.
-        judge_temperature, judge_max_new_tokens: sampling of the judge.
-    """
+    """Settings of RRPO's pipeline. A prompt suffix stands below a question of its kind; it is never trained on."""
 
     perturbation: str = field(
-        default="mask+local", metadata={"help": "How the media are perturbed.", "choices": list(MODES)}
+        default="mask+local",
+        metadata={"help": "How the media are perturbed; images are only ever masked.", "choices": list(MODES)},
     )
     mask_area_min: float = field(default=0.25, metadata={"help": "Smallest share of the frame that is masked."})
     mask_area_max: float = field(default=0.5, metadata={"help": "Largest share of the frame that is masked."})
-    shuffle_window: int = field(default=4, metadata={"help": "Frames that local shuffling exchanges."})
-    attempts: int = field(default=1, metadata={"help": "Perturbations tried until an answer is wrong."})
-    short_words: int = field(default=SHORT_WORDS, metadata={"help": "Most words of a short answer."})
-    open_check: str = field(
-        default="judge", metadata={"help": "Who checks answers that no rule decides.", "choices": ["judge", "exact"]}
+    shuffle_window: int = field(
+        default=4, metadata={"help": "Frames that change places with each other in local shuffling."}
     )
-    max_changed: float = field(default=0.6, metadata={"help": "Largest share of words that a rewrite may change."})
+    attempts: int = field(default=1, metadata={"help": "Perturbations tried until the model answers wrongly."})
+    short_words: int = field(
+        default=SHORT_WORDS,
+        metadata={"help": "Most words of a short answer; a wrong one may have so many more than the ground truth."},
+    )
+    open_check: str = field(
+        default="judge",
+        metadata={
+            "help": "Who checks open-ended answers, and short ones that no rule decides. exact: any other words than "
+            "the ground truth's are wrong, and rejected as they are; for answers in a fixed form.",
+            "choices": ["judge", "exact"],
+        },
+    )
+    max_changed: float = field(
+        default=0.6, metadata={"help": "Largest share of words that the judge's rewrite may change."}
+    )
     choice_prompt_suffix: str = field(
         default="Answer with the letter of the right option.", metadata={"help": "Below a multiple-choice question."}
     )
@@ -55,10 +49,12 @@ class RRPOGenerateConfig(GenerateConfig):
     )
     open_prompt_suffix: str = field(default="", metadata={"help": "Below an open-ended question."})
     differences_prompt: str = field(
-        default=DIFFERENCES_PROMPT, metadata={"help": "Prompt with {question}, {truth} and {answer}."}
+        default=DIFFERENCES_PROMPT,
+        metadata={"help": "The judge's first prompt, with {question}, {truth} and {answer}, the model's answer."},
     )
     rewrite_prompt: str = field(
-        default=REWRITE_PROMPT, metadata={"help": "Prompt with {question}, {truth}, {answer} and {differences}."}
+        default=REWRITE_PROMPT,
+        metadata={"help": "The judge's second prompt, with {differences} too; other braces are doubled."},
     )
     judge_temperature: float = field(default=0.0, metadata={"help": "Temperature of the judge."})
     judge_max_new_tokens: int = field(default=1024, metadata={"help": "Longest reply of the judge, in tokens."})

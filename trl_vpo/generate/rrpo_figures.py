@@ -1,4 +1,4 @@
-"""What a run of RRPO's pipeline says about its data."""
+"""Figures of a run of RRPO's pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl_vpo.text.similarity import mean
 
 
 def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    """Figures of a run; None for one that has nothing to be worked out of.
+    """Return the figures of a run; None for one that has nothing to be worked out of.
 
     rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by what was done to the media.
     perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (the further ones
@@ -31,20 +31,17 @@ def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
         firsts[kind].update(result for _, result in outcome.notes.get("tries", [])[:1])
         if outcome.reason:
             left_out[kind][outcome.kind] += 1
+    asked = [(kind, counts) for kind, counts in firsts.items() if counts]
     return {
         "rows_by_kind": dict(Counter(row["answer_kind"] for row in rows)),
         "rows_by_perturbation": dict(Counter(row["perturbation"]["mode"] for row in rows)),
-        "perturbed_accuracy": {
-            kind: _share(counts, [RIGHT], [RIGHT, WRONG]) for kind, counts in firsts.items() if counts
-        },
-        "perturbed_undecided": {
-            kind: _share(counts, [UNDECIDED], [RIGHT, WRONG, UNDECIDED]) for kind, counts in firsts.items() if counts
-        },
+        "perturbed_accuracy": {kind: _share(counts, RIGHT, [RIGHT, WRONG]) for kind, counts in asked},
+        "perturbed_undecided": {kind: _share(counts, UNDECIDED, [RIGHT, WRONG, UNDECIDED]) for kind, counts in asked},
         "words_in_phrases": mean([o.notes["changed"] for o in outcomes if o.rows]),
         "left_out": {kind: dict(counts) for kind, counts in left_out.items()},
     }
 
 
-def _share(counts: Mapping[str, int], part: Sequence[str], whole: Sequence[str]) -> float | None:
+def _share(counts: Mapping[str, int], part: str, whole: Sequence[str]) -> float | None:
     total = sum(counts[name] for name in whole)
-    return sum(counts[name] for name in part) / total if total else None
+    return counts[part] / total if total else None

@@ -1,4 +1,4 @@
-"""What an input row asks: its question, its ground truth and the kind of answer, by which a rule or a judge checks."""
+"""Tasks of input rows: the question, its ground truth and the kind of answer, by which a rule or a judge checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from trl_vpo.data.inputs import given_text
 from trl_vpo.errors import InputError
-from trl_vpo.text.answers import AnswerCheck, check_exact, check_short
+from trl_vpo.text.answers import SHORT_WORDS, AnswerCheck, check_exact, check_short
 from trl_vpo.text.choices import check_choice, in_form, read_choice, read_options, with_options
 from trl_vpo.text.normalize import normalize, words
 from trl_vpo.text.responses import without_reasoning
@@ -35,7 +35,7 @@ class Task:
     answer: str
     kind: str
     options: Mapping[str, str] = field(default_factory=dict)
-    short_words: int = 4
+    short_words: int = SHORT_WORDS
     fixed: bool = False
 
     def check(self, response: str) -> AnswerCheck:
@@ -49,7 +49,7 @@ class Task:
         return check_exact(response, self.answer)
 
     def rejected(self, response: str, parsed: str) -> str:
-        """A wrong response as it is trained on.
+        """Return a wrong response as it is trained on.
 
         Multiple choice and yes/no: the ground truth with the other option or the other word in it, so that the two
         differ in nothing else. Where the ground truth says more than that, and for all other kinds, the model's own
@@ -67,34 +67,30 @@ class Task:
 
 
 def read_task(example: Mapping[str, Any], short_words: int, fixed: bool = False) -> Task:
-    """The task of an input row; `short_words` and `fixed` as of `Task`.
+    """Read the task of an input row; `short_words` and `fixed` as of `Task`.
 
     The kind is the row's `answer_kind`; without one, the first of these that applies. choice: there are options, in
-    the column `options` or listed in the question, and the answer names one of them. yes_no: the
-    answer begins with yes or no (see `yes_or_no`). short: it has at most `short_words` words. open: all others.
+    the column `options` or listed in the question, and the answer names one of them. yes_no: the answer begins with
+    yes or no (see `yes_or_no`). short: it has at most `short_words` words. open: all others.
 
     Raises:
         InputError: no question or answer, or they do not fit the kind.
     """
     question, answer = (given_text(example, name, "RRPO") for name in ("question", "answer"))
-    given, column = example.get("answer_kind"), example.get("options") or None
-    if given is not None and given not in KINDS:
-        raise InputError(f"`answer_kind` is {given!r}: give one of {', '.join(KINDS)}, or leave it out.")
-    if given == "yes_no" and yes_or_no(answer) is None:
+    kind, column = example.get("answer_kind"), example.get("options") or None
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"`answer_kind` is {kind!r}: give one of {', '.join(KINDS)}, or leave it out.")
+    if kind == "yes_no" and yes_or_no(answer) is None:
         raise InputError(f"`answer_kind` is yes_no, but `answer` is {answer!r}: let it begin with yes or no.")
-    options = read_options(question, column) if given in (None, "choice") else {}
-    must = given == "choice" or bool(column and options)
+    options = read_options(question, column) if kind in (None, "choice") else {}
+    must = kind == "choice" or bool(column and options)
     if must and not options:
         raise InputError("`answer_kind` is choice, but there are no options: list them in `options` or the question.")
     letter = read_choice(answer, options).value if options else None
     if must and letter is None:
         raise InputError(f"`answer` is {answer!r}: give the letter or the text of one of the options {options}.")
-    if must or (letter and len(words(normalize(answer))) <= short_words + len(words(options[letter]))):
+    length = len(words(normalize(answer)))
+    if must or (letter and length <= short_words + len(words(options[letter]))):
         return Task(with_options(question, options), answer, "choice", options)
-    return Task(question, answer, given or _kind(answer, short_words), short_words=short_words, fixed=fixed)
-
-
-def _kind(answer: str, short_words: int) -> str:
-    if yes_or_no(answer):
-        return "yes_no"
-    return "short" if len(words(normalize(answer))) <= short_words else "open"
+    kind = kind or ("yes_no" if yes_or_no(answer) else "short" if length <= short_words else "open")
+    return Task(question, answer, kind, short_words=short_words, fixed=fixed)
