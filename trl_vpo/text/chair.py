@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trl_vpo.errors import UserError
 from trl_vpo.text.inflection import plurals
 
 # What the published codes hard-code for COCO: "baby" and "passenger" name persons, but not in "baby bird".
@@ -55,7 +56,7 @@ class Mention:
 
 
 class ObjectTable:
-    """The words by which objects are known.
+    """Words by which objects are known.
 
     Args:
         synonyms: the object's name -> further words for it, of one or more words each, in the singular; plurals are
@@ -68,7 +69,7 @@ class ObjectTable:
     with a hyphen is one word: "hot-dog" is a hot dog, "man-made" is no man.
 
     Raises:
-        ValueError: an empty word, or a word that is given to two objects.
+        UserError: an empty word, or a word that is given to two objects.
     """
 
     def __init__(self, synonyms: Mapping[str, Iterable[str]], reads_as: Mapping[str, str | None] = READS_AS):
@@ -87,40 +88,33 @@ class ObjectTable:
     def _add(self, word: str, name: str) -> None:
         key = _key(word)
         if not key:
-            raise ValueError(f"object {name!r} has an empty word {word!r} in the table. Take it out.")
+            raise UserError(f"object {name!r} has an empty word {word!r} in the table. Take it out.")
         known = self._names.setdefault(key, Mention(" ".join(key), name))
         if known.object != name:
-            raise ValueError(f"{word!r} stands for {known.object!r} and for {name!r}. Keep it with one of them.")
+            raise UserError(f"{word!r} stands for {known.object!r} and for {name!r}. Keep it with one of them.")
 
     def name(self, word: str) -> str:
-        """The name of the object that a word or phrase stands for.
+        """Return the name of the object that a word or phrase stands for.
 
         Raises:
-            ValueError: the table does not know it.
+            UserError: the table does not know it.
         """
         mention = self._names.get(_key(word))
         if mention is None:
-            raise ValueError(f"object {word!r} is not in the table of synonyms. Add it, or leave it out of the truth.")
+            raise UserError(f"object {word!r} is not in the table of synonyms. Add it, or leave it out of the truth.")
         return mention.object
 
     def mentions(self, response: str) -> list[Mention]:
-        """Every mention of an object, in order, with repetitions."""
+        """Return every mention of an object, in order, with repetitions."""
         tokens = [_token(token) for token in _TOKEN.findall(response)]
-        found, start = [], 0
+        mentions, start = [], 0
         while start < len(tokens):
-            end, mention = self._longest_match(tokens, start)
-            if mention is not None:
-                found.append(mention)
-            start = end
-        return found
-
-    def _longest_match(self, tokens: list[str], start: int) -> tuple[int, Mention | None]:
-        for end in range(min(start + self._longest, len(tokens)), start, -1):
+            ends = range(min(start + self._longest, len(tokens)), start, -1)
+            end = next((end for end in ends if tuple(tokens[start:end]) in self._names), start + 1)
             key = tuple(tokens[start:end])
-            if key in self._names:
-                return end, self._names[key]
-        compound = tuple(_HYPHEN.split(tokens[start]))
-        return start + 1, self._names.get(compound) if len(compound) > 1 else None
+            mentions.append(self._names.get(key if key in self._names else tuple(_HYPHEN.split(tokens[start]))))
+            start = end
+        return [mention for mention in mentions if mention is not None]
 
 
 def _token(token: str) -> str:
@@ -132,29 +126,30 @@ def _key(phrase: str) -> tuple[str, ...]:
 
 
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
-    """The table of a text file in the format of the published `synonyms.txt`: one object a line, its name first, then
-    its synonyms, separated by commas. Empty lines are skipped.
+    """Read the table of a text file in the format of the published `synonyms.txt`.
+
+    One object a line, its name first, then its synonyms, separated by commas. Empty lines are skipped.
 
     Raises:
-        ValueError: a file that cannot be read, two lines that begin with the same name, or no object.
+        UserError: a file that cannot be read, two lines that begin with the same name, or no object.
     """
     table: dict[str, list[str]] = {}
     try:
         lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise ValueError(f"synonyms: {path} cannot be read ({error.strerror}).") from error
+        raise UserError(f"synonyms: {path} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"synonyms: {path}, line {line}: {error.reason}. Save the file as UTF-8.") from error
+        raise UserError(f"synonyms: {path}, line {line}: {error.reason}. Save the file as UTF-8.") from error
     for number, line in enumerate(lines, start=1):
         words = [word.strip() for word in line.split(",") if word.strip()]
         if not words:
             continue
         if words[0] in table:
-            raise ValueError(f"{path}, line {number}: {words[0]!r} begins a line for the second time. Join the lines.")
+            raise UserError(f"{path}, line {number}: {words[0]!r} begins a line for the second time. Join the lines.")
         table[words[0]] = words[1:]
     if not table:
-        raise ValueError(f"{path} lists no object: give one object a line, as in `dog, puppy, hound`.")
+        raise UserError(f"{path} lists no object: give one object a line, as in `dog, puppy, hound`.")
     return table
 
 
@@ -184,34 +179,35 @@ class ChairCounts:
 
 
 def read_response(response: str, truth: Iterable[str], table: ObjectTable, *, once: bool = False) -> ResponseObjects:
-    """The objects that a response mentions against those that are there.
+    """Compare the objects that a response mentions with those that are there.
 
     Args:
         truth: names or synonyms of the objects that are there; may be empty.
         once: count each word once per response (Object HalBench) and not each mention.
 
     Raises:
-        ValueError: the table does not know an object of the truth.
+        UserError: the table does not know an object of the truth.
     """
-    there = frozenset(table.name(word) for word in truth)
+    present = frozenset(table.name(word) for word in truth)
     mentioned = table.mentions(response)
     if once:
         mentioned = list(dict.fromkeys(mentioned))
     return ResponseObjects(
         mentioned=tuple(mentioned),
-        hallucinated=tuple(mention for mention in mentioned if mention.object not in there),
-        truth=there,
-        covered=there & {mention.object for mention in mentioned},
+        hallucinated=tuple(mention for mention in mentioned if mention.object not in present),
+        truth=present,
+        covered=present & {mention.object for mention in mentioned},
     )
 
 
 def count_objects(
     responses: Sequence[str], truths: Sequence[Iterable[str]], table: ObjectTable, *, once: bool = False
 ) -> tuple[ChairCounts, list[ResponseObjects]]:
-    """Counts for N responses and what they were counted from. Arguments as in `read_response`.
+    """Count the objects of N responses; return what was counted, too. Arguments as in `read_response`.
 
     Raises:
-        ValueError: unequal numbers of responses and truths, or an unknown object, with the row's number.
+        ValueError: unequal numbers of responses and truths.
+        UserError: an unknown object, with the row's number.
     """
     if len(responses) != len(truths):
         raise ValueError(f"{len(responses)} responses but {len(truths)} lists of objects: give one for each.")
@@ -219,7 +215,7 @@ def count_objects(
     for number, (response, truth) in enumerate(zip(responses, truths)):
         try:
             rows.append(read_response(response, truth, table, once=once))
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
+        except UserError as error:
+            raise UserError(f"row {number}: {error}") from error
     fields = ("mentioned", "hallucinated", "covered", "truth")
     return ChairCounts(*(np.array([len(getattr(row, name)) for row in rows], dtype=int) for name in fields)), rows

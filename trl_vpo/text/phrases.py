@@ -33,7 +33,7 @@ _ENDS_WORD, _STARTS_WORD = regex.compile(rf"{_LETTER}$"), regex.compile(_LETTER)
 def phrase_spans(
     chosen: str, rejected: str, chosen_phrases=None, rejected_phrases=None
 ) -> tuple[str, str, list[Span], list[Span]]:
-    """Both plain responses and the phrases in which they differ.
+    """Return both plain responses and the phrases in which they differ.
 
     Args:
         chosen, rejected: the responses; `<MASK>` tags are taken out, whichever source the phrases come from.
@@ -71,7 +71,9 @@ def phrase_spans(
 
 
 def check_spans(spans, text: str, side: str) -> list[Span]:
-    """Given phrases as sorted tuples. `side` ("chosen" or "rejected") is for the messages; None means no phrases.
+    """Return given phrases as sorted tuples; None means no phrases.
+
+    `side`, "chosen" or "rejected", is for the messages.
 
     Raises:
         PhraseError: not pairs of integers, empty, inverted, outside the text, or overlapping.
@@ -102,7 +104,7 @@ def check_spans(spans, text: str, side: str) -> list[Span]:
 
 
 def strip_mask_tags(text: str) -> tuple[str, list[Span]]:
-    """`a <MASK> red </MASK> car` -> (`a red car`, [(2, 5)]).
+    """Take the tags out: `a <MASK> red </MASK> car` -> (`a red car`, [(2, 5)]).
 
     The published data puts one space inside each tag. It goes with the tag, unless two words would run together
     (`a<MASK> red</MASK> car`). Other white space stays where it is, outside the phrases. An empty pair of tags marks
@@ -138,7 +140,7 @@ _TAG_REMEDY = f"Write {OPEN} and {CLOSE} in pairs, not nested, around each phras
 
 
 def masked_spans(plain: str, masked: str) -> list[Span]:
-    """The phrases of a tagged text, as offsets into its untagged column `plain`.
+    """Return the phrases of a tagged text, as offsets into its untagged column `plain`.
 
     The two columns may differ in white space: where the tags stood, only `plain` knows how it was.
 
@@ -151,18 +153,18 @@ def masked_spans(plain: str, masked: str) -> list[Span]:
             f"the tagged text is not the plain text with {OPEN} tags: {stripped[:80]!r} against {plain[:80]!r}. "
             "Make the two columns say the same, or leave the tagged ones out for a word diff."
         )
-    here, there = ([i for i, character in enumerate(t) if not character.isspace()] for t in (plain, stripped))
-    position = dict(zip(there, here))  # the n-th visible character of one text is the n-th of the other
+    visible = [[i for i, character in enumerate(t) if not character.isspace()] for t in (stripped, plain)]
+    position = dict(zip(*visible))  # the n-th visible character of one text is the n-th of the other
     return [(position[start], position[end - 1] + 1) for start, end in spans]
 
 
 def _run_together(left: str, right: str) -> bool:
-    """Whether two texts, put side by side, would make one word of two."""
+    """Return whether two texts, put side by side, would make one word of two."""
     return bool(_ENDS_WORD.search(left) and _STARTS_WORD.match(right))
 
 
 def _trimmed(text: str, start: int) -> list[Span]:
-    """The span from `start` to the end of the text without white space at its ends; none if nothing is left."""
+    """Return the span from `start` to the end of the text without white space at its ends; none if nothing is left."""
     phrase = text[start:]
     start += len(phrase) - len(phrase.lstrip())
     return [(start, start + len(phrase.strip()))] if phrase.strip() else []
@@ -172,12 +174,12 @@ def _trimmed(text: str, start: int) -> list[Span]:
 
 
 def split_words(text: str) -> list[Span]:
-    """The words of a text, as character offsets: words, single punctuation marks, single CJK characters or emoji."""
+    """Return words, single punctuation marks, single CJK characters and emoji of a text, as character offsets."""
     return [match.span() for match in _WORD.finditer(text) if not match.group().isspace()]
 
 
 def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
-    """The spans in which two responses differ, word by word.
+    """Return the spans in which two responses differ, word by word.
 
     Differing words that stand side by side make one phrase, with the white space between them. White space by itself
     is no difference, nor are two encodings of the same character (é composed or not); case is. Cutting the phrases
@@ -203,7 +205,7 @@ def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
 def spans_to_token_mask(
     spans: Sequence[Span], offsets: Sequence[Span], *, shift: int = 0, text: str | None = None
 ) -> list[int]:
-    """1 for every token that overlaps a phrase, 0 for the others.
+    """Return 1 for every token that overlaps a phrase, 0 for the others.
 
     Args:
         spans: phrases, [start, end) in characters of the response.

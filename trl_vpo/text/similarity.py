@@ -22,24 +22,24 @@ from trl_vpo.text.phrases import split_words
 
 
 def words(text: str) -> list[str]:
-    """The words that are compared: `A red Square!` -> `a`, `red`, `square`."""
-    text = _normalised(text)
-    found = [text[start:end] for start, end in split_words(text)]
-    return [word for word in found if any(unicodedata.category(character)[0] in "LN" for character in word)]
+    """Return the words that are compared: `A red Square!` -> `a`, `red`, `square`."""
+    text = _folded(text)
+    parts = [text[start:end] for start, end in split_words(text)]
+    return [part for part in parts if any(unicodedata.category(character)[0] in "LN" for character in part)]
 
 
 def right(answer: str, truth: str) -> bool:
-    """Whether an answer has the words of the ground truth, all of them, in order, and no other.
+    """Return whether an answer has the words of the ground truth, all of them, in order, and no other.
 
     Strict on purpose: of a longer answer that holds the truth somewhere, no rule can tell whether it also says the
     contrary. For open-ended answers it is close to "never", and `similarity` the better measure.
     """
     pair = words(answer), words(truth)
-    return pair[0] == pair[1] if any(pair) else _normalised(answer) == _normalised(truth)
+    return pair[0] == pair[1] if any(pair) else _folded(answer) == _folded(truth)
 
 
 def similarity(answer: str, truth: str) -> float:
-    """ROUGE-L F1 of two texts, 0 (no word in common) to 1 (the same words in the same order); symmetric."""
+    """Return ROUGE-L F1 of two texts, 0 (no word in common) to 1 (the same words in the same order); symmetric."""
     a, b = words(answer), words(truth)
     if not a and not b:
         return float(right(answer, truth))
@@ -47,7 +47,7 @@ def similarity(answer: str, truth: str) -> float:
 
 
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence.
+    """Return the length of the longest common subsequence.
 
     Bit-parallel (Hyyrö 2004): bit i of `row` is 0 where the usual table's row grows from column i to i + 1, and one
     addition works out the next row. Texts of thousands of words take milliseconds.
@@ -64,7 +64,7 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's correlation of N pairs; None for fewer than 3, or where one side does not vary."""
+    """Return Pearson's correlation of N pairs; None for fewer than 3, or where one side does not vary."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)  # (N,)
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return None
@@ -73,23 +73,23 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, equal values sharing their average rank; None where `pearson` is."""
+    """Return Spearman's rank correlation, equal values sharing their average rank; None where `pearson` is."""
     return pearson(_ranks(x), _ranks(y))
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    """(N,) ranks from 1, the average of their places for equal values."""
+    """Return (N,) ranks from 1, the average of their places for equal values."""
     _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def trust_margin(pair: dict[str, Any]) -> float:
-    """By how much the winning response of a row (or its notes) agrees better with the ground truth, -1 to 1."""
+    """Return how much better a row's winning response agrees with the ground truth than the losing one, -1 to 1."""
     return pair["chosen_trust"] - pair["rejected_trust"]
 
 
 def pair_figures(pairs: Sequence[dict[str, Any]], *, plain: bool, rewards: bool) -> dict[str, Any]:
-    """What a set of pairs is like; None for a figure that has too few of them.
+    """Return the figures of a set of pairs; None for one that has too few of them.
 
     `..._right`: share of responses that are `right`, of the plain answers too, so that the hint's benefit shows; a
     plain answer that failed is not right, and counted in `plain_failures`.
@@ -117,12 +117,12 @@ def pair_figures(pairs: Sequence[dict[str, Any]], *, plain: bool, rewards: bool)
     return figures | {"reward_trust_pearson": pearson(*points), "reward_trust_spearman": spearman(*points)}
 
 
-def _normalised(text: str) -> str:
-    """NFKC and case folding; the typographic apostrophe is written plainly."""
+def _folded(text: str) -> str:
+    """Apply NFKC and case folding; the typographic apostrophe is written plainly."""
     return unicodedata.normalize("NFKC", text).casefold().replace("’", "'").strip()
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """The mean; None of no values."""
+    """Return the mean; None of no values."""
     values = list(values)
     return fmean(values) if values else None
