@@ -14,7 +14,6 @@ from PIL import Image as PILImage
 from trl_vpo.data.inputs import Unusable, digest, load_media, portable, read_inputs
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import DatasetError, GenerateError, MediaError
-from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.pipeline import training_row
 from trl_vpo.media.load import VideoOptions, load_image, load_video
 
@@ -42,8 +41,12 @@ def jsonl(path: Path, *rows) -> Path:
     return path
 
 
-def read(source, tmp_path, **options):
-    return read_inputs(GenerateConfig(dataset_name=str(source), output_dir=str(tmp_path / "run"), **options))
+def read(source, folder, **options):
+    return read_inputs(str(source), **{"media_folder": folder / "run/media", **options})
+
+
+def read_rows(folder, *rows, **options):
+    return read(jsonl(folder / "in.jsonl", *rows), folder, **options)
 
 
 def pixels(source) -> np.ndarray:
@@ -59,7 +62,7 @@ def test_jsonl(folder, monkeypatch):
         {"id": "a", "question": "What?", "answer": "this", "videos": ["media/a.mp4"], "options": {"x": 1, "y": None}},
         {"id": None, "question": "And?", "answer": None, "videos": [str(folder / "media/a.mp4")], "options": None},
     ]
-    inputs = read(jsonl(folder / "in.jsonl", *rows), folder)
+    inputs = read_rows(folder, *rows)
     assert (len(inputs), inputs.ids) == (2, ["a", "row-000001"])
     first, second = inputs
     assert (first.id, first.images, first.videos) == ("a", (), (str(folder / "media/a.mp4"),))
@@ -80,35 +83,30 @@ def test_local_formats_agree(folder):
     data.save_to_disk(folder / "saved")
     (folder / "split").mkdir()
     data.to_json(folder / "split/test.jsonl")
-    found = [read(folder / name, folder) for name in ("in.parquet", "in.json", "saved")]
-    found.append(read(folder / "split", folder, dataset_split="test"))
-    assert all(list(inputs) == list(found[0]) for inputs in found)
-    assert len({digest(inputs) for inputs in found}) == 1
-    assert found[0][2].example == {"id": "2", "image": str(folder / "media/a.png"), "n": 2}
+    sources = [read(folder / name, folder) for name in ("in.parquet", "in.json", "saved")]
+    sources.append(read(folder / "split", folder, split="test"))
+    assert all(list(inputs) == list(sources[0]) for inputs in sources)
+    assert len({digest(inputs) for inputs in sources}) == 1
+    assert sources[0][2].example == {"id": "2", "image": str(folder / "media/a.png"), "n": 2}
     with pytest.raises(DatasetError, match="no split 'train'; it has test"):
         read(folder / "split", folder)
 
 
 def test_nothing_to_read(tmp_path):
-    with pytest.raises(GenerateError, match="there are no inputs: set `dataset_name`"):
-        read_inputs(GenerateConfig(output_dir="x"))
     Dataset.from_dict({"id": []}).to_parquet(tmp_path / "in.parquet")
     with pytest.raises(DatasetError, match=r"in\.parquet cannot be read as rows: .* no data"):
         read(tmp_path / "in.parquet", tmp_path)
 
 
 def test_ids(folder):
-    rows = [{"id": 7}, {"id": 8}, {"id": None}]
-    assert read(jsonl(folder / "in.jsonl", *rows), folder).ids == ["7", "8", "row-000002"]
-    rows = [{"id": "a"}, {"id": "row-000002"}, {"id": ""}]
+    assert read_rows(folder, {"id": 7}, {"id": 8}, {"id": None}).ids == ["7", "8", "row-000002"]
     with pytest.raises(GenerateError, match="rows 1 and 2 of the inputs both have the id 'row-000002'"):
-        read(jsonl(folder / "in.jsonl", *rows), folder)
+        read_rows(folder, {"id": "a"}, {"id": "row-000002"}, {"id": ""})
 
 
 def test_many_rows_are_not_read(folder):
     """A hundred thousand: nothing of a row is touched before it is asked for."""
-    path = jsonl(folder / "in.jsonl", *({"id": f"c{i}", "video": f"no/{i}.mp4", "q": "What?"} for i in range(100_000)))
-    inputs = read(path, folder)
+    inputs = read_rows(folder, *({"id": f"c{i}", "video": f"no/{i}.mp4", "q": "What?"} for i in range(100_000)))
     inputs.examples = None  # what every reading of a row goes through
     assert len(inputs) == 100_000 and inputs.ids[99_999] == "c99999"
     del inputs.examples
@@ -168,11 +166,18 @@ def test_media_in_parquet(folder):
     assert (again.images, again.videos) == (list(first.images), list(first.videos))
 
 
-def test_dry_runs_write_nothing(folder):
-    data = {"image": [{"bytes": (folder / "media/a.png").read_bytes(), "path": None}]}
+@pytest.mark.parametrize("damaged", [False, True])
+def test_media_stay_as_they_are_without_a_folder(folder, damaged):
+    raw = b"\x89PNG garbage" if damaged else (folder / "media/a.png").read_bytes()
+    data = {"image": [{"bytes": raw, "path": None}]}
     Dataset.from_dict(data, features=Features({"image": Image()})).to_parquet(folder / "in.parquet")
-    (row,) = read(folder / "in.parquet", folder, dry_run=True)
-    assert load_media(row, FOUR).images[0].size == (56, 56)
+    (row,) = read(folder / "in.parquet", folder, media_folder=None)
+    if damaged:
+        with pytest.raises(MediaError, match="is not a readable image"):
+            load_media(row, FOUR)
+    else:
+        assert load_media(row, FOUR).images[0].size == (56, 56)
+        assert load_media(row, VideoOptions(max_pixels=100)).images[0].size == (10, 10)
     assert not (folder / "run").exists()
 
 
@@ -182,7 +187,7 @@ def test_frames_and_options(folder):
         {"videos": [{"video": frames, "frames_fps": 4.0}]},
         {"videos": [{"video": frames[:2], "frames_fps": None}]},
     ]
-    inputs = read(jsonl(folder / "in.jsonl", *rows), folder, media_root=str(folder))
+    inputs = read_rows(folder, *rows, media_root=str(folder))
     full = [str(folder / frame) for frame in frames]
     assert inputs[0].videos == ({"video": full, "frames_fps": 4.0},)
     assert inputs[1].videos == ({"video": full[:2]},)  # a dictionary in every row, as datasets wants it
@@ -191,12 +196,12 @@ def test_frames_and_options(folder):
     assert np.array_equal(clip.frames[0], pixels(full[0]))
 
     rows = [{"videos": [{"path": "media/a.mp4", "video_start": 0.5}]}, {"videos": [{"path": "media/frames"}]}]
-    inputs = read(jsonl(folder / "in.jsonl", *rows), folder, media_root=str(folder))
+    inputs = read_rows(folder, *rows, media_root=str(folder))
     assert inputs[0].videos == ({"path": str(folder / "media/a.mp4"), "video_start": 0.5},)
     assert load_media(inputs[0], FOUR).videos[0].timestamps[0] == pytest.approx(0.5)
     assert load_media(inputs[1], FOUR).videos[0].total_frames == 3
 
-    (row,) = read(jsonl(folder / "in.jsonl", {"videos": [frames]}), folder, media_root=str(folder))
+    (row,) = read_rows(folder, {"videos": [frames]}, media_root=str(folder))
     assert row.videos == (full,)
 
 
@@ -229,7 +234,7 @@ def test_paths(folder, monkeypatch):
     assert portable("link.png", None) == str(folder / "media/link.png")  # its name still says what it is
 
 
-def test_what_cannot_be_used_is_told_when_it_is_loaded(folder):
+def test_media_that_cannot_be_used_fail_when_loaded(folder):
     """No row ends the reading of the others; media outside of `media_root` are refused, through links too."""
     os.symlink(folder / "media/a.png", folder / "media/frames/outside.png")
     (folder / "empty.png").touch()
@@ -246,12 +251,12 @@ def test_what_cannot_be_used_is_told_when_it_is_loaded(folder):
         ({"video": {"path": None}}, "names no image or video"),
     ]
     for example, message in rows:
-        inputs = read(jsonl(folder / "in.jsonl", example), folder, media_root=str(folder / "media/frames"))
+        inputs = read_rows(folder, example, media_root=str(folder / "media/frames"))
         (row,) = inputs
         assert [type(s) for s in (*row.images, *row.videos)][-1] is Unusable
         with pytest.raises(MediaError, match=message):
             load_media(row, FOUR)
-    (row,) = read(jsonl(folder / "in.jsonl", {"image": str(folder / "empty.png")}), folder)
+    (row,) = read_rows(folder, {"image": str(folder / "empty.png")})
     with pytest.raises(MediaError, match="is empty"):
         load_media(row, FOUR)
     with pytest.raises(MediaError, match="<bytes, 0 long> is empty"):
@@ -260,20 +265,7 @@ def test_what_cannot_be_used_is_told_when_it_is_loaded(folder):
         portable(3, folder)
 
 
-def test_damaged_contents_are_told_when_they_are_loaded(folder):
-    data = {"image": [{"bytes": b"\x89PNG garbage", "path": None}]}
-    Dataset.from_dict(data, features=Features({"image": Image()})).to_parquet(folder / "in.parquet")
-    (row,) = read(folder / "in.parquet", folder)
-    with pytest.raises(MediaError, match="is not a readable image"):
-        load_media(row, FOUR)
-
-
 def test_a_media_folder_that_cannot_be_written(folder):
     (folder / "run").write_text("a file")
     with pytest.raises(GenerateError, match=r"run/media/.* cannot be written \(.*\)\. Free space"):
         portable(b"abc", folder / "run/media")
-
-
-def test_max_pixels(folder):
-    (row,) = read(jsonl(folder / "in.jsonl", {"image": str(folder / "media/a.png")}), folder)
-    assert load_media(row, FOUR, 100).images[0].size == (10, 10)

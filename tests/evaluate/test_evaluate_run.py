@@ -21,14 +21,14 @@ from held_out_kit import (
 )
 from PIL import Image
 
-from trl_vpo.data.inputs import InputRow, near_misses, read_inputs
+from trl_vpo.data.inputs import InputRow, near_misses
 from trl_vpo.errors import EvaluateError, GenerateError, RecipeError
-from trl_vpo.evaluate import run as run_module
 from trl_vpo.evaluate.candidates import candidate_names
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.probes import damaged, row_seed
+from trl_vpo.evaluate.recipe import parse
 from trl_vpo.evaluate.rows import TASKS
-from trl_vpo.evaluate.run import run_evaluation, run_settings
+from trl_vpo.evaluate.run import read_evaluation_inputs, run_evaluation, run_settings
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.testbed import language, tiny_vlm
@@ -311,9 +311,9 @@ def test_a_killed_run_goes_on_and_other_settings_are_refused(folder, held_out, a
         written.append(outcome.id)
         write(self, outcome)
 
-    def counted(contestants, batch, config):
+    def counted(candidates, batch, config):
         worked.extend(row.id for row, *_ in batch)
-        return evaluate_batch(contestants, batch, config)
+        return evaluate_batch(candidates, batch, config)
 
     copied = write_adapter(tmp_path / "words", seed=1)
     options = {"batch_size": 4, "answer_preferences": True}
@@ -381,7 +381,7 @@ def test_a_run_knows_the_bases_weights(held_out, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_vlm.BASE, base)
     config = EvaluateConfig(model_name_or_path=str(base), dataset_name=str(held_out.path))
-    inputs = read_inputs(config.generate_config())
+    inputs = read_evaluation_inputs(config)
     first = run_settings(config, {}, inputs)
     assert run_settings(config, {}, inputs) == first
     weights = base / "model.safetensors"
@@ -488,7 +488,7 @@ def test_clusters_stay_where_media_move(held_out, tmp_path):
         (tmp_path / place).mkdir()
         shutil.copy(clip, tmp_path / place / clip.name)
         config = EvaluateConfig(dataset_name=str(data), media_root=str(tmp_path / place))
-        inputs = read_inputs(config.generate_config())
+        inputs = read_evaluation_inputs(config)
         assert inputs[0].videos == (str(tmp_path / place / clip.name),)
         clusters += [row.cluster for row in read_rows(inputs)]
     assert clusters == [clip.name] * 2
@@ -521,7 +521,7 @@ def trained(folder, **recipe):
 
 def media_settings(*adapters, **given):
     argv = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-    config = run_module._parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", *adapters, *argv])
+    config = parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", *adapters, *argv])
     return [config.num_frames, config.fps, config.max_frames, config.max_pixels]
 
 
@@ -534,7 +534,7 @@ def test_an_adapter_is_evaluated_with_the_frames_of_its_training(tmp_path, caplo
     assert media_settings(fast) == media_settings(fast + "/checkpoint-5") == [None, 2.0, 32, None]
     assert media_settings(usual) == [16, None, 64, None]
     window = trained(tmp_path / "window", video_start=1.0, video_end=3.0)
-    config = run_module._parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", window])
+    config = parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", window])
     assert (config.video_start, config.video_end) == (1.0, 3.0) and config.video_options().video_end == 3.0
     assert media_settings(short, str(tmp_path / "unknown")) == [8, None, 64, 1024]
     assert not caplog.messages

@@ -1,12 +1,11 @@
 """Runs of `trl-vpo generate` that are killed, stopped, shared by two or lose their server: the rows are the same."""
 
+import base64
 import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +13,15 @@ import pytest
 from chat_server import Reply, Server, said
 from helpers import KITS
 from run_kit import generate, lines, options, write_inputs, written
+from workers import Server as Processes
 
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import GenerateError
+from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.generate.run import make_models
 from trl_vpo.models import server as server_module
-from trl_vpo.runs.shards import read_outcomes
+from trl_vpo.models.requests import Request
+from trl_vpo.runs.store import read_outcomes
 from trl_vpo.testbed import rows as testbed_rows
 from trl_vpo.testbed.tiny_vlm import BASE
 
@@ -39,34 +42,24 @@ def inputs(tmp_path_factory):
     return testbed_rows.write_jsonl([*good[:9], bad[0], *good[9:16], bad[1], *good[16:], bad[2]], folder / "in.jsonl")
 
 
-class Runs:
+class Runs(Processes):
     """Starts and awaits the commands of `generation_runs.py`."""
 
     def __init__(self, inputs):
+        super().__init__(KITS / "generation_runs.py", BASE)
         self.inputs = inputs
-        script = str(KITS / "generation_runs.py")
-        self.process = subprocess.Popen([sys.executable, script, str(BASE)], stdin=-1, stdout=-1, text=True)
         assert self.process.stdout.readline() == "ready\n"
-
-    def ask(self, job) -> int:
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
 
     def start(self, folder, **env) -> int:
         argv = ["generate", "rrpo", *options("rrpo", self.inputs, folder, "--batch_size", 1)]
         return self.ask({"argv": argv, "log": f"{folder}{env.get('RANK', '')}.log", "env": env})
 
-    def wait(self, pid) -> int:
-        return self.ask({"wait": pid})
-
 
 @pytest.fixture(scope="module")
 def runs(inputs):
-    made = Runs(inputs)
-    yield made
-    made.process.stdin.close()
-    made.process.wait()
+    server = Runs(inputs)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +112,7 @@ def test_ctrl_c(runs, whole, tmp_path):
     os.kill(pid, signal.SIGINT)
     assert runs.wait(pid) == 130
     log = Path(f"{folder}.log").read_text().splitlines()
-    assert log[-1] == f"Stopped. The same command goes on with what is finished in {folder}."
+    assert log[-1] == f"Stopped. The same command continues with what is finished in {folder}."
     for line in log[:-1]:  # no traceback, no warning
         assert re.match(r"Loading .* \.\.\.$|21 inputs: 0 finished, 21 to do\.$|\d+/21 inputs, ", line), line
     assert 0 < finished(folder) < 21
@@ -149,8 +142,8 @@ def behave(number, body):
     if body["model"] == "judge":
         truth = re.search("Ground truth: (.*)", text)[1]
         if text.startswith("Compare"):
-            found = {"kind": "attribute", "truth": truth.split()[:2][-1], "answer": "pink"}
-            return said(json.dumps({"correct": False, "differences": [found]}))
+            difference = {"kind": "attribute", "truth": truth.split()[:2][-1], "answer": "pink"}
+            return said(json.dumps({"correct": False, "differences": [difference]}))
         return said(json.dumps({"rewritten": re.sub(r"^a \w+", "a pink", truth)}))
     question = text[-1]["text"].split("\n")[0]
     assert text[0]["type"] == "video_url"
@@ -196,6 +189,28 @@ def test_a_server_and_a_judge(serve, inputs, tmp_path):
             assert rejected == re.sub(r"^a \w+", "a pink", truth)
             (start, end), (other_start, other_end) = row["chosen_phrases"][0], row["rejected_phrases"][0]
             assert (truth[start:end], rejected[other_start:other_end]) == (truth.split()[1], "pink")
+
+
+def test_model_and_judge_share_a_budget(serve, monkeypatch):
+    server = serve(lambda number, body: said("fine"))
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    config = GenerateConfig(
+        model_name_or_path="tiny",
+        server_url=server.url,
+        judge_url=server.url.replace("://", "://user:word@"),
+        judge_model="wise",
+        max_requests=2,
+    )
+    model, judge = make_models(config)
+    assert judge.record()["server"] == server.url  # a password in the address stays in it
+    question = [Request([{"role": "user", "content": [{"type": "text", "text": "How?"}]}])]
+    assert model.answer(question, config.sampling()) == judge.answer(question, config.sampling()) == ["fine"]
+    assert [body["model"] for body in server.bodies] == ["tiny", "wise"] and not judge.can_score
+    user = base64.b64encode(b"user:word").decode()
+    assert [seen[2]["authorization"] for seen in server.seen] == ["Bearer key", f"Basic {user}"]
+    with pytest.raises(GenerateError, match="max_requests is 2"):
+        judge.answer(question, config.sampling())
+    assert make_models(GenerateConfig(), with_model=False) == (None, None)
 
 
 @pytest.mark.parametrize("trouble", ["the server dies", "the budget ends"])

@@ -84,7 +84,7 @@ def pipeline(model=None, finds=None, **settings):
 def run(made, *rows):
     for row in rows:
         made.check(row)
-    return made.make([(row, load_media(row, VideoOptions(), made.config.max_pixels)) for row in rows])
+    return made.make([(row, load_media(row, made.config.video_options())) for row in rows])
 
 
 def made_row(outcome):

@@ -13,7 +13,7 @@ from trl_vpo.errors import GenerateError, RecipeError
 from trl_vpo.generate.run import run_generation
 from trl_vpo.runs import progress
 from trl_vpo.runs.progress import Bar, duration
-from trl_vpo.testbed import rows as testbed_rows
+from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.testbed.tiny_vlm import BASE
 
 COUNT = 12
@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
-def test_changed_settings_are_refused_before_weights_are_loaded(inputs, tmp_path):
+def test_changed_settings_are_refused_before_loading(inputs, tmp_path):
     folder, dataset = tmp_path / "run", tmp_path / "in.jsonl"
     shutil.copy(inputs["clip"], dataset)
     generate("rrpo", dataset, folder, "--limit", 1)
@@ -39,12 +39,10 @@ def test_changed_settings_are_refused_before_weights_are_loaded(inputs, tmp_path
         (["--num_frames", 4], ["num_frames: was 8, is 4"]),
         (["--seed", 3, "--attempts", 2], ["attempts: was 1, is 2", "seed: was 0, is 3"]),
     ):
-        with pytest.raises(GenerateError) as error:
+        with pytest.raises(GenerateError, match="Name another output_dir") as error:
             generate("rrpo", dataset, folder, *options)
-        for name in names:
-            assert f"\n  {name}" in str(error.value)
-        assert "Name another output_dir" in str(error.value)
-    testbed_rows.write_jsonl([*lines(inputs["clip"]), {"id": "more"}], dataset)
+        assert all(f"\n  {name}" in str(error.value) for name in names)
+    write_jsonl([*lines(inputs["clip"]), {"id": "more"}], dataset)
     with pytest.raises(GenerateError, match=r"inputs\.count: was 12, is 13\n"):
         generate("rrpo", dataset, folder)
     with pytest.raises(GenerateError, match=r'pipeline: was "rrpo", is "leanpo"'):
@@ -81,22 +79,18 @@ def test_what_a_run_cannot_start_with(options, error, message, inputs, tmp_path)
 
 def test_unknown_keys_and_methods(tmp_path):
     (tmp_path / "r.yaml").write_text("batchsize: 4\nhint_promt: x\n")
-    with pytest.raises(
-        RecipeError, match=r"`batchsize`\. Did you mean batch_size.* `hint_promt`\. Did you mean hint_pr"
-    ):
+    hints = r"`batchsize`\. Did you mean batch_size.* `hint_promt`\. Did you mean hint_pr"
+    with pytest.raises(RecipeError, match=hints):
         run_generation("leanpo", ["--config", str(tmp_path / "r.yaml")])
     with pytest.raises(RecipeError, match=r"unknown method 'leanp'; one of .* Did you mean leanpo"):
         run_generation("leanp", [])
 
 
-@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
-def test_a_file_in_the_place_of_the_folder(dry, inputs, tmp_path):
-    (tmp_path / "run").touch()
-    with pytest.raises(RecipeError, match=r"output_dir: .*run is a file\. Name a folder"):
-        generate("rrpo", inputs["clip"], tmp_path / "run", *dry)
-
-
-def test_a_folder_of_something_else(inputs, tmp_path):
+def test_output_dirs_of_something_else(inputs, tmp_path):
+    (tmp_path / "file").touch()
+    for dry in ([], ["--dry_run"]):
+        with pytest.raises(RecipeError, match=r"output_dir: .*file is a file\. Name a folder"):
+            generate("rrpo", inputs["clip"], tmp_path / "file", *dry)
     (tmp_path / "rows.jsonl").write_text('{"precious": true}\n')
     with pytest.raises(GenerateError, match=r"holds rows\.jsonl but no settings\.json: it is not a run"):
         generate("rrpo", inputs["clip"], tmp_path)
@@ -131,9 +125,9 @@ def test_a_dry_run(method, inputs, tmp_path, capsys):
     assert generate(method, inputs[KINDS[method]], folder, "--limit", 1)["inputs"] == 1
 
 
-def test_a_dry_run_tells_what_would_be_rejected_or_fail(inputs, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_says_what_would_fail(inputs, tmp_path, capsys, monkeypatch):
     rows = [{**row, "answer": ""} for row in lines(inputs["clip"])[:1]] + lines(inputs["clip"])[1:2]
-    dataset = testbed_rows.write_jsonl(rows, tmp_path / "in.jsonl")
+    dataset = write_jsonl(rows, tmp_path / "in.jsonl")
     generate("rrpo", dataset, tmp_path / "run", "--dry_run")
     out = capsys.readouterr().out
     assert "rejected: `answer` is ''" in out and "short question on perturbed media" in out
@@ -151,21 +145,20 @@ def test_a_dry_run_tells_what_would_be_rejected_or_fail(inputs, tmp_path, capsys
 def test_the_log_of_a_run(inputs, tmp_path, capfd):
     """Nobody else's bars or warnings, every line of the run's own."""
     generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 3)
-    told = capfd.readouterr()
-    first, second, last = told.err.splitlines()
+    printed = capfd.readouterr()
+    first, second, last = printed.err.splitlines()
     assert first == f"Loading {BASE} ..."
     assert second == "3 inputs: 0 finished, 3 to do."
     kept = len(lines(tmp_path / "run/rows.jsonl"))
     assert re.fullmatch(rf"3/3 inputs, [\d.]+/(s|min), kept {kept}, rejected {3 - kept}, \d+ s in all", last)
-    assert f"{kept} rows to train on: {tmp_path / 'run'}/rows.jsonl" in told.out
-    assert f"trl-vpo view {tmp_path / 'run'} -o page.html" in told.out
+    assert f"{kept} rows to train on: {tmp_path / 'run'}/rows.jsonl" in printed.out
+    assert f"trl-vpo view {tmp_path / 'run'} -o page.html" in printed.out
     generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 3)
     assert capfd.readouterr().err.splitlines()[1:] == ["3 inputs: 3 finished, 0 to do."]
 
 
 def test_when_nothing_is_kept(inputs, tmp_path, capsys):
-    rows = [{**row, "video": "gone.mp4"} for row in lines(inputs["clip"])[:2]]
-    dataset = testbed_rows.write_jsonl(rows, tmp_path / "in.jsonl")
+    dataset = write_jsonl([{**row, "video": "gone.mp4"} for row in lines(inputs["clip"])[:2]], tmp_path / "in.jsonl")
     argv = ["generate", "rrpo", "--dataset_name", dataset, "--output_dir", tmp_path / "run", "--device", "cpu"]
     assert cli.main([*map(str, argv), "--model_name_or_path", str(BASE)]) == 1
     captured = capsys.readouterr()

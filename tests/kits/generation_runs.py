@@ -19,15 +19,10 @@ torch.set_num_threads(1)  # a fork has none of its parent's threads
 
 def warm_up(model: str) -> None:
     """Import what a run imports, some of it only when a model is loaded."""
-    import datasets  # noqa: F401
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from trl_vpo.generate import run  # noqa: F401
     from trl_vpo.models import attach, local, source  # noqa: F401
-    from trl_vpo.runs import (
-        packages,  # noqa: F401
-        recipe,  # noqa: F401
-    )
 
     AutoProcessor.from_pretrained(model)
     AutoModelForImageTextToText.from_pretrained(model)

@@ -1,4 +1,4 @@
-"""Real runs of `trl-vpo generate` with the base of the testbed, for the tests of its driver."""
+"""Real runs of `trl-vpo generate` with the base of the testbed."""
 
 import json
 from pathlib import Path
@@ -13,18 +13,21 @@ KINDS = {"leanpo": "clip", "rrpo": "clip", "lpoi": "scene"}  # of the inputs
 
 def write_inputs(folder, clips=4, scenes=12):
     """Three questions about each clip, and a pair about each scene: kind -> file."""
-    made = {kind: rows.write_inputs(kind, n, 13, folder / kind) for kind, n in (("clip", clips), ("scene", scenes))}
-    return {kind: rows.write_jsonl(found, folder / f"{kind}.jsonl") for kind, found in made.items()}
+    files = {}
+    for kind, count in (("clip", clips), ("scene", scenes)):
+        files[kind] = rows.write_jsonl(rows.write_inputs(kind, count, 13, folder / kind), folder / f"{kind}.jsonl")
+    return files
 
 
 def options(method, dataset, folder, *more):
+    """The quickstart's recipe, five inputs at once."""
     recipe = RECIPES / f"{method}-generate.yaml"
     named = ["--config", recipe, "--model_name_or_path", BASE, "--dataset_name", dataset, "--output_dir", folder]
     return [str(word) for word in (*named, "--batch_size", 5, *more)]
 
 
 def generate(method, dataset, folder, *more):
-    """Run the quickstart's recipe in this process, five inputs at once; gives the summary."""
+    """Run in this process; gives the summary."""
     return run_generation(method, options(method, dataset, folder, *more))
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -21,8 +22,28 @@ from trl_vpo.runs.store import Run
 CALLS = ("write", "ftruncate", "fsync", "replace")  # all by which the store changes the disk, but for opening files
 
 
+class Server:
+    """Starts a script that answers jobs, and asks it to start commands and to wait for them."""
+
+    def __init__(self, script: Path, *args):
+        command = [sys.executable, str(script), *map(str, args)]
+        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
+
+    def ask(self, job: dict) -> int:
+        self.process.stdin.write(json.dumps(job, default=str) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def wait(self, pid: int) -> int:
+        return self.ask({"wait": pid})
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def outcome(name: str) -> Outcome:
-    """What always comes of the input `name`. Every fourth is rejected, every fifth gives two rows."""
+    """Return what always comes of the input `name`. Every fourth is rejected, every fifth gives two rows."""
     number = int(name[1:])
     if number % 4 == 3:
         return Outcome(name, reason=f"the answer {number} is right", kind="answered correctly", notes={"n": number})
@@ -40,7 +61,7 @@ def outcome(name: str) -> Outcome:
 
 
 class Sum:
-    """The part of a pipeline that the store calls."""
+    """A report of a run."""
 
     def select(self, outcomes):
         return outcomes

@@ -17,12 +17,10 @@ from chat_server import Reply, Server, refused, said
 from PIL import Image
 
 from trl_vpo.errors import GenerateError
-from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models import server as server_module
-from trl_vpo.models.load import answering_model, judge_model
 from trl_vpo.models.requests import Request, Sampling
-from trl_vpo.models.server import RequestBudget, ServerModel
+from trl_vpo.models.server import ServerModel
 from trl_vpo.text.responses import Failure, without_reasoning
 
 KEY = "sk-very-secret-0123456789"
@@ -444,28 +442,6 @@ def test_requests_in_flight_end_before_the_budgets_error(serve):
     server = serve(Reply(said("fine").body, wait=0.3))
     assert "budget" in stopped(model_of(server, max_requests=3, concurrency=4), [asked()] * 9)
     assert len(server.seen) == 3 and server.active == 0
-
-
-def test_models_made_from_settings_share_a_budget(serve, monkeypatch):
-    server = serve(said("fine"))
-    monkeypatch.setenv("JUDGE_KEY", "judge-key")
-    config = GenerateConfig(
-        model_name_or_path="tiny",
-        server_url=server.url,
-        judge_url=server.url.replace("://", "://user:word@"),
-        judge_model="wise",
-        judge_api_key_env="JUDGE_KEY",
-        max_requests=2,
-    )
-    budget = RequestBudget(config.max_requests)
-    model, judge = answering_model(config, budget), judge_model(config, budget)
-    assert judge.record()["server"] == server.url  # a password in the address stays in it
-    assert model.answer([asked()], SAMPLING) == judge.answer([asked()], SAMPLING) == ["fine"]
-    assert [body["model"] for body in server.bodies] == ["tiny", "wise"] and not judge.can_score
-    user = base64.b64encode(b"user:word").decode()
-    assert [seen[2]["authorization"] for seen in server.seen] == [f"Bearer {KEY}", f"Basic {user}"]
-    assert "budget" in stopped(judge)
-    assert judge_model(GenerateConfig()) is None
 
 
 def test_an_address_that_is_none():

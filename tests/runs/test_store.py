@@ -6,43 +6,29 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
 from helpers import KITS
-from workers import Sum, outcome, work
+from workers import Server, Sum, outcome, work
 
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import GenerateError
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.results import RESULTS
-from trl_vpo.runs.shards import read_outcomes, read_settings
-from trl_vpo.runs.store import Run
+from trl_vpo.runs.store import Run, read_outcomes, read_settings
 
 COUNT = 12
+IDS = [f"r{i}" for i in range(COUNT)]
 
 
-class Workers:
+class Workers(Server):
     """Starts, kills and awaits the workers of `workers.py`."""
-
-    def __init__(self):
-        script = str(KITS / "workers.py")
-        self.process = subprocess.Popen([sys.executable, script], stdin=-1, stdout=-1, text=True)
-
-    def ask(self, job) -> int:
-        self.process.stdin.write(json.dumps(job, default=str) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
 
     def start(self, folder, count=COUNT, **job) -> int:
         return self.ask({"folder": folder, "count": count, **job})
-
-    def wait(self, pid) -> int:
-        return self.ask({"wait": pid})
 
     def run(self, folder, count=COUNT, **job) -> int:
         return self.wait(self.start(folder, count, **job))
@@ -50,10 +36,9 @@ class Workers:
 
 @pytest.fixture(scope="module")
 def workers():
-    made = Workers()
-    yield made
-    made.process.stdin.close()
-    made.process.wait()
+    server = Workers(KITS / "workers.py")
+    yield server
+    server.close()
 
 
 def results(folder) -> list[bytes]:
@@ -72,15 +57,20 @@ def shard(folder, name="00000-of-00001") -> Path:
     return folder / "shards" / f"{name}.jsonl"
 
 
-def read_lines(path) -> list[dict]:
+def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def load(folder, cache):
+    return load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train", cache_dir=cache)
 
 
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def test_results(tmp_path, whole):
-    summary = work(tmp_path / "run", COUNT)
+def test_results(tmp_path):
+    folder = tmp_path / "run"
+    summary = work(folder, COUNT)
     assert summary == {
         "inputs": 12,
         "kept": 9,
@@ -89,49 +79,39 @@ def test_results(tmp_path, whole):
         "rejected_by_kind": {"answered correctly": 3},
         "figures": {"sum": 66},
     }
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
-    rows = read_lines(tmp_path / "run/rows.jsonl")
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    rows = lines(folder / "rows.jsonl")
     front = ["r0-0", "r6-0"]  # the first to show the plain columns, and images
     behind = ["r0-1", "r1-0", "r2-0", "r4-0", "r5-0", "r5-1", "r8-0", "r9-0", "r10-0", "r10-1"]
     assert [r["id"] for r in rows] == front + behind
     assert {tuple(row) for row in rows} == {("id", "prompt", "chosen", "rejected", "images")}
     assert [r["images"] for r in rows[:3]] == [None, ["/media/r6.png"], None]
-    assert read_lines(tmp_path / "run/rejected.jsonl") == [
+    assert lines(folder / "rejected.jsonl") == [
         {"id": f"r{i}", "kind": "answered correctly", "reason": f"the answer {i} is right"} for i in (3, 7, 11)
     ]
-    assert [o.id for o in read_outcomes(tmp_path / "run")] == [f"r{i}" for i in range(12)]
-    assert next(read_outcomes(tmp_path / "run")) == outcome("r0")
-    assert read_settings(tmp_path / "run") == {"seed": 0}
-
-
-def test_rows_train(tmp_path):
-    work(tmp_path / "run", COUNT)
-    loaded = load_dataset("json", data_files=str(tmp_path / "run/rows.jsonl"), split="train", cache_dir=tmp_path / "c")
-    rows = [read_row(example | {"images": None}) for example in loaded]  # r6 has no placeholder for its image
-    assert len(rows) == 12
-    assert rows[0].chosen == [{"role": "assistant", "content": [{"type": "text", "text": "0"}]}]
+    assert list(read_outcomes(folder)) == [outcome(name) for name in IDS]
+    assert read_settings(folder) == {"seed": 0}
+    trained = [read_row(example | {"images": None}) for example in load(folder, tmp_path / "c")]  # r6 has no marker
+    assert len(trained) == 12 and trained[0].chosen == rows[0]["chosen"]
 
 
 def test_columns_and_types_that_come_late_load(tmp_path):
     """`load_dataset` takes the types from the first 10 MB; here only the last row has a box, a fraction, ..."""
     text = "x" * 60_000
 
-    def made(i):
+    def row(i):
         last = i == 199
         row = {"id": f"r{i}", "prompt": text, "chosen": "a", "rejected": "b", "score": 0.5 if last else 1}
         row["critical_box"] = [0, 1, 2, 3] if last else None
         row["videos"] = [{"path": "/v.mp4", "video_start": 1.5}] if last else ["/v.mp4"]
-        return Outcome(f"r{i}", rows=(row | ({"late": "yes"} if last else {}),))
+        return row | ({"late": "yes"} if last else {})
 
-    ids = [f"r{i}" for i in range(200)]
     with Run(tmp_path / "run", {}) as run:
-        for name in ids:
-            run.write(made(int(name[1:])))
-        pipeline = Sum()
-        pipeline.summarize = lambda outcomes: {}
-        run.finish(ids, pipeline)
+        for i in range(200):
+            run.write(Outcome(f"r{i}", rows=(row(i),), notes={"n": i}))
+        run.finish([f"r{i}" for i in range(200)], Sum())
     assert (tmp_path / "run/rows.jsonl").stat().st_size > 11e6
-    loaded = load_dataset("json", data_files=str(tmp_path / "run/rows.jsonl"), split="train", cache_dir=tmp_path / "c")
+    loaded = load(tmp_path / "run", tmp_path / "c")
     assert [row["id"] for row in loaded.select(range(3))] == ["r0", "r199", "r1"]
     assert loaded[1]["critical_box"] == [0, 1, 2, 3]
     assert (loaded[1]["score"], loaded[1]["late"]) == (0.5, "yes")
@@ -139,29 +119,23 @@ def test_columns_and_types_that_come_late_load(tmp_path):
     assert loaded[150]["videos"] == ["/v.mp4"]
 
 
-def test_the_pipeline_has_the_last_word(tmp_path):
-    pipeline = Sum()
-
-    def select(outcomes):
-        return [Outcome(o.id, reason="too long", kind="outside keep_top") if o.id == "r2" else o for o in outcomes]
-
-    pipeline.select = select
-    pipeline.summarize = lambda outcomes: {"rejected": [o.id for o in outcomes if o.reason]}
-    ids = [f"r{i}" for i in range(4)]
+def test_the_report_has_the_last_word(tmp_path):
+    report = Sum()
+    report.select = lambda outcomes: [
+        Outcome(o.id, reason="too long", kind="outside keep_top") if o.id == "r2" else o for o in outcomes
+    ]
+    report.summarize = lambda outcomes: {"rejected": [o.id for o in outcomes if o.reason]}
     with Run(tmp_path / "run", {}) as run:
-        for name in ids:
+        for name in IDS[:4]:
             run.write(outcome(name))
-        summary = run.finish(ids, pipeline)
-        assert summary["figures"] == {"rejected": ["r2", "r3"]}
-        assert summary["rejected_by_kind"] == {"answered correctly": 1, "outside keep_top": 1}
-        assert [row["id"] for row in read_lines(tmp_path / "run/rows.jsonl")] == ["r0-0", "r0-1", "r1-0"]
-        pipeline.select = lambda outcomes: list(outcomes)[1:]
-        with pytest.raises(ValueError, match=r"Sum\.select must give one outcome for each"):
-            run.finish(ids, pipeline)
+        summary = run.finish(IDS[:4], report)
+    assert summary["figures"] == {"rejected": ["r2", "r3"]}
+    assert summary["rejected_by_kind"] == {"answered correctly": 1, "outside keep_top": 1}
+    assert [row["id"] for row in lines(tmp_path / "run/rows.jsonl")] == ["r0-0", "r0-1", "r1-0"]
 
 
 def test_more_inputs_later(tmp_path, whole):
-    """A run over the first five inputs goes on to all of them, and back."""
+    """A run over the first five inputs continues with all of them, and back."""
     assert work(tmp_path / "run", 5)["inputs"] == 5
     assert work(tmp_path / "run", COUNT)["inputs"] == 12
     assert results(tmp_path / "run") == whole
@@ -180,14 +154,14 @@ def test_killed_at_every_point(tmp_path, workers, whole):
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        data = shard(folder).read_bytes() if shard(folder).exists() else b""
+        data = shard(folder).read_bytes()
         torn += bool(data) and not data.endswith(b"\n")
         unfinished += data.count(b"\n") == COUNT and not all((folder / name).exists() for name in RESULTS)
         assert workers.run(folder) == 0
         assert results(folder) == whole, point
         assert not list(folder.glob(".*.part"))
-    assert point == 2 * (1 + 2 + COUNT + 1 + 3 * 2 + 1)  # the lock, settings, lines, a sync, the results, a last sync
-    assert (torn, unfinished) == (COUNT, 14)  # 14: from the last line to the summary
+    assert point == 2 * (2 + COUNT + 3 * 2)  # settings, lines, results; two calls put a file in place
+    assert (torn, unfinished) == (COUNT, 12)  # 12: from the last line to the summary
 
 
 def test_killed_twenty_times_at_random(tmp_path, workers):
@@ -216,65 +190,56 @@ def test_three_workers_at_once(tmp_path, workers, whole):
     statuses = [workers.wait(pid) for pid in pids]
     assert set(statuses) <= {0, 1} and 0 in statuses  # whoever came last wrote the results
     assert results(folder) == whole
-    shares = [[o["id"] for o in read_lines(shard(folder, f"0000{rank}-of-00003"))] for rank in range(3)]
-    assert shares == [[f"r{i}" for i in range(rank, COUNT, 3)] for rank in range(3)]
+    shares = [[o["id"] for o in lines(shard(folder, f"0000{rank}-of-00003"))] for rank in range(3)]
+    assert shares == [IDS[rank::3] for rank in range(3)]
 
 
-def test_not_finished_while_others_have_work(tmp_path, workers, whole):
-    folder = tmp_path / "run"
-    assert workers.run(folder, rank=0, world_size=2) == 1
-    assert not (folder / "rows.jsonl").exists()
-    assert workers.run(folder, rank=1, world_size=2) == 0
-    assert results(folder) == whole
-
-
-def test_of_workers_that_end_together_one_writes_the_results(tmp_path, whole):
+def test_of_workers_that_end_together_one_writes(tmp_path, whole):
     """Both have finished every input before either asks for the results."""
-    folder, ids = tmp_path / "run", [f"r{i}" for i in range(COUNT)]
+    folder = tmp_path / "run"
     with (
         Run(folder, {"seed": 0}, rank=0, world_size=2) as first,
         Run(folder, {"seed": 0}, rank=1, world_size=2) as second,
     ):
         for run in (first, second):
-            for i in run.remaining(ids):
-                run.write(outcome(ids[i]))
-        assert first.finish(ids, Sum()) is None
+            for i in run.remaining(IDS):
+                run.write(outcome(IDS[i]))
+        assert first.finish(IDS, Sum()) is None
         assert not any((folder / name).exists() for name in RESULTS)
-        assert second.finish(ids, Sum())["inputs"] == COUNT
+        assert second.finish(IDS, Sum())["inputs"] == COUNT
     assert results(folder) == whole
 
 
-def test_another_number_of_workers_goes_on(tmp_path, workers, whole):
-    """Two of three workers die with torn lines; one goes on alone, then four: every input is done once."""
+def test_another_number_of_workers_continues(tmp_path, workers, whole):
+    """Two of three workers die with torn lines; one continues alone, then four: every input is done once."""
     folder = tmp_path / "run"
-    statuses = [workers.run(folder, rank=rank, world_size=3, die_at=6) for rank in range(2)]
-    assert statuses == [-signal.SIGKILL] * 2
+    for rank, point in enumerate((6, 4)):  # the first writes the settings, too
+        assert workers.run(folder, rank=rank, world_size=3, die_at=point) == -signal.SIGKILL
     assert all(path.read_bytes()[-1:] not in (b"", b"\n") for path in folder.glob("shards/*.jsonl"))
     done = [o.id for o in read_outcomes(folder)]
-    assert done == ["r1", "r4"]  # the first worker wrote the settings and half a line
+    assert done == ["r0", "r1", "r4"]
     with Run(folder, {"seed": 0}) as run:
-        todo = run.remaining([f"r{i}" for i in range(COUNT)])
-        assert todo == [i for i in range(COUNT) if f"r{i}" not in done]
-        run.write(outcome(f"r{todo[0]}"))
+        todo = run.remaining(IDS)
+        assert todo == [i for i in range(COUNT) if IDS[i] not in done]
+        run.write(outcome(IDS[todo[0]]))
     statuses = [workers.run(folder, rank=rank, world_size=4) for rank in range(4)]
-    assert statuses == [1, 1, 1, 0]
+    assert statuses == [1, 1, 1, 0]  # the results are not written while others have work
     assert results(folder) == whole
     assert workers.run(folder, rank=1, world_size=3) == 0  # what was torn is cut off, and not done again
     assert results(folder) == whole
 
 
 def test_refused_beside_a_living_worker(tmp_path, workers, whole):
-    """Its lock holds while it lives, is gone when it is killed, and is not inherited by the process it forked."""
-    folder, told = tmp_path / "run", tmp_path / "told"
-    pid = workers.start(folder, hold=True, rank=1, world_size=2, errors=told)
-    while not told.exists() or not told.read_text():
+    """Its lock holds while it lives, ends when it is killed, and is not inherited by the process it forked."""
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    pid = workers.start(folder, hold=True, rank=1, world_size=2, errors=errors)
+    while not errors.exists() or not errors.read_text():
         time.sleep(0.01)
-    orphan = int(told.read_text())
+    orphan = int(errors.read_text())
     try:
-        assert workers.run(folder, rank=1, world_size=2, errors=told) == 2
-        error = told.read_text()
-        assert f"{folder}: worker 1 of 2 is already at work, pid {pid} on " in error and "output_dir" in error
-        with pytest.raises(GenerateError, match=rf"worker 1 of 2 is still at work, pid {pid} on .*among 3\. Stop"):
+        assert workers.run(folder, rank=1, world_size=2, errors=errors) == 2
+        assert f"{folder}: worker 1 of 2 is already at work (`fuser {folder}/shards/" in errors.read_text()
+        with pytest.raises(GenerateError, match=r"worker 1 of 2 is still at work .*among 3\. Stop"):
             Run(folder, {"seed": 0}, world_size=3)
         assert workers.run(folder, rank=0, world_size=2) == 1
         os.kill(pid, signal.SIGKILL)
@@ -287,13 +252,16 @@ def test_refused_beside_a_living_worker(tmp_path, workers, whole):
     assert results(folder) == whole
 
 
-def test_what_killed_workers_left_beside_media_goes(tmp_path):
+def test_leftovers_of_killed_workers_beside_media_go(tmp_path):
     media = tmp_path / "run/media"
     media.mkdir(parents=True)
     for name in ("a.png", ".a.png.1234.part"):
         (media / name).touch()
     work(tmp_path / "run", 1)
     assert [path.name for path in media.iterdir()] == ["a.png"]
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
 
 
 def test_file_systems_without_locks(tmp_path, monkeypatch):
@@ -310,22 +278,19 @@ def test_ranks(tmp_path):
         Run(tmp_path, {}, rank=2, world_size=2)
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------
-
-
 def test_changed_settings(tmp_path):
     settings = {"seed": 0, "temperature": 1.0, "model": {"name": "a", "revision": "main"}}
     Run(tmp_path / "run", settings).close()
     Run(tmp_path / "run", dict(reversed(settings.items()))).close()
-    changed = {"seed": 1, "temperature": 1.0, "model": {"name": "a", "revision": None}, "top_p": 0.5}
+    changed = {"seed": 1, "temperature": 1.0, "model": {"name": "a", "revision": None}, "top_p": 0.5, "new": None}
     with pytest.raises(GenerateError) as error:
         Run(tmp_path / "run", changed)
     assert str(error.value).splitlines() == [
-        f"{tmp_path / 'run'} was begun with other settings; rows of both would be mixed:",
+        f"{tmp_path / 'run'} was started with other settings; rows of both would be mixed:",
         '  model.revision: was "main", is null',
         "  seed: was 0, is 1",
         "  top_p: was not set, is 0.5",
-        "Name another output_dir, or delete the folder to start anew.",
+        "Name another output_dir, or delete the folder to start over.",
     ]
     Run(tmp_path / "run", settings).close()  # the refused one holds no lock
 
@@ -334,7 +299,7 @@ def test_torn_tail_is_done_again(tmp_path, whole):
     folder = tmp_path / "run"
     work(folder, 5)
     data = shard(folder).read_bytes()
-    for tail in (b'{"id": "r5", "rows": [', b'{"id": "r5"\n', b"\0\0\0\n", b'"r5"\n'):
+    for tail in (b'{"id": "r5", "rows": [', b'{"id": "r5"\n', b'{"id": "r5"}\n', b"\0\0\0\n", b'"r5"\n'):
         shard(folder).write_bytes(data + tail)
         assert len(list(read_outcomes(folder))) == 5
         with Run(folder, {"seed": 0}) as run:
@@ -347,11 +312,11 @@ def test_torn_tail_is_done_again(tmp_path, whole):
 def test_damage_in_the_middle(tmp_path, whole):
     folder = tmp_path / "run"
     work(folder, COUNT)
-    lines = shard(folder).read_bytes().splitlines(keepends=True)
-    shard(folder).write_bytes(b"".join([*lines[:4], lines[4][:50] + b"\n", *lines[5:]]))
+    data = shard(folder).read_bytes().splitlines(keepends=True)
+    shard(folder).write_bytes(b"".join([*data[:4], data[4][:50] + b"\n", *data[5:]]))
     with pytest.raises(GenerateError, match=r"00000-of-00001\.jsonl, line 5 is damaged: .*\"r4\".*Delete this line"):
         Run(folder, {"seed": 0})
-    shard(folder).write_bytes(b"".join([*lines[:4], *lines[5:]]))  # the remedy
+    shard(folder).write_bytes(b"".join([*data[:4], *data[5:]]))  # the remedy
     work(folder, COUNT)
     assert results(folder) == whole
 
@@ -359,17 +324,9 @@ def test_damage_in_the_middle(tmp_path, whole):
 def test_an_input_finished_twice(tmp_path):
     folder = tmp_path / "run"
     work(folder, 3)
-    line = shard(folder).read_bytes().splitlines(keepends=True)[1]
-    shard(folder, "00001-of-00002").write_bytes(line)
-    with pytest.raises(GenerateError, match=r"'r1' was finished twice: .*00000-of-00001.*00001-of-00002.*Delete one"):
+    shard(folder, "00001-of-00002").write_bytes(shard(folder).read_bytes().splitlines(keepends=True)[1])
+    with pytest.raises(GenerateError, match=r"'r1' was finished twice in .*/shards: .*Delete one"):
         work(folder, 3)
-
-
-def test_duplicate_ids(tmp_path):
-    with Run(tmp_path / "run", {}) as run:
-        for call in (run.remaining, lambda ids: run.finish(ids, Sum())):
-            with pytest.raises(GenerateError, match="rows 0 and 2 of the inputs both have the id 'a'"):
-                call(["a", "b", "a"])
 
 
 def test_folders_that_are_no_runs(tmp_path):
@@ -379,25 +336,17 @@ def test_folders_that_are_no_runs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     with pytest.raises(GenerateError, match=r"cannot hold a run .*Name another output_dir"):
         Run(tmp_path / "rows.jsonl", {})
-    with pytest.raises(GenerateError, match=r"is no run of .* no settings\.json"):
+    with pytest.raises(GenerateError, match=r"is no run .* no settings\.json"):
         read_outcomes(tmp_path)
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(GenerateError, match=r"settings\.json is damaged"):
         Run(tmp_path, {})
 
 
-@pytest.mark.parametrize(
-    "value, message",
-    [
-        (float("nan"), r"rows\[0\]\.scores\[1\]\.b is nan"),
-        (float("-inf"), r"rows\[0\]\.scores\[1\]\.b is -inf"),
-        (b"x", r"rows\[0\]\.scores\[1\]\.b is a bytes"),
-        ("\ud83d", r"rows\[0\]\.scores\[1\]\.b has half a surrogate pair"),
-    ],
-)
-def test_values_that_json_cannot_hold(tmp_path, value, message):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), b"x", "\ud83d"])
+def test_values_that_json_cannot_hold(tmp_path, value):
     with Run(tmp_path / "run", {}) as run:
-        with pytest.raises(GenerateError, match=f"input 'r1': {message}"):
+        with pytest.raises(GenerateError, match=r"input 'r1' holds a value that JSON cannot \("):
             run.write(Outcome("r1", rows=({"scores": [0.5, {"a": 1, "b": value}]},)))
         run.write(outcome("r0"))  # the run is as it was
     assert [o.id for o in read_outcomes(tmp_path / "run")] == ["r0"]
@@ -407,35 +356,25 @@ def test_values_that_json_cannot_hold(tmp_path, value, message):
 
 
 def test_no_space_for_a_line(tmp_path, workers, whole):
-    folder, told = tmp_path / "run", tmp_path / "told"
-    assert workers.run(folder, file_size=3000, errors=told) == 2
-    lines = shard(folder).read_bytes().splitlines(keepends=True)
-    assert 2 < len(lines) < COUNT and lines[-1].endswith(b"\n")  # nothing torn stays
-    error = told.read_text()
-    assert f"00000-of-00001.jsonl: input 'r{len(lines)}' cannot be written (File too large). Free space" in error
+    folder, errors = tmp_path / "run", tmp_path / "errors"
+    assert workers.run(folder, file_size=3000, errors=errors) == 2
+    data = shard(folder).read_bytes()
+    done = data.count(b"\n")
+    assert 2 < done < COUNT and len(data) == 3000  # the last line is torn
+    error = f"00000-of-00001.jsonl: input 'r{done}' cannot be written (File too large). Free space"
+    assert error in errors.read_text()
     assert workers.run(folder) == 0
     assert results(folder) == whole
 
 
 def test_no_space_for_the_results(tmp_path, workers, whole):
     """Each shard fits, all rows together do not."""
-    folder, told = tmp_path / "run", tmp_path / "told"
+    folder, errors = tmp_path / "run", tmp_path / "errors"
     for rank in range(2):
         assert workers.run(folder, rank=rank, world_size=3) == 1
     size = max(path.stat().st_size for path in folder.glob("shards/*.jsonl"))
-    assert workers.run(folder, rank=2, world_size=3, file_size=size + 500, errors=told) == 2
-    assert "rows.jsonl cannot be written (File too large)" in told.read_text()
+    assert workers.run(folder, rank=2, world_size=3, file_size=size + 500, errors=errors) == 2
+    assert "rows.jsonl cannot be written (File too large)" in errors.read_text()
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "settings.json", "shards"]
     assert workers.run(folder, rank=2, world_size=3) == 0
     assert results(folder) == whole
-
-
-def test_a_run_is_closed_after_a_failed_write(tmp_path):
-    run = Run(tmp_path / "run", {"seed": 0})
-    run.write(outcome("r0"))
-    run.close()
-    with pytest.raises(GenerateError, match="this run is closed"):
-        run.write(outcome("r1"))
-    run.close()
-    with Run(tmp_path / "run", {"seed": 0}) as again:
-        assert again.remaining(["r0", "r1"]) == [1]

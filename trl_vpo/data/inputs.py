@@ -2,7 +2,7 @@
 
 Media come from the columns `images` (or `image`) and `videos` (or `video`), with the sources of `trl_vpo.data.rows`.
 A training row is a line of JSON, so every source becomes one that such a line can hold: an absolute path, a list of
-them, or a dictionary with a path and options such as `video_start`. What has no path is written to `<run>/media/`.
+them, or a dictionary with a path and options such as `video_start`. What has no path is written to a folder.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from trl_vpo.data.rows import MARKERS, drop_none
+from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import GenerateError, InputError, MediaError
-from trl_vpo.files import atomic_write
-from trl_vpo.generate.config import GenerateConfig
+from trl_vpo.files import atomic_write, bytes_digest
 from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.text.responses import is_blank
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What the pipelines and evaluations read, but for columns that a setting names.
+# What generation and evaluation read, but for columns that a setting names.
 COLUMNS = (
     "question", "answer", "options", "answer_kind", "image", "images", "video", "videos", "prompt", "chosen",
     "rejected", "objects", "critical_box", "image_list", "task", "pair", "role", "cluster", "source",
@@ -69,17 +69,17 @@ class InputRow:
     videos: tuple = ()
 
     def user_message(self, text: str) -> dict:
-        """A user's turn with a placeholder for each image and video, then `text`."""
+        """Return a user's turn with a placeholder for each image and video, then `text`."""
         media = [{"type": "image"}] * len(self.images) + [{"type": "video"}] * len(self.videos)
         return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
 
     def media_columns(self) -> dict[str, list]:
-        """The `images` and `videos` columns of a training row made from this input."""
+        """Return the `images` and `videos` columns of a training row made from this input."""
         return {key: list(value) for key in ("images", "videos") if (value := getattr(self, key))}
 
 
 def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
-    """A column that must hold text, stripped; `method` is who needs it.
+    """Return a column that must hold text, stripped; `method` is who needs it.
 
     Raises:
         InputError: it is missing, empty or no text, or holds a media marker, which belongs into a prompt only.
@@ -95,7 +95,7 @@ def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
 
 @dataclass(frozen=True)
 class Unusable:
-    """In the place of a medium that cannot be used: `load_media` raises the reason, and the input is rejected."""
+    """Stands for a medium that cannot be used: `load_media` raises the reason, and the input is rejected."""
 
     reason: str
 
@@ -103,13 +103,11 @@ class Unusable:
 class Inputs(Sequence[InputRow]):
     """The inputs in the order of the dataset. An index gives an `InputRow`, a slice gives `Inputs`.
 
-    Reading a row writes its media, if they need to be; it fails only where that does (GenerateError: no space). Use
-    `ids` where nothing else is needed.
+    Reading a row writes its media where they have no path; it fails only where that does (GenerateError: no space).
 
     Args:
-        dataset: the rows.
         ids: of the rows, in order; see `row_ids`.
-        media_folder: for media without a path; None leaves them as they are (a dry run).
+        media_folder: for media without a path; None leaves them as they are.
         media_root: as in `trl_vpo.media.images.resolve_path`.
     """
 
@@ -134,7 +132,7 @@ class Inputs(Sequence[InputRow]):
         return InputRow(self.ids[index], drop_none(example), **media)
 
     def examples(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """Rows as the dataset gives them, with Arrow's `None`s. Media stay {"path", "bytes"}: nothing is decoded."""
+        """Return rows as the dataset gives them, with Arrow's `None`s. Media stay {"path", "bytes"}, not decoded."""
         columns = dict(self._plain[start:stop])
         if self._raw is not None:
             columns |= self._raw[start:stop].to_pydict()
@@ -158,45 +156,47 @@ class Inputs(Sequence[InputRow]):
             return Unusable(str(error))
 
 
-def read_inputs(config: GenerateConfig) -> Inputs:
-    """The inputs that `dataset_name`, `dataset_config`, `dataset_split` and `media_root` name; `limit` is not applied.
+def read_inputs(
+    name: str,
+    *,
+    subset: str | None = None,
+    split: str | None = "train",
+    media_root: str | None = None,
+    media_folder: Path | None = None,
+) -> Inputs:
+    """Return the inputs in a dataset. No media file is opened.
 
-    `dataset_name` is a Hub dataset, a .json, .jsonl or .parquet file, or a folder (see `trl_vpo.data.sources`). No
-    media file is opened.
+    Args:
+        name: a Hub dataset, a .json, .jsonl or .parquet file, or a folder (see `trl_vpo.data.sources`).
+        subset: the configuration of a Hub dataset with several.
+        media_root, media_folder: see `Inputs`.
 
     Raises:
-        GenerateError: no dataset is named, or two rows with the same id.
-        DatasetError: the dataset or the split is not there, or has no rows.
+        GenerateError: two rows have the same id.
+        DatasetError: the dataset or the split does not exist, or has no rows.
     """
-    from trl_vpo.data.sources import named_splits
-
-    if not config.dataset_name:
-        raise GenerateError("there are no inputs: set `dataset_name` to a Hub dataset, a file or a folder of files.")
-    split = config.dataset_split
-    dataset = named_splits(config.dataset_name, [split], config=config.dataset_config)[split]
-    for name, meant in near_misses(dataset.column_names):
-        logger.warning(f"{config.dataset_name}: the column `{name}` is not read. Is it meant to be `{meant}`?")
-    keep = config.output_dir and not config.dry_run
-    folder = Path(config.output_dir).absolute() / "media" if keep else None
-    return Inputs(dataset, row_ids(dataset), folder, config.media_root)
+    dataset = named_splits(name, [split], config=subset)[split]
+    for column, meant in near_misses(dataset.column_names):
+        logger.warning(f"{name}: the column `{column}` is not read. Is it meant to be `{meant}`?")
+    return Inputs(dataset, row_ids(dataset), media_folder, media_root)
 
 
 def near_misses(columns: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (a column that is not read, one that is, has nearly that name and is not there)."""
+    """Return pairs: a column that is not read, and an absent one with nearly its name that would be."""
     absent = [name for name in COLUMNS if name not in columns]
     unread = [name for name in columns if name not in COLUMNS]
     close = [(name, difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.8)) for name in unread]
-    return [(name, found[0]) for name, found in close if found]
+    return [(name, matches[0]) for name, matches in close if matches]
 
 
 def row_ids(dataset: Dataset) -> list[str]:
-    """The `id` of every row as a string; a row without one is "row-" and its position in six digits.
+    """Return the `id` of every row as a string; a row without one is "row-" and its position in six digits.
 
     Raises:
         GenerateError: two rows have the same id.
     """
-    given = dataset["id"][:] if "id" in dataset.column_names else [None] * len(dataset)
-    ids = [f"row-{i:06d}" if name is None or name == "" else str(name) for i, name in enumerate(given)]
+    column = dataset["id"][:] if "id" in dataset.column_names else [None] * len(dataset)
+    ids = [f"row-{i:06d}" if name is None or name == "" else str(name) for i, name in enumerate(column)]
     first: dict[str, int] = {}
     for i, name in enumerate(ids):
         if first.setdefault(name, i) != i:
@@ -207,7 +207,7 @@ def row_ids(dataset: Dataset) -> list[str]:
 
 
 def digest(rows: Inputs) -> str:
-    """A fingerprint of ids and contents, in their order; media bytes count by their hash, files by their path only."""
+    """Return a fingerprint of ids and contents, in order; media bytes count by their hash, files by their path."""
     total = hashlib.blake2b(digest_size=16)
     for start in range(0, len(rows), CHUNK):
         stop = min(start + CHUNK, len(rows))
@@ -220,11 +220,11 @@ def digest(rows: Inputs) -> str:
 def _hashed(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [str(value.dtype), value.shape, _hashed(value.tobytes())]
-    return hashlib.blake2b(value, digest_size=16).hexdigest() if isinstance(value, _BYTES) else str(value)
+    return bytes_digest(value) if isinstance(value, _BYTES) else str(value)
 
 
-def load_media(row: InputRow, video_options: VideoOptions, max_pixels: int | None = None) -> Media:
-    """The decoded media of an input. Sampling options beside a video's path win over `video_options`.
+def load_media(row: InputRow, options: VideoOptions) -> Media:
+    """Return the decoded media of an input. Sampling options beside a video's path win over `options`.
 
     Raises:
         MediaError: an image or a video cannot be used.
@@ -233,8 +233,8 @@ def load_media(row: InputRow, video_options: VideoOptions, max_pixels: int | Non
         if isinstance(source, Unusable):
             raise MediaError(source.reason)
     return Media(
-        images=tuple(load_image(source, max_pixels=max_pixels) for source in row.images),
-        videos=tuple(load_video(source, video_options) for source in row.videos),
+        images=tuple(load_image(source, max_pixels=options.max_pixels) for source in row.images),
+        videos=tuple(load_video(source, options) for source in row.videos),
     )
 
 
@@ -242,13 +242,13 @@ def load_media(row: InputRow, video_options: VideoOptions, max_pixels: int | Non
 
 
 def portable(source: Any, folder: Path | None, media_root: str | Path | None = None) -> Any:
-    """A media source as JSON can hold it: an absolute path, a list of them, or a dictionary around either.
+    """Return a media source as JSON can hold it: an absolute path, a list of them, or a dictionary around either.
 
     Bytes are written to `folder` under their hash; images and arrays in memory become PNG files there. A dictionary
     stays one where it has options beside the medium. Paths may not leave `media_root`.
 
     Raises:
-        MediaError: no medium, or one that is not there.
+        MediaError: it is no medium, or does not exist.
         GenerateError: `folder` cannot be written.
     """
     if isinstance(source, dict):
@@ -270,20 +270,18 @@ def _portable_dict(source: dict, folder: Path | None, media_root: str | Path | N
     payload = next((source[key] for key in _PAYLOAD if source.get(key) is not None), None)
     if payload is None:
         raise MediaError(f"{describe(source)} names no image or video: give `path` or `bytes`.")
-    found = portable(payload, folder, media_root)
+    medium = portable(payload, folder, media_root)
     options = source.keys() - {*_PAYLOAD, "type"}
     if not options:  # options that are None here are given in other rows, which must look alike
-        return found
-    inner = found if isinstance(found, dict) else {_key(found): found}
-    return inner | {key: value for key, value in source.items() if key in options and value is not None}
-
-
-def _key(found: Any) -> str:
-    return "path" if isinstance(found, str) else "bytes" if isinstance(found, _BYTES) else "video"
+        return medium
+    if not isinstance(medium, dict):
+        key = "path" if isinstance(medium, str) else "bytes" if isinstance(medium, _BYTES) else "video"
+        medium = {key: medium}
+    return medium | {key: value for key, value in source.items() if key in options and value is not None}
 
 
 def _absolute(source: str | Path, media_root: str | Path | None) -> str:
-    """The absolute path of an existing file or folder of frames. Links stay: what they lead to may have no suffix."""
+    """Return the absolute path of a file or folder of frames. Links stay: what they lead to may have no suffix."""
     if frame_folder(source, media_root) is None:
         resolve_path(source, media_root)
     text = str(source)
@@ -298,9 +296,9 @@ def _png(picture: Any) -> bytes:
 
 
 def _stored(data: bytes, folder: Path) -> str:
-    """The path of a file with these contents; several workers may write the same one."""
+    """Return the path of a file with these contents, written if needed; several workers may write the same one."""
     suffix = next((end for at, magic, end in _MAGIC if data[at : at + len(magic)] == magic), ".bin")
-    path = folder / (hashlib.blake2b(data, digest_size=16).hexdigest() + suffix)
+    path = folder / (bytes_digest(data) + suffix)
     if path.exists():
         return str(path)
     try:
@@ -309,13 +307,13 @@ def _stored(data: bytes, folder: Path) -> str:
     except OSError as error:
         raise GenerateError(
             f"{path} cannot be written ({error.strerror or error}). Free space there, then start the same command "
-            "again: it goes on where it stopped."
+            "again: it continues where it stopped."
         ) from error
     return str(path)
 
 
 def _decodes(feature: Any) -> bool:
-    """Whether `datasets` would open or decode media to give a value of this column."""
+    """Return whether `datasets` would open or decode media to give a value of this column."""
     if isinstance(feature, dict):
         return any(map(_decodes, feature.values()))
     if hasattr(feature, "feature"):  # lists

@@ -153,7 +153,7 @@ class EvaluationCallback(TrainerCallback):
         for row in rows:
             source = self._inputs[row.place]
             pair, seed = preference_row(source), row_seed(self.seed, row.id)
-            media = load_media(source, args.video_options(), args.max_pixels)
+            media = load_media(source, args.video_options())
             media = with_first_image(pair, media, args.media_root)
             probes.append(preference_probes(pair, media, seed=seed, damages=self.sensitivity))
         records = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from trl_vpo.errors import RecipeError
+
 EXAMPLE = """\
 examples:
   trl-vpo evaluate --model BASE --adapters outputs/rrpo outputs/dpo --data held_out.jsonl --output_dir outputs/eval
@@ -20,21 +22,44 @@ def evaluate(options: list[str]) -> None:
     """Run what the options ask for; `--help` shows all keys."""
     if any(option.split("=")[0] == "--benchmark" for option in options):
         _run_benchmarks(options)
-        return
-    from trl_vpo.evaluate.run import make_parser, run_evaluation
+    elif {"-h", "--help"} & set(options):
+        from trl_vpo.evaluate.recipe import make_parser
 
-    if {"-h", "--help"} & set(options):
         parser = make_parser()
         parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
         parser.print_help()
-        return
-    run_evaluation(options)
+    else:
+        from trl_vpo.evaluate.run import run_evaluation
+
+        run_evaluation(options)
 
 
 def _run_benchmarks(options: list[str]) -> None:
-    """Each benchmark once for the base or, where adapters are given, once for each: several get folders by name."""
-    from trl_vpo.errors import RecipeError
+    """Run each benchmark for the base or, where adapters are given, for each of them, in folders by their names."""
+    args = _benchmark_parser().parse_args(options)
+    names = [name for name in args.benchmark.split(",") if name]
+    if not names:
+        raise RecipeError("--benchmark names nothing: give the names of tasks, separated by commas.")
+    from trl_vpo.evaluate.candidates import candidate_names
+    from trl_vpo.evaluate.lmms.run import run_benchmarks
 
+    folders = [args.output_dir]
+    if len(args.adapters) > 1:
+        folders = [f"{args.output_dir}/{name}" for name in candidate_names(args.adapters)]
+    settings = {name: value for name, value in vars(args).items() if name in MODEL_OPTIONS}
+    for adapter, folder in zip(args.adapters, folders, strict=True):
+        results = run_benchmarks(
+            names, model=args.model, adapter=adapter, output_dir=folder, limit=args.limit,
+            batch_size=args.batch_size, include_path=args.include_path, **settings,
+        )  # fmt: skip
+        print(f"{adapter or args.model} -> {folder}")
+        for benchmark, tasks in results.items():
+            for task, metrics in tasks.items():
+                text = ", ".join(f"{metric} {value}" for metric, value in metrics.items())
+                print(f"  {benchmark} {task}: {text}")
+
+
+def _benchmark_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-vpo evaluate --benchmark", allow_abbrev=False)
     parser.add_argument("--benchmark", required=True, metavar="NAME,NAME", help="tasks of lmms-eval, or videohallucer")
     parser.add_argument("--model", "--model_name_or_path", required=True, metavar="BASE")
@@ -46,25 +71,4 @@ def _run_benchmarks(options: list[str]) -> None:
         more = {"action": "store_true"} if kind is bool else {"type": kind}
         parser.add_argument(f"--{name}", **more, default=argparse.SUPPRESS, help="as without --benchmark")
     parser.add_argument("--include_path", metavar="DIR", help="folder with further task files")
-    args = parser.parse_args(options)
-    names = [name for name in args.benchmark.split(",") if name]
-    if not names:
-        raise RecipeError("--benchmark names nothing: give the names of tasks, separated by commas.")
-    given = {name: value for name, value in vars(args).items() if name in MODEL_OPTIONS}
-    folders = [args.output_dir]
-    if len(args.adapters) > 1:
-        from trl_vpo.evaluate.candidates import candidate_names
-
-        folders = [f"{args.output_dir}/{name}" for name in candidate_names(args.adapters)]
-    from trl_vpo.evaluate.lmms.run import run_benchmarks
-
-    for adapter, folder in zip(args.adapters, folders, strict=True):
-        results = run_benchmarks(
-            names, model=args.model, adapter=adapter, output_dir=folder, limit=args.limit,
-            batch_size=args.batch_size, include_path=args.include_path, **given,
-        )  # fmt: skip
-        print(f"{adapter or args.model} -> {folder}")
-        for benchmark, tasks in results.items():
-            for task, metrics in tasks.items():
-                shown = ", ".join(f"{metric} {value}" for metric, value in metrics.items())
-                print(f"  {benchmark} {task}: {shown}")
+    return parser

@@ -10,61 +10,57 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trl_vpo.runs.results import encode, replace_file
+from trl_vpo.runs.results import encode, write_lines
 
 UP, DOWN = "▲", "▼"
 
 
-def write_results(results: dict[str, Any], folder: str | Path) -> Path:
+def write_results(results: dict[str, Any], folder: str | Path) -> None:
     """Write `results.json`, whole or not at all.
 
     Raises:
         GenerateError: it cannot be written.
     """
-    path = Path(folder) / "results.json"
-    replace_file(path, [encode(results, "results", indent=2)])
-    return path
+    write_lines(Path(folder) / "results.json", [encode(results, "results", indent=2)])
 
 
-def show_results(results: dict[str, Any], folder: str, console: Console | None = None) -> None:
-    """Print the table, what was left out, and where the files are."""
-    console = console or Console()
+def show_results(results: dict[str, Any], folder: str) -> None:
+    """Print the table, how many rows were left out, and where the files are."""
+    console = Console()
     console.print(results_table(results))
     data = results["data"]
     if data["skipped"]:
         text = f"[bold red]{data['skipped']} rows were left out[/]: {escape(folder)}/rejected.jsonl says why"
         pairs = data["incomplete_pairs"]
-        console.print(text + (f"; {pairs} pairs of questions are not whole and not measured." if pairs else "."))
+        console.print(text + (f"; {pairs} pairs of questions are incomplete and not measured." if pairs else "."))
     console.print(f"Numbers: {folder}/results.json\nRows:    {folder}/rows.jsonl", highlight=False, soft_wrap=True)
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """Measures by contestants, with intervals; a mark where the paired difference to the base is not 0."""
-    data, contestants = results["data"], results["contestants"]
-    level = results["settings"]["level"]
+    """Return measures by contestants, with intervals; a mark where the paired difference to the base is not 0."""
+    data, contestants = results["data"], results["contestants"].values()
     table = Table(
-        title=f"{data['rows']} held-out rows in {data['clusters']} clusters, {level:.0%} intervals",
+        title=f"{data['rows']} held-out rows in {data['clusters']} clusters, "
+        f"{results['settings']['level']:.0%} intervals",
         caption=f"{UP} above, {DOWN} below the base: the interval of the paired difference excludes 0",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
     table.add_column("measure", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
-    for name in contestants:
+    for name in results["contestants"]:
         table.add_column(escape(name), justify="right")
-    first = next(iter(contestants.values()))["measures"]
-    group = None
-    for measure in first:
-        if group not in (None, measure.split("/")[0]):
+    measures = list(next(iter(contestants))["measures"])
+    for before, measure in zip([None, *measures], measures):
+        if before and before.split("/")[0] != measure.split("/")[0]:
             table.add_section()
-        group = measure.split("/")[0]
-        cells = [_cell(c["measures"][measure], c["differences"].get(measure)) for c in contestants.values()]
-        table.add_row(measure, str(max(c["measures"][measure]["n"] for c in contestants.values())), *cells)
+        cells = [_cell(c["measures"][measure], c["differences"].get(measure)) for c in contestants]
+        table.add_row(measure, str(max(c["measures"][measure]["n"] for c in contestants)), *cells)
     return table
 
 
 def _cell(measure: dict[str, Any], difference: dict[str, Any] | None) -> str:
-    """`0.640 [0.560, 0.713] ▲`; brackets are escaped for rich."""
+    """Return a text such as `0.640 [0.560, 0.713] ▲`; brackets are escaped for rich."""
     text = _number(measure["value"])
     if measure["low"] is not None:
         text += rf" \[{_number(measure['low'])}, {_number(measure['high'])}]"
@@ -72,7 +68,7 @@ def _cell(measure: dict[str, Any], difference: dict[str, Any] | None) -> str:
 
 
 def mark(difference: dict[str, Any] | None) -> str:
-    """An arrow where the interval of a difference excludes 0, else a blank."""
+    """Return an arrow where the interval of a difference excludes 0, else a blank."""
     if difference is None or difference["low"] is None:
         return " "
     return UP if difference["low"] > 0 else DOWN if difference["high"] < 0 else " "

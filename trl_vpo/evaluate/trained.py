@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
 from trl_vpo.errors import EvaluateError
 from trl_vpo.media.load import VideoOptions
 
 logger = logging.getLogger(__name__)
 
-# Where one of a group is given, the group is as given.
+# Where one of a group is given, the whole group is taken as given.
 GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",), ("video_start", "video_end"))
 
 
@@ -29,37 +32,32 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
     Raises:
         EvaluateError: adapters were trained with different settings, and none is given.
     """
-    known = {path: found for path in adapters if (found := _recorded(path)) is not None}
-    settings: dict[str, Any] = {}
+    recorded = {path: settings for path in adapters if (settings := _recorded(path)) is not None}
+    defaults: dict[str, Any] = {}
     for names in GROUPS:
-        recorded = {path: {name: found[name] for name in names} for path, found in known.items()}
-        distinct = list({tuple(values.items()): values for values in recorded.values()}.values())
+        trained = {path: {name: settings[name] for name in names} for path, settings in recorded.items()}
         if any(given.get(name) is not None for name in names):
-            mine = {name: given.get(name) for name in names}
-            for path, values in recorded.items():
-                if values != mine:
-                    logger.warning(f"{path} was trained with {_shown(values)}, and is evaluated with {_shown(mine)}.")
-        elif len(distinct) > 1:
-            told = "; ".join(f"{path}: {_shown(values)}" for path, values in recorded.items())
+            now = {name: given.get(name) for name in names}
+            for path, values in trained.items():
+                if values != now:
+                    logger.warning(f"{path} was trained with {_text(values)}, and is evaluated with {_text(now)}.")
+        elif len({tuple(values.items()) for values in trained.values()}) > 1:
+            each = "; ".join(f"{path}: {_text(values)}" for path, values in trained.items())
             raise EvaluateError(
-                f"the adapters were trained with different settings ({told}). Give {names[0]} to evaluate all of them "
+                f"the adapters were trained with different settings ({each}). Give {names[0]} to evaluate all of them "
                 "alike, or evaluate each with its own in a run of its own."
             )
-        elif distinct:
-            settings |= distinct[0]
-    return settings
+        elif trained:
+            defaults |= next(iter(trained.values()))
+    return defaults
 
 
-def _shown(values: Mapping[str, Any]) -> str:
-    given = [f"{name} {value}" for name, value in values.items() if value is not None]
-    return ", ".join(given) or f"no {next(iter(values))}"
+def _text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in values.items() if v is not None) or f"no {next(iter(values))}"
 
 
 def _recorded(adapter: str) -> dict[str, Any] | None:
-    """The media settings of an adapter's training, defaults included; None where no `run.json` tells."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
+    """Return the media settings of an adapter's training, defaults included; None without a `run.json`."""
     folder = Path(adapter).absolute()
     names = [name for group in GROUPS for name in group]
     try:

@@ -1,12 +1,10 @@
-"""What the generation configs of all methods share: inputs, who answers, how, and where the run is kept.
-
-`AnsweringConfig` is the part of it that `trl-vpo evaluate` has, too.
-"""
+"""The settings that the generation of all methods shares: who answers, who judges, how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from string import Formatter
+from typing import Any
 
 from trl_vpo.models.config import AnsweringConfig
 from trl_vpo.models.requests import Sampling
@@ -14,23 +12,12 @@ from trl_vpo.models.requests import Sampling
 
 @dataclass
 class GenerateConfig(AnsweringConfig):
-    """Settings of a run of `trl-vpo generate`. Each method's file adds its own.
-
-    Parameters:
-        dataset_name (`str`): the inputs, a Hub dataset or a local file or folder as in training.
-        dataset_config, dataset_split: of a dataset with several.
-        output_dir (`str`): the run's folder; the same command continues it.
-        model_name_or_path (`str`): the model that answers, in this process or (with `server_url`) by its server name.
-        batch_size (`int`, defaults to 8): inputs worked on at once; behind a server, the requests in flight.
-        seed (`int`, defaults to 0): with a row's id it fixes every random choice about that row.
-        from_adapter (`str`, *optional*): a LoRA adapter to answer with, that of the last round for instance.
-        server_url (`str`, *optional*): an OpenAI-compatible server that answers instead of this process.
-        judge_model, judge_url: who judges open-ended answers; a model behind an OpenAI-compatible server.
-    """
+    """Settings of a run of `trl-vpo generate`. Each method's file adds its own."""
 
     from_adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to answer with."})
     server_url: str | None = field(
-        default=None, metadata={"help": "OpenAI-compatible server, as http://HOST:PORT/v1."}
+        default=None,
+        metadata={"help": "OpenAI-compatible server that answers instead of this process, as http://HOST:PORT/v1."},
     )
     server_media: str = field(
         default="video",
@@ -51,12 +38,8 @@ class GenerateConfig(AnsweringConfig):
     dry_run: bool = field(default=False, metadata={"help": "Show what three rows would be asked; load no weights."})
 
     def __post_init__(self) -> None:
-        self.video_options()
-        counts = {"batch_size": 1, "max_new_tokens": 1, "max_retries": 0, "max_requests": 1, "limit": 1}
-        for name, least in counts.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}: give a whole number of at least {least}.")
+        super().__post_init__()
+        self.check_at_least(max_retries=0, max_requests=1)
         if not self.timeout > 0:
             raise ValueError(f"timeout is {self.timeout}: give seconds above 0.")
         if self.server_media not in ("video", "frames"):
@@ -65,8 +48,6 @@ class GenerateConfig(AnsweringConfig):
             raise ValueError(
                 f"temperature {self.temperature} and top_p {self.top_p}: give at least 0, and above 0 up to 1."
             )
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit are both set: keep one.")
         if bool(self.judge_url) != bool(self.judge_model):
             raise ValueError("a judge needs both judge_url and judge_model.")
         if self.server_url and (self.from_adapter or self.load_in_4bit or self.load_in_8bit):
@@ -75,21 +56,25 @@ class GenerateConfig(AnsweringConfig):
             )
 
     def sampling(self, **changes) -> Sampling:
-        """The run's sampling, or a variant of it."""
+        """Return the run's sampling, or a variant of it."""
         values = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
         return Sampling(**(values | changes))
 
+    def server_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `ServerModel`, but for the key and the budget."""
+        names = ("timeout", "max_retries", "max_pixels")
+        options = {name: getattr(self, name) for name in names}
+        return options | {"concurrency": self.batch_size, "media": self.server_media}
+
 
 def check_template(name: str, template: str, expected: set[str]) -> None:
-    """Raises ValueError unless the template has these placeholders and no others, each written plainly."""
+    """Raise ValueError unless the template has these placeholders and no others, each written plainly."""
     remedy = f"Use {', '.join(f'{{{key}}}' for key in sorted(expected))}, and {{{{ and }}}} for braces of your own."
     try:
-        found = [
-            (key, spec or conversion) for _, key, spec, conversion in Formatter().parse(template) if key is not None
-        ]
+        parts = [(key, spec or conversion) for _, key, spec, conversion in Formatter().parse(template)]
     except ValueError as error:
         raise ValueError(f"{name} is no template ({error}). {remedy}") from error
-    unknown = sorted({key for key, extra in found if key not in expected or extra})
-    missing = sorted(expected - {key for key, _ in found})
+    unknown = sorted({key for key, extra in parts if key is not None and (key not in expected or extra)})
+    missing = sorted(expected - {key for key, _ in parts})
     if unknown or missing:
         raise ValueError(f"{name}: unknown placeholders {unknown}, missing placeholders {missing}. {remedy}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
@@ -13,57 +14,57 @@ from trl_vpo.data.chat import render_chat
 from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.inputs import InputRow, load_media
 from trl_vpo.errors import GenerateError, InputError, MediaError, RowError
-from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.pipeline import Pipeline
-from trl_vpo.media.load import Media
+from trl_vpo.media.load import Media, VideoOptions
 from trl_vpo.models.load import LOAD_ERRORS
 from trl_vpo.models.requests import Request
 
 TILE = 160  # pixels, height of a frame on a sheet
+COLUMNS, GAP = 8, 4  # frames in a row of a sheet, pixels between them
 
 
-def show(pipeline: Pipeline, rows: Sequence[InputRow], config: GenerateConfig) -> Path:
-    """Print each request and write its pictures as sheets below `<output_dir>/dry_run/`; returns that folder.
+def show(
+    pipeline: Pipeline, rows: Sequence[InputRow], video_options: VideoOptions, folder: Path, processor: Any
+) -> None:
+    """Print each request and write its pictures as sheets to `folder`.
+
+    Args:
+        processor: whose chat template the requests are shown in; None: as plain turns.
 
     Raises:
-        GenerateError: the model has no processor or no chat template.
+        GenerateError: the chat template refuses a request.
     """
-    console = Console()
-    folder = Path(config.output_dir) / "dry_run"
+    console = Console(highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
-    processor = _processor(pipeline, config)
     for number, row in enumerate(rows):
-        console.rule(f"{escape(row.id)}")
+        console.rule(escape(row.id))
         try:
             pipeline.check(row)
-            requests = pipeline.preview(row, load_media(row, config.video_options(), config.max_pixels))
+            requests = pipeline.preview(row, load_media(row, video_options))
         except (InputError, MediaError) as error:
-            console.print(f"[yellow]rejected:[/yellow] {escape(str(error))}", highlight=False)
+            console.print(f"[yellow]rejected:[/yellow] {escape(str(error))}")
             continue
         for step, (title, request) in enumerate(requests):
-            console.print(f"[bold]{escape(title)}[/bold]")
-            console.print(escape(_text(request, processor)), highlight=False, soft_wrap=True)
-            for at, picture in enumerate(sheets(request.media)):
-                path = folder / f"{number}-{step}-{at}.png"
-                picture.save(path)
-                console.print(f"[dim]{escape(str(path))}[/dim]", highlight=False, soft_wrap=True)
-    console.print(f"Nothing was generated. The pictures are in {folder}.", highlight=False, soft_wrap=True)
-    return folder
+            console.print(f"[bold]{escape(title)}[/bold]\n{escape(_text(request, processor))}")
+            for place, sheet in enumerate(_sheets(request.media)):
+                path = folder / f"{number}-{step}-{place}.png"
+                sheet.save(path)
+                console.print(f"[dim]{escape(str(path))}[/dim]")
+    console.print(f"Nothing was generated. The pictures are in {escape(str(folder))}.")
 
 
-def _processor(pipeline: Pipeline, config: GenerateConfig):
-    """The processor of a model in this process, whose chat template the requests are shown in; else None."""
-    if config.server_url or not pipeline.needs_model(config):
-        return None
+def load_processor(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
+    """Return the processor of a model.
+
+    Raises:
+        GenerateError: there is none, or it has no chat template.
+    """
     from transformers import AutoProcessor
 
-    name = config.model_name_or_path
     try:
         if not Path(name).exists():
-            check_on_hub(name, key="model_name_or_path", revision=config.model_revision)
-        processor = AutoProcessor.from_pretrained(
-            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code
-        )
+            check_on_hub(name, key="model_name_or_path", revision=revision)
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise GenerateError(f"the processor of {name} cannot be loaded: {error}") from error
     if getattr(processor, "chat_template", None) is None:
@@ -71,7 +72,7 @@ def _processor(pipeline: Pipeline, config: GenerateConfig):
     return processor
 
 
-def _text(request: Request, processor) -> str:
+def _text(request: Request, processor: Any) -> str:
     if processor is not None:
         try:
             return render_chat(processor, request.messages, [], {})[0].strip()
@@ -84,18 +85,18 @@ def _text(request: Request, processor) -> str:
     return "\n".join(lines)
 
 
-def sheets(media: Media) -> list[Image.Image]:
-    """One picture for each clip (its frames side by side) and each image."""
+def _sheets(media: Media) -> list[Image.Image]:
+    """Return one picture for each clip, its frames side by side, and for each image."""
     clips = [[Image.fromarray(frame) for frame in clip.frames] for clip in media.videos]
-    return [_sheet(frames) for frames in clips] + [_sheet([image.convert("RGB")]) for image in media.images]
+    return [_sheet(frames) for frames in [*clips, *([image.convert("RGB")] for image in media.images)]]
 
 
 def _sheet(frames: list[Image.Image]) -> Image.Image:
-    """Frames of one size in rows of eight, each TILE pixels high."""
+    """Put frames of one size beside each other, in rows."""
     width = max(1, round(frames[0].width * TILE / frames[0].height))
-    columns = min(8, len(frames))
-    sheet = Image.new("RGB", (columns * (width + 4), -(-len(frames) // columns) * (TILE + 4)), "white")
-    for at, frame in enumerate(frames):
-        place = (at % columns * (width + 4), at // columns * (TILE + 4))
-        sheet.paste(frame.resize((width, TILE)), place)
+    columns, rows = min(COLUMNS, len(frames)), -(-len(frames) // COLUMNS)
+    sheet = Image.new("RGB", (columns * (width + GAP), rows * (TILE + GAP)), "white")
+    for place, frame in enumerate(frames):
+        row, column = divmod(place, COLUMNS)
+        sheet.paste(frame.resize((width, TILE)), (column * (width + GAP), row * (TILE + GAP)))
     return sheet

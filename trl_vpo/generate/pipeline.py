@@ -1,13 +1,13 @@
-"""The parts that the three pipelines are made of: an input row, a question to a model, what came of a row.
+"""What the pipelines of the three methods have in common.
 
 One input flows one way: **input row -> media -> requests to the model (and judge) -> outcome -> store**. A pipeline
-says only which requests it makes and what it makes of the answers.
+says only which requests it makes, and turns the answers into outcomes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from trl_vpo.data.inputs import InputRow
@@ -22,8 +22,8 @@ class Pipeline(ABC):
     Args:
         config: the method's generation config (`trl_vpo.generate.config`).
         model: who answers; None for a dry run.
-        judge: who judges, where the method has a judge; None without one.
-        generated_by: the value of each row's `generated_by` column: pipeline, model, adapter, revision, settings.
+        judge: who judges; None without a judge.
+        generated_by: the value of each row's `generated_by` column.
     """
 
     name: ClassVar[str]
@@ -42,44 +42,37 @@ class Pipeline(ABC):
 
     @classmethod
     def needs_model(cls, config: Any) -> bool:
-        """Whether a run with these settings asks a model at all."""
+        """Return whether a run with these settings asks a model at all."""
         return True
 
     @abstractmethod
     def check(self, row: InputRow) -> None:
-        """Whether a row has what the method needs. Opens no file.
-
-        Raises:
-            InputError: what is missing.
-        """
+        """Raise InputError where a row lacks what the method needs. Opens no file."""
 
     @abstractmethod
     def preview(self, row: InputRow, media: Media) -> list[tuple[str, Request]]:
-        """(title, request) for what the models would be asked about a row, in order; `--dry-run` shows it.
+        """Return (title, request) for each question about a row, in order, for `--dry-run`.
 
         Where a question holds an earlier answer, the preview says so in angle brackets.
         """
 
     @abstractmethod
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
-        """One outcome for each input, in order. Nothing about a row depends on its neighbours in the batch."""
+        """Return one outcome for each input, in order. Nothing about a row depends on its neighbours in the batch."""
 
-    def select(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """Called once, with all outcomes of a run: what the run as a whole decides, such as keeping the best share.
-
-        Returns one outcome for each given one, in order; a row that is dropped becomes a rejected outcome.
-        """
+    def select(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        """Decide what the run as a whole decides, such as keeping the best share. See `runs.results.Report`."""
         return outcomes
 
     @abstractmethod
-    def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
-        """What a run says about its data: name -> figure. Counts of rows and of reasons are the store's."""
+    def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """Return figures about the data by name. Rows and reasons are counted elsewhere."""
 
 
 def training_row(
     row: InputRow, *, prompt: str, chosen: str, rejected: str, generated_by: dict, **columns: Any
 ) -> dict:
-    """A row to train on: the plain question with the untouched media, both responses, and further columns."""
+    """Return a row to train on: the plain question with the untouched media, both responses, and further columns."""
     source = row.example.get("source")
     return {
         "id": row.id,

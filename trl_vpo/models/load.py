@@ -162,33 +162,3 @@ def checked_adapter(path: str, model: str) -> PeftConfig:
             "they are the same model under two names, correct base_model_name_or_path in adapter_config.json."
         )
     return adapter
-
-
-def answering_model(config: Any, budget: Any = None) -> Any:
-    """The model that answers, of a generation's settings: behind `server_url`, or in this process."""
-    if config.server_url and config.model_name_or_path:
-        return _server(config, config.server_url, config.model_name_or_path, config.api_key_env, budget)
-    return load_model(**config.model_options(), adapter=config.from_adapter)
-
-
-def judge_model(config: Any, budget: Any = None) -> Any:
-    """The model that judges open-ended answers, or None where the settings name none."""
-    if not config.judge_url:
-        return None
-    return _server(config, config.judge_url, config.judge_model, config.judge_api_key_env, budget)
-
-
-def _server(config: Any, url: str, model: str, key: str, budget: Any) -> Any:
-    from trl_vpo.models.server import RequestBudget, ServerModel
-
-    return ServerModel(
-        url,
-        model,
-        api_key_env=key,
-        timeout=config.timeout,
-        max_retries=config.max_retries,
-        budget=budget or RequestBudget(config.max_requests),
-        concurrency=config.batch_size,
-        media=config.server_media,
-        max_pixels=config.max_pixels,
-    )

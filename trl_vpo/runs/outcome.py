@@ -1,4 +1,4 @@
-"""What came of one input of a run."""
+"""The outcome of one input of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one input: training rows, or the reason why there are none.
+    """Training rows that were made of one input, or the reason why there are none.
 
     Attributes:
         id: of the input row.
@@ -25,5 +25,6 @@ class Outcome:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))  # JSON has lists
         if bool(self.rows) == bool(self.reason):
             raise ValueError(f"outcome {self.id!r} needs rows or a reason, and not both")

@@ -1,19 +1,14 @@
-"""A run of `trl-vpo generate` is a folder: killed at any moment, the same command goes on where it stopped.
+"""The folder of a resumable run. Killed at any moment, the same command continues it: no input is lost or done twice.
 
-    settings.json             what decides the rows; a run with other settings is refused
-    shards/R-of-W.jsonl       worker R of W: a line {"id", "rows", "reason", "kind", "notes"} for each finished input
-    shards/R-of-W.lock        held as long as that worker lives; its pid
-    .lock                     held while a worker starts or finishes
-    media/                    media of inputs that had no path of their own (see `inputs`)
+    settings.json          what decides the rows; a run with other settings is refused
+    shards/R-of-W.jsonl    worker R of W, locked while it lives: the `Outcome` of each finished input, one a line
+    .lock                  held while a worker starts or finishes
+    media/                 media of inputs that had no path of their own (see `trl_vpo.data.inputs`)
     rows.jsonl, rejected.jsonl, summary.json    once every input is finished (see `results`)
 
-A line is written whole or cut off again. A line that its worker's death left torn is the last of its shard: it counts
-for nothing, and the worker's next start cuts it off. Inputs are shared out by position, so workers never meet.
-
-Every line is handed to the operating system at once, which keeps it when the process dies. It is forced to the disk
-every few seconds, at the end and before the results are written: a crash of the whole machine costs seconds of work.
-
-The locks (flock) end with the process that holds them, so none is ever stale. A file system without them is refused.
+Inputs are shared out by position, so workers never meet. A torn line that a killed worker left is the last of its
+shard: it counts for nothing, and the worker's next start cuts it off. The locks (flock) end with the process that
+holds them, so none is ever stale. A file system without them is refused.
 """
 
 from __future__ import annotations
@@ -21,55 +16,50 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
-import time
+import re
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trl_vpo.errors import GenerateError
-from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.runs.outcome import Outcome
-from trl_vpo.runs.results import RESULTS, encode, replace_file, write_results
-from trl_vpo.runs.shards import Finished, check_settings, places, read_lines, read_outcomes
+from trl_vpo.runs.results import RESULTS, Report, encode, write_lines, write_results
 
-SYNC_SECONDS = 5.0
+_SHARD = re.compile(r"(\d{5,})-of-(\d{5,})\.jsonl")
 
 
 class Run:
     """One worker's hold on a run. A context manager; not for several threads.
 
     Args:
-        folder: of the run; made if it is not there.
-        settings: all that decides the rows, as JSON values. Batch sizes, timeouts and devices do not belong here.
+        folder: of the run; created if it does not exist.
+        settings: all that decides the rows, as JSON values.
         rank, world_size: this worker among those that work on the run at the same time. Once they have stopped, any
-            other number of workers can go on.
+            other number of workers can continue.
 
     Raises:
-        GenerateError: the folder is something else or cannot be written or locked, the settings are others, this
-            worker is at work already, or workers of another `world_size` still are.
+        GenerateError: the folder is something else or cannot be written or locked, the settings differ, or this
+            worker or workers of another `world_size` are at work.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], *, rank: int = 0, world_size: int = 1):
         if not 0 <= rank < world_size:
             raise GenerateError(f"worker {rank} of {world_size}: ranks go from 0 to {world_size - 1}.")
         self.folder, self.rank, self.world_size = Path(folder).absolute(), rank, world_size
-        self._shards = self.folder / "shards"
-        self._path = self._shards / f"{rank:05d}-of-{world_size:05d}.jsonl"
-        self._shard = self._lock = None  # file descriptors
-        self._end = 0  # bytes of the shard that are whole lines
-        self._synced = time.monotonic()
+        self._path = self.folder / f"shards/{rank:05d}-of-{world_size:05d}.jsonl"
+        self._shard: int | None = None
         try:
-            self._refuse_foreign()
-            self._shards.mkdir(parents=True, exist_ok=True)
-            with self._alone():
-                self._claim()
-                self._settle(settings)
+            check_settings(self.folder, settings)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with _starting_or_finishing(self.folder):
                 self._open_shard()
+                check_settings(self.folder, settings)
+                if not (self.folder / "settings.json").exists():
+                    write_lines(self.folder / "settings.json", [encode(settings, "settings", indent=2)])
         except BaseException as error:
-            self._drop()
+            self.close()
             if isinstance(error, OSError):
                 raise GenerateError(f"{self.folder} cannot hold a run ({error}). Name another output_dir.") from error
             raise
@@ -83,192 +73,109 @@ class Run:
 
     def close(self) -> None:
         """Let go of the run. What was written stays."""
-        try:
-            if self._shard is not None:
-                self._sync()
-        finally:
-            self._drop()
-
-    # --- work -------------------------------------------------------------------------------------------------
+        if self._shard is not None:
+            os.close(self._shard)
+            self._shard = None
 
     def remaining(self, ids: Sequence[str]) -> list[int]:
-        """The positions in `ids` that this worker still has to do: every `world_size`-th, unless any worker did it.
+        """Return the positions in `ids` that are this worker's, every `world_size`-th, and that nobody has done.
 
         Raises:
-            GenerateError: an id stands in `ids` twice, or a shard is damaged.
+            GenerateError: a shard is damaged.
         """
-        _refuse_duplicates(ids)
-        done = places(self.folder)
+        done = _finished(self.folder).keys()
         return [i for i in range(self.rank, len(ids), self.world_size) if ids[i] not in done]
 
     def write(self, outcome: Outcome) -> None:
-        """Record that an input is finished: its line, whole or not at all.
+        """Record that an input is finished.
+
+        The operating system keeps the line when the process dies. Only a crash of the whole machine can cost the work
+        of its last seconds.
 
         Raises:
-            GenerateError: a value that JSON cannot hold (nothing is written, the run stays open), or the line cannot
-                be written (the shard is cut back to its last whole line, and the run is closed).
+            GenerateError: JSON cannot hold a value (nothing is written), or the line cannot be written.
         """
-        self._check_open()
         line = memoryview(encode(vars(outcome), f"input {outcome.id!r}").encode() + b"\n")
-        written = 0
         try:
-            while written < len(line):
-                written += os.write(self._shard, line[written:])
-            if time.monotonic() - self._synced > SYNC_SECONDS:
-                self._sync()
-        except BaseException as error:
-            with suppress(OSError):  # where even this fails, the next start cuts the line off
-                os.ftruncate(self._shard, self._end)
-            self._drop()
-            if isinstance(error, OSError):
-                raise GenerateError(
-                    f"{self._path}: input {outcome.id!r} cannot be written ({error.strerror or error}). Free space "
-                    "there, then start the same command again: it goes on from this input."
-                ) from error
-            raise
-        self._end += len(line)
+            while line:
+                line = line[os.write(self._shard, line) :]
+        except OSError as error:
+            self.close()  # nothing may follow the torn line
+            raise GenerateError(
+                f"{self._path}: input {outcome.id!r} cannot be written ({error.strerror or error}). Free space there, "
+                "then start the same command again: it continues with this input."
+            ) from error
 
-    def outcomes(self) -> Iterator[Outcome]:
-        """What is finished so far, by all workers, shard by shard."""
-        return read_outcomes(self.folder)
-
-    def finish(self, ids: Sequence[str], pipeline: Pipeline) -> dict[str, Any] | None:
+    def finish(self, ids: Sequence[str], report: Report) -> dict[str, Any] | None:
         """Write the results if every input is finished and no other worker is at work.
 
-        To be called by every worker when it has done its share, of which it lets go: nothing is written after this. Of
-        workers that end at the same moment, one writes the results.
-
-        Args:
-            ids: of all inputs, in order. Finished inputs that are not among them are left out.
-            pipeline: whose `select` has the last word on the outcomes and whose `summarize` gives the figures; both
-                get them in the order of the inputs, in a sequence that reads each from the disk.
+        Every worker calls this when it has done its share. Of workers that end at the same moment, one writes the
+        results. Finished inputs that are not among `ids` are left out.
 
         Returns:
-            the summary; None while other workers are at work: the last of them writes the results.
+            The summary, or None: the last worker writes the results.
 
         Raises:
-            GenerateError: as `remaining`; or a figure that JSON cannot hold, or a file that cannot be written.
+            GenerateError: a shard is damaged, JSON cannot hold a figure, or a file cannot be written.
         """
-        self._check_open()
-        _refuse_duplicates(ids)
-        self._sync()
-        with self._alone():
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-            if any(map(self._at_work, self._shards.glob("*.lock"))):
+        with _starting_or_finishing(self.folder):
+            self.close()
+            if any(_is_locked(path) for path in _shards(self.folder)):
                 return None
-            done = places(self.folder)
-            found = [done.get(name) for name in ids]
-            if None in found:
+            finished = _finished(self.folder)
+            if not all(name in finished for name in ids):
                 return None
             for part in self.folder.glob("media/.*.part"):  # of workers that were killed
                 part.unlink(missing_ok=True)
-            with Finished(found) as outcomes:
-                return write_results(self.folder, outcomes, pipeline)
-
-    # --- starting -----------------------------------------------------------------------------------------------
-
-    def _refuse_foreign(self) -> None:
-        found = [name for name in RESULTS if (self.folder / name).exists()]
-        if found and not (self.folder / "settings.json").exists():
-            raise GenerateError(
-                f"{self.folder} holds {', '.join(found)} but no settings.json: it is not a run that can go on, and "
-                "nothing of it is overwritten. Name another output_dir."
-            )
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other worker starts or finishes meanwhile."""
-        with open(self.folder / ".lock", "ab") as file:
-            _flock(file.fileno(), fcntl.LOCK_EX, self.folder)
-            yield
-
-    def _claim(self) -> None:
-        """Take this worker's lock, and see that nobody holds one of another `world_size`."""
-        path = self._path.with_suffix(".lock")
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if not _flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder):
-            raise GenerateError(
-                f"{self.folder}: worker {self.rank} of {self.world_size} is already at work, {_holder(path)}. Wait "
-                "until it is done or stop it, or name another output_dir."
-            )
-        for other in sorted(self._shards.glob("*-of-*.lock")):
-            rank, world_size = map(int, other.stem.split("-of-"))
-            if world_size != self.world_size and self._at_work(other):
-                raise GenerateError(
-                    f"{self.folder}: worker {rank} of {world_size} is still at work, {_holder(other)}, so the "
-                    f"inputs cannot be shared among {self.world_size}. Stop the workers of that run, then start "
-                    "as many as you like."
-                )
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
-
-    def _at_work(self, lock: Path) -> bool:
-        """Whether a worker holds this lock."""
-        with lock.open("r+b") as file:
-            return not _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, self.folder)
-
-    def _settle(self, settings: dict[str, Any]) -> None:
-        """Write the settings, or see that they are those of the run."""
-        path = self.folder / "settings.json"
-        new = json.loads(encode(settings, "settings"))
-        if not path.exists():
-            replace_file(path, [json.dumps(new, indent=2, ensure_ascii=False)])
-            return
-        check_settings(self.folder, new)
+            return write_results(self.folder, [finished[name] for name in ids], report)
 
     def _open_shard(self) -> None:
-        """Open this worker's shard behind its last whole line."""
-        self._shard = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for start, line, _ in read_lines(self._path):
-            self._end = start + len(line)
-        if os.fstat(self._shard).st_size > self._end:
-            os.ftruncate(self._shard, self._end)
-
-    # --- ending -------------------------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._shard is None:
-            raise GenerateError(f"{self.folder}: this run is closed. Open it again to go on.")
-
-    def _sync(self) -> None:
-        os.fsync(self._shard)
-        self._synced = time.monotonic()
-
-    def _drop(self) -> None:
-        """Close the files, and with them the lock."""
-        for name in ("_shard", "_lock"):
-            if getattr(self, name) is not None:
-                os.close(getattr(self, name))
-                setattr(self, name, None)
+        """Lock this worker's shard, refuse living workers of another `world_size`, and cut off a torn line."""
+        self._shard = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if not _lock(self._shard, self.folder):
+            raise GenerateError(
+                f"{self.folder}: worker {self.rank} of {self.world_size} is already at work (`fuser {self._path}` "
+                "shows its process). Wait until it is done or stop it, or name another output_dir."
+            )
+        for other in _shards(self.folder):
+            rank, world_size = map(int, _SHARD.fullmatch(other.name).groups())
+            if world_size != self.world_size and _is_locked(other):
+                raise GenerateError(
+                    f"{self.folder}: worker {rank} of {world_size} is still at work (`fuser {other}` shows its "
+                    f"process), so the inputs cannot be shared among {self.world_size}. Stop the workers of that run "
+                    "first."
+                )
+        whole = sum(size for size, _ in _read_shard(self._path))
+        if os.fstat(self._shard).st_size > whole:
+            os.ftruncate(self._shard, whole)
 
 
 _RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
-
-
-def _drop_runs() -> None:
-    for run in list(_RUNS):
-        run._drop()
-
-
 # A forked child shares its parent's locks: it would keep them when the parent dies.
-os.register_at_fork(after_in_child=_drop_runs)
+os.register_at_fork(after_in_child=lambda: [run.close() for run in list(_RUNS)])
 
 
-def _refuse_duplicates(ids: Sequence[str]) -> None:
-    if len(set(ids)) == len(ids):
-        return
-    first: dict[str, int] = {}
-    for position, name in enumerate(ids):
-        if first.setdefault(name, position) != position:
-            raise GenerateError(
-                f"rows {first[name]} and {position} of the inputs both have the id {name!r}. Give every row its own."
-            )
+# --- locks --------------------------------------------------------------------------------------------------------
 
 
-def _flock(file: int, how: int, folder: Path) -> bool:
-    """Whether the lock was taken."""
+@contextmanager
+def _starting_or_finishing(folder: Path) -> Iterator[None]:
+    """Wait until no other worker starts or finishes, and let none do so meanwhile."""
+    with open(folder / ".lock", "ab") as file:
+        _lock(file.fileno(), folder, wait=True)
+        yield
+
+
+def _is_locked(shard: Path) -> bool:
+    """Return whether the shard's worker lives."""
+    with shard.open("ab") as file:
+        return not _lock(file.fileno(), shard.parent.parent)
+
+
+def _lock(file: int, folder: Path, *, wait: bool = False) -> bool:
+    """Lock a file until it is closed, and return whether that worked."""
     try:
-        fcntl.flock(file, how)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
@@ -280,5 +187,109 @@ def _flock(file: int, how: int, folder: Path) -> bool:
     return True
 
 
-def _holder(lock: Path) -> str:
-    return lock.read_text(errors="replace") or "pid unknown"
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """Return the settings that a run was started with.
+
+    Raises:
+        GenerateError: the folder is no run.
+    """
+    path = Path(folder) / "settings.json"
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise GenerateError(f"{folder} is no run that can be continued: it has no settings.json.") from error
+    except ValueError as error:
+        raise GenerateError(f"{path} is damaged ({error}). Restore it, or delete the folder to start over.") from error
+
+
+def check_settings(folder: str | Path, settings: dict[str, Any]) -> None:
+    """Make sure that the folder is new, or holds a run that was started with these settings, and perhaps others.
+
+    Raises:
+        GenerateError: names every setting that differs; or the folder is something else.
+    """
+    folder = Path(folder)
+    if not (folder / "settings.json").exists():
+        if results := [name for name in RESULTS if (folder / name).exists()]:
+            raise GenerateError(
+                f"{folder} holds {', '.join(results)} but no settings.json: it is not a run that can be continued, "
+                "and nothing in it is overwritten. Name another output_dir."
+            )
+        return
+    old, new = read_settings(folder), json.loads(encode(settings, "settings"))
+    changes = [f"\n  {change}" for key in sorted(new) for change in _changes(old.get(key, ...), new[key], key)]
+    if changes:
+        raise GenerateError(
+            f"{folder} was started with other settings; rows of both would be mixed:{''.join(changes)}\nName another "
+            "output_dir, or delete the folder to start over."
+        )
+
+
+def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
+    """Yield a line for each setting that differs; nested ones by their dotted names."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _changes(old.get(key, ...), new.get(key, ...), f"{name}.{key}")
+    elif old != new and (old, new) != (..., None):  # an older version did not have the setting
+        was, now = ("not set" if value is ... else json.dumps(value, ensure_ascii=False) for value in (old, new))
+        yield f"{name}: was {was:.200}, is {now:.200}"
+
+
+# --- finished inputs ----------------------------------------------------------------------------------------------
+
+
+def read_outcomes(folder: str | Path) -> Iterator[Outcome]:
+    """Return what is finished so far in a run, shard by shard, also while it is at work. Takes no lock.
+
+    Raises:
+        GenerateError: the folder is no run, or a shard is damaged.
+    """
+    read_settings(folder)
+    return (outcome for path in _shards(folder) for _, outcome in _read_shard(path))
+
+
+def _shards(folder: str | Path) -> list[Path]:
+    return sorted(path for path in Path(folder, "shards").glob("*.jsonl") if _SHARD.fullmatch(path.name))
+
+
+def _finished(folder: Path) -> dict[str, Outcome]:
+    """Return all outcomes by the ids of their inputs."""
+    finished: dict[str, Outcome] = {}
+    for outcome in read_outcomes(folder):
+        if outcome.id in finished:
+            raise GenerateError(
+                f"input {outcome.id!r} was finished twice in {folder}/shards: two programs worked on the same inputs. "
+                "Delete one of the two lines, or the folder."
+            )
+        finished[outcome.id] = outcome
+    return finished
+
+
+def _read_shard(path: Path) -> Iterator[tuple[int, Outcome]]:
+    """Yield (bytes of the line, outcome). A torn last line is passed over: its worker died, or is writing.
+
+    Raises:
+        GenerateError: a line before the last is no outcome.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            outcome = _outcome(line)
+            if outcome is None:
+                if not next(file, b""):
+                    return
+                raise GenerateError(
+                    f"{path}, line {number} is damaged: {line[:80]!r}. A killed run leaves only a last line torn, so "
+                    "something else wrote into the file or the disk failed. Delete this line, and its input is done "
+                    "again."
+                )
+            yield len(line), outcome
+
+
+def _outcome(line: bytes) -> Outcome | None:
+    try:
+        return Outcome(**json.loads(line)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None

@@ -167,7 +167,7 @@ def answer_prompts(trainer, dataset) -> list[str]:
 
     model = LocalModel(trainer.model.get_base_model(), trainer.processing_class)
     inputs, media = Inputs(dataset, row_ids(dataset), None, None), trainer.args.video_options()
-    requests = [Request(row.example["prompt"], load_media(row, media, trainer.args.max_pixels)) for row in inputs]
+    requests = [Request(row.example["prompt"], load_media(row, media)) for row in inputs]
     answers = model.complete(requests, Sampling(max_new_tokens=CAPTION_TOKENS, temperature=0))
     return [answer.text for answer in answers]
 

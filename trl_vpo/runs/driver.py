@@ -1,0 +1,93 @@
+"""The driver of resumable work over inputs, for `trl-vpo generate` and `trl-vpo evaluate`.
+
+Inputs are decoded ahead by threads, worked on in batches, and written as soon as they are finished. Under `accelerate
+launch`, or wherever RANK and WORLD_SIZE are set, every process works on its own share of the inputs, and the one that
+comes last writes the results.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from trl_vpo.runs.outcome import Outcome
+from trl_vpo.runs.progress import Bar
+from trl_vpo.runs.results import Report
+from trl_vpo.runs.store import Run
+
+DECODERS = 2  # threads that decode the next batch while the model works on this one
+Item = TypeVar("Item")
+
+
+def rank() -> int:
+    """Return the number of this process among those that share the inputs."""
+    return int(os.environ.get("RANK", 0))
+
+
+def work_through(
+    folder: str,
+    settings: dict[str, Any],
+    ids: Sequence[str],
+    *,
+    load: Callable[[int], Item | Outcome],
+    make: Callable[[list[Item]], Iterable[Outcome]],
+    report: Report,
+    batch_size: int,
+) -> dict[str, Any] | None:
+    """Work through this process' share of the inputs, as far as it is not finished yet.
+
+    Args:
+        folder, settings: see `trl_vpo.runs.store.Run`.
+        ids: of all inputs, in order.
+        load: position of an input -> what `make` needs of it, or the outcome of one that cannot be used. Called by
+            threads.
+        make: loaded inputs -> their outcomes, in order.
+
+    Returns:
+        The run's summary, or None while other workers are at work.
+    """
+    with Run(folder, settings, rank=rank(), world_size=int(os.environ.get("WORLD_SIZE", 1))) as run:
+        _work(run, ids, load, make, batch_size)
+        summary = run.finish(ids, report)
+    if summary is None and run.rank == 0:
+        print("This worker is done. The last one writes the results; if one died, start the same command again.")
+    return summary
+
+
+def _work(run: Run, ids: Sequence[str], load: Callable, make: Callable, batch_size: int) -> None:
+    todo, share = run.remaining(ids), len(range(run.rank, len(ids), run.world_size))
+    decoders = ThreadPoolExecutor(DECODERS)
+    try:
+        with Bar(len(todo), finished=share - len(todo), workers=run.world_size, show=run.rank == 0) as bar:
+            for batch in _decoded_ahead(decoders, load, todo, batch_size):
+                outcomes = [item for item in batch if isinstance(item, Outcome)]
+                usable = [item for item in batch if not isinstance(item, Outcome)]
+                for outcome in [*outcomes, *(make(usable) if usable else ())]:
+                    run.write(outcome)
+                    bar.advance(kept=bool(outcome.rows))
+    finally:  # Ctrl-C and errors do not wait for a batch that nobody will use
+        decoders.shutdown(wait=False, cancel_futures=True)
+
+
+def _decoded_ahead(decoders: ThreadPoolExecutor, load: Callable, todo: list[int], size: int) -> Iterator[list]:
+    """Yield each batch, while the next one is being decoded."""
+    waiting = []
+    for start in range(0, len(todo) + size, size):
+        loading, waiting = waiting, [decoders.submit(load, place) for place in todo[start : start + size]]
+        if loading:
+            yield [future.result() for future in loading]
+
+
+@contextmanager
+def ctrl_c_says_how_to_continue(folder: str) -> Iterator[None]:
+    """Turn Ctrl-C into one line on the terminal and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print(f"Stopped. The same command continues with what is finished in {folder}.", file=sys.stderr)
+        raise SystemExit(130) from None
