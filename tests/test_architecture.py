@@ -31,12 +31,10 @@ PENDING = {
     },
     "root": {
         "doctor.checks",
-        "training.run",
     },
     "circles": {
         "doctor.checks doctor.data",
         "testbed.pretraining testbed.tiny_vlm",
-        "training.hub training.launch training.resume training.run training.signals",
     },
     "inits": {
         "generate",

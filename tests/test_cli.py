@@ -176,7 +176,7 @@ def test_launch_runs_the_module(unlaunched, monkeypatch):
     monkeypatch.setattr("accelerate.commands.launch.launch_command", seen.append)
     assert cli.main(["train", "rrpo", "--config", "r.yaml", "--num_processes", "2"]) == 0
     (args,) = seen
-    assert (args.module, args.training_script, args.num_processes) == (True, "trl_vpo.cli", 2)
+    assert (args.module, args.training_script, args.num_processes) == (True, "trl_vpo", 2)
     assert args.training_script_args == ["train", "rrpo", "--config", "r.yaml"]
 
 

@@ -27,7 +27,7 @@ from upstream_names import (
     MORE_CALLED,
     RESUME,
     SCORING,
-    SIGNALS,
+    SIGTERM,
 )
 
 import trl_vpo.trainers.base as base
@@ -277,7 +277,7 @@ def test_the_counters_that_go_on_after_an_interruption():
 
 def test_how_a_data_loader_begins_and_tells_of_a_killed_worker():
     gone = absent("torch.utils.data.DataLoader.__iter__", "self._get_iterator()")
-    assert not gone, f"DataLoader begins otherwise now; see `keep_from_workers` in {SIGNALS}."
+    assert not gone, f"DataLoader begins otherwise now; see `keep_from_workers` in {SIGTERM}."
     told = "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data"
     gone = absent(told, 'f"DataLoader worker (pid(s) {pids_str}) exited unexpectedly"')
     assert not gone, f"a killed worker is told otherwise now; see `train` in {RESUME}."

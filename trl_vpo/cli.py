@@ -19,7 +19,7 @@ from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.training.launch import launch, launch_options
-from trl_vpo.training.run import METHODS
+from trl_vpo.training.methods import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
 DESCRIPTION = "Visual preference optimization on TRL: LeanPO, RRPO, LPOI and DPO on videos and images."

@@ -55,15 +55,12 @@ def import_everything():
     import trl.kernels.chunked_divergence
     import trl.scripts.utils
 
-    import trl_vpo.data.sources
-    import trl_vpo.runs.record
-    import trl_vpo.training.resume
-    from trl_vpo.training.run import METHODS
+    from trl_vpo.training.methods import METHODS, method_classes
 
     with contextlib.suppress(ImportError):
         import deepspeed  # noqa: F401 - accelerate looks for it and imports it
-    for names in METHODS.values():
-        assert all(getattr(trl_vpo, name) for name in names)
+    for method in METHODS:
+        method_classes(method)
     assert transformers and trl
     torch.set_num_threads(1)
     gc.collect()

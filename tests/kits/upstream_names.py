@@ -107,15 +107,11 @@ CALLED = [
 ]
 
 RESUME, CANDIDATES = "trl_vpo/training/resume.py", "trl_vpo/evaluate/candidates.py"
-SIGNALS, CHANGED_ROWS = "trl_vpo/training/signals.py", "trl_vpo/training/changed_rows.py"
+SIGTERM, CHANGED_ROWS = "trl_vpo/training/sigterm.py", "trl_vpo/training/changed_rows.py"
 MORE_CALLED = [
     ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
     ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/callback.py"),
-    (
-        "transformers.Trainer._save_checkpoint",
-        ["self", "model", "trial"],
-        "training/failed_saves.py (by its name)",
-    ),
+    ("transformers.Trainer._save_checkpoint", ["self", "model", "trial"], RESUME),
     ("transformers.Trainer.compute_loss_context_manager", ["self"], BASE),
     ("transformers.Trainer.pop_callback", ["self", "callback"], "trl_vpo/training/progress.py"),
     ("transformers.trainer_utils.HubStrategy", ..., "trl_vpo/training/hub.py"),
@@ -127,12 +123,12 @@ MORE_CALLED = [
     ("peft.get_peft_model_state_dict", ["model"], "trl_vpo/models/merge.py"),
     ("torch.nn.modules.conv._ConvNd", ..., "trl_vpo/models/adapters.py"),
     ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", ..., "trl_vpo/models/adapters.py"),
-    ("torch.utils.data.DataLoader._get_iterator", ["self"], SIGNALS),
+    ("torch.utils.data.DataLoader._get_iterator", ["self"], SIGTERM),
     ("accelerate.data_loader.SeedableRandomSampler", ..., CHANGED_ROWS),
     ("transformers.Trainer._get_train_sampler", ["self", "train_dataset"], f"{CHANGED_ROWS} and {RESUME}"),
-    ("transformers.Trainer._load_optimizer_and_scheduler", ["self", "checkpoint"], "trl_vpo/training/checkpoints.py"),
-    ("transformers.Trainer._load_rng_state", ["self", "checkpoint"], "trl_vpo/training/checkpoints.py"),
-    ("transformers.Trainer._load_scaler", ["self", "checkpoint"], "trl_vpo/training/checkpoints.py"),
+    ("transformers.Trainer._load_optimizer_and_scheduler", ["self", "checkpoint"], RESUME),
+    ("transformers.Trainer._load_rng_state", ["self", "checkpoint"], RESUME),
+    ("transformers.Trainer._load_scaler", ["self", "checkpoint"], RESUME),
     ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/training/launch.py"),
     ("accelerate.commands.launch.launch_command_parser", [], "trl_vpo/training/launch.py"),
     ("transformers.utils.is_bitsandbytes_available", ..., "trl_vpo/models/load.py"),

@@ -38,19 +38,19 @@ def test_the_rows_that_were_trained_on_are_known(args):
 def test_a_row_that_was_not_reached_may_go(args):
     """The others keep the order of the whole, and what is left of it is remembered."""
     shuffled = order(args)
-    gone = shuffled[8]
-    rows, refused, said = compare_rows(Rows(DIGESTS), without(gone), trained_rows(args, Rows(DIGESTS), 3))
-    assert refused is None and f"1 of 12 rows were taken out (counted from 0: {gone})" in said
+    out = shuffled[8]
+    rows, refused, said = compare_rows(Rows(DIGESTS), without(out), trained_rows(args, Rows(DIGESTS), 3))
+    assert refused is None and f"1 of 12 rows were taken out (counted from 0: {out})" in said
     sampler = RemainingRows(args, rows)
     left = rows.left()
-    assert [left[i] for i in sampler] == [i for i in shuffled if i != gone]
+    assert [left[i] for i in sampler] == [i for i in shuffled if i != out]
     assert len(sampler) == 11 and len(BatchSampler(sampler, 2, False)) == 6
-    again = Rows(rows.digests, rows.gone)
-    assert compare_rows(again, without(gone), trained_rows(args, again, 5))[1:] == (None, None)
+    again = Rows(rows.digests, rows.removed)
+    assert compare_rows(again, without(out), trained_rows(args, again, 5))[1:] == (None, None)
     later = trained_rows(args, again, 5)
-    assert later == [i for i in shuffled if i != gone][:10]
-    assert "trained on before" in compare_rows(again, without(gone, later[9]), later)[1]
-    assert compare_rows(again, without(gone, shuffled[11]), later)[0].gone == sorted([gone, shuffled[11]])
+    assert later == [i for i in shuffled if i != out][:10]
+    assert "trained on before" in compare_rows(again, without(out, later[9]), later)[1]
+    assert compare_rows(again, without(out, shuffled[11]), later)[0].removed == sorted([out, shuffled[11]])
     assert compare_rows(again, DIGESTS, later)[1].startswith("rows: 11 when it was saved, 12 now")  # not back again
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which are whole, which is taken, which are deleted; and which runs may go on from them."""
+"""Checkpoints on disk: which are complete, taken, deleted; and which runs may continue from them."""
 
 import json
 import re
@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trl_vpo.errors import CheckpointError
+from trl_vpo.errors import CheckpointError, RowError
 from trl_vpo.training.checkpoints import (
     delete_older,
-    explain_failed_loads,
+    explain_failed_load,
     find_problems,
     mark_complete,
     newest_complete,
@@ -24,8 +24,8 @@ from trl_vpo.training.run_identity import compare_runs
 FILES = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
 
-def write_checkpoint(folder, *, marked=True):
-    """What transformers writes, and the marker."""
+def write_checkpoint(folder, *, marked=True, **content):
+    """Write the files that transformers writes, and the marker."""
     folder.mkdir(parents=True)
     save_file({"lora": torch.arange(64.0)}, folder / "adapter_model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt"):
@@ -33,29 +33,24 @@ def write_checkpoint(folder, *, marked=True):
     torch.save({"cpu": torch.arange(64)}, folder / "rng_state.pth")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
     if marked:
-        mark_complete(folder, step=2, run={"method": "rrpo"})
+        mark_complete(folder, step=2, run={"method": "rrpo"}, **content)
     return folder
 
 
-def cut(path, keep=0.5):
+def cut(path):
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
+    path.write_bytes(data[: len(data) // 2])
 
 
 # --- what is wrong with one -----------------------------------------------------------------------------------------
 
 
-def test_a_whole_checkpoint_has_no_problems(tmp_path):
+def test_a_complete_checkpoint_has_no_problems(tmp_path):
     folder = write_checkpoint(tmp_path / "checkpoint-2")
-    assert find_problems(folder) == []
     (folder / "notes.txt").write_text("of the user")
     assert find_problems(folder) == []
-
-
-def test_the_marker_says_what_was_saved(tmp_path):
-    marker = read_marker(write_checkpoint(tmp_path / "checkpoint-2"))
-    assert set(marker["files"]) == set(FILES)
-    assert marker["run"] == {"method": "rrpo"}
+    marker = read_marker(folder)
+    assert set(marker["files"]) == set(FILES) and marker["run"] == {"method": "rrpo"}
     assert marker["files"]["adapter_model.safetensors"]["size"] > 256  # 64 floats and a header
 
 
@@ -72,32 +67,22 @@ def test_a_missing_cut_or_changed_file_is_named(tmp_path, name):
     assert find_problems(folder)[0] == f"{name} is missing"
 
 
-def test_no_byte_of_the_marker_may_change(tmp_path):
-    """Whatever it says then, of files or of the run; one of an earlier version has no hash of its own."""
+@pytest.mark.parametrize(("old", "new"), [('"method": "rrpo"', '"method": "lpoi"'), ('"step": 2', '"step": 4')])
+def test_no_byte_of_the_marker_may_change(tmp_path, old, new):
     folder = write_checkpoint(tmp_path / "checkpoint-2")
     text = (folder / "complete.json").read_text()
-    for old, new in (
-        ('"method": "rrpo"', '"method": "lpoi"'),
-        ('"step": 2', '"step": 4'),
-        ('"format": 2', '"format": 3'),
-    ):
-        assert old in text
-        (folder / "complete.json").write_text(text.replace(old, new))
-        assert find_problems(folder) == ["complete.json is not what was saved"]
-        said = []
-        with pytest.raises(CheckpointError, match=r"complete\.json is not what was saved"):
-            newest_complete(tmp_path, said.append)
-    first = json.loads(text) | {"format": 1}
-    del first["sha256"]
-    (folder / "complete.json").write_text(json.dumps(first))
-    assert find_problems(folder) == []
+    assert old in text
+    (folder / "complete.json").write_text(text.replace(old, new))
+    assert find_problems(folder) == ["complete.json is not what was saved"]
+    with pytest.raises(CheckpointError, match=r"complete\.json is not what was saved"):
+        newest_complete(tmp_path)
 
 
 def test_without_its_marker_no_checkpoint_is_finished(tmp_path):
     """It was killed just before it wrote the marker, or is of another program. Other ranks may not have saved."""
-    folder = write_checkpoint(tmp_path / "checkpoint-2", marked=False)
-    (problem,) = find_problems(folder)
+    (problem,) = find_problems(write_checkpoint(tmp_path / "checkpoint-2", marked=False))
     assert problem.startswith("complete.json, the last file, is missing")
+    assert find_problems(tmp_path / "checkpoint-9") == ["there is no such folder"]
 
 
 def test_pickled_weights_do_not_count(tmp_path):
@@ -109,113 +94,112 @@ def test_pickled_weights_do_not_count(tmp_path):
     assert problem.startswith("the weights (adapter_model.safetensors or model.safetensors) are missing")
 
 
+def test_weights_alone_are_not_enough(tmp_path):
+    """As saved with save_only_model: transformers would continue with a new optimizer and say nothing."""
+    folder = write_checkpoint(tmp_path / "checkpoint-2", marked=False)
+    names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    for name in names:
+        (folder / name).unlink()
+    mark_complete(folder)
+    assert [problem.split()[0] for problem in find_problems(folder)] == names
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])
 def test_a_file_that_cannot_be_loaded_is_named(tmp_path, name):
     folder = write_checkpoint(tmp_path / "checkpoint-2")
     data = bytearray((folder / name).read_bytes())
     data[2 if name.endswith("s") else len(data) // 2] ^= 255
     (folder / name).write_bytes(data)
-
-    def _load_from_checkpoint():
-        raise RuntimeError("PytorchStreamReader failed reading file data/0\nand more")
-
     message = f"{folder / name} cannot be read: PytorchStreamReader .*data/0. Put"
-    with pytest.raises(CheckpointError, match=message), explain_failed_loads(folder):
-        _load_from_checkpoint()
-    with pytest.raises(RuntimeError, match="of the model"), explain_failed_loads(folder):
-        raise RuntimeError("of the model")
-
-
-def test_weights_alone_are_not_enough(tmp_path):
-    """As saved with save_only_model: transformers would go on with a new optimizer and say nothing."""
-    folder = write_checkpoint(tmp_path / "checkpoint-2", marked=False)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        (folder / name).unlink()
-    mark_complete(folder)
-    assert [p.split()[0] for p in find_problems(folder)] == ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-    assert find_problems(tmp_path / "checkpoint-9") == ["there is no such folder"]
+    with pytest.raises(CheckpointError, match=message), explain_failed_load(folder):
+        raise RuntimeError("PytorchStreamReader failed reading file data/0\nand more")
+    with pytest.raises(RowError, match="row 3"), explain_failed_load(folder):
+        raise RowError("row 3")
 
 
 # --- which is taken -------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_whole_one_is_taken_and_the_others_are_named(tmp_path):
+def printed(capsys):
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_newest_complete_one_is_taken(tmp_path, capsys):
     for step in (2, 9, 10):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
     write_checkpoint(tmp_path / "checkpoint-11", marked=False)
     (tmp_path / "checkpoint-best").mkdir()
     cut(tmp_path / "checkpoint-10" / "optimizer.pt")
-    said = []
-    assert newest_complete(tmp_path, said.append) == tmp_path / "checkpoint-9"
-    assert len(said) == 2
-    assert "checkpoint-11" in said[0] and "complete.json" in said[0]
-    assert "checkpoint-10" in said[1] and "optimizer.pt" in said[1] and "checkpoint-9 is taken" in said[1]
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-9"
+    first, second = printed(capsys)
+    assert "checkpoint-11 is not complete: complete.json" in first
+    assert "checkpoint-10 is not complete: optimizer.pt" in second and "checkpoint-9 is taken instead" in second
 
 
-def test_nothing_finished_and_nothing_left(tmp_path):
-    said = []
-    assert newest_complete(tmp_path, said.append) is None
-    assert said == []
+def test_nothing_finished_and_nothing_left(tmp_path, capsys):
+    assert newest_complete(tmp_path) is None and printed(capsys) == []
     write_checkpoint(tmp_path / "checkpoint-2", marked=False)
-    assert newest_complete(tmp_path, said.append) is None
-    assert "checkpoint-2" in said[0]
+    assert newest_complete(tmp_path) is None
+    assert "checkpoint-2" in printed(capsys)[0]
     assert "from scratch" in what_is_left(tmp_path)
     write_checkpoint(tmp_path / "checkpoint-4")
     assert "checkpoint-4" in what_is_left(tmp_path)
     (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
     with pytest.raises(CheckpointError, match=r"checkpoint-4: optimizer\.pt is missing"):
-        newest_complete(tmp_path, said.append)
+        newest_complete(tmp_path)
 
 
-def test_a_run_from_scratch_does_not_go_on_from_an_earlier_one(tmp_path):
-    """Its numbers begin again at the first step; those of the earlier run are taken when nothing else is whole."""
+def test_a_run_from_scratch_leaves_earlier_checkpoints(tmp_path, capsys):
+    """Its numbers begin again at the first step; those of the earlier run are taken when nothing else is complete."""
     assert next_attempt(tmp_path) == 1
     for step, attempt in ((2, 2), (4, 2), (6, 1), (8, 1)):
-        mark_complete(write_checkpoint(tmp_path / f"checkpoint-{step}", marked=False), attempt=attempt)
+        write_checkpoint(tmp_path / f"checkpoint-{step}", attempt=attempt)
     assert next_attempt(tmp_path) == 3
     write_checkpoint(tmp_path / "checkpoint-5", marked=False)
-    said = []
-    assert newest_complete(tmp_path, said.append) == tmp_path / "checkpoint-4"
-    assert "checkpoint-5 is not complete" in said[0]
-    assert said[1].startswith(f"checkpoint-8, checkpoint-6: of an earlier run in {tmp_path}")
-    assert "is checkpoint-4" in what_is_left(tmp_path).replace(f"{tmp_path}/", "")
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-4"
+    first, second = printed(capsys)
+    assert "checkpoint-5 is not complete" in first
+    assert f"checkpoint-8, checkpoint-6 of an earlier run in {tmp_path} passed over" in second
+    assert f"is {tmp_path}/checkpoint-4" in what_is_left(tmp_path)
     for step in (2, 4):
         cut(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
-    assert newest_complete(tmp_path, said.append) == tmp_path / "checkpoint-8"
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-8"
 
 
 # --- which are deleted ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "left"),
+    ("limit", "best", "in_use", "left"),
     [
-        (None, None, [2, 4, 6, 8, 20]),
-        (1, None, [8, 20]),
-        (2, None, [6, 8, 20]),
-        (2, 2, [2, 8, 20]),
-        (1, 2, [2, 8, 20]),  # the newest one and the best one always stay
-        (3, 2, [2, 6, 8, 20]),
+        (None, None, (), [2, 4, 6, 8, 20]),
+        (1, None, (), [8, 20]),
+        (2, None, (), [6, 8, 20]),
+        (2, 2, (), [2, 8, 20]),
+        (1, 2, (), [2, 8, 20]),  # the newest one and the best one always stay
+        (3, 2, (), [2, 6, 8, 20]),
+        (1, None, (4,), [4, 8, 20]),  # while it is uploaded
     ],
 )
-def test_older_ones_are_deleted(tmp_path, limit, best, left):
-    for step in (2, 4, 6, 8, 20):  # 20 is of an earlier run
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "complete.json").touch()
-    delete_older(tmp_path, limit, tmp_path / "checkpoint-8", best and f"elsewhere/checkpoint-{best}")
+def test_older_ones_are_deleted(tmp_path, limit, best, in_use, left):
+    folders = {step: tmp_path / f"checkpoint-{step}" for step in (2, 4, 6, 8, 20)}  # 20 is of an earlier run
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "complete.json").touch()
+    best = best and f"elsewhere/checkpoint-{best}"
+    delete_older(tmp_path, limit, folders[8], best=best, in_use={folders[step] for step in in_use})
     assert sorted(int(f.name.split("-")[1]) for f in tmp_path.iterdir()) == left
 
 
-def test_half_written_ones_are_deleted_before_whole_ones(tmp_path):
+def test_half_written_ones_are_deleted_first(tmp_path):
     for step in (2, 4, 6):
         write_checkpoint(tmp_path / f"checkpoint-{step}", marked=step != 4)
-    delete_older(tmp_path, 2, tmp_path / "checkpoint-6", None)
+    delete_older(tmp_path, 2, tmp_path / "checkpoint-6")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-6"]
 
 
 def test_saving_over_an_older_checkpoint(tmp_path):
-    folder = write_checkpoint(tmp_path / "checkpoint-2")
-    other = write_checkpoint(tmp_path / "other")
+    folder, other = (write_checkpoint(tmp_path / name) for name in ("checkpoint-2", "other"))
     save_file({"lora": torch.ones(64)}, other / "adapter_model.safetensors")
     shutil.copy(other / "adapter_model.safetensors", folder)
     assert find_problems(folder) == ["adapter_model.safetensors is not what was saved"]
@@ -276,9 +260,3 @@ def test_what_may_change_between_two_parts_of_a_run(change, refused, warned):
 
 def test_a_stream_is_known_by_its_name():
     assert compare_runs(RUN, RUN | changed(dataset_name="b.jsonl"), same_rows=False)[0][0].startswith("dataset_name: ")
-
-
-def test_a_checkpoint_of_an_earlier_version_is_taken():
-    old = {key: value for key, value in RUN.items() if key != "model files"} | {"weights": "", "data": "", "rows": 100}
-    refused, (said,) = compare_runs(old, RUN, same_rows=True)
-    assert refused == [] and "saved by an earlier version: whether model, rows and clips are the same is not" in said

@@ -94,12 +94,11 @@ def assert_not_in(tokens, folder, server, output):
     assert [place for place, content in places.items() for token in tokens if token.encode() in content] == []
 
 
-def test_pushes_in_the_background_hold_up_nothing_and_bring_nothing_else(recipe, local, tmp_path, capfd, monkeypatch):
+def test_pushes_in_the_background_hold_up_nothing(recipe, local, tmp_path, capfd, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     (out / "model.safetensors").write_text("of another run")
-    (out / ".push-of-a-killed-run").mkdir()
     monkeypatch.delenv("HF_TOKEN")
     seen = {}
 
@@ -126,11 +125,10 @@ def test_pushes_in_the_background_hold_up_nothing_and_bring_nothing_else(recipe,
     assert json.loads(repo.files["run.json"])["steps"] == 3
     printed = capfd.readouterr()
     assert f"trl-vpo: pushed to {local.url}/me/vpo. 2 saves came during an upload" in printed.out
-    assert not list(out.glob(".push-*"))
     assert_not_in([TOKEN, LOADING_TOKEN], out, local, printed.out + printed.err)
 
 
-def test_the_last_checkpoint_arrives_whole_although_the_hub_fails_at_times(recipe, local, tmp_path, capfd, caplog):
+def test_the_last_checkpoint_arrives_although_the_hub_fails(recipe, local, tmp_path, capfd, caplog):
     left = {"last-checkpoint/rng_state_7.pth": b"old", "last-checkpoint/scheduler.pt": b"old", "mine.txt": b"mine"}
     local.repos["me/vpo"] = Repo(private=False)
     local.repos["me/vpo"].branches["main"].append(Commit("before", [], [], left))
@@ -170,7 +168,7 @@ def run_by_hand(server, lines):
         assert done.returncode == 0, done.stderr
 
 
-def test_what_was_not_pushed_can_be_pushed_by_the_commands_that_are_printed(recipe, local, tmp_path, capfd):
+def test_the_printed_commands_push_what_was_not_pushed(recipe, local, tmp_path, capfd):
     local.faults = [Fault("", "drop")]  # of every request
     out = tmp_path / "the result"
     more = {"save_total_limit": 2, "hub_strategy": "all_checkpoints", "hub_private_repo": True}
@@ -245,7 +243,7 @@ def test_a_bad_token_ends_the_run_before_anything_is_loaded(recipe, local, tmp_p
         ({"hub_model_id": "you/vpo"}, "refuses you/vpo: HTTP 403 .*: You may not create you/vpo", 2),
         ({"hub_token": READ_TOKEN, "hub_model_id": "me/new"}, "HTTP 403 .*: You may not create me/new", 2),
         ({"hub_token": READ_TOKEN}, "HTTP 403 .*: You may not write to me/vpo", 2),
-        ({"hub_private_repo": True}, "hub_private_repo: me/vpo is there already, and it is public", 2),
+        ({"hub_private_repo": True}, "hub_private_repo: me/vpo exists already, and it is public", 2),
     ],
 )
 def test_what_the_user_must_mend_is_told_at_once(recipe, local, tmp_path, monkeypatch, options, message, requests):
@@ -274,14 +272,13 @@ def test_what_may_pass_is_told_and_training_goes_on(recipe, local, tmp_path, cap
 
 def test_a_queue_does_not_wait_for_a_hub_that_is_down(recipe, local, tmp_path):
     push = hub.connect(arguments(recipe, tmp_path, hub_strategy="all_checkpoints"))
-    push._down, push._newest = True, 3
+    push._is_down, push._newest = True, 3
     asked = len(local.requests)
     for step in (2, 3):
-        (tmp_path / str(step)).mkdir()
-        (tmp_path / str(step) / "file").write_text("a")
-        push._push_step(step, tmp_path / str(step), f"checkpoint-{step}", tmp_path)
+        push.uploading.add(tmp_path)
+        push._push(step, {f"checkpoint-{step}/file": b"a"}, f"checkpoint-{step}", tmp_path)
         assert (len(local.requests) > asked) == (step == 3)
-        assert not (tmp_path / str(step)).exists()
+        assert not push.uploading
     assert push._failed == [2]
     assert list(push._pushed) == ["checkpoint-3"]
 

@@ -19,7 +19,7 @@ from trl_vpo.testbed.rows import write_jsonl, write_preferences
 ENV = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-OURS = [sys.executable, "-m", "trl_vpo.cli", "train"]
+OURS = [sys.executable, "-m", "trl_vpo", "train"]
 BARE = {
     "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", "scripts/train.py"],
     "accelerate two": ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml",
@@ -167,4 +167,4 @@ def test_a_second_run_is_refused_and_a_killed_worker_is_named(start, tmp_path):
     assert re.search(
         rf"error: DataLoader worker \(pid(\(s\))? {worker.pid}\) .*, after step \d+\. It loads rows; most", text
     )
-    assert "Go on with the same command" in text and "Traceback" not in text
+    assert "Continue with the same command" in text and "Traceback" not in text

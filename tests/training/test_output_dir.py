@@ -3,7 +3,6 @@
 import fcntl
 import multiprocessing
 import os
-from types import SimpleNamespace
 
 import pytest
 
@@ -22,19 +21,19 @@ def lock_elsewhere(path, locked, done):
 
 def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
     """Also by one that was killed: nothing is left to clean up."""
-    args, context = SimpleNamespace(output_dir=str(tmp_path / "run")), multiprocessing.get_context("fork")
-    with hold_output_dir(args):
+    folder, context = str(tmp_path / "run"), multiprocessing.get_context("fork")
+    with hold_output_dir(folder):
         assert (tmp_path / "run" / LOCK).read_text().startswith(f"pid {os.getpid()} on ")
     locked, done = context.Event(), context.Event()
     other = context.Process(target=lock_elsewhere, args=(tmp_path / "run" / LOCK, locked, done))
     other.start()
     assert locked.wait(60)
     message = f"another training writes to output_dir {tmp_path}/run: pid 77 on node-3"
-    with pytest.raises(OutputDirError, match=message), hold_output_dir(args):
+    with pytest.raises(OutputDirError, match=message), hold_output_dir(folder):
         pass
     other.kill()
     other.join()
-    with hold_output_dir(args):
+    with hold_output_dir(folder):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
 
@@ -57,10 +56,9 @@ def test_what_to_do_is_told_by_what_failed(tmp_path):
 
 
 def test_a_result_that_would_not_fit_is_told_before_training(tmp_path):
-    args = SimpleNamespace(output_dir=str(tmp_path))
-    check_space(args, 1 << 20)
+    check_space(str(tmp_path), 1 << 20)
     with pytest.raises(
         OutputDirError, match=r"no room for what is trained \(1125899906842624\.0 MiB\): No space left"
     ):
-        check_space(args, 1 << 70)
+        check_space(str(tmp_path), 1 << 70)
     assert not list(tmp_path.iterdir())

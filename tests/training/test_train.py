@@ -15,7 +15,8 @@ from trl_vpo.data.sources import load_splits, local_splits
 from trl_vpo.errors import DatasetError, RecipeError, RowError
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.testbed.rows import write_jsonl
-from trl_vpo.training.run import METHODS, parse, run_training
+from trl_vpo.training.methods import METHODS
+from trl_vpo.training.run import parse, run_training
 
 LORA = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -202,11 +203,12 @@ def test_launch_keys_of_a_recipe_are_left_to_the_launcher(tmp_path):
     parse("dpo", ["--config", str(tmp_path / "recipe.yaml")])
 
 
-def test_no_model_and_no_data(work):
+def test_no_model_and_no_data(work, tmp_path):
+    argv = ["--use_cpu", "--output_dir", str(tmp_path)]
     with pytest.raises(RecipeError, match="model_name_or_path"):
-        run_training("dpo", ["--use_cpu", "--dataset_name", str(work / "data")])
+        run_training("dpo", [*argv, "--dataset_name", str(work / "data")])
     with pytest.raises(DatasetError, match="dataset_name"):
-        run_training("dpo", ["--use_cpu", "--model_name_or_path", str(work / "base")])
+        run_training("dpo", [*argv, "--model_name_or_path", str(work / "base")])
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ from trl_vpo.runs.packages import missing_packages
 from trl_vpo.runs.recipe_file import recipe_text
 from trl_vpo.trainers.setup import low_rate, set_pad_token
 from trl_vpo.training.launch import launch_options
-from trl_vpo.training.run import METHODS, parse
+from trl_vpo.training.methods import METHODS
+from trl_vpo.training.run import parse
 from trl_vpo.training.sharding import Sharding, launched
 
 MEDIA_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl.scripts.utils import ScriptArguments, TrlParser
 
-from trl_vpo.errors import RecipeError, did_you_mean
+from trl_vpo.errors import RecipeError, UserError, did_you_mean
 from trl_vpo.runs.packages import missing_packages
-from trl_vpo.runs.recipe_file import read_recipe
+from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe, split_config
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.values import annotations, check_bounds, checked, environment
 
@@ -21,16 +22,11 @@ TARGETS_HELP = (
     "What LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model family; "
     "PEFT's all-linear; or a regular expression of whole module names."
 )
-LAUNCH_KEYS = ("accelerate_config", "num_processes")  # read by `trl-vpo train` before any process starts
 
 
 @dataclass
 class VisualScriptArguments(ScriptArguments):
-    """[`trl.ScriptArguments`] and what TRL's scripts have no option for.
-
-    Parameters:
-        freeze_vision (`bool`, defaults to `False`): full fine-tuning trains the language model only.
-    """
+    """[`trl.ScriptArguments`] and what TRL's scripts have no option for."""
 
     freeze_vision: bool = field(
         default=False, metadata={"help": "Keep vision tower and projector as they are in full fine-tuning."}
@@ -46,13 +42,14 @@ class RecipeParser(TrlParser):
 
     Attributes:
         given (`dict`): after parsing, every argument that differs from its default.
+        recipe_path (`str` or `None`): after parsing, the recipe file.
     """
 
     def __init__(self, dataclass_types: Iterable[type], *, any_device: bool = False, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.any_device = any_device
         self.given: dict[str, Any] = {}
-        self._path: str | None = None  # of the recipe
+        self.recipe_path: str | None = None
         self._own_defaults: dict[str, Any] = {}
         for action in self._actions:  # `--no_x` comes after `--x`, with a default of its own
             if action.dest == "lora_target_modules":
@@ -62,41 +59,32 @@ class RecipeParser(TrlParser):
             self._own_defaults.setdefault(action.dest, typed)
 
     def parse(self, argv: list[str]) -> tuple:
-        """The argument objects of `--config FILE` and the options after it, which win over the file.
+        """Return the argument objects of `--config FILE` and the options after it, which win over the file.
 
         Raises:
             RecipeError: no such file, no YAML mapping, an unknown key or option, or a value that is not valid.
-            ValueError: values contradict each other; raised by the argument classes.
+            UserError: values contradict each other; in place of what the argument classes raise.
         """
-        argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-        path, recipe = None, {}
-        if "--config" in argv:
-            at = argv.index("--config")
-            if at + 1 == len(argv):
-                raise RecipeError("--config needs the path of a recipe behind it.")
-            if "--config" in argv[at + 1 :]:
-                raise RecipeError("--config is given twice: name one recipe.")
-            path, argv = argv[at + 1], argv[:at] + argv[at + 2 :]
-            recipe = self._read(path)
-        self._path = path
+        path, argv = split_config(argv)
+        self.recipe_path = path
         try:
-            self.set_defaults_with_config(**recipe)
+            self.set_defaults_with_config(**(self._read(path) if path else {}))
             return self.parse_args_into_dataclasses(args=argv)
         except RecipeError:
             raise
-        except (ValueError, TypeError, KeyError, ArithmeticError) as error:  # of argument classes
-            raise ValueError(f"{path}: {error}" if path else str(error)) from error
+        except (ValueError, TypeError, KeyError, ArithmeticError, ImportError) as error:  # of argument classes
+            raise UserError(f"{path}: {error}" if path else str(error)) from error
 
     def _read(self, path: str) -> dict[str, Any]:
-        """The recipe with checked values; its `env` becomes the environment, as in TRL."""
+        """Return the recipe with checked values; its `env` becomes the environment, as in TRL."""
         recipe = read_recipe(path)
         os.environ |= environment(recipe.pop("env", None) or {}, f"{path}: ")
+        recipe = {key: value for key, value in recipe.items() if key not in LAUNCH_KEYS}
         known = annotations(self.dataclass_types)
-        unknown = [key for key in recipe if key not in known and key not in LAUNCH_KEYS]
+        unknown = [key for key in recipe if key not in known]
         if unknown:
             hints = " ".join(f"unknown recipe key `{k}`.{did_you_mean(k, known)}" for k in unknown)
             raise RecipeError(f"{path}: {hints}")
-        recipe = {key: value for key, value in recipe.items() if key not in LAUNCH_KEYS}
         for action in self._actions:  # argparse does not check values that came from the recipe
             if action.dest in recipe:
                 value = checked(action.dest, recipe[action.dest], known[action.dest], f"{path}: ")
@@ -107,21 +95,28 @@ class RecipeParser(TrlParser):
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, rest = super().parse_known_args(args, namespace)
-        if rest:  # without values: a token may be among them
-            options = [arg.split("=")[0] for arg in rest if arg.startswith("--")]
-            hints = [did_you_mean(o[2:].replace("-", "_"), self._own_defaults, "--") for o in options]
-            unknown = " ".join(f"unknown option {o}.{h}" for o, h in zip(options, hints))
-            raise RecipeError(unknown or f"a value that belongs to no option stands behind {_before(rest[0], args)}.")
+        if rest:
+            raise RecipeError(self._unknown(rest, args))
         for option in {arg.split("=")[0] for arg in args or () if arg.startswith("--")}:
             key = option[2:].replace("-", "_")
             check_bounds(key, getattr(namespace, key, None), "--")
-        _check_data_keys(namespace, f"{self._path}: " if self._path else "")
+        if problem := _useless_data_key(namespace):
+            raise RecipeError(f"{self.recipe_path}: {problem}" if self.recipe_path else problem)
         if not self.any_device and (missing := missing_packages(vars(namespace))):
             raise RecipeError("; ".join(missing) + ".")
         self.given = {k: v for k, v in vars(namespace).items() if v != self._own_defaults.get(k)}
-        if self.any_device and not _has_accelerator():
+        if self.any_device and not torch.accelerator.is_available():
             namespace.use_cpu = True
         return namespace, rest
+
+    def _unknown(self, rest: list[str], args: list[str]) -> str:
+        """Describe options that do not exist, without their values: a token may be among them."""
+        options = [arg.split("=")[0] for arg in rest if arg.startswith("--")]
+        if options:
+            hints = [did_you_mean(o[2:].replace("-", "_"), self._own_defaults, "--") for o in options]
+            return " ".join(f"unknown option {o}.{hint}" for o, hint in zip(options, hints))
+        before = [arg.split("=")[0] for arg in args[: args.index(rest[0])] if arg.startswith("--")]
+        return f"a value that belongs to no option stands behind {before[-1] if before else 'no option at all'}."
 
     def _check_value(self, action, value, where=""):
         valid = [str(getattr(choice, "value", choice)) for choice in action.choices or ()]
@@ -137,32 +132,18 @@ class RecipeParser(TrlParser):
         raise RecipeError(scrub(message))
 
 
-def _check_data_keys(given: Any, where: str) -> None:
-    """Refuse keys on the data that would do nothing."""
-    wrong = None
-    mixture, streaming = getattr(given, "datasets", None), getattr(given, "streaming", None)
-    if streaming and not mixture:
-        raise RecipeError(
-            f"{where}streaming is for a mixture: with `dataset_name` set dataset_streaming in its place."
-        )
-    if mixture and getattr(given, "dataset_streaming", None):
-        wrong = "dataset_streaming is for one dataset: with `datasets` set streaming in its place."
-    evaluation = getattr(given, "eval_strategy", None)
-    if getattr(given, "test_split_size", None) and not mixture and getattr(evaluation, "value", evaluation) == "no":
-        raise RecipeError(
-            f"{where}test_split_size cuts off rows to evaluate on: set eval_strategy, too, or leave it out."
-        )
-    if wrong:
-        raise RecipeError(where + wrong)
-
-
-def _before(value: str, args: list[str]) -> str:
-    """The option that a value stands behind."""
-    options = [arg.split("=")[0] for arg in args[: args.index(value)] if arg.startswith("--")]
-    return options[-1] if options else "no option at all"
-
-
-def _has_accelerator() -> bool:
-    import torch
-
-    return torch.accelerator.is_available()
+def _useless_data_key(arguments: Any) -> str | None:
+    """Name a key on the data that would do nothing."""
+    mixture = getattr(arguments, "datasets", None)
+    evaluation = getattr(arguments, "eval_strategy", None)
+    if getattr(arguments, "streaming", None) and not mixture:
+        return "streaming is for a mixture: with `dataset_name` set dataset_streaming in its place."
+    if mixture and getattr(arguments, "dataset_streaming", None):
+        return "dataset_streaming is for one dataset: with `datasets` set streaming in its place."
+    if (
+        getattr(arguments, "test_split_size", None)
+        and not mixture
+        and getattr(evaluation, "value", evaluation) == "no"
+    ):
+        return "test_split_size cuts off rows to evaluate on: set eval_strategy, too, or leave it out."
+    return None

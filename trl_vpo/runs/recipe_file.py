@@ -9,9 +9,28 @@ import yaml
 from trl_vpo.errors import RecipeError
 from trl_vpo.runs.secrets import scrub
 
+LAUNCH_KEYS = ("accelerate_config", "num_processes")  # read by the command line, before any process starts
+
+
+def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Return (the recipe behind `--config`, or None; the options without it).
+
+    Raises:
+        RecipeError: `--config` is given twice, or without a recipe.
+    """
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in argv:
+        return None, argv
+    at = argv.index("--config")
+    if at + 1 == len(argv):
+        raise RecipeError("--config needs the path of a recipe behind it.")
+    if "--config" in argv[at + 1 :]:
+        raise RecipeError("--config is given twice: name one recipe.")
+    return argv[at + 1], argv[:at] + argv[at + 2 :]
+
 
 def read_recipe(path: Path | str) -> dict[str, Any]:
-    """The keys and values of a recipe.
+    """Return the keys and values of a recipe.
 
     Raises:
         RecipeError: no such file, not UTF-8, no YAML mapping, a key given twice, an alias, or a number that YAML 1.1
@@ -30,19 +49,21 @@ def read_recipe(path: Path | str) -> dict[str, Any]:
         raise RecipeError(f"the recipe {path} is not valid YAML{where}: {scrub(what)}.") from None
     except RecursionError:
         raise RecipeError(f"the recipe {path} is nested too deeply.") from None
+    except RecipeError:
+        raise
     except ValueError as error:  # a date like 2024-02-31
-        raise error if isinstance(error, RecipeError) else RecipeError(f"the recipe {path}: {error}.") from None
+        raise RecipeError(f"the recipe {path}: {error}.") from None
     if not isinstance(recipe, dict):
         kind = "is empty" if recipe is None else f"holds a {type(recipe).__name__}"
         raise RecipeError(f"the recipe {path} {kind}: write a line `key: value` for each setting.")
     for key in recipe:
         if not isinstance(key, str):
-            raise RecipeError(f"the recipe {path}: the key {key!r} is no text. YAML reads it so unless it is quoted.")
+            raise RecipeError(f"the recipe {path}: the key {key!r} is not a text. YAML reads it so unless quoted.")
     return recipe
 
 
 def recipe_text(path: Path | str) -> str:
-    """The text of a recipe.
+    """Return the text of a recipe.
 
     Raises:
         RecipeError: no such file, or not UTF-8.

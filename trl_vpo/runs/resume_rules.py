@@ -15,9 +15,53 @@ RESUME_MAY_CHANGE = {
     | {"media_root", "on_bad"}
     | {"adapters"}  # compared by their contents
     | {"yes_no_rule", "synonyms", "level", "resamples"},  # the answers stay, the results are computed anew
+    "train": {"output_dir", "run_name", "resume_from_checkpoint", "project", "disable_tqdm", "push_to_hub"}
+    | {"frame_cache", "precompute_cache_dir", "check_media", "media_root", "ddp_timeout", "skip_memory_metrics"}
+    | {"include_num_input_tokens_seen", "dataset_num_proc", "restore_callback_states_from_checkpoint"},
 }
 
 
 def fixed_settings(command: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that have to stay as they are when a run of this command is continued."""
     return {key: value for key, value in settings.items() if key not in RESUME_MAY_CHANGE[command]}
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+# Beside the keys in the table: where and how much is logged, saved and pushed, and how data are loaded.
+TRAIN_PREFIXES = (
+    "logging_", "log_", "save_", "hub_", "report_to", "trackio_", "dataloader_num_", "dataloader_pin_",
+    "dataloader_prefetch_", "dataloader_persistent_",
+)  # fmt: skip
+# Compared by what lies there, not by the name: clusters copy models and data to a disk that is new with every job.
+TRAIN_MODEL = {"model_name_or_path", "model_revision"}
+TRAIN_DATA = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_streaming", "datasets"}
+ROUNDING = "The rest of the run may differ in rounding and random numbers."
+SCHEDULE = "The {scheduler} schedule of the learning rate is that of the new length."
+NO_ROW = "It changes no row that was trained on."  # which rows are refused; nothing is cut
+TRAIN_WARNS = {  # may change; the rest of the run is then not, bit for bit, what it would have been
+    "max_steps": SCHEDULE,
+    "num_train_epochs": SCHEDULE,
+    "max_length": NO_ROW,
+    "on_bad_media": NO_ROW,
+    "per_device_eval_batch_size": ROUNDING,
+    "gradient_checkpointing": ROUNDING,
+    "gradient_checkpointing_kwargs": ROUNDING,
+    "metric_for_best_model": ROUNDING,
+    "load_best_model_at_end": ROUNDING,
+    "greater_is_better": ROUNDING,
+}
+TRAIN_WARNS_PREFIXES = ("eval_", "test_split_", "dataset_test_")
+
+
+def fixed_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a training's recipe whose changes matter."""
+    return {key: value for key, value in fixed_settings("train", recipe).items() if not key.startswith(TRAIN_PREFIXES)}
+
+
+def warning_of_change(key: str, scheduler: str) -> str | None:
+    """Return what follows from another value of a training's key; None where it must stay as it is."""
+    if key.startswith(TRAIN_WARNS_PREFIXES):
+        return ROUNDING
+    warning = TRAIN_WARNS.get(key)
+    return warning and warning.format(scheduler=scheduler)

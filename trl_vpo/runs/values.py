@@ -1,4 +1,4 @@
-"""Whether the values of a recipe are what its keys take: of the right type, finite, and within bounds."""
+"""The values of a recipe, checked against their keys: of the right type, finite, and within bounds."""
 
 import math
 import re
@@ -13,38 +13,47 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.runs.secrets import scrub
 
-# Keys that argument classes do not check themselves: below these, training does nothing, or something else.
-AT_LEAST_ONE = {
-    "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "precompute_ref_batch_size", "lora_r", "lora_alpha", "max_length", "dataset_num_proc",
-    "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps",
-    "ref_model_sync_steps", "ddp_timeout", "pad_to_multiple_of",
+# Keys that argument classes do not check themselves: outside of these, training does nothing, or something else.
+BOUNDS = [
+    ("at least 1", lambda value: value >= 1, {
+        "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "precompute_ref_batch_size", "lora_r", "lora_alpha", "max_length", "dataset_num_proc",
+        "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps", "ref_model_sync_steps",
+        "ddp_timeout", "pad_to_multiple_of",
+    }),
+    ("at least 0", lambda value: value >= 0, {
+        "alpha", "nll_weight", "list_weight", "dpo_weight", "anchor_weight", "weight_decay", "max_grad_norm",
+        "warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers", "neftune_noise_alpha",
+        "router_aux_loss_coef",
+    }),
+    ("a number above 0", lambda value: value > 0, {
+        "learning_rate", "beta", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps",
+        "test_split_size",
+    }),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, {
+        "lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2",
+    }),
+    ("a whole number of at least 1, or -1 for num_train_epochs", lambda value: value >= 1 or value == -1, {
+        "max_steps",
+    }),
+]  # fmt: skip
+KINDS = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text (quote it)", dict: "a mapping",
+    Literal: "false",
 }  # fmt: skip
-AT_LEAST_ZERO = {
-    "alpha", "nll_weight", "list_weight", "dpo_weight", "anchor_weight", "weight_decay",
-    "max_grad_norm", "warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers",
-    "neftune_noise_alpha", "router_aux_loss_coef",
-}  # fmt: skip
-ABOVE_ZERO = {
-    "learning_rate", "beta", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps",
-    "eval_steps", "test_split_size",
-}  # fmt: skip
-BELOW_ONE = {"lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2"}  # and at least 0
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text (quote it)", dict: "a mapping",
-         list: "a list"}  # fmt: skip
 
 
 def annotations(types: Iterable[type]) -> dict[str, Any]:
     """The annotation of each field of argument classes. Of equal names, the first, as in argparse."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for kind in types:
         hints = get_type_hints(kind)
-        found = {field.name: hints[field.name] for field in fields(kind) if field.init} | found
-    return found
+        result = {field.name: hints[field.name] for field in fields(kind) if field.init} | result
+    return result
 
 
 def checked(key: str, value: Any, annotation: Any, where: str = "") -> Any:
-    """A value as its key takes it: numbers that YAML reads as texts, such as 1e-6, become numbers.
+    """Return a value as its key takes it: numbers that YAML reads as texts, such as 1e-6, become numbers.
 
     Args:
         key: of the recipe.
@@ -59,28 +68,30 @@ def checked(key: str, value: Any, annotation: Any, where: str = "") -> Any:
         raise RecipeError(f'{where}report_to is null: write "none", or name what to report to.')
     if key == "resume_from_checkpoint" and isinstance(value, bool):  # a text to transformers
         value = "true" if value else None
-    if (inner := _dataclass_of(annotation)) is not None:
-        return [_checked_item(f"{key}[{i}]", item, inner, where) for i, item in enumerate(_listed(value))]
-    if list in _parts(annotation) and str not in _parts(annotation) and isinstance(value, str):
-        _of_type(key, [value], annotation, where)
+    if get_origin(annotation) is list and is_dataclass(item_type := get_args(annotation)[0]):
+        items = value if isinstance(value, list) else [value]
+        return [_checked_item(f"{key}[{i}]", item, item_type, where) for i, item in enumerate(items)]
+    parts = _parts(annotation)
+    if list in parts and str not in parts and isinstance(value, str):
+        _check_type(key, [value], annotation, where)
         value = value if key == "lora_target_modules" else [value]  # a text there is a preset or an expression
     else:
-        value = _of_type(key, value, annotation, where)
+        value = _check_type(key, value, annotation, where)
     check_bounds(key, value, where)
     return value
 
 
 def environment(values: Any, where: str) -> dict[str, str]:
-    """The `env` of a recipe.
+    """Return the `env` of a recipe as texts.
 
     Raises:
-        RecipeError: no mapping of names to texts or numbers. Shows no value that may be a secret.
+        RecipeError: not a mapping of names to texts or numbers. Shows no value that may be a secret.
     """
     if not isinstance(values, dict):
         raise RecipeError(f"{where}env is {type(values).__name__}: give a mapping of names and texts.")
     for name, value in values.items():
         if not isinstance(name, str):
-            raise RecipeError(f"{where}env: the name {_shown(name)} is no text. YAML reads it so unless it is quoted.")
+            raise RecipeError(f"{where}env: the name {_shown(name)} is not a text. YAML reads it so unless quoted.")
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             shown = _shown(value) if isinstance(value, (bool, NoneType)) else f"a {type(value).__name__}"
             raise RecipeError(f"{where}env.{name} is {shown}: give a text (quote it) or a number.")
@@ -88,15 +99,18 @@ def environment(values: Any, where: str) -> dict[str, str]:
 
 
 def check_bounds(key: str, value: Any, where: str = "") -> None:
-    """Refuse numbers that are not finite or out of bounds, and what is no regular expression.
+    """Refuse numbers that are not finite or out of bounds, and what is not a regular expression.
 
     Raises:
         RecipeError: names the key.
     """
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value):
-        value = int(value)  # an option that takes texts, too
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and (wanted := _misses(key, value)):
-        raise RecipeError(f"{where}{key} is {value}: give {wanted}.")
+        value = int(value)  # an option that also takes texts
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        limits = [("a finite number", math.isfinite)] + [(text, test) for text, test, keys in BOUNDS if key in keys]
+        for text, test in limits:
+            if not test(value):
+                raise RecipeError(f"{where}{key} is {value}: give {text}.")
     if isinstance(value, list) and any(isinstance(item, float) and not math.isfinite(item) for item in value):
         raise RecipeError(f"{where}{key} is {value}: give finite numbers.")
     if key == "lora_target_modules" and (isinstance(value, str) or (isinstance(value, list) and len(value) == 1)):
@@ -107,24 +121,7 @@ def check_bounds(key: str, value: Any, where: str = "") -> None:
             raise RecipeError(f"{where}{key}: {pattern!r} is not a regular expression ({error}).") from error
 
 
-def _misses(key: str, value: float) -> str | None:
-    """What the key takes, where a number is not that."""
-    if not math.isfinite(value):
-        return "a finite number"
-    if key == "max_steps" and value < 1 and value != -1:
-        return "a whole number of at least 1, or -1 for num_train_epochs"
-    if key in ABOVE_ZERO and value <= 0:
-        return "a number above 0"
-    if key in BELOW_ONE and not 0 <= value < 1:
-        return "at least 0 and below 1"
-    if key in AT_LEAST_ONE and value < 1:
-        return "at least 1"
-    if key in AT_LEAST_ZERO and value < 0:
-        return "at least 0"
-    return None
-
-
-def _of_type(key: str, value: Any, annotation: Any, where: str) -> Any:
+def _check_type(key: str, value: Any, annotation: Any, where: str) -> Any:
     adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     texts = value if isinstance(value, list) else [value]
     lax = texts and all(isinstance(item, str) for item in texts)  # pydantic then reads numbers, and names of enums
@@ -132,14 +129,14 @@ def _of_type(key: str, value: Any, annotation: Any, where: str) -> Any:
         read = adapter.validate_python(value, strict=not lax)
     except ValidationError:
         shown = scrub({key: value}).get(key, "***")
-        wanted = _described(annotation)
-        hint = ' YAML reads an unquoted no as false: write "no".' if value is False and "no" in wanted else ""
-        raise RecipeError(f"{where}{key} is {_shown(shown)}: give {wanted}.{hint}") from None
+        expected = _described(annotation)
+        hint = ' YAML reads an unquoted no as false: write "no".' if value is False and "no" in expected else ""
+        raise RecipeError(f"{where}{key} is {_shown(shown)}: give {expected}.{hint}") from None
     return value if isinstance(read, Enum) else read
 
 
 def _checked_item(key: str, item: Any, kind: type, where: str) -> dict[str, Any]:
-    """An item of a list of argument classes, as of `datasets`."""
+    """Check an item of a list of argument classes, as of `datasets`."""
     if not isinstance(item, dict):
         raise RecipeError(f"{where}{key} is {_shown(item)}: give a mapping.")
     known = annotations([kind])
@@ -147,15 +144,6 @@ def _checked_item(key: str, item: Any, kind: type, where: str) -> dict[str, Any]
         if name not in known:
             raise RecipeError(f"{where}unknown key `{name}` in {key}.{did_you_mean(name, known)}")
     return {name: checked(f"{key}.{name}", value, known[name], where) for name, value in item.items()}
-
-
-def _dataclass_of(annotation: Any) -> type | None:
-    inner = get_args(annotation)
-    return inner[0] if get_origin(annotation) is list and is_dataclass(inner[0]) else None
-
-
-def _listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 def _parts(annotation: Any) -> list[Any]:
@@ -166,24 +154,20 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 def _described(annotation: Any) -> str:
-    """What to give: `a number, or leave it out`."""
-    parts, said = _parts(annotation), []
+    """Say what to give: `a number or leave it out`."""
+    texts = []
+    parts = _parts(annotation)
     for part in parts:
         if isinstance(part, type) and issubclass(part, Enum):
-            said.append(f"one of {', '.join(str(member.value) for member in part)}")
+            texts.append(f"one of {', '.join(str(member.value) for member in part)}")
+        elif part is list:
+            texts.append("a list of numbers" if "float" in str(annotation) else "a list of texts")
         elif part in KINDS:
-            said.append(KINDS[part])
-        elif part is Literal:
-            said.append("false")
-    if list in parts and "float" in str(annotation):
-        said = ["a list of numbers" if one == KINDS[list] else one for one in said]
-    elif list in parts:
-        said = ["a list of texts" if one == KINDS[list] else one for one in said]
-    said += ["leave it out"] if NoneType in parts else []
-    return " or ".join(dict.fromkeys(said))
+            texts.append(KINDS[part])
+    texts += ["leave it out"] if NoneType in parts else []
+    return " or ".join(dict.fromkeys(texts))
 
 
 def _shown(value: Any) -> str:
-    shown = {True: "true", False: "false", None: "null"}.get(value) if isinstance(value, (bool, NoneType)) else None
-    text = shown or repr(value)
+    text = {True: "true", False: "false", None: "null"}[value] if isinstance(value, (bool, NoneType)) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,33 +1,30 @@
-"""Checkpoints on disk: which are whole, which one to go on from, which to delete.
+"""Checkpoints on disk: which are complete, which one to continue from, which to delete.
 
 `transformers` writes `checkpoint-N/` in place: weights, optimizer.pt, scheduler.pt, rng_state*.pth, and
 trainer_state.json last. A run that is killed meanwhile leaves a folder that looks like a checkpoint. So each one gets
-`complete.json` once all processes have written their files and the disk has them: sizes and hashes of the files, what
-the run was, and a hash of all that. Training goes on from no other.
+`complete.json` once all processes have written their files and the disk has them: sizes and digests of the files, what
+the run was, and a digest of all that. Training continues from no other.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import safe_open
 
-from trl_vpo.errors import CheckpointError
+from trl_vpo.errors import CheckpointError, UserError
+from trl_vpo.files import atomic_write, file_digest, json_digest
+from trl_vpo.training.main_process import print_main
 
 MARKER = "complete.json"
-FORMAT = 2  # of the marker; 1 was without a hash of its own
 HASHED = 2**30  # bytes; larger files are compared by their size alone, reading them back would hold up every save
-# Where transformers reads a checkpoint.
-LOADS = {"_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler"}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -37,12 +34,12 @@ def step_of(folder: Path) -> int:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders `checkpoint-N`, whole or not, newest first."""
+    """The folders `checkpoint-N`, complete or not, newest first."""
     folders = Path(output_dir).glob("checkpoint-*")
     return sorted((f for f in folders if f.is_dir() and _NAME.fullmatch(f.name)), key=step_of, reverse=True)
 
 
-# --- the marker ---------------------------------------------------------------------------------------------------
+# --- the marker -----------------------------------------------------------------------------------------------------
 
 
 def mark_complete(folder: Path, **content) -> None:
@@ -58,60 +55,49 @@ def mark_complete(folder: Path, **content) -> None:
     (folder / MARKER).unlink(missing_ok=True)  # of a checkpoint that this one was written over
     files = {}
     for path in _files(folder):
-        _to_disk(path)
-        files[path.relative_to(folder).as_posix()] = _fingerprint(path)
-    part = folder / f"{MARKER}.part"
-    content = {"format": FORMAT, "files": files, **content}
-    part.write_text(json.dumps({"sha256": _hash(content), **content}, indent=1), encoding="utf-8")
-    _to_disk(part)
-    os.replace(part, folder / MARKER)
+        _flush(path)
+        files[path.relative_to(folder).as_posix()] = _size_and_digest(path)
+    content = {"files": files, **content}
+    with atomic_write(folder / MARKER, token="new") as part:
+        part.write_text(json.dumps({"digest": json_digest(content), **content}, indent=1), encoding="utf-8")
     for parent in (folder, folder.parent):
-        _to_disk(parent)
+        _flush(parent)
 
 
 def read_marker(folder: Path) -> dict | None:
-    """What `mark_complete` wrote; None where there is no marker, or not as it was written."""
+    """Return what `mark_complete` wrote; None where there is no marker, or not as it was written."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        sha256, number = marker.pop("sha256", None), marker["format"]
+        digest = marker.pop("digest")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return marker if number == 1 or (number == FORMAT and sha256 == _hash(marker)) else None
-
-
-def _hash(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return marker if digest == json_digest(marker) else None
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files of a checkpoint but its marker."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARKER, f"{MARKER}.part"))
+    """All files of a checkpoint but its marker, written or half-written."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARKER, f".{MARKER}.new.part"))
 
 
-def _to_disk(path: Path) -> None:
+def _flush(path: Path) -> None:
     """Wait until a file or folder would survive a power cut."""
-    if path.is_dir() and os.name != "posix":
-        return  # only there can a folder be opened
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _fingerprint(path: Path) -> dict:
+def _size_and_digest(path: Path) -> dict:
     size = path.stat().st_size
-    if size > HASHED:
-        return {"size": size}
-    with path.open("rb") as file:
-        return {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": size} if size > HASHED else {"size": size, "sha256": file_digest(path)}
 
 
 # --- what is wrong with a checkpoint --------------------------------------------------------------------------------
 
 
 def find_problems(folder: Path) -> list[str]:
-    """Why training cannot go on from a checkpoint: what is missing, cut short or changed. Empty: it can."""
+    """Say why training cannot continue from a checkpoint: what is missing, cut short or changed. Empty: it can."""
     if not folder.is_dir():
         return ["there is no such folder"]
     if not (folder / MARKER).is_file():
@@ -119,8 +105,8 @@ def find_problems(folder: Path) -> list[str]:
     marker = read_marker(folder)
     if marker is None:
         return [f"{MARKER} is not what was saved"]
-    found = _changed(folder, marker["files"])
-    return found + [problem for problem in _missing(folder) if problem not in found]
+    changed = _changed(folder, marker["files"])
+    return changed + [problem for problem in _missing(folder) if problem not in changed]
 
 
 def _changed(folder: Path, files: dict[str, dict]) -> list[str]:
@@ -131,45 +117,48 @@ def _changed(folder: Path, files: dict[str, dict]) -> list[str]:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != saved["size"]:
             problems.append(f"{name} has {path.stat().st_size} bytes of {saved['size']}")
-        elif _fingerprint(path) != saved:
+        elif _size_and_digest(path) != saved:
             problems.append(f"{name} is not what was saved")
     return problems
 
 
 def _missing(folder: Path) -> list[str]:
-    """What going on exactly needs. DeepSpeed and FSDP keep weights and optimizer in folders of their own."""
-    names = {path.name for path in folder.iterdir()}
+    """Say what an exact continuation lacks. DeepSpeed and FSDP keep weights and optimizer in folders of their own."""
+    names = [path.name for path in folder.iterdir()]
+
+    def has(start: str) -> bool:
+        return any(name.startswith(start) for name in names)
+
     problems = [] if "trainer_state.json" in names else ["trainer_state.json is missing"]
     if "latest" in names:  # of DeepSpeed, written after its folder
         return problems
-    sharded = any(name.startswith("pytorch_model_fsdp") for name in names)
-    if not sharded and not any(folder.rglob("*.safetensors")):
+    if not has("pytorch_model_fsdp") and not any(folder.rglob("*.safetensors")):
         problems.append("the weights (adapter_model.safetensors or model.safetensors) are missing")
-    if not any(name == "optimizer.pt" or name.startswith("optimizer") for name in names):
+    if not has("optimizer"):
         problems.append("optimizer.pt is missing (interrupted, or saved with save_only_model)")
     if "scheduler.pt" not in names:
         problems.append("scheduler.pt is missing")
-    if not any(name.startswith("rng_state") for name in names):
+    if not has("rng_state"):
         problems.append("rng_state.pth is missing")
     return problems
 
 
 @contextmanager
-def explain_failed_loads(folder: Path | None) -> Iterator[None]:
-    """Name the file that cannot be read: the marker does not say it of large ones, and never of the next version.
+def explain_failed_load(folder: Path) -> Iterator[None]:
+    """Name the file that cannot be read: the marker does not tell it of large ones, and never of the next version.
 
     Raises:
         CheckpointError: in place of the many errors of pickle, zipfile, torch and safetensors.
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        if folder is None or not LOADS & {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}:
-            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{_unreadable(folder) or folder} cannot be read: {reason}. Put the file back, or delete {folder}: "
-            "training then goes on from the checkpoint before it."
+            "training then continues from the checkpoint before it."
         ) from error
 
 
@@ -191,45 +180,43 @@ def _unreadable(folder: Path) -> Path | None:
 # --- which to take, which to delete ---------------------------------------------------------------------------------
 
 
-def newest_complete(output_dir: str | Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that training can go on from; None where none was ever finished.
+def newest_complete(output_dir: str | Path) -> Path | None:
+    """Return the newest checkpoint that training can continue from; None where none was ever finished.
 
-    Args:
-        output_dir: the folder of the run.
-        say: told of each newer one that is not whole, and why.
+    Newer ones that are not complete are printed, and why.
 
     Raises:
-        CheckpointError: checkpoints were finished, but none is whole any more.
+        CheckpointError: checkpoints were finished, but none is complete any more.
     """
-    broken: dict[Path, list[str]] = {}
+    broken: dict[Path, str] = {}
     folders = _in_order(output_dir)
     for at, folder in enumerate(folders):
-        problems = find_problems(folder)
-        if not problems:
-            for other, why in broken.items():
-                say(f"{other} is not complete: {'; '.join(why)}. Left as it is; {folder.name} is taken in its place.")
-            later = [f.name for f in folders[at + 1 :] if step_of(f) > step_of(folder)]
-            if later:
-                say(
-                    f"{', '.join(later)}: of an earlier run in {output_dir}, and passed over. Name one in place of "
-                    "true to go on from it."
-                )
-            return folder
-        broken[folder] = problems
+        if problems := find_problems(folder):
+            broken[folder] = "; ".join(problems)
+            continue
+        for other, why in broken.items():
+            print_main(f"{other} is not complete: {why}. It is left as it is, and {folder.name} is taken instead.")
+        later = [f.name for f in folders[at + 1 :] if step_of(f) > step_of(folder)]
+        if later:
+            print_main(
+                f"{', '.join(later)} of an earlier run in {output_dir} passed over. To continue from one of them, "
+                "name it in place of true."
+            )
+        return folder
     finished = [folder for folder in broken if (folder / MARKER).is_file()]
     if finished:
-        lines = "".join(f"\n  - {folder}: {'; '.join(broken[folder])}" for folder in finished)
+        lines = "".join(f"\n  - {folder}: {broken[folder]}" for folder in finished)
         raise CheckpointError(
-            f"no checkpoint of {output_dir} can be gone on from:{lines}\nPut the files back, or delete these "
-            "folders to start from scratch."
+            f"training cannot continue from any checkpoint of {output_dir}:{lines}\nPut the files back, or delete "
+            "these folders to start from scratch."
         )
     for folder, why in broken.items():
-        say(f"{folder} is not complete: {'; '.join(why)}. There is no other to go on from.")
+        print_main(f"{folder} is not complete: {why}. There is no other to continue from.")
     return None
 
 
 def _in_order(output_dir: str | Path) -> list[Path]:
-    """All checkpoints, the one to go on from first: an earlier run's come behind those of the last one.
+    """All checkpoints, the one to continue from first: those of an earlier run come behind those of the last one.
 
     A run that starts from scratch in the folder of another leaves that one's later checkpoints where they are.
     """
@@ -239,7 +226,7 @@ def _in_order(output_dir: str | Path) -> list[Path]:
 
 
 def _attempt(folder: Path) -> int | None:
-    """Which of the runs in its folder saved a checkpoint; None where no marker says so."""
+    """The number of the run in this folder that saved a checkpoint; None where no marker tells."""
     marker = read_marker(folder)
     return None if marker is None else marker.get("attempt", 0)
 
@@ -249,8 +236,10 @@ def next_attempt(output_dir: str | Path) -> int:
     return 1 + max((_attempt(folder) or 0 for folder in list_checkpoints(output_dir)), default=0)
 
 
-def delete_older(output_dir: str | Path, limit: int | None, newest: Path, best: str | None) -> None:
-    """`save_total_limit`, after `newest` was marked: of the checkpoints up to it, keep `limit`, and the best always.
+def delete_older(
+    output_dir: str | Path, limit: int | None, newest: Path, *, best: str | None = None, in_use: Collection[Path] = ()
+) -> None:
+    """Apply `save_total_limit` after `newest` was marked: keep `limit` checkpoints, the best one, and those in use.
 
     Unlike transformers' own, which deletes before the other processes have saved and takes half a checkpoint for one.
     Checkpoints of later steps belong to an earlier run and stay.
@@ -262,16 +251,17 @@ def delete_older(output_dir: str | Path, limit: int | None, newest: Path, best: 
     kept = {newest.name} | ({Path(best).name} if best else set())
     surplus = len(folders) - max(limit, len(kept))
     for folder in [f for f in folders if f.name not in kept][: max(surplus, 0)]:
-        (folder / MARKER).unlink(missing_ok=True)  # first, so that half of it is not taken for a damaged one
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder not in in_use:
+            (folder / MARKER).unlink(missing_ok=True)  # first, so that half of it is not taken for a damaged one
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def what_is_left(output_dir: str | Path) -> str:
-    """Which checkpoint a next run will go on from, for messages."""
+    """Say which checkpoint the next run will continue from."""
     for folder in _in_order(output_dir):
         if read_marker(folder):
             return (
-                f"The last complete checkpoint is {folder}. Go on with the same command and "
+                f"The last complete checkpoint is {folder}. Continue with the same command and "
                 "--resume_from_checkpoint true."
             )
     return "There is no complete checkpoint: the next run starts from scratch."

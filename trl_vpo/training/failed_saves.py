@@ -2,59 +2,53 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
-import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
 
 from trl_vpo.errors import SaveError
 from trl_vpo.training.checkpoints import MARKER, list_checkpoints, read_marker, what_is_left
 from trl_vpo.training.output_dir import remedy
 
 
-@contextlib.contextmanager
-def explain_failed_saves(trainer: Any) -> Iterator[None]:
-    """Failed writes of checkpoints and of the model become `SaveError`s; half of a checkpoint is deleted.
+@contextmanager
+def explain_failed_save(trainer: Any, target: Path) -> Iterator[None]:
+    """Turn a failed write below `target`, a checkpoint or the folder of the result, into `SaveError`.
 
-    A folder that was there before stays, as do an earlier run's files in it. It loses its marker before it is written
-    over: no marker may stand beside files of which it knows only the size.
+    Half of a new checkpoint is deleted. A folder that was there before stays, as do an earlier run's files in it. It
+    loses its marker before it is written over: no marker may stand beside files of which it knows only the size. An
+    adapter that cannot be saved as the result is kept among the temporary files.
     """
-    save, made = trainer._save_checkpoint, set()
-
-    def save_checkpoint(*args, **kwargs):
-        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
-        if trainer.args.should_save:
-            if folder.exists():
-                (folder / MARKER).unlink(missing_ok=True)
-            else:
-                made.add(folder)
-        return save(*args, **kwargs)
-
-    trainer._save_checkpoint = save_checkpoint
+    writes, is_checkpoint = trainer.args.should_save, target != Path(trainer.args.output_dir)
+    is_new = writes and not target.exists()
+    if writes and is_checkpoint:
+        (target / MARKER).unlink(missing_ok=True)
     try:
         yield
     except Exception as error:
-        saving = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-        if not saving & {"_save_checkpoint", "save_model", "on_save"} or not _is_failed_write(error):
+        if not _is_failed_write(error):
             raise
-        output_dir = Path(trainer.args.output_dir)
-        checkpoint = output_dir / f"checkpoint-{trainer.state.global_step}"
-        target = checkpoint if saving & {"_save_checkpoint", "on_save"} else output_dir
-        if target in made:
+        if is_new and is_checkpoint:
             shutil.rmtree(target, ignore_errors=True)
-        kept = _keep_adapter(trainer) if target is output_dir and trainer.args.should_save else ""
-        raise SaveError(_failed_save(trainer, target, error, deleted=not target.exists()) + kept) from error
-    finally:
-        del trainer._save_checkpoint
+        kept = _keep_adapter(trainer) if writes and not is_checkpoint else ""
+        raise SaveError(_message(trainer, target, error) + kept) from error
+
+
+def _is_failed_write(error: Exception) -> bool:
+    """Whether a disk did not take something; torch and tokenizers raise no `OSError` then."""
+    return isinstance(error, (OSError, SafetensorError)) or any(
+        word in str(error) for word in ("PytorchStreamWriter", "inline_container", "os error")
+    )
 
 
 def _keep_adapter(trainer: Any) -> str:
-    """Save the trained adapter among the temporary files; a sentence that says where, if that went well."""
+    """Save the trained adapter among the temporary files; return a sentence that says where, if that went well."""
     if not is_peft_model(trainer.model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return ""  # whole models are large, and sharded ones are saved by all processes together
     folder = tempfile.mkdtemp(prefix="trl-vpo-")
@@ -66,22 +60,14 @@ def _keep_adapter(trainer: Any) -> str:
     return f" The adapter of step {trainer.state.global_step} is kept in {folder}: move it from there."
 
 
-def _is_failed_write(error: Exception) -> bool:
-    """Errors of torch, safetensors and tokenizers included; an error of the model's code is not one."""
-    return (
-        isinstance(error, OSError)
-        or type(error).__name__ == "SafetensorError"
-        or any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "os error"))
-    )
-
-
-def _failed_save(trainer: Any, target: Path, error: Exception, *, deleted: bool) -> str:
+def _message(trainer: Any, target: Path, error: Exception) -> str:
+    output_dir = Path(trainer.args.output_dir)
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    older = [f for f in list_checkpoints(trainer.args.output_dir) if read_marker(f)]
-    needed = sum(entry["size"] for entry in read_marker(older[0])["files"].values()) if older else 0
-    size = f"A checkpoint takes {needed / 2**20:.1f} MiB. " if needed else ""
-    gone = "Half of it was written and deleted again. " if deleted else ""
-    return (
-        f"{target} could not be written: {reason}. {size}{gone}{remedy(Path(trainer.args.output_dir), error)} "
-        f"{what_is_left(trainer.args.output_dir)}"
-    )
+    sentences = [f"{target} could not be written: {reason}."]
+    marker = next(filter(None, map(read_marker, list_checkpoints(output_dir))), None)
+    if marker is not None:
+        size = sum(entry["size"] for entry in marker["files"].values())
+        sentences.append(f"A checkpoint takes {size / 2**20:.1f} MiB.")
+    if not target.exists():
+        sentences.append("Half of it was written and deleted again.")
+    return " ".join([*sentences, remedy(output_dir, error), what_is_left(output_dir)])

@@ -2,19 +2,17 @@
 
 In place of the pushes of `transformers.Trainer` 5.23, which
 - upload the whole `output_dir`, with caches, logs and `training_args.bin`, a pickle that holds `hub_token`;
-- upload a checkpoint while it may be deleted, and before it is marked as complete: nothing could go on from it;
+- upload a checkpoint while it may be deleted, and before it is marked as complete: nothing could continue from it;
 - drop the errors of background uploads, and let any other error end the run, whether training is done or not.
 
 Here, what is wrong for good (no token, 401, 403, an invalid name, a public repo where a private one was asked for)
-ends the run before the model is loaded. Everything else (no network, 5xx, no answer) is told, tried again with the
-next save and at the end; if that fails, too, the commands are printed that push by hand.
+ends the run before the model is loaded. Everything else (no network, 5xx, no answer) is reported, and tried again with
+the next save and at the end; if that fails, too, the commands that push by hand are printed.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,19 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
 from trl_vpo.errors import HubError
 from trl_vpo.training.hub_repo import HubRepo, is_refusal
-from trl_vpo.training.resume import say
+from trl_vpo.training.main_process import on_main_process, print_main
 
 ADAPTER = ("adapter_config.json", "adapter_model*.safetensors")
 MODEL = ("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json")
 LAST = "last-checkpoint"  # folder in the repo, as transformers names it
-STAGE = ".push-"  # folders in output_dir with hard links to what is being uploaded
 RETRY_WAITS = (5, 30)  # seconds before the second and third try at the end; single requests are retried as well
 
 
@@ -50,26 +47,12 @@ def connect(args: Any) -> HubPush | None:
         None without `push_to_hub`. Where the Hub cannot be reached now, that is printed.
 
     Raises:
-        HubError: no push of this run would go well.
+        HubError: no push of this run would succeed.
     """
     push = HubPush(args) if args.push_to_hub else None
-    args.push_to_hub, args.hub_token = False, None
-    if push is None:
-        return None
-    found = [None]
-    if push.main:
-        try:
-            push.repo.open()
-        except HubError as error:  # for all ranks: the others would wait
-            found[0] = str(error)
-        except Exception as error:
-            say(
-                f"the Hub cannot be reached: {push.repo.reason(error)}. Training goes on; pushing is tried again with "
-                "each save and at the end."
-            )
-    message = broadcast_object_list(found)[0]
-    if message:
-        raise HubError(message)
+    args.push_to_hub, args.hub_token = False, None  # training_args.bin would hold the token
+    if push is not None:
+        on_main_process(push.open)
     return push
 
 
@@ -79,132 +62,131 @@ class HubPush(TrainerCallback):
     Args:
         args: TrainingArguments with `push_to_hub`, `hub_model_id`, `hub_strategy`, `hub_token`, `hub_private_repo`,
             `hub_always_push` and `hub_revision`, which mean what they mean to transformers.
+
+    Attributes:
+        uploading: checkpoints whose files are being read, or will be: they must not be deleted meanwhile.
     """
 
     def __init__(self, args: Any):
-        self.main = PartialState().is_main_process
         self.repo = HubRepo(
             args.hub_model_id or Path(args.output_dir).absolute().name,
             private=args.hub_private_repo,
             revision=args.hub_revision,
             token=args.hub_token,
         )
+        self.uploading: set[Path] = set()
+        self._main = PartialState().is_main_process
         self._folder = Path(args.output_dir)
         self._strategy = HubStrategy(args.hub_strategy)
         self._queues = args.hub_always_push or self._strategy is HubStrategy.ALL_CHECKPOINTS
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._job: Future | None = None
         self._newest = 0  # step whose push was queued last
-        self._down = False  # the last push failed
+        self._is_down = False  # the last push failed
         self._failed: list[int] = []  # steps
-        self._between = 0  # saves during an upload
-        self._saved: dict[str, Path] = {}  # path in the repo: the checkpoint that belongs there
+        self._skipped = 0  # saves during an upload
+        self._wanted: dict[str, Path] = {}  # path in the repo: the checkpoint that belongs there
         self._pushed: dict[str, Path] = {}
 
-    # --- during training ------------------------------------------------------------------------------------------
+    def open(self) -> None:
+        """Create or check the repo, see `HubRepo.open`."""
+        try:
+            self.repo.open()
+        except HubError:
+            raise
+        except Exception as error:
+            print_main(
+                f"the Hub cannot be reached: {self.repo.reason(error)}. Training goes on; pushing is tried again with "
+                "each save and at the end."
+            )
+
+    # --- during training --------------------------------------------------------------------------------------------
 
     def attach(self, trainer: Any, dataset_name: str | None) -> None:
         """Push what this trainer saves, with a card that names this dataset."""
         self._trainer, self._dataset_name = trainer, dataset_name
         trainer.add_callback(self)
-        if not self.main:
-            return
-        for left in self._folder.glob(f"{STAGE}*"):  # by a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
         self._patterns = ADAPTER if is_peft_model(trainer.model) else MODEL
-        with tempfile.TemporaryDirectory() as folder:
-            trainer.processing_class.save_pretrained(folder)
-            self._processor = sorted(_files_below(Path(folder)))
-        self._had_bars = not are_progress_bars_disabled()
-        if self._had_bars:
-            disable_progress_bars()  # of uploads, in the middle of the trainer's own
+        if self._main:
+            with tempfile.TemporaryDirectory() as folder:
+                trainer.processing_class.save_pretrained(folder)
+                self._processor = sorted(_files_below(Path(folder)))
+            self._had_bars = not are_progress_bars_disabled()
+            if self._had_bars:
+                disable_progress_bars()  # of uploads, in the middle of the trainer's own
 
     def on_save(self, args, state, control, **kwargs):
-        """Start to push a checkpoint. Comes after `resume.Guard`: it is marked, and older ones are deleted."""
-        if not self.main or self._strategy is HubStrategy.END:
+        """Start to push a checkpoint. It is marked by now, and older ones are deleted."""
+        if not self._main or self._strategy is HubStrategy.END:
             return
-        step = state.global_step
-        checkpoint = self._folder / f"checkpoint-{step}"
+        checkpoint = self._folder / f"checkpoint-{state.global_step}"
         path = {HubStrategy.CHECKPOINT: LAST, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(self._strategy)
         if path:
-            self._saved[path] = checkpoint
+            self._wanted[path] = checkpoint
         if self._job and not self._job.done() and not self._queues:
-            self._between += 1
+            self._skipped += 1
             return
         try:
-            stage = self._stage(checkpoint, path)
+            files = self._model_files(checkpoint) | (_files_below(checkpoint, f"{path}/") if path else {})
+            self._trainer.create_model_card(model_name=self.repo.name, dataset_name=self._dataset_name)
+            files["README.md"] = (self._folder / "README.md").read_bytes()  # the next save writes it anew
         except Exception as error:
-            self._note_failure(step, error)
+            self._note_failure(state.global_step, error)
             return
-        self._newest = step
-        self._job = self._thread.submit(self._push_step, step, stage, path, checkpoint)
+        self.uploading.add(checkpoint)
+        self._newest = state.global_step
+        self._job = self._thread.submit(self._push, state.global_step, files, path, checkpoint)
 
-    def _stage(self, checkpoint: Path, path: str | None) -> Path:
-        """A folder with what a push uploads, as it is now, under the names in the repo."""
-        self._trainer.create_model_card(model_name=self.repo.name, dataset_name=self._dataset_name)
-        sources = self._model_files(checkpoint) | (_files_below(checkpoint, f"{path}/") if path else {})
-        stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=self._folder))
-        try:
-            for name, source in sources.items():
-                (stage / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(source, stage / name)
-            shutil.copy2(self._folder / "README.md", stage)
-        except BaseException:
-            shutil.rmtree(stage, ignore_errors=True)
-            raise
-        return stage
-
-    def _model_files(self, folder: Path) -> dict[str, Path]:
-        """What loading a saved model needs, and nothing else that lies there: name -> file."""
-        found = {p.name: p for pattern in self._patterns for p in sorted(folder.glob(pattern))}
-        if not any(name.endswith(".safetensors") for name in found):
+    def _model_files(self, folder: Path) -> dict[str, Path | bytes]:
+        """The files that loading a saved model needs, and nothing else of the folder: name -> file."""
+        weights = {p.name: p for pattern in self._patterns for p in sorted(folder.glob(pattern))}
+        if not any(name.endswith(".safetensors") for name in weights):
             raise FileNotFoundError(f"{folder} has no weights in safetensors files")
-        return found | {name: folder / name for name in self._processor if (folder / name).is_file()}
+        return weights | {name: folder / name for name in self._processor if (folder / name).is_file()}
 
-    def _push_step(self, step: int, stage: Path, path: str | None, checkpoint: Path) -> None:
+    def _push(self, step: int, files: dict[str, Path | bytes], path: str | None, checkpoint: Path) -> None:
         """In the background."""
         try:
-            if self._down and step != self._newest:
+            if self._is_down and step != self._newest:
                 self._failed.append(step)  # all that are queued would wait as long as the last one did
                 return
-            files, replace = _files_below(stage), LAST if path == LAST else None
-            self.repo.commit(files, f"Training in progress, step {step}", replace=replace)
-            self._down = False
+            self.repo.commit(files, f"Training in progress, step {step}", replace=LAST if path == LAST else None)
+            self._is_down = False
             if path:
                 self._pushed[path] = checkpoint
         except Exception as error:
-            self._down = True
+            self._is_down = True
             self._note_failure(step, error)
         finally:
-            shutil.rmtree(stage, ignore_errors=True)
+            self.uploading.discard(checkpoint)
 
     def _note_failure(self, step: int, error: Exception) -> None:
         self._failed.append(step)
-        say(
+        print_main(
             f"step {step} was not pushed to the Hub: {self.repo.reason(error)}. Training goes on; the next push comes "
             "with the next save."
         )
 
-    # --- at the end -----------------------------------------------------------------------------------------------
+    # --- at the end -------------------------------------------------------------------------------------------------
 
     def finish(self) -> bool:
-        """Push the result, and checkpoints that did not arrive. Says what was pushed, or how to do it by hand.
+        """Push the result, and checkpoints that did not arrive. Prints what was pushed, or how to do it by hand.
 
-        To be called after `Trainer.end`: other processes need not wait for an upload.
+        Call it after `Trainer.end`: other processes need not wait for an upload.
 
         Returns:
             Whether everything was pushed.
         """
-        if not self.main:
+        if not self._main:
             return True
         self._thread.shutdown(wait=True)
         if self._had_bars:
             enable_progress_bars()
-        missing = {path: folder for path, folder in self._saved.items() if self._pushed.get(path) != folder}
-        lost = [folder for folder in missing.values() if not folder.is_dir()]
-        missing = {path: folder for path, folder in missing.items() if folder not in lost}
-        for folder in lost:
-            say(f"{folder.name} was not pushed, and save_total_limit has deleted it meanwhile.")
+        missing = {path: folder for path, folder in self._wanted.items() if self._pushed.get(path) != folder}
+        lost = {path: folder for path, folder in missing.items() if not folder.is_dir()}
+        for folder in lost.values():
+            print_main(f"{folder.name} was not pushed, and save_total_limit has deleted it meanwhile.")
+        missing = {path: folder for path, folder in missing.items() if path not in lost}
         names: list[str] = []
         try:
             files = self._model_files(self._folder)
@@ -214,43 +196,40 @@ class HubPush(TrainerCallback):
                 files |= _files_below(folder, f"{path}/")
             self._commit_with_retries(files, LAST if LAST in missing else None)
         except Exception as error:
-            self._say_not_pushed(error, names, missing)
+            self._print_not_pushed(error, names, missing)
             return False
-        self._say_pushed()
+        notes = ""
+        if self._failed:
+            steps = ", ".join(map(str, self._failed))
+            notes += f" The push of step {steps} had failed; this one comes after it."
+        if self._skipped:
+            notes += f" {self._skipped} saves came during an upload and were not pushed on their own."
+        print_main(f"pushed to {self.repo.url}.{notes}")
         return not lost
 
-    def _commit_with_retries(self, files: dict[str, Path], replace: str | None) -> None:
+    def _commit_with_retries(self, files: dict[str, Path | bytes], replace: str | None) -> None:
         for wait in (*RETRY_WAITS, None):
             try:
                 return self.repo.commit(files, "End of training", replace=replace)
             except Exception as error:
                 if wait is None or is_refusal(error):
                     raise
-                say(f"pushing to the Hub failed: {self.repo.reason(error)}. Again in {wait} s.")
+                print_main(f"pushing to the Hub failed: {self.repo.reason(error)}. Again in {wait} s.")
                 time.sleep(wait)
 
-    def _say_pushed(self) -> None:
-        notes = ""
-        if self._failed:
-            steps = ", ".join(map(str, self._failed))
-            notes += f" The push of step {steps} had failed; this one comes after it."
-        if self._between:
-            notes += f" {self._between} saves came during an upload and were not pushed on their own."
-        say(f"pushed to {self.repo.url}.{notes}")
-
-    def _say_not_pushed(self, error: Exception, names: list[str], checkpoints: dict[str, Path]) -> None:
+    def _print_not_pushed(self, error: Exception, names: list[str], checkpoints: dict[str, Path]) -> None:
         what = ", ".join([f"the result in {self._folder}", *(folder.name for folder in checkpoints.values())])
         by_hand = ""
         if names:
             lines = "".join(f"\n  {line}" for line in self._commands(names, checkpoints))
             by_hand = f" To push it by hand, log in with `hf auth login` or HF_TOKEN, and:{lines}"
-        say(
+        print_main(
             f"NOT PUSHED to {self.repo.url}: {what}. {self.repo.reason(error)}.\n"
             f"Training is done, and everything is saved.{by_hand}"
         )
 
     def _commands(self, names: list[str], checkpoints: dict[str, Path]) -> list[str]:
-        """Command lines that push what the last commit was to bring."""
+        """The command lines that push what the last commit was to bring."""
         more = ["--private"] if self.repo.private else []
         more += ["--revision", self.repo.revision] if self.repo.revision else []
         upload = ["hf", "upload", self.repo.name]
@@ -265,14 +244,6 @@ class HubPush(TrainerCallback):
         return [shlex.join(line) for line in lines]
 
 
-def _files_below(folder: Path, prefix: str = "") -> dict[str, Path]:
-    """Path from the folder, with a prefix -> file."""
+def _files_below(folder: Path, prefix: str = "") -> dict[str, Path | bytes]:
+    """Return path from the folder, with a prefix -> file."""
     return {f"{prefix}{p.relative_to(folder).as_posix()}": p for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the disk has none. Files of checkpoints are not written to again."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -40,7 +40,7 @@ class HubRepo:
         return f"{constants.ENDPOINT}/{self.name}"
 
     def open(self) -> None:
-        """Create the repo, or check the one that is there.
+        """Create the repo, or check the existing one.
 
         Raises:
             HubError: it cannot be pushed to.
@@ -64,16 +64,16 @@ class HubRepo:
         self.name, self._is_open = name, True
 
     def _check(self, name: str) -> None:
-        """Of a repo that was there already: is it private, may it be written, does it have the branch?"""
+        """Check an existing repo: is it private, may it be written, does it have the branch?"""
         if self.private and not self._api.model_info(name, timeout=TIMEOUT).private:
             raise HubError(
-                f"hub_private_repo: {name} is there already, and it is public. Make it private in its settings, name "
+                f"hub_private_repo: {name} exists already, and it is public. Make it private in its settings, name "
                 "another hub_model_id, or leave hub_private_repo out to push to the public one."
             )
         try:
-            self._api.auth_check(name, write=True)  # creating what is there goes well with a token that only reads
+            self._api.auth_check(name, write=True)  # creating an existing repo succeeds with a token that only reads
         except HfHubHTTPError as error:
-            if status_of(error) in (401, 403):
+            if _status_of(error) in (401, 403):
                 raise
         if self.revision:
             try:
@@ -81,11 +81,11 @@ class HubRepo:
             except RevisionNotFoundError:
                 self._api.create_branch(name, branch=self.revision, exist_ok=True)
 
-    def commit(self, files: dict[str, Path], message: str, *, replace: str | None = None) -> None:
-        """Upload files in one commit; opens the repo if that did not go well before.
+    def commit(self, files: dict[str, Path | bytes], message: str, *, replace: str | None = None) -> None:
+        """Upload files in one commit; opens the repo if that failed before.
 
         Args:
-            files: path in the repo -> file. Files that the repo has as they are cost nothing.
+            files: path in the repo -> file, or its contents. Files that the repo has as they are cost nothing.
             message: of the commit.
             replace: a folder of the repo that holds nothing but these files afterwards.
 
@@ -95,19 +95,19 @@ class HubRepo:
         """
         if not self._is_open:
             self.open()
-        operations: list[Any] = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
+        operations: list[Any] = [CommitOperationAdd(path, file) for path, file in files.items()]
         if replace:
-            there = self._api.list_repo_files(self.name, revision=self.revision)
-            old = {path for path in there if path.startswith(f"{replace}/")} - set(files)
+            existing = self._api.list_repo_files(self.name, revision=self.revision)
+            old = {path for path in existing if path.startswith(f"{replace}/")} - set(files)
             operations += [CommitOperationDelete(path) for path in sorted(old)]
         self._api.create_commit(self.name, operations, commit_message=message, revision=self.revision)
 
     def reason(self, error: BaseException) -> str:
         """An error in one line, without the token: servers and proxies may repeat what they were sent."""
-        return scrub(one_line(error), self._token or "")
+        return scrub(_one_line(error), self._token or "")
 
 
-def one_line(error: BaseException | None) -> str:
+def _one_line(error: BaseException | None) -> str:
     """An error and what it came from: `HTTP 403 to POST /api/repos/create: You may not`."""
     parts = []
     while error is not None:
@@ -122,7 +122,7 @@ def one_line(error: BaseException | None) -> str:
     return ": ".join(dict.fromkeys(lines))  # httpx repeats what it wraps
 
 
-def status_of(error: BaseException | None) -> int | None:
+def _status_of(error: BaseException | None) -> int | None:
     """The HTTP status that is behind an error; None where no answer came."""
     while error is not None:
         if getattr(error, "response", None) is not None:
@@ -135,16 +135,16 @@ def is_refusal(error: Exception) -> bool:
     """Whether trying again would not help."""
     if isinstance(error, (HubError, OfflineModeIsEnabled)):
         return True
-    status = status_of(error)
+    status = _status_of(error)
     return status is not None and 400 <= status < 500 and status not in LATER
 
 
 def _with_timeout(factory):
     """The clients of another factory, but for how long they wait."""
 
-    def make():
+    def client_with_timeout():
         client = factory()
         client.timeout = TIMEOUT
         return client
 
-    return make
+    return client_with_timeout

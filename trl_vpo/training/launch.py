@@ -8,69 +8,63 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
-STOPPED = 128 + signal.SIGTERM
-STOP = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends USR1 ahead of the end where `--signal=USR1@60` asks for it
+from trl_vpo.errors import RecipeError, did_you_mean
+from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe, split_config
 
 
 def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
-    """(options for the training, options for `accelerate launch`): those of the command line win over the recipe's.
+    """Return (options for the training, options for `accelerate launch`): the command line's win over the recipe's.
 
     Raises:
-        RecipeError: `--accelerate_config` names nothing.
+        RecipeError: `--accelerate_config` names nothing, or `--num_processes` is no number of processes.
     """
-    found: dict[str, str] = {}
+    given: dict[str, str] = {}
     kept = list(options)
-    for name in ("accelerate_config", "num_processes"):
+    for name in LAUNCH_KEYS:
         for at, option in enumerate(kept):
             if option == f"--{name}" and at + 1 < len(kept):
-                found[name] = kept[at + 1]
+                given[name] = kept[at + 1]
                 del kept[at : at + 2]
                 break
             if option.startswith(f"--{name}="):
-                found[name] = kept.pop(at).split("=", 1)[1]
+                given[name] = kept.pop(at).split("=", 1)[1]
                 break
-    found = _of_recipe(kept) | found
-    if not found.get("num_processes", "1").isdecimal() or int(found.get("num_processes", 1)) < 1:
-        from trl_vpo.errors import RecipeError
-
-        raise RecipeError(f"num_processes is {found['num_processes']!r}: give a whole number of at least 1.")
+    given = _of_recipe(kept) | given
+    processes = given.get("num_processes", "1")
+    if not processes.isdecimal() or int(processes) < 1:
+        raise RecipeError(f"num_processes is {processes!r}: give a whole number of at least 1.")
     if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # launched already
         return kept, []
-    launch = (
-        ["--config_file", str(accelerate_config(found["accelerate_config"]))] if "accelerate_config" in found else []
-    )
-    return kept, launch + (["--num_processes", found["num_processes"]] if "num_processes" in found else [])
+    launch = []
+    if "accelerate_config" in given:
+        launch += ["--config_file", str(_accelerate_config(given["accelerate_config"]))]
+    if "num_processes" in given:
+        launch += ["--num_processes", processes]
+    return kept, launch
 
 
 def _of_recipe(options: list[str]) -> dict[str, str]:
     """The launch keys of the recipe in `--config`. A recipe that cannot be read is the trainer's to complain about."""
-    from trl_vpo.errors import RecipeError
-    from trl_vpo.runs.recipe_file import read_recipe
-    from trl_vpo.training.run import config_path
-
-    path = config_path(options)
     try:
+        path, _ = split_config(options)
         recipe = read_recipe(path) if path is not None else {}
     except RecipeError:
         return {}
-    return {key: str(recipe[key]) for key in ("accelerate_config", "num_processes") if key in recipe}
+    return {key: str(recipe[key]) for key in LAUNCH_KEYS if key in recipe}
 
 
-def accelerate_config(name: str) -> Path:
+def _accelerate_config(name: str) -> Path:
     """The file of an `--accelerate_config`: a path, or a name in recipes/accelerate/ or among TRL's own."""
-    from importlib.util import find_spec
-
     if Path(name).is_file():
         return Path(name)
     folders = (Path("recipes/accelerate"), Path(find_spec("trl").origin).parent / "accelerate_configs")
     valid = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
     if name not in valid:
-        from trl_vpo.errors import RecipeError, did_you_mean
-
         raise RecipeError(
-            f"accelerate_config {name!r} is no file and none of {', '.join(valid)}.{did_you_mean(name, valid)}"
+            f"accelerate_config {name!r} is neither a file nor one of {', '.join(valid)}.{did_you_mean(name, valid)}"
         )
     return valid[name]
 
@@ -78,19 +72,20 @@ def accelerate_config(name: str) -> Path:
 def launch(options: list[str], command: list[str]) -> int:
     """Run a `trl-vpo` command in the processes that `accelerate launch` starts.
 
-    SIGTERM goes on to them, and they end as they would without a launcher. The exit code is theirs.
+    SIGTERM is passed on to them, and they end as they would without a launcher. Returns their exit code.
     """
+    # Only here: `trl-vpo --help` imports this module.
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from trl_vpo.errors import RecipeError
     from trl_vpo.runs.packages import missing_packages
     from trl_vpo.training.sharding import launched
+    from trl_vpo.training.sigterm import STOPPED
 
     if launched(options).kind.startswith("zero") and (missing := missing_packages({"deepspeed": True})):
         raise RecipeError(f"accelerate_config: {missing[0]}.")
-    args = launch_command_parser().parse_args([*options, "--module", "trl_vpo.cli", *command])
+    args = launch_command_parser().parse_args([*options, "--module", "trl_vpo", *command])
     # torch's own, without SIGTERM: it would kill a training that needs more than 30 s to save, and at once the
     # processes that load its data, without which it cannot finish the step.
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
@@ -111,21 +106,23 @@ def launch(options: list[str], command: list[str]) -> int:
 
 @contextmanager
 def _signals_passed_on() -> Iterator[None]:
-    """Signals go on to the processes that this one has started, and not to those that they started.
+    """Pass signals on to the processes that this one has started, and not to those that they started.
 
     With several processes torch handles SIGINT itself, from their start on.
     """
-    import psutil  # accelerate needs it, too
+    import psutil
+
+    from trl_vpo.training.sigterm import STOP_SIGNALS
 
     def pass_on(number, frame):
         children = psutil.Process().children()
         if not children:
             raise SystemExit(128 + number)
-        for child in children if number in STOP or not _in_foreground() else []:
+        for child in children if number in STOP_SIGNALS or not _in_foreground() else []:
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (*STOP, signal.SIGINT)}
+    before = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, signal.SIGINT)}
     try:
         yield
     finally:
@@ -134,7 +131,7 @@ def _signals_passed_on() -> Iterator[None]:
 
 
 def _in_foreground() -> bool:
-    """Ctrl-C in the terminal reaches all processes here; a second SIGINT would cut short what the first one began."""
+    """Whether Ctrl-C in the terminal reaches all processes here; a second SIGINT would cut short what it began."""
     try:
         with open("/dev/tty") as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()

@@ -1,4 +1,4 @@
-"""The folder of a run: one training at a time writes to it, and that it can be written is known before it begins."""
+"""The folder of a run: one training at a time writes to it, and what it cannot take is known before training."""
 
 from __future__ import annotations
 
@@ -12,44 +12,38 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
-from trl_vpo.errors import OutputDirError
+from trl_vpo.errors import OutputDirError, as_user_errors
+from trl_vpo.training.main_process import on_main_process
 
 LOCK = ".training.lock"
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MOST_RESERVED = 1 << 26  # bytes
 
 
 @contextmanager
-def hold_output_dir(args: Any) -> Iterator[None]:
-    """Keep other trainings out of `args.output_dir`. All ranks call this, before they load anything.
+def hold_output_dir(output_dir: str) -> Iterator[None]:
+    """Keep other trainings out of a folder. All ranks call this, before they load anything.
 
     The lock (of the main process, for all) ends with its process, however that ends. It is one of POSIX: those go
-    over NFS, and no child process inherits them. A file system without locks is said, and used all the same.
+    over NFS, and no child process inherits them. A file system without locks is reported, and used all the same.
 
     Raises:
         OutputDirError: the folder cannot be written, or another training writes to it.
     """
-    lock, error = None, None
-    if PartialState().is_main_process:
-        try:
-            folder = Path(args.output_dir)
-            check_writable(folder)
-            lock = _lock(folder)
-        except (OSError, OutputDirError) as problem:  # for all ranks: the others would wait
-            error = str(problem)
-    error = broadcast_object_list([error])[0]
-    if error:
-        raise OutputDirError(error)
+    locks: list[int] = []  # of this process; a descriptor means nothing on another rank
+
+    def check_and_lock(folder: Path) -> None:
+        check_writable(folder)
+        with as_user_errors(f"output_dir {folder}"):
+            locks.extend(_lock(folder))
+
+    on_main_process(check_and_lock, Path(output_dir))
     try:
         yield
     finally:
-        if lock is not None:
+        for lock in locks:
             os.close(lock)
 
 
@@ -60,6 +54,7 @@ def check_writable(folder: Path) -> None:
         OutputDirError: it fails.
     """
     probe = folder / f".probe-{secrets.token_hex(4)}"
+    renamed = probe.with_suffix(".renamed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -67,9 +62,9 @@ def check_writable(folder: Path) -> None:
                 file.write(bytes(4096))
                 file.flush()
                 os.fsync(file.fileno())
-            probe.rename(probe.with_suffix(".renamed"))
+            probe.rename(renamed)
         finally:
-            for path in (probe, probe.with_suffix(".renamed")):
+            for path in (probe, renamed):
                 path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputDirError(
@@ -77,51 +72,45 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def check_space(args: Any, size: int) -> None:
-    """See that the result of a run would fit where it is to be saved. All ranks call this.
+def check_space(output_dir: str, size: int) -> None:
+    """Check that the result of a run would fit where it is to be saved. All ranks call this.
 
     Args:
-        args: TrainingArguments.
+        output_dir: where it is to be saved.
         size: of the weights that are trained, in bytes; a checkpoint takes more.
 
     Raises:
         OutputDirError: it would not fit, by the free space or by a quota.
     """
-    error = None
-    if PartialState().is_main_process:
-        folder = Path(args.output_dir)
-        try:
-            _reserve(folder, size)
-        except OSError as problem:
-            if problem.errno in NO_SPACE | {errno.EFBIG}:
-                error = (
-                    f"output_dir {folder} has no room for what is trained ({size / 2**20:.1f} MiB): "
-                    f"{problem.strerror}. {remedy(folder, problem)}"
-                )
-    error = broadcast_object_list([error])[0]
-    if error:
-        raise OutputDirError(error)
+    on_main_process(_reserve, Path(output_dir), size)
 
 
 def _reserve(folder: Path, size: int) -> None:
     """Ask for the space and give it back. Quotas show only so; no more than seconds of it where that means writing."""
-    if shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        with tempfile.TemporaryFile(dir=folder) as file:
-            os.posix_fallocate(file.fileno(), 0, min(max(size, 1), MOST_RESERVED))
+    try:
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, min(max(size, 1), MOST_RESERVED))
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise OutputDirError(
+                f"output_dir {folder} has no room for what is trained ({size / 2**20:.1f} MiB): {error.strerror}. "
+                f"{remedy(folder, error)}"
+            ) from error
 
 
 def remedy(folder: Path, error: Exception) -> str:
-    """What to do about a failed write below a folder; errors of torch and safetensors do not say why they failed."""
+    """Say what to do about a failed write below a folder; errors of torch and safetensors do not tell their cause."""
     number = getattr(error, "errno", None)
     if number is None:
         try:
             check_writable(folder)
-        except OutputDirError as found:
-            number = found.__cause__.errno
+        except OutputDirError as problem:
+            number = problem.__cause__.errno
     if number in FORBIDDEN:
-        return f"Give {_user()} the right to write there (mounted read-only?), or name another output_dir."
+        return f"Give user {os.geteuid()} the right to write there (mounted read-only?), or name another output_dir."
     if number in (errno.EEXIST, errno.ENOTDIR):
         return "A file is in its place. Name another output_dir."
     if number in (errno.ENOENT, errno.ENAMETOOLONG, errno.ENODEV):
@@ -133,12 +122,8 @@ def remedy(folder: Path, error: Exception) -> str:
     return f"{free}Free some space on that disk,{quota} or keep fewer checkpoints with save_total_limit."
 
 
-def _user() -> str:
-    return f"user {os.geteuid()}" if hasattr(os, "geteuid") else "this user"
-
-
-def _lock(folder: Path) -> int | None:
-    """The descriptor that holds the lock; None where the file system has none."""
+def _lock(folder: Path) -> list[int]:
+    """The descriptor that holds the lock; none where the file system has no locks."""
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,8 +135,8 @@ def _lock(folder: Path) -> int | None:
                 f"another training writes to output_dir {folder}: {holder}. Two would write over each other's "
                 "checkpoints. Wait until it is done or stop it, or name another output_dir."
             ) from error
-        print(f"trl-vpo: {folder} has no file locks ({error.strerror}): see to it that no other run writes there.")
-        return None
+        print(f"trl-vpo: {folder} has no file locks ({error.strerror}): make sure that no other run writes there.")
+        return []
     os.ftruncate(file, 0)
     os.pwrite(file, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
-    return file
+    return [file]

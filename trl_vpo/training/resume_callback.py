@@ -1,0 +1,170 @@
+"""What a run does, while it trains, so that it can be interrupted at any moment and continued exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from transformers import TrainerCallback
+
+from trl_vpo.training.changed_rows import FILE, Rows
+from trl_vpo.training.checkpoints import delete_older, list_checkpoints, mark_complete, next_attempt, step_of
+from trl_vpo.training.failed_saves import explain_failed_save
+from trl_vpo.training.sigterm import StopRequest
+
+
+class NothingLeft(Exception):
+    """The checkpoint is of the last step."""
+
+
+class ResumeCallback(TrainerCallback):
+    """Completes checkpoints, restores counters that transformers starts at zero, and saves when a signal asks to stop.
+
+    Args:
+        trainer: the trainer that it is a callback of.
+        run: what the run is; every marker holds it.
+        rows: that it trains on; every checkpoint holds their digests.
+        checkpoint: that training continues from.
+        marker: of that checkpoint.
+        in_use: checkpoints that must not be deleted now.
+
+    Attributes:
+        stopped: training ended because a signal asked for it.
+    """
+
+    def __init__(
+        self, trainer: Any, run: dict, rows: Rows, *, checkpoint: Path | None, marker: dict, in_use: Collection[Path]
+    ):
+        self._trainer, self._run, self._rows, self._checkpoint = trainer, run, rows, checkpoint
+        self._marker, self._in_use = marker, in_use
+        continues = checkpoint and str(trainer.args.resume_from_checkpoint).lower() == "true"  # a path: a new attempt
+        self._attempt = next_attempt(trainer.args.output_dir) - bool(continues)
+        self._limit, self._began_at = trainer.args.save_total_limit, 0
+        self.request, self.stopped = StopRequest(), False
+
+    # --- counters ---------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Everything is loaded by now, and transformers has set its counters to zero."""
+        trainer = self._trainer
+        self._began_at = state.global_step
+        if self._checkpoint:
+            trainer._initial_global_step = 0  # `train_loss` is a mean over all steps, see `on_log`
+            _set_counters(trainer, self._marker["counters"][args.process_index])
+            _follow_schedule(trainer, json.loads((self._checkpoint / "trainer_state.json").read_bytes())["max_steps"])
+            if trainer.scorer.layout == "auto" and self._marker["layout"] in ("shared", "separate"):
+                trainer.scorer.layout = self._marker["layout"]  # as the first batch proved it
+        self.request.listen()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+        args.save_total_limit = None  # `save` deletes; not sooner, so that reporters note the recipe's value
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Speeds are of the steps since the run was continued, not of all steps in that time."""
+        if self._began_at and "train_loss" in logs:
+            share = 1 - self._began_at / state.global_step
+            for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):
+                logs[name] = state.log_history[-1][name] = round(logs[name] * share, 3)
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def save(self, save_checkpoint: Any, *args) -> None:
+        """Save a checkpoint, mark it once every process has written its files, and only then delete older ones.
+
+        Args:
+            save_checkpoint: the trainer's own method, and behind it its arguments.
+
+        Raises:
+            SaveError: the disk does not take it.
+        """
+        trainer, state = self._trainer, self._trainer.state
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
+        with explain_failed_save(trainer, folder):
+            save_checkpoint(*args)
+            counters = gather_object([_counters(trainer)])
+            if not trainer.args.should_save:
+                return
+            if self._rows.digests is not None:
+                np.save(folder / FILE, self._rows.digests)
+            mark_complete(
+                folder,
+                step=state.global_step,
+                attempt=self._attempt,
+                run=self._run,
+                removed=self._rows.removed,
+                layout=trainer.scorer.layout,
+                counters=counters,
+            )
+        delete_older(
+            trainer.args.output_dir, self._limit, folder, best=state.best_model_checkpoint, in_use=self._in_use
+        )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        args.save_total_limit = self._limit
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if not best or self.stopped or not Path(best).is_dir():
+            return
+        if args.should_save and self._limit == 1:  # as transformers does: nobody needs the last one any more
+            for folder in list_checkpoints(args.output_dir):
+                if (
+                    folder.name != Path(best).name
+                    and step_of(folder) <= state.global_step
+                    and folder not in self._in_use
+                ):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    # --- signals ----------------------------------------------------------------------------------------------------
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """The ordinary save at the end of a step, on all ranks together once one of them was asked to stop."""
+        if self.request.reached_any_rank(self._trainer.accelerator) and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def release_signals(self) -> None:
+        """Let the signals end the process again; not while it ends anyway, when they are often sent again."""
+        if not self.stopped:
+            self.request.forget()
+
+
+def _follow_schedule(trainer: Any, steps: int) -> None:
+    """Take the learning rate of the next step from the schedule, where its length is no longer that of `steps`.
+
+    The saved rate is that of the old schedule: zero at its end.
+    """
+    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)  # accelerate may wrap it
+    if steps == trainer.state.max_steps or not hasattr(scheduler, "lr_lambdas"):
+        return
+    rates = [base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _counters(trainer: Any) -> dict:
+    """This rank's sums since the last log line, and of the whole run."""
+    return {
+        "loss": trainer._tr_loss.item(),
+        "loss_sum": trainer._total_loss_scalar,
+        "logged_at": trainer._globalstep_last_logged,
+        "tokens": trainer._total_train_tokens,
+        "new_tokens": trainer._new_tokens,
+        "sums": trainer._sums["train"]._sums,
+        "metrics": {name: [float(v) for v in values] for name, values in trainer._metrics["train"].items()},
+    }
+
+
+def _set_counters(trainer: Any, saved: dict) -> None:
+    trainer._tr_loss += saved["loss"]  # it was zero
+    trainer._total_loss_scalar = saved["loss_sum"]
+    trainer._globalstep_last_logged = saved["logged_at"]
+    trainer._total_train_tokens = saved["tokens"]
+    trainer._new_tokens = saved["new_tokens"]
+    trainer._sums["train"]._sums = saved["sums"]
+    trainer._metrics["train"].update(saved["metrics"])
