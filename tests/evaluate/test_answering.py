@@ -9,28 +9,6 @@ from held_out_kit import write_held_out
 from trl_vpo.evaluate.run import run_evaluation
 from trl_vpo.testbed import tiny_vlm
 from trl_vpo.testbed.rows import write_jsonl
-from trl_vpo.text.responses import opens_thoughts, without_reasoning
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [("It moves, so yes", ""), ("It moves.\n</think>\n\nyes", "yes"), ("<think>\nIt moves", ""), ("</think>", "")],
-)
-def test_a_response_that_begins_within_thoughts(text, answer):
-    assert without_reasoning(text, thinking=True) == answer
-
-
-@pytest.mark.parametrize(
-    "prompt, opens",
-    [
-        ("<|im_start|>assistant\n<think>\n", True),
-        ("<|im_start|>assistant\n<think>", True),
-        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", False),  # thoughts that are switched off
-        ("<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n", False),
-    ],
-)
-def test_prompts_that_open_thoughts(prompt, opens):
-    assert opens_thoughts(prompt) == opens
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +27,19 @@ def thinker(tmp_path_factory):
 
 
 def evaluated(model, held_out, out, max_new_tokens):
-    """The base's measures, and its records of rows that ask a question."""
+    """Return the base's measures, and its records of rows that ask a question."""
     data = write_jsonl((row for row in held_out.rows.values() if "task" in row), out / "rows.jsonl")
-    options = {
-        "model": model,
-        "data": data,
-        "output_dir": out / "run",
-        "synonyms": held_out.path.parent / "synonyms.txt",
-    }
-    options |= {"num_frames": 8, "device": "cpu", "resamples": 10, "max_new_tokens": max_new_tokens}
+    options = {"model": model, "data": data, "output_dir": out / "run", "num_frames": 8, "device": "cpu"}
+    options |= {"synonyms": held_out.path.parent / "synonyms.txt", "resamples": 10, "max_new_tokens": max_new_tokens}
     results = run_evaluation([str(part) for key, value in options.items() for part in (f"--{key}", value)])
-    measures = {name: found["value"] for name, found in results["contestants"]["base"]["measures"].items()}
+    measures = {name: measure["value"] for name, measure in results["contestants"]["base"]["measures"].items()}
     return measures, list(map(json.loads, (out / "run" / "rows.jsonl").open()))
 
 
 def test_thoughts_that_were_cut_off_are_no_answer(thinker, held_out, tmp_path):
     measures, records = evaluated(thinker, held_out, tmp_path, 1)
-    assert len(records) == 8 and all(record["response_tokens"] == 1 for record in records)
-    assert {(record["response"], record["response_ended"]) for record in records} == {("", False)}
+    assert len(records) == 8
+    assert {tuple(r[f"response{end}"] for end in ("", "_tokens", "_ended")) for r in records} == {("", 1, False)}
     assert measures["yes_no/unparsed"] == measures["choice/unparsed"] == 1
     assert measures["length/words"] == measures["yes_no/overall"] == 0
 
@@ -78,9 +51,8 @@ def test_an_answer_that_ended_is_one(thinker, held_out, tmp_path):
     assert ended and all((record["response"] != "") == record["response_ended"] for record in records)
 
 
-def test_answers_that_were_cut_off_are_counted_for_every_task(held_out, tmp_path):
-    (tmp_path / "short").mkdir()
-    short, records = evaluated(tiny_vlm.BASE, held_out, tmp_path / "short", 2)
+def test_cut_off_answers_are_counted_for_every_task(held_out, tmp_path):
+    short, records = evaluated(tiny_vlm.BASE, held_out, tmp_path, 2)
     assert all(record["response"] for record in records)  # without thoughts, the beginning of an answer is one
     for name, task in (("yes_no", "yes_no"), ("choice", "choice"), ("length", "chair")):
         cut = [not record["response_ended"] for record in records if record["task"] == task]

@@ -66,7 +66,7 @@ def asked(kind, count):
     return requests
 
 
-def test_answers_about_images_are_those_of_the_model_in_this_process(url):
+def test_images_are_answered_as_in_this_process(url):
     scenes = asked("scene", 4)
     local = LocalModel(AutoModelForImageTextToText.from_pretrained(BASE), AutoProcessor.from_pretrained(BASE))
     assert ServerModel(url, str(BASE)).answer(scenes, GREEDY) == local.answer(scenes, GREEDY)
