@@ -30,11 +30,7 @@ PENDING = {
     "arrows": {
         "evaluate.lmms.run -> generate.config",
     },
-    "root": {
-        "doctor.checks",
-    },
     "circles": {
-        "doctor.checks doctor.data",
         "testbed.pretraining testbed.tiny_vlm",
     },
     "inits": {
@@ -45,7 +41,6 @@ PENDING = {
         "tests/data/test_check.py",
         "tests/data/test_first_contact.py",
         "tests/data/test_importers.py",
-        "tests/doctor/test_memory.py",
         "tests/evaluate/test_evaluate_run.py",
         "tests/evaluate/test_lmms.py",
         "tests/forward/test_scoring.py",

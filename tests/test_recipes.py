@@ -12,11 +12,12 @@ import yaml
 from families import FAMILIES
 from trl import get_peft_config
 
-from trl_vpo.doctor.checks import method_of
+from trl_vpo.doctor.loaded_recipe import method_of
 from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.generate.run import make_parser
-from trl_vpo.models import model_size as footprint
+from trl_vpo.models.adapters import VISION
 from trl_vpo.models.load import NOT_QUANTIZED
+from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.training.run import parse, quantization_config
 
 ROOT = Path(__file__).parent.parent
@@ -79,13 +80,13 @@ def test_there_is_a_recipe_for_everything_that_is_promised():
 def test_recipe_parses_and_its_lora_fits_its_model(path):
     _, training_args, model_args, _ = parsed(path)
     assert path.parent.name in (method_of(path), "quickstart")
-    model = footprint.empty_model(config_of(MODELS[model_args.model_name_or_path]))
+    model = empty_model(config_of(MODELS[model_args.model_name_or_path]))
     peft_config = get_peft_config(model_args)
     if peft_config is None:
         assert "full" in path.stem
         return
-    linear = {n for n, m in model.named_modules() if n.endswith("_proj") and not footprint.VISION.search(n + ".")}
-    _, adapted = footprint.adapt(model, peft_config)
+    linear = {n for n, m in model.named_modules() if n.endswith("_proj") and not VISION.search(n + ".")}
+    _, adapted = adapt(model, peft_config)
     assert not adapted.vision
     assert set(adapted.modules) == linear  # q, k, v, o, gate, up, down of every layer of the language model
     assert training_args.max_length is None
@@ -120,8 +121,8 @@ def test_qlora_keeps_the_vision_tower_in_full_precision(path):
     config = quantization_config(model_args)
     assert config.load_in_4bit
     assert str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
-    model, _ = footprint.adapt(footprint.empty_model(config_of("Qwen2.5-VL")), get_peft_config(model_args))
-    sizes = footprint.sizes(model, quantized=True, skip=NOT_QUANTIZED)
+    model, _ = adapt(empty_model(config_of("Qwen2.5-VL")), get_peft_config(model_args))
+    sizes = model_sizes(model, quantized=True, skip=NOT_QUANTIZED)
     language = [
         p.numel() for n, p in model.named_parameters() if "language_model" in n and n.endswith("_layer.weight")
     ]

@@ -219,7 +219,7 @@ def _add_doctor(commands) -> None:
     doctor_parser = commands.add_parser(
         "doctor", help=text, description=text, epilog=DOCTOR_EXAMPLE,
         usage="trl-vpo doctor RECIPE [--method METHOD] [--rows N | --all] [--out FILE] [--gpu_memory GIB]\n"
-        "                      [--accelerate_config FILE] [--num_processes N] [--any_key value ...]",
+        "                      [--measure] [--accelerate_config FILE] [--num_processes N] [--any_key value ...]",
     )  # fmt: skip
     doctor_parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's .yaml file")
     doctor_parser.add_argument(
@@ -231,10 +231,12 @@ def _add_doctor(commands) -> None:
     )
     many.add_argument("--all", action="store_true", help="tokenize every row")
     doctor_parser.add_argument("--out", metavar="FILE", type=Path, help="write every problem into this .jsonl file")
+    machine = doctor_parser.add_argument_group("memory")
+    machine.add_argument("--gpu_memory", metavar="GIB", type=float, help="of each GPU (default: of this machine's)")
+    machine.add_argument("--measure", action="store_true", help="also train two steps on this machine's GPU")
     # Text only: they go on to `run_doctor` among the recipe's keys.
     doctor_parser.add_argument_group(
-        "the machine that memory is estimated for",
-        "--gpu_memory GIB          of each GPU (default: what the GPU of this machine has)\n"
+        "the processes that memory is estimated for",
         "--accelerate_config FILE  how the weights are sharded, as in `trl-vpo train`\n"
         "--num_processes N         how many GPUs",
     )
@@ -329,7 +331,10 @@ def doctor(args: argparse.Namespace, rest: list[str]) -> int:
     """Check a recipe and its data."""
     from trl_vpo.doctor.checks import run_doctor
 
-    return run_doctor(args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out)
+    return run_doctor(
+        args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out,
+        gpu_memory=args.gpu_memory, measures=args.measure,
+    )  # fmt: skip
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Memory of a training step: what `trl-vpo doctor` estimates against what is measured.
 
 Random Qwen2.5-VL models of several sizes; forward, backward, clipping and optimizer. Measured is the peak of the bytes
-of all tensors that are alive, weights and the batch included (`activation_estimate.LiveBytes`): exact, the same in
-every run, and what torch's allocator counts (`torch.cuda.max_memory_allocated` on a GPU) but for what kernels allocate
-inside of themselves. The estimate is the doctor's for a CPU, without CUDA context and fragmentation.
+of all tensors that are alive, weights and the batch included (`LiveBytes`): exact, the same in every run, and what
+torch's allocator counts (`torch.cuda.max_memory_allocated` on a GPU) but for what kernels allocate inside of
+themselves. The estimate is the doctor's for a CPU, without CUDA context and fragmentation.
 
 Of some cases the resident memory of a process of its own is shown, too: with what libraries load on first use, the
 buffers of BLAS, and freed memory that malloc keeps. It is no measure of the estimate.
@@ -11,21 +11,20 @@ buffers of BLAS, and freed memory that malloc keeps. It is no measure of the est
 
 import tempfile
 from argparse import Namespace
-from dataclasses import asdict, dataclass
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from peft import LoraConfig
-from torch.utils._pytree import tree_leaves
 from trl import ModelConfig
 
 from benchmarks import model as bench_model
 from benchmarks.common import MIB, memory_of, peak_mib, show
-from trl_vpo.doctor import memory
-from trl_vpo.doctor.activation_estimate import LiveBytes
-from trl_vpo.doctor.workload import load_of
-from trl_vpo.models import model_size as footprint
-from trl_vpo.models.load import NOT_QUANTIZED
+from trl_vpo.doctor.live_bytes import LiveBytes
+from trl_vpo.doctor.loaded_recipe import LoadedRecipe
+from trl_vpo.doctor.measure import STEPS, measure_training
+from trl_vpo.doctor.memory import Estimate, estimate, plan_of
+from trl_vpo.models.model_size import adapt, empty_model
+from trl_vpo.training.methods import method_classes
 from trl_vpo.training.run import freeze_vision, quantization_config
 
 COLUMNS = {
@@ -40,37 +39,27 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One training step.
-
-    Attributes:
-        method: dpo, leanpo, rrpo or lpoi.
-        hidden, layers, vocabulary: of the language model.
-        prompt, response: tokens; `pairs`: in the micro-batch.
-        layout, checkpointing, full: shared or separate; gradient checkpointing; full fine-tuning or LoRA.
-        numbers: float32, autocast (bfloat16 on float32 weights), bfloat16 (weights and autocast) or 4bit (QLoRA).
-        dropout: of LoRA.
-        frozen: whether full fine-tuning leaves the vision tower as it is.
-        accumulates: two micro-batches to a step.
-    """
+    """One training step."""
 
     method: str = "dpo"
-    hidden: int = 256
+    hidden: int = 256  # of the language model, as the next two
     layers: int = 4
     vocabulary: int = 8000
-    prompt: int = 512
+    prompt: int = 512  # tokens
     response: int = 96
-    pairs: int = 1
+    pairs: int = 1  # in the micro-batch
     layout: str = "shared"
     checkpointing: bool = True
-    full: bool = False
-    numbers: str = "float32"
-    dropout: float = 0.0
-    frozen: bool = True
-    accumulates: bool = False
+    full: bool = False  # full fine-tuning, else LoRA
+    numbers: str = "float32"  # or autocast (bfloat16 on float32 weights), bfloat16 (both), 4bit (QLoRA)
+    dropout: float = 0.0  # of LoRA
+    frozen: bool = True  # whether full fine-tuning leaves the vision tower as it is
+    accumulates: bool = False  # two micro-batches to a step
 
     def __str__(self) -> str:
-        told = {k: v for k, v in asdict(self).items() if v != type(self).__dataclass_fields__[k].default}
-        return ", ".join([self.method, *(f"{k}={v}" for k, v in told.items() if k != "method")])
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [f"{k}={v}" for k, v in asdict(self).items() if v != defaults[k] and k != "method"]
+        return ", ".join([self.method, *changed])
 
 
 CASES = [
@@ -104,17 +93,18 @@ CASES = [
 ]
 
 
-def configured(case: Case, folder: str):
-    """(trainer class, its config, the parsed recipe's model options)."""
-    import trl_vpo
-
-    name = {"dpo": "VisualDPO", "leanpo": "LeanPO", "rrpo": "RRPO", "lpoi": "LPOI"}[case.method]
-    args = getattr(trl_vpo, f"{name}Config")(
-        folder,
+def recipe_of(case: Case) -> LoadedRecipe:
+    """The case as a recipe, without its models."""
+    config_class, _ = method_classes(case.method)
+    args = config_class(
+        tempfile.mkdtemp(),
         layout=case.layout,
         per_device_train_batch_size=case.pairs,
         gradient_accumulation_steps=2 if case.accumulates else 1,
         gradient_checkpointing=case.checkpointing,
+        max_steps=STEPS,
+        save_strategy="no",
+        logging_strategy="no",
         bf16=case.numbers != "float32",
         disable_dropout=case.dropout == 0,
         use_cpu=True,
@@ -123,20 +113,15 @@ def configured(case: Case, folder: str):
     )
     dtype = "bfloat16" if case.numbers in ("bfloat16", "4bit") else "float32"
     model_args = ModelConfig(use_peft=not case.full, dtype=dtype, load_in_4bit=case.numbers == "4bit")
-    return getattr(trl_vpo, f"{name}Trainer"), args, model_args
-
-
-def model_config(case: Case, processor):
+    processor = bench_model.processor()
     config = bench_model.model(processor).config
     heads = case.hidden // 32
     sizes = {"hidden_size": case.hidden, "intermediate_size": 3 * case.hidden, "vocab_size": case.vocabulary}
     sizes |= {"num_hidden_layers": case.layers, "num_attention_heads": heads, "num_key_value_heads": heads // 4}
-    for key, value in sizes.items():
-        setattr(config.text_config, key, value)
-    config.text_config.layer_types = ["full_attention"] * case.layers
+    config.text_config.update(sizes | {"layer_types": ["full_attention"] * case.layers})
     config.vision_config.out_hidden_size = case.hidden
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
-    return config
+    return LoadedRecipe(case.method, None, args, model_args, None, config=config, processor=processor)
 
 
 def lora(case: Case) -> LoraConfig | None:
@@ -149,109 +134,57 @@ def rows(case: Case):
     return bench_model.rows(case.prompt, case.response, box=case.method == "lpoi", pairs=case.pairs)
 
 
-def estimated(case: Case) -> memory.Estimate:
-    processor = bench_model.processor()
-    trainer, args, model_args = configured(case, tempfile.mkdtemp())
-    config = model_config(case, processor)
-    model = footprint.empty_model(config)
-    base = model
-    if (adapter := lora(case)) is not None:
-        model, _ = footprint.adapt(model, adapter)
+def estimated(case: Case) -> Estimate:
+    recipe = recipe_of(case)
+    recipe.base = recipe.model = empty_model(recipe.config)
+    if not case.full:
+        recipe.model, _ = adapt(recipe.model, lora(case))
     elif case.frozen:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not footprint.VISION.search(name))
-    collator = trainer.make_collator(processor, args)
-    load = load_of(
-        [collator.encode(row) for row in rows(case)],
-        base,
-        layout=case.layout,
-        media_tokens={config.image_token_id},
-        pad_token_id=processor.tokenizer.pad_token_id,
-        compares=trainer.needs_kl,
-    )
-    sizes = footprint.sizes(model, quantized=model_args.load_in_4bit, skip=NOT_QUANTIZED)
-    needs = trainer.needs_reference
-    plan = memory.plan_of(
-        args, model_args, sizes=sizes, load=load, pair=load, config=config, needs_reference=needs, device="cpu"
-    )
-    return memory.estimate(plan, model)
+        freeze_vision(recipe.model)
+    collator = recipe.trainer_class.make_collator(recipe.processor, recipe.args)
+    trees = [collator.encode(row) for row in rows(case)]
+    return estimate(plan_of(recipe, trees, device="cpu"), recipe.model)
 
 
-def make_step(case: Case):
-    """(trainer, batch, a function that takes an optimizer step, with the states of an earlier one)."""
-    processor = bench_model.processor()
-    kind, args, model_args = configured(case, tempfile.mkdtemp())
+def make_trainer(case: Case):
+    recipe = recipe_of(case)
     torch.manual_seed(0)
-    model = type(bench_model.model(processor))(model_config(case, processor)).to(getattr(torch, model_args.dtype))
-    if model_args.load_in_4bit:
-        args.model_init_kwargs = {"dtype": model_args.dtype}
+    model = type(bench_model.model(recipe.processor))(recipe.config).to(getattr(torch, recipe.model_args.dtype))
+    if recipe.model_args.load_in_4bit:  # a model is quantized while it is loaded
+        recipe.args.model_init_kwargs = {"dtype": recipe.model_args.dtype}
         folder = tempfile.mkdtemp()
         model.save_pretrained(folder)
         model = folder
-    trainer = kind(
+    data = rows(case)
+    trainer = recipe.trainer_class(
         model=model,
-        args=args,
-        train_dataset=rows(case),
-        processing_class=processor,
-        quantization_config=quantization_config(model_args),
+        args=recipe.args,
+        train_dataset=data.select([*range(len(data))] * recipe.args.gradient_accumulation_steps),
+        processing_class=recipe.processor,
+        quantization_config=quantization_config(recipe.model_args),
         peft_config=lora(case),
     )
     if case.full and case.frozen:
         freeze_vision(trainer.model)
-    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-    if case.checkpointing:
-        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = trainer.accelerator.prepare_model(trainer.model)
-    trainer.create_optimizer()
-    batch = next(iter(trainer.get_train_dataloader()))
-
-    def steps() -> None:
-        for parameter in policy.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        trainer.optimizer.step()
-        policy.zero_grad(set_to_none=True)
-        for _ in range(args.gradient_accumulation_steps):
-            trainer.training_step(policy, dict(batch), None)
-        trainer.accelerator.clip_grad_norm_(policy.parameters(), 1.0)
-        trainer.optimizer.step()
-
-    return trainer, batch, steps
-
-
-def measured(case: Case) -> int:
-    """Peak of the bytes of all tensors alive."""
-    trainer, batch, steps = make_step(case)
-    models = [m for m in (trainer.model, trainer.ref_model) if m is not None]
-    there = [t for m in models for t in (*m.parameters(), *m.buffers())]
-    there += [t.quant_state.absmax for t in there if getattr(t, "quant_state", None) is not None]
-    live = LiveBytes([*there, *(x for x in tree_leaves(batch) if isinstance(x, torch.Tensor))])
-    with live:
-        steps()
-    return live.peak
+    return trainer
 
 
 def compare(case: Case) -> dict:
-    found, peak = estimated(case), measured(case)
+    estimate, peak = estimated(case), measure_training(make_trainer(case), LiveBytes).allocated
     return {
         "case": str(case),
-        "estimated_mib": found.total / MIB,
+        "estimated_mib": estimate.total / MIB,
         "measured_mib": peak / MIB,
-        "ratio": found.total / peak,
-        "moment": found.moment,
-        "parts": {name: round(size / MIB, 2) for name, size in found.parts.items()},
+        "ratio": estimate.total / peak,
+        "moment": estimate.moment,
+        "parts": {name: round(size / MIB, 2) for name, size in estimate.parts.items()},
     }
 
 
 def measure_memory(args: Namespace) -> dict:
-    """Resident memory of a case: what its model and its step add, at the peak."""
+    """Resident memory of a case: what its model and its steps add, at the peak."""
     case = next(case for case in CASES if str(case) == args.contestant)
-    made = SimpleNamespace()
-
-    def everything() -> None:
-        made.trainer, _, steps = make_step(case)
-        steps()
-
-    return {"rss_mib": peak_mib(everything, args.device)}
+    return {"rss_mib": peak_mib(lambda: make_trainer(case).train(), args.device)}
 
 
 def run(args: Namespace) -> list[dict]:

@@ -1,8 +1,10 @@
 """`trl-vpo doctor`: what it finds in a good recipe, and in bad ones."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset, Features, List, Video
 from families import FAMILIES, build, text_model, write_model
@@ -10,10 +12,15 @@ from helpers import row, write_clip, write_image
 from peft import LoraConfig
 from rich.console import Console
 
-from trl_vpo.doctor.checks import examine, method_of, run_doctor
-from trl_vpo.doctor.findings import OK, STOP, WARN
+from trl_vpo.cli import main
+from trl_vpo.doctor import checks
+from trl_vpo.doctor.checks import examine, run_doctor
+from trl_vpo.doctor.live_bytes import LiveBytes
+from trl_vpo.doctor.loaded_recipe import method_of, parse_recipe
+from trl_vpo.doctor.measure import check_can_measure, measure
+from trl_vpo.doctor.report import OK, STOP, WARN, show
 from trl_vpo.errors import RecipeError
-from trl_vpo.models import model_size as footprint
+from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.training.sharding import Sharding
 
@@ -42,11 +49,15 @@ def work(tmp_path_factory):
 
 
 def status(report):
-    return {check: found for check, found, _ in report.findings}
+    return {check: status for check, status, _ in report.findings}
+
+
+def texts(report):
+    return {check: text for check, _, text in report.findings}
 
 
 def parts(report):
-    return report.verdict.found.parts
+    return report.memory.estimate.parts
 
 
 def test_a_good_recipe(work):
@@ -54,10 +65,9 @@ def test_a_good_recipe(work):
     assert not report.stops
     assert not report.problems
     assert status(report)["LoRA"] == OK
-    said = {check: what for check, _, what in report.findings}
-    assert said["LoRA"].startswith("4 modules adapted, 0 of them")  # q and v in 2 layers
-    assert said["tokens"].startswith("4 of 6 rows tokenized")
-    assert said["prompt and response"].endswith(
+    assert texts(report)["LoRA"].startswith("4 modules adapted, 0 of them")  # q and v in 2 layers
+    assert texts(report)["tokens"].startswith("4 of 6 rows tokenized")
+    assert texts(report)["prompt and response"].endswith(
         "the prompt ends '?' '<|im_end|>' "
         "'\\n' '<|im_start|>' 'as' 'sistan' 't' '\\n'; the chosen response is 'a' ' red' "
         "' square' ' moves' ' left' '.' '<|im_end|>' '\\n'. It ends with '<|im_end|>'."
@@ -69,8 +79,8 @@ def test_a_good_recipe(work):
     assert tokens["longest sequence"] == prompt + max(sides)
     assert tokens["all sequences of the pair"] == 5 * prompt + 4 * sides[0] + sides[1]  # 4 images and the rejected
     assert status(report)["memory"] == OK
-    assert report.verdict.sharding == Sharding()
-    assert {"weights", "optimizer states", "inputs", "working memory"} <= set(report.verdict.found.parts)
+    assert report.memory.sharding == Sharding()
+    assert {"weights", "optimizer states", "inputs", "working memory"} <= set(parts(report))
 
 
 def test_responses_that_end_where_generation_does_not_stop(work, tmp_path):
@@ -80,9 +90,8 @@ def test_responses_that_end_where_generation_does_not_stop(work, tmp_path):
     model.generation_config.eos_token_id = None
     argv = ["--model_name_or_path", write_model(tmp_path / "base", model, processor)]
     report = examine(work / "recipe.yaml", argv, rows=1)
-    said = {check: what for check, _, what in report.findings}["prompt and response"]
     assert status(report)["prompt and response"] == WARN
-    assert "ends with '<|im_end|>', but generation stops at '</s>': add it" in said
+    assert "ends with '<|im_end|>', but generation stops at '</s>': add it" in texts(report)["prompt and response"]
 
 
 def test_every_problem_is_listed_and_written(work, tmp_path):
@@ -95,15 +104,15 @@ def test_every_problem_is_listed_and_written(work, tmp_path):
     console = Console(record=True, width=100)
     code = run_doctor(work / "recipe.yaml", argv, out=tmp_path / "problems.jsonl", console=console)
     assert code == 1
-    found = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
-    assert [problem["row"] for problem in found] == list(range(1, 15))
-    assert [problem["media"] for problem in found] == [True] * 12 + [False] * 2
-    assert "bad-0" in found[0]["reason"]
+    problems = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
+    assert [problem["row"] for problem in problems] == list(range(1, 15))
+    assert [problem["media"] for problem in problems] == [True] * 12 + [False] * 2
+    assert "bad-0" in problems[0]["reason"]
     text = console.export_text()
     assert "and 4 more" in text
     assert "1 of 15 rows tokenized" in text  # the one that is good
     skipping = examine(work / "recipe.yaml", [*argv, "--on_bad_media", "skip"])
-    assert "12 would be skipped" in {check: what for check, _, what in skipping.findings}["train rows"]
+    assert "12 would be skipped" in texts(skipping)["train rows"]
     assert skipping.stops  # the other two rows still stop it
 
 
@@ -133,8 +142,7 @@ def test_a_stream_of_datasets_videos(work, tmp_path):
     )
     argv = ["--dataset_name", str(tmp_path / "rows.parquet"), "--dataset_streaming", "true"]
     report = examine(tmp_path / "dpo.yaml", argv)
-    said = {check: what for check, _, what in report.findings}
-    assert said["tokens"].startswith("3 of 3 rows tokenized, 0 of them") and not report.problems
+    assert texts(report)["tokens"].startswith("3 of 3 rows tokenized, 0 of them") and not report.problems
 
 
 def test_rows_over_max_length(work):
@@ -194,18 +202,16 @@ def test_method_of_a_recipe(work, tmp_path):
 
 def test_whether_it_fits(work):
     console = Console(record=True, width=200)
-    run = [work / "recipe.yaml", ["--gpu_memory", "0.25", "--gradient_checkpointing", "false"]]
-    assert run_doctor(*run, console=console) == 0  # a warning, no stop
+    recipe, argv = work / "recipe.yaml", ["--gradient_checkpointing", "false"]
+    assert run_doctor(recipe, argv, console=console, gpu_memory=0.25) == 0  # a warning, no stop
     text = console.export_text()
     assert "does not fit into 0.2 GiB" in text
     assert "half as many tokens of media (max_pixels) " in text  # there are no videos
     assert "per_device_train_batch_size: 1, gradient_accumulation_steps: 3" in text
     assert "gradient_checkpointing: true" in text
-    assert status(examine(*run))["memory"] == WARN
-    fits = examine(work / "recipe.yaml", ["--gpu_memory=24"])
-    assert status(fits)["memory"] == OK and fits.verdict.fits and not fits.verdict.remedies
-    with pytest.raises(RecipeError, match="number of GiB"):
-        examine(work / "recipe.yaml", ["--gpu_memory", "much"])
+    assert status(examine(recipe, argv, gpu_memory=0.25))["memory"] == WARN
+    fits = examine(recipe, [], gpu_memory=24)
+    assert status(fits)["memory"] == OK and fits.memory.fits and not fits.memory.remedies
 
 
 def test_several_gpus(work, monkeypatch):
@@ -214,7 +220,7 @@ def test_several_gpus(work, monkeypatch):
     whole = examine(work / "recipe.yaml", [])
     argv = ["--accelerate_config", "zero3", "--num_processes", "4"]  # TRL's, where the working directory has none
     split = examine(work / "recipe.yaml", argv)
-    assert split.verdict.sharding == Sharding("zero3", 4)
+    assert split.memory.sharding == Sharding("zero3", 4)
     assert parts(split)["weights"] < parts(whole)["weights"] / 3
     ddp = examine(work / "recipe.yaml", ["--num_processes", "2"])
     assert parts(ddp)["communication"] == 4 * 2 * 2 * (32 + 32 + 32 + 16)  # float32, 2 layers, rank 2, q and v
@@ -229,8 +235,37 @@ def test_a_model_that_needs_data_is_not_estimated(work, monkeypatch):
     forward = lambda self, *args, **kwargs: whole(self, *args, **kwargs).last_hidden_state.sum().item()  # noqa: E731
     monkeypatch.setattr(Qwen2VLTextModel, "forward", forward)
     report = examine(work / "recipe.yaml", [])
-    assert status(report)["memory"] == WARN and report.verdict is None
-    assert "not estimated: DataDependentOutputException" in {c: w for c, _, w in report.findings}["memory"]
+    assert status(report)["memory"] == WARN and report.memory is None
+    assert "not estimated: DataDependentOutputException" in texts(report)["memory"]
+
+
+def test_measuring_needs_one_process_and_a_gpu(work, monkeypatch, capsys):
+    assert main(["doctor", str(work / "recipe.yaml"), "--measure"]) == 2
+    assert "--measure runs two training steps and needs a CUDA GPU" in capsys.readouterr().err
+    recipe = parse_recipe(work / "recipe.yaml", [])
+    recipe.sharding = Sharding("ddp", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RecipeError, match="runs one process, and this recipe trains with ddp on 2"):
+        check_can_measure(recipe)
+
+
+def test_measured_memory_stands_beside_the_estimate(work, monkeypatch):
+    """On a CPU: the same way through the trainer, with the byte counter in the place of the GPU's allocator."""
+    monkeypatch.setattr(checks, "check_can_measure", lambda recipe: None)
+    monkeypatch.setattr(checks, "measure", lambda recipe, rows: replace(measure(recipe, rows, LiveBytes), reserved=0))
+    report = examine(work / "recipe.yaml", ["--gradient_accumulation_steps", "2"], measures=True)
+    assert status(report)["measured memory"] == OK and "two steps took" in texts(report)["measured memory"]
+    context = parts(report)["CUDA context, fragmentation"]
+    assert report.memory.measured.allocated == pytest.approx(report.memory.estimate.total - context, rel=0.25)
+    console = Console(record=True, width=100)
+    show(report, console)
+    assert "max_memory_allocated" in console.export_text()
+
+    def too_small(recipe, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(checks, "measure", too_small)
+    assert status(examine(work / "recipe.yaml", [], measures=True))["measured memory"] == STOP
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
@@ -240,10 +275,10 @@ def test_a_model_that_needs_data_is_not_estimated(work, monkeypatch):
 def test_empty_models_count_as_real_ones(family):
     model, _ = build(family)
     model.config.architectures = [type(model).__name__]
-    empty = footprint.empty_model(model.config)
+    empty = empty_model(model.config)
     assert {p.device.type for p in empty.parameters()} == {"meta"}
-    counted = footprint.sizes(empty, quantized=False, skip=[])
+    counted = model_sizes(empty, quantized=False, skip=[])
     assert counted.total == model.num_parameters()
     assert 0 < counted.vision < counted.total
-    _, adapted = footprint.adapt(empty, LoraConfig(target_modules="all-linear"))
+    _, adapted = adapt(empty, LoraConfig(target_modules="all-linear"))
     assert adapted.vision  # all-linear reaches into the tower of every family

@@ -1,1 +1,1 @@
-"""A recipe is looked at before it runs: its options, data, modules and memory."""
+"""A recipe looked at before it runs: its options, data, modules and memory."""

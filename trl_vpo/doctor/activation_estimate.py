@@ -1,82 +1,51 @@
-"""One training step without data: the model's own code on tensors that have shapes and no memory behind them.
+"""The memory of a training step, estimated without data: the model's own code runs on weights without memory.
 
-What autograd keeps between the passes depends on a model's code, on its adapters and on autocast, and formulas for it
-are soon wrong. So the language model is run, layer by layer, on fake tensors (`torch._subclasses`), which costs
-seconds on a CPU whatever the size of the model, and the bytes of the tensors that live at the same time are counted.
+What autograd keeps between the passes depends on a model's code, on its adapters and on autocast. So vision tower and
+language model run layer by layer on fake tensors (`torch._subclasses`), which takes seconds on a CPU whatever the size
+of the model, and the bytes of the tensors that are alive at the same time are counted.
 
-A GPU's kernels are not run. Known to differ, and followed: dropout keeps a byte a number there, and TRL's Triton
-kernels work in place. The same on both: SDPA's fused kernels keep queries, keys, values, output and a logsumexp a row,
-and a mask as numbers of their dtype. Not followed: SDPA's math kernel, which torch takes where no fused one fits (it
-keeps all attention weights), eager attention, flash-attention 2's unpadding, torch.compile, workspaces of cuBLAS.
+A GPU's kernels do not run. Two differences are followed: dropout keeps a byte per number on a GPU, and TRL's Triton
+kernels work in place. SDPA's fused kernels keep the same on both: queries, keys, values, output, one logsumexp per
+row, and a mask as numbers of their dtype. Not followed: SDPA's math kernel, which torch takes where no fused one fits
+(it keeps all attention weights), eager attention, flash-attention 2's unpadding, torch.compile, workspaces of cuBLAS.
 """
 
+import contextlib
+import inspect
 import warnings
-import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trl_vpo.doctor.live_bytes import LiveBytes
 from trl_vpo.forward.attention import TREE, use_tree_attention
+from trl_vpo.forward.families import FEATURE_METHODS, VISION_INPUTS, vision_inputs
 from trl_vpo.forward.scoring import VOCAB_CHUNK
 
 CAUSAL = "trl_vpo_causal_sdpa"
-TOKEN_CHUNK = 4096  # TRL's kernels take so many tokens at a time
+TOKEN_CHUNK = 4096  # tokens that TRL's kernels take at a time
 # Tiles of (tokens, VOCAB_CHUNK) float32 numbers that a kernel holds besides its buffers, forward and backward: Triton
 # folds a tile in place, the torch fallback on a CPU does not (`trl.kernels`).
 EXTRA_TILES = {"logps": {"cuda": (0, 0), "cpu": (3.25, 7.25)}, "kl": {"cuda": (0, 0), "cpu": (6, 8)}}
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, exactly and the same on every device.
-
-    A storage counts once, however many views it has, from the operation that makes it until it is freed. What an
-    operation allocates and frees inside of itself is not seen, nor are the allocator's rounding and its cache.
-
-    Attributes:
-        now, peak: bytes alive, and the most that ever were.
-        gradients: bytes of finished gradients, counted by whoever owns them; `gradients_at_peak`: at the peak.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor] = ()):
-        super().__init__()
-        self.now = self.peak = self.gradients = self.gradients_at_peak = 0
-        self._storages: dict[int, weakref.ref] = {}
-        for tensor in tensors:
-            self.hold(tensor)
-
-    def hold(self, tensor: Tensor) -> None:
-        """Count a tensor that was there before."""
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key in self._storages:
-            return
-        self._storages[key] = weakref.ref(storage, lambda _: self._free(key, size))
-        self.now += size
-        if self.now > self.peak:
-            self.peak, self.gradients_at_peak = self.now, self.gradients
-
-    def restart(self) -> None:
-        """Forget the peak."""
-        self.peak, self.gradients_at_peak = self.now, self.gradients
-
-    def _free(self, key: int, size: int) -> None:
-        del self._storages[key]
-        self.now -= size
+class FakeWeights(FakeTensorMode):
+    """Computes nothing from fake weights, but what real tensors give by themselves: models read grids and masks."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.hold(leaf)
-        return out
+        if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+        """A tensor that seems to lie in CPU memory."""
+        return FakeTensor(self, torch.empty(tuple(shape), dtype=dtype, device="meta"), torch.device("cpu"))
 
 
 @dataclass
@@ -102,7 +71,7 @@ class Call:
 
 @dataclass
 class Activations:
-    """Bytes of a step, weights not counted.
+    """Bytes of a pass, weights not counted.
 
     Attributes:
         peak: the most at any moment, finished gradients included.
@@ -110,24 +79,25 @@ class Activations:
         kept: what the forward pass keeps for the backward pass.
     """
 
-    peak: int
-    gradients: int
-    kept: int
+    peak: int = 0
+    gradients: int = 0
+    kept: int = 0
 
 
 class DryStep:
-    """Runs steps of one model on fake tensors.
+    """Runs steps of one model on fake weights.
 
     Args:
-        model: on the meta device, with or without an adapter; its text part is made fake, in place.
-        weights: dtype of its weights.
-        adapter: dtype of its adapter's weights.
+        model: on the meta device, with or without an adapter; it is made fake, in place.
+        weights, adapter: dtypes of its weights and of its adapter's.
         autocast: dtype of autocast; None: none.
-        dropout: whether it is on; TRL turns it off (disable_dropout).
+        dropout: whether it is on; TRL turns it off (`disable_dropout`).
+        checkpointing: gradient checkpointing.
+        gradients: "kept" if they exist before the step (accumulation), "grown" if it makes them, "dropped" if they
+            leave as soon as they are made (ZeRO-2 and -3, FSDP).
         device: "cuda" or "cpu", where the step would run: kernels differ.
 
-    Raises:
-        Exception: of any kind, by `run`: model code that cannot do without data.
+    Its methods raise whatever model code raises that looks at data of the language model.
     """
 
     def __init__(
@@ -138,118 +108,150 @@ class DryStep:
         adapter: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
         dropout: bool = False,
+        checkpointing: bool = True,
+        gradients: str = "grown",
         device: str = "cuda",
     ):
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._model, self._autocast, self._device = model, autocast, device
+        self._fake = FakeWeights(allow_non_fake_inputs=True)
+        self._autocast, self._gradients, self._device = autocast, gradients, device
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._has_adapter = self._base is not model
-        self._parts = [self._base.get_decoder(), self._base.get_input_embeddings(), self._base.get_output_embeddings()]
-        made: dict[int, nn.Parameter] = {}
-        with self._fake:
-            for part in self._parts:
-                self._make_fake(part, weights, adapter or weights, made)
-        self._parameters = list({id(p): p for p in made.values()}.values())
-        _set_dropout(self._parts[0], dropout, device)
+        self._embed = self._base.get_input_embeddings()
+        self._make_fake(weights, adapter or weights)
+        _set_dropout(self._base, dropout, device)
         model.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename both
+            if checkpointing:
+                self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            else:
+                self._base.gradient_checkpointing_disable()
+        if checkpointing and self._base is not model:
+            self._base.enable_input_require_grads()
+        else:
+            self._base.disable_input_require_grads()
 
-    def _make_fake(self, part: nn.Module, weights: torch.dtype, adapter: torch.dtype, made: dict) -> None:
-        for name, module in part.named_modules():
-            for key, old in module._parameters.items():
-                if old is not None and id(old) not in made:
-                    dtype = adapter if ".lora_" in f".{name}.{key}" else weights
-                    made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype), old.requires_grad)
-                    made[id(made[id(old)])] = made[id(old)]  # a part may lie inside of another
-                module._parameters[key] = None if old is None else made[id(old)]
-            for key, old in module._buffers.items():
-                module._buffers[key] = None if old is None else torch.empty(old.shape, dtype=old.dtype)
+    def _make_fake(self, weights: torch.dtype, adapter: torch.dtype) -> None:
+        fakes: dict[int, nn.Parameter] = {}  # a weight may have several owners
+        for path, module in self._base.named_modules():
+            for name, old in module._parameters.items():
+                if old is not None and id(old) not in fakes:
+                    dtype = adapter if ".lora_" in f".{path}.{name}" else weights
+                    fakes[id(old)] = nn.Parameter(self._fake.empty(old.shape, dtype), old.requires_grad)
+                module._parameters[name] = old if old is None else fakes[id(old)]
+            for name, old in module._buffers.items():
+                module._buffers[name] = old if old is None else self._fake.empty(old.shape, old.dtype)
 
-    def run(self, calls: list[Call], *, checkpointing: bool, gradients: str, inputs: int = 0) -> Activations:
-        """Forward and backward of a micro-batch.
+    def run(self, calls: list[Call], inputs: int = 0) -> Activations:
+        """Run the language model over a micro-batch, forward and backward.
 
         Args:
             calls: its model calls; the backward pass begins after the last of them.
-            checkpointing: gradient checkpointing.
-            gradients: "kept" if they are there before the step (accumulation), "grown" if it makes them, "dropped" if
-                they leave as soon as they are made (ZeRO-2 and -3, FSDP).
             inputs: bytes of the calls' inputs, which are gone before the backward pass.
         """
-        self._set_checkpointing(checkpointing)
-        trained = [p for p in self._parameters if p.requires_grad]
-        config = self._base.config.get_text_config()
-        attention = config._attn_implementation
-        live = LiveBytes(self._parameters)
-        handles = [p.register_post_accumulate_grad_hook(_after(live, gradients)) for p in trained]
+        with self._attention(calls), self._counting() as live:
+            held = live.now
+            laid_out = self._fake.empty([inputs], torch.uint8)
+            loss = self._scores(calls)
+            del laid_out
+            kept = live.now - held
+            loss.backward()
+        return Activations(live.peak - held, live.gradients_at_peak, kept)
+
+    def run_tower(self, media: list[dict[str, Tensor]]) -> Activations:
+        """Run vision tower and projector over the media of several calls: forward, and backward if they are trained.
+
+        Args:
+            media: the inputs of each call, real ones.
+        """
+        backbone, text = self._base.base_model, {id(p) for p in self._base.get_decoder().parameters()}
+        tower = [p for p in backbone.parameters() if id(p) not in text and p is not self._embed.weight]
+        trained = any(p.requires_grad for p in tower)
+        if not vision_inputs(media):
+            return Activations()
+        with torch.set_grad_enabled(trained), self._counting(tree_leaves(media)) as live:
+            held = live.now
+            features = [tower_features(backbone, call) for call in media]
+            kept = live.now - held
+            if trained:
+                sum(x.sum() for x in tree_leaves(features)).backward()
+        return Activations(live.peak - held, live.gradients_at_peak, kept if trained else 0)
+
+    @contextlib.contextmanager
+    def _counting(self, inputs: Iterable[Tensor] = ()) -> Iterator[LiveBytes]:
+        """Count bytes while the model runs on inputs that are counted already, with gradients as in the step."""
+        weights = list(self._base.parameters())
+        trained = [p for p in weights if p.requires_grad]
+        live = LiveBytes([*weights, *inputs])
+        handles = [p.register_post_accumulate_grad_hook(_after(live, self._gradients)) for p in trained]
         try:
-            self._set_attention(calls)
-            with self._fake:
-                for p in trained:
-                    p.grad = torch.zeros_like(p) if gradients == "kept" else None
-                    if p.grad is not None:
-                        live.hold(p.grad)
-                held = live.now
-                live.restart()
-                with live:
-                    laid_out = torch.empty(inputs, dtype=torch.uint8)
-                    loss = self._forward(calls)
-                    del laid_out
-                    kept = live.now - held
-                    loss.backward()
+            for p in trained if self._gradients == "kept" else ():
+                p.grad = self._fake.empty(p.shape, p.dtype)
+                live.hold(p.grad)
+            live.restart()
+            with self._fake, torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None), live:
+                yield live
         finally:
-            config._attn_implementation = attention
             for handle in handles:
                 handle.remove()
             for p in trained:
                 p.grad = None
-        return Activations(live.peak - held, live.gradients_at_peak, kept)
 
-    def _set_attention(self, calls: list[Call]) -> None:
+    @contextlib.contextmanager
+    def _attention(self, calls: list[Call]) -> Iterator[None]:
         """SDPA under a mask, over a shared layout, or plain causal: models would make a mask for fake tensors."""
+        config = self._base.config.get_text_config()
+        usual = config._attn_implementation
         if any(call.masked not in (0, call.length) for call in calls):
             use_tree_attention(self._base)
         elif not any(call.masked for call in calls):
             AttentionInterface.register(CAUSAL, ALL_ATTENTION_FUNCTIONS["sdpa"])
             AttentionMaskInterface.register(CAUSAL, lambda *args, **kwargs: None)
-            self._base.config.get_text_config()._attn_implementation = CAUSAL
+            config._attn_implementation = CAUSAL
+        try:
+            yield
+        finally:
+            config._attn_implementation = usual
 
-    def _set_checkpointing(self, on: bool) -> None:
-        if not on:
-            self._base.gradient_checkpointing_disable()
-            self._base.disable_input_require_grads()
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename it
-            self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self._has_adapter:
-            self._base.enable_input_require_grads()
-
-    def _forward(self, calls: list[Call]) -> Tensor:
+    def _scores(self, calls: list[Call]) -> Tensor:
         """The sum of everything that is scored."""
         width = self._base.config.get_text_config().hidden_size
-        dtype = self._autocast or self._parts[1].weight.dtype
-        features = [torch.empty(call.features, width, dtype=dtype) for call in calls]  # made before the first call
-        with torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None):
-            return sum(self._call(call, found) for call, found in zip(calls, features))
+        dtype = self._autocast or self._embed.weight.dtype
+        features = [self._fake.empty((call.features, width), dtype) for call in calls]  # made before the first call
+        return sum(self._call(call, own) for call, own in zip(calls, features))
 
     def _call(self, call: Call, features: Tensor) -> Tensor:
-        decoder, embed, head = self._parts
-        states = embed(torch.zeros(call.rows, call.length, dtype=torch.long))  # (R, L, H)
+        head = self._base.get_output_embeddings().weight
+        ids = self._fake.empty((call.rows, call.length), torch.long)
+        states = self._embed(ids)  # (R, L, H)
         if call.features:
-            where = torch.zeros(call.rows, call.length, 1, dtype=torch.bool).expand_as(states)
+            where = self._fake.empty((call.rows, call.length, 1), torch.bool).expand_as(states)
             states = states.masked_scatter(where, features.to(states.dtype))
-        mask = torch.ones(call.rows, 1, call.masked, call.length, dtype=torch.bool) if call.masked else None
+        mask = self._fake.empty((call.rows, 1, call.masked, call.length), torch.bool) if call.masked else None
         tree = {TREE: mask} if call.masked not in (0, call.length) else {}
+        decoder = self._base.get_decoder()
         hidden = decoder(inputs_embeds=states, attention_mask=mask, use_cache=False, **tree).last_hidden_state
-        place = torch.zeros(call.scored, dtype=torch.long)
+        place = self._fake.empty([call.scored], torch.long)
         hidden = hidden[place, place]  # (N, H)
-        scores = _Head.apply(hidden, head.weight, "logps", self._device, self._autocast).sum()
+        scores = _Head.apply(hidden, head, "logps", self._device, self._autocast).sum()
         if call.compared:
             compared = hidden[place[: call.compared]]
-            scores = scores + _Head.apply(compared, head.weight, "kl", self._device, self._autocast).sum()
+            scores = scores + _Head.apply(compared, head, "kl", self._device, self._autocast).sum()
         return scores
 
 
-def _after(live: LiveBytes, gradients: str) -> Any:
+def tower_features(backbone: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The vision features of one call, as the model's own `forward` asks for them."""
+    features = []
+    for name, pixels in zip(FEATURE_METHODS, VISION_INPUTS):
+        if pixels in inputs:
+            method = getattr(backbone, name)
+            _, *others = inspect.signature(method).parameters
+            output = method(inputs[pixels], **{key: inputs[key] for key in others if key in inputs})
+            features += tree_leaves([output.pooler_output, getattr(output, "deepstack_features", None)])
+    return [x for x in features if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _after(live: LiveBytes, gradients: str) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         if gradients == "dropped":
             parameter.grad = None

@@ -1,64 +1,64 @@
-"""The rows of a recipe, as `trl-vpo doctor` looks at them: each is checked, a sample is tokenized as in training."""
+"""The rows of a recipe: each is checked, a sample is tokenized as in training."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 from rich.progress import track
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from trl_vpo.data.chat import end_of_turn
 from trl_vpo.data.check import Problem, check_row, check_rows
 from trl_vpo.data.raw_rows import raw_rows, undecoded
 from trl_vpo.data.rows import ROW_INDEX
 from trl_vpo.data.sources import load_splits
-from trl_vpo.doctor.findings import OK, STOP, WARN, Report
+from trl_vpo.doctor.loaded_recipe import LoadedRecipe
+from trl_vpo.doctor.report import OK, STOP, WARN, Report
 from trl_vpo.errors import DatasetError, RowError
 from trl_vpo.forward.tree import Tree
 
-if TYPE_CHECKING:
-    from trl_vpo.doctor.checks import Patient
-
+STREAMED = 64  # rows of a stream that are looked at
 ENDS = 8  # tokens that are shown of an end
 LONGEST, ALL_SEQUENCES = "longest sequence", "all sequences of the pair"
 
 
-def check_data(patient: Patient, rows: int | None, report: Report) -> list[Tree]:
-    """Check all rows and tokenize some.
+@dataclass
+class LongestRows:
+    """The rows of the largest micro-batch: the longest, again and again if there are too few. And their trees."""
 
-    Args:
-        patient: the recipe; without its processor nothing is tokenized.
-        rows: how many to tokenize, spread over the dataset; None: all.
-        report: takes what was found.
+    rows: Dataset
+    trees: list[Tree]
 
-    Returns:
-        the longest rows, as many as a micro-batch has; none if nothing could be tokenized.
+
+def check_data(recipe: LoadedRecipe, count: int | None, report: Report) -> LongestRows | None:
+    """Check all rows, and tokenize `count` of them (None: all), spread over the dataset.
+
+    None if nothing could be tokenized; without the recipe's processor nothing can be.
     """
-    datasets = _load_data(patient, report)
+    datasets = _load_data(recipe, report)
     for name, dataset in datasets.items():
-        _check_rows(patient, dataset, name, report)
-    if patient.processor is None or "train" not in datasets:
-        return []
-    return _tokenize(patient, datasets["train"], rows, report)
+        _check_rows(recipe, dataset, name, report)
+    if recipe.processor is None or "train" not in datasets:
+        return None
+    return _tokenize(recipe, datasets["train"], count, report)
 
 
-def _load_data(patient: Patient, report: Report) -> dict[str, Dataset]:
+def _load_data(recipe: LoadedRecipe, report: Report) -> dict[str, Dataset]:
     """The splits, numbered; of a streamed one the first rows."""
-    evaluate = patient.args.eval_strategy != "no"
+    evaluate = recipe.args.eval_strategy != "no"
     try:
-        splits = load_splits(patient.script_args, patient.mixture, evaluate=evaluate, seed=patient.args.seed)
+        splits = load_splits(recipe.script_args, recipe.mixture, evaluate=evaluate, seed=recipe.args.seed)
     except (DatasetError, OSError, ValueError) as error:
         report.add("data", STOP, str(error))
         return {}
     loaded = {}
     for name, dataset in zip(("train", "eval"), splits):
         if isinstance(dataset, IterableDataset):
-            dataset = Dataset.from_list(list(undecoded(dataset, patient.args).take(64)))
+            dataset = Dataset.from_list(list(undecoded(dataset, recipe.args).take(STREAMED)))
             report.add(f"{name} data", WARN, f"streamed: only the first {len(dataset)} rows are looked at")
         if dataset is not None and len(dataset) == 0:
             report.add(f"{name} data", STOP, "no rows")
@@ -67,89 +67,87 @@ def _load_data(patient: Patient, report: Report) -> dict[str, Dataset]:
     return loaded
 
 
-def _check_rows(patient: Patient, dataset: Dataset, name: str, report: Report) -> None:
-    """Every row against the contract, every media file as closely as the recipe's check_media says."""
-    trainer = patient.trainer_class
+def _check_rows(recipe: LoadedRecipe, dataset: Dataset, name: str, report: Report) -> None:
+    """Check every row against the contract, and every media file as closely as the recipe's `check_media` says."""
     check = partial(
         check_row,
-        args=patient.args,
-        processing_class=patient.processor,
-        phrases=trainer.needs_phrases,
-        image_list=trainer.needs_image_list,
+        args=recipe.args,
+        processing_class=recipe.processor,
+        phrases=recipe.trainer_class.needs_phrases,
+        image_list=recipe.trainer_class.needs_image_list,
     )
     problems = check_rows(dataset, check, desc=f"Checking {name} rows")
     report.add_problems(name, problems)
-    skipped = [p for p in problems if p.media] if patient.args.on_bad_media == "skip" else []
+    skipped = [p for p in problems if p.media] if recipe.args.on_bad_media == "skip" else []
     status = OK if not problems else WARN if len(skipped) == len(problems) < len(dataset) else STOP
-    what = f"{len(dataset)} rows, {len(problems)} with problems (media: {patient.args.check_media})"
-    report.add(f"{name} rows", status, what + (f", {len(skipped)} would be skipped" if skipped else ""))
+    text = f"{len(dataset)} rows, {len(problems)} with problems (media: {recipe.args.check_media})"
+    report.add(f"{name} rows", status, text + (f", {len(skipped)} would be skipped" if skipped else ""))
 
 
-def _tokenize(patient: Patient, dataset: Dataset, rows: int | None, report: Report) -> list[Tree]:
-    """Tokenize rows as training will; note their lengths, and what cannot be tokenized.
-
-    Gives the longest rows, as many as a micro-batch has; none if nothing could be tokenized.
-    """
+def _tokenize(recipe: LoadedRecipe, dataset: Dataset, count: int | None, report: Report) -> LongestRows | None:
+    """Tokenize good rows as training will; report their lengths, and what cannot be tokenized."""
     bad = {problem["row"] for problem in report.problems if problem["dataset"] == "train"}
     good = [i for i in range(len(dataset)) if i not in bad]
-    count = len(good) if rows is None else min(rows, len(good))
+    count = len(good) if count is None else min(count, len(good))
+    pairs, limit = recipe.args.per_device_train_batch_size, recipe.args.max_length
     failed: list[Problem] = []
-    heaviest: list[tuple[int, int, Tree]] = []
-    for index, tree in _trees(patient, dataset, [good[i * len(good) // count] for i in range(count)]):
+    longest: list[tuple[int, int, Tree]] = []  # (tokens, -row, tree)
+    for index, tree in _trees(recipe, dataset, [good[i * len(good) // count] for i in range(count)]):
         if isinstance(tree, RowError):
             failed.append(Problem(index, str(tree), media=False))
             continue
-        lengths = row_lengths(tree, patient.media_tokens)
+        lengths = row_lengths(tree, recipe.media_tokens)
         for name, value in lengths.items():
             report.tokens.setdefault(name, []).append(value)
-        heaviest = heapq.nlargest(
-            patient.args.per_device_train_batch_size, [*heaviest, (lengths[ALL_SEQUENCES], -index, tree)]
-        )
-        if patient.args.max_length is not None and lengths[LONGEST] > patient.args.max_length:
-            reason = f"{tree.name}: {lengths[LONGEST]} tokens are more than max_length={patient.args.max_length}"
+        longest = heapq.nlargest(pairs, [*longest, (lengths[ALL_SEQUENCES], -index, tree)])
+        if limit is not None and lengths[LONGEST] > limit:
+            reason = f"{tree.name}: {lengths[LONGEST]} tokens are more than max_length={limit}"
             failed.append(Problem(index, reason, media=False))
     report.add_problems("train", failed)
-    if heaviest:
-        _show_tokens(patient, heaviest[0][2], report)
-    what = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on"
-    report.add("tokens", STOP if failed or not count else OK, what)
-    return [tree for _, _, tree in heaviest]
+    if longest:
+        _show_tokens(recipe, longest[0][2], report)
+    text = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on"
+    report.add("tokens", STOP if failed or not count else OK, text)
+    if not longest:
+        return None
+    longest = (longest * pairs)[:pairs]
+    rows = dataset.remove_columns(ROW_INDEX).select([-minus for _, minus, _ in longest])
+    return LongestRows(rows, [tree for _, _, tree in longest])
 
 
-def _show_tokens(patient: Patient, tree: Tree, report: Report) -> None:
-    """The seam of one row: the prompt's last tokens, the chosen response's tokens, and what ends it."""
-    tokenizer = getattr(patient.processor, "tokenizer", patient.processor)
-    prompt, response = (
-        [tokenizer.decode([token]) for token in part.ids] for part in (tree.trunks[0], tree.branches[0])
-    )
-    end = end_of_turn("".join(response), tokenizer)
-    middle = response if len(response) <= 2 * ENDS else [*response[:ENDS], ..., *response[-ENDS:]]
-    shown = [" ".join("..." if piece is ... else repr(piece) for piece in part) for part in (prompt[-ENDS:], middle)]
-    ends, status = f"It ends with {end!r}.", OK
+def _show_tokens(recipe: LoadedRecipe, tree: Tree, report: Report) -> None:
+    """Show the seam of one row: the prompt's last tokens, the chosen response's tokens, and what ends it."""
+    tokenizer = recipe.tokenizer
+    prompt, response = ([tokenizer.decode([t]) for t in part.ids] for part in (tree.trunks[0], tree.branches[0]))
+    middle = [repr(piece) for piece in response]
+    if len(middle) > 2 * ENDS:
+        middle[ENDS:-ENDS] = ["..."]
+    end, stops = end_of_turn("".join(response), tokenizer), _stop_tokens(recipe)
+    ending, status = f"It ends with {end!r}.", OK
     if end is None:
-        ends, status = "Nothing ends it: the model would not learn to stop.", WARN
-    elif tokenizer.convert_tokens_to_ids(end) not in (stops := _stop_tokens(patient, tokenizer)):
-        stops = " or ".join(repr(tokenizer.decode([token])) for token in sorted(stops))
-        ends, status = f"It ends with {end!r}, but generation stops at {stops}: add it to `eos_token_id`", WARN
-        ends += " in the model's generation_config.json."
-    what = f"{tree.name}: the prompt ends {shown[0]}; the chosen response is {shown[1]}. {ends}"
-    report.add("prompt and response", status, what)
+        ending, status = "Nothing ends it: the model would not learn to stop.", WARN
+    elif tokenizer.convert_tokens_to_ids(end) not in stops:
+        names = " or ".join(repr(tokenizer.decode([token])) for token in sorted(stops))
+        ending = f"It ends with {end!r}, but generation stops at {names}: add it to `eos_token_id` in the model's "
+        ending, status = ending + "generation_config.json.", WARN
+    prompt_end = " ".join(map(repr, prompt[-ENDS:]))
+    text = f"{tree.name}: the prompt ends {prompt_end}; the chosen response is {' '.join(middle)}. {ending}"
+    report.add("prompt and response", status, text)
 
 
-def _stop_tokens(patient: Patient, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _stop_tokens(recipe: LoadedRecipe) -> set[int]:
     """The ids at which the model's own generation stops."""
-    name, revision = patient.model_args.model_name_or_path, patient.model_args.model_revision
+    name, revision = recipe.model_args.model_name_or_path, recipe.model_args.model_revision
     try:
         own = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
     except (OSError, ValueError):  # without that file, generation goes by the model's config
-        own = getattr(patient.config and patient.config.get_text_config(), "eos_token_id", None)
-    return {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id} - {None}
+        own = getattr(recipe.config and recipe.config.get_text_config(), "eos_token_id", None)
+    return {*(own if isinstance(own, (list, tuple)) else [own]), recipe.tokenizer.eos_token_id} - {None}
 
 
-def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:
-    """Rows as the trainer's own collator makes them, without its limit on length; with a progress bar."""
-    collator = patient.trainer_class.make_collator(patient.processor, patient.args)
-    collator = replace(collator, max_length=None)
+def _trees(recipe: LoadedRecipe, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:
+    """Encode rows with the trainer's own collator, without its limit on length."""
+    collator = replace(recipe.trainer_class.make_collator(recipe.processor, recipe.args), max_length=None)
     rows = zip(indices, raw_rows(dataset.select(indices)))
     title = f"Tokenizing {len(indices)} rows"
     for index, row in track(rows, title, total=len(indices), transient=True, disable=not indices):
@@ -160,7 +158,7 @@ def _trees(patient: Patient, dataset: Dataset, indices: list[int]) -> Iterator[t
 
 
 def row_lengths(tree: Tree, media: set[int]) -> dict[str, int]:
-    """Tokens of a row: of its first prompt, of each response, and of all sequences that a step computes."""
+    """Count the tokens of a row: of its first prompt, of each response, and of all sequences that a step computes."""
     ids = tree.trunks[0].ids
     visual = sum(token in media for token in ids)
     whole = [len(tree.trunks[branch.trunk].ids) + len(branch.ids) for branch in tree.branches]

@@ -6,91 +6,63 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from trl_vpo.doctor.activation_estimate import Call
+from trl_vpo.doctor.loaded_recipe import LoadedRecipe
 from trl_vpo.forward.families import stackable, why_separate
 from trl_vpo.forward.layouts import Layout, separate, shared
 from trl_vpo.forward.tree import Tree, tree_batch
 
 
 @dataclass
-class Load:
+class Workload:
     """One micro-batch.
 
     Attributes:
         calls: its model calls.
         inputs: bytes of the batch; `laid_out`: of the calls' inputs, which are gone before the backward pass.
-        patches: of images and frames in each call, before any are merged.
-        videos: whether it has any.
+        media: inputs of each call, with its pixels and what else the vision tower takes.
     """
 
     calls: list[Call]
     inputs: int
     laid_out: int = 0
-    patches: list[int] = field(default_factory=list)
-    videos: bool = False
+    media: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def halved(self) -> Load:
-        """With media of half as many tokens."""
-        calls = [
-            replace(
-                call,
-                length=call.length - call.features // call.rows // 2,
-                masked=call.masked - (call.features // call.rows // 2 if call.masked == call.length else 0),
-                features=call.features // 2,
-            )
-            for call in self.calls
-        ]
-        fewer = [count // 2 for count in self.patches]
-        return replace(self, calls=calls, inputs=self.inputs // 2, laid_out=self.laid_out // 2, patches=fewer)
+    def halved(self) -> Workload:
+        """Return it with half as many tokens of media. `media` itself stays as it is."""
+        calls = []
+        for call in self.calls:
+            less = call.features // call.rows // 2
+            masked = call.masked - less if call.masked == call.length else call.masked
+            calls.append(replace(call, length=call.length - less, masked=masked, features=call.features // 2))
+        return replace(self, calls=calls, inputs=self.inputs // 2, laid_out=self.laid_out // 2)
 
 
-def load_of(
-    trees: list[Tree],
-    model: nn.Module,
-    *,
-    layout: str,
-    media_tokens: set[int],
-    pad_token_id: int,
-    compares: bool,
-    processes: int = 1,
-    pad_to_multiple_of: int | None = None,
-    masks: bool = True,
-) -> Load:
-    """What the trainer would make of some rows.
-
-    Args:
-        trees: the rows, as the collator encodes them.
-        model: without PEFT and without weights.
-        layout: "auto", "shared" or "separate"; "auto" is taken for shared where a model's config allows it.
-        media_tokens: ids that stand for vision features.
-        pad_token_id, pad_to_multiple_of: as `Scorer` takes them.
-        compares: whether the loss has a KL with a gradient at chosen tokens.
-        processes: several make one call where one process may make two.
-        masks: whether attention takes masks; flash-attention takes lengths instead.
-    """
-    batch = tree_batch(trees, pad_token_id)
-    if processes > 1:
+def workload_of(trees: list[Tree], recipe: LoadedRecipe) -> Workload:
+    """Lay encoded rows out as the recipe's trainer would; `layout: auto` is taken for shared where the model may."""
+    args, tokenizer = recipe.args, recipe.tokenizer
+    batch = tree_batch(trees, tokenizer.pad_token_id)
+    if recipe.sharding.processes > 1:  # they make one call where one process may make two
         batch["calls"] = stackable(batch["media"])
-    padding = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
-    if layout != "separate" and why_separate(model) is None:
-        layouts = shared(batch, model.base_model, **padding)
+    multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
+    padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
+    if args.layout != "separate" and why_separate(recipe.base) is None:
+        layouts = shared(batch, recipe.base.base_model, **padding)
     else:
         layouts = separate(batch, **padding)
-    wanted = batch["chosen"] if compares else batch["chosen"][:0]
-    media = torch.tensor(sorted(media_tokens), dtype=torch.long)
-    return Load(
-        [_call(made, media, wanted, masks) for made in layouts],
-        _bytes(batch),
-        sum(_bytes(made.inputs) for made in layouts),
-        [patches(made.inputs, model.config) for made in layouts],
-        any("pixel_values_videos" in media for media in batch["media"]),
+    masks = not str(recipe.model_args.attn_implementation).startswith("flash")  # which takes lengths instead
+    compared = batch["chosen"] if recipe.trainer_class.needs_kl else batch["chosen"][:0]
+    media_ids = torch.tensor(sorted(recipe.media_tokens), dtype=torch.long)
+    inputs = [laid_out.inputs for laid_out in layouts]
+    return Workload(
+        [_call(laid_out, media_ids, compared, masks) for laid_out in layouts], _bytes(batch), _bytes(inputs), inputs
     )
 
 
-def _call(layout: Layout, media: Tensor, compared: Tensor, masks: bool) -> Call:
+def _call(layout: Layout, media_ids: Tensor, compared: Tensor, masks: bool) -> Call:
     ids, mask = layout.inputs["input_ids"], layout.inputs["attention_mask"]
     masked = mask.size(2) if mask.dim() == 4 else 0 if mask.all() or not masks else ids.size(1)
     return Call(
@@ -99,18 +71,8 @@ def _call(layout: Layout, media: Tensor, compared: Tensor, masks: bool) -> Call:
         masked=masked,
         scored=int(layout.mask.sum()),
         compared=int(layout.mask[torch.isin(layout.branches, compared)].sum()),
-        features=int(torch.isin(ids, media).sum()),
+        features=int(torch.isin(ids, media_ids).sum()),
     )
-
-
-def patches(inputs: dict[str, Tensor], config: Any) -> int:
-    """How many patches the vision tower takes: all pixels by those of a patch, in whatever shape they come."""
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
-        return 0
-    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    numbers = 3 * side * side * getattr(vision, "temporal_patch_size", 1)
-    return sum(x.numel() for name, x in inputs.items() if name in ("pixel_values", "pixel_values_videos")) // numbers
 
 
 def _bytes(tensors: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a recipe would train and how many weights there are, from the model's config alone: no weights are loaded."""
+"""How many weights a recipe has and trains, from the model's config alone: no weights are loaded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from trl_vpo.models.adapters import PROJECTOR, VISION, resolve_targets
+from trl_vpo.models.adapters import VISION, resolve_targets
 
 
 @dataclass
@@ -23,28 +23,19 @@ class Adapted:
 
 @dataclass
 class Sizes:
-    """Numbers of parameters.
+    """Numbers of parameters."""
 
-    Attributes:
-        total, vision, trained: of the model and its adapter.
-        quantized: of `total`, stored in 4 or 8 bits; `largest_quantized`: in the largest of their layers.
-        head: of the LM head.
-        layer: of the largest layer that is sharded as a unit.
-        trains_tower: whether something before the projector is trained.
-    """
-
-    total: int
+    total: int  # with the adapter's
     vision: int
     trained: int
-    quantized: int
-    largest_quantized: int = 0
-    head: int = 0
-    layer: int = 0
-    trains_tower: bool = False
+    quantized: int  # of `total`, stored in 4 or 8 bits ...
+    largest_quantized: int = 0  # ... and in the largest of their layers
+    head: int = 0  # the LM head
+    layer: int = 0  # of the largest layer that is sharded as a unit
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device, of the class that TRL would load."""
+    """Build a config's model on the meta device, of the class that TRL would load."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None) or AutoModelForCausalLM
     build = architecture.from_config if hasattr(architecture, "from_config") else architecture._from_config
     with init_empty_weights(include_buffers=True):
@@ -63,31 +54,29 @@ def adapt(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module, Adapted]
     return adapted, Adapted(names, [name for name in names if VISION.search(name)])
 
 
-def sizes(model: nn.Module, *, quantized: bool, skip: list[str]) -> Sizes:
-    """Count the parameters of an empty model, adapted or not.
+def model_sizes(model: nn.Module, *, quantized: bool, skip: list[str]) -> Sizes:
+    """Count the parameters of an empty model, with or without an adapter.
 
     Args:
-        model: on the meta device. Without an adapter all of its parameters are trained.
-        quantized: whether linear layers are stored in 4 or 8 bits.
-        skip: patterns of modules that are not.
+        quantized: whether linear layers are stored in 4 or 8 bits, but for modules that match a pattern of `skip`.
     """
-    named = [(name.removeprefix("base_model.model."), p) for name, p in model.named_parameters()]
-    in_bits = [0]
-    for name, module in model.named_modules() if quantized else ():
-        name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-        if type(module) is nn.Linear and ".lora_" not in name and should_convert_module(name, skip):
-            in_bits.append(module.weight.numel())
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    in_bits = [
+        module.weight.numel()
+        for name, module in base.named_modules()
+        if quantized
+        and type(module) is nn.Linear
+        and ".lora_" not in name
+        and should_convert_module(name.removesuffix(".base_layer"), skip)
+    ]
     units = [module for module in base.modules() if type(module).__name__ in (base._no_split_modules or [])]
     head = base.get_output_embeddings()
-    tower = (p for name, p in named if VISION.search(name) and not PROJECTOR.search(name))
     return Sizes(
-        total=sum(p.numel() for _, p in named),
-        vision=sum(p.numel() for name, p in named if VISION.search(name)),
-        trained=sum(p.numel() for _, p in named if p.requires_grad),
+        total=sum(p.numel() for p in base.parameters()),
+        vision=sum(p.numel() for name, p in base.named_parameters() if VISION.search(name)),
+        trained=sum(p.numel() for p in base.parameters() if p.requires_grad),
         quantized=sum(in_bits),
-        largest_quantized=max(in_bits),
+        largest_quantized=max(in_bits, default=0),
         head=0 if head is None else head.weight.numel(),
         layer=max((sum(p.numel() for p in unit.parameters()) for unit in units), default=0),
-        trains_tower=any(p.requires_grad for p in tower),
     )

@@ -83,7 +83,10 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
         checkpoint = resume.find_checkpoint(training_args)
         push = hub.connect(training_args)
         with as_user_errors():
-            trainer, rows = _build_trainer(method, script_args, training_args, model_args, dataset_args)
+            evaluate = training_args.eval_strategy != "no"
+            train, test = load_splits(script_args, dataset_args, evaluate=evaluate, seed=training_args.seed)
+            trainer = build_trainer(method, script_args, training_args, model_args, train, test)
+        rows = len(train) if hasattr(train, "__len__") else None
         dataset_name = script_args.dataset_name or ", ".join(d.path for d in dataset_args.datasets)
         if push:
             constants.HF_HUB_OFFLINE = offline  # what was loaded from the cache is pushed once the Hub is there
@@ -110,8 +113,10 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
 
 
 def _check_arguments(training_args: Any, model_args: Any) -> None:
+    """Refuse what can be refused before data and model are loaded."""
     if not model_args.model_name_or_path:
         raise RecipeError("there is no model: set `model_name_or_path` to a Hub model or a folder.")
+    peft_config(model_args)
     if training_args.enable_jit_checkpoint:
         raise RecipeError(
             "enable_jit_checkpoint: leave it out. A checkpoint is always saved at the end of the step when SIGTERM "
@@ -119,18 +124,15 @@ def _check_arguments(training_args: Any, model_args: Any) -> None:
         )
 
 
-def _build_trainer(
-    method: str, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any
-) -> tuple[VisualPreferenceTrainer, int | None]:
-    """The trainer of parsed arguments, and how many rows its train split has (None: streamed)."""
+def build_trainer(
+    method: str, script_args: Any, training_args: Any, model_args: Any, train: Any, test: Any = None
+) -> VisualPreferenceTrainer:
+    """Load the model of parsed arguments, and give the trainer of these datasets."""
     adapter_config = peft_config(model_args)
     training_args.model_init_kwargs = _model_init_kwargs(training_args, model_args)
     revision = training_args.model_init_kwargs["revision"]
     if adapter_config is not None and revision != "main":
         adapter_config.revision = revision  # of the base, for whoever loads the adapter
-    evaluate = training_args.eval_strategy != "no"
-    train, test = load_splits(script_args, dataset_args, evaluate=evaluate, seed=training_args.seed)
-    rows = len(train) if hasattr(train, "__len__") else None
     trainer = method_classes(method)[1](
         model=model_args.model_name_or_path,
         args=training_args,
@@ -145,7 +147,7 @@ def _build_trainer(
     if script_args.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
-    return trainer, rows
+    return trainer
 
 
 def _model_init_kwargs(training_args: Any, model_args: Any) -> dict[str, Any]:

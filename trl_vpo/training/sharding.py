@@ -1,4 +1,4 @@
-"""What the processes of a training share: read from the accelerate config that a recipe or an option names."""
+"""What the processes of a training share, as the accelerate config of a recipe or an option says."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+from trl_vpo.errors import UserError
 
 
 @dataclass
@@ -26,12 +28,21 @@ class Sharding:
     gathers_once: bool = False
 
     @property
+    def is_zero(self) -> bool:
+        return self.kind.startswith("zero")
+
+    @property
     def splits_weights(self) -> bool:
         return self.kind in ("zero3", "fsdp")
 
     @property
     def splits_gradients(self) -> bool:
         return self.kind in ("zero2", "zero3", "fsdp")
+
+    @property
+    def owners(self) -> int:
+        """How many processes share the optimizer's states."""
+        return self.processes if self.is_zero or self.kind == "fsdp" else 1
 
     def __str__(self) -> str:
         if self.kind == "none":
@@ -40,29 +51,25 @@ class Sharding:
 
 
 def launched(options: list[str]) -> Sharding:
-    """What options of `accelerate launch` mean, as `trl_vpo.training.launch.launch_options` gives them."""
+    """Read the options of `accelerate launch`, as `trl_vpo.training.launch.launch_options` gives them."""
     given = dict(zip(options[::2], options[1::2]))
     file, processes = given.get("--config_file"), given.get("--num_processes")
     return read_sharding(Path(file) if file else None, int(processes) if processes else None)
 
 
 def read_sharding(file: Path | None, processes: int | None) -> Sharding:
-    """What an accelerate config splits.
-
-    Args:
-        file: the config; None: DDP, where there is more than one process.
-        processes: how many there are; None: as many as the file says.
+    """Read an accelerate config; without one it is DDP, where there is more than one process.
 
     Raises:
-        ValueError: a DeepSpeed config file that the accelerate config names cannot be read.
+        UserError: a DeepSpeed config file that the accelerate config names cannot be read.
     """
-    said = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
-    processes = processes or int(said.get("num_processes") or 1)
-    kind = str(said.get("distributed_type", "MULTI_GPU")).upper()
+    config = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
+    processes = processes or int(config.get("num_processes") or 1)
+    kind = str(config.get("distributed_type", "MULTI_GPU")).upper()
     if kind == "DEEPSPEED":
-        return _read_deepspeed(said.get("deepspeed_config") or {}, processes)
+        return _read_deepspeed(config.get("deepspeed_config") or {}, processes)
     if kind == "FSDP":
-        options = said.get("fsdp_config") or {}
+        options = config.get("fsdp_config") or {}
         reshard = str(options.get("fsdp_reshard_after_forward", True)).lower()
         offload = frozenset({"weights", "optimizer"} if options.get("fsdp_offload_params") else ())
         return Sharding("fsdp", processes, offload, gathers_once=reshard in ("false", "shard_grad_op"))
@@ -70,14 +77,15 @@ def read_sharding(file: Path | None, processes: int | None) -> Sharding:
 
 
 def _read_deepspeed(options: dict, processes: int) -> Sharding:
+    stage = options.get("zero_stage", 2)
+    devices = {"weights": options.get("offload_param_device"), "optimizer": options.get("offload_optimizer_device")}
     if path := options.get("deepspeed_config_file"):
         try:
             zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
         except (OSError, ValueError) as error:
-            raise ValueError(f"the DeepSpeed config {path} cannot be read: {error}") from error
-        found = {"weights": zero.get("offload_param"), "optimizer": zero.get("offload_optimizer")}
-        offload = frozenset(what for what, to in found.items() if (to or {}).get("device", "none") != "none")
-        return Sharding(f"zero{zero.get('stage', 0)}", processes, offload)
-    found = {"weights": options.get("offload_param_device"), "optimizer": options.get("offload_optimizer_device")}
-    offload = frozenset(what for what, to in found.items() if (to or "none") != "none")
-    return Sharding(f"zero{options.get('zero_stage', 2)}", processes, offload)
+            raise UserError(f"the DeepSpeed config {path} cannot be read: {error}") from error
+        stage = zero.get("stage", 0)
+        parts = {"weights": "offload_param", "optimizer": "offload_optimizer"}
+        devices = {part: (zero.get(key) or {}).get("device") for part, key in parts.items()}
+    offload = frozenset(part for part, device in devices.items() if device not in (None, "none"))
+    return Sharding(f"zero{stage}", processes, offload)

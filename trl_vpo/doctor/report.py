@@ -1,13 +1,17 @@
-"""What `trl-vpo doctor` found, and how it is printed."""
+"""The findings of `trl-vpo doctor`, and how they are printed."""
+
+from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from trl_vpo.data.check import Problem
+from trl_vpo.doctor.memory_report import MemoryReport, show_memory
 
 SHOWN = 10
 OK, WARN, STOP = "ok", "warning", "stop"
@@ -16,14 +20,15 @@ STYLES = {OK: "green", WARN: "yellow", STOP: "bold red"}
 
 @dataclass
 class Report:
-    """What was found: one line per check, and every problem of a row."""
+    """One finding per check, every problem of a row, token counts, and the memory where it could be estimated."""
 
-    findings: list[tuple[str, str, str]] = field(default_factory=list)  # (check, status, what)
+    findings: list[tuple[str, str, str]] = field(default_factory=list)  # (check, status, text)
     problems: list[dict] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    memory: MemoryReport | None = None
 
-    def add(self, check: str, status: str, what: str) -> None:
-        self.findings.append((check, status, what))
+    def add(self, check: str, status: str, text: str) -> None:
+        self.findings.append((check, status, text))
 
     def add_problems(self, dataset: str, problems: Iterable[Problem]) -> None:
         self.problems += [
@@ -38,10 +43,10 @@ class Report:
 def show(report: Report, console: Console) -> None:
     """Print the tables and the first problems."""
     table = Table(title="Checks", title_justify="left")
-    for heading in ("check", "status", "found"):
+    for heading in ("check", "status", "result"):
         table.add_column(heading, overflow="fold")
-    for check, status, what in report.findings:
-        table.add_row(check, f"[{STYLES[status]}]{status}[/]", _plain(what))
+    for check, status, text in report.findings:
+        table.add_row(check, f"[{STYLES[status]}]{status}[/]", escape(text))
     console.print(table)
     if report.tokens:
         table = Table("tokens per row", "min", "median", "max", title_justify="left")
@@ -52,7 +57,5 @@ def show(report: Report, console: Console) -> None:
         console.print(f"- {problem['dataset']}: {problem['reason']}", markup=False, highlight=False)
     if len(report.problems) > SHOWN:
         console.print(f"... and {len(report.problems) - SHOWN} more; --out FILE writes them all.")
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+    if report.memory is not None:
+        show_memory(report.memory, console)

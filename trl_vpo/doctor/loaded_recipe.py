@@ -1,0 +1,84 @@
+"""A parsed recipe with what it names: config, processor, and the model without weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_vpo.errors import RecipeError
+from trl_vpo.runs.recipe_file import recipe_text
+from trl_vpo.training.launch import launch_options
+from trl_vpo.training.methods import METHODS, method_classes
+from trl_vpo.training.run import parse
+from trl_vpo.training.sharding import Sharding, launched
+
+MEDIA_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+@dataclass
+class LoadedRecipe:
+    """A parsed recipe and what it names; None is what could not be loaded."""
+
+    method: str
+    script_args: Any
+    args: Any
+    model_args: Any
+    mixture: Any
+    sharding: Sharding = field(default_factory=Sharding)
+    gpu_memory: int | None = None  # bytes
+    config: Any = None
+    processor: Any = None
+    base: Any = None  # the model on the meta device ...
+    model: Any = None  # ... and with its adapter
+
+    @property
+    def trainer_class(self) -> Any:
+        return method_classes(self.method)[1]
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def media_tokens(self) -> set[int]:
+        """The ids that stand for image and video features in a prompt."""
+        return {getattr(self.config, name, None) for name in MEDIA_TOKENS} - {None}
+
+
+def parse_recipe(
+    recipe: Path, overrides: list[str], *, method: str | None = None, gpu_memory: float | None = None
+) -> LoadedRecipe:
+    """Parse a recipe and the options that win over it, `--accelerate_config` and `--num_processes` among them.
+
+    Args:
+        recipe, overrides: the YAML file, and the options.
+        method: None: the method that the recipe's header or path names.
+        gpu_memory: GiB of each GPU; None: those of this machine's GPU, if it has one.
+
+    Raises:
+        RecipeError, ValueError: the recipe or an option cannot be parsed.
+    """
+    method = method or method_of(recipe)
+    options, launch = launch_options(["--config", str(recipe), *overrides])
+    if gpu_memory is not None:
+        size = int(gpu_memory * 2**30)
+    else:
+        size = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    return LoadedRecipe(method, *parse(method, options, any_device=True), launched(launch), size)
+
+
+def method_of(recipe: Path) -> str:
+    """Return the method of a recipe: its header's `trl-vpo train METHOD`, else its file name or folder.
+
+    Raises:
+        RecipeError: none of them names a method.
+    """
+    header = re.findall(r"^#.*\btrain(?:\.py)?\s+(\w+)", recipe_text(recipe), re.MULTILINE)
+    for name in [*header, recipe.stem, *reversed(recipe.parent.parts)]:
+        if name in METHODS:
+            return name
+    raise RecipeError(f"{recipe} does not say which method it is for. Add --method {'|'.join(METHODS)}.")
