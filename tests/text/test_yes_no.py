@@ -1,9 +1,96 @@
-"""What responses to yes/no questions say, under both rules, and pairs of questions."""
+"""Yes/no answers under the three rules, and pairs of questions."""
 
 import numpy as np
 import pytest
 
-from trl_vpo.text.yes_no import read_yes_no, score_pairs
+from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
+from trl_vpo.text.yes_no import check_yes_no, read_yes_no, score_pairs, yes_or_no
+
+DOG, LEFT = "Is there a dog in the video?", "Does the square move left?"
+# fmt: off
+POLAR = {
+    (DOG, "yes"): [
+        "Yes", "yes.", "YES!", "Yes, it does.", "Yeah", "Yep.", "**Yes**", "Answer: yes", "The answer is yes.",
+        "I think yes", "I would say yes.", "Well, yes.", "Based on the video, yes, a dog is there",
+        "There is a dog.", "There is a dog in the video.", "There are dogs", "Yes - a dog", "Yes there is",
+        "Is there a dog? Yes.", "It is.",
+    ],
+    (DOG, "no"): [
+        "No", "no.", "Nope", "nah", "No, it isn't", "There is no dog", "There isn't a dog.", "There are no dogs",
+        "There is not any dog in the video.", "The answer is no", "No there isn't", "No dogs are there",
+        "It isn't.", "I believe no.", "No, I see a snowboard.", "There isnt a dog", "<think>yes?</think> No",
+    ],
+    (DOG, None): [
+        "", "not sure", "I cannot tell", "I can't say", "Yes and no", "Yes or no", "Yes. No.", "No, yes", "know",
+        "I know snowboards", "not", "notes", "snowboard", "now", "yesterday", "Yes, there is no dog",
+        "No, there is a dog", "No, it is.", "Yes, it isn't", "Yes. There is not a dog.", "Maybe", "Yes, maybe",
+        "Yes, but I'm not sure", "There is no cat", "There is a cat", "No cars are visible", "No-one is there",
+        "No doubt there is a dog", "Yes?", "no doubt", "A cat", "true", "Is there a dog",
+        "There is no dog. There is a dog.", "I can't see a dog", "It is no longer there",
+        "There is no dog without a dog", "I said yes",
+    ],
+    (LEFT, "yes"): [
+        "It moves left.", "The square moves left", "It does", "It is moving left",
+    ],
+    (LEFT, "no"): [
+        "It does not move left.", "The square doesn't move left", "It doesn't.", "No, it moves right.",
+    ],
+    (LEFT, None): [
+        "It moves right", "It moves", "left", "Left moves the square", "No, it moves left", "The square is left",
+        "Yes. It is not moving.", "The circle moves left", "The square moves left, then right",
+    ],
+    ("Isn't there a dog?", None): [
+        "There is a dog", "There is no dog",
+    ],
+    ("Is the street empty?", None): [
+        "No cars are visible.",
+    ],
+    ("Is the square red?", "yes"): [
+        "It is red", "It's red.", "The square is red",
+    ],
+    ("Is the square red?", "no"): [
+        "It's not red", "It isn't red.", "The square isn't red",
+    ],
+    ("Is the square red?", None): [
+        "It is a square", "It is blue", "It is not in the video",
+    ],
+    ("Does the man run before he jumps?", None): [
+        "He jumps", "He does run",
+    ],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "question, said, response", [(*key, text) for key, listed in POLAR.items() for text in listed]
+)
+def test_what_a_yes_or_no_says(question, said, response):
+    verdict = check_yes_no(response, "Yes.", question)
+    assert (verdict.parsed, verdict.result) == (said, {"yes": RIGHT, "no": WRONG, None: UNDECIDED}[said])
+    assert bool(verdict.why) == (said is None)
+
+
+def test_without_the_question_a_statement_says_nothing():
+    assert check_yes_no("There is no dog", "yes").result == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        *[("Yes", "yes"), ("YES", "yes"), ("no.", "no"), ("No, it might be blue.", "no"), ("No it is not", "no")],
+        *[(text, None) for text in ("No parking", "No-one", "Nothing", "Yesterday", "Not yet", "No cars are visible")],
+    ],
+)
+def test_ground_truths_that_are_a_yes_or_a_no(answer, said):
+    assert yes_or_no(answer) == said
+
+
+def test_a_ground_truth_without_yes_or_no_is_an_error():
+    with pytest.raises(ValueError, match="'maybe' says neither yes nor no"):
+        check_yes_no("yes", "maybe")
+
+
+# --- the rules of evaluation ------------------------------------------------------------------------------------
 
 # response, the benchmark's reading where yes is right, where no is right, the strict reading
 RESPONSES = [

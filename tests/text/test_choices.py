@@ -1,0 +1,286 @@
+"""Multiple choice: which option a response names, options in questions, forms of an answer, log-probs."""
+
+import math
+
+import pytest
+
+from trl_vpo.errors import InputError
+from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
+from trl_vpo.text.choices import (
+    by_letter,
+    by_logprob,
+    check_choice,
+    in_form,
+    read_choice,
+    read_options,
+    with_options,
+)
+
+OPTIONS = {"A": "a blue circle", "B": "a red square", "C": "a dark red square", "D": "It cannot be determined."}
+
+# fmt: off
+NAMED = {
+    "B": [
+        "B", "b", "B.", "(B)", "(b)", "b)", "[B]", "**B**", "`B`", '"B"', "'B'", "B:", " B \n", "Ｂ", "答案是B。",
+        "Option B", "option b", "Answer: B", "answer: b", "The answer is B", "The answer is: (B)", "Answer: **B**",
+        "B. a red square", "(B) a red square.", "B) A red square", "B - a red square", "B\nThe square is red.",
+        "The answer is B because A shows a circle.", "The correct answer is (B) a red square.", "I think it's B.",
+        "It is probably B", "I'd go with B", "B is correct", "B, since the circle in A is blue",
+        "B is right, A is wrong", "a red square", "A red square.", "The Red Square", "red squares",
+        "It is a red square that moves left.", "It is not A, it is B.", "Neither A nor C, but B", "B, not C",
+        "Not a blue circle but a red square", "a red square rather than a blue circle", "Which one is true? B",
+        "A? No, B.", r"\boxed{B}", r"$\boxed{\text{B}}$", "<think>A or C? I am not sure.</think>B",
+        "The answer is not A. It is B.",
+    ],
+    "A": [
+        "A", "a", "a.", "(a)", "A.", "A is correct", "option a", "The answer is A.", "A - a blue circle",
+        "Blue circles", "The answer is A because it is blue", "choice A, the blue circle",
+    ],
+    "C": [
+        "C", "a dark red square", "The answer: C)", "I know it is C",
+    ],
+    "D": [
+        "D", "(D) It cannot be determined.", "It cannot be determined", "It can't be determined from the clip.",
+    ],
+    None: [
+        "", "...", "not sure", "I cannot tell", "I can't tell whether it is B", "I'm not sure, B", "Maybe B",
+        "perhaps b", "It could be B", "It might be a red square", "either B or C", "I don't know",
+        "Sorry, I cannot view videos.", "A or B", "Both A and B", "A, B", "A/B", "A B", "A & B", "A + B", "B, C",
+        "A and B are true", "A. B. C. D.", "B? C?", "B?", "it's not B", "It is not a red square",
+        "I don't think it's B", "I do not believe that B is true", "neither B nor C", "B is wrong",
+        "B is definitely not it", "B can be ruled out", "rule out B", "not A", "B. a blue circle",
+        "The answer is B, a dark red square", "Answer: B. Wait, answer: C.", "The answer is B and C", "E", "(E)",
+        "2", "Option 2", "All of the above", "None of them", "A man walks", "square", "I", "Because", "Bob",
+        "C-section", "snowboard B-roll", "a red circle", "red", "yes",
+    ],
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("letter, response", [(key, text) for key, listed in NAMED.items() for text in listed])
+def test_which_option_a_response_names(letter, response):
+    assert read_choice(response, OPTIONS).value == letter
+    verdict = check_choice(response, OPTIONS, "B")
+    assert verdict.parsed == letter
+    assert verdict.result == (UNDECIDED if letter is None else RIGHT if letter == "B" else WRONG)
+    assert bool(verdict.why) == (letter is None)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "<answer>{}</answer>", "<answer> {} </answer>", "{{{}}}", '{{"answer": "{}"}}', "{}<|im_end|>", "{}</s>",
+        "The correct answer is {} based on the video.", "Option {} (the animal moves)", "{} (the animal moves).",
+        "I would choose {} here", "I'd go with {} given the frames", "The answer is {} in this case",
+        "{} in this case", "Answer: {} based on the video", "Based on the video, {} fits best", "Option {} fits best.",
+        "Option {} The animal moves", "I pick **{}** here", "Of these, **{} is right**", "THE ANSWER IS {} BECAUSE",
+    ],
+)  # fmt: skip
+def test_all_letters_are_read_alike(form):
+    options = {"A": "a man walks", "B": "a dog runs", "C": "a cat", "D": "nothing"}
+    assert [read_choice(form.format(letter), options).value for letter in options] == list("ABCD")
+
+
+def test_options_that_are_labels_with_a_name():
+    teams = {letter: f"Team {letter}" for letter in "ABCD"}
+    assert [read_choice(f"Team {letter} wins.", teams).value for letter in teams] == list("ABCD")
+
+
+@pytest.mark.parametrize(
+    "response, letter",
+    [
+        *[(start + "A red square", "B") for start in ("The answer is ", "The Answer Is ", "Option ", "It shows ")],
+        *[(start + "A Red Square moves", "B") for start in ("It is ", "The video is called ", "Finally, ")],
+        ("The answer is A red object.", None),  # as option B begins
+        *[(start + "A man walks.", None) for start in ("", "It says:\n", "I see this: ", "It is a dog.\n", "1. ")],
+        ("A cat,\nA man walking,\nA child", None),
+        *[(f"It says {opens}A man walks{closes}", None) for opens, closes in ('""', "“”", "''", "**", "__")],
+        ("They watch A Trip to the Moon.", None),
+        ("The Video Shows A Man Walking", None),
+        ("THE MAN SEES A DOG", None),
+        ("A fits best", None),
+        ("A few dogs run", None),
+        ("A (very) small dog", None),
+        ("A <b>small</b> dog", None),
+        ("An A-frame house with a for-loop", None),
+        ("A in-depth look", None),
+        ("I see a man, a dog and a cat", None),
+        ("the answer is a man in a car", None),
+    ],
+)
+def test_an_article_in_a_sentence_is_no_label(response, letter):
+    assert read_choice(response, OPTIONS).value == letter
+
+
+@pytest.mark.parametrize("answer", ["B", "b.", "(B)", "B. a red square", "A red square", "The answer is B."])
+def test_the_ground_truth_of_a_choice_in_any_form(answer):
+    assert check_choice("C", OPTIONS, answer).result == WRONG
+    assert check_choice("a red square", OPTIONS, answer).result == RIGHT
+    with pytest.raises(ValueError, match="'E' names none of the options: give the letter or the text"):
+        check_choice("B", OPTIONS, "E")
+
+
+@pytest.mark.parametrize(
+    "options, response, letter",
+    [
+        ({"A": "yes", "B": "no"}, "No, it isn't.", "B"),
+        ({"A": "yes", "B": "no"}, "Yes and no", None),
+        ({"A": "two", "B": "three"}, "There are 3 dogs.", "B"),
+        ({"A": "1", "B": "12"}, "12", "B"),
+        ({"A": "left", "B": "left and right"}, "It moves left and right", "B"),
+        ({"A": "cats", "B": "a cat"}, "a cat", None),  # no rule tells them apart
+        ({"A": "cats", "B": "a cat"}, "B. a cat", "B"),
+        ({"A": "plan A", "B": "plan B"}, "plan B", "B"),
+        ({"A": "B", "B": "A"}, "A", "A"),  # texts that are labels themselves are not looked for
+        ({"A": "because it rains", "B": "because it is late"}, "because it is late", "B"),
+        ({"A": "Not sure", "B": "a dog"}, "Not sure", "A"),
+        ({"A": "a dog", "B": "a cat", "C": "none of the above"}, "None of the above.", "C"),
+    ],
+)
+def test_options_that_are_hard_to_tell_apart(options, response, letter):
+    assert read_choice(response, options).value == letter
+
+
+# --- options and forms ------------------------------------------------------------------------------------------
+
+RED_BLUE = {"A": "red", "B": "blue"}
+
+
+@pytest.mark.parametrize(
+    "question, options",
+    [
+        ("Which colour?\nA. red\nB. blue", RED_BLUE),
+        ("Which colour?\n(A) red\n(B) blue\nAnswer with the letter.", RED_BLUE),
+        ("Which colour?\na) red\nb) blue", RED_BLUE),
+        ("Which colour?\nA: red\nB: blue", RED_BLUE),
+        ("Which colour?\nA.red\n B.blue", RED_BLUE),
+        ("Which colour? A. red B. blue", RED_BLUE),
+        ("Which colour? (A) red, (B) blue", RED_BLUE),
+        ("What did A. Smith wear? A. red B. blue", RED_BLUE),
+        ("A. red B. blue\nC. green D. black", RED_BLUE | {"C": "green", "D": "black"}),
+        (
+            "Which is true? A. a cross moves up. B. a cross moves down.",
+            {"A": "a cross moves up.", "B": "a cross moves down."},
+        ),
+        ("Is it A. or C.?", {}),
+        ("What colour is it?", {}),
+        ("Describe the video.\n1. red\n2. blue", {}),
+    ],
+)
+def test_options_in_a_question(question, options):
+    assert read_options(question) == options
+
+
+@pytest.mark.parametrize("given", [["red", "blue"], ["A. red", "B. blue"], ["(A) red", "(B) blue"], [" red ", "blue"]])
+def test_options_in_a_column(given):
+    options = read_options("Which colour?", given)
+    assert options == RED_BLUE
+    assert with_options("Which colour?", options) == "Which colour?\nA. red\nB. blue"
+    listed = "Which colour? A. Red. B. Blue."
+    assert with_options(listed, read_options(listed, given)) == listed
+
+
+@pytest.mark.parametrize(
+    "question, given, message",
+    [
+        ("Which?", "red", "a list of texts"),
+        ("Which?", ["red", ""], "a list of texts"),
+        ("Which?", ["red", 2], "a list of texts"),
+        ("Which?", ["red"], "has 1 entries"),
+        ("Which?", ["red", "Red."], "A and B say the same"),
+        ("Which? A. red B. green", ["red", "blue"], "the question lists"),
+    ],
+)
+def test_options_that_cannot_be_used(question, given, message):
+    with pytest.raises(InputError, match=message):
+        read_options(question, given)
+
+
+@pytest.mark.parametrize(
+    "answer, form",
+    [
+        ("B", "C"),
+        ("b", "c"),
+        ("B.", "C."),
+        ("(B)", "(C)"),
+        ("**B**", "**C**"),
+        ("B. a red square", "C. a dark red square"),
+        ("(B) A red square.", "(C) A dark red square."),
+        ("a red square", "a dark red square"),
+        ("A red square.", "A dark red square."),
+        ("red square", "a dark red square"),
+        ("B because it is red", None),
+        ("The answer is B.", "The answer is C."),
+    ],
+)
+def test_a_wrong_answer_in_the_form_of_the_truth(answer, form):
+    assert in_form(answer, OPTIONS, "B", "C") == form
+
+
+def test_an_article_is_no_label():
+    assert in_form("A red square.", {"A": "a red square", "B": "a cross."}, "A", "B") == "A cross."
+    assert in_form("A. red square", {"A": "a red square", "B": "a cross."}, "A", "B") == "B. a cross"
+
+
+# --- by letter and by log-prob ----------------------------------------------------------------------------------
+
+COLOURS = ["a red square", "a blue circle", "a green star"]
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [
+        ("B", True),
+        ("(b) a blue circle", True),
+        ("The answer is B.", True),
+        ("A blue circle.", True),
+        ("**C**", False),
+        ("A red square", False),
+        ("B or C", None),
+        ("I cannot tell", None),
+        ("", None),
+    ],
+)
+def test_the_letter_that_a_response_names(response, right):
+    assert by_letter(response, COLOURS, 1) is right
+
+
+def test_letters_follow_the_order_of_the_options():
+    assert [by_letter("C", COLOURS, index) for index in range(3)] == [False, False, True]
+    with pytest.raises(ValueError, match="answer_index 3 is not one of the 3 options"):
+        by_letter("C", COLOURS, 3)
+    with pytest.raises(ValueError, match="27 options"):
+        by_letter("C", [str(number) for number in range(27)], 0)
+
+
+def test_the_highest_log_prob_wins():
+    assert by_logprob([-3.0, -1.0, -2.0], 1) == 1
+    assert by_logprob([-3.0, -1.0, -2.0], 2) == 0
+    assert by_logprob([-3.0, -math.inf], 0) == 1
+
+
+def test_lengths_take_the_head_start_from_short_options():
+    assert by_logprob([-2.0, -4.0], 1) == 0
+    assert by_logprob([-2.0, -4.0], 1, lengths=[1, 4]) == 1  # -2 against -1 per token
+
+
+def test_ties_share_the_point():
+    assert by_logprob([-1.0, -1.0, -5.0, -1.0], 3) == pytest.approx(1 / 3)
+    assert by_logprob([-1.0, -1.0, -5.0], 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("logps", "answer", "lengths", "match"),
+    [
+        ([], 0, None, "one number for each option"),
+        ([-1.0, math.nan], 0, None, "one number for each option"),
+        ([-math.inf, -math.inf], 0, None, "one number for each option"),
+        ([-1.0, -2.0], 2, None, "answer_index 2 is not one of the 2 options"),
+        ([-1.0, -2.0], -1, None, "answer_index -1"),
+        ([-1.0, -2.0], 0, [1], "lengths"),
+        ([-1.0, -2.0], 0, [1, 0], "lengths"),
+    ],
+)
+def test_errors(logps, answer, lengths, match):
+    with pytest.raises(ValueError, match=match):
+        by_logprob(logps, answer, lengths)
