@@ -1,12 +1,12 @@
 """LPOI's pipeline: which object becomes critical, what the row is, what the model is asked, and the summary."""
 
 import hashlib
-import json
 
 import numpy as np
 import pytest
 from detector_models import save
 from helpers import message, write_image
+from lpoi_kit import BENCH, CHOSEN, DOG, MADE, MAN, TREE, Claims, Fixed, made_row, make_row, pipeline, run
 from PIL import Image
 
 from trl_vpo.data.inputs import InputRow, load_media
@@ -16,86 +16,8 @@ from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
 from trl_vpo.generate.objects.boxes import Detection
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import VideoOptions
-from trl_vpo.media.masking import check_box, hidden_box, masked_image_list
-from trl_vpo.models.requests import AnsweringModel
+from trl_vpo.media.masking import hidden_box
 from trl_vpo.testbed import rows as testbed
-from trl_vpo.text.responses import Failure
-
-MADE = {"pipeline": "lpoi", "model": None}
-CHOSEN = "A man walks a dog. There is a tree behind them."
-DOG, MAN, TREE, BENCH = (
-    {"label": label, "box": box}
-    for label, box in [
-        ("dog", [5, 5, 25, 25]), ("man", [30, 2, 50, 50]), ("tree", [2, 30, 20, 52]), ("bench", [20, 20, 54, 54]),
-    ]
-)  # fmt: skip
-
-
-class Claims(AnsweringModel):
-    """Says what `says(question, image)` returns: a text, a `Failure`, or whether it claims the object."""
-
-    def __init__(self, says):
-        self.says = says
-        self.asked = []  # (question, image, sampling), call by call
-
-    def answer(self, requests, sampling):
-        self.asked.append([(r.messages[0]["content"][-1]["text"], r.media.images[0], sampling) for r in requests])
-        said = [self.says(question, image) for question, image, _ in self.asked[-1]]
-        return [("Yes." if answer else "No.") if isinstance(answer, bool) else answer for answer in said]
-
-    def record(self):
-        return {"model": "claims", "adapter": None, "revision": None}
-
-
-class Fixed:
-    """A detector that finds what it was told, if it is asked for it; keeps the names it was asked for."""
-
-    def __init__(self, *detections):
-        self.detections, self.asked, self.sizes = detections, [], []
-
-    def detect(self, images, candidates, *, batch_size):
-        self.asked += [list(names) for names in candidates]
-        self.sizes += [image.size for image in images]
-        return [[d for d in self.detections if d.label in names] for names in candidates]
-
-
-def make_row(tmp_path, name="a", *, chosen=CHOSEN, question="Where is the bench?", image=None, **more):
-    image = image or write_image(tmp_path / f"{name}.png")
-    example = {
-        "id": name,
-        "source": "test",
-        "prompt": message("user", "<image>", question),
-        "chosen": message("assistant", chosen),
-        "rejected": message("assistant", "A cat."),
-        "images": [image],
-        **more,
-    }
-    return InputRow(name, example, images=tuple(example["images"]))
-
-
-def pipeline(model=None, finds=None, **settings):
-    settings = {"boxes": "detector" if finds else "annotations"} | settings
-    made = LPOIPipeline(LPOIGenerateConfig(**settings), model, generated_by=MADE)
-    if finds:
-        made.finder.detector = finds
-    return made
-
-
-def run(made, *rows):
-    for row in rows:
-        made.check(row)
-    return made.make([(row, load_media(row, made.config.video_options())) for row in rows])
-
-
-def made_row(outcome):
-    assert outcome.reason is None, outcome.reason
-    (row,) = outcome.rows
-    read = read_row(row, image_list=True)
-    if read.critical_box is not None:
-        check_box(read.critical_box, load_image(row["images"][0]).size)
-    json.dumps(row), json.dumps(outcome.notes)
-    return row
-
 
 # --- the small world ----------------------------------------------------------------------------------------------
 
@@ -127,8 +49,8 @@ def test_again_and_in_another_batch_the_outcomes_are_the_same(scenes):
         return hashlib.md5(question.encode() + image.tobytes()).digest()[0] % 2 == 0
 
     def outcomes(*batches):
-        made = pipeline(Claims(says), hard_negative=True, visibility_check=True)
-        return {outcome.id: outcome for batch in batches for outcome in run(made, *batch)}
+        job = pipeline(Claims(says), hard_negative=True, visibility_check=True)
+        return {outcome.id: outcome for batch in batches for outcome in run(job, *batch)}
 
     together = outcomes(scenes)
     assert len({outcome.kind for outcome in together.values()}) == 2  # kept ones, and such without a hard negative
@@ -161,14 +83,14 @@ def test_the_order_of_the_parts(tmp_path, objects, label, where):
 
 
 def test_rows_bring_their_own_candidates(tmp_path):
-    made = pipeline(objects_column="things")
+    job = pipeline(objects_column="things")
     row = make_row(tmp_path, objects=[TREE, BENCH, DOG, MAN], things=["cat", " Tree "])
-    (outcome,) = run(made, row)
+    (outcome,) = run(job, row)
     assert made_row(outcome)["critical_object"] == "Tree"
     assert outcome.notes["where"] == "objects_column"
     for bad in (None, "tree", ["tree", 3], ["?"]):
         with pytest.raises(InputError, match="`things` is"):
-            made.check(make_row(tmp_path, objects=[TREE], things=bad))
+            job.check(make_row(tmp_path, objects=[TREE], things=bad))
 
 
 def test_a_detector_is_asked_for_the_candidates(tmp_path):
@@ -246,90 +168,6 @@ def test_columns_that_the_row_has_anew(tmp_path):
     assert made["extra"] == 3 and made["prompt"] == row.example["prompt"]
 
 
-# --- hard negatives -----------------------------------------------------------------------------------------------
-
-
-def test_an_object_that_the_model_does_not_claim_makes_room_for_the_next(tmp_path):
-    model = Claims(lambda question, image: "a bench" in question)
-    row = make_row(tmp_path, objects=[TREE, BENCH, DOG, MAN])
-    (outcome,) = run(pipeline(model, hard_negative=True), row)
-    assert made_row(outcome)["critical_object"] == "bench"
-    assert outcome.notes["asked"] == [
-        {"label": "man", "claimed": False},
-        {"label": "dog", "claimed": False},
-        {"label": "bench", "claimed": True},
-    ]
-    assert [[question for question, *_ in call] for call in model.asked] == [
-        ["Is there a man in the image? Answer yes or no."],
-        ["Is there a dog in the image? Answer yes or no."],
-        ["Is there a bench in the image? Answer yes or no."],
-    ]
-
-
-def test_the_model_sees_the_last_item_of_the_list_and_answers_greedily(tmp_path):
-    model = Claims(lambda question, image: True)
-    row = make_row(tmp_path, objects=[DOG])
-    run(pipeline(model, hard_negative=True, visual_prompt=False), row)
-    ((_, image, sampling),) = model.asked[0]
-    expected = masked_image_list(load_image(row.images[0]), DOG["box"], 2, visual_prompt=False)[-1]
-    assert (np.asarray(image) == np.asarray(expected)).all()
-    assert sampling.temperature == 0
-
-
-@pytest.mark.parametrize(
-    ("answer", "kind"),
-    [
-        (False, "no hard negative"),
-        ("I cannot tell.", "no hard negative"),
-        ("a dog", "no hard negative"),
-        (Failure("the server is gone"), "no answer"),
-    ],
-)
-def test_no_hard_negative(tmp_path, answer, kind):
-    rows = [make_row(tmp_path, name, objects=[DOG, MAN]) for name in "ab"]
-    model = Claims(lambda question, image: answer)
-    first, second = run(pipeline(model, hard_negative=True), *rows)
-    assert first.kind == second.kind == kind
-    assert first.reason == second.reason
-    if kind == "no answer":
-        assert first.reason == "the question about the hidden 'man': the server is gone"
-    else:
-        assert first.reason == "the model does not claim what is hidden (man, dog)."
-        assert [len(call) for call in model.asked] == [2, 2]  # both rows in one call
-
-
-def test_the_question_can_be_another(tmp_path):
-    model = Claims(lambda question, image: True)
-    row = make_row(tmp_path, objects=[{"label": "umbrella", "box": [0, 0, 20, 20]}])
-    run(pipeline(model, hard_negative=True, presence_question="{Look} Is there {object}?"), row)
-    assert model.asked[0][0][0] == "{Look} Is there an umbrella?"
-
-
-# --- the visibility check -----------------------------------------------------------------------------------------
-
-
-def test_claims_fall_as_the_object_is_hidden(tmp_path):
-    def says(question, image):  # the dog is white: the share of the box that is black
-        x0, y0, x1, y1 = DOG["box"] if "dog" in question else MAN["box"]
-        dark = (np.asarray(image)[y0:y1, x0:x1] == 0).all(-1).mean()
-        return bool(dark < (0.3 if "dog" in question else 0.8))
-
-    rows = [make_row(tmp_path, "a", objects=[DOG]), make_row(tmp_path, "b", objects=[MAN])]
-    made = pipeline(Claims(says), visibility_check=True, visual_prompt=False)
-    outcomes = run(made, *rows)
-    assert outcomes[0].notes["claimed_at"] == [True, True, False, False, False]
-    assert outcomes[1].notes["claimed_at"] == [True, True, True, True, False]
-    assert made.summarize(outcomes)["claimed_at"] == [1.0, 1.0, 0.5, 0.5, 0.0]
-
-
-def test_an_answer_that_fails_is_left_out_of_the_share(tmp_path):
-    answers = iter([True, Failure("cut off"), True, False, False, True, True, True, True, False])
-    made = pipeline(Claims(lambda question, image: next(answers)), visibility_check=True)
-    outcomes = run(made, *(make_row(tmp_path, name, objects=[DOG]) for name in "ab"))
-    assert outcomes[0].notes["claimed_at"] == [True, None, True, False, False]
-    assert made.summarize(outcomes)["claimed_at"] == [1.0, 1.0, 1.0, 0.5, 0.0]
-
-
 # --- real models --------------------------------------------------------------------------------------------------
 
 
@@ -366,51 +204,22 @@ def test_an_empty_mask_makes_room_for_the_next(tmp_path):
         def masks(self, images, boxes):
             return [np.full((image.height, image.width), box == tuple(full)) for image, box in zip(images, boxes)]
 
-    made = pipeline(mask_model="none", output_dir=str(tmp_path / "run"))
-    made.occlusion.segmenter, full = Empty(), DOG["box"]
-    (outcome,) = run(made, make_row(tmp_path, objects=[MAN, DOG]))
+    job = pipeline(mask_model="none", output_dir=str(tmp_path / "run"))
+    job.occlusion.segmenter, full = Empty(), DOG["box"]
+    (outcome,) = run(job, make_row(tmp_path, objects=[MAN, DOG]))
     assert made_row(outcome)["critical_object"] == "dog"
-    (outcome,) = run(made, make_row(tmp_path, objects=[MAN]))
+    (outcome,) = run(job, make_row(tmp_path, objects=[MAN]))
     assert (outcome.kind, outcome.reason) == ("empty mask", "none finds no outline in the box of any object.")
 
 
 # --- around it ----------------------------------------------------------------------------------------------------
 
 
-def test_the_summary_by_hand(tmp_path):
-    model = Claims(lambda question, image: "man" not in question)
-    made = pipeline(model, hard_negative=True)
-    rows = [
-        make_row(tmp_path, "a", objects=[MAN, DOG]),
-        make_row(tmp_path, "b", objects=[MAN]),
-        make_row(tmp_path, "c", objects=[DOG, {"label": "dog", "box": [40, 40, 50, 50]}]),
-        make_row(tmp_path, "d", objects=[{"label": "cup", "box": [0, 0, 28, 14]}]),
-        make_row(tmp_path, "e", objects=[]),
-    ]
-    figures = made.summarize(iter(run(made, *rows)))
-    assert figures == {
-        "named_in": {"objects_column": 0, "first sentence": 2, "question": 0, "rest": 0, "any": 1},
-        "box_area_mean": pytest.approx((400 + 400 + 392) / 3 / 56**2),
-        "box_score_mean": None,
-        "several_instances": pytest.approx(1 / 3),
-        "labels": {"dog": 2, "cup": 1},
-        "hard_negatives": {"asked": 5, "claimed": 0.6, "inputs": 0.75},
-    }
-    assert list(figures["labels"]) == ["dog", "cup"]
-
-
-def test_a_summary_of_nothing(tmp_path):
-    made = pipeline(Claims(None), hard_negative=True, visibility_check=True)
-    figures = made.summarize(run(made, make_row(tmp_path, objects=[])))
-    assert figures["box_area_mean"] is None and figures["labels"] == {} and figures["claimed_at"] == []
-    assert figures["hard_negatives"] == {"asked": 0, "claimed": None, "inputs": None}
-
-
 def test_scores_in_the_summary(tmp_path):
     detector = Fixed(Detection("dog", (5, 5, 25, 25), 0.6), Detection("bench", (20, 20, 54, 54), 0.9))
-    made = pipeline(finds=detector)
+    job = pipeline(finds=detector)
     rows = [make_row(tmp_path, "a"), make_row(tmp_path, "b", chosen="A bench.")]
-    assert made.summarize(run(made, *rows))["box_score_mean"] == pytest.approx(0.75)
+    assert job.summarize(run(job, *rows))["box_score_mean"] == pytest.approx(0.75)
 
 
 @pytest.mark.parametrize(

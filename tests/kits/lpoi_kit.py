@@ -1,0 +1,88 @@
+"""Rows, detectors and models for LPOI's pipeline."""
+
+import json
+
+from helpers import message, write_image
+from scripted_models import ScriptedModel, text_of
+
+from trl_vpo.data.inputs import InputRow, load_media
+from trl_vpo.data.rows import read_row
+from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
+from trl_vpo.media.images import load_image
+from trl_vpo.media.masking import check_box
+
+MADE = {"pipeline": "lpoi", "model": None}
+CHOSEN = "A man walks a dog. There is a tree behind them."
+DOG, MAN, TREE, BENCH = (
+    {"label": label, "box": box}
+    for label, box in [
+        ("dog", [5, 5, 25, 25]), ("man", [30, 2, 50, 50]), ("tree", [2, 30, 20, 52]), ("bench", [20, 20, 54, 54]),
+    ]
+)  # fmt: skip
+
+
+class Claims(ScriptedModel):
+    """Says what `says(question, image)` returns: a text, a `Failure`, or whether it claims the object."""
+
+    def __init__(self, says):
+        super().__init__(lambda request: self._said(says(text_of(request), request.media.images[0])))
+
+    @staticmethod
+    def _said(answer):
+        return {True: "Yes.", False: "No."}[answer] if isinstance(answer, bool) else answer
+
+    @property
+    def questions(self):
+        """What was asked, call by call."""
+        return [[text_of(request) for request in requests] for requests, _ in self.calls]
+
+
+class Fixed:
+    """A detector that finds what it was told, if it is asked for it; keeps the names it was asked for."""
+
+    def __init__(self, *detections):
+        self.detections, self.asked, self.sizes = detections, [], []
+
+    def detect(self, images, candidates, *, batch_size):
+        self.asked += [list(names) for names in candidates]
+        self.sizes += [image.size for image in images]
+        return [[d for d in self.detections if d.label in names] for names in candidates]
+
+
+def make_row(tmp_path, name="a", *, chosen=CHOSEN, question="Where is the bench?", image=None, **more):
+    image = image or write_image(tmp_path / f"{name}.png")
+    example = {
+        "id": name,
+        "source": "test",
+        "prompt": message("user", "<image>", question),
+        "chosen": message("assistant", chosen),
+        "rejected": message("assistant", "A cat."),
+        "images": [image],
+        **more,
+    }
+    return InputRow(name, example, images=tuple(example["images"]))
+
+
+def pipeline(model=None, finds=None, **settings):
+    settings = {"boxes": "detector" if finds else "annotations"} | settings
+    job = LPOIPipeline(LPOIGenerateConfig(**settings), model, generated_by=MADE)
+    if finds:
+        job.finder.detector = finds
+    return job
+
+
+def run(job, *rows):
+    for row in rows:
+        job.check(row)
+    return job.make([(row, load_media(row, job.config.video_options())) for row in rows])
+
+
+def made_row(outcome):
+    """The row of an outcome, which training can read."""
+    assert outcome.reason is None, outcome.reason
+    (row,) = outcome.rows
+    read = read_row(row, image_list=True)
+    if read.critical_box is not None:
+        check_box(read.critical_box, load_image(row["images"][0]).size)
+    json.dumps(row), json.dumps(outcome.notes)
+    return row
