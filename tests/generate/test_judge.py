@@ -132,7 +132,7 @@ def question(number):
     return Question(f"prompt {number} {{}}", (number, number + 100), read_judgement)
 
 
-def test_what_could_not_be_read_is_asked_once_more_with_another_seed_and_the_reason():
+def test_what_could_not_be_read_is_asked_once_more():
     judge = Judge([REPLY, "garbage", Failure("cut off"), "more {garbage}"], [REPLY, REPLY, '{"correct": 1}'])
     said = ask(judge, [question(n) for n in range(4)], SAMPLING)
     assert said[:3] == [WRONG] * 3

@@ -1,4 +1,4 @@
-"""Which box is critical: the choice, known boxes in three forms, and what they are called."""
+"""Boxes of critical objects: the choice, known boxes in three forms, and what they are called."""
 
 from types import SimpleNamespace
 
@@ -26,7 +26,7 @@ def chosen(detections, candidates=(DOG, CAT, BALL), **changes):
 # --- the choice -------------------------------------------------------------------------------------------------
 
 
-def test_the_first_candidate_with_a_detection_comes_first_whatever_the_scores():
+def test_the_first_candidate_with_a_detection_comes_first():
     found = [Detection("ball", (0, 0, 10, 10), 0.9), Detection("cat", (20, 20, 40, 40), 0.4)]
     assert chosen(found) == [
         ("cat", (20, 20, 40, 40), "question", 1),
@@ -35,7 +35,7 @@ def test_the_first_candidate_with_a_detection_comes_first_whatever_the_scores():
     assert choices(found, [DOG, CAT, BALL], SIZE, rules())[0].score == 0.4
 
 
-def test_the_best_of_several_boxes_is_taken_and_the_others_are_counted():
+def test_the_best_of_several_boxes_is_taken_others_counted():
     found = [
         Detection("dog", (0, 0, 20, 20), 0.5),
         Detection("dog", (60, 10, 90, 40), 0.8),

@@ -37,7 +37,7 @@ def images():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_boxes_lie_in_the_image_and_labels_are_the_names_asked_for(kind, detectors, images):
+def test_boxes_lie_in_the_image_and_labels_are_the_names(kind, detectors, images):
     names = [["red square", "Dog"], ["tree"], ["cat", "blue ball", "dog"]]
     found = detectors[kind].detect(images, names)
     for image, asked, detections in zip(images, names, found, strict=True):
