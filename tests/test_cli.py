@@ -43,7 +43,7 @@ def test_every_help_has_an_example(command, capsys):
     assert f"example:\n  trl-vpo {command[0] if command else 'train'} " in text
 
 
-def test_help_of_the_doctor_shows_the_options_that_are_no_recipe_keys(capsys):
+def test_help_of_the_doctor_shows_options_that_are_not_keys(capsys):
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--help"])
     usage, rest = capsys.readouterr().out.split("positional arguments:")
@@ -61,7 +61,7 @@ def test_help_of_a_method_lists_its_keys(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "rpo"], "'rpo' is not one of dpo, leanpo, rrpo, lpoi. Did you mean rrpo?"),
+        (["train", "rpo"], "'rpo' is not one of dpo, leanpo, rrpo, lpoi. Did you mean rrpo"),
         (["import", "lpo", "a", "b"], "'lpo' is not one of rrpo, lpoi, ms-swift, llamafactory, llava-hound."),
         (["trian"], "plot, merge, view, import, doctor. Did you mean train?"),
         (["doctor", "r.yaml", "--method", "leanp"], "Did you mean leanpo?"),
@@ -180,7 +180,7 @@ def test_launch_runs_the_module(unlaunched, monkeypatch):
     assert args.training_script_args == ["train", "rrpo", "--config", "r.yaml"]
 
 
-def test_what_a_loader_process_raises_is_told_without_its_traceback(monkeypatch, capsys):
+def test_what_a_loader_process_raises_has_no_traceback(monkeypatch, capsys):
     """As torch hands it on."""
 
     def fail(*_):

@@ -7,14 +7,14 @@ the keys of recipes, and takes the seconds that importing TRL takes.
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trl_vpo.data.import_formats import FORMATS
-from trl_vpo.errors import UserError
+from trl_vpo.errors import UserError, did_you_mean
 from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
@@ -41,8 +41,8 @@ example:
   trl-vpo generate leanpo --config recipes/leanpo/generate.yaml --dataset_name questions.jsonl
   trl-vpo train leanpo --config RECIPE.yaml --dataset_name outputs/leanpo-data/rows.jsonl
 
-Every key of a recipe is also an option: `trl-vpo generate leanpo --help` lists them. An interrupted run goes on where
-it stopped when the same command is given again. On several GPUs, each with a copy of the model:
+Every key of a recipe is also an option: `trl-vpo generate leanpo --help` lists them. An interrupted run continues
+where it stopped when the same command is given again. On several GPUs, each with a copy of the model:
 
   accelerate launch --num_processes 8 scripts/generate.py leanpo --config RECIPE.yaml"""
 PLOT_EXAMPLE = """\
@@ -78,20 +78,13 @@ class Parser(argparse.ArgumentParser):
         super().error(scrub(message))
 
     def _check_value(self, action, value):
-        if action.choices is None or value in action.choices:
-            return
-        close = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices], n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        name = action.metavar or action.dest
-        raise argparse.ArgumentError(None, f"{name}: {value!r} is not one of {', '.join(action.choices)}.{hint}")
-
-
-# What a user can mend; ImportError: of packages that are not installed.
-USER_ERRORS = (UserError, ValueError, OSError, ImportError)
+        if action.choices is not None and value not in action.choices:
+            message = f"{value!r} is not one of {', '.join(action.choices)}.{did_you_mean(value, action.choices)}"
+            raise argparse.ArgumentError(None, f"{action.metavar or action.dest}: {message}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. Gives the exit code: 0, 1 for what went wrong, 2 for how it was called."""
+    """Run the command line. Returns the exit code: 0, 1 for what went wrong, 2 for how it was called."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
@@ -104,29 +97,32 @@ def main(argv: list[str] | None = None) -> int:
     hide_messages()
     try:
         return args.run(args, rest)
-    except KeyboardInterrupt:  # whoever was interrupted has said how to go on
+    except KeyboardInterrupt:  # whoever was interrupted has said how to continue
         return 130
-    except Exception as error:
-        if os.environ.get(TRACEBACK) or not isinstance(error, USER_ERRORS):
+    except UserError as error:
+        if os.environ.get(TRACEBACK):
             raise
         print(f"trl-vpo: error: {scrub(_message(error))}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return error.exit_code
 
 
-def _message(error: Exception) -> str:
-    """What an error says; torch puts the traceback of a data-loader worker in front of that."""
+def _message(error: UserError) -> str:
+    """The message of an error; torch puts the traceback of a data-loader worker in front of it."""
     parts = str(error).split(f"\n{type(error).__module__}.{type(error).__qualname__}: ")
     return parts[-1].rstrip() if parts[0].startswith("Caught ") else str(error)
 
 
+# --- the parser -----------------------------------------------------------------------------------------------------
+
+
 def make_parser() -> Parser:
-    """The parser of all commands."""
+    """Return the parser of all commands."""
     parser = Parser(prog="trl-vpo", description=DESCRIPTION, epilog=TRAIN_EXAMPLE.split("\n\n")[0])
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add_train(commands)
+    _add_method_command(commands, train, "train a model with a method", METHODS, TRAIN_EXAMPLE)
     _add_evaluate(commands)
-    _add_generate(commands)
+    _add_method_command(commands, generate, "make preference data with the model itself", PIPELINES, GENERATE_EXAMPLE)
     _add_plot(commands)
     _add_merge(commands)
     _add_view(commands)
@@ -135,115 +131,101 @@ def make_parser() -> Parser:
     return parser
 
 
-def _add_train(commands) -> None:
-    text = "train a model with a method"
-    _add_method_command(commands, "train", text, METHODS, TRAIN_EXAMPLE).set_defaults(run=train)
+def _version() -> str:
+    try:
+        return f"trl-vpo {version('trl-vpo')}"
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "trl-vpo 0+unknown"
 
 
-def _add_generate(commands) -> None:
-    text = "make preference data with the model itself"
-    _add_method_command(commands, "generate", text, PIPELINES, GENERATE_EXAMPLE).set_defaults(run=generate)
+def _add(commands, name: str, run: Callable, text: str, **options) -> Parser:
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", **options)
+    parser.set_defaults(run=run, parser=parser)
+    return parser
 
 
-def _add_method_command(commands, name: str, text: str, methods: Iterable[str], example: str) -> Parser:
-    """A command that takes a method, and behind it a recipe and its keys."""
-    parser = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=example,
-        usage=f"trl-vpo {name} METHOD --config RECIPE.yaml [--any_key value ...]",
-    )  # fmt: skip
+def _add_method_command(commands, run: Callable, text: str, methods: Iterable[str], example: str) -> None:
+    """Add a command that takes a method, and behind it a recipe and its keys."""
+    usage = f"trl-vpo {run.__name__} METHOD --config RECIPE.yaml [--any_key value ...]"
+    parser = _add(commands, run.__name__, run, text, epilog=example, usage=usage)
     parser.add_argument("method", metavar="METHOD", choices=methods, help=f"one of {', '.join(methods)}")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
-    parser.set_defaults(parser=parser)
-    return parser
 
 
 def _add_evaluate(commands) -> None:
     text = "held-out measures of a base and its adapters, with confidence intervals"
-    evaluate_parser = commands.add_parser(
-        "evaluate", help=text, description=text, add_help=False,  # the keys are shown by the command
-        usage="trl-vpo evaluate --model BASE --adapters A [B ...] --data FILE --output_dir RUN [--any_key value ...]",
-    )  # fmt: skip
-    evaluate_parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and its keys")
-    evaluate_parser.set_defaults(run=evaluate, parser=evaluate_parser)
+    usage = "trl-vpo evaluate --model BASE --adapters A [B ...] --data FILE --output_dir RUN [--any_key value ...]"
+    parser = _add(commands, "evaluate", evaluate, text, usage=usage, add_help=False)  # the command shows the keys
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and its keys")
 
 
 def _add_plot(commands) -> None:
     text = "the curves of training runs in one figure or page"
-    plot_parser = commands.add_parser("plot", help=text, description=text, epilog=PLOT_EXAMPLE)
-    plot_parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="an output_dir, or a checkpoint")
-    plot_parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help=".html, .png, .svg or .pdf")
-    plot_parser.add_argument("--names", metavar="NAME", nargs="+", help="what the legend says, one for each run")
-    plot_parser.set_defaults(run=plot, parser=plot_parser)
+    parser = _add(commands, "plot", plot, text, epilog=PLOT_EXAMPLE)
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="an output_dir, or a checkpoint")
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help=".html, .png, .svg or .pdf")
+    parser.add_argument("--names", metavar="NAME", nargs="+", help="what the legend says, one for each run")
 
 
 def _add_merge(commands) -> None:
     text = "an adapter and its base -> a model that loads without PEFT"
-    merge_parser = commands.add_parser("merge", help=text, description=text, epilog=MERGE_EXAMPLE)
-    merge_parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of the adapter")
-    merge_parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
-    merge_parser.add_argument("--base", metavar="MODEL", help="default: the base that the adapter names")
-    merge_parser.add_argument("--revision", metavar="REV", help="revision of the base")
-    merge_parser.add_argument("--dtype", default="auto", help="of the saved weights (default: as the base's)")
-    merge_parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base")
-    merge_parser.set_defaults(run=merge, parser=merge_parser)
+    parser = _add(commands, "merge", merge, text, epilog=MERGE_EXAMPLE)
+    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of the adapter")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
+    parser.add_argument("--base", metavar="MODEL", help="default: the base that the adapter names")
+    parser.add_argument("--revision", metavar="REV", help="revision of the base")
+    parser.add_argument("--dtype", default="auto", help="of the saved weights (default: as the base's)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the base")
 
 
 def _add_view(commands) -> None:
-    text = "preference data as one HTML page to look at"
-    view_parser = commands.add_parser("view", help=text, description=text, epilog=VIEW_EXAMPLE)
-    view_parser.add_argument("dataset", metavar="DATASET", help="a dataset, a file, or the folder of a run")
-    view_parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the page to write")
-    view_parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
-    view_parser.add_argument("--limit", metavar="N", type=int, help="only the first N rows")
-    view_parser.add_argument("--media_root", metavar="DIR", help="folder that relative media paths start from")
-    view_parser.add_argument("--num_frames", metavar="N", type=int, default=8, help="frames of a clip (default: 8)")
-    view_parser.set_defaults(run=view, parser=view_parser)
+    parser = _add(commands, "view", view, "preference data as one HTML page to look at", epilog=VIEW_EXAMPLE)
+    parser.add_argument("dataset", metavar="DATASET", help="a dataset, a file, or the folder of a run")
+    parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the page to write")
+    parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the first N rows")
+    parser.add_argument("--media_root", metavar="DIR", help="folder that relative media paths start from")
+    parser.add_argument("--num_frames", metavar="N", type=int, default=8, help="frames of a clip (default: 8)")
 
 
 def _add_import(commands) -> None:
     text = "preference data of another project -> a .jsonl file to train on"
-    import_parser = commands.add_parser("import", help=text, description=text, epilog=IMPORT_EXAMPLE)
-    import_parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
-    import_parser.add_argument("source", metavar="IN", type=Path, help="a .json or .jsonl file")
-    import_parser.add_argument("target", metavar="OUT", type=Path, help="the .jsonl file to write")
-    import_parser.add_argument("--media_root", metavar="DIR", help="folder that relative media paths are joined to")
-    import_parser.add_argument(
-        "--on_bad", choices=("error", "skip"), default="error",
-        help="a bad record stops the import (default), or is left out and listed in OUT.rejected.jsonl",
-    )  # fmt: skip
-    import_parser.set_defaults(run=import_data, parser=import_parser)
+    parser = _add(commands, "import", import_data, text, epilog=IMPORT_EXAMPLE)
+    parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("source", metavar="IN", type=Path, help="a .json or .jsonl file")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the .jsonl file to write")
+    parser.add_argument("--media_root", metavar="DIR", help="folder that relative media paths are joined to")
+    bad = "a bad record stops the import (default), or is left out and listed in OUT.rejected.jsonl"
+    parser.add_argument("--on_bad", choices=("error", "skip"), default="error", help=bad)
 
 
 def _add_doctor(commands) -> None:
+    usage = (
+        "trl-vpo doctor RECIPE [--method METHOD] [--rows N | --all] [--out FILE] [--gpu_memory GIB]\n"
+        "                      [--measure] [--accelerate_config FILE] [--num_processes N] [--any_key value ...]"
+    )
     text = "check a recipe and its whole dataset before training"
-    doctor_parser = commands.add_parser(
-        "doctor", help=text, description=text, epilog=DOCTOR_EXAMPLE,
-        usage="trl-vpo doctor RECIPE [--method METHOD] [--rows N | --all] [--out FILE] [--gpu_memory GIB]\n"
-        "                      [--measure] [--accelerate_config FILE] [--num_processes N] [--any_key value ...]",
-    )  # fmt: skip
-    doctor_parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's .yaml file")
-    doctor_parser.add_argument(
-        "--method", metavar="METHOD", choices=METHODS, help="default: what the recipe's header or path says"
-    )
-    many = doctor_parser.add_mutually_exclusive_group()
-    many.add_argument(
-        "--rows", metavar="N", type=int, default=64, help="rows to tokenize (default: 64, spread evenly)"
-    )
+    parser = _add(commands, "doctor", doctor, text, epilog=DOCTOR_EXAMPLE, usage=usage)
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's .yaml file")
+    method = "default: what the recipe's header or path says"
+    parser.add_argument("--method", metavar="METHOD", choices=METHODS, help=method)
+    many = parser.add_mutually_exclusive_group()
+    rows = "rows to tokenize (default: 64, spread evenly)"
+    many.add_argument("--rows", metavar="N", type=int, default=64, help=rows)
     many.add_argument("--all", action="store_true", help="tokenize every row")
-    doctor_parser.add_argument("--out", metavar="FILE", type=Path, help="write every problem into this .jsonl file")
-    machine = doctor_parser.add_argument_group("memory")
-    machine.add_argument("--gpu_memory", metavar="GIB", type=float, help="of each GPU (default: of this machine's)")
-    machine.add_argument("--measure", action="store_true", help="also train two steps on this machine's GPU")
-    # Text only: they go on to `run_doctor` among the recipe's keys.
-    doctor_parser.add_argument_group(
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write every problem into this .jsonl file")
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--gpu_memory", metavar="GIB", type=float, help="of each GPU (default: of this machine's)")
+    memory.add_argument("--measure", action="store_true", help="also train two steps on this machine's GPU")
+    # Text only: they are passed on to `run_doctor` among the recipe's keys.
+    parser.add_argument_group(
         "the processes that memory is estimated for",
         "--accelerate_config FILE  how the weights are sharded, as in `trl-vpo train`\n"
         "--num_processes N         how many GPUs",
     )
-    doctor_parser.set_defaults(run=doctor, parser=doctor_parser)
 
 
-# --- commands -----------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------------------------
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> int:
@@ -314,12 +296,12 @@ def view(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def import_data(args: argparse.Namespace, rest: list[str]) -> int:
-    """Convert a file and say what came of it."""
+    """Convert a file and report the rows."""
     from trl_vpo.data.importers import convert
 
     counts = convert(args.format, args.source, args.target, media_root=args.media_root, on_bad=args.on_bad)
     print(f"{args.target}: {counts.written} rows of {counts.read} records.")
-    print(f"Media files: {counts.media}, of which {counts.missing_media} are not there.")
+    print(f"Media files: {counts.media}, {counts.missing_media} missing.")
     if counts.rejected:
         print(f"Left out: {counts.rejected}; {counts.rejected_path} says why.")
     if counts.ignored_fields:
@@ -335,16 +317,3 @@ def doctor(args: argparse.Namespace, rest: list[str]) -> int:
         args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out,
         gpu_memory=args.gpu_memory, measures=args.measure,
     )  # fmt: skip
-
-
-# --- errors -------------------------------------------------------------------------------------------------------
-
-
-def _version() -> str:
-    import trl_vpo
-
-    return f"trl-vpo {trl_vpo.__version__}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def filters():
     """Filters as they were before, afterwards."""
-    kept = {name: list(logging.getLogger(name).filters) for name in quiet.SAID}
+    kept = {name: list(logging.getLogger(name).filters) for name in quiet.HIDDEN}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield caught
@@ -29,7 +29,7 @@ def filters():
         logging.getLogger(name).filters[:] = before
 
 
-def test_deprecations_that_trl_itself_causes_are_hidden_and_others_are_not(tmp_path, filters):
+def test_only_the_deprecations_of_trl_itself_are_hidden(tmp_path, filters):
     TrainingArguments(str(tmp_path), use_cpu=True, gradient_checkpointing=False)
     assert any("`gradient_checkpointing` is deprecated" in str(found.message) for found in filters)  # still needed
     filters.clear()

@@ -26,7 +26,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_API_KEY", "MY_DB_PASSWORD"])
-def test_a_secret_of_the_environment_is_found_however_it_is_written(name, way, monkeypatch):
+def test_a_secret_of_the_environment_is_found_in_any_form(name, way, monkeypatch):
     monkeypatch.setenv(name, KEY)
     text = f"status 401: {WAYS[way]} is not known"
     found = scrub({"a": [{"b": (text,)}]})["a"][0]["b"][0]

@@ -184,7 +184,7 @@ def test_trl_vpo_train_in_two_processes(tmp_path):
         "gradient_checkpointing": False, "use_cpu": True,
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
-    command = [sys.executable, "-m", "trl_vpo.cli", "train", "leanpo", "--config", str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-m", "trl_vpo", "train", "leanpo", "--config", str(tmp_path / "recipe.yaml")]
     command += ["--accelerate_config", "cpu2"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

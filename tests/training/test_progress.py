@@ -56,7 +56,7 @@ def start(monkeypatch, tmp_path):
     return lambda **kwargs: Run(monkeypatch, tmp_path, **kwargs)
 
 
-def test_a_line_for_each_logging_step_where_there_is_no_terminal(start):
+def test_a_line_for_each_logging_step_without_a_terminal(start):
     run = start()
     run.steps(5, seconds=2.0)
     run.tell("log", logs=STEP | {"num_tokens": 12000.0})
@@ -67,7 +67,7 @@ def test_a_line_for_each_logging_step_where_there_is_no_terminal(start):
     assert run.err.getvalue() == ""
 
 
-def test_tokens_per_second_are_without_evaluations_and_checkpoints(start):
+def test_tokens_per_second_leave_evaluations_out(start):
     run = start()
     run.steps(2, seconds=5.0)
     run.tell("log", logs=STEP | {"num_tokens": 1000})
@@ -83,7 +83,7 @@ def test_tokens_per_second_are_without_evaluations_and_checkpoints(start):
     assert run.lines()[1] == "step 2/20  evaluation:  loss 0.5000  margin +0.250  29.5 s"
 
 
-def test_tokens_before_a_checkpoint_are_not_of_the_first_window_after_it(start):
+def test_tokens_before_a_checkpoint_are_not_counted(start):
     run = start(step=7)
     for tokens in (9000, 9400):
         run.steps(1, seconds=2.0)
@@ -100,7 +100,7 @@ def test_metrics_that_are_not_logged_are_left_out(start):
     assert run.lines() == ["step 1/20  loss 1.0000  peak 1.50 GiB", "step 1/20  note 3"]
 
 
-def test_a_terminal_gets_a_bar_and_no_lines_but_evaluations_and_the_end(start):
+def test_a_terminal_gets_a_bar_and_few_lines(start):
     run = start(out=Terminal(), err=Terminal(), disable_tqdm=False)
     run.steps(5, seconds=2.0)
     run.tell("log", logs=STEP | {"num_tokens": 12000})
@@ -116,7 +116,7 @@ def test_a_terminal_gets_a_bar_and_no_lines_but_evaluations_and_the_end(start):
     ]
 
 
-def test_a_log_file_gets_its_lines_also_where_errors_go_to_a_terminal(start):
+def test_a_log_file_gets_lines_beside_a_bar(start):
     run = start(err=Terminal(), disable_tqdm=False)
     run.steps(1, seconds=1.0)
     run.tell("log", logs=STEP)

@@ -1,4 +1,4 @@
-"""Which optional packages the settings of a run need, and how those that are missing are installed."""
+"""The optional packages that the settings of a run need, and how those that are missing are installed."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,81 +7,71 @@ from typing import Any
 
 from trl_vpo.errors import did_you_mean
 
+# A package: the modules of which one is needed, and what pip calls it.
 BITSANDBYTES = (("bitsandbytes",), "'trl-vpo[quantization]'")
 DEEPSPEED = (("deepspeed",), "'trl-vpo[deepspeed]'")
-# The modules of which one is needed, and what pip calls them.
 SWITCHES = {
     "load_in_4bit": BITSANDBYTES,
     "load_in_8bit": BITSANDBYTES,
     "deepspeed": DEEPSPEED,
     "use_liger_kernel": (("liger_kernel",), "liger-kernel"),
 }
-OPTIMIZERS = {
-    "bnb|paged|lion|ademamix|adamw_8bit": BITSANDBYTES,
-    "adamw_torch_[48]bit": (("torchao",), "torchao"),
-    "galore": (("galore_torch",), "galore-torch"),
-    "apollo": (("apollo_torch",), "apollo-torch"),
-    "lomo": (("lomo_optim",), "lomo-optim"),
-    "schedule_free": (("schedulefree",), "schedulefree"),
-    "grokadamw": (("grokadamw",), "grokadamw"),
-    "stable_adamw": (("optimi",), "torch-optimi"),
-}
-ATTENTION = {  # transformers takes a kernel of the Hub where the package is not there
-    "flash_attention_2": (("flash_attn", "kernels"), "flash-attn"),
-    "flash_attention_3": (("flash_attn_interface", "kernels"), "kernels"),
-    ".*/.*": (("kernels",), "kernels"),
+VALUES = {  # key: the packages of its values, by regular expressions
+    "optim": {
+        ".*(bnb|paged|lion|ademamix|adamw_8bit).*": BITSANDBYTES,
+        "adamw_torch_[48]bit": (("torchao",), "torchao"),
+        "galore.*": (("galore_torch",), "galore-torch"),
+        "apollo.*": (("apollo_torch",), "apollo-torch"),
+        ".*lomo": (("lomo_optim",), "lomo-optim"),
+        "schedule_free.*": (("schedulefree",), "schedulefree"),
+        "grokadamw": (("grokadamw",), "grokadamw"),
+        "stable_adamw": (("optimi",), "torch-optimi"),
+    },
+    "attn_implementation": {  # transformers takes a kernel of the Hub where the package is missing
+        "flash_attention_2": (("flash_attn", "kernels"), "flash-attn"),
+        "flash_attention_3": (("flash_attn_interface", "kernels"), "kernels"),
+        ".*/.*": (("kernels",), "kernels"),
+    },
 }
 REPORTERS = {
     "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
     "azure_ml": (("azureml",), "azureml-mlflow"),
     "flyte": (("flytekit",), "flytekit"),
+    "comet_ml": (("comet_ml",), "comet-ml"),
 }
-NO_REPORTERS = {"none", "all"}
-KNOWN_REPORTERS = {
-    *REPORTERS,
-    "clearml",
-    "codecarbon",
-    "comet_ml",
-    "dagshub",
-    "dvclive",
-    "mlflow",
-    "neptune",
-    "swanlab",
-}
-KNOWN_REPORTERS |= {"trackio", "wandb"}
+for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "trackio", "wandb"):
+    REPORTERS[name] = ((name,), name)
 
 
 def missing_packages(settings: Mapping[str, Any]) -> list[str]:
-    """A sentence for each package that the settings need and that is not installed.
+    """Return a sentence for each package that the settings need and that is not installed.
 
     Args:
         settings: names and values of a run's arguments.
     """
-    unknown = [name for name in _reporters(settings) if name not in KNOWN_REPORTERS]
-    return [f"report_to: there is no {name}.{did_you_mean(name, KNOWN_REPORTERS)}" for name in unknown] + [
+    reporters = settings.get("report_to") or []
+    reporters = [reporters] if isinstance(reporters, str) else reporters
+    unknown = [name for name in reporters if name and name not in REPORTERS and name not in ("none", "all")]
+    return [f"report_to: there is no {name}.{did_you_mean(name, REPORTERS)}" for name in unknown] + [
         f"{what} needs {modules[0]}, which is not installed: pip install {name}"
-        for what, (modules, name) in _needed(settings)
+        for what, (modules, name) in _needed(settings, reporters)
         if not any(_installed(module) for module in modules)
     ]
 
 
-def _needed(settings: Mapping[str, Any]) -> Iterator[tuple[str, tuple[tuple[str, ...], str]]]:
+def _needed(settings: Mapping[str, Any], reporters: list[str]) -> Iterator[tuple[str, tuple[tuple[str, ...], str]]]:
     for key, package in SWITCHES.items():
         if settings.get(key):
             yield key, package
-    for key, table in (("optim", OPTIMIZERS), ("attn_implementation", ATTENTION)):
+    for key, packages in VALUES.items():
         value = settings.get(key)
         value = str(getattr(value, "value", value))
-        for pattern, package in table.items():
-            if re.search(pattern, value) if table is OPTIMIZERS else re.fullmatch(pattern, value):
+        for pattern, package in packages.items():
+            if re.fullmatch(pattern, value):
                 yield f"{key}: {value}", package
-    for name in KNOWN_REPORTERS.intersection(_reporters(settings)):
-        yield f"report_to: {name}", REPORTERS.get(name, ((name,), name.replace("_", "-")))
-
-
-def _reporters(settings: Mapping[str, Any]) -> list[str]:
-    given = settings.get("report_to") or []
-    return [name for name in ([given] if isinstance(given, str) else given) if name and name not in NO_REPORTERS]
+    for name in reporters:
+        if name in REPORTERS:
+            yield f"report_to: {name}", REPORTERS[name]
 
 
 def _installed(module: str) -> bool:

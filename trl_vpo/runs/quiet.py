@@ -12,8 +12,7 @@ DEPRECATED = (
     r"`gradient_checkpointing(_kwargs|_enable|_disable)?` is deprecated",
     r"`is_gradient_checkpointing` is deprecated",
 )
-# logger: how what it says begins
-SAID = {
+HIDDEN = {  # logger: how the message begins
     "DeepSpeed": "Setting accelerator to CPU",  # it is asked although it is not used
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # a faster kernel, on the CPU alone
 }
@@ -23,12 +22,12 @@ def hide_messages() -> None:
     """Hide the messages above, and no other."""
     for message in DEPRECATED:
         warnings.filterwarnings("ignore", message, FutureWarning)
-    for name in SAID:
+    for name in HIDDEN:
         logging.getLogger(name).addFilter(_is_news)
 
 
 def quiet_libraries(*, bars: bool | None = None) -> None:
-    """Hide the messages above, and progress bars where they would fill a log. Call it before TRL is imported.
+    """Hide the messages above, and progress bars where they would fill a log. Call it before a trainer is built.
 
     Args:
         bars: let transformers and datasets show their progress bars. By default on rank 0 of a terminal only: in a
@@ -46,4 +45,4 @@ def quiet_libraries(*, bars: bool | None = None) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(SAID[record.name])
+    return not record.getMessage().startswith(HIDDEN[record.name])

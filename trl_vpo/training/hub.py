@@ -38,13 +38,10 @@ RETRY_WAITS = (5, 30)  # seconds before the second and third try at the end; sin
 def connect(args: Any) -> HubPush | None:
     """Take over `push_to_hub`: create the repo and check that it can be written. All ranks call this.
 
-    `args` are changed: the trainer must not push by itself.
+    `args` are changed: the trainer must not push by itself. Where the Hub cannot be reached now, that is printed.
 
     Args:
         args: TrainingArguments, before a trainer is made of them.
-
-    Returns:
-        None without `push_to_hub`. Where the Hub cannot be reached now, that is printed.
 
     Raises:
         HubError: no push of this run would succeed.
@@ -59,9 +56,11 @@ def connect(args: Any) -> HubPush | None:
 class HubPush(TrainerCallback):
     """The pushes of a run. Only the main process does anything.
 
+    A save starts a push, unless one is going on: then it is part of the next one.
+
     Args:
-        args: TrainingArguments with `push_to_hub`, `hub_model_id`, `hub_strategy`, `hub_token`, `hub_private_repo`,
-            `hub_always_push` and `hub_revision`, which mean what they mean to transformers.
+        args: TrainingArguments with `push_to_hub`, `hub_model_id`, `hub_strategy`, `hub_token`, `hub_private_repo` and
+            `hub_revision`, which mean what they mean to transformers. All saves are pushed whatever `hub_always_push`.
 
     Attributes:
         uploading: checkpoints whose files are being read, or will be: they must not be deleted meanwhile.
@@ -78,15 +77,10 @@ class HubPush(TrainerCallback):
         self._main = PartialState().is_main_process
         self._folder = Path(args.output_dir)
         self._strategy = HubStrategy(args.hub_strategy)
-        self._queues = args.hub_always_push or self._strategy is HubStrategy.ALL_CHECKPOINTS
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._job: Future | None = None
-        self._newest = 0  # step whose push was queued last
-        self._is_down = False  # the last push failed
+        self._missing: dict[str, Path] = {}  # path in the repo: the checkpoint that belongs there
         self._failed: list[int] = []  # steps
-        self._skipped = 0  # saves during an upload
-        self._wanted: dict[str, Path] = {}  # path in the repo: the checkpoint that belongs there
-        self._pushed: dict[str, Path] = {}
 
     def open(self) -> None:
         """Create or check the repo, see `HubRepo.open`."""
@@ -122,20 +116,20 @@ class HubPush(TrainerCallback):
         checkpoint = self._folder / f"checkpoint-{state.global_step}"
         path = {HubStrategy.CHECKPOINT: LAST, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(self._strategy)
         if path:
-            self._wanted[path] = checkpoint
-        if self._job and not self._job.done() and not self._queues:
-            self._skipped += 1
+            self._missing[path] = checkpoint
+            self.uploading.add(checkpoint)
+        if self._job is not None and not self._job.done():
             return
+        missing = {path: folder for path, folder in self._missing.items() if folder.is_dir()}
+        self.uploading |= {checkpoint, *missing.values()}
         try:
-            files = self._model_files(checkpoint) | (_files_below(checkpoint, f"{path}/") if path else {})
             self._trainer.create_model_card(model_name=self.repo.name, dataset_name=self._dataset_name)
-            files["README.md"] = (self._folder / "README.md").read_bytes()  # the next save writes it anew
+            card = {"README.md": (self._folder / "README.md").read_bytes()}  # the next save writes it anew
+            files = self._model_files(checkpoint) | card
         except Exception as error:
             self._note_failure(state.global_step, error)
-            return
-        self.uploading.add(checkpoint)
-        self._newest = state.global_step
-        self._job = self._thread.submit(self._push, state.global_step, files, path, checkpoint)
+        else:
+            self._job = self._thread.submit(self._push, state.global_step, checkpoint, files, missing)
 
     def _model_files(self, folder: Path) -> dict[str, Path | bytes]:
         """The files that loading a saved model needs, and nothing else of the folder: name -> file."""
@@ -144,21 +138,22 @@ class HubPush(TrainerCallback):
             raise FileNotFoundError(f"{folder} has no weights in safetensors files")
         return weights | {name: folder / name for name in self._processor if (folder / name).is_file()}
 
-    def _push(self, step: int, files: dict[str, Path | bytes], path: str | None, checkpoint: Path) -> None:
+    def _push(self, step: int, checkpoint: Path, files: dict[str, Path | bytes], missing: dict[str, Path]) -> None:
         """In the background."""
         try:
-            if self._is_down and step != self._newest:
-                self._failed.append(step)  # all that are queued would wait as long as the last one did
-                return
-            self.repo.commit(files, f"Training in progress, step {step}", replace=LAST if path == LAST else None)
-            self._is_down = False
-            if path:
-                self._pushed[path] = checkpoint
+            self._commit(f"Training in progress, step {step}", files, missing)
         except Exception as error:
-            self._is_down = True
             self._note_failure(step, error)
-        finally:
-            self.uploading.discard(checkpoint)
+            self.uploading.clear()  # a Hub that is down must not fill the disk
+        self.uploading -= {checkpoint, *missing.values()}
+
+    def _commit(self, message: str, files: dict[str, Path | bytes], missing: dict[str, Path]) -> None:
+        for path, folder in missing.items():
+            files = files | _files_below(folder, f"{path}/")
+        self.repo.commit(files, message, replace=LAST if LAST in missing else None)
+        for path, folder in missing.items():
+            if self._missing.get(path) == folder:  # not a later one meanwhile
+                del self._missing[path]
 
     def _note_failure(self, step: int, error: Exception) -> None:
         self._failed.append(step)
@@ -182,62 +177,53 @@ class HubPush(TrainerCallback):
         self._thread.shutdown(wait=True)
         if self._had_bars:
             enable_progress_bars()
-        missing = {path: folder for path, folder in self._wanted.items() if self._pushed.get(path) != folder}
-        lost = {path: folder for path, folder in missing.items() if not folder.is_dir()}
-        for folder in lost.values():
-            print_main(f"{folder.name} was not pushed, and save_total_limit has deleted it meanwhile.")
-        missing = {path: folder for path, folder in missing.items() if path not in lost}
-        names: list[str] = []
+        lost = [path for path, folder in self._missing.items() if not folder.is_dir()]
+        for path in lost:
+            print_main(
+                f"{self._missing.pop(path).name} was not pushed, and save_total_limit has deleted it meanwhile."
+            )
+        files: dict[str, Path | bytes] = {}
         try:
             files = self._model_files(self._folder)
             files |= {p.name: p for name in ("README.md", "run.json") if (p := self._folder / name).is_file()}
-            names = list(files)
-            for path, folder in missing.items():
-                files |= _files_below(folder, f"{path}/")
-            self._commit_with_retries(files, LAST if LAST in missing else None)
+            self._commit_with_retries(files)
         except Exception as error:
-            self._print_not_pushed(error, names, missing)
+            self._print_not_pushed(error, list(files))
             return False
-        notes = ""
-        if self._failed:
-            steps = ", ".join(map(str, self._failed))
-            notes += f" The push of step {steps} had failed; this one comes after it."
-        if self._skipped:
-            notes += f" {self._skipped} saves came during an upload and were not pushed on their own."
-        print_main(f"pushed to {self.repo.url}.{notes}")
+        steps = ", ".join(map(str, self._failed))
+        note = f" The push of step {steps} had failed; this one comes after it." if steps else ""
+        print_main(f"pushed to {self.repo.url}.{note}")
         return not lost
 
-    def _commit_with_retries(self, files: dict[str, Path | bytes], replace: str | None) -> None:
+    def _commit_with_retries(self, files: dict[str, Path | bytes]) -> None:
         for wait in (*RETRY_WAITS, None):
             try:
-                return self.repo.commit(files, "End of training", replace=replace)
+                return self._commit("End of training", files, dict(self._missing))
             except Exception as error:
                 if wait is None or is_refusal(error):
                     raise
                 print_main(f"pushing to the Hub failed: {self.repo.reason(error)}. Again in {wait} s.")
                 time.sleep(wait)
 
-    def _print_not_pushed(self, error: Exception, names: list[str], checkpoints: dict[str, Path]) -> None:
-        what = ", ".join([f"the result in {self._folder}", *(folder.name for folder in checkpoints.values())])
-        by_hand = ""
-        if names:
-            lines = "".join(f"\n  {line}" for line in self._commands(names, checkpoints))
-            by_hand = f" To push it by hand, log in with `hf auth login` or HF_TOKEN, and:{lines}"
+    def _print_not_pushed(self, error: Exception, names: list[str]) -> None:
+        what = ", ".join([f"the result in {self._folder}", *(folder.name for folder in self._missing.values())])
+        lines = "".join(f"\n  {line}" for line in self._commands(names)) if names else ""
+        by_hand = f" To push it by hand, log in with `hf auth login` or HF_TOKEN, and:{lines}" if lines else ""
         print_main(
             f"NOT PUSHED to {self.repo.url}: {what}. {self.repo.reason(error)}.\n"
             f"Training is done, and everything is saved.{by_hand}"
         )
 
-    def _commands(self, names: list[str], checkpoints: dict[str, Path]) -> list[str]:
+    def _commands(self, names: list[str]) -> list[str]:
         """The command lines that push what the last commit was to bring."""
         more = ["--private"] if self.repo.private else []
         more += ["--revision", self.repo.revision] if self.repo.revision else []
         upload = ["hf", "upload", self.repo.name]
-        patterns = [*names, *(f"{path}/*" for path, folder in checkpoints.items() if path == folder.name)]
+        patterns = [*names, *(f"{path}/*" for path, folder in self._missing.items() if path == folder.name)]
         includes = [part for pattern in patterns for part in ("--include", pattern)]
         lines = [[*upload, str(self._folder), ".", *includes, "--commit-message", "End of training", *more]]
-        if LAST in checkpoints:
-            folder, card = checkpoints[LAST], "README.md"
+        if LAST in self._missing:
+            folder, card = self._missing[LAST], "README.md"
             lines.append([*upload, str(folder), LAST, "--exclude", card, "--delete", "*", *more])
             if (folder / card).is_file():  # PEFT's: `hf upload` takes it for the repo's, and refuses local base models
                 lines.append([*upload, str(folder / card), f"{LAST}/{card}", *more])
