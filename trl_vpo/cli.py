@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from trl_vpo.data.import_formats import FORMATS
-from trl_vpo.errors import UserError, did_you_mean
+from trl_vpo.errors import UserError, as_user_errors, did_you_mean
 from trl_vpo.generate import METHODS as PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         args.parser.error(f"unknown option {rest[0]}. `{args.parser.prog} --help` lists the options.")
     hide_messages()
     try:
-        return args.run(args, rest)
+        with as_user_errors(kinds=(OSError,)):  # of disks, wherever a file is written
+            return args.run(args, rest)
     except KeyboardInterrupt:  # whoever was interrupted has said how to continue
         return 130
     except UserError as error:

@@ -107,7 +107,9 @@ class PlotError(UserError):
 
 
 @contextmanager
-def as_user_errors(where: str = "") -> Iterator[None]:
+def as_user_errors(
+    where: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
+) -> Iterator[None]:
     """Turn what libraries raise about settings, files and missing packages into `UserError`.
 
     Put it around the calls in which a `ValueError`, `OSError` or `ImportError` is about what the user set, named or
@@ -115,6 +117,7 @@ def as_user_errors(where: str = "") -> Iterator[None]:
 
     Args:
         where: what the message begins with, such as the name of what is loaded.
+        kinds: the errors that are turned.
 
     Raises:
         UserError: in place of those errors; a `UserError` passes as it is.
@@ -123,7 +126,7 @@ def as_user_errors(where: str = "") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, OSError, ImportError) as error:
+    except kinds as error:
         raise UserError(f"{where}: {error}" if where else str(error) or type(error).__name__) from error
 
 
