@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
+
+from trl_vpo.errors import MediaError
+from trl_vpo.media.load import VideoOptions, check_image, check_video, load_image, load_video
 
 WIDTH, HEIGHT = 64, 48
 PIXELS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "gif": "rgb8"}  # other codecs take yuv420p
@@ -158,3 +164,48 @@ def remux_shifted(source: Path, target: Path, by: int) -> Path:
                 packet.stream = stream
                 new.mux(packet)
     return target
+
+
+ORIENTATIONS = {  # EXIF: the display matrix that says the same, and what the stored picture is turned by
+    1: ((1, 0, 0, 1), None),
+    2: ((-1, 0, 0, 1), "FLIP_LEFT_RIGHT"),
+    3: ((-1, 0, 0, -1), "ROTATE_180"),
+    4: ((1, 0, 0, -1), "FLIP_TOP_BOTTOM"),
+    5: ((0, 1, 1, 0), "TRANSPOSE"),
+    6: ((0, 1, -1, 0), "ROTATE_270"),
+    7: ((0, -1, -1, 0), "TRANSVERSE"),
+    8: ((0, -1, 1, 0), "ROTATE_90"),
+}
+
+
+def upright(orientation: int, pixels: np.ndarray) -> np.ndarray:
+    """The picture that a stored one of this orientation shows."""
+    turn, image = ORIENTATIONS[orientation][1], Image.fromarray(pixels)
+    return np.asarray(image.transpose(Image.Transpose[turn]) if turn else image).astype(int)
+
+
+def frame_files(folder: Path, count: int = 10) -> list[Path]:
+    """Numbered frames as png files."""
+    paths = [folder / f"frame{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.fromarray(picture(i)).save(path)
+    return paths
+
+
+def refused(
+    source: Any, reason: str, *, name: str | None = None, uses=(load_video, check_video), options=None, **where
+):
+    """Each of `uses` raises a MediaError that gives the reason, names the file, and survives pickling."""
+    for use in uses:
+        arguments = [] if use in (load_image, check_image) else [options or VideoOptions(num_frames=1000)]
+        with pytest.raises(MediaError, match=reason) as caught:
+            use(source, *arguments, **where)
+        message = str(caught.value)
+        assert (name or str(source)) in message and message.endswith("."), message
+        again = type(caught.value)(message)  # as torch's DataLoader raises it in the main process
+        assert str(again) == message and str(pickle.loads(pickle.dumps(caught.value))) == message
+    return caught.value
+
+
+def refused_image(source: Any, reason: str, **kwargs):
+    return refused(source, reason, uses=(load_image, check_image), **kwargs)

@@ -1,4 +1,4 @@
-"""When frames are shown, as each family's processor reads it: literal values, and what it does by itself."""
+"""Times of frames as each family's processor reads them: literal values, and its own sampling."""
 
 import re
 
@@ -45,7 +45,7 @@ def second_per_grid(processor, source, options):
 
 
 def official(processor, path, **kwargs):
-    """What the processor gives when it is handed every frame and samples by itself."""
+    """The processor's output where it is handed every frame and samples by itself."""
     clip = load_video(path, ALL)
     whole = VideoMetadata(total_num_frames=clip.total_frames, fps=round(clip.fps), duration=clip.duration)
     text = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -55,17 +55,12 @@ def official(processor, path, **kwargs):
 
 
 @pytest.mark.parametrize("fps, grids", [(1, 2.0), (2, 1.0), (5, 0.4), (3, 2 / 3)])
-def test_qwen25_sampled_by_fps_has_the_official_rate(processors, clips, fps, grids):
+def test_qwen25_sampled_by_fps_is_as_the_official_one(processors, clips, fps, grids):
     processor = processors["Qwen2.5-VL"]
-    assert second_per_grid(processor, str(clips / "25.mp4"), VideoOptions(fps=fps)) == pytest.approx([grids], abs=1e-7)
-    theirs = official(processor, clips / "25.mp4", fps=fps)["second_per_grid_ts"]
-    assert second_per_grid(processor, str(clips / "25.mp4"), VideoOptions(fps=fps)) == theirs.tolist()
-
-
-def test_qwen25_frames_sampled_by_fps_are_the_official_ones(processors, clips):
-    processor = processors["Qwen2.5-VL"]
-    ours = prompt_of(processor, str(clips / "25.mp4"), VideoOptions(fps=2))[0].media
-    theirs = official(processor, clips / "25.mp4", fps=2)
+    ours = prompt_of(processor, str(clips / "25.mp4"), VideoOptions(fps=fps))[0].media
+    theirs = official(processor, clips / "25.mp4", fps=fps)
+    assert ours["second_per_grid_ts"].tolist() == pytest.approx([grids], abs=1e-7)
+    assert ours["second_per_grid_ts"].tolist() == theirs["second_per_grid_ts"].tolist()
     assert (ours["pixel_values_videos"] == theirs["pixel_values_videos"]).all()
 
 
@@ -103,8 +98,8 @@ def test_qwen25_temporal_positions_are_even(clips):
     ],
 )
 def test_qwen25_seconds_of_a_grid_step(processors, clips, name, options, grids):
-    found = second_per_grid(processors["Qwen2.5-VL"], str(clips / name), VideoOptions(**options))
-    assert found == pytest.approx([grids], rel=1e-6)
+    seconds = second_per_grid(processors["Qwen2.5-VL"], str(clips / name), VideoOptions(**options))
+    assert seconds == pytest.approx([grids], rel=1e-6)
 
 
 STAMPS = [  # file, options, the seconds that Qwen3-VL prints, the minutes that SmolVLM prints, its duration
@@ -130,7 +125,7 @@ STAMPS = [  # file, options, the seconds that Qwen3-VL prints, the minutes that 
 @pytest.mark.parametrize("name, options, seconds, minutes, duration", STAMPS)
 def test_printed_times_are_the_real_ones(processors, clips, name, options, seconds, minutes, duration):
     _, text = prompt_of(processors["Qwen3-VL"], str(clips / name), VideoOptions(**options))
-    assert [float(found) for found in re.findall(r"<(\d+\.\d) seconds>", text)] == seconds
+    assert list(map(float, re.findall(r"<(\d+\.\d) seconds>", text))) == seconds
     _, text = prompt_of(processors["SmolVLM"], str(clips / name), VideoOptions(**options))
     assert re.findall(r"Frame from (\d\d:\d\d):", text) == minutes
     assert duration is None or f"{duration} [H:MM:SS]" in text
@@ -152,12 +147,11 @@ def test_every_family_gets_every_frame(processors, clips, family, name):
 
 def test_frames_without_a_clock_count_as_two_a_second(processors):
     frames = [picture(i) for i in range(8)]
-    assert second_per_grid(processors["Qwen2.5-VL"], frames, VideoOptions()) == [1.0]
-    assert second_per_grid(processors["Qwen2.5-VL"], {"video": frames, "frames_fps": 0.3}, VideoOptions()) == (
-        pytest.approx([2 / 0.3])
-    )
-    assert second_per_grid(processors["Qwen2.5-VL"], frames, VideoOptions(fps=4)) == [0.5]
-    _, text = prompt_of(processors["Qwen3-VL"], {"video": frames, "frames_fps": 0.3}, VideoOptions(num_frames=4))
+    timed, processor = {"video": frames, "frames_fps": 0.3}, processors["Qwen2.5-VL"]
+    assert second_per_grid(processor, frames, VideoOptions()) == [1.0]
+    assert second_per_grid(processor, timed, VideoOptions()) == pytest.approx([2 / 0.3])
+    assert second_per_grid(processor, frames, VideoOptions(fps=4)) == [0.5]
+    _, text = prompt_of(processors["Qwen3-VL"], timed, VideoOptions(num_frames=4))
     assert re.findall(r"<(\d+\.\d) seconds>", text) == ["3.3", "20.0"]  # 0, 6.7, 16.7 and 23.3 s
 
 
