@@ -58,15 +58,11 @@ def test_literal_tensors_of_a_text_batch():
 def test_strings_get_an_end_of_sequence_token():
     tok = text_model()[1]
     tree = PreferenceCollator(tok).encode({"prompt": "user", "chosen": " red", "rejected": " blue<|im_end|>"})
-    assert text_of_tok(tok, tree.branches[0]) == " red<|im_end|>"
-    assert text_of_tok(tok, tree.branches[1]) == " blue<|im_end|>"
+    assert tok.decode(tree.branches[0].ids) == " red<|im_end|>"
+    assert tok.decode(tree.branches[1].ids) == " blue<|im_end|>"
 
 
-def text_of_tok(tok, branch):
-    return tok.decode(branch.ids)
-
-
-def test_tokens_that_merge_across_the_prompts_end_belong_to_the_response():
+def test_tokens_that_merge_across_the_seam_are_the_responses():
     tok = tokenizer(corpus=["ab abc abcd"] * 50, vocab_size=300)
     assert len(tok(" abc")["input_ids"]) == len(tok(" abcd")["input_ids"]) == 1  # " ab" + "c" is one token
     tree = PreferenceCollator(tok).encode({"prompt": "abc ab", "chosen": "c", "rejected": "cd"})
@@ -183,12 +179,8 @@ def test_every_source_of_an_image_gives_the_same_tensor(qwen, picture):
 def test_lpoi_draws_its_list_and_repeats_the_chosen_response(qwen, picture):
     collator = PreferenceCollator(qwen, num_images=4)
     box = [10, 20, 60, 50]
-    batch = collator(
-        [
-            row("image", [picture], critical_box=box),
-            row("image", [], image_list=[picture, picture]) | {"prompt": message("user", "<image>", "What?")},
-        ]
-    )
+    listed = row("image", [], image_list=[picture, picture]) | {"prompt": message("user", "<image>", "What?")}
+    batch = collator([row("image", [picture], critical_box=box), listed])
     assert batch["image_branches"].tolist() == [[0, 2, 3, 4], [5, 7, -1, -1]]
     assert batch["branch_trunk"].tolist() == [0, 0, 1, 2, 3, 4, 4, 5]
     ids = batch["branch_ids"]
@@ -230,23 +222,11 @@ def test_a_row_over_max_length_is_an_error_with_its_count(qwen, clip):
         tight.encode(row("video", [clip]) | {"_row_index": 5})
 
 
-def test_visual_rows_need_a_processor(picture):
-    with pytest.raises(RowError, match="is a tokenizer of a text model"):
-        PreferenceCollator(text_model()[1]).encode(row("image", [picture]))
-
-
 def test_bad_media_name_the_row_and_the_file(qwen, tmp_path):
     path = tmp_path / "broken.mp4"
     path.write_bytes(b"not a video" * 100)
     with pytest.raises(RowError, match=r"row 2 \(id 'v'\): .*broken\.mp4"):
         PreferenceCollator(qwen).encode(row("video", [str(path)], id="v") | {"_row_index": 2})
-
-
-def test_a_box_outside_the_image_is_refused(qwen, picture):
-    with pytest.raises(RowError, match=r"row 1: .*100"):
-        PreferenceCollator(qwen, num_images=3).encode(
-            row("image", [picture], critical_box=[50, 10, 130, 40]) | {"_row_index": 1}
-        )
 
 
 @pytest.mark.parametrize("prompt", ["What is it?", "<image>What is it?", VISION + "What is it?"])
@@ -275,16 +255,6 @@ def test_messages_need_a_chat_template():
     tok.chat_template = None
     with pytest.raises(RowError, match="has no chat template"):
         PreferenceCollator(tok).encode(row(None))
-
-
-def test_what_a_chat_template_refuses_is_named():
-    tok = text_model()[1]
-    tok.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    tok.chat_template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert PreferenceCollator(tok).encode(row(None))
-    example = row(None, id="x") | {"prompt": message("system", "Be brief.") + message("user", "What?")}
-    with pytest.raises(RowError, match=r"row 4 \(id 'x'\): the chat template refuses its messages: no system role"):
-        PreferenceCollator(tok).encode(example | {"_row_index": 4})
 
 
 @pytest.mark.parametrize("trims", [False, True])

@@ -1,0 +1,68 @@
+"""Rows of another layout name their importer; names that are nearly right are named."""
+
+import pytest
+from helpers import message, row
+
+from trl_vpo.data.rows import read_row
+from trl_vpo.errors import RowError
+
+TURN = [{"from": "human", "value": "<image>What is it?"}]
+SAID = {"from": "gpt", "value": "A cat."}
+LAYOUTS = [
+    (
+        {"conversations": TURN, "chosen": SAID, "rejected": SAID | {"value": "A dog."}},
+        "`chosen` .*import llamafactory",
+    ),
+    ({"messages": TURN, "chosen": "A", "rejected": "B"}, "has no `prompt`.* `messages` are.*import llamafactory"),
+    (
+        {"question": "What?", "chosen": "A cat.", "rejected": "A dog.", "image": "a.png"},
+        "`question` are not read. Rename",
+    ),
+    ({"question": "What?", "chosen": "It is a", "rejected": "It is b"}, "has no `prompt`.* `question`"),
+    ({"messages": [], "rejected_response": "A dog."}, "has no `chosen`.*import ms-swift"),
+    ({"question": "?", "answer": "A", "pred": "B", "video": "a.mp4"}, "has no `chosen`.*`answer`, .*import rrpo"),
+    ({"img_path": "a.png", "chosen": "A", "rejected": "B"}, "has no `prompt`.* `img_path` .*import lpoi"),
+    ({"conversations": TURN, "image": "a.png"}, "has no `chosen`.*`conversations` are not read. Rename"),
+    ({"instruction": "What?", "input": "", "output": ["A", "B"]}, "has no `chosen`.*`input`, `instruction`, `output`"),
+    ({"text": "{}", "image": "a.png", "ds_name": "x"}, "has no `chosen`.*`ds_name`, `text` are not read"),
+    (
+        {"prompt": "What?", "messages": [], "chosen": message("user", "What?"), "rejected": message("user", "What?")},
+        "mixes strings and message lists.*leave `prompt` out",
+    ),
+]
+
+
+@pytest.mark.parametrize(("example", "says"), LAYOUTS, ids=[" ".join(example) for example, _ in LAYOUTS])
+def test_rows_of_another_layout_name_their_importer(example, says):
+    with pytest.raises(RowError, match=says):
+        read_row(example)
+
+
+NEAR = {
+    "chosen_phrase": "chosen_phrases",
+    "rejected_phrasees": "rejected_phrases",
+    "image_lists": "image_list",
+    "critical_boxes": "critical_box",
+    "critical_bbox": "critical_box",
+    "imageList": "image_list",
+    "Images": "images",
+    "vidoes": "videos",
+    "promt": "prompt",
+    "tool": "tools",
+    "chat-template-kwargs": "chat_template_kwargs",
+}
+FAR = """
+ids sources image_id video_id video_path prompt_id score_chosen question chosen_model answer options split image_path
+idx data_source rejected_score critical trust list
+"""
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_column_that_is_nearly_right_is_named(name):
+    with pytest.raises(RowError, match=f"column `{name}`, which is not read. Did you mean `{NEAR[name]}`"):
+        read_row(row(None) | {name: [1]})
+    read_row(row(None) | {name: None})  # of other rows
+
+
+def test_columns_that_are_near_nothing_are_left_alone():
+    read_row(row(None) | dict.fromkeys(FAR.split(), "x"))

@@ -1,0 +1,183 @@
+"""Other projects' records to rows: one literal example per format, and bad records."""
+
+import json
+import re
+
+import pytest
+from import_records import FACTORY, HOUND, LPOI, RECORDS, RRPO, SWIFT
+
+from trl_vpo.data.importers import FORMATS, convert, import_rows
+from trl_vpo.errors import ImportFormatError
+from trl_vpo.testbed.rows import write_jsonl
+
+TEXT = {"type": "text"}
+
+
+def one(tmp_path, fmt, record, **options):
+    (row,) = import_rows(fmt, write_jsonl([record], tmp_path / "in.jsonl"), **options)
+    return row
+
+
+def user(*parts):
+    return {"role": "user", "content": [{"type": p} if p in ("image", "video") else TEXT | {"text": p} for p in parts]}
+
+
+def says(text, role="assistant"):
+    return {"role": role, "content": [TEXT | {"text": text}]}
+
+
+def contents(tmp_path, text, **media):
+    """The contents that a LLaMA-Factory record's user turn becomes."""
+    record = FACTORY | {"conversations": [{"from": "human", "value": text}], "images": None} | media
+    return one(tmp_path, "llamafactory", record)["prompt"]
+
+
+def test_rrpo(tmp_path):
+    assert set(RECORDS) == set(FORMATS)
+    row = one(tmp_path, "rrpo", RRPO)
+    assert row == {
+        "id": "0",
+        "source": "rrpo/data-source",
+        "prompt": [user("video", "This is a sample question.")],
+        "chosen": [says(RRPO["answer"])],
+        "rejected": [says(RRPO["pred"])],
+        "videos": ["video.mp4"],
+        "chosen_phrases": [[10, 17], [21, 30]],
+        "rejected_phrases": [[11, 20], [24, 37]],
+    }
+    assert [RRPO["answer"][a:b] for a, b in row["chosen_phrases"]] == ["correct", "preferred"]
+    assert [RRPO["pred"][a:b] for a, b in row["rejected_phrases"]] == ["incorrect", "non-preferred"]
+    as_its_own_loader_reads = {k: v for k, v in RRPO.items() if k != "video"} | {"media_path": "clips/1.mp4"}
+    assert one(tmp_path, "rrpo", as_its_own_loader_reads)["videos"] == ["clips/1.mp4"]
+
+
+def test_rrpo_without_tags_is_left_to_the_word_diff(tmp_path):
+    for masked in ({"answer_masked": None, "pred_masked": None}, {s + "_masked": RRPO[s] for s in ("answer", "pred")}):
+        row = one(tmp_path, "rrpo", RRPO | masked)
+        assert row["chosen_phrases"] is None and row["rejected_phrases"] is None
+
+
+def test_rrpo_words_only_added(tmp_path):
+    texts = {"answer": "A car.", "answer_masked": "A car.", "pred": "A red car."}
+    row = one(tmp_path, "rrpo", RRPO | texts | {"pred_masked": "A <MASK> red </MASK> car."})
+    assert (row["chosen_phrases"], row["rejected_phrases"]) == ([], [[2, 5]])
+
+
+def test_lpoi(tmp_path):
+    row = one(tmp_path, "lpoi", LPOI)
+    assert row["prompt"] == [user("image", "What is it?")]
+    assert (row["images"], row["id"], row["source"]) == (["data/images/1.jpg"], "in-1", "lpoi")
+    assert "videos" not in row
+
+
+def test_ms_swift(tmp_path):
+    assert one(tmp_path, "ms-swift", SWIFT) == {
+        "id": "in-1",
+        "source": "ms-swift",
+        "prompt": [
+            says("Be brief.", "system"),
+            user("image", "What is in the image, ", "video", "What is in the video?"),
+            says("An elephant and a lion."),
+            user("What does the lion do?"),
+        ],
+        "chosen": [says("It runs.")],
+        "rejected": [says("It sleeps.")],
+        "images": ["x.jpg"],
+        "videos": ["x.mp4"],
+    }
+    record = {k: v for k, v in SWIFT.items() if k != "rejected_response"} | {"rejected_images": ["x.jpg"]}
+    rejected = [*SWIFT["messages"][:-1], {"role": "assistant", "content": "It sleeps."}]
+    assert one(tmp_path, "ms-swift", record | {"rejected_messages": rejected}) == one(tmp_path, "ms-swift", SWIFT)
+
+
+def test_llamafactory(tmp_path):
+    row = one(tmp_path, "llamafactory", FACTORY | {"system": "Be brief."})
+    assert row["prompt"] == [says("Be brief.", "system"), user("image", "image", "Which is red?")]
+    assert (row["chosen"], row["rejected"]) == ([says("The first.")], [says("The second.")])
+    assert (row["images"], row["videos"]) == (["a.jpg", "b.jpg"], [])
+    openai = {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": "<image>\n<image>\nWhich is red?"},
+        ],
+        "chosen": {"role": "assistant", "content": "The first."},
+        "rejected": "The second.",
+        "images": ["a.jpg", {"path": "b.jpg", "bytes": None}],
+    }
+    assert one(tmp_path, "llamafactory", openai) == one(tmp_path, "llamafactory", FACTORY)
+
+
+def test_llava_hound(tmp_path):
+    row = one(tmp_path, "llava-hound", HOUND)
+    assert row["prompt"] == [user("What happens?", "video")]
+    assert (row["id"], row["videos"], row["chosen"]) == ("v_1", ["webvid/123"], [says("A dog runs.")])
+
+
+def test_markers_become_placeholders(tmp_path):
+    two = {"images": ["a", "b"]}
+    assert contents(tmp_path, "Which?", **two) == [user("image", "image", "Which?")]
+    assert contents(tmp_path, "Is <image> like <image>?", **two) == [user("Is ", "image", " like ", "image", "?")]
+    assert contents(tmp_path, " Say it \n<image>", images="a") == [user(" Say it", "image")]
+    assert contents(tmp_path, "<image>", images="a") == [user("image")]
+    assert contents(tmp_path, "<video>\nsee <image>\n", images=["a"], videos=["b"]) == [user("video", "see", "image")]
+    assert contents(tmp_path, "no media") == [user("no media")]
+
+
+def test_media_root(tmp_path):
+    def images(root, *paths):
+        return one(tmp_path, "llamafactory", FACTORY | {"images": list(paths)}, media_root=root)["images"]
+
+    assert images("/data", "a.jpg", "/abs/b.jpg") == ["/data/a.jpg", "/abs/b.jpg"]
+    assert images(tmp_path, "a.jpg", "https://host/b.jpg") == [str(tmp_path / "a.jpg"), "https://host/b.jpg"]
+    assert images(None, "a.jpg", "b.jpg") == ["a.jpg", "b.jpg"]
+
+
+IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
+
+
+@pytest.mark.parametrize(
+    "fmt, change, message",
+    [
+        ("rrpo", {"answer": None}, r"line 1: `answer` is missing. The record has the fields question, answer"),
+        ("rrpo", {"pred": " "}, "`pred` is empty"),
+        ("rrpo", {"video": None}, r"`video` \(or `media_path`\) is missing"),
+        ("rrpo", {"video": 3}, "`video` is int, not text"),
+        ("rrpo", {"answer_masked": "a <MASK> right </MASK>."}, "`answer_masked`: the tagged text is not the plain"),
+        ("rrpo", {"pred_masked": "an <MASK> incorrect"}, "`pred_masked`: the last <MASK> .* never closed"),
+        ("rrpo", {"pred_masked": None}, "`pred_masked`: `pred_masked` is missing"),
+        ("rrpo", {"pred": RRPO["answer"]}, "identical"),
+        ("rrpo", {"question": "<image><image> two?"}, r"2 <video> marker\(s\) for 1 videos"),
+        ("rrpo", {"answer": "\ud83d", "answer_masked": None, "pred_masked": None}, "surrogates not allowed"),
+        ("lpoi", {"img_path": ""}, "`img_path` is empty"),
+        ("lpoi", {"prompt": "<video> What?"}, r"0 <image> marker\(s\) for 1 images"),
+        ("lpoi", {"chosen": "see <image>"}, "the chosen response contains <image>"),
+        ("ms-swift", {"messages": []}, "`messages` is missing or not a list"),
+        ("ms-swift", {"messages": SWIFT["messages"][:-1]}, "`messages` ends with the user's turn"),
+        ("ms-swift", {"messages": SWIFT["messages"][-1:]}, "the prompt does not end with the user's turn"),
+        ("ms-swift", {"messages": [{"role": "tool", "content": "x"}]}, r"`messages`\[0\] has the role 'tool'. Roles:"),
+        ("ms-swift", {"messages": ["hello"]}, r"`messages`\[0\] is not a message"),
+        ("ms-swift", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"`messages`\[0\] has no text"),
+        ("ms-swift", {"rejected_response": None}, "`rejected_response` .*is missing"),
+        ("ms-swift", {"rejected_images": ["y.jpg"]}, "`rejected_images` differ from `images`"),
+        ("ms-swift", {"rejected_response": None, "rejected_messages": SWIFT["messages"][3:]}, "another prompt"),
+        ("ms-swift", {"images": []}, r"1 <image> marker\(s\) for 0 images"),
+        ("ms-swift", {"videos": [["1.jpg", "2.jpg"]]}, r"`videos`\[0\] is not a path"),
+        ("ms-swift", {"images": [{"bytes": "aGk="}]}, r"`images`\[0\] is not a path"),
+        ("ms-swift", {"images": 3}, "`images` is int, not a list"),
+        ("ms-swift", {"audios": ["a.wav"]}, "`audios` is not supported"),
+        ("llamafactory", {"conversations": [IMAGE_OF_GPT, *FACTORY["conversations"]]}, "not the user's. Move"),
+        ("llamafactory", {"chosen": {"from": "gpt"}}, "`chosen` has no text"),
+        ("llava-hound", {"rejected": "A dog runs. "}, "identical"),
+    ],
+)
+def test_bad_records(tmp_path, fmt, change, message):
+    path = write_jsonl([RECORDS[fmt] | change], tmp_path / "in.jsonl")
+    with pytest.raises(ImportFormatError, match=message) as error:
+        list(import_rows(fmt, path))
+    assert str(error.value).startswith(f"{path}, line 1: ")
+    # the same record is skipped, counted and listed with its reason on request
+    good = RECORDS[fmt] | {"id": "good"}
+    counts = convert(fmt, write_jsonl([RECORDS[fmt] | change, good], path), tmp_path / "out.jsonl", on_bad="skip")
+    assert (counts.read, counts.written, counts.rejected) == (2, 1, 1)
+    (listed,) = map(json.loads, (tmp_path / "out.jsonl.rejected.jsonl").read_text().splitlines())
+    assert re.search(message, listed["reason"]) and listed["record"] == RECORDS[fmt] | change

@@ -1,0 +1,210 @@
+"""Chat templates in the form in which the models' own checkpoints carry them, and processors that have them."""
+
+import re
+from pathlib import Path
+
+import trl
+from families import FAMILIES
+
+QUESTION, ANSWER = "What is in the picture?", "a red square moves left."
+
+
+def shipped(name):
+    """A template that TRL ships."""
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+
+
+PARTS = "{% for c in m['content'] | selectattr('type', 'equalto', '%s') %}"
+LOOP, END = "{% for m in messages %}", "{% endfor %}"
+VICUNA = (
+    LOOP
+    + "{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
+    + "".join(PARTS.replace("%s", kind) + "{{ '<" + kind + ">\n' }}" + END for kind in ("image", "video"))
+    + PARTS.replace("%s", "text")
+    + "{{ c['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+ONEVISION = (
+    LOOP
+    + "{{ '<|im_start|>' + m['role'] + ' ' }}"
+    + "".join(PARTS.replace("%s", kind) + "{{ '<" + kind + ">' }}" + END for kind in ("image", "video"))
+    + PARTS.replace("%s", "text")
+    + "{{ '\n' + c['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
+    + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN = (
+    LOOP + "SYSTEM<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}<|im_end|>\n{% else %}"
+    "{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' or 'image' in c %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c['type'] == 'video' or 'video' in c %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM = "{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}"
+IDEFICS = (
+    LOOP
+    + "{{ m['role'].capitalize() }}{% if m['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}"
+    "{% elif c['type'] == 'image' %}{{ '<image>' }}{% elif c['type'] == 'video' %}{{ '<video>' }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+INTERNVL = (
+    LOOP + "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% elif c['type'] == 'video' %}{{ '<video>\n' }}{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN3_THINKING = QWEN.replace("SYSTEM", "").replace(
+    "{% for c in m", "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% for c in m"
+)
+GLM = (
+    "[gMASK]<sop>{% for m in messages %}{% if m.role == 'user' %}<|user|>\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'image' %}<|begin_of_image|><image><|end_of_image|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    "{% endif %}{% elif m.role == 'assistant' %}<|assistant|>\n{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<image>' }}{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+COHERE = (
+    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{{ m['role'] | upper }}{{ m['content'] }}"
+    "<|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|>ASSISTANT{% endif %}"
+)
+PIXTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{{ '[/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+Q, A = QUESTION, ANSWER
+QWEN_PROMPT = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{Q}<|im_end|>\n<|im_start|>assistant\n"
+AROUND = "<fake_token_around_image>"
+QWEN2 = (QWEN.replace("SYSTEM", SYSTEM), "<|im_end|>", "<|im_start|>system\nBe helpful.<|im_end|>\n" + QWEN_PROMPT)
+# name: family, template, special tokens (the first is EOS), prompt of an image row, response
+OFFICIAL = {
+    "LLaVA-1.5": ("LLaVA-1.5", VICUNA, "</s>", f"USER: <image>\n{Q} ASSISTANT:", f" {A}</s>"),
+    "LLaVA-NeXT-Video": ("LLaVA-NeXT-Video", VICUNA, "</s>", f"USER: <image>\n{Q} ASSISTANT:", f" {A}</s>"),
+    "LLaVA-OneVision": (
+        "LLaVA-OneVision",
+        ONEVISION,
+        "<|im_end|>",
+        f"<|im_start|>user <image>\n{Q}<|im_end|><|im_start|>assistant\n",
+        f"{A}<|im_end|>",
+    ),
+    "Qwen2-VL": ("Qwen2-VL", *QWEN2, f"{A}<|im_end|>\n"),
+    "Qwen2.5-VL": ("Qwen2.5-VL", *QWEN2, f"{A}<|im_end|>\n"),
+    "Qwen3-VL": ("Qwen3-VL", shipped("qwen3_vl"), "<|im_end|>", QWEN_PROMPT, f"{A}<|im_end|>\n"),
+    "Qwen3-VL-Thinking": (
+        "Qwen3-VL",
+        QWEN3_THINKING.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+        "<|im_end|>",
+        QWEN_PROMPT + "<think>\n",
+        f"\n</think>\n\n{A}<|im_end|>\n",
+    ),
+    "Idefics2": (
+        "Idefics2",
+        IDEFICS,
+        "</s>",
+        f"User:{AROUND}<image>{AROUND} {Q}<end_of_utterance>\nAssistant:",
+        f" {A}<end_of_utterance>\n",
+    ),
+    "SmolVLM": (
+        "SmolVLM",
+        "<|im_start|>" + IDEFICS,
+        "<end_of_utterance>",
+        f"<|im_start|>User:{AROUND}<global-img><image>{AROUND}{Q}<end_of_utterance>\nAssistant:",
+        f" {A}<end_of_utterance>\n",
+    ),
+    "InternVL": (
+        "InternVL",
+        INTERNVL,
+        "<|im_end|>",
+        f"<|im_start|>user\n<img><IMG_CONTEXT></img>\n{Q}<|im_end|>\n<|im_start|>assistant\n",
+        f"{A}<|im_end|>\n",
+    ),
+    "GLM-4.1V": (
+        "LLaVA-1.5",
+        GLM,
+        "<|endoftext|> <|user|> <|assistant|>",
+        f"[gMASK]<sop><|user|>\n<|begin_of_image|><image><|end_of_image|>{Q}<|assistant|>\n",
+        f"{A}<|endoftext|>",
+    ),
+    "Llama-3.2-Vision": (
+        "LLaVA-1.5",
+        LLAMA,
+        "<|eot_id|> <|start_header_id|> <|end_header_id|>",
+        f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>{Q}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        f"{A}<|eot_id|>",
+    ),
+    "Gemma 3": (
+        "LLaVA-1.5",
+        shipped("gemma3").replace("<start_of_image>", "<image>"),
+        "<eos> <start_of_turn> <end_of_turn>",
+        f"<|begin_of_text|><start_of_turn>user\n<image>{Q}<end_of_turn>\n<start_of_turn>model\n",
+        f"{A}<end_of_turn>\n",
+    ),
+    "Pixtral": (
+        "LLaVA-1.5",
+        PIXTRAL,
+        "</s> [INST] [/INST]",
+        f"<|begin_of_text|>[INST]<image>{Q}[/INST]",
+        f"{A}</s>",
+    ),
+    "LLaVA-NeXT": ("LLaVA-1.5", shipped("llava_next"), "</s>", f"[INST] <image>\n{Q} [/INST]", f" {A}</s> "),
+    # printed contents; a template of a text model has no place for an image
+    "Cohere2": (
+        "LLaVA-1.5",
+        COHERE,
+        "<|END_OF_TURN_TOKEN|> <|START_OF_TURN_TOKEN|>",
+        None,
+        f"{A}<|END_OF_TURN_TOKEN|>",
+    ),
+}
+TEXT = {  # templates of text models, as TRL ships them: how a response reads, EOS being <eos>; None: refused
+    "cohere": "A cat.<|END_OF_TURN_TOKEN|>",
+    "cohere2": "A cat.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    "deepseekv3": None,  # opens a thought for generation that the conversation does not have
+    "gemma": "A cat.<end_of_turn>\n",
+    "gemma3": "A cat.<end_of_turn>\n",
+    "gemma4": "A cat.<turn|>\n",
+    "glm4moe": "\n<think></think>\nA cat.<eos>",
+    "gptoss": "<|channel|>final<|message|>A cat.<|return|>",
+    "idefics3": " A cat.<end_of_utterance>\n",
+    "lfm2": "A cat.<|im_end|>\n",
+    "lfm2_2_5_vl": "A cat.<|im_end|>\n",
+    "llama3": "A cat.<|eot_id|>",
+    "llama3_2": "A cat.<|eot_id|>",
+    "llava_next": " A cat.</s> ",
+    "nemotron_3_nano": "</think>A cat.<|im_end|>\n",
+    "phi3": "A cat.<|end|>\n<eos>",
+    "qwen2_5": "A cat.<|im_end|>\n",
+    "qwen3": "<think>\n\n</think>\n\nA cat.<|im_end|>\n",
+    "qwen3_5_nothink": "A cat.<|im_end|>\n",
+    "qwen3_5_think": "\n</think>\n\nA cat.<|im_end|>\n",
+    "qwen3_instruct_2507": "A cat.<|im_end|>\n",
+    "qwen3_vl": "A cat.<|im_end|>\n",
+    "smolvlm": " A cat.<end_of_utterance>\n",
+}
+ENDS = sorted(set(re.findall(r"<[^>]+>(?=\s*$)", "\n".join(filter(None, TEXT.values())), re.M)) | {"</s>"})
+
+
+def official(name):
+    """The processor of a family with the template, special tokens, and BOS of a checkpoint."""
+    family, template, specials, prompt, response = OFFICIAL[name]
+    processor = FAMILIES[family][0]()[1]
+    dress(processor, template, specials.split())
+    return processor, prompt, response
+
+
+def dress(processor, template, specials):
+    """Give a processor or tokenizer another template, with its special tokens."""
+    tok = getattr(processor, "tokenizer", processor)
+    tok.add_tokens([*specials, "<|begin_of_text|>", "<think>", "</think>"], special_tokens=True)
+    tok.eos_token, processor.chat_template = specials[0], template
+    if "bos_token" in template:
+        tok.bos_token = "<|begin_of_text|>"
