@@ -60,15 +60,6 @@ def test_truncated_mp4(folder, clip, tmp_path):
     refused(tmp_path / "no.mp4", "no moov atom.*cut short")
 
 
-def test_truncated_matroska_and_avi(folder, tmp_path):
-    for name in ("clip.mkv", "clip.avi"):
-        for fraction in (0.5, 0.7, 0.99):
-            refused(cut(folder / name, tmp_path / name, fraction), r"is truncated: .* the file ends at \d+\. Fetch")
-    data = (folder / "clip.avi").read_bytes()
-    (tmp_path / "end.avi").write_bytes(data[: data.rindex(b"idx1") - 40])  # in the middle of the last frame
-    refused(tmp_path / "end.avi", "is truncated")
-
-
 @pytest.mark.parametrize("name, sound", [("clip.mkv", 0), ("spoken.mkv", 2)])
 def test_frames_that_a_header_promises_in_vain(tmp_path, name, sound):
     """The structure is whole: an mkv whose clusters are padding from the third on."""
