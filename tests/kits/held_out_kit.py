@@ -1,14 +1,17 @@
 """A held-out file with rows of every task, adapters of the testbed's base, and the slow way to score a response."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from trl_vpo.evaluate.run import run_evaluation
 from trl_vpo.testbed import language, rows, tiny_vlm, world
 
 LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
@@ -98,3 +101,26 @@ def of_image(sample, image: Image.Image):
 
 def said(row, side) -> str:
     return row[side][0]["content"][0]["text"]
+
+
+def evaluate(held_out: HeldOut, out: Path, *adapters, data=None, **options) -> dict:
+    """Run `trl-vpo evaluate` on the testbed's base, small and on the CPU."""
+    values = {"num_frames": 8, "max_new_tokens": 16, "device": "cpu", "resamples": 200, "num_images": 3, **options}
+    values |= {"synonyms": held_out.path.parent / "synonyms.txt", "output_dir": out}
+    argv = ["--model", str(tiny_vlm.BASE), "--data", str(data or held_out.path)]
+    argv += ["--adapters", *map(str, adapters)] if adapters else []
+    return run_evaluation(argv + [str(part) for key, value in values.items() for part in (f"--{key}", value)])
+
+
+def records(out: Path) -> dict[tuple[str, str], dict]:
+    """(row, contestant) -> what `rows.jsonl` says."""
+    lines = map(json.loads, (out / "rows.jsonl").read_text().splitlines())
+    return {(line["id"], line["contestant"]): line for line in lines}
+
+
+def assert_same_record(record: dict, expected: dict) -> None:
+    """Texts and counts alike, log-probs but for the rounding of another batch."""
+    assert record.keys() == expected.keys()
+    for key, value in expected.items():
+        exact = value is None or not (isinstance(value, float) or key.endswith("logps"))
+        assert record[key] == (value if exact else pytest.approx(value, abs=1e-4)), key

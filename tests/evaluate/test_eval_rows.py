@@ -1,0 +1,122 @@
+"""The rows of a held-out set as people write them: answers in every form, mistakes by name, clusters."""
+
+import shutil
+
+import pytest
+from helpers import write_clip
+
+from trl_vpo.data.inputs import InputRow, near_misses
+from trl_vpo.data.rows import drop_none
+from trl_vpo.errors import EvaluateError
+from trl_vpo.evaluate.config import EvaluateConfig
+from trl_vpo.evaluate.results import evidence
+from trl_vpo.evaluate.rows import TASKS, read_rows
+from trl_vpo.evaluate.run import read_evaluation_inputs
+from trl_vpo.testbed.rows import write_jsonl
+from trl_vpo.text.chair import ObjectTable
+
+QUESTION = {"task": "yes_no", "question": "Is it red?", "answer": "Yes.", "pair": "p"}
+CHOICE = {"task": "choice", "question": "Which?", "options": ["red", "blue"], "answer": "B"}
+CAPTION = {"task": "chair", "question": "Describe.", "objects": ["square"]}
+
+
+def inputs(*rows):
+    return [InputRow(f"r{i}", drop_none(row)) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    "rows, why",
+    [
+        ([{"task": "yesno"}], r"row 0 \(id 'r0'\): `task` is 'yesno': one of preference, yes_no, choice, chair"),
+        ([{"question": "Is it red?"}], r"row 0 \(id 'r0'\): has no `chosen`"),
+        ([{**QUESTION, "answer": "maybe"}], "`answer` is 'maybe': a yes/no question needs yes or no"),
+        ([{**QUESTION, "role": "hallucinated"}], "`role` is 'hallucinated' and `answer` 'yes'"),
+        ([{**QUESTION, "pair": None}], "has no `pair`"),
+        ([QUESTION, QUESTION], r"pair 'p' needs one .* it has row 0 \(id 'r0'\): yes, row 1 \(id 'r1'\): yes"),
+        ([{**QUESTION, "question": "<video> Is it red?"}], "holds the marker <video>"),
+        ([{**CHOICE, "answer": "C"}], r"`answer` is 'C': give the letter of the right option \(A, B\)"),
+        ([{**CHOICE, "options": None}], "there are no options"),
+        ([{**CHOICE, "options": ["red", "Red."]}], "say the same"),
+        ([{**CAPTION, "objects": None}], "`objects` is None"),
+        ([{**CAPTION, "objects": ["unicorn"]}], "'unicorn' is not in the table"),
+        ([{**CAPTION, "question": " "}], "`question` is ' '"),
+    ],
+)
+def test_rows_that_break_the_contract(rows, why):
+    with pytest.raises(EvaluateError, match=why):
+        read_rows(inputs(*rows), ObjectTable({"square": []}))
+
+
+@pytest.mark.parametrize(
+    "task, answer, expected",
+    [
+        ("yes_no", "Yes, it is.", "yes"),
+        ("yes_no", "NO", "no"),
+        ("choice", "(B)", "B"),
+        ("choice", "b) blue", "B"),
+        ("choice", "Answer: A", "A"),
+        ("choice", "blue", "B"),
+    ],
+)
+def test_answers_of_rows_are_read_in_every_form(task, answer, expected):
+    example = {"question": "Which is it?", "options": ["red", "blue"], "answer": answer, "pair": 1}
+    assert TASKS[task](InputRow("a", example), None)["expected"] == expected
+
+
+def test_a_near_miss_of_a_column_is_named():
+    assert near_misses(["question", "anwser", "option", "image_id", "source", "vidoes"]) == [
+        ("anwser", "answer"),
+        ("option", "options"),
+        ("vidoes", "videos"),
+    ]
+    assert near_misses(["question", "answer", "answers", "images", "imgs", "prompt_template"]) == []
+
+
+# --- clusters -----------------------------------------------------------------------------------------------------
+
+
+def test_clusters_are_media_unless_the_row_says_otherwise():
+    part = {"path": "v/1.mp4", "video_start": 2.0}
+    rows = read_rows(
+        inputs(
+            {**QUESTION, "videos": ["v/1.mp4"]},
+            {**QUESTION, "answer": "no", "video": part},
+            {**CHOICE, "cluster": 7, "images": ["i/1.png"]},
+            {**CHOICE, "image": "./i/1.png"},
+            {**CHOICE, "videos": [["f/1.png", "f/2.png"]], "images": ["i/1.png"]},
+            CHOICE,
+            {**CHOICE, "image": {"path": "1.png", "bytes": b"a picture"}},
+            {**CHOICE, "images": [b"a picture"]},
+            {**CHOICE, "images": [b"another picture"]},
+        )
+    )
+    clusters = [row.cluster for row in rows]
+    assert clusters[:6] == ["v/1.mp4", "v/1.mp4", "7", "i/1.png", "f/1.png", "r5"]
+    assert clusters[6] == clusters[7] != clusters[8]
+    assert rows[1].facts == {"question": "Is it red?", "expected": "no", "pair": "p"}
+    assert rows[2].facts == {"question": "Which?", "expected": "B", "options": ["red", "blue"]}
+
+
+def test_clusters_stay_where_media_move(tmp_path):
+    """A run may continue where the media lie elsewhere: the rows before and after are of the same clusters."""
+    clip = write_clip(tmp_path / "clip.mp4")
+    data = write_jsonl([{**CHOICE, "id": "a", "videos": ["clip.mp4"]}], tmp_path / "rows.jsonl")
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        shutil.copy(clip, tmp_path / place / "clip.mp4")
+        rows = read_evaluation_inputs(EvaluateConfig(dataset_name=str(data), media_root=str(tmp_path / place)))
+        assert rows[0].videos == (str(tmp_path / place / "clip.mp4"),)
+        assert [row.cluster for row in read_rows(rows)] == ["clip.mp4"]
+
+
+def test_pairs_that_share_a_cluster_are_one_cluster():
+    """Questions about v1 to v5: what pairs have in common may come through a third pair."""
+    pairs = [("v1", "v1"), ("v2", "v3"), ("v4", "v4"), ("v3", "v5"), ("v5", "v4"), ("v1", "v1")]
+    records = [
+        {"task": "yes_no", "pair": str(i), "expected": side, "cluster": cluster}
+        | {"response": side, "response_tokens": 1, "response_ended": True}
+        for i, both in enumerate(pairs)
+        for side, cluster in zip(("yes", "no"), both)
+    ]
+    _, clusters = evidence(records, records)["yes_no"]
+    assert [clusters.index(cluster) for cluster in clusters] == [0, 1, 1, 1, 1, 0]

@@ -1,0 +1,176 @@
+"""Runs of `trl-vpo evaluate` that are continued, and what such a run refuses."""
+
+import json
+import shutil
+
+import pytest
+from held_out_kit import assert_same_record, evaluate, records, write_adapter, write_held_out
+
+from trl_vpo.errors import EvaluateError, GenerateError, RecipeError
+from trl_vpo.evaluate import run as module
+from trl_vpo.evaluate.candidates import candidate_names
+from trl_vpo.evaluate.config import EvaluateConfig
+from trl_vpo.evaluate.recipe import parse
+from trl_vpo.evaluate.run import read_evaluation_inputs, run_evaluation, run_settings
+from trl_vpo.runs.store import Run
+from trl_vpo.testbed import tiny_vlm
+from trl_vpo.testbed.rows import write_jsonl
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    return write_held_out(tmp_path_factory.mktemp("evaluate"))
+
+
+def test_a_killed_run_continues(held_out, monkeypatch, tmp_path):
+    """With the settings that may change, and no others."""
+    folder, adapter = tmp_path / "run", write_adapter(tmp_path / "words", seed=1)
+    options = {"batch_size": 4, "answer_preferences": True}
+    evaluate(held_out, tmp_path / "whole", adapter, **options)
+    write, evaluate_batch, written, worked = Run.write, module.evaluate_batch, [], []
+
+    def until_killed(self, outcome):
+        if len(written) == 6:
+            raise RuntimeError("killed")
+        written.append(outcome.id)
+        write(self, outcome)
+
+    def counted(candidates, batch, config):
+        worked.extend(row.id for row, *_ in batch)
+        return evaluate_batch(candidates, batch, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write", until_killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            evaluate(held_out, folder, adapter, **options)
+    assert not (folder / "results.json").exists()
+    monkeypatch.setattr(module, "evaluate_batch", counted)
+    first = evaluate(held_out, folder, adapter, **options)
+    assert worked == list(held_out.rows)[6:]
+    whole = records(tmp_path / "whole")
+    for key, record in records(folder).items():
+        assert_same_record(record, whole[key])
+    # the answers stay, the way to read them may change
+    strict = evaluate(held_out, folder, adapter, yes_no_rule="strict", level=0.5, **options)
+    assert len(worked) == 11 and strict["settings"]["yes_no_rule"] == "strict"
+    wide, narrow = (r["contestants"]["base"]["measures"]["logps/chosen"] for r in (first, strict))
+    assert wide["value"] == narrow["value"] and wide["low"] < narrow["low"]
+    with pytest.raises(GenerateError, match="max_new_tokens: was 16, is 9"):
+        evaluate(held_out, folder, adapter, **options, max_new_tokens=9)
+    write_adapter(tmp_path / "words", seed=7)  # another adapter in the same place
+    with pytest.raises(GenerateError, match=r"adapters\.words: was"):
+        evaluate(held_out, folder, adapter, **options)
+
+
+def test_bad_media_stop_the_run_unless_skipped(held_out, tmp_path):
+    rows = [json.loads(line) for line in held_out.path.read_text().splitlines()[:5]]
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    rows[1]["videos"] = [str(tmp_path / "broken.mp4")]
+    data, folder = write_jsonl(rows, tmp_path / "rows.jsonl"), tmp_path / "run"
+    with pytest.raises(EvaluateError, match=rf"row 1 \(id '{rows[1]['id']}'\).*broken\.mp4.*(?s:.)*on_bad=skip"):
+        evaluate(held_out, folder, data=data, sensitivity="none")
+    results = evaluate(held_out, folder, data=data, sensitivity="none", on_bad="skip")
+    assert [results["data"][key] for key in ("rows", "skipped", "incomplete_pairs")] == [4, 1, 1]
+    measures = results["contestants"]["base"]["measures"]
+    assert not any(name.startswith(("yes_no", "sensitivity")) for name in measures)
+    assert measures["preference/accuracy"]["low"] is None  # one cluster says nothing about others
+    (rejected,) = map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())
+    assert rejected["id"] == rows[1]["id"] and "broken.mp4" in rejected["reason"]
+    with pytest.raises(EvaluateError, match="1 rows were left out with on_bad=skip"):
+        evaluate(held_out, folder, data=data, sensitivity="none")
+
+
+def test_a_run_knows_the_bases_weights(held_out, tmp_path):
+    """A model that was trained anew into the same folder would leave stale rows in a continued run."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_vlm.BASE, base)
+    config = EvaluateConfig(model_name_or_path=str(base), dataset_name=str(held_out.path))
+    inputs = read_evaluation_inputs(config)
+    first = run_settings(config, {}, inputs)
+    assert run_settings(config, {}, inputs) == first
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    changed = run_settings(config, {}, inputs)
+    assert {key for key in first if first[key] != changed[key]} == {"weights"}
+    template = base / "chat_template.jinja"  # it decides what the model is asked
+    template.write_text(template.read_text().replace("assistant", "Assistant"))
+    assert run_settings(config, {}, inputs)["weights"] not in (first["weights"], changed["weights"])
+
+
+# --- adapters and options -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lora, why",
+    [
+        ({"bias": "all"}, "trains the base's own biases"),
+        ({"init_lora_weights": "pissa"}, "changes the base's weights"),
+        ({"target_modules": ["lm_head"]}, "adapts the LM head by low-rank layers"),
+        (None, r"^adapter .* has no adapter_config\.json"),
+    ],
+)
+def test_adapters_whose_base_cannot_be_told_apart(held_out, tmp_path, lora, why):
+    if lora is not None:
+        write_adapter(tmp_path, **{"target_modules": ["q_proj"], **lora})
+    with pytest.raises(EvaluateError, match=why):
+        evaluate(held_out, tmp_path / "run", tmp_path)
+
+
+def test_candidates_are_named_by_the_end_of_their_path():
+    assert candidate_names(["out/rrpo", "out/lpoi/"]) == ["rrpo", "lpoi"]
+    assert candidate_names(["a/rrpo/last", "b/dpo/last"]) == ["rrpo/last", "dpo/last"]
+    assert candidate_names(["out/base"]) == ["out/base"]
+    assert candidate_names([]) == []
+    with pytest.raises(EvaluateError, match="cannot be told apart"):
+        candidate_names(["out/rrpo", "out/rrpo"])
+
+
+@pytest.mark.parametrize(
+    "argv, error, message",
+    [
+        (["--adapters", "a", "--adapters", "b"], RecipeError, "--adapters is given twice"),
+        (["--adapter", "a"], RecipeError, r"unknown option --adapter\. Did you mean --adapters"),
+        (["--model", "m", "--data", "d"], RecipeError, "`output_dir` is not set"),
+        (["--sensitivity", "masked", "sharpened"], ValueError, "'sharpened' is not one of shuffled, masked, blank"),
+    ],
+)
+def test_options_that_would_lose_something(argv, error, message):
+    with pytest.raises(error, match=message):
+        run_evaluation(argv)
+
+
+# --- what an adapter was trained on -------------------------------------------------------------------------------
+
+
+def trained(folder, **recipe):
+    """A folder with the `run.json` of a training with this recipe."""
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"recipe": {"learning_rate": 1e-5, **recipe}}))
+    return str(folder)
+
+
+def media_settings(*adapters, **given):
+    argv = [part for key, value in given.items() for part in (f"--{key}", str(value))]
+    config = parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", *adapters, *argv])
+    return [config.num_frames, config.fps, config.max_frames, config.max_pixels, config.video_end]
+
+
+def test_frames_are_those_of_the_adapters_training(tmp_path, caplog):
+    short = trained(tmp_path / "short", num_frames=8, max_pixels=1024)
+    fast = trained(tmp_path / "fast", fps=2.0, max_frames=32)
+    usual = trained(tmp_path / "usual")
+    window = trained(tmp_path / "window", video_start=1.0, video_end=3.0)
+    (tmp_path / "fast/checkpoint-5").mkdir()
+    assert media_settings(short) == [8, None, 64, 1024, None]
+    assert media_settings(fast) == media_settings(fast + "/checkpoint-5") == [None, 2.0, 32, None, None]
+    assert media_settings(usual) == [16, None, 64, None, None]
+    assert media_settings(window) == [16, None, 64, None, 3.0]
+    assert media_settings(short, str(tmp_path / "unknown")) == [8, None, 64, 1024, None]
+    assert media_settings(short, num_frames=8) == [8, None, 64, 1024, None] and not caplog.messages
+    assert media_settings(short, fps=1.0, max_frames=9, max_pixels=512) == [None, 1.0, 9, 512, None]
+    assert f"{short} was trained with num_frames 8, and is evaluated with fps 1.0." in caplog.messages
+    assert f"{short} was trained with max_pixels 1024, and is evaluated with max_pixels 512." in caplog.messages
+    few = trained(tmp_path / "few", num_frames=8)
+    with pytest.raises(EvaluateError, match=r"different settings .*few: num_frames 8; .*usual: num_frames 16"):
+        media_settings(few, usual)
+    assert media_settings(few, usual, num_frames=4)[0] == 4
