@@ -13,10 +13,7 @@ LOG = [
     {"step": 10, "loss": 0.5, "rewards/margins": 0.6, "logps/chosen": -7.0, "logps/rejected": -9.0, "grad_norm": 1.0},
     {"step": 12, "train_runtime": 3.0, "logps/chosen": -1.0},
 ]
-WITH_REFERENCE = [
-    {**entry, "displacement/chosen": 0.25 * entry["step"], "displacement/rejected": -1.0 * entry["step"]}
-    for entry in LOG[:2]
-]
+WITH_REFERENCE = [{**entry, "displacement/chosen": 1.0, "displacement/rejected": -entry["step"]} for entry in LOG[:2]]
 EVALUATED = [
     {"step": 0, "eval_loss": 0.8, "eval_logps/chosen": -9.0, "eval_logps/rejected": -7.0},
     *LOG,
@@ -24,12 +21,12 @@ EVALUATED = [
 ]
 
 
-def panels(figure):
-    return {axes.get_title("left"): axes for axes in figure.get_axes() if axes.axison}
-
-
-def points(line):
-    return list(zip(line.get_xdata(), line.get_ydata()))
+def drawn(half_life=None, **runs):
+    """(panels by title, their lines' points by title, notes, figure)."""
+    figure, notes = curves.training_figure(runs, half_life=half_life)
+    panels = {axes.get_title("left"): axes for axes in figure.get_axes() if axes.axison}
+    lines = {t: [list(zip(li.get_xdata(), li.get_ydata())) for li in axes.get_lines()] for t, axes in panels.items()}
+    return panels, lines, "\n".join(notes), figure
 
 
 def legend(figure):
@@ -37,7 +34,6 @@ def legend(figure):
 
 
 def test_series_skips_entries_without_it_and_the_summary():
-    assert history.series(LOG, "loss") == ([5, 10], [0.7, 0.5])
     assert history.series(LOG, "logps/chosen") == ([5, 10], [-8.0, -7.0])
     assert history.series(LOG, "kl/chosen") == ([], [])
 
@@ -50,114 +46,96 @@ def test_smoothing_weighs_by_steps():
 
 
 def test_many_points_are_smoothed_over_a_fortieth_of_the_run():
-    short = [{"step": step, "loss": 1.0} for step in range(10, 410, 10)]
-    long = [{"step": step, "loss": 1.0} for step in range(10, 4010, 10)]
+    short, long = ([{"step": step, "loss": 1.0} for step in range(10, end, 10)] for end in (410, 4010))
     assert history.default_half_life({"short": short}) == 0
     assert history.default_half_life({"short": short, "long": long}) == 100
 
 
 def test_a_run_keeps_its_curve_beside_those_without_reference():
-    figure, notes = curves.training_figure({"DPO": WITH_REFERENCE})
-    alone = points(panels(figure)["Δ log-prob of rejected"].get_lines()[0])
-    assert alone == [(5, -5.0), (10, -10.0)]
-    assert any("against the reference" in note for note in notes)
-    figure, notes = curves.training_figure({"DPO": WITH_REFERENCE, "LeanPO": LOG})
-    against, since = (panels(figure)[t] for t in ("Δ log-prob of rejected", "Δ rejected since first window"))
-    assert [points(line) for line in against.get_lines()[:2]] == [alone, []]
-    assert [points(line) for line in since.get_lines()[:2]] == [[], [(5, 0.0), (10, -3.0)]]
-    assert since.get_lines()[1].get_color() == panels(figure)["Loss"].get_lines()[1].get_color()
-    assert any("of LeanPO, since the first logging window, whose rows were others" in note for note in notes)
-    assert not [note for note in notes if note.startswith("Δ log-prob of")]
+    _, lines, notes, _ = drawn(DPO=WITH_REFERENCE)
+    alone = [(5, -5.0), (10, -10.0)]
+    assert lines["Δ log-prob of rejected"][0] == alone and "against the reference" in notes
+    panels, lines, notes, _ = drawn(DPO=WITH_REFERENCE, LeanPO=LOG)
+    assert lines["Δ log-prob of rejected"][:2] == [alone, []]
+    assert lines["Δ rejected since first window"][:2] == [[], [(5, 0.0), (10, -3.0)]]
+    since, loss = (panels[title].get_lines()[1] for title in ("Δ rejected since first window", "Loss"))
+    assert since.get_color() == loss.get_color()
+    assert "of LeanPO, since the first logging window, whose rows were others" in notes
+    assert "Δ log-prob of" not in notes
 
 
 def test_runs_without_reference_need_no_other_panel():
-    figure, notes = curves.training_figure({"LeanPO": LOG, "SimPO": LOG})
-    assert [title for title in panels(figure) if "window" in title] == []
-    assert points(panels(figure)["Δ log-prob of rejected"].get_lines()[1]) == [(5, 0.0), (10, -3.0)]
-    assert any(note.startswith("Δ log-prob: since the first logging window") for note in notes)
+    panels, lines, notes, _ = drawn(LeanPO=LOG, SimPO=LOG)
+    assert not [title for title in panels if "window" in title]
+    assert lines["Δ log-prob of rejected"][1] == [(5, 0.0), (10, -3.0)]
+    assert "Δ log-prob: since the first logging window" in notes
 
 
 def test_evaluations_are_hollow_and_start_before_training():
-    figure, _ = curves.training_figure({"LeanPO": EVALUATED})
-    line, marks = panels(figure)["Δ log-prob of rejected"].get_lines()[:2]
-    assert points(line) == [(5, 0.0), (10, -3.0)]
-    assert points(marks) == [(0, 0.0), (10, -2.5)]
+    panels, lines, _, figure = drawn(LeanPO=EVALUATED)
+    assert lines["Δ log-prob of rejected"][:2] == [[(5, 0.0), (10, -3.0)], [(0, 0.0), (10, -2.5)]]
+    line, marks = panels["Loss"].get_lines()[:2]
     assert marks.get_linestyle() == "None" and marks.get_markerfacecolor() == "white"
     assert marks.get_color() == line.get_color()
     assert legend(figure) == ["LeanPO", "hollow: evaluation set"]
-
-
-def test_log_probs_need_an_evaluation_before_training():
-    figure, notes = curves.training_figure({"LeanPO": EVALUATED[1:]})
-    assert points(panels(figure)["Δ log-prob of chosen"].get_lines()[1]) == []
-    assert points(panels(figure)["Loss"].get_lines()[1]) == [(10, 0.6)]
-    assert any("not evaluated before the first step" in note for note in notes)
+    _, lines, notes, _ = drawn(LeanPO=EVALUATED[1:])
+    assert lines["Δ log-prob of chosen"][1] == [] and lines["Loss"][1] == [(10, 0.6)]
+    assert "not evaluated before the first step" in notes
 
 
 def test_one_of_several_evaluation_sets_is_drawn():
-    log = [*LOG[:2], {"step": 5, "eval_b_loss": 3.0}, {"step": 5, "eval_a_loss": 2.0}]
-    figure, notes = curves.training_figure({"LeanPO": log})
-    assert points(panels(figure)["Loss"].get_lines()[1]) == [(5, 3.0)]
-    assert "LeanPO: the evaluation set drawn is b, one of 2." in notes
+    _, lines, notes, _ = drawn(LeanPO=[*LOG[:2], {"step": 5, "eval_b_loss": 3.0}, {"step": 5, "eval_a_loss": 2.0}])
+    assert lines["Loss"][1] == [(5, 3.0)] and "LeanPO: the evaluation set drawn is b, one of 2." in notes
 
 
-def test_missing_metrics_leave_no_panel_and_a_note():
-    figure, notes = curves.training_figure({"DPO": LOG, "RRPO": [{**LOG[0], "kl/chosen": 0.5}]})
-    shown = panels(figure)
-    assert list(shown) == [
+def test_missing_and_broken_values_are_named():
+    broken = {"step": 15, "loss": math.nan, "grad_norm": math.inf}
+    _, lines, notes, _ = drawn(DPO=[*LOG[:2], broken], RRPO=[{**LOG[0], "kl/chosen": 0.5}])
+    assert list(lines) == [
         "Loss", "Reward margin", "Δ log-prob of chosen", "Δ log-prob of rejected", "KL from the reference, chosen",
         "Gradient norm, before clipping",
     ]  # fmt: skip
-    assert points(shown["KL from the reference, chosen"].get_lines()[1]) == [(5, 0.5)]
+    assert lines["KL from the reference, chosen"][1] == [(5, 0.5)]
     assert "KL from the reference, chosen: not logged by DPO." in notes
     assert "Preference accuracy: not logged by any run." in notes
-    assert shown["Δ log-prob of chosen"].get_ylabel() == "nats per response"
-
-
-def test_values_that_are_not_finite_are_left_out_and_counted():
-    log = [*LOG[:2], {"step": 15, "loss": math.nan, "grad_norm": math.inf}]
-    figure, notes = curves.training_figure({"DPO": log})
-    assert points(panels(figure)["Loss"].get_lines()[0]) == [(5, 0.7), (10, 0.5)]
+    assert lines["Loss"][0] == [(5, 0.7), (10, 0.5)]
     assert "Loss: 1 values of DPO are nan or infinite and not drawn." in notes
 
 
 def test_smoothed_curves_show_what_was_logged_and_say_so():
-    figure, notes = curves.training_figure({"DPO": LOG}, half_life=5)
-    faint, thick = panels(figure)["Loss"].get_lines()
-    assert points(faint) == [(5, 0.7), (10, 0.5)] and faint.get_alpha() < 0.5
-    assert points(thick) == [(5, 0.7), (10, pytest.approx((0.35 + 0.5) / 1.5))]
-    assert notes[0] == "Faint: as logged. Thick: exponential moving average, half-life 5 steps."
-    assert figure._supxlabel.get_text().startswith(notes[0])
+    panels, lines, notes, figure = drawn(half_life=5, DPO=LOG)
+    assert lines["Loss"] == [[(5, 0.7), (10, 0.5)], [(5, 0.7), (10, pytest.approx((0.35 + 0.5) / 1.5))]]
+    assert panels["Loss"].get_lines()[0].get_alpha() < 0.5
+    assert notes.startswith("Faint: as logged. Thick: exponential moving average, half-life 5 steps.\n")
+    assert figure._supxlabel.get_text().startswith(notes.split("\n")[0])
 
 
 def test_every_run_has_a_look_of_its_own():
     assert len({(look["color"], look["linestyle"]) for look in map(style.look, range(28))}) == 28
-    looks = [style.look(k) for k in range(4)]
     for key in ("color", "linestyle", "marker"):  # told apart by each alone
-        assert len({look[key] for look in looks}) == 4
+        assert len({style.look(k)[key] for k in range(4)}) == 4
 
 
-def test_names_are_shown_as_they_are(tmp_path):
+def test_names_are_not_taken_for_formulas(tmp_path):
     figure, _ = curves.training_figure({"$x^2$ and $\\frac$": LOG, "_hidden": LOG, "<b>&": LOG})
     assert legend(figure) == [r"\$x^2\$ and \$\frac\$", "_hidden", "<b>&"]
-    assert Image.open(style.save(figure, tmp_path / "figure.png")).size[0] > 600  # no name is taken for a formula
+    assert Image.open(style.save(figure, tmp_path / "figure.png")).size[0] > 600
 
 
-def test_plot_curves_writes_a_picture_and_the_same_one_again(tmp_path):
-    first, second = (
-        curves.plot_curves({"DPO": LOG, "RRPO": LOG[:1]}, tmp_path / name / "curves.svg").read_bytes()
-        for name in ("one", "two")
-    )
-    assert first == second and first.startswith(b"<?xml")
-    assert Image.open(curves.plot_curves({"DPO": LOG}, tmp_path / "curves.png")).size[0] > 600
+def test_the_same_picture_comes_again(tmp_path):
+    paths = [curves.plot_curves({"DPO": LOG, "RRPO": LOG[:1]}, tmp_path / name) for name in ("one.svg", "two.svg")]
+    assert paths[0].read_bytes() == paths[1].read_bytes() and paths[0].read_bytes().startswith(b"<?xml")
 
 
-def test_nothing_to_plot_is_an_error(tmp_path):
-    for runs, name, message in (
+@pytest.mark.parametrize(
+    ("runs", "name", "message"),
+    [
         ({}, "curves.png", "no run to plot"),
         ({"DPO": [{"step": 1, "epoch": 1.0}]}, "curves.png", "DPO: no metric"),
         ({"DPO": LOG}, "curves.jpg", "curves.jpg: a figure is written as .png"),
-    ):
-        with pytest.raises(PlotError, match=message):
-            curves.plot_curves(runs, tmp_path / name)
+    ],
+)
+def test_nothing_to_plot_is_an_error(runs, name, message, tmp_path):
+    with pytest.raises(PlotError, match=message):
+        curves.plot_curves(runs, tmp_path / name)
     assert not list(tmp_path.iterdir())

@@ -17,37 +17,33 @@ from trl_vpo.report.plot import page as plot
 from trl_vpo.report.plot.runs import read_run, read_runs
 
 HISTORY = [
-    {"step": 0, "eval_loss": 0.9, "eval_logps/chosen": -9.0, "eval_logps/rejected": -7.0},
-    {"step": 5, "epoch": 0.5, "loss": 0.7, "rewards/margins": 0.1, "logps/chosen": -8.0, "logps/rejected": -6.0},
-    {"step": 10, "epoch": 1.0, "loss": 0.51239, "rewards/margins": 0.6, "logps/chosen": -7.0, "logps/rejected": -9.0,
-     "num_tokens": 110080.0, "entropy": 2.0},
-    {"step": 10, "epoch": 1.0, "eval_loss": 0.6, "eval_logps/chosen": -8.5, "eval_logps/rejected": -9.5},
+    {"step": 0, "eval_loss": 0.9, "eval_logps/chosen": -9.0},
+    {"step": 5, "epoch": 0.5, "loss": 0.7, "rewards/margins": 0.1, "logps/chosen": -8.0},
+    {"step": 10, "epoch": 1.0, "loss": 0.51239, "rewards/margins": 0.6, "logps/chosen": -7.0, "num_tokens": 110080.0},
+    {"step": 10, "epoch": 1.0, "eval_loss": 0.6, "eval_logps/chosen": -8.5},
     {"step": 10, "epoch": 1.0, "train_runtime": 3.25, "train_loss": 0.6, "total_flos": 1e9, "logps/chosen": -1.0},
-]  # fmt: skip
+]
+RECIPE = {"learning_rate": 1e-6, "beta": 2.0, "output_dir": "out", "seed": 3}
 RECORD = {
-    "method": "leanpo",
-    "recipe": {"learning_rate": 1e-6, "beta": 2.0, "output_dir": "out", "seed": 3},
-    "rows": {"trained": 160, "skipped": 2},
-    "processes": 8,
-    "device": "NVIDIA H100 80GB HBM3",
-    "versions": {"trl": "1.16.0"},
-    "finished": "2026-01-02T03:04:05+00:00",
-}
+    "method": "leanpo", "rows": {"trained": 160, "skipped": 2}, "processes": 8, "device": "NVIDIA H100 80GB HBM3",
+    "versions": {"trl": "1.16.0"}, "finished": "2026-01-02T03:04:05+00:00",
+}  # fmt: skip
 
 
-def write_state(folder, history=HISTORY, when=None):
+def write_state(folder, history=HISTORY, when=None, marker=None):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "trainer_state.json"
-    path.write_text(json.dumps({"global_step": history[-1]["step"] if history else 0, "log_history": history}))
+    path.write_text(json.dumps({"log_history": history}))
     if when is not None:
         os.utime(path, (when, when))
+    if marker:
+        (folder / "complete.json").write_text(json.dumps({"run": marker}))
     return folder
 
 
-def write_run(folder, history=HISTORY, **record):
+def write_run(folder, history=HISTORY, recipe=None, **record):
     write_state(folder, history)
-    recipe = RECORD["recipe"] | record.pop("recipe", {})
-    (folder / "run.json").write_text(json.dumps(RECORD | {"recipe": recipe} | record))
+    (folder / "run.json").write_text(json.dumps(RECORD | {"recipe": RECIPE | (recipe or {})} | record))
     return folder
 
 
@@ -65,28 +61,19 @@ def tables(page):
 # --- finding runs -------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run(tmp_path):
-    (run,) = read_runs([write_run(tmp_path / "a")])
-    assert run.history == HISTORY
-    assert run.record["device"] == RECORD["device"]
-    assert run.name == "LeanPO"
-
-
 def test_an_unfinished_run_is_read_from_its_newest_checkpoint(tmp_path):
     write_state(tmp_path / "checkpoint-9", HISTORY[:2], when=1000)
-    folder = write_state(tmp_path / "checkpoint-10", HISTORY[:3], when=2000)
-    marker = {"format": 1, "files": {}, "run": {"method": "rrpo", "recipe": {"alpha": 0.1}, "rows": 5}}
-    (folder / "complete.json").write_text(json.dumps(marker))
+    marker = {"method": "rrpo", "recipe": {"alpha": 0.1}, "rows": 5}
+    write_state(tmp_path / "checkpoint-10", HISTORY[:3], when=2000, marker=marker)
     (run,) = read_runs([tmp_path])
     assert run.history == HISTORY[:3] and run.name == "RRPO" and run.record["recipe"] == {"alpha": 0.1}
     assert read_run(tmp_path / "checkpoint-9").history == HISTORY[:2]
 
 
 def test_what_an_earlier_run_left_is_ignored(tmp_path):
-    write_run(tmp_path)
+    assert read_run(write_run(tmp_path)).method == "LeanPO"
     os.utime(tmp_path / "trainer_state.json", (1000, 1000))
-    write_state(tmp_path / "checkpoint-5", HISTORY[:2], when=2000)
-    (tmp_path / "checkpoint-5" / "complete.json").write_text(json.dumps({"run": {"method": "dpo"}}))
+    write_state(tmp_path / "checkpoint-5", HISTORY[:2], when=2000, marker={"method": "dpo"})
     run = read_run(tmp_path)
     assert run.history == HISTORY[:2] and run.method == "DPO"
 
@@ -97,6 +84,9 @@ def test_runs_of_one_method_are_named_by_their_folders(tmp_path):
     assert [run.name for run in read_runs([a, b, c])] == ["LeanPO (a/out)", "LeanPO (b/out)", "DPO"]
     assert [run.name for run in read_runs([write_state(tmp_path / "_x")])] == ["run (_x)"]
     assert [run.name for run in read_runs([a, b], ["one", "two"])] == ["one", "two"]
+    for names, message in ((["one"], "1 names for 2 runs"), (["x", "x"], "two runs are named 'x'")):
+        with pytest.raises(PlotError, match=message):
+            read_runs([a, b], names)
 
 
 @pytest.mark.parametrize(
@@ -115,31 +105,18 @@ def test_what_is_not_a_run(tmp_path, make, message):
         read_runs(make(tmp_path))
 
 
-def test_names_must_fit(tmp_path):
-    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
-    for names, message in ((["one"], "1 names for 2 runs"), (["x", "x"], "two runs are named 'x'")):
-        with pytest.raises(PlotError, match=message):
-            read_runs(runs, names)
-
-
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
 def test_final_values_are_the_last_of_each_metric(tmp_path):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b", [{"step": 5, "loss": 0.25, "kl/chosen": 1.5}], method="rrpo")
-    sections = plot.final_values(read_runs([tmp_path / "a", tmp_path / "b"]))
-    training, evaluation, whole = map(dict, sections.values())
-    assert list(training)[:3] == ["loss", "rewards/margins", "kl/chosen"]  # as in the figure
-    assert training["loss"] == [0.51239, 0.25]
-    assert training["kl/chosen"] == [None, 1.5]
+    runs = read_runs(
+        [write_run(tmp_path / "a"), write_run(tmp_path / "b", [{"step": 5, "loss": 0.25, "kl/chosen": 1.5}])]
+    )
+    training, evaluation, whole = map(dict, plot.final_values(runs).values())
+    assert list(training) == ["loss", "rewards/margins", "kl/chosen", "logps/chosen", "num_tokens"]  # as in the figure
+    assert training["loss"] == [0.51239, 0.25] and training["kl/chosen"] == [None, 1.5]
     assert training["logps/chosen"] == [-7.0, None]  # not the summary's
-    assert not {"step", "epoch", "total_flos"} & set(training)
-    assert evaluation == {
-        "eval_loss": [0.6, None],
-        "eval_logps/chosen": [-8.5, None],
-        "eval_logps/rejected": [-9.5, None],
-    }
+    assert evaluation == {"eval_loss": [0.6, None], "eval_logps/chosen": [-8.5, None]}
     assert whole == {"train_loss": [0.6, None], "train_runtime": [3.25, None]}
 
 
@@ -149,10 +126,8 @@ def test_settings_that_differ(tmp_path):
     write_state(tmp_path / "c")
     runs = read_runs([tmp_path / name for name in "abc"])
     assert plot.differing_settings(runs) == [
-        ("learning_rate", [1e-6, 5e-6]),
-        ("lora_r", [None, 8]),
-        ("version of trl", ["1.16.0", "1.17"]),
-    ]
+        ("learning_rate", [1e-6, 5e-6]), ("lora_r", [None, 8]), ("version of trl", ["1.16.0", "1.17"])
+    ]  # fmt: skip
     assert dict(plot.differing_settings(runs[:1])) == {
         "beta": [2.0], "learning_rate": [1e-6], "seed": [3], "version of trl": ["1.16.0"]
     }  # fmt: skip
@@ -171,17 +146,15 @@ def test_show_value(value, shown):
 
 
 def test_page_holds_figure_settings_and_final_values(tmp_path):
-    write_run(tmp_path / "a", recipe={"learning_rate": 5e-6})
-    write_run(tmp_path / "b", method="dpo")
+    runs = [write_run(tmp_path / "a", recipe={"learning_rate": 5e-6}), write_run(tmp_path / "b", method="dpo")]
     out = tmp_path / "new" / "page.html"
-    notes = plot.plot_runs([tmp_path / "a", tmp_path / "b"], out)
+    notes = plot.plot_runs(runs, out)
     assert "Preference accuracy: not logged by any run." in notes
     page, text = tables(out), out.read_text(encoding="utf-8")
     assert page["Settings that differ"] == {None: ["LeanPO", "DPO"], "learning_rate": ["5e-06", "1e-06"]}
     assert page["Runs"]["rows"] == ["160", "160"] and page["Runs"]["last step"] == ["10", "10"]
     training = page["Training: mean over the last logging window"]
     assert training["loss"] == ["0.5124", "0.5124"] and training["num_tokens"] == ["110,080"] * 2
-    assert page["Evaluation: the last one"]["eval_loss"] == ["0.6", "0.6"]
     (source,) = re.findall(r'<img src="data:image/svg\+xml;base64,(.*?)"', text)
     assert ElementTree.fromstring(base64.b64decode(source)).tag.endswith("svg")
     assert all(f"<li>{note.replace(chr(39), '&#39;')}</li>" in text for note in notes)
@@ -216,5 +189,5 @@ def test_picture_and_wrong_names(tmp_path):
 def test_plotting_imports_neither_torch_nor_pyplot():
     heavy = "torch", "matplotlib", "jinja2"
     code = f"import sys, trl_vpo.report.plot.page; print([n for n in {heavy} if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
