@@ -1,4 +1,4 @@
-"""The page of preference data as a file: what it holds, that it holds all of it, and that nothing in it can run."""
+"""The page of preference data as a file: it holds everything, and nothing in it can run."""
 
 import base64
 import io
@@ -29,12 +29,11 @@ class Page:
 
     def __init__(self, path):
         self.html = path.read_text(encoding="utf-8")
-        blocks = [(kind, json.loads(text, parse_constant=pytest.fail)) for kind, _, text in BLOCK.findall(self.html)]
-        self.rows = [row for kind, block in blocks if kind == "rows" for row in block]
-        self.rejected = [entry for kind, block in blocks if kind == "rejected" for entry in block]
-        self.summary = [entry for kind, block in blocks if kind == "summary" for entry in block]
-        self.pictures = {n: urls for kind, block in blocks if kind == "pictures" for n, urls in block.items()}
-        (self.counts,) = [block for kind, block in blocks if kind == "counts"]
+        blocks = {"rows": [], "rejected": [], "summary": [], "pictures": {}, "counts": {}}
+        for kind, _, text in BLOCK.findall(self.html):
+            block = json.loads(text, parse_constant=pytest.fail)
+            blocks[kind] = blocks[kind] + block if isinstance(block, list) else blocks[kind] | block
+        vars(self).update(blocks)
 
     def images(self, n):
         """The decoded pictures of row n, one list for each group."""
@@ -53,13 +52,8 @@ def page_of(tmp_path, rows, **options):
     return Page(tmp_path / "page.html")
 
 
-def difference(image, pixels):
-    return np.abs(np.asarray(image, dtype=int) - np.asarray(pixels, dtype=int)).mean()
-
-
-def spans(pieces):
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    return [(ends[at - 1], ends[at]) for at in range(1, len(pieces), 2)]
+def alike(image, pixels):
+    return np.abs(np.asarray(image, dtype=int) - np.asarray(pixels, dtype=int)).mean() < 8
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +71,14 @@ def test_a_run_is_shown_whole(tmp_path, world):
     write_jsonl([{"id": f"in-{n}", **left_out, "notes": {"n": n}} for n in range(3)], tmp_path / "rejected.jsonl")
     summary = {"rows": 20, "left out": {"answered correctly": 3}, "ids": [1, 2]}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    counts = write_page(tmp_path, tmp_path / "new" / "page.html")
-    page = Page(tmp_path / "new" / "page.html")
-    assert (counts.rows, counts.problem_rows, counts.media, counts.media_failures) == (20, 1, 30, 1)
+    out = tmp_path / "new" / "page.html"
+    counts = write_page(tmp_path, out)
+    page = Page(out)
     assert counts.pictures == 9 * 8 + 10 * (1 + 5) == sum(map(len, page.pictures.values()))
-    assert counts.rejected == 3 and not counts.limited
-    shown = "20 rows; 1 with problems; 30 media, 1 of which cannot be shown; 132 pictures; 3 left out"
-    assert str(counts).startswith(shown)
-    assert counts.file_bytes == (tmp_path / "new" / "page.html").stat().st_size
-    assert page.counts == {**vars(counts), "file_bytes": 0}
-    assert [row["n"] for row in page.rows] == list(range(20))
-    assert [row["id"] for row in page.rows] == [row["id"] for row in rows]
+    shown = "20 rows; 1 with problems; 30 media, 1 of which cannot be shown; 132 pictures; 3 left out by the run; "
+    assert str(counts).startswith(shown) and not counts.limited
+    assert counts.file_bytes == out.stat().st_size and page.counts == {**vars(counts), "file_bytes": 0}
+    assert [(row["n"], row["id"]) for row in page.rows] == [(n, row["id"]) for n, row in enumerate(rows)]
     assert page.rows[4]["columns"] == [["chosen_reward", -2.0], ["flag", True]]
     assert page.rows[2]["more"] == [["generated_by", '{\n "pipeline": "leanpo",\n "adapter": null\n}']]
     assert page.rows[0]["prompt"] == [["user", [["video", 1], "Describe the video."]]]
@@ -104,14 +95,17 @@ def test_phrases_are_those_of_training(tmp_path):
         row(None, chosen="A red 🙂 car, parked.", rejected="A blue 🙂 van, parked."),
         row(None, chosen="A <MASK> red </MASK> car.", rejected="A <MASK> blue </MASK> car."),
         row(None, chosen="one two three", rejected="one 2 3", chosen_phrases=[[4, 7]], rejected_phrases=[]),
+        {"prompt": "Which colour?", "chosen": "It is red.", "rejected": "It is red, and blue."},
     ]
-    rows.append({"prompt": "Which colour?", "chosen": "It is red.", "rejected": "It is red, and blue."})
     page = page_of(tmp_path, rows)
     for example, record in zip(rows, page.rows):
         expected = read_row(example, phrases=True)
         for side in ("chosen", "rejected"):
-            assert "".join(record[side]) == response_text(getattr(expected, side))
-            assert spans(record[side]) == getattr(expected, f"{side}_phrases")
+            pieces = record[side]
+            assert "".join(pieces) == response_text(getattr(expected, side))
+            ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+            spans = [(ends[at - 1], ends[at]) for at in range(1, len(pieces), 2)]
+            assert spans == getattr(expected, f"{side}_phrases")
     assert page.rows[0]["chosen"] == ["A ", "red", " 🙂 ", "car", ", parked."]
     assert page.rows[1]["rejected"] == ["A ", "blue", " car."]
     assert page.rows[3]["prompt"] == [["prompt", ["Which colour?"]]]
@@ -119,48 +113,35 @@ def test_phrases_are_those_of_training(tmp_path):
 
 
 def test_frames_are_the_clips_with_their_times(tmp_path, world):
-    page = page_of(tmp_path, [world[0]], num_frames=3, thumb_pixels=1000)
+    wild = {"path": write_clip(tmp_path / "clip.mp4", 40), "num_frames": 30, "max_pixels": 10**6, "video_start": 1.0}
+    page = page_of(tmp_path, [world[0], row("video", [wild])], num_frames=3, thumb_pixels=1000)
     clip = load_video(world[0]["videos"][0], VideoOptions(num_frames=3, max_pixels=1000))
     (group,), (images,) = page.rows[0]["media"], page.images(0)
     assert group["pictures"] == [[31, 31, "0.00 s"], [31, 31, "1.00 s"], [31, 31, "1.75 s"]]
     assert group["title"] == "Video 1" and group["what"].endswith("0000.mp4 · 2.00 s · 8 frames · 4 a second")
-    assert [image.size for image in images] == [(31, 31)] * 3
-    assert all(difference(image, frame) < 8 for image, frame in zip(images, clip.frames))
-    assert difference(images[0], clip.frames[2]) > 8
-
-
-def test_a_rows_own_video_options_cannot_make_the_page_larger(tmp_path):
-    path = write_clip(tmp_path / "clip.mp4", frames=40)
-    wild = {"path": path, "num_frames": 30, "max_pixels": 10**6, "video_start": 1.0}
-    page = page_of(tmp_path, [row("video", [wild])], num_frames=4, thumb_pixels=400)
-    (group,) = page.rows[0]["media"]
-    assert [(w, h) for w, h, _ in group["pictures"]] == [(20, 20)] * 4
-    assert [caption for *_, caption in group["pictures"]] == ["1.00 s", "2.00 s", "2.90 s", "3.90 s"]
+    assert [alike(image, frame) for image, frame in zip(images, clip.frames)] == [True] * 3
+    assert not alike(images[0], clip.frames[2])
+    # A row's own options cannot make the page larger.
+    assert page.rows[1]["media"][0]["pictures"] == [[31, 31, "1.00 s"], [31, 31, "2.40 s"], [31, 31, "3.90 s"]]
 
 
 def test_the_image_list_is_that_of_training(tmp_path, world):
-    scene = world[10]
-    page = page_of(tmp_path, [scene], num_images=3, visual_prompt=False, thumb_pixels=10_000)
+    scene, paths = world[10], [write_image(tmp_path / f"{n}.png", (40, 20), n) for n in range(3)]
+    given = row("image", paths[:1], image_list=paths)
+    del given["images"]
+    page = page_of(tmp_path, [scene, given], num_images=3, visual_prompt=False, thumb_pixels=10_000)
     image = Image.open(scene["images"][0])
     whole, listed = page.images(0)
     expected = masked_image_list(image, scene["critical_box"], 3, visual_prompt=False)
     assert [group["title"] for group in page.rows[0]["media"]] == ["Image 1", "Image list"]
     captions = [caption for *_, caption in page.rows[0]["media"][1]["pictures"]]
     assert captions == ["0 % hidden", "50 % hidden", "100 % hidden"]
-    assert whole[0].size == (112, 56) and difference(whole[0], image) < 8
-    assert [difference(shown, item) < 8 for shown, item in zip(listed, expected)] == [True] * 3
+    assert whole[0].size == (112, 56) and alike(whole[0], image)
+    assert [alike(shown, item) for shown, item in zip(listed, expected)] == [True] * 3
     x0, y0, x1, y1 = scene["critical_box"]
-    hidden = np.asarray(listed[2])[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3]
-    assert hidden.mean() < 16
-
-
-def test_a_given_image_list_needs_no_images_column(tmp_path):
-    paths = [write_image(tmp_path / f"{n}.png", (40, 20), n) for n in range(3)]
-    example = row("image", paths[:1])
-    del example["images"]
-    page = page_of(tmp_path, [{**example, "image_list": paths}])
-    assert [(g["title"], len(g["pictures"])) for g in page.rows[0]["media"]] == [("Image 1", 1), ("Image list", 3)]
-    assert page.rows[0]["problems"] == []
+    assert np.asarray(listed[2])[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3].mean() < 16
+    assert [(g["title"], len(g["pictures"])) for g in page.rows[1]["media"]] == [("Image 1", 1), ("Image list", 3)]
+    assert page.rows[1]["problems"] == []
 
 
 def test_the_same_data_make_the_same_bytes(tmp_path, world, monkeypatch):
@@ -184,10 +165,9 @@ def test_no_row_is_skipped(tmp_path, world):
         (row(None, chosen="a <MASK> b", rejected="c"), "Phrases (RRPO): the last <MASK>"),
         ({**world[0], "critical_box": [0, 0, 5, 5]}, "Image list (LPOI): LPOI ranks images"),
     ]
-    lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item, _ in bad]
-    broken_list = {**world[10], "critical_box": [0, 0, 500, 5]}
-    spaces = row(None, chosen="a b", rejected="a  b")
-    lines += [json.dumps(r).encode() for r in (broken_list, spaces)]
+    rows = [item for item, _ in bad] + [{**world[10], "critical_box": [0, 0, 500, 5]}]
+    rows.append(row(None, chosen="a b", rejected="a  b"))
+    lines = [item if isinstance(item, bytes) else json.dumps(item).encode() for item in rows]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
     counts = write_page(tmp_path / "rows.jsonl", tmp_path / "page.html")
     page = Page(tmp_path / "page.html")
@@ -201,15 +181,16 @@ def test_no_row_is_skipped(tmp_path, world):
     assert (counts.rows, counts.problem_rows, counts.media_failures) == (11, 10, 1)
 
 
-def test_a_file_that_is_no_list_and_an_import_with_rejects(tmp_path):
+def test_broken_files_are_shown_as_such(tmp_path):
+    out = tmp_path / "page.html"
     (tmp_path / "a.json").write_text("[{}, ")
-    write_page(tmp_path / "a.json", tmp_path / "page.html")
-    assert "begins as a JSON list" in Page(tmp_path / "page.html").rows[0]["problems"][0]
+    write_page(tmp_path / "a.json", out)
+    assert "begins as a JSON list" in Page(out).rows[0]["problems"][0]
     (tmp_path / "b.json").write_text(json.dumps([row(None), row(None, id="second")]))
     (tmp_path / "b.json.rejected.jsonl").write_text('{"reason": "no answer", "record": {"q": 1}}\n{nonsense\n')
     (tmp_path / "summary.json").write_text("{")
-    write_page(tmp_path / "b.json", tmp_path / "page.html")
-    page = Page(tmp_path / "page.html")
+    write_page(tmp_path / "b.json", out)
+    page = Page(out)
     assert [record.get("id") for record in page.rows] == [None, "second"]
     assert [entry["kind"] for entry in page.rejected] == ["", "unreadable line"]
     assert page.rejected[0]["reason"] == "no answer" and "line 2 is not JSON" in page.rejected[1]["reason"]
@@ -218,29 +199,25 @@ def test_a_file_that_is_no_list_and_an_import_with_rejects(tmp_path):
 
 def test_odd_values_stay_readable(tmp_path):
     odd = {"nan": float("nan"), "big": 2**60, "half": "\ud83d", "nothing": None, "long": list(range(20_000))}
-    example = row(None, **odd, deep={"a": float("inf")})
-    page = page_of(tmp_path, [example])
-    (record,) = page.rows
+    (record,) = page_of(tmp_path, [row(None, **odd, deep={"a": float("inf")})]).rows
     assert record["columns"] == [["nan", "nan"], ["big", str(2**60)], ["half", "\ud83d"]]
-    assert [name for name, _ in record["more"]] == ["long", "deep"]
-    assert record["more"][1][1] == '{\n "a": "inf"\n}'
-    assert record["more"][0][1].endswith("characters in all)") and len(record["more"][0][1]) < 20_100
+    (long, text), deep = record["more"]
+    assert long == "long" and text.endswith("characters in all)") and len(text) < 20_100
+    assert deep == ["deep", '{\n "a": "inf"\n}']
 
 
 def test_nothing_in_the_data_is_markup(tmp_path):
     evil = '</script><script>window.hacked=1</script><!--<script>"><img src=x onerror=alert(1)>\u2028{{ 7*7 }}'
     columns = {"id": evil, "source": evil, evil: evil, "x" + evil: [evil]}
-    example = row(None, chosen=evil + "1", rejected=evil + "2", **columns)
     folder = tmp_path / "<b>{{ 7*7 }}"
     write_jsonl([{"id": evil, "kind": evil, "reason": evil, evil: evil}], folder / "rejected.jsonl")
-    page = page_of(folder, [example])
+    page = page_of(folder, [row(None, chosen=evil + "1", rejected=evil + "2", **columns)])
     assert page.rows[0]["id"] == evil and "".join(page.rows[0]["chosen"]) == evil + "1"
     assert page.rejected[0]["kind"] == evil
     skeleton = BLOCK.sub("", page.html)
     assert len(re.findall("<script", page.html)) == len(BLOCK.findall(page.html)) + 1
-    assert "hacked" not in skeleton and "onerror" not in skeleton
-    assert "{{ 7*7 }}" in re.findall("<h1>.*", skeleton)[0]
-    assert "<b>" not in skeleton and "&lt;b&gt;" in skeleton
+    assert not re.search("hacked|onerror|<b>", skeleton)
+    assert "&lt;b&gt;{{ 7*7 }}" in re.findall("<h1>.*", skeleton)[0]
     assert all("<" not in text for _, _, text in BLOCK.findall(page.html))
 
 
@@ -256,7 +233,7 @@ def test_parquet_and_saved_datasets_with_media_inside(tmp_path, world):
         write_page(tmp_path / name, tmp_path / "page.html", split=split)
         page = Page(tmp_path / "page.html")
         assert [(r["id"], r["columns"]) for r in page.rows] == [("s0", [["score", 0.0]]), ("s1", [["score", 0.5]])]
-        assert difference(page.images(1)[0][0], Image.open(paths[1])) < 8
+        assert alike(page.images(1)[0][0], Image.open(paths[1]))
 
 
 def test_limit_and_media_root(tmp_path, world):
@@ -282,11 +259,9 @@ def test_limit_and_media_root(tmp_path, world):
 )
 def test_refused(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    before = write_jsonl([row(None)], tmp_path / "rows.jsonl").read_bytes()
+    write_jsonl([row(None)], tmp_path / "rows.jsonl")
     (tmp_path / "page.html").write_text("the last one")
-    arguments = {"dataset": "rows.jsonl", "out": "page.html"} | options
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match=message):
-        write_page(arguments.pop("dataset"), arguments.pop("out"), **arguments)
-    assert (tmp_path / "page.html").read_text() == "the last one"
-    assert (tmp_path / "rows.jsonl").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "rows.jsonl"]
+        write_page(**{"dataset": "rows.jsonl", "out": "page.html"} | options)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
