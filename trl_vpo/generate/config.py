@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
-from trl_vpo.models.config import AnsweringConfig
+from trl_vpo.models.config import AnsweringConfig, option
 from trl_vpo.models.requests import Sampling
 
 
@@ -14,36 +14,29 @@ from trl_vpo.models.requests import Sampling
 class GenerateConfig(AnsweringConfig):
     """Settings of a run of `trl-vpo generate`. Each method's file adds its own."""
 
-    from_adapter: str | None = field(default=None, metadata={"help": "LoRA adapter to answer with."})
-    server_url: str | None = field(
-        default=None,
-        metadata={"help": "OpenAI-compatible server that answers instead of this process, as http://HOST:PORT/v1."},
+    from_adapter: str | None = option(None, "LoRA adapter to answer with.")
+    server_url: str | None = option(
+        None, "OpenAI-compatible server that answers instead of this process, as http://HOST:PORT/v1."
     )
-    server_media: str = field(
-        default="video",
-        metadata={
-            "help": "How a clip is sent: as one mp4 (vLLM), or as frames (any).",
-            "choices": ["video", "frames"],
-        },
+    server_media: str = option(
+        "video", "How a clip is sent: as one mp4 (vLLM), or as frames (any).", choices=["video", "frames"]
     )
-    api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "Environment variable with the API key."})
-    judge_model: str | None = field(default=None, metadata={"help": "Model name of the judge, behind judge_url."})
-    judge_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible server of the judge."})
-    judge_api_key_env: str = field(default="OPENAI_API_KEY", metadata={"help": "The judge's API key variable."})
-    timeout: float = field(default=120.0, metadata={"help": "Seconds without a byte that end an attempt."})
-    max_retries: int = field(default=5, metadata={"help": "Attempts after the first, with growing pauses."})
-    max_requests: int | None = field(default=None, metadata={"help": "Stop after so many requests to servers."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling; 0 is greedy."})
-    top_p: float = field(default=0.9, metadata={"help": "Nucleus of sampling."})
-    dry_run: bool = field(default=False, metadata={"help": "Show what three rows would be asked; load no weights."})
+    api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the API key.")
+    judge_model: str | None = option(None, "Model name of the judge, behind judge_url.")
+    judge_url: str | None = option(None, "OpenAI-compatible server of the judge.")
+    judge_api_key_env: str = option("OPENAI_API_KEY", "The judge's API key variable.")
+    timeout: float = option(120.0, "Seconds without a byte that end an attempt.")
+    max_retries: int = option(5, "Attempts after the first, with growing pauses.")
+    max_requests: int | None = option(None, "Stop after so many requests to servers.")
+    temperature: float = option(1.0, "Of sampling; 0 is greedy.")
+    top_p: float = option(0.9, "Nucleus of sampling.")
+    dry_run: bool = option(False, "Show what three rows would be asked; load no weights.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_at_least(max_retries=0, max_requests=1)
         if not self.timeout > 0:
             raise ValueError(f"timeout is {self.timeout}: give seconds above 0.")
-        if self.server_media not in ("video", "frames"):
-            raise ValueError(f"server_media is {self.server_media!r}: give video or frames.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature {self.temperature} and top_p {self.top_p}: give at least 0, and above 0 up to 1."

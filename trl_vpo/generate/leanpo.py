@@ -25,6 +25,7 @@ from trl_vpo.generate.pipeline import Pipeline, training_row
 from trl_vpo.generate.tasks import Task, read_task
 from trl_vpo.media.corruptions import DamageSettings, damage
 from trl_vpo.media.load import Media
+from trl_vpo.models.config import option
 from trl_vpo.models.requests import Request, stream_seed
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.answers import RIGHT, SHORT_WORDS, WRONG
@@ -63,41 +64,26 @@ _ROUNDING = 1e-9  # 0.7 - 0.4 is a margin of 0.3
 class LeanPOGenerateConfig(GenerateConfig):
     """Settings of LeanPO's pipeline; trust is the similarity with the ground truth, 0 to 1."""
 
-    hint_prompt: str = field(
-        default=HINT_PROMPT,
-        metadata={"help": "Prompt with {question} and {answer}, the ground truth; other braces are doubled."},
+    hint_prompt: str = option(
+        HINT_PROMPT, "Prompt with {question} and {answer}, the ground truth; other braces are doubled."
     )
-    reflection_prompt: str = field(
-        default=REFLECTION_PROMPT, metadata={"help": "Prompt with {question}, {answer} and {first_answer}."}
-    )
-    reflection: bool = field(
-        default=True, metadata={"help": "Let the model improve its hinted answer; off, the first answer wins."}
-    )
-    plain_answer: bool = field(
-        default=True, metadata={"help": "Ask the plain question too, greedily, to compare in the summary."}
-    )
-    num_damaged_frames: int = field(default=2, metadata={"help": "Frames left of a damaged clip."})
-    flip_probability: float = field(
-        default=0.5, metadata={"help": "How often damaged media are flipped: 0 where left and right matter."}
-    )
-    min_margin: float | None = field(
-        default=None, metadata={"help": "Least margin of the rewards, nats per token before beta."}
-    )
-    min_trust: float | None = field(default=None, metadata={"help": "Least trust of the winning response, 0 to 1."})
-    min_trust_margin: float | None = field(
-        default=None, metadata={"help": "Least margin of its trust over the losing response's, -1 to 1."}
-    )
-    keep_top: float | None = field(
-        default=None,
-        metadata={"help": "Share of the rows to keep, those with the largest trust margins: above 0, up to 1."},
+    reflection_prompt: str = option(REFLECTION_PROMPT, "Prompt with {question}, {answer} and {first_answer}.")
+    reflection: bool = option(True, "Let the model improve its hinted answer; off, the first answer wins.")
+    plain_answer: bool = option(True, "Ask the plain question too, greedily, to compare in the summary.")
+    num_damaged_frames: int = option(2, "Frames left of a damaged clip.")
+    flip_probability: float = option(0.5, "How often damaged media are flipped: 0 where left and right matter.")
+    min_margin: float | None = option(None, "Least margin of the rewards, nats per token before beta.")
+    min_trust: float | None = option(None, "Least trust of the winning response, 0 to 1.")
+    min_trust_margin: float | None = option(None, "Least margin of its trust over the losing response's, -1 to 1.")
+    keep_top: float | None = option(
+        None, "Share of the rows to keep, those with the largest trust margins: above 0, up to 1."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_template("hint_prompt", self.hint_prompt, {"question", "answer"})
         check_template("reflection_prompt", self.reflection_prompt, {"question", "answer", "first_answer"})
-        if self.num_damaged_frames < 1:
-            raise ValueError(f"num_damaged_frames is {self.num_damaged_frames}: give a whole number of at least 1.")
+        self.check_at_least(num_damaged_frames=1)
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"flip_probability is {self.flip_probability}: give a number from 0 to 1.")
         for name, (_, least, most) in FILTERS.items():

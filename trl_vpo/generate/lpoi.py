@@ -28,6 +28,7 @@ from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media
 from trl_vpo.media.masking import masked_image_list
+from trl_vpo.models.config import option
 from trl_vpo.models.requests import Request
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.similarity import mean
@@ -46,74 +47,45 @@ REPLACED = {"id", "image", "images", "image_list", "critical_box"}  # columns of
 class LPOIGenerateConfig(GenerateConfig):
     """Settings of LPOI's pipeline. No model is needed unless `hard_negative` or `visibility_check` is on."""
 
-    boxes: str = field(
-        default="detector", metadata={"help": "Where boxes come from.", "choices": ["detector", "annotations"]}
+    boxes: str = option("detector", "Where boxes come from.", choices=["detector", "annotations"])
+    detector: str = option("IDEA-Research/grounding-dino-tiny", "Grounding DINO, MM Grounding DINO or OWLv2.")
+    detector_revision: str = option("main", "Revision of the detector.")
+    detector_dtype: str = option("float32", "Dtype of the detector and the mask model.")
+    box_threshold: float | None = option(None, "Least score of a detection. Default: the detector's own.")
+    annotations_column: str = option("objects", "Column of the known boxes.")
+    categories: list[str] | None = option(None, "Names of the annotations' category numbers, from 0.")
+    objects_column: str | None = option(
+        None, "Column with a row's own candidates, the preferred first, instead of noun phrases."
     )
-    detector: str = field(
-        default="IDEA-Research/grounding-dino-tiny", metadata={"help": "Grounding DINO, MM Grounding DINO or OWLv2."}
-    )
-    detector_revision: str = field(default="main", metadata={"help": "Revision of the detector."})
-    detector_dtype: str = field(default="float32", metadata={"help": "Dtype of the detector and the mask model."})
-    box_threshold: float | None = field(
-        default=None, metadata={"help": "Least score of a detection. Default: the detector's own."}
-    )
-    annotations_column: str = field(default="objects", metadata={"help": "Column of the known boxes."})
-    categories: list[str] | None = field(
-        default=None, metadata={"help": "Names of the annotations' category numbers, from 0."}
-    )
-    objects_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with a row's own candidates, the preferred first, instead of noun phrases."},
-    )
-    max_candidates: int = field(default=40, metadata={"help": "Look for this many names of a row at most."})
+    max_candidates: int = option(40, "Look for this many names of a row at most.")
     fallback_labels: list[str] = field(
         default_factory=FALLBACK_LABELS.split,
         metadata={"help": "Names to look for where no candidate is found. Empty: reject the row."},
     )
-    min_box_area: float = field(
-        default=0.005, metadata={"help": "Least share of the image that a critical box covers."}
+    min_box_area: float = option(0.005, "Least share of the image that a critical box covers.")
+    max_box_area: float = option(0.9, "Largest share of the image that a critical box covers.")
+    instances: str = option(
+        "best",
+        "Of several boxes of one object the best, as published, or all of them as one, so that all of "
+        "them are hidden. The summary says how often there are several.",
+        choices=["best", "union"],
     )
-    max_box_area: float = field(
-        default=0.9, metadata={"help": "Largest share of the image that a critical box covers."}
+    mask_model: str | None = option(
+        None, "SAM 2; rows then have an `image_list` of files in which only the outline is hidden."
     )
-    instances: str = field(
-        default="best",
-        metadata={
-            "help": "Of several boxes of one object the best, as published, or all of them as one, so that all of "
-            "them are hidden. The summary says how often there are several.",
-            "choices": ["best", "union"],
-        },
-    )
-    mask_model: str | None = field(
-        default=None,
-        metadata={"help": "SAM 2; rows then have an `image_list` of files in which only the outline is hidden."},
-    )
-    mask_model_revision: str = field(default="main", metadata={"help": "Revision of the mask model."})
-    num_images: int = field(
-        default=5, metadata={"help": "Length of the image list for masks and questions; as in training."}
-    )
-    visual_prompt: bool = field(
-        default=True, metadata={"help": "Draw a red ellipse around the hidden part; as in training."}
-    )
-    hard_negative: bool = field(
-        default=False, metadata={"help": "Keep an object only if the model still claims it where it is hidden."}
-    )
-    visibility_check: bool = field(
-        default=False, metadata={"help": "Ask about the object at each place of the list; report the answers."}
-    )
-    presence_question: str = field(
-        default="Is there {object} in the image? Answer yes or no.",
-        metadata={"help": "What the model is asked; {object} is the object with its article."},
+    mask_model_revision: str = option("main", "Revision of the mask model.")
+    num_images: int = option(5, "Length of the image list for masks and questions; as in training.")
+    visual_prompt: bool = option(True, "Draw a red ellipse around the hidden part; as in training.")
+    hard_negative: bool = option(False, "Keep an object only if the model still claims it where it is hidden.")
+    visibility_check: bool = option(False, "Ask about the object at each place of the list; report the answers.")
+    presence_question: str = option(
+        "Is there {object} in the image? Answer yes or no.",
+        "What the model is asked; {object} is the object with its article.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("boxes", ("detector", "annotations")), ("instances", ("best", "union"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(allowed)}.")
-        for name, least in (("num_images", 2), ("max_candidates", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a whole number of at least {least}.")
+        self.check_at_least(num_images=2, max_candidates=1)
         if not 0 <= self.min_box_area < self.max_box_area <= 1:
             raise ValueError(
                 f"min_box_area {self.min_box_area} and max_box_area {self.max_box_area}: give shares from 0 to 1, the "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trl_vpo.generate.config import GenerateConfig, check_template
 from trl_vpo.generate.judge import DIFFERENCES_PROMPT, REWRITE_PROMPT
 from trl_vpo.media.corruptions import MODES, PerturbSettings
+from trl_vpo.models.config import option
 from trl_vpo.models.requests import Sampling
 from trl_vpo.text.answers import SHORT_WORDS
 
@@ -15,58 +16,42 @@ from trl_vpo.text.answers import SHORT_WORDS
 class RRPOGenerateConfig(GenerateConfig):
     """Settings of RRPO's pipeline. A prompt suffix stands below a question of its kind; it is never trained on."""
 
-    perturbation: str = field(
-        default="mask+local",
-        metadata={"help": "How the media are perturbed; images are only ever masked.", "choices": list(MODES)},
+    perturbation: str = option(
+        "mask+local", "How the media are perturbed; images are only ever masked.", choices=list(MODES)
     )
-    mask_area_min: float = field(default=0.25, metadata={"help": "Smallest share of the frame that is masked."})
-    mask_area_max: float = field(default=0.5, metadata={"help": "Largest share of the frame that is masked."})
-    shuffle_window: int = field(
-        default=4, metadata={"help": "Frames that change places with each other in local shuffling."}
+    mask_area_min: float = option(0.25, "Smallest share of the frame that is masked.")
+    mask_area_max: float = option(0.5, "Largest share of the frame that is masked.")
+    shuffle_window: int = option(4, "Frames that change places with each other in local shuffling.")
+    attempts: int = option(1, "Perturbations tried until the model answers wrongly.")
+    short_words: int = option(
+        SHORT_WORDS, "Most words of a short answer; a wrong one may have so many more than the ground truth."
     )
-    attempts: int = field(default=1, metadata={"help": "Perturbations tried until the model answers wrongly."})
-    short_words: int = field(
-        default=SHORT_WORDS,
-        metadata={"help": "Most words of a short answer; a wrong one may have so many more than the ground truth."},
+    open_check: str = option(
+        "judge",
+        "Who checks open-ended answers, and short ones that no rule decides. exact: any other words than "
+        "the ground truth's are wrong, and rejected as they are; for answers in a fixed form.",
+        choices=["judge", "exact"],
     )
-    open_check: str = field(
-        default="judge",
-        metadata={
-            "help": "Who checks open-ended answers, and short ones that no rule decides. exact: any other words than "
-            "the ground truth's are wrong, and rejected as they are; for answers in a fixed form.",
-            "choices": ["judge", "exact"],
-        },
+    max_changed: float = option(0.6, "Largest share of words that the judge's rewrite may change.")
+    choice_prompt_suffix: str = option(
+        "Answer with the letter of the right option.", "Below a multiple-choice question."
     )
-    max_changed: float = field(
-        default=0.6, metadata={"help": "Largest share of words that the judge's rewrite may change."}
+    yes_no_prompt_suffix: str = option("Answer yes or no.", "Below a yes/no question.")
+    short_prompt_suffix: str = option("Answer with a word or a short phrase.", "Below a question with a short answer.")
+    open_prompt_suffix: str = option("", "Below an open-ended question.")
+    differences_prompt: str = option(
+        DIFFERENCES_PROMPT, "The judge's first prompt, with {question}, {truth} and {answer}, the model's answer."
     )
-    choice_prompt_suffix: str = field(
-        default="Answer with the letter of the right option.", metadata={"help": "Below a multiple-choice question."}
+    rewrite_prompt: str = option(
+        REWRITE_PROMPT, "The judge's second prompt, with {differences} too; other braces are doubled."
     )
-    yes_no_prompt_suffix: str = field(default="Answer yes or no.", metadata={"help": "Below a yes/no question."})
-    short_prompt_suffix: str = field(
-        default="Answer with a word or a short phrase.", metadata={"help": "Below a question with a short answer."}
-    )
-    open_prompt_suffix: str = field(default="", metadata={"help": "Below an open-ended question."})
-    differences_prompt: str = field(
-        default=DIFFERENCES_PROMPT,
-        metadata={"help": "The judge's first prompt, with {question}, {truth} and {answer}, the model's answer."},
-    )
-    rewrite_prompt: str = field(
-        default=REWRITE_PROMPT,
-        metadata={"help": "The judge's second prompt, with {differences} too; other braces are doubled."},
-    )
-    judge_temperature: float = field(default=0.0, metadata={"help": "Temperature of the judge."})
-    judge_max_new_tokens: int = field(default=1024, metadata={"help": "Longest reply of the judge, in tokens."})
+    judge_temperature: float = option(0.0, "Temperature of the judge.")
+    judge_max_new_tokens: int = option(1024, "Longest reply of the judge, in tokens.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.perturb_settings()
-        for name in ("attempts", "short_words", "judge_max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: give a whole number of at least 1.")
-        if self.open_check not in ("judge", "exact"):
-            raise ValueError(f"open_check is {self.open_check!r}: give judge or exact.")
+        self.check_at_least(attempts=1, short_words=1, judge_max_new_tokens=1)
         if not 0 < self.max_changed <= 1:
             raise ValueError(f"max_changed is {self.max_changed}: give a share above 0 and up to 1.")
         if self.judge_temperature < 0:

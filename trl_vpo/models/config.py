@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +10,46 @@ from trl_vpo.errors import RecipeError
 from trl_vpo.media.load import VideoOptions
 
 
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Return a config's field with its default, its text in `--help`, and perhaps its `choices`."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 @dataclass
 class AnsweringConfig:
     """Inputs, the model in this process, its media, and the run's folder."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Inputs: a Hub dataset, a file or a folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Name of the dataset's configuration."})
-    dataset_split: str | None = field(default="train", metadata={"help": "Split of the dataset."})
-    media_root: str | None = field(default=None, metadata={"help": "Folder that relative media paths start from."})
-    output_dir: str | None = field(default=None, metadata={"help": "The run's folder. The same command continues it."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The model that answers."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the model."})
-    dtype: str = field(default="auto", metadata={"help": "auto, bfloat16, float16 or float32."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation to load with."})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda or auto (spread over GPUs). Default: best."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Load 4-bit weights (bitsandbytes)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Load 8-bit weights (bitsandbytes)."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    batch_size: int = field(default=8, metadata={"help": "Inputs worked on, and sequences in a model call, at once."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens; a longer one is cut off."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames of each video; 16 unless fps is given."})
-    fps: float | None = field(default=None, metadata={"help": "Sample this many frames a second instead."})
-    max_frames: int = field(default=64, metadata={"help": "Most frames of a video when fps is given."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Scale larger images and frames down."})
-    video_start: float | None = field(default=None, metadata={"help": "Where every video begins, in seconds."})
-    video_end: float | None = field(default=None, metadata={"help": "Where every video ends, in seconds."})
-    seed: int = field(default=0, metadata={"help": "With a row's id, fixes every random choice about the row."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many inputs."})
+    dataset_name: str | None = option(None, "Inputs: a Hub dataset, a file or a folder.")
+    dataset_config: str | None = option(None, "Name of the dataset's configuration.")
+    dataset_split: str | None = option("train", "Split of the dataset.")
+    media_root: str | None = option(None, "Folder that relative media paths start from.")
+    output_dir: str | None = option(None, "The run's folder. The same command continues it.")
+    model_name_or_path: str | None = option(None, "The model that answers.")
+    model_revision: str = option("main", "Revision of the model.")
+    dtype: str = option("auto", "auto, bfloat16, float16 or float32.")
+    attn_implementation: str | None = option(None, "Attention implementation to load with.")
+    device: str | None = option(None, "cpu, cuda or auto (spread over GPUs). Default: best.")
+    load_in_4bit: bool = option(False, "Load 4-bit weights (bitsandbytes).")
+    load_in_8bit: bool = option(False, "Load 8-bit weights (bitsandbytes).")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    batch_size: int = option(8, "Inputs worked on, and sequences in a model call, at once.")
+    max_new_tokens: int = option(256, "Longest answer, in tokens; a longer one is cut off.")
+    num_frames: int | None = option(None, "Frames of each video; 16 unless fps is given.")
+    fps: float | None = option(None, "Sample this many frames a second instead.")
+    max_frames: int = option(64, "Most frames of a video when fps is given.")
+    max_pixels: int | None = option(None, "Scale larger images and frames down.")
+    video_start: float | None = option(None, "Where every video begins, in seconds.")
+    video_end: float | None = option(None, "Where every video ends, in seconds.")
+    seed: int = option(0, "With a row's id, fixes every random choice about the row.")
+    limit: int | None = option(None, "Only the first so many inputs.")
 
     def __post_init__(self) -> None:
         self.video_options()
         self.check_at_least(batch_size=1, max_new_tokens=1, limit=1)
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{each.name} is {value!r}: give one of {', '.join(choices)}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both set: keep one.")
 
