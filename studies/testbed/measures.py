@@ -112,7 +112,7 @@ def _answers(records: Records, facts: Mapping[str, Mapping[str, Any]]) -> Rows:
     """The model's answers against the truth."""
     clusters, texts = [record["id"] for record in records], [record["response"] for record in records]
     things = [study_data.things_of(facts[name]) for name in clusters]
-    verdicts = [language.judge_caption(text, seen) for text, seen in zip(texts, things)]
+    verdicts = [language.check_caption(text, seen) for text, seen in zip(texts, things)]
     counts, _ = count_objects(texts, [[thing.name for thing in seen] for seen in things], OBJECTS)
     rows = {
         "captions/hallucinated": np.array([v.hallucinated for v in verdicts], dtype=float),

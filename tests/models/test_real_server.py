@@ -75,6 +75,6 @@ def test_images_are_answered_as_in_this_process(url):
 def test_a_clip_goes_as_frames_and_not_as_a_video(url):
     clips = asked("clip", 2)
     for answer in ServerModel(url, str(BASE), media="frames").answer(clips, GREEDY):
-        assert language.judge_caption(answer, ()).parsed
+        assert language.check_caption(answer, ()).parsed
     with pytest.raises(GenerateError, match="set server_media: frames"):
         ServerModel(url, str(BASE), max_retries=0).answer(clips, GREEDY)

@@ -132,8 +132,8 @@ def test_held_out_parts_know_their_answers(kind, tmp_path):
         chosen, rejected = (row[side][0]["content"][0]["text"] for side in ("chosen", "rejected"))
         assert chosen == known["answer"] != rejected
         if known["part"] != "questions":
-            assert language.judge_caption(chosen, things).exact
-            assert language.judge_caption(rejected, things).hallucinated
+            assert language.check_caption(chosen, things).exact
+            assert language.check_caption(rejected, things).hallucinated
     ranked = {facts[row["id"]]["part"] for row in rows if "critical_box" in row}
     assert ranked == ({"balanced"} if kind == "scene" else set())
 

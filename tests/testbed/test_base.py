@@ -48,7 +48,7 @@ def test_questions_are_answered_as_documented(base):
     assert measured == pytest.approx({name: expected[name] for name in measured}, abs=TOLERANCE)
 
 
-def test_the_base_says_what_is_usual_of_the_shapes_that_have_a_habit(base):
+def test_the_base_says_what_is_usual(base):
     samples = world.draw_samples("clip", 400, seed=2, habits=False)
     odd = [s for s in samples if world.as_usual(s.things) != s.things]
     texts = tiny_vlm.answer(*base, odd, [language.PROMPTS["clip"]] * len(odd))

@@ -8,42 +8,43 @@ from rich.console import Console
 
 from trl_vpo import LeanPOConfig, LeanPOTrainer
 from trl_vpo.testbed import language, quickstart, rows, tiny_vlm
-from trl_vpo.testbed.language import Verdict
+from trl_vpo.testbed.language import CaptionCheck
 from trl_vpo.testbed.quickstart import Measured, Result
 
-TRUE, FALSE, GARBLED = Verdict(True, True, ()), Verdict(True, False, ("red square",)), Verdict(False, False, ())
+TRUE, FALSE = CaptionCheck(True, True, ()), CaptionCheck(True, False, ("red square",))
+GARBLED = CaptionCheck(False, False, ())
 
 
-def measured(verdicts, accuracy=0.5, chosen=-5.0, rejected=-4.0, kl=0.0):
+def measured(captions, accuracy=0.5, chosen=-5.0, rejected=-4.0, kl=0.0):
     preferences = {"preference/accuracy": accuracy, "preference/accuracy_average": accuracy}
     preferences |= {"logps/chosen": chosen, "logps/rejected": rejected, "kl/chosen": kl}
-    return Measured(preferences, verdicts)
+    return Measured(preferences, captions)
 
 
 BEFORE = measured([FALSE] * 40 + [TRUE] * 60)
 
 
-def said(after) -> str:
-    return quickstart.verdict(Result("DPO", "clip", BEFORE, after, 10.0, []))
-
-
-def test_a_method_that_helps_is_said_to_help():
-    text = said(measured([FALSE] * 10 + [TRUE] * 90, accuracy=0.9, chosen=-4.0))
-    assert text == "30 of 100 captions mended, 0 newly false; it hallucinates less than the base."
-
-
-def test_no_clear_change_is_no_help():
-    # 5 mended against 2 newly false: within two standard deviations (5.3) of nothing
-    text = said(measured([FALSE] * 35 + [TRUE] * 63 + [FALSE] * 2, accuracy=0.9, chosen=-4.0))
-    assert text.startswith("5 of 100 captions mended, 2 newly false; it does not help here: no clear change")
-
-
-def test_what_gets_worse_is_named():
-    text = said(measured([FALSE] * 40 + [FALSE] * 30 + [GARBLED] * 30, accuracy=0.5, chosen=-7.5))
-    assert "it hallucinates more than the base" in text
-    assert "does not prefer the true captions more often" in text
-    assert "less likely (-2.50 nats)" in text
-    assert "30 of its captions are no sentences of the world (base: 0)" in text
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (
+            measured([FALSE] * 10 + [TRUE] * 90, accuracy=0.9, chosen=-4.0),
+            "30 of 100 captions fixed, 0 newly wrong; it hallucinates less than the base.",
+        ),
+        (  # 5 against 2: within two standard deviations (5.3) of nothing
+            measured([FALSE] * 35 + [TRUE] * 63 + [FALSE] * 2, accuracy=0.9, chosen=-4.0),
+            "5 of 100 captions fixed, 2 newly wrong; it does not help here: no clear change in hallucination.",
+        ),
+        (
+            measured([FALSE] * 40 + [FALSE] * 30 + [GARBLED] * 30, accuracy=0.5, chosen=-7.5),
+            "0 of 100 captions fixed, 30 newly wrong; it does not help here: it hallucinates more than the base; "
+            "it does not prefer the true captions more often than the base does; it makes the true captions themselves "
+            "less likely (-2.50 nats); 30 of its captions are outside the world's grammar (base: 0).",
+        ),
+    ],
+)
+def test_words_follow_from_the_numbers(after, words):
+    assert quickstart.in_words(Result("DPO", "clip", BEFORE, after, 10.0, [])) == words
 
 
 def test_the_table_compares_each_kind_with_its_own_base():

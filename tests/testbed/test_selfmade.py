@@ -22,15 +22,14 @@ def figures(method, inputs, out):
     return summary["figures"]
 
 
-def test_leanpo_winning_responses_are_right_more_often_than_plain_answers(inputs, tmp_path):
-    found = figures("leanpo", inputs, tmp_path)
-    assert found["chosen_right"] > found["plain_right"] + 0.1 > found["rejected_right"] + 0.2
-    assert found["reward_trust_spearman"] > 0.5
+def test_leanpo_chosen_responses_are_right_more_often(inputs, tmp_path):
+    right = figures("leanpo", inputs, tmp_path)
+    assert right["chosen_right"] > right["plain_right"] + 0.1 > right["rejected_right"] + 0.2
+    assert right["reward_trust_spearman"] > 0.5
 
 
 def test_rrpo_rejected_responses_are_wrong(inputs, tmp_path):
-    found = figures("rrpo", inputs, tmp_path)
-    assert set(found["rows_by_kind"]) == {"open", "short", "yes_no"}
+    assert set(figures("rrpo", inputs, tmp_path)["rows_by_kind"]) == {"open", "short", "yes_no"}
     assert selfmade.true_rejections(tmp_path / "rrpo-data/rows.jsonl") == 0
 
 
@@ -58,10 +57,10 @@ def test_lpoi_claims_fall_as_the_object_is_hidden(inputs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", selfmade.PIPELINES)
-def test_training_on_self_made_data_lowers_the_hallucination_rate(method, tmp_path):
+def test_training_on_self_made_data_helps(method, tmp_path):
     held_out = quickstart.write_data(tmp_path / "data")
-    made = selfmade.generate(method, selfmade.write_inputs(tmp_path / "data")[method], tmp_path)
+    data = selfmade.generate(method, selfmade.write_inputs(tmp_path / "data")[method], tmp_path)
     kind = quickstart.METHODS[method][1]
     recipe = quickstart.RECIPES / f"{method}-selfmade.yaml"
-    result = quickstart.run_method(method, tmp_path, held_out[kind], None, recipe, made)
+    result = quickstart.run_method(method, tmp_path, held_out[kind], None, recipe, data)
     assert result.after.hallucination < result.before.hallucination / 2

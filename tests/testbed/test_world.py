@@ -1,4 +1,4 @@
-"""The small world: repeatable, really encoded, biased where it says so, and judged by hand-made cases."""
+"""The small world: repeatable, really encoded, biased where it says so, and checked by hand-made cases."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def test_a_seed_fixes_facts_pixels_text_and_files(kind, tmp_path):
     assert any(a.things != b.things for a, b in zip(samples, different))
 
 
-def test_clips_decode_to_the_frames_and_colours_that_were_drawn(tmp_path):
+def test_clips_decode_to_what_was_drawn(tmp_path):
     samples = world.draw_samples("clip", 30, seed=0, habits=False)
     assert {s.things[0].colour for s in samples} == set(world.COLOURS)
     for number, sample in enumerate(samples):
@@ -69,28 +69,25 @@ def test_boxes_hold_all_of_a_shape_and_nothing_more(kind):
         assert inked.any() and not (inked & ~inside).any()
 
 
-def test_habits_rule_the_training_split_and_not_the_held_out_split():
-    biased, balanced = (world.draw_samples("clip", 1500, seed=0, habits=habits) for habits in (True, False))
-
+def test_habits_rule_the_training_split_only():
     def share(samples, shape, attribute, value):
         return np.mean([getattr(s.things[0], attribute) == value for s in samples if s.things[0].shape == shape])
 
+    biased, balanced = (world.draw_samples("clip", 1500, seed=0, habits=habits) for habits in (True, False))
     exceptions = 1 - world.HABIT
     assert share(biased, "square", "colour", "red") == pytest.approx(world.HABIT + exceptions / 6, abs=0.06)
     assert share(biased, "circle", "motion", "left") == pytest.approx(world.HABIT + exceptions / 4, abs=0.06)
     assert share(biased, "cross", "colour", "red") == pytest.approx(1 / 6, abs=0.06)
-    for shape in world.SHAPES:
-        for colour in world.COLOURS:
-            assert share(balanced, shape, "colour", colour) == pytest.approx(1 / 6, abs=0.07)
-        for motion in world.MOTIONS:
-            assert share(balanced, shape, "motion", motion) == pytest.approx(1 / 4, abs=0.07)
+    for attribute, values in (("colour", world.COLOURS), ("motion", world.MOTIONS)):
+        shares = [share(balanced, shape, attribute, value) for shape in world.SHAPES for value in values]
+        assert shares == pytest.approx([1 / len(values)] * len(shares), abs=0.07)
 
 
-def test_training_text_follows_the_habit_more_often_than_the_pixels():
+def test_training_text_follows_the_habit():
     rng = np.random.default_rng(0)
-    said = [world.as_described((BLUE_SQUARE,), rng)[0].colour for _ in range(1000)]
-    assert said.count("red") / 1000 == pytest.approx(world.CARELESS, abs=0.05)
-    assert set(said) == {"red", "blue"}
+    colours = [world.as_described((BLUE_SQUARE,), rng)[0].colour for _ in range(1000)]
+    assert colours.count("red") / 1000 == pytest.approx(world.CARELESS, abs=0.05)
+    assert set(colours) == {"red", "blue"}
     assert world.as_described((Thing("blue", "cross", "up"),), rng) == (Thing("blue", "cross", "up"),)
 
 
@@ -100,23 +97,21 @@ def test_training_text_follows_the_habit_more_often_than_the_pixels():
         ((RED_SQUARE,), "a red square moves left.", True, True, ()),
         ((BLUE_SQUARE,), "a red square moves left.", True, False, ("red square",)),
         ((RED_SQUARE,), "a red square moves up.", True, False, ("moves up",)),
-        ((RED_SQUARE,), "a red circle moves left.", True, False, ("red circle",)),
         ((RED_SQUARE,), "a red square.", True, False, ()),  # says less, but nothing false
         ((RED_SQUARE,), "a red square moves", False, False, ()),
-        ((RED_SQUARE,), "square square.", False, False, ()),
         ((RED_SQUARE,), "", False, False, ()),
         ((RED_SQUARE,), "a red square moves left. a blue cross", False, False, ("blue cross",)),
         (SCENE, "a green cross and a white square.", True, True, ()),
         (SCENE, "a white square and a green cross.", True, False, ()),  # wrong order, but nothing false
-        (SCENE, "a green cross and a red square.", True, False, ("red square",)),
         (SCENE, "a green cross and a green cross.", True, False, ("green cross",)),  # there is only one
         (SCENE, "a white cross and a green square.", True, False, ("white cross", "green square")),
         (SCENE, "a green cross moves left.", True, False, ("moves left",)),
     ],
 )
-def test_the_judge_of_captions(things, text, parsed, exact, false_words):
-    assert language.judge_caption(text, things) == language.Verdict(parsed, exact, false_words)
-    assert language.judge_caption(text, things).hallucinated == bool(false_words)
+def test_captions_are_checked_against_the_facts(things, text, parsed, exact, false_words):
+    check = language.check_caption(text, things)
+    assert check == language.CaptionCheck(parsed, exact, false_words)
+    assert check.hallucinated == bool(false_words)
 
 
 @pytest.mark.parametrize("kind", ["clip", "scene"])
@@ -124,8 +119,8 @@ def test_questions_and_false_captions_agree_with_the_facts(kind):
     rng = np.random.default_rng(0)
     for sample in world.draw_samples(kind, 100, seed=5, habits=False):
         truth = language.caption(sample.things)
-        assert language.judge_caption(truth, sample.things).exact
-        wrong = language.judge_caption(language.wrong_caption(sample.things, rng), sample.things)
+        assert language.check_caption(truth, sample.things).exact
+        wrong = language.check_caption(language.wrong_caption(sample.things, rng), sample.things)
         assert wrong.parsed and wrong.hallucinated
         choice = language.choice_item(sample.things, rng)
         options = dict(re.findall(r"([A-D])\. (a .+?\.)(?= [A-D]\.|$)", choice.question))
@@ -134,8 +129,7 @@ def test_questions_and_false_captions_agree_with_the_facts(kind):
         yes, no = language.yes_no_pair(sample.things, rng)
         assert (yes.answer, no.answer) == ("yes.", "no.")
         assert sum(a != b for a, b in zip(yes.question.split(), no.question.split())) == 1
-    (usual,) = {language.wrong_caption((BLUE_SQUARE,), rng) for _ in range(10)}
-    assert usual == "a red square moves left."
+    assert {language.wrong_caption((BLUE_SQUARE,), rng) for _ in range(10)} == {"a red square moves left."}
 
 
 def test_rows_follow_the_contract(tmp_path):
@@ -146,12 +140,7 @@ def test_rows_follow_the_contract(tmp_path):
     for sample, row in zip(samples, loaded):
         assert np.array_equal(np.asarray(Image.open(row["images"][0])), sample.frames[0])
         assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]
-        wronged = [t.name for t in sample.things if t.name not in row["rejected"][0]["content"][0]["text"]]
-        assert [list(t.box) for t in sample.things if t.name == wronged[0]] == [row["critical_box"]]
+        wronged = next(t for t in sample.things if t.name not in row["rejected"][0]["content"][0]["text"])
+        assert list(wronged.box) == row["critical_box"]
     _, clips = rows.write_preferences("clip", 2, seed=6, folder=tmp_path / "clips")
     assert clips[0]["videos"][0].endswith("clips/0000.mp4") and "critical_box" not in clips[0]
-
-
-def test_an_unknown_kind_is_named():
-    with pytest.raises(ValueError, match="'clip' and 'scene'"):
-        world.draw_sample("film", np.random.default_rng(0), habits=True)

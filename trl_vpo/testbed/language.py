@@ -1,4 +1,4 @@
-"""What can be said about the world: captions, questions with answers, and the check of a caption against the facts."""
+"""The texts of the world: captions, questions with answers, and the check of a caption against the facts."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class Item:
     answer: str
 
 
+# --- questions and answers ----------------------------------------------------------------------------------------
+
+
 def caption(things: tuple[Thing, ...]) -> str:
     """`a red square moves left.` for a clip, `a red square and a blue circle.` (left to right) for a scene."""
     return " and ".join(f"a {t.name}" + (f" moves {t.motion}" if t.motion else "") for t in things) + "."
@@ -37,7 +40,7 @@ def caption_item(things: tuple[Thing, ...]) -> Item:
 
 
 def hinted_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
-    """The caption asked for with the truth as a hint, in half of the cases behind a false first answer."""
+    """Ask for the caption with the truth as a hint, in half of the cases behind a false first answer."""
     item = caption_item(things)
     template = REFLECTION if rng.random() < 0.5 else HINT
     asked = template.format(first_answer=wrong_caption(things, rng), answer=item.answer, question=item.question)
@@ -45,37 +48,39 @@ def hinted_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
 
 
 def open_items(things: tuple[Thing, ...]) -> list[Item]:
-    """The questions with a short answer: colour, shape and motion of a clip; colours and places of a scene."""
+    """Ask for short answers: colour, shape and motion of a clip; colours and places of a scene."""
     if things[0].motion:
         (thing,) = things
-        return [
-            Item("open", "What colour is the shape?", f"{thing.colour}."),
-            Item("open", "Which shape is it?", f"{thing.shape}."),
-            Item("open", "Where does it move?", f"{thing.motion}."),
-        ]
-    places = [Item("open", f"Which shape is on the {w}?", f"{t.shape}.") for w, t in zip(("left", "right"), things)]
-    return places + [Item("open", f"What colour is the {thing.shape}?", f"{thing.colour}.") for thing in things]
+        answers = {
+            "What colour is the shape?": thing.colour,
+            "Which shape is it?": thing.shape,
+            "Where does it move?": thing.motion,
+        }
+    else:
+        answers = {f"Which shape is on the {w}?": t.shape for w, t in zip(("left", "right"), things)}
+        answers |= {f"What colour is the {t.shape}?": t.colour for t in things}
+    return [Item("open", question, f"{answer}.") for question, answer in answers.items()]
 
 
 def yes_no_pair(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[Item, Item]:
-    """Two questions that differ in one word: the answer to the first is yes, to the second no.
+    """Ask two questions that differ in one word: the answer to the first is yes, to the second no.
 
     The wrong word is what is usual for the shape where that is false, so a model that guesses fails the second.
     """
     thing = things[rng.integers(len(things))]
     wrong, attribute = change_one(thing, rng)
     if attribute == "colour":
-        asks = [f"Is the {thing.shape} {t.colour}?" for t in (thing, wrong)]
-    elif attribute == "shape":
-        absent = [s for s in SHAPES if s not in {t.shape for t in things}]
-        asks = [f"Is there a {s}?" for s in (thing.shape, absent[rng.integers(len(absent))])]
+        questions = [f"Is the {thing.shape} {t.colour}?" for t in (thing, wrong)]
+    elif attribute == "motion":
+        questions = [f"Does the {thing.shape} move {t.motion}?" for t in (thing, wrong)]
     else:
-        asks = [f"Does the {thing.shape} move {t.motion}?" for t in (thing, wrong)]
-    return Item("yes_no", asks[0], "yes."), Item("yes_no", asks[1], "no.")
+        absent = [s for s in SHAPES if s not in {t.shape for t in things}]
+        questions = [f"Is there a {s}?" for s in (thing.shape, absent[rng.integers(len(absent))])]
+    return Item("yes_no", questions[0], "yes."), Item("yes_no", questions[1], "no.")
 
 
 def choice_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
-    """Four captions, one of them true; the wrong ones change one word each, and the answer is a letter."""
+    """Offer four captions, one of them true; the wrong ones change one word each, and the answer is a letter."""
     options = {caption(things)}
     while len(options) < len(LETTERS):
         options.add(wrong_caption(things, rng) if len(options) == 1 else caption(_change_any(things, rng)))
@@ -84,19 +89,7 @@ def choice_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
     return Item("choice", f"Which is true? {listed}", f"{LETTERS[shuffled.index(caption(things))]}.")
 
 
-def is_true(question: str, answer: str, things: tuple[Thing, ...]) -> bool:
-    """Return whether an answer to a question about a clip is true, by the facts and not by a rule that reads answers.
-
-    A short answer is true if it names the fact that was asked for, whatever else it says.
-    """
-    if question in PROMPTS.values():
-        return judge_caption(answer, things).exact
-    (thing,) = things
-    if question.startswith(("Is ", "Does ")):
-        claimed = set(re.findall(r"\w+", question)) & {*COLOURS, *SHAPES, *MOTIONS}
-        return answer.lower().startswith("yes") == (claimed <= {thing.colour, thing.shape, thing.motion})
-    fact = {"What": thing.colour, "Which": thing.shape, "Where": thing.motion}[question.split()[0]]
-    return fact in re.findall(r"\w+", answer)
+# --- what is false ------------------------------------------------------------------------------------------------
 
 
 def wrong_caption(things: tuple[Thing, ...], rng: np.random.Generator) -> str:
@@ -106,31 +99,35 @@ def wrong_caption(things: tuple[Thing, ...], rng: np.random.Generator) -> str:
 
 
 def change_one(thing: Thing, rng: np.random.Generator) -> tuple[Thing, str]:
-    """A thing that differs in one attribute, and the attribute's name; towards the usual where that is false."""
+    """Change one attribute, towards the usual where that is false; return the thing and the attribute's name."""
     usual = as_usual((thing,))[0]
     if usual != thing:
         return usual, "colour" if usual.colour != thing.colour else "motion"
-    choices = {"colour": tuple(COLOURS), "shape": SHAPES} | ({"motion": tuple(MOTIONS)} if thing.motion else {})
-    attribute = str(rng.choice(list(choices)))
-    others = [value for value in choices[attribute] if value != getattr(thing, attribute)]
-    return replace(thing, **{attribute: others[rng.integers(len(others))]}), attribute
+    return _change(thing, rng, (thing,))
 
 
 def _change_any(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[Thing, ...]:
     place = int(rng.integers(len(things)))
-    attributes = {"colour": tuple(COLOURS), "shape": SHAPES} | ({"motion": tuple(MOTIONS)} if things[0].motion else {})
-    attribute = str(rng.choice(list(attributes)))
-    taken = {getattr(thing, attribute) for thing in things}
-    others = [value for value in attributes[attribute] if value not in taken]
-    changed = replace(things[place], **{attribute: others[rng.integers(len(others))]})
-    return (*things[:place], changed, *things[place + 1 :])
+    return (*things[:place], _change(things[place], rng, things)[0], *things[place + 1 :])
+
+
+def _change(thing: Thing, rng: np.random.Generator, others: tuple[Thing, ...]) -> tuple[Thing, str]:
+    """Change an attribute to a value that none of the others has."""
+    choices = {"colour": tuple(COLOURS), "shape": SHAPES} | ({"motion": tuple(MOTIONS)} if thing.motion else {})
+    attribute = str(rng.choice(list(choices)))
+    taken = {getattr(other, attribute) for other in others}
+    free = [value for value in choices[attribute] if value not in taken]
+    return replace(thing, **{attribute: free[rng.integers(len(free))]}), attribute
+
+
+# --- what is true -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CaptionCheck:
     """A caption against the facts. `false_words` are the phrases that nothing in the sample supports."""
 
-    parsed: bool
+    parsed: bool  # it is a sentence of the world's grammar
     exact: bool
     false_words: tuple[str, ...]
 
@@ -139,20 +136,31 @@ class Verdict:
         return bool(self.false_words)
 
 
-def judge_caption(text: str, things: tuple[Thing, ...]) -> Verdict:
-    """Check a generated caption: every `colour shape (moves motion)` in it must belong to a thing of its own.
-
-    A caption outside the grammar is `parsed=False`; what it does mention is judged all the same.
-    """
+def check_caption(text: str, things: tuple[Thing, ...]) -> CaptionCheck:
+    """Check a caption, also one outside the grammar: every `colour shape (moves motion)` needs a thing of its own."""
     text = " ".join(text.split())
-    left, false_words = list(things), []
-    for match in _MENTION.finditer(text):
-        colour, shape, motion = match.groups()
-        found = next((t for t in left if (t.colour, t.shape) == (colour, shape)), None)
-        if found is None:
+    unmatched, false_words = list(things), []
+    for colour, shape, motion in (match.groups() for match in _MENTION.finditer(text)):
+        thing = next((t for t in unmatched if (t.colour, t.shape) == (colour, shape)), None)
+        if thing is None:
             false_words.append(f"{colour} {shape}")
             continue
-        left.remove(found)
-        if motion is not None and motion != found.motion:
+        unmatched.remove(thing)
+        if motion is not None and motion != thing.motion:
             false_words.append(f"moves {motion}")
-    return Verdict(_CAPTION.fullmatch(text) is not None, text == caption(things), tuple(false_words))
+    return CaptionCheck(_CAPTION.fullmatch(text) is not None, text == caption(things), tuple(false_words))
+
+
+def is_true(question: str, answer: str, things: tuple[Thing, ...]) -> bool:
+    """Return whether an answer to a question about a clip is true, by the facts and not by a rule that reads answers.
+
+    A short answer is true if it names the fact that was asked for, whatever else it says.
+    """
+    if question in PROMPTS.values():
+        return check_caption(answer, things).exact
+    (thing,) = things
+    if question.startswith(("Is ", "Does ")):
+        claimed = set(re.findall(r"\w+", question)) & {*COLOURS, *SHAPES, *MOTIONS}
+        return answer.lower().startswith("yes") == (claimed <= {thing.colour, thing.shape, thing.motion})
+    fact = {"What": thing.colour, "Which": thing.shape, "Where": thing.motion}[question.split()[0]]
+    return fact in re.findall(r"\w+", answer)

@@ -14,7 +14,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -36,27 +38,27 @@ console = Console()
 class HeldOut:
     """A held-out set: its dataset, and the facts behind each row."""
 
-    dataset: object
+    dataset: Any  # a `datasets.Dataset`
     samples: list[world.Sample]
 
-    def verdicts(self, texts: list[str]) -> list[language.Verdict]:
-        return [language.judge_caption(text, sample.things) for text, sample in zip(texts, self.samples)]
+    def check(self, texts: list[str]) -> list[language.CaptionCheck]:
+        return [language.check_caption(text, sample.things) for text, sample in zip(texts, self.samples)]
 
 
 @dataclass
 class Measured:
-    """One line of the table: measures of preferences (`trl_vpo.evaluate.measures`) and the judged captions."""
+    """One line of the table: measures of preferences (`trl_vpo.evaluate.measures`) and the checked captions."""
 
     preferences: dict[str, float]
-    verdicts: list[language.Verdict]
+    captions: list[language.CaptionCheck]
 
     @property
     def hallucination(self) -> float:
-        return sum(v.hallucinated for v in self.verdicts) / len(self.verdicts)
+        return sum(caption.hallucinated for caption in self.captions) / len(self.captions)
 
     @property
     def unparsed(self) -> int:
-        return sum(not v.parsed for v in self.verdicts)
+        return sum(not caption.parsed for caption in self.captions)
 
 
 @dataclass
@@ -76,10 +78,11 @@ def main() -> None:
     args = parser.parse_args()
     began = time.perf_counter()
     held_out = prepare(args.out / "data")
-    results = []
+    bases, results = {}, []
     for method in args.methods:
-        base = next((r.before for r in results if r.kind == METHODS[method][1]), None)
-        results.append(run_method(method, args.out, held_out[METHODS[method][1]], base))
+        kind = METHODS[method][1]
+        results.append(run_method(method, args.out, held_out[kind], bases.get(kind)))
+        bases[kind] = results[-1].before
     show_results(results)
     from trl_vpo.report.plot.curves import plot_curves
 
@@ -110,21 +113,18 @@ def prepare(folder: Path) -> dict[str, HeldOut]:
 
 def write_data(folder: Path) -> dict[str, HeldOut]:
     """Write media and rows of both kinds, for training and held out, and return the held-out sets by kind."""
+    from datasets import Dataset
+
     held_out = {}
     for kind in ("clip", "scene"):
         for split, count, seed in (("train", TRAIN_ROWS, TRAIN_SEED), ("held_out", HELD_OUT_ROWS, HELD_OUT_SEED)):
             media = folder / f"{kind}s_{split}"
-            bar = _bar(f"writing {count} {kind}s ({split.replace('_', '-')})", count)
+            title = f"writing {count} {kind}s ({split.replace('_', '-')})"
+            bar = partial(track, description=f"{title:34s}", total=count, console=console)
             samples, written = rows.write_preferences(kind, count, seed, media, progress=bar)
             rows.write_jsonl(written, media.with_suffix(".jsonl"))
-        from datasets import Dataset
-
         held_out[kind] = HeldOut(Dataset.from_list(written), samples)
     return held_out
-
-
-def _bar(description: str, total: int):
-    return lambda items: track(items, description=f"{description:34s}", total=total, console=console)
 
 
 def run_method(
@@ -152,10 +152,10 @@ def run_method(
     seconds = time.perf_counter() - began
     with console.status(f"measuring {name} on {len(held_out.samples)} held-out {kind}s ..."):
         policy, reference = EvaluationCallback(trainer, held_out.dataset, sensitivity=()).records()
-        after = Measured(measures_of(policy, reference), held_out.verdicts(answer_prompts(trainer, held_out.dataset)))
+        after = Measured(measures_of(policy, reference), held_out.check(answer_prompts(trainer, held_out.dataset)))
         if base is None:
             with trainer.model.disable_adapter():
-                base = Measured(measures_of(reference), held_out.verdicts(answer_prompts(trainer, held_out.dataset)))
+                base = Measured(measures_of(reference), held_out.check(answer_prompts(trainer, held_out.dataset)))
     return Result(name, kind, base, after, seconds, trainer.state.log_history)
 
 
@@ -200,7 +200,7 @@ def rich_progress(name: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """No bars but ours, and no warnings that a first-time user can do nothing about."""
+    """Allow no bars but ours, and no warnings that a first-time user can do nothing about."""
     import transformers
 
     from trl_vpo.runs import quiet
@@ -210,10 +210,10 @@ def quiet_libraries() -> None:
 
 
 def show_results(results: list[Result]) -> None:
-    """The table, and what it says in words."""
+    """Print the table, and what it says in words."""
     console.print(results_table(results))
     for result in results:
-        console.print(f"[bold]{result.method}[/bold]: {verdict(result)}", highlight=False)
+        console.print(f"[bold]{result.method}[/bold]: {in_words(result)}", highlight=False)
 
 
 def results_table(results: list[Result]) -> Table:
@@ -222,10 +222,9 @@ def results_table(results: list[Result]) -> Table:
         title="Held-out, balanced samples: the base before, each method after", box=SIMPLE_HEAD, pad_edge=False
     )
     table.add_column("method", no_wrap=True)
-    for heading in ("preference\naccuracy", "halluci-\nnation", "Δ logp\nchosen", "Δ logp\nrejected"):
+    changes = ("Δ logp\nchosen", "Δ logp\nrejected", "KL from\nbase")
+    for heading in ("preference\naccuracy", "halluci-\nnation", *changes, "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("KL from\nbase", justify="right", no_wrap=True)
-    table.add_column("seconds", justify="right", no_wrap=True)
     for kind in dict.fromkeys(result.kind for result in results):
         of_kind = [result for result in results if result.kind == kind]
         before = of_kind[0].before
@@ -243,31 +242,32 @@ def _shares(measured: Measured) -> tuple[str, str]:
     return f"{measured.preferences['preference/accuracy']:.1%}", f"{measured.hallucination:.1%}"
 
 
-def verdict(result: Result) -> str:
-    """What the numbers of one method say, in words; where it does not help, that."""
+def in_words(result: Result) -> str:
+    """Say what the numbers of one method mean; where it does not help, that."""
     before, after = result.before, result.after
     was, now = before.preferences, after.preferences
-    pairs = list(zip(before.verdicts, after.verdicts))
-    mended = sum(old.hallucinated and not new.hallucinated for old, new in pairs)
+    pairs = list(zip(before.captions, after.captions))
+    fixed = sum(old.hallucinated and not new.hallucinated for old, new in pairs)
     broken = sum(new.hallucinated and not old.hallucinated for old, new in pairs)
-    said = [f"{mended} of {len(pairs)} captions mended, {broken} newly false"]
-    clear = 2 * math.sqrt(mended + broken)  # twice the standard deviation of mended - broken, were there no effect
-    if mended - broken > clear:
-        said.append("it hallucinates less than the base")
-    elif broken - mended > clear:
-        said.append("it does not help here: it hallucinates more than the base")
+    parts = [f"{fixed} of {len(pairs)} captions fixed, {broken} newly wrong"]
+    clear = 2 * math.sqrt(fixed + broken)  # twice the standard deviation of fixed - broken, were there no effect
+    if fixed - broken > clear:
+        parts.append("it hallucinates less than the base")
+    elif broken - fixed > clear:
+        parts.append("it does not help here: it hallucinates more than the base")
     else:
-        said.append("it does not help here: no clear change in hallucination")
-    if now["preference/accuracy"] <= was["preference/accuracy"]:
-        said.append("and it does not prefer the true captions more often than the base does")
-    if f"{now['preference/accuracy_average']:.3f}" != f"{now['preference/accuracy']:.3f}":
-        said.append(f"by log-prob per token, its preference accuracy is {now['preference/accuracy_average']:.1%}")
+        parts.append("it does not help here: no clear change in hallucination")
+    accuracy, average = (now[f"preference/{name}"] for name in ("accuracy", "accuracy_average"))
+    if accuracy <= was["preference/accuracy"]:
+        parts.append("it does not prefer the true captions more often than the base does")
+    if f"{average:.3f}" != f"{accuracy:.3f}":
+        parts.append(f"by log-prob per token, its preference accuracy is {average:.1%}")
     moved = now["logps/chosen"] - was["logps/chosen"]
     if moved < 0:
-        said.append(f"it makes the true captions themselves less likely ({moved:+.2f} nats)")
+        parts.append(f"it makes the true captions themselves less likely ({moved:+.2f} nats)")
     if after.unparsed:
-        said.append(f"{after.unparsed} of its captions are no sentences of the world (base: {before.unparsed})")
-    return "; ".join(said) + "."
+        parts.append(f"{after.unparsed} of its captions are outside the world's grammar (base: {before.unparsed})")
+    return "; ".join(parts) + "."
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,22 +41,40 @@ def write_preferences(kind: str, count: int, seed: int, folder: Path, *, habits:
     """
     samples = world.draw_samples(kind, count, seed, habits=habits)
     rng = np.random.default_rng([seed, 7])
-    rows = []
-    for number, sample in enumerate(progress(samples)):
-        path = world.write_sample(sample, folder / f"{number:04d}{SUFFIXES[kind]}")
-        rows.append(preference_row(sample, path, rng, row_id=f"{folder.name}-{number:04d}"))
-    return samples, rows
+    written = _write(progress(samples), folder)
+    return samples, [preference_row(sample, path, rng, row_id=row_id) for sample, path, row_id in written]
 
 
-def annotated_rows(sample: world.Sample, path: Path, rng: np.random.Generator, *, row_id: str) -> list[dict]:
-    """Annotated inputs, as `trl-vpo generate leanpo` and `rrpo` take them: questions about a clip with true answers.
+def write_inputs(kind: str, count: int, seed: int, folder: Path) -> list[dict]:
+    """Draw `count` samples, write their files below `folder` and return inputs for `trl-vpo generate`.
 
-    The caption, one question with a short answer, and one yes/no question.
+    Of a clip: annotated questions, for `leanpo` and `rrpo`. Of a scene: an ordinary preference row with the boxes of
+    its things, for `lpoi`.
     """
+    rng = np.random.default_rng([seed, 9])
+    inputs = []
+    for sample, path, row_id in _write(world.draw_samples(kind, count, seed, habits=False), folder):
+        if kind == "clip":
+            inputs += _annotated_rows(sample, path, rng, row_id)
+        else:
+            row = preference_row(sample, path, rng, row_id=row_id)
+            del row["critical_box"]
+            inputs.append(row | {"objects": [{"label": t.shape, "box": list(t.box)} for t in sample.things]})
+    return inputs
+
+
+def _write(samples: Iterable[world.Sample], folder: Path) -> Iterator[tuple[world.Sample, Path, str]]:
+    """Write the samples' files; give each with its path and the id of its row."""
+    for number, sample in enumerate(samples):
+        name = f"{number:04d}"
+        yield sample, world.write_sample(sample, folder / f"{name}{SUFFIXES[sample.kind]}"), f"{folder.name}-{name}"
+
+
+def _annotated_rows(sample: world.Sample, path: Path, rng: np.random.Generator, row_id: str) -> list[dict]:
+    """Three questions about a clip: for the caption, for a short answer, for yes or no; with their true answers."""
     questions = language.open_items(sample.things)
     items = [language.caption_item(sample.things), questions[rng.integers(len(questions))]]
     items.append(language.yes_no_pair(sample.things, rng)[rng.integers(2)])
-    kinds = {"caption": "open", "open": "short", "yes_no": "yes_no"}
     return [
         {
             "id": f"{row_id}-{item.kind}",
@@ -64,31 +82,10 @@ def annotated_rows(sample: world.Sample, path: Path, rng: np.random.Generator, *
             "video": str(path.resolve()),
             "question": item.question,
             "answer": item.answer,
-            "answer_kind": kinds[item.kind],
+            "answer_kind": {"caption": "open", "open": "short", "yes_no": "yes_no"}[item.kind],
         }
         for item in items
     ]
-
-
-def pairwise_row(sample: world.Sample, path: Path, rng: np.random.Generator, *, row_id: str) -> dict:
-    """An ordinary preference row of a scene with boxes of its things, as `trl-vpo generate lpoi` takes it."""
-    row = preference_row(sample, path, rng, row_id=row_id)
-    del row["critical_box"]
-    return row | {"objects": [{"label": thing.shape, "box": list(thing.box)} for thing in sample.things]}
-
-
-def write_inputs(kind: str, count: int, seed: int, folder: Path) -> list[dict]:
-    """Draw `count` samples, write their files below `folder` and return inputs for `trl-vpo generate`."""
-    rng = np.random.default_rng([seed, 9])
-    inputs = []
-    for number, sample in enumerate(world.draw_samples(kind, count, seed, habits=False)):
-        path = world.write_sample(sample, folder / f"{number:04d}{SUFFIXES[kind]}")
-        row_id = f"{folder.name}-{number:04d}"
-        if kind == "clip":
-            inputs += annotated_rows(sample, path, rng, row_id=row_id)
-        else:
-            inputs.append(pairwise_row(sample, path, rng, row_id=row_id))
-    return inputs
 
 
 def write_jsonl(rows: Iterable[dict], path: Path) -> Path:

@@ -25,15 +25,16 @@ def main() -> None:
     args = parser.parse_args()
     held_out = quickstart.prepare(args.out / "data")
     inputs = write_inputs(args.out / "data")
-    results = []
+    bases, results = {}, []
     for method in args.methods:
         kind = METHODS[method][1]
-        made = generate(method, inputs[method], args.out)
+        data = generate(method, inputs[method], args.out)
         if kind == "clip":
-            console.print(f"{true_rejections(made)} of the rejected responses are true by the world's own facts.")
-        base = next((r.before for r in results if r.kind == kind), None)
+            console.print(f"{true_rejections(data)} of the rejected responses are true by the world's own facts.")
         recipe = RECIPES / f"{method}-selfmade.yaml"
-        results.append(quickstart.run_method(method, args.out, held_out[kind], base, recipe, made))
+        result = quickstart.run_method(method, args.out, held_out[kind], bases.get(kind), recipe, data)
+        bases[kind] = result.before
+        results.append(result)
     quickstart.show_results(results)
 
 
@@ -46,11 +47,11 @@ def write_inputs(folder: Path) -> dict[str, Path]:
     scenes = rows.write_inputs("scene", INPUT_SCENES, INPUT_SEED, folder / "scenes_input")
     captions = [row for row in clips if row["answer_kind"] == "open"]
     inputs = {"leanpo": ("captions", captions), "rrpo": ("questions", clips), "lpoi": ("pairs", scenes)}
-    return {method: rows.write_jsonl(made, folder / f"{name}_input.jsonl") for method, (name, made) in inputs.items()}
+    return {method: rows.write_jsonl(own, folder / f"{name}_input.jsonl") for method, (name, own) in inputs.items()}
 
 
 def generate(method: str, inputs: Path, out: Path) -> Path:
-    """Run (or continue) a method's pipeline; gives the file of the rows."""
+    """Run (or continue) a method's pipeline; return the file of the rows."""
     from trl_vpo.generate.run import run_generation
 
     console.rule(f"{METHODS[method][0]}: making preference data")
@@ -60,12 +61,11 @@ def generate(method: str, inputs: Path, out: Path) -> Path:
     return run / "rows.jsonl"
 
 
-def true_rejections(made: Path) -> int:
+def true_rejections(data: Path) -> int:
     """Return how many rejected responses of the rows about clips are true in the world."""
     samples = world.draw_samples("clip", INPUT_CLIPS, INPUT_SEED, habits=False)
     count = 0
-    for line in made.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in map(json.loads, data.read_text(encoding="utf-8").splitlines()):
         question, rejected = (row[side][0]["content"][-1]["text"] for side in ("prompt", "rejected"))
         count += language.is_true(question, rejected, samples[int(row["id"].split("-")[1])].things)
     return count

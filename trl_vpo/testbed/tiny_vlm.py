@@ -4,9 +4,9 @@ The architecture is Qwen2-VL's at width 96, with 2 vision and 2 language layers:
 float32. It sees clips of 8 frames, 56x56 (64 tokens), and scenes of 112x56 (32 tokens). Its tokenizer is a byte-level
 BPE trained in the process, in which each word of the world is one token. The base was taught by
 
-    python -m trl_vpo.testbed.tiny_vlm --out DIR --seed 0
+    python -m trl_vpo.testbed.pretraining --out DIR --seed 0
 
-in 3000 steps of 16 samples, 48,000 in all (`pretraining.py`), which took 17 minutes on one thread of a machine that
+in 3000 steps of 16 samples, 48,000 in all, which took 17 minutes on one thread of a machine that
 was busy otherwise. Shares of 200 samples each, read back from mp4 and png files; "habits" are samples as in training
 (squares mostly red, circles mostly moving left), "balanced" the held-out split:
 
@@ -24,7 +24,6 @@ well, elsewhere says what it usually saw, and can be told. Multiple-choice quest
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from dataclasses import replace
@@ -68,7 +67,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on everything the world can say, so that each of its words is one token."""
+    """Train a byte-level BPE on everything the world can say, so that each of its words is one token."""
     rng = np.random.default_rng(0)
     corpus = ["system", "user", "assistant"] * 50
     for kind in ("clip", "scene"):
@@ -147,16 +146,21 @@ def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
 
 
 def encode(processor, samples, items, *, generate: bool = False) -> dict[str, torch.Tensor]:
-    """Samples and one Item each -> model inputs, with labels on the answers only.
+    """Turn samples and one Item each into model inputs, with labels on the answers only.
 
     With `generate` the answers are left out, the padding is on the left and there are no labels.
     """
-    texts = [_render(processor, sample.kind, item, generate) for sample, item in zip(samples, items)]
-    images = [sample.frames[0] for sample in samples if sample.kind == "scene"]
+    texts = []
+    for sample, item in zip(samples, items):
+        media = {"type": "video" if sample.kind == "clip" else "image"}
+        messages = [{"role": "user", "content": [media, {"type": "text", "text": item.question}]}]
+        if not generate:
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": item.answer}]})
+        texts.append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
     videos = [sample.frames for sample in samples if sample.kind == "clip"]
     batch = processor(
         text=texts,
-        images=images or None,
+        images=[sample.frames[0] for sample in samples if sample.kind == "scene"] or None,
         videos=videos or None,
         padding=True,
         padding_side="left" if generate else "right",
@@ -168,14 +172,6 @@ def encode(processor, samples, items, *, generate: bool = False) -> dict[str, to
     return batch
 
 
-def _render(processor, kind: str, item: language.Item, generate: bool) -> str:
-    media = {"type": "video" if kind == "clip" else "image"}
-    messages = [{"role": "user", "content": [media, {"type": "text", "text": item.question}]}]
-    if not generate:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": item.answer}]})
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-
-
 def _answer_labels(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
     """Labels (B, T): everything behind `<|im_start|>assistant\\n` (the template ends on a line feed), else -100."""
     head = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
@@ -185,9 +181,12 @@ def _answer_labels(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
     return input_ids.masked_fill(~answered | (input_ids == tokenizer.pad_token_id), -100)
 
 
+# --- measures -----------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def answer(model, processor, samples, questions: list[str], batch_size: int = 64) -> list[str]:
-    """Greedy answers to one question per sample."""
+    """Answer one question per sample, greedily."""
     answers = []
     for start in range(0, len(samples), batch_size):
         chunk = slice(start, start + batch_size)
@@ -195,30 +194,25 @@ def answer(model, processor, samples, questions: list[str], batch_size: int = 64
         batch = encode(processor, samples[chunk], items, generate=True)
         generated = model.generate(**batch, max_new_tokens=16, do_sample=False)
         new = generated[:, batch["input_ids"].shape[1] :]
-        replies = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers += [reply.strip() for reply in replies]
+        answers += [reply.strip() for reply in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
     return answers
 
 
-def measure_captions(
-    model, processor, kind: str, *, habits: bool, count: int = 200, seed: int = 1
-) -> dict[str, float]:
+def measure_captions(model, processor, kind: str, *, habits: bool) -> dict[str, float]:
     """Shares of exact, hallucinated and unparsed captions over samples that went through their files (mp4, png)."""
-    samples = _from_files(world.draw_samples(kind, count, SEED, habits=habits))
-    texts = answer(model, processor, samples, [language.PROMPTS[kind]] * count)
-    verdicts = [language.judge_caption(text, sample.things) for text, sample in zip(texts, samples)]
+    samples = _from_files(kind, habits)
+    texts = answer(model, processor, samples, [language.PROMPTS[kind]] * COUNT)
+    checks = [language.check_caption(text, sample.things) for text, sample in zip(texts, samples)]
     return {
-        "exact": float(np.mean([verdict.exact for verdict in verdicts])),
-        "hallucinated": float(np.mean([verdict.hallucinated for verdict in verdicts])),
-        "unparsed": float(np.mean([not verdict.parsed for verdict in verdicts])),
+        "exact": float(np.mean([check.exact for check in checks])),
+        "hallucinated": float(np.mean([check.hallucinated for check in checks])),
+        "unparsed": float(np.mean([not check.parsed for check in checks])),
     }
 
 
-def measure_questions(
-    model, processor, kind: str, *, habits: bool, count: int = 200, seed: int = 1
-) -> dict[str, float]:
+def measure_questions(model, processor, kind: str, *, habits: bool) -> dict[str, float]:
     """Shares of right answers: to open questions, to yes/no questions by the right answer, of captions with a hint."""
-    samples = _from_files(world.draw_samples(kind, count, SEED, habits=habits))
+    samples = _from_files(kind, habits)
     rng = np.random.default_rng(SEED)
     asked = {"open": [], "yes": [], "no": [], "hinted": []}
     for sample in samples:
@@ -234,35 +228,11 @@ def measure_questions(
     return shares
 
 
-def _from_files(samples: list[world.Sample]) -> list[world.Sample]:
-    """The samples as they are after writing and reading them: h264 changes pixels."""
+def _from_files(kind: str, habits: bool) -> list[world.Sample]:
+    """Samples as they are after writing and reading them: h264 changes pixels."""
+    samples = world.draw_samples(kind, COUNT, SEED, habits=habits)
+    if kind == "scene":
+        return samples
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        return [
-            replace(s, frames=world.read_mp4(world.write_sample(s, path))) if s.kind == "clip" else s for s in samples
-        ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the supervised base model of the testbed.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and processor")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    from trl_vpo.testbed.pretraining import train_base
-
-    torch.set_num_threads(args.threads)
-    model, processor = train_base(args.seed, args.steps)
-    model.save_pretrained(args.out)
-    processor.save_pretrained(args.out)
-    for kind in ("clip", "scene"):
-        for habits in (True, False):
-            shares = measure_captions(model, processor, kind, habits=habits)
-            shares |= measure_questions(model, processor, kind, habits=habits)
-            line = "  ".join(f"{name} {share:.3f}" for name, share in shares.items())
-            print(f"{kind}s, {'habits  ' if habits else 'balanced'}  {line}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        return [replace(sample, frames=world.read_mp4(world.write_sample(sample, path))) for sample in samples]

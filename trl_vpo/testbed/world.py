@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
+from PIL import Image
 
 COLOURS = {
     "red": (215, 35, 35),
@@ -64,48 +66,47 @@ class Sample:
 
 def draw_sample(kind: str, rng: np.random.Generator, *, habits: bool) -> Sample:
     """Draw one clip or scene; with `habits` the usual colours and motions prevail, else all are equally likely."""
-    if kind == "clip":
-        return _draw_clip(rng, habits)
-    if kind == "scene":
-        return _draw_scene(rng, habits)
-    raise ValueError(f"kind is {kind!r}; the world has 'clip' and 'scene'")
+    if kind not in ("clip", "scene"):
+        raise ValueError(f"kind is {kind!r}; the world has 'clip' and 'scene'")
+    return (_draw_clip if kind == "clip" else _draw_scene)(rng, habits)
 
 
 def draw_samples(kind: str, count: int, seed: int, *, habits: bool) -> list[Sample]:
-    """`count` samples from a seed. The two kinds and the two splits never share a random stream."""
+    """Draw `count` samples from a seed. The two kinds and the two splits never share a random stream."""
     rng = np.random.default_rng([seed, ("clip", "scene").index(kind), int(habits)])
     return [draw_sample(kind, rng, habits=habits) for _ in range(count)]
 
 
 def as_usual(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
-    """The same things with the colour and the motion that their shape usually has: what a guess would say."""
+    """Give things the colour and the motion that their shape usually has: what a guess would say."""
     return tuple(
         replace(
             thing,
             colour=USUAL_COLOUR.get(thing.shape, thing.colour),
-            motion=USUAL_MOTION.get(thing.shape, thing.motion) if thing.motion else None,
+            motion=thing.motion and USUAL_MOTION.get(thing.shape, thing.motion),
         )
         for thing in things
     )
 
 
 def as_described(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[Thing, ...]:
-    """What the base's training text says about the things: the truth, or (CARELESS) what is usual."""
+    """Describe things as the base's training text does: truly, or (CARELESS) as is usual."""
     return tuple(as_usual((thing,))[0] if rng.random() < CARELESS else thing for thing in things)
+
+
+# --- drawing (the order of the draws decides what a seed gives) ---------------------------------------------------
 
 
 def _draw_facts(rng: np.random.Generator, shape: str, habits: bool, moves: bool) -> Thing:
     colour = str(rng.choice(list(COLOURS)))
     motion = str(rng.choice(list(MOTIONS))) if moves else None
-    if habits and rng.random() < HABIT:
-        return as_usual((Thing(colour, shape, motion),))[0]
-    return Thing(colour, shape, motion)
+    thing = Thing(colour, shape, motion)
+    return as_usual((thing,))[0] if habits and rng.random() < HABIT else thing
 
 
 def _draw_clip(rng: np.random.Generator, habits: bool) -> Sample:
     thing = _draw_facts(rng, str(rng.choice(SHAPES)), habits, moves=True)
-    frames = np.empty((NUM_FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
-    frames[:] = _background(rng)
+    frames = _background(rng, NUM_FRAMES, SIZE)
     radius = rng.uniform(0.20, 0.28) * SIZE
     xs, ys = (_track(step, radius, rng) for step in MOTIONS[thing.motion])
     ink = _ink(thing.colour, rng)
@@ -117,8 +118,7 @@ def _draw_clip(rng: np.random.Generator, habits: bool) -> Sample:
 
 def _draw_scene(rng: np.random.Generator, habits: bool) -> Sample:
     shapes = rng.choice(SHAPES, size=2, replace=False)
-    frame = np.empty((SIZE, 2 * SIZE, 3), dtype=np.uint8)
-    frame[:] = _background(rng)
+    frames = _background(rng, 1, 2 * SIZE)
     things = []
     for place, shape in enumerate(shapes):
         thing = _draw_facts(rng, str(shape), habits, moves=False)
@@ -126,24 +126,24 @@ def _draw_scene(rng: np.random.Generator, habits: bool) -> Sample:
         x = place * SIZE + rng.uniform(radius + 2, SIZE - radius - 2)
         y = rng.uniform(radius + 2, SIZE - radius - 2)
         mask = shape_mask(thing.shape, SIZE, 2 * SIZE, x, y, radius)
-        frame[mask] = _ink(thing.colour, rng)
+        frames[0, mask] = _ink(thing.colour, rng)
         things.append(replace(thing, box=_box(mask)))
-    return Sample("scene", tuple(things), _grain(frame[None], rng))
+    return Sample("scene", tuple(things), _grain(frames, rng))
 
 
 def shape_mask(shape: str, height: int, width: int, x: float, y: float, radius: float) -> np.ndarray:
     """The pixels (H, W) bool that a shape covers, centred at (x, y)."""
     rows, columns = np.mgrid[:height, :width]
-    dx, dy = columns - x, rows - y
+    dx, dy = abs(columns - x), rows - y
     if shape == "square":
-        return (abs(dx) <= 0.85 * radius) & (abs(dy) <= 0.85 * radius)
+        return (dx <= 0.85 * radius) & (abs(dy) <= 0.85 * radius)
     if shape == "circle":
         return dx**2 + dy**2 <= radius**2
     if shape == "triangle":
-        return (dy <= 0.8 * radius) & (dy >= -radius) & (abs(dx) <= 0.6 * (dy + radius))
+        return (dy <= 0.8 * radius) & (dy >= -radius) & (dx <= 0.6 * (dy + radius))
     if shape == "cross":
-        upright, lying = (abs(dx) <= 0.3 * radius, abs(dy) <= radius), (abs(dy) <= 0.3 * radius, abs(dx) <= radius)
-        return (upright[0] & upright[1]) | (lying[0] & lying[1])
+        dy = abs(dy)
+        return ((dx <= 0.3 * radius) & (dy <= radius)) | ((dy <= 0.3 * radius) & (dx <= radius))
     raise ValueError(f"shape is {shape!r}; the world has {', '.join(SHAPES)}")
 
 
@@ -154,12 +154,11 @@ def _track(step: int, radius: float, rng: np.random.Generator) -> np.ndarray:
         return np.full(NUM_FRAMES, rng.uniform(low, high))
     span = rng.uniform(0.30, 0.42) * SIZE
     start = rng.uniform(low, high - span)
-    track = np.linspace(start, start + span, NUM_FRAMES)
-    return track if step > 0 else track[::-1]
+    return np.linspace(start, start + span, NUM_FRAMES)[::step]
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
-    return rng.integers(0, 50, 3).astype(np.uint8)
+def _background(rng: np.random.Generator, frames: int, width: int) -> np.ndarray:
+    return np.broadcast_to(rng.integers(0, 50, 3).astype(np.uint8), (frames, SIZE, width, 3)).copy()
 
 
 def _ink(colour: str, rng: np.random.Generator) -> np.ndarray:
@@ -176,36 +175,30 @@ def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
 
-def write_sample(sample: Sample, path: str | Path) -> Path:
-    """Write a clip as h264 mp4 or a scene as png and return the path; parents are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if sample.kind == "clip":
-        write_mp4(sample.frames, path)
-    else:
-        from PIL import Image
+# --- files --------------------------------------------------------------------------------------------------------
 
+
+def write_sample(sample: Sample, path: Path) -> Path:
+    """Write a clip as h264 mp4 or a scene as png and return the path; parents are made.
+
+    The mp4: libx264, yuv420p, crf 12, one thread. The same frames give the same bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if sample.kind == "scene":
         Image.fromarray(sample.frames[0]).save(path)
+        return path
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(FRAME_RATE))
+        stream.height, stream.width = sample.frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": NO_LOOKAHEAD}
+        for frame in sample.frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
     return path
 
 
-def write_mp4(frames: np.ndarray, path: str | Path, frame_rate: int = FRAME_RATE) -> None:
-    """Encode frames (T, H, W, 3) uint8 with libx264, yuv420p, crf 12. One thread: the same frames, the same bytes."""
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(frame_rate))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": NO_LOOKAHEAD}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-
-
-def read_mp4(path: str | Path) -> np.ndarray:
+def read_mp4(path: Path) -> np.ndarray:
     """All frames (T, H, W, 3) uint8 of a clip written here."""
-    import av
-
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
