@@ -7,7 +7,6 @@ process nor the page's script ever holds all pictures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -67,7 +66,7 @@ def write_page(
     limit: int | None = None,
     **look: Any,
 ) -> PageCounts:
-    """Write the page of a dataset, whole or not at all. The same data give the same bytes.
+    """Write the page of a dataset, whole or not at all, and count what is in it. The same data give the same bytes.
 
     Args:
         dataset: a generation run's folder (`rows.jsonl`, `rejected.jsonl`, `summary.json`), a Hub dataset, or a local
@@ -107,20 +106,16 @@ def write_page(
         look=options,
         image_factor=IMAGE_FACTOR,
         blocks=_blocks(dataset, examples, limit, options, counts),
-        counts=lambda: _script_json(asdict(counts)),  # called behind the blocks
+        counts=lambda: asdict(counts),  # called behind the blocks
     )
     counts.file_bytes = out.stat().st_size
     return counts
 
 
 def _blocks(
-    dataset: str | Path,
-    examples: Iterator[dict | Unreadable],
-    limit: int | None,
-    look: Look,
-    counts: PageCounts,
+    dataset: str | Path, examples: Iterator[dict | Unreadable], limit: int | None, look: Look, counts: PageCounts
 ) -> Iterator[tuple[str, int, Any]]:
-    """Yield (kind, number, JSON) of each block: rows and their pictures, what was rejected, the summary."""
+    """Yield (kind, number, content) of each block: rows and their pictures, what was rejected, the summary."""
     from tqdm import tqdm
 
     bar = tqdm(islice(examples, limit), desc="Rows", unit="row", leave=False, disable=None)  # on a terminal only
@@ -129,26 +124,17 @@ def _blocks(
             block = list(pool.map(lambda item: show_row(*item, look), batch))
             for record, urls in block:
                 counts.add(record, urls)
-            yield "rows", number, _script_json([record for record, _ in block])
-            pictures = {record["n"]: urls for record, urls in block if urls}
-            if pictures:
-                yield "pictures", number, _script_json(pictures)
+            yield "rows", number, [record for record, _ in block]
+            if pictures := {record["n"]: urls for record, urls in block if urls}:
+                yield "pictures", number, pictures
     counts.limited = limit is not None and next(examples, None) is not None
     for number, block in enumerate(_batched(read_rejected(dataset), REJECTED_BLOCK)):
         counts.rejected += len(block)
-        yield "rejected", number, _script_json(block)
-    summary = read_summary(dataset)
-    if summary:
-        yield "summary", 0, _script_json(summary)
+        yield "rejected", number, block
+    if summary := read_summary(dataset):
+        yield "summary", 0, summary
 
 
 def _batched(items: Iterator, size: int) -> Iterator[list]:
     while batch := list(islice(items, size)):
         yield batch
-
-
-def _script_json(value: Any) -> Any:
-    """Return JSON for a <script> element. Without `<`, nothing in it can end the element or begin a comment."""
-    from markupsafe import Markup
-
-    return Markup(json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"))

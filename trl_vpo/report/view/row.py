@@ -151,10 +151,9 @@ def _sources(row: Row, look: Look) -> Iterator[tuple[str, str, Loader]]:
     for number, source in enumerate(row.images, 1):
         yield f"Image {number}", describe(source), partial(_image, source, look)
     if row.critical_box is not None:
-        what = f"drawn from critical_box {as_json(row.critical_box)}"
-        yield "Image list", what, partial(_drawn_list, row.images[0], row.critical_box, look)
+        yield "Image list", f"drawn from critical_box {as_json(row.critical_box)}", partial(_drawn_list, row, look)
     if row.image_list is not None:
-        yield "Image list", "as the row gives it", partial(_given_list, row.image_list, look)
+        yield "Image list", "as the row gives it", partial(_given_list, row, look)
 
 
 def _group(title: str, what: str, load: Loader) -> tuple[dict, list[str]]:
@@ -183,15 +182,15 @@ def _image(source: Any, look: Look) -> tuple[str, Pictures]:
     return f" · {image.width}x{image.height}", [(shrink(image, IMAGE_FACTOR * look.thumb_pixels), "")]
 
 
-def _drawn_list(source: Any, box: Sequence[float], look: Look) -> tuple[str, Pictures]:
-    image = load_image(source, media_root=look.media_root, limit=False)
-    items = masked_image_list(image, box, look.num_images, visual_prompt=look.visual_prompt)
+def _drawn_list(row: Row, look: Look) -> tuple[str, Pictures]:
+    image = load_image(row.images[0], media_root=look.media_root, limit=False)
+    items = masked_image_list(image, row.critical_box, look.num_images, visual_prompt=look.visual_prompt)
     last = len(items) - 1
     return "", [(shrink(item, look.thumb_pixels), f"{100 * k / last:.0f} % hidden") for k, item in enumerate(items)]
 
 
-def _given_list(sources: Sequence, look: Look) -> tuple[str, Pictures]:
-    items = [load_image(source, max_pixels=look.thumb_pixels, media_root=look.media_root) for source in sources]
+def _given_list(row: Row, look: Look) -> tuple[str, Pictures]:
+    items = [load_image(item, max_pixels=look.thumb_pixels, media_root=look.media_root) for item in row.image_list]
     return "", [(item, f"rank {k}") for k, item in enumerate(items, 1)]
 
 
