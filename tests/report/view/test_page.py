@@ -155,9 +155,9 @@ def test_the_same_data_make_the_same_bytes(tmp_path, world, monkeypatch):
 def test_no_row_is_skipped(tmp_path, world):
     """Whatever is wrong with a line, a row or its files: it has its place on the page, and the error stands there."""
     bad = [
-        (b'{"id": "cut off"', "line 1 is not JSON"),
-        (b"[1, 2]", "line 2 is a list"),
-        (b'{"id": "\xff"}', "line 3 is not JSON"),
+        (b'{"id": "cut off"', "line 1: not JSON"),
+        (b"[1, 2]", "line 2: is a JSON list"),
+        (b'{"id": "\xff"}', "line 3: byte 0xff"),
         ({"id": "lonely", "prompt": "?", "chosen": "yes", "score": 2}, "has no `rejected`"),
         (row(None, prompt=[{"role": "user", "content": 5}]), "a `content` of the type int"),
         (row(None, chosen="same", rejected="same"), "identical"),
@@ -193,7 +193,7 @@ def test_broken_files_are_shown_as_such(tmp_path):
     page = Page(out)
     assert [record.get("id") for record in page.rows] == [None, "second"]
     assert [entry["kind"] for entry in page.rejected] == ["", "unreadable line"]
-    assert page.rejected[0]["reason"] == "no answer" and "line 2 is not JSON" in page.rejected[1]["reason"]
+    assert page.rejected[0]["reason"] == "no answer" and "line 2: not JSON" in page.rejected[1]["reason"]
     assert page.summary[0][0] == "error" and "summary.json is not JSON" in page.summary[0][1]
 
 

@@ -69,7 +69,7 @@ def test_what_cannot_be_shown_says_why(shown):
     assert shown.texts("article:nth-child(3) img") == []
     shown.click("#problems")
     assert numbers(shown) == [2, 13] and shown.text("#status") == "1–2 of 2 that match, 14 rows in all"
-    assert "line 14 is not JSON" in shown.text("article:nth-child(2) li.error")
+    assert "line 14: not JSON" in shown.text("article:nth-child(2) li.error")
     assert shown.text("article:nth-child(2) pre") == "{nonsense"
 
 

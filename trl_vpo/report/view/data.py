@@ -1,7 +1,6 @@
 """Sources of the page: the rows of a dataset as they are stored, and the other files of a generation run.
 
-JSON files are read line by line here and not by `datasets`, which one bad line, or a column whose type changes, would
-stop at the whole file: the page exists to show such lines.
+JSON files are read line by line: the page exists to show lines at which a reader of the whole file would stop.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.data.json_files import parse_record, raw_records
+from trl_vpo.data.sources import local_splits, named_splits, row_format
 from trl_vpo.errors import DatasetError
-from trl_vpo.files import open_packed
 from trl_vpo.report.view.values import as_json, plain
 
 ROWS, REJECTED, SUMMARY = "rows.jsonl", "rejected.jsonl", "summary.json"  # of a generation run's folder
@@ -42,8 +42,6 @@ def read_examples(dataset: str | Path, split: str, config: str | None = None) ->
     path = Path(dataset)
     if (path / ROWS).is_file() and split == "train":
         return read_json(path / ROWS)
-    from trl_vpo.data.sources import local_splits, named_splits, row_format
-
     if (path / "shards").is_dir() and (path / "settings.json").is_file() and not (path / ROWS).is_file():
         raise DatasetError(f"{path} is a run that is not finished. Give its command again, and view it then.")
     if row_format(path) or path.exists():
@@ -94,40 +92,16 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_json(path: Path) -> Iterator[dict | Unreadable]:
-    """Yield the objects of a file of JSON lines, or of a JSON list. Blank lines are skipped."""
-    with open_packed(path) as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    with open_packed(path) as file:
-        if not head.startswith(b"["):
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _checked(f"{path.name}, line {number}", line)
-            return
-        text = file.read()
+    """Yield the objects of a file of JSON lines, or of a JSON list."""
     try:
-        items = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        yield Unreadable(f"{path.name} begins as a JSON list but is not one ({error}).", _beginning(text))
-        return
-    for number, item in enumerate(items, 1):
-        yield _checked(f"{path.name}, item {number}", item)
-
-
-def _checked(where: str, item: Any) -> dict | Unreadable:
-    """Return a row from a line's bytes or from an item of a list."""
-    line = item if isinstance(item, bytes) else None
-    try:
-        item = item if line is None else json.loads(line)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
-        return Unreadable(f"{where} is not JSON ({error}). Write one row per line.", _beginning(line))
-    if isinstance(item, dict):
-        return item
-    text = as_json(item) if line is None else _beginning(line)
-    return Unreadable(f"{where} is a {type(item).__name__}. A row is an object with named columns.", text)
-
-
-def _beginning(text: bytes) -> str:
-    return text[:2000].decode("utf-8", "replace").strip()
+        for kind, number, raw in raw_records(path):
+            try:
+                yield parse_record(raw)
+            except ValueError as error:
+                text = raw[:2000].decode("utf-8", "replace").strip() if isinstance(raw, bytes) else as_json(raw)
+                yield Unreadable(f"{path.name}, {kind} {number}: {error}", text)
+    except DatasetError as error:  # of the file as a whole
+        yield Unreadable(str(error), "")
 
 
 def _read_table(dataset: Any) -> Iterator[dict]:
