@@ -278,7 +278,7 @@ def test_lmms_eval_is_missing(monkeypatch, tmp_path):
 
 @needs_lmms_eval
 def test_benchmarks_that_cannot_be_run_are_refused_before_loading(run, monkeypatch):
-    monkeypatch.setattr(lmms, "_load", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(lmms, "_load", lambda *args: pytest.fail("weights were loaded"))
     for key in ("OPENAI_API_KEY", "AZURE_API_KEY", videohallucer.ROOT):
         monkeypatch.delenv(key, raising=False)
     for name, message in (
@@ -308,7 +308,7 @@ def test_what_goes_wrong_names_task_and_document(run):
 def test_finished_benchmarks_are_read(run, tmp_path, monkeypatch):
     first, rows = run("tiny_colour", out=tmp_path, limit=2)
     assert len(rows["tiny_colour"]) == 2
-    monkeypatch.setattr(lmms, "_load", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(lmms, "_load", lambda *args: pytest.fail("weights were loaded"))
     assert run("tiny_colour", out=tmp_path, limit=2)[0] == first
     with pytest.raises(EvaluateError, match="results with another limit, num_frames"):
         run("tiny_colour", out=tmp_path, limit=3, num_frames=2)
@@ -320,7 +320,7 @@ def test_a_changed_task_file_is_noticed(run, tasks, tmp_path, monkeypatch):
     folder = shutil.copytree(tasks, tmp_path / "tasks")
     for name in ("tiny_colour", "tiny_all"):
         run(name, out=tmp_path / "out", limit=1, include_path=folder)
-    monkeypatch.setattr(lmms, "_load", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(lmms, "_load", lambda *args: pytest.fail("weights were loaded"))
     (folder / ".git").mkdir()
     (folder / ".git" / "index").touch()
     run("tiny_colour", "tiny_all", out=tmp_path / "out", limit=1, include_path=folder)  # Python's caches are no change
@@ -398,7 +398,7 @@ def test_a_changed_copy_of_videohallucer_is_noticed(run, copy, tasks, tmp_path, 
         return run("videohallucer_temporal", out=tmp_path / "out", limit=2, **{"include_path": own} | settings)[0]
 
     first = temporal()
-    monkeypatch.setattr(lmms, "_load", lambda config: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(lmms, "_load", lambda *args: pytest.fail("weights were loaded"))
     (own / "code.py").write_text("")  # this task is not of that folder
     other = copy / "semantic_detail" / "semantic_detail.json"  # nor does it read this subset
     other.write_text(other.read_text().replace("square", "circle"))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -138,18 +136,6 @@ def candidate_names(adapters: Sequence[str]) -> list[str]:
     if not parts:
         return []
     raise EvaluateError(f"adapters: {', '.join(adapters)} cannot be told apart: give each once, by its path.")
-
-
-def fingerprint(adapter: str) -> str:
-    """Return a hash of an adapter's files, so that another in its place is noticed; of a Hub adapter its name."""
-    files = sorted(Path(adapter).glob("adapter_*"))
-    if not files:
-        return adapter
-    total = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with file.open("rb") as opened:
-            total.update(hashlib.file_digest(opened, "sha256").digest())
-    return total.hexdigest()
 
 
 def _checked_config(path: str, model: str) -> PeftConfig:

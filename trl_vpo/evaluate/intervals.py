@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-Statistic = Literal["mean", "ratio"]
 
 _DRAWS_AT_ONCE = 1 << 22  # cluster numbers held in memory at one time
 
@@ -31,21 +29,14 @@ class Interval(NamedTuple):
 
 
 def clustered_bootstrap(
-    values: Any,
-    clusters: Sequence,
-    statistic: Statistic = "mean",
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: Any, clusters: Sequence, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """A mean, or a ratio of sums, over N rows with its confidence interval.
+    """Return a mean, or a ratio of sums, over N rows with its confidence interval.
 
     Args:
-        values: (N,) for "mean"; (N, 2) for "ratio", numerators and denominators: sum of the first over sum of the
+        values: (N,) for a mean; (N, 2) for a ratio, numerators and denominators: sum of the first over sum of the
             second, as in CHAIRi, where rows count by their denominators.
         clusters: (N,) what each row belongs to, such as its video; any hashable values but None.
-        statistic: "mean" or "ratio".
         level: of the interval, above 0 and below 1.
         resamples: how many times the clusters are drawn. Draws whose denominators sum to 0 are left out.
         seed: the same seed and clusters give the same draws, whatever the values.
@@ -57,27 +48,19 @@ def clustered_bootstrap(
     Raises:
         ValueError: shapes that do not fit, a value that is not finite, a cluster that is None, bad settings.
     """
-    columns = _columns(values, statistic)
-    totals, draws = _resample(columns, clusters, level, resamples, seed)
+    totals, draws = _resample(_columns(values), clusters, level, resamples, seed)
     return _interval(_quotient(totals), _quotient(draws), level)
 
 
 def paired_difference(
-    first: Any,
-    second: Any,
-    clusters: Sequence,
-    statistic: Statistic = "mean",
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    first: Any, second: Any, clusters: Sequence, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """`second` minus `first`, two models on the same N rows, with its interval.
+    """Return `second` minus `first`, two models on the same N rows, with its interval.
 
     Both models see the same draws, so what makes a video hard for both cancels. Arguments, limits and errors are
     those of `clustered_bootstrap`; row i of `first` and of `second` must be the same question.
     """
-    first, second = _columns(first, statistic), _columns(second, statistic)
+    first, second = _columns(first), _columns(second)
     if first.shape != second.shape:
         raise ValueError(f"{len(first)} rows against {len(second)}: a paired difference needs the same rows.")
     totals, draws = _resample(np.concatenate([first, second], axis=1), clusters, level, resamples, seed)
@@ -85,18 +68,13 @@ def paired_difference(
     return _interval(value, _quotient(draws[:, 2:]) - _quotient(draws[:, :2]), level)
 
 
-def _columns(values: Any, statistic: str) -> np.ndarray:
+def _columns(values: Any) -> np.ndarray:
     """(N, 2): numerators and denominators; those of a mean are 1."""
     columns = np.asarray(values, dtype=np.float64)
-    if statistic == "mean" and columns.ndim == 1:
+    if columns.ndim == 1:
         columns = np.stack([columns, np.ones_like(columns)], axis=1)
-    elif statistic == "ratio" and columns.ndim == 2 and columns.shape[1] == 2:
-        pass
-    elif statistic in ("mean", "ratio"):
-        wanted = "(N,)" if statistic == "mean" else "(N, 2)"
-        raise ValueError(f'values have the shape {columns.shape}: "{statistic}" needs {wanted}.')
-    else:
-        raise ValueError(f'statistic is {statistic!r}: give "mean" or "ratio".')
+    if columns.ndim != 2 or columns.shape[1] != 2:
+        raise ValueError(f"values have the shape {columns.shape}: a mean needs (N,), a ratio (N, 2).")
     bad = np.flatnonzero(~np.isfinite(columns).all(axis=1))
     if len(bad):
         raise ValueError(f"row {bad[0]} holds {columns[bad[0]].tolist()}: values must be finite. Leave such rows out.")
@@ -109,29 +87,20 @@ def _resample(
     """The columns' sums over all rows (K,), and over each draw of clusters (resamples, K)."""
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level {level}, resamples {resamples}: give a level in (0, 1) and at least 1 resample.")
-    members, count = _members(clusters, len(columns))
-    sums = np.zeros((count, columns.shape[1]))
-    np.add.at(sums, members, columns)
+    if len(clusters) != len(columns):
+        raise ValueError(f"{len(columns)} rows but {len(clusters)} clusters: give one cluster for each row.")
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    if None in numbers:
+        raise ValueError("the cluster of a row is None: give the row's own id where it has no video.")
+    count, totals = len(numbers), columns.sum(axis=0)
     if count < 2:
-        return columns.sum(axis=0), np.full((1, columns.shape[1]), math.nan)
-    random = np.random.default_rng(seed)
-    step = max(1, _DRAWS_AT_ONCE // count)
+        return totals, np.full((1, columns.shape[1]), math.nan)
+    sums = np.zeros((count, columns.shape[1]))
+    np.add.at(sums, [numbers[cluster] for cluster in clusters], columns)
+    random, step = np.random.default_rng(seed), max(1, _DRAWS_AT_ONCE // count)
     sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
     draws = [sums[random.integers(count, size=(size, count))].sum(axis=1) for size in sizes]
-    return columns.sum(axis=0), np.concatenate(draws)
-
-
-def _members(clusters: Sequence, rows: int) -> tuple[np.ndarray, int]:
-    """(N,) the number of each row's cluster, in order of appearance, and how many clusters there are."""
-    if len(clusters) != rows:
-        raise ValueError(f"{rows} rows but {len(clusters)} clusters: give one cluster for each row.")
-    numbers: dict = {}
-    members = np.empty(rows, dtype=np.int64)
-    for row, cluster in enumerate(clusters):
-        if cluster is None:
-            raise ValueError(f"the cluster of row {row} is None: give the row's own id where it has no video.")
-        members[row] = numbers.setdefault(cluster, len(numbers))
-    return members, len(numbers)
+    return totals, np.concatenate(draws)
 
 
 def _quotient(sums: np.ndarray) -> np.ndarray:
@@ -142,7 +111,5 @@ def _quotient(sums: np.ndarray) -> np.ndarray:
 
 def _interval(value: np.ndarray, draws: np.ndarray, level: float) -> Interval:
     draws = draws[np.isfinite(draws)]
-    if not len(draws):
-        return Interval(float(value), math.nan, math.nan)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) if len(draws) else (math.nan, math.nan)
     return Interval(float(value), float(low), float(high))

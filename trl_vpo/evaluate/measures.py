@@ -1,8 +1,8 @@
-"""From per-row numbers to named measures with confidence intervals. No model in here.
+"""Named measures with confidence intervals, from numbers of each row. No model in here.
 
 A function for each kind of evidence gives the rows of its measures; `estimate` turns rows into measures, `difference`
 compares two models on the same rows. Rows are (N,) where the measure is their mean, or (N, 2), numerators and
-denominators, where it is a ratio of sums. Rows are all that must be kept to compare two runs later.
+denominators, where it is a ratio of sums.
 
 | name | unit | what it is, and which way is better |
 | --- | --- | --- |
@@ -13,7 +13,7 @@ denominators, where it is a ratio of sums. Rows are all that must be kept to com
 | `displacement/chosen` | nats | summed log-prob minus the base's; below 0 the chosen response got less likely |
 | `displacement/rejected` | nats | the same for the rejected response |
 | `displacement/both_fall` | share of pairs | both responses lost log-prob against the base; down |
-| `kl/chosen` | nats per response | KL summed over the response's tokens; `kl/<side>` for any side |
+| `kl/chosen` | nats per response | KL of the base and the model, summed over the response's tokens |
 | `kl/chosen_per_token` | nats per token | all KL over all tokens |
 | `sensitivity/<damage>` | nats per token | average log-prob lost when the media are damaged; up |
 | `sensitivity/<damage>_share` | share of rows | the loss is above 0; up |
@@ -70,7 +70,7 @@ class Measure:
 
 
 def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> dict[str, Measure]:
-    """The measures of N rows.
+    """Return the measures of N rows.
 
     Args:
         rows: name -> (N,) or (N, 2), see above.
@@ -82,8 +82,7 @@ def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> d
     """
     measures = {}
     for name, values in rows.items():
-        values = np.asarray(values, dtype=np.float64)
-        interval = _named(name, clustered_bootstrap, values, clusters, _statistic(values), **bootstrap)
+        interval = _named(name, clustered_bootstrap, values, clusters, **bootstrap)
         measures[name] = Measure(*interval, n=int(_counts(values).sum()))
     return measures
 
@@ -91,7 +90,7 @@ def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> d
 def difference(
     first: Mapping[str, Any], second: Mapping[str, Any], clusters: Sequence, **bootstrap: Any
 ) -> dict[str, Measure]:
-    """How `second` differs from `first` in every measure, both on the same N rows in the same order.
+    """Return how much `second` exceeds `first` in every measure, both on the same N rows in the same order.
 
     n counts the rows that either rests on. Arguments and errors as in `estimate`; both must have the same names.
     """
@@ -99,9 +98,8 @@ def difference(
         raise ValueError(f"only one side has {sorted(first.keys() ^ second.keys())}: compare the same measures.")
     measures = {}
     for name in first:
-        pair = [np.asarray(side[name], dtype=np.float64) for side in (first, second)]
-        interval = _named(name, paired_difference, *pair, clusters, _statistic(pair[0]), **bootstrap)
-        measures[name] = Measure(*interval, n=int((_counts(pair[0]) | _counts(pair[1])).sum()))
+        interval = _named(name, paired_difference, first[name], second[name], clusters, **bootstrap)
+        measures[name] = Measure(*interval, n=int((_counts(first[name]) | _counts(second[name])).sum()))
     return measures
 
 
@@ -112,9 +110,6 @@ class PairScores:
     Attributes:
         chosen, rejected: (N,) summed log-probs of the responses, nats.
         chosen_tokens, rejected_tokens: (N,) tokens summed over, at least 1.
-
-    Raises:
-        ValueError: unequal lengths, a log-prob that is not finite, a response without tokens.
     """
 
     chosen: np.ndarray
@@ -122,13 +117,9 @@ class PairScores:
     chosen_tokens: np.ndarray
     rejected_tokens: np.ndarray
 
-    def __post_init__(self) -> None:
-        for name, values in _columns(**vars(self)).items():
-            object.__setattr__(self, name, values)
-
 
 def preference(scores: PairScores) -> Rows:
-    """How often the model prefers the chosen response; needs no base."""
+    """Preference for the chosen response; needs no base."""
     average = scores.chosen / scores.chosen_tokens - scores.rejected / scores.rejected_tokens
     return {
         "preference/accuracy": _wins(scores.chosen - scores.rejected),
@@ -137,8 +128,7 @@ def preference(scores: PairScores) -> Rows:
 
 
 def movement(scores: PairScores, base: PairScores) -> Rows:
-    """Where the likelihoods of the responses went from the base's: reward and likelihood displacement."""
-    _same_length(model=scores.chosen, base=base.chosen)
+    """Changes of the responses' log-probs from the base's: reward and likelihood displacement."""
     chosen, rejected = scores.chosen - base.chosen, scores.rejected - base.rejected  # (N,) log(model / base)
     return {
         "reward/accuracy": _wins(chosen - rejected),
@@ -149,30 +139,25 @@ def movement(scores: PairScores, base: PairScores) -> Rows:
     }
 
 
-def divergence(kl: Any, tokens: Any, side: str = "chosen") -> Rows:
-    """KL along responses: kl (N,) summed over each response's tokens (N,); `side` names whose responses."""
-    columns = _columns(kl=kl, tokens=tokens)
-    return {f"kl/{side}": columns["kl"], f"kl/{side}_per_token": _ratio(columns["kl"], columns["tokens"])}
+def divergence(kl: Any, tokens: Any) -> Rows:
+    """KL along the chosen responses: kl (N,) summed over each response's tokens (N,)."""
+    return {"kl/chosen": np.asarray(kl), "kl/chosen_per_token": _ratio(kl, tokens)}
 
 
-def sensitivity(clean: Any, damaged: Mapping[str, Any], tokens: Any) -> Rows:
-    """How much of a response's log-prob hangs on its media.
+def sensitivity(damage: str, clean: np.ndarray, damaged: np.ndarray, tokens: np.ndarray) -> Rows:
+    """Dependence of a response's log-prob on its media.
 
     Args:
-        clean: (N,) summed log-prob of the response with its untouched media.
-        damaged: how the media were damaged ("shuffled", "masked", "blank") -> (N,) the same response's log-prob.
+        damage: the kind of damage: "shuffled", "masked" or "blank".
+        clean, damaged: (N,) summed log-prob of the response with its untouched and with its damaged media.
         tokens: (N,) tokens of the response.
     """
-    rows = {}
-    for name, values in damaged.items():
-        columns = _columns(clean=clean, damaged=values, tokens=tokens)
-        lost = (columns["clean"] - columns["damaged"]) / columns["tokens"]  # (N,)
-        rows |= {f"sensitivity/{name}": lost, f"sensitivity/{name}_share": lost > 0}
-    return rows
+    lost = (clean - damaged) / tokens  # (N,)
+    return {f"sensitivity/{damage}": lost, f"sensitivity/{damage}_share": lost > 0}
 
 
 def visibility(logps: Sequence[Sequence[float]]) -> Rows:
-    """Whether the chosen response's log-prob follows the object's visibility, LPOI's ranking.
+    """Agreement of the chosen response's log-prob with the object's visibility, LPOI's ranking.
 
     Args:
         logps: for each row lp(chosen | x_1) .. lp(chosen | x_K), the image with the whole object first, the one with
@@ -180,42 +165,34 @@ def visibility(logps: Sequence[Sequence[float]]) -> Rows:
 
     A list whose log-probs are all equal has no tau: it is left out of `visibility/tau` and counts as not ordered.
     """
-    lists = [np.asarray(row, dtype=np.float64) for row in logps]
-    for number, row in enumerate(lists):
-        if row.ndim != 1 or len(row) < 2 or not np.isfinite(row).all():
-            raise ValueError(f"list {number} is {row.tolist()}: give at least two finite log-probs.")
-    taus = np.array([kendall_tau(-np.arange(len(row)), row) for row in lists], dtype=np.float64)
+    taus = np.array([kendall_tau(-np.arange(len(row)), row) for row in logps], dtype=np.float64)
     return {
         "visibility/tau": _ratio(np.nan_to_num(taus), ~np.isnan(taus)),
-        "visibility/ordered": np.array([(np.diff(row) < 0).all() for row in lists], dtype=np.float64),
+        "visibility/ordered": np.array([(np.diff(row) < 0).all() for row in logps], dtype=np.float64),
     }
 
 
 def kendall_tau(first: Any, second: Any) -> float:
-    """Kendall's tau-b of two rankings (K,): concordant minus discordant pairs, over the geometric mean of the numbers
-    of pairs that are not tied in either (Kendall, "The treatment of ties in ranking problems", Biometrika 1945).
+    """Return Kendall's tau-b of two rankings (K,), nan where all values of one side are equal.
 
-    Returns nan where all values of one side are equal.
+    Concordant minus discordant pairs, over the geometric mean of the numbers of pairs that are not tied in either
+    (Kendall, "The treatment of ties in ranking problems", Biometrika 1945).
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    _same_length(first=first, second=second)
     upper = np.triu_indices(len(first), k=1)
     signs = [np.sign(values[:, None] - values[None, :])[upper] for values in (first, second)]  # (K * (K - 1) / 2,)
     untied = math.sqrt((signs[0] != 0).sum() * (signs[1] != 0).sum())
     return float((signs[0] * signs[1]).sum() / untied) if untied else math.nan
 
 
-def lengths(responses: Sequence[str], tokens: Any = None) -> Rows:
-    """How long N responses are, empty ones too; `tokens` (N,) where they were counted."""
-    rows = {"length/words": np.array([len(response.split()) for response in responses], dtype=np.float64)}
-    if tokens is not None:
-        _same_length(responses=responses, tokens=tokens)
-        rows["length/tokens"] = np.asarray(tokens, dtype=np.float64)
-    return rows
+def lengths(responses: Sequence[str], tokens: Sequence[int]) -> Rows:
+    """Lengths of N responses, empty ones too; tokens (N,) as counted."""
+    words = [len(response.split()) for response in responses]
+    return {"length/words": np.array(words), "length/tokens": np.array(tokens)}
 
 
 def cut_off(name: str, ended: Any) -> Rows:
-    """Whether answers ran into the limit of new tokens, (N,), or what share of K answers a row, (N, K)."""
+    """Answers that ran into the limit of new tokens: whether each did, (N,), or the share of a row's K, (N, K)."""
     cut = 1 - np.asarray(ended, dtype=np.float64)
     return {f"{name}/cut_off": cut if cut.ndim == 1 else cut.mean(axis=1)}
 
@@ -241,15 +218,13 @@ def yes_no(answers: PairedAnswers) -> Rows:
 
 def choice_letters(right: Sequence[bool | None]) -> Rows:
     """Multiple choice from free text: whether each row's letter is right, None where none could be read."""
-    return {
-        "choice/letter": np.array([bool(row) for row in right], dtype=np.float64),
-        "choice/unparsed": np.array([row is None for row in right], dtype=np.float64),
-    }
+    letters, unparsed = [bool(row) for row in right], [row is None for row in right]
+    return {"choice/letter": np.array(letters), "choice/unparsed": np.array(unparsed)}
 
 
-def choice_logps(credits: Sequence[float], *, average: bool = False) -> Rows:
-    """Multiple choice by log-prob: `choice.by_logprob` of each row, with lengths (`average`) or without."""
-    return {"choice/logp_average" if average else "choice/logp": np.asarray(credits, dtype=np.float64)}
+def choice_logps(credits: Sequence[float], average: Sequence[float]) -> Rows:
+    """Multiple choice by log-prob: `choices.by_logprob` of each row, of summed log-probs and of those per token."""
+    return {"choice/logp": np.array(credits), "choice/logp_average": np.array(average)}
 
 
 def chair(counts: ChairCounts) -> Rows:
@@ -270,36 +245,16 @@ def _named(name: str, function: Any, *args: Any, **options: Any) -> Any:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _statistic(values: np.ndarray) -> str:
-    return "mean" if values.ndim == 1 else "ratio"
-
-
-def _counts(values: np.ndarray) -> np.ndarray:
+def _counts(values: Any) -> np.ndarray:
     """(N,) bool: the rows that a measure rests on."""
+    values = np.asarray(values)
     return np.ones(len(values), dtype=bool) if values.ndim == 1 else values[:, 1] > 0
 
 
 def _ratio(numerators: Any, denominators: Any) -> np.ndarray:
-    return np.stack([np.asarray(numerators), np.asarray(denominators)], axis=1).astype(np.float64)  # (N, 2)
+    return np.stack([numerators, denominators], axis=1).astype(np.float64)  # (N, 2)
 
 
 def _wins(difference: np.ndarray) -> np.ndarray:
     """1 above 0, 0 below, half for a tie."""
     return (np.sign(difference) + 1) / 2
-
-
-def _columns(**columns: Any) -> dict[str, np.ndarray]:
-    """The columns as equally long float64 arrays, finite, those of tokens at least 1."""
-    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
-    _same_length(**arrays)
-    for name, array in arrays.items():
-        bad = np.flatnonzero(~np.isfinite(array) | (name.endswith("tokens") & (array < 1)))
-        if len(bad):
-            raise ValueError(f"row {bad[0]} has {name} {array[bad[0]]}: give finite numbers and at least one token.")
-    return arrays
-
-
-def _same_length(**arrays: Any) -> None:
-    sizes = {name: len(array) for name, array in arrays.items()}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"rows do not fit together: {sizes}. Give the same rows in the same order.")

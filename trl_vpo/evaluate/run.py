@@ -20,7 +20,7 @@ from typing import Any
 
 from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_inputs
 from trl_vpo.errors import EvaluateError, MediaError, RowError
-from trl_vpo.evaluate.candidates import ModelSet, candidate_names, fingerprint, load_candidates
+from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.probes import (
     Probe,
@@ -37,7 +37,7 @@ from trl_vpo.evaluate.results import BASE, Report
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.evaluate.table import show_results, write_results
 from trl_vpo.media.load import Media
-from trl_vpo.runs.digests import weights_digest
+from trl_vpo.runs.digests import adapter_digest, weights_digest
 from trl_vpo.runs.driver import ctrl_c_says_how_to_continue, work_through
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.quiet import quiet_libraries
@@ -114,7 +114,7 @@ def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Input
     base = Path(config.model_name_or_path)
     return fixed_settings("evaluate", asdict(config)) | {
         "weights": weights_digest(base) if base.is_dir() else None,  # it may be trained anew under its old name
-        "adapters": {name: fingerprint(path) for name, path in adapters.items()},
+        "adapters": {name: adapter_digest(path) for name, path in adapters.items()},
         "inputs": {"count": len(inputs), "fingerprint": digest(inputs)},
     }
 

@@ -63,7 +63,7 @@ def _work(run: Run, ids: Sequence[str], load: Callable, make: Callable, batch_si
     decoders = ThreadPoolExecutor(DECODERS)
     try:
         with Bar(len(todo), finished=share - len(todo), workers=run.world_size, show=run.rank == 0) as bar:
-            for batch in _decoded_ahead(decoders, load, todo, batch_size):
+            for batch in decoded_ahead(decoders, load, todo, batch_size):
                 outcomes = [item for item in batch if isinstance(item, Outcome)]
                 usable = [item for item in batch if not isinstance(item, Outcome)]
                 for outcome in [*outcomes, *(make(usable) if usable else ())]:
@@ -73,7 +73,7 @@ def _work(run: Run, ids: Sequence[str], load: Callable, make: Callable, batch_si
         decoders.shutdown(wait=False, cancel_futures=True)
 
 
-def _decoded_ahead(decoders: ThreadPoolExecutor, load: Callable, todo: list[int], size: int) -> Iterator[list]:
+def decoded_ahead(decoders: ThreadPoolExecutor, load: Callable, todo: Sequence[int], size: int) -> Iterator[list]:
     """Yield each batch, while the next one is being decoded."""
     waiting = []
     for start in range(0, len(todo) + size, size):

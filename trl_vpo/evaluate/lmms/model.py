@@ -1,4 +1,4 @@
-"""lmms-eval's requests, answered by a model of `trl_vpo.generate`. Importing this needs lmms-eval.
+"""lmms-eval's requests, answered by a `LocalModel`. Importing this needs lmms-eval.
 
 An lmms-eval model only has to answer requests (`lmms_eval.api.model.lmms`). Prompts, frames and the adapter are those
 of training: each request becomes a chat with media, encoded by the collator that training uses.
@@ -7,9 +7,9 @@ of training: each request becomes a chat with media, encoded by the collator tha
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,20 @@ from trl_vpo.media.images import describe, load_image
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models.local import LocalModel
 from trl_vpo.models.requests import Answer, Request, Sampling, stream_seed
+from trl_vpo.runs.driver import DECODERS, decoded_ahead
 from trl_vpo.text.responses import Failure
 
 logger = logging.getLogger(__name__)
 
-DECODERS = 2  # threads that load the next batch's media while the model answers this one
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp"}  # what lmms-eval takes for an image
 READ = {"max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "until"}  # generation settings of a task
 
 
 class BenchmarkModel(lmms):
-    """Answers what lmms-eval asks.
+    """A model that answers what lmms-eval asks.
 
     Args:
-        model: who answers; the layers of an adapter may be in it.
+        model: the layers of an adapter may be in it.
         video_options: which frames of a video are shown.
         max_new_tokens: where a task sets none.
         seed: with task, document and repetition it fixes the answers of a task that samples.
@@ -49,16 +49,16 @@ class BenchmarkModel(lmms):
 
     def __init__(self, model: LocalModel, video_options: VideoOptions, *, max_new_tokens: int = 256, seed: int = 0):
         super().__init__()
-        self._answering, self._options = model, video_options
+        self._model, self._options = model, video_options
         self._max_new_tokens, self._seed = max_new_tokens, seed
 
     @property
     def device(self) -> Any:
-        """Where lmms-eval keeps what several processes exchange."""
-        return self._answering.model.device
+        """The device of what several processes exchange."""
+        return self._model.model.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """One answer to each request, cut before the first of the task's stop strings.
+        """Return one answer to each request, cut before the first of the task's stop strings.
 
         Raises:
             EvaluateError: media that cannot be used, a prompt that the processor refuses, or settings of a task that
@@ -66,24 +66,24 @@ class BenchmarkModel(lmms):
             GenerateError: one request that does not fit on the device.
         """
         _warn_of_unread_settings(requests)
-        seen: Counter = Counter()
+        times: Counter = Counter()
         jobs = []
         for instance in requests:
             *_, doc_id, task, _ = instance.args
-            seen[task, doc_id] += 1  # a request that is to be repeated comes several times
-            seed = stream_seed(self._seed, f"{task}/{doc_id}", f"answer {seen[task, doc_id]}")
+            times[task, doc_id] += 1  # a request that is to be repeated comes several times
+            seed = stream_seed(self._seed, f"{task}/{doc_id}", f"answer {times[task, doc_id]}")
             jobs.append((instance, seed))
         results = []
         with tqdm(total=len(jobs), desc="Answering", disable=self.rank != 0) as bar:
             for sampling, group in groupby(jobs, key=lambda job: self._sampling(job[0])):
-                for batch, asked in self._loaded(list(group)):
-                    answers = self._answering.complete(asked, sampling)
-                    results += [self._result(*pair) for pair in zip(batch, answers, strict=True)]
+                for batch in self._loaded(list(group)):
+                    answers = self._model.complete([request for _, request in batch], sampling)
+                    results += [self._result(instance, answer) for (instance, _), answer in zip(batch, answers)]
                     bar.update(len(batch))
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """How likely each continuation is, and whether it is the greedy answer; its end of turn included in both.
+        """Return how likely each continuation is, and whether it is the greedy answer; both with its end of turn.
 
         lmms-eval's models give the mean negative log-prob per token here, and its scoring takes the lowest. It comes
         in the place of a text, because lmms-eval 0.7.3 makes a string of a bare pair (`unwrap_generation_output`), on
@@ -91,14 +91,14 @@ class BenchmarkModel(lmms):
         """
         results = []
         with tqdm(total=len(requests), desc="Scoring", disable=self.rank != 0) as bar:
-            for batch, asked in self._loaded([(instance, 0) for instance in requests]):
-                texts = [self._continuation(instance).strip() for instance, _ in batch]
-                averages = self._answering.average_logps(asked, texts)
+            for batch in self._loaded([(instance, 0) for instance in requests]):
+                texts, asked = [self._continuation(i).strip() for i, _ in batch], [request for _, request in batch]
+                averages = self._model.average_logps(asked, texts)
                 # One token more than the longest has: an answer that goes on is longer than its text.
-                tokens = max(len(self._answering.processor.tokenizer(text)["input_ids"]) for text in texts) + 1
-                greedy = self._answering.complete(asked, Sampling(max_new_tokens=tokens, temperature=0))
+                tokens = max(len(self._model.processor.tokenizer(text)["input_ids"]) for text in texts) + 1
+                greedy = self._model.complete(asked, Sampling(max_new_tokens=tokens, temperature=0))
                 results += [
-                    GenerationResult((-average, not isinstance(answer, Failure) and answer.text == text))
+                    GenerationResult((-average, isinstance(answer, Answer) and answer.text == text))
                     for average, answer, text in zip(averages, greedy, texts, strict=True)
                 ]
                 bar.update(len(batch))
@@ -109,21 +109,12 @@ class BenchmarkModel(lmms):
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _loaded(self, jobs: list[tuple[Instance, int]]) -> Iterator[tuple[list[tuple[Instance, int]], list[Request]]]:
-        """The jobs in batches with their media decoded, one batch ahead."""
-        size = self._answering.batch_size
-        waiting: deque[tuple[list, list[Future]]] = deque()
+    def _loaded(self, jobs: list[tuple[Instance, int]]) -> Iterator[list[tuple[Instance, Request]]]:
+        """The instances with their requests, in batches; the media of the next batch are decoded ahead."""
         with ThreadPoolExecutor(DECODERS) as pool:
-            for start in range(0, len(jobs), size):
-                batch = jobs[start : start + size]
-                waiting.append((batch, [pool.submit(self._request, *job) for job in batch]))
-                if len(waiting) > 1:
-                    ready, futures = waiting.popleft()
-                    yield ready, [future.result() for future in futures]
-            for ready, futures in waiting:
-                yield ready, [future.result() for future in futures]
+            yield from decoded_ahead(pool, lambda i: self._request(*jobs[i]), range(len(jobs)), self._model.batch_size)
 
-    def _request(self, instance: Instance, seed: int) -> Request:
+    def _request(self, instance: Instance, seed: int) -> tuple[Instance, Request]:
         *_, doc_id, task, split = instance.args
         try:
             document = self.task_dict[task][split][doc_id]
@@ -133,7 +124,7 @@ class BenchmarkModel(lmms):
                 messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
             else:
                 messages = instance.args[1](document)
-            return as_request(messages, self._options, seed)
+            return instance, as_request(messages, self._options, seed)
         # Some tasks leave the interpreter where a video is missing.
         except (MediaError, EvaluateError, FileNotFoundError, SystemExit) as error:
             raise EvaluateError(f"{task}, document {doc_id}: {error}") from error
@@ -152,29 +143,25 @@ class BenchmarkModel(lmms):
         settings = self._settings(instance)
         if (settings.get("num_beams") or 1) > 1:
             raise EvaluateError(f"{instance.task_name} wants {settings['num_beams']} beams; there is no beam search.")
-        temperature = settings.get("temperature") or 0.0
-        if not settings.get("do_sample", True):
-            temperature = 0.0
+        temperature = (settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0
         return Sampling(
             max_new_tokens=settings.get("max_new_tokens") or self._max_new_tokens,
             temperature=temperature,
             top_p=(settings.get("top_p") or 1.0) if temperature else 1.0,
         )
 
-    def _result(self, job: tuple[Instance, int], answer: Answer | Failure) -> GenerationResult:
-        instance, _ = job
+    def _result(self, instance: Instance, answer: Answer | Failure) -> GenerationResult:
         *_, doc_id, task, _ = instance.args
         if isinstance(answer, Failure):
             raise EvaluateError(f"{task}, document {doc_id} cannot be asked: {answer.reason}")
-        stops = self._settings(instance).get("until") or []
-        text = answer.text
+        stops, text = self._settings(instance).get("until") or [], answer.text
         for stop in [stops] if isinstance(stops, str) else stops:
             text = text.split(stop)[0] if stop else text
         return GenerationResult(text, TokenCounts(output_tokens=answer.tokens))
 
 
 def as_request(messages: Sequence[dict], video_options: VideoOptions, seed: int = 0) -> Request:
-    """lmms-eval's messages, which carry their media, as a request, whose messages have placeholders.
+    """Turn lmms-eval's messages, which carry their media, into a request, whose messages have placeholders.
 
     Raises:
         MediaError: an image or a video cannot be used.
@@ -215,8 +202,8 @@ def _part(visual: Any) -> dict:
 def _video_source(part: dict) -> Any:
     """A video of a message as `load_video` takes it, with its window in seconds where the task sets one."""
     url = part["url"]
-    given = {**url, **part} if isinstance(url, dict) else part
-    window = {f"video_{end}": given.get(f"video_{end}", given.get(f"{end}_time")) for end in ("start", "end")}
+    options = {**url, **part} if isinstance(url, dict) else part
+    window = {f"video_{end}": options.get(f"video_{end}", options.get(f"{end}_time")) for end in ("start", "end")}
     if isinstance(url, dict):
         url = next((url[key] for key in ("url", "path", "video") if key in url), None)
     if url is None:

@@ -15,19 +15,23 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trl_vpo.errors import EvaluateError
+from trl_vpo.evaluate.lmms.tasks import videohallucer
 from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.files import atomic_write
+from trl_vpo.models.config import AnsweringConfig
+from trl_vpo.models.load import load_model
+from trl_vpo.runs.digests import adapter_digest, files_digest, weights_digest
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
     from trl_vpo.evaluate.lmms.model import BenchmarkModel
-    from trl_vpo.generate.config import GenerateConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +43,10 @@ SUPPORTED = {"generate_until", "generate_until_agentic", *LOGPROBS}
 JUDGED = {"hallusion_bench_image", "tempcompass_captioning"}
 # The same for the answers that their rules cannot read.
 PARTLY_JUDGED = {"tempcompass_multi_choice", "tempcompass_yes_no", "tempcompass_caption_matching"}
-# What an answer depends on, beside the task.
+# What an answer depends on, beside the task and the adapter.
 FIXED = (
-    "model_name_or_path", "model_revision", "from_adapter", "dtype", "attn_implementation", "load_in_4bit",
-    "load_in_8bit", "num_frames", "fps", "max_frames", "max_pixels", "max_new_tokens", "seed",
+    "model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit",
+    "num_frames", "fps", "max_frames", "max_pixels", "max_new_tokens", "seed",
 )  # fmt: skip
 
 Table = dict[str, dict[str, float]]  # task or group -> metric -> value, in lmms-eval's names
@@ -68,14 +72,12 @@ def run_benchmarks(
 
     Args:
         benchmarks: names of lmms-eval's tasks or groups, of those here (`videohallucer`), or in `include_path`.
-        model: Hub name or folder of the base.
-        adapter: folder or Hub name of an adapter on it.
+        model, adapter: Hub names or folders.
         limit: only the first so many questions of each task.
         batch_size: questions answered at once, at most.
         include_path: a folder with further tasks in lmms-eval's format.
-        settings: other fields of `GenerateConfig`: num_frames, fps, max_frames, max_pixels, dtype, device,
-            load_in_4bit, seed, ... Media settings that are not given are those of the adapter's training, where its
-            `run.json` tells. `max_new_tokens` applies to tasks that set none, `temperature` and `top_p` to none.
+        settings: other fields of `AnsweringConfig`. Media settings that are not given are those of the adapter's
+            training, where its `run.json` tells. `max_new_tokens` applies to tasks that set none.
 
     Returns:
         Benchmark -> task or group -> metric -> value, with lmms-eval's names and scales and without figures that are
@@ -86,25 +88,21 @@ def run_benchmarks(
             cannot be used. All but the last before weights are loaded.
         GenerateError: the model or adapter cannot be loaded.
     """
-    from trl_vpo.generate.config import GenerateConfig
-
-    version = _installed_version()
+    _check_installed()
     if limit is not None and limit < 1:
         raise EvaluateError(f"limit is {limit}: give a whole number of at least 1.")
     trained = trained_media([adapter] if adapter else [], settings)
     settings = {key: value for key, value in trained.items() if key in FIXED} | settings  # a window is of the data
-    config = GenerateConfig(model_name_or_path=model, from_adapter=adapter, batch_size=batch_size, **settings)
-    if config.server_url:
-        raise EvaluateError("server_url: benchmarks are answered in this process. lmms-eval itself can ask a server.")
+    config = AnsweringConfig(model_name_or_path=model, batch_size=batch_size, **settings)
     manager = _task_manager(include_path)
     simple = {name: _check(manager, name, limit) for name in benchmarks}
-    common = _record(config, limit, version)
+    common = _record(config, adapter, limit)
     records = {name: common | _files(manager, name, include_path) for name in benchmarks}
     folders = {name: Path(output_dir) / name for name in benchmarks}
     tables = {name: _finished(folder, records[name]) for name, folder in folders.items()}
     if all(table is not None for table in tables.values()):
         return tables
-    answering = _load(config)
+    answering = _load(config, adapter)
     for name, table in tables.items():
         if table is None:
             answering.is_simple = simple[name]
@@ -112,23 +110,19 @@ def run_benchmarks(
     return {name: table for name, table in tables.items() if table is not None}
 
 
-def _installed_version() -> str:
+def _check_installed() -> None:
     try:
         import lmms_eval.tasks  # noqa: F401
     except ImportError as error:
         raise EvaluateError(
             f"public benchmarks need lmms-eval, which cannot be imported ({error}): pip install trl-vpo[lmms]"
         ) from error
-    from importlib.metadata import version
-
-    return version("lmms-eval")
 
 
-def _load(config: GenerateConfig) -> BenchmarkModel:
-    from trl_vpo.evaluate.lmms.model import BenchmarkModel
-    from trl_vpo.models.load import load_model
+def _load(config: AnsweringConfig, adapter: str | None) -> BenchmarkModel:
+    from trl_vpo.evaluate.lmms.model import BenchmarkModel  # needs lmms-eval
 
-    model = load_model(**config.model_options(), adapter=config.from_adapter)
+    model = load_model(**config.model_options(), adapter=adapter)
     return BenchmarkModel(model, config.video_options(), max_new_tokens=config.max_new_tokens, seed=config.seed)
 
 
@@ -152,14 +146,12 @@ def _task_manager(include_path: str | Path | None) -> TaskManager:
 
 
 def _check(manager: TaskManager, name: str, limit: int | None) -> bool:
-    """Whether a benchmark's tasks are lmms-eval's "simple" ones. Imports what they need; opens no data set.
+    """Return whether a benchmark's tasks are lmms-eval's "simple" ones. Imports what they need; opens no data set.
 
     Raises:
         EvaluateError: there is no such benchmark, or it cannot be run here.
     """
     from lmms_eval.utils import load_yaml_config
-
-    from trl_vpo.evaluate.lmms.tasks import videohallucer
 
     tasks, kinds = _tasks(manager, name), set()
     for task in tasks:
@@ -177,7 +169,7 @@ def _check(manager: TaskManager, name: str, limit: int | None) -> bool:
 
 
 def _tasks(manager: TaskManager, name: str) -> list[str]:
-    """The single tasks of a task, a group or a tag."""
+    """Return the single tasks of a task, a group or a tag."""
     from lmms_eval.utils import load_yaml_config
 
     entry = manager.task_index.get(name)
@@ -188,12 +180,12 @@ def _tasks(manager: TaskManager, name: str) -> list[str]:
     if entry["type"] in ("task", "python_task"):
         return [name]
     parts = entry["task"] if entry["task"] != -1 else load_yaml_config(entry["yaml_path"], mode="simple")["task"]
-    found = []
+    tasks = []
     for part in parts:
         inner = part["task"] if isinstance(part, dict) else part
         for one in inner if isinstance(inner, list) else [inner]:
-            found += _tasks(manager, one["task"] if isinstance(one, dict) else one)
-    return found
+            tasks += _tasks(manager, one["task"] if isinstance(one, dict) else one)
+    return tasks
 
 
 def _check_judge(name: str, tasks: list[str]) -> None:
@@ -213,24 +205,19 @@ def _check_judge(name: str, tasks: list[str]) -> None:
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def _record(config: GenerateConfig, limit: int | None, version: str) -> dict[str, Any]:
-    from trl_vpo.evaluate.candidates import fingerprint
-    from trl_vpo.runs.digests import weights_digest
-
+def _record(config: AnsweringConfig, adapter: str | None, limit: int | None) -> dict[str, Any]:
     values, base = asdict(config), Path(config.model_name_or_path)
     return {key: values[key] for key in FIXED} | {
+        "from_adapter": adapter,
         "weights": weights_digest(base) if base.is_dir() else None,  # another model in the same place is not this one
-        "adapter_files": fingerprint(config.from_adapter) if config.from_adapter else None,
+        "adapter_files": adapter_digest(adapter) if adapter else None,
         "limit": limit,
-        "lmms_eval": version,
+        "lmms_eval": version("lmms-eval"),
     }
 
 
 def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> dict[str, Any]:
     """What a benchmark takes from files here: `include_path`, if one of its tasks is from there, and VideoHallucer."""
-    from trl_vpo.evaluate.lmms.tasks import videohallucer
-    from trl_vpo.runs.digests import files_digest
-
     tasks, folder = _tasks(manager, name), None
     if include_path is not None:
         inside = Path(include_path).absolute()
@@ -239,8 +226,8 @@ def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> 
     record = {"include_path": str(folder) if folder else None, "include_files": None}
     if folder:  # without Python's caches and what is hidden, such as a repository's own files
         files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-        shown = [folder / file for file in files if not any(part.startswith(".") for part in file.parts)]
-        record["include_files"] = files_digest(folder, shown)
+        visible = [folder / file for file in files if not any(part.startswith(".") for part in file.parts)]
+        record["include_files"] = files_digest(folder, visible)
     return record | videohallucer.record(filter(None, map(videohallucer.subset_of, tasks)))
 
 
@@ -266,7 +253,7 @@ def _finished(folder: Path, record: dict[str, Any]) -> Table | None:
 def _run(name: str, model: BenchmarkModel, manager: TaskManager, folder: Path, record: dict[str, Any]) -> Table | None:
     from lmms_eval.evaluator import simple_evaluate
 
-    found = simple_evaluate(
+    results = simple_evaluate(
         model=model,
         tasks=[name],
         task_manager=manager,
@@ -275,28 +262,26 @@ def _run(name: str, model: BenchmarkModel, manager: TaskManager, folder: Path, r
         # Scoring reads from here where a task may write, and that it gets documents without their images.
         cli_args=SimpleNamespace(output_path=str(folder), process_with_media=False),
     )
-    if found is None:
-        return None
-    return _write(found, folder, record)
+    return _write(results, folder, record) if results is not None else None
 
 
-def _write(found: dict[str, Any], folder: Path, record: dict[str, Any]) -> Table:
-    """The files of a finished benchmark; `results.json` comes last and whole."""
+def _write(results: dict[str, Any], folder: Path, record: dict[str, Any]) -> Table:
+    """Write the files of a finished benchmark; `results.json` comes last and whole."""
     from lmms_eval.utils import handle_non_serializable
 
-    def dumped(value: Any, **options: Any) -> str:
+    def as_json(value: Any, **options: Any) -> str:
         return json.dumps(value, default=handle_non_serializable, ensure_ascii=False, **options)
 
     folder.mkdir(parents=True, exist_ok=True)
-    samples = found.pop("samples", {})
+    samples = results.pop("samples", {})
     for task, rows in samples.items():
-        lines = "".join(dumped(row) + "\n" for row in sorted(rows, key=lambda row: row["doc_id"]))
+        lines = "".join(as_json(row) + "\n" for row in sorted(rows, key=lambda row: row["doc_id"]))
         (folder / f"samples_{task}.jsonl").write_text(lines, encoding="utf-8")
-    metrics = {task: _numbers(values) for task, values in found["results"].items()}
+    metrics = {task: _numbers(values) for task, values in results["results"].items()}
     metrics = {task: values for task, values in metrics.items() if values or task in samples}
-    kept = {key: found[key] for key in ("n-samples", "versions", "higher_is_better", "configs") if key in found}
+    kept = {key: results[key] for key in ("n-samples", "versions", "higher_is_better", "configs") if key in results}
     with atomic_write(folder / RESULTS) as part:
-        part.write_text(dumped({"settings": record, "metrics": metrics, **kept}, indent=2), encoding="utf-8")
+        part.write_text(as_json({"settings": record, "metrics": metrics, **kept}, indent=2), encoding="utf-8")
     return metrics
 
 
