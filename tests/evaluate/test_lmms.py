@@ -447,7 +447,7 @@ def test_videohallucer_copies_that_cannot_be_used(copy, monkeypatch):
     with pytest.raises(EvaluateError, match=r"limit is 3: .* give an even number"):
         videohallucer.check("temporal", limit=3)
     (copy / "temporal" / "videos" / "2.mp4").unlink()
-    with pytest.raises(EvaluateError, match=r"2 videos of temporal are not there.*2\.mp4"):
+    with pytest.raises(EvaluateError, match=r"2 videos of temporal are missing.*2\.mp4"):
         videohallucer.check("temporal")
     path = copy / "temporal" / "temporal.json"
     pairs = json.loads(path.read_text())

@@ -16,9 +16,7 @@ question does not list itself are listed behind it.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from string import ascii_uppercase
@@ -27,6 +25,7 @@ from typing import Any
 from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import MARKERS, Row, read_row, row_name
 from trl_vpo.errors import EvaluateError, InputError, RowError
+from trl_vpo.files import bytes_digest
 from trl_vpo.text.chair import ObjectTable
 from trl_vpo.text.choices import read_choice, read_options
 from trl_vpo.text.yes_no import yes_or_no
@@ -38,7 +37,7 @@ SHOWN = 5  # problems in one message
 
 @dataclass(frozen=True)
 class EvalRow:
-    """What a row asks, without its media.
+    """A row without its media.
 
     Attributes:
         place: position among the inputs.
@@ -69,39 +68,32 @@ def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only
     rows, problems = [], []
     for place in range(len(inputs)):
         row = inputs[place]
-        example = {**row.example, "id": row.id}
-        name = row_name(example, place)
-        task = row.example.get("task", "preference")
+        example, task = {**row.example, "id": row.id}, row.example.get("task", "preference")
         if only not in (None, task):
             continue
+        name = row_name(example, place)
         try:
             if task not in TASKS:
                 raise RowError(f"`task` is {task!r}: one of {', '.join(TASKS)}; without it, a preference row.")
-            facts = TASKS[task](row, table)
+            rows.append(EvalRow(place, row.id, name, task, _cluster(row), TASKS[task](row, table)))
         except (RowError, InputError) as error:
             message = str(error).removeprefix(f"{row_name(example)}: ")  # `read_row` does not know the place
             problems.append(f"{name}: {message}")
-            continue
-        rows.append(EvalRow(place, row.id, name, task, _cluster(row), facts))
-    problems += _unpaired(rows) if not problems else []
+    problems = problems or _unpaired(rows)
     if problems:
-        shown = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
+        listed = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
         more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise EvaluateError(f"{len(problems)} of {len(inputs)} held-out rows cannot be used:{shown}{more}")
+        raise EvaluateError(f"{len(problems)} of {len(inputs)} held-out rows cannot be used:{listed}{more}")
     return rows
 
 
 def preference_row(row: InputRow) -> Row:
-    """A preference row in one shape; its `image_list` or `critical_box` is checked too, where it has one.
-
-    Raises:
-        RowError: the row breaks the contract of training rows.
-    """
+    """Return a preference row in one shape; its `image_list` or `critical_box` is checked, too. Raises RowError."""
     ranks = any(row.example.get(key) is not None for key in ("critical_box", "image_list"))
     return read_row({**row.example, "id": row.id}, image_list=ranks)
 
 
-# --- tasks --------------------------------------------------------------------------------------------------------
+# --- the facts of each task, or RowError ----------------------------------------------------------------------------
 
 
 def _preference(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
@@ -110,16 +102,15 @@ def _preference(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
 
 
 def _yes_no(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
-    question, example = _question(row), row.example
-    answer = yes_or_no(str(example.get("answer")))
+    question, given, role = _question(row), row.example.get("answer"), row.example.get("role")
+    answer = yes_or_no(str(given))
     if answer is None:
-        raise RowError(f"`answer` is {example.get('answer')!r}: a yes/no question needs yes or no.")
-    role = example.get("role")
+        raise RowError(f"`answer` is {given!r}: a yes/no question needs yes or no.")
     if role is not None and ROLES.get(role) != answer:
         raise RowError(f'`role` is {role!r} and `answer` {answer!r}: "basic" goes with yes, "hallucinated" with no.')
-    if example.get("pair") is None:
+    if row.example.get("pair") is None:
         raise RowError("has no `pair`: give both questions of a pair the same id.")
-    return {"question": question, "expected": answer, "pair": str(example["pair"])}
+    return {"question": question, "expected": answer, "pair": str(row.example["pair"])}
 
 
 def _choice(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
@@ -150,7 +141,7 @@ TASKS = {"preference": _preference, "yes_no": _yes_no, "choice": _choice, "chair
 
 
 def option_index(facts: dict[str, Any]) -> int:
-    """Which option of a multiple-choice row is right, from 0."""
+    """Return the place of the right option of a multiple-choice row, from 0."""
     return ascii_uppercase.index(facts["expected"])
 
 
@@ -158,29 +149,28 @@ def _question(row: InputRow) -> str:
     question = row.example.get("question")
     if not isinstance(question, str) or not question.strip():
         raise RowError(f"`question` is {question!r}: give a text that is not empty.")
-    found = [marker for marker in MARKERS if marker in question]
-    if found:
-        raise RowError(f"`question` holds the marker {found[0]}: take it out, media come from their columns.")
+    for marker in MARKERS:
+        if marker in question:
+            raise RowError(f"`question` holds the marker {marker}: take it out, media come from their columns.")
     return question
 
 
 def _unpaired(rows: list[EvalRow]) -> list[str]:
-    """What is wrong with pairs of yes/no questions."""
+    """The problems of pairs of yes/no questions."""
     pairs: dict[str, list[EvalRow]] = {}
     for row in rows:
         if row.task == "yes_no":
             pairs.setdefault(row.facts["pair"], []).append(row)
     problems = []
     for pair, members in pairs.items():
-        answers = Counter(row.facts["expected"] for row in members)
-        if answers != {"yes": 1, "no": 1}:
+        if sorted(row.facts["expected"] for row in members) != ["no", "yes"]:
             names = ", ".join(f"{row.name}: {row.facts['expected']}" for row in members)
             problems.append(f"pair {pair!r} needs one question with yes and one with no; it has {names}.")
     return problems
 
 
 def _cluster(row: InputRow) -> str:
-    """From the medium as the row names it: a run may go on with another `media_root`, and its clusters stay."""
+    """The row's own cluster, or its first medium as the row names it, so that another `media_root` changes none."""
     if row.example.get("cluster") is not None:
         return str(row.example["cluster"])
     sources: list[Any] = []
@@ -192,5 +182,5 @@ def _cluster(row: InputRow) -> str:
             source = [source[key] for key in MEDIUM if source.get(key) is not None]
         source = next(iter(source), None)
     if isinstance(source, bytes):
-        return hashlib.blake2b(source, digest_size=16).hexdigest()
+        return bytes_digest(source)
     return os.path.normpath(source) if isinstance(source, str) else row.id

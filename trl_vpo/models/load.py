@@ -1,5 +1,4 @@
-"""Weights as they are loaded to answer, score and evaluate. Settings are checked first; nothing heavy is imported
-before."""
+"""Loading of weights to answer, score and evaluate. Settings are checked before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -149,10 +148,8 @@ def checked_adapter(path: str, model: str) -> PeftConfig:
         adapter = PeftConfig.from_pretrained(path)
     except SourceError as error:
         raise GenerateError(str(error)) from error
-    except AdapterError as error:
-        raise GenerateError(f"from_adapter: {error}") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise GenerateError(f"from_adapter: {path} is no adapter that can be read: {error}") from error
+    except (AdapterError, OSError, ValueError, TypeError, KeyError) as error:
+        raise GenerateError(f"from_adapter: {path} cannot be read as an adapter: {error}") from error
     if isinstance(adapter, PromptLearningConfig):
         raise GenerateError(f"from_adapter: {path} is a {type(adapter).__name__}; only LoRA and its kin work here.")
     base = adapter.base_model_name_or_path

@@ -17,7 +17,7 @@ from trl_vpo.data.chat import stop_token
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import Row, place_media
 from trl_vpo.errors import GenerateError, RowError
-from trl_vpo.forward.families import merge_media
+from trl_vpo.forward.families import merge_media, stackable
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.models.requests import Answer, AnsweringModel, Request, Sampling
 from trl_vpo.text.responses import Failure, opens_thoughts, unusable, without_reasoning
@@ -103,7 +103,7 @@ class LocalModel(AnsweringModel):
         name = model.config._name_or_path or None
         self._description = description or {"model": name, "adapter": None, "revision": None}
         tokenizer = self._collator.tokenizer
-        self._ends = _end_tokens(model, tokenizer) | ({stop_token(processor)} - {None})
+        self._ends = _end_tokens(model, processor, tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._ends)
         # `generate` fills whatever a call leaves open from here.
         model.generation_config = GenerationConfig(
@@ -127,9 +127,8 @@ class LocalModel(AnsweringModel):
         trees: dict[int, Tree] = {}
         failures: dict[int, Failure] = {}
         for place, request in enumerate(requests):
-            row = self._row(request)
             try:
-                trees[place] = self.encode(row)
+                trees[place] = self._encode_request(request)
             except RowError as error:
                 failures[place] = Failure(str(error))
 
@@ -148,20 +147,16 @@ class LocalModel(AnsweringModel):
         Raises:
             GenerateError: a prompt that the processor refuses, or one request that does not fit on the device.
         """
-        trees: dict[int, Tree] = {}
-        for place, (request, response) in enumerate(zip(requests, responses, strict=True)):
-            row = self._row(request)
-            row.chosen = [{"role": "assistant", "content": [{"type": "text", "text": response}]}]
-            try:
-                trees[place] = self.encode(row, ("chosen",))
-            except RowError as error:
-                raise GenerateError(f"a response cannot be scored: {error}") from error
+        try:
+            trees = [self._encode_request(*pair) for pair in zip(requests, responses, strict=True)]
+        except RowError as error:
+            raise GenerateError(f"a response cannot be scored: {error}") from error
 
         def run(places: list[int]) -> list[float]:
             scores = self.score(self.batch([trees[i] for i in places]))
             return (scores.sums / scores.mask.sum(-1)).tolist()
 
-        averages = self.in_batches(trees, run)
+        averages = self.in_batches(dict(enumerate(trees)), run)
         return [averages[place] for place in range(len(requests))]
 
     # --- one call ----------------------------------------------------------------------------------------------------
@@ -205,13 +200,10 @@ class LocalModel(AnsweringModel):
         return self._scorer.score(self.model, batch, reference)
 
     def in_batches(self, trees: Mapping[int, Tree], run: Callable[[list[int]], list[Result]]) -> dict[int, Result]:
-        """Return what `run` gives for each tree. It gets the keys of as many as `batch_size` and memory allow.
-
-        Raises:
-            GenerateError: one tree alone does not fit on the device.
-        """
+        """Return what `run` gives for each tree. It gets the keys of as many as `batch_size` and memory allow."""
         results: dict[int, Result] = {}
-        for keys in _stackable(trees):
+        for group in stackable([tree.trunks[0].media for tree in trees.values()]):
+            keys = [list(trees)[i] for i in group]
             while keys:
                 batch = keys[: self.batch_size]
                 try:
@@ -238,8 +230,8 @@ class LocalModel(AnsweringModel):
             trunk.media |= {key: trunk.media[key].to(self.model.dtype) for key in floats}
         return tree
 
-    def _row(self, request: Request) -> Row:
-        """The request as a row without responses."""
+    def _encode_request(self, request: Request, response: str | None = None) -> Tree:
+        """Encode a request, as the prompt of a response if there is one. Raises RowError and GenerateError."""
         images, videos = list(request.media.images), list(request.media.videos)
         row = Row("the request", prompt=[], chosen=[], rejected=[], images=images, videos=videos)
         try:
@@ -247,7 +239,10 @@ class LocalModel(AnsweringModel):
             check_accepted(row, self.processor)
         except RowError as error:
             raise GenerateError(f"{type(self.model).__name__} cannot be asked this: {error}") from error
-        return row
+        if response is None:
+            return self.encode(row)
+        row.chosen = [{"role": "assistant", "content": [{"type": "text", "text": response}]}]
+        return self.encode(row, ("chosen",))
 
 
 def _usable(answer: Answer | Failure) -> str | Failure:
@@ -258,13 +253,13 @@ def _usable(answer: Answer | Failure) -> str | Failure:
     return unusable(answer.text) or answer.text
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: the model's own, and the tokenizer's."""
+def _end_tokens(model: PreTrainedModel, processor: ProcessorMixin, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: the model's own, the tokenizer's, and that of the chat template."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id} - {None}
     if not ends:
         raise GenerateError(f"{type(model).__name__} and its tokenizer have no end-of-sequence token: set one.")
-    return ends
+    return ends | ({stop_token(processor)} - {None})
 
 
 def _left_padded(trunks: list[Trunk], pad_token_id: int) -> dict[str, Tensor]:
@@ -280,16 +275,6 @@ def _left_padded(trunks: list[Trunk], pad_token_id: int) -> dict[str, Tensor]:
     }
     inputs |= {key: pad([trunk.types[key] for trunk in trunks], 0) for key in trunks[0].types}
     return inputs | merge_media([trunk.media for trunk in trunks])
-
-
-def _stackable(trees: Mapping[int, Tree]) -> list[list[int]]:
-    """Group trees whose media fit into one call: some families stack clips of one shape (N, frames, C, H, W) only."""
-    groups: dict[tuple | None, list[int]] = {}
-    for key, tree in trees.items():
-        video = tree.trunks[0].media.get("pixel_values_videos")
-        shape = tuple(video.shape[1:]) if video is not None and video.dim() == 5 else None
-        groups.setdefault(shape, []).append(key)
-    return list(groups.values())
 
 
 def _too_large(tree: Tree, device: torch.device) -> str:

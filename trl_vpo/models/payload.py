@@ -25,12 +25,11 @@ JPEG_QUALITY = 95
 
 
 def chat_messages(request: Request, *, media: str = "video", max_pixels: int | None = None) -> list[dict]:
-    """The request's messages with its media in the place of their placeholders.
+    """Return the request's messages with its media in the place of their placeholders.
 
     A message that is only text has a plain string as content, because not all servers take parts everywhere.
 
     Args:
-        request: see `trl_vpo.generate.pipeline`.
         media: "video": a clip is one `video_url` part. "frames": a text with their times, then one `image_url` each.
         max_pixels: larger images and frames are scaled down to this many pixels.
 
@@ -45,14 +44,17 @@ def chat_messages(request: Request, *, media: str = "video", max_pixels: int | N
 
     def expand(part: dict) -> Iterator[dict]:
         if part["type"] == "image":
-            yield _image_part(shrink(next(images), max_pixels), "PNG")
-        elif part["type"] == "video" and media == "video":
-            mp4 = clip_to_mp4(next(videos), max_pixels=max_pixels)
-            yield {"type": "video_url", "video_url": {"url": _data_url("video/mp4", mp4)}}
-        elif part["type"] == "video":
-            yield from _frame_parts(next(videos), max_pixels)
-        else:
+            yield _data_part("image", "png", _encoded(shrink(next(images), max_pixels), "PNG"))
+        elif part["type"] != "video":
             yield {"type": "text", "text": part["text"]}
+        elif media == "video":
+            yield _data_part("video", "mp4", clip_to_mp4(next(videos), max_pixels=max_pixels))
+        else:
+            clip = next(videos)
+            times = ", ".join(f"{time:.1f}" for time in clip.timestamps)
+            yield {"type": "text", "text": f"A video as {len(clip.frames)} frames, shown at {times} seconds:"}
+            for frame in clip.frames:
+                yield _data_part("image", "jpeg", _encoded(shrink(Image.fromarray(frame), max_pixels), "JPEG"))
 
     sent = []
     for message in messages:
@@ -78,16 +80,17 @@ def every_frame(clips: Sequence[Clip]) -> dict:
 
 
 def clip_to_mp4(clip: Clip, *, max_pixels: int | None = None) -> bytes:
-    """The sampled frames as an h264 mp4 that plays them at the clip's `sample_fps`.
+    """Return the sampled frames as an h264 mp4 that plays them at the clip's `sample_fps`.
 
     h264 wants even sizes: an odd one gets its last row or column twice.
     """
-    frames = _scaled(clip, max_pixels)
+    frames = [np.asarray(shrink(Image.fromarray(frame), max_pixels)) for frame in clip.frames]
     height, width = frames[0].shape[:2]
     even = ((0, height % 2), (0, width % 2), (0, 0))
+    rate = max(Fraction(clip.sample_fps).limit_denominator(1000), Fraction(1, 1000))  # as containers keep it
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=_rate(clip.sample_fps), options=dict(H264))
+        stream = container.add_stream("libx264", rate=rate, options=dict(H264))
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         for frame in frames:
             picture = np.ascontiguousarray(np.pad(frame, even, mode="edge"))
@@ -96,27 +99,12 @@ def clip_to_mp4(clip: Clip, *, max_pixels: int | None = None) -> bytes:
     return file.getvalue()
 
 
-def _rate(fps: float) -> Fraction:
-    """Frames a second as the fraction that a container keeps; one frame in 1000 s at least."""
-    return max(Fraction(fps).limit_denominator(1000), Fraction(1, 1000))
-
-
-def _scaled(clip: Clip, max_pixels: int | None) -> list[np.ndarray]:
-    return [np.asarray(shrink(Image.fromarray(frame), max_pixels)) for frame in clip.frames]
-
-
-def _frame_parts(clip: Clip, max_pixels: int | None) -> Iterator[dict]:
-    times = ", ".join(f"{time:.1f}" for time in clip.timestamps)
-    yield {"type": "text", "text": f"A video as {len(clip.frames)} frames, shown at {times} seconds:"}
-    for frame in _scaled(clip, max_pixels):
-        yield _image_part(Image.fromarray(frame), "JPEG")
-
-
-def _image_part(image: Image.Image, format: str) -> dict:
+def _encoded(image: Image.Image, format: str) -> bytes:
     file = io.BytesIO()
     image.save(file, format=format, quality=JPEG_QUALITY)
-    return {"type": "image_url", "image_url": {"url": _data_url(f"image/{format.lower()}", file.getvalue())}}
+    return file.getvalue()
 
 
-def _data_url(mime: str, data: bytes) -> str:
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+def _data_part(kind: str, subtype: str, data: bytes) -> dict:
+    url = f"data:{kind}/{subtype};base64,{base64.b64encode(data).decode()}"
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}

@@ -117,20 +117,18 @@ class ServerModel(AnsweringModel):
         media: str = "video",
         max_pixels: int | None = None,
     ):
+        try:
+            import openai
+        except ImportError as error:
+            raise GenerateError("a model behind a server needs openai: pip install trl-vpo[judge]") from error
         self.url, self.model = scrub(_without_password(url)), model
         self._key_env, self._key = api_key_env, os.environ.get(api_key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
             raise GenerateError(
                 f"the API key in {api_key_env} holds a line break or another character that no key has: set it again."
             )
-        self._timeout, self._max_retries = timeout, max_retries
-        self._budget = budget or RequestBudget()
-        self._concurrency = concurrency
-        self._media, self._max_pixels = media, max_pixels
-        try:
-            import openai
-        except ImportError as error:
-            raise GenerateError("a model behind a server needs openai: pip install trl-vpo[judge]") from error
+        self._timeout, self._max_retries, self._concurrency = timeout, max_retries, concurrency
+        self._budget, self._media, self._max_pixels = budget or RequestBudget(), media, max_pixels
         self._client = openai.OpenAI(
             base_url=url,
             api_key=self._key or "none",

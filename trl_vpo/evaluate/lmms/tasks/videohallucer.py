@@ -13,7 +13,6 @@ the plain mean over the five subsets. `max_new_tokens` is ours.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import defaultdict
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.errors import EvaluateError
+from trl_vpo.files import bytes_digest
 from trl_vpo.text.yes_no import read_yes_no
 
 ROOT = "VIDEOHALLUCER_ROOT"
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> str:
     subset = name.removesuffix("_file")
     if name == subset or subset not in SUBSETS:
         raise AttributeError(name)
-    return str(_folder(subset) / f"{subset}.json")
+    return str(_file(subset))
 
 
 def _folder(subset: str) -> Path:
@@ -49,59 +49,51 @@ def _folder(subset: str) -> Path:
     return Path(root).expanduser().absolute() / subset
 
 
+def _file(subset: str) -> Path:
+    return _folder(subset) / f"{subset}.json"
+
+
 def subset_of(task: str) -> str | None:
-    """The subset that a task asks about; None for a task of another benchmark."""
+    """Return the subset that a task asks about; None for a task of another benchmark."""
     subset = task.removeprefix("videohallucer_")
     return subset if subset != task and subset in SUBSETS else None
 
 
 def record(subsets: Iterable[str]) -> dict[str, Any]:
-    """What tells the user's copies of these subsets from others: the root, and a hash of each json."""
-    hashes = {}
-    for subset in subsets:
-        content = (_folder(subset) / f"{subset}.json").read_bytes()
-        hashes[subset] = hashlib.blake2b(content, digest_size=8).hexdigest()
-    root = str(_folder("")) if hashes else None
-    return {"videohallucer_root": root, "videohallucer_files": hashes or None}
+    """Return what tells the user's copies of these subsets from others: the root, and a digest of each json."""
+    digests = {subset: bytes_digest(_file(subset).read_bytes(), size=8) for subset in subsets}
+    return {"videohallucer_root": str(_folder("")) if digests else None, "videohallucer_files": digests or None}
 
 
 def check(subset: str, limit: int | None = None) -> None:
-    """Whether the user's copy of a subset can be used.
+    """Refuse a copy of a subset that cannot be used.
 
     Raises:
-        EvaluateError: there is none, a record that is no pair, a video that is not there, or a limit within a pair.
+        EvaluateError: there is none, a record that is no pair, a missing video, or a limit within a pair.
     """
-    folder = _folder(subset)
-    path = folder / f"{subset}.json"
+    path, missing = _file(subset), []
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvaluateError(f"VideoHallucer: {path} cannot be read ({error}). Correct {ROOT}.") from error
-    if not isinstance(pairs, list) or not pairs:
-        raise EvaluateError(f"VideoHallucer: {path} is no list of pairs.")
-    missing = []
     for number, pair in enumerate(pairs):
         for side in SIDES:
-            question = pair.get(side) if isinstance(pair, dict) else None
-            keys = {"video", "question", "answer"}
-            if not isinstance(question, dict) or not all(isinstance(question.get(key), str) for key in keys):
-                raise EvaluateError(f"VideoHallucer: {path}, pair {number} has no `{side}` with {sorted(keys)}.")
-            if _answer(question) not in ("yes", "no"):
-                raise EvaluateError(
-                    f"VideoHallucer: {path}, pair {number}: the answer {question['answer']!r} is neither yes nor no."
-                )
-            video = folder / "videos" / question["video"]
-            missing += [] if video.is_file() else [video]
+            try:
+                video, _, answer = (pair[side][key] for key in ("video", "question", "answer"))
+            except (KeyError, TypeError) as error:
+                keys = "a video, a question and an answer"
+                raise EvaluateError(f"VideoHallucer: {path}, pair {number} has no `{side}` with {keys}.") from error
+            if _plain(answer) not in ("yes", "no"):
+                raise EvaluateError(f"VideoHallucer: {path}, pair {number}: the answer {answer!r} is not yes or no.")
+            missing += [] if (path.parent / "videos" / video).is_file() else [path.parent / "videos" / video]
     if missing:
-        raise EvaluateError(
-            f"VideoHallucer: {len(missing)} videos of {subset} are not there; the first is {missing[0]}."
-        )
+        raise EvaluateError(f"VideoHallucer: {len(missing)} videos of {subset} are missing, such as {missing[0]}.")
     if limit is not None and limit % 2:
         raise EvaluateError(f"limit is {limit}: VideoHallucer's questions come in pairs, give an even number.")
 
 
-def _answer(question: dict) -> str:
-    return question["answer"].strip().lower()
+def _plain(answer: str) -> str:
+    return answer.strip().lower()
 
 
 # --- what the task files name ---------------------------------------------------------------------------------------
@@ -111,20 +103,12 @@ def questions(pairs: Any) -> Any:
     """Pairs (a `datasets.Dataset`) -> their questions, two for each pair, one after the other."""
     from datasets import Dataset
 
-    return Dataset.from_list(
-        [
-            {
-                "pair": number,
-                "side": side,
-                "video": pair[side]["video"],
-                "question": pair[side]["question"],
-                "answer": _answer(pair[side]),
-                "type": pair.get("type"),
-            }
-            for number, pair in enumerate(pairs)
-            for side in SIDES
-        ]
-    )
+    rows = []
+    for number, pair in enumerate(pairs):
+        for side in SIDES:
+            texts = {key: pair[side][key] for key in ("video", "question")} | {"answer": _plain(pair[side]["answer"])}
+            rows.append({"pair": number, "side": side, "type": pair.get("type"), **texts})
+    return Dataset.from_list(rows)
 
 
 def doc_to_visual(doc: dict, lmms_eval_specific_kwargs: dict) -> list[str]:
@@ -143,7 +127,7 @@ def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
 
 
 def score(records: list[dict]) -> dict[str, float]:
-    """All metrics of a subset, from the records of its questions.
+    """Return all metrics of a subset, from the records of its questions.
 
     accuracy, basic_accuracy, hallucinated_accuracy, unparsed: per cent, of the pairs, of the questions of one side, of
     all questions. yes_difference: the share of yes among the answers less that among the right ones. fp_ratio: the
@@ -156,25 +140,23 @@ def score(records: list[dict]) -> dict[str, float]:
     pairs: dict[int, dict[str, bool]] = defaultdict(dict)
     for record in records:
         pairs[record["pair"]][record["side"]] = record["said"] == record["expected"]
-    halves = [pair for pair, sides in pairs.items() if len(sides) < 2]
-    if halves:
-        raise ValueError(f"VideoHallucer: pair {halves[0]} lacks one of its questions: give an even limit.")
-    wrong = [record["said"] == "yes" for record in records if record["said"] != record["expected"]]
-
-    def percent(hits: list[bool]) -> float:
-        return 100 * sum(hits) / len(hits) if hits else float("nan")
-
-    def share(key: str) -> float:
-        return sum(record[key] == "yes" for record in records) / len(records)
-
+    for number, sides in pairs.items():
+        if len(sides) < 2:
+            raise ValueError(f"VideoHallucer: pair {number} lacks one of its questions: give an even limit.")
+    yes = {key: _mean(record[key] == "yes" for record in records) for key in ("said", "expected")}
     return {
-        "accuracy": percent([all(sides.values()) for sides in pairs.values()]),
-        "basic_accuracy": percent([sides["basic"] for sides in pairs.values()]),
-        "hallucinated_accuracy": percent([sides["hallucination"] for sides in pairs.values()]),
-        "yes_difference": share("said") - share("expected"),
-        "fp_ratio": sum(wrong) / len(wrong) if wrong else float("nan"),
-        "unparsed": percent([record["said"] is None for record in records]),
+        "accuracy": 100 * _mean(all(sides.values()) for sides in pairs.values()),
+        "basic_accuracy": 100 * _mean(sides["basic"] for sides in pairs.values()),
+        "hallucinated_accuracy": 100 * _mean(sides["hallucination"] for sides in pairs.values()),
+        "yes_difference": yes["said"] - yes["expected"],
+        "fp_ratio": _mean(record["said"] == "yes" for record in records if record["said"] != record["expected"]),
+        "unparsed": 100 * _mean(record["said"] is None for record in records),
     }
+
+
+def _mean(hits: Iterable[bool]) -> float:
+    hits = list(hits)
+    return sum(hits) / len(hits) if hits else float("nan")
 
 
 def _metric(records: list[dict], *, name: str) -> float:
