@@ -1,36 +1,57 @@
 """Visual preference optimization for TRL: LeanPO, RRPO and LPOI on video and images.
 
-Names are imported when they are used: importing TRL alone takes half a minute on a slow machine.
+Names are imported when they are used: importing TRL alone takes half a minute on a slow machine. No module of the
+package imports this one.
 """
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl_vpo.data.collator import PreferenceCollator
+    from trl_vpo.data.identity import versions
+    from trl_vpo.evaluate.callback import EvaluationCallback
+    from trl_vpo.trainers.dpo import VisualDPOConfig, VisualDPOTrainer
+    from trl_vpo.trainers.leanpo import LeanPOConfig, LeanPOTrainer
+    from trl_vpo.trainers.lpoi import LPOIConfig, LPOITrainer
+    from trl_vpo.trainers.rrpo import RRPOConfig, RRPOTrainer
 
 try:
     __version__ = version("trl-vpo")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_WHERE = {
-    "VisualDPOConfig": "trl_vpo.trainers.dpo",
-    "VisualDPOTrainer": "trl_vpo.trainers.dpo",
-    "LeanPOConfig": "trl_vpo.trainers.leanpo",
-    "LeanPOTrainer": "trl_vpo.trainers.leanpo",
-    "RRPOConfig": "trl_vpo.trainers.rrpo",
-    "RRPOTrainer": "trl_vpo.trainers.rrpo",
-    "LPOIConfig": "trl_vpo.trainers.lpoi",
-    "LPOITrainer": "trl_vpo.trainers.lpoi",
-    "PreferenceCollator": "trl_vpo.data.collator",
-    "EvaluationCallback": "trl_vpo.evaluate.callback",
-    "versions": "trl_vpo.data.identity",
+_HOMES = {
+    "trl_vpo.trainers.dpo": ("VisualDPOConfig", "VisualDPOTrainer"),
+    "trl_vpo.trainers.leanpo": ("LeanPOConfig", "LeanPOTrainer"),
+    "trl_vpo.trainers.rrpo": ("RRPOConfig", "RRPOTrainer"),
+    "trl_vpo.trainers.lpoi": ("LPOIConfig", "LPOITrainer"),
+    "trl_vpo.data.collator": ("PreferenceCollator",),
+    "trl_vpo.evaluate.callback": ("EvaluationCallback",),
+    "trl_vpo.data.identity": ("versions",),
 }
-__all__ = [*_WHERE, "__version__"]
+__all__ = [
+    "EvaluationCallback",
+    "LPOIConfig",
+    "LPOITrainer",
+    "LeanPOConfig",
+    "LeanPOTrainer",
+    "PreferenceCollator",
+    "RRPOConfig",
+    "RRPOTrainer",
+    "VisualDPOConfig",
+    "VisualDPOTrainer",
+    "__version__",
+    "versions",
+]
 
 
 def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module 'trl_vpo' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'trl_vpo' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__():

@@ -1,7 +1,6 @@
-"""What the reference's log-probs of a row depend on, as hashes: the row itself, and the context of all rows."""
+"""Keys of precomputed log-probs: digests of all that a row's reference log-probs depend on."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.identity import processor_identity, source_identity
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import MediaError, RowError
+from trl_vpo.files import json_digest
 
-FORMAT = 3  # of the hashes; raise it with a change to the code that changes log-probs
+FORMAT = 3  # of the keys; raise it with a change to the code that changes log-probs
 MEDIA_SETTINGS = ("video", "max_pixels", "num_images", "visual_prompt", "media_root")  # of the collator
 # Entries of model and adapter configs that say where something came from or how it is run, not what it computes.
 NO_MATTER = {"_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "inference_mode"}
@@ -23,34 +23,35 @@ NO_MATTER |= {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
 def row_key(example: dict, collator: PreferenceCollator) -> str:
-    """Of a row's own content. Media files are recognised by their path, size and time of the last change."""
+    """Return the digest of a row's own content. Media files are known by path, size and time of the last change."""
     row = read_row(example, image_list=collator.num_images is not None)
     sources = (row.images, row.videos, row.image_list or [])
     try:
-        media = [[source_identity(source, collator.media_root, _state) for source in kind] for kind in sources]
+        media = [[source_identity(source, collator.media_root, _size_and_time) for source in kind] for kind in sources]
     except MediaError as error:
         raise RowError(f"{row.name}: {error}") from error
-    return _hash([row.prompt, row.chosen, row.rejected, row.template_kwargs, row.critical_box, media])
+    return json_digest([row.prompt, row.chosen, row.rejected, row.template_kwargs, row.critical_box, media])
 
 
-def _state(file: Path) -> list:
-    """Not the time of change, which differs on a disk that is new with every job."""
+def _size_and_time(file: Path) -> list:  # st_mtime: st_ctime differs on a disk that is new with every job
     return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def context_key(trainer: Any) -> str:
-    """Of all that is the same for all rows: precision, media settings, processor, reference."""
+    """Return the digest of what all rows share: precision, media settings, processor, reference. All ranks call it."""
     key = [None]
     if trainer.accelerator.is_main_process:
         collator = trainer.data_collator
         media = {name: repr(getattr(collator, name)) for name in MEDIA_SETTINGS}
         precision = [trainer.accelerator.mixed_precision, transformers.__version__]
-        key = [_hash([FORMAT, precision, media, processor_identity(collator.processing_class), _reference(trainer)])]
+        key = [
+            json_digest([FORMAT, precision, media, processor_identity(collator.processing_class), _reference(trainer)])
+        ]
     return broadcast_object_list(key)[0]
 
 
 def _reference(trainer: Any) -> list:
-    """Weights and configuration of the reference: `ref_model`, or the policy with its adapter off or set to "ref"."""
+    """Return weights and config of the reference: `ref_model`, or the policy with its adapter off or set to "ref"."""
     model = trainer.accelerator.unwrap_model(trainer.ref_model if trainer.ref_model is not None else trainer.model)
     if not is_peft_model(model):
         return [_config(model.config.to_dict()), hash_weights(model.state_dict())]
@@ -68,7 +69,7 @@ def _reference(trainer: Any) -> list:
 
 
 def hash_weights(weights: dict[str, Tensor]) -> str:
-    """Over every name, dtype, shape and byte."""
+    """Return a digest of every name, dtype, shape and byte."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -77,13 +78,9 @@ def hash_weights(weights: dict[str, Tensor]) -> str:
 
 
 def _config(value: Any) -> Any:
-    """A config as JSON that says the same in every process: sets have no order of their own."""
+    """Return a config as JSON that is the same in every process: sets have no order of their own."""
     if isinstance(value, dict):
         return {str(k): _config(v) for k, v in value.items() if k not in NO_MATTER}
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     return [_config(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _hash(parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()

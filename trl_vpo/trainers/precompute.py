@@ -1,10 +1,8 @@
 """Reference log-probs computed once, before the first step, and kept on disk: `precompute_ref_log_probs=True`.
 
-An entry is found by what the reference's log-probs of a row depend on (see `trl_vpo.trainers.fingerprint`). Where
-something of that changes, the rows that it touches are computed again, and no others.
-
-The cache is a folder of `<context>.<rank>.<run>.jsonl` files. Each process writes one of its own, a line per row as
-soon as its batch is done, so that an interrupted run continues where it stopped.
+An entry is found by all that a row's log-probs depend on (see `trl_vpo.trainers.fingerprint`), so that exactly the
+rows that changed are computed again. The cache is a folder of `<context>.<rank>.<run>.jsonl` files. Each process
+writes one of its own, a line per row as soon as its batch is done: an interrupted run continues where it stopped.
 """
 
 import json
@@ -31,12 +29,10 @@ logger = get_logger(__name__)
 
 
 class ReferenceCache:
-    """The reference's summed log-probs of a trainer's rows.
-
-    Built while the reference is as it was given: the weights of a policy that is its own reference change.
+    """The reference's summed log-probs of a trainer's rows; built before a policy that is its own reference changes.
 
     Raises:
-        ValueError: what cannot be precomputed; the message says why.
+        ValueError: what cannot be precomputed, and why.
     """
 
     def __init__(self, trainer: Any):
@@ -48,10 +44,10 @@ class ReferenceCache:
             _refuse("it runs before training begins, when FSDP and ZeRO-3 have no whole model. Use DDP or ZeRO-2")
         self.folder = Path(args.precompute_cache_dir or Path(args.output_dir) / "_reference_cache")
         self._trainer = trainer
-        self._context = context_key(trainer)[:32]
+        self._context = context_key(trainer)
 
     def attach_all(self) -> None:
-        """Give every dataset of the trainer its sums, as `DPOTrainer.__init__` does for text."""
+        """Attach the sums to every dataset of the trainer, as `DPOTrainer.__init__` does for text."""
         trainer, args = self._trainer, self._trainer.args
         size = args.precompute_ref_batch_size
         trainer.train_dataset = self.attach(trainer.train_dataset, "train", size or args.per_device_train_batch_size)
@@ -62,7 +58,7 @@ class ReferenceCache:
             trainer.eval_dataset = self.attach(sets, "eval", size)
 
     def attach(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """`dataset` with the sums of each row's branches in the column `REF_SUMS`. All ranks call this.
+        """Return `dataset` with the sums of each row's branches in the column `REF_SUMS`. All ranks call this.
 
         Raises:
             ValueError: the dataset is a stream, or the reference gives nan.
@@ -79,7 +75,7 @@ class ReferenceCache:
         missing = {key: index for index, key in enumerate(keys) if key not in known}  # equal rows are computed once
         missing = sorted(set(gather_object(list(missing.values()))))
         if missing:
-            # Every rank runs a batch, however few rows there are: on the first one all agree on the layout.
+            # Every rank runs a batch, however few rows there are: on the first one they agree on the layout.
             mine = missing[process.process_index :: process.num_processes] or missing[:1]
             self._compute(dataset, {index: keys[index] for index in mine}, name, batch_size)
             process.wait_for_everyone()
@@ -122,11 +118,10 @@ class ReferenceCache:
                 bar.update(len(rows))
 
     def _bar(self, **kwargs) -> tqdm:
-        """On the first process, unless progress bars are off."""
         return tqdm(**kwargs, disable=self._trainer.args.disable_tqdm or not self._trainer.accelerator.is_main_process)
 
     def _read(self) -> dict[str, list[float]]:
-        """Row key -> sums. A line that an interrupted run left half-written counts as not there."""
+        """Read row key -> sums. A line that an interrupted run left half-written is skipped."""
         known = {}
         for path in sorted(self.folder.glob(f"{self._context}.*.jsonl")):
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
