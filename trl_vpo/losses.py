@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass
 class PreferenceLoss:
-    """What a preference loss gives back for B pairs.
+    """The result of a preference loss for B pairs.
 
     Attributes:
         losses: (B,) with gradient; the training loss is `losses.mean()`.

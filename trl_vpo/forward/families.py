@@ -1,4 +1,4 @@
-"""What differs between model families: the one place where a new family is made known.
+"""The differences between model families: the one place where a new family is made known.
 
 Most of a family needs no entry. Processor, chat template and model class come from transformers; the modules that LoRA
 adapts are read off the model (`trl_vpo.models.adapters`), and so is what it does with its logits

@@ -18,12 +18,7 @@ from trl_vpo.forward.families import FEATURE_METHODS
 
 
 class VisionFeatures:
-    """The vision features of one backbone, kept between the two passes of a step.
-
-    Args:
-        backbone: the model without its head, and without PEFT around it.
-        language_model: the part of it that is not vision.
-    """
+    """The vision features of one backbone (without head and PEFT), kept between the two passes of a step."""
 
     def __init__(self, backbone: nn.Module, language_model: nn.Module):
         text = {id(module) for module in language_model.modules()}
@@ -44,32 +39,25 @@ class VisionFeatures:
         return any(p.requires_grad for module in self._modules for p in module.parameters(recurse=False))
 
     @contextlib.contextmanager
-    def record(self) -> Iterator[None]:
+    def _during(self, mode: str) -> Iterator[None]:
+        before, self._mode = self._mode, mode
+        try:
+            yield
+        finally:
+            self._mode = before
+
+    def record(self) -> contextlib.AbstractContextManager:
         """Keep the features that are computed, if they are frozen; drop those of an earlier step."""
         self._kept = []
-        self._mode = "record" if self.frozen else "off"
-        try:
-            yield
-        finally:
-            self._mode = "off"
+        return self._during("record" if self.frozen else "off")
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Neither keep nor use anything."""
-        mode, self._mode = self._mode, "off"
-        try:
-            yield
-        finally:
-            self._mode = mode
-
-    @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
+    def replay(self) -> contextlib.AbstractContextManager:
         """Use the kept features, each once, in the order in which they were computed."""
-        self._mode = "replay" if self._kept else "off"
-        try:
-            yield
-        finally:
-            self._mode, self._kept = "off", []
+        return self._during("replay" if self._kept else "off")
+
+    def paused(self) -> contextlib.AbstractContextManager:
+        """Neither keep nor use anything."""
+        return self._during("off")
 
     def features(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return what `compute` returns, or what was kept of it."""

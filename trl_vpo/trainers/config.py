@@ -141,8 +141,8 @@ class VisualPreferenceConfig(DPOConfig):
         return copied
 
     def __deepcopy__(self, memo):
-        copied = memo[id(self)] = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        copied = memo[id(self)] = copy.copy(self)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
 
     def to_dict(self) -> dict[str, Any]:
