@@ -33,88 +33,74 @@ def grads(losses, *inputs):
 # --- the authors' arithmetic ------------------------------------------------------------------------------------
 
 
+def assert_golden(case, **values):
+    """Values by their names in the case's `expected`, all of which are compared."""
+    assert set(values) == set(case["expected"])
+    for name, value in values.items():
+        torch.testing.assert_close(value, torch.tensor(case["expected"][name]), **CLOSE, msg=lambda m, n=name: n + m)
+
+
 @pytest.mark.parametrize("case", golden("leanpo"), ids=str)
 def test_leanpo_golden(case):
-    chosen = torch.tensor(case["chosen_logps"], requires_grad=True)
-    rejected = torch.tensor(case["rejected_logps"], requires_grad=True)
-    out = leanpo_loss(
-        chosen,
-        rejected,
-        length_mask(case["chosen_lengths"], chosen.size(1)),
-        length_mask(case["rejected_lengths"], rejected.size(1)),
-        **{k: case[k] for k in ("beta", "target_margin", "label_smoothing", "nll_weight")},
+    sides = [torch.tensor(case[f"{side}_logps"], requires_grad=True) for side in ("chosen", "rejected")]
+    masks = [length_mask(case[f"{side}_lengths"], x.size(1)) for side, x in zip(("chosen", "rejected"), sides)]
+    options = {k: case[k] for k in ("beta", "target_margin", "label_smoothing", "nll_weight")}
+    out = leanpo_loss(*sides, *masks, **options)
+    grad_chosen, grad_rejected = grads(out.losses, *sides)
+    assert_golden(
+        case,
+        preference_losses=out.terms["preference"],
+        smoothing=out.terms["smoothing"],
+        chosen_rewards=out.chosen_rewards,
+        rejected_rewards=out.rejected_rewards,
+        nll=out.terms["nll"].mean(),
+        loss=out.losses.mean(),
+        grad_chosen=grad_chosen,
+        grad_rejected=grad_rejected,
     )
-    want = {k: torch.tensor(v) for k, v in case["expected"].items()}
-    torch.testing.assert_close(out.terms["preference"], want["preference_losses"], **CLOSE)
-    torch.testing.assert_close(out.terms["smoothing"], want["smoothing"], **CLOSE)
-    torch.testing.assert_close(out.chosen_rewards, want["chosen_rewards"], **CLOSE)
-    torch.testing.assert_close(out.rejected_rewards, want["rejected_rewards"], **CLOSE)
-    torch.testing.assert_close(out.terms["nll"].mean(), want["nll"], **CLOSE)
-    torch.testing.assert_close(out.losses.mean(), want["loss"], **CLOSE)
-    grad_chosen, grad_rejected = grads(out.losses, chosen, rejected)
-    torch.testing.assert_close(grad_chosen, want["grad_chosen"], **CLOSE)
-    torch.testing.assert_close(grad_rejected, want["grad_rejected"], **CLOSE)
-
-
-def rrpo_from_logits(policy_logits, ref_logits, labels):
-    """Per-token log-ratios, KL(ref || policy) and mask from full logits, shifted: the slow, obvious way."""
-    policy, ref = (x[:, :-1].log_softmax(-1) for x in (policy_logits, ref_logits))
-    labels = labels[:, 1:]
-    mask = labels != -100
-    index = labels.clamp(min=0).unsqueeze(-1)
-    logps, ref_logps = (x.gather(-1, index).squeeze(-1) for x in (policy, ref))
-    kl = (ref.exp() * (ref - policy)).sum(-1)
-    return logps, ref_logps, kl, mask
 
 
 @pytest.mark.parametrize("case", golden("rrpo"), ids=str)
 def test_rrpo_golden(case):
-    logits = torch.tensor(case["policy_logits"], requires_grad=True)
-    labels = torch.tensor(case["labels"])
-    logps, ref_logps, kl, mask = rrpo_from_logits(logits, torch.tensor(case["ref_logits"]), labels)
-    phrases = torch.tensor(case["phrase_ids"])[:, 1:] > 0
-    pairs = len(labels) // 2
-    ratios = logps - ref_logps
-    out = rrpo_loss(
-        ratios[:pairs],
-        ratios[pairs:],
-        phrases[:pairs],
-        phrases[pairs:],
-        kl[:pairs],
-        mask[:pairs],
-        beta=case["beta"],
-        alpha=case["alpha"],
-    )
-    want = {k: torch.tensor(v) for k, v in case["expected"].items()}
-    torch.testing.assert_close(out.losses, want["losses"], **CLOSE)
-    torch.testing.assert_close(out.chosen_rewards, want["chosen_rewards"], **CLOSE)
-    torch.testing.assert_close(out.rejected_rewards, want["rejected_rewards"], **CLOSE)
-    torch.testing.assert_close(out.terms["kl"], want["chosen_kl"], **CLOSE)
-    torch.testing.assert_close((kl * mask).sum(-1)[pairs:], want["rejected_kl"], **CLOSE)
-    torch.testing.assert_close((logps * mask).sum(-1)[:pairs], want["chosen_logps"], **CLOSE)
-    torch.testing.assert_close((logps * mask).sum(-1)[pairs:], want["rejected_logps"], **CLOSE)
+    """Per-token log-ratios and KL(ref || policy) from full logits, shifted: the slow, obvious way."""
+    logits, labels = torch.tensor(case["policy_logits"], requires_grad=True), torch.tensor(case["labels"])[:, 1:]
+    policy, ref = (x[:, :-1].log_softmax(-1) for x in (logits, torch.tensor(case["ref_logits"])))
+    mask, phrases, pairs = labels != -100, torch.tensor(case["phrase_ids"])[:, 1:] > 0, len(labels) // 2
+    logps, ref_logps = (x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) for x in (policy, ref))
+    kl, ratios = (ref.exp() * (ref - policy)).sum(-1), logps - ref_logps
+    halves = [half for x in (ratios, phrases) for half in (x[:pairs], x[pairs:])]
+    out = rrpo_loss(*halves, kl[:pairs], mask[:pairs], beta=case["beta"], alpha=case["alpha"])
     (grad,) = grads(out.losses, logits)
-    torch.testing.assert_close(grad.norm(), want["grad_norm"], **CLOSE)
-    torch.testing.assert_close(grad.abs().sum((1, 2)), want["grad_l1_per_row"], **CLOSE)
+    assert_golden(
+        case,
+        losses=out.losses,
+        chosen_rewards=out.chosen_rewards,
+        rejected_rewards=out.rejected_rewards,
+        chosen_kl=out.terms["kl"],
+        rejected_kl=(kl * mask).sum(-1)[pairs:],
+        chosen_logps=(logps * mask).sum(-1)[:pairs],
+        rejected_logps=(logps * mask).sum(-1)[pairs:],
+        grad_norm=grad.norm(),
+        grad_l1_per_row=grad.abs().sum((1, 2)),
+    )
 
 
 @pytest.mark.parametrize("case", golden("lpoi"), ids=str)
 def test_lpoi_golden(case):
     images = torch.tensor(case["policy_chosen_logps_per_image"], requires_grad=True)
     rejected = torch.tensor(case["policy_rejected_logps"], requires_grad=True)
-    out = lpoi_loss(
-        images - torch.tensor(case["ref_chosen_logps_per_image"]),
-        rejected - torch.tensor(case["ref_rejected_logps"]),
-        beta=case["beta"],
-    )
-    want = {k: torch.tensor(v) for k, v in case["expected"].items()}
-    torch.testing.assert_close(out.terms["list"], want["listwise"], **CLOSE)
-    torch.testing.assert_close(out.terms["dpo"], want["text_dpo"], **CLOSE)
-    torch.testing.assert_close(out.terms["anchor"], want["anchor"], **CLOSE)
-    torch.testing.assert_close(out.losses, want["total"], **CLOSE)
+    ref_images, ref_rejected = (torch.tensor(case[f"ref_{k}"]) for k in ("chosen_logps_per_image", "rejected_logps"))
+    out = lpoi_loss(images - ref_images, rejected - ref_rejected, beta=case["beta"])
     grad_images, grad_rejected = grads(out.losses, images, rejected)
-    torch.testing.assert_close(grad_images, want["grad_policy_images"], **CLOSE)
-    torch.testing.assert_close(grad_rejected, want["grad_policy_rejected"], **CLOSE)
+    assert_golden(
+        case,
+        listwise=out.terms["list"],
+        text_dpo=out.terms["dpo"],
+        anchor=out.terms["anchor"],
+        total=out.losses,
+        grad_policy_images=grad_images,
+        grad_policy_rejected=grad_rejected,
+    )
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------

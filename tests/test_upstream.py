@@ -12,22 +12,19 @@ import pytest
 import torch
 from trainer_kit import fresh, trainer_of
 from upstream_names import (
-    ATTACH,
     ATTENTION,
     BASE,
     CALLED,
     CARD,
-    CHANGED_ROWS,
     COLLATOR,
     COMPAT,
     CONFIG,
     FINGERPRINT,
     KL,
     LOGS,
-    MORE_CALLED,
     RESUME,
     SCORING,
-    SIGTERM,
+    SOURCES,
 )
 
 import trl_vpo.trainers.base as base
@@ -38,12 +35,12 @@ def find(path):
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:cut]))
+            target = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError:
             continue
         for name in parts[cut:]:
-            found = getattr(found, name)
-        return found
+            target = getattr(target, name)
+        return target
     raise AttributeError(path)
 
 
@@ -56,14 +53,22 @@ def absent(path, *lines):
 @pytest.mark.parametrize(("path", "parameters", "user"), CALLED, ids=[path for path, *_ in CALLED])
 def test_what_is_called_is_there(path, parameters, user):
     try:
-        found = find(path)
+        called = find(path)
     except AttributeError:
         pytest.fail(f"{path} is gone or has moved; {user} uses it.")
     if parameters is ...:
         return
-    got = [name for name, p in inspect.signature(found).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    got = [name for name, p in inspect.signature(called).parameters.items() if p.kind is not p.VAR_KEYWORD]
     if got[: len(parameters)] != parameters:
         pytest.fail(f"{path} now takes {got}; {user} calls it with {parameters}.")
+
+
+@pytest.mark.parametrize(("path", "lines", "user"), SOURCES, ids=[path for path, *_ in SOURCES])
+def test_what_a_source_says(path, lines, user):
+    if path.startswith("bitsandbytes"):
+        pytest.importorskip("bitsandbytes")
+    missing = absent(path, *lines)
+    assert not missing, f"{path} has no {missing} any more; see {user}."
 
 
 def test_the_trainers_signature_is_dpo_trainers():
@@ -122,24 +127,6 @@ def test_where_dpo_trainer_loads_the_reference():
     assert other == ["from_pretrained"], f"{other} in DPOTrainer.__init__: see `without_reference_model` in {COMPAT}."
 
 
-def test_the_copy_of_a_given_adapter_is_called_ref():
-    gone = absent("trl.DPOTrainer.__init__", 'model.add_adapter("ref"', 'model.peft_config["default"]')
-    assert not gone, f"DPOTrainer.__init__ has no {gone} any more; {BASE} expects that name in three places."
-
-
-def test_evaluate_prepares_raw_datasets_through_our_method():
-    source = inspect.getsource(find("trl.DPOTrainer.evaluate"))
-    assert "self._is_vision_dataset" in source and "self._prepare_dataset(" in source, (
-        f"DPOTrainer.evaluate no longer prepares datasets unless `_is_vision_dataset`; see `_finish_init` in {BASE}."
-    )
-
-
-def test_where_evaluate_precomputes_the_reference():
-    expected = ("self.precompute_ref_logps", "self.state.global_step > 0", "self._precompute_ref_logps(")
-    gone = absent("trl.DPOTrainer.evaluate", *expected)
-    assert not gone, f"DPOTrainer.evaluate has no {gone} any more; {BASE} leans on it, see `_finish_init`."
-
-
 def test_how_peft_names_the_weights_under_an_adapter():
     """An adapter of the policy does not change what the reference is: its weights are hashed without it."""
     from peft import get_peft_model
@@ -149,9 +136,9 @@ def test_how_peft_names_the_weights_under_an_adapter():
     plain = set(model.state_dict())
     peft = get_peft_model(model, lora(text=True, modules_to_save=["lm_head"], use_dora=True))
     names = [name.split(".") for name in peft.get_base_model().state_dict() if "default" not in name.split(".")]
-    found = {".".join(part for part in name if part not in ("base_layer", "original_module")) for name in names}
-    assert found == plain, (
-        f"PEFT names weights {sorted(found ^ plain)} otherwise now; see `_reference` in {FINGERPRINT}."
+    bare = {".".join(part for part in name if part not in ("base_layer", "original_module")) for name in names}
+    assert bare == plain, (
+        f"PEFT names weights {sorted(bare ^ plain)} otherwise now; see `_reference` in {FINGERPRINT}."
     )
 
 
@@ -174,15 +161,10 @@ def test_the_attributes_that_dpo_trainer_sets(tmp_path):
     from datasets import Dataset
     from trainer_kit import QUIET, lora, text_rows
 
-    args = trl.DPOConfig(str(tmp_path), **QUIET)
     model, tokenizer = fresh()
-    trainer = trl.DPOTrainer(
-        model,
-        args=args,
-        train_dataset=Dataset.from_list(text_rows(2)),
-        processing_class=tokenizer,
-        peft_config=lora(text=True),
-    )
+    more = {"processing_class": tokenizer, "peft_config": lora(text=True)}
+    data = Dataset.from_list(text_rows(2))
+    trainer = trl.DPOTrainer(model, args=trl.DPOConfig(str(tmp_path), **QUIET), train_dataset=data, **more)
     trainer.get_train_dataloader()
     for name, kind in ATTRIBUTES.items():
         assert hasattr(trainer, name), f"DPOTrainer no longer sets `{name}`; {BASE} reads or overrides it."
@@ -191,19 +173,6 @@ def test_the_attributes_that_dpo_trainer_sets(tmp_path):
     for name in ("_tag_names", "_name", "_paper"):
         assert hasattr(trl.DPOTrainer, name), f"DPOTrainer has no `{name}`; every trainer and {CARD} set or read it."
     assert set(trl.DPOTrainer._paper) == {"title", "id", "citation"}
-
-
-def test_what_is_divided_by_the_number_of_micro_batches():
-    """`compute_loss` gives a loss on the scale of a mean, as a subclass does; Trainer divides every one of them."""
-    import trl
-
-    assert trl.DPOTrainer.loss_is_scaled_for_ga is False, f"see `compute_loss` in {BASE}."
-    gone = absent(
-        "transformers.Trainer._run_epoch",
-        "batch_samples, num_items_in_batch = self.get_batch_samples(epoch_iterator, num_batches, self.args.device)",
-        "self.current_gradient_accumulation_steps = len(batch_samples)",
-    ) + absent("transformers.Trainer.training_step", "loss = loss / self.current_gradient_accumulation_steps")
-    assert not gone, f"Trainer has no {gone} any more; see `get_batch_samples` in {LOGS} and `compute_loss` in {BASE}."
 
 
 def test_the_averages_are_ready_when_trainer_logs():
@@ -215,15 +184,12 @@ def test_the_averages_are_ready_when_trainer_logs():
     assert calls == {"_maybe_log_save_evaluate": 1, "_finalize_training": 1, "_run_epoch": 0}, f"{calls}, see {LOGS}"
 
 
-def test_the_knobs_that_are_refused_are_still_trls():
-    import trl
+def test_the_options_that_are_refused_are_still_trls():
+    from trl_vpo import LeanPOConfig, RRPOConfig
 
-    from trl_vpo.trainers.leanpo import LeanPOConfig
-    from trl_vpo.trainers.rrpo import RRPOConfig
-
-    fields = {f.name for f in dataclasses.fields(trl.DPOConfig)}
-    gone = (set(LeanPOConfig.refused) | set(RRPOConfig.refused)) - fields
-    assert not gone, f"trl.DPOConfig has no {sorted(gone)} any more; drop them from REFUSED in {CONFIG}."
+    fields = {f.name for f in dataclasses.fields(find("trl.DPOConfig"))}
+    missing = (set(LeanPOConfig.refused) | set(RRPOConfig.refused)) - fields
+    assert not missing, f"trl.DPOConfig has no {sorted(missing)} any more; drop them from REFUSED in {CONFIG}."
 
 
 def test_video_metadata():
@@ -252,11 +218,6 @@ def test_peft_hands_unknown_arguments_to_the_model(tmp_path):
         )
 
 
-@pytest.mark.parametrize(("path", "parameters", "user"), MORE_CALLED, ids=[path for path, *_ in MORE_CALLED])
-def test_what_else_is_called_is_there(path, parameters, user):
-    test_what_is_called_is_there(path, parameters, user)
-
-
 def test_the_counters_that_go_on_after_an_interruption():
     """They are set to zero, then `on_train_begin` may put them right, and then training counts on."""
     source = inspect.getsource(find("transformers.Trainer._inner_training_loop"))
@@ -271,50 +232,8 @@ def test_the_counters_that_go_on_after_an_interruption():
     late = [line for line in zeroed if not 0 < source.find(line) < begin]
     assert not late, f"Trainer has no {late} before on_train_begin any more; see `Guard.on_train_begin` in {RESUME}."
     used = ("self._total_loss_scalar += self._tr_loss.item()", "self.state.global_step - self._initial_global_step")
-    gone = absent("transformers.Trainer._finalize_training", *used)
-    assert not gone, f"Trainer._finalize_training has no {gone} any more; see `_counters` in {RESUME}."
-
-
-def test_how_a_data_loader_begins_and_tells_of_a_killed_worker():
-    gone = absent("torch.utils.data.DataLoader.__iter__", "self._get_iterator()")
-    assert not gone, f"DataLoader begins otherwise now; see `keep_from_workers` in {SIGTERM}."
-    told = "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data"
-    gone = absent(told, 'f"DataLoader worker (pid(s) {pids_str}) exited unexpectedly"')
-    assert not gone, f"a killed worker is told otherwise now; see `train` in {RESUME}."
-
-
-def test_the_shuffle_that_accelerate_puts_in():
-    source = inspect.getsource(find("accelerate.data_loader.prepare_data_loader"))
-    assert "if isinstance(sampler, RandomSampler) and use_seedable_sampler:" in source, f"see {CHANGED_ROWS}."
-    assert "sampler_fn=self._get_train_sampler" in inspect.getsource(find("transformers.Trainer.get_train_dataloader"))
-
-
-def test_how_the_end_of_a_single_launched_process_is_told():
-    gone = absent("accelerate.commands.launch.simple_launcher", "subprocess.CalledProcessError(")
-    assert not gone, "accelerate tells it otherwise now; see `launch` in trl_vpo/training/launch.py."
-
-
-def test_what_keeps_bitsandbytes_from_packing_four_bit_weights():
-    pytest.importorskip("bitsandbytes")
-    gone = absent("bitsandbytes.nn.Linear4bit.forward", "self.support_avx512bf16_for_cpu", "packing_format_for_cpu")
-    assert not gone, f"Linear4bit.forward has no {gone} any more; see `keep_4bit_weights_trainable` in {COMPAT}."
-
-
-def test_what_shows_a_config():
-    """Both are overridden, so that no token is shown; a dataclass would make `repr` anew for every config."""
-    gone = absent("transformers.TrainingArguments.__str__", "asdict(self)", 'k.endswith("_token")')
-    assert not gone, f"TrainingArguments.__str__ has no {gone} any more; see {CONFIG}."
-
-
-def test_the_mark_that_ddp_reads():
-    source = inspect.getsource(find("torch.nn.parallel.DistributedDataParallel.__init__"))
-    assert "_ddp_params_and_buffers_to_ignore" in source, "DDP no longer reads it; see trl_vpo/training/run.py."
-
-
-def test_what_loading_an_adapter_tells():
-    """Weights that found no place are an error of ours; PEFT only warns."""
-    source = inspect.getsource(find("peft.PeftModel.load_adapter"))
-    assert "load_result.missing_keys" in source and "return load_result" in source, ATTACH
+    missing = absent("transformers.Trainer._finalize_training", *used)
+    assert not missing, f"Trainer._finalize_training has no {missing} any more; see `_counters` in {RESUME}."
 
 
 def test_how_an_attention_function_is_found():

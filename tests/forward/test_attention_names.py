@@ -75,7 +75,7 @@ class Answer(TrainerCallback):
     def on_step_end(self, args, state, control, model, processing_class, **_):
         inputs = processing_class(text=["a red", "a"], padding=True, return_tensors="pt")
         model.eval()
-        self.said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        self.answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
 
 
 @pytest.mark.parametrize("attention", NAMES, indirect=True)
@@ -85,18 +85,18 @@ def test_it_trains_evaluates_and_generates(attention, images, tmp_path):
     for name, layout in (("sdpa", "separate"), (attention, "auto")):
         model, processor = fresh("Qwen2-VL")
         model.config._attn_implementation = name
-        answer = Answer()
+        generating = Answer()
         more = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Dataset.from_list(image_rows(images, 2))}
         trainer = trainer_of("dpo", tmp_path / name, image_rows(images), name="Qwen2-VL", model=model, layout=layout,
-                             processor=processor, callbacks=[answer], **more)  # fmt: skip
+                             processor=processor, callbacks=[generating], **more)  # fmt: skip
         shake(trainer.model)
         trainer.train()
-        runs.append(([{**e} for e in trainer.state.log_history], answer.said))
+        runs.append(([{**e} for e in trainer.state.log_history], generating.answer))
     assert trainer.scorer.layout == "shared"
     assert {c._attn_implementation for c in (model.config, model.config.get_text_config())} == {attention}
     assert (flash_attn_func.calls > 0) == (attention not in ("sdpa", "eager"))
-    (want, said), (got, answered) = runs
-    assert torch.equal(said, answered)
+    (want, first), (got, second) = runs
+    assert torch.equal(first, second)
     for a, b in zip(got, want):
         for key in ("loss", "grad_norm", "eval_loss", "rewards/margins", "eval_logps/chosen"):
             assert a.get(key) == (pytest.approx(b[key], rel=2e-4) if key in b else None), key

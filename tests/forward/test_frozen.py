@@ -1,4 +1,4 @@
-"""What is frozen is in evaluation mode in every pass: no dropout, and running statistics that stay as they are."""
+"""Frozen modules are in evaluation mode in every pass: no dropout, and running statistics that stay as they are."""
 
 import pytest
 import torch

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+import trainer_kit
 import transformers
-from datasets import Dataset
 from families import FAMILIES, KINDS, LANGUAGE_MODEL, build, text_of, tokenizer
 from helpers import row
 from peft import LoraConfig
@@ -21,24 +21,18 @@ from trl_vpo.forward.layouts import PADDING, TRUNK, shared
 
 def ragged_rows(kind, media, box=False):
     more = {"critical_box": [4, 8, 30, 40]} if box else {}
-    rows = [
-        row(kind, [media[kind][0]], **more),
-        row(kind, [media[kind][1]], "a square.", "two circles are in the picture.", **more),
-    ]
-    return Dataset.from_list(rows if box else [*rows, row(None)])
+    second = row(kind, [media[kind][1]], "a square.", "two circles are in the picture.", **more)
+    return [row(kind, [media[kind][0]], **more), second, *([] if box else [row(None)])]
 
 
 def trainer_of(method, layout, folder, data, name="Qwen2.5-VL", target=LANGUAGE_MODEL, built=None, **more):
     """A trainer whose adapter is not the identity; the same seed gives the same weights."""
     model, processor = built or build(name)
-    config, trainer = getattr(trl_vpo, f"{method}Config"), getattr(trl_vpo, f"{method}Trainer")
-    settings = {"gradient_checkpointing": False, "bf16": False, "num_frames": 6} | more
-    args = config(str(folder), use_cpu=True, report_to="none", layout=layout, **settings)
-    lora = LoraConfig(r=4, target_modules=target)
-    made = trainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=lora)
-    draw_lora(made.model, std=0.05)
-    made.model.train()
-    return made
+    more = {"num_frames": 6, "peft": None, "peft_config": LoraConfig(r=4, target_modules=target), **more}
+    trainer = trainer_kit.trainer_of(method, folder, data, model=model, processor=processor, layout=layout, **more)
+    draw_lora(trainer.model, std=0.05)
+    trainer.model.train()
+    return trainer
 
 
 def step(trainer):
@@ -62,58 +56,15 @@ def assert_same_step(got, want):
 @pytest.mark.parametrize(("name", "kind"), [k for k in KINDS if k[0] != "Idefics2"])  # Mistral: a sliding window
 def test_both_layouts_give_the_same_step(name, kind, media, tmp_path):
     data = ragged_rows(kind, media)
-    want = step(trainer_of("RRPO", "separate", tmp_path, data, name))
-    assert_same_step(step(trainer_of("RRPO", "shared", tmp_path, data, name)), want)
-
-
-@pytest.mark.parametrize("method", ["VisualDPO", "LeanPO", "RRPO", "LPOI"])
-@pytest.mark.parametrize("reentrant", [None, True, False])
-def test_every_method_under_gradient_checkpointing(method, reentrant, media, tmp_path):
-    data = ragged_rows("image", media, box=method == "LPOI")
-    kwargs = {} if reentrant is None else {"use_reentrant": reentrant}
-    more = {"gradient_checkpointing": reentrant is not None, "gradient_checkpointing_kwargs": kwargs or None}
-    want = step(trainer_of(method, "separate", tmp_path, data))
-    trainer = trainer_of(method, "shared", tmp_path, data, **more)
-    if reentrant is not None:
-        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-    assert_same_step(step(trainer), want)
+    want = step(trainer_of("rrpo", "separate", tmp_path, data, name))
+    assert_same_step(step(trainer_of("rrpo", "shared", tmp_path, data, name)), want)
 
 
 def test_adapters_in_the_vision_tower(media, tmp_path):
     """Its features differ between policy and reference: they must not be reused."""
     data = ragged_rows("image", media)
-    want = step(trainer_of("RRPO", "separate", tmp_path, data, target="all-linear"))
-    assert_same_step(step(trainer_of("RRPO", "shared", tmp_path, data, target="all-linear")), want)
-
-
-def test_bfloat16_autocast(media, tmp_path):
-    """Float32 weights: both layouts compute in bfloat16, by themselves, and their log-probs differ by its rounding."""
-    data = ragged_rows("video", media)
-    exact, steps = [], []
-    for bf16, layout in ((False, "shared"), (True, "separate"), (True, "shared")):
-        trainer = trainer_of("RRPO", layout, tmp_path, data, bf16=bf16)
-        dtypes = set()
-        layer = trainer.model.get_base_model().model.language_model.layers[0].mlp.down_proj.base_layer
-        layer.register_forward_hook(lambda *args, into=dtypes: into.add(args[-1].dtype))
-        (steps if bf16 else exact).append(step(trainer))
-        assert layer.weight.dtype == torch.float32
-        assert dtypes == {torch.bfloat16 if bf16 else torch.float32}  # of policy and reference
-    assert steps[0][0].dtype == torch.float32
-    assert (steps[0][0] - steps[1][0]).abs().max() < 0.3 and (steps[0][0] - steps[1][0]).abs().mean() < 0.05
-    assert (steps[1][0] - exact[0][0]).abs().max() < 0.3
-    assert (steps[0][2] - steps[1][2]).norm() < 0.1 * steps[0][2].norm()
-
-
-@pytest.mark.parametrize("method", ["VisualDPO", "LPOI"])
-def test_training_takes_the_same_path(method, media, tmp_path):
-    """Eight optimizer steps, shared and separate: the adapters end at the same place."""
-    data = ragged_rows("image", media, box=method == "LPOI")
-    ends = []
-    for layout in ("separate", "shared"):
-        trainer = trainer_of(method, layout, tmp_path, data, max_steps=8, learning_rate=1e-3, save_strategy="no")
-        trainer.train()
-        ends.append(torch.cat([p.flatten() for p in trainer.model.parameters() if p.requires_grad]).detach())
-    assert (ends[0] - ends[1]).norm() <= 1e-4 * ends[0].norm()
+    want = step(trainer_of("rrpo", "separate", tmp_path, data, target="all-linear"))
+    assert_same_step(step(trainer_of("rrpo", "shared", tmp_path, data, target="all-linear")), want)
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
@@ -149,7 +100,7 @@ def test_tree_attention_is_attention_under_a_dense_mask(queries, monkeypatch):
 
 
 def test_a_branch_never_sees_its_sibling(media, tmp_path):
-    trainer = trainer_of("VisualDPO", "shared", tmp_path, ragged_rows("image", media))
+    trainer = trainer_of("dpo", "shared", tmp_path, ragged_rows("image", media))
     batch = trainer.data_collator(list(trainer.train_dataset))
     with torch.no_grad():
         before = trainer.concatenated_forward(trainer.model, dict(batch)).logps
@@ -212,13 +163,13 @@ def test_other_calls_of_the_model_run_as_before(media):
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n != "Idefics2"])
 def test_auto_shares_where_it_can(name, media, tmp_path):
-    trainer = trainer_of("VisualDPO", "auto", tmp_path, ragged_rows("image", media), name)
+    trainer = trainer_of("dpo", "auto", tmp_path, ragged_rows("image", media), name)
     assert trainer.scorer.layout == "auto"
     step(trainer)
     assert trainer.scorer.layout == "shared"
 
 
-@pytest.mark.parametrize("method", ["VisualDPO", "LeanPO"])
+@pytest.mark.parametrize("method", ["dpo", "leanpo"])
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA-1.5"])
 def test_auto_shares_in_bfloat16_autocast(name, method, media, tmp_path):
     """The layouts are compared in the precision of training, and by what that allows."""
@@ -231,12 +182,12 @@ def test_auto_proves_itself_and_falls_back_with_the_difference(media, tmp_path, 
     """An attention that lets branches see their siblings: the first batch shows it."""
     whole = layouts._tree_mask
     monkeypatch.setattr(layouts, "_tree_mask", lambda owner, trunk: whole(torch.full_like(owner, TRUNK), trunk))
-    trainer = trainer_of("VisualDPO", "auto", tmp_path, ragged_rows("image", media))
+    trainer = trainer_of("dpo", "auto", tmp_path, ragged_rows("image", media))
     with caplog.at_level(logging.WARNING):
         got = step(trainer)
     assert trainer.scorer.layout == "separate"
     assert "Qwen2_5_VLModel is trained with the separate layout, because its log-probs differ" in caplog.text
-    assert_same_step(got, step(trainer_of("VisualDPO", "separate", tmp_path, ragged_rows("image", media))))
+    assert_same_step(got, step(trainer_of("dpo", "separate", tmp_path, ragged_rows("image", media))))
 
 
 def special(kind):
@@ -276,13 +227,13 @@ def special(kind):
     ],
 )
 def test_kinds_that_fall_back_without_trying(kind, says, tmp_path, caplog):
-    data = Dataset.from_list([row(None), row(None, "a square.", "two circles.")])
+    data = [row(None), row(None, "a square.", "two circles.")]
     moe = {"router_aux_loss_coef": 0.0} if kind == "linear attention" else {}
     with caplog.at_level(logging.WARNING):
-        trainer = trainer_of("VisualDPO", "auto", tmp_path, data, target="all-linear", built=special(kind), **moe)
+        trainer = trainer_of("dpo", "auto", tmp_path, data, target="all-linear", built=special(kind), **moe)
     assert trainer.scorer.layout == "separate" and says in caplog.text
     with pytest.raises(ValueError, match=says):
-        trainer_of("VisualDPO", "shared", tmp_path, data, target="all-linear", built=special(kind), **moe)
+        trainer_of("dpo", "shared", tmp_path, data, target="all-linear", built=special(kind), **moe)
     assert torch.isfinite(step(trainer)[1])
 
 
@@ -294,7 +245,7 @@ def test_idefics2_has_a_sliding_window():
 
 
 def towers(trainer):
-    """How often the vision tower runs in one step."""
+    """Count the runs of the vision tower in one step."""
     calls = []
     backbone = trainer.model.get_base_model().base_model
     tower = next(m for n, m in backbone.named_children() if n in ("visual", "vision_tower", "vision_model"))
@@ -306,20 +257,20 @@ def towers(trainer):
 
 @pytest.mark.parametrize(("name", "kind"), [k for k in KINDS if k[0] != "Idefics2"])
 def test_frozen_features_are_computed_once_per_step(name, kind, media, tmp_path):
-    data = Dataset.from_list([row(kind, [media[kind][0]])])
-    assert towers(trainer_of("VisualDPO", "shared", tmp_path, data, name)) == 1
+    data = [row(kind, [media[kind][0]])]
+    assert towers(trainer_of("dpo", "shared", tmp_path, data, name)) == 1
 
 
-def test_features_of_a_tower_with_adapters_are_computed_in_both_passes(media, tmp_path):
-    data = Dataset.from_list([row("image", [media["image"][0]])])
-    assert towers(trainer_of("VisualDPO", "shared", tmp_path, data, target="all-linear")) == 2
-    assert towers(trainer_of("LeanPO", "shared", tmp_path, data)) == 1  # no reference, one pass
+def test_an_adapted_tower_runs_in_both_passes(media, tmp_path):
+    data = [row("image", [media["image"][0]])]
+    assert towers(trainer_of("dpo", "shared", tmp_path, data, target="all-linear")) == 2
+    assert towers(trainer_of("leanpo", "shared", tmp_path, data)) == 1  # no reference, one pass
 
 
 def test_lpoi_encodes_each_image_once(media, tmp_path):
     """One call of the tower with the five images of the list, for eleven responses of policy and reference."""
-    data = Dataset.from_list([row("image", [media["image"][0]], critical_box=[4, 8, 30, 40])])
-    trainer = trainer_of("LPOI", "shared", tmp_path, data)
+    data = [row("image", [media["image"][0]], critical_box=[4, 8, 30, 40])]
+    trainer = trainer_of("lpoi", "shared", tmp_path, data)
     seen = []
     tower = trainer.model.get_base_model().base_model.visual
     tower.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs), with_kwargs=True)

@@ -62,7 +62,7 @@ def test_an_image_passes_the_tower_of_a_rank_that_has_text_only(name, layout, me
 
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
 def test_a_video_passes_the_tower_of_a_rank_that_has_images(name, media, tmp_path, monkeypatch):
-    """Where images and videos are different inputs; SmolVLM and InternVL have one for both."""
+    """They are different inputs of the tower, except in SmolVLM and InternVL."""
     trainer = trainer_of("dpo", tmp_path, rows("image", "text", media=media), name=name, num_frames=4)
     shake(trainer.model)
     trainer.model.eval()
@@ -80,7 +80,7 @@ IMAGE, VIDEO = "pixel_values", "pixel_values_videos"
 
 
 @pytest.mark.parametrize(
-    ("there", "others", "sharding", "trains_vision", "missing"),
+    ("present", "others", "sharding", "trains_vision", "missing"),
     [
         ([], [[], [IMAGE]], "fsdp", False, [IMAGE]),
         ([], [[], [VIDEO]], "fsdp", False, [IMAGE]),  # the smaller one: both go through the same weights
@@ -95,12 +95,12 @@ IMAGE, VIDEO = "pixel_values", "pixel_values_videos"
         ([VIDEO], [[VIDEO], []], None, True, []),
     ],
 )
-def test_what_a_call_needs(there, others, sharding, trains_vision, missing):
-    assert ranks._missing(there, others, sharding, trains_vision) == missing
+def test_what_a_call_needs(present, others, sharding, trains_vision, missing):
+    assert ranks._missing(present, others, sharding, trains_vision) == missing
 
 
 def test_a_rank_with_fewer_calls_makes_idle_ones(media, tmp_path, monkeypatch):
-    """Of a text of a few tokens; clips of unlike length make two calls on the other rank."""
+    """Clips of unlike length make two calls on the other rank; the idle one has a few tokens of text."""
     trainer = trainer_of("dpo", tmp_path, rows("text", "text", media=media), name="LLaVA-NeXT-Video", layout="shared")
     trainer.model.eval()
     batch = agreed(trainer, collated(trainer), [[VIDEO], [VIDEO]], monkeypatch)

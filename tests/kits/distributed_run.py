@@ -75,22 +75,30 @@ CASES = {
 QUANTIZED = {f"{m}, 4 bits": {"method": m, "four_bits": True} for m in ("dpo", "rrpo")}
 
 
-@functools.cache
-def four_bit_model():
-    """A Qwen2-VL whose language model is stored in 4 bits; its widths are multiples of 64, as that needs on a CPU."""
+def wide_model():
+    """A Qwen2-VL, and its processor, whose widths are multiples of 64, as 4 bits need on a CPU."""
     vision = {"depth": 2, "embed_dim": 24, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
     classes = [getattr(T, f"Qwen2VL{name}") for name in ("Config", "ForConditionalGeneration", "Processor")]
     text = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     torch.manual_seed(0)
-    model, processor = families._qwen(
-        *classes, T.Qwen2VLVideoProcessor, vision, rope={"mrope_section": [2, 3, 3]}, text=text
-    )
+    rope = {"mrope_section": [2, 3, 3]}
+    return families._qwen(*classes, T.Qwen2VLVideoProcessor, vision, rope=rope, text=text)
+
+
+def load_four_bits(folder):
+    """A model of a folder; its language model is stored in 4 bits."""
     quantization = T.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
+    return T.AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantization)
+
+
+@functools.cache
+def four_bit_model():
+    model, processor = wide_model()
     with tempfile.TemporaryDirectory() as own:
         folder = Path(sys.argv[2]).with_suffix(".base") if ENGINE else own  # only the first process writes a model
         model.save_pretrained(folder)
         PartialState().wait_for_everyone()
-        return T.AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantization), processor
+        return load_four_bits(folder), processor
 
 
 def rows_of(kind, count, folder):
@@ -105,7 +113,7 @@ def rows_of(kind, count, folder):
         "both": [picture, ("video", [long]), ("video", [short]), ("video", [long])],
         "prompts": [text],
     }[kind]
-    made = []
+    rows = []
     for i in range(count):
         of_kind, sources = media[i % len(media)]
         more, prompt = {"id": f"row{i}", "images": None, "videos": None}, {}
@@ -113,8 +121,8 @@ def rows_of(kind, count, folder):
             more |= {"image_list": images[: 2 + i % 2], "critical_box": None}
         if kind == "prompts" and i % 4 == 0:  # rank 0 would make two calls of its micro-batches, rank 1 one
             prompt = {"prompt": message("user", "a red square moves left. " * 60)}
-        made.append(more | row(of_kind, sources, *PAIRS[i % len(PAIRS)], **prompt))
-    return made
+        rows.append(more | row(of_kind, sources, *PAIRS[i % len(PAIRS)], **prompt))
+    return rows
 
 
 class Watch(TrainerCallback):
@@ -168,16 +176,16 @@ def run_case(
     """The log of the step, the metrics of the evaluation, gradients and saved adapter by name, layout and wrapper."""
     METHODS.setdefault("changed", (METHODS["dpo"][0], ChangedTrainer))  # not while tests are collected
     with tempfile.TemporaryDirectory() as folder:
-        made = rows_of(kind or ("list" if method == "lpoi" else "images"), rows, Path(folder))
+        data = rows_of(kind or ("list" if method == "lpoi" else "images"), rows, Path(folder))
         watch = Watch()
         options = {
             "layout": layout, "max_steps": 1, "gradient_accumulation_steps": 4 // processes, "optim": "sgd",
             "learning_rate": 1.0, "max_grad_norm": 1e9, "train_sampling_strategy": "sequential",
-            "callbacks": [watch], "eval_dataset": Dataset.from_list(made[:5]), **engine_options(), **more,
+            "callbacks": [watch], "eval_dataset": Dataset.from_list(data[:5]), **engine_options(), **more,
         }  # fmt: skip
         model, processor = copy.deepcopy(four_bit_model()) if four_bits else (None, None)
         options = {"model": model, "processor": processor, "peft_config": lora(), "peft": None, **options}
-        trainer = trainer_of(method, folder, made, name=name, **options)
+        trainer = trainer_of(method, folder, data, name=name, **options)
         if four_bits:  # DPOTrainer made their LoRA bfloat16, which is too coarse to compare sums
             for weight in trainable(trainer.model).values():
                 weight.data = weight.data.float()

@@ -8,6 +8,7 @@ from datasets import Dataset
 from families import LANGUAGE_MODEL, build, text_model
 from helpers import row
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 import trl_vpo
 
@@ -76,18 +77,19 @@ def config(method, folder, **more):
 
 
 def trainer_of(method, folder, rows=None, name="text", model=None, processor=None, peft="new", args=None, **more):
-    """A trainer of a tiny model. `more`: fields of the config, or arguments of the trainer where it knows them."""
+    """A trainer of a tiny model. `more`: its class (`kind`), its arguments where it knows them, or config fields."""
     if model is None:
-        model, made = fresh(name)
-        processor = processor or made
+        model, own = fresh(name)
+        processor = processor or own
     elif processor is None:
         processor = fresh(name)[1]
+    kind = more.pop("kind", METHODS[method][1])
     init = {k: more.pop(k) for k in INIT if k in more}
     if peft == "new":
         init["peft_config"] = lora(text=name == "text")
     data = Dataset.from_list(rows or text_rows()) if not hasattr(rows, "map") else rows
     args = args or config(method, folder, **more)
-    return METHODS[method][1](model, args=args, train_dataset=data, processing_class=processor, **init)
+    return kind(model, args=args, train_dataset=data, processing_class=processor, **init)
 
 
 INIT = ("eval_dataset", "ref_model", "data_collator", "compute_metrics", "callbacks", "optimizers", "peft_config")
@@ -140,6 +142,61 @@ def slow_logits(model, trunk, branch):
     types = {k: torch.tensor([v + [0] * len(branch.ids)]) for k, v in trunk.types.items()}
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **trunk.media).logits
     return logits[0, len(trunk.ids) - 1 : -1].float()
+
+
+def slow_scores(trainer, model=None):
+    """For each branch of the training rows: (T, V) log-probs of a model (the policy) and its T tokens."""
+    trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
+    pairs = [(tree.trunks[branch.trunk], branch) for tree in trees for branch in tree.branches]
+    return [(slow_logits(model or trainer.model, *pair).log_softmax(-1), torch.tensor(pair[1].ids)) for pair in pairs]
+
+
+def of_tokens(scores):
+    """(T,) log-probs of the tokens themselves, for each of `slow_scores`."""
+    return [logps.gather(-1, ids[:, None])[:, 0] for logps, ids in scores]
+
+
+def slow_kl(policy, reference):
+    """(T,) KL(reference || policy) for each branch, from `slow_scores` of both."""
+    pairs = [(p, r.detach()) for (p, _), (r, _) in zip(policy, reference)]
+    return [(r.exp() * (r - p)).sum(-1) for p, r in pairs]
+
+
+def names_of(trainer):
+    """Train, and return the names of the rows of each step."""
+    names, loss = [], trainer.compute_loss
+    trainer.compute_loss = lambda m, inputs, **kw: names.append(inputs["names"]) or loss(m, inputs, **kw)
+    trainer.train()
+    return names
+
+
+def tokens_read(trainer):
+    """Tokens of the training rows as the policy reads them: each response behind its own prompt."""
+    trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
+    return sum(len(tree.trunks[0].ids) + len(branch.ids) for tree in trees for branch in tree.branches)
+
+
+CLOCK = ("runtime", "per_second")
+
+
+def history(trainer, skip=CLOCK):
+    """Everything that was logged, without what a clock decides."""
+    return [{k: v for k, v in entry.items() if not k.endswith(skip)} for entry in trainer.state.log_history]
+
+
+def snapshot(model, part=""):
+    """Copies of the tensors whose names hold `part`."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items() if part in name}
+
+
+class Gradients(TrainerCallback):
+    """The gradients that the optimizer gets in each step, by name."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        self.steps.append({k: p.grad.clone() for k, p in trainable(model).items() if p.grad is not None})
 
 
 def losses_of(trainer, key="loss"):

@@ -1,33 +1,20 @@
 """Two short steps of `VisualDPOTrainer`, called as TRL's tests call `DPOTrainer`, and what they moved."""
 
+import math
+
 import torch
 import trl
 from datasets import Dataset
-from trainer_kit import assert_same_gradients, collated, gradients, shake
+from trainer_kit import INIT, QUIET, assert_same_gradients, collated, gradients, losses_of, shake, snapshot
 
 from trl_vpo import VisualDPOConfig, VisualDPOTrainer
 
-INIT = ("processing_class", "eval_dataset", "ref_model", "data_collator", "compute_metrics", "peft_config")
-INIT += ("quantization_config",)
-SHORT = {
-    "learning_rate": 0.1,
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 2,
-    "logging_steps": 1,
-    "report_to": "none",
-    "save_strategy": "no",
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
+SHORT = QUIET | {"learning_rate": 0.1, "lr_scheduler_type": "linear"}
 
 
 def trainer_on(model, rows, folder, **more):
     """`more`: arguments of the trainer or fields of its config; `rows`: a list of them, or a data set."""
-    init = {key: more.pop(key) for key in INIT if key in more}
+    init = {key: more.pop(key) for key in (*INIT, "processing_class", "quantization_config") if key in more}
     data = Dataset.from_list(rows) if isinstance(rows, list) else rows
     args = VisualDPOConfig(str(folder), **{**SHORT, **more})
     return VisualDPOTrainer(model, args=args, train_dataset=data, **init)
@@ -47,15 +34,6 @@ def assert_same_as_trl(trainer, rows, folder, **more):
     assert_same_gradients(got, {name: g for name, g in want.items() if name in got or g.any()}, rtol=1e-5)
 
 
-def parameters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def moved(model, before):
-    """Names of the parameters that differ from those of `before`."""
-    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-
-
 def train(model, rows, folder, **more):
     """Train for two steps: (trainer, names of the parameters that moved). The loss of each step was logged."""
     trainer = trainer_on(model, rows, folder, **more)
@@ -64,12 +42,11 @@ def train(model, rows, folder, **more):
 
 def steps(trainer):
     """Names of the parameters that moved."""
-    before = parameters(trainer.model)
+    before = snapshot(trainer.model)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 2 and all(map(torch.isfinite, map(torch.tensor, losses)))
-    assert "train_loss" in trainer.state.log_history[-1]
-    return moved(trainer.model, before)
+    losses = losses_of(trainer)
+    assert len(losses) == 2 and all(map(math.isfinite, losses)) and "train_loss" in trainer.state.log_history[-1]
+    return {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
 
 
 def trains_all(model, rows, folder, **more):

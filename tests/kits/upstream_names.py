@@ -10,12 +10,13 @@ PRECOMPUTE, FINGERPRINT = (f"trl_vpo/trainers/{x}.py" for x in ("precompute", "f
 ATTACH = "trl_vpo/models/attach.py"
 COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "trl_vpo/runs/recipe.py"
 
-# Where it is, what we call it with (parameters in their order), who uses it. `...`: only that it exists.
+RESUME, CANDIDATES = "trl_vpo/training/resume.py", "trl_vpo/evaluate/candidates.py"
+SIGTERM, CHANGED_ROWS = "trl_vpo/training/sigterm.py", "trl_vpo/training/changed_rows.py"
+
+# Where it is, what we call it with (parameters in their order), who uses it. `...`: an attribute.
 CALLED = [
     ("trl.DPOTrainer.compute_ref_log_probs", ["self", "model", "inputs"], BASE),
     ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], COMPAT),
-    ("peft.utils.other.ModulesToSaveWrapper", ..., "trl_vpo/forward/frozen.py"),
-    ("trl.trainer.utils.maybe_gather_lm_head_ctx", ..., SCORING),
     ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], REFERENCE),
     ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE}, {SETUP} and {CARD}"),
     ("trl.DPOTrainer._prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"], BASE),
@@ -43,17 +44,11 @@ CALLED = [
     ("trl.get_dataset", ["mixture_config"], "trl_vpo/data/sources.py"),
     ("trl.get_peft_config", ["model_args"], "trl_vpo/training/run.py and trl_vpo/doctor/checks.py"),
     ("trl.get_quantization_config", ["model_args"], "trl_vpo/training/run.py"),
-    ("trl.ModelConfig", ..., "trl_vpo/training/run.py"),
-    ("trl.DatasetMixtureConfig", ..., "trl_vpo/training/run.py"),
-    ("trl.scripts.utils.ScriptArguments", ..., RECIPE),
     ("trl.scripts.utils.TrlParser.parse_args_and_config", ["self", "args"], RECIPE),
     ("accelerate.utils.gather_object", ["object"], f"{LOGS}, {METRICS}, {PRECOMPUTE} and {RANKS}"),
     ("accelerate.utils.broadcast_object_list", ["object_list"], FINGERPRINT),
     ("accelerate.utils.is_peft_model", ["model"], f"{BASE} and {CARD}"),
     ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),
-    ("accelerate.PartialState", ..., CHECK),
-    ("peft.PromptLearningConfig", ..., SETUP),
-    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., HEAD),
     (
         "peft.get_peft_model_state_dict",
         ["model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers"],
@@ -71,9 +66,7 @@ CALLED = [
         ATTACH,
     ),
     ("transformers.core_model_loading.apply_renamings", ["source_key", "weight_renamings"], ATTACH),
-    ("transformers.core_model_loading.WeightRenaming", ..., ATTACH),
     ("transformers.TrainingArguments.to_dict", ["self"], CONFIG),
-    ("torch.distributed.elastic.multiprocessing.api.SignalException", ..., "trl_vpo/training/launch.py"),
     ("torch.distributed.launcher.api.LaunchConfig.signals_to_handle", ..., "trl_vpo/training/launch.py"),
     ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/training/launch.py"),
     ("accelerate.commands.launch.launch_command_parser", ["subparsers"], "trl_vpo/training/launch.py"),
@@ -93,43 +86,82 @@ CALLED = [
     ("transformers.Qwen2VLModel.get_video_features", ["self", "pixel_values_videos"], FAMILIES),
     ("transformers.LlavaModel.get_image_features", ["self", "pixel_values"], FAMILIES),
     ("transformers.PreTrainedModel.get_decoder", ["self"], "trl_vpo/forward/vision.py"),
-    ("transformers.utils.ModelOutput", ..., SCORING),
     ("transformers.PreTrainedModel.get_output_embeddings", ["self"], HEAD),
     ("transformers.PretrainedConfig.get_text_config", ["self"], HEAD),
     ("transformers.PreTrainedModel.base_model", ..., HEAD),
-    ("transformers.modeling_outputs.BaseModelOutputWithPast", ..., HEAD),
     ("transformers.Trainer.loss_is_scaled_for_ga", ..., BASE),
-    ("transformers.quantizers.quantizers_utils.should_convert_module", ..., "trl_vpo/models/model_size.py"),
     ("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", ..., "trl_vpo/testbed/quickstart.py"),
     ("torch.distributed.tensor.DTensor.full_tensor", ["self"], HEAD),
-    ("datasets.List", ..., "trl_vpo/data/raw_rows.py"),
-    ("datasets.Video", ..., "trl_vpo/data/raw_rows.py"),
-]
-
-RESUME, CANDIDATES = "trl_vpo/training/resume.py", "trl_vpo/evaluate/candidates.py"
-SIGTERM, CHANGED_ROWS = "trl_vpo/training/sigterm.py", "trl_vpo/training/changed_rows.py"
-MORE_CALLED = [
     ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
     ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/callback.py"),
     ("transformers.Trainer._save_checkpoint", ["self", "model", "trial"], RESUME),
     ("transformers.Trainer.compute_loss_context_manager", ["self"], BASE),
     ("transformers.Trainer.pop_callback", ["self", "callback"], "trl_vpo/training/progress.py"),
-    ("transformers.trainer_utils.HubStrategy", ..., "trl_vpo/training/hub.py"),
     ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., "trl_vpo/training/hub_repo.py"),
     ("huggingface_hub.set_client_factory", ["client_factory"], "trl_vpo/training/hub_repo.py"),
     ("huggingface_hub.HfApi.auth_check", ["self", "repo_id"], "trl_vpo/training/hub_repo.py"),
-    ("peft.tuners.tuners_utils.BaseTunerLayer", ..., CANDIDATES),
     ("peft.PeftModel.set_adapter", ["self", "adapter_name", "inference_mode"], CANDIDATES),
     ("peft.get_peft_model_state_dict", ["model"], "trl_vpo/models/merge.py"),
-    ("torch.nn.modules.conv._ConvNd", ..., "trl_vpo/models/adapters.py"),
-    ("torch.nn.modules.linear.NonDynamicallyQuantizableLinear", ..., "trl_vpo/models/adapters.py"),
     ("torch.utils.data.DataLoader._get_iterator", ["self"], SIGTERM),
-    ("accelerate.data_loader.SeedableRandomSampler", ..., CHANGED_ROWS),
     ("transformers.Trainer._get_train_sampler", ["self", "train_dataset"], f"{CHANGED_ROWS} and {RESUME}"),
     ("transformers.Trainer._load_optimizer_and_scheduler", ["self", "checkpoint"], RESUME),
     ("transformers.Trainer._load_rng_state", ["self", "checkpoint"], RESUME),
     ("transformers.Trainer._load_scaler", ["self", "checkpoint"], RESUME),
     ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/training/launch.py"),
     ("accelerate.commands.launch.launch_command_parser", [], "trl_vpo/training/launch.py"),
-    ("transformers.utils.is_bitsandbytes_available", ..., "trl_vpo/models/load.py"),
+]
+
+# Where it is, lines that its source has, who leans on them.
+SOURCES = [
+    ("trl.DPOTrainer.__init__", ['model.add_adapter("ref"', 'model.peft_config["default"]'], f"{BASE}, {COMPAT}"),
+    (
+        "trl.DPOTrainer.evaluate",
+        [
+            "self._is_vision_dataset",
+            "self._prepare_dataset(",
+            "self.precompute_ref_logps",
+            "self.state.global_step > 0",
+            "self._precompute_ref_logps(",
+        ],
+        f"`_finish_init` in {BASE}",
+    ),
+    ("trl.DPOTrainer.log", ["self._metrics[mode]", "logs.update(metrics)"], f"`_average_training` in {LOGS}"),
+    (
+        "transformers.Trainer._run_epoch",
+        [
+            "num_items_in_batch = self.get_batch_samples(epoch_iterator, num_batches, self.args.device)",
+            "self.current_gradient_accumulation_steps = len(batch_samples)",
+        ],
+        f"`get_batch_samples` in {LOGS}",
+    ),
+    (
+        "transformers.Trainer.training_step",
+        ["loss = loss / self.current_gradient_accumulation_steps"],
+        f"`compute_loss` in {BASE}",
+    ),
+    ("transformers.TrainingArguments.__str__", ["asdict(self)", 'k.endswith("_token")'], CONFIG),
+    ("peft.PeftModel.load_adapter", ["load_result.missing_keys", "return load_result"], ATTACH),
+    (
+        "bitsandbytes.nn.Linear4bit.forward",
+        ["self.support_avx512bf16_for_cpu", "packing_format_for_cpu"],
+        f"`keep_4bit_weights_trainable` in {COMPAT}",
+    ),
+    ("torch.utils.data.DataLoader.__iter__", ["self._get_iterator()"], f"`keep_from_workers` in {SIGTERM}"),
+    (
+        "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data",
+        ['f"DataLoader worker (pid(s) {pids_str}) exited unexpectedly"'],
+        f"`train` in {RESUME}",
+    ),
+    (
+        "accelerate.data_loader.prepare_data_loader",
+        ["if isinstance(sampler, RandomSampler) and use_seedable_sampler:"],
+        CHANGED_ROWS,
+    ),
+    ("transformers.Trainer.get_train_dataloader", ["sampler_fn=self._get_train_sampler"], CHANGED_ROWS),
+    ("accelerate.commands.launch.simple_launcher", ["subprocess.CalledProcessError("], "trl_vpo/training/launch.py"),
+    (
+        "torch.nn.parallel.DistributedDataParallel.__init__",
+        ["_ddp_params_and_buffers_to_ignore"],
+        "trl_vpo/training/run.py",
+    ),
 ]

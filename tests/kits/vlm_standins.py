@@ -5,7 +5,6 @@ import transformers as T
 from families import PINPOINTS, QWEN_TOWER, SQUARE, _qwen, ids, template, text_of, tokenizer, tower
 
 GEMMA_TOKENS = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-AUDIO_TOKENS = {"audio_token": "<audio_soft_token>", "boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>"}
 WINDOWS = {"head_dim": 8, "sliding_window": 256, "layer_types": ["sliding_attention", "full_attention"]}
 
 
@@ -61,34 +60,6 @@ def gemma4():
         **ids(tok),
     )
     return T.Gemma4ForConditionalGeneration(config), processor
-
-
-def gemma3n():
-    tok, number = _gemma_tokenizer(GEMMA_TOKENS | AUDIO_TOKENS, "<image_soft_token>")
-    parts = (T.Gemma3nAudioFeatureExtractor(feature_size=16), T.SiglipImageProcessor(size=SQUARE), tok)
-    processor = T.Gemma3nProcessor(*parts, image_seq_length=4, audio_seq_length=4, chat_template=tok.chat_template)
-    size = len(tok)
-    text = text_of(tok, **WINDOWS | {"layer_types": ["sliding_attention", "full_attention"] * 2})
-    text |= {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 8, "altup_num_inputs": 2}
-    text |= {"vocab_size": size + 16, "vocab_size_per_layer_input": size, "hidden_size_per_layer_input": 8}
-    vision = {"architecture": "test_efficientnet", "hidden_size": 256, "vocab_size": 8, "vocab_offset": size}
-    audio = {"vocab_size": 8, "vocab_offset": size + 8, "input_feat_size": 16, "hidden_size": 16}
-    audio |= {"conf_num_attention_heads": 2, "conf_num_hidden_layers": 1, "sscp_conv_channel_size": (8, 4)}
-    config = T.Gemma3nConfig(
-        text_config=text | {"activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
-        vision_config=vision,
-        audio_config=audio,
-        vision_soft_tokens_per_image=4,
-        audio_soft_tokens_per_image=4,
-        image_token_id=number["image_token"],
-        boi_token_id=number["boi_token"],
-        eoi_token_id=number["eoi_token"],
-        audio_token_id=number["audio_token"],
-        boa_token_id=number["boa_token"],
-        eoa_token_id=number["eoa_token"],
-        **ids(tok),
-    )
-    return T.Gemma3nForConditionalGeneration(config), processor
 
 
 def llava_next():
@@ -148,5 +119,4 @@ VISION_MODELS = {  # name -> builder of (model, processor)
     "Qwen3-VL": families.qwen3_vl,
     "Qwen3.5": qwen3_5,
     "Qwen3.5-MoE": qwen3_5_moe,
-    "Gemma 3n": gemma3n,
 }

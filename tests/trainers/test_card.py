@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import yaml
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from families import LANGUAGE_MODEL, build, text_model, write_model
 from helpers import row, write_clip, write_image
 from peft import LoraConfig
+from trainer_kit import trainer_of
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import trl_vpo
@@ -16,26 +17,19 @@ from trl_vpo.models.source import hub_name
 
 
 def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=AutoModelForImageTextToText, **more):
-    """A trainer after one step on a base that lies on disk, saved with its card; the working folder is `folder`."""
-    config, trainer = getattr(trl_vpo, f"{method}Config"), getattr(trl_vpo, f"{method}Trainer")
-    args = config(
-        "tuned",
-        **{"max_steps": 1} | more,
-        per_device_train_batch_size=1,
-        num_frames=4,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    model = loader.from_pretrained(base)
+    """The card of a trainer after one step on a base that lies on disk; the working folder is `folder`."""
     lora = LoraConfig(r=2, target_modules=peft) if peft else None
-    data = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    made = trainer(model, args=args, train_dataset=data, processing_class=processor, peft_config=lora)
-    made.train()
-    made.save_model("tuned")
-    made.create_model_card(dataset_name="someone/pairs")
+    more = {
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "num_frames": 4,
+        "peft": None,
+        "peft_config": lora,
+    } | more
+    trainer = trainer_of(method, "tuned", rows, model=loader.from_pretrained(base), processor=processor, **more)
+    trainer.train()
+    trainer.save_model("tuned")
+    trainer.create_model_card(dataset_name="someone/pairs")
     return (folder / "tuned" / "README.md").read_text()
 
 
@@ -57,7 +51,7 @@ def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
     model, processor = build("Qwen2.5-VL")
     write_model("base", model, processor)
     source = write_clip(here / "clip.mp4") if kind == "video" else write_image(here / "photo.jpg")
-    card = trained("RRPO", "base", processor, [row(kind, [source])], here)
+    card = trained("rrpo", "base", processor, [row(kind, [source])], here)
     assert "trl_vpo" not in re.findall(r"```python\n(.*?)```", card, re.S)[0]
     assert run_snippet(card, capsys).endswith("\n")
     facts = yaml.safe_load(card.split("---")[1])
@@ -75,7 +69,7 @@ def test_the_card_of_a_streamed_run_shows_its_medium(here):
         rows = [row(kind, [write(here / f"a.{'mp4' if kind == 'video' else 'png'}")])]
         stream = IterableDataset.from_generator(lambda rows=rows: iter(rows))
         assert stream.column_names is None
-        card = trained("VisualDPO", "base", processor, stream, here)
+        card = trained("dpo", "base", processor, stream, here)
         assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == f"{kind}-text-to-text"
 
 
@@ -83,9 +77,9 @@ def test_the_card_shows_the_length_that_was_in_force(here):
     model, processor = build("Qwen2.5-VL")
     write_model("base", model, processor)
     rows = [row("image", [write_image(here / "photo.png")])]
-    card = trained("VisualDPO", "base", processor, rows, here)
+    card = trained("dpo", "base", processor, rows, here)
     assert "| `max_steps` | 1 |" in card and "num_train_epochs" not in card
-    card = trained("VisualDPO", "base", processor, rows, here, max_steps=-1, num_train_epochs=1)
+    card = trained("dpo", "base", processor, rows, here, max_steps=-1, num_train_epochs=1)
     assert "| `num_train_epochs` | 1 |" in card and "max_steps" not in card
 
 
@@ -93,12 +87,12 @@ def test_the_snippets_of_full_and_text_models_run(here, capsys):
     model, processor = build("LLaVA-1.5")
     write_model("base", model, processor)
     photo = write_image(here / "photo.jpg")
-    card = trained("LeanPO", "base", processor, [row("image", [photo])], here, peft=None)
+    card = trained("leanpo", "base", processor, [row("image", [photo])], here, peft=None)
     assert "PeftModel" not in card and run_snippet(card, capsys).endswith("\n")
     shutil.rmtree("base")
     model, tokenizer = text_model()
     write_model("base", model, tokenizer)
-    card = trained("VisualDPO", "base", tokenizer, [row(None)], here, "all-linear", AutoModelForCausalLM)
+    card = trained("dpo", "base", tokenizer, [row(None)], here, "all-linear", AutoModelForCausalLM)
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"
     assert "What happens here?" in run_snippet(card, capsys)
 
@@ -109,7 +103,7 @@ def test_the_snippet_finds_a_base_by_its_whole_path(here, capsys, tmp_path_facto
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "base"
     write_model(elsewhere, model, processor)
     photo = write_image(here / "photo.jpg")
-    card = trained("VisualDPO", str(elsewhere), processor, [row("image", [photo])], here)
+    card = trained("dpo", str(elsewhere), processor, [row("image", [photo])], here)
     assert f'from_pretrained("{elsewhere}"' in card and f"LoRA adapter of `{elsewhere}`" in card
     assert run_snippet(card, capsys).endswith("\n")
     assert hub_name("/c/hub/models--Qwen--Qwen2-VL-7B/snapshots/0a1b") == "Qwen/Qwen2-VL-7B"

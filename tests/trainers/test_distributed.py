@@ -51,7 +51,7 @@ def torchrun(*args, timeout=550):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one process gives for each case, with as many rows a step."""
+    """The results of one process by case, with as many rows a step."""
     kept = {}
 
     def run(case):
@@ -101,8 +101,8 @@ def test_two_processes_do_the_step_of_one(case, alone, ddp):
     so that a rank needs two model calls."""
     got, want = ddp[0][case], alone(case)
     assert got["wrapper"] == WRAPPERS["ddp"]
-    wanted = distributed_run.CASES[case].get("layout", "shared")  # "auto" proves the shared one
-    assert got["layout"] == want["layout"] == wanted
+    layout = distributed_run.CASES[case].get("layout", "shared")  # "auto" proves the shared one
+    assert got["layout"] == want["layout"] == layout
     assert_same_step(got, want)
     assert all(f"rank {rank} of 2: ddp, {case}\n" in ddp[1].stdout for rank in (0, 1))
 

@@ -6,8 +6,19 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_peft_model
-from trainer_kit import collated, fresh, image_rows, lora, losses_of, shake, text_rows, trainable, trainer_of
-from transformers import TrainerCallback
+from trainer_kit import (
+    Gradients,
+    collated,
+    fresh,
+    image_rows,
+    lora,
+    losses_of,
+    shake,
+    snapshot,
+    text_rows,
+    trainable,
+    trainer_of,
+)
 
 from trl_vpo.training.run import freeze_vision
 
@@ -61,21 +72,6 @@ def test_the_reference_of_a_given_adapter_is_that_adapter(kind, tmp_path):
 # --- frozen by the user -------------------------------------------------------------------------------------------
 
 
-class Count(TrainerCallback):
-    """How many tensors train, and how many of them have a gradient, before every optimizer step."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **_):
-        weights = trainable(model).values()
-        self.seen.append((len(weights), sum(p.grad is not None for p in weights)))
-
-
-def snapshot(model, part):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if part in name}
-
-
 @pytest.mark.parametrize("before", ["nothing", "evaluate", "precompute"])
 def test_one_half_of_an_adapter_that_is_frozen(before, tmp_path):
     """LoRA-FA: the matrices A stay as they are, whatever ran the reference before the first step."""
@@ -84,12 +80,12 @@ def test_one_half_of_an_adapter_that_is_frozen(before, tmp_path):
         weight.requires_grad_("lora_B" in name)
     start, names = snapshot(init["model"], "lora_"), set(trainable(init["model"]))
     more = {"eval_dataset": Dataset.from_list(text_rows(2)), "precompute_ref_log_probs": before == "precompute"}
-    trainer = trainer_of("dpo", tmp_path, max_steps=3, callbacks=[count := Count()], **init, **more)
+    trainer = trainer_of("dpo", tmp_path, max_steps=3, callbacks=[watch := Gradients()], **init, **more)
     if before == "evaluate":
         trainer.evaluate()
     trainer.train()
     trainer.evaluate()
-    assert set(trainable(trainer.model)) == names and count.seen == [(len(names), len(names))] * 3
+    assert set(trainable(trainer.model)) == names and [set(grads) for grads in watch.steps] == [names] * 3
     end = snapshot(trainer.model, ".default.")
     assert {name for name in start if not torch.equal(end[name], start[name])} == names
 
@@ -100,7 +96,7 @@ EVERYWHERE = r".*\.(q|k|v|o|gate|up|down|out)_proj|.*\.(qkv|fc1|fc2|proj)"
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_a_vision_tower_that_is_frozen(evaluated, images, tmp_path):
     """A new LoRA on tower and language model; the tower's part is frozen before training, and stays so."""
-    more = {"peft": None, "peft_config": lora(target_modules=EVERYWHERE), "callbacks": [count := Count()]}
+    more = {"peft": None, "peft_config": lora(target_modules=EVERYWHERE), "callbacks": [watch := Gradients()]}
     more["eval_dataset"] = Dataset.from_list(image_rows(images, 2))
     trainer = trainer_of("dpo", tmp_path, image_rows(images, 4), name="Qwen2-VL", max_steps=3, **more)
     everything = set(trainable(trainer.model))
@@ -112,6 +108,6 @@ def test_a_vision_tower_that_is_frozen(evaluated, images, tmp_path):
         trainer.evaluate()
     trainer.train()
     trainer.evaluate()
-    assert set(trainable(trainer.model)) == names and count.seen == [(len(names), len(names))] * 3
+    assert set(trainable(trainer.model)) == names and [set(grads) for grads in watch.steps] == [names] * 3
     end = snapshot(trainer.model, "lora_")
     assert {name for name in start if not torch.equal(end[name], start[name])} == names

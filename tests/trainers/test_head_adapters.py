@@ -4,6 +4,7 @@ Log-probs are made of hidden states and the head's weight; the module itself is 
 comparison calls the model, one sequence at a time, for all of its logits.
 """
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -19,8 +20,10 @@ from trainer_kit import (
     gradients,
     image_rows,
     lora,
+    of_tokens,
     shake,
-    slow_logits,
+    slow_kl,
+    slow_scores,
     text_rows,
     trainer_of,
 )
@@ -51,54 +54,47 @@ def with_bias():
 MODELS = {"untied": fresh, "tied": tied, "bias": with_bias}
 
 
-def slow_logps(trainer, rows):
-    """(T, V) log-probs and tokens of each branch, from full logits."""
-    trees = [trainer.data_collator.encode(trainer.train_dataset[i]) for i in range(rows)]
-    branches = [(tree.trunks[branch.trunk], branch) for tree in trees for branch in tree.branches]
-    return [(slow_logits(trainer.model, *pair).log_softmax(-1), torch.tensor(pair[1].ids)) for pair in branches]
+def slow(trainer, like, reference=None):
+    """`like` with log-probs (and the KL to `reference`) from full logits; and those full log-probs."""
+    branches = slow_scores(trainer)
+
+    def spread(values):
+        return torch.zeros(like.mask.shape).masked_scatter(like.mask, torch.cat(values))
+
+    kl = None if reference is None else spread(slow_kl(branches, reference))
+    return dataclasses.replace(like, logps=spread(of_tokens(branches)), kl=kl), branches
 
 
-def spread(values, mask):
-    return torch.zeros(mask.shape).masked_scatter(mask, torch.cat(values))
+@contextlib.contextmanager
+def as_reference(model, given):
+    """The adapter off, or the frozen copy of a given one."""
+    if not given:
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter("ref")
+    yield
+    model.set_adapter("default")
+    model.set_requires_grad("ref", False)
 
 
-def slow_scores(trainer, like, rows, reference=None):
-    """`like` with log-probs (and the KL to `reference`) from full logits, and the log-probs of all tokens."""
-    found = slow_logps(trainer, rows)
-    logps = spread([values.gather(-1, ids[:, None])[:, 0] for values, ids in found], like.mask)
-    kl = None
-    if reference is not None:
-        pairs = [(policy, ref.detach()) for (policy, _), (ref, _) in zip(found, reference)]
-        kl = spread([(ref.exp() * (ref - policy)).sum(-1) for policy, ref in pairs], like.mask)
-    return dataclasses.replace(like, logps=logps, kl=kl), found
-
-
-def compare(trainer, rows, given):
+def compare(trainer, given=False):
     """Scores of policy and reference, loss and gradients, with what full logits give."""
-    batch = collated(trainer, rows)
+    batch = collated(trainer)
     reference = trainer.reference_scores(batch) if trainer.needs_reference else None
     scores = trainer.concatenated_forward(trainer.model, batch, reference if trainer.needs_kl else None)
-    slow_reference = found = None
+    slow_reference = branches = None
     if reference is not None:
-        with torch.no_grad():
-            if given:
-                trainer.model.set_adapter("ref")
-                slow_reference, found = slow_scores(trainer, reference, rows)
-                trainer.model.set_adapter("default")
-                trainer.model.set_requires_grad("ref", False)
-            else:
-                with trainer.model.disable_adapter():
-                    slow_reference, found = slow_scores(trainer, reference, rows)
+        with torch.no_grad(), as_reference(trainer.model, given):
+            slow_reference, branches = slow(trainer, reference)
         torch.testing.assert_close(reference.logps, slow_reference.logps, **CLOSE)
         assert (scores.logps - reference.logps).abs().max() > 0.05  # else comparing them would say little
-    slow, _ = slow_scores(trainer, scores, rows, found if trainer.needs_kl else None)
-    torch.testing.assert_close(scores.logps, slow.logps, **CLOSE)
+    slow_policy, _ = slow(trainer, scores, branches if trainer.needs_kl else None)
+    torch.testing.assert_close(scores.logps, slow_policy.logps, **CLOSE)
     if trainer.needs_kl:
-        torch.testing.assert_close(scores.kl, slow.kl, **CLOSE)
-    got, want = (
-        trainer.preference_loss(one, other, batch).losses.sum()
-        for one, other in ((scores, reference), (slow, slow_reference))
-    )
+        torch.testing.assert_close(scores.kl, slow_policy.kl, **CLOSE)
+    pairs = (scores, reference), (slow_policy, slow_reference)
+    got, want = (trainer.preference_loss(*pair, batch).losses.sum() for pair in pairs)
     torch.testing.assert_close(got, want, **CLOSE)
     got, want = gradients(trainer, got), gradients(trainer, want)
     assert_same_gradients(got, want)
@@ -130,7 +126,7 @@ def test_a_trained_copy_of_the_head(method, layout, images, tmp_path):
     if method == "lpoi":
         rows = [{**row, "image_list": images[: 2 + i % 2], "images": None} for i, row in enumerate(rows)]
     trainer = adapted_trainer(method, tmp_path, lora(**HEAD), layout=layout, rows=rows, name=name)
-    grads = compare(trainer, 3, given=False)
+    grads = compare(trainer)
     (head,) = (grad for name, grad in grads.items() if "lm_head" in name)
     assert head.norm() > 0
 
@@ -157,7 +153,7 @@ def test_what_else_is_trained_near_the_head(kind, given, tmp_path):
     model, options = KINDS[kind]
     layout = "separate" if model == "bias" else "shared"
     trainer = adapted_trainer("rrpo", tmp_path, lora(text=True, **options), model, given, layout)
-    compare(trainer, 3, given)
+    compare(trainer, given)
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
@@ -186,7 +182,7 @@ def test_low_rank_layers_on_the_head(kind, tmp_path):
         trainer_of("rrpo", tmp_path, ref_model=get_peft_model(fresh()[0], config))
 
 
-def test_low_rank_embeddings_that_share_their_weights_with_the_head(tmp_path):
+def test_low_rank_embeddings_tied_to_the_head(tmp_path):
     options = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
     for given in (False, True):
         with pytest.raises(ValueError, match="lm_head"):
@@ -195,7 +191,7 @@ def test_low_rank_embeddings_that_share_their_weights_with_the_head(tmp_path):
 
 def test_all_linear_leaves_the_head_out(tmp_path):
     trainer = adapted_trainer("dpo", tmp_path, LoraConfig(r=2, target_modules="all-linear"))
-    compare(trainer, 3, given=False)
+    compare(trainer)
 
 
 def test_a_quantized_head(tmp_path):

@@ -8,26 +8,26 @@ from trainer_kit import (
     collated,
     gradients,
     image_rows,
+    of_tokens,
     shake,
-    slow_logits,
+    slow_kl,
+    slow_scores,
     text_rows,
     trainer_of,
 )
 
 
-def by_hand(trainer, example):
-    """Per branch of a row (chosen, rejected, chosen on images 2..N): log-probs, the reference's, KL, phrase tokens."""
-    tree = trainer.data_collator.encode(example)
-    out = []
-    for branch in tree.branches:
-        ids = torch.tensor(branch.ids)[:, None]
-        policy = slow_logits(trainer.model, tree.trunks[branch.trunk], branch).log_softmax(-1)
-        with torch.no_grad(), trainer.model.disable_adapter():
-            reference = slow_logits(trainer.model, tree.trunks[branch.trunk], branch).log_softmax(-1)
-        kl = (reference.exp() * (reference - policy)).sum(-1)
-        phrases = torch.tensor(branch.phrases or [0] * len(branch.ids)).bool()
-        out.append((policy.gather(-1, ids)[:, 0], reference.gather(-1, ids)[:, 0], kl, phrases))
-    return out
+def by_hand(trainer):
+    """Rows of (chosen, rejected, chosen on images 2..N): log-probs, the reference's, KL, phrase tokens of each."""
+    policy = slow_scores(trainer)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        reference = slow_scores(trainer)
+    parts = zip(of_tokens(policy), of_tokens(reference), slow_kl(policy, reference))
+    rows = []
+    for tree in (trainer.data_collator.encode(example) for example in trainer.train_dataset):
+        masks = [torch.tensor(branch.phrases or [0] * len(branch.ids)).bool() for branch in tree.branches]
+        rows.append([(*next(parts), mask) for mask in masks])
+    return rows
 
 
 def dpo(rows, args):
@@ -103,7 +103,7 @@ def test_loss_and_gradients_by_hand(case, name, layout, images, tmp_path):
     if method == "rrpo":  # phrases are a part of the response, on some side
         assert (batch["phrase_mask"] != batch["branch_mask"]).any() and batch["phrase_mask"].any()
     got = trainer.compute_loss(trainer.model, batch)
-    want = formula([by_hand(trainer, example) for example in trainer.train_dataset], trainer.args)
+    want = formula(by_hand(trainer), trainer.args)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
 
@@ -117,7 +117,7 @@ def test_lpoi_by_hand_with_lists_of_different_lengths(name, layout, images, tmp_
     batch = collated(trainer)
     assert (batch["image_branches"] >= 0).sum(-1).tolist() == [2, 3, 4]
     got = trainer.compute_loss(trainer.model, batch)
-    rows = [by_hand(trainer, example) for example in trainer.train_dataset]
+    rows = by_hand(trainer)
     want = lpoi(rows, trainer.args)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
@@ -136,7 +136,7 @@ def test_rrpo_rewards_nothing_outside_the_phrases(images, tmp_path):
         r |= {"chosen_phrases": phrases, "rejected_phrases": []}
     trainer = trainer_of("rrpo", tmp_path, rows, alpha=0.0, beta=1.0)
     shake(trainer.model)
-    hand = [by_hand(trainer, example) for example in trainer.train_dataset]
+    hand = by_hand(trainer)
     masks = [chosen[3] for chosen, _ in hand]
     assert all(0 < m.sum() < len(m) for m in masks) and not any(rejected[3].any() for _, rejected in hand)
     want = sum(-logsigmoid((w - rw)[p].sum()) for (w, rw, _, p), _ in hand) / 2

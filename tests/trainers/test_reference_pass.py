@@ -1,4 +1,4 @@
-"""How the reference is computed: in the policy's precision, and without what is random in the policy's training."""
+"""The reference's pass: in the policy's precision, and without the noise of its training."""
 
 import math
 
@@ -52,7 +52,7 @@ NOISE = {
 
 
 @pytest.mark.parametrize("kind", NOISE)
-def test_what_is_random_in_training_does_not_reach_the_reference(kind, tmp_path):
+def test_training_noise_does_not_reach_the_reference(kind, tmp_path):
     """NEFTune and LoRA's dropout are the policy's. The reference is the same in every pass, and as in evaluation."""
     adapter, options = NOISE[kind]
     model, tokenizer = fresh()

@@ -1,6 +1,7 @@
 """A subclass that changes the loss trains and logs as the very same subclass of `trl.DPOTrainer` does."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from trainer_kit import (
     METHODS,
     QUIET,
     collated,
-    config,
     fresh,
     lora,
     losses_of,
@@ -100,11 +100,7 @@ def theirs_of(folder, kind, rows, **more):
 
 
 def ours_of(folder, kind, rows, method="dpo", **more):
-    config, base = METHODS[method]
-    args = config(str(folder), **{**QUIET, **{k: v for k, v in more.items() if k != "eval_dataset"}})
-    model, tokenizer = fresh()
-    init = {"train_dataset": Dataset.from_list(rows), "eval_dataset": more.get("eval_dataset")}
-    return kind(base)(model, args=args, processing_class=tokenizer, peft_config=lora(text=True), **init)
+    return trainer_of(method, folder, rows, kind=kind(METHODS[method][1]), **more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,51 +127,45 @@ def test_a_changed_loss_trains_and_logs_as_in_trl(kind, tmp_path):
     assert summaries[0] == pytest.approx(summaries[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["leanpo", "rrpo"])
-def test_what_a_subclass_adds_is_logged_on_top(method, tmp_path):
-    """Ragged micro-batches in windows of two steps: the exact mean of the method, and the constant; evaluation too."""
+def prefers_twice(base, terms=True):
+    class Mine(base):
+        def preference_loss(self, scores, reference, batch):
+            out = super().preference_loss(scores, reference, batch)
+            return dataclasses.replace(out, losses=2 * out.losses + 5, terms=out.terms if terms else {})
+
+    return Mine
+
+
+WINDOWS, STEPS = {"logging_steps": 2}, {"logging_steps": 1, "per_device_eval_batch_size": 5}
+CHANGES = {  # method, subclass, what it makes of a loss, given the penalty; options
+    "LeanPO adds": ("leanpo", adds, lambda loss, more: loss + 10 + more, WINDOWS),
+    "RRPO adds": ("rrpo", adds, lambda loss, more: loss + 10 + more, WINDOWS),
+    "prefers": ("leanpo", prefers_twice, lambda loss, _: 2 * loss + 5, STEPS),
+    "prefers, no terms": ("leanpo", partial(prefers_twice, terms=False), lambda loss, _: 2 * loss + 5, STEPS),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_subclass_makes_of_a_loss_is_logged(change, tmp_path):
+    """Exactly: with ragged micro-batches, in training and in an evaluation."""
+    method, kind, expected, options = CHANGES[change]
+    more = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 0.0, **options}
+    more |= {"eval_strategy": "steps", "eval_steps": 2}
     runs = []
-    for kind in (swallows, adds):
-        more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 2}
-        more |= {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.0, "lr_scheduler_type": "constant"}
-        trainer = ours_of(tmp_path, kind, text_rows(7), method, eval_dataset=Dataset.from_list(text_rows(5)), **more)
+    for each in (swallows, kind):
+        trainer = ours_of(tmp_path, each, text_rows(7), method, eval_dataset=Dataset.from_list(text_rows(5)), **more)
         shake(trainer.model)
-        added = 10 + penalty(trainer).item()
-        trainer.train()
-        runs.append(trainer.state.log_history)
-    plain, more = runs
-    assert len(plain) == len(more) == 3
-    for a, b, key in zip(plain, more, ("loss", "eval_loss", "train_loss")):
-        assert b[key] == pytest.approx(a[key] + added, rel=1e-6)
-    weight, part = {"leanpo": (0.5, "loss/nll"), "rrpo": (0.01, "loss/kl")}[method]
-    assert plain[0]["loss"] == pytest.approx(plain[0]["loss/preference"] + weight * plain[0][part], rel=1e-6)
-
-
-@pytest.mark.parametrize("terms", [True, False])
-def test_the_loss_that_a_subclass_prefers_is_logged(terms, tmp_path):
-    """LeanPO's loss, doubled and raised by five: in steps of ragged micro-batches and in an evaluation."""
-
-    def changes(base):
-        class Mine(base):
-            def preference_loss(self, scores, reference, batch):
-                out = super().preference_loss(scores, reference, batch)
-                return dataclasses.replace(out, losses=2 * out.losses + 5, terms=out.terms if terms else {})
-
-        return Mine
-
-    runs = []
-    for kind in (swallows, changes):
-        more = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 0.0}
-        more |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 5}
-        trainer = ours_of(tmp_path, kind, text_rows(7), "leanpo", eval_dataset=Dataset.from_list(text_rows(5)), **more)
-        shake(trainer.model)
+        added = penalty(trainer).item()
         trainer.train()
         runs.append(trainer.state.log_history)
     plain, changed = runs
-    assert len(plain) == len(changed) == 4
-    for a, b, key in zip(plain, changed, ("loss", "loss", "eval_loss", "train_loss")):
-        assert b[key] == pytest.approx(2 * a[key] + 5, rel=1e-6)
+    keys = [*["loss"] * (2 // options["logging_steps"]), "eval_loss", "train_loss"]
+    assert len(plain) == len(changed) == len(keys)
+    for a, b, key in zip(plain, changed, keys):
+        assert b[key] == pytest.approx(expected(a[key], added), rel=1e-6)
         assert not [name for name in b if "pairwise" in name]
+    weight, part = {"leanpo": (0.5, "loss/nll"), "rrpo": (0.01, "loss/kl")}[method]
+    assert plain[0]["loss"] == pytest.approx(plain[0]["loss/preference"] + weight * plain[0][part], rel=1e-6)
 
 
 @pytest.mark.parametrize("outputs", ["scores", "a dict", "replaced"])
@@ -192,12 +182,9 @@ def test_compute_metrics_goes_with_a_changed_loss(outputs, tmp_path):
                 scores = {"mine": 1}
             return (loss + 10, scores) if return_outputs else loss + 10
 
-    args = METHODS["dpo"][0](str(tmp_path), **QUIET)
-    model, tokenizer = fresh()
-    data = Dataset.from_list(text_rows(3))
     seen = lambda prediction: {"rows": len(prediction.predictions[0])}  # noqa: E731
-    trainer = Mine(model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer,
-                   peft_config=lora(text=True), compute_metrics=seen)  # fmt: skip
+    more = {"eval_dataset": Dataset.from_list(text_rows(3)), "compute_metrics": seen}
+    trainer = trainer_of("dpo", tmp_path, text_rows(3), kind=Mine, **more)
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(10.6931, abs=1e-4) and metrics["eval_rows"] == 3
 
@@ -244,8 +231,7 @@ def test_a_loss_of_a_subclass_that_is_not_finite_stops_the_run(tmp_path):
             return loss * float("nan") if self.state.global_step == 1 else loss
 
     options = {"max_steps": 4, "train_sampling_strategy": "sequential"}
-    trainer = Ruined(fresh()[0], args=config("dpo", tmp_path, **options), processing_class=fresh()[1],
-                     train_dataset=Dataset.from_list(text_rows()), peft_config=lora(text=True))  # fmt: skip
+    trainer = trainer_of("dpo", tmp_path, text_rows(), kind=Ruined, **options)
     with pytest.raises(NonFiniteLossError, match=r"at step 1 for: row 2 \(id 't2'\); row 3 \(id 't3'\)"):
         trainer.train()
     assert all(p.isfinite().all() for p in trainable(trainer.model).values())

@@ -1,4 +1,4 @@
-"""How it trains: checkpointing, precision, data loading, resuming, and stopping when the loss is not a number."""
+"""Training: checkpointing, precision, data loading, resuming, and the end when the loss is not a number."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 from trainer_kit import (
     METHODS,
     TEXT_METHODS,
+    Gradients,
     assert_same_gradients,
     collated,
     fresh,
+    history,
     image_rows,
     lora,
     losses_of,
@@ -29,14 +31,6 @@ from transformers import TrainerCallback
 from trl_vpo.errors import NonFiniteLossError
 
 VISUAL = {"critical_box": [4, 4, 40, 30]}
-
-
-CLOCK = ("runtime", "per_second")
-
-
-def history(trainer, skip=CLOCK):
-    """Everything that was logged, without what a clock decides."""
-    return [{k: v for k, v in entry.items() if not k.endswith(skip)} for entry in trainer.state.log_history]
 
 
 # --- memory and precision -----------------------------------------------------------------------------------------
@@ -68,19 +62,6 @@ def test_gradient_checkpointing_changes_no_gradient(method, use_reentrant, image
     assert_same_gradients(got[True], got[False])
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_training_with_gradient_checkpointing_is_training(use_reentrant, tmp_path):
-    runs = []
-    for more in (
-        {},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}},
-    ):
-        trainer = trainer_of("rrpo", tmp_path, **more)
-        trainer.train()
-        runs.append(losses_of(trainer))
-    assert runs[0] == pytest.approx(runs[1], abs=1e-6)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_autocast(method, images, tmp_path):
     """Log-probs, KL and loss stay in float32 and near the exact ones."""
@@ -110,25 +91,6 @@ def test_one_backward_pass_moves_the_loss_down(method, tmp_path):
     trainer.train()
     losses = losses_of(trainer)
     assert losses[-1] < losses[0] - 1e-3
-
-
-@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
-def test_optimizers(optim, tmp_path):
-    trainer = trainer_of("dpo", tmp_path, optim=optim)
-    before = {k: p.clone() for k, p in trainable(trainer.model).items()}
-    trainer.train()
-    assert any(not torch.equal(p, before[k]) for k, p in trainable(trainer.model).items())
-
-
-def test_max_grad_norm_bounds_the_step(tmp_path):
-    moved = []
-    for bound in (1e-3, 0.0):  # 0: no clipping
-        trainer = trainer_of("leanpo", tmp_path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=bound)
-        before = torch.cat([p.flatten() for p in trainable(trainer.model).values()])
-        trainer.train()
-        after = torch.cat([p.flatten() for p in trainable(trainer.model).values()])
-        moved.append((after - before).norm().item())
-    assert moved[0] == pytest.approx(1e-3, rel=1e-2) and moved[1] > 1e-2
 
 
 # --- data loading -------------------------------------------------------------------------------------------------
@@ -199,9 +161,7 @@ def test_resuming_is_as_if_nothing_had_happened(method, kind, tmp_path):
     assert losses_of(resumed) == losses_of(straight) and len(losses_of(straight)) == 6
     skipped = {"num_tokens", "train_loss"}  # counted from the restart on, as TRL and transformers do
     for got, want in zip(history(resumed), history(straight)):
-        assert {k: v for k, v in got.items() if k not in skipped} == {
-            k: v for k, v in want.items() if k not in skipped
-        }
+        assert got | dict.fromkeys(skipped) == want | dict.fromkeys(skipped)
     want = trainable(straight.model)
     assert all(torch.equal(p, want[k]) for k, p in trainable(resumed.model).items())
     batch = collated(straight)
@@ -289,19 +249,12 @@ def test_a_bad_row_stops_evaluation_too(tmp_path):
 
 
 def test_gradients_are_those_of_the_mean_over_pairs(tmp_path):
-    """What the optimiser sees after four accumulated micro-batches is the gradient of one batch of four."""
+    """The optimizer gets the same gradient after four accumulated micro-batches as after one batch of four."""
     grads = []
     for size, steps in ((4, 1), (1, 4)):
-        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        seen = {}
-
-        class Look(TrainerCallback):
-            def on_pre_optimizer_step(self, args, state, control, model, into=seen, **_):
-                into.update({k: p.grad.clone() for k, p in trainable(model).items() if p.grad is not None})
-
-        more = {"max_steps": 1, "max_grad_norm": 0.0, "callbacks": [Look()]}
-        trainer = trainer_of("rrpo", tmp_path, seed=1, **sizes, **more)
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
+        trainer = trainer_of("rrpo", tmp_path, seed=1, max_grad_norm=0.0, callbacks=[seen := Gradients()], **sizes)
         shake(trainer.model)
         trainer.train()
-        grads.append(seen)
+        grads += seen.steps
     assert_same_gradients(grads[1], grads[0])

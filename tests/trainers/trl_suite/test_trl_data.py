@@ -63,11 +63,6 @@ def test_several_processes_for_the_data(hub, tmp_path):
     trains_all(hub("Qwen2.5"), plain(), tmp_path, dataset_num_proc=2)
 
 
-def test_no_data(hub, tmp_path):
-    with pytest.raises(ValueError, match="`train_dataset` is required"):
-        trainer_on(hub("Qwen2.5"), None, tmp_path)
-
-
 # --- lengths and padding ------------------------------------------------------------------------------------------
 
 
@@ -75,30 +70,6 @@ def test_a_row_that_is_too_long(hub, tmp_path):
     """TRL cuts the responses, and drops the row when nothing is left; here nothing is cut."""
     with pytest.raises(RowError, match=r"row \d: \d+ prompt tokens.*max_length=8.*Nothing is cut: raise max_length"):
         trainer_on(hub("Qwen2.5"), plain(), tmp_path, max_length=8).train()
-
-
-def test_a_length_that_holds_every_row(hub, tmp_path):
-    trains_all(hub("Qwen2.5"), plain(), tmp_path, max_length=64)
-
-
-def test_which_end_is_kept(hub, tmp_path):
-    with pytest.raises(ValueError, match=r"truncation_mode.*never truncated"):
-        trainer_on(hub("Qwen2.5"), plain(), tmp_path, max_length=8, truncation_mode="keep_end")
-
-
-def test_padding_free(hub, tmp_path):
-    """TRL itself accepts it and pads; so a sentence is what there is to give."""
-    with pytest.raises(ValueError, match="padding_free"):
-        trainer_on(hub("Qwen2.5"), plain(), tmp_path, padding_free=True)
-
-
-@pytest.mark.parametrize("layout", ["shared", "separate"])
-def test_padding_to_a_multiple(layout, hub, tmp_path):
-    trainer = trainer_on(hub("Qwen2.5"), plain(), tmp_path, pad_to_multiple_of=8, layout=layout)
-    lengths = []
-    trainer.model.model.embed_tokens.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
-    trainer.train()
-    assert lengths and all(length % 8 == 0 for length in lengths)
 
 
 @pytest.mark.parametrize("collator", [DataCollatorForPreference(pad_token_id=0), default_data_collator])

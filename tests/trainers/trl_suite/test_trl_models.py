@@ -1,17 +1,14 @@
-"""What TRL's DPO tests ask of text models and adapters, asked of `VisualDPOTrainer`."""
+"""The demands of TRL's DPO tests on text models and adapters, made of `VisualDPOTrainer`."""
 
 import json
 
 import pytest
 import torch
-from families import write_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 from trl_standins import TEXT_MODELS, conversations, plain, text_standin
 from trl_training import (
     assert_same_as_trl,
-    moved,
-    parameters,
     steps,
     trainer_on,
     trains_adapter,
@@ -27,33 +24,6 @@ def test_full_fine_tuning(name, hub, tmp_path):
     trainer = trainer_on(hub(name), rows, tmp_path / "ours", **more)
     assert_same_as_trl(trainer, rows, tmp_path / "theirs", **more)
     assert steps(trainer) == set(dict(trainer.model.named_parameters()))
-
-
-@pytest.mark.parametrize("name", EXPERTS)
-def test_the_load_balancing_loss(name, hub, tmp_path):
-    with pytest.raises(ValueError, match=r"load-balancing loss.*not implemented.*router_aux_loss_coef=0\.0"):
-        trainer_on(hub(name), conversations(), tmp_path)
-
-
-def test_a_model_object(hub, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(hub("Qwen2.5"))
-    trainer = trains_all(model, plain(), tmp_path)
-    assert trainer.model is model and trainer.ref_model is not model
-
-
-def test_a_given_reference_stays_as_it_was(hub, tmp_path):
-    reference = AutoModelForCausalLM.from_pretrained(hub("Qwen2.5"))
-    before = parameters(reference)
-    trainer = trains_all(hub("Qwen2.5"), plain(), tmp_path, ref_model=reference)
-    assert trainer.ref_model is reference and moved(reference, before) == set()
-
-
-def test_a_synchronised_reference_moves(hub, tmp_path):
-    more = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6}
-    trainer = trainer_on(hub("Qwen2.5"), plain(), tmp_path, **more)
-    before = parameters(trainer.ref_model)
-    trainer.train()
-    assert moved(trainer.ref_model, before) == set(before)
 
 
 def test_float16_weights(hub, tmp_path):
@@ -109,15 +79,6 @@ def test_an_adapter_on_the_experts(hub, tmp_path):
 
 def test_full_fine_tuning_with_gradient_checkpointing(hub, tmp_path):
     trains_all(hub("Qwen2.5"), plain(), tmp_path, gradient_checkpointing=True)
-
-
-def test_four_bits(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    model, tokenizer = text_standin("Qwen2.5", hidden_size=64, intermediate_size=128)  # what that takes on a CPU
-    folder = write_model(tmp_path / "base", model, tokenizer)
-    more = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "bf16": True}
-    trainer = trains_adapter(folder, plain(), tmp_path / "out", peft_config=LoraConfig(), **more)
-    assert trainer.model.is_loaded_in_4bit
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig()], ids=["full", "adapter"])
