@@ -30,36 +30,17 @@ PENDING = {
     "arrows": {
         "evaluate.lmms.run -> generate.config",
     },
-    "circles": {
-        "testbed.pretraining testbed.tiny_vlm",
-    },
     "inits": {
         "generate",
     },
     "lines": {
         "tests/training/test_resume.py",
-        "tests/evaluate/test_evaluate_run.py",
         "tests/evaluate/test_lmms.py",
-        "tests/forward/test_scoring.py",
         "tests/runs/test_store.py",
-        "tests/trainers/test_precompute.py",
-        "tests/trainers/test_trainers.py",
     },
     "names": {
-        "tests/evaluate/test_evaluate_run.py",
         "tests/evaluate/test_lmms.py",
-        "tests/forward/test_layouts.py",
-        "tests/forward/test_scoring.py",
         "tests/test_recipes.py",
-        "tests/testbed/test_base.py",
-        "tests/testbed/test_selfmade.py",
-        "tests/testbed/test_world.py",
-        "tests/trainers/test_from_python.py",
-        "tests/trainers/test_head_adapters.py",
-        "tests/trainers/test_metrics.py",
-        "tests/trainers/test_precompute.py",
-        "tests/trainers/test_reference.py",
-        "tests/trainers/test_reference_pass.py",
     },
 }
 
