@@ -140,22 +140,17 @@ BASIC = ["Yes.", "Yes", "No", "I cannot tell", "Yes, no doubt"]
 HALLUCINATED = ["No.", "Yes", "No", "Yes", "There is no dog, yes"]
 
 
-def test_pairs_under_the_benchmarks_rule():
-    answers = score_pairs(BASIC, HALLUCINATED)
-    np.testing.assert_array_equal(answers.basic_yes, [1, 1, 0, 0, 1])
-    np.testing.assert_array_equal(answers.hallucinated_no, [1, 0, 1, 0, 1])
-    np.testing.assert_array_equal(answers.both_right, [1, 0, 0, 0, 1])
-    np.testing.assert_array_equal(answers.yes, [1, 2, 0, 1, 1])
-    np.testing.assert_array_equal(answers.wrong, [0, 1, 1, 2, 0])
-    np.testing.assert_array_equal(answers.unparsed, [0, 0, 0, 1, 0])
+# both right, answers that are yes, wrong ones, unparsed ones
+PAIRS = {
+    "videohallucer": ([1, 0, 0, 0, 1], [1, 2, 0, 1, 1], [0, 1, 1, 2, 0], [0, 0, 0, 1, 0]),
+    "strict": ([1, 0, 0, 0, 0], [1, 2, 0, 1, 0], [0, 1, 1, 2, 2], [0, 0, 0, 1, 2]),
+}
 
 
-def test_pairs_under_the_strict_rule():
-    answers = score_pairs(BASIC, HALLUCINATED, "strict")
-    np.testing.assert_array_equal(answers.both_right, [1, 0, 0, 0, 0])
-    np.testing.assert_array_equal(answers.yes, [1, 2, 0, 1, 0])
-    np.testing.assert_array_equal(answers.wrong, [0, 1, 1, 2, 2])
-    np.testing.assert_array_equal(answers.unparsed, [0, 0, 0, 1, 2])
+@pytest.mark.parametrize("rule", PAIRS)
+def test_pairs_of_questions(rule):
+    answers = score_pairs(BASIC, HALLUCINATED, rule)
+    np.testing.assert_array_equal(PAIRS[rule], [answers.both_right, answers.yes, answers.wrong, answers.unparsed])
 
 
 def test_pairs_must_be_pairs():

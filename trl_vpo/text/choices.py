@@ -116,18 +116,11 @@ def check_choice(response: str, options: Mapping[str, str], answer: str) -> Answ
 def by_letter(response: str, options: Sequence[str], answer_index: int) -> bool | None:
     """Return whether a response names the right option; None where it names none, several, or hedges.
 
-    Args:
-        options: (K,) the options' texts, which the question called A, B, C, ... in this order; at most 26.
-        answer_index: which one is right, from 0.
-
-    Raises:
-        ValueError: an index outside of the options, or more options than letters.
+    The question called the options' texts A, B, C, ... in this order; `answer_index` counts from 0.
     """
-    if len(options) > len(ascii_uppercase):
-        raise ValueError(f"{len(options)} options: there are letters for {len(ascii_uppercase)}.")
-    _check_index(answer_index, len(options))
-    named = read_choice(response, dict(zip(ascii_uppercase, options))).value
-    return None if named is None else named == ascii_uppercase[answer_index]
+    letters = ascii_uppercase[: len(options)]
+    named = read_choice(response, dict(zip(letters, options))).value
+    return None if named is None else named == letters[answer_index]
 
 
 def by_logprob(option_logps: Sequence[float], answer_index: int, lengths: Sequence[int] | None = None) -> float:
@@ -139,24 +132,15 @@ def by_logprob(option_logps: Sequence[float], answer_index: int, lengths: Sequen
         lengths: (K,) tokens of each option: compare the log-probs per token, so that short options have no head start.
 
     Raises:
-        ValueError: no options, nan, an index outside of them, or lengths that do not fit.
+        ValueError: no option is possible, or a log-prob is nan.
     """
     scores = np.asarray(option_logps, dtype=np.float64)
-    if scores.ndim != 1 or not len(scores) or np.isnan(scores).any() or np.isneginf(scores).all():
+    if np.isnan(scores).any() or not np.isfinite(scores).any():
         raise ValueError(f"option log-probs {scores.tolist()}: give one number for each option.")
-    _check_index(answer_index, len(scores))
     if lengths is not None:
-        tokens = np.asarray(lengths)
-        if tokens.shape != scores.shape or (tokens < 1).any():
-            raise ValueError(f"lengths {tokens.tolist()} for {len(scores)} options: give each one's tokens.")
-        scores = scores / tokens
+        scores = scores / np.asarray(lengths)
     best = scores == scores.max()
     return float(best[answer_index] / best.sum())
-
-
-def _check_index(answer_index: int, count: int) -> None:
-    if not 0 <= answer_index < count:
-        raise ValueError(f"answer_index {answer_index} is not one of the {count} options, which count from 0.")
 
 
 def read_choice(response: str, options: Mapping[str, str]) -> Reading:
