@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from scripted_models import ScriptedModel, text_of
 
 from trl_vpo.errors import JudgeError
 from trl_vpo.generate.config import check_template
@@ -18,7 +19,7 @@ from trl_vpo.generate.judge import (
     read_rewrite,
     show_differences,
 )
-from trl_vpo.models.requests import AnsweringModel, Sampling
+from trl_vpo.models.requests import Sampling
 from trl_vpo.text.responses import Failure
 
 RED_BLUE = Difference("attribute", "red", "blue")
@@ -28,18 +29,10 @@ TRUTH = "A red square moves slowly to the left of the frame."
 SAMPLING = Sampling(100, 0.0)
 
 
-class Judge(AnsweringModel):
-    """Replies by list: the n-th call gives the n-th list. Keeps what it was asked."""
-
-    def __init__(self, *calls):
-        self.calls, self.asked = list(calls), []
-
-    def answer(self, requests, sampling):
-        self.asked.append((list(requests), sampling))
-        return self.calls[len(self.asked) - 1]
-
-    def record(self):
-        return {"model": "judge", "adapter": None, "revision": None}
+def replies(*texts):
+    """A judge that gives these replies, one after the other."""
+    queue = iter(texts)
+    return ScriptedModel(lambda request: next(queue))
 
 
 @pytest.mark.parametrize(
@@ -133,23 +126,23 @@ def question(number):
 
 
 def test_what_could_not_be_read_is_asked_once_more():
-    judge = Judge([REPLY, "garbage", Failure("cut off"), "more {garbage}"], [REPLY, REPLY, '{"correct": 1}'])
-    said = ask(judge, [question(n) for n in range(4)], SAMPLING)
-    assert said[:3] == [WRONG] * 3
-    assert said[3] == Failure('"correct" has to be true or false and "differences" a list')
-    (first, sampling), (second, _) = judge.asked
+    judge = replies(REPLY, "garbage", Failure("cut off"), "more {garbage}", REPLY, REPLY, '{"correct": 1}')
+    results = ask(judge, [question(n) for n in range(4)], SAMPLING)
+    assert results[:3] == [WRONG] * 3
+    assert results[3] == Failure('"correct" has to be true or false and "differences" a list')
+    (first, sampling), (second, _) = judge.calls
     assert sampling is SAMPLING and [request.seed for request in first] == [0, 1, 2, 3]
     assert [request.seed for request in second] == [101, 102, 103]
-    texts = [request.messages[0]["content"][0]["text"] for request in second]
+    texts = [text_of(request) for request in second]
     assert texts[0].startswith("prompt 1 {}\n\nAn earlier reply could not be used: there is no JSON object in it.")
     assert "could not be used: cut off." in texts[1]
     assert all(request.messages[0]["role"] == "user" and not request.media.videos for request in first + second)
 
 
 def test_nothing_is_asked_twice_without_need():
-    judge = Judge([REPLY])
+    judge = replies(REPLY)
     assert ask(judge, [question(0)], SAMPLING) == [WRONG] and len(judge.asked) == 1
-    assert ask(Judge(), [], SAMPLING) == []
+    assert ask(judge, [], SAMPLING) == []
 
 
 def test_the_prompts_show_the_form_of_the_reply():

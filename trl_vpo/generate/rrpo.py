@@ -73,6 +73,7 @@ class _Work:
     media: Media
     task: Task
     tries: list[_Try] = field(default_factory=list)
+    judged: bool = False  # its answers are open-ended, and a judge checks them
     rejected: str | None = None
     stop: tuple[str, str] | None = None
 
@@ -106,9 +107,9 @@ class RRPOPipeline(Pipeline):
             )
 
     def preview(self, row: InputRow, media: Media) -> list[tuple[str, Request]]:
-        work = _Work(row, media, self._task(row))
+        work = self._work(row, media)
         steps = [(f"{work.task.kind} question on perturbed media", self._request(work, self._next_try(work)))]
-        if not self._judged(work):
+        if not work.judged:
             return steps
         if self.judge is None and not self.config.judge_url:
             return [(f"{steps[0][0]}; left out: an open-ended answer needs a judge", steps[0][1])]
@@ -120,16 +121,14 @@ class RRPOPipeline(Pipeline):
         return steps + [(title, request(text, self._seed(work, title))) for title, text in prompts.items()]
 
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
-        works = [_Work(row, media, self._task(row)) for row, media in batch]
+        works = [self._work(row, media) for row, media in batch]
         for work in works:
             self._begin(work)
         for _ in range(self.config.attempts):
             self._attempt([work for work in works if not work.stop and not work.wrong])
         wrong = [work for work in works if work.wrong]
-        self._rewrite([work for work in wrong if self._judged(work)])
-        for work in wrong:
-            if not self._judged(work):
-                self._reject_in_form(work)
+        self._rewrite([work for work in wrong if work.judged])
+        self._reject_in_form([work for work in wrong if not work.judged])
         return [self._outcome(work) for work in works]
 
     def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
@@ -137,14 +136,15 @@ class RRPOPipeline(Pipeline):
 
     # --- the model's answers ------------------------------------------------------------------------------------
 
-    def _judged(self, work: _Work) -> bool:
-        return work.task.kind == "open" and self.config.open_check == "judge"
+    def _work(self, row: InputRow, media: Media) -> _Work:
+        task = self._task(row)
+        return _Work(row, media, task, judged=task.kind == "open" and self.config.open_check == "judge")
 
     def _seed(self, work: _Work, purpose: str) -> int:
         return stream_seed(self.config.seed, work.row.id, purpose)
 
     def _begin(self, work: _Work) -> None:
-        if self._judged(work) and self.judge is None:
+        if work.judged and self.judge is None:
             work.stop = (
                 "open-ended without a judge",
                 f"the answer {work.task.answer!r} is open-ended, and there is no judge: set judge_url and "
@@ -167,7 +167,7 @@ class RRPOPipeline(Pipeline):
         return Request([work.row.user_message(text)], media, self._seed(work, f"answer {len(work.tries)}"))
 
     def _attempt(self, works: list[_Work]) -> None:
-        """One more perturbation for each: the model answers, and the rules or the judge check."""
+        """Perturb each once more; the model answers, and the rules or the judge check."""
         if not works:
             return
         tries = [self._next_try(work) for work in works]
@@ -180,7 +180,7 @@ class RRPOPipeline(Pipeline):
                 attempt.kind, attempt.why = "no answer", f"no answer ({answer.reason})"
                 continue
             attempt.answer = answer
-            if self._judged(work):
+            if work.judged:
                 asked.append(work)
                 continue
             check = work.task.check(answer)
@@ -237,14 +237,15 @@ class RRPOPipeline(Pipeline):
 
     # --- rows ---------------------------------------------------------------------------------------------------
 
-    def _reject_in_form(self, work: _Work) -> None:
-        """The wrong answer as it is trained on; what a rule found wrong, it must find wrong in this form, too."""
-        attempt = work.tries[-1]
-        work.rejected = work.task.rejected(attempt.answer, attempt.parsed)
-        check = work.task.check(work.rejected)
-        if check.result != WRONG and not attempt.differences:
-            why = check.why or "is right"
-            work.stop = ("undecided", f"{attempt.answer!r} is wrong, but in its trained form {work.rejected!r} {why}.")
+    def _reject_in_form(self, works: list[_Work]) -> None:
+        """Set the wrong answer as it is trained on; what a rule found wrong must be wrong in this form, too."""
+        for work in works:
+            answer = work.tries[-1].answer
+            work.rejected = work.task.rejected(answer, work.tries[-1].parsed)
+            check = work.task.check(work.rejected)
+            if check.result != WRONG and not work.tries[-1].differences:
+                why = check.why or "is right"
+                work.stop = ("undecided", f"{answer!r} is wrong, but in its trained form {work.rejected!r} {why}.")
 
     def _outcome(self, work: _Work) -> Outcome:
         notes: dict[str, Any] = {"answer_kind": work.task.kind, "tries": [[t.mode, t.result] for t in work.tries]}

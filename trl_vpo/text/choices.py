@@ -160,15 +160,15 @@ def read_choice(response: str, options: Mapping[str, str]) -> Reading:
        none, the texts. Two different ones (`A or B`) leave the answer undecided, and so does a letter with only
        another option's text (`B. a blue circle` where that is C).
     """
-    found, labels, mentions = _mentions(response, options)
+    tokens, labels, mentions = _mentions(response, options)
     inside = {i for start, end, _ in mentions for i in range(start, end)}
-    if hedged([word.text for i, word in enumerate(found) if i not in inside]):
+    if hedged([word.text for i, word in enumerate(tokens) if i not in inside]):
         return Reading(why="leaves it open")
     stated = [
-        i for i in labels if any(word.text == "answer" and word.sentence == found[i].sentence for word in found[:i])
+        i for i in labels if any(word.text == "answer" and word.sentence == tokens[i].sentence for word in tokens[:i])
     ]
-    letters = _affirmed(found, stated) or _affirmed(found, labels)
-    quoted = {letter for start, end, letter in mentions if not negated(found, start, end)}
+    letters = _affirmed(tokens, stated) or _affirmed(tokens, labels)
+    quoted = {letter for start, end, letter in mentions if not negated(tokens, start, end)}
     if len(letters) == 1 and quoted and not letters & quoted:
         return Reading(why=f"names {letters.pop()} with the text of {' and '.join(sorted(quoted))}")
     named = sorted(letters or quoted)
@@ -177,8 +177,8 @@ def read_choice(response: str, options: Mapping[str, str]) -> Reading:
     return Reading(named[0])
 
 
-def _affirmed(found: Sequence[Word], labels: Sequence[int]) -> set[str]:
-    return {found[i].text[2].upper() for i in labels if not negated(found, i, i + 1)}
+def _affirmed(tokens: Sequence[Word], labels: Sequence[int]) -> set[str]:
+    return {tokens[i].text[2].upper() for i in labels if not negated(tokens, i, i + 1)}
 
 
 def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], list[int], list[tuple[int, int, str]]]:
@@ -187,8 +187,8 @@ def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], li
     if not any(re.search(r"\b(?:because|since)\b", option, re.IGNORECASE) for option in options.values()):
         text = re.sub(r"\b(?:because|since)\b[^.,;!?]*", " ", text, flags=re.IGNORECASE)
     articles = (re.match(r"a (\w+)", normalize(option), re.IGNORECASE) for option in options.values())
-    found = without_articles(words(_marked(text, letters, {match[1] for match in articles if match})))
-    keys = [stem(word.text) for word in found]
+    tokens = without_articles(words(_marked(text, letters, {match[1] for match in articles if match})))
+    keys = [stem(word.text) for word in tokens]
     contents = {letter: _option_words(normalize(option), letters) for letter, option in options.items()}
     mentions: list[tuple[int, int, str]] = []
     taken: dict[int, list[str]] = {}  # the words of texts found so far, longest first, and which texts
@@ -198,8 +198,8 @@ def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], li
             if all(taken.get(i, content) == content for i in span):
                 taken |= dict.fromkeys(span, content)
                 mentions.append((start, start + len(content), letter))
-    labels = [i for i, word in enumerate(found) if _LABEL.fullmatch(word.text) and i not in taken]
-    return found, labels, mentions
+    labels = [i for i, word in enumerate(tokens) if _LABEL.fullmatch(word.text) and i not in taken]
+    return tokens, labels, mentions
 
 
 def _option_words(option: str, letters: str) -> list[str]:

@@ -83,14 +83,14 @@ def statement(response: str) -> str:
 
 def words(text: str) -> list[Word]:
     """Return the words of a normalized text, number words and thousands as digits, a sign with its number."""
-    found, clause, sentence, sign = [], 0, 0, ""
+    tokens, clause, sentence, sign = [], 0, 0, ""
     for start, end in split_words(text):
         token = text[start:end].casefold()
         if token == "%":
             token = "percent"
         if any(character.isalnum() for character in token):
             clause += token == "but"
-            found.append(Word(sign + _number(token), clause, sentence))
+            tokens.append(Word(sign + _number(token), clause, sentence))
             sign = ""
             continue
         alone = start == 0 or text[start - 1] in " ("
@@ -99,15 +99,15 @@ def words(text: str) -> list[Word]:
             continue
         clause += 1
         sentence += token in ".!?。！？"
-    return _joined_numbers(found)
+    return _joined_numbers(tokens)
 
 
-def texts(found: Sequence[Word]) -> list[str]:
-    return [word.text for word in found]
+def texts(tokens: Sequence[Word]) -> list[str]:
+    return [word.text for word in tokens]
 
 
-def without_articles(found: Sequence[Word]) -> list[Word]:
-    return [word for word in found if word.text not in ARTICLES]
+def without_articles(tokens: Sequence[Word]) -> list[Word]:
+    return [word for word in tokens if word.text not in ARTICLES]
 
 
 def content_words(text: str) -> list[str]:
@@ -120,25 +120,25 @@ def same_words(text: str, other: str) -> bool:
     return content_words(normalize(text)) == content_words(normalize(other))
 
 
-def hedged(found: Sequence[str]) -> bool:
+def hedged(tokens: Sequence[str]) -> bool:
     """Return whether these words leave open what is said: `not sure`, `cannot tell`, `maybe`, `either ... or`."""
-    return bool(_HEDGE.search(" ".join(found)))
+    return bool(_HEDGE.search(" ".join(tokens)))
 
 
-def places(found: Sequence[str], part: Sequence[str]) -> list[int]:
-    """Return the positions at which `part` begins in `found`."""
-    return [i for i in range(len(found) - len(part) + 1) if part and list(found[i : i + len(part)]) == list(part)]
+def places(tokens: Sequence[str], part: Sequence[str]) -> list[int]:
+    """Return the positions at which `part` begins in `tokens`."""
+    return [i for i in range(len(tokens) - len(part) + 1) if part and list(tokens[i : i + len(part)]) == list(part)]
 
 
-def negated(found: Sequence[Word], start: int, end: int) -> bool:
+def negated(tokens: Sequence[Word], start: int, end: int) -> bool:
     """Return whether the words [start, end) are denied: `I don't think it is B`, `rule out B`, `B is wrong`.
 
     Any negator before them in the clause denies them, and so does a denial among the three words behind them if the
     first of these is an auxiliary.
     """
-    clauses = {word.clause for word in found[start:end]}
-    before = {word.text for word in found[:start] if word.clause in clauses}
-    after = [word.text for word in found[end : end + 3] if word.clause in clauses]
+    clauses = {word.clause for word in tokens[start:end]}
+    before = {word.text for word in tokens[:start] if word.clause in clauses}
+    after = [word.text for word in tokens[end : end + 3] if word.clause in clauses]
     return bool(
         before & (NEGATORS | _RULED_OUT) or (after and after[0] in AUXILIARIES and _DENIALS.intersection(after))
     )
@@ -153,11 +153,11 @@ def _number(token: str) -> str:
     return token.rstrip("0").rstrip(".") if re.fullmatch(r"\d+\.\d+", token) else token
 
 
-def _joined_numbers(found: list[Word]) -> list[Word]:
+def _joined_numbers(tokens: list[Word]) -> list[Word]:
     """Write number words as digits: `twenty-one` -> 21, `two hundred` -> 200, `a dozen` -> 12."""
     joined: list[Word] = []
     number: tuple[int, int] | None = None  # what the last word stands for: (thousands and millions, the rest)
-    for word in found:
+    for word in tokens:
         extended = _extended(number, word.text) if number and joined[-1].clause == word.clause else None
         if extended:
             joined.pop()

@@ -111,56 +111,56 @@ def check_yes_no(response: str, answer: str, question: str = "") -> AnswerCheck:
     return read_yes_no(response, question).check(truth)
 
 
-def _polar(found: Sequence[Word], at: int) -> str | None:
+def _polar(tokens: Sequence[Word], at: int) -> str | None:
     """Return the yes or no that a word is, unlike the `no` of `No cars are visible`, `No parking` or `No. 5`."""
-    if at >= len(found) or found[at].text not in _POLAR:
+    if at >= len(tokens) or tokens[at].text not in _POLAR:
         return None
-    alone = at + 1 == len(found) or found[at + 1].clause > found[at].clause or found[at + 1].text in _SUBJECTS
-    return _POLAR[found[at].text] if alone else None
+    alone = at + 1 == len(tokens) or tokens[at + 1].clause > tokens[at].clause or tokens[at + 1].text in _SUBJECTS
+    return _POLAR[tokens[at].text] if alone else None
 
 
 def _words(text: str) -> list[Word]:
     return words(re.sub(r"\bno\.\s*(?=\d)", "number ", text, flags=re.IGNORECASE))
 
 
-def _careful(found: list[Word], question: list[Word]) -> Reading:
-    if hedged(texts(found)):
+def _careful(tokens: list[Word], question: list[Word]) -> Reading:
+    if hedged(texts(tokens)):
         return Reading(why="leaves it open")
-    spoken = {_POLAR[word.text] for word in found if word.text in _POLAR}
-    at = _LEAD.match(" ".join(texts(found)))[0].count(" ")
-    value = _polar(found, at)
+    spoken = {_POLAR[word.text] for word in tokens if word.text in _POLAR}
+    at = _LEAD.match(" ".join(texts(tokens)))[0].count(" ")
+    value = _polar(tokens, at)
     if value is None:
-        return Reading(why="says yes only in passing") if "yes" in spoken else _repeated(found, question)
-    parts = [list(part) for _, part in groupby(found[at + 1 :], key=lambda word: word.clause)]
+        return Reading(why="says yes only in passing") if "yes" in spoken else _repeated(tokens, question)
+    parts = [list(part) for _, part in groupby(tokens[at + 1 :], key=lambda word: word.clause)]
     stated = {_repeated(part, question).value for part in parts}
     if len(spoken | stated - {None}) > 1:
         return Reading(why="says both yes and no")
-    verbs = {word.clause for word in found if word.text in AUXILIARIES}
-    if value == "yes" and any(word.text == "not" and word.clause in verbs for word in found):
+    verbs = {word.clause for word in tokens if word.text in AUXILIARIES}
+    if value == "yes" and any(word.text == "not" and word.clause in verbs for word in tokens):
         return Reading(why="says yes and denies something")
     return Reading(value)
 
 
-def _repeated(found: list[Word], question: list[Word]) -> Reading:
+def _repeated(tokens: list[Word], question: list[Word]) -> Reading:
     """Read one sentence that repeats the question, rule 3 of `read_yes_no`."""
     unread = Reading(why="says neither yes nor no")
-    said, asked = texts(found), texts(question)
-    denials = sum(word in ("not", "no") for word in said)
-    if not found or found[0].sentence != found[-1].sentence or denials > 1 or NEGATORS.intersection(asked):
+    answer, asked = texts(tokens), texts(question)
+    denials = sum(word in ("not", "no") for word in answer)
+    if not tokens or tokens[0].sentence != tokens[-1].sentence or denials > 1 or NEGATORS.intersection(asked):
         return unread
-    if said[0] in AUXILIARIES:  # the question again
+    if answer[0] in AUXILIARIES:  # the question again
         return unread
     value = Reading("no" if denials else "yes")
-    pronoun = said[0] in _PRONOUNS
-    if len(said) == 2 + denials and (pronoun or said[0] == "there") and said[1] in AUXILIARIES:
+    pronoun = answer[0] in _PRONOUNS
+    if len(answer) == 2 + denials and (pronoun or answer[0] == "there") and answer[1] in AUXILIARIES:
         return value
-    content, expected = _content(said), _content(asked)
+    content, expected = _content(answer), _content(asked)
     same = content == expected or (pronoun and not _PRONOUNS.intersection(asked) and content == expected[1:])
     return value if content and same else unread
 
 
-def _content(found: Sequence[str]) -> list[str]:
-    return [stem(word) for word in _SCENE.sub(" ", " ".join(found)).split() if word not in _SMALL]
+def _content(tokens: Sequence[str]) -> list[str]:
+    return [stem(word) for word in _SCENE.sub(" ", " ".join(tokens)).split() if word not in _SMALL]
 
 
 # --- pairs of questions -----------------------------------------------------------------------------------------
@@ -214,4 +214,4 @@ def score_pairs(basic: Sequence[str], hallucinated: Sequence[str], rule: Rule = 
         [read_yes_no(response, rule=rule, expected=expected).value for response in side]
         for side, expected in ((basic, "yes"), (hallucinated, "no"))
     ]
-    return PairedAnswers(*(np.array([said == word for said in side], bool) for side in sides for word in _POLES))
+    return PairedAnswers(*(np.array([answer == word for answer in side], bool) for side in sides for word in _POLES))
