@@ -54,11 +54,11 @@ RETRY = "\n\nAn earlier reply could not be used: {why}. Reply with the JSON obje
 
 @dataclass(frozen=True)
 class Difference:
-    """One mistake: `kind` is one of `KINDS`, `truth` and `answer` are what the two texts say."""
+    """One mistake."""
 
-    kind: str
-    truth: str
-    answer: str
+    kind: str  # one of `KINDS`
+    truth: str  # words of the ground truth
+    answer: str  # words of the answer
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,11 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Question:
-    """One question to the judge.
-
-    Attributes:
-        prompt: its text.
-        seeds: of the first request and of the second, if there has to be one.
-        read: reply -> what it says; raises JudgeError.
-    """
+    """One question to the judge."""
 
     prompt: str
-    seeds: tuple[int, int]
-    read: Callable[[str], Any]
+    seeds: tuple[int, int]  # of the first request and of the second, if there has to be one
+    read: Callable[[str], Any]  # reply -> what it says; raises JudgeError
 
 
 def request(prompt: str, seed: int) -> Request:
@@ -108,10 +102,8 @@ def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling
 
 
 def _read(question: Question, reply: str | Failure) -> Any:
-    if isinstance(reply, Failure):
-        return reply
     try:
-        return question.read(reply)
+        return reply if isinstance(reply, Failure) else question.read(reply)
     except JudgeError as error:
         return Failure(str(error))
 
@@ -132,11 +124,7 @@ def read_judgement(reply: str) -> Judgement:
 
 
 def read_rewrite(reply: str, truth: str, max_changed: float) -> str:
-    """Read the reply to `REWRITE_PROMPT`: the ground truth with other words in it.
-
-    Args:
-        truth: the ground truth.
-        max_changed: largest share of words, of either text, that may differ.
+    """Read the reply to `REWRITE_PROMPT`: the ground truth with other words, in a share of `max_changed` at most.
 
     Raises:
         JudgeError: no JSON object of the form asked for, a text that says the same as the ground truth, or one that

@@ -20,23 +20,14 @@ KINDS = ("choice", "yes_no", "short", "open")
 
 @dataclass(frozen=True)
 class Task:
-    """One question.
+    """One question and its ground truth."""
 
-    Attributes:
-        question: as it is trained on; a multiple-choice question lists its options.
-        answer: the ground truth.
-        kind: one of `KINDS`.
-        options: letter -> text of a multiple-choice question.
-        short_words: the most words of a short answer.
-        fixed: short answers come from a fixed vocabulary: other words are wrong.
-    """
-
-    question: str
-    answer: str
-    kind: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    short_words: int = SHORT_WORDS
-    fixed: bool = False
+    question: str  # as it is trained on; a multiple-choice question lists its options
+    answer: str  # the ground truth
+    kind: str  # one of `KINDS`
+    options: Mapping[str, str] = field(default_factory=dict)  # letter -> text of a multiple-choice question
+    short_words: int = SHORT_WORDS  # the most words of a short answer
+    fixed: bool = False  # short answers come from a fixed vocabulary: other words are wrong
 
     def check(self, response: str) -> AnswerCheck:
         """Check a response by the rule of its kind; open-ended ones by `check_exact`."""

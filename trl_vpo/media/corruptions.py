@@ -27,49 +27,30 @@ from trl_vpo.media.load import Clip, Media
 
 @dataclass(frozen=True)
 class DamageSettings:
-    """The ranges that damage is drawn from; the defaults are the paper's.
+    """The ranges that damage is drawn from; the defaults are the paper's."""
 
-    Attributes:
-        num_frames: frames left of a clip; all of a shorter one.
-        area: share of the frame that the crop keeps.
-        ratio: width / height of the crop, drawn evenly in its logarithm. In a frame too narrow for it, the crop is
-            cut to the frame.
-        brightness, contrast, saturation: factors are drawn from 1 - value to 1 + value.
-        hue: shift, drawn from -value to value in turns of the colour circle.
-        jitter_p, grey_p, flip_p: how often there is colour jitter, greyscale, a flip.
-        blur_sigma: pixels of the frame's own size; there always is blur, as no probability is given for it.
-    """
-
-    num_frames: int = 2
-    area: tuple[float, float] = (0.08, 0.30)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    brightness: float = 0.4
+    num_frames: int = 2  # left of a clip; all of a shorter one
+    area: tuple[float, float] = (0.08, 0.30)  # share of the frame that the crop keeps
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, drawn evenly in its logarithm
+    brightness: float = 0.4  # the factor is drawn from 1 - value to 1 + value, as the next two are
     contrast: float = 0.4
     saturation: float = 0.2
-    hue: float = 0.1
-    jitter_p: float = 0.8
+    hue: float = 0.1  # shift, drawn from -value to value in turns of the colour circle
+    jitter_p: float = 0.8  # how often there is colour jitter, as grey_p and flip_p
     grey_p: float = 0.2
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels; there always is blur, as no probability is given for it
     flip_p: float = 0.5
 
 
 @dataclass(frozen=True)
 class Damage:
-    """The damage of one clip or image.
+    """The damage of one clip or image."""
 
-    Attributes:
-        frames: positions of the frames that are left, ascending.
-        crop: (top, left, height, width) in pixels; scaled back to the size of the frame.
-        jitter: (name, factor) of brightness, contrast, saturation and hue in the order they are applied; or empty.
-        grey, flip: whether there is greyscale, a horizontal flip.
-        sigma: of the blur, in pixels.
-    """
-
-    frames: tuple[int, ...]
-    crop: tuple[int, int, int, int]
-    jitter: tuple[tuple[str, float], ...]
+    frames: tuple[int, ...]  # positions of the frames that are left, ascending
+    crop: tuple[int, int, int, int]  # top, left, height, width in pixels; scaled back to the size of the frame
+    jitter: tuple[tuple[str, float], ...]  # (name, factor) in the order they are applied; or empty
     grey: bool
-    sigma: float
+    sigma: float  # of the blur, in pixels
     flip: bool
 
 
@@ -112,6 +93,7 @@ def draw_damage(rng: np.random.Generator, num_frames: int, size: tuple[int, int]
 
 
 def _draw_crop(rng: np.random.Generator, size: tuple[int, int], settings: DamageSettings) -> tuple[int, int, int, int]:
+    """Draw top, left, height and width; in a frame too narrow for its ratio, the crop is cut to the frame."""
     height, width = size
     area = rng.uniform(*settings.area) * height * width
     ratio = math.exp(rng.uniform(*(math.log(value) for value in settings.ratio)))
@@ -148,17 +130,11 @@ MODES = ("mask+local", "mask+global", "mask", "local", "global")
 
 @dataclass(frozen=True)
 class PerturbSettings:
-    """How media are perturbed; the defaults are the paper's, apart from the window.
+    """Settings of perturbation; the defaults are the paper's, apart from the window."""
 
-    Attributes:
-        mode: one of `MODES`.
-        area: smallest and largest share of the frame that is masked.
-        window: frames that change places with each other in local shuffling.
-    """
-
-    mode: str = "mask+local"
-    area: tuple[float, float] = (0.25, 0.5)
-    window: int = 4
+    mode: str = "mask+local"  # one of `MODES`
+    area: tuple[float, float] = (0.25, 0.5)  # smallest and largest share of the frame that is masked
+    window: int = 4  # frames that change places with each other in local shuffling
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

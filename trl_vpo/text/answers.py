@@ -21,24 +21,17 @@ SHORT_WORDS = 4
 
 @dataclass(frozen=True)
 class AnswerCheck:
-    """What a rule makes of an answer.
+    """The result of checking an answer by a rule."""
 
-    Attributes:
-        result: RIGHT, WRONG or UNDECIDED.
-        parsed: what was read: a letter, "yes" or "no", or the words of a short answer; None where nothing was.
-        why: why it is undecided; None otherwise.
-        judgeable: it states something else than the truth in words that no rule can compare: a judge can.
-    """
-
-    result: str
-    parsed: str | None = None
-    why: str | None = None
-    judgeable: bool = False
+    result: str  # RIGHT, WRONG or UNDECIDED
+    parsed: str | None = None  # what was read: a letter, "yes" or "no", or the words of a short answer
+    why: str | None = None  # why it is undecided
+    judgeable: bool = False  # it states something else than the truth in words that a judge can compare, but no rule
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer says, or why that cannot be read."""
+    """The value that an answer states, or why that cannot be read."""
 
     value: str | None = None
     why: str | None = None

@@ -155,17 +155,12 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class ResponseObjects:
-    """The objects of one response.
+    """The objects of one response."""
 
-    Attributes:
-        mentioned, hallucinated: the mentions that count, and those of them that are not in the truth.
-        truth, covered: names of the objects that are there, and of those among them that are mentioned.
-    """
-
-    mentioned: tuple[Mention, ...]
-    hallucinated: tuple[Mention, ...]
-    truth: frozenset[str]
-    covered: frozenset[str]
+    mentioned: tuple[Mention, ...]  # that count
+    hallucinated: tuple[Mention, ...]  # those of them that are not in the truth
+    truth: frozenset[str]  # names of the objects that are there
+    covered: frozenset[str]  # those of them that are mentioned
 
 
 @dataclass(frozen=True)

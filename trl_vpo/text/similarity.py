@@ -99,8 +99,6 @@ def pair_figures(pairs: Sequence[dict[str, Any]], *, plain: bool, rewards: bool)
     Args:
         pairs: `chosen_trust`, `rejected_trust`, `chosen_right` and `rejected_right` of each; with `plain` also
             `plain_right`; and `chosen_reward`, `rejected_reward`, `answer_reward` where it was scored.
-        plain: whether plain answers were asked for.
-        rewards: whether the model scores.
     """
     sides = ("chosen", "rejected")
     shares = [f"{who}_right" for who in (*sides, *(["plain"] if plain else []))]

@@ -168,15 +168,10 @@ def _content(tokens: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class PairedAnswers:
-    """N pairs of a basic question (the answer is yes) and a hallucinated one (the answer is no).
+    """N pairs of a basic question (the answer is yes) and a hallucinated one (the answer is no)."""
 
-    Attributes:
-        basic_yes, basic_no: (N,) bool, what was answered to the basic question; neither: unparsed.
-        hallucinated_yes, hallucinated_no: (N,) the same for the hallucinated question.
-    """
-
-    basic_yes: np.ndarray
-    basic_no: np.ndarray
+    basic_yes: np.ndarray  # (N,) bool: the basic question was answered with yes
+    basic_no: np.ndarray  # (N,) with no; neither: unparsed
     hallucinated_yes: np.ndarray
     hallucinated_no: np.ndarray
 
