@@ -67,23 +67,17 @@ PANELS = (
 Curves = Mapping[Panel, Mapping[str, Series]]  # of each run
 
 
-def training_figure(
-    runs: Mapping[str, History], *, half_life: float | None = None, captioned: bool = True
-) -> tuple[Figure, list[str]]:
-    """Draw loss, margin, accuracy, displacement, KL and gradient norm of the runs: (figure, notes on what it shows).
+def training_figure(runs: Mapping[str, History], *, captioned: bool = True) -> tuple[Figure, list[str]]:
+    """Draw loss, margin, accuracy, displacement, KL and gradient norm of named runs.
 
-    Args:
-        runs: name of a run (in the legend) -> its log.
-        half_life: of the smoothing, in optimizer steps; 0: none. By default `default_half_life`.
-        captioned: write the notes below the axes.
+    Return the figure and notes on what it shows, which are also written below the axes if it is `captioned`.
 
     Raises:
         PlotError: no run, or none that logged anything to draw.
     """
     if not runs:
         raise PlotError("there is no run to plot: give at least one name with its log history")
-    half_life = default_half_life(runs) if half_life is None else half_life
-    mixed = is_mixed(runs)
+    half_life, mixed = default_half_life(runs), is_mixed(runs)
     curves = {
         panel: {name: panel.series(history, mixed=mixed) for name, history in runs.items()}
         for panel in PANELS
@@ -146,11 +140,7 @@ def _grid(count: int) -> tuple[Figure, Sequence]:
 
 
 def draw_line(axes, values: Series, index: int, half_life: float, marked: int | None = 6) -> None:
-    """Draw a curve in the look of a run's position, faint as logged and thick as smoothed.
-
-    Args:
-        marked: about so many markers; None: one at every point.
-    """
+    """Draw a curve, faint as logged and thick as smoothed, with about so many markers (None: at every point)."""
     look = style.look(index)
     values = finite(values)
     if half_life and len(values[0]) > 1:
