@@ -167,7 +167,7 @@ def test_when_nothing_is_kept(inputs, tmp_path, capsys):
     assert "No input gave a row" in out and "rows to train on" not in out and "rejected.jsonl" in out
 
 
-def test_lines_in_a_log(monkeypatch, capsys):
+def test_progress_in_a_log_and_on_a_terminal(monkeypatch, capsys):
     """Rate, counts and the time left; a line at most every EVERY seconds, and the last one."""
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(progress, "time", clock)
@@ -182,6 +182,12 @@ def test_lines_in_a_log(monkeypatch, capsys):
     with Bar(3, show=False) as bar:
         bar.advance(kept=True)
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
+    with Bar(2) as bar:
+        bar.advance(kept=True)
+        bar.advance(kept=False)
+    _, *states = capsys.readouterr().err.split("\r")
+    assert [state.split(" ")[0] for state in states] == ["1/2", "2/2", "2/2"]
 
 
 def test_durations():

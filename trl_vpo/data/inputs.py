@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-import numpy as np
 from PIL import Image
 
 from trl_vpo.data.rows import MARKERS, drop_none
@@ -61,12 +60,14 @@ class InputRow:
         id: unique within the run; together with the run's seed it fixes everything random about the row.
         example: the row as the dataset gives it, without its `None` entries.
         images, videos: sources as in `trl_vpo.data.rows`; paths are absolute.
+        problem: why its media cannot be used; `load_media` raises it, and the input is rejected.
     """
 
     id: str
     example: dict[str, Any]
     images: tuple = ()
     videos: tuple = ()
+    problem: str | None = None
 
     def user_message(self, text: str) -> dict:
         """Return a user's turn with a placeholder for each image and video, then `text`."""
@@ -91,13 +92,6 @@ def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
         if marker in value:
             raise InputError(f"`{name}` holds the marker {marker}: take it out, media come from their columns.")
     return value.strip()
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """Stands for a medium that cannot be used: `load_media` raises the reason, and the input is rejected."""
-
-    reason: str
 
 
 class Inputs(Sequence[InputRow]):
@@ -128,7 +122,10 @@ class Inputs(Sequence[InputRow]):
             return Inputs(self._dataset.select(kept), self.ids[index], self._folder, self._root)
         index = range(len(self))[index]
         (example,) = self.examples(index, index + 1)
-        media = {name: self._media(example, name) for name in ("images", "videos")}
+        try:
+            media: dict[str, Any] = {name: self._media(example, name) for name in ("images", "videos")}
+        except MediaError as error:
+            media = {"problem": str(error)}
         return InputRow(self.ids[index], drop_none(example), **media)
 
     def examples(self, start: int, stop: int) -> list[dict[str, Any]]:
@@ -141,19 +138,14 @@ class Inputs(Sequence[InputRow]):
     def _media(self, example: dict[str, Any], plural: str) -> tuple:
         many, one = example.get(plural), example.get(plural[:-1])
         if many is not None and one is not None:
-            return (Unusable(f"the row has both `{plural}` and `{plural[:-1]}`. Keep one of them."),)
+            raise MediaError(f"the row has both `{plural}` and `{plural[:-1]}`. Keep one of them.")
         if many is not None and not isinstance(many, list):
-            return (Unusable(f"`{plural}` must be a list, got {describe(many)}. One item goes into `{plural[:-1]}`."),)
+            raise MediaError(f"`{plural}` must be a list, got {describe(many)}. One item goes into `{plural[:-1]}`.")
         sources = many if many is not None else [] if one is None else [one]
-        return tuple(self._usable(source, f"`{plural}`, item {i}") for i, source in enumerate(sources))
-
-    def _usable(self, source: Any, place: str) -> Any:
-        if source is None:
-            return Unusable(f"{place} is empty. Give every item or shorten the list.")
-        try:
-            return portable(source, self._folder, self._root)
-        except MediaError as error:
-            return Unusable(str(error))
+        if None in sources:
+            place = sources.index(None)
+            raise MediaError(f"`{plural}`, item {place} is empty. Give every item or shorten the list.")
+        return tuple(portable(source, self._folder, self._root) for source in sources)
 
 
 def read_inputs(
@@ -190,11 +182,7 @@ def near_misses(columns: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def row_ids(dataset: Dataset) -> list[str]:
-    """Return the `id` of every row as a string; a row without one is "row-" and its position in six digits.
-
-    Raises:
-        GenerateError: two rows have the same id.
-    """
+    """Return the unique `id` of every row as a string; a row without one is "row-" and its position in six digits."""
     column = dataset["id"][:] if "id" in dataset.column_names else [None] * len(dataset)
     ids = [f"row-{i:06d}" if name is None or name == "" else str(name) for i, name in enumerate(column)]
     first: dict[str, int] = {}
@@ -208,19 +196,17 @@ def row_ids(dataset: Dataset) -> list[str]:
 
 def digest(rows: Inputs) -> str:
     """Return a fingerprint of ids and contents, in order; media bytes count by their hash, files by their path."""
+
+    def hashed(value: Any) -> str:
+        return bytes_digest(value) if isinstance(value, _BYTES) else str(value)
+
     total = hashlib.blake2b(digest_size=16)
     for start in range(0, len(rows), CHUNK):
         stop = min(start + CHUNK, len(rows))
         for name, example in zip(rows.ids[start:stop], rows.examples(start, stop)):
-            line = json.dumps([name, drop_none(example)], sort_keys=True, default=_hashed)
+            line = json.dumps([name, drop_none(example)], sort_keys=True, default=hashed)
             total.update(line.encode() + b"\n")
     return total.hexdigest()
-
-
-def _hashed(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [str(value.dtype), value.shape, _hashed(value.tobytes())]
-    return bytes_digest(value) if isinstance(value, _BYTES) else str(value)
 
 
 def load_media(row: InputRow, options: VideoOptions) -> Media:
@@ -229,9 +215,8 @@ def load_media(row: InputRow, options: VideoOptions) -> Media:
     Raises:
         MediaError: an image or a video cannot be used.
     """
-    for source in (*row.images, *row.videos):
-        if isinstance(source, Unusable):
-            raise MediaError(source.reason)
+    if row.problem:
+        raise MediaError(row.problem)
     return Media(
         images=tuple(load_image(source, max_pixels=options.max_pixels) for source in row.images),
         videos=tuple(load_video(source, options) for source in row.videos),
@@ -244,8 +229,8 @@ def load_media(row: InputRow, options: VideoOptions) -> Media:
 def portable(source: Any, folder: Path | None, media_root: str | Path | None = None) -> Any:
     """Return a media source as JSON can hold it: an absolute path, a list of them, or a dictionary around either.
 
-    Bytes are written to `folder` under their hash; images and arrays in memory become PNG files there. A dictionary
-    stays one where it has options beside the medium. Paths may not leave `media_root`.
+    Bytes are written to `folder` under their hash; images in memory become PNG files there. A dictionary stays one
+    where it has options beside the medium. Paths may not leave `media_root`.
 
     Raises:
         MediaError: it is no medium, or does not exist.
@@ -254,15 +239,21 @@ def portable(source: Any, folder: Path | None, media_root: str | Path | None = N
     if isinstance(source, dict):
         return _portable_dict(source, folder, media_root)
     if isinstance(source, (str, Path)):
-        return _absolute(source, media_root)
+        if frame_folder(source, media_root) is None:
+            resolve_path(source, media_root)  # raises where it does not exist
+        url = str(source)
+        path = Path(media_root or ".").absolute() / (unquote(urlsplit(url).path) if url.startswith("file://") else url)
+        return str(path.resolve() if ".." in path.parts else path)  # links stay: their targets may have no suffix
     if isinstance(source, _BYTES):
         if not len(source):
             raise MediaError(f"{describe(source)} is empty: the row holds no data, write it again.")
         return _stored(bytes(source), folder) if folder else source
-    if isinstance(source, (list, tuple)) or (isinstance(source, np.ndarray) and source.ndim == 4):
+    if isinstance(source, (list, tuple)):
         return [portable(frame, folder, media_root) for frame in source]
-    if isinstance(source, (Image.Image, np.ndarray)):
-        return _stored(_png(source), folder) if folder else source
+    if isinstance(source, Image.Image) and folder:
+        png = io.BytesIO()
+        load_image(source, limit=False).save(png, "PNG")
+        return _stored(png.getvalue(), folder)
     raise MediaError(f"{describe(source)} is no image or video: give a path, bytes, or a list of frames.")
 
 
@@ -278,21 +269,6 @@ def _portable_dict(source: dict, folder: Path | None, media_root: str | Path | N
         key = "path" if isinstance(medium, str) else "bytes" if isinstance(medium, _BYTES) else "video"
         medium = {key: medium}
     return medium | {key: value for key, value in source.items() if key in options and value is not None}
-
-
-def _absolute(source: str | Path, media_root: str | Path | None) -> str:
-    """Return the absolute path of a file or folder of frames. Links stay: what they lead to may have no suffix."""
-    if frame_folder(source, media_root) is None:
-        resolve_path(source, media_root)
-    text = str(source)
-    path = Path(media_root or ".").absolute() / (unquote(urlsplit(text).path) if text.startswith("file://") else text)
-    return str(path.resolve() if ".." in path.parts else path)
-
-
-def _png(picture: Any) -> bytes:
-    buffer = io.BytesIO()
-    load_image(picture, limit=False).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _stored(data: bytes, folder: Path) -> str:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from trl_vpo.data.accepted import check_accepted
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.inputs import Inputs, Unusable, load_media, row_ids
+from trl_vpo.data.inputs import Inputs, load_media, row_ids
 from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import EvaluateError, MediaError, RowError
 from trl_vpo.evaluate.config import DAMAGES
@@ -203,9 +203,8 @@ class EvaluationCallback(TrainerCallback):
         try:
             pair = preference_row(source)
             check_accepted(pair, self.trainer.processing_class)
-            for medium in (*source.videos, *source.images):
-                if isinstance(medium, Unusable):
-                    raise MediaError(medium.reason)
+            if source.problem:
+                raise MediaError(source.problem)
             for video in source.videos:
                 check_video(video, args.video_options())
             for image in source.images:

@@ -55,8 +55,7 @@ class GenerateConfig(AnsweringConfig):
 
     def server_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `ServerModel`, but for the key and the budget."""
-        names = ("timeout", "max_retries", "max_pixels")
-        options = {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in ("timeout", "max_retries", "max_pixels")}
         return options | {"concurrency": self.batch_size, "media": self.server_media}
 
 

@@ -15,7 +15,7 @@ from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.inputs import InputRow, load_media
 from trl_vpo.errors import GenerateError, InputError, MediaError, RowError
 from trl_vpo.generate.pipeline import Pipeline
-from trl_vpo.media.load import Media, VideoOptions
+from trl_vpo.media.load import VideoOptions
 from trl_vpo.models.load import LOAD_ERRORS
 from trl_vpo.models.requests import Request
 
@@ -39,14 +39,17 @@ def show(
     for number, row in enumerate(rows):
         console.rule(escape(row.id))
         try:
+            media = load_media(row, video_options)
             pipeline.check(row)
-            requests = pipeline.preview(row, load_media(row, video_options))
+            requests = pipeline.preview(row, media)
         except (InputError, MediaError) as error:
             console.print(f"[yellow]rejected:[/yellow] {escape(str(error))}")
             continue
         for step, (title, request) in enumerate(requests):
             console.print(f"[bold]{escape(title)}[/bold]\n{escape(_text(request, processor))}")
-            for place, sheet in enumerate(_sheets(request.media)):
+            clips = [[Image.fromarray(frame) for frame in clip.frames] for clip in request.media.videos]
+            images = [[image.convert("RGB")] for image in request.media.images]
+            for place, sheet in enumerate(map(_sheet, clips + images)):
                 path = folder / f"{number}-{step}-{place}.png"
                 sheet.save(path)
                 console.print(f"[dim]{escape(str(path))}[/dim]")
@@ -54,11 +57,7 @@ def show(
 
 
 def load_processor(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
-    """Return the processor of a model.
-
-    Raises:
-        GenerateError: there is none, or it has no chat template.
-    """
+    """Return the processor of a model; raise GenerateError where there is none, or it has no chat template."""
     from transformers import AutoProcessor
 
     try:
@@ -83,12 +82,6 @@ def _text(request: Request, processor: Any) -> str:
         parts = [part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in message["content"]]
         lines.append(f"{message['role']}: {' '.join(parts)}")
     return "\n".join(lines)
-
-
-def _sheets(media: Media) -> list[Image.Image]:
-    """Return one picture for each clip, its frames side by side, and for each image."""
-    clips = [[Image.fromarray(frame) for frame in clip.frames] for clip in media.videos]
-    return [_sheet(frames) for frames in [*clips, *([image.convert("RGB")] for image in media.images)]]
 
 
 def _sheet(frames: list[Image.Image]) -> Image.Image:

@@ -16,9 +16,9 @@ from typing import Any
 from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_inputs
 from trl_vpo.errors import GenerateError, InputError, MediaError, RecipeError, did_you_mean
 from trl_vpo.files import json_digest
-from trl_vpo.generate import METHODS
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.dry_run import load_processor, show
+from trl_vpo.generate.methods import METHODS
 from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.generate.summary import show_summary
 from trl_vpo.media.load import Media, VideoOptions
@@ -168,8 +168,9 @@ def _load(
     """Return an input with its media, or the reason why it is rejected."""
     row = inputs[place]
     try:
+        media = load_media(row, video_options)
         pipeline.check(row)
-        return row, load_media(row, video_options)
+        return row, media
     except InputError as error:
         return Outcome(row.id, reason=str(error), kind="unusable input")
     except MediaError as error:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
 from trl_vpo.runs.outcome import Outcome
@@ -41,7 +42,6 @@ def work_through(
     """Work through this process' share of the inputs, as far as it is not finished yet.
 
     Args:
-        folder, settings: see `trl_vpo.runs.store.Run`.
         ids: of all inputs, in order.
         load: position of an input -> what `make` needs of it, or the outcome of one that cannot be used. Called by
             threads.
@@ -66,7 +66,7 @@ def _work(run: Run, ids: Sequence[str], load: Callable, make: Callable, batch_si
             for batch in decoded_ahead(decoders, load, todo, batch_size):
                 outcomes = [item for item in batch if isinstance(item, Outcome)]
                 usable = [item for item in batch if not isinstance(item, Outcome)]
-                for outcome in [*outcomes, *(make(usable) if usable else ())]:
+                for outcome in chain(outcomes, make(usable) if usable else ()):
                     run.write(outcome)
                     bar.advance(kept=bool(outcome.rows))
     finally:  # Ctrl-C and errors do not wait for a batch that nobody will use

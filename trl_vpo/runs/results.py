@@ -24,16 +24,11 @@ class Report(Protocol):
     def select(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """Return one outcome for each of these, in order; a row that is dropped becomes a rejected outcome."""
 
-    def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        """Return the run's figures by name."""
+    def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]: ...
 
 
 def write_results(folder: Path, outcomes: Sequence[Outcome], report: Report) -> dict[str, Any]:
-    """Write `rows.jsonl`, `rejected.jsonl` and `summary.json`, and return the summary.
-
-    Raises:
-        GenerateError: a figure that JSON cannot hold, or a file that cannot be written.
-    """
+    """Write `rows.jsonl`, `rejected.jsonl` and `summary.json`, and return the summary."""
     outcomes = report.select(outcomes)
     rows = [row for outcome in outcomes for row in outcome.rows]
     rejected = [outcome for outcome in outcomes if outcome.reason]
@@ -85,10 +80,9 @@ def _shapes(value: Any, path: str) -> Iterator[tuple]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replace a file by these lines, whole or not at all. Only one process at a time may write the same file.
+    """Replace a file by these lines, whole or not at all; raise GenerateError where that fails.
 
-    Raises:
-        GenerateError: it cannot be written.
+    Only one process at a time may write the same file.
     """
     try:
         with atomic_write(path, token="new") as part, part.open("w", encoding="utf-8") as file:
@@ -101,11 +95,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def encode(value: Any, name: str, indent: int | None = None) -> str:
-    """Return a value as JSON that every reader takes.
-
-    Raises:
-        GenerateError: it holds a number that is not finite, half a surrogate pair, or an object of another type.
-    """
+    """Return a value as JSON that every reader takes; raise GenerateError where it holds a nan or another object."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
         text.encode()

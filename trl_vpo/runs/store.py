@@ -34,10 +34,9 @@ class Run:
     """One worker's hold on a run. A context manager; not for several threads.
 
     Args:
-        folder: of the run; created if it does not exist.
         settings: all that decides the rows, as JSON values.
-        rank, world_size: this worker among those that work on the run at the same time. Once they have stopped, any
-            other number of workers can continue.
+        rank, world_size: this worker among those that are at work. Once they have stopped, any other number can
+            continue.
 
     Raises:
         GenerateError: the folder is something else or cannot be written or locked, the settings differ, or this
@@ -78,19 +77,12 @@ class Run:
             self._shard = None
 
     def remaining(self, ids: Sequence[str]) -> list[int]:
-        """Return the positions in `ids` that are this worker's, every `world_size`-th, and that nobody has done.
-
-        Raises:
-            GenerateError: a shard is damaged.
-        """
+        """Return the positions in `ids` that are this worker's, every `world_size`-th, and that nobody has done."""
         done = _finished(self.folder).keys()
         return [i for i in range(self.rank, len(ids), self.world_size) if ids[i] not in done]
 
     def write(self, outcome: Outcome) -> None:
-        """Record that an input is finished.
-
-        The operating system keeps the line when the process dies. Only a crash of the whole machine can cost the work
-        of its last seconds.
+        """Record that an input is finished. Only a crash of the whole machine can cost the work of its last seconds.
 
         Raises:
             GenerateError: JSON cannot hold a value (nothing is written), or the line cannot be written.
@@ -109,14 +101,11 @@ class Run:
     def finish(self, ids: Sequence[str], report: Report) -> dict[str, Any] | None:
         """Write the results if every input is finished and no other worker is at work.
 
-        Every worker calls this when it has done its share. Of workers that end at the same moment, one writes the
-        results. Finished inputs that are not among `ids` are left out.
+        Of workers that end at the same moment, one writes the results. Finished inputs that are not among `ids` are
+        left out.
 
         Returns:
             The summary, or None: the last worker writes the results.
-
-        Raises:
-            GenerateError: a shard is damaged, JSON cannot hold a figure, or a file cannot be written.
         """
         with _starting_or_finishing(self.folder):
             self.close()
@@ -191,11 +180,7 @@ def _lock(file: int, folder: Path, *, wait: bool = False) -> bool:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the settings that a run was started with.
-
-    Raises:
-        GenerateError: the folder is no run.
-    """
+    """Return the settings that a run was started with; raise GenerateError where the folder is no run."""
     path = Path(folder) / "settings.json"
     try:
         return json.loads(path.read_bytes())
@@ -242,11 +227,7 @@ def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
 
 
 def read_outcomes(folder: str | Path) -> Iterator[Outcome]:
-    """Return what is finished so far in a run, shard by shard, also while it is at work. Takes no lock.
-
-    Raises:
-        GenerateError: the folder is no run, or a shard is damaged.
-    """
+    """Return what is finished so far in a run, shard by shard, also while it is at work."""
     read_settings(folder)
     return (outcome for path in _shards(folder) for _, outcome in _read_shard(path))
 
@@ -269,14 +250,13 @@ def _finished(folder: Path) -> dict[str, Outcome]:
 
 
 def _read_shard(path: Path) -> Iterator[tuple[int, Outcome]]:
-    """Yield (bytes of the line, outcome). A torn last line is passed over: its worker died, or is writing.
-
-    Raises:
-        GenerateError: a line before the last is no outcome.
-    """
+    """Yield (bytes of the line, outcome). A torn last line is passed over: its worker died, or is writing."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            outcome = _outcome(line)
+            try:
+                outcome = Outcome(**json.loads(line)) if line.endswith(b"\n") else None
+            except (ValueError, TypeError):
+                outcome = None
             if outcome is None:
                 if not next(file, b""):
                     return
@@ -286,10 +266,3 @@ def _read_shard(path: Path) -> Iterator[tuple[int, Outcome]]:
                     "again."
                 )
             yield len(line), outcome
-
-
-def _outcome(line: bytes) -> Outcome | None:
-    try:
-        return Outcome(**json.loads(line)) if line.endswith(b"\n") else None
-    except (ValueError, TypeError):
-        return None
