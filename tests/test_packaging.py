@@ -58,9 +58,9 @@ def test_every_dependency_has_one_lower_bound(requirement):
 
 @pytest.mark.parametrize("requirement", INSTALLED, ids=str)
 def test_the_lock_is_within_the_range(requirement):
-    found = locked(requirement)
-    assert found, f"{requirement.name} is not in requirements.lock: make lock"
-    assert all(v in requirement.specifier for v in found), f"{requirement} against {found}: make lock"
+    versions = locked(requirement)
+    assert versions, f"{requirement.name} is not in requirements.lock: make lock"
+    assert all(v in requirement.specifier for v in versions), f"{requirement} against {versions}: make lock"
 
 
 @pytest.mark.skipif(VERSIONS != "lowest", reason="compares what make test-lowest has installed")

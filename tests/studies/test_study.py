@@ -111,9 +111,7 @@ def test_flipped_pairs_are_a_share_and_more_noise_adds_to_them(tmp_path):
 def test_whole_responses_are_the_phrases(tmp_path):
     data = study_plan.training_data("clip", 1000, replace(TINY, rows=2), whole=True)
     for row in read(study_data.training_rows(data, tmp_path)):
-        for side in ("chosen", "rejected"):
-            text = row[side][0]["content"][0]["text"]
-            assert row[f"{side}_phrases"] == [[0, len(text)]]
+        assert row["chosen_phrases"] == [[0, len(row["chosen"][0]["content"][0]["text"])]]
 
 
 @pytest.mark.parametrize("kind", ["clip", "scene"])
@@ -153,14 +151,11 @@ def test_one_seed_is_a_cluster_bootstrap():
         assert (measured.low, measured.high) == pytest.approx((expected.low, expected.high), abs=0.02)
 
 
-def test_ratios_are_of_sums():
+def test_an_interval_covers_seeds_and_samples():
     rows = [np.array([[1.0, 2.0], [0.0, 0.0]]), np.array([[1.0, 4.0], [3.0, 4.0]])]
     ratio = over_seeds(rows, ["a", "b"])
-    assert ratio.value == pytest.approx(5 / 10) and ratio.n == 3
-
-
-def test_an_interval_covers_seeds_and_samples():
-    """Rows that differ by seed alone: an interval over samples would have no width."""
+    assert ratio.value == pytest.approx(5 / 10) and ratio.n == 3  # of sums
+    # Rows that differ by seed alone: an interval over samples would have no width.
     by_seed = [np.full(50, float(seed)) for seed in range(5)]
     mean = over_seeds(by_seed, [str(row) for row in range(50)])
     assert mean.value == 2 and mean.low < 1.2 and mean.high > 2.8
@@ -182,12 +177,7 @@ def test_an_interval_covers_seeds_and_samples():
 )  # fmt: skip
 def test_an_interval_decides(low, high, rule, margin, verdict):
     assert decide(Measure((low + high) / 2, low, high, 10), rule, margin) == verdict
-
-
-def test_one_claim_that_fails_is_enough():
-    assert together([HOLDS, UNKNOWN, FAILS]) == FAILS
-    assert together([HOLDS, UNKNOWN]) == together([]) == UNKNOWN
-    assert together([HOLDS, HOLDS]) == HOLDS
+    assert together([HOLDS, verdict]) == verdict and together([FAILS, verdict]) == FAILS  # one that fails is enough
 
 
 # --- a tiny study -------------------------------------------------------------------------------------------------

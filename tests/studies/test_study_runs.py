@@ -64,8 +64,7 @@ def test_the_quick_study_shows_the_direction_of_its_claims(tmp_path):
     for trained in (dpo, leanpo, rrpo):
         assert trained["captions/wrong"] < base["captions/wrong"] - 0.1
     # (a) the rejected response falls under DPO, the chosen one does not under LeanPO
-    assert dpo["displacement/rejected"] < -1
-    assert leanpo["displacement/chosen"] > 0
+    assert dpo["displacement/rejected"] < -1 and leanpo["displacement/chosen"] > 0
     assert leanpo["preference/accuracy"] > dpo["preference/accuracy"] - 0.05
     # (c) smaller gradients, no more hallucinations, nothing forgotten; its KL is not below DPO's here
     assert rrpo["grad_norm"] < dpo["grad_norm"]

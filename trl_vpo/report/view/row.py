@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -32,7 +32,7 @@ from trl_vpo.media.load import VideoOptions, load_image, load_video
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.report.view.data import Unreadable
 from trl_vpo.report.view.values import as_json, is_scalar, plain
-from trl_vpo.text.phrases import CLOSE, OPEN, Span
+from trl_vpo.text.phrases import CLOSE, OPEN
 
 IMAGE_FACTOR = 4  # an image may have so many times the pixels of a frame: it is looked at alone
 SHOWN_COLUMNS = set(COLUMNS) - {"tools", "chat_template_kwargs"}  # these two count as other columns
@@ -71,14 +71,22 @@ def show_row(index: int, example: dict | Unreadable, look: Look) -> tuple[dict, 
     record["prompt"] = _prompt(row.prompt)
     for side in SIDES:
         response = getattr(row, side)
-        record[side] = _pieces(response_text(response), getattr(row, f"{side}_phrases") or [])
+        text, phrases = response_text(response), getattr(row, f"{side}_phrases") or []
+        # Offsets would not do: they count code points here, and UTF-16 units in a browser.
+        cuts = [0, *(offset for span in phrases for offset in span), len(text)]
+        record[side] = [text[start:end] for start, end in pairwise(cuts)]
         if not isinstance(response, str) and (len(response) > 1 or set(response[0]) - {"role", "content"}):
             record[f"{side}_messages"] = as_json(response)
     record["media"], urls = [], []
     for title, what, load in _sources(row, look):
-        group, pictures = _group(title, what, load)
-        record["media"].append(group)
-        urls += pictures
+        try:
+            figures, pictures = load()
+        except Exception as error:  # as for rows: whatever a file does, the page says so and continues
+            record["media"].append({"title": title, "what": what, "error": _message(error)})
+            continue
+        captions = [[*picture.size, caption] for picture, caption in pictures]
+        record["media"].append({"title": title, "what": what + figures, "pictures": captions})
+        urls += [_data_url(picture) for picture, _ in pictures]
     return record, urls
 
 
@@ -111,18 +119,6 @@ def _message(error: Exception, row: str = "") -> str:
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
-# --- texts --------------------------------------------------------------------------------------------------------
-
-
-def _pieces(text: str, spans: Sequence[Span]) -> list[str]:
-    """Cut a text at its phrases: plain, phrase, plain, phrase, ..., plain.
-
-    Offsets would not do: they count code points here, and UTF-16 units in a browser.
-    """
-    cuts = [0, *(offset for span in spans for offset in span), len(text)]
-    return [text[start:end] for start, end in pairwise(cuts)]
-
-
 def _prompt(prompt: list[dict] | str) -> list[list]:
     if isinstance(prompt, str):
         return [["prompt", [prompt]]]
@@ -141,9 +137,6 @@ def _prompt(prompt: list[dict] | str) -> list[list]:
     return messages
 
 
-# --- media --------------------------------------------------------------------------------------------------------
-
-
 def _sources(row: Row, look: Look) -> Iterator[tuple[str, str, Loader]]:
     """Yield (title, name, loader) of each group of pictures."""
     for number, source in enumerate(row.videos, 1):
@@ -154,15 +147,6 @@ def _sources(row: Row, look: Look) -> Iterator[tuple[str, str, Loader]]:
         yield "Image list", f"drawn from critical_box {as_json(row.critical_box)}", partial(_drawn_list, row, look)
     if row.image_list is not None:
         yield "Image list", "as the row gives it", partial(_given_list, row, look)
-
-
-def _group(title: str, what: str, load: Loader) -> tuple[dict, list[str]]:
-    try:
-        figures, pictures = load()
-    except Exception as error:  # as for rows: whatever a file does, the page says so and goes on
-        return {"title": title, "what": what, "error": _message(error)}, []
-    captions = [[*picture.size, caption] for picture, caption in pictures]
-    return {"title": title, "what": what + figures, "pictures": captions}, [_data_url(p) for p, _ in pictures]
 
 
 def _clip(source: Any, look: Look) -> tuple[str, Pictures]:
