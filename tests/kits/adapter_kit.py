@@ -105,7 +105,7 @@ def trained(name):
 
 @torch.no_grad()
 def logps_of(model, run):
-    """What a plain model gives for the responses of a run, one sequence at a time, behind each other."""
+    """Return what a plain model gives for the responses of a run, one sequence at a time, behind each other."""
     model.eval()
     branches = [(tree.trunks[branch.trunk], branch) for tree in run.trees for branch in tree.branches]
     rows = [slow_logits(model, trunk, branch).log_softmax(-1) for trunk, branch in branches]
@@ -127,6 +127,14 @@ def changed(folder, tmp_path, **keys):
     save_file(load_file(folder / "adapter_model.safetensors"), copied / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
     (copied / "adapter_config.json").write_text(json.dumps({**config, **keys}))
+    return copied
+
+
+def edited(folder, tmp_path, change):
+    """A copy of an adapter with other tensors: `change` takes and returns them by their names."""
+    copied = changed(folder, tmp_path)
+    path = copied / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
     return copied
 
 

@@ -1,4 +1,4 @@
-"""Runs of `run_training` that can be killed at any moment, started by test_resume.py: importing TRL once is enough.
+"""Runs of `run_training` that can be killed at any moment, started by resume_runs.py: importing TRL once is enough.
 
 It reads one job a line from standard input, forks its processes, and says how they ended:
     {"method": "rrpo", "argv": [...], "log": FILE, "processes": 1, "rank": 0, "kill": null,

@@ -2,11 +2,10 @@
 
 import copy
 import json
-import re
 
 import pytest
 import torch
-from adapter_kit import BASE, changed, plain, trained
+from adapter_kit import BASE, changed, edited, plain, trained
 from families import build
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -95,43 +94,61 @@ def test_an_old_adapter_is_trained_further(old, tmp_path):
     assert torch.equal(logits(model), logits(again))
 
 
-def without(folder, part):
-    path = folder / "adapter_model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(path).items() if part not in name}, path)
-
-
-def bare(folder):
-    path = folder / "adapter_model.safetensors"
-    save_file({name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}, path)
-
-
-def twice(folder):
-    path = folder / "adapter_model.safetensors"
-    weights = load_file(path)
-    save_file(weights | {name.replace("model.language_model.", "model."): t + 0 for name, t in weights.items()}, path)
-
-
 def alpha(folder):
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "alpha_pattern": {"model.layers.9.mlp.up_proj": 64}}))
 
 
-SPOILT = {
-    "other names": (
-        lambda f: renamed(f, {"model.": "transformer."}),
-        "28 weights have no place in the model: base_",
+def twice(weights):
+    return weights | {name.replace("model.language_model.", "model."): t + 0 for name, t in weights.items()}
+
+
+def with_value(value):
+    def change(weights):
+        name = next(name for name in weights if "layers.1" in name and "lora_B" in name)
+        weights[name][0, 0] = value
+        return weights
+
+    return change
+
+
+SPOILT = {  # how the tensors change
+    "a layer is missing": (
+        lambda weights: {name: t for name, t in weights.items() if "layers.1." not in name},
+        "14 weights are not in the file: base_model.*layers.1",
     ),
-    "a layer is missing": (lambda f: without(f, "layers.1."), "14 weights are not in the file: base_model.*layers.1"),
-    "no prefix": (bare, "does not begin with base_model.model."),
+    "no prefix": (
+        lambda weights: {name.removeprefix(PREFIX): t for name, t in weights.items()},
+        "does not begin with base_model.model.",
+    ),
     "both names": (twice, "28 weights have no place in the model"),
-    "an alpha of no module": (alpha, "alpha_pattern of its config names model.layers.9.mlp.up_proj"),
+    "nan": (with_value(float("nan")), r"layers\.1.*lora_B.* holds values that are not finite"),
+    "inf": (with_value(float("inf")), r"layers\.1.*lora_B.* holds values that are not finite"),
+    "other sizes": (
+        lambda weights: {name: torch.cat([t, t], -1).contiguous() for name, t in weights.items()},
+        r"does not fit .*base: .*\[4, 192\].*is torch.Size\(\[4, 96\]\)\.$",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", SPOILT)
 def test_strays_are_refused(case, tmp_path):
-    spoil, message = SPOILT[case]
+    change, message = SPOILT[case]
+    folder = edited(trained("lora").folder, tmp_path, change)
+    with pytest.raises(AdapterError, match=message):
+        attach_adapter(plain(), folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: renamed(f, {"model.": "transformer."}), "28 weights have no place in the model: base_"),
+        (alpha, "alpha_pattern of its config names model.layers.9.mlp.up_proj"),
+    ],
+    ids=["other names", "an alpha of no module"],
+)
+def test_names_that_lead_nowhere_are_refused(spoil, message, tmp_path):
     folder = changed(trained("lora").folder, tmp_path)
     spoil(folder)
     with pytest.raises(AdapterError, match=message):
@@ -182,18 +199,6 @@ def test_trained_tokens_beside_adapted_embeddings(tmp_path):
         attach_adapter(pair.get_base_model(), tokens, name="tokens", wrapped=pair)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_adapter_that_is_not_finite(value, tmp_path):
-    folder = changed(trained("lora").folder, tmp_path)
-    path = folder / "adapter_model.safetensors"
-    weights = load_file(path)
-    name = next(name for name in weights if "layers.1" in name and "lora_B" in name)
-    weights[name][0, 0] = value
-    save_file(weights, path)
-    with pytest.raises(AdapterError, match=f"{re.escape(name)} holds values that are not finite"):
-        attach_adapter(plain(), folder)
-
-
 def test_merging_biases_into_layers_without(tmp_path):
     folder = saved(tmp_path / "biased", target_modules=["o_proj"], lora_bias=True)
     with pytest.raises(AdapterError, match=r"cannot be merged: .*`lora_bias=True` because the base layer has no bias"):
@@ -209,20 +214,14 @@ def test_alphas_of_old_names_are_translated(old):
     assert [layer.mlp.up_proj.scaling["default"] for layer in layers] == [2.0, 16.0]
 
 
-def test_an_adapter_of_another_size(tmp_path):
-    folder = changed(trained("lora").folder, tmp_path)
-    path = folder / "adapter_model.safetensors"
-    save_file({name: torch.cat([t, t], -1).contiguous() for name, t in load_file(path).items()}, path)
-    with pytest.raises(AdapterError, match=r"does not fit .*base: .*\[4, 192\].*is torch.Size\(\[4, 96\]\)\.$"):
-        attach_adapter(plain(), folder)
-
-
 @pytest.mark.parametrize("size", [0, 1e-9])
 def test_a_merge_that_changes_nothing(size, tmp_path):
     """An adapter that was not trained, and one whose changes bfloat16 cannot hold."""
-    folder = changed(trained("lora").folder, tmp_path)
-    path = folder / "adapter_model.safetensors"
-    save_file({name: t * size if "lora_B" in name else t for name, t in load_file(path).items()}, path)
+    folder = edited(
+        trained("lora").folder,
+        tmp_path,
+        lambda weights: {name: t * size if "lora_B" in name else t for name, t in weights.items()},
+    )
     with pytest.raises(AdapterError, match=r"changes no weight of its base in torch\.bfloat16"):
         merge(folder, tmp_path / "out", dtype="bfloat16")
     assert not (tmp_path / "out").exists()

@@ -106,7 +106,12 @@ def test_a_terminal_gets_a_bar_and_few_lines(start):
     run.tell("log", logs=STEP | {"num_tokens": 12000})
     run.tell("log", logs={"eval_b_loss": 0.5, "eval_b_rewards/accuracies": 0.75})
     run.tell("log", logs={"train_runtime": 10.0, "train_loss": 0.6, "train_samples_per_second": 2.5})
+    for _ in range(2):
+        run.tell("prediction_step", eval_dataloader=[1, 2, 3])
+    assert "evaluation" in run.err.getvalue() and run.callback._eval_bar.n == 2
+    run.tell("evaluate")
     run.tell("train_end")
+    assert run.callback._eval_bar is None
     bar = run.err.getvalue()
     assert "5/20" in bar and "loss 0.6931  margin +0.125  1,200 tokens/s  peak 1.50 GiB" in bar
     assert "logps" not in bar
@@ -116,40 +121,25 @@ def test_a_terminal_gets_a_bar_and_few_lines(start):
     ]
 
 
-def test_a_log_file_gets_lines_beside_a_bar(start):
-    run = start(err=Terminal(), disable_tqdm=False)
+@pytest.mark.parametrize(
+    ("options", "bar", "lines"),
+    [
+        ({"err": Terminal, "disable_tqdm": False}, True, True),  # a log file beside a terminal
+        ({"out": Terminal, "err": Terminal, "disable_tqdm": True}, False, True),
+        ({"out": Terminal, "err": Terminal, "disable_tqdm": False, "rank": 1}, False, False),
+    ],
+    ids=["log file", "disable_tqdm", "another rank"],
+)
+def test_who_gets_a_bar_and_who_gets_lines(start, options, bar, lines):
+    run = start(**{key: value() if isinstance(value, type) else value for key, value in options.items()})
     run.steps(1, seconds=1.0)
     run.tell("log", logs=STEP)
-    assert "1/20" in run.err.getvalue() and run.lines()[0].startswith("step 1/20")
-
-
-def test_disable_tqdm_leaves_lines_on_a_terminal(start):
-    run = start(out=Terminal(), err=Terminal(), disable_tqdm=True)
-    run.steps(1, seconds=1.0)
-    run.tell("prediction_step", eval_dataloader=[1, 2])
-    run.tell("log", logs=STEP)
-    assert run.err.getvalue() == "" and run.lines()[0].startswith("step 1/20")
-
-
-def test_evaluation_has_a_bar_of_its_own_that_goes_away(start):
-    run = start(out=Terminal(), err=Terminal(), disable_tqdm=False)
-    for _ in range(2):
-        run.tell("prediction_step", eval_dataloader=[1, 2, 3])
-    assert "evaluation" in run.err.getvalue() and run.callback._eval_bar.n == 2
-    run.tell("evaluate")
-    assert run.callback._eval_bar is None
-
-
-def test_other_ranks_are_silent(start):
-    run = start(rank=1, out=Terminal(), err=Terminal(), disable_tqdm=False)
-    run.steps(2, seconds=1.0)
-    run.tell("prediction_step", eval_dataloader=[1, 2])
-    run.tell("log", logs=STEP)
-    run.tell("log", logs={"eval_loss": 1.0})
-    run.tell("evaluate")
-    run.tell("save")
-    run.tell("train_end")
-    assert run.out.getvalue() == run.err.getvalue() == ""
+    if not bar:
+        run.tell("prediction_step", eval_dataloader=[1, 2])
+    for event in ("evaluate", "save", "train_end"):
+        run.tell(event)
+    assert ("1/20" in run.err.getvalue()) == bar and (bar or not run.err.getvalue())
+    assert [line[:9] for line in run.lines()] == ["step 1/20"] * lines
 
 
 def test_peak_memory_on_the_cpu_is_of_the_whole_process():
@@ -161,23 +151,18 @@ def test_peak_memory_on_the_cpu_is_of_the_whole_process():
     assert progress.peak_memory(torch.device("meta")) is None
 
 
-@pytest.mark.parametrize("disable_tqdm", [True, False])
-def test_it_takes_the_place_of_transformers_own(tmp_path, disable_tqdm):
+class Chosen(TrainerCallback):
+    pass
+
+
+@pytest.mark.parametrize(("disable_tqdm", "default"), [(True, None), (False, None), (False, Chosen)])
+def test_it_takes_the_place_of_transformers_own(tmp_path, monkeypatch, disable_tqdm, default):
+    """Not of one that was chosen, as in a notebook."""
+    if default:
+        monkeypatch.setattr(upstream, "DEFAULT_PROGRESS_CALLBACK", default)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=disable_tqdm)
     trainer = Trainer(torch.nn.Linear(1, 1), args)
     show_progress(trainer)
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    assert kinds.count(TrainingProgress) == 1
+    assert kinds.count(default or TrainingProgress) == 1
     assert not {ProgressCallback, PrinterCallback} & set(kinds)
-
-
-def test_a_progress_that_was_chosen_stays(tmp_path, monkeypatch):
-    class Chosen(TrainerCallback):
-        pass
-
-    monkeypatch.setattr(upstream, "DEFAULT_PROGRESS_CALLBACK", Chosen)
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=False)
-    trainer = Trainer(torch.nn.Linear(1, 1), args)
-    show_progress(trainer)
-    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
-    assert Chosen in kinds and TrainingProgress not in kinds

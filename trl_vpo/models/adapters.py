@@ -26,7 +26,7 @@ MAX_LORA_RANK = 16  # vLLM's default
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
-# --- presets ------------------------------------------------------------------------------------------------------
+# --- presets --------------------------------------------------------------------------------------------------------
 
 
 def check_targets(targets: str | Iterable[str] | None) -> None:
@@ -44,15 +44,15 @@ def check_targets(targets: str | Iterable[str] | None) -> None:
                 f"{did_you_mean(targets, PRESETS)} Anything else is a regular expression of whole module names, such "
                 rf"as .*\.{targets}"
             )
-    elif found := [name for name in targets if name in PRESETS]:
+    elif presets := [name for name in targets if name in PRESETS]:
         raise RecipeError(
-            f"lora_target_modules: the preset {found[0]!r} stands alone, without other names. Write a regular "
+            f"lora_target_modules: the preset {presets[0]!r} stands alone, without other names. Write a regular "
             "expression to adapt something else."
         )
 
 
 def target_modules(model: nn.Module, preset: str) -> str:
-    r"""What a preset adapts in a model, as PEFT takes it: a regular expression that matches whole module names.
+    r"""Return a preset of a model as PEFT takes it: a regular expression that matches whole module names.
 
     An adapter's config holds this expression, so that it loads where `trl_vpo` is not installed. The presets mean the
     same in every family:
@@ -70,55 +70,41 @@ def target_modules(model: nn.Module, preset: str) -> str:
         preset: one of `PRESETS`.
 
     Raises:
-        RecipeError: the model has no projector or vision tower that we know.
+        RecipeError: the model has no projector or vision tower that is known.
     """
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    modules = dict(model.named_modules())
+    # `nn.MultiheadAttention` reads the weight of its own kind of linear layer and never calls it: LoRA would not act.
+    linear = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    ]
     text = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is text) + "."
+    prefix = next(name for name, module in modules.items() if module is text) + "."
     names = {name for name in linear if name.startswith(prefix) and not VISION.search(f"{name}.")}
     _warn_of_fused(text)
-    if preset != "language":
-        names |= _found(model, linear, PROJECTOR, preset, "projector")
-    if preset == "all":
-        names |= _found(model, linear, VISION, preset, "vision tower")
-    return _pattern(names, {name for name, _ in model.named_modules()})
+    parts = [("projector", PROJECTOR), ("vision tower", VISION)][: PRESETS.index(preset)]
+    for what, pattern in parts:
+        matches = {name for name in linear if pattern.search(f"{name}.")}
+        if not matches:
+            raise RecipeError(
+                f"lora_target_modules: {preset}: {type(model).__name__} has no {what} that is known. Use language, or "
+                "a regular expression of whole module names."
+            )
+        names |= matches
+    return _pattern(names, set(modules))
 
 
 def resolve_targets(peft_config: Any, model: nn.Module) -> None:
-    """Spell the preset of a LoRA config out for a model, in place. Other targets stay as they are.
+    """Replace the preset of a LoRA config by a model's module names, in place. Other targets stay as they are.
 
     Raises:
-        RecipeError: as `check_targets` and `target_modules` say.
+        RecipeError: as `check_targets` and `target_modules`.
     """
     targets = getattr(peft_config, "target_modules", None)
     check_targets(targets)
     if targets in PRESETS:
         peft_config.target_modules = target_modules(model, targets)
-
-
-def loses_base(config: Any) -> str | None:
-    """Why a model is not its base where an adapter of this config is switched off; None: it is."""
-    init = getattr(config, "init_lora_weights", True)
-    if (bias := getattr(config, "bias", "none")) != "none":
-        return f"bias={bias!r} trains the base's own biases"
-    if isinstance(init, str) and init.lower() not in KEEPS_BASE:
-        return f"init_lora_weights={init!r} changes the base's weights"
-    return None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # `nn.MultiheadAttention` reads the weight of its own kind of linear layer and never calls it: LoRA would not act.
-    return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-
-
-def _found(model: nn.Module, linear: list[str], pattern: re.Pattern, preset: str, what: str) -> set[str]:
-    names = {name for name in linear if pattern.search(f"{name}.")}
-    if not names:
-        raise RecipeError(
-            f"lora_target_modules: {preset}: {type(model).__name__} has no {what} that we know. Use language, or a "
-            "regular expression of whole module names."
-        )
-    return names
 
 
 def _warn_of_fused(text: nn.Module) -> None:
@@ -148,11 +134,23 @@ def _pattern(names: set[str], every: set[str]) -> str:
     return "|".join(re.escape(name) for name in sorted(names))  # layers that differ from one another
 
 
-# --- saved adapters -----------------------------------------------------------------------------------------------
+# --- saved adapters -------------------------------------------------------------------------------------------------
+
+
+def loses_base(config: Any) -> str | None:
+    """Say why a model is not its base where an adapter of this config is switched off; None: it is."""
+    init = getattr(config, "init_lora_weights", True)
+    if (bias := getattr(config, "bias", "none")) != "none":
+        return f"bias={bias!r} trains the base's own biases"
+    return f"init_lora_weights={init!r} changes the base's weights" if _changes_base(init) else None
+
+
+def _changes_base(init: Any) -> bool:
+    return isinstance(init, str) and init.lower() not in KEEPS_BASE
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The `adapter_config.json` of a saved adapter, whose weights are known to be a safetensors file.
+    """Return the `adapter_config.json` of a saved adapter whose weights are a safetensors file.
 
     Raises:
         AdapterError: no adapter, one whose weights are pickled, or one that needs a base that was not saved.
@@ -162,8 +160,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"{folder} is no adapter: its adapter_config.json cannot be read ({error}). Name the output_dir of a LoRA "
-            "training, or one of its checkpoints."
+            f"{folder} is not an adapter: its adapter_config.json cannot be read ({error}). Name the output_dir of a "
+            "LoRA training, or one of its checkpoints."
         ) from error
     if not (folder / "adapter_model.safetensors").is_file():
         pickled = ", ".join(path.name for path in sorted(folder.glob("adapter_model.*")))
@@ -172,7 +170,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if str(config.get("init_lora_weights")).lower() == "lora_ga":
         raise AdapterError(
             f"{folder} began with init_lora_weights='lora_ga', which changed the base's weights by gradients that are "
-            "gone: on the base as it is stored, the adapter is another model than the one that was trained."
+            "not saved: on the base as it is stored, the adapter is another model than the one that was trained."
         )
     return config
 
@@ -183,50 +181,25 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def vllm_problems(adapter: Path | str, *, max_lora_rank: int = MAX_LORA_RANK) -> list[str]:
-    """Why vLLM would refuse a saved adapter, or ignore parts of it; empty where it serves it as it is.
-
-    After vLLM's own checks (`vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py`, 2026): it takes plain LoRA and
-    rsLoRA of linear layers. What it does not take can be merged into the base model.
-
-    Args:
-        adapter: the folder of the adapter.
-        max_lora_rank: what the server was started with.
+def vllm_problems(adapter: Path | str) -> list[str]:
+    """Say why vLLM would refuse a saved adapter, or ignore parts of it; empty where it serves it as it is.
 
     Raises:
         AdapterError: no adapter.
     """
-    return vllm_refuses(read_config(adapter), saved_shapes(adapter), max_lora_rank=max_lora_rank)
+    return vllm_refuses(read_config(adapter), saved_shapes(adapter))
 
 
 def vllm_refuses(config: dict[str, Any], tensors: Iterable[str], *, max_lora_rank: int = MAX_LORA_RANK) -> list[str]:
-    """`vllm_problems` of an adapter that is not saved yet: its config and the names of its tensors."""
-    problems = [problem for wrong, problem in _vllm_features(config) if wrong]
-    pattern = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
-    matches = {name: pattern.fullmatch(name) for name in tensors}
-    unknown = sorted(name for name, match in matches.items() if match is None)
-    if unknown and not problems:
-        problems.append(f"{len(unknown)} tensors are no LoRA weights of linear layers, such as {unknown[0]}.")
-    ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
-    if max(ranks) > max_lora_rank:
-        enough = next((str(rank) for rank in LORA_RANKS if rank >= max(ranks)), None)
-        remedy = f"start vLLM with --max-lora-rank {enough}" if enough else f"vLLM takes {LORA_RANKS[-1]} at most"
-        problems.append(f"its rank is {max(ranks)}, vLLM's max_lora_rank {max_lora_rank}: {remedy}.")
-    modules = {match[1] for match in matches.values() if match}
-    if vision := sorted(name for name in modules if VISION.search(f"{name}.")):
-        problems.append(
-            f"{len(vision)} of its {len(modules)} modules are in vision tower or projector, such as {vision[0]}: vLLM "
-            "ignores them unless it is started with --enable-tower-connector-lora, which some models do not have."
-        )
-    return problems
+    """Like `vllm_problems`, of an adapter that is not saved yet: its config and the names of its tensors.
 
-
-def _vllm_features(config: dict[str, Any]) -> list[tuple[Any, str]]:
-    """(has it, what to say) of the LoRA features that vLLM does not have."""
+    After vLLM's own checks (`vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py`, 2026): it takes plain LoRA and
+    rsLoRA of linear layers. What it does not take can be merged into the base model.
+    """
     kind, init = config.get("peft_type"), config.get("init_lora_weights")
-    merge = "merge it into the base model first."
     trained = ", ".join(config.get("modules_to_save") or [])
-    return [
+    merge = "merge it into the base model first."
+    features = [  # (has it, what to say)
         (kind != "LORA", f"it is {kind}, not LoRA: {merge}"),
         (config.get("use_dora"), f"it is DoRA (use_dora): {merge}"),
         (trained, f"it holds fully trained modules (modules_to_save: {trained}): {merge}"),
@@ -234,7 +207,24 @@ def _vllm_features(config: dict[str, Any]) -> list[tuple[Any, str]]:
         (config.get("alora_invocation_tokens"), "it is activated LoRA (alora_invocation_tokens)."),
         (config.get("layer_replication"), "it repeats layers (layer_replication)."),
         (
-            isinstance(init, str) and init.lower() not in KEEPS_BASE,
+            _changes_base(init),
             f"init_lora_weights={init!r} changes the base model's weights, which vLLM leaves as they are: {merge}",
         ),
     ]
+    problems = [problem for applies, problem in features if applies]
+    matches = {name: re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name) for name in tensors}
+    unknown = sorted(name for name, match in matches.items() if match is None)
+    if unknown and not problems:
+        problems.append(f"{len(unknown)} tensors are no LoRA weights of linear layers, such as {unknown[0]}.")
+    rank = max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
+    if rank > max_lora_rank:
+        enough = next((number for number in LORA_RANKS if number >= rank), None)
+        remedy = f"start vLLM with --max-lora-rank {enough}" if enough else f"vLLM takes {LORA_RANKS[-1]} at most"
+        problems.append(f"its rank is {rank}, vLLM's max_lora_rank {max_lora_rank}: {remedy}.")
+    modules = {match[1] for match in matches.values() if match}
+    if vision := sorted(name for name in modules if VISION.search(f"{name}.")):
+        problems.append(
+            f"{len(vision)} of its {len(modules)} modules are in vision tower or projector, such as {vision[0]}: vLLM "
+            "ignores them unless it is started with --enable-tower-connector-lora, which some models do not have."
+        )
+    return problems

@@ -10,7 +10,6 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_wei
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TrainableTokensWrapper
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -41,20 +40,23 @@ def attach_adapter(
         path: folder or Hub name of the adapter.
         config: the adapter's, if it was read before.
         name: of the adapter within PEFT; not what a part of the model is called, such as `layers` or `lora_A`.
-        wrapped: what an earlier call gave.
+        wrapped: what an earlier call returned.
         trainable: load it to train it further; give the result to a trainer as its model.
 
     Raises:
         AdapterError: tensors of the file have no place in the model, or the other way round; shapes differ; a tensor
             is not finite; PEFT does not take the name, or the adapter beside the others.
     """
-    base = model.config._name_or_path or type(model).__name__
-    misfit = f"adapter {path} does not fit {base}"
+    misfit = f"adapter {path} does not fit {model.config._name_or_path or type(model).__name__}"
     try:
         config = config or PeftConfig.from_pretrained(str(path))
         config.inference_mode = not trainable
         weights = load_peft_weights(str(path), device="cpu")
-        _check_finite(weights, path)
+        for key, tensor in weights.items():
+            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                raise AdapterError(
+                    f"adapter {path}: {key} holds values that are not finite. Use an earlier checkpoint."
+                )
         _translate_patterns(config, model)
         parts = [key for key, _ in model.named_parameters()]
         if wrapped is None:
@@ -63,8 +65,11 @@ def attach_adapter(
             wrapped.add_adapter(name, config)
         with _own_tokens_only(), warnings.catch_warnings():
             own = get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False).keys()
-            _check_name(name, [*parts, *own])
-            mapping = _key_mapping(wrapped, own, weights.keys(), misfit)
+            if any(name in key.split(".") for key in [*parts, *own]):  # PEFT goes by parts of keys
+                raise AdapterError(
+                    f"the adapter name {name!r} is what a part of the model is called: give another one."
+                )
+            mapping = _key_mapping(wrapped, set(own), set(weights), misfit)
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
             loaded = wrapped.load_adapter(
                 str(path), name, is_trainable=trainable, torch_device=str(model.device), key_mapping=mapping
@@ -76,7 +81,7 @@ def attach_adapter(
         raise AdapterError(f"{misfit}: {first}") from error
     missing = [key for key in loaded.missing_keys if name in key.split(".")]  # PEFT takes it for a part of any word
     _refuse_strays(missing, loaded.unexpected_keys, misfit)
-    _check_patterns(config, wrapped, misfit)
+    _check_alphas(config, wrapped, misfit)
     return wrapped
 
 
@@ -86,8 +91,7 @@ def check_checkpoint(model: PeftModel, folder: Path) -> None:
     Raises:
         AdapterError: names the tensors.
     """
-    name = model.active_adapters[0]
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).keys()
+    own = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False).keys()
     saved = saved_shapes(folder).keys()
     strange = saved - own - model.state_dict().keys()  # PEFT saves adapted embeddings with their base
     _refuse_strays(own - saved, strange, f"the adapter in {folder} does not fit the one in training")
@@ -101,35 +105,23 @@ def _own_tokens_only() -> Iterator[None]:
     them. To be deleted once both methods look at `_adapters`, as those of `peft.utils.ModulesToSaveWrapper` do.
     """
 
-    def asked(method: Callable) -> Callable:
+    def only_own(method: Callable) -> Callable:
         return lambda self, name, *args: method(self, name, *args) if name in self._adapters else {}
 
     names = ("adapter_state_dict", "adapter_state_dict_load_map")
-    methods = [getattr(TrainableTokensWrapper, name) for name in names]
+    methods = {name: getattr(TrainableTokensWrapper, name) for name in names}
     try:
-        for name, method in zip(names, methods):
-            setattr(TrainableTokensWrapper, name, asked(method))
+        for name, method in methods.items():
+            setattr(TrainableTokensWrapper, name, only_own(method))
         yield
     finally:
-        for name, method in zip(names, methods):
+        for name, method in methods.items():
             setattr(TrainableTokensWrapper, name, method)
 
 
-def _check_finite(weights: dict[str, Tensor], path: Path | str) -> None:
-    for key, tensor in weights.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise AdapterError(f"adapter {path}: {key} holds values that are not finite. Use an earlier checkpoint.")
-
-
-def _check_name(name: str, keys: Iterable[str]) -> None:
-    """Refuse a name that PEFT, which goes by parts of keys, cannot tell from a module's."""
-    if any(name in key.split(".") for key in keys):
-        raise AdapterError(f"the adapter name {name!r} is what a part of the model is called: give another one.")
-
-
-def _key_mapping(wrapped: PeftModel, own: Iterable[str], saved: Iterable[str], misfit: str) -> dict[str, str]:
+def _key_mapping(wrapped: PeftModel, own: set[str], saved: set[str], misfit: str) -> dict[str, str]:
     """Patterns of names in the file and what the model calls them, where that differs."""
-    own, saved, mapping, translate = set(own), set(saved), {}, translator(wrapped.get_base_model())
+    mapping, translate = {}, translator(wrapped.get_base_model())
     for key in saved - own:
         if not key.startswith(PREFIX):
             raise AdapterError(f"{misfit}: the name {key} does not begin with {PREFIX}, as names that PEFT saves do.")
@@ -141,26 +133,28 @@ def _key_mapping(wrapped: PeftModel, own: Iterable[str], saved: Iterable[str], m
 
 
 def translator(model: PreTrainedModel) -> Callable[[str], str]:
-    """What a module or weight of an older transformers is called in the model today."""
+    """Return a function from what an older transformers called a module or weight to its name today."""
     transforms = get_model_conversion_mapping(model, add_legacy=False)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     return lambda name: apply_renamings(name, renamings)
 
 
 def _translate_patterns(config: PeftConfig, model: PreTrainedModel) -> None:
-    """Targets, ranks and alphas of single modules go by the modules' names, too."""
+    """Translate targets, ranks and alphas of single modules, which go by the modules' names, too."""
     names, translate = {name for name, _ in model.named_modules()}, translator(model)
+
+    def today(old: str) -> str:
+        return new if old not in names and (new := translate(old)) in names else old
+
     if isinstance(targets := getattr(config, "target_modules", None), (set, list)):
-        renamed = {old: translate(old) for old in targets}
-        config.target_modules = {new if old not in names and new in names else old for old, new in renamed.items()}
+        config.target_modules = {today(old) for old in targets}
     for field in ("rank_pattern", "alpha_pattern"):
-        for old in list(getattr(config, field, None) or {}):
-            if old not in names and (new := translate(old)) in names:
-                getattr(config, field)[new] = getattr(config, field).pop(old)
+        if pattern := getattr(config, field, None):
+            setattr(config, field, {today(old): value for old, value in pattern.items()})
 
 
-def _check_patterns(config: PeftConfig, wrapped: PeftModel, misfit: str) -> None:
-    """An alpha that no module has would be another scaling than in training."""
+def _check_alphas(config: PeftConfig, wrapped: PeftModel, misfit: str) -> None:
+    """Refuse an alpha that no module has: it would be another scaling than in training."""
     adapted = [n.removeprefix(PREFIX) for n, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)]
     for pattern in getattr(config, "alpha_pattern", None) or {}:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):

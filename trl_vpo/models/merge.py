@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from trl_vpo.data.identity import package_version
-from trl_vpo.errors import AdapterError
+from trl_vpo.errors import AdapterError, as_user_errors
 from trl_vpo.models.adapters import read_config
 from trl_vpo.models.attach import attach_adapter
 from trl_vpo.models.source import check_model
@@ -65,36 +65,37 @@ def merge(
     Raises:
         AdapterError: `adapter` is none, does not fit the base, or cannot be merged; the base is quantized; `out` holds
             files.
-        OSError: the base cannot be read.
+        UserError: the base cannot be read.
     """
     adapter, out = Path(adapter), Path(out)
     if dtype not in DTYPES:
         raise AdapterError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} exists and is not an empty folder. Name another one, or move it away.")
-    given = read_config(adapter)
-    named = given.get("base_model_name_or_path")
+    saved = read_config(adapter)
+    named = saved.get("base_model_name_or_path")
     base = base or named
     if not base:
         raise AdapterError(f"the config of {adapter} does not name its base model: give `base`.")
-    revision = revision or (given.get("revision") if base == named else None)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    revision = revision or (saved.get("revision") if base == named else None)
     check_model(base, key="base", revision=revision)
-    config = AutoConfig.from_pretrained(base, **common)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with as_user_errors(f"base {base}"):
+        config = AutoConfig.from_pretrained(base, **common)
     if getattr(config, "quantization_config", None) is not None:
         raise AdapterError(
             f"the weights of {base} are quantized; an adapter cannot be merged into them without loss. Give `base` "
             "the model that they were made from."
         )
-    source = adapter if any((adapter / name).is_file() for name in PROCESSOR_FILES) else base
-    processor = AutoProcessor.from_pretrained(
-        source, **(common if source is base else {"trust_remote_code": trust_remote_code})
-    )
-    saved_as = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
-    model = architecture.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **common)
-    notes = _notes(adapter, given, base)
-    model = _merged(model, adapter, saved_as)
+    with as_user_errors(f"base {base}"):
+        if any((adapter / name).is_file() for name in PROCESSOR_FILES):
+            processor = AutoProcessor.from_pretrained(adapter, trust_remote_code=trust_remote_code)
+        else:
+            processor = AutoProcessor.from_pretrained(base, **common)
+        model = architecture.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **common)
+    notes = _notes(adapter, named, base)
+    model = _merged(model, adapter, config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=out.parent) as folder:
         whole = Path(folder) / out.name
@@ -147,34 +148,34 @@ def _answers(model: Any) -> Tensor:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
 
 
-def _notes(adapter: Path, config: dict[str, Any], base: str) -> list[str]:
+def _notes(adapter: Path, named: str | None, base: str) -> list[str]:
     notes = []
-    named = config.get("base_model_name_or_path")
     if named and Path(named).name != Path(base).name:
         notes.append(f"The adapter names {_shown(named)} as its base; it was merged into {_shown(base)}.")
     try:
         recipe = json.loads((adapter / "run.json").read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError):
         return notes
-    bits = 4 if recipe.get("load_in_4bit") else 8 if recipe.get("load_in_8bit") else None
-    if bits:
-        notes.append(
-            f"The adapter was trained on {bits}-bit weights and is merged into those of full precision, so answers "
-            "differ a little from the ones in training."
-        )
+    for bits in (4, 8):
+        if recipe.get(f"load_in_{bits}bit"):
+            notes.append(
+                f"The adapter was trained on {bits}-bit weights and is merged into those of full precision, so "
+                "answers differ a little from the ones in training."
+            )
     return notes
 
 
 def _write_card(folder: Path, adapter: Path, base: str, model: PreTrainedModel, notes: list[str]) -> None:
-    """`README.md`, with the adapter's own sections on its training where it has them."""
+    """Write `README.md`, with the adapter's own sections on its training where it has them."""
     data, training = {}, ""
     if (adapter / "README.md").is_file():
         card = ModelCard.load(adapter / "README.md", ignore_metadata_errors=True)
         data = {key: card.data.get(key) for key in ("pipeline_tag", "datasets", "tags") if card.data.get(key)}
         training = "\n" + card.text[card.text.find("## Training") :] if "## Training" in card.text else ""
-    local = Path(base).exists()
-    named = None if local else base  # the Hub refuses what is no name of a model on it
-    head = ModelCardData(base_model=named, library_name="transformers", model_name=folder.name, **data)
+    local = Path(base).exists()  # the Hub refuses what is no name of a model on it
+    head = ModelCardData(
+        base_model=None if local else base, library_name="transformers", model_name=folder.name, **data
+    )
     text = CARD.format(
         name=folder.name,
         base=f"`{_shown(base)}`" if local else f"[{base}](https://huggingface.co/{base})",

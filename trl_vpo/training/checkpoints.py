@@ -25,6 +25,12 @@ from trl_vpo.training.main_process import print_main
 
 MARKER = "complete.json"
 HASHED = 2**30  # bytes; larger files are compared by their size alone, reading them back would hold up every save
+NEEDED = {  # how a file's name begins: what to say without it
+    "trainer_state.json": "trainer_state.json is missing",
+    "optimizer": "optimizer.pt is missing (interrupted, or saved with save_only_model)",
+    "scheduler.pt": "scheduler.pt is missing",
+    "rng_state": "rng_state.pth is missing",
+}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -125,21 +131,12 @@ def _changed(folder: Path, files: dict[str, dict]) -> list[str]:
 def _missing(folder: Path) -> list[str]:
     """Say what an exact continuation lacks. DeepSpeed and FSDP keep weights and optimizer in folders of their own."""
     names = [path.name for path in folder.iterdir()]
-
-    def has(start: str) -> bool:
-        return any(name.startswith(start) for name in names)
-
-    problems = [] if "trainer_state.json" in names else ["trainer_state.json is missing"]
+    problems = [text for start, text in NEEDED.items() if not any(name.startswith(start) for name in names)]
     if "latest" in names:  # of DeepSpeed, written after its folder
-        return problems
-    if not has("pytorch_model_fsdp") and not any(folder.rglob("*.safetensors")):
+        return [problem for problem in problems if problem.startswith("trainer_state")]
+    sharded = any(name.startswith("pytorch_model_fsdp") for name in names)
+    if not sharded and not any(folder.rglob("*.safetensors")):
         problems.append("the weights (adapter_model.safetensors or model.safetensors) are missing")
-    if not has("optimizer"):
-        problems.append("optimizer.pt is missing (interrupted, or saved with save_only_model)")
-    if "scheduler.pt" not in names:
-        problems.append("scheduler.pt is missing")
-    if not has("rng_state"):
-        problems.append("rng_state.pth is missing")
     return problems
 
 

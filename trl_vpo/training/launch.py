@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -21,18 +22,11 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
     Raises:
         RecipeError: `--accelerate_config` names nothing, or `--num_processes` is no number of processes.
     """
-    given: dict[str, str] = {}
-    kept = list(options)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in LAUNCH_KEYS:
-        for at, option in enumerate(kept):
-            if option == f"--{name}" and at + 1 < len(kept):
-                given[name] = kept[at + 1]
-                del kept[at : at + 2]
-                break
-            if option.startswith(f"--{name}="):
-                given[name] = kept.pop(at).split("=", 1)[1]
-                break
-    given = _of_recipe(kept) | given
+        parser.add_argument(f"--{name}")
+    known, kept = parser.parse_known_args(options)
+    given = _of_recipe(kept) | vars(known)
     processes = given.get("num_processes", "1")
     if not processes.isdecimal() or int(processes) < 1:
         raise RecipeError(f"num_processes is {processes!r}: give a whole number of at least 1.")

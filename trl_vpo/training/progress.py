@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from typing import Any
@@ -19,7 +20,6 @@ SHOWN = (  # key in the logs, what it is called here, how it is written
     ("grad_norm", "grad", ".3g"),
     ("learning_rate", "lr", ".2e"),
 )
-ON_BAR = ("loss", "margin")
 
 
 def show_progress(trainer: Any) -> None:
@@ -29,7 +29,7 @@ def show_progress(trainer: Any) -> None:
 
 
 class TrainingProgress(TrainerCallback):
-    """What rank 0 prints: on a terminal one bar with loss, margin, tokens per second and peak memory.
+    """Print the progress on rank 0: on a terminal one bar with loss, margin, tokens per second and peak memory.
 
     Where standard output is no terminal, and with `disable_tqdm`, a line for each logging step goes there. Evaluations
     and the summary at the end are lines always. Tokens per second are those of `num_tokens`, of all ranks, without the
@@ -40,7 +40,7 @@ class TrainingProgress(TrainerCallback):
         self._bar: tqdm | None = None
         self._eval_bar: tqdm | None = None
 
-    # --- events ---------------------------------------------------------------------------------------------------
+    # --- events -----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -65,7 +65,10 @@ class TrainingProgress(TrainerCallback):
             self._bar.update(state.global_step - self._bar.n)
 
     def on_save(self, args, state, control, **kwargs):
-        self._pause()
+        """Count the time since the step ended, or since the last such pause, as none of training."""
+        if self._bar is not None:
+            now = time.monotonic()
+            self._elsewhere, self._mark = self._elsewhere + now - self._mark, now
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         if not state.is_world_process_zero or args.disable_tqdm or not has_length(eval_dataloader):
@@ -79,61 +82,51 @@ class TrainingProgress(TrainerCallback):
         if self._eval_bar is not None:
             self._eval_bar.close()
             self._eval_bar = None
-        self._pause()
+        self.on_save(args, state, control)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
+        step = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
-            self._show_step(args, state, logs)
+            self._show_step(args, step, logs)
         elif "train_runtime" in logs:
             self._write(_summary(state, logs))
+        elif prefixes := [key.removesuffix("loss") for key in logs if key.endswith("_loss")]:
+            for prefix in prefixes:
+                self._write(f"{step}  {_evaluation(logs, prefix)}")
         else:
-            prefixes = [key.removesuffix("loss") for key in logs if key.endswith("_loss")]
-            shown = [_evaluation(logs, p) for p in prefixes] or [
-                "  ".join(f"{k} {_short(v)}" for k, v in logs.items())
-            ]
-            for text in shown:
-                self._write(f"step {state.global_step}/{state.max_steps}  {text}")
+            values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items())
+            self._write("  ".join([step, *values]))
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    # --- what they print ------------------------------------------------------------------------------------------
+    # --- what they print --------------------------------------------------------------------------------------------
 
-    def _show_step(self, args, state, logs: dict[str, float]) -> None:
+    def _show_step(self, args: Any, step: str, logs: dict[str, float]) -> None:
         speed, memory = self._tokens_per_second(logs), peak_memory(args.device)
         tail = [f"{speed:,.0f} tokens/s"] if speed is not None else []
         tail += [f"peak {memory / GIB:.2f} GiB"] if memory is not None else []
         parts = {name: f"{name} {logs[key]:{form}}" for key, name, form in SHOWN if key in logs}
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str("  ".join([*(parts[n] for n in ON_BAR if n in parts), *tail]))
+            self._bar.set_postfix_str("  ".join([*(parts[n] for n in ("loss", "margin") if n in parts), *tail]))
         if self._bar is None or self._lines:
             epoch = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
-            self._write("  ".join([f"step {state.global_step}/{state.max_steps}", *epoch, *parts.values(), *tail]))
+            self._write("  ".join([step, *epoch, *parts.values(), *tail]))
 
     def _tokens_per_second(self, logs: dict[str, float]) -> float | None:
-        """Since the last logging step; None where tokens are not counted or not known."""
-        now, tokens = time.monotonic(), logs.get("num_tokens")
-        before, seconds = self._tokens, now - self._logged - self._elsewhere
+        """The speed since the last logging step; None where tokens are not counted or not known."""
+        now, tokens, before = time.monotonic(), logs.get("num_tokens"), self._tokens
+        seconds = now - self._logged - self._elsewhere
         self._tokens, self._logged, self._mark, self._elsewhere = tokens, now, now, 0.0
         return (tokens - before) / seconds if tokens is not None and before is not None and seconds > 0 else None
-
-    def _pause(self) -> None:
-        """The time since the step ended, or since the last such pause, was none of training."""
-        if self._bar is not None:
-            now = time.monotonic()
-            self._elsewhere, self._mark = self._elsewhere + now - self._mark, now
 
     def _write(self, line: str) -> None:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _evaluation(logs: dict[str, float], prefix: str) -> str:
@@ -152,14 +145,10 @@ def _summary(state: Any, logs: dict[str, float]) -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most bytes this process has held: in tensors on a GPU, or in all on the CPU; None where nothing tells."""
+    """The most bytes this process has held: in tensors on a GPU, or in all on the CPU; None for other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type != "cpu":
-        return None
-    try:
-        import resource
-    except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # KiB elsewhere

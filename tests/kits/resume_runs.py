@@ -1,0 +1,109 @@
+"""Runs that tests start, kill and compare: all are forks of one process that has imported TRL, see resume_run.py."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import KITS
+from resume_run import BASE, RECIPE, ROOT
+
+from trl_vpo.testbed.rows import write_jsonl, write_preferences
+
+SPEEDS = {"runtime", "samples_per_second", "steps_per_second"}  # of the steps since the run was continued
+
+
+class Runs:
+    """Starts runs in the folder of a test module."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for kind, name in (("clip", "clips"), ("scene", "scenes")):
+            _, rows = write_preferences(kind, 10, 3, folder / name)
+            write_jsonl(rows, folder / f"{name}.jsonl")
+        command = [sys.executable, str(KITS / "resume_run.py")]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=env
+        )
+        assert self.process.stdout.readline() == '"ready"\n'
+
+    def __call__(self, name, kill=None, *, method="rrpo", processes=1, file_limit=None, rank=0, **recipe):
+        """Run once. The exit codes of the processes, and what the first one printed."""
+        data = self.folder / ("scenes.jsonl" if method == "lpoi" else "clips.jsonl")
+        output = self.folder / name
+        recipe = RECIPE | {"model_name_or_path": BASE, "dataset_name": data, "output_dir": output} | recipe
+        argv = [part for key, value in recipe.items() if value is not None for part in (f"--{key}", str(value))]
+        log = self.folder / f"{name.replace('/', '_')}.log"
+        job = {"method": method, "argv": argv, "log": str(log), "processes": processes, "kill": kill, "rank": rank}
+        self.process.stdin.write(json.dumps(job | {"file_limit": file_limit}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())["codes"], Path(f"{log}.0.txt").read_text(errors="replace")
+
+    def finish(self, name, **options):
+        codes, text = self(name, **options)
+        assert set(codes) == {0}, text
+        return text
+
+    def assert_same(self, name, reference):
+        """Weights, logs, final metrics and the order of the data are those of the other run."""
+        got, want = self.folder / name, self.folder / reference
+        weights = next(want.glob("*model.safetensors")).name
+        assert (got / weights).read_bytes() == (want / weights).read_bytes()
+        for last in want.glob("checkpoint-*"):
+            assert history(got / last.name) == history(last)
+        records = [json.loads((folder / "run.json").read_text()) for folder in (got, want)]
+        assert without_speed(records[0]["metrics"]["train"]) == without_speed(records[1]["metrics"]["train"])
+        order = batches_of(self.folder / f"{reference}.log")
+        for step, names in batches_of(self.folder / f"{name}.log").items():
+            assert names <= order[step], step
+
+
+def history(checkpoint):
+    return [without_speed(logs) for logs in json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]]
+
+
+def without_speed(logs):
+    return {key: value for key, value in logs.items() if not any(key.endswith(name) for name in SPEEDS)}
+
+
+def batches_of(log):
+    """(rank, step) -> the batches that were trained on then, in whichever attempt."""
+    batches = {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        batches.setdefault((entry["rank"], entry["step"]), set()).add(tuple(entry["names"]))
+    return batches
+
+
+def order(log):
+    """The ids of the rows in the order in which they were trained on, by the last attempt at each step."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    last = {(entry["step"], entry["rank"]): entry["names"] for entry in entries}
+    return [re.search(r"id '([^']+)'", name).group(1) for at in sorted(last) for name in last[at]]
+
+
+def printed(text):
+    return re.findall(r"^trl-vpo: (.*)", text, re.MULTILINE)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    starter = Runs(tmp_path_factory.mktemp("resume"))
+    yield starter
+    starter.process.stdin.close()
+    starter.process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def straight(runs):
+    """A run that nothing happened to."""
+    text = runs.finish("straight")
+    assert printed(text) == [f"{runs.folder}/straight has no complete checkpoint: training starts from scratch."]
+    logged = history(runs.folder / "straight" / "checkpoint-8")
+    assert [logs["step"] for logs in logged] == [3, 6]
+    return "straight"

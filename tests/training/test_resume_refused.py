@@ -1,0 +1,143 @@
+"""Another run is refused; a bad row may be fixed, skipped or taken out as far as that changes no step before."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from resume_run import BASE
+from resume_runs import batches_of, history, order, printed
+
+# --- what is refused, and what is said ------------------------------------------------------------------------------
+
+
+def test_another_run_is_refused_and_a_longer_one_is_not(runs, straight):
+    runs.finish("other", max_steps=2, logging_steps=1)
+    codes, text = runs("other", max_steps=2, per_device_train_batch_size=5, lora_r=4, method="dpo")
+    assert codes == [1]
+    differences = text[text.rindex("CheckpointError: ") :]
+    for line in ("method: rrpo when it was saved, dpo now", "lora_r: 2 ", "per_device_train_batch_size: 2 "):
+        assert f"\n  - {line}" in differences
+    codes, text = runs("other", max_steps=2, logging_steps=1, processes=2)
+    assert codes == [1, 1]
+    assert "\n  - processes: 1 when it was saved, 2 now" in text
+    text = runs.finish("other", max_steps=4, logging_steps=1)
+    assert printed(text) == [f"Continuing from {runs.folder}/other/checkpoint-2, although"]
+    assert "\n  - max_steps: 2 when it was saved, 4 now. The linear schedule of the learning rate is that of" in text
+    logged = history(runs.folder / "other" / "checkpoint-4")
+    assert [logs["step"] for logs in logged] == [1, 2, 3, 4]
+    assert [logs["learning_rate"] for logs in logged] == [1e-2, 5e-3, 5e-3, 2.5e-3]  # the last two: of four steps
+
+
+def test_another_base_and_other_clips_are_refused(runs):
+    """One byte of a weight, the chat template, and a clip that was trained on, each under its old name."""
+    base, clips, data = runs.folder / "base", runs.folder / "clips-2", runs.folder / "clips-2.jsonl"
+    shutil.copytree(BASE, base)
+    shutil.copytree(runs.folder / "clips", clips)
+    data.write_text((runs.folder / "clips.jsonl").read_text().replace("/clips/", "/clips-2/"))
+    options = {"model_name_or_path": base, "dataset_name": data, "max_steps": 4}
+    runs.finish("changed", **options | {"max_steps": 2})
+    trained = {name for names in batches_of(runs.folder / "changed.log").values() for name in next(iter(names))}
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-1000] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    with (base / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    number = int(re.match(r"row (\d+)", sorted(trained)[0]).group(1))
+    row = json.loads(data.read_text().splitlines()[number])
+    with Path(row["videos"][0]).open("ab") as file:
+        file.write(b"more")
+    codes, text = runs("changed", **options)
+    assert codes == [1]
+    assert f"\n  - model: chat_template.jinja, model.safetensors of {base} are not those that the run was " in text
+    assert f"\n  - rows: 1 of 10 rows were changed (counted from 0: {number}), and 1 of them were trained on" in text
+
+
+# --- a bad row that was found in the middle -------------------------------------------------------------------------
+
+
+def test_a_damaged_clip_is_skipped(runs, straight):
+    """The remedy that the error names: the run goes on with all other rows, in the order that they had."""
+    clips, data = runs.folder / "clips-3", runs.folder / "clips-3.jsonl"
+    shutil.copytree(runs.folder / "clips", clips)
+    data.write_text((runs.folder / "clips.jsonl").read_text().replace("/clips/", "/clips-3/"))
+    whole = order(runs.folder / f"{straight}.log")
+    rows = {row["id"]: row for row in map(json.loads, data.read_text().splitlines())}
+    Path(rows[whole[7]]["videos"][0]).write_bytes(b"damaged")  # of the fourth step
+    codes, text = runs("damaged", dataset_name=data, check_media="off")
+    assert codes == [1] and "MediaError" in text
+    assert (
+        f"stopped after step 2. The last complete checkpoint is {runs.folder}/damaged/checkpoint-2." in text
+    )  # ahead
+    text = runs.finish("damaged", dataset_name=data, on_bad_media="skip")
+    assert "on_bad_media: its default when it was saved, 'skip' now. It changes no row that was trained on." in text
+    assert order(runs.folder / "damaged.log")[:9] == [row for row in whole[:10] if row != whole[7]]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_row_is_taken_out(runs, straight, processes):
+    """All rows before it stay trained, all after it come in their order, and none twice; also when killed again."""
+    name = f"taken-{processes}"
+    data, options = (
+        runs.folder / f"{name}.jsonl",
+        {"processes": processes, "per_device_train_batch_size": 2 // processes},
+    )
+    lines = (runs.folder / "clips.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines))
+    codes, text = runs(name, ("SIGKILL", 9, "checkpoint-4"), dataset_name=data, **options)
+    assert -9 in codes, text
+    whole = order(runs.folder / f"{straight}.log")
+    first, gone = whole[0], whole[7]  # of the first and the fourth step
+    for taken, message in ((first, "row"), (gone, None)):
+        data.write_text("\n".join(line for line in lines if json.loads(line)["id"] != taken))
+        codes, text = runs(name, message is None and ("SIGKILL", 9, "checkpoint-6"), dataset_name=data, **options)
+        assert ("and 1 of them were trained on before" in text) == (message is not None), text
+    assert "1 of 10 rows were taken out" in text and -9 in codes
+    text = runs.finish(name, dataset_name=data, **options)
+    assert printed(text)[-1] == f"Continuing from {runs.folder}/{name}/checkpoint-4."
+    kept = [row for row in whole[:10] if row != gone]
+    assert order(runs.folder / f"{name}.log")[:9] == kept
+    assert gone not in order(runs.folder / f"{name}.log")
+
+
+def test_a_new_run_in_the_folder_of_an_older_one(runs, straight):
+    """Killed before it wrote over all of the older one's checkpoints, it goes on from its own."""
+    runs.finish("stale", learning_rate=5e-3)
+    codes, text = runs("stale", ("SIGKILL", 9, "checkpoint-6"), resume_from_checkpoint=None)
+    assert codes == [-9], text
+    folder = runs.folder / "stale"
+    text = runs.finish("stale")
+    assert printed(text)[0].startswith(f"{folder}/checkpoint-6 is not complete"), text  # half of it was written over
+    assert printed(text)[1].startswith(f"checkpoint-8 of an earlier run in {folder}"), text
+    assert f"Continuing from {folder}/checkpoint-4." in printed(text)
+    got, want = (f / "adapter_model.safetensors" for f in (folder, runs.folder / straight))
+    assert got.read_bytes() == want.read_bytes()
+
+
+def test_a_path_and_no_flag(runs, straight):
+    folder = runs.folder / straight
+    codes, text = runs("path", resume_from_checkpoint=folder / "checkpoint-5")
+    assert codes == [1] and f"cannot continue from {folder}/checkpoint-5: there is no such folder" in text
+    runs.finish("path", resume_from_checkpoint=folder / "checkpoint-4")
+    assert not (runs.folder / "path" / "checkpoint-2").exists()
+    got, want = (runs.folder / name / "adapter_model.safetensors" for name in ("path", straight))
+    assert got.read_bytes() == want.read_bytes()
+    text = runs.finish("path", max_steps=1, resume_from_checkpoint=None)
+    assert (
+        "has checkpoints of an earlier run, the last one checkpoint-8. This run starts from scratch"
+        in printed(text)[0]
+    )
+
+
+def test_a_checkpoint_without_its_marker_is_passed_over(runs, straight):
+    """It is another program's, or was not finished: what it is of is not known."""
+    runs.finish("plain", max_steps=6, logging_steps=2)
+    folder = runs.folder / "plain"
+    (folder / "checkpoint-6" / "complete.json").unlink()
+    text = runs.finish("plain", max_steps=6, logging_steps=2)
+    assert "checkpoint-6 is not complete: complete.json, the last file, is missing" in printed(text)[0]
+    assert printed(text)[1:] == [f"Continuing from {folder}/checkpoint-4."]
+    (folder / "checkpoint-6" / "complete.json").unlink()
+    codes, text = runs("plain", max_steps=6, logging_steps=2, resume_from_checkpoint=folder / "checkpoint-6")
+    assert codes == [1] and f"training cannot continue from {folder}/checkpoint-6: complete.json" in text
