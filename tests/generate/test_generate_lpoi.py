@@ -78,8 +78,8 @@ def test_the_order_of_the_parts(tmp_path, objects, label, where):
     (outcome,) = run(pipeline(), make_row(tmp_path, objects=objects))
     row = made_row(outcome)
     assert (row["critical_object"], outcome.notes["where"]) == (label, where)
-    wanted = {"man": ("man", "person")}.get(label, (label,))
-    assert row["critical_box"] == next(o["box"] for o in objects if o["label"] in wanted)
+    names = {"man": ("man", "person")}.get(label, (label,))
+    assert row["critical_box"] == next(o["box"] for o in objects if o["label"] in names)
 
 
 def test_rows_bring_their_own_candidates(tmp_path):
@@ -162,10 +162,10 @@ def test_columns_that_the_row_has_anew(tmp_path):
     row = make_row(tmp_path, objects=[DOG], critical_box=[0, 0, 1, 1], image_list=["x", "y"], extra=3)
     row.example["image"] = row.example.pop("images")[0]
     (outcome,) = run(pipeline(), row)
-    made = made_row(outcome)
-    assert made["critical_box"] == DOG["box"] and made["images"] == list(row.images)
-    assert not {"image", "image_list"} & set(made)
-    assert made["extra"] == 3 and made["prompt"] == row.example["prompt"]
+    training = made_row(outcome)
+    assert training["critical_box"] == DOG["box"] and training["images"] == list(row.images)
+    assert not {"image", "image_list"} & set(training)
+    assert training["extra"] == 3 and training["prompt"] == row.example["prompt"]
 
 
 # --- real models --------------------------------------------------------------------------------------------------
@@ -248,12 +248,12 @@ def test_what_a_dry_run_shows(tmp_path):
     assert len(request.media.images) == 3 == sum(part["type"] == "image" for part in request.messages[0]["content"])
     x0, y0, x1, y1 = hidden_box(DOG["box"], (56, 56), 2, 3)
     assert (np.asarray(request.media.images[2])[y0:y1, x0:x1] == 0).all()
-    found = pipeline(boxes="detector", hard_negative=True).preview(row, media)  # no detector is loaded
-    assert [title for title, _ in found] == [
+    steps = pipeline(boxes="detector", hard_negative=True).preview(row, media)  # no detector is loaded
+    assert [title for title, _ in steps] == [
         "IDEA-Research/grounding-dino-tiny looks for",
         "about an object, hidden with its box",
     ]
-    texts = [request.messages[0]["content"][-1]["text"] for _, request in found]
+    texts = [request.messages[0]["content"][-1]["text"] for _, request in steps]
     assert texts == [
         "man (first sentence), dog (first sentence), bench (question), tree (rest)",
         "Is there <the object> in the image? Answer yes or no.",

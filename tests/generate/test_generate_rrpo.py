@@ -74,17 +74,17 @@ def run(kind, answer, judge=None, changes=None, media=MEDIA, **config):
     """The outcome of one row, after `check` and a trip through JSON as the store makes it."""
     model = Scripted(**{kind: answer})
     model.script |= {(changes or {}).get("question", "").split("\n")[0]: answer}
-    made = pipeline(model, judge, **config)
-    made.check(row(kind, **(changes or {})))
-    (outcome,) = made.make([(row(kind, **(changes or {})), media)])
+    job = pipeline(model, judge, **config)
+    job.check(row(kind, **(changes or {})))
+    (outcome,) = job.make([(row(kind, **(changes or {})), media)])
     assert outcome.id == kind and json.loads(json.dumps(outcome.notes)) == outcome.notes
     for training in outcome.rows:
         read_row(json.loads(json.dumps(training)), phrases=True)
     return outcome, model
 
 
-def reply(made, side):
-    return made[side][0]["content"][0]["text"]
+def reply(row, side):
+    return row[side][0]["content"][0]["text"]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -92,10 +92,10 @@ def reply(made, side):
 
 def test_a_row_made_from_a_wrong_choice():
     outcome, model = run("choice", "The answer is **B**, of course")
-    (made,) = outcome.rows
+    (training,) = outcome.rows
     question = "Which is true?\nA. a red square\nB. a blue circle\nC. a cross"
     seed = stream_seed(0, "choice", "perturb 0")
-    assert made == {
+    assert training == {
         "id": "choice",
         "source": "test",
         "prompt": [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
@@ -111,7 +111,7 @@ def test_a_row_made_from_a_wrong_choice():
     }
     (asked,) = model.asked
     assert text_of(asked) == question + "\nAnswer with the letter of the right option."
-    again = perturb(MEDIA, made["perturbation"]["seed"], PerturbSettings(made["perturbation"]["mode"]))
+    again = perturb(MEDIA, training["perturbation"]["seed"], PerturbSettings(training["perturbation"]["mode"]))
     assert (asked.media.videos[0].frames == again.videos[0].frames).all()
     assert (asked.media.videos[0].frames != MEDIA.videos[0].frames).any()
     assert asked.seed == stream_seed(0, "choice", "answer 0")
@@ -133,19 +133,22 @@ def test_a_row_made_from_a_wrong_choice():
 )
 def test_the_form_of_the_rejected_answer(kind, changes, answer, rejected, phrases):
     outcome, _ = run(kind, answer, changes=changes)
-    (made,) = outcome.rows
-    assert reply(made, "chosen") == changes.get("answer", ROWS[kind]["answer"]) and reply(made, "rejected") == rejected
-    assert (made["chosen_phrases"], made["rejected_phrases"]) == phrases
-    assert made["model_answer"] == answer and made["answer_kind"] == kind
+    (training,) = outcome.rows
+    assert (
+        reply(training, "chosen") == changes.get("answer", ROWS[kind]["answer"])
+        and reply(training, "rejected") == rejected
+    )
+    assert (training["chosen_phrases"], training["rejected_phrases"]) == phrases
+    assert training["model_answer"] == answer and training["answer_kind"] == kind
 
 
 def test_an_open_answer_is_judged_and_rewritten():
     judge = Judge()
     outcome, model = run("open", "<think>hm</think>I see a blue thing.", judge)
-    (made,) = outcome.rows
-    assert reply(made, "chosen") == CAPTION and reply(made, "rejected") == "a blue square moves left."
-    assert (made["chosen_phrases"], made["rejected_phrases"]) == ([[2, 5]], [[2, 6]])
-    assert made["model_answer"] == "<think>hm</think>I see a blue thing."
+    (training,) = outcome.rows
+    assert reply(training, "chosen") == CAPTION and reply(training, "rejected") == "a blue square moves left."
+    assert (training["chosen_phrases"], training["rejected_phrases"]) == ([[2, 5]], [[2, 6]])
+    assert training["model_answer"] == "<think>hm</think>I see a blue thing."
     compare, rewrite = (text_of(request) for request in judge.asked)
     assert f"Ground truth: {CAPTION}\nAnswer: I see a blue thing.\n" in compare and "hm" not in compare
     assert 'Mistakes:\n- attribute: "a blue thing" instead of "red"\n' in rewrite
@@ -155,8 +158,8 @@ def test_an_open_answer_is_judged_and_rewritten():
 
 
 def test_open_answers_in_a_fixed_form_need_no_judge():
-    outcome, _ = run("open", "a red circle moves left.", open_check="exact")
-    assert reply(outcome.rows[0], "rejected") == "a red circle moves left."
+    outcome, _ = run("open", "a red circle.", open_check="exact")
+    assert reply(outcome.rows[0], "rejected") == "a red circle."
     outcome, _ = run("open", "A red square moves left", open_check="exact")
     assert outcome.kind == "answered correctly"
 
@@ -324,13 +327,13 @@ def test_preview_shows_what_would_be_asked():
 
 def test_summary():
     script = {"short": ["red", "blue"], "yes_no": "no", "choice": "A", "open": "a blue thing"}
-    made = pipeline(Scripted(**script), Judge(), attempts=2)
-    outcomes = made.make([(row(kind), MEDIA) for kind in script])
+    job = pipeline(Scripted(**script), Judge(), attempts=2)
+    outcomes = job.make([(row(kind), MEDIA) for kind in script])
     outcomes += pipeline(Scripted(short="unclear", yes_no="Yes")).make(
         [(row(k), MEDIA) for k in ("short", "yes_no", "open")]
     )
     outcomes.append(Outcome("broken", reason="no such file", kind="unreadable media"))
-    assert made.summarize(outcomes) == {
+    assert job.summarize(outcomes) == {
         "rows_by_kind": {"short": 1, "yes_no": 1, "open": 1},
         "rows_by_perturbation": {"mask+local": 3},
         "perturbed_accuracy": {"short": 1.0, "yes_no": 0.5, "choice": 1.0, "open": 0.0},  # of the first attempts
@@ -345,5 +348,4 @@ def test_summary():
             "unread": {"unreadable media": 1},
         },
     }
-    empty = made.summarize([])
-    assert empty["words_in_phrases"] is None and empty["rows_by_kind"] == {}
+    assert job.summarize([])["words_in_phrases"] is None

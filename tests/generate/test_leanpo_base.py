@@ -12,7 +12,7 @@ from trl_vpo.testbed import language, world
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def base_run(tmp_path_factory):
     """(items, pipeline, outcomes) of 16 clips of the small world, answered by the shipped base."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -34,8 +34,8 @@ def made(tmp_path_factory):
     return items, job, job.make(items)
 
 
-def test_the_base_makes_rows_to_train_on(made):
-    items, job, outcomes = made
+def test_the_base_makes_rows_to_train_on(base_run):
+    items, job, outcomes = base_run
     figures = job.summarize(outcomes)
     rows = [row for outcome in outcomes for row in outcome.rows]
     assert len(rows) >= 10
@@ -61,8 +61,8 @@ def check_rewards(items, job, rows):
     assert rewards == pytest.approx([row["chosen_reward"], row["rejected_reward"]], abs=1e-4)
 
 
-def test_smaller_batches_give_the_same_rows(made):
-    items, job, outcomes = made
+def test_smaller_batches_give_the_same_rows(base_run):
+    items, job, outcomes = base_run
     for start in (0, 5):
         for outcome, again in zip(outcomes[start:], job.make(items[start : start + 3])):
             assert again.notes["answers"] == outcome.notes["answers"]

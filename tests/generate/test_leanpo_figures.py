@@ -34,9 +34,9 @@ def outcome_of(id, chosen, rejected):
 def test_keep_top_takes_the_largest_margins_ties_by_id():
     failed = Outcome("e", reason="no", kind="no answer")
     # margins: d 0.5; b and c 0.30000000000000004, a 0.29999999999999993; f 0
-    made = [outcome_of("c", 0.9, 0.6), outcome_of("d", 0.5, 0.0), failed, outcome_of("b", 0.8, 0.5)]
-    made += [outcome_of("f", 1.0, 1.0), outcome_of("a", 0.7, 0.4)]
-    for order in (made, made[::-1]):
+    outcomes = [outcome_of("c", 0.9, 0.6), outcome_of("d", 0.5, 0.0), failed, outcome_of("b", 0.8, 0.5)]
+    outcomes += [outcome_of("f", 1.0, 1.0), outcome_of("a", 0.7, 0.4)]
+    for order in (outcomes, outcomes[::-1]):
         kept = keep_top(order, 0.5)  # 2.5 of 5 rows, rounded up
         assert [outcome.id for outcome in kept] == [outcome.id for outcome in order]
         assert {outcome.id for outcome in kept if outcome.rows} == {"d", "a", "b"}
@@ -45,11 +45,11 @@ def test_keep_top_takes_the_largest_margins_ties_by_id():
         assert "trust margin 0.3 is not among the 3 largest of 5" in dropped["c"].reason
         assert dropped["c"].notes == {"chosen_trust": 0.9, "rejected_trust": 0.6}
     assert next(outcome for outcome in kept if outcome.id == "e") is failed
-    assert keep_top(made, 1.0) == made
-    assert sum(bool(outcome.rows) for outcome in keep_top(made, 0.6)) == 3  # exactly, not rounded up to 4
+    assert keep_top(outcomes, 1.0) == outcomes
+    assert sum(bool(outcome.rows) for outcome in keep_top(outcomes, 0.6)) == 3  # exactly, not rounded up to 4
     assert keep_top([], 0.5) == [] and keep_top([failed], 0.5) == [failed]
-    assert pipeline(Scripted()).select(made) is made
-    assert pipeline(Scripted(), keep_top=0.5).select(made) == keep_top(made, 0.5)
+    assert pipeline(Scripted()).select(outcomes) is outcomes
+    assert pipeline(Scripted(), keep_top=0.5).select(outcomes) == keep_top(outcomes, 0.5)
 
 
 def test_the_summary():

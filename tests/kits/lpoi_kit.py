@@ -38,7 +38,7 @@ class Claims(ScriptedModel):
 
 
 class Fixed:
-    """A detector that finds what it was told, if it is asked for it; keeps the names it was asked for."""
+    """A detector that gives its detections of the names it is asked for; keeps the names it was asked for."""
 
     def __init__(self, *detections):
         self.detections, self.asked, self.sizes = detections, [], []

@@ -60,10 +60,10 @@ NAMED = {
 @pytest.mark.parametrize("letter, response", [(key, text) for key, listed in NAMED.items() for text in listed])
 def test_which_option_a_response_names(letter, response):
     assert read_choice(response, OPTIONS).value == letter
-    verdict = check_choice(response, OPTIONS, "B")
-    assert verdict.parsed == letter
-    assert verdict.result == (UNDECIDED if letter is None else RIGHT if letter == "B" else WRONG)
-    assert bool(verdict.why) == (letter is None)
+    check = check_choice(response, OPTIONS, "B")
+    assert check.parsed == letter
+    assert check.result == (UNDECIDED if letter is None else RIGHT if letter == "B" else WRONG)
+    assert bool(check.why) == (letter is None)
 
 
 @pytest.mark.parametrize(

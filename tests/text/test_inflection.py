@@ -33,8 +33,8 @@ PAIRS = [tuple(pair.split()) for pair in (COCO + "," + OTHERS).split(",")]
 
 
 def test_plurals_of_common_nouns():
-    made = {noun: plurals(noun) for noun, _ in PAIRS}
-    missing = {noun: plural for noun, plural in PAIRS if noun != plural and plural not in made[noun]}
+    forms = {noun: plurals(noun) for noun, _ in PAIRS}
+    missing = {noun: plural for noun, plural in PAIRS if noun != plural and plural not in forms[noun]}
     assert len(PAIRS) > 110 and not missing
     assert plurals("bus") == {"buses", "busses"} and plurals("scarf") == {"scarfs", "scarves"}
     assert plurals("human") == {"humans"} and plurals("broccoli") == {"broccolis"}

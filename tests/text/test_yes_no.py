@@ -62,12 +62,12 @@ POLAR = {
 
 
 @pytest.mark.parametrize(
-    "question, said, response", [(*key, text) for key, listed in POLAR.items() for text in listed]
+    "question, value, response", [(*key, text) for key, listed in POLAR.items() for text in listed]
 )
-def test_what_a_yes_or_no_says(question, said, response):
-    verdict = check_yes_no(response, "Yes.", question)
-    assert (verdict.parsed, verdict.result) == (said, {"yes": RIGHT, "no": WRONG, None: UNDECIDED}[said])
-    assert bool(verdict.why) == (said is None)
+def test_what_a_yes_or_no_says(question, value, response):
+    check = check_yes_no(response, "Yes.", question)
+    assert (check.parsed, check.result) == (value, {"yes": RIGHT, "no": WRONG, None: UNDECIDED}[value])
+    assert bool(check.why) == (value is None)
 
 
 def test_without_the_question_a_statement_says_nothing():
@@ -75,14 +75,14 @@ def test_without_the_question_a_statement_says_nothing():
 
 
 @pytest.mark.parametrize(
-    "answer, said",
+    "answer, value",
     [
         *[("Yes", "yes"), ("YES", "yes"), ("no.", "no"), ("No, it might be blue.", "no"), ("No it is not", "no")],
         *[(text, None) for text in ("No parking", "No-one", "Nothing", "Yesterday", "Not yet", "No cars are visible")],
     ],
 )
-def test_ground_truths_that_are_a_yes_or_a_no(answer, said):
-    assert yes_or_no(answer) == said
+def test_ground_truths_that_are_a_yes_or_a_no(answer, value):
+    assert yes_or_no(answer) == value
 
 
 def test_a_ground_truth_without_yes_or_no_is_an_error():

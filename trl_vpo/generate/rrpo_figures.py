@@ -20,7 +20,7 @@ def figures(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     perturbed_undecided: by kind, share of first answers that could not be read, or that the judge calls incorrect
         without a key difference.
     words_in_phrases: mean share of words that lie in phrases, over both responses of every row.
-    left_out: by kind of answer, how many inputs gave no row and why; "unread" where the kind was never found out.
+    left_out: by kind of answer, how many inputs gave no row and why; "unread" where the kind is unknown.
     """
     outcomes = list(outcomes)
     rows = [row for outcome in outcomes for row in outcome.rows]

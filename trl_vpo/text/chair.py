@@ -1,4 +1,4 @@
-"""CHAIR: which objects a response mentions, and which of them are not there.
+"""CHAIR: the objects that a response mentions, and those of them that are not in the picture.
 
 Rohrbach et al. 2018, "Object Hallucination in Image Captioning" (arXiv 1809.02156). What is counted follows the
 published code (github.com/LisaAnne/Hallucination, utils/chair.py):
