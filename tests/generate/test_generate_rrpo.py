@@ -128,7 +128,7 @@ def test_a_row_made_from_a_wrong_choice():
         ("yes_no", {"answer": "NO"}, "yeah", "YES", ([[0, 2]], [[0, 3]])),
         ("yes_no", {"answer": "No, I see blue."}, "Yes, red.", "Yes, red.", ([[0, 2], [4, 14]], [[0, 3], [5, 8]])),
         ("short", {}, "It is blue.", "It is blue.", ([[0, 3]], [[0, 10]])),
-        ("short", {}, "<think>red? no</think>\nblue.", "blue.", ([[0, 3]], [[0, 4]])),
+        ("short", {}, "<think>red?</think>\nblue.", "blue.", ([[0, 3]], [[0, 4]])),
     ],
 )
 def test_the_form_of_the_rejected_answer(kind, changes, answer, rejected, phrases):
@@ -281,21 +281,21 @@ def test_neighbours_in_the_batch_change_nothing():
 # --- inputs -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_media_that_can_be_perturbed():
-    with pytest.raises(InputError, match="neither a video nor an image"):
-        pipeline().check(InputRow("a", ROWS["short"]))
-    with pytest.raises(InputError, match="there are no options"):
-        pipeline().check(InputRow("a", ROWS["short"] | {"answer_kind": "choice"}, images=("a.png",)))
-    picture = InputRow("a", ROWS["short"], images=("a.png",))
-    pipeline().check(picture)
-    with pytest.raises(InputError, match="images cannot be shuffled"):
-        pipeline(perturbation="global").check(picture)
+def test_rows_that_cannot_be_used():
+    picture = {"images": ("a.png",)}
+    pipeline().check(InputRow("a", ROWS["short"], **picture))
+    for job, changes, media, message in (
+        (pipeline(), {}, {}, "neither a video nor an image"),
+        (pipeline(), {"answer_kind": "choice"}, picture, "there are no options"),
+        (pipeline(perturbation="global"), {}, picture, "images cannot be shuffled"),
+    ):
+        with pytest.raises(InputError, match=message):
+            job.check(InputRow("a", ROWS["short"] | changes, **media))
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"mask_area_min": 0.6}, "masked area"),
         ({"attempts": 0}, "attempts is 0"),
         ({"short_words": 0}, "short_words is 0"),
         ({"open_check": "rules"}, "open_check is 'rules'"),
@@ -329,9 +329,8 @@ def test_summary():
     script = {"short": ["red", "blue"], "yes_no": "no", "choice": "A", "open": "a blue thing"}
     job = pipeline(Scripted(**script), Judge(), attempts=2)
     outcomes = job.make([(row(kind), MEDIA) for kind in script])
-    outcomes += pipeline(Scripted(short="unclear", yes_no="Yes")).make(
-        [(row(k), MEDIA) for k in ("short", "yes_no", "open")]
-    )
+    others = pipeline(Scripted(short="unclear", yes_no="Yes"))
+    outcomes += others.make([(row(k), MEDIA) for k in ("short", "yes_no", "open")])
     outcomes.append(Outcome("broken", reason="no such file", kind="unreadable media"))
     assert job.summarize(outcomes) == {
         "rows_by_kind": {"short": 1, "yes_no": 1, "open": 1},
