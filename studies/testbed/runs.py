@@ -154,9 +154,10 @@ def _training_file(job: Job, out: Path) -> tuple[Path | None, dict[str, Any] | N
 
 def evaluate(job: Job, out: Path) -> list[dict[str, Any]]:
     """A record for each held-out row, as `trl-vpo evaluate` writes them: of the base, or of the job's adapter."""
+    from trl_vpo.data.inputs import read_inputs
     from trl_vpo.evaluate.config import EvaluateConfig
     from trl_vpo.evaluate.rows import read_rows
-    from trl_vpo.evaluate.run import evaluate_batch, read_evaluation_inputs
+    from trl_vpo.evaluate.run import evaluate_batch
 
     trained = bool(job.settings["train"])
     path, _ = study_data.held_out_rows(job.settings["held_out"], out / "data")
@@ -165,7 +166,7 @@ def evaluate(job: Job, out: Path) -> list[dict[str, Any]]:
         device="cpu", batch_size=EVALUATED_AT_ONCE, max_new_tokens=ANSWER_TOKENS, num_frames=8, sensitivity=["none"],
         answer_preferences=True,
     )  # fmt: skip
-    inputs = read_evaluation_inputs(config)
+    inputs = read_inputs(**config.input_options())
     rows, candidates = read_rows(inputs), _candidates(config)
     records = []
     for start in range(0, len(rows), EVALUATED_AT_ONCE):

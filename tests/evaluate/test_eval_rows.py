@@ -5,13 +5,12 @@ import shutil
 import pytest
 from helpers import write_clip
 
-from trl_vpo.data.inputs import InputRow, near_misses
+from trl_vpo.data.inputs import InputRow, near_misses, read_inputs
 from trl_vpo.data.rows import drop_none
 from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.results import evidence
 from trl_vpo.evaluate.rows import TASKS, read_rows
-from trl_vpo.evaluate.run import read_evaluation_inputs
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.text.chair import ObjectTable
 
@@ -104,7 +103,8 @@ def test_clusters_stay_where_media_move(tmp_path):
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
         shutil.copy(clip, tmp_path / place / "clip.mp4")
-        rows = read_evaluation_inputs(EvaluateConfig(dataset_name=str(data), media_root=str(tmp_path / place)))
+        config = EvaluateConfig(dataset_name=str(data), media_root=str(tmp_path / place))
+        rows = read_inputs(**config.input_options())
         assert rows[0].videos == (str(tmp_path / place / "clip.mp4"),)
         assert [row.cluster for row in read_rows(rows)] == ["clip.mp4"]
 

@@ -6,12 +6,13 @@ import shutil
 import pytest
 from held_out_kit import assert_same_record, evaluate, records, write_adapter, write_held_out
 
+from trl_vpo.data.inputs import read_inputs
 from trl_vpo.errors import EvaluateError, GenerateError, RecipeError
 from trl_vpo.evaluate import run as module
 from trl_vpo.evaluate.candidates import candidate_names
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.recipe import parse
-from trl_vpo.evaluate.run import read_evaluation_inputs, run_evaluation, run_settings
+from trl_vpo.evaluate.run import run_evaluation, run_settings
 from trl_vpo.runs.store import Run
 from trl_vpo.testbed import tiny_vlm
 from trl_vpo.testbed.rows import write_jsonl
@@ -85,7 +86,7 @@ def test_a_run_knows_the_bases_weights(held_out, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_vlm.BASE, base)
     config = EvaluateConfig(model_name_or_path=str(base), dataset_name=str(held_out.path))
-    inputs = read_evaluation_inputs(config)
+    inputs = read_inputs(**config.input_options())
     first = run_settings(config, {}, inputs)
     assert run_settings(config, {}, inputs) == first
     weights = base / "model.safetensors"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from trl_vpo.models.config import AnsweringConfig
+from trl_vpo.models.config import AnsweringConfig, option
 
 DAMAGES = ("shuffled", "masked", "blank")
 
@@ -17,11 +18,9 @@ class EvaluateConfig(AnsweringConfig):
     The settings of videos are by default those of the adapters' training, where their `run.json` has them.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The base.", "aliases": ["--model"]})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows: a file, a folder or a Hub dataset.", "aliases": ["--data"]}
-    )
-    dataset_split: str | None = field(default=None, metadata={"help": "Split; test, unless the data are one file."})
+    model_name_or_path: str | None = option(None, "The base.", aliases=["--model"])
+    dataset_name: str | None = option(None, "Held-out rows: a file, a folder or a Hub dataset.", aliases=["--data"])
+    dataset_split: str | None = option(None, "Split; test, unless the data are one file.")
     adapters: list[str] = field(
         default_factory=list, metadata={"help": "LoRA adapters on this base, all after one --adapters."}
     )
@@ -32,26 +31,19 @@ class EvaluateConfig(AnsweringConfig):
             "blank (black); or none."
         },
     )
-    num_images: int = field(
-        default=5, metadata={"help": "Images of the list drawn from a row's critical_box, as in LPOI; at least 2."}
+    num_images: int = option(5, "Images of the list drawn from a row's critical_box, as in LPOI; at least 2.")
+    visual_prompt: bool = option(True, "Draw a red ellipse around the hidden part.")
+    answer_preferences: bool = option(
+        False, "Also answer the prompts of preference rows, for the length of the answers."
     )
-    visual_prompt: bool = field(default=True, metadata={"help": "Draw a red ellipse around the hidden part."})
-    answer_preferences: bool = field(
-        default=False, metadata={"help": "Also answer the prompts of preference rows, for the length of the answers."}
-    )
-    yes_no_rule: str = field(
-        default="videohallucer",
-        metadata={"help": "How a yes or a no is read.", "choices": ["videohallucer", "strict"]},
-    )
-    synonyms: str | None = field(default=None, metadata={"help": "Objects and their synonyms, one object a line."})
-    level: float = field(default=0.95, metadata={"help": "Level of the confidence intervals."})
-    resamples: int = field(default=2000, metadata={"help": "Draws of the bootstrap."})
-    on_bad: str = field(
-        default="error",
-        metadata={
-            "help": "A row whose media or prompt cannot be used: an error, or skip and list it in rejected.jsonl.",
-            "choices": ["error", "skip"],
-        },
+    yes_no_rule: str = option("videohallucer", "How a yes or a no is read.", choices=["videohallucer", "strict"])
+    synonyms: str | None = option(None, "Objects and their synonyms, one object a line.")
+    level: float = option(0.95, "Level of the confidence intervals.")
+    resamples: int = option(2000, "Draws of the bootstrap.")
+    on_bad: str = option(
+        "error",
+        "A row whose media or prompt cannot be used: an error, or skip and list it in rejected.jsonl.",
+        choices=["error", "skip"],
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +66,7 @@ class EvaluateConfig(AnsweringConfig):
             raise ValueError(f"sensitivity: {unknown[0]!r} is not one of {', '.join(DAMAGES)}; or give none alone.")
         return tuple(kind for kind in DAMAGES if kind in self.sensitivity)
 
-    def split(self) -> str:
-        """Return the split of the data: "test", but a single file is its own."""
-        is_file = self.dataset_name is not None and Path(self.dataset_name).is_file()
-        return self.dataset_split or ("train" if is_file else "test")
+    def input_options(self) -> dict[str, Any]:
+        """Return the arguments of `read_inputs`. By default the split is "test"; a single file has only "train"."""
+        split = self.dataset_split or ("train" if Path(self.dataset_name).is_file() else "test")
+        return super().input_options() | {"split": split}

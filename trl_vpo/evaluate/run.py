@@ -72,7 +72,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """Check all that can be checked without weights before they are loaded."""
     quiet_libraries()
     table = ObjectTable(read_synonyms(config.synonyms)) if config.synonyms else None
-    inputs = read_evaluation_inputs(config)
+    inputs = read_inputs(**config.input_options())
     rows = read_rows(inputs[: config.limit], table)
     adapters = dict(zip(candidate_names(config.adapters), config.adapters))
     settings = run_settings(config, adapters, inputs)
@@ -96,17 +96,6 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     write_results(report.results, config.output_dir)
     show_results(report.results, config.output_dir)
     return report.results
-
-
-def read_evaluation_inputs(config: EvaluateConfig) -> Inputs:
-    """Return the held-out rows as they stand in their dataset."""
-    return read_inputs(
-        config.dataset_name,
-        subset=config.dataset_config,
-        split=config.split(),
-        media_root=config.media_root,
-        media_folder=config.media_folder(),
-    )
 
 
 def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Inputs) -> dict[str, Any]:

@@ -77,17 +77,11 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
     if pipeline_class.needs_model(config) and not config.model_name_or_path:
         raise RecipeError("there is no model: set `model_name_or_path` to a Hub model, a folder, or a server's model.")
     quiet_libraries()
-    inputs = read_inputs(
-        config.dataset_name,
-        subset=config.dataset_config,
-        split=config.dataset_split,
-        media_root=config.media_root,
-        media_folder=None if config.dry_run else config.media_folder(),
-    )
     if config.dry_run:
         if rank() == 0:
-            _dry_run(pipeline_class(config, None), inputs[: min(3, config.limit or 3)], config)
+            _dry_run(pipeline_class(config, None), config)
         return None
+    inputs = read_inputs(**config.input_options())
     settings = run_settings(method, config, inputs)
     check_settings(config.output_dir, settings)  # before weights are loaded, which can take minutes
     model, judge = make_models(config, with_model=pipeline_class.needs_model(config))
@@ -113,12 +107,18 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
     return summary
 
 
-def _dry_run(pipeline: Pipeline, inputs: Inputs, config: GenerateConfig) -> None:
-    processor = None
+def _dry_run(pipeline: Pipeline, config: GenerateConfig) -> None:
+    processor, inputs = None, read_inputs(**config.input_options() | {"media_folder": None})
     if pipeline.needs_model(config) and not config.server_url:
         options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
         processor = load_processor(config.model_name_or_path, **options)
-    show(pipeline, inputs, config.video_options(), Path(config.output_dir) / "dry_run", processor)
+    show(
+        pipeline,
+        inputs[: min(3, config.limit or 3)],
+        config.video_options(),
+        Path(config.output_dir) / "dry_run",
+        processor,
+    )
 
 
 def make_models(

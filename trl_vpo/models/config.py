@@ -83,6 +83,12 @@ class AnsweringConfig:
         own = {"name": self.model_name_or_path, "revision": self.model_revision}
         return own | {name: getattr(self, name) for name in names}
 
-    def media_folder(self) -> Path | None:
-        """Return the folder for media that have no path of their own; None without a run's folder."""
-        return Path(self.output_dir).absolute() / "media" if self.output_dir else None
+    def input_options(self) -> dict[str, Any]:
+        """Return the arguments of `trl_vpo.data.inputs.read_inputs` by name."""
+        return {
+            "name": self.dataset_name,
+            "subset": self.dataset_config,
+            "split": self.dataset_split,
+            "media_root": self.media_root,
+            "media_folder": Path(self.output_dir).absolute() / "media" if self.output_dir else None,
+        }
