@@ -103,7 +103,7 @@ def test_the_summary_by_hand(tmp_path):
         make_row(tmp_path, "d", objects=[{"label": "cup", "box": [0, 0, 28, 14]}]),
         make_row(tmp_path, "e", objects=[]),
     ]
-    figures = job.summarize(iter(run(job, *rows)))
+    figures = job.summarize(run(job, *rows))
     assert figures == {
         "named_in": {"objects_column": 0, "first sentence": 2, "question": 0, "rest": 0, "any": 1},
         "box_area_mean": pytest.approx((400 + 400 + 392) / 3 / 56**2),

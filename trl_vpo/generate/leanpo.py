@@ -175,10 +175,10 @@ class LeanPOPipeline(Pipeline):
             self._filter(pair)
         return [self._outcome(pair) for pair in pairs]
 
-    def select(self, outcomes: list[Outcome]) -> list[Outcome]:
+    def select(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         return outcomes if self.config.keep_top is None else keep_top(outcomes, self.config.keep_top)
 
-    def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Return `pair_figures` over every pair of responses that came about, kept or not.
 
         Where a filter is set, the same over the pairs that were kept, as `kept_...`.

@@ -12,7 +12,7 @@ known boxes in the place of a detector, and masks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,14 +157,13 @@ class LPOIPipeline(Pipeline):
             self.occlusion.look([case for case in cases if not case.reason])
         return [self._outcome(case) for case in cases]
 
-    def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Count where objects were named, their boxes and labels, and what the model claimed where it was asked.
 
         `hard_negatives`: `asked` objects, the share of them `claimed` though hidden, and the share of the `inputs`
         asked about that had one. `claimed_at`: the share of rows whose object is claimed at each place of the list,
         most visible first.
         """
-        outcomes = list(outcomes)
         kept = [outcome.notes for outcome in outcomes if outcome.rows]
         labels = Counter(note["label"] for note in kept)
         figures: dict[str, Any] = {

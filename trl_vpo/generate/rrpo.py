@@ -12,10 +12,10 @@ form of the ground truth; the limit on how much a rewrite may change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from statistics import fmean
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow
@@ -32,7 +32,6 @@ from trl_vpo.generate.judge import (
 )
 from trl_vpo.generate.pipeline import Pipeline, training_row
 from trl_vpo.generate.rrpo_config import RRPOGenerateConfig
-from trl_vpo.generate.rrpo_figures import figures
 from trl_vpo.generate.tasks import Task, read_task
 from trl_vpo.media.corruptions import effective_mode, perturb
 from trl_vpo.media.load import Media
@@ -41,6 +40,7 @@ from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
 from trl_vpo.text.phrases import phrase_spans
 from trl_vpo.text.responses import Failure, without_reasoning
+from trl_vpo.text.similarity import mean
 
 __all__ = ["RRPOGenerateConfig", "RRPOPipeline"]
 
@@ -131,8 +131,8 @@ class RRPOPipeline(Pipeline):
         self._reject_in_form([work for work in wrong if not work.judged])
         return [self._outcome(work) for work in works]
 
-    def summarize(self, outcomes: Iterable[Outcome]) -> dict[str, Any]:
-        return figures(outcomes)
+    def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        return _figures(outcomes)
 
     # --- the model's answers ------------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class RRPOPipeline(Pipeline):
             chosen, rejected, *phrases = phrase_spans(work.task.answer, work.rejected)
         except PhraseError as error:
             return Outcome(work.row.id, reason=str(error), kind="no phrase", notes=notes)
-        notes["changed"] = fmean(changed_share(text, spans) for text, spans in zip((chosen, rejected), phrases))
+        notes["changed"] = mean(changed_share(text, spans) for text, spans in zip((chosen, rejected), phrases))
         if attempt.differences:
             notes["differences"] = [asdict(difference) for difference in attempt.differences]
         row = training_row(
@@ -279,3 +279,38 @@ class RRPOPipeline(Pipeline):
         kinds = {attempt.kind for attempt in work.tries}
         attempts = [f"attempt {n} ({t.mode}): {t.why}" for n, t in enumerate(work.tries, 1)]
         return next(kind for kind in NO_WRONG_ANSWER if kind in kinds), "; ".join(attempts) + "."
+
+
+def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return the figures of a run; None for one that has nothing to be worked out of.
+
+    rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by what was done to the media.
+    perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (the further ones
+        are made only where the first was not wrong).
+    perturbed_undecided: by kind, share of first answers that could not be read, or that the judge calls incorrect
+        without a key difference.
+    words_in_phrases: mean share of words that lie in phrases, over both responses of every row.
+    left_out: by kind of answer, how many inputs gave no row and why; "unread" where the kind is unknown.
+    """
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    firsts: dict[str, Counter] = defaultdict(Counter)
+    left_out: dict[str, Counter] = defaultdict(Counter)
+    for outcome in outcomes:
+        kind = outcome.notes.get("answer_kind", "unread")
+        firsts[kind].update(result for _, result in outcome.notes.get("tries", [])[:1])
+        if outcome.reason:
+            left_out[kind][outcome.kind] += 1
+    asked = [(kind, counts) for kind, counts in firsts.items() if counts]
+    return {
+        "rows_by_kind": dict(Counter(row["answer_kind"] for row in rows)),
+        "rows_by_perturbation": dict(Counter(row["perturbation"]["mode"] for row in rows)),
+        "perturbed_accuracy": {kind: _share(counts, RIGHT, [RIGHT, WRONG]) for kind, counts in asked},
+        "perturbed_undecided": {kind: _share(counts, UNDECIDED, [RIGHT, WRONG, UNDECIDED]) for kind, counts in asked},
+        "words_in_phrases": mean([o.notes["changed"] for o in outcomes if o.rows]),
+        "left_out": {kind: dict(counts) for kind, counts in left_out.items()},
+    }
+
+
+def _share(counts: Mapping[str, int], part: str, whole: Sequence[str]) -> float | None:
+    total = sum(counts[name] for name in whole)
+    return counts[part] / total if total else None

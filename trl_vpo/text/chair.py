@@ -76,7 +76,14 @@ class ObjectTable:
         self._names: dict[tuple[str, ...], Mention | None] = {}
         for name, words in synonyms.items():
             for word in (name, *words):
-                self._add(word, name)
+                key = _key(word)
+                if not key:
+                    raise UserError(f"object {name!r} has an empty word {word!r} in the table. Take it out.")
+                known = self._names.setdefault(key, Mention(" ".join(key), name))
+                if known.object != name:
+                    raise UserError(
+                        f"{word!r} stands for {known.object!r} and for {name!r}. Keep it with one of them."
+                    )
         listed = dict(self._names)
         for phrase, word in reads_as.items():
             self._names.setdefault(_key(phrase), listed.get(_key(word)) if word is not None else None)
@@ -84,14 +91,6 @@ class ObjectTable:
             for plural in plurals(key[-1]):
                 self._names.setdefault((*key[:-1], plural), mention)
         self._longest = max(map(len, self._names), default=0)
-
-    def _add(self, word: str, name: str) -> None:
-        key = _key(word)
-        if not key:
-            raise UserError(f"object {name!r} has an empty word {word!r} in the table. Take it out.")
-        known = self._names.setdefault(key, Mention(" ".join(key), name))
-        if known.object != name:
-            raise UserError(f"{word!r} stands for {known.object!r} and for {name!r}. Keep it with one of them.")
 
     def name(self, word: str) -> str:
         """Return the name of the object that a word or phrase stands for.
