@@ -283,7 +283,7 @@ def test_torn_tail_is_done_again(tmp_path, whole):
     assert results(folder) == whole
 
 
-def test_damage_in_the_middle(tmp_path, whole):
+def test_lines_that_are_damaged_or_there_twice(tmp_path, whole):
     folder = tmp_path / "run"
     work(folder, COUNT)
     data = shard(folder).read_bytes().splitlines(keepends=True)
@@ -293,14 +293,9 @@ def test_damage_in_the_middle(tmp_path, whole):
     shard(folder).write_bytes(b"".join([*data[:4], *data[5:]]))  # the remedy
     work(folder, COUNT)
     assert results(folder) == whole
-
-
-def test_an_input_finished_twice(tmp_path):
-    folder = tmp_path / "run"
-    work(folder, 3)
-    shard(folder, "00001-of-00002").write_bytes(shard(folder).read_bytes().splitlines(keepends=True)[1])
+    shard(folder, "00001-of-00002").write_bytes(data[1])
     with pytest.raises(GenerateError, match=r"'r1' was finished twice in .*/shards: .*Delete one"):
-        work(folder, 3)
+        work(folder, COUNT)
 
 
 def test_folders_that_are_no_runs(tmp_path):
