@@ -90,7 +90,6 @@ CALLED = [
     ("transformers.PretrainedConfig.get_text_config", ["self"], HEAD),
     ("transformers.PreTrainedModel.base_model", ..., HEAD),
     ("transformers.Trainer.loss_is_scaled_for_ga", ..., BASE),
-    ("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", ..., "trl_vpo/testbed/quickstart.py"),
     ("torch.distributed.tensor.DTensor.full_tensor", ["self"], HEAD),
     ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
     ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/callback.py"),

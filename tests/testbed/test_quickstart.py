@@ -38,8 +38,8 @@ BEFORE = measured([FALSE] * 40 + [TRUE] * 60)
         (
             measured([FALSE] * 40 + [FALSE] * 30 + [GARBLED] * 30, accuracy=0.5, chosen=-7.5),
             "0 of 100 captions fixed, 30 newly wrong; it does not help here: it hallucinates more than the base; "
-            "it does not prefer the true captions more often than the base does; it makes the true captions themselves "
-            "less likely (-2.50 nats); 30 of its captions are outside the world's grammar (base: 0).",
+            "it does not prefer the true captions more often than the base does; it makes the true captions "
+            "themselves less likely (-2.50 nats); 30 of its captions are outside the world's grammar (base: 0).",
         ),
     ],
 )

@@ -33,26 +33,27 @@ def test_rrpo_rejected_responses_are_wrong(inputs, tmp_path):
     assert selfmade.true_rejections(tmp_path / "rrpo-data/rows.jsonl") == 0
 
 
-def test_what_the_world_calls_true():
-    things = (world.Thing("red", "square", "left", (0, 0, 9, 9)),)
-    true = {
-        "Describe the video.": "a red square moves left.",
-        "What colour is the shape?": "It is red",
-        "Which shape is it?": "square.",
-        "Where does it move?": "left",
-        "Is the square red?": "Yes.",
-        "Is there a circle?": "no",
-        "Does the square move up?": "No.",
-    }
-    false = ["a red square moves up.", "blue", "circle", "right", "No", "yes", "Yes"]
-    for (question, answer), other in zip(true.items(), false, strict=True):
-        assert language.is_true(question, answer, things) and not language.is_true(question, other, things), question
-
-
 def test_lpoi_claims_fall_as_the_object_is_hidden(inputs, tmp_path):
     claimed = figures("lpoi", inputs, tmp_path)["claimed_at"]
     assert len(claimed) == 5 and claimed == sorted(claimed, reverse=True)
     assert claimed[0] > 0.8 and claimed[-1] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("question", "true", "false"),
+    [
+        ("Describe the video.", "a red square moves left.", "a red square moves up."),
+        ("What colour is the shape?", "It is red", "blue"),
+        ("Which shape is it?", "square.", "circle"),
+        ("Where does it move?", "left", "right"),
+        ("Is the square red?", "Yes.", "No"),
+        ("Is there a circle?", "no", "yes"),
+        ("Does the square move up?", "No.", "Yes"),
+    ],
+)
+def test_what_the_world_calls_true(question, true, false):
+    things = (world.Thing("red", "square", "left", (0, 0, 9, 9)),)
+    assert language.is_true(question, true, things) and not language.is_true(question, false, things)
 
 
 @pytest.mark.slow

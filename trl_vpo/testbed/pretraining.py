@@ -1,4 +1,4 @@
-"""Teach the base of the testbed, supervised, from scratch, in the world of habits: `tiny_vlm.py` says how well.
+"""Train the weights of the testbed's base, supervised, from scratch, in the world of habits.
 
 python -m trl_vpo.testbed.pretraining --out DIR --seed 0
 """
@@ -12,19 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
 
 from trl_vpo.testbed import language, world
-from trl_vpo.testbed.tiny_vlm import (
-    CELL,
-    WIDTH,
-    build_model,
-    build_processor,
-    encode,
-    measure_captions,
-    measure_questions,
-)
+from trl_vpo.testbed.tiny_vlm import BASE, encode, measure_captions, measure_questions
 
+CELL = 14  # pixels that one vision token sees, after 2x2 patches are merged
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3
 CLIP_SHARE = 0.5  # of the training samples; the rest are scenes
@@ -44,8 +37,8 @@ class VisionProbe(torch.nn.Module):
 
     def __init__(self, model: Qwen2VLForConditionalGeneration):
         super().__init__()
-        self.head = torch.nn.Linear(WIDTH, sum(map(len, self.VALUES)))
-        self.features: list[torch.Tensor] = []  # (tokens, WIDTH) of each call of the vision tower
+        self.head = torch.nn.Linear(model.config.text_config.hidden_size, sum(map(len, self.VALUES)))
+        self.features: list[torch.Tensor] = []  # (tokens, width) of each call of the vision tower
         model.model.visual.register_forward_hook(lambda _, __, output: self.features.append(output.pooler_output))
 
     def loss(self, samples: list[world.Sample]) -> torch.Tensor:
@@ -80,12 +73,21 @@ def training_item(things: tuple[world.Thing, ...], rng: np.random.Generator) -> 
     return questions[rng.integers(len(questions))]
 
 
+def untrained_model() -> Qwen2VLForConditionalGeneration:
+    """The base's architecture with random weights."""
+    model = Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(BASE))
+    for module in model.modules():  # transformers' 0.02 suits a width of thousands; at 96 it only costs time
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)) and module is not model.lm_head:
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    return model
+
+
 def train_base(seed: int, steps: int, every: int = 200):
     """Supervised training from scratch in the world of habits: AdamW, 50 warm-up steps, then a cosine to 5 %."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
-    processor = build_processor()
-    model = build_model(processor).train()
+    processor = AutoProcessor.from_pretrained(BASE)
+    model = untrained_model().train()
     probe = VisionProbe(model)
     weights = [*model.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
@@ -113,7 +115,7 @@ def train_base(seed: int, steps: int, every: int = 200):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rebuild the supervised base model of the testbed.")
+    parser = argparse.ArgumentParser(description="Train the base model of the testbed again.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and processor")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)

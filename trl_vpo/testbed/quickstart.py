@@ -11,8 +11,6 @@ import importlib
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +18,10 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, track
+from rich.progress import track
 from rich.table import Table
 
+from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.testbed import language, rows, world
 
 RECIPES = Path("recipes/quickstart")
@@ -101,12 +100,14 @@ def prepare(folder: Path) -> dict[str, HeldOut]:
         raise SystemExit(f"{RECIPES} is not here ({Path.cwd()}): start this from the root of the repository.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs is in the repository
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    quiet_libraries()
+    quiet_libraries(bars=False)
     held_out = write_data(folder)
     with console.status("importing TRL, which takes half a minute ..."):
         import torch
+        import transformers
 
         importlib.import_module("trl_vpo.trainers.base")
+    transformers.logging.set_verbosity_error()  # a first-time user can do nothing about the warnings
     torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
     return held_out
 
@@ -144,11 +145,10 @@ def run_method(
     recipe = recipe or RECIPES / f"{method}.yaml"
     data = data or out / "data" / f"{kind}s_train.jsonl"
     options = {"--config": recipe, "--dataset_name": data, "--output_dir": out / method}
-    options["--disable_tqdm"] = "false"  # the bar is ours
+    options["--disable_tqdm"] = "false"
     argv = [str(word) for option in options.items() for word in option]
     began = time.perf_counter()
-    with rich_progress(name):
-        trainer = run_training(method, argv)
+    trainer = run_training(method, argv)
     seconds = time.perf_counter() - began
     with console.status(f"measuring {name} on {len(held_out.samples)} held-out {kind}s ..."):
         policy, reference = EvaluationCallback(trainer, held_out.dataset, sensitivity=()).records()
@@ -170,43 +170,6 @@ def answer_prompts(trainer, dataset) -> list[str]:
     requests = [Request(row.example["prompt"], load_media(row, media)) for row in inputs]
     answers = model.complete(requests, Sampling(max_new_tokens=CAPTION_TOKENS, temperature=0))
     return [answer.text for answer in answers]
-
-
-@contextmanager
-def rich_progress(name: str) -> Iterator[None]:
-    """While a trainer is built and run: one bar with the loss, instead of tqdm and a line for each logging step."""
-    from transformers import TrainerCallback
-    from transformers import trainer as upstream
-
-    class Bar(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.task = bars.add_task(name, total=state.max_steps, loss=math.nan)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            bars.update(self.task, completed=state.global_step)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" in (logs or {}):
-                bars.update(self.task, loss=logs["loss"])
-
-    columns = ("training {task.description:8s}", BarColumn(40), MofNCompleteColumn(), "loss {task.fields[loss]:.3f}")
-    usual = upstream.DEFAULT_PROGRESS_CALLBACK  # the module's own switch, as its notebook bars use it
-    upstream.DEFAULT_PROGRESS_CALLBACK = Bar
-    try:
-        with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
-            yield
-    finally:
-        upstream.DEFAULT_PROGRESS_CALLBACK = usual
-
-
-def quiet_libraries() -> None:
-    """Allow no bars but ours, and no warnings that a first-time user can do nothing about."""
-    import transformers
-
-    from trl_vpo.runs import quiet
-
-    quiet.quiet_libraries(bars=False)
-    transformers.logging.set_verbosity_error()
 
 
 def show_results(results: list[Result]) -> None:

@@ -2,7 +2,7 @@
 
 The architecture is Qwen2-VL's at width 96, with 2 vision and 2 language layers: 587,424 parameters, 2.4 MB in
 float32. It sees clips of 8 frames, 56x56 (64 tokens), and scenes of 112x56 (32 tokens). Its tokenizer is a byte-level
-BPE trained in the process, in which each word of the world is one token. The base was taught by
+BPE in which each word of the world is one token. The weights were trained by
 
     python -m trl_vpo.testbed.pretraining --out DIR --seed 0
 
@@ -24,125 +24,17 @@ well, elsewhere says what it usually saw, and can be told. Multiple-choice quest
 
 from __future__ import annotations
 
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-)
 
 from trl_vpo.testbed import language, world
 
 BASE = Path(__file__).parent / "base"
-
-WIDTH = 96
-PATCH = 7
 COUNT, SEED = 200, 1  # samples of each measure, and where they are drawn from
-CELL = 2 * PATCH  # pixels that one vision token sees, after 2x2 patches are merged
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}<|im_start|>{{ message['role'] + '\n' }}"
-    "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>"
-    "{%- elif part['type'] == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>"
-    "{%- elif part['type'] == 'text' -%}{{ part['text'] }}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}{{ '<|im_end|>\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
-)
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on everything the world can say, so that each of its words is one token."""
-    rng = np.random.default_rng(0)
-    corpus = ["system", "user", "assistant"] * 50
-    for kind in ("clip", "scene"):
-        for sample in world.draw_samples(kind, 400, seed=0, habits=False):
-            items = [language.caption_item(sample.things), language.choice_item(sample.things, rng)]
-            items.append(language.hinted_item(sample.things, rng))
-            items += [*language.open_items(sample.things), *language.yes_no_pair(sample.things, rng)]
-            corpus += [text for item in items for text in (item.question, item.answer)]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=[*SPECIAL, *VISION], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        padding_side="left",
-        model_max_length=2048,
-    )
-
-
-def build_processor() -> Qwen2VLProcessor:
-    """Clips stay 56x56 and scenes 112x56: 16 tokens for two frames of a clip, 32 for a scene."""
-    budget = {"shortest_edge": world.SIZE**2, "longest_edge": 2 * world.SIZE**2}
-    sizes = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2, "size": budget}
-    return Qwen2VLProcessor(
-        Qwen2VLImageProcessor(**sizes),
-        build_tokenizer(),
-        Qwen2VLVideoProcessor(**sizes, cap_pixels_per_frame=False, do_sample_frames=False),
-        chat_template=CHAT_TEMPLATE,
-    )
-
-
-def build_model(processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
-    """An untrained Qwen2-VL of about half a million parameters: 2 vision and 2 language layers, width 96."""
-    tokenizer = processor.tokenizer
-    vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(list(VISION))
-    sixth = WIDTH // 4 // 2 // 3
-    config = Qwen2VLConfig(
-        text_config={
-            "hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 2048,
-            "vocab_size": len(tokenizer),
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [sixth] * 3},
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.convert_tokens_to_ids("<|im_start|>"),
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": WIDTH,
-            "hidden_size": WIDTH,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "patch_size": PATCH,
-        },
-        tie_word_embeddings=True,
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=vision_start,
-        vision_end_token_id=vision_end,
-    )
-    model = Qwen2VLForConditionalGeneration(config)
-    for module in model.modules():  # transformers' 0.02 suits a width of thousands; at 96 it only costs time
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)) and module is not model.lm_head:
-            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    return model
 
 
 def encode(processor, samples, items, *, generate: bool = False) -> dict[str, torch.Tensor]:
