@@ -4,10 +4,11 @@ What autograd keeps between the passes depends on a model's code, on its adapter
 language model run layer by layer on fake tensors (`torch._subclasses`), which takes seconds on a CPU whatever the size
 of the model, and the bytes of the tensors that are alive at the same time are counted.
 
-A GPU's kernels do not run. Two differences are followed: dropout keeps a byte per number on a GPU, and TRL's Triton
-kernels work in place. SDPA's fused kernels keep the same on both: queries, keys, values, output, one logsumexp per
-row, and a mask as numbers of their dtype. Not followed: SDPA's math kernel, which torch takes where no fused one fits
-(it keeps all attention weights), eager attention, flash-attention 2's unpadding, torch.compile, workspaces of cuBLAS.
+A GPU's kernels do not run. One difference is followed: TRL's Triton kernels work in place. SDPA's fused kernels keep
+the same on both: queries, keys, values, output, one logsumexp per row, and a mask as numbers of their dtype. Not
+followed: dropout (a byte per number on a GPU, a number on a CPU), SDPA's math kernel, which torch takes where no fused
+one fits (it keeps all attention weights), eager attention, flash-attention 2's unpadding, torch.compile, workspaces of
+cuBLAS.
 """
 
 import contextlib
@@ -50,38 +51,23 @@ class FakeWeights(FakeTensorMode):
 
 @dataclass
 class Call:
-    """The shapes of one model call.
+    """The shapes of one model call."""
 
-    Attributes:
-        rows, length: of its input ids, tokens.
-        masked: rows of its attention mask: `length` for a mask over everything, fewer for the branches of a shared
-            layout, 0 where attention is plain causal.
-        scored: response tokens whose log-probabilities are computed.
-        compared: those of them whose KL needs a gradient (RRPO).
-        features: vision features among its tokens.
-    """
-
-    rows: int
-    length: int
-    masked: int
-    scored: int
-    compared: int = 0
-    features: int = 0
+    rows: int  # of its input ids ...
+    length: int  # ... and their tokens
+    masked: int  # rows of its mask: `length`, fewer for the branches of a shared layout, 0 where it is plain causal
+    scored: int  # response tokens whose log-probabilities are computed
+    compared: int = 0  # those of them whose KL needs a gradient (RRPO)
+    features: int = 0  # vision features among its tokens
 
 
 @dataclass
 class Activations:
-    """Bytes of a pass, weights not counted.
+    """Bytes of a pass, weights not counted."""
 
-    Attributes:
-        peak: the most at any moment, finished gradients included.
-        gradients: of those, at that moment.
-        kept: what the forward pass keeps for the backward pass.
-    """
-
-    peak: int = 0
-    gradients: int = 0
-    kept: int = 0
+    peak: int = 0  # the most at any moment, finished gradients included
+    gradients: int = 0  # of those, at that moment
+    kept: int = 0  # by the forward pass, for the backward pass
 
 
 class DryStep:
@@ -117,8 +103,10 @@ class DryStep:
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._embed = self._base.get_input_embeddings()
         self._make_fake(weights, adapter or weights)
-        _set_dropout(self._base, dropout, device)
         model.train()
+        for module in () if dropout else self._base.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename both
             if checkpointing:
@@ -288,27 +276,8 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         hidden, weight = ctx.saved_tensors
-        grads = [torch.zeros(x.shape, dtype=torch.float32) for x in (hidden, weight)[: sum(ctx.needs_input_grad[:2])]]
+        trained = (hidden, weight)[: sum(ctx.needs_input_grad[:2])]
+        grads = [x.new_zeros(x.shape, dtype=torch.float32) for x in trained]
         hidden.new_empty(ctx.buffers, dtype=torch.uint8)
-        grads = [x.to(to.dtype) for x, to in zip(grads, (hidden, weight))]
+        grads = [grad.to(x.dtype) for grad, x in zip(grads, trained)]
         return (*grads, *(None,) * (5 - len(grads)))
-
-
-class _FusedDropout(nn.Module):
-    """Dropout as on GPUs, where a byte for each number is kept; on CPUs it is a number."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.p, self.training)[0]
-
-
-def _set_dropout(part: nn.Module, on: bool, device: str) -> None:
-    for module in part.modules():
-        for name, child in module.named_children():
-            if type(child) is nn.Dropout and not on:
-                child.p = 0.0
-            elif type(child) is nn.Dropout and child.p > 0 and device == "cuda":
-                module._modules[name] = _FusedDropout(child.p)

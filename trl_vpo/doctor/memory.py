@@ -125,13 +125,9 @@ class Estimate:
 def estimate(plan: Plan, model: nn.Module) -> Estimate:
     """Estimate a plan's memory for an empty model, with its adapter, which is made fake.
 
-    - weights: numbers times bytes, once more for a reference model, divided by the processes that share them.
-    - gradients and optimizer states of trained weights: see `optimizer_bytes`; DeepSpeed adds float32 weights to them.
-    - inputs: ids, masks and pixels of all micro-batches of a step, which transformers loads at its beginning.
-    - activations: what the language model keeps for the backward pass, and the vision tower, if it is trained.
-    - working memory: what is there besides at the worst moment: a layer computed again, logits, the vision tower.
-    - communication: buckets of gradients, gathered weights.
-    - CUDA context and fragmentation: `CONTEXT`, and `FRAGMENTATION` of all that is not there all the time.
+    Inputs are those of all micro-batches of a step: transformers loads them at its beginning. Activations are what the
+    forward pass keeps for the backward pass; working memory is what is there besides, at the worst moment: a layer
+    computed again, logits, the vision tower.
     """
     step = DryStep(
         model,
