@@ -95,12 +95,16 @@ def test_rows_bring_their_own_candidates(tmp_path):
 
 def test_a_detector_is_asked_for_the_candidates(tmp_path):
     detector = Fixed(Detection("dog", (5, 5, 25, 25), 0.6), Detection("bench", (20, 20, 54, 54), 0.9))
-    (outcome,) = run(pipeline(finds=detector), make_row(tmp_path))
-    row = made_row(outcome)
-    assert detector.asked == [["man", "dog", "bench", "tree"]]
+    job = pipeline(finds=detector)
+    outcomes = run(job, make_row(tmp_path, "a"), make_row(tmp_path, "b", chosen="A bench."))
+    row = made_row(outcomes[0])
+    assert detector.asked[0] == ["man", "dog", "bench", "tree"]
     assert (row["critical_box"], row["critical_object"], row["box_source"]) == ([5, 5, 25, 25], "dog", "detector")
-    assert row["box_score"] == outcome.notes["score"] == 0.6
-    assert outcome.notes["area"] == 400 / 56**2
+    assert row["box_score"] == outcomes[0].notes["score"] == 0.6
+    assert outcomes[0].notes["area"] == 400 / 56**2
+    assert job.summarize(outcomes)["box_score_mean"] == pytest.approx(0.75)
+    run(pipeline(finds=detector, max_candidates=2), make_row(tmp_path))
+    assert detector.asked[-1] == ["man", "dog"]
 
 
 def test_fallback_labels_are_for_rows_without_a_find(tmp_path):
@@ -118,12 +122,6 @@ def test_fallback_labels_are_for_rows_without_a_find(tmp_path):
     (rejected,) = run(pipeline(finds=Fixed(), fallback_labels=[]), rows[1])
     assert rejected.kind == "no object found"
     assert rejected.reason == "the text names red kite; 0 boxes were found, none of 0.005 to 0.9 of the image."
-
-
-def test_only_so_many_candidates(tmp_path):
-    detector = Fixed(Detection("dog", (5, 5, 25, 25), 0.6))
-    run(pipeline(finds=detector, max_candidates=2), make_row(tmp_path))
-    assert detector.asked == [["man", "dog"]]
 
 
 def test_nothing_usable_is_rejected(tmp_path):
@@ -215,13 +213,6 @@ def test_an_empty_mask_makes_room_for_the_next(tmp_path):
 # --- around it ----------------------------------------------------------------------------------------------------
 
 
-def test_scores_in_the_summary(tmp_path):
-    detector = Fixed(Detection("dog", (5, 5, 25, 25), 0.6), Detection("bench", (20, 20, 54, 54), 0.9))
-    job = pipeline(finds=detector)
-    rows = [make_row(tmp_path, "a"), make_row(tmp_path, "b", chosen="A bench.")]
-    assert job.summarize(run(job, *rows))["box_score_mean"] == pytest.approx(0.75)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -262,10 +253,10 @@ def test_what_a_dry_run_shows(tmp_path):
         pipeline().preview(make_row(tmp_path, objects=[]), media)
 
 
-@pytest.mark.parametrize(("hard_negative", "visibility_check"), [(False, False), (True, False), (False, True)])
-def test_a_model_is_needed_only_for_questions(hard_negative, visibility_check):
-    config = LPOIGenerateConfig(hard_negative=hard_negative, visibility_check=visibility_check)
-    assert LPOIPipeline.needs_model(config) is (hard_negative or visibility_check)
+def test_a_model_is_needed_only_for_questions():
+    assert not LPOIPipeline.needs_model(LPOIGenerateConfig())
+    for question in ("hard_negative", "visibility_check"):
+        assert LPOIPipeline.needs_model(LPOIGenerateConfig(**{question: True}))
 
 
 @pytest.mark.parametrize(
