@@ -1,1 +1,1 @@
-"""Phrases, words, and answers that are read."""
+"""Phrases, inflection, the words of answers and what they say, similarity, and objects that are mentioned."""
