@@ -7,9 +7,10 @@ import pytest
 from held_out_kit import assert_same_record, evaluate, records, write_adapter, write_held_out
 
 from trl_vpo.data.inputs import read_inputs
-from trl_vpo.errors import EvaluateError, GenerateError, RecipeError
+from trl_vpo.errors import EvaluateError, GenerateError, RecipeError, UserError
 from trl_vpo.evaluate import run as module
 from trl_vpo.evaluate.candidates import candidate_names
+from trl_vpo.evaluate.command import evaluate as run_command
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.recipe import parse
 from trl_vpo.evaluate.run import run_evaluation, run_settings
@@ -138,6 +139,12 @@ def test_candidates_are_named_by_the_end_of_their_path():
 def test_options_that_would_lose_something(argv, error, message):
     with pytest.raises(error, match=message):
         run_evaluation(argv)
+
+
+def test_benchmark_options_are_checked_before_all_else():
+    for option in ("num_frames", "limit", "batch_size"):
+        with pytest.raises(UserError, match=f"{option} is 0: give a whole number of at least 1"):
+            run_command(["--benchmark", "any", "--model", "m", "--output_dir", "o", f"--{option}", "0"])
 
 
 # --- what an adapter was trained on -------------------------------------------------------------------------------

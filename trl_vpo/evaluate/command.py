@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from trl_vpo.errors import RecipeError
+from trl_vpo.errors import RecipeError, as_user_errors
 
 EXAMPLE = """\
 examples:
@@ -40,13 +40,18 @@ def _run_benchmarks(options: list[str]) -> None:
     names = [name for name in args.benchmark.split(",") if name]
     if not names:
         raise RecipeError("--benchmark names nothing: give the names of tasks, separated by commas.")
+    from trl_vpo.models.config import AnsweringConfig
+
+    settings = {name: value for name, value in vars(args).items() if name in MODEL_OPTIONS}
+    with as_user_errors(kinds=(ValueError,)):
+        AnsweringConfig(batch_size=args.batch_size, limit=args.limit, **settings)  # checks them
+
     from trl_vpo.evaluate.candidates import candidate_names
     from trl_vpo.evaluate.lmms.run import run_benchmarks
 
     folders = [args.output_dir]
     if len(args.adapters) > 1:
         folders = [f"{args.output_dir}/{name}" for name in candidate_names(args.adapters)]
-    settings = {name: value for name, value in vars(args).items() if name in MODEL_OPTIONS}
     for adapter, folder in zip(args.adapters, folders, strict=True):
         results = run_benchmarks(
             names, model=args.model, adapter=adapter, output_dir=folder, limit=args.limit,

@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 
-def show_summary(summary: dict[str, Any], folder: str, console: Console | None = None) -> None:
+def show_summary(summary: dict[str, Any], folder: str) -> None:
     """Print counts, reasons and figures of a finished run, and where its files are."""
-    console = console or Console()
+    console = Console()
     counts = [("kept", summary["kept"])]
     counts += [(f"rejected: {kind}", count) for kind, count in summary["rejected_by_kind"].items()]
     console.print(_table("Inputs", [*counts, ("all", summary["inputs"])]))
