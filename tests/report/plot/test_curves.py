@@ -99,7 +99,7 @@ def test_missing_and_broken_values_are_named():
     assert "KL from the reference, chosen: not logged by DPO." in notes
     assert "Preference accuracy: not logged by any run." in notes
     assert lines["Loss"][0] == [(5, 0.7), (10, 0.5)]
-    assert "Loss: 1 values of DPO are nan or infinite and not drawn." in notes
+    assert "Loss: nan or infinite, so not drawn: 1 of DPO's 3 values." in notes
 
 
 def test_smoothed_curves_show_what_was_logged_and_say_so():

@@ -184,7 +184,9 @@ def _notes(runs: Mapping[str, History], curves: Curves, half_life: float) -> lis
         for name, values in by_run.items():
             lost = len(values[0]) - len(finite(values)[0])
             if lost:
-                notes.append(f"{panel.title}: {lost} values of {name} are nan or infinite and not drawn.")
+                notes.append(
+                    f"{panel.title}: nan or infinite, so not drawn: {lost} of {name}'s {len(values[0])} values."
+                )
     for name, history in runs.items():
         prefixes = eval_prefixes(history)
         if len(prefixes) > 1:
