@@ -5,7 +5,7 @@ An MPEG-TS, a live WebM or a fragmented mp4 that was cut between two of its unit
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Callable
 from typing import BinaryIO
 
 _BOXES = {b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"free", b"skip", b"wide", b"uuid", b"styp", b"sidx", b"meta"}
@@ -15,158 +15,130 @@ _ELEMENTS |= {0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1043A770, 0x1941
 _ELEMENTS |= {0xE7, 0xA7, 0xAB, 0xA3, 0xA0, 0x5854, 0xEC}
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the object with the file's size
+_HEAD = 16  # bytes that say what a unit is and how long
 _UNKNOWN = 0xFFFFFFFF
+
+Unit = tuple[str, int] | None  # what it is ("" for padding) and its length; None where the structure ends
 
 
 def find_truncation(file: BinaryIO, size: int) -> str | None:
     """Say what is missing of a file of ``size`` bytes; None where nothing is, or the format does not tell."""
-    file.seek(0)
-    head = file.read(16)
+    head = _read(file, 0, _HEAD)
     if head[4:8] in _BOXES:
-        return _mp4(file, size)
-    for magic, walk in _WALKS.items():
+        return _walk(file, size, _mp4)
+    for magic, unit in _UNITS.items():
         if head.startswith(magic):
-            return walk(file, size)
-    return _transport_stream(file, size)
+            return _walk(file, size, unit)
+    if head.startswith(b"GIF8"):
+        return _gif(_read(file, 0, size))
+    return _asf(file, size) if head.startswith(_ASF) else _transport_stream(file, size)
+
+
+def _read(file: BinaryIO, at: int, count: int) -> bytes:
+    file.seek(at)
+    return file.read(count)
 
 
 def _promised(what: str, end: int, size: int) -> str | None:
-    return None if end <= size else f"{what} goes on to byte {end}, the file ends at {size}"
+    return f"{what} goes on to byte {end}, the file ends at {size}" if what and end > size else None
 
 
-def _mp4(file: BinaryIO, size: int) -> str | None:
-    at = 0
-    while at + 8 <= size:
-        file.seek(at)
-        length, kind = struct.unpack(">I4s", file.read(8))
-        if length == 1 and at + 16 <= size:
-            length = int.from_bytes(file.read(8), "big")
-        if length < 8 or kind not in _BOXES:  # 0: to the end, wherever that is
-            return None
-        at += length
-        if at > size and kind not in _PADDING:
-            return _promised(f"its {kind.decode()} box", at, size)
-    return None
+# --- formats of units, each with its length at its head -------------------------------------------------------------
 
 
-def _matroska(file: BinaryIO, size: int) -> str | None:
-    """Hops over elements, and into those of unknown length: live recordings do not know that of their clusters."""
-    at = 0
+def _walk(file: BinaryIO, size: int, unit_of: Callable[[bytes], Unit]) -> str | None:
+    """Hop from unit to unit, to the end of the last one."""
+    what, at = "", 0
     while at < size:
-        file.seek(at)
-        kind, length = _number(file), _number(file, length=True)
-        if kind is not None and kind not in _ELEMENTS:
-            return None  # something behind the end
-        if kind is None or length is None:
-            return f"the element at byte {at} breaks off"
-        at = file.tell()
-        if length >= 0:
-            at += length
-            if at > size:
-                return _promised("its last element", at, size)
-    return None
+        unit = unit_of(_read(file, at, _HEAD))
+        if unit is None:
+            return None
+        what, length = unit
+        at += length
+    return _promised(what, at, size)
 
 
-def _number(file: BinaryIO, length: bool = False) -> int | None:
-    """A Matroska number, as the name or the length of an element (-1: unknown). None at the end of the file."""
-    first = file.read(1)
-    if not first or first == b"\0":
-        return 0 if first else None
-    count = 9 - first[0].bit_length()
-    rest = file.read(count - 1)
-    if len(rest) < count - 1:
+def _mp4(head: bytes) -> Unit:
+    length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+    if length == 1 and len(head) == _HEAD:
+        length = int.from_bytes(head[8:], "big")
+    if length < 8 or kind not in _BOXES:  # 0: to the end, wherever that is
         return None
-    value = int.from_bytes(first + rest, "big")
-    if not length:
-        return value
-    value &= (1 << 7 * count) - 1
-    return -1 if value == (1 << 7 * count) - 1 else value
+    return "" if kind in _PADDING else f"its {kind.decode()} box", length
 
 
-def _gif(file: BinaryIO, size: int) -> str | None:
-    file.seek(0)
-    data = file.read()
-    at = 13 + _colours(data[10])
+def _matroska(head: bytes) -> Unit:
+    """Hop over elements, and into those of unknown length: live recordings do not know that of their clusters."""
+    width = 9 - head[0].bit_length()  # of the name; then of the length
+    if len(head) >= width and int.from_bytes(head[:width], "big") not in _ELEMENTS:
+        return None  # something behind the end
+    rest = head[width:]
+    count = 9 - rest[0].bit_length() if rest else 1
+    if len(rest) < count:
+        return "its last element", width + count
+    unknown = (1 << 7 * count) - 1
+    length = int.from_bytes(rest[:count], "big") & unknown
+    return "its last element", width + count + (0 if length == unknown else length)
+
+
+def _riff(head: bytes) -> Unit:
+    length = int.from_bytes(head[4:8], "little")
+    if head[:4] != b"RIFF" or len(head) < 8 or length in (0, _UNKNOWN):  # something behind the end; written to a pipe
+        return None
+    return "it", 8 + length
+
+
+def _flv(head: bytes) -> Unit:
+    is_header = head.startswith(b"FLV")
+    return "its last tag", int.from_bytes(head[5:9], "big") + 4 if is_header else 15 + int.from_bytes(head[1:4], "big")
+
+
+def _program_stream(head: bytes) -> Unit:
+    if head[:3] != b"\0\0\1" or len(head) < 4 or head[3] < 0xB9:
+        return None
+    if head[3] == 0xB9:  # the end
+        return "its last packet", 4
+    if head[3] != 0xBA:
+        return "its last packet", 6 + int.from_bytes(head[4:6], "big")
+    if len(head) < 14:
+        return "its last pack", 14
+    return "its last pack", 14 + (head[13] & 7) if head[4] & 0xC0 else 12  # MPEG-2, MPEG-1
+
+
+_UNITS = {b"\x1aE\xdf\xa3": _matroska, b"RIFF": _riff, b"FLV": _flv, b"\0\0\1\xba": _program_stream}
+
+
+# --- other formats ------------------------------------------------------------------------------------------------
+
+
+def _gif(data: bytes) -> str | None:
+    def colours(flags: int) -> int:
+        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+    size, at = len(data), 13 + colours(data[10])
     while at < size and data[at] in b"!,":
         if data[at] == ord("!"):
             at += 2  # an extension and its kind
         else:
-            at += 11 + (_colours(data[at + 9]) if at + 9 < size else 0)  # a picture: place, colours, width of codes
+            at += 11 + (colours(data[at + 9]) if at + 9 < size else 0)  # a picture: place, colours, width of codes
         while at < size and data[at]:
             at += 1 + data[at]
         at += 1
     return "the mark of its end is missing" if at >= size else None
 
 
-def _colours(flags: int) -> int:
-    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
-
-
-def _riff(file: BinaryIO, size: int) -> str | None:
-    at = 0
-    while at + 8 <= size:
-        file.seek(at)
-        kind, length = struct.unpack("<4sI", file.read(8))
-        if kind != b"RIFF" or length in (0, _UNKNOWN):  # something behind the end; written to a pipe
-            return None
-        at += 8 + length
-        if at > size:
-            return _promised("it", at, size)
-        at += length % 2
-    return None
-
-
-def _flv(file: BinaryIO, size: int) -> str | None:
-    file.seek(5)
-    at = int.from_bytes(file.read(4), "big") + 4
-    while at + 11 <= size:
-        file.seek(at + 1)
-        at += 15 + int.from_bytes(file.read(3), "big")
-    return None if at == size else _promised("its last tag", max(at, size + 1), size)
-
-
 def _asf(file: BinaryIO, size: int) -> str | None:
-    file.seek(0)
-    head = file.read(1 << 16)
+    head = _read(file, 0, 1 << 16)
     at = head.find(_ASF_FILE)
     if at < 0 or len(head) < at + 92 or head[at + 88] & 1:  # 1: a broadcast
         return None
     return _promised("it", int.from_bytes(head[at + 40 : at + 48], "little"), size)
 
 
-def _program_stream(file: BinaryIO, size: int) -> str | None:
-    at = 0
-    while at + 4 <= size:
-        file.seek(at)
-        head = file.read(14)
-        if head[:3] != b"\0\0\1" or head[3] < 0xB9:
-            return None
-        if head[3] == 0xB9:  # the end
-            at += 4
-        elif head[3] != 0xBA:
-            at += 6 + int.from_bytes(head[4:6], "big")
-        elif len(head) < 14:
-            return f"the pack at byte {at} breaks off"
-        else:
-            at += 14 + (head[13] & 7) if head[4] & 0xC0 else 12  # MPEG-2, MPEG-1
-    return _promised("its last packet", at, size)
-
-
 def _transport_stream(file: BinaryIO, size: int) -> str | None:
     """Packets of one length, each with the same first byte; some devices put 4 bytes before it, or 16 behind."""
-    file.seek(0)
-    head = file.read(4 * 204)
+    head = _read(file, 0, 4 * 204)
     for length, first in ((188, 0), (192, 4), (204, 0)):
         if len(head) >= 4 * length and all(head[first + k * length] == 0x47 for k in range(4)):
             return f"its last packet has {size % length} of {length} bytes" if size % length else None
     return None
-
-
-_WALKS = {
-    b"\x1aE\xdf\xa3": _matroska,
-    b"GIF8": _gif,
-    b"RIFF": _riff,
-    b"FLV": _flv,
-    _ASF: _asf,
-    b"\0\0\1\xba": _program_stream,
-}
