@@ -38,15 +38,12 @@ def blank_encoder(collator: PreferenceCollator) -> Callable[[Row], Tree]:
     collator, processor = copy.copy(collator), copy.copy(collator.processing_class)
     for name in ("image_processor", "video_processor"):
         inner = getattr(processor, name, None)
-        if inner is not None and (name == "image_processor" or _goes_by_shape(inner)):
+        # A video processor with a `preprocess` of its own may choose frames by the metadata.
+        plain = name == "image_processor" or getattr(type(inner), "preprocess", 0) is BaseVideoProcessor.preprocess
+        if inner is not None and plain:
             setattr(processor, name, _Remembering(inner))
     collator.processing_class = processor
     return collator.encode_row
-
-
-def _goes_by_shape(processor: Any) -> bool:
-    """Return True if a video processor passes the metadata on as they are; it could choose frames by them."""
-    return isinstance(processor, BaseVideoProcessor) and type(processor).preprocess is BaseVideoProcessor.preprocess
 
 
 class _Remembering:

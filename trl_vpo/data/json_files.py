@@ -190,14 +190,13 @@ def _write(rows: Iterator[dict], features: Features, path: Path) -> None:
     schema = features.arrow_schema
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            columns = [_column([row.get(field.name) for row in chunk], field.type) for field in schema]
+            columns = []
+            for field in schema:
+                values = [row.get(field.name) for row in chunk]
+                if field.type == pa.json_():  # encoded here: `datasets` reads a text such as "42" as its value
+                    values = [None if value is None else json.dumps(value) for value in values]
+                columns.append(pa.array(values, field.type))
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-
-
-def _column(values: list, kind: pa.DataType) -> pa.Array:
-    if kind == pa.json_():  # encoded here: `datasets` reads a text that is JSON itself, such as "42", as its value
-        values = [None if value is None else json.dumps(value) for value in values]
-    return pa.array(values, kind)
 
 
 def _digest(files: list[Path]) -> str:

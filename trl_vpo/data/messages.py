@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from trl_vpo.errors import PhraseError, RowError
-from trl_vpo.text.phrases import OPEN, strip_mask_tags
+from trl_vpo.errors import RowError
+from trl_vpo.text.phrases import CLOSE, OPEN, strip_mask_tags
 
 MARKERS = {"<image>": "image", "<video>": "video"}
 
@@ -139,14 +139,17 @@ def response_text(response: list[dict] | str) -> str:
 
 
 def without_tags(response: list[dict] | str) -> list[dict] | str:
-    """Return a typed response without `<MASK>` tags. Tags that do not pair stay: `read_row` refuses them."""
+    """Return a typed response without `<MASK>` tags.
+
+    Raises:
+        PhraseError: tags do not pair.
+    """
     if isinstance(response, str):
-        try:
-            return strip_mask_tags(response)[0]
-        except PhraseError:
-            return response
+        return strip_mask_tags(response)[0]
     texts = [response_text([message]) for message in response]
-    return [with_text([m], without_tags(t))[0] if OPEN in t else m for m, t in zip(response, texts)]
+    return [
+        with_text([m], strip_mask_tags(t)[0])[0] if OPEN in t or CLOSE in t else m for m, t in zip(response, texts)
+    ]
 
 
 def with_text(response: list[dict] | str, text: str) -> list[dict] | str:

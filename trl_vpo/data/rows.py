@@ -31,7 +31,7 @@ from trl_vpo.data.messages import (
     without_tags,
 )
 from trl_vpo.errors import PhraseError, RowError
-from trl_vpo.text.phrases import CLOSE, Span, phrase_spans, strip_mask_tags
+from trl_vpo.text.phrases import CLOSE, Span, phrase_spans
 
 MEDIA = ("videos", "video", "images", "image", "image_list")
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
@@ -86,10 +86,10 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
         prompt, chosen, rejected = _texts(example)
         listed = _list(example, "image_list") or []
         row = Row(
-            name=name,
-            prompt=prompt,
-            chosen=chosen,
-            rejected=rejected,
+            name,
+            prompt,
+            chosen,
+            rejected,
             images=_media(example, "image") or listed[:1],
             videos=_media(example, "video"),
             template_kwargs=_template_kwargs(example),
@@ -97,13 +97,11 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
         if not row.images and not row.videos:
             row.forgotten = forgotten_media(row.prompt)
         row.prompt = place_media(row.prompt, len(row.images), len(row.videos), words=True)
-        _check_question(row)
-        _check_markers(row)
+        _check_prompt(row)
         if phrases:
             _find_phrases(row, example)
         else:
-            _check_tags(row)
-            row.chosen, row.rejected = without_tags(row.chosen), without_tags(row.rejected)
+            _strip_tags(row)
         _check_responses(row)
         if image_list:
             _find_image_list(row, example)
@@ -221,20 +219,18 @@ def _template_kwargs(example: dict) -> dict:
     return kwargs | ({"tools": tools} if tools else {})
 
 
-def _check_question(row: Row) -> None:
-    """Refuse a prompt that ends with a message of nothing. A tool may have nothing to say."""
-    last = {"role": "tool"} if isinstance(row.prompt, str) else row.prompt[-1]
+def _check_prompt(row: Row) -> None:
+    """Refuse a prompt that ends with a message of nothing, and markers that would stay there as words."""
+    if isinstance(row.prompt, str):
+        return
+    last = row.prompt[-1]
     filled = last["role"] == "tool" or last.get("tool_calls") or any(p["type"] != "text" for p in last["content"])
-    if not filled and not _visible(response_text([last])):
+    if not filled and not _visible(response_text([last])):  # a tool may have nothing to say
         raise RowError(
             f"has an empty prompt: the last message ({last['role']}) says nothing. Give the model a question or an "
             "instruction."
         )
-
-
-def _check_markers(row: Row) -> None:
-    """Refuse markers in typed texts: they would stay there, as words beside the real placeholders."""
-    text = "" if isinstance(row.prompt, str) or not (row.images or row.videos) else response_text(row.prompt)
+    text = response_text(row.prompt) if row.images or row.videos else ""
     for marker, kind in MARKERS.items():
         if marker in text:
             raise RowError(
@@ -257,17 +253,14 @@ def _typed_response(side: str, response: list[dict] | str) -> list[dict] | str:
     return typed
 
 
-def _check_tags(row: Row) -> None:
-    """Refuse tags that do not pair. A lone `<MASK>`, in a row where no tag is closed, is a word (BERT's, say)."""
-    if not any(CLOSE in response_text(response) for response in (row.chosen, row.rejected)):
-        return
-    for side in ("chosen", "rejected"):
-        response = getattr(row, side)
-        try:
-            for part in [response] if isinstance(response, str) else [[message] for message in response]:
-                strip_mask_tags(response_text(part))
-        except PhraseError as error:
-            raise RowError(f"the {side} response: {error}") from error
+def _strip_tags(row: Row) -> None:
+    """Take tags out. A lone `<MASK>`, in a row where no tag is closed, is a word (BERT's, say)."""
+    if any(CLOSE in response_text(response) for response in (row.chosen, row.rejected)):
+        for side in ("chosen", "rejected"):
+            try:
+                setattr(row, side, without_tags(getattr(row, side)))
+            except PhraseError as error:
+                raise RowError(f"the {side} response: {error}") from error
 
 
 def _check_responses(row: Row) -> None:

@@ -132,7 +132,8 @@ def _folder_splits(folder: Path) -> dict[str, list[Path]]:
     files = [file for file in files if file.is_file() and file.name not in NOT_ROWS and file.name[0] not in "._"]
     splits: dict[str, list[Path]] = {}
     for file in filter(row_format, files):
-        splits.setdefault(_split_name(file), []).append(file)
+        name = file.name.split(".")[0] if file.suffix.lower() in COMPRESSED else file.stem
+        splits.setdefault(_SHARD.sub("", name), []).append(file)
     unread = [file for file in files if not row_format(file) and _looks_like_rows(file, splits)]
     if unread:
         raise DatasetError(
@@ -144,10 +145,6 @@ def _folder_splits(folder: Path) -> dict[str, list[Path]]:
     for split, parts in splits.items():
         _check_parts(folder, split, parts)
     return splits
-
-
-def _split_name(file: Path) -> str:
-    return _SHARD.sub("", file.name.split(".")[0] if file.suffix.lower() in COMPRESSED else file.stem)
 
 
 def _looks_like_rows(file: Path, splits: dict) -> bool:

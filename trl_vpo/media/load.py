@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ def _load(
         entry = Entry(cache, data, options) if cache is not None and isinstance(data, Path) else None
         if entry and (stored := entry.read()):
             return Clip(**stored, source=name)
-        frames = _from_file(data, options, name)
+        table = scan(data, name)
+        read = partial(decode, data, table, name=name, max_pixels=options.max_pixels)
+        frames = _Frames(table.times, table.duration, read)
     elif hasattr(source, "metadata") and hasattr(source, "get_frames_at"):
         frames = _from_decoder(source, options, name)
     else:
@@ -160,12 +163,6 @@ def _unpack(source: Any, options: VideoOptions, name: str) -> tuple[Any, VideoOp
     if isinstance(payload, dict):
         return _unpack({**payload, "frames_fps": frames_fps}, options, name)
     return payload, options, frames_fps
-
-
-def _from_file(data: Path | bytes, options: VideoOptions, name: str) -> _Frames:
-    table = scan(data, name)
-    read = lambda indices: decode(data, table, indices, name, max_pixels=options.max_pixels)  # noqa: E731
-    return _Frames(table.times, table.duration, read)
 
 
 def _from_list(
