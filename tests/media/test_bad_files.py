@@ -49,13 +49,13 @@ def test_garbage_and_text(tmp_path):
 
 def test_truncated_mp4(folder, clip, tmp_path):
     path = cut(folder / "fast.mp4", tmp_path / "cut.mp4", 0.6)
-    refused(path, r"truncated: its mdat box goes on to byte \d+, the file ends at \d+\. Fetch")
+    refused(path, r"truncated: its mdat box extends to byte \d+, but the file ends at \d+\. Fetch")
     refused(path, "truncated", options=VideoOptions(num_frames=2, video_end=0.3))  # also when the rest is not needed
     refused(path.read_bytes(), "truncated", name="<bytes,")
     short = write_video(tmp_path / "short.mp4", 2, options={"movflags": "faststart"}).read_bytes()
     path.write_bytes(short[: int((short.index(b"mdat") - 4) * 0.6)])  # what is left of the index names no stream
-    refused(path, "truncated: its moov box goes on")
-    refused(cut(clip, tmp_path / "behind.mp4", 0.6), "truncated: its mdat box goes on")
+    refused(path, "truncated: its moov box extends")
+    refused(cut(clip, tmp_path / "behind.mp4", 0.6), "truncated: its mdat box extends")
     (tmp_path / "no.mp4").write_bytes(clip.read_bytes()[: clip.read_bytes().index(b"moov") - 4])
     refused(tmp_path / "no.mp4", "no moov atom.*cut short")
 

@@ -1,4 +1,4 @@
-"""Images of every source, mode and orientation, and what is no image."""
+"""Images of every source, mode and orientation, and what is refused."""
 
 import numpy as np
 import pytest
@@ -96,8 +96,8 @@ def test_images_that_are_none(tmp_path):
         refused_image(short.read_bytes(), "not a readable image", name="<bytes,")
     refused_image(np.zeros((4, 4, 3)), "uint8", name="<array")
     refused_image(np.zeros((3, 8, 8), np.uint8), "uint8 array of shape", name="<array")
-    refused_image(7, "is no image", name="<int>")
-    refused_image(None, "is no image: give a path", name="NoneType")
+    refused_image(7, "is not an image", name="<int>")
+    refused_image(None, "is not an image: give a path", name="NoneType")
     refused_image(Image.fromarray(np.zeros((2, 2), np.float32)), "save it with 8 bits", name="PIL image")
     for pixels, reach in ((70000, "0 to 70000"), (-1, "-1 to 0")):
         refused_image(Image.fromarray(np.array([[0, pixels]], np.int32)), f"greys reach from {reach}", name="PIL")

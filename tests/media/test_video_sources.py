@@ -129,10 +129,10 @@ def test_bad_lists_of_frames(folder, tmp_path):
     refused(np.zeros((2, 4, 4, 3)), "uint8", name="float64")
     refused([good, picture(0, 32, 24)], "frame 1 is 32x24, frame 0 is 64x48.*one size", name="list of 2 frames")
     refused([good, str(tmp_path / "gone.png")], "frame 1 of .*does not exist", name="gone.png")
-    refused([str(folder / "clip.mp4")], "a video belongs into `videos`", name="clip.mp4")
-    refused(7, "is no video", name="<int>")
-    refused(None, "is no video: give a path", name="NoneType")
-    refused(Image.fromarray(good), "is no video: give", name="PIL image")
+    refused([str(folder / "clip.mp4")], "put a video into `videos`", name="clip.mp4")
+    refused(7, "is not a video", name="<int>")
+    refused(None, "is not a video: give a path", name="NoneType")
+    refused(Image.fromarray(good), "is not a video: give", name="PIL image")
 
 
 # --- folders of frames --------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def _check_media(row: Row, processing_class: Any) -> None:
     if row.forgotten and not text_model:
         kind = MARKERS[row.forgotten]
         raise RowError(
-            f"the prompt has a `{row.forgotten}`, but the row has 0 {kind}(s). Give them in `{kind}s`. If these are "
+            f"the prompt has a `{row.forgotten}`, but the row has 0 {kind}(s). Put them into `{kind}s`. If these are "
             'words of the user, write the content as [{"type": "text", "text": "..."}].'
         )
 

@@ -72,7 +72,7 @@ def render_chat(
             "`processing_class.chat_template`, or give prompt and responses as strings."
         )
     if reserved := RESERVED & set(template_kwargs):
-        raise RowError(f"`chat_template_kwargs` sets {', '.join(sorted(reserved))}: that is for training to decide.")
+        raise RowError(f"`chat_template_kwargs` sets {', '.join(sorted(reserved))}: training sets that. Take it out.")
     # Passed explicitly: some processors (SmolVLM) swap in a template of their own when the messages hold a video.
     write = partial(processing_class.apply_chat_template, tokenize=False, chat_template=template, **template_kwargs)
     refusals: list[Exception] = []
@@ -174,7 +174,7 @@ def _added(prompt: str, whole: str) -> str:
     shown = [repr(text[at : at + SHOWN]) for text in (prompt, whole)]
     raise SeamError(
         "the chat template writes the prompt differently for generation than in a conversation, so that a response "
-        f"would be trained behind another prompt than it is generated behind. For generation: {shown[0]}; in the "
+        f"would be trained after another prompt than it is generated after. For generation: {shown[0]}; in the "
         f"conversation: {shown[1]}. Choose another template (`processing_class.chat_template`), other "
         "`chat_template_kwargs`, or give prompt and responses as strings."
     )

@@ -146,7 +146,7 @@ class PreferenceCollator:
             text, whole, shift, skip = response, self._tokens(response), 0, 0
         ids = whole["input_ids"][skip:]
         if not ids:
-            raise RowError(f"the {side} response has no tokens of its own behind the prompt.")
+            raise RowError(f"the {side} response has no tokens of its own after the prompt. Drop the row.")
         if not self.phrases:
             return Branch(ids)
         tail = self._render(replace(row, **{side: with_text(getattr(row, side), WORD)}), (side,))[1][0]
@@ -195,7 +195,9 @@ class PreferenceCollator:
         out.pop("attention_mask", None)
         end = len(ids) - tail
         if len(ids) < len(alone) or ids[end:] != alone[len(alone) - tail :]:
-            raise RowError("the processor ends the prompt differently from its tokenizer; the response has no start.")
+            raise RowError(
+                "the processor and its tokenizer end the prompt differently: the response has no beginning."
+            )
         types = {k: v for k, v in out.items() if torch.is_tensor(v) and v.shape == (1, len(ids))}
         media = {k: v for k, v in out.items() if torch.is_tensor(v) and k not in types}
         types = {k: [0] * len(first) + v[0, :end].tolist() for k, v in types.items()}

@@ -209,7 +209,7 @@ def check_image(source: Any, *, max_pixels: int | None = None, media_root: str |
 
 
 def _unpack_image(source: Any, name: str) -> Path | str | bytes | Image.Image:
-    """Take dicts and arrays apart, and refuse what is no image."""
+    """Take dicts and arrays apart, and refuse all else."""
     if isinstance(source, dict):
         source = next((source[key] for key in ("bytes", "path", "image") if source.get(key) is not None), None)
         if source is None:
@@ -217,16 +217,16 @@ def _unpack_image(source: Any, name: str) -> Path | str | bytes | Image.Image:
     if isinstance(source, np.ndarray):
         shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
         if not (shaped and source.dtype == np.uint8 and source.size):
-            raise MediaError(f"{name} is no image: give a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4).")
+            raise MediaError(f"{name} is not an image: give a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4).")
         return Image.fromarray(np.ascontiguousarray(source))
     if not isinstance(source, (str, Path, *_BYTES, Image.Image)):
-        raise MediaError(f"{name} is no image: give a path, bytes, a PIL image or a uint8 array (H, W, 3).")
+        raise MediaError(f"{name} is not an image: give a path, bytes, a PIL image or a uint8 array (H, W, 3).")
     return source
 
 
 def _image_remedy(source: Any, error: Exception) -> str:
     if isinstance(source, Path) and source.suffix.lower() in _VIDEO_SUFFIXES:
-        return "a video belongs into `videos`; inside a list it is taken for one frame"
+        return "put a video into `videos`; inside a list it is taken for one frame"
     if isinstance(error, Image.DecompressionBombError):
         return "scale it down first"
     if "truncated" in str(error):

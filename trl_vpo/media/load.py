@@ -150,7 +150,7 @@ def _unpack(source: Any, options: VideoOptions, name: str) -> tuple[Any, VideoOp
         raise MediaError(f"{name} names no video: give `path` or `bytes`.")
     if unknown := set(own) - set(known):
         valid = ", ".join(["path", "bytes", "video", "frames_fps", *known])
-        raise MediaError(f"{name} comes with the unknown keys {sorted(unknown)}: valid are {valid}.")
+        raise MediaError(f"{name} has unknown keys {sorted(unknown)}: valid are {valid}.")
     if "fps" in own or "num_frames" in own:  # either one replaces both
         own = {"fps": None, "num_frames": None, **own}
     frames_fps = entries.get("frames_fps")
@@ -172,9 +172,9 @@ def _from_list(
     if isinstance(source, np.ndarray) and not (
         source.ndim == 4 and source.shape[3] == 3 and source.dtype == np.uint8 and source.size
     ):
-        raise MediaError(f"{name} is no video: give a uint8 array of shape (T, H, W, 3) with at least one frame.")
+        raise MediaError(f"{name} is not a video: give a uint8 array of shape (T, H, W, 3) with at least one frame.")
     if not isinstance(source, (np.ndarray, list, tuple)):
-        raise MediaError(f"{name} is no video: give a path, bytes, a list of frames or a uint8 array (T, H, W, 3).")
+        raise MediaError(f"{name} is not a video: give a path, bytes, a list of frames or a uint8 array (T, H, W, 3).")
     if not len(source):
         raise MediaError(f"{name} is empty: a list of frames needs at least one.")
     if frames_fps is None and (options.video_start is not None or options.video_end is not None):

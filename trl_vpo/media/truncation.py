@@ -40,7 +40,7 @@ def _read(file: BinaryIO, at: int, count: int) -> bytes:
 
 
 def _promised(what: str, end: int, size: int) -> str | None:
-    return f"{what} goes on to byte {end}, the file ends at {size}" if what and end > size else None
+    return f"{what} extends to byte {end}, but the file ends at {size}" if what and end > size else None
 
 
 # --- formats of units, each with its length at its head -------------------------------------------------------------
