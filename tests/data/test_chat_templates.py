@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from chat_templates import ENDS, OFFICIAL, QUESTION, TEXT, dress, official, shipped
+from chat_templates import ENDS, OFFICIAL, QUESTION, TEXT, dress, official, shipped, trained
 from families import FAMILIES, text_model, tokenizer
 from helpers import message, row, write_clip, write_image
 from tokenizers.processors import TemplateProcessing
@@ -20,13 +20,6 @@ ASKED = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
 
 def processor_of(kind):
     return text_model()[1] if kind == "text" else FAMILIES[kind][0]()[1]
-
-
-def trained(processor, example):
-    """Text of the prompt, and of the chosen response."""
-    tree = PreferenceCollator(processor).encode(example)
-    tok = getattr(processor, "tokenizer", processor)
-    return tok.decode(tree.trunks[0].ids), tok.decode(tree.branches[0].ids)
 
 
 def assert_prompt_is_generations(collator, example, tree):
@@ -104,12 +97,13 @@ def test_header_of_an_answer_behind_an_answer_is_prompt(kind):
     assert trained(processor, example) == (turns + "<|im_start|>assistant\n", "a cat.<|im_end|>\n")
 
 
-@pytest.mark.parametrize("said", ["a cat.", "a cat.<|im_end|>", "a cat.<|im_end|>\n", "a cat.<|im_end|>\n\n"])
-def test_a_response_ends_once(said):
+@pytest.mark.parametrize("response", ["a cat.", "a cat.<|im_end|>", "a cat.<|im_end|>\n", "a cat.<|im_end|>\n\n"])
+def test_a_response_ends_once(response):
     processor = FAMILIES["Qwen2-VL"][0]()[1]
-    ending = said.removeprefix("a cat.") or "<|im_end|>"
-    assert trained(processor, {"prompt": "What? ", "chosen": said, "rejected": "b"})[1].strip(" ") == "a cat." + ending
-    assert trained(processor, row(None, chosen=said))[1] == "a cat.<|im_end|>\n"
+    ending = response.removeprefix("a cat.") or "<|im_end|>"
+    example = {"prompt": "What? ", "chosen": response, "rejected": "b"}
+    assert trained(processor, example)[1].strip(" ") == "a cat." + ending
+    assert trained(processor, row(None, chosen=response))[1] == "a cat.<|im_end|>\n"
 
 
 def test_all_messages_of_a_response_are_trained():

@@ -1,6 +1,5 @@
 """Rows -> tree batch, against literal tokens and against the processor's own output."""
 
-import numpy as np
 import pytest
 import torch
 from families import build, text_model, tokenizer
@@ -10,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.errors import RowError
 from trl_vpo.forward.layouts import separate
-from trl_vpo.media.load import VideoOptions, load_image, load_video
+from trl_vpo.media.load import VideoOptions, load_image
 from trl_vpo.media.masking import masked_image_list
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -125,55 +124,13 @@ def test_phrases_end_where_a_stripped_response_does(stripping):
             collator.encode(example | {"chosen_phrases": [span]})
 
 
-@pytest.mark.parametrize("phrases", [False, True])
-def test_tags_never_reach_the_model(qwen, phrases):
-    tree = PreferenceCollator(qwen, phrases=phrases).encode(
-        row(None, chosen="a <MASK>red</MASK> car", rejected="a <MASK>blue</MASK> car")
-    )
-    assert text_of(qwen, tree.branches[0].ids) == "a red car<|im_end|>\n"
-
-
 # --- media --------------------------------------------------------------------------------------------------------
-
-
-def test_a_clip_reaches_the_processor_with_its_real_times(qwen, clip):
-    tree = PreferenceCollator(qwen, video=EIGHT).encode(row("video", [clip]))
-    media = tree.trunks[0].media
-    frames = load_video(clip, EIGHT)
-    want = qwen.video_processor(videos=[frames.frames], do_sample_frames=False, return_tensors="pt")
-    assert torch.equal(media["pixel_values_videos"], want["pixel_values_videos"])
-    # 8 of 20 frames at 10 fps: 8 / 20 * 10 = 4 frames a second, two frames to a grid step
-    assert media["second_per_grid_ts"].tolist() == pytest.approx([2 / 4])
-
-
-def test_a_window_of_a_clip_has_its_own_rate(qwen, clip):
-    half = VideoOptions(num_frames=8, video_end=0.95)
-    media = PreferenceCollator(qwen, video=half).encode(row("video", [clip])).trunks[0].media
-    assert media["second_per_grid_ts"].tolist() == pytest.approx([2 / 8])  # 8 of 10 frames at 10 fps
-
-
-def test_qwen3_timestamps_are_the_clips(clip):
-    processor = build("Qwen3-VL")[1]
-    tree = PreferenceCollator(processor, video=VideoOptions(num_frames=4)).encode(row("video", [clip]))
-    text = text_of(processor, tree.trunks[0].ids)
-    times = load_video(clip, VideoOptions(num_frames=4)).timestamps
-    pairs = [(times[0] + times[1]) / 2, (times[2] + times[3]) / 2]
-    assert [f"<{t:.1f} seconds>" in text for t in pairs] == [True, True]
 
 
 def test_images_are_scaled_to_max_pixels(qwen, picture):
     small = PreferenceCollator(qwen, max_pixels=30 * 50).encode(row("image", [picture])).trunks[0].media
     want = qwen.image_processor(images=[load_image(picture, max_pixels=1500)], return_tensors="pt")
     assert torch.equal(small["pixel_values"], want["pixel_values"])
-
-
-def test_every_source_of_an_image_gives_the_same_tensor(qwen, picture):
-    image = load_image(picture)
-    with open(picture, "rb") as file:
-        data = file.read()
-    sources = [picture, f"file://{picture}", data, image, {"path": None, "bytes": data}, np.asarray(image)]
-    tensors = [PreferenceCollator(qwen).encode(row("image", [s])).trunks[0].media["pixel_values"] for s in sources]
-    assert all(torch.equal(tensors[0], t) for t in tensors[1:])
 
 
 def test_lpoi_draws_its_list_and_repeats_the_chosen_response(qwen, picture):
@@ -280,13 +237,13 @@ def test_pairs_of_the_same_tokens_are_refused(b, trims):
 
 
 @pytest.mark.parametrize("header", ["Assistant: ", "<think>A or B?</think>\n", "ABBA "])
-@pytest.mark.parametrize("said", ["A", "A<|im_end|>", "A A"])
-def test_phrases_are_not_marked_in_what_a_template_adds(header, said):
+@pytest.mark.parametrize("text", ["A", "A<|im_end|>", "A A"])
+def test_phrases_are_not_marked_in_what_a_template_adds(header, text):
     tok = text_model()[1]
     written = "{% if m['role'] == 'assistant' %}{{ 'HEADER' }}{% endif %}{{ m['content'] }}".replace("HEADER", header)
     tok.chat_template = tok.chat_template.replace("{{ m['content'] }}", written.replace("\n", "\\n"))
-    example = row(None, chosen=said, rejected="B") | {"chosen_phrases": [[0, 1]], "rejected_phrases": [[0, 1]]}
-    for branch, want in zip(PreferenceCollator(tok, phrases=True).encode(example).branches, (said, "B")):
+    example = row(None, chosen=text, rejected="B") | {"chosen_phrases": [[0, 1]], "rejected_phrases": [[0, 1]]}
+    for branch, want in zip(PreferenceCollator(tok, phrases=True).encode(example).branches, (text, "B")):
         at = [i for i, on in enumerate(branch.phrases) if on]
         assert tok.decode(branch.ids[: at[0]]) == header
         assert tok.decode(branch.ids[at[0] :]) == want.removesuffix("<|im_end|>") + "<|im_end|>\n"

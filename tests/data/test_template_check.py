@@ -3,17 +3,12 @@
 import re
 
 import pytest
+from chat_templates import trained
 from families import FAMILIES, text_model
 from helpers import message, row
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.errors import RowError
-
-
-def trained(tok, example):
-    """Text of the prompt, and of the chosen response."""
-    tree = PreferenceCollator(tok).encode(example)
-    return tok.decode(tree.trunks[0].ids), tok.decode(tree.branches[0].ids)
 
 
 def test_a_template_that_leaves_text_out_is_refused():

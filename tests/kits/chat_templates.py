@@ -6,6 +6,8 @@ from pathlib import Path
 import trl
 from families import FAMILIES
 
+from trl_vpo.data.collator import PreferenceCollator
+
 QUESTION, ANSWER = "What is in the picture?", "a red square moves left."
 
 
@@ -208,3 +210,10 @@ def dress(processor, template, specials):
     tok.eos_token, processor.chat_template = specials[0], template
     if "bos_token" in template:
         tok.bos_token = "<|begin_of_text|>"
+
+
+def trained(processor, example):
+    """Text of the prompt, and of the chosen response."""
+    tree = PreferenceCollator(processor).encode(example)
+    tok = getattr(processor, "tokenizer", processor)
+    return tok.decode(tree.trunks[0].ids), tok.decode(tree.branches[0].ids)

@@ -1,9 +1,13 @@
 """Decoding: by seeking or from the start, in every kind of container, upright and scaled."""
 
+import gc
+import multiprocessing
 import os
 
+import av
 import numpy as np
 import pytest
+from helpers import write_clip
 from media_files import (
     ORIENTATIONS,
     cut,
@@ -128,6 +132,23 @@ def test_one_decoder_thread_in_a_worker_process(monkeypatch):
             os.sched_setaffinity(0, cores)
     monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
     assert max_threads() == 1
+
+
+def test_a_worker_leaves_its_parents_decoders_alone(tmp_path):
+    """Freeing them joins threads that a fork does not have: a worker's garbage collection never came back."""
+    with av.open(write_clip(tmp_path / "a.mp4", size=(640, 360))) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        frames = list(container.decode(video=0))
+    pictures = [frame.to_ndarray(format="rgb24", width=320, height=180) for frame in frames]
+    assert pictures[0].shape == (180, 320, 3)
+    frames.append(frames)  # as a traceback keeps the frame that it is about
+    del frames
+    worker = multiprocessing.get_context("fork").Process(target=gc.collect, daemon=True)
+    worker.start()
+    worker.join(20)
+    code = worker.exitcode
+    worker.kill()
+    assert code == 0
 
 
 # --- containers and codecs ----------------------------------------------------------------------------------------

@@ -29,8 +29,10 @@ def _check_media(row: Row, processing_class: Any) -> None:
     for kind in kinds:
         if getattr(processing_class, f"{kind}_processor", None) is None:
             if text_model:
-                why = f"{name} is a tokenizer of a text model. Train a vision-language model with its processor, or"
-                raise RowError(f"has {kind}s, but {why} drop the media columns.")
+                raise RowError(
+                    f"has {kind}s, but {name} is a tokenizer of a text model. Train a vision-language model with its "
+                    "processor, or drop the media columns."
+                )
             raise RowError(
                 f"has {kind}s, but {name} takes none. Choose a model that sees {kind}s (the README has a table), or "
                 "leave these rows out."
