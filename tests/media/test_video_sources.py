@@ -139,7 +139,7 @@ def test_bad_lists_of_frames(folder, tmp_path):
 
 
 def reds(folder, **more):
-    """What frames of one colour hold in their red channel, in order."""
+    """The red of frames of one colour, in order."""
     return load_video(folder, VideoOptions(), **more).frames[:, 0, 0, 0].tolist()
 
 
