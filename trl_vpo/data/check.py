@@ -25,7 +25,7 @@ from trl_vpo.data.columns import COLUMNS, ROW_INDEX, nearest_column
 from trl_vpo.data.passed_rows import PassedRows
 from trl_vpo.data.raw_rows import CHUNK, number_rows, number_stream, raw_rows
 from trl_vpo.data.rows import Row, read_row
-from trl_vpo.errors import MediaError, RowError
+from trl_vpo.errors import MediaError, RowError, UserError
 from trl_vpo.files import atomic_write
 from trl_vpo.media.load import check_video, load_image, load_video
 from trl_vpo.media.masking import check_box
@@ -69,7 +69,7 @@ def prepare_dataset(
     check = partial(check_row, args=args, processing_class=processing_class, encode=encode, **needs)
     if isinstance(dataset, IterableDataset):
         if args.on_bad_media == "skip":
-            raise ValueError("on_bad_media='skip' needs a dataset that can be read up front, not an IterableDataset.")
+            raise UserError("on_bad_media='skip' needs a dataset that can be read up front, not an IterableDataset.")
         dataset = number_stream(dataset, args)
         first = next(iter(dataset), None)
         if first is None:

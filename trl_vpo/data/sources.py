@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.identity import cache_folder, file_identity
 from trl_vpo.data.json_files import load_json, stream_json
-from trl_vpo.errors import DatasetError
+from trl_vpo.errors import DatasetError, as_user_errors
 from trl_vpo.files import COMPRESSED, json_digest
 
 ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
@@ -35,7 +35,8 @@ def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 4
     if mixture.datasets:
         from trl import get_dataset
 
-        splits = get_dataset(mixture)
+        with as_user_errors("datasets"):
+            splits = get_dataset(mixture)
     elif script_args.dataset_name:
         splits = named_splits(
             script_args.dataset_name,
@@ -81,7 +82,7 @@ def named_splits(
         check_on_hub(name, key="dataset_name", kind="dataset", file="")
         try:
             available = load_dataset(name, name=config, streaming=streaming)
-        except (ConnectionError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             raise DatasetError(
                 f"the Hub dataset {name} cannot be loaded: {error}. Where there is a network: `hf download {name} "
                 "--repo-type dataset --local-dir FOLDER`; then give the path of FOLDER."
