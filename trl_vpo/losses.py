@@ -20,19 +20,12 @@ from torch import Tensor
 
 @dataclass
 class PreferenceLoss:
-    """The result of a preference loss for B pairs.
+    """The result of a preference loss for B pairs; all but `losses` is detached."""
 
-    Attributes:
-        losses: (B,) with gradient; the training loss is `losses.mean()`.
-        chosen_rewards: (B,) detached, nats times beta.
-        rejected_rewards: (B,) detached, nats times beta.
-        terms: detached (B,) parts of the loss by metric name, before their weights.
-    """
-
-    losses: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    terms: dict[str, Tensor] = field(default_factory=dict)
+    losses: Tensor  # (B,) with gradient; the training loss is `losses.mean()`
+    chosen_rewards: Tensor  # (B,) nats times beta
+    rejected_rewards: Tensor  # (B,) nats times beta
+    terms: dict[str, Tensor] = field(default_factory=dict)  # (B,) parts of the loss by metric name, unweighted
 
 
 def _float(*tensors: Tensor) -> list[Tensor]:

@@ -34,11 +34,7 @@ class Head:
 
 
 def lm_head(model: PreTrainedModel) -> Head:
-    """Return the LM head of `model`; what its `forward` does with the logits is found out at the first call.
-
-    Raises:
-        ValueError: see `logit_transform`.
-    """
+    """Return the LM head of `model`; what its `forward` does with the logits is probed at the first call."""
     if not hasattr(model, "_trl_vpo_logits"):
         model._trl_vpo_logits = logit_transform(model)
     head = model.get_output_embeddings()
@@ -48,11 +44,9 @@ def lm_head(model: PreTrainedModel) -> Head:
 
 
 def check_head(model: nn.Module) -> None:
-    """Refuse an LM head that is more than a weight and a bias: scores would silently ignore the rest.
+    """Raise ValueError for an adapter on the LM head, or quantized weights: scores would silently ignore them.
 
-    Raises:
-        ValueError: it carries an adapter, or its weight is quantized. A fully trained copy (`modules_to_save`) and
-            single trained tokens (`trainable_token_indices`) are supported.
+    A fully trained copy (`modules_to_save`) and single trained tokens (`trainable_token_indices`) are supported.
     """
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):

@@ -18,25 +18,15 @@ TRUNK, PADDING = -1, -2  # owners of columns that belong to no branch
 
 @dataclass
 class Layout:
-    """One model call: its inputs, and where each response token is predicted.
+    """One model call: its inputs, and where each response token is predicted."""
 
-    Attributes:
-        inputs: keyword arguments of the model: (R, L) ids, masks, media.
-        branches: (S',) the branches of the batch that this call scores.
-        rows: (S',) row of the call that holds each branch.
-        positions: (S', T) column whose hidden state predicts each token; 0 where `mask` is false.
-        mask: (S', T) true on response tokens.
-        labels: (S', T) response tokens.
-        tokens: number of tokens that the call computes, padding not counted.
-    """
-
-    inputs: dict
-    branches: Tensor
-    rows: Tensor
-    positions: Tensor
-    mask: Tensor
-    labels: Tensor
-    tokens: int
+    inputs: dict  # keyword arguments of the model: (R, L) ids, masks, media
+    branches: Tensor  # (S',) the branches of the batch that this call scores
+    rows: Tensor  # (S',) row of the call that holds each branch
+    positions: Tensor  # (S', T) column whose hidden state predicts each token; 0 where `mask` is false
+    mask: Tensor  # (S', T) true on response tokens
+    labels: Tensor  # (S', T) response tokens
+    tokens: int  # how many the call computes, padding not counted
 
 
 # --- separate -----------------------------------------------------------------------------------------------------

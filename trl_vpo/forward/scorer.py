@@ -29,11 +29,7 @@ TOLERANCES = {torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 0.2), torch.bfl
 
 
 class Scorer:
-    """Score tree batches with a policy (without PEFT or a distributed wrapper around it) and its reference.
-
-    Raises:
-        ValueError: `layout="shared"` for a model that cannot have it.
-    """
+    """Score tree batches with a policy (without PEFT or a distributed wrapper around it) and its reference."""
 
     def __init__(
         self,

@@ -25,25 +25,15 @@ VOCAB_CHUNK = 32768
 
 @dataclass
 class ScoreRequest:
-    """A request to score R branches of T response tokens, N of them real.
+    """A request to score R branches of T response tokens, N of them real."""
 
-    Attributes:
-        rows: (R,) sequence of the call that holds each branch.
-        positions: (R, T) column whose hidden state predicts each token.
-        mask: (R, T) true on real tokens.
-        labels: (R, T) the tokens.
-        ref_hidden: (N, H) the reference's hidden states at the same places; gives the KL.
-        ref_head: the reference's LM head; None: the model's own.
-        kl_rows: (R,) rows whose KL needs gradients; the others' is a metric.
-    """
-
-    rows: Tensor
-    positions: Tensor
-    mask: Tensor
-    labels: Tensor
-    ref_hidden: Tensor | None = None
-    ref_head: Head | None = None
-    kl_rows: Tensor | None = None
+    rows: Tensor  # (R,) sequence of the call that holds each branch
+    positions: Tensor  # (R, T) column whose hidden state predicts each token
+    mask: Tensor  # (R, T) true on real tokens
+    labels: Tensor  # (R, T) the tokens
+    ref_hidden: Tensor | None = None  # (N, H) the reference's hidden states at the same places; gives the KL
+    ref_head: Head | None = None  # the reference's LM head; None: the model's own
+    kl_rows: Tensor | None = None  # (R,) rows whose KL needs gradients; the others' is a metric
 
 
 @dataclass
@@ -60,30 +50,18 @@ class ScoreOutput(ModelOutput):
 
 @dataclass
 class Scores:
-    """Per-token scores of all S branches of a batch, (S, T) each, zero outside `mask`.
+    """Per-token scores of all S branches of a batch, (S, T) each, zero outside `mask`."""
 
-    Attributes:
-        logps: log-probability of each response token, nats, float32, with gradient.
-        mask: true on response tokens.
-        entropy: of the next-token distribution, nats.
-        mean_logits: mean logit over the vocabulary.
-        is_top1: whether the token is the most likely one.
-        kl: KL(reference || model) at each token over the whole vocabulary, nats; only where it was asked for.
-        chosen, rejected: (B,) the branches of each pair.
-        hidden: (N, H) hidden states that predict the response tokens, one tensor per model call.
-        head: the LM head that made the scores, where they are a reference's.
-    """
-
-    logps: Tensor
-    mask: Tensor
-    entropy: Tensor
-    mean_logits: Tensor
-    is_top1: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    kl: Tensor | None = None
-    hidden: list[Tensor] = field(default_factory=list)
-    head: Head | None = None
+    logps: Tensor  # log-probability of each response token, nats, float32, with gradient
+    mask: Tensor  # true on response tokens
+    entropy: Tensor  # of the next-token distribution, nats
+    mean_logits: Tensor  # mean logit over the vocabulary
+    is_top1: Tensor  # whether the token is the most likely one
+    chosen: Tensor  # (B,) the branches of each pair ...
+    rejected: Tensor  # ... and these
+    kl: Tensor | None = None  # KL(reference || model) over the whole vocabulary, nats; only where it was asked for
+    hidden: list[Tensor] = field(default_factory=list)  # (N, H) states that predict the response tokens, by model call
+    head: Head | None = None  # the LM head that made the scores, where they are a reference's
 
     @property
     def sums(self) -> Tensor:
@@ -112,11 +90,7 @@ def token_scores(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Te
 
 
 def attach_scoring(model: PreTrainedModel) -> None:
-    """Let `model(..., score=ScoreRequest(...))` return a `ScoreOutput`. Other calls behave as before.
-
-    Raises:
-        ValueError: as `check_head` and `logit_transform` say.
-    """
+    """Let `model(..., score=ScoreRequest(...))` return a `ScoreOutput`. Other calls behave as before."""
     check_head(model)
     if getattr(model, "_trl_vpo_scoring", False):
         return

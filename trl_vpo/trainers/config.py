@@ -157,19 +157,8 @@ class VisualPreferenceConfig(DPOConfig):
     __repr__ = __str__  # each config's own @dataclass would make one that shows everything, hence repr=False
 
     def video_options(self) -> VideoOptions:
-        """Return how videos are sampled.
-
-        Raises:
-            ValueError: the options contradict each other.
-        """
-        return VideoOptions(
-            num_frames=self.num_frames,
-            fps=self.fps,
-            max_frames=self.max_frames,
-            max_pixels=self.max_pixels,
-            video_start=self.video_start,
-            video_end=self.video_end,
-        )
+        """Return how videos are sampled; options that contradict each other raise ValueError."""
+        return VideoOptions(**{f.name: getattr(self, f.name) for f in fields(VideoOptions)})
 
 
 def _tokenless(model_init_kwargs: Any) -> Any:

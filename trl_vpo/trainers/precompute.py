@@ -29,11 +29,7 @@ logger = get_logger(__name__)
 
 
 class ReferenceCache:
-    """The reference's summed log-probs of a trainer's rows; built before a policy that is its own reference changes.
-
-    Raises:
-        ValueError: what cannot be precomputed, and why.
-    """
+    """The reference's sums of a trainer's rows; built before a policy that is its own reference changes."""
 
     def __init__(self, trainer: Any):
         args = trainer.args
@@ -58,12 +54,7 @@ class ReferenceCache:
             trainer.eval_dataset = self.attach(sets, "eval", size)
 
     def attach(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Return `dataset` with the sums of each row's branches in the column `REF_SUMS`. All ranks call this.
-
-        Raises:
-            ValueError: the dataset is a stream, or the reference gives nan.
-            RowError: a row, or its media, cannot be read.
-        """
+        """Return `dataset` with the sums of each row's branches in the column `REF_SUMS`. All ranks call this."""
         if not isinstance(dataset, Dataset):
             _refuse(f"the {name} rows are an IterableDataset, which cannot be read up front. Use a Dataset")
         if REF_SUMS in dataset.column_names:  # of this trainer: preparing drops others'

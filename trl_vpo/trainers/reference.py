@@ -17,10 +17,7 @@ def reference_scores(trainer: Any, batch: dict) -> Scores:
     """Score a batch with `ref_model`, the frozen copy of a given adapter, or the base model with the adapter off.
 
     In evaluation mode, so there is no gradient checkpointing to be switched off. The scores carry the LM head that the
-    KL needs.
-
-    Raises:
-        ValueError: the policy was its own reference, and has changed.
+    KL needs. A policy that was its own reference, and has changed, raises ValueError.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.ref_model is not None:

@@ -28,11 +28,7 @@ UNCALLED = ("_compute_loss", "get_batch_loss_metrics", "dpo_loss")  # where TRL'
 def check_model(
     model: Any, ref_model: Any, peft_config: Any, *, needs_reference: bool, revision: str | None = None
 ) -> None:
-    """Refuse models that would train on nothing, or whose reference would not be what it seems to be.
-
-    Raises:
-        ValueError: says which, and what to do.
-    """
+    """Raise ValueError for models that would train on nothing, or whose reference is not what it seems to be."""
     if isinstance(model, str):
         check_source(model, key="model", revision=revision)
     for module in (model, ref_model):
@@ -85,11 +81,7 @@ def _check_given_adapter(model: PeftModel, ref_model: Any) -> None:
 
 
 def check_collator(data_collator: Any) -> None:
-    """Refuse the collators of TRL and transformers, which take rows of tokens and make no tree batch.
-
-    Raises:
-        ValueError: names the collator.
-    """
+    """Raise ValueError for collators of TRL and transformers, which take rows of tokens and make no tree batch."""
     if getattr(data_collator, "__module__", "").split(".")[0] in ("trl", "transformers"):
         name = getattr(data_collator, "__name__", type(data_collator).__name__)
         raise ValueError(
@@ -99,11 +91,7 @@ def check_collator(data_collator: Any) -> None:
 
 
 def check_hooks(kind: type, base: type) -> None:
-    """Refuse a subclass whose loss would never be called.
-
-    Raises:
-        TypeError: names its method, and the one to override.
-    """
+    """Raise TypeError for a subclass whose loss would never be called."""
     for name in UNCALLED:
         if getattr(kind, name, None) is not getattr(base, name, None):
             raise TypeError(
@@ -130,11 +118,7 @@ def resolve_target_modules(
 ) -> PeftConfig | None:
     """Return a new adapter's config with a preset of `target_modules` resolved for the model; the given one stays.
 
-    Args:
-        model: in memory, or a name or folder; its weights are not loaded.
-
-    Raises:
-        RecipeError: the targets can match nothing, or the model lacks what the preset names.
+    Weights of a model that is given by name are not loaded. Targets that match nothing raise RecipeError.
     """
     targets = getattr(peft_config, "target_modules", None)
     check_targets(targets)
@@ -179,11 +163,8 @@ def set_pad_token(processing_class: Any, args: VisualPreferenceConfig) -> None:
 
 
 def copies_reference(model: Any, args: VisualPreferenceConfig, peft_config: Any) -> bool:
-    """Tell whether the reference is a copy of the model: in full fine-tuning of a model in memory.
-
-    Sharded weights (ZeRO-3) can only be loaded again from their path.
-    """
-    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    """Tell whether the reference is a copy of the model: in full fine-tuning of a model in memory."""
+    sharded = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3  # is loaded from its path
     return not (isinstance(model, str) or is_peft_model(model) or peft_config is not None or sharded)
 
 
