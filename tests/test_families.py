@@ -11,7 +11,6 @@ from helpers import row
 from peft import LoraConfig
 from trainer_kit import (
     METHODS,
-    TEXT_METHODS,
     collated,
     losses_of,
     of_tokens,
@@ -69,14 +68,6 @@ def test_two_steps_move_the_adapter_and_nothing_else(method, name, kind, media, 
     assert all(map(math.isfinite, losses_of(trainer))) and len(losses_of(trainer)) == 2
     moved = {k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == set(adapter)
-
-
-@pytest.mark.parametrize("method", TEXT_METHODS)
-def test_text_only_rows_on_a_text_model(method, tmp_path):
-    trainer = trainer_of(method, tmp_path, [row(None)] * 4)
-    trainer.train()
-    first, last = losses_of(trainer, "rewards/margins")
-    assert last > first
 
 
 @pytest.mark.parametrize("name", [n for n, (_, video) in FAMILIES.items() if video])

@@ -9,8 +9,9 @@ import trainer_kit
 import transformers
 from families import FAMILIES, KINDS, LANGUAGE_MODEL, build, text_of, tokenizer
 from helpers import row
-from peft import LoraConfig
+from peft import LoraConfig, prepare_model_for_kbit_training
 from trainer_kit import draw_lora
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 import trl_vpo
 from trl_vpo.forward import layouts
@@ -276,3 +277,38 @@ def test_lpoi_encodes_each_image_once(media, tmp_path):
     tower.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs), with_kwargs=True)
     trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
     assert [len(kwargs["grid_thw"]) for kwargs in seen] == [5]
+
+
+# --- wrappers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights(bits, media, tmp_path):
+    model, processor = build("Qwen2-VL")
+    model.save_pretrained(tmp_path / "base")
+    skip = ["model.visual", "lm_head"]
+    quantization = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_skip_modules=skip)
+    steps, data = [], ragged_rows("image", media)
+    for layout in ("separate", "shared"):
+        quantized = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", quantization_config=quantization)
+        kinds = {type(m).__name__ for m in quantized.model.language_model.modules()}
+        assert {4: "Linear4bit", 8: "Linear8bitLt"}[bits] in kinds
+        prepare_model_for_kbit_training(quantized, use_gradient_checkpointing=False)
+        more = {"built": (quantized, processor), "gradient_checkpointing": True}
+        steps.append(step(trainer_of("rrpo", layout, tmp_path / "out", data, **more)))
+    # Eight-bit layers round their inputs, outliers apart, by the largest of the whole call: not exactly alike.
+    tolerance = 1e-3 if bits == 4 else 5e-2
+    (_, loss, grads), (_, other_loss, other_grads) = steps
+    torch.testing.assert_close(loss, other_loss, rtol=tolerance, atol=tolerance)
+    assert (grads - other_grads).norm() <= 2e-2 * grads.norm() * (1 if bits == 4 else 10)
+
+
+def test_compiled_decoder_layers(media, tmp_path):
+    data, more = ragged_rows("image", media), {"name": "Qwen2-VL", "gradient_checkpointing": True}
+    want = step(trainer_of("rrpo", "separate", tmp_path, data, **more))
+    trainer = trainer_of("rrpo", "shared", tmp_path, data, **more)
+    for layer in trainer.model.get_base_model().model.language_model.layers:
+        layer.compile(backend="aot_eager")
+    got = step(trainer)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
+    assert (got[2] - want[2]).norm() <= 1e-4 * want[2].norm()

@@ -172,13 +172,6 @@ def test_evaluation_takes_nothing_from_the_log(kind, tmp_path):
     assert all(tokens[step] == tokens_read(trainer) * step / 4 for step in steps if step % 4 == 0)
 
 
-def test_num_tokens_counts_what_the_policy_reads(tmp_path):
-    """Prompt and response of both branches, every row once, no padding, and nothing of the reference's pass."""
-    trainer = trainer_of("rrpo", tmp_path, max_steps=4)
-    trainer.train()
-    assert entries(trainer)[-1]["num_tokens"] == tokens_read(trainer)
-
-
 def test_the_summary_at_the_end_has_no_stale_metrics(tmp_path):
     more = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Dataset.from_list(text_rows(2))}
     trainer = trainer_of("dpo", tmp_path, **more)
