@@ -29,12 +29,10 @@ class Unreadable:
     text: str
 
 
-def read_examples(dataset: str | Path, split: str, config: str | None = None) -> Iterator[dict | Unreadable]:
+def read_examples(dataset: str | Path, split: str) -> Iterator[dict | Unreadable]:
     """Return the rows of a split in their order. Media stay paths and bytes.
 
-    Args:
-        dataset: a generation run's folder, else a Hub dataset or a local path as in `trl_vpo.data.sources`.
-        split, config: of a dataset with several.
+    The dataset is a generation run's folder, or a Hub dataset or local path as in `trl_vpo.data.sources`.
 
     Raises:
         DatasetError: the path, its rows or the split do not exist.
@@ -48,7 +46,7 @@ def read_examples(dataset: str | Path, split: str, config: str | None = None) ->
         files = local_splits(path).get(split)
         if isinstance(files, list) and row_format(files[0]) == "json":
             return chain.from_iterable(map(read_json, files))
-    return _read_table(named_splits(str(dataset), [split], config=config)[split])
+    return _read_table(named_splits(str(dataset), [split])[split])
 
 
 def read_rejected(dataset: str | Path) -> Iterator[dict]:

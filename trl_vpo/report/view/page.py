@@ -58,13 +58,7 @@ class PageCounts:
 
 
 def write_page(
-    dataset: str | Path,
-    out: str | Path,
-    *,
-    split: str = "train",
-    config: str | None = None,
-    limit: int | None = None,
-    **look: Any,
+    dataset: str | Path, out: str | Path, *, split: str = "train", limit: int | None = None, **look: Any
 ) -> PageCounts:
     """Write the page of a dataset, whole or not at all, and count what is in it. The same data give the same bytes.
 
@@ -72,7 +66,6 @@ def write_page(
         dataset: a generation run's folder (`rows.jsonl`, `rejected.jsonl`, `summary.json`), a Hub dataset, or a local
             file or folder as in training.
         out: the .html file; replaced if it exists.
-        split, config: of a dataset with several.
         limit: show only the first so many rows.
         look: fields of `Look`.
 
@@ -94,7 +87,7 @@ def write_page(
         raise UserError(f"{out} is a folder: name the .html file to write.")
     if out.exists() and Path(dataset).exists() and out.samefile(dataset):
         raise UserError(f"{out} is the dataset itself: name another file for the page.")
-    examples = read_examples(dataset, split, config)
+    examples = read_examples(dataset, split)
     counts = PageCounts()
     write_html(
         out,
