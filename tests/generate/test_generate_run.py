@@ -12,7 +12,6 @@ from run_kit import KINDS, generate, lines, write_inputs, written
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.importers import import_rows
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import GenerateError
 from trl_vpo.runs.digests import weights_digest
@@ -101,30 +100,15 @@ def test_rewards_are_what_training_computes(runs, processor):
         assert logps.mean().item() == pytest.approx(row[f"{side}_reward"], abs=1e-3)
 
 
-def test_rows_are_collated_with_published_ones(runs, inputs, processor, tmp_path):
-    """Read as training reads them; nothing about a generated row needs a case of its own."""
-    record = {
-        "question": "Which colour is the shape?",
-        "answer": "the shape is red.",
-        "pred": "the shape is blue.",
-        "answer_masked": "the shape is <MASK>red</MASK>.",
-        "pred_masked": "the shape is <MASK>blue</MASK>.",
-        "video": lines(inputs["clip"])[0]["video"],
-        "sample_id": "published",
-    }
-    (tmp_path / "published.json").write_text(json.dumps([record]))
-    published = list(import_rows("rrpo", tmp_path / "published.json"))
-    for method, options in (("leanpo", {}), ("rrpo", {"phrases": True}), ("lpoi", {})):
-        rows = load_dataset("json", data_files=str(runs(method)[0] / "rows.jsonl"), split="train")
-        batch = PreferenceCollator(processor, **options)([*rows, *published])
-        assert len(batch["names"]) == len(rows) + 1 and "published" in batch["names"][-1]
-        assert batch["branch_ids"].size(0) == 2 * len(rows) + 2
-        if method == "rrpo":
-            assert batch["phrase_mask"].any(1).tolist()[-2:] == [True, True]
-            assert (batch["phrase_mask"].sum() < batch["branch_mask"].sum()).item()
-        if method == "lpoi":
-            listed = PreferenceCollator(processor, num_images=5)(list(rows))
-            assert listed["image_branches"].shape == (len(rows), 5)
+@pytest.mark.parametrize("method, options", [("leanpo", {}), ("rrpo", {"phrases": True}), ("lpoi", {"num_images": 5})])
+def test_rows_are_collated_as_in_training(method, options, runs, processor):
+    rows = load_dataset("json", data_files=str(runs(method)[0] / "rows.jsonl"), split="train")
+    batch = PreferenceCollator(processor, **options)(list(rows))
+    assert len(batch["names"]) == len(rows) and len(batch["chosen"]) == len(batch["rejected"]) == len(rows)
+    if method == "rrpo":
+        assert batch["phrase_mask"].any(1).all() and batch["phrase_mask"].sum() < batch["branch_mask"].sum()
+    if method == "lpoi":
+        assert batch["image_branches"].shape == (len(rows), 5)
 
 
 def test_inputs_that_cannot_be_used(inputs, tmp_path):
@@ -194,10 +178,11 @@ def test_a_limit_and_then_all(runs, inputs, tmp_path, capsys):
     folder, summary = runs("rrpo")
     assert generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 5)["inputs"] == 5
     assert generate("rrpo", inputs["clip"], tmp_path / "run") == summary
+    assert written(tmp_path / "run") == written(folder)
     printed = capsys.readouterr().err
     for line in ("5 inputs: 0 finished, 5 to do.", "12 inputs: 5 finished, 7 to do.", "7/7 inputs, "):
         assert line in printed
-    assert written(tmp_path / "run") == written(folder)
+    assert generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 5)["inputs"] == 5  # and back
 
 
 def test_the_seed_changes_the_rows(runs, inputs, tmp_path):

@@ -128,14 +128,6 @@ def test_the_report_has_the_last_word(tmp_path):
     assert [row["id"] for row in lines(tmp_path / "run/rows.jsonl")] == ["r0-0", "r0-1", "r1-0"]
 
 
-def test_more_inputs_later(tmp_path, whole):
-    """A run over the first five inputs continues with all of them, and back."""
-    assert work(tmp_path / "run", 5)["inputs"] == 5
-    assert work(tmp_path / "run", COUNT)["inputs"] == 12
-    assert results(tmp_path / "run") == whole
-    assert work(tmp_path / "run", 5)["rejected"] == 1
-
-
 # --- killed -------------------------------------------------------------------------------------------------------
 
 

@@ -51,8 +51,7 @@ Loaded = tuple[EvalRow, InputRow, Media]
 def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
     """Evaluate a base and its adapters on held-out rows, or continue an earlier run with these settings.
 
-    Args:
-        argv: the options of `trl-vpo evaluate`, such as `["--model", "BASE", "--adapters", "A", "B", ...]`.
+    `argv` are the options of `trl-vpo evaluate`, such as `["--model", "BASE", "--adapters", "A", "B", ...]`.
 
     Returns:
         The content of `results.json`, or None while other workers are still at work.

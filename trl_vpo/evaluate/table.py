@@ -16,11 +16,7 @@ UP, DOWN = "▲", "▼"
 
 
 def write_results(results: dict[str, Any], folder: str | Path) -> None:
-    """Write `results.json`, whole or not at all.
-
-    Raises:
-        GenerateError: it cannot be written.
-    """
+    """Write `results.json`, whole or not at all."""
     write_lines(Path(folder) / "results.json", [encode(results, "results", indent=2)])
 
 

@@ -38,11 +38,7 @@ WEIGHTS = ("model_name_or_path", "from_adapter", "detector", "mask_model")  # ma
 
 
 def make_parser(method: str) -> RecipeParser:
-    """Return the parser of a method's generation recipes and options.
-
-    Raises:
-        RecipeError: there is no such method.
-    """
+    """Return the parser of a method's generation recipes and options."""
     if method not in METHODS:
         raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
     module, config, _ = METHODS[method]
@@ -53,9 +49,7 @@ def make_parser(method: str) -> RecipeParser:
 def run_generation(method: str, argv: list[str]) -> dict[str, Any] | None:
     """Generate a method's preference data, or continue an earlier run with these settings.
 
-    Args:
-        method: leanpo, rrpo or lpoi.
-        argv: the options of `trl-vpo generate METHOD`, such as `["--config", "recipe.yaml"]`.
+    `argv` are the options of `trl-vpo generate METHOD`, such as `["--config", "recipe.yaml"]`.
 
     Returns:
         The run's summary, or None after a dry run or while other workers are still at work.
