@@ -78,4 +78,4 @@ lock: install
 
 clean:
 	rm -rf outputs build dist .pytest_cache .ruff_cache
-	find trl_vpo tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find trl_vpo tests scripts studies -name __pycache__ -type d -prune -exec rm -rf {} +
