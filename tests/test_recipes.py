@@ -21,10 +21,9 @@ from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.training.run import parse, quantization_config
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
-RECIPES = [path for path in RECIPES if path.parent.name != "accelerate"]  # those are accelerate's
-GENERATION = [path for path in RECIPES if path.stem.startswith("generate") or path.stem.endswith("-generate")]
-RECIPES = [path for path in RECIPES if path not in GENERATION]
+FILES = [path for path in sorted((ROOT / "recipes").glob("*/*.yaml")) if path.parent.name != "accelerate"]
+GENERATION = [path for path in FILES if path.stem.startswith("generate") or path.stem.endswith("-generate")]
+RECIPES = [path for path in FILES if path not in GENERATION]
 BIG = [path for path in RECIPES if path.parent.name != "quickstart"]
 MODELS = {
     "trl_vpo/testbed/base": "Qwen2-VL",
@@ -37,6 +36,7 @@ MODELS = {
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "LLaVA-OneVision",
     "HuggingFaceM4/idefics2-8b": "Idefics2",
 }
+COMMON = ("# Hardware: written for", "# Source: ", "# Not run by us", "dataset_name is a placeholder")
 
 
 def name(path):
@@ -54,32 +54,20 @@ def config_of(family):
     return model.config
 
 
-def accelerate_of(header):
-    """The accelerate config that a recipe is written for."""
-    found = re.search(r"^#.* --accelerate_config (\w+)( --num_processes (\d+))?", header, re.MULTILINE)
-    assert found, "no accelerate config is named"
-    gpus = int(re.search(r"written for (\d+) GPU", header)[1]) if "written for" in header else 1
-    assert (ROOT / f"recipes/accelerate/{found[1]}.yaml").is_file()
-    assert int(found[3] or 1) == gpus
-    return found[1]
-
-
-def test_the_small_recipes_name_the_config_to_try_several_processes_with():
-    for path in (path for path in RECIPES if path not in BIG):
-        assert re.search(r"--accelerate_config cpu2\b", path.read_text()), path
-
-
 def test_there_is_a_recipe_for_everything_that_is_promised():
-    names = {name(path) for path in BIG}
+    names = set(map(name, FILES))
     for method in ("dpo", "leanpo", "rrpo", "lpoi"):
-        assert f"{method}/qwen2_5_vl_3b_qlora_24gb.yaml" in names
-        assert f"quickstart/{method}.yaml" in {name(path) for path in RECIPES}
+        assert {f"{method}/qwen2_5_vl_3b_qlora_24gb.yaml", f"quickstart/{method}.yaml"} <= names
+    for method in PIPELINES:
+        assert {f"{method}/generate.yaml", f"quickstart/{method}-generate.yaml"} <= names
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_recipe_parses_and_its_lora_fits_its_model(path):
     _, training_args, model_args, _ = parsed(path)
     assert path.parent.name in (method_of(path), "quickstart")
+    if path not in BIG:
+        assert re.search(r"--accelerate_config cpu2\b", path.read_text())  # to try several processes with
     model = empty_model(config_of(MODELS[model_args.model_name_or_path]))
     peft_config = get_peft_config(model_args)
     if peft_config is None:
@@ -87,92 +75,62 @@ def test_recipe_parses_and_its_lora_fits_its_model(path):
         return
     linear = {n for n, m in model.named_modules() if n.endswith("_proj") and not VISION.search(n + ".")}
     _, adapted = adapt(model, peft_config)
-    assert not adapted.vision
     assert set(adapted.modules) == linear  # q, k, v, o, gate, up, down of every layer of the language model
-    assert training_args.max_length is None
+    assert not adapted.vision and training_args.max_length is None
 
 
 @pytest.mark.parametrize("path", BIG, ids=name)
 def test_header_says_how_on_what_and_from_where(path):
-    text = path.read_text()
+    text, method = path.read_text(), method_of(path)
     header = text.split("model_name_or_path")[0]
-    method = method_of(path)
-    assert f"trl-vpo train {method} --config recipes/{name(path)}" in header
-    assert f"trl-vpo doctor recipes/{name(path)}" in header
-    assert accelerate_of(header) == "zero3" if "full" in path.stem else accelerate_of(header) in ("single_gpu", "ddp")
-    for part in ("# Hardware: written for", "# Source: ", "# Not run by us", "dataset_name is a placeholder"):
+    commands = (f"trl-vpo train {method} --config recipes/{name(path)}", f"trl-vpo doctor recipes/{name(path)}")
+    for part in (*commands, *COMMON):
         assert part in header
+    accelerate, _, processes = re.search(r"--accelerate_config (\w+)( --num_processes (\d+))?", header).groups()
+    gpus = int(re.search(r"written for (\d+) GPU", header)[1])
+    assert (ROOT / f"recipes/accelerate/{accelerate}.yaml").is_file() and int(processes or 1) == gpus
+    assert accelerate == "zero3" if "full" in path.stem else accelerate in ("single_gpu", "ddp")
+    recipe = yaml.safe_load(text)
+    batch = gpus * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+    assert int(re.search(r"Effective batch (\d+)", header)[1]) == batch
     for key in ("beta", "learning_rate", "num_train_epochs", "lr_scheduler_type", "lora_r", "num_frames"):
         for line in re.findall(rf"^{key}: .*", text, re.MULTILINE):
             assert re.search(r"# (paper|ours)", line), line
-
-
-@pytest.mark.parametrize("path", BIG, ids=name)
-def test_the_effective_batch_is_what_the_header_says(path):
-    header, recipe = path.read_text(), yaml.safe_load(path.read_text())
-    told = int(re.search(r"Effective batch (\d+)", header)[1])
-    gpus = int(re.search(r"written for (\d+) GPU", header)[1])
-    assert told == gpus * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
 
 
 @pytest.mark.parametrize("path", [path for path in BIG if "qlora" in path.stem], ids=name)
 def test_qlora_keeps_the_vision_tower_in_full_precision(path):
     _, training_args, model_args, _ = parsed(path)
     config = quantization_config(model_args)
-    assert config.load_in_4bit
-    assert str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    assert config.load_in_4bit and str(config.bnb_4bit_compute_dtype) == "torch.bfloat16"
     model, _ = adapt(empty_model(config_of("Qwen2.5-VL")), get_peft_config(model_args))
-    sizes = model_sizes(model, quantized=True, skip=NOT_QUANTIZED)
-    language = [
-        p.numel() for n, p in model.named_parameters() if "language_model" in n and n.endswith("_layer.weight")
-    ]
-    assert sizes.quantized == sum(language)
+    language = [p for n, p in model.named_parameters() if "language_model" in n and n.endswith("_layer.weight")]
+    quantized = model_sizes(model, quantized=True, skip=NOT_QUANTIZED).quantized
+    assert quantized == sum(p.numel() for p in language)
     assert training_args.gradient_checkpointing
 
 
-# --- generation ---------------------------------------------------------------------------------------------------
-
-
-def pipeline_of(path):
-    return path.stem.removesuffix("-generate") if path.parent.name == "quickstart" else path.parent.name
-
-
-def test_there_are_generation_recipes_for_every_pipeline():
-    names = {name(path) for path in GENERATION}
-    for method in PIPELINES:
-        assert {f"{method}/generate.yaml", f"quickstart/{method}-generate.yaml"} <= names
-
-
 @pytest.mark.parametrize("path", GENERATION, ids=name)
-def test_generation_recipe_parses(path):
-    method, given = pipeline_of(path), yaml.safe_load(path.read_text())
+def test_generation_recipe(path):
+    text = path.read_text()
+    recipe = yaml.safe_load(text)
+    small = path.parent.name == "quickstart"
+    method = path.stem.removesuffix("-generate") if small else path.parent.name
     config = make_parser(method).parse(["--config", str(path)])[0]
-    for key, value in given.items():
-        assert getattr(config, key) == value
-    assert f"trl-vpo generate {method} --config recipes/{name(path)}" in path.read_text()
+    assert {key: getattr(config, key) for key in recipe} == recipe
+    assert f"trl-vpo generate {method} --config recipes/{name(path)}" in text
     assert config.seed == 0 and config.output_dir.startswith("outputs/")
-
-
-@pytest.mark.parametrize("path", [path for path in GENERATION if path.parent.name != "quickstart"], ids=name)
-def test_generation_header_says_how_on_what_and_from_where(path):
-    text, method = path.read_text(), pipeline_of(path)
+    if small:
+        return
     header = "".join(line + "\n" for line in text.split("\n\n")[0].splitlines() if line.startswith("#"))
-    assert f"trl-vpo generate {method} --config recipes/{name(path)} --dry_run" in header
+    for part in (f"--config recipes/{name(path)} --dry_run", "# Inputs: ", *COMMON):
+        assert part in header
     if "server" not in path.stem:
         assert f"scripts/generate.py {method} --config recipes/{name(path)}" in header
-        train, config = re.search(rf"trl-vpo train {method} --config (\S+) --dataset_name (\S+)", header).groups()
-        assert (ROOT / train).exists() and config == yaml.safe_load(text)["output_dir"] + "/rows.jsonl"
-    for part in (
-        "# Inputs: ",
-        "# Hardware: written for",
-        "# Source: ",
-        "# Not run by us",
-        "dataset_name is a placeholder",
-    ):
-        assert part in header
+        train, rows = re.search(rf"trl-vpo train {method} --config (\S+) --dataset_name (\S+)", header).groups()
+        assert (ROOT / train).exists() and rows == recipe["output_dir"] + "/rows.jsonl"
     places = ("model_name_or_path", "dataset_name", "output_dir", "server_", "judge_model", "judge_url", "dtype")
     for line in text.replace(header, "").splitlines():
         key = line.lstrip("# ").split(":")[0]
-        if line.startswith("#") or not line or key.startswith(places) or key in ("batch_size", "seed", "timeout"):
-            continue
-        assert re.search(r"# (paper|ours)", line), line
+        if line and not line.startswith("#") and not key.startswith((*places, "batch_size", "seed", "timeout")):
+            assert re.search(r"# (paper|ours)", line), line

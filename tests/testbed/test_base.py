@@ -24,40 +24,38 @@ def documented() -> dict[tuple[str, str], dict[str, float]]:
     return {row[:2]: dict(zip(names, map(float, row[2]))) for row in rows if row[1] in ("habits", "balanced")}
 
 
-def test_the_shipped_files_are_small_and_of_the_documented_size(base):
+def test_the_weights_are_small_and_of_the_documented_size(base):
     model, _ = base
-    weights = tiny_vlm.BASE / "model.safetensors"
-    assert weights.stat().st_size < 4e6
-    parameters = sum(p.numel() for p in model.parameters())
-    assert f"{parameters:,} parameters" in " ".join(tiny_vlm.__doc__.split())
+    assert (tiny_vlm.BASE / "model.safetensors").stat().st_size < 4e6
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in " ".join(tiny_vlm.__doc__.split())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
 
 
-@pytest.mark.parametrize("kind", ["clip", "scene"])
-@pytest.mark.parametrize("split", ["habits", "balanced"])
-def test_captions_are_as_good_and_as_bad_as_documented(base, kind, split):
+@pytest.mark.parametrize(
+    ("kind", "split", "measure"),
+    [
+        *((kind, split, tiny_vlm.measure_captions) for kind in ("clip", "scene") for split in ("habits", "balanced")),
+        ("clip", "balanced", tiny_vlm.measure_questions),
+    ],
+)
+def test_the_base_is_as_good_and_as_bad_as_documented(base, kind, split, measure):
     expected = documented()[kind, split]
-    measured = tiny_vlm.measure_captions(*base, kind, habits=split == "habits")
-    assert measured == pytest.approx({name: expected[name] for name in measured}, abs=TOLERANCE)
-
-
-def test_questions_are_answered_as_documented(base):
-    measured = tiny_vlm.measure_questions(*base, "clip", habits=False)
-    expected = documented()["clip", "balanced"]
+    measured = measure(*base, kind, habits=split == "habits")
     assert measured == pytest.approx({name: expected[name] for name in measured}, abs=TOLERANCE)
 
 
 def test_the_base_says_what_is_usual(base):
     samples = world.draw_samples("clip", 400, seed=2, habits=False)
+
+    def share(samples, caption):
+        texts = tiny_vlm.answer(*base, samples, [language.PROMPTS["clip"]] * len(samples))
+        return sum(text == caption(s.things) for text, s in zip(texts, samples)) / len(samples)
+
     odd = [s for s in samples if world.as_usual(s.things) != s.things]
-    texts = tiny_vlm.answer(*base, odd, [language.PROMPTS["clip"]] * len(odd))
-    as_usual = [text == language.caption(world.as_usual(s.things)) for text, s in zip(texts, odd)]
-    plain = [s for s in samples if s.things[0].shape not in world.USUAL_COLOUR | world.USUAL_MOTION]
-    texts = tiny_vlm.answer(*base, plain, [language.PROMPTS["clip"]] * len(plain))
-    exact = [text == language.caption(s.things) for text, s in zip(texts, plain)]
-    assert sum(as_usual) / len(odd) > 0.6
-    assert sum(exact) / len(plain) > 0.8
+    assert share(odd, lambda things: language.caption(world.as_usual(things))) > 0.6
+    free = [s for s in samples if s.things[0].shape not in world.USUAL_COLOUR | world.USUAL_MOTION]
+    assert share(free, language.caption) > 0.8
 
 
 def test_processor_keeps_sizes_and_counts_of_tokens(base):
