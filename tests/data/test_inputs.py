@@ -257,7 +257,7 @@ def test_media_that_cannot_be_used_fail_when_loaded(folder):
         load_media(row, FOUR)
     with pytest.raises(MediaError, match="<bytes, 0 long> is empty"):
         portable(b"", folder)
-    with pytest.raises(MediaError, match="<int> is no image or video"):
+    with pytest.raises(MediaError, match="<int> is neither an image nor a video"):
         portable(3, folder)
 
 

@@ -297,7 +297,7 @@ def test_folders_that_are_no_runs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     with pytest.raises(GenerateError, match=r"cannot hold a run .*Name another output_dir"):
         Run(tmp_path / "rows.jsonl", {})
-    with pytest.raises(GenerateError, match=r"is no run .* no settings\.json"):
+    with pytest.raises(GenerateError, match=r"is not a run .* no settings\.json"):
         read_outcomes(tmp_path)
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(GenerateError, match=r"settings\.json is damaged"):
@@ -307,7 +307,7 @@ def test_folders_that_are_no_runs(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), b"x", "\ud83d"])
 def test_values_that_json_cannot_hold(tmp_path, value):
     with Run(tmp_path / "run", {}) as run:
-        with pytest.raises(GenerateError, match=r"input 'r1' holds a value that JSON cannot \("):
+        with pytest.raises(GenerateError, match=r"input 'r1' holds a value that JSON cannot represent \("):
             run.write(Outcome("r1", rows=({"scores": [0.5, {"a": 1, "b": value}]},)))
         run.write(outcome("r0"))  # the run is as it was
     assert [o.id for o in read_outcomes(tmp_path / "run")] == ["r0"]

@@ -254,7 +254,7 @@ def portable(source: Any, folder: Path | None, media_root: str | Path | None = N
         png = io.BytesIO()
         load_image(source, limit=False).save(png, "PNG")
         return _stored(png.getvalue(), folder)
-    raise MediaError(f"{describe(source)} is no image or video: give a path, bytes, or a list of frames.")
+    raise MediaError(f"{describe(source)} is neither an image nor a video: give a path, bytes, or a list of frames.")
 
 
 def _portable_dict(source: dict, folder: Path | None, media_root: str | Path | None) -> Any:

@@ -65,7 +65,7 @@ def check_template(name: str, template: str, expected: set[str]) -> None:
     try:
         parts = [(key, spec or conversion) for _, key, spec, conversion in Formatter().parse(template)]
     except ValueError as error:
-        raise ValueError(f"{name} is no template ({error}). {remedy}") from error
+        raise ValueError(f"{name} is not a template ({error}). {remedy}") from error
     unknown = sorted({key for key, extra in parts if key is not None and (key not in expected or extra)})
     missing = sorted(expected - {key for key, _ in parts})
     if unknown or missing:

@@ -101,6 +101,6 @@ def encode(value: Any, name: str, indent: int | None = None) -> str:
         text.encode()
     except (ValueError, TypeError) as error:
         raise GenerateError(
-            f"{name} holds a value that JSON cannot ({error}). Leave it out or make it None."
+            f"{name} holds a value that JSON cannot represent ({error}). Leave it out or make it None."
         ) from error
     return text

@@ -180,12 +180,12 @@ def _lock(file: int, folder: Path, *, wait: bool = False) -> bool:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the settings that a run was started with; raise GenerateError where the folder is no run."""
+    """Return the settings that a run was started with; raise GenerateError where the folder is not a run."""
     path = Path(folder) / "settings.json"
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise GenerateError(f"{folder} is no run that can be continued: it has no settings.json.") from error
+        raise GenerateError(f"{folder} is not a run that can be continued: it has no settings.json.") from error
     except ValueError as error:
         raise GenerateError(f"{path} is damaged ({error}). Restore it, or delete the folder to start over.") from error
 
