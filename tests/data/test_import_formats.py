@@ -109,7 +109,7 @@ def test_llamafactory(tmp_path):
 
 def test_llava_hound(tmp_path):
     row = one(tmp_path, "llava-hound", HOUND)
-    assert row["prompt"] == [user("What happens?", "video")]
+    assert row["prompt"] == [user("What happens?\n", "video")]
     assert (row["id"], row["videos"], row["chosen"]) == ("v_1", ["webvid/123"], [says("A dog runs.")])
 
 
@@ -117,9 +117,9 @@ def test_markers_become_placeholders(tmp_path):
     two = {"images": ["a", "b"]}
     assert contents(tmp_path, "Which?", **two) == [user("image", "image", "Which?")]
     assert contents(tmp_path, "Is <image> like <image>?", **two) == [user("Is ", "image", " like ", "image", "?")]
-    assert contents(tmp_path, " Say it \n<image>", images="a") == [user(" Say it", "image")]
+    assert contents(tmp_path, " Say it \n<image>", images="a") == [user(" Say it \n", "image")]
     assert contents(tmp_path, "<image>", images="a") == [user("image")]
-    assert contents(tmp_path, "<video>\nsee <image>\n", images=["a"], videos=["b"]) == [user("video", "see", "image")]
+    assert contents(tmp_path, "<video>\nsee <image>\n", images=["a"], videos=["b"]) == [user("video", "see ", "image")]
     assert contents(tmp_path, "no media") == [user("no media")]
 
 
@@ -146,11 +146,11 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("rrpo", {"pred_masked": "an <MASK> incorrect"}, "`pred_masked`: the last <MASK> .* never closed"),
         ("rrpo", {"pred_masked": None}, "`pred_masked`: `pred_masked` is missing"),
         ("rrpo", {"pred": RRPO["answer"]}, "identical"),
-        ("rrpo", {"question": "<image><image> two?"}, r"2 <video> marker\(s\) for 1 videos"),
+        ("rrpo", {"question": "<image><image> two?"}, r"2 video placeholder\(s\), but the row has 1"),
         ("rrpo", {"answer": "\ud83d", "answer_masked": None, "pred_masked": None}, "surrogates not allowed"),
         ("lpoi", {"img_path": ""}, "`img_path` is empty"),
-        ("lpoi", {"prompt": "<video> What?"}, r"0 <image> marker\(s\) for 1 images"),
-        ("lpoi", {"chosen": "see <image>"}, "the chosen response contains <image>"),
+        ("lpoi", {"prompt": "<video> What?"}, r"0 image placeholder\(s\), but the row has 1"),
+        ("lpoi", {"chosen": "see <image>"}, r"stands in a text that is not the user's .chosen"),
         ("ms-swift", {"messages": []}, "`messages` is missing or not a list"),
         ("ms-swift", {"messages": SWIFT["messages"][:-1]}, "`messages` ends with the user's turn"),
         ("ms-swift", {"messages": SWIFT["messages"][-1:]}, "the prompt does not end with the user's turn"),
@@ -160,12 +160,12 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("ms-swift", {"rejected_response": None}, "`rejected_response` .*is missing"),
         ("ms-swift", {"rejected_images": ["y.jpg"]}, "`rejected_images` differ from `images`"),
         ("ms-swift", {"rejected_response": None, "rejected_messages": SWIFT["messages"][3:]}, "another prompt"),
-        ("ms-swift", {"images": []}, r"1 <image> marker\(s\) for 0 images"),
+        ("ms-swift", {"images": []}, r"1 image placeholder\(s\), but the row has 0"),
         ("ms-swift", {"videos": [["1.jpg", "2.jpg"]]}, r"`videos`\[0\] is not a path"),
         ("ms-swift", {"images": [{"bytes": "aGk="}]}, r"`images`\[0\] is not a path"),
         ("ms-swift", {"images": 3}, "`images` is int, not a list"),
         ("ms-swift", {"audios": ["a.wav"]}, "`audios` is not supported"),
-        ("llamafactory", {"conversations": [IMAGE_OF_GPT, *FACTORY["conversations"]]}, "not the user's. Move"),
+        ("llamafactory", {"conversations": [IMAGE_OF_GPT, *FACTORY["conversations"]]}, r"not the user's .assistant.. Move"),
         ("llamafactory", {"chosen": {"from": "gpt"}}, "`chosen` has no text"),
         ("llava-hound", {"rejected": "A dog runs. "}, "identical"),
     ],

@@ -155,7 +155,7 @@ def check_rows(
         _Chunks(dataset, starts, check, passed),
         batch_size=None,
         num_workers=min(workers, len(starts)),
-        collate_fn=_unchanged,
+        collate_fn=tuple,  # which each item is
         generator=torch.Generator(),  # the global one stays as it is
     )
     problems: list[Problem] = []
@@ -196,10 +196,6 @@ class _Chunks(torch.utils.data.Dataset):
             elif key:
                 good.append(key)
         return problems, good
-
-
-def _unchanged(value: Any) -> Any:
-    return value
 
 
 # --- one row ------------------------------------------------------------------------------------------------------

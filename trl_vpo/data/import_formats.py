@@ -8,20 +8,18 @@
 | llamafactory | conversations or messages, chosen, rejected; system, images, videos, id | LLaMA-Factory, ShareGPT |
 | llava-hound | prompt, chosen, rejected, video; id | ShareGPTVideo sft_dpo_17k.jsonl |
 
-`<image>` and `<video>` in the user's turns become typed placeholders where they stand; without any, the media go in
-front of the first user turn. Contents are typed lists everywhere, because one Arrow column cannot hold strings and
-lists. Bad records raise a ValueError that names the field and the remedy.
+Contents are typed lists everywhere, because one Arrow column cannot hold strings and lists; media are placed as
+`trl_vpo.data.messages.place_media` does. Bad records raise a ValueError that names the field and the remedy.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from trl_vpo.data.messages import MARKERS, place_media, typed_content
 from trl_vpo.text.phrases import CLOSE, OPEN, masked_spans
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 REFUSED = ("audios", "tools", "objects")  # they change what the text means
-_MARKER = re.compile("<(image|video)>")
 
 
 @dataclass(frozen=True)
@@ -191,50 +189,17 @@ def _media(record: dict, name: str) -> list[str]:
 
 def _pair(turns: list[tuple[str, str]], chosen: str, rejected: str, **media: list[str]) -> dict:
     """Return a row with typed contents. `media`: the columns that this format can have, with the row's paths."""
-    for side, text in (("chosen", chosen), ("rejected", rejected)):
-        if _MARKER.search(text):
-            raise ValueError(f"the {side} response contains <image> or <video>; only the prompt can hold media.")
+    for role, text in [*turns, ("chosen", chosen), ("rejected", rejected)]:
+        if role != "user" and any(marker in text for marker in MARKERS):
+            raise ValueError(f"<image> or <video> stands in a text that is not the user's ({role}). Move or drop it.")
     if chosen.strip() == rejected.strip():
         raise ValueError(f"the chosen and rejected responses are identical: {chosen.strip()[:80]!r}.")
     if not turns or turns[-1][0] != "user":
         raise ValueError("the prompt does not end with the user's turn, so there is nothing to respond to.")
+    prompt = [{"role": role, "content": text} for role, text in turns]
+    responses = {"chosen": chosen, "rejected": rejected}
     return {
-        "prompt": _prompt(turns, media),
-        "chosen": [{"role": "assistant", "content": [{"type": "text", "text": chosen}]}],
-        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": rejected}]}],
+        "prompt": place_media(prompt, len(media.get("images", [])), len(media.get("videos", []))),
+        **{side: [{"role": "assistant", "content": typed_content(text, None)}] for side, text in responses.items()},
         **media,
     }
-
-
-def _prompt(turns: list[tuple[str, str]], media: dict[str, list[str]]) -> list[dict]:
-    markers = [kind for role, text in turns for kind in _MARKER.findall(text)]
-    if any(role != "user" and _MARKER.search(text) for role, text in turns):
-        raise ValueError("<image> or <video> stands in a turn that is not the user's. Move it into a user turn.")
-    front = [] if markers else [{"type": name[:-1]} for name, items in media.items() for _ in items]
-    for name in ("images", "videos"):
-        items, marked = media.get(name, []), markers.count(name[:-1])
-        if markers and len(items) != marked:
-            raise ValueError(
-                f"the text has {marked} <{name[:-1]}> marker(s) for {len(items)} {name}. Put one marker for each, or "
-                "none at all: then the media go in front."
-            )
-    prompt = []
-    for role, text in turns:
-        before, front = (front, []) if role == "user" else ([], front)
-        prompt.append({"role": role, "content": before + _content(text)})
-    return prompt
-
-
-def _content(text: str) -> list[dict]:
-    """Split `<image> What is it?` into image, text. White space between a marker and the text's ends goes."""
-    parts = _MARKER.split(text)  # text, kind, text, kind, ..., text
-    words = [i for i in range(0, len(parts), 2) if parts[i].strip()]
-    if words and words[0] > 0:
-        parts[words[0]] = parts[words[0]].lstrip()
-    if words and words[-1] < len(parts) - 1:
-        parts[words[-1]] = parts[words[-1]].rstrip()
-    return [
-        {"type": part} if i % 2 else {"type": "text", "text": part}
-        for i, part in enumerate(parts)
-        if i % 2 or i in words
-    ]

@@ -135,7 +135,10 @@ def _read(fmt: str, path: Path, media_root) -> Iterator[tuple[object, dict | Imp
             row = read_record(fmt, record)
             row["id"] = row["id"] or f"{path.stem}-{number}"
             for column in {"images", "videos"} & row.keys():
-                row[column] = [_join(media_root, item) for item in row[column]]
+                row[column] = [
+                    path if media_root is None or "://" in path else os.path.join(media_root, path)
+                    for path in row[column]
+                ]
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is in JSON, but in no text
         except ValueError as error:
             record = raw.decode("utf-8", "replace").strip() if isinstance(record, bytes) else record
@@ -156,10 +159,6 @@ def _records(path: Path) -> Iterator[tuple]:
         raise ImportFormatError(str(error)) from error
     except (OSError, pa.ArrowException) as error:
         raise ImportFormatError(f"{path} cannot be read as a parquet file ({error}). Fetch it again.") from error
-
-
-def _join(root, path: str) -> str:
-    return path if root is None or "://" in path else os.path.join(root, path)  # an absolute path stays
 
 
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:

@@ -1,6 +1,6 @@
 """Messages of prompts and responses: typed contents, placeholders of media, plain text."""
 
-from collections.abc import Iterator
+import re
 from typing import Any
 
 from trl_vpo.errors import RowError
@@ -86,7 +86,10 @@ def typed_content(content: Any, role: str | None) -> list[dict]:
     if content is None:
         return []
     if isinstance(content, str):
-        return list(_split_markers(content)) if role == "user" else [{"type": "text", "text": content}]
+        # `look at <image> and say` -> text, image, text, without the newline that LLaVA data put behind a marker.
+        parts = re.split(r"(<image>|<video>)\n?", content) if role == "user" else [content]
+        parts = [part for part in parts if part.strip()] or [content]
+        return [{"type": MARKERS[p]} if p in MARKERS else {"type": "text", "text": p} for p in parts]
     for part in content:
         _check_part(part)
     return [dict(part) for part in content]
@@ -111,20 +114,6 @@ def _check_part(part: Any) -> None:
             f"the prompt carries media inside its message ({kind}). Put the source into the `{kind}s` column and "
             f'leave {{"type": "{kind}"}} in the prompt.'
         )
-
-
-def _split_markers(text: str) -> Iterator[dict]:
-    """Split `look at <image> and say` into text, image, text. The newline of LLaVA data behind a marker goes too."""
-    while text:
-        hits = [(text.find(marker), marker) for marker in MARKERS if marker in text]
-        if not hits:
-            yield {"type": "text", "text": text}
-            return
-        at, marker = min(hits)
-        if text[:at].strip():
-            yield {"type": "text", "text": text[:at]}
-        yield {"type": MARKERS[marker]}
-        text = text[at + len(marker) :].removeprefix("\n")
 
 
 def response_text(response: list[dict] | str) -> str:
