@@ -165,7 +165,11 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("ms-swift", {"images": [{"bytes": "aGk="}]}, r"`images`\[0\] is not a path"),
         ("ms-swift", {"images": 3}, "`images` is int, not a list"),
         ("ms-swift", {"audios": ["a.wav"]}, "`audios` is not supported"),
-        ("llamafactory", {"conversations": [IMAGE_OF_GPT, *FACTORY["conversations"]]}, r"not the user's .assistant.. Move"),
+        (
+            "llamafactory",
+            {"conversations": [IMAGE_OF_GPT, *FACTORY["conversations"]]},
+            r"not the user's .assistant.. Move",
+        ),
         ("llamafactory", {"chosen": {"from": "gpt"}}, "`chosen` has no text"),
         ("llava-hound", {"rejected": "A dog runs. "}, "identical"),
     ],

@@ -59,28 +59,12 @@ INTERNVL = (
 QWEN3_THINKING = QWEN.replace("SYSTEM", "").replace(
     "{% for c in m", "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% for c in m"
 )
-GLM = (
-    "[gMASK]<sop>{% for m in messages %}{% if m.role == 'user' %}<|user|>\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
-    "{% if c.type == 'image' %}<|begin_of_image|><image><|end_of_image|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
-    "{% endif %}{% elif m.role == 'assistant' %}<|assistant|>\n{{ m.content }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 LLAMA = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}{{ '<image>' }}{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
     "{% endif %}{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-COHERE = (
-    "{{ bos_token }}{% for m in messages %}<|START_OF_TURN_TOKEN|>{{ m['role'] | upper }}{{ m['content'] }}"
-    "<|END_OF_TURN_TOKEN|>{% endfor %}{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|>ASSISTANT{% endif %}"
-)
-PIXTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{{ '[/INST]' }}"
-    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 Q, A = QUESTION, ANSWER
 QWEN_PROMPT = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{Q}<|im_end|>\n<|im_start|>assistant\n"
@@ -128,13 +112,6 @@ OFFICIAL = {
         f"<|im_start|>user\n<img><IMG_CONTEXT></img>\n{Q}<|im_end|>\n<|im_start|>assistant\n",
         f"{A}<|im_end|>\n",
     ),
-    "GLM-4.1V": (
-        "LLaVA-1.5",
-        GLM,
-        "<|endoftext|> <|user|> <|assistant|>",
-        f"[gMASK]<sop><|user|>\n<|begin_of_image|><image><|end_of_image|>{Q}<|assistant|>\n",
-        f"{A}<|endoftext|>",
-    ),
     "Llama-3.2-Vision": (
         "LLaVA-1.5",
         LLAMA,
@@ -143,29 +120,7 @@ OFFICIAL = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         f"{A}<|eot_id|>",
     ),
-    "Gemma 3": (
-        "LLaVA-1.5",
-        shipped("gemma3").replace("<start_of_image>", "<image>"),
-        "<eos> <start_of_turn> <end_of_turn>",
-        f"<|begin_of_text|><start_of_turn>user\n<image>{Q}<end_of_turn>\n<start_of_turn>model\n",
-        f"{A}<end_of_turn>\n",
-    ),
-    "Pixtral": (
-        "LLaVA-1.5",
-        PIXTRAL,
-        "</s> [INST] [/INST]",
-        f"<|begin_of_text|>[INST]<image>{Q}[/INST]",
-        f"{A}</s>",
-    ),
     "LLaVA-NeXT": ("LLaVA-1.5", shipped("llava_next"), "</s>", f"[INST] <image>\n{Q} [/INST]", f" {A}</s> "),
-    # printed contents; a template of a text model has no place for an image
-    "Cohere2": (
-        "LLaVA-1.5",
-        COHERE,
-        "<|END_OF_TURN_TOKEN|> <|START_OF_TURN_TOKEN|>",
-        None,
-        f"{A}<|END_OF_TURN_TOKEN|>",
-    ),
 }
 TEXT = {  # templates of text models, as TRL ships them: how a response reads, EOS being <eos>; None: refused
     "cohere": "A cat.<|END_OF_TURN_TOKEN|>",
