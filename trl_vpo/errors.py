@@ -100,7 +100,7 @@ class JudgeError(UserError):
 
 
 class PlotError(UserError):
-    """A folder that is no run, a run that logged nothing, or a figure that cannot be written."""
+    """A folder that is not a run, a run that logged nothing, or a figure that cannot be written."""
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------

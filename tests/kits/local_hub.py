@@ -128,13 +128,13 @@ class LocalHub:
     def create(self, body, user, rights):
         asked = json.loads(body)
         name = f"{asked.get('organization') or user}/{asked['name']}"
-        made = {"url": f"{self.url}/{name}", "name": name}
+        answer = {"url": f"{self.url}/{name}", "name": name}
         if name in self.repos:
-            return 409, made | {"error": "You already created this model repo"}, {}
+            return 409, answer | {"error": "You already created this model repo"}, {}
         if "write" not in rights or not name.startswith(f"{user}/"):
             return 403, {"error": f"You may not create {name}"}, {}
         self.repos[name] = Repo(private=asked.get("visibility") == "private")
-        return 200, made, {}
+        return 200, answer, {}
 
     def info(self, repo, user, rights, body, rev="main"):
         branch, missing = self._found(repo, rev)
@@ -179,8 +179,8 @@ class LocalHub:
         answer = []
         for file in json.loads(body)["files"]:
             path = file["path"]
-            there = branch[-1].files.get(path)
-            oid = None if there is None else _oid(path, there)
+            existing = branch[-1].files.get(path)
+            oid = None if existing is None else _oid(path, existing)
             mode = "lfs" if path.endswith(LFS) else "regular"
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return 200, {"files": answer}, {}
@@ -188,11 +188,11 @@ class LocalHub:
     def batch(self, repo, user, rights, body):
         objects = []
         for item in json.loads(body)["objects"]:
-            wanted = {"oid": item["oid"], "size": item["size"]}
+            entry = {"oid": item["oid"], "size": item["size"]}
             if item["oid"] not in self.blobs:
                 verify = {"href": f"{self.url}/verify"}
-                wanted["actions"] = {"upload": {"href": f"{self.url}/storage/{item['oid']}"}, "verify": verify}
-            objects.append(wanted)
+                entry["actions"] = {"upload": {"href": f"{self.url}/storage/{item['oid']}"}, "verify": verify}
+            objects.append(entry)
         return 200, {"transfer": "basic", "objects": objects}, {}
 
     def verify(self, body, user, rights):

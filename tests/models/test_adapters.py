@@ -1,4 +1,4 @@
-"""What the presets of `lora_target_modules` adapt in every family, and what vLLM takes of an adapter."""
+"""The presets of `lora_target_modules` in every family, and the adapters that vLLM takes."""
 
 import copy
 import re
@@ -195,7 +195,7 @@ def test_what_vllm_does_not_take(keys, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "status", "said"),
+    ("keys", "status", "message"),
     [
         ({"lora_r": 4}, "ok", "serves the adapter as it will be saved"),
         ({"lora_r": 64}, "ok", "its rank is 64, .* start vLLM with --max-lora-rank 64"),
@@ -204,12 +204,12 @@ def test_what_vllm_does_not_take(keys, message, tmp_path):
         ({"lora_target_modules": "all"}, "warning", "10 of its 24 modules are in vision tower or projector"),
     ],
 )
-def test_the_doctor_says_what_vllm_takes(keys, status, said, tmp_path):
+def test_the_doctor_says_what_vllm_takes(keys, status, message, tmp_path):
     """Before anything is trained, and the same as of the saved adapter."""
     report = examine(*recipe_of(tmp_path / "out", **keys))
-    (found,) = (finding for finding in report.findings if finding[0] == "vLLM")
-    assert found[1] == status
-    assert re.search(said, found[2]), found
+    (vllm,) = (finding for finding in report.findings if finding[0] == "vLLM")
+    assert vllm[1] == status
+    assert re.search(message, vllm[2]), vllm
 
 
 def test_the_doctor_stops_at_an_adapter_on_the_head(tmp_path):
@@ -218,11 +218,11 @@ def test_the_doctor_stops_at_an_adapter_on_the_head(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"), [({}, "vLLM serves it as it is"), ({"use_dora": True}, "vLLM and this adapter: it is DoRA")]
+    ("keys", "message"), [({}, "vLLM serves it as it is"), ({"use_dora": True}, "vLLM and this adapter: it is DoRA")]
 )
-def test_the_end_of_training_says_what_vllm_takes(keys, said, tmp_path, capsys):
+def test_the_end_of_training_says_what_vllm_takes(keys, message, tmp_path, capsys):
     train(tmp_path / "out", max_steps=1, **keys)
-    assert f"Saved to {tmp_path / 'out'}. {said}" in capsys.readouterr().out
+    assert f"Saved to {tmp_path / 'out'}. {message}" in capsys.readouterr().out
 
 
 def test_vllm_takes_safetensors_of_linear_layers_only(tmp_path):

@@ -1,4 +1,4 @@
-"""Whether models and rows are recognised: every byte of a model counts, and the media of a row wherever they lie."""
+"""Models and rows are recognised: every byte of a model counts, and the media of a row wherever they lie."""
 
 import json
 import os
@@ -101,11 +101,11 @@ def test_rows_are_known_by_their_texts_and_media(tmp_path):
         picture = Picture.new("RGB", (8, 8), pixels)
         features = Features(images=List(Image()))
         pictures = Dataset.from_dict({"images": [[picture], [picture]]}, features=features)
-        found = [
+        rows = [
             {"prompt": "a", "videos": [{"path": f"{folder}/clip.mp4", "video_start": start}], "chosen": text},
             {"prompt": "b", "videos": [{"path": f"{folder}/frames", "video_start": None}], "chosen": "no."},
         ]
-        dataset = concatenate_datasets([Dataset.from_list(found), pictures], axis=1)
+        dataset = concatenate_datasets([Dataset.from_list(rows), pictures], axis=1)
         return row_digests(dataset, str(tmp_path)).tolist()
 
     first = rows()

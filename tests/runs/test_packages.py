@@ -43,8 +43,8 @@ def test_what_needs_nothing(bare):
 def test_training_and_doctor_say_so(bare, tmp_path, capsys):
     recipe, method = recipe_of(tmp_path / "out", report_to="wandb", load_in_4bit=True, model_name_or_path="nowhere")
     assert main(["train", method, "--config", str(recipe)]) == 2
-    said = capsys.readouterr().err
-    assert "pip install wandb" in said and "pip install 'trl-vpo[quantization]'" in said
+    error = capsys.readouterr().err
+    assert "pip install wandb" in error and "pip install 'trl-vpo[quantization]'" in error
     zero = ["--accelerate_config", "zero2", "--num_processes", "2"]
     assert main(["train", method, "--config", str(recipe), *zero]) == 2
     assert "accelerate_config: deepspeed needs deepspeed, which is not" in capsys.readouterr().err

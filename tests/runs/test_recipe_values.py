@@ -24,7 +24,7 @@ def parsed(tmp_path, text, command="train", options=()):
     return PARSERS[command]().parse(["--config", str(path), *options])
 
 
-WRONG = [  # a line, the command, what is wanted
+WRONG = [  # a line, the command, what is expected
     ("learning_rate: true", "train", "learning_rate is true: give a number."),
     ("learning_rate: null", "train", "learning_rate is null: give a number."),
     ("learning_rate: fast", "train", "learning_rate is 'fast': give a number"),
@@ -53,8 +53,8 @@ WRONG = [  # a line, the command, what is wanted
     ("accelerator_config: {splt: 1}", "train", "'splt'"),
     ("hub_token: 5", "train", r"hub_token is '\*\*\*': give a text"),
     ("7: 2", "train", "the key 7 is not a text"),
-    ("beta: 1\nbeta: 2", "train", "line 4, .*'beta' is there twice, the first time in line 3"),
-    ("model_init_kwargs:\n  a: {b: 1, b: 2}", "train", "'b' is there twice, the first time in line 4"),
+    ("beta: 1\nbeta: 2", "train", "line 4, .*'beta' is given twice, the first time in line 3"),
+    ("model_init_kwargs:\n  a: {b: 1, b: 2}", "train", "'b' is given twice, the first time in line 4"),
     ("a: &a [x, x]\nb: *a", "train", "has an alias"),
     ("beta:\t1", "train", "line 3, column 6"),
     ("seed: 010", "train", "line 3, column 7: a number to base 8: write a plain decimal one"),
@@ -83,9 +83,9 @@ WRONG = [  # a line, the command, what is wanted
 ]
 
 
-@pytest.mark.parametrize(("line", "command", "wanted"), WRONG, ids=[line.replace("\n", " ") for line, *_ in WRONG])
-def test_a_value_that_its_key_does_not_take(line, command, wanted, tmp_path):
-    with pytest.raises(ValueError, match=rf"recipe\.yaml.*{wanted}"):
+@pytest.mark.parametrize(("line", "command", "expected"), WRONG, ids=[line.replace("\n", " ") for line, *_ in WRONG])
+def test_a_value_that_its_key_does_not_take(line, command, expected, tmp_path):
+    with pytest.raises(ValueError, match=rf"recipe\.yaml.*{expected}"):
         parsed(tmp_path, line, command)
 
 
@@ -127,10 +127,10 @@ def test_values_that_stand_for_what_is_meant(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "wanted"), [("true", "true"), ("false", None), ("yes", "true"), ("", None), ("a/checkpoint-4",) * 2]
+    ("line", "expected"), [("true", "true"), ("false", None), ("yes", "true"), ("", None), ("a/checkpoint-4",) * 2]
 )
-def test_what_a_recipe_resumes_from(line, wanted, tmp_path):
-    assert parsed(tmp_path, f"resume_from_checkpoint: {line}")[1].resume_from_checkpoint == wanted
+def test_what_a_recipe_resumes_from(line, expected, tmp_path):
+    assert parsed(tmp_path, f"resume_from_checkpoint: {line}")[1].resume_from_checkpoint == expected
 
 
 def test_numbers_that_yaml_reads_as_they_look(tmp_path, monkeypatch):

@@ -29,10 +29,10 @@ WAYS = {
 def test_a_secret_of_the_environment_is_found_in_any_form(name, way, monkeypatch):
     monkeypatch.setenv(name, KEY)
     text = f"status 401: {WAYS[way]} is not known"
-    found = scrub({"a": [{"b": (text,)}]})["a"][0]["b"][0]
-    assert "***" in found and found.startswith("status 401: ") and found.endswith("is not known")
+    cleaned = scrub({"a": [{"b": (text,)}]})["a"][0]["b"][0]
+    assert "***" in cleaned and cleaned.startswith("status 401: ") and cleaned.endswith("is not known")
     for part in ("s3cr3t", quote(KEY)[8:20], WAYS["base64"][8:20]):
-        assert part not in found
+        assert part not in cleaned
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_an_address_that_is_none_is_shown_without_its_key(url, tmp_path, capsys)
     rows.write_text('{"question": "Is it red?", "answer": "no", "image": "a.png"}\n')
     argv = ["generate", "rrpo", "--dataset_name", rows, "--output_dir", tmp_path / "run", "--server_url", url]
     assert cli.main([*map(str, argv), "--model_name_or_path", "m"]) == 1
-    told = capsys.readouterr().err
-    assert "pa55word" not in told and "host" in told and "is no address of a server" in told
+    message = capsys.readouterr().err
+    assert "pa55word" not in message and "host" in message and "is no address of a server" in message
 
 
 def test_an_option_that_is_unknown_is_named_without_its_value(capsys):

@@ -1,4 +1,4 @@
-"""Which rows may change between two parts of a run, and the order of the rest."""
+"""Rows may change between two parts of a run, if they were not reached; the order of the rest stays."""
 
 import numpy as np
 import pytest
@@ -39,8 +39,8 @@ def test_a_row_that_was_not_reached_may_go(args):
     """The others keep the order of the whole, and what is left of it is remembered."""
     shuffled = order(args)
     out = shuffled[8]
-    rows, refused, said = compare_rows(Rows(DIGESTS), without(out), trained_rows(args, Rows(DIGESTS), 3))
-    assert refused is None and f"1 of 12 rows were taken out (counted from 0: {out})" in said
+    rows, refused, note = compare_rows(Rows(DIGESTS), without(out), trained_rows(args, Rows(DIGESTS), 3))
+    assert refused is None and f"1 of 12 rows were taken out (counted from 0: {out})" in note
     sampler = RemainingRows(args, rows)
     left = rows.left()
     assert [left[i] for i in sampler] == [i for i in shuffled if i != out]
@@ -66,5 +66,5 @@ def test_a_row_that_was_not_reached_may_be_mended(args):
     trained = trained_rows(args, Rows(DIGESTS), 3)
     mended = order(args)[11]
     now = np.where(np.arange(12) == mended, 7, DIGESTS).astype(np.uint64)
-    rows, refused, said = compare_rows(Rows(DIGESTS), now, trained)
-    assert refused is None and rows.digests.tolist() == now.tolist() and f"changed (counted from 0: {mended})" in said
+    rows, refused, note = compare_rows(Rows(DIGESTS), now, trained)
+    assert refused is None and rows.digests.tolist() == now.tolist() and f"changed (counted from 0: {mended})" in note

@@ -15,7 +15,6 @@ from trl_vpo.training.checkpoints import (
     find_problems,
     mark_complete,
     newest_complete,
-    next_attempt,
     read_marker,
     what_is_left,
 )
@@ -151,10 +150,8 @@ def test_nothing_finished_and_nothing_left(tmp_path, capsys):
 
 def test_a_run_from_scratch_leaves_earlier_checkpoints(tmp_path, capsys):
     """Its numbers begin again at the first step; those of the earlier run are taken when nothing else is complete."""
-    assert next_attempt(tmp_path) == 1
-    for step, attempt in ((2, 2), (4, 2), (6, 1), (8, 1)):
-        write_checkpoint(tmp_path / f"checkpoint-{step}", attempt=attempt)
-    assert next_attempt(tmp_path) == 3
+    for saved, step in enumerate((6, 8, 2, 4)):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", saved=saved)
     write_checkpoint(tmp_path / "checkpoint-5", marked=False)
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-4"
     first, second = printed(capsys)

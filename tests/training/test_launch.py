@@ -58,24 +58,24 @@ def start(tmp_path):
         process.wait()
 
 
-def wait_for(found, process, log):
+def wait_for(condition, process, log):
     deadline = time.monotonic() + 300
-    while not found():
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
 
 
 def training_processes(folder):
     """Those that were started for an output folder and still run."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has just ended
             continue
         if str(folder) in words:
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
 def saved_when_stopped(log, folder, name="SIGTERM"):

@@ -1,4 +1,4 @@
-"""What a run logs is what it is: every metric reaches the reporters, the figure and the page, and one line a step."""
+"""A run logs what it is: every metric reaches the reporters, the figure and the page, and one line a step."""
 
 import contextlib
 import importlib.util

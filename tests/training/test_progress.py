@@ -1,4 +1,4 @@
-"""What training prints: a bar on a terminal, a line for each logging step elsewhere, and on rank 0 alone."""
+"""Training prints a bar on a terminal, a line for each logging step elsewhere, and on rank 0 alone."""
 
 import io
 import re

@@ -88,17 +88,17 @@ def test_a_row_is_taken_out(runs, straight, processes):
     codes, text = runs(name, ("SIGKILL", 9, "checkpoint-4"), dataset_name=data, **options)
     assert -9 in codes, text
     whole = order(runs.folder / f"{straight}.log")
-    first, gone = whole[0], whole[7]  # of the first and the fourth step
-    for taken, message in ((first, "row"), (gone, None)):
+    first, taken_out = whole[0], whole[7]  # of the first and the fourth step
+    for taken, message in ((first, "row"), (taken_out, None)):
         data.write_text("\n".join(line for line in lines if json.loads(line)["id"] != taken))
         codes, text = runs(name, message is None and ("SIGKILL", 9, "checkpoint-6"), dataset_name=data, **options)
         assert ("and 1 of them were trained on before" in text) == (message is not None), text
     assert "1 of 10 rows were taken out" in text and -9 in codes
     text = runs.finish(name, dataset_name=data, **options)
     assert printed(text)[-1] == f"Continuing from {runs.folder}/{name}/checkpoint-4."
-    kept = [row for row in whole[:10] if row != gone]
+    kept = [row for row in whole[:10] if row != taken_out]
     assert order(runs.folder / f"{name}.log")[:9] == kept
-    assert gone not in order(runs.folder / f"{name}.log")
+    assert taken_out not in order(runs.folder / f"{name}.log")
 
 
 def test_a_new_run_in_the_folder_of_an_older_one(runs, straight):

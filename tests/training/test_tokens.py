@@ -20,7 +20,7 @@ def refused(argv):
 
 @pytest.mark.parametrize("token", [TOKEN, SHORT])
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["--hub_tokn={}"], "unknown option --hub_tokn. Did you mean --hub_token"),
         (["--hub_tokn", "{}"], "unknown option --hub_tokn. Did you mean"),
@@ -29,9 +29,9 @@ def refused(argv):
         (["--max_steps=1", "{}"], "a value that belongs to no option stands behind --max_steps."),
     ],
 )
-def test_unknown_options(argv, said, token):
+def test_unknown_options(argv, expected, token):
     message = refused([arg.format(token) for arg in argv])
-    assert said in message
+    assert expected in message
     assert token not in message
 
 

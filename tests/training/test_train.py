@@ -99,8 +99,8 @@ def test_run_record(work, trained):
     assert record["steps"] == 2
     assert record["recipe"]["alpha"] == 0.05
     assert record["recipe"]["learning_rate"] == 0.01
-    given = yaml.safe_load((work / "recipe.yaml").read_text()).keys() - {"hub_token"}
-    assert set(record["recipe"]) <= given | {"alpha"}  # nothing that has its default value
+    keys = yaml.safe_load((work / "recipe.yaml").read_text()).keys() - {"hub_token"}
+    assert set(record["recipe"]) <= keys | {"alpha"}  # nothing that has its default value
     assert record["recipe_path"] == str(work / "recipe.yaml")
     assert {"train_loss", "rewards/margins", "kl/chosen"} <= set(record["metrics"]["train"])
     assert "eval_loss" in record["metrics"]["eval"]

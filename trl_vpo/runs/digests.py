@@ -90,7 +90,7 @@ def _row_digest(row: dict, media_root: str | None) -> int:
 
 
 def _media(source: Any, root: str | None) -> Any:
-    """What a medium is known by; takes what rows hold as Arrow gives it."""
+    """Return what a medium is known by; takes what rows hold as Arrow gives it."""
     if isinstance(source, bytes):
         return [len(source), bytes_digest(source[:ENDS] + source[-ENDS:])]
     if isinstance(source, dict):

@@ -44,11 +44,7 @@ for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune",
 
 
 def missing_packages(settings: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each package that the settings need and that is not installed.
-
-    Args:
-        settings: names and values of a run's arguments.
-    """
+    """Return a sentence for each package that a run's arguments need and that is not installed."""
     reporters = settings.get("report_to") or []
     reporters = [reporters] if isinstance(reporters, str) else reporters
     unknown = [name for name in reporters if name and name not in REPORTERS and name not in ("none", "all")]

@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
                 continue  # the base class refuses it
             key, line = self.construct_object(key_node), key_node.start_mark.line + 1
             if key in lines:
-                problem = f"the key {key!r} is there twice, the first time in line {lines[key]}"
+                problem = f"the key {key!r} is given twice, the first time in line {lines[key]}"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             lines[key] = line
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""What is kept out of records, cards, logs and messages: tokens, keys and passwords, however they are written."""
+"""Secrets kept out of records, cards, logs and messages: tokens, keys and passwords, however they are written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ SHORTEST = 8  # characters of a secret that is looked for in texts: `none` and `
 
 _NAME = r"(?:token|secret|password|passwd|pwd|api[_-]?key|access[_-]?key|private[_-]?key|auth|authorization|cookie)"
 _SECRET_KEY = re.compile(rf"(?:^|[_-]){_NAME}$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$", re.IGNORECASE)
 _TEXT_TOKEN = r"(?:pad|eos|bos|unk|sep|cls|mask|image|video|audio)_token"
 _PATTERNS = [  # what group 1 matches stays
     re.compile(pattern, re.IGNORECASE)
@@ -39,33 +40,27 @@ def scrub(value: Any, *secrets: str) -> Any:
         value: a text, or dictionaries and lists of any depth.
         secrets: known ones, beside those of the environment and of `hf auth login`.
     """
-    return _scrub(value, _pattern({*secrets, *_of_environment()}))
+    from huggingface_hub import get_token  # not at the start of `trl-vpo --help`
 
+    names = [name for name in os.environ if _SECRET_VARIABLE.search(name)]
+    known = _pattern({*secrets, get_token() or "", *(os.environ[name].strip() for name in names)})
 
-def _scrub(value: Any, known: re.Pattern | None) -> Any:
-    if isinstance(value, dict):
-        return {key: _scrub(item, known) for key, item in value.items() if not _names_secret(str(key))}
-    if isinstance(value, (list, tuple)):
-        return [_scrub(item, known) for item in value]
-    if isinstance(value, str):
-        value = known.sub(STARS, value) if known else value
-        for pattern in _PATTERNS:
-            value = pattern.sub(rf"\1{STARS}", value)
-    return value
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if not _names_secret(str(key))}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        if isinstance(value, str):
+            value = known.sub(STARS, value) if known else value
+            for pattern in _PATTERNS:
+                value = pattern.sub(rf"\1{STARS}", value)
+        return value
+
+    return clean(value)
 
 
 def _names_secret(key: str) -> bool:
     return bool(_SECRET_KEY.search(key)) and not re.fullmatch(_TEXT_TOKEN, key)
-
-
-def _of_environment() -> Iterable[str]:
-    """Values of variables such as HF_TOKEN and OPENAI_API_KEY, and the token of `hf auth login`."""
-    from huggingface_hub import get_token
-
-    yield get_token() or ""
-    for name, value in os.environ.items():
-        if re.search(r"(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$", name, re.IGNORECASE):
-            yield value.strip()
 
 
 def _pattern(secrets: Iterable[str]) -> re.Pattern | None:

@@ -55,12 +55,6 @@ def annotations(types: Iterable[type]) -> dict[str, Any]:
 def checked(key: str, value: Any, annotation: Any, where: str = "") -> Any:
     """Return a value as its key takes it: numbers that YAML reads as texts, such as 1e-6, become numbers.
 
-    Args:
-        key: of the recipe.
-        value: as YAML gives it.
-        annotation: of the field.
-        where: what the message begins with.
-
     Raises:
         RecipeError: the value is of another type, not finite, or out of bounds.
     """

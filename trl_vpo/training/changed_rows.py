@@ -47,10 +47,7 @@ def read_rows(checkpoint: Path, removed: Sequence[int]) -> Rows | None:
 def compare_rows(saved: Rows, now: np.ndarray, trained: Sequence[int]) -> tuple[Rows, str | None, str | None]:
     """Return (the rows of the rest of a run, what is refused, what has changed).
 
-    Args:
-        saved: the rows of the checkpoint.
-        now: the digests of the dataset as it is.
-        trained: positions in `saved` that were trained on.
+    `now` are the digests of the dataset as it is, `trained` the positions in `saved` that were trained on.
     """
     left = saved.left()
     if len(now) == len(left):
@@ -122,5 +119,5 @@ class RemainingRows(Sampler):
         return (self._place[position] for position in self._all if position in self._place)
 
     def set_epoch(self, epoch: int) -> None:
-        """As accelerate calls it."""
+        """Begin an epoch; accelerate calls this."""
         self._all.set_epoch(epoch)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -49,21 +50,13 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def mark_complete(folder: Path, **content) -> None:
-    """Write the marker, after everything else has reached the disk. One process calls this, once all have saved.
-
-    Args:
-        folder: the checkpoint.
-        content: what else the marker holds.
-
-    Raises:
-        OSError: the disk does not take it.
-    """
+    """Write the marker, after everything else has reached the disk. One process calls this, once all have saved."""
     (folder / MARKER).unlink(missing_ok=True)  # of a checkpoint that this one was written over
     files = {}
     for path in _files(folder):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = _size_and_digest(path)
-    content = {"files": files, **content}
+    content = {"files": files, "saved": time.time(), **content}
     with atomic_write(folder / MARKER, token="new") as part:
         part.write_text(json.dumps({"digest": json_digest(content), **content}, indent=1), encoding="utf-8")
     for parent in (folder, folder.parent):
@@ -213,24 +206,16 @@ def newest_complete(output_dir: str | Path) -> Path | None:
 
 
 def _in_order(output_dir: str | Path) -> list[Path]:
-    """All checkpoints, the one to continue from first: those of an earlier run come behind those of the last one.
+    """All checkpoints, the last saved first.
 
     A run that starts from scratch in the folder of another leaves that one's later checkpoints where they are.
     """
-    attempts = {folder: _attempt(folder) for folder in list_checkpoints(output_dir)}
-    last = max((number for number in attempts.values() if number is not None), default=0)
-    return sorted(attempts, key=lambda folder: -last if attempts[folder] is None else -attempts[folder])
 
+    def saved(folder: Path) -> float:
+        marker = read_marker(folder)
+        return folder.stat().st_mtime if marker is None else marker["saved"]
 
-def _attempt(folder: Path) -> int | None:
-    """The number of the run in this folder that saved a checkpoint; None where no marker tells."""
-    marker = read_marker(folder)
-    return None if marker is None else marker.get("attempt", 0)
-
-
-def next_attempt(output_dir: str | Path) -> int:
-    """The number of a run that starts from scratch: 1 in an empty folder."""
-    return 1 + max((_attempt(folder) or 0 for folder in list_checkpoints(output_dir)), default=0)
+    return sorted(list_checkpoints(output_dir), key=saved, reverse=True)
 
 
 def delete_older(

@@ -41,7 +41,7 @@ def explain_failed_save(trainer: Any, target: Path) -> Iterator[None]:
 
 
 def _is_failed_write(error: Exception) -> bool:
-    """Whether a disk did not take something; torch and tokenizers raise no `OSError` then."""
+    """Return whether a disk refused something; torch and tokenizers raise no `OSError` then."""
     return isinstance(error, (OSError, SafetensorError)) or any(
         word in str(error) for word in ("PytorchStreamWriter", "inline_container", "os error")
     )

@@ -38,10 +38,8 @@ RETRY_WAITS = (5, 30)  # seconds before the second and third try at the end; sin
 def connect(args: Any) -> HubPush | None:
     """Take over `push_to_hub`: create the repo and check that it can be written. All ranks call this.
 
-    `args` are changed: the trainer must not push by itself. Where the Hub cannot be reached now, that is printed.
-
-    Args:
-        args: TrainingArguments, before a trainer is made of them.
+    `args`, `TrainingArguments` before a trainer is made of them, are changed: the trainer must not push by itself.
+    Where the Hub cannot be reached now, that is printed.
 
     Raises:
         HubError: no push of this run would succeed.
@@ -56,14 +54,9 @@ def connect(args: Any) -> HubPush | None:
 class HubPush(TrainerCallback):
     """The pushes of a run. Only the main process does anything.
 
-    A save starts a push, unless one is going on: then it is part of the next one.
-
-    Args:
-        args: TrainingArguments with `push_to_hub`, `hub_model_id`, `hub_strategy`, `hub_token`, `hub_private_repo` and
-            `hub_revision`, which mean what they mean to transformers. All saves are pushed whatever `hub_always_push`.
-
-    Attributes:
-        uploading: checkpoints whose files are being read, or will be: they must not be deleted meanwhile.
+    A save starts a push, unless one is going on: then it is part of the next one. `hub_model_id`, `hub_strategy`,
+    `hub_token`, `hub_private_repo` and `hub_revision` mean what they mean to transformers. Checkpoints in `uploading`
+    are being read, or will be: they must not be deleted meanwhile.
     """
 
     def __init__(self, args: Any):
@@ -165,12 +158,9 @@ class HubPush(TrainerCallback):
     # --- at the end -------------------------------------------------------------------------------------------------
 
     def finish(self) -> bool:
-        """Push the result, and checkpoints that did not arrive. Prints what was pushed, or how to do it by hand.
+        """Push the result, and checkpoints that did not arrive; print what was pushed, or how to do it by hand.
 
-        Call it after `Trainer.end`: other processes need not wait for an upload.
-
-        Returns:
-            Whether everything was pushed.
+        Call it after `Trainer.end`: other processes need not wait for an upload. Returns whether all was pushed.
         """
         if not self._main:
             return True

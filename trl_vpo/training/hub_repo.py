@@ -24,11 +24,7 @@ LOG_IN = (
 class HubRepo:
     """A repo to push to. Nothing is asked of the Hub before `open` or `commit`.
 
-    Args:
-        name: `name` or `namespace/name`; once it is opened, `name` has the namespace.
-        private: make it private. None: as the Hub does by default.
-        revision: branch to push to; None for the main one.
-        token: None for the one of HF_TOKEN or of `hf auth login`.
+    Once it is opened, `name` has the namespace. Without a `token`, that of HF_TOKEN or of `hf auth login` is taken.
     """
 
     def __init__(self, name: str, *, private: bool | None, revision: str | None, token: str | None):
@@ -82,12 +78,9 @@ class HubRepo:
                 self._api.create_branch(name, branch=self.revision, exist_ok=True)
 
     def commit(self, files: dict[str, Path | bytes], message: str, *, replace: str | None = None) -> None:
-        """Upload files in one commit; opens the repo if that failed before.
+        """Upload files (path in the repo -> file, or its contents) in one commit; open the repo if that failed before.
 
-        Args:
-            files: path in the repo -> file, or its contents. Files that the repo has as they are cost nothing.
-            message: of the commit.
-            replace: a folder of the repo that holds nothing but these files afterwards.
+        Files that the repo has as they are cost nothing. The folder `replace` holds no others afterwards.
 
         Raises:
             HubError: as `open`.
@@ -132,7 +125,7 @@ def _status_of(error: BaseException | None) -> int | None:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether trying again would not help."""
+    """Return whether trying again would not help."""
     if isinstance(error, (HubError, OfflineModeIsEnabled)):
         return True
     status = _status_of(error)

@@ -26,16 +26,16 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
     for name in LAUNCH_KEYS:
         parser.add_argument(f"--{name}")
     known, kept = parser.parse_known_args(options)
-    given = _of_recipe(kept) | vars(known)
-    processes = given.get("num_processes", "1")
+    values = _of_recipe(kept) | vars(known)
+    processes = values.get("num_processes", "1")
     if not processes.isdecimal() or int(processes) < 1:
         raise RecipeError(f"num_processes is {processes!r}: give a whole number of at least 1.")
     if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):  # launched already
         return kept, []
     launch = []
-    if "accelerate_config" in given:
-        launch += ["--config_file", str(_accelerate_config(given["accelerate_config"]))]
-    if "num_processes" in given:
+    if "accelerate_config" in values:
+        launch += ["--config_file", str(_accelerate_config(values["accelerate_config"]))]
+    if "num_processes" in values:
         launch += ["--num_processes", processes]
     return kept, launch
 
@@ -125,7 +125,7 @@ def _signals_passed_on() -> Iterator[None]:
 
 
 def _in_foreground() -> bool:
-    """Whether Ctrl-C in the terminal reaches all processes here; a second SIGINT would cut short what it began."""
+    """Return whether Ctrl-C reaches all processes of the terminal; a second SIGINT would cut short what it began."""
     try:
         with open("/dev/tty") as terminal:
             return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()

@@ -73,11 +73,7 @@ def check_writable(folder: Path) -> None:
 
 
 def check_space(output_dir: str, size: int) -> None:
-    """Check that the result of a run would fit where it is to be saved. All ranks call this.
-
-    Args:
-        output_dir: where it is to be saved.
-        size: of the weights that are trained, in bytes; a checkpoint takes more.
+    """Check that the trained weights, of `size` bytes, would fit where they are to be saved. All ranks call this.
 
     Raises:
         OutputDirError: it would not fit, by the free space or by a quota.

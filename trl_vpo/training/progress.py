@@ -31,9 +31,9 @@ def show_progress(trainer: Any) -> None:
 class TrainingProgress(TrainerCallback):
     """Print the progress on rank 0: on a terminal one bar with loss, margin, tokens per second and peak memory.
 
-    Where standard output is no terminal, and with `disable_tqdm`, a line for each logging step goes there. Evaluations
-    and the summary at the end are lines always. Tokens per second are those of `num_tokens`, of all ranks, without the
-    time of evaluations and checkpoints.
+    Where standard output is not a terminal, and with `disable_tqdm`, a line for each logging step goes there.
+    Evaluations and the summary at the end are always lines. Tokens per second are those of `num_tokens`, of all ranks,
+    without the time of evaluations and checkpoints.
     """
 
     def __init__(self):

@@ -9,8 +9,8 @@ what is left (`failed_saves.py`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,8 @@ def train(
 ) -> Any:
     """Run `trainer.train()` from a checkpoint, or from the start. Returns its `TrainOutput`. All ranks call this.
 
-    Args:
-        trainer: before training.
-        checkpoint: from `find_checkpoint`.
-        run: what the run is, from `trl_vpo.training.run_identity.describe_run`; kept in each checkpoint.
-        digests: of its rows, from `trl_vpo.runs.digests.row_digests`; kept, too. Only the main process needs them.
-        in_use: checkpoints that must not be deleted now; looked at after each save.
+    Each checkpoint keeps `run` (from `describe_run`) and the `digests` of its rows (from `digest_rows`; only the main
+    process needs them). Checkpoints that are in the collection `in_use` after a save are not deleted.
 
     Raises:
         CheckpointError: the checkpoint is another run's. Names each difference.
@@ -114,20 +110,12 @@ def _with_checkpoints(trainer: Any, callback: ResumeCallback, checkpoint: Path |
     trainer._save_checkpoint = lambda *args: callback.save(save, *args)
     loads = LOADS if checkpoint else ()
     for name in loads:
-        setattr(trainer, name, _within(checkpoints.explain_failed_load, checkpoint, getattr(trainer, name)))
+        setattr(trainer, name, checkpoints.explain_failed_load(checkpoint)(getattr(trainer, name)))
     try:
         yield
     finally:
         for name in ("_save_checkpoint", *loads):
             delattr(trainer, name)
-
-
-def _within(context: Callable[[Path], AbstractContextManager], folder: Path, method: Callable) -> Callable:
-    def call(*args, **kwargs):
-        with context(folder):
-            return method(*args, **kwargs)
-
-    return call
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a run does, while it trains, so that it can be interrupted at any moment and continued exactly."""
+"""The callback that lets a run be interrupted at any moment and continued exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from trl_vpo.training.changed_rows import FILE, Rows
-from trl_vpo.training.checkpoints import delete_older, list_checkpoints, mark_complete, next_attempt, step_of
+from trl_vpo.training.checkpoints import delete_older, list_checkpoints, mark_complete, step_of
 from trl_vpo.training.failed_saves import explain_failed_save
 from trl_vpo.training.sigterm import StopRequest
 
@@ -25,16 +25,8 @@ class NothingLeft(Exception):
 class ResumeCallback(TrainerCallback):
     """Completes checkpoints, restores counters that transformers starts at zero, and saves when a signal asks to stop.
 
-    Args:
-        trainer: the trainer that it is a callback of.
-        run: what the run is; every marker holds it.
-        rows: that it trains on; every checkpoint holds their digests.
-        checkpoint: that training continues from.
-        marker: of that checkpoint.
-        in_use: checkpoints that must not be deleted now.
-
-    Attributes:
-        stopped: training ended because a signal asked for it.
+    Every marker holds `run`, every checkpoint the digests of `rows`. `checkpoint` with its `marker` is where training
+    continues from; checkpoints `in_use` must not be deleted now. `stopped`: training ended because of a signal.
     """
 
     def __init__(
@@ -42,8 +34,6 @@ class ResumeCallback(TrainerCallback):
     ):
         self._trainer, self._run, self._rows, self._checkpoint = trainer, run, rows, checkpoint
         self._marker, self._in_use = marker, in_use
-        continues = checkpoint and str(trainer.args.resume_from_checkpoint).lower() == "true"  # a path: a new attempt
-        self._attempt = next_attempt(trainer.args.output_dir) - bool(continues)
         self._limit, self._began_at = trainer.args.save_total_limit, 0
         self.request, self.stopped = StopRequest(), False
 
@@ -78,9 +68,6 @@ class ResumeCallback(TrainerCallback):
     def save(self, save_checkpoint: Any, *args) -> None:
         """Save a checkpoint, mark it once every process has written its files, and only then delete older ones.
 
-        Args:
-            save_checkpoint: the trainer's own method, and behind it its arguments.
-
         Raises:
             SaveError: the disk does not take it.
         """
@@ -96,7 +83,6 @@ class ResumeCallback(TrainerCallback):
             mark_complete(
                 folder,
                 step=state.global_step,
-                attempt=self._attempt,
                 run=self._run,
                 removed=self._rows.removed,
                 layout=trainer.scorer.layout,

@@ -46,15 +46,12 @@ def make_parser(method: str, *, any_device: bool = False) -> RecipeParser:
 
 
 def parse(method: str, argv: list[str], *, any_device: bool = False) -> tuple:
-    """(script_args, training_args, model_args, dataset_args) of a recipe and options. Loads no model and no data.
+    """Return (script_args, training_args, model_args, dataset_args) of a recipe and options, and load nothing.
 
-    Args:
-        method: a key of `METHODS`.
-        argv: `["--config", "recipe.yaml", "--learning_rate", "1e-6", ...]`.
-        any_device: parse also where the recipe could not run, such as a bf16 recipe without a GPU.
+    `any_device`: parse also where the recipe could not run, such as a bf16 recipe without a GPU.
 
     Raises:
-        RecipeError: what is wrong, before anything is loaded.
+        UserError: what is wrong.
     """
     return make_parser(method, any_device=any_device).parse(argv)
 

@@ -15,13 +15,7 @@ from trl_vpo.runs.secrets import scrub
 
 
 def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
-    """Describe all that decides the outcome of a run.
-
-    Args:
-        trainer: before training.
-        method: a key of `trl_vpo.training.methods.METHODS`.
-        given: every argument of the recipe that differs from its default.
-    """
+    """Describe all that decides the outcome of a run, of which `given` are the arguments that are not defaults."""
     args = trainer.args
     compares = trainer.is_world_process_zero()
     return {
@@ -46,10 +40,7 @@ def digest_rows(trainer: Any) -> np.ndarray | None:
 def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str], list[str]]:
     """Return (differences that are refused, differences that are warned of), one line each.
 
-    Args:
-        saved: of the checkpoint.
-        now: of the run that is to continue.
-        same_rows: the rows themselves were compared, wherever they lie.
+    With `same_rows`, the rows themselves were compared, wherever they lie.
     """
     refused, warned = _compare_models(saved, now)
     for key in ("method", "processes", "distributed", "rows per step"):

@@ -23,20 +23,15 @@ def write_run_json(
     metrics: dict[str, Any],
     started: datetime,
 ) -> None:
-    """Write `run.json` into the trainer's output folder, whole or not at all.
+    """Write `run.json` into the output folder of a trained trainer, whole or not at all.
 
-    Args:
-        trainer: after training.
-        method: a key of `trl_vpo.training.methods.METHODS`.
-        recipe: every argument that differs from its default.
-        recipe_path: the recipe file, if there was one.
-        rows: how many rows the train split has; None if it is streamed.
-        metrics: what `trainer.train` returned.
-        started: when the run began, UTC.
+    `recipe` are the arguments that differ from their defaults, `rows` is the size of the train split (None: streamed),
+    `metrics` are what `trainer.train` returned.
     """
     trained = len(trainer.train_dataset) if rows is not None else None
     history = trainer.state.log_history
-    evaluation = _last_evaluation(history)
+    evaluation, device = _last_evaluation(history), trainer.args.device
+    machine = f"{device.type} ({platform.machine()})"
     record = {
         "method": method,
         "seed": trainer.args.seed,
@@ -49,7 +44,7 @@ def write_run_json(
         },
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
-        "device": device_name(trainer.args.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
         "python": platform.python_version(),
         "versions": versions(),
         "started": started.isoformat(timespec="seconds"),
@@ -57,13 +52,6 @@ def write_run_json(
     }
     with atomic_write(Path(trainer.args.output_dir) / "run.json") as part:
         part.write_text(json.dumps(scrub(record), indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def device_name(device: torch.device) -> str:
-    """`NVIDIA H100 80GB HBM3`, or `cpu (x86_64)`."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
 
 
 def _last_evaluation(history: list[dict]) -> dict:

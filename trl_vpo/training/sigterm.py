@@ -57,7 +57,7 @@ class StopRequest:
         self.name = signal.Signals(number).name
 
     def reached_any_rank(self, accelerator: Any) -> bool:
-        """Whether a signal came to any rank. All ranks call this."""
+        """Return whether a signal came to any rank. All ranks call this."""
         asked = bool(self.name)
         if accelerator.num_processes > 1:
             asked = bool(accelerator.reduce(torch.tensor(int(asked), device=accelerator.device), reduction="sum"))
