@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from trl_vpo.report.plot import style
+from trl_vpo.report.plot.curves import training_figure
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.testbed import language, rows, world
 
@@ -83,9 +85,8 @@ def main() -> None:
         results.append(run_method(method, args.out, held_out[kind], bases.get(kind)))
         bases[kind] = results[-1].before
     show_results(results)
-    from trl_vpo.report.plot.curves import plot_curves
-
-    curves = plot_curves({result.method: result.history for result in results}, args.out / "curves.png")
+    figure, _ = training_figure({result.method: result.history for result in results})
+    curves = style.save(figure, args.out / "curves.png")
     console.print(f"\nAdapters: {', '.join(str(args.out / method) for method in args.methods)}\nCurves:   {curves}")
     console.print(f"All of it took {time.perf_counter() - began:.0f} s.")
 

@@ -124,7 +124,7 @@ def test_names_are_not_taken_for_formulas(tmp_path):
 
 
 def test_the_same_picture_comes_again(tmp_path):
-    paths = [curves.plot_curves({"DPO": LOG, "RRPO": LOG[:1]}, tmp_path / name) for name in ("one.svg", "two.svg")]
+    paths = [style.save(drawn(DPO=LOG, RRPO=LOG[:1])[-1], tmp_path / name) for name in ("one.svg", "two.svg")]
     assert paths[0].read_bytes() == paths[1].read_bytes() and paths[0].read_bytes().startswith(b"<?xml")
 
 
@@ -138,5 +138,5 @@ def test_the_same_picture_comes_again(tmp_path):
 )
 def test_nothing_to_plot_is_an_error(runs, name, message, tmp_path):
     with pytest.raises(PlotError, match=message):
-        curves.plot_curves(runs, tmp_path / name)
+        style.save(drawn(**runs)[-1], tmp_path / name)
     assert not list(tmp_path.iterdir())

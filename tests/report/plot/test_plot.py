@@ -92,7 +92,6 @@ def test_runs_of_one_method_are_named_by_their_folders(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f: [], "no run to plot"),
         (lambda f: [f / "none"], "there is no such folder"),
         (lambda f: [f], "has no trainer_state.json, neither itself nor in a checkpoint"),
         (lambda f: [write_state(f, [])], "nothing was logged. Set logging_steps"),

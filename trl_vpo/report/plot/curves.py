@@ -9,7 +9,6 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trl_vpo.errors import PlotError
@@ -76,7 +75,7 @@ def training_figure(runs: Mapping[str, History], *, captioned: bool = True) -> t
         PlotError: no run, or none that logged anything to draw.
     """
     if not runs:
-        raise PlotError("there is no run to plot: give at least one name with its log history")
+        raise PlotError("there is no run to plot: give at least one")
     half_life, mixed = default_half_life(runs), is_mixed(runs)
     curves = {
         panel: {name: panel.series(history, mixed=mixed) for name, history in runs.items()}
@@ -104,15 +103,6 @@ def training_figure(runs: Mapping[str, History], *, captioned: bool = True) -> t
         if captioned:
             add_caption(figure, notes)
     return figure, notes
-
-
-def plot_curves(runs: Mapping[str, History], path: str | Path) -> Path:
-    """Draw `training_figure` into a .png, .svg or .pdf file.
-
-    Raises:
-        PlotError: there is nothing to draw, or the path has another suffix.
-    """
-    return style.save(training_figure(runs)[0], path)
 
 
 def is_mixed(runs: Mapping[str, History]) -> bool:

@@ -39,20 +39,16 @@ def read_runs(paths: Sequence[str | Path], names: Sequence[str] | None = None) -
     """Read the runs of folders and name each differently.
 
     Raises:
-        PlotError: no run, the same one twice, or one that cannot be read.
+        PlotError: the same run twice, one that cannot be read, or names that do not fit.
     """
-    if not paths:
-        raise PlotError("there is no run to plot: give the output_dir of at least one.")
     if names is not None and len(names) != len(paths):
         raise PlotError(f"{len(names)} names for {len(paths)} runs: give one for each.")
-    twice = _repeated(str(Path(path).resolve()) for path in paths)
-    if twice:
+    if twice := _repeated(str(Path(path).resolve()) for path in paths):
         raise PlotError(f"{', '.join(twice)} is given twice.")
     runs = [read_run(path) for path in paths]
     for run, name in zip(runs, names or _names(runs)):
         run.name = name
-    again = _repeated(run.name for run in runs)
-    if again:
+    if again := _repeated(run.name for run in runs):
         raise PlotError(f"two runs are named {again[0]!r}: give each a name of its own.")
     return runs
 
