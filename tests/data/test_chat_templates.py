@@ -83,9 +83,6 @@ def test_templates_that_trl_ships(name, kind):
     assert_prompt_is_generations(collator, example, tree)
 
 
-# --- rows that come in another form -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["text", "Qwen2-VL"])
 def test_header_of_an_answer_behind_an_answer_is_prompt(kind):
     processor = processor_of(kind)
@@ -144,9 +141,6 @@ def test_what_training_decides_is_no_template_argument():
     example = row(None, chat_template_kwargs={"add_generation_prompt": False})
     with pytest.raises(RowError, match="`chat_template_kwargs` sets add_generation_prompt"):
         PreferenceCollator(text_model()[1]).encode(example)
-
-
-# --- settings that cut and pad ------------------------------------------------------------------------------------
 
 
 def edit(path, **more):

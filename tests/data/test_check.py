@@ -104,9 +104,6 @@ def test_a_dataset_without_rows_is_refused(processor, tmp_path):
             prepare(data, processor, tmp_path)
 
 
-# --- skipping -----------------------------------------------------------------------------------------------------
-
-
 def test_contract_errors_are_not_skipped(good, processor, tmp_path):
     rows = [row("video", [good]), row("video", [good], chosen="")]
     with pytest.raises(RowError, match="row 1: the chosen response is empty"):
@@ -146,9 +143,6 @@ def test_skipping_finds_what_only_decoding_shows(good, processor, tmp_path):
 def test_all_rows_bad_is_an_error_even_when_skipping(processor, tmp_path):
     with pytest.raises(RowError, match="no row of the train dataset has readable media"):
         prepare([row("video", [str(tmp_path / "x.mp4")])], processor, tmp_path, on_bad_media="skip")
-
-
-# --- the model's processor ----------------------------------------------------------------------------------------
 
 
 def test_a_text_model_refuses_visual_rows(good, tmp_path):

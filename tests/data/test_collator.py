@@ -35,9 +35,6 @@ def text_of(processor, ids):
     return processor.tokenizer.decode(ids)
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------
-
-
 def test_literal_tensors_of_a_text_batch():
     tok = text_model()[1]
     batch = PreferenceCollator(tok)([row(None, chosen="red", rejected="a red square"), row(None)])
@@ -124,9 +121,6 @@ def test_phrases_end_where_a_stripped_response_does(stripping):
             collator.encode(example | {"chosen_phrases": [span]})
 
 
-# --- media --------------------------------------------------------------------------------------------------------
-
-
 def test_images_are_scaled_to_max_pixels(qwen, picture):
     small = PreferenceCollator(qwen, max_pixels=30 * 50).encode(row("image", [picture])).trunks[0].media
     want = qwen.image_processor(images=[load_image(picture, max_pixels=1500)], return_tensors="pt")
@@ -164,9 +158,6 @@ def test_separate_sequences_read_as_prompt_then_response(qwen, clip):
     assert layout.inputs["video_grid_thw"].size(0) == 2  # the clip stands in both sequences of its pair
     types = layout.inputs["mm_token_type_ids"]
     assert types[0].sum() > 0 and types[2].sum() == 0
-
-
-# --- what is refused ----------------------------------------------------------------------------------------------
 
 
 def test_a_row_over_max_length_is_an_error_with_its_count(qwen, clip):

@@ -25,9 +25,6 @@ def load(path, split="train", **more):
 TEXT = {"prompt": "When?", "chosen": "a", "rejected": "b"}
 
 
-# --- values -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_values_are_those_of_the_file(tmp_path, streaming):
     """Columns that begin late, change their type, hold dates, numbers as texts, or dicts of different keys."""
@@ -86,9 +83,6 @@ def test_a_file_replaced_with_its_old_time_is_read_again(tmp_path, end):
         rows.to_parquet(path) if end == "parquet" else rows.to_json(path)
         os.utime(path, ns=(10**18, 10**18))
         assert load(path)["chosen"][:] == [text]
-
-
-# --- files --------------------------------------------------------------------------------------------------------
 
 
 def packed(path, how):

@@ -151,9 +151,6 @@ def test_a_worker_leaves_its_parents_decoders_alone(tmp_path):
     assert code == 0
 
 
-# --- containers and codecs ----------------------------------------------------------------------------------------
-
-
 COUNTED = [
     ("x.avi", "mpeg4"),
     ("x264.avi", "libx264"),
@@ -235,9 +232,6 @@ def test_a_longer_sound_track_lacks_no_pictures(tmp_path, name):
     path = write_video(tmp_path / name, 30, audio_seconds=6)
     check_video(path, ALL)
     assert numbers(load_video(path, ALL).frames) == list(range(30))
-
-
-# --- orientation and size -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)

@@ -195,9 +195,6 @@ def test_a_full_disk_leaves_no_halves(clip, cache, unwarned):
     assert len(entries(cache)) == 1
 
 
-# --- where it is used ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def qwen():
     return build("Qwen2.5-VL")[1]

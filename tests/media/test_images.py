@@ -82,9 +82,6 @@ def test_wide_greys_keep_their_upper_bits(tmp_path, name, dtype):
         assert (np.asarray(load_image(tmp_path / name))[..., 1] == want).all()
 
 
-# --- refused ------------------------------------------------------------------------------------------------------
-
-
 def test_images_that_are_none(tmp_path):
     (tmp_path / "text.png").write_text("no pixels here")
     refused_image(tmp_path / "text.png", "not a readable image.*a picture")

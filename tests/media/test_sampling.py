@@ -97,9 +97,6 @@ def test_frames_cut_away_by_an_edit_list_are_not_frames(tmp_path, clip, by):
     assert numbers(load_video(path, VideoOptions(num_frames=2, video_start=1.3)).frames) == [39 + by, 59]
 
 
-# --- options ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "field, values",
     [

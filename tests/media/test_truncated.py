@@ -144,9 +144,6 @@ def test_a_stream_that_ends_inside_a_picture(corpus, tmp_path):
             load_video(tmp_path / "half.ts", options)
 
 
-# --- damage inside ------------------------------------------------------------------------------------------------
-
-
 def flipped(path, count, seed=0):
     """Copies of a file, each with another bit of its picture data flipped."""
     data, rng = path.read_bytes(), random.Random(seed)

@@ -62,9 +62,6 @@ def test_wrong_options_of_one_video_name_it(clip, extra, reason):
     refused({"path": str(clip), **extra}, reason, name="clip.mp4")
 
 
-# --- frames -------------------------------------------------------------------------------------------------------
-
-
 def test_a_list_of_frames_of_any_kind(tmp_path):
     paths = frame_files(tmp_path, 5)
     dictionary = {"path": str(paths[3]), "bytes": None}
@@ -135,9 +132,6 @@ def test_bad_lists_of_frames(folder, tmp_path):
     refused(Image.fromarray(good), "is not a video: give", name="PIL image")
 
 
-# --- folders of frames --------------------------------------------------------------------------------------------
-
-
 def reds(folder, **more):
     """The red of frames of one colour, in order."""
     return load_video(folder, VideoOptions(), **more).frames[:, 0, 0, 0].tolist()
@@ -205,9 +199,6 @@ def test_the_root_itself_is_no_video(tmp_path, monkeypatch):
     assert len(load_video(tmp_path, VideoOptions()).frames) == 2  # named in full, and no root is set
     refused_image(".", "is a folder, not a file", media_root=tmp_path)
     refused_image("sub/", "is a folder, not a file", name="sub", media_root=tmp_path)
-
-
-# --- paths --------------------------------------------------------------------------------------------------------
 
 
 def test_paths_start_at_media_root_and_do_not_leave_it(tmp_path, clip):

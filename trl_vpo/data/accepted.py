@@ -11,9 +11,7 @@ from trl_vpo.errors import RowError
 def check_accepted(row: Row, processing_class: Any) -> None:
     """Refuse media that the model cannot see, which some processors would drop without a word, and misplaced tokens.
 
-    Raises:
-        RowError: images or videos that the processing class has no processor for; a string prompt whose placeholder
-            tokens do not fit its media; a text with such a token.
+    Raises RowError: media without a processor, or placeholder tokens that do not fit the media or stand in a text.
     """
     try:
         _check_media(row, processing_class)

@@ -37,11 +37,7 @@ class SeamError(RowError):
 
 
 def chat_template(processing_class: Any, tools: Any = None) -> str | None:
-    """Return the chat template; of several the one named "tool_use" for rows with tools, otherwise "default".
-
-    Raises:
-        RowError: several, and none of them is named "default".
-    """
+    """Return the chat template; of several the one named "tool_use" for rows with tools, otherwise "default"."""
     template = getattr(processing_class, "chat_template", None)
     if not isinstance(template, dict):
         return template
@@ -60,10 +56,8 @@ def render_chat(
     """Return the text of the prompt and of each response, given as messages with typed contents.
 
     Templates differ in what they take as a message's content: lists of parts, strings, or lists from users and
-    strings from others. The forms are tried in turn; the first one that shows the model every text is used.
-
-    Raises:
-        RowError: the template refuses the messages, leaves a text out, or renders prompt and conversation differently.
+    strings from others. The forms are tried in turn; the first one that shows the model every text is used. Raises
+    RowError if the template refuses the messages, leaves a text out, or renders prompt and conversation differently.
     """
     template = chat_template(processing_class, template_kwargs.get("tools"))
     if template is None:
@@ -123,9 +117,6 @@ def _tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 
 def _message(text: str, role: str = "assistant") -> list[dict]:
     return [{"role": role, "content": [{"type": "text", "text": text}]}]
-
-
-# --- the template -------------------------------------------------------------------------------------------------
 
 
 def _write(write: partial, prompt: list[dict], *responses: list[dict]) -> tuple[str, list[str]]:
@@ -191,17 +182,11 @@ def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return body + end + space
 
 
-# --- strings --------------------------------------------------------------------------------------------------------
-
-
 def place_in_string(processing_class: Any, prompt: str, counts: dict[str, int]) -> str:
-    """Return a string prompt with the model's own placeholder for every image and video.
+    """Return a string prompt with the model's own placeholder for every image and video (`counts` by kind).
 
     Placeholders that it carries stay. `<image>` and `<video>` become the model's own where they stand; without any,
-    the media go in front. `counts`: media of the row by kind.
-
-    Raises:
-        RowError: placeholders and media do not agree in number.
+    the media go in front. Raises RowError if placeholders and media do not agree in number.
     """
     front = ""
     for marker, kind in MARKERS.items():

@@ -55,14 +55,9 @@ def prepare_dataset(
     """Number the rows of a dataset and check them; leave out rows with bad media if `args.on_bad_media` is "skip".
 
     Of an `IterableDataset` only the first row is checked here; the others are when they are collated. All ranks call
-    this. Values come as Python's, whatever format the dataset was given, and through its own transform.
-
-    Args:
-        collator: encodes each row, with blank media, as it will in training; without it lengths, the chat template
-            and the processor's own refusals are not looked at.
-
-    Raises:
-        RowError: rows cannot be trained on. Names up to five of them and says how many there are.
+    this. Values come as Python's, whatever format the dataset was given, and through its own transform. Without a
+    `collator`, which encodes each row with blank media, lengths and what template and processor refuse go unchecked.
+    Raises RowError, which names up to five rows that cannot be trained on and says how many there are.
     """
     encode = blank_encoder(collator) if collator is not None else None
     needs = {"phrases": phrases, "image_list": image_list}
@@ -132,9 +127,6 @@ def _skip(dataset: Dataset, problems: list[Problem], output_dir: Path, name: str
     return dataset.select([i for i in range(len(dataset)) if i not in bad])
 
 
-# --- all rows -----------------------------------------------------------------------------------------------------
-
-
 def check_rows(
     dataset: Dataset,
     check: Callable[[dict], Problem | None],
@@ -145,9 +137,7 @@ def check_rows(
 ) -> list[Problem]:
     """Return the problems of all rows, in their order, behind a progress bar. All ranks call this.
 
-    Args:
-        workers: processes, on each rank.
-        passed: rows that are known to be good, and need no check.
+    `workers`: processes, on each rank. `passed`: rows that are known to be good, and need no check.
     """
     state = PartialState()
     starts = list(range(0, len(dataset), CHUNK))[state.process_index :: state.num_processes]
@@ -198,9 +188,6 @@ class _Chunks(torch.utils.data.Dataset):
         return problems, good
 
 
-# --- one row ------------------------------------------------------------------------------------------------------
-
-
 def check_row(
     example: dict,
     *,
@@ -234,9 +221,7 @@ def check_row(
 def check_media(row: Row, args: Any) -> Row:
     """Look at all media of a row. Return it with blank media of the same shapes; itself where nothing is looked at.
 
-    Raises:
-        MediaError: an image or a video cannot be used.
-        RowError: the box does not lie in the image.
+    Raises MediaError or, for a box that does not lie in its image, RowError.
     """
     if args.check_media == "off":
         return row

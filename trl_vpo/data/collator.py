@@ -102,8 +102,6 @@ class PreferenceCollator:
         self._check_length(tree)
         return tree
 
-    # --- text -----------------------------------------------------------------------------------------------------
-
     def _tokenize(self, row: Row, sides: tuple[str, ...]) -> tuple[list[Trunk], list[Branch]]:
         prompt, responses = self._render(row, sides)
         alone = self._tokens(prompt)["input_ids"]
@@ -153,8 +151,6 @@ class PreferenceCollator:
         spans, moved = _spans_in(response, row, side, tail.rpartition(WORD)[2].strip())
         offsets = whole["offset_mapping"][skip:]
         return Branch(ids, phrases=spans_to_token_mask(spans, offsets, shift=shift + moved, text=text))
-
-    # --- media ----------------------------------------------------------------------------------------------------
 
     def _image_lists(self, row: Row) -> list[list]:
         """Return the images of each trunk: the row's own, or for LPOI one image of the list each."""

@@ -19,11 +19,7 @@ _PAYLOAD = ("bytes", "path", "video", "image")  # keys of a dict that hold the m
 
 
 def file_identity(path: Path) -> list:
-    """Return size, both times and a digest of head and tail of a file: one that is replaced with its old time differs.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return both times, size and a digest of both ends of a file: one that is replaced with its old time differs."""
     stat = path.stat()
     return [stat.st_mtime_ns, stat.st_ctime_ns, *ends_digest(path)]
 
@@ -36,8 +32,7 @@ def cache_folder() -> Path:
 def source_identity(source: Any, root: str | None, state: Callable[[Path], list] = file_identity) -> Any:
     """Return what stands for a media source in a key: of files the path and their `state`.
 
-    Raises:
-        MediaError: it is missing, or nothing that can be recognised.
+    Raises MediaError for one that is missing, or nothing that can be recognised.
     """
     if isinstance(source, dict):
         entries = {key: value for key, value in source.items() if value is not None}

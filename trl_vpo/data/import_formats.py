@@ -34,8 +34,7 @@ class Format:
 def read_record(fmt: str, record) -> dict:
     """Return the row of a record: id (empty if it has none), source, prompt, chosen, rejected, the format's columns.
 
-    Raises:
-        ValueError: the record cannot be read; the caller adds file and place.
+    Raises ValueError, to which the caller adds file and place.
     """
     for name in REFUSED:
         if record.get(name):
@@ -127,9 +126,6 @@ FORMATS = {
         lambda record: _flat_pair(record, videos=[_text(record, "video")]), "prompt chosen rejected video id"
     ),
 }
-
-
-# --- parts of a record ------------------------------------------------------------------------------------------
 
 
 def _text(record: dict, name: str, other: str | None = None) -> str:

@@ -40,16 +40,11 @@ class ImportCounts:
 def import_rows(
     fmt: str, path, *, media_root=None, on_reject: Callable[[ImportFormatError], None] | None = None
 ) -> Iterator[dict]:
-    """Give the rows of a file, one by one (JSON lines are streamed).
+    """Give the rows of a file in the format `fmt`, one by one (JSON lines are streamed).
 
-    Args:
-        fmt: a name in `FORMATS`.
-        path: the file.
-        media_root: folder that relative media paths are joined to; URLs and absolute paths stay. Files need not exist.
-        on_reject: called with the error of each bad record, which is then left out. Without it the error is raised.
-
-    Raises:
-        ImportFormatError: unknown format, unreadable file, or a bad record where there is no `on_reject`.
+    Relative media paths are joined to `media_root`; URLs and absolute paths stay, and files need not exist.
+    `on_reject` is called with the error of each bad record, which is then left out; without it the error is raised.
+    Raises ImportFormatError, also for an unknown format or an unreadable file.
     """
     for _, row in _read(fmt, Path(path), media_root):
         if isinstance(row, dict):
@@ -61,19 +56,12 @@ def import_rows(
 
 
 def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "error") -> ImportCounts:
-    """Write a file's rows as JSON lines, whole or not at all.
+    """Write a file's rows as JSON lines to `out_path`, whole or not at all; see `import_rows`.
 
     The file is read twice: columns that no row fills are left out, and the first row that fills a column moves to
-    the front, since `load_dataset("json")` takes the columns' types from the first 10 MB.
-
-    Args:
-        fmt, in_path, media_root: as in `import_rows`.
-        out_path: the .jsonl file to write; replaced if it exists.
-        on_bad: "error" stops at the first bad record; "skip" leaves bad records out, counts them and lists them with
-            their reasons in `<out_path>.rejected.jsonl`.
-
-    Raises:
-        ImportFormatError: as `import_rows`, or no usable record.
+    the front, since `load_dataset("json")` takes the columns' types from the first 10 MB. `on_bad`: "error" stops at
+    the first bad record, "skip" counts bad records and lists them with their reasons in `<out_path>.rejected.jsonl`.
+    Raises ImportFormatError, also where no record can be used.
     """
     if on_bad not in ("error", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}; it must be 'error' or 'skip'.")
@@ -117,9 +105,6 @@ def _survey(fmt: str, source: Path, media_root, rejects: list | None) -> tuple[I
     counts.ignored_fields, counts.media = sorted(ignored), len(media)
     counts.missing_media = sum(not _exists(path) for path in media)
     return counts, first
-
-
-# --- files ------------------------------------------------------------------------------------------------------
 
 
 def _read(fmt: str, path: Path, media_root) -> Iterator[tuple[object, dict | ImportFormatError]]:

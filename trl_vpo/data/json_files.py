@@ -27,10 +27,8 @@ BOM = b"\xef\xbb\xbf"
 def load_json(files: list[Path]) -> Dataset:
     """Return the rows of files in their order: a table in the cache of `datasets` that is named after their contents.
 
-    A column whose values have one type keeps it; any other keeps its values as they are, as `datasets.Json`.
-
-    Raises:
-        DatasetError: a file or one of its lines cannot be read, or the table cannot be written.
+    A column whose values have one type keeps it; any other keeps its values as they are, as `datasets.Json`. Raises
+    DatasetError if a file or a line cannot be read, or the table cannot be written.
     """
     path = cache_folder() / "rows" / f"{_digest(files)}.arrow"
     if not path.exists():
@@ -56,8 +54,7 @@ def stream_json(files: list[Path]) -> IterableDataset:
 def read_json(files: Iterable[Path]) -> Iterator[dict]:
     """Give the rows of JSON lines or JSON lists, compressed or not.
 
-    Raises:
-        DatasetError: a line is not UTF-8, not JSON, or not an object; the message names it.
+    Raises DatasetError, which names the line that is not UTF-8, not JSON, or not an object.
     """
     return (row for _, row in _located(files))
 
@@ -77,8 +74,7 @@ def _located(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
 def raw_records(path: Path) -> Iterator[tuple[str, int, Any]]:
     """Give ("line", number, bytes) of JSON lines or ("item", number, object) of a JSON list, numbered from 1.
 
-    Raises:
-        DatasetError: the file cannot be read, or begins as a list and is not one.
+    Raises DatasetError for a file that cannot be read, or begins as a list and is not one.
     """
     try:
         with open_packed(path) as file:
@@ -100,11 +96,7 @@ def raw_records(path: Path) -> Iterator[tuple[str, int, Any]]:
 
 
 def parse_record(raw: Any) -> dict:
-    """Return the object of a line or of an item.
-
-    Raises:
-        ValueError: says what it is instead.
-    """
+    """Return the object of a line or of an item; raise ValueError, which says what it is instead."""
     record = raw
     if isinstance(raw, bytes):
         try:
@@ -125,9 +117,6 @@ def _decode(raw: bytes) -> str:
             f"byte {raw[error.start]:#04x} behind {before!r} is not UTF-8. Save the file as UTF-8: `iconv -f latin1 "
             "-t utf-8`, where it is Latin-1."
         ) from error
-
-
-# --- types of columns ---------------------------------------------------------------------------------------------
 
 
 def _kinds(files: list[Path]) -> dict[str, Any]:

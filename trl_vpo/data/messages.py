@@ -50,9 +50,7 @@ def place_media(prompt: list[dict] | str, images: int, videos: int, *, words: bo
     `<image>` and `<video>` in plain-string contents become placeholders where they stand. If every content is a
     plain string without a marker, the media go in front of the first user message, as in TRL. With `words`, markers
     in a prompt without any media are the user's words. A string stays as it is: `trl_vpo.data.chat` places its media.
-
-    Raises:
-        RowError: placeholders and media do not agree in number.
+    Raises RowError if placeholders and media do not agree in number.
     """
     if isinstance(prompt, str):
         return prompt
@@ -128,11 +126,7 @@ def response_text(response: list[dict] | str) -> str:
 
 
 def without_tags(response: list[dict] | str) -> list[dict] | str:
-    """Return a typed response without `<MASK>` tags.
-
-    Raises:
-        PhraseError: tags do not pair.
-    """
+    """Return a typed response without `<MASK>` tags; raise PhraseError if they do not pair."""
     if isinstance(response, str):
         return strip_mask_tags(response)[0]
     texts = [response_text([message]) for message in response]

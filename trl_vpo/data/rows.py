@@ -70,13 +70,9 @@ def row_name(example: dict, index: int | None = None) -> str:
 def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) -> Row:
     """Check an example against the contract and bring it into one shape. No media file is opened.
 
-    Args:
-        example: the row as the dataset gives it.
-        phrases: RRPO: find the phrases that differ. `<MASK>` tags are taken out of the responses either way.
-        image_list: LPOI: require `image_list`, or `critical_box` with an image.
-
-    Raises:
-        RowError: the row breaks the contract; the message names the row and the remedy.
+    `phrases` (RRPO): find the phrases that differ; `<MASK>` tags are taken out of the responses either way.
+    `image_list` (LPOI): require `image_list`, or `critical_box` with an image. Raises RowError, which names the row
+    and the remedy.
     """
     name = row_name(example)
     example = {key: value if key in MEDIA else _plain(value) for key, value in example.items()}
@@ -237,9 +233,6 @@ def _check_prompt(row: Row) -> None:
                 f"a text part of the prompt says `{marker}`, which the model would read as words. Take it out: "
                 f'{{"type": "{kind}"}} says where media stand, or a `{marker}` in a user\'s plain string.'
             )
-
-
-# --- responses --------------------------------------------------------------------------------------------------
 
 
 def _typed_response(side: str, response: list[dict] | str) -> list[dict] | str:

@@ -26,10 +26,7 @@ def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 4
     - a folder of such files: each is a split by its name, `train.jsonl` and `test.jsonl` (shards as on the Hub);
     - a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
     `datasets` (a mixture) works as in TRL. With `test_split_size` a test split is cut off the train split if there
-    is none.
-
-    Raises:
-        DatasetError: the path, its rows or a split do not exist.
+    is none. Raises DatasetError if the path, its rows or a split do not exist.
     """
     train_name, test_name = script_args.dataset_train_split, script_args.dataset_test_split
     if mixture.datasets:
@@ -69,10 +66,9 @@ def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 4
 def named_splits(
     name: str, splits: list[str], *, config: str | None = None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
-    """Return those of the splits that a Hub dataset or a local path has. It must have the first one.
+    """Return those of the splits that a Hub dataset or a local path has.
 
-    Raises:
-        DatasetError: the path, its rows or the first split do not exist.
+    Raises DatasetError if the path, its rows or the first split do not exist.
     """
     path = Path(name)
     local = bool(row_format(path)) or path.exists()
@@ -105,8 +101,7 @@ def row_format(path: Path) -> str | None:
 def local_splits(path: Path) -> dict[str, Any]:
     """Return the splits of a local path: lists of files, or datasets that `save_to_disk` wrote.
 
-    Raises:
-        DatasetError: no such path, nothing with rows, or a split that is not whole or not clear.
+    Raises DatasetError: no such path, nothing with rows, or a split that is not whole or not clear.
     """
     if not path.exists():
         raise DatasetError(f"{path} does not exist (seen from {Path.cwd()}).")

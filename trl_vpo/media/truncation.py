@@ -43,9 +43,6 @@ def _promised(what: str, end: int, size: int) -> str | None:
     return f"{what} extends to byte {end}, but the file ends at {size}" if what and end > size else None
 
 
-# --- formats of units, each with its length at its head -------------------------------------------------------------
-
-
 def _walk(file: BinaryIO, size: int, unit_of: Callable[[bytes], Unit]) -> str | None:
     """Hop from unit to unit, to the end of the last one."""
     what, at = "", 0
@@ -106,9 +103,6 @@ def _program_stream(head: bytes) -> Unit:
 
 
 _UNITS = {b"\x1aE\xdf\xa3": _matroska, b"RIFF": _riff, b"FLV": _flv, b"\0\0\1\xba": _program_stream}
-
-
-# --- other formats ------------------------------------------------------------------------------------------------
 
 
 def _gif(data: bytes) -> str | None:
