@@ -39,22 +39,13 @@ class Detection:
 
 @dataclass(frozen=True)
 class Choice:
-    """A critical object.
-
-    Attributes:
-        where: the part of the row that names it, or "any".
-        instances: how many separate boxes its label has in the image. Where they are several and the box is the best
-            one, the others stay visible when it is hidden.
-    """
+    """A critical object."""
 
     label: str
     box: Box
     score: float | None
-    where: str
-    instances: int
-
-
-# --- choice -----------------------------------------------------------------------------------------------------
+    where: str  # the part of the row that names it, or "any"
+    instances: int  # separate boxes of its label; if only the best is hidden, the others stay visible
 
 
 def choices(
@@ -69,13 +60,37 @@ def choices(
     the smallest box around all of them.
     """
     by_label: dict[str, list[Detection]] = {}
-    for detection in detections:
-        by_label.setdefault(detection.label, []).append(detection)
-    named = [_choice(by_label.pop(c.text, []), c.where, size, config) for c in candidates]
-    if any(named):
-        return [choice for choice in named if choice]
-    others = [_choice(detections, "any", size, config) for detections in by_label.values()]
-    return sorted(filter(None, others), key=_rank, reverse=True)
+    for detection in sorted(detections, key=_rank, reverse=True):
+        if (detection.score is None or detection.score >= (config.box_threshold or 0)) and _fits(
+            detection, size, config
+        ):
+            by_label.setdefault(detection.label, []).append(detection)
+    named = [_choice(by_label.pop(c.text), c.where, config) for c in candidates if c.text in by_label]
+    others = [_choice(usable, "any", config) for usable in by_label.values()]
+    named, others = ([choice for choice in some if _fits(choice, size, config)] for some in (named, others))
+    return named or sorted(others, key=_rank, reverse=True)
+
+
+def _choice(usable: Sequence[Detection], where: str, config: Any) -> Choice:
+    """Choose among detections of one label, the best first."""
+    apart: list[Detection] = []
+    for detection in usable:
+        if all(_overlap(detection.box, other.box) <= SAME_INSTANCE for other in apart):
+            apart.append(detection)
+    best = apart[0]
+    x0, y0, x1, y1 = zip(*(detection.box for detection in apart))
+    box = (min(x0), min(y0), max(x1), max(y1)) if config.instances == "union" else best.box
+    return Choice(best.label, box, best.score, where, len(apart))
+
+
+def _rank(item: Detection | Choice) -> tuple:
+    """Sort by score, then by area; the box itself decides what would be a tie."""
+    return item.score or 0, _area(item.box), item.box
+
+
+def _fits(item: Detection | Choice, size: tuple[int, int], config: Any) -> bool:
+    share = area_share(item.box, size)
+    return share > 0 and config.min_box_area <= share <= config.max_box_area
 
 
 def area_share(box: Sequence[float], size: tuple[int, int]) -> float:
@@ -88,35 +103,6 @@ def clip_box(box: Sequence[float], size: tuple[int, int]) -> Box:
     x0, y0 = (min(max(0, math.floor(v)), side) for v, side in zip(box[:2], size))
     x1, y1 = (min(max(0, math.ceil(v)), side) for v, side in zip(box[2:], size))
     return x0, y0, max(x0, x1), max(y0, y1)
-
-
-def _choice(detections: Sequence[Detection], where: str, size: tuple[int, int], config: Any) -> Choice | None:
-    least = config.box_threshold or 0
-    usable = [d for d in detections if (d.score is None or d.score >= least) and _usable(d.box, size, config)]
-    if not usable:
-        return None
-    usable.sort(key=_rank, reverse=True)
-    best, apart = usable[0], []
-    for detection in usable:
-        if all(_overlap(detection.box, other.box) <= SAME_INSTANCE for other in apart):
-            apart.append(detection)
-    box = best.box
-    if config.instances == "union":
-        x0, y0, x1, y1 = zip(*(d.box for d in apart))
-        box = (min(x0), min(y0), max(x1), max(y1))
-        if not _usable(box, size, config):
-            return None
-    return Choice(best.label, box, best.score, where, len(apart))
-
-
-def _rank(item: Detection | Choice) -> tuple:
-    """Sort by score, then by area; the box itself decides what would be a tie."""
-    return item.score or 0, _area(item.box), item.box
-
-
-def _usable(box: Box, size: tuple[int, int], config: Any) -> bool:
-    share = area_share(box, size)
-    return share > 0 and config.min_box_area <= share <= config.max_box_area
 
 
 def _area(box: Sequence[float]) -> float:
@@ -147,8 +133,16 @@ def annotated(objects: Any, size: tuple[int, int], categories: Sequence[str] | N
         names, corners = _read_item(drop_none(item), at, categories or ())
         if not all(isinstance(name, str) and name.strip() for name in names):
             raise InputError(f"annotation {at} is called {names}: every box needs a name.")
-        box = _checked(corners, size, at)
-        detections += [Detection(_normal(name), box) for name in dict.fromkeys(names)]
+        x0, y0, x1, y1 = corners
+        if x1 < x0 or y1 < y0:
+            raise InputError(f"annotation {at} has the corners {corners}: they are inverted.")
+        slack = [max(2, SLACK * side) for side in size]
+        if min(x0 + slack[0], y0 + slack[1], size[0] + slack[0] - x1, size[1] + slack[1] - y1) < 0:
+            raise InputError(
+                f"annotation {at} has the corners {corners} in an image of {size[0]}x{size[1]} pixels: it was "
+                "measured on another size, or is in another form than its key says."
+            )
+        detections += [Detection(_normal(name), clip_box(corners, size)) for name in dict.fromkeys(names)]
     return detections
 
 
@@ -193,44 +187,25 @@ def _items(objects: Any) -> list[dict]:
     return list(objects)
 
 
-def _read_item(item: dict, at: int, categories: Sequence[str]) -> tuple[list[Any], Any]:
-    """Return names and corners (x0, y0, x1, y1)."""
-    if "box" in item:
-        return [item.get("label")], item["box"]
-    if "bbox" in item:
-        category = item.get("category")
-        if isinstance(category, int):
-            if not 0 <= category < len(categories):
+def _read_item(item: dict, at: int, categories: Sequence[str]) -> tuple[list[Any], list[float]]:
+    """Return names and corners [x0, y0, x1, y1]."""
+    names, box = [item.get("label")], item.get("box")
+    if box is None and "bbox" in item:
+        name, box = item.get("category"), item["bbox"]
+        if isinstance(name, int):
+            if not 0 <= name < len(categories):
                 raise InputError(
-                    f"annotation {at} has the category number {category}, and `categories` has {len(categories)} "
-                    "names. Give the names of all categories, in their order."
+                    f"annotation {at} has the category number {name}, and `categories` has {len(categories)} names. "
+                    "Give the names of all categories, in their order."
                 )
-            category = categories[category]
-        return [category], _corners(item["bbox"])
-    if {"x", "y", "w", "h"} <= set(item):
-        return item.get("names") or [item.get("name")], _corners([item[key] for key in "xywh"])
-    raise InputError(f"annotation {at} has the keys {sorted(item)}: it needs `box`, `bbox`, or `x`, `y`, `w`, `h`.")
-
-
-def _corners(box: Any) -> Any:
-    """Turn x, y, width, height into x0, y0, x1, y1; what is no box is left for `_checked` to refuse."""
-    return [box[0], box[1], box[0] + box[2], box[1] + box[3]] if _numbers(box) else box
-
-
-def _numbers(box: Any) -> bool:
-    return isinstance(box, (list, tuple)) and len(box) == 4 and all(isinstance(v, (int, float)) for v in box)
-
-
-def _checked(corners: Any, size: tuple[int, int], at: int) -> Box:
-    if not _numbers(corners) or not all(math.isfinite(v) for v in corners):
-        raise InputError(f"annotation {at} has the box {corners!r}: it needs four finite numbers.")
-    x0, y0, x1, y1 = corners
-    if x1 < x0 or y1 < y0:
-        raise InputError(f"annotation {at} has the corners {list(corners)}: they are inverted.")
-    slack = [max(2, SLACK * side) for side in size]
-    if min(x0 + slack[0], y0 + slack[1], size[0] + slack[0] - x1, size[1] + slack[1] - y1) < 0:
-        raise InputError(
-            f"annotation {at} has the corners {list(corners)} in an image of {size[0]}x{size[1]} pixels: it was "
-            "measured on another size, or is in another form than its key says."
-        )
-    return clip_box(corners, size)
+            name = categories[name]
+        names = [name]
+    elif box is None and {"x", "y", "w", "h"} <= set(item):
+        names, box = item.get("names") or [item.get("name")], [item[key] for key in "xywh"]
+    elif box is None:
+        raise InputError(f"annotation {at} has the keys {sorted(item)}: give `box`, `bbox`, or `x`, `y`, `w` and `h`.")
+    finite = [isinstance(v, (int, float)) and math.isfinite(v) for v in box] if isinstance(box, (list, tuple)) else []
+    if finite != [True] * 4:
+        raise InputError(f"annotation {at} has the box {box!r}: it needs four finite numbers.")
+    x, y, *rest = box
+    return names, [x, y, *rest] if "box" in item else [x, y, x + rest[0], y + rest[1]]
