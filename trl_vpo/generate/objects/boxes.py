@@ -61,9 +61,8 @@ def choices(
     """
     by_label: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=_rank, reverse=True):
-        if (detection.score is None or detection.score >= (config.box_threshold or 0)) and _fits(
-            detection, size, config
-        ):
+        scores_enough = detection.score is None or detection.score >= (config.box_threshold or 0)
+        if scores_enough and _fits(detection, size, config):
             by_label.setdefault(detection.label, []).append(detection)
     named = [_choice(by_label.pop(c.text), c.where, config) for c in candidates if c.text in by_label]
     others = [_choice(usable, "any", config) for usable in by_label.values()]

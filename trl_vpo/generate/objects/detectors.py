@@ -31,19 +31,22 @@ THRESHOLDS = {"grounding-dino": 0.35, "mm-grounding-dino": 0.35, "owlv2": 0.2}
 
 
 def load_model(
-    name: str, classes: tuple[str, str], kinds: Sequence[str], what: str, revision: str, device: str | None, dtype: str
+    name: str,
+    processor_class: str,
+    model_class: str,
+    kinds: Sequence[str],
+    what: str,
+    *,
+    revision: str = "main",
+    device: str | None = None,
+    dtype: str = "float32",
 ) -> tuple[str, Any, Any]:
-    """Load a model of transformers; return its type, its processor and the model on this process' device.
+    """Load a Hub model or a folder with classes of transformers; return its type, its processor and the model.
 
-    Args:
-        name: a Hub name or a folder.
-        classes: names of the processor's and the model's class.
-        kinds: model types that can be used.
-        what: what messages call the model.
-        device: "cpu", or None for this process' accelerator if it has one.
+    The device is "cpu", or None for this process' accelerator if it has one.
 
     Raises:
-        GenerateError: it cannot be loaded, or is of another model type.
+        GenerateError: `what` cannot be loaded, or its type is not one of `kinds`.
     """
     import transformers
     from accelerate import PartialState
@@ -54,9 +57,9 @@ def load_model(
     try:
         kind = transformers.AutoConfig.from_pretrained(name, **options).model_type
         if kind in kinds:
-            processor, model = (getattr(transformers, class_name) for class_name in classes)
-            processor = processor.from_pretrained(name, **options)
-            model = model.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+            processor = getattr(transformers, processor_class).from_pretrained(name, **options)
+            model_options = {"dtype": dtype, "use_safetensors": True, **options}
+            model = getattr(transformers, model_class).from_pretrained(name, **model_options)
     except LOAD_ERRORS as error:
         raise GenerateError(f"the {what} {name} cannot be loaded: {error}") from error
     if kind not in kinds:
@@ -65,63 +68,38 @@ def load_model(
 
 
 class Detector:
-    """A detector and its processor.
+    """A detector. Its least score is the `threshold`, by default that of the table; options are of `load_model`."""
 
-    Args:
-        name, revision, device, dtype: see `load_model`, as is what is raised.
-        threshold: least score of a detection; None: the one in the table above.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        revision: str = "main",
-        device: str | None = None,
-        dtype: str = "float32",
-        threshold: float | None = None,
-    ):
-        classes = "AutoProcessor", "AutoModelForZeroShotObjectDetection"
-        loaded = load_model(name, classes, tuple(THRESHOLDS), "detector", revision, device, dtype)
-        self.kind, self.processor, self.model = loaded
+    def __init__(self, name: str, *, threshold: float | None = None, **options: Any):
         self.name = name
+        self.kind, self.processor, self.model = load_model(
+            name, "AutoProcessor", "AutoModelForZeroShotObjectDetection", tuple(THRESHOLDS), "detector", **options
+        )
         self.threshold = THRESHOLDS[self.kind] if threshold is None else threshold
 
     def detect(
         self, images: Sequence[Image.Image], candidates: Sequence[Sequence[str]], *, batch_size: int = 8
     ) -> list[list[Detection]]:
-        """Return the detections of each image, best first.
+        """Look for names in RGB images; return the detections of each image, best first.
 
-        Args:
-            images: RGB.
-            candidates: names to look for in each image; an image without any is not looked at.
-            batch_size: images in one call of the model, at most.
-
-        Returns:
-            for each image, a detection for each (box, name) whose score is above the threshold, with the name as it
-            was given. Boxes are clipped to the image and rounded outwards; one outside of the image is empty.
+        There is one for each (box, name) whose score is above the threshold, with the name as it was given. Boxes are
+        clipped to the image and rounded outwards; one outside of the image is empty. An image without names is not
+        looked at.
 
         Raises:
             GenerateError: the scores are not numbers.
         """
         detections: list[list[Detection]] = [[] for _ in images]
-        for jobs in self._batches(images, candidates, batch_size):
-            results = self._run([images[place] for place, _ in jobs], [names for _, names in jobs])
-            for (place, _), result in zip(jobs, results):
-                detections[place] += result
-        return [sorted(each, key=lambda d: (-d.score, d.label, d.box)) for each in detections]
-
-    def _batches(
-        self, images: Sequence[Image.Image], candidates: Sequence[Sequence[str]], batch_size: int
-    ) -> Iterator[list[tuple[int, list[str]]]]:
-        """Yield (place, names) of images of one size: padding pixels would change what is found beside them."""
-        by_size: dict[tuple[int, int], list] = {}
+        by_size: dict[tuple[int, int], list] = {}  # padding pixels would change what is found beside them
         for place, (image, names) in enumerate(zip(images, candidates, strict=True)):
             for part in self._parts(list(dict.fromkeys(names))):
                 by_size.setdefault(image.size, []).append((place, part))
         for jobs in by_size.values():
             for start in range(0, len(jobs), batch_size):
-                yield jobs[start : start + batch_size]
+                places, names = zip(*jobs[start : start + batch_size])
+                for place, result in zip(places, self._run([images[place] for place in places], names)):
+                    detections[place] += result
+        return [sorted(each, key=lambda d: (-d.score, d.label, d.box)) for each in detections]
 
     def _parts(self, names: list[str]) -> Iterator[list[str]]:
         """Yield the names in as many lists as the model's longest text makes necessary."""
@@ -140,7 +118,7 @@ class Detector:
         if part:
             yield part
 
-    def _run(self, images: list[Image.Image], names: list[list[str]]) -> list[list[Detection]]:
+    def _run(self, images: Sequence[Image.Image], names: Sequence[list[str]]) -> list[list[Detection]]:
         import torch
 
         with torch.no_grad():
@@ -149,20 +127,18 @@ class Detector:
         for image, labels, score, box in zip(images, names, scores, boxes):
             if score.isnan().any():
                 raise GenerateError(f"the scores of {self.name} are nan: use detector_dtype float32.")
-            kept = (score > self.threshold).nonzero().tolist()
-            results.append(
-                [Detection(labels[k], clip_box(box[q].tolist(), image.size), score[q, k].item()) for q, k in kept]
-            )
+            above = (score > self.threshold).nonzero().tolist()
+            boxes_of = {q: clip_box(box[q].tolist(), image.size) for q, _ in above}
+            results.append([Detection(labels[k], boxes_of[q], score[q, k].item()) for q, k in above])
         return results
 
-    def _dino(self, images: list, names: list[list[str]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _dino(self, images: Sequence, names: Sequence[list[str]]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return scores (Q, K) and boxes (Q, 4) of each image, for Q queries and K names."""
         import torch
 
         inputs = self._inputs(images=images, text=[_dino_text(labels) for labels in names], padding=True)
         outputs = self.model(**inputs)
-        ids = inputs["input_ids"]  # (B, T)
-        tokenizer = self.processor.tokenizer
+        ids, tokenizer = inputs["input_ids"], self.processor.tokenizer  # (B, T)
         dots = ids == tokenizer.convert_tokens_to_ids(".")
         special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device=ids.device))
         number = (dots.cumsum(-1) - dots.long()).masked_fill(dots | special, -1)  # (B, T): the token's name
@@ -173,7 +149,7 @@ class Detector:
         ]
         return scores, _corners(outputs.pred_boxes, images)
 
-    def _owl(self, images: list, names: list[list[str]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _owl(self, images: Sequence, names: Sequence[list[str]]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Do as `_dino`. The model sees the image padded to a square, at its upper left corner."""
         texts = [[f"a photo of {with_article(name)}" for name in labels] for labels in names]
         outputs = self.model(**self._inputs(images=images, text=texts, truncation=True))

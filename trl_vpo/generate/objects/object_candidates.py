@@ -75,42 +75,37 @@ class Finder:
 
     def find(self, cases: Sequence[Case]) -> None:
         """Give each case its choices, or the reason why it has none."""
+        config = self.config
         named = [self.candidates(case.row) for case in cases]
-        counts = self._annotated(cases, named) if self.config.boxes == "annotations" else self._detected(cases, named)
-        least, most = self.config.min_box_area, self.config.max_box_area
-        for case, listed, count in zip(cases, named, counts):
+        counts = [0] * len(cases)  # boxes of each case
+        if config.boxes == "annotations":
+            for at, case in enumerate(cases):
+                try:
+                    boxes = annotated(case.row.example[config.annotations_column], case.image.size, config.categories)
+                except InputError as error:
+                    case.reject("unusable input", str(error))
+                    continue
+                counts[at] = len(boxes)
+                case.choices = choices(match(boxes, named[at]), named[at], case.image.size, config)
+        else:
+            self._detect(cases, named, counts)
+            self._detect(cases, None, counts)
+        for case, candidates_of_row, count in zip(cases, named, counts):
             if not case.choices and not case.reason:
-                names = ", ".join(candidate.text for candidate in listed) or "nothing that can be seen"
-                boxes = f"{count} boxes were found, none of {least:g} to {most:g} of the image"
-                case.reject("no object found", f"the text names {names}; {boxes}.")
+                names = ", ".join(candidate.text for candidate in candidates_of_row) or "nothing that can be seen"
+                boxes = f"{count} boxes were found, none of {config.min_box_area:g} to {config.max_box_area:g}"
+                case.reject("no object found", f"the text names {names}; {boxes} of the image.")
 
-    def _annotated(self, cases: Sequence[Case], named: Sequence[list[Candidate]]) -> list[int]:
-        """Fill in the choices; return how many boxes each case has, as does `_detected`."""
-        counts = [0] * len(cases)
-        for at, (case, listed) in enumerate(zip(cases, named)):
-            objects = case.row.example[self.config.annotations_column]
-            try:
-                boxes = annotated(objects, case.image.size, self.config.categories)
-            except InputError as error:
-                case.reject("unusable input", str(error))
-                continue
-            counts[at] = len(boxes)
-            case.choices = choices(match(boxes, listed), listed, case.image.size, self.config)
-        return counts
-
-    def _detected(self, cases: Sequence[Case], named: Sequence[list[Candidate]]) -> list[int]:
-        """Look for the candidates, and where none is found a second time, for the fallback labels."""
-        counts = [0] * len(cases)
-        for second in (False, True):
-            todo = [at for at, case in enumerate(cases) if not case.choices]
-            labels = [self.config.fallback_labels if second else [c.text for c in named[at]] for at in todo]
-            images = [cases[at].image for at in todo]
-            found = self.detector.detect(images, labels, batch_size=self.config.batch_size)
-            for at, detections in zip(todo, found):
-                counts[at] += len(detections)
-                listed = [] if second else named[at]
-                cases[at].choices = choices(detections, listed, cases[at].image.size, self.config)
-        return counts
+    def _detect(self, cases: Sequence[Case], named: Sequence[list[Candidate]] | None, counts: list[int]) -> None:
+        """Look for each case's candidates (None: the fallback labels) where nothing has been found yet."""
+        todo = [at for at, case in enumerate(cases) if not case.choices]
+        looked_for = [named[at] if named else [] for at in todo]
+        labels = [[c.text for c in listed] if named else self.config.fallback_labels for listed in looked_for]
+        images = [cases[at].image for at in todo]
+        results = self.detector.detect(images, labels, batch_size=self.config.batch_size)
+        for at, listed, detections in zip(todo, looked_for, results):
+            counts[at] += len(detections)
+            cases[at].choices = choices(detections, listed, cases[at].image.size, self.config)
 
 
 def question_text(prompt: list[dict] | str) -> str:

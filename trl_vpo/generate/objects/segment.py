@@ -7,6 +7,7 @@ box that is nearest to the image's border, and what is around the object stays.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,11 +20,11 @@ KINDS = ("sam2", "sam2_video")  # the published checkpoints are of the second ty
 
 
 class Segmenter:
-    """SAM 2, such as facebook/sam2.1-hiera-tiny, and its processor. Arguments and errors as of `load_model`."""
+    """SAM 2, such as facebook/sam2.1-hiera-tiny; options and errors are those of `load_model`."""
 
-    def __init__(self, name: str, *, revision: str = "main", device: str | None = None, dtype: str = "float32"):
-        classes = "Sam2Processor", "Sam2Model"
-        _, self.processor, self.model = load_model(name, classes, KINDS, "mask model", revision, device, dtype)
+    def __init__(self, name: str, **options: Any):
+        loaded = load_model(name, "Sam2Processor", "Sam2Model", KINDS, "mask model", **options)
+        _, self.processor, self.model = loaded
 
     def masks(self, images: Sequence[Image.Image], boxes: Sequence[Box]) -> list[np.ndarray]:
         """Return the object in each box: (H, W) bool, True only inside of the box; all False where there is none."""
@@ -43,22 +44,13 @@ class Segmenter:
         return masks
 
 
-def mask_box(mask: np.ndarray) -> Box:
-    """Return the smallest box around the True pixels of a mask (H, W) that has some."""
-    ys, xs = np.nonzero(mask)
-    return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
-
-
 def masked_by(image: Image.Image, mask: np.ndarray, n: int, *, visual_prompt: bool = True) -> list[Image.Image]:
     """Do as `trl_vpo.media.masking.masked_image_list` with the mask's box, but black only the mask's pixels.
 
-    Args:
-        image: RGB.
-        mask: (H, W) bool, at least one pixel True.
-        n: images, from fully visible to fully masked.
-        visual_prompt: draw the same red ellipses.
+    The image is RGB; the mask is (H, W) bool, with at least one pixel True.
     """
-    box = mask_box(mask)
+    ys, xs = np.nonzero(mask)
+    box = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
     plain = masked_image_list(image, box, n, visual_prompt=False)
     drawn = masked_image_list(image, box, n, visual_prompt=visual_prompt)
     items = [plain[0]]
