@@ -12,95 +12,79 @@ SIZE = (100, 50)  # width, height
 DOG, CAT, BALL = Candidate("dog", "first sentence"), Candidate("cat", "question"), Candidate("ball", "rest")
 
 
-def rules(**changes):
-    return SimpleNamespace(
-        **{"box_threshold": 0.3, "min_box_area": 0.01, "max_box_area": 0.9, "instances": "best"} | changes
-    )
+RULES = {"box_threshold": 0.3, "min_box_area": 0.01, "max_box_area": 0.9, "instances": "best"}
 
 
-def chosen(detections, candidates=(DOG, CAT, BALL), **changes):
-    found = choices(detections, candidates, SIZE, rules(**changes))
-    return [(choice.label, choice.box, choice.where, choice.instances) for choice in found]
+def chosen(detections, candidates=(DOG, CAT, BALL), **rules):
+    """(label, box, where, instances) of the choices among (label, box, score)."""
+    detections = [Detection(*detection) for detection in detections]
+    result = choices(detections, candidates, SIZE, SimpleNamespace(**RULES | rules))
+    return [(choice.label, choice.box, choice.where, choice.instances) for choice in result]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------
 
 
-def test_the_first_candidate_with_a_detection_comes_first():
-    found = [Detection("ball", (0, 0, 10, 10), 0.9), Detection("cat", (20, 20, 40, 40), 0.4)]
-    assert chosen(found) == [
-        ("cat", (20, 20, 40, 40), "question", 1),
-        ("ball", (0, 0, 10, 10), "rest", 1),
-    ]
-    assert choices(found, [DOG, CAT, BALL], SIZE, rules())[0].score == 0.4
+def test_candidates_come_in_their_order():
+    boxes = [("ball", (0, 0, 10, 10), 0.9), ("cat", (20, 20, 40, 40), 0.4)]
+    assert chosen(boxes) == [("cat", (20, 20, 40, 40), "question", 1), ("ball", (0, 0, 10, 10), "rest", 1)]
 
 
 def test_the_best_of_several_boxes_is_taken_others_counted():
-    found = [
-        Detection("dog", (0, 0, 20, 20), 0.5),
-        Detection("dog", (60, 10, 90, 40), 0.8),
-        Detection("dog", (61, 10, 91, 40), 0.7),  # the same dog again: overlap 29/31
-        Detection("dog", (30, 0, 50, 20), 0.2),  # below the threshold
+    boxes = [
+        ("dog", (0, 0, 20, 20), 0.5),
+        ("dog", (60, 10, 90, 40), 0.8),
+        ("dog", (61, 10, 91, 40), 0.7),  # the same dog again: overlap 29/31
+        ("dog", (30, 0, 50, 20), 0.2),  # below the threshold
     ]
-    assert chosen(found) == [("dog", (60, 10, 90, 40), "first sentence", 2)]
+    assert chosen(boxes) == [("dog", (60, 10, 90, 40), "first sentence", 2)]
 
 
 def test_a_union_hides_all_instances():
-    found = [
-        Detection("dog", (0, 5, 20, 20), 0.5),
-        Detection("dog", (60, 10, 90, 40), 0.8),
-        Detection("dog", (61, 10, 91, 41), 0.7),  # shows the second dog again, so its edges do not count
-        Detection("cat", (0, 0, 10, 10), 0.9),
-    ]
-    assert chosen(found, instances="union")[0] == ("dog", (0, 5, 90, 40), "first sentence", 2)
-    # a union of nearly the whole image is none
-    found[0] = Detection("dog", (0, 0, 20, 50), 0.5)
-    found[1] = Detection("dog", (60, 0, 100, 50), 0.8)
-    assert chosen(found, instances="union")[0][0] == "cat"
+    cat = ("cat", (0, 0, 10, 10), 0.9)
+    again = ("dog", (61, 10, 91, 41), 0.7)  # shows the second dog again, so its edges do not count
+    boxes = [("dog", (0, 5, 20, 20), 0.5), ("dog", (60, 10, 90, 40), 0.8), again, cat]
+    assert chosen(boxes, instances="union")[0] == ("dog", (0, 5, 90, 40), "first sentence", 2)
+    whole_image = [("dog", (0, 0, 20, 50), 0.5), ("dog", (60, 0, 100, 50), 0.8), cat]
+    assert chosen(whole_image, instances="union")[0][0] == "cat"
 
 
 @pytest.mark.parametrize(
-    "box",
+    ("box", "fits"),
     [
-        (10, 10, 10, 40),  # no width
-        (10, 10, 40, 10),  # no height
-        (0, 0, 7, 7),  # 49 of 5000 pixels, below 1 %
-        (0, 0, 100, 46),  # 92 %
+        ((10, 10, 10, 40), False),  # no width
+        ((10, 10, 40, 10), False),  # no height
+        ((0, 0, 7, 7), False),  # 49 of 5000 pixels, below 1 %
+        ((0, 0, 100, 46), False),  # 92 %
+        ((0, 0, 10, 5), True),  # 1 %
+        ((0, 0, 90, 50), True),  # 90 %
     ],
 )
-def test_boxes_that_cannot_be_critical_are_passed_over(box):
-    assert chosen([Detection("dog", box, 0.9), Detection("cat", (0, 0, 10, 10), 0.4)])[0][0] == "cat"
-    assert chosen([Detection("dog", box, 0.9)]) == []
-
-
-def test_limits_of_the_area_are_included():
-    assert chosen([Detection("dog", (0, 0, 10, 5), 0.9)]) == [("dog", (0, 0, 10, 5), "first sentence", 1)]  # 1 %
-    assert chosen([Detection("dog", (0, 0, 90, 50), 0.9)]) == [("dog", (0, 0, 90, 50), "first sentence", 1)]  # 90 %
-    assert chosen([Detection("dog", (0, 0, 0, 0), 0.9)], min_box_area=0.0) == []
+def test_boxes_that_cannot_be_critical_are_passed_over(box, fits):
+    dog, cat = ("dog", box, 0.9), ("cat", (0, 0, 10, 10), 0.4)
+    assert chosen([dog, cat])[0][0] == ("dog" if fits else "cat")
+    assert chosen([dog]) == ([("dog", box, "first sentence", 1)] if fits else [])
+    assert chosen([("dog", (0, 0, 0, 0), 0.9)], min_box_area=0.0) == []
 
 
 def test_any_detection_only_where_no_candidate_is_found():
-    found = [Detection("tree", (0, 0, 20, 20), 0.5), Detection("car", (30, 0, 60, 20), 0.7)]
-    assert chosen(found) == [("car", (30, 0, 60, 20), "any", 1), ("tree", (0, 0, 20, 20), "any", 1)]
-    assert chosen([*found, Detection("ball", (0, 0, 10, 10), 0.3)]) == [("ball", (0, 0, 10, 10), "rest", 1)]
+    boxes = [("tree", (0, 0, 20, 20), 0.5), ("car", (30, 0, 60, 20), 0.7)]
+    assert chosen(boxes) == [("car", (30, 0, 60, 20), "any", 1), ("tree", (0, 0, 20, 20), "any", 1)]
+    assert chosen([*boxes, ("ball", (0, 0, 10, 10), 0.3)]) == [("ball", (0, 0, 10, 10), "rest", 1)]
     # a candidate whose only box is too small is not "any" either
-    assert chosen([Detection("dog", (0, 0, 2, 2), 0.9)]) == []
+    assert chosen([("dog", (0, 0, 2, 2), 0.9)]) == []
 
 
 def test_annotations_have_no_score_and_the_largest_counts():
-    found = [Detection("dog", (0, 0, 10, 10)), Detection("dog", (50, 0, 80, 30)), Detection("tree", (0, 20, 40, 50))]
-    assert chosen(found) == [("dog", (50, 0, 80, 30), "first sentence", 2)]
-    assert [c[0] for c in chosen([*found, Detection("car", (0, 0, 60, 40))], [])] == ["car", "tree", "dog"]
+    boxes = [("dog", (0, 0, 10, 10)), ("dog", (50, 0, 80, 30)), ("tree", (0, 20, 40, 50))]
+    assert chosen(boxes) == [("dog", (50, 0, 80, 30), "first sentence", 2)]
+    assert [c[0] for c in chosen([*boxes, ("car", (0, 0, 60, 40))], [])] == ["car", "tree", "dog"]
 
 
 def test_the_order_of_detections_does_not_matter():
-    found = [
-        Detection("dog", (0, 0, 20, 20), 0.5),
-        Detection("dog", (40, 0, 60, 20), 0.5),
-        Detection("x", (0, 0, 9, 9), 0.5),
-    ]
-    assert chosen(found) == chosen(found[::-1])
-    assert chosen(found, []) == chosen(found[::-1], [])
+    boxes = [("dog", (0, 0, 20, 20), 0.5), ("dog", (40, 0, 60, 20), 0.5), ("x", (0, 0, 9, 9), 0.5)]
+    for candidates in ([DOG, CAT, BALL], []):
+        assert chosen(boxes, candidates) == chosen(boxes[::-1], candidates)
 
 
 def test_boxes_are_clipped_and_rounded_outwards():
@@ -136,12 +120,9 @@ def test_known_boxes(form):
     assert annotated(FORMS[form], SIZE, ["tennis racket", "dog"]) == EXPECTED
 
 
-def test_a_box_with_several_names_counts_under_each():
-    found = annotated([{"x": 0, "y": 0, "w": 9, "h": 9, "names": ["man", "guy"]}], SIZE)
-    assert [detection.label for detection in found] == ["man", "guy"]
-
-
-def test_boxes_that_reach_out_a_little_are_clipped():
+def test_several_names_and_boxes_that_reach_out_a_little():
+    objects = [{"x": 0, "y": 0, "w": 9, "h": 9, "names": ["man", "guy"]}]
+    assert [detection.label for detection in annotated(objects, SIZE)] == ["man", "guy"]
     assert annotated([{"label": "dog", "box": [-1.5, 0, 101, 51]}], SIZE)[0].box == (0, 0, 100, 50)
     assert annotated({"bbox": [], "category": []}, SIZE) == []
 
@@ -169,55 +150,32 @@ def test_annotations_that_are_wrong(objects, message):
     assert message in str(error.value)
 
 
-def matched(label, text):
-    found = match([Detection(label, (0, 0, 9, 9))], [Candidate(text, "rest")])
-    return [detection.label for detection in found] == [text] and label != text
-
-
 @pytest.mark.parametrize(
-    ("label", "text"),
+    ("label", "text", "same"),
     [
-        ("dining table", "table"),
-        ("dog", "small brown dog"),
-        ("red square", "square"),
-        ("person", "young man"),
-        ("person", "girl"),
-        ("cell phone", "smartphone"),
-        ("wine glass", "wine glasses"),
-        ("couch", "gray sofa"),
+        ("dining table", "table", True),
+        ("dog", "small brown dog", True),
+        ("red square", "square", True),
+        ("person", "young man", True),
+        ("person", "girl", True),
+        ("cell phone", "smartphone", True),
+        ("wine glass", "wine glasses", True),
+        ("couch", "gray sofa", True),
+        ("red square", "blue square", False),
+        ("woman", "man", False),
+        ("dining table", "coffee table", False),
+        ("table", "table cloth", False),
+        ("cat", "wildcat", False),
+        ("cat", "dog", False),
     ],
 )
-def test_labels_that_mean_a_candidate(label, text):
-    assert matched(label, text)
-
-
-@pytest.mark.parametrize(
-    ("label", "text"),
-    [
-        ("red square", "blue square"),
-        ("woman", "man"),
-        ("dining table", "coffee table"),
-        ("table", "table cloth"),
-        ("cat", "wildcat"),
-        ("cat", "dog"),
-    ],
-)
-def test_labels_that_do_not(label, text):
-    assert not matched(label, text)
+def test_labels_that_mean_a_candidate(label, text, same):
+    (detection,) = match([Detection(label, (0, 0, 9, 9))], [Candidate(text, "rest")])
+    assert detection.label == (text if same else label)
 
 
 def test_the_same_name_comes_before_one_within_the_other():
-    found = match(
-        [Detection("dog", (0, 0, 9, 9)), Detection("brown dog", (9, 9, 20, 20)), Detection("tree", (0, 0, 5, 5))],
-        [Candidate("brown dog", "question"), Candidate("dog", "rest"), Candidate("sky", "rest")],
-    )
-    assert found == [
-        Detection("brown dog", (9, 9, 20, 20)),
-        Detection("dog", (0, 0, 9, 9)),
-        Detection("tree", (0, 0, 5, 5)),
-    ]
-
-
-def test_one_box_can_be_what_two_candidates_mean():
-    found = match([Detection("dog", (0, 0, 9, 9))], [Candidate("brown dog", "question"), Candidate("dog", "rest")])
-    assert [detection.label for detection in found] == ["brown dog", "dog"]
+    brown, dog, tree = (Detection(name, (0, 0, 9, 9)) for name in ("brown dog", "dog", "tree"))
+    candidates = [Candidate(name, "rest") for name in ("brown dog", "dog", "sky")]
+    assert match([dog, brown, tree], candidates) == [brown, dog, tree]
+    assert match([dog], candidates) == [brown, dog]  # one box can be what two candidates mean

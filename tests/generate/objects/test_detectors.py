@@ -39,8 +39,7 @@ def images():
 @pytest.mark.parametrize("kind", KINDS)
 def test_boxes_lie_in_the_image_and_labels_are_the_names(kind, detectors, images):
     names = [["red square", "Dog"], ["tree"], ["cat", "blue ball", "dog"]]
-    found = detectors[kind].detect(images, names)
-    for image, asked, detections in zip(images, names, found, strict=True):
+    for image, asked, detections in zip(images, names, detectors[kind].detect(images, names), strict=True):
         assert {detection.label for detection in detections} == set(asked)
         assert [d.score for d in detections] == sorted((d.score for d in detections), reverse=True)
         for d in detections:
@@ -64,15 +63,15 @@ def test_scores_boxes_and_names_are_those_of_the_processor(kind, detectors, imag
     )
     expected = {}  # box: (score, names)
     for box, score, label in zip(theirs["boxes"], theirs["scores"], theirs["text_labels"]):
-        if found := set(label.replace(".", " ").split()) & set(names):
-            expected[clip_box(box.tolist(), image.size)] = (score.item(), found)
+        if reached := set(label.replace(".", " ").split()) & set(names):
+            expected[clip_box(box.tolist(), image.size)] = (score.item(), reached)
     ours = {}
     for d in detector.detect([image], [names])[0]:  # best first
-        score, found = ours.setdefault(d.box, (d.score, set()))
-        if not (owl and found):  # its processor gives the best name only
-            found.add(d.label)
-    assert len(expected) > 3 and len({frozenset(found) for _, found in expected.values()}) > 1
-    assert {box: found for box, (_, found) in ours.items()} == {box: found for box, (_, found) in expected.items()}
+        _, reached = ours.setdefault(d.box, (d.score, set()))
+        if not (owl and reached):  # its processor gives the best name only
+            reached.add(d.label)
+    assert len(expected) > 3 and len({frozenset(reached) for _, reached in expected.values()}) > 1
+    assert {box: reached for box, (_, reached) in ours.items()} == {box: names for box, (_, names) in expected.items()}
     equal = [ours[box][0] == pytest.approx(score, abs=1e-5) for box, (score, _) in expected.items()]
     if owl:
         assert all(equal)
@@ -93,8 +92,7 @@ def test_neighbours_in_the_batch_change_nothing(kind, detectors, images):
 def test_more_names_than_one_text_holds(folders, images):
     detector = Detector(folders["grounding-dino"], device="cpu", threshold=0.0)
     names = [f"{a}bcde{b}" for a in "abcd" for b in "wxyz"]  # 16 names of 7 tokens with the full stop; 64 fit
-    (found,) = detector.detect([images[0]], [names])
-    assert {d.label for d in found} == set(names)
+    assert {d.label for d in detector.detect([images[0]], [names])[0]} == set(names)
     with pytest.raises(GenerateError, match="80 tokens"):
         detector.detect([images[0]], [["x" * 79]])
 
@@ -107,34 +105,26 @@ def test_full_stops_and_capitals_in_names(folders, images):
     assert [(d.box, d.score) for d in odd if d.label != "cat"] == [(d.box, d.score) for d in plain if d.label != "cat"]
 
 
-@pytest.mark.parametrize("kind", ["grounding-dino", "owlv2"])
-def test_no_names_no_detections(kind, detectors, images):
-    found = detectors[kind].detect(images[:2], [[], ["dog"]])
-    assert found[0] == [] and found[1]
-    assert detectors[kind].detect([], []) == []
-
-
-@pytest.mark.parametrize(
-    ("kind", "threshold"), [("grounding-dino", 0.35), ("mm-grounding-dino", 0.35), ("owlv2", 0.2)]
-)
-def test_thresholds_by_kind(kind, threshold, folders):
+@pytest.mark.parametrize(("kind", "threshold"), [*zip(KINDS, (0.35, 0.35, 0.2))])
+def test_no_names_no_detections(kind, threshold, folders, detectors, images):
+    nothing, dogs = detectors[kind].detect(images[:2], [[], ["dog"]])
+    assert nothing == [] and dogs and detectors[kind].detect([], []) == []
     assert Detector(folders[kind], device="cpu").threshold == threshold
-    assert Detector(folders[kind], device="cpu", threshold=0.0).threshold == 0.0
 
 
 def test_half_precision(folders, images):
     detector = Detector(folders["owlv2"], device="cpu", dtype="bfloat16", threshold=0.0)
     assert detector.model.dtype == torch.bfloat16
-    (found,) = detector.detect([images[0]], [["dog"]])
-    assert len(found) == 16  # one for each patch of the image
+    assert len(detector.detect([images[0]], [["dog"]])[0]) == 16  # one for each patch of the image
 
 
 def test_detectors_that_cannot_be_used(folders, images, tmp_path):
     with pytest.raises(GenerateError, match="nowhere cannot be loaded"):
         Detector(str(tmp_path / "nowhere"))
     transformers.SwinConfig().save_pretrained(tmp_path / "swin")
-    with pytest.raises(GenerateError, match="of type 'swin'; it must be one of grounding-dino"):
-        Detector(str(tmp_path / "swin"))
+    for loader, kind in ((Detector, "grounding-dino"), (Segmenter, "sam2")):
+        with pytest.raises(GenerateError, match=f"of type 'swin'; it must be one of {kind}"):
+            loader(str(tmp_path / "swin"))
     broken = Detector(folders["owlv2"], device="cpu")
     with torch.no_grad():
         broken.model.class_head.dense0.weight.fill_(float("nan"))

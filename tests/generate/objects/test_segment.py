@@ -2,11 +2,9 @@
 
 import numpy as np
 import pytest
-import transformers
 from detector_models import save
 from PIL import Image
 
-from trl_vpo.errors import GenerateError
 from trl_vpo.generate.objects.segment import Segmenter, masked_by
 from trl_vpo.media.masking import masked_image_list
 
@@ -33,14 +31,6 @@ def test_masks_of_a_real_model(image, tmp_path):
         assert not outside.any()
     (alone,) = segmenter.masks([image], boxes[1:2])
     assert (alone == masks[1]).all()
-
-
-def test_no_sam(tmp_path):
-    with pytest.raises(GenerateError, match="cannot be loaded"):
-        Segmenter(str(tmp_path / "nowhere"))
-    transformers.SwinConfig().save_pretrained(tmp_path)
-    with pytest.raises(GenerateError, match="of type 'swin'"):
-        Segmenter(str(tmp_path))
 
 
 def test_only_the_mask_turns_black_and_ever_more_of_it(image):
