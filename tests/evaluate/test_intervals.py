@@ -7,25 +7,29 @@ import pytest
 
 from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
 
-
-def test_a_mean_of_two_clusters_is_exact():
-    # Clusters: a sums to 3 over two rows, b to 0 over one. The draws are aa, ab, ba, bb: 1.5, 1, 1, 0.
-    interval = clustered_bootstrap([1.0, 2.0, 0.0], ["a", "a", "b"], level=0.98)
-    assert interval == (1.0, 0.0, 1.5)
-    assert (interval.value, interval.low, interval.high) == (1.0, 0.0, 1.5)
+RATIOS = [(1, 4), (2, 2)]
 
 
-def test_a_ratio_is_a_ratio_of_sums():
-    # 1/4 and 2/2; together 3/6, which is not their mean. Draws: 2/8, 3/6, 4/4.
-    rows = [(1, 4), (2, 2)]
-    assert clustered_bootstrap(rows, ["a", "b"], level=0.98) == (0.5, 0.25, 1.0)
-    # Rows with a denominator of 0 change nothing but the draws.
-    assert clustered_bootstrap([*rows, (0, 0)], ["a", "b", "a"], level=0.98) == (0.5, 0.25, 1.0)
-
-
-def test_draws_without_a_denominator_are_left_out():
-    interval = clustered_bootstrap([(1, 2), (0, 0)], ["a", "b"])
-    assert interval == (0.5, 0.5, 0.5)
+@pytest.mark.parametrize(
+    ("values", "clusters", "expected"),
+    [
+        # Clusters: a sums to 3 over two rows, b to 0 over one. The draws are aa, ab, ba, bb: 1.5, 1, 1, 0.
+        ([1.0, 2.0, 0.0], "aab", (1.0, 0.0, 1.5)),
+        # 1/4 and 2/2; together 3/6, which is not their mean. Draws: 2/8, 3/6, 4/4.
+        (RATIOS, "ab", (0.5, 0.25, 1.0)),
+        # Rows with a denominator of 0 change nothing but the draws; draws without any are left out.
+        ([*RATIOS, (0, 0)], "aba", (0.5, 0.25, 1.0)),
+        ([(1, 2), (0, 0)], "ab", (0.5, 0.5, 0.5)),
+        ([True] * 6, "aabbcc", (1.0, 1.0, 1.0)),
+        # One cluster says nothing of others; no rows, or no denominators, say nothing.
+        ([1.0, 2.0], "aa", (1.5, math.nan, math.nan)),
+        ([], "", (math.nan,) * 3),
+        ([(1, 0), (2, 0)], "ab", (math.nan,) * 3),
+    ],
+)
+def test_exact_cases(values, clusters, expected):
+    interval = clustered_bootstrap(values, list(clusters), level=0.98)
+    assert (interval.value, interval.low, interval.high) == pytest.approx(expected, nan_ok=True)
 
 
 def test_percentile_limits_follow_the_level():
@@ -34,20 +38,6 @@ def test_percentile_limits_follow_the_level():
     assert wide.low < narrow.low < 0.5 < narrow.high < wide.high
     # Mean of 40 fair draws: standard error 0.5 / sqrt(40).
     assert wide.high - wide.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), abs=0.04)
-
-
-def test_rows_of_one_value_give_no_width():
-    assert clustered_bootstrap([True] * 6, "aabbcc") == (1.0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("values", "clusters", "value"),
-    [([1.0, 2.0], ["a", "a"], 1.5), ([], [], math.nan), ([(1, 0), (2, 0)], "ab", math.nan)],
-)
-def test_undefined_limits(values, clusters, value):
-    interval = clustered_bootstrap(values, clusters)
-    assert interval.value == pytest.approx(value, nan_ok=True)
-    assert math.isnan(interval.low) and math.isnan(interval.high)
 
 
 def simulate(random, clusters=40, rows=8, between=1.0, within=0.3):
@@ -92,27 +82,18 @@ def test_paired_difference_uses_the_pairs():
     paired = paired_difference(first, second, clusters)
     assert paired == pytest.approx(clustered_bootstrap(second - first, clusters), abs=1e-12)
     assert 0.08 < paired.low < 0.1 < paired.high < 0.12
-    assert paired.high - paired.low < 0.1 * np.ptp(clustered_bootstrap(first, clusters)[1:])
+    # Ratios: 1/2 and 1/2; 2/2 and 0/6. Draws aa, ab, bb: 1 - 1/2, 2/8 - 2/4, 0 - 1/2.
+    ratios = paired_difference([(1, 2), (1, 2)], [(2, 2), (0, 6)], ["a", "b"], level=0.98)
+    assert ratios == (-0.25, -0.5, 0.5)
 
 
-def test_paired_difference_of_ratios():
-    # First: 1/2 and 1/2; second: 2/2 and 0/6. Draws aa, ab, bb: 1 - 1/2, 2/8 - 2/4, 0 - 1/2.
-    assert paired_difference([(1, 2), (1, 2)], [(2, 2), (0, 6)], ["a", "b"], level=0.98) == (-0.25, -0.5, 0.5)
-
-
-def test_the_seed_fixes_the_draws():
+def test_the_seed_fixes_the_draws(monkeypatch):
     values, clusters = simulate(np.random.default_rng(3))
-    assert clustered_bootstrap(values, clusters) == clustered_bootstrap(values, clusters)
-    assert clustered_bootstrap(values, clusters, seed=1) != clustered_bootstrap(values, clusters)
-    renamed = [f"video {cluster}" for cluster in clusters]
-    assert clustered_bootstrap(values, renamed) == clustered_bootstrap(values, clusters)
-
-
-def test_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
-    values, clusters = simulate(np.random.default_rng(4))
-    whole = clustered_bootstrap(values, clusters)
-    monkeypatch.setattr("trl_vpo.evaluate.intervals._DRAWS_AT_ONCE", 40 * 7)
-    assert clustered_bootstrap(values, clusters) == whole
+    first = clustered_bootstrap(values, clusters)
+    assert first == clustered_bootstrap(values, clusters) != clustered_bootstrap(values, clusters, seed=1)
+    assert first == clustered_bootstrap(values, [f"video {cluster}" for cluster in clusters])
+    monkeypatch.setattr("trl_vpo.evaluate.intervals._DRAWS_AT_ONCE", 40 * 7)  # what fits in memory plays no part
+    assert first == clustered_bootstrap(values, clusters)
 
 
 @pytest.mark.parametrize(

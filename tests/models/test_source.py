@@ -73,15 +73,18 @@ def test_a_folder_that_is_no_whole_model(case, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "merged").exists()
 
 
-def test_names_that_are_no_folder():
-    with pytest.raises(SourceError, match="the folder outputs/rrpo/last does not exist"):
-        check_model("outputs/rrpo/last")
-    with pytest.raises(SourceError, match="~ is not expanded"):
-        check_model("~/models/base")
-    with pytest.raises(SourceError, match=r"is neither a folder .* nor a name on the Hub"):
-        check_model("my model!")
-    with pytest.raises(SourceError, match=r"is an adapter, not a model\. Name its base"):
-        check_model(str(trained("lora").folder))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("outputs/rrpo/last", "the folder outputs/rrpo/last does not exist"),
+        ("~/models/base", "~ is not expanded"),
+        ("my model!", r"is neither a folder .* nor a name on the Hub"),
+        (None, r"is an adapter, not a model\. Name its base"),
+    ],
+)
+def test_names_that_are_no_model(name, message):
+    with pytest.raises(SourceError, match=message):
+        check_model(name or str(trained("lora").folder))
 
 
 @pytest.fixture
@@ -95,14 +98,18 @@ def unreachable(monkeypatch):
     hub_names._ask_hub.cache_clear()
 
 
-def test_a_model_that_is_nowhere_offline(unreachable, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("key", "option"), [("model_name_or_path", ""), ("dataset_name", " --repo-type dataset")], ids=["model", "dataset"]
+)
+def test_what_is_nowhere_offline(key, option, unreachable, tmp_path, capsys):
     began = time.monotonic()
-    recipe, method = recipe_of(tmp_path / "out", model_name_or_path="me/base")
+    recipe, method = recipe_of(tmp_path / "out", **{key: "me/it"})
     assert main(["train", method, "--config", str(recipe)]) == 1
-    said = capsys.readouterr().err
-    assert "the Hub cannot be reached (ConnectError" in said and "`hf download me/base --local-dir FOLDER`" in said
-    assert len(said.splitlines()) == 2
-    assert time.monotonic() - began < 5
+    errors = capsys.readouterr().err
+    assert f"`hf download me/it{option} --local-dir FOLDER`" in errors
+    if key == "model_name_or_path":
+        assert "the Hub cannot be reached (ConnectError" in errors
+        assert len(errors.splitlines()) == 2 and time.monotonic() - began < 5
 
 
 def test_a_cached_model_offline(unreachable, tmp_path, capsys, monkeypatch):
@@ -114,9 +121,3 @@ def test_a_cached_model_offline(unreachable, tmp_path, capsys, monkeypatch):
     assert main(["train", method, "--config", str(recipe)]) == 0
     assert time.monotonic() - began < 20
     assert capsys.readouterr().out.count("the Hub cannot be reached") == 1
-
-
-def test_a_dataset_that_is_nowhere_offline(unreachable, tmp_path, capsys):
-    recipe, method = recipe_of(tmp_path / "out", dataset_name="me/rows")
-    assert main(["train", method, "--config", str(recipe)]) == 1
-    assert "`hf download me/rows --repo-type dataset --local-dir FOLDER`" in capsys.readouterr().err
