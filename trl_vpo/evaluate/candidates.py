@@ -64,32 +64,30 @@ class ModelSet:
         Raises:
             GenerateError: one response behind its prompt does not fit on the device.
         """
+        from trl_vpo.forward.head import lm_head  # imports TRL
+
         names = list(dict.fromkeys([BASE, *self.names] if kl else self.names))
-        single = [Tree(tree.name, tree.trunks, [branch]) for tree in trees for branch in tree.branches]
+        single = {
+            (place, side): Tree(tree.name, tree.trunks, [branch])
+            for place, tree in enumerate(trees)
+            for side, branch in enumerate(tree.branches)
+        }
 
-        def run(places: list[int]) -> list[dict[str, Scored]]:
-            batch = [single[place] for place in places]
-            columns = self._score_batch(batch, names, kl)
-            return [{name: columns[name][i][0] for name in names} for i in range(len(batch))]
+        def run(keys: list) -> list[list[Scored]]:
+            batch, reference, columns = self.model.batch([single[key] for key in keys]), None, []
+            for name in names:
+                with self.use(name):
+                    scores = self.model.score(batch, reference)
+                    if kl and name == BASE:
+                        reference, scores.head = scores, lm_head(self.model.model)
+                columns.append([scored for (scored,) in by_tree(scores, [single[key] for key in keys])])
+            return list(zip(*columns))
 
-        results = self.model.in_batches(dict(enumerate(single)), run)
-        scores: dict[str, list[list[Scored]]] = {}
-        for name in names:
-            values = (results[place][name] for place in range(len(single)))
-            scores[name] = [[next(values) for _ in tree.branches] for tree in trees]
-        return scores
-
-    def _score_batch(self, trees: list[Tree], names: Sequence[str], kl: bool) -> dict[str, list[list[Scored]]]:
-        from trl_vpo.forward.head import lm_head
-
-        batch, reference, columns = self.model.batch(trees), None, {}
-        for name in names:
-            with self.use(name):
-                scores = self.model.score(batch, reference)
-                if kl and name == BASE:
-                    reference, scores.head = scores, lm_head(self.model.model)
-            columns[name] = by_tree(scores, trees)
-        return columns
+        results = self.model.in_batches(single, run)
+        return {
+            name: [[results[place, side][i] for side in range(len(t.branches))] for place, t in enumerate(trees)]
+            for i, name in enumerate(names)
+        }
 
     def ask(self, trees: Sequence[Tree], max_new_tokens: int) -> dict[str, list[Answer]]:
         """Return the greedy answer of each candidate to every prompt.
@@ -99,15 +97,15 @@ class ModelSet:
         """
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
 
-        def run(places: list[int]) -> list[dict[str, Answer]]:
-            batch, columns = [trees[place] for place in places], {}
+        def run(places: list[int]) -> list[tuple[Answer, ...]]:
+            columns = []
             for name in self.names:
                 with self.use(name):
-                    columns[name] = self.model.generate(batch, [0] * len(batch), sampling)
-            return [{name: columns[name][i] for name in self.names} for i in range(len(batch))]
+                    columns.append(self.model.generate([trees[i] for i in places], [0] * len(places), sampling))
+            return list(zip(*columns))
 
         results = self.model.in_batches(dict(enumerate(trees)), run)
-        return {name: [results[place][name] for place in range(len(trees))] for name in self.names}
+        return {name: [results[place][i] for place in range(len(trees))] for i, name in enumerate(self.names)}
 
 
 def load_candidates(adapters: Sequence[str], **options: Any) -> ModelSet:

@@ -68,20 +68,17 @@ def run_probes(
     """
     results: list[Results | RowError] = [{} for _ in rows]
     for name in dict.fromkeys(probe.name for probes in rows for probe in probes):
-        trees: dict[int, Tree] = {}
-        scored = True
-        for place, probes in enumerate(rows):
-            probe = next((probe for probe in probes if probe.name == name), None)
-            if probe is None or isinstance(results[place], RowError):
+        trees: dict[int, Tree] = {}  # by place of the row
+        for place, probe in ((i, probe) for i, probes in enumerate(rows) for probe in probes if probe.name == name):
+            if isinstance(results[place], RowError):
                 continue
             try:
                 trees[place] = encode(probe.row, probe.sides)
-                scored = bool(probe.sides)
             except RowError as error:
                 if not (probe.optional and isinstance(error.__cause__, SeamError)):
                     results[place] = error
         batch = list(trees.values())
-        columns = {} if not batch else score(batch, name == PAIR) if scored else ask(batch)
+        columns = {} if not batch else ask(batch) if name == ANSWER else score(batch, name == PAIR)
         for candidate, values in columns.items():
             for place, value in zip(trees, values, strict=True):
                 results[place].setdefault(candidate, {})[name] = value

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TAIL = 16  # tokens that an opening tag of thoughts and the white space behind it take, at most
-Result = TypeVar("Result")
+Key, Result = TypeVar("Key"), TypeVar("Result")
 
 
 class SeededSampling(LogitsProcessor):
@@ -199,9 +199,9 @@ class LocalModel(AnsweringModel):
             self._scorer = Scorer(self.model, layout="separate", pad_token_id=self._pad)
         return self._scorer.score(self.model, batch, reference)
 
-    def in_batches(self, trees: Mapping[int, Tree], run: Callable[[list[int]], list[Result]]) -> dict[int, Result]:
+    def in_batches(self, trees: Mapping[Key, Tree], run: Callable[[list[Key]], list[Result]]) -> dict[Key, Result]:
         """Return what `run` gives for each tree. It gets the keys of as many as `batch_size` and memory allow."""
-        results: dict[int, Result] = {}
+        results: dict[Key, Result] = {}
         for group in stackable([tree.trunks[0].media for tree in trees.values()]):
             keys = [list(trees)[i] for i in group]
             while keys:
