@@ -1,4 +1,4 @@
-"""Benchmarks: one question each, all contestants in turn in the same run.
+"""Benchmarks: one question each, all candidates in turn in the same run.
 
     python scripts/benchmark.py step --prompt 512,1536,6144
     python scripts/benchmark.py phases --prompt 1536
@@ -9,7 +9,7 @@
     python scripts/benchmark.py memory
 
 Prints a table (medians with minimum and maximum) and, as its last line, one JSON object. Machines are noisy: quote the
-ratios of one run, not the seconds. Memory is measured in a process of its own for each contestant.
+ratios of one run, not the seconds. Memory is measured in a process of its own for each candidate.
 """
 
 import argparse
@@ -41,35 +41,30 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--prompt", type=numbers, default=[512, 1536, 6144], metavar="N,N", help="prompt tokens")
     parser.add_argument("--response", type=int, default=96, help="response tokens")
     parser.add_argument("--batch", type=int, default=1, help="pairs in a batch of `step`")
     parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of `step` and `phases`")
     parser.add_argument("--vocabulary", type=int, default=152_000, help="tokens of `kl`'s vocabulary")
-    parser.add_argument("--tokens", type=numbers, default=[128, 512, 2048], metavar="N,N", help="responses of `kl`")
-    parser.add_argument(
-        "--lists", type=numbers, default=[2, 5, 9], metavar="N,N", help="images of a list, for `lpoi` and `growth`"
-    )
-    parser.add_argument(
-        "--seconds", type=numbers, default=[60, 600], metavar="N,N", help="lengths of `decode`'s clips"
-    )
-    parser.add_argument(
-        "--gops", type=numbers, default=[12, 48, 250], metavar="N,N", help="frames to a keyframe there"
-    )
-    parser.add_argument("--frames", type=numbers, default=[4, 16, 64], metavar="N,N", help="frames of `growth`")
-    parser.add_argument(
-        "--rows", type=numbers, default=[1_000, 10_000, 100_000, 1_000_000], metavar="N,N", help="rows of `growth`"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each contestant, after one warm-up")
+    for name, default, text in (
+        ("prompt", [512, 1536, 6144], "prompt tokens"),
+        ("tokens", [128, 512, 2048], "responses of `kl`"),
+        ("lists", [2, 5, 9], "images of a list, for `lpoi` and `growth`"),
+        ("seconds", [60, 600], "lengths of `decode`'s clips"),
+        ("gops", [12, 48, 250], "frames to a keyframe there"),
+        ("frames", [4, 16, 64], "frames of `growth`"),
+        ("rows", [1_000, 10_000, 100_000, 1_000_000], "rows of `growth`"),
+    ):
+        parser.add_argument(f"--{name}", type=numbers, default=default, metavar="N,N", help=text)
+    parser.add_argument("--repeats", type=int, default=5, help="counted runs of each candidate, after one warm-up")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)  # a memory measurement's own process
+    parser.add_argument("--candidate", help=argparse.SUPPRESS)  # a memory measurement's own process
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     module = importlib.import_module(f"benchmarks.{args.name}")
-    if args.contestant:
+    if args.candidate:
         print(json.dumps(module.measure_memory(args)))
         return
     result = json.dumps({"benchmark": args.name, "rows": module.run(args)})

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+from transformers import video_utils
 
 from benchmarks.common import in_turn, memory_of, peak_mib, show, summary
+from trl_vpo.media.load import VideoOptions, load_video
 
 WIDTH, HEIGHT, FPS, FRAMES = 640, 360, 30, 16
 ENCODED = 60  # seconds; longer clips repeat them
@@ -65,37 +67,33 @@ def repeat_clip(source: Path, target: Path, times: int) -> Path:
 
 
 def ours(path: str, cache: str | None = None) -> np.ndarray:
-    from trl_vpo.media.load import VideoOptions, load_video
-
     return load_video(path, VideoOptions(num_frames=FRAMES), cache=cache).frames
 
 
 def transformers_pyav(path: str) -> np.ndarray:
-    from transformers.video_utils import load_video
+    return video_utils.load_video(path, num_frames=FRAMES, backend="pyav")[0]
 
-    return load_video(path, num_frames=FRAMES, backend="pyav")[0]
+
+def spread(count: int) -> list[int]:
+    return np.linspace(0, count - 1, FRAMES).round().astype(int).tolist()
 
 
 def torchcodec(path: str) -> np.ndarray:
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(path, dimension_order="NHWC")
-    wanted = np.linspace(0, decoder.metadata.num_frames - 1, FRAMES).round().astype(int).tolist()
-    return decoder.get_frames_at(wanted).data.numpy()
+    return decoder.get_frames_at(spread(decoder.metadata.num_frames)).data.numpy()
 
 
 def decord(path: str) -> np.ndarray:
     from decord import VideoReader
 
     reader = VideoReader(path)
-    return reader.get_batch(np.linspace(0, len(reader) - 1, FRAMES).round().astype(int).tolist()).asnumpy()
+    return reader.get_batch(spread(len(reader))).asnumpy()
 
 
 LOADERS = {"ours": ours, "transformers (pyav)": transformers_pyav, "torchcodec": torchcodec, "decord": decord}
-
-
-def loaders() -> dict[str, Callable[[str], np.ndarray]]:
-    return {n: load for n, load in LOADERS.items() if n not in ("torchcodec", "decord") or importlib.util.find_spec(n)}
+MISSING = [name for name in ("decord", "torchcodec") if not importlib.util.find_spec(name)]
 
 
 def checked(load: Callable[[str], np.ndarray], path: str) -> None:
@@ -105,7 +103,7 @@ def checked(load: Callable[[str], np.ndarray], path: str) -> None:
 
 
 def measure_memory(args: Namespace) -> dict:
-    name, path = args.contestant.split(":", 1)
+    name, path = args.candidate.split(":", 1)
     load = LOADERS[name]
     with tempfile.TemporaryDirectory() as folder:  # what the first call of anything takes is not the clip's
         checked(load, str(write_clip(Path(folder) / "short.mp4", 1, 12)))
@@ -114,12 +112,11 @@ def measure_memory(args: Namespace) -> dict:
 
 def run(args: Namespace) -> list[dict]:
     rows = []
-    missing = sorted(set(LOADERS) - set(loaders()))
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for name, path, seconds in _clips(Path(folder), args):
             rows += _at(name, str(path), args, max(1, args.repeats // 2) if seconds > ENCODED else args.repeats)
     show(f"{FRAMES} frames of {WIDTH}x{HEIGHT} h264, {FPS} fps", rows, COLUMNS)
-    for name in missing:
+    for name in MISSING:
         print(f"{name}: not installed")
     return rows
 
@@ -140,10 +137,10 @@ def _clips(folder: Path, args: Namespace):
 
 
 def _at(name: str, path: str, args: Namespace, repeats: int) -> list[dict]:
-    contestants = {method: partial(checked, load, path) for method, load in loaders().items()}
+    candidates = {n: partial(checked, load, path) for n, load in LOADERS.items() if n not in MISSING}
     with tempfile.TemporaryDirectory() as cache:
-        contestants["ours again"] = partial(checked, partial(ours, cache=cache), path)
-        timed = in_turn(contestants, repeats)
+        candidates["ours again"] = partial(checked, partial(ours, cache=cache), path)
+        timed = in_turn(candidates, repeats)
     rows = [{"method": method, "clip": name, **summary(s)} for method, s in timed.items()]
     fastest = min(row["seconds"] for row in rows if row["method"] != "ours again")
     for row in rows:

@@ -1,4 +1,4 @@
-"""What grows with what: a DPO step with a clip's frames in the prompt, an LPOI step with its list, loading with rows.
+"""Growth: of a DPO step with a clip's frames in the prompt, of an LPOI step with its list, of loading with rows.
 
 The first two: our shared layout, 64 tokens for two frames of the clip, 256 for an image of the list. The third: rows
 of text in an Arrow file on disk, shuffled, 50 batches of 4 pairs through the collator. Its `peak MiB` is all that the
@@ -6,6 +6,7 @@ process holds more at its peak, `own MiB` what of it is no mapped file, after th
 all rows before training, without their media, a thousand rows at a time; `own MiB` likewise.
 """
 
+import itertools
 import tempfile
 import time
 from argparse import Namespace
@@ -19,7 +20,9 @@ from torch.utils.data import DataLoader
 from benchmarks import lpoi
 from benchmarks import model as bench_model
 from benchmarks.common import MIB, in_turn, memory_of, peak_mib, show, status_kib, summary
-from benchmarks.step import make_step, settings
+from benchmarks.step import make_trainer, settings
+from trl_vpo import VisualDPOConfig, VisualDPOTrainer
+from trl_vpo.data.check import prepare_dataset
 
 SIDE = 224  # pixels: 8 x 8 = 64 tokens
 BATCHES, PAIRS = 50, 4
@@ -47,40 +50,37 @@ LOADER = {
 
 def make(part: str, size: int, args: Namespace):
     """A step and the number of tokens in its prompt."""
-    if part == "frames":
-        data = bench_model.clip_row(size, args.response, SIDE)
-        step, prompts = make_step("dpo", "shared", data, args.response, args.device)
-        return step, prompts[0]
-    return lpoi.make("shared", size, args)
+    if part == "lists":
+        return lpoi.make("shared", size, args)
+    data = bench_model.clip_row(size, args.response, SIDE)
+    _, step, (prompt,) = make_trainer("dpo", "shared", data, args.response, args.device)
+    return step, prompt
 
 
 def write_rows(folder: str, count: int, response: int) -> None:
     """`count` rows on disk: a few hundred different ones, again and again."""
-    made = bench_model.rows(64, response, images=1, side=28, pairs=200).remove_columns("images")
-    text = lambda row: {"prompt": [{"role": "user", "content": row["prompt"][0]["content"][-1]["text"]}]}  # noqa: E731
-    plain = made.map(text, remove_columns="prompt").data.table.combine_chunks()
-    repeated = pa.concat_tables([plain] * -(-count // 200)).slice(0, count)
-    Dataset(repeated).save_to_disk(folder)
+
+    def text_only(row: dict) -> dict:
+        return {"prompt": [{"role": "user", "content": row["prompt"][0]["content"][-1]["text"]}]}
+
+    rows = bench_model.rows(64, response, images=1, side=28, pairs=200).remove_columns("images")
+    table = rows.map(text_only, remove_columns="prompt").data.table.combine_chunks()
+    Dataset(pa.concat_tables([table] * -(-count // 200)).slice(0, count)).save_to_disk(folder)
 
 
 def loader_numbers(folder: str, args: Namespace) -> dict:
-    import trl_vpo
-    from trl_vpo.data.check import prepare_dataset
-
     processor = bench_model.processor()
-    options = settings(tempfile.mkdtemp(), "cpu") | {"check_media": "off"}
-    config = trl_vpo.VisualDPOConfig(**options)
-    collator = trl_vpo.VisualDPOTrainer.make_collator(processor, config)
+    config = VisualDPOConfig(**settings("cpu") | {"check_media": "off"})
+    collator = VisualDPOTrainer.make_collator(processor, config)
     collator([bench_model.rows(64, args.response, images=1, side=28)[0]])  # what the first call of anything takes
-    taken: list[float] = []
+    seconds: list[float] = []
 
     def batches() -> None:
         loader = DataLoader(load_from_disk(folder), batch_size=PAIRS, shuffle=True, collate_fn=collator)
         begin = time.perf_counter()
-        for number, _ in enumerate(loader, 1):
-            if number == BATCHES:
-                break
-        taken.append(time.perf_counter() - begin)
+        for _ in itertools.islice(loader, BATCHES):
+            pass
+        seconds.append(time.perf_counter() - begin)
 
     before = status_kib("RssAnon")
     numbers = {"peak_mib": peak_mib(batches, "cpu"), "own_mib": (status_kib("RssAnon") - before) / 1024}
@@ -93,20 +93,18 @@ def loader_numbers(folder: str, args: Namespace) -> dict:
     numbers["prepare_peak_mib"] = peak_mib(lambda: prepare_dataset(data, config, **kwargs), "cpu")
     numbers["prepare_seconds_per_1000"] = (time.perf_counter() - begin) / len(data) * 1000
     numbers["prepare_own_mib"] = (status_kib("RssAnon") - before) / 1024
-    return numbers | summary(taken) | {"prepared": len(data)}
+    return numbers | summary(seconds) | {"prepared": len(data)}
 
 
 def measure_memory(args: Namespace) -> dict:
-    part, size = args.contestant.split(":", 1)
+    part, size = args.candidate.split(":", 1)
     if part == "loader":
         return loader_numbers(size, args)
     return {"peak_mib": peak_mib(make(part, int(size), args)[0], args.device)}
 
 
 def run(args: Namespace) -> list[dict]:
-    rows = []
-    for part, sizes in (("frames", args.frames), ("lists", args.lists)):
-        rows += _steps(part, sizes, args)
+    rows = [*_steps("frames", args.frames, args), *_steps("lists", args.lists, args)]
     show(f"our step, {args.device}, {torch.get_num_threads()} threads", rows, COLUMNS)
     loaded = [_loader(size, args) for size in args.rows]
     show("rows on disk", loaded, LOADER)
@@ -114,11 +112,12 @@ def run(args: Namespace) -> list[dict]:
 
 
 def _steps(part: str, sizes: list[int], args: Namespace) -> list[dict]:
-    made = {size: make(part, size, args) for size in sizes}
-    timed = in_turn({str(size): step for size, (step, _) in made.items()}, args.repeats, args.device)
+    steps, prompts = {}, {}
+    for size in sizes:
+        steps[size], prompts[size] = make(part, size, args)
     rows = []
-    for size, (_, prompt) in made.items():
-        row = {"part": part, "size": size, "prompt": prompt, **summary(timed[str(size)])}
+    for size, seconds in in_turn(steps, args.repeats, args.device).items():
+        row = {"part": part, "size": size, "prompt": prompts[size], **summary(seconds)}
         rows.append(row | memory_of(args, f"{part}:{size}"))
         rows[-1]["time_vs_first"] = row["seconds"] / rows[0]["seconds"]
         rows[-1]["memory_vs_first"] = rows[-1]["peak_mib"] / rows[0]["peak_mib"]

@@ -44,24 +44,18 @@ def make(method: str, tokens: int, vocabulary: int, device: str):
 
 
 def measure_memory(args: Namespace) -> dict:
-    method, tokens = args.contestant.split(":")
+    method, tokens = args.candidate.split(":")
     return {"peak_mib": peak_mib(make(method, int(tokens), args.vocabulary, args.device), args.device)}
 
 
 def run(args: Namespace) -> list[dict]:
     rows = []
     for tokens in args.tokens:
-        made = {m: make(m, tokens, args.vocabulary, args.device) for m in ("plain", "chunked")}
-        timed = in_turn(made, args.repeats, args.device)
-        pair = [
-            {
-                "method": m,
-                "response": tokens,
-                **summary(s),
-                **memory_of(args, f"{m}:{tokens}", vocabulary=args.vocabulary),
-            }
-            for m, s in timed.items()
-        ]
+        candidates = {m: make(m, tokens, args.vocabulary, args.device) for m in ("plain", "chunked")}
+        pair = []
+        for method, seconds in in_turn(candidates, args.repeats, args.device).items():
+            memory = memory_of(args, f"{method}:{tokens}", vocabulary=args.vocabulary)
+            pair.append({"method": method, "response": tokens, **summary(seconds), **memory})
         for row in pair:
             row["ratio_vs_plain"] = pair[0]["seconds"] / row["seconds"]
             row["memory_vs_plain"] = row["peak_mib"] / pair[0]["peak_mib"]

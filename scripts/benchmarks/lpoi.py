@@ -8,15 +8,15 @@ the reference. Here it is run by the same model code: those sequences in one sep
 pass of the reference over all rows that came before.
 """
 
-import tempfile
 from argparse import Namespace
 
 import torch
-from peft import LoraConfig
 
 from benchmarks import model as bench_model
 from benchmarks.common import in_turn, memory_of, peak_mib, show, summary
-from benchmarks.step import settings
+from benchmarks.step import build, settings
+from trl_vpo import LPOIConfig, LPOITrainer
+from trl_vpo.losses import lpoi_loss
 
 SCHEMES = ("official", "separate", "shared", "precomputed")
 COLUMNS = {
@@ -32,29 +32,15 @@ COLUMNS = {
 
 
 def make(method: str, images: int, args: Namespace):
-    import trl_vpo
-    from trl_vpo.losses import lpoi_loss
-
-    processor = bench_model.processor()
-    more = settings(tempfile.mkdtemp(), args.device)
-    more["precompute_ref_log_probs"] = method == "precomputed"
+    """(a function that takes one step, the number of tokens in its prompt)."""
+    more = settings(args.device) | {"precompute_ref_log_probs": method == "precomputed"}
     layout = "shared" if method in ("shared", "precomputed") else "separate"
-    trainer = trl_vpo.LPOITrainer(
-        model=bench_model.model(processor),
-        args=trl_vpo.LPOIConfig(**more, num_images=images, layout=layout),
-        train_dataset=bench_model.rows(280, args.response, box=True),
-        processing_class=processor,
-        peft_config=LoraConfig(r=16, target_modules=bench_model.LANGUAGE_MODEL),
-    )
-    trainer.current_gradient_accumulation_steps = 1
-    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainer.accelerator.prepare_model(trainer.model)
-    batch = next(iter(trainer.get_train_dataloader()))
-    prompt = int(batch["trunk_mask"][0].sum())
+    config = LPOIConfig(**more, num_images=images, layout=layout)
+    trainer, policy, batch = build(LPOITrainer, config, bench_model.rows(280, args.response, box=True))
 
     def ours() -> None:
-        trainer.training_step(trainer.model, {k: v for k, v in batch.items() if k != "layouts"}, None)
-        trainer.model.zero_grad(set_to_none=True)
+        trainer.training_step(policy, {k: v for k, v in batch.items() if k != "layouts"}, None)
+        policy.zero_grad(set_to_none=True)
 
     # The list, then the pair again: branches 0, 2 .. N, and 0, 1.
     order = torch.tensor([0, *range(2, images + 1), 0, 1], device=batch["branch_trunk"].device)
@@ -62,32 +48,32 @@ def make(method: str, images: int, args: Namespace):
     doubled |= {"chosen": torch.tensor([images]), "rejected": torch.tensor([images + 1])}
 
     def official() -> None:
-        trainer.model.train()
+        policy.train()
         reference = trainer.reference_scores(dict(doubled))  # outside of a step: keeps no vision features
-        scores = trainer.concatenated_forward(trainer.model, dict(doubled))
+        scores = trainer.concatenated_forward(policy, dict(doubled))
         ratios = scores.sums - reference.sums
         loss = lpoi_loss(ratios[None, :images], ratios[images + 1 :], beta=0.1).losses.mean()
         trainer.accelerator.backward(loss)
-        trainer.model.zero_grad(set_to_none=True)
+        policy.zero_grad(set_to_none=True)
 
-    return (official if method == "official" else ours), prompt
+    return (official if method == "official" else ours), int(batch["trunk_mask"][0].sum())
 
 
 def measure_memory(args: Namespace) -> dict:
-    method, images = args.contestant.split(":")
+    method, images = args.candidate.split(":")
     return {"peak_mib": peak_mib(make(method, int(images), args)[0], args.device)}
 
 
 def run(args: Namespace) -> list[dict]:
     rows = []
     for images in args.lists:
-        made = {m: make(m, images, args) for m in SCHEMES}
-        timed = in_turn({m: step for m, (step, _) in made.items()}, args.repeats, args.device)
-        group = [
-            {"method": m, "images": images, "prompt": made[m][1], "response": args.response, **summary(s)}
-            | memory_of(args, f"{m}:{images}")
-            for m, s in timed.items()
-        ]
+        steps, prompts = {}, {}
+        for method in SCHEMES:
+            steps[method], prompts[method] = make(method, images, args)
+        group = []
+        for method, seconds in in_turn(steps, args.repeats, args.device).items():
+            row = {"method": method, "images": images, "prompt": prompts[method], "response": args.response}
+            group.append(row | summary(seconds) | memory_of(args, f"{method}:{images}"))
         for row in group:
             row["ratio_vs_official"] = group[0]["seconds"] / row["seconds"]
             row["time_vs_official"] = row["seconds"] / group[0]["seconds"]

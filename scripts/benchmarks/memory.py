@@ -183,7 +183,7 @@ def compare(case: Case) -> dict:
 
 def measure_memory(args: Namespace) -> dict:
     """Resident memory of a case: what its model and its steps add, at the peak."""
-    case = next(case for case in CASES if str(case) == args.contestant)
+    case = next(case for case in CASES if str(case) == args.candidate)
     return {"rss_mib": peak_mib(lambda: make_trainer(case).train(), args.device)}
 
 

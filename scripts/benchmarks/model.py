@@ -85,38 +85,35 @@ def rows(
     `images`: that many, of `side` pixels; without it 448-pixel images as many as fit the prompt.
     """
     rng = np.random.default_rng(0)
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    made = []
-    for pair in range(pairs):
-        count = images or (1 if box else max(1, (prompt - 16) // 258))
-        paths = []
-        for i in range(count):
-            paths.append(str(folder / f"{pair}-{i}.png"))
-            Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(paths[-1])
-        words = max(1, prompt - 258 * count - 5)
-        content = [{"type": "image"}] * count + [{"type": "text", "text": _words(rng, words)}]
-        sides = {side: [_answer(rng, response)] for side in ("chosen", "rejected")}
-        made.append({"prompt": [{"role": "user", "content": content}], "images": paths, **sides})
-        if box:
-            made[-1]["critical_box"] = [100, 100, 300, 300]
-    return Dataset.from_list(made)
+    count = images or (1 if box else max(1, (prompt - 16) // 258))
+    table = []
+    for _ in range(pairs):
+        paths = _pictures(rng, count, side)
+        row = _row(rng, [{"type": "image"}] * count, max(1, prompt - 258 * count - 5), response)
+        table.append(row | {"images": paths} | ({"critical_box": [100, 100, 300, 300]} if box else {}))
+    return Dataset.from_list(table)
 
 
 def clip_row(frames: int, response: int, side: int) -> Dataset:
     """One row with a clip of `frames` frames of `side` pixels, kept as images: no codec in the measurement."""
     rng = np.random.default_rng(0)
+    paths = _pictures(rng, frames, side)
+    return Dataset.from_list([_row(rng, [{"type": "video"}], 8, response) | {"videos": [paths]}])
+
+
+def _pictures(rng: np.random.Generator, count: int, side: int) -> list[str]:
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    paths = [str(folder / f"{i:03d}.png") for i in range(frames)]
+    paths = [str(folder / f"{i:03d}.png") for i in range(count)]
     for path in paths:
         Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(path)
-    content = [{"type": "video"}, {"type": "text", "text": _words(rng, 8)}]
-    sides = {name: [_answer(rng, response)] for name in ("chosen", "rejected")}
-    return Dataset.from_list([{"prompt": [{"role": "user", "content": content}], "videos": [paths], **sides}])
+    return paths
 
 
-def _words(rng: np.random.Generator, count: int) -> str:
-    return " ".join(f"w{i}" for i in rng.integers(0, WORDS, count))
+def _row(rng: np.random.Generator, media: list[dict], words: int, response: int) -> dict:
+    row = {"prompt": [{"role": "user", "content": [*media, _text(rng, words)]}]}
+    sides = ("chosen", "rejected")  # and <|im_end|>
+    return row | {side: [{"role": "assistant", "content": [_text(rng, response - 1)]}] for side in sides}
 
 
-def _answer(rng: np.random.Generator, tokens: int) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": _words(rng, tokens - 1)}]}  # and <|im_end|>
+def _text(rng: np.random.Generator, words: int) -> dict:
+    return {"type": "text", "text": " ".join(f"w{i}" for i in rng.integers(0, WORDS, words))}

@@ -1,4 +1,4 @@
-"""Where a training step's time goes: what the ratios between methods rest on.
+"""The parts of a training step's time: the ratios between methods rest on them.
 
 The step of `step`, with a clock around its parts: the vision tower, the reference pass, the policy's forward, and the
 backward, which under gradient checkpointing computes the forward again. `without_reference` is the share that would be
@@ -72,16 +72,15 @@ class Clock:
 
 def measure(step: Callable[[], None], clock: Clock, repeats: int) -> dict[str, float]:
     """Medians over the repeats, after one that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in ("seconds", *PARTS)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("seconds", *PARTS)}
     for repeat in range(repeats + 1):
         clock.seconds = dict.fromkeys(PARTS, 0.0)
         begin = time.perf_counter()
         step()
         whole = time.perf_counter() - begin
-        if repeat:
-            for name, value in {"seconds": whole, **clock.seconds}.items():
-                found[name].append(value)
-    row = summary(found.pop("seconds")) | {name: median(values) for name, values in found.items()}
+        for name, value in {"seconds": whole, **clock.seconds}.items() if repeat else ():
+            seconds[name].append(value)
+    row = summary(seconds.pop("seconds")) | {name: median(values) for name, values in seconds.items()}
     row["rest"] = row["seconds"] - sum(row[part] for part in PARTS)
     return row | {"without_reference": 1 - row["reference"] / row["seconds"]}
 

@@ -9,11 +9,13 @@ import tempfile
 from argparse import Namespace
 
 import torch
+import trl
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 
 from benchmarks import model as bench_model
 from benchmarks.common import in_turn, memory_of, peak_mib, show, summary
+from trl_vpo.training.methods import method_classes
 
 LAYOUTS = ("shared", "separate")
 COLUMNS = {
@@ -31,9 +33,9 @@ COLUMNS = {
 }
 
 
-def settings(folder: str, device: str) -> dict:
+def settings(device: str) -> dict:
     return {
-        "output_dir": folder,
+        "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": 1,
         "max_length": None,
         "gradient_checkpointing": True,
@@ -50,53 +52,43 @@ def make_rows(prompt: int, response: int, batch: int = 1) -> Dataset:
     return concatenate_datasets([bench_model.rows(length, response) for length in lengths])
 
 
-def make_step(method: str, layout: str, data: Dataset, response: int, device: str):
-    """A function that takes one training step on all rows, and the number of prompt tokens of each row."""
-    return make_trainer(method, layout, data, response, device)[1:]
-
-
-def make_trainer(method: str, layout: str, data: Dataset, response: int, device: str):
-    """A trainer, and what `make_step` gives."""
-    import trl
-
-    import trl_vpo
-
+def build(trainer_class: type, args: object, data: Dataset):
+    """(trainer, policy, batch) for single steps on all rows, as `train` would set them up."""
     processor = bench_model.processor()
-    model = bench_model.model(processor)
-    args = settings(tempfile.mkdtemp(), device) | {"per_device_train_batch_size": len(data)}
-    if method == "trl":
-        config, trainer = trl.DPOConfig, trl.DPOTrainer
-    else:
-        name = {"dpo": "VisualDPO", "leanpo": "LeanPO", "rrpo": "RRPO"}[method]
-        config, trainer = getattr(trl_vpo, f"{name}Config"), getattr(trl_vpo, f"{name}Trainer")
-        args |= {"layout": layout, "num_frames": 1024}  # all frames that a clip has
-    made = trainer(
-        model=model,
-        args=config(**args),
+    trainer = trainer_class(
+        model=bench_model.model(processor),
+        args=args,
         train_dataset=data,
         processing_class=processor,
         peft_config=LoraConfig(r=16, target_modules=bench_model.LANGUAGE_MODEL),
     )
-    made.current_gradient_accumulation_steps = 1  # what `train` would set
-    made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = made.accelerator.prepare_model(made.model)
-    batch = next(iter(made.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = trainer.accelerator.prepare_model(trainer.model)
+    return trainer, policy, next(iter(trainer.get_train_dataloader()))
+
+
+def make_trainer(method: str, layout: str, data: Dataset, response: int, device: str):
+    """(trainer, a function that takes one training step on all rows, the number of prompt tokens of each row)."""
+    args = settings(device) | {"per_device_train_batch_size": len(data)}
+    config, trainer_class = (trl.DPOConfig, trl.DPOTrainer) if method == "trl" else method_classes(method)
+    if method != "trl":
+        args |= {"layout": layout, "num_frames": 1024}  # all frames that a clip has
+    trainer, policy, batch = build(trainer_class, config(**args), data)
 
     def step() -> None:
-        inputs = dict(batch)
-        inputs.pop("layouts", None)
-        made.training_step(policy, inputs, None)
+        trainer.training_step(policy, {key: value for key, value in batch.items() if key != "layouts"}, None)
         policy.zero_grad(set_to_none=True)
 
     # TRL's first sequences are the chosen ones.
     tokens = batch["attention_mask"].sum(1)[: len(data)] - response if method == "trl" else batch["trunk_mask"].sum(1)
-    return made, step, tokens.tolist()
+    return trainer, step, tokens.tolist()
 
 
 def measure_memory(args: Namespace) -> dict:
-    method, layout, prompt = args.contestant.split(":")
+    method, layout, prompt = args.candidate.split(":")
     data = make_rows(int(prompt), args.response, args.batch)
-    step, _ = make_step(method, layout, data, args.response, args.device)
+    _, step, _ = make_trainer(method, layout, data, args.response, args.device)
     return {"peak_mib": peak_mib(step, args.device)}
 
 
@@ -109,12 +101,12 @@ def run(args: Namespace) -> list[dict]:
 
 
 def _at(prompt: int, args: Namespace) -> list[dict]:
-    contestants = [("trl", "separate"), *((m, lay) for m in args.method.split(",") for lay in LAYOUTS)]
+    candidates = [("trl", "separate"), *((m, lay) for m in args.method.split(",") for lay in LAYOUTS)]
     data = make_rows(prompt, args.response, args.batch)
-    steps, prompts = {}, None
-    for method, layout in contestants:
-        steps[f"{method}:{layout}:{prompt}"], found = make_step(method, layout, data, args.response, args.device)
-        prompts = prompts or found
+    steps, prompts = {}, []
+    for method, layout in candidates:
+        _, step, tokens = make_trainer(method, layout, data, args.response, args.device)
+        steps[f"{method}:{layout}:{prompt}"], prompts = step, prompts or tokens
     timed = in_turn(steps, args.repeats, args.device)
     ideal = 2 * sum(p + args.response for p in prompts) / sum(p + 2 * args.response for p in prompts)
     sizes = {"prompt": max(prompts), "response": args.response, "batch": args.batch}

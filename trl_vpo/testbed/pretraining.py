@@ -82,7 +82,7 @@ def untrained_model() -> Qwen2VLForConditionalGeneration:
     return model
 
 
-def train_base(seed: int, steps: int, every: int = 200):
+def train_base(seed: int, steps: int):
     """Supervised training from scratch in the world of habits: AdamW, 50 warm-up steps, then a cosine to 5 %."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
@@ -108,7 +108,7 @@ def train_base(seed: int, steps: int, every: int = 200):
         scheduler.step()
         optimizer.zero_grad()
         average = loss.item() if average is None else 0.97 * average + 0.03 * loss.item()
-        if step % every == 0 or step == steps:
+        if step % 200 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {average:.3f}  {time.perf_counter() - began:.0f} s", flush=True)
     model.model.visual._forward_hooks.clear()
     return model.eval(), processor

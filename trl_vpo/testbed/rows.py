@@ -34,12 +34,12 @@ def preference_row(sample: world.Sample, path: Path, rng: np.random.Generator, *
     return row
 
 
-def write_preferences(kind: str, count: int, seed: int, folder: Path, *, habits: bool = False, progress=iter):
+def write_preferences(kind: str, count: int, seed: int, folder: Path, *, progress=iter):
     """Draw `count` samples, write their files below `folder` and return (samples, rows).
 
     `progress` wraps the samples on their way to the disk, for a progress bar.
     """
-    samples = world.draw_samples(kind, count, seed, habits=habits)
+    samples = world.draw_samples(kind, count, seed, habits=False)
     rng = np.random.default_rng([seed, 7])
     written = _write(progress(samples), folder)
     return samples, [preference_row(sample, path, rng, row_id=row_id) for sample, path, row_id in written]

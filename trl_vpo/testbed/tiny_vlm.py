@@ -34,6 +34,7 @@ import torch
 from trl_vpo.testbed import language, world
 
 BASE = Path(__file__).parent / "base"
+BATCH_SIZE = 64
 COUNT, SEED = 200, 1  # samples of each measure, and where they are drawn from
 
 
@@ -77,11 +78,11 @@ def _answer_labels(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def answer(model, processor, samples, questions: list[str], batch_size: int = 64) -> list[str]:
+def answer(model, processor, samples, questions: list[str]) -> list[str]:
     """Answer one question per sample, greedily."""
     answers = []
-    for start in range(0, len(samples), batch_size):
-        chunk = slice(start, start + batch_size)
+    for start in range(0, len(samples), BATCH_SIZE):
+        chunk = slice(start, start + BATCH_SIZE)
         items = [language.Item("asked", question, "") for question in questions[chunk]]
         batch = encode(processor, samples[chunk], items, generate=True)
         generated = model.generate(**batch, max_new_tokens=16, do_sample=False)
