@@ -17,7 +17,7 @@ from trl_vpo.evaluate import measures
 from trl_vpo.evaluate.measures import Measure
 from trl_vpo.evaluate.results import evidence
 from trl_vpo.testbed import language, world
-from trl_vpo.text.chair import ObjectTable, count_objects
+from trl_vpo.text.chair import ObjectTable, read_response
 
 Records = Sequence[Mapping[str, Any]]
 Rows = dict[str, tuple[np.ndarray, list[str]]]  # measure -> its rows, (N,) or (N, 2), and the cluster of each
@@ -113,13 +113,13 @@ def _answers(records: Records, facts: Mapping[str, Mapping[str, Any]]) -> Rows:
     clusters, texts = [record["id"] for record in records], [record["response"] for record in records]
     things = [study_data.things_of(facts[name]) for name in clusters]
     verdicts = [language.check_caption(text, seen) for text, seen in zip(texts, things)]
-    counts, _ = count_objects(texts, [[thing.name for thing in seen] for seen in things], OBJECTS)
+    objects = [read_response(text, [thing.name for thing in seen], OBJECTS) for text, seen in zip(texts, things)]
     rows = {
         "captions/hallucinated": np.array([v.hallucinated for v in verdicts], dtype=float),
         "captions/unparsed": np.array([not v.parsed for v in verdicts], dtype=float),
         "captions/wrong": np.array([v.hallucinated or not v.parsed for v in verdicts], dtype=float),
         "right": np.array([text == facts[name]["answer"] for name, text in zip(clusters, texts)], dtype=float),
-        **measures.chair(counts),
+        **measures.chair(objects),
     }
     return {name: (np.asarray(values, dtype=float), clusters) for name, values in rows.items()}
 

@@ -11,9 +11,8 @@ import pytest
 
 from trl_vpo.evaluate import measures
 from trl_vpo.evaluate.measures import Measure, PairScores, difference, estimate
-from trl_vpo.text.chair import ObjectTable, count_objects
+from trl_vpo.text.chair import ObjectTable, read_response
 from trl_vpo.text.choices import by_logprob
-from trl_vpo.text.yes_no import score_pairs
 
 
 def values(rows, clusters=None):
@@ -102,10 +101,9 @@ def test_lengths():
 
 
 def test_yes_no():
-    basic = ["Yes.", "Yes", "No", "I cannot tell"]
-    hallucinated = ["No.", "Yes", "Yes, yes", "No"]
+    basic, hallucinated = ["yes", "yes", "no", None], ["no", "yes", "yes", "no"]
     # Yes 1, 2, 1, 0 of two; wrong 0, 1, 2, 1, of which "yes" was said twice; one unparsed of eight.
-    assert values(measures.yes_no(score_pairs(basic, hallucinated))) == {
+    assert values(measures.yes_no(basic, hallucinated)) == {
         "yes_no/basic": 2 / 4,
         "yes_no/hallucinated": 2 / 4,
         "yes_no/overall": 1 / 4,
@@ -118,12 +116,12 @@ def test_yes_no():
 
 @pytest.mark.parametrize(("answer", "pct_diff", "fp_ratio"), [("yes", 0.5, 1), ("no", -0.5, 0)])
 def test_yes_no_bias_of_a_model_that_says_one_word(answer, pct_diff, fp_ratio):
-    biased = values(measures.yes_no(score_pairs([answer] * 3, [answer] * 3)))
+    biased = values(measures.yes_no([answer] * 3, [answer] * 3))
     assert (biased["yes_no/pct_diff"], biased["yes_no/fp_ratio"], biased["yes_no/overall"]) == (pct_diff, fp_ratio, 0)
 
 
 def test_no_wrong_answer_has_no_fp_ratio():
-    figures = estimate(measures.yes_no(score_pairs(["yes"], ["no"])), ["video"])["yes_no/fp_ratio"]
+    figures = estimate(measures.yes_no(["yes"], ["no"]), ["video"])["yes_no/fp_ratio"]
     assert math.isnan(figures.value) and figures.n == 0
 
 
@@ -145,8 +143,8 @@ def test_chair():
     table = ObjectTable({"dog": [], "cup": [], "person": ["man"]})
     responses = ["a dog and a dog and a man", "a man", "", "nothing here", "a cup"]
     truths = [["person", "cup"], ["person"], ["dog"], [], ["cup", "dog"]]
-    counts, _ = count_objects(responses, truths, table)
-    figures = estimate(measures.chair(counts), range(5), resamples=10)
+    objects = [read_response(response, truth, table) for response, truth in zip(responses, truths)]
+    figures = estimate(measures.chair(objects), range(5), resamples=10)
     # Mentions 3, 1, 0, 0, 1, of which 2 are false, in one response; 3 of 6 true objects are mentioned.
     assert {name: (measure.value, measure.n) for name, measure in figures.items()} == {
         "chair/i": (2 / 5, 3),
@@ -181,11 +179,11 @@ def test_the_table_names_every_measure():
     named = set(re.findall(r"`([a-z_]+/[a-z_<>]+)`", measures.__doc__))
     rows = measures.preference(MODEL) | measures.movement(MODEL, BASE) | measures.divergence([1.0], [1])
     rows |= measures.sensitivity("<damage>", *np.ones((3, 1))) | measures.visibility([[-1.0, -2.0]])
-    rows |= measures.lengths(["a"], [1]) | measures.yes_no(score_pairs(["yes"], ["no"]))
+    rows |= measures.lengths(["a"], [1]) | measures.yes_no(["yes"], ["no"])
     rows |= measures.choice_letters([True]) | measures.choice_logps([1.0], [1.0])
     for name in ("length", "yes_no", "choice"):
         rows |= measures.cut_off(name, [True])
-    rows |= measures.chair(count_objects(["a"], [[]], ObjectTable({"dog": []}))[0])
+    rows |= measures.chair([read_response("a", [], ObjectTable({"dog": []}))])
     assert named == set(rows)
 
 

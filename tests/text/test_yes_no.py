@@ -1,10 +1,9 @@
-"""Yes/no answers under the three rules, and pairs of questions."""
+"""Yes/no answers under the three rules."""
 
-import numpy as np
 import pytest
 
 from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
-from trl_vpo.text.yes_no import check_yes_no, read_yes_no, score_pairs, yes_or_no
+from trl_vpo.text.yes_no import check_yes_no, read_yes_no, yes_or_no
 
 DOG, LEFT = "Is there a dog in the video?", "Does the square move left?"
 # fmt: off
@@ -130,30 +129,7 @@ def test_parse(response, where_yes, where_no, strict):
 
 
 def test_parse_refuses_what_is_no_text_and_unknown_rules():
-    with pytest.raises(TypeError, match="None is no text"):
+    with pytest.raises(TypeError, match="None is not text"):
         read_yes_no(None)
     with pytest.raises(ValueError, match="rule is 'lax'"):
         read_yes_no("yes", rule="lax")
-
-
-BASIC = ["Yes.", "Yes", "No", "I cannot tell", "Yes, no doubt"]
-HALLUCINATED = ["No.", "Yes", "No", "Yes", "There is no dog, yes"]
-
-
-# both right, answers that are yes, wrong ones, unparsed ones
-PAIRS = {
-    "videohallucer": ([1, 0, 0, 0, 1], [1, 2, 0, 1, 1], [0, 1, 1, 2, 0], [0, 0, 0, 1, 0]),
-    "strict": ([1, 0, 0, 0, 0], [1, 2, 0, 1, 0], [0, 1, 1, 2, 2], [0, 0, 0, 1, 2]),
-}
-
-
-@pytest.mark.parametrize("rule", PAIRS)
-def test_pairs_of_questions(rule):
-    answers = score_pairs(BASIC, HALLUCINATED, rule)
-    np.testing.assert_array_equal(PAIRS[rule], [answers.both_right, answers.yes, answers.wrong, answers.unparsed])
-
-
-def test_pairs_must_be_pairs():
-    with pytest.raises(ValueError, match="1 basic responses but 2"):
-        score_pairs(["yes"], ["no", "no"])
-    assert score_pairs([], []).yes.shape == (0,)

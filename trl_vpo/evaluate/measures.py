@@ -53,8 +53,7 @@ from typing import Any
 import numpy as np
 
 from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
-from trl_vpo.text.chair import ChairCounts
-from trl_vpo.text.yes_no import PairedAnswers
+from trl_vpo.text.chair import ResponseObjects
 
 Rows = dict[str, np.ndarray]
 
@@ -197,22 +196,29 @@ def cut_off(name: str, ended: Any) -> Rows:
     return {f"{name}/cut_off": cut if cut.ndim == 1 else cut.mean(axis=1)}
 
 
-def yes_no(answers: PairedAnswers) -> Rows:
+def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> Rows:
     """VideoHallucer's measures; a row is a pair of questions.
+
+    `basic` and `hallucinated` are what was answered to the two questions of each pair: "yes", "no" or neither. The
+    first is right with yes, the second with no.
 
     Its total is the plain mean over its five kinds of hallucination, which are of equal size: the same as over all
     pairs. The bias figures follow their definitions (HallusionBench, arXiv 2310.14566, Eq. 6 and 7). VideoHallucer's
     `evaluation_bias.py` takes the basic response for the hallucinated question's where that one is wrong, so figures
     published with it can differ.
     """
+    basic_yes, basic_no, false_yes, false_no = (
+        np.array([answer == word for answer in side]) for side in (basic, hallucinated) for word in ("yes", "no")
+    )
+    yes, right = basic_yes.astype(int) + false_yes, basic_yes.astype(int) + false_no  # of two answers
     return {
-        "yes_no/basic": answers.basic_yes,
-        "yes_no/hallucinated": answers.hallucinated_no,
-        "yes_no/overall": answers.both_right,
-        "yes_no/yes_rate": answers.yes / 2,
-        "yes_no/pct_diff": (answers.yes - 1) / 2,
-        "yes_no/fp_ratio": _ratio(answers.hallucinated_yes, answers.wrong),
-        "yes_no/unparsed": answers.unparsed / 2,
+        "yes_no/basic": basic_yes,
+        "yes_no/hallucinated": false_no,
+        "yes_no/overall": basic_yes & false_no,
+        "yes_no/yes_rate": yes / 2,
+        "yes_no/pct_diff": (yes - 1) / 2,
+        "yes_no/fp_ratio": _ratio(false_yes, 2 - right),
+        "yes_no/unparsed": (2 - yes - basic_no - false_no) / 2,
     }
 
 
@@ -227,14 +233,17 @@ def choice_logps(credits: Sequence[float], average: Sequence[float]) -> Rows:
     return {"choice/logp": np.array(credits), "choice/logp_average": np.array(average)}
 
 
-def chair(counts: ChairCounts) -> Rows:
+def chair(responses: Sequence[ResponseObjects]) -> Rows:
     """CHAIR and Cover. Responses that mention nothing, empty ones too, count in `chair/s` and `chair/cover` alone."""
-    false = counts.hallucinated > 0
+    mentioned, hallucinated, covered, truth = (
+        np.array([len(getattr(response, name)) for response in responses])
+        for name in ("mentioned", "hallucinated", "covered", "truth")
+    )
     return {
-        "chair/i": _ratio(counts.hallucinated, counts.mentioned),
-        "chair/s": false,
-        "chair/s_mentioning": _ratio(false, counts.mentioned > 0),
-        "chair/cover": _ratio(counts.covered, counts.truth),
+        "chair/i": _ratio(hallucinated, mentioned),
+        "chair/s": hallucinated > 0,
+        "chair/s_mentioning": _ratio(hallucinated > 0, mentioned > 0),
+        "chair/cover": _ratio(covered, truth),
     }
 
 

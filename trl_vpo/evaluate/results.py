@@ -19,9 +19,9 @@ from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.measures import Measure, Rows
 from trl_vpo.evaluate.rows import TASKS, option_index
 from trl_vpo.runs.outcome import Outcome
-from trl_vpo.text.chair import ObjectTable, count_objects, read_response
+from trl_vpo.text.chair import ObjectTable, read_response
 from trl_vpo.text.choices import by_letter, by_logprob
-from trl_vpo.text.yes_no import read_yes_no, score_pairs
+from trl_vpo.text.yes_no import read_yes_no
 
 BASE = "base"
 Records = Sequence[Mapping[str, Any]]
@@ -49,8 +49,7 @@ class Report:
 
     def _read(self, record: Mapping[str, Any]) -> dict[str, Any]:
         if record["task"] == "yes_no":
-            rule, expected = self._config.yes_no_rule, record["expected"]
-            return {"said": read_yes_no(record["response"], rule=rule, expected=expected).value}
+            return {"said": _said(record, self._config.yes_no_rule)}
         if record["task"] == "choice":
             return {"right": by_letter(record["response"], record["options"], option_index(record))}
         if record["task"] == "chair":
@@ -126,8 +125,8 @@ def evidence(
     if choice:
         kinds["choice"] = _choice(choice), _clusters(choice)
     if chair:
-        counts, _ = count_objects([r["response"] for r in chair], [r["objects"] for r in chair], table)
-        kinds["chair"] = measures.chair(counts), _clusters(chair)
+        objects = [read_response(r["response"], r["objects"], table) for r in chair]
+        kinds["chair"] = measures.chair(objects), _clusters(chair)
     if answers := [r for r in records if r["task"] in ("chair", "preference") and "response" in r]:
         rows = measures.lengths([r["response"] for r in answers], [r["response_tokens"] for r in answers])
         rows |= measures.cut_off("length", [r["response_ended"] for r in answers])
@@ -171,9 +170,12 @@ def _pairs(records: Records) -> dict[str, dict[str, Mapping]]:
     return pairs
 
 
+def _said(record: Mapping[str, Any], rule: str) -> str | None:
+    return read_yes_no(record["response"], rule=rule, expected=record["expected"]).value
+
+
 def _yes_no(pairs: Sequence[tuple[Mapping, Mapping]], rule: str) -> Rows:
-    basic, hallucinated = ([pair[side]["response"] for pair in pairs] for side in (0, 1))
-    rows = measures.yes_no(score_pairs(basic, hallucinated, rule))
+    rows = measures.yes_no(*zip(*([_said(record, rule) for record in pair] for pair in pairs)))
     return rows | measures.cut_off("yes_no", [[record["response_ended"] for record in pair] for pair in pairs])
 
 

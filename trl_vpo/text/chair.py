@@ -4,27 +4,24 @@ Rohrbach et al. 2018, "Object Hallucination in Image Captioning" (arXiv 1809.021
 published code (github.com/LisaAnne/Hallucination, utils/chair.py):
 
 - **Every mention counts**: "a dog and another dog" are two mentions, both wrong if there is no dog. AMBER (arXiv
-  2311.07397; github.com/junyangwang0410/AMBER, inference.py) does the same. Object HalBench (RLHF-V, arXiv 2312.00849;
-  github.com/RLHF-V/RLHF-V, eval/eval_gpt_obj_halbench.py) counts each word once per response, so "man, man, woman" are
-  two mentions of a person: `once=True`.
+  2311.07397; github.com/junyangwang0410/AMBER, inference.py) does the same.
 - CHAIRi = hallucinated mentions / all mentions, summed over the responses before dividing.
 - CHAIRs = responses with a hallucinated object / all responses (Rohrbach et al.; AMBER calls it Hal). Object HalBench
-  divides by the responses that mention any object, `CHAIRs_refine` in its code.
+  (RLHF-V, arXiv 2312.00849) divides by the responses that mention any object, `CHAIRs_refine` in its code.
 - Cover (AMBER) = distinct objects of the truth that are mentioned / objects of the truth, summed before dividing as in
   AMBER's code; the same as the object recall of Object HalBench.
 
 Not here: AMBER's Cog, which needs a list of tempting objects for every image (and whose denominator differs between
-AMBER's paper and code), its matching by word vectors, and the objects that Object HalBench lets GPT extract.
+AMBER's paper and code), its matching by word vectors, and the objects that Object HalBench lets GPT extract and counts
+once per response.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from trl_vpo.errors import UserError
 from trl_vpo.text.inflection import plurals
@@ -154,62 +151,24 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class ResponseObjects:
-    """The objects of one response."""
+    """The objects of one response; `trl_vpo.evaluate.measures.chair` counts them."""
 
-    mentioned: tuple[Mention, ...]  # that count
-    hallucinated: tuple[Mention, ...]  # those of them that are not in the truth
-    truth: frozenset[str]  # names of the objects that are there
-    covered: frozenset[str]  # those of them that are mentioned
-
-
-@dataclass(frozen=True)
-class ChairCounts:
-    """Counts for N responses, (N,) integers each; `measures.chair` divides them."""
-
-    mentioned: np.ndarray
-    hallucinated: np.ndarray
-    covered: np.ndarray
-    truth: np.ndarray
+    mentioned: list[Mention]
+    hallucinated: list[Mention]  # the mentions that are not in the truth
+    truth: set[str]  # names of the objects that are there
+    covered: set[str]  # those of them that are mentioned
 
 
-def read_response(response: str, truth: Iterable[str], table: ObjectTable, *, once: bool = False) -> ResponseObjects:
+def read_response(response: str, truth: Iterable[str], table: ObjectTable) -> ResponseObjects:
     """Compare the objects that a response mentions with those that are there.
 
     Args:
         truth: names or synonyms of the objects that are there; may be empty.
-        once: count each word once per response (Object HalBench) and not each mention.
 
     Raises:
         UserError: the table does not know an object of the truth.
     """
-    present = frozenset(table.name(word) for word in truth)
+    present = {table.name(word) for word in truth}
     mentioned = table.mentions(response)
-    if once:
-        mentioned = list(dict.fromkeys(mentioned))
-    return ResponseObjects(
-        mentioned=tuple(mentioned),
-        hallucinated=tuple(mention for mention in mentioned if mention.object not in present),
-        truth=present,
-        covered=present & {mention.object for mention in mentioned},
-    )
-
-
-def count_objects(
-    responses: Sequence[str], truths: Sequence[Iterable[str]], table: ObjectTable, *, once: bool = False
-) -> tuple[ChairCounts, list[ResponseObjects]]:
-    """Count the objects of N responses; return what was counted, too. Arguments as in `read_response`.
-
-    Raises:
-        ValueError: unequal numbers of responses and truths.
-        UserError: an unknown object, with the row's number.
-    """
-    if len(responses) != len(truths):
-        raise ValueError(f"{len(responses)} responses but {len(truths)} lists of objects: give one for each.")
-    rows = []
-    for number, (response, truth) in enumerate(zip(responses, truths)):
-        try:
-            rows.append(read_response(response, truth, table, once=once))
-        except UserError as error:
-            raise UserError(f"row {number}: {error}") from error
-    fields = ("mentioned", "hallucinated", "covered", "truth")
-    return ChairCounts(*(np.array([len(getattr(row, name)) for row in rows], dtype=int) for name in fields)), rows
+    hallucinated = [mention for mention in mentioned if mention.object not in present]
+    return ResponseObjects(mentioned, hallucinated, present, present & {mention.object for mention in mentioned})

@@ -1,4 +1,4 @@
-"""Yes/no answers: what a response says, under one of three rules, and pairs of questions scored as VideoHallucer does.
+"""Yes/no answers: what a response says, under one of three rules.
 
 - "careful", for training data: what cannot be read with certainty says nothing; see `read_yes_no`.
 - "videohallucer": the expected answer stands anywhere in the response as a word, in any case. It is the rule of
@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
-
-import numpy as np
 
 from trl_vpo.text.answers import AnswerCheck, Reading
 from trl_vpo.text.inflection import stem
@@ -83,7 +80,7 @@ def read_yes_no(
         ValueError: an unknown rule.
     """
     if not isinstance(response, str):
-        raise TypeError(f"the response {response!r} is no text. A missing response is an empty string.")
+        raise TypeError(f"the response {response!r} is not text. A missing response is an empty string.")
     if rule == "careful":
         return _careful(_words(statement(response)), words(normalize(question)))
     if rule not in _EVALUATION_WORDS:
@@ -161,52 +158,3 @@ def _repeated(tokens: list[Word], question: list[Word]) -> Reading:
 
 def _content(tokens: Sequence[str]) -> list[str]:
     return [stem(word) for word in _SCENE.sub(" ", " ".join(tokens)).split() if word not in _SMALL]
-
-
-# --- pairs of questions -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PairedAnswers:
-    """N pairs of a basic question (the answer is yes) and a hallucinated one (the answer is no)."""
-
-    basic_yes: np.ndarray  # (N,) bool: the basic question was answered with yes
-    basic_no: np.ndarray  # (N,) with no; neither: unparsed
-    hallucinated_yes: np.ndarray
-    hallucinated_no: np.ndarray
-
-    @property
-    def both_right(self) -> np.ndarray:
-        """(N,) bool: the pair counts, as both of its questions are answered rightly."""
-        return self.basic_yes & self.hallucinated_no
-
-    @property
-    def yes(self) -> np.ndarray:
-        """(N,) how many of a pair's two answers are yes; one is right."""
-        return self.basic_yes.astype(int) + self.hallucinated_yes
-
-    @property
-    def unparsed(self) -> np.ndarray:
-        """(N,) how many of a pair's two responses say neither; they count as wrong."""
-        return 2 - self.yes - self.basic_no - self.hallucinated_no
-
-    @property
-    def wrong(self) -> np.ndarray:
-        """(N,) how many of a pair's two answers are wrong, the unparsed ones among them."""
-        return 2 - self.basic_yes.astype(int) - self.hallucinated_no
-
-
-def score_pairs(basic: Sequence[str], hallucinated: Sequence[str], rule: Rule = "videohallucer") -> PairedAnswers:
-    """Read the responses to N basic and N hallucinated questions, in the same order.
-
-    Raises:
-        ValueError: unequal numbers of responses, or an unknown rule.
-        TypeError: a response that is no string.
-    """
-    if len(basic) != len(hallucinated):
-        raise ValueError(f"{len(basic)} basic responses but {len(hallucinated)} hallucinated ones: give pairs.")
-    sides = [
-        [read_yes_no(response, rule=rule, expected=expected).value for response in side]
-        for side, expected in ((basic, "yes"), (hallucinated, "no"))
-    ]
-    return PairedAnswers(*(np.array([answer == word for answer in side], bool) for side in sides for word in _POLES))
