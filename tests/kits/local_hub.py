@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 LFS = (".safetensors", ".bin", ".pt", ".pth", ".mp4")
 REPO = r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)"
 MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -110,59 +112,48 @@ class LocalHub:
             return (200 if good else 400), {}, {}
         if user is None:
             return 401, {"error": "Invalid username or password."}, {}
-        for pattern, answer in ROUTES:
-            found = re.fullmatch(pattern, f"{method} {path}")
-            if found:
-                groups = {key: unquote(value) for key, value in found.groupdict().items()}
-                return answer(self, body=body, user=user, rights=rights, **groups)
+        for pattern, route in ROUTES:
+            if match := re.fullmatch(pattern, f"{method} {path}"):
+                groups = {key: unquote(value) for key, value in match.groupdict().items()}
+                if "repo" in groups and groups["repo"] not in self.repos:
+                    return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+                if route is LocalHub.info and groups.get("rev", "main") not in self.repos[groups["repo"]].branches:
+                    return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
+                status, content = route(self, body=body, user=user, rights=rights, **groups)
+                return status, content, {}
         return 404, {"error": f"no such address: {method} {path}"}, {}
 
-    def _found(self, repo, rev="main"):
-        """(branch, None), or (None, the answer that there is none)."""
-        if repo not in self.repos:
-            return None, (404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        if rev not in self.repos[repo].branches:
-            return None, (404, {"error": f"Invalid rev id: {rev}"}, {"X-Error-Code": "RevisionNotFound"})
-        return self.repos[repo].branches[rev], None
-
     def create(self, body, user, rights):
-        asked = json.loads(body)
-        name = f"{asked.get('organization') or user}/{asked['name']}"
+        request = json.loads(body)
+        name = f"{request.get('organization') or user}/{request['name']}"
         answer = {"url": f"{self.url}/{name}", "name": name}
         if name in self.repos:
-            return 409, answer | {"error": "You already created this model repo"}, {}
+            return 409, answer | {"error": "You already created this model repo"}
         if "write" not in rights or not name.startswith(f"{user}/"):
-            return 403, {"error": f"You may not create {name}"}, {}
-        self.repos[name] = Repo(private=asked.get("visibility") == "private")
-        return 200, answer, {}
+            return 403, {"error": f"You may not create {name}"}
+        self.repos[name] = Repo(private=request.get("visibility") == "private")
+        return 200, answer
 
-    def info(self, repo, user, rights, body, rev="main"):
-        branch, missing = self._found(repo, rev)
-        if missing:
-            return missing
-        files = [{"rfilename": path} for path in branch[-1].files]
+    def info(self, repo, rev="main", **_):
+        branch = self.repos[repo].branches[rev]
         sha = hashlib.sha1(f"{repo}{len(branch)}".encode()).hexdigest()
-        return 200, {"id": repo, "sha": sha, "private": self.repos[repo].private, "siblings": files}, {}
+        files = [{"rfilename": path} for path in branch[-1].files]
+        return 200, {"id": repo, "sha": sha, "private": self.repos[repo].private, "siblings": files}
 
-    def may_write(self, repo, user, rights, body):
+    def may_write(self, repo, user, rights, **_):
         allowed = repo.startswith(f"{user}/") and "write" in rights
-        return (200, {}, {}) if allowed else (403, {"error": f"You may not write to {repo}"}, {})
+        return (200, {}) if allowed else (403, {"error": f"You may not write to {repo}"})
 
-    def branch(self, repo, rev, user, rights, body):
+    def branch(self, repo, rev, **_):
         branches = self.repos[repo].branches
         branches[rev] = list(branches["main"])
-        return 200, {}, {}
+        return 200, {}
 
-    def tree(self, repo, rev, user, rights, body):
-        branch, missing = self._found(repo, rev)
-        if missing:
-            return missing
-        files = branch[-1].files.items()
-        return 200, [{"type": "file", "path": p, "size": len(c), "oid": _oid(p, c)} for p, c in files], {}
+    def tree(self, repo, rev, **_):
+        files = self.repos[repo].branches[rev][-1].files.items()
+        return 200, [{"type": "file", "path": path, "size": len(content), "oid": path} for path, content in files]
 
-    def validate(self, body, user, rights):
-        import yaml
-
+    def validate(self, body, **_):
         data = yaml.safe_load(json.loads(body)["content"].split("---")[1])
         errors = []
         for key in ("base_model", "datasets"):  # the Hub takes no local paths
@@ -170,41 +161,26 @@ class LocalHub:
             for value in [values] if isinstance(values, str) else values:
                 if not MODEL_ID.fullmatch(value):
                     errors.append({"message": f'"{key}" with value "{value}" is not valid.'})
-        return (400 if errors else 200), {"errors": errors, "warnings": []}, {}
+        return (400 if errors else 200), {"errors": errors, "warnings": []}
 
-    def preupload(self, repo, rev, user, rights, body):
-        branch, missing = self._found(repo, rev)
-        if missing:
-            return missing
-        answer = []
-        for file in json.loads(body)["files"]:
-            path = file["path"]
-            existing = branch[-1].files.get(path)
-            oid = None if existing is None else _oid(path, existing)
-            mode = "lfs" if path.endswith(LFS) else "regular"
-            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return 200, {"files": answer}, {}
+    def preupload(self, body, **_):
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if path.endswith(LFS) else "regular" for path in paths}
+        return 200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
 
-    def batch(self, repo, user, rights, body):
+    def batch(self, body, **_):
         objects = []
         for item in json.loads(body)["objects"]:
-            entry = {"oid": item["oid"], "size": item["size"]}
-            if item["oid"] not in self.blobs:
-                verify = {"href": f"{self.url}/verify"}
-                entry["actions"] = {"upload": {"href": f"{self.url}/storage/{item['oid']}"}, "verify": verify}
-            objects.append(entry)
-        return 200, {"transfer": "basic", "objects": objects}, {}
+            upload = {"actions": {"upload": {"href": f"{self.url}/storage/{item['oid']}"}}}
+            objects.append(
+                {"oid": item["oid"], "size": item["size"]} | (upload if item["oid"] not in self.blobs else {})
+            )
+        return 200, {"transfer": "basic", "objects": objects}
 
-    def verify(self, body, user, rights):
-        item = json.loads(body)
-        return (200 if len(self.blobs.get(item["oid"], b"")) == item["size"] else 404), {}, {}
-
-    def commit(self, repo, rev, user, rights, body):
-        branch, missing = self._found(repo, rev)
-        if missing:
-            return missing
-        if self.may_write(repo, user, rights, body)[0] != 200:
-            return 403, {"error": "You may not write"}, {}
+    def commit(self, repo, rev, body, **rest):
+        if self.may_write(repo, **rest)[0] != 200:
+            return 403, {"error": "You may not write"}
+        branch = self.repos[repo].branches[rev]
         commit = Commit("", [], [], dict(branch[-1].files))
         for line in body.decode().splitlines():
             entry = json.loads(line)
@@ -222,7 +198,7 @@ class LocalHub:
                 commit.deleted.append(value["path"])
         branch.append(commit)
         oid = hashlib.sha1(body).hexdigest()
-        return 200, {"commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}", "hookOutput": ""}, {}
+        return 200, {"commitOid": oid, "commitUrl": f"{self.url}/{repo}/commit/{oid}", "hookOutput": ""}
 
 
 ROUTES = [
@@ -236,15 +212,7 @@ ROUTES = [
     (rf"POST {REPO}/preupload/(?P<rev>[^/]+)", LocalHub.preupload),
     (rf"POST {REPO}/commit/(?P<rev>[^/]+)", LocalHub.commit),
     (r"POST /(?P<repo>[\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", LocalHub.batch),
-    (r"POST /verify", LocalHub.verify),
 ]
-
-
-def _oid(path, content):
-    """What the Hub compares with: SHA-256 of LFS files, git's SHA-1 of others."""
-    if path.endswith(LFS):
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):

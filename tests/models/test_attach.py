@@ -144,7 +144,7 @@ def test_strays_are_refused(case, tmp_path):
     ("spoil", "message"),
     [
         (lambda f: renamed(f, {"model.": "transformer."}), "28 weights have no place in the model: base_"),
-        (alpha, "alpha_pattern of its config names model.layers.9.mlp.up_proj"),
+        (alpha, "alpha_pattern names model.layers.9.mlp.up_proj"),
     ],
     ids=["other names", "an alpha of no module"],
 )

@@ -103,16 +103,11 @@ def test_weights_alone_are_not_enough(tmp_path):
     assert [problem.split()[0] for problem in find_problems(folder)] == names
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])
-def test_a_file_that_cannot_be_loaded_is_named(tmp_path, name):
-    folder = write_checkpoint(tmp_path / "checkpoint-2")
-    data = bytearray((folder / name).read_bytes())
-    data[2 if name.endswith("s") else len(data) // 2] ^= 255
-    (folder / name).write_bytes(data)
-    message = f"{folder / name} cannot be read: PytorchStreamReader .*data/0. Put"
-    with pytest.raises(CheckpointError, match=message), explain_failed_load(folder):
+def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path):
+    message = rf"{tmp_path} cannot be read: PytorchStreamReader .*data/0\. Put"
+    with pytest.raises(CheckpointError, match=message), explain_failed_load(tmp_path):
         raise RuntimeError("PytorchStreamReader failed reading file data/0\nand more")
-    with pytest.raises(RowError, match="row 3"), explain_failed_load(folder):
+    with pytest.raises(RowError, match="row 3"), explain_failed_load(tmp_path):
         raise RowError("row 3")
 
 

@@ -152,7 +152,7 @@ def test_the_last_checkpoint_arrives_although_the_hub_fails(recipe, local, tmp_p
     assert checkpoints.find_problems(tmp_path / "copy" / "last-checkpoint") == []
     printed = capfd.readouterr()
     failed = "HTTP {} to POST /api/models/me/vpo/commit/main: no luck with ***."
-    assert f"trl-vpo: step 1 was not pushed to the Hub: {failed.format(500)} Training goes on" in printed.out
+    assert f"trl-vpo: step 1 was not pushed to the Hub: {failed.format(500)} Training continues" in printed.out
     assert f"trl-vpo: pushing to the Hub failed: {failed.format(502)} Again in 0 s." in printed.out
     assert "The push of step 1 had failed; this one comes after it." in printed.out
     assert f"thrown while requesting PUT {local.url}/storage/" in caplog.text

@@ -158,7 +158,7 @@ def _check_alphas(config: PeftConfig, wrapped: PeftModel, misfit: str) -> None:
     adapted = [n.removeprefix(PREFIX) for n, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)]
     for pattern in getattr(config, "alpha_pattern", None) or {}:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
-            raise AdapterError(f"{misfit}: alpha_pattern of its config names {pattern}, which is no adapted module.")
+            raise AdapterError(f"{misfit}: its alpha_pattern names {pattern}, which is not an adapted module.")
 
 
 def _refuse_strays(missing: Iterable[str], unexpected: Iterable[str], misfit: str) -> None:

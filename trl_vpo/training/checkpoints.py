@@ -13,12 +13,9 @@ import os
 import re
 import shutil
 import time
-import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import safe_open
 
 from trl_vpo.errors import CheckpointError, UserError
 from trl_vpo.files import atomic_write, file_digest, json_digest
@@ -135,7 +132,7 @@ def _missing(folder: Path) -> list[str]:
 
 @contextmanager
 def explain_failed_load(folder: Path) -> Iterator[None]:
-    """Name the file that cannot be read: the marker does not tell it of large ones, and never of the next version.
+    """Say what to do about a checkpoint that cannot be read: the marker tells no damage of files larger than `HASHED`.
 
     Raises:
         CheckpointError: in place of the many errors of pickle, zipfile, torch and safetensors.
@@ -147,24 +144,9 @@ def explain_failed_load(folder: Path) -> Iterator[None]:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{_unreadable(folder) or folder} cannot be read: {reason}. Put the file back, or delete {folder}: "
-            "training then continues from the checkpoint before it."
+            f"{folder} cannot be read: {reason}. Put its files back, or delete it: training then continues from the "
+            "checkpoint before it."
         ) from error
-
-
-def _unreadable(folder: Path) -> Path | None:
-    for path in _files(folder):
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="numpy"):  # compares its header with the size of the file
-                    pass
-            elif path.suffix in (".pt", ".pth"):  # what torch.save writes, with a checksum of each part
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():
-                        return path
-        except Exception:  # whatever they raise
-            return path
-    return None
 
 
 # --- which to take, which to delete ---------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ class HubPush(TrainerCallback):
             raise
         except Exception as error:
             print_main(
-                f"the Hub cannot be reached: {self.repo.reason(error)}. Training goes on; pushing is tried again with "
-                "each save and at the end."
+                f"the Hub cannot be reached: {self.repo.reason(error)}. Training continues; pushing is tried again "
+                "with each save and at the end."
             )
 
     # --- during training --------------------------------------------------------------------------------------------
@@ -151,8 +151,8 @@ class HubPush(TrainerCallback):
     def _note_failure(self, step: int, error: Exception) -> None:
         self._failed.append(step)
         print_main(
-            f"step {step} was not pushed to the Hub: {self.repo.reason(error)}. Training goes on; the next push comes "
-            "with the next save."
+            f"step {step} was not pushed to the Hub: {self.repo.reason(error)}. Training continues; the next push "
+            "comes with the next save."
         )
 
     # --- at the end -------------------------------------------------------------------------------------------------
