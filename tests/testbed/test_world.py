@@ -1,6 +1,7 @@
 """The small world: repeatable, really encoded, biased where it says so, and checked by hand-made cases."""
 
 import json
+import re
 from pathlib import Path
 
 import av
