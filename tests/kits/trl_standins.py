@@ -66,14 +66,14 @@ def plain(implicit=False):
     ]
 
 
-def said(role, text):
+def turn(role, text):
     return [{"role": role, "content": text}]
 
 
 def conversations(implicit=False):
     rows = []
     for p, c, r in EXCHANGES:
-        prompt, chosen, rejected = said("user", p), said("assistant", c.strip()), said("assistant", r.strip())
+        prompt, chosen, rejected = turn("user", p), turn("assistant", c.strip()), turn("assistant", r.strip())
         row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
         rows.append(row if implicit else {"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
@@ -88,7 +88,7 @@ def tool_rows():
 
     tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in "ab"]
     more = {"rejected": call("b", n=1), "tools": json.dumps(tools)}
-    return [{"prompt": said("user", p), "chosen": call("a", text=c), **more} for p, c, _ in EXCHANGES]
+    return [{"prompt": turn("user", p), "chosen": call("a", text=c), **more} for p, c, _ in EXCHANGES]
 
 
 def typed(pictures):

@@ -44,8 +44,8 @@ def strings(rows):
 
 def plain(rows):
     """Messages with plain-string contents, as TRL's text models know them."""
-    said = lambda messages: [{**m, "content": m["content"][0]["text"]} for m in messages]  # noqa: E731
-    return [{side: said(r[side]) for side in ("prompt", "chosen", "rejected")} for r in rows]
+    plain_contents = lambda messages: [{**m, "content": m["content"][0]["text"]} for m in messages]  # noqa: E731
+    return [{side: plain_contents(r[side]) for side in ("prompt", "chosen", "rejected")} for r in rows]
 
 
 def implicit(rows):

@@ -1,1 +1,1 @@
-"""One model call over a tree batch: layouts, attention, per-token scores."""
+"""One model call over a tree batch: its layout, log-probs and KL; a new model family is made known in families.py."""
