@@ -1,7 +1,7 @@
 """The optional packages that the settings of a run need, and how those that are missing are installed."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,29 +45,22 @@ for name in ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune",
 
 def missing_packages(settings: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each package that a run's arguments need and that is not installed."""
-    reporters = settings.get("report_to") or []
-    reporters = [reporters] if isinstance(reporters, str) else reporters
-    unknown = [name for name in reporters if name and name not in REPORTERS and name not in ("none", "all")]
-    return [f"report_to: there is no {name}.{did_you_mean(name, REPORTERS)}" for name in unknown] + [
-        f"{what} needs {modules[0]}, which is not installed: pip install {name}"
-        for what, (modules, name) in _needed(settings, reporters)
-        if not any(_installed(module) for module in modules)
-    ]
-
-
-def _needed(settings: Mapping[str, Any], reporters: list[str]) -> Iterator[tuple[str, tuple[tuple[str, ...], str]]]:
-    for key, package in SWITCHES.items():
-        if settings.get(key):
-            yield key, package
+    needed = {key: package for key, package in SWITCHES.items() if settings.get(key)}
     for key, packages in VALUES.items():
-        value = settings.get(key)
-        value = str(getattr(value, "value", value))
-        for pattern, package in packages.items():
-            if re.fullmatch(pattern, value):
-                yield f"{key}: {value}", package
-    for name in reporters:
+        value = str(getattr(settings.get(key), "value", settings.get(key)))
+        needed |= {f"{key}: {value}": package for pattern, package in packages.items() if re.fullmatch(pattern, value)}
+    sentences = []
+    reporters = settings.get("report_to") or []
+    for name in [reporters] if isinstance(reporters, str) else reporters:
         if name in REPORTERS:
-            yield f"report_to: {name}", REPORTERS[name]
+            needed[f"report_to: {name}"] = REPORTERS[name]
+        elif name not in ("none", "all", None):
+            sentences.append(f"report_to: there is no {name}.{did_you_mean(name, REPORTERS)}")
+    return sentences + [
+        f"{what} needs {modules[0]}, which is not installed: pip install {name}"
+        for what, (modules, name) in needed.items()
+        if not any(map(_installed, modules))
+    ]
 
 
 def _installed(module: str) -> bool:

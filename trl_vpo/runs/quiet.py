@@ -27,11 +27,9 @@ def hide_messages() -> None:
 
 
 def quiet_libraries(*, bars: bool | None = None) -> None:
-    """Hide the messages above, and progress bars where they would fill a log. Call it before a trainer is built.
+    """Hide the messages above, and bars of libraries where they would fill a log. Call it before building a trainer.
 
-    Args:
-        bars: let transformers and datasets show their progress bars. By default on rank 0 of a terminal only: in a
-            log file each step of a bar is a line.
+    By default `bars` are shown on rank 0 of a terminal only: in a log file each step of a bar is a line.
     """
     hide_messages()
     if bars is None:

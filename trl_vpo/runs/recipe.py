@@ -36,20 +36,14 @@ class VisualScriptArguments(ScriptArguments):
 class RecipeParser(TrlParser):
     """[`trl.TrlParser`] that refuses what it does not know.
 
-    Args:
-        dataclass_types: as TRL's.
-        any_device: parse also where the recipe could not run, for example a bf16 recipe on a machine without a GPU.
-
-    Attributes:
-        given (`dict`): after parsing, every argument that differs from its default.
-        recipe_path (`str` or `None`): after parsing, the recipe file.
+    With `any_device` it also parses what could not run, for example a bf16 recipe on a machine without a GPU.
     """
 
     def __init__(self, dataclass_types: Iterable[type], *, any_device: bool = False, **kwargs):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.any_device = any_device
-        self.given: dict[str, Any] = {}
-        self.recipe_path: str | None = None
+        self.given: dict[str, Any] = {}  # after parsing, every argument that differs from its default
+        self.recipe_path: str | None = None  # after parsing, the recipe file
         self._own_defaults: dict[str, Any] = {}
         for action in self._actions:  # `--no_x` comes after `--x`, with a default of its own
             if action.dest == "lora_target_modules":
@@ -81,10 +75,9 @@ class RecipeParser(TrlParser):
         os.environ |= environment(recipe.pop("env", None) or {}, f"{path}: ")
         recipe = {key: value for key, value in recipe.items() if key not in LAUNCH_KEYS}
         known = annotations(self.dataclass_types)
-        unknown = [key for key in recipe if key not in known]
+        unknown = [f"unknown recipe key `{k}`.{did_you_mean(k, known)}" for k in recipe if k not in known]
         if unknown:
-            hints = " ".join(f"unknown recipe key `{k}`.{did_you_mean(k, known)}" for k in unknown)
-            raise RecipeError(f"{path}: {hints}")
+            raise RecipeError(f"{path}: {' '.join(unknown)}")
         for action in self._actions:  # argparse does not check values that came from the recipe
             if action.dest in recipe:
                 value = checked(action.dest, recipe[action.dest], known[action.dest], f"{path}: ")
@@ -100,7 +93,7 @@ class RecipeParser(TrlParser):
         for option in {arg.split("=")[0] for arg in args or () if arg.startswith("--")}:
             key = option[2:].replace("-", "_")
             check_bounds(key, getattr(namespace, key, None), "--")
-        if problem := _useless_data_key(namespace):
+        if problem := _useless_data_key(vars(namespace)):
             raise RecipeError(f"{self.recipe_path}: {problem}" if self.recipe_path else problem)
         if not self.any_device and (missing := missing_packages(vars(namespace))):
             raise RecipeError("; ".join(missing) + ".")
@@ -132,18 +125,13 @@ class RecipeParser(TrlParser):
         raise RecipeError(scrub(message))
 
 
-def _useless_data_key(arguments: Any) -> str | None:
+def _useless_data_key(arguments: dict[str, Any]) -> str | None:
     """Name a key on the data that would do nothing."""
-    mixture = getattr(arguments, "datasets", None)
-    evaluation = getattr(arguments, "eval_strategy", None)
-    if getattr(arguments, "streaming", None) and not mixture:
+    mixture, evaluation = arguments.get("datasets"), arguments.get("eval_strategy")
+    if arguments.get("streaming") and not mixture:
         return "streaming is for a mixture: with `dataset_name` set dataset_streaming in its place."
-    if mixture and getattr(arguments, "dataset_streaming", None):
+    if mixture and arguments.get("dataset_streaming"):
         return "dataset_streaming is for one dataset: with `datasets` set streaming in its place."
-    if (
-        getattr(arguments, "test_split_size", None)
-        and not mixture
-        and getattr(evaluation, "value", evaluation) == "no"
-    ):
+    if arguments.get("test_split_size") and not mixture and getattr(evaluation, "value", evaluation) == "no":
         return "test_split_size cuts off rows to evaluate on: set eval_strategy, too, or leave it out."
     return None

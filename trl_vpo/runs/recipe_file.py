@@ -56,9 +56,8 @@ def read_recipe(path: Path | str) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         kind = "is empty" if recipe is None else f"holds a {type(recipe).__name__}"
         raise RecipeError(f"the recipe {path} {kind}: write a line `key: value` for each setting.")
-    for key in recipe:
-        if not isinstance(key, str):
-            raise RecipeError(f"the recipe {path}: the key {key!r} is not a text. YAML reads it so unless quoted.")
+    if odd := [key for key in recipe if not isinstance(key, str)]:
+        raise RecipeError(f"the recipe {path}: the key {odd[0]!r} is not a text. YAML reads it so unless quoted.")
     return recipe
 
 

@@ -34,11 +34,10 @@ _PATTERNS = [  # what group 1 matches stays
 
 
 def scrub(value: Any, *secrets: str) -> Any:
-    """Return a value without secrets: entries whose name says so are left out, those inside of texts are starred.
+    """Return a text, or dictionaries and lists of any depth, without secrets.
 
-    Args:
-        value: a text, or dictionaries and lists of any depth.
-        secrets: known ones, beside those of the environment and of `hf auth login`.
+    Entries whose name says that they are secret are left out, those inside of texts are starred: the ones given, those
+    of the environment and of `hf auth login`, and what looks like one.
     """
     from huggingface_hub import get_token  # not at the start of `trl-vpo --help`
 
@@ -47,7 +46,11 @@ def scrub(value: Any, *secrets: str) -> Any:
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if not _names_secret(str(key))}
+            return {
+                key: clean(item)
+                for key, item in value.items()
+                if re.fullmatch(_TEXT_TOKEN, str(key)) or not _SECRET_KEY.search(str(key))
+            }
         if isinstance(value, (list, tuple)):
             return [clean(item) for item in value]
         if isinstance(value, str):
@@ -59,12 +62,8 @@ def scrub(value: Any, *secrets: str) -> Any:
     return clean(value)
 
 
-def _names_secret(key: str) -> bool:
-    return bool(_SECRET_KEY.search(key)) and not re.fullmatch(_TEXT_TOKEN, key)
-
-
 def _pattern(secrets: Iterable[str]) -> re.Pattern | None:
-    """All ways to write the secrets: as they are, percent-encoded, escaped as in JSON and Python, in base64."""
+    """Match all ways to write the secrets: as they are, percent-encoded, escaped as in JSON and Python, in base64."""
     ways: set[str] = set()
     for secret in secrets:
         if len(secret) < SHORTEST:
