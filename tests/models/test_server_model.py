@@ -65,7 +65,7 @@ def test_answers_that_are_none(serve, fast):
         "thinking": Failure("empty answer"),
         "refused": Failure("the server refused the request (400): prompt of 9000 tokens is too long for <API key>"),
         "large": Failure("the server refused the request (413): <html>too large</html>"),
-        "half": Failure("the answer holds half a surrogate pair, which is no text"),
+        "half": Failure("the answer holds half a surrogate pair, which is not valid text"),
         "half error": Failure("the server refused the request (422): bad ?"),
         "image": Failure("the answer holds '<image>', a token of templates"),
         "pad": Failure("the answer holds '<|image_pad|>', a token of templates"),
@@ -217,7 +217,7 @@ def test_requests_in_flight_end_before_the_budgets_error(serve):
 
 
 def test_an_address_that_is_none():
-    with pytest.raises(GenerateError, match=r"'localhost:8000' is no address of a server: give it as http://"):
+    with pytest.raises(GenerateError, match=r"'localhost:8000' is not the address of a server: give it as http://"):
         ServerModel("localhost:8000", "tiny")
 
 

@@ -92,7 +92,7 @@ def test_an_address_that_is_none_is_shown_without_its_key(url, tmp_path, capsys)
     argv = ["generate", "rrpo", "--dataset_name", rows, "--output_dir", tmp_path / "run", "--server_url", url]
     assert cli.main([*map(str, argv), "--model_name_or_path", "m"]) == 1
     message = capsys.readouterr().err
-    assert "pa55word" not in message and "host" in message and "is no address of a server" in message
+    assert "pa55word" not in message and "host" in message and "is not the address of a server" in message
 
 
 def test_an_option_that_is_unknown_is_named_without_its_value(capsys):

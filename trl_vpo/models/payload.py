@@ -27,11 +27,8 @@ JPEG_QUALITY = 95
 def chat_messages(request: Request, *, media: str = "video", max_pixels: int | None = None) -> list[dict]:
     """Return the request's messages with its media in the place of their placeholders.
 
-    A message that is only text has a plain string as content, because not all servers take parts everywhere.
-
-    Args:
-        media: "video": a clip is one `video_url` part. "frames": a text with their times, then one `image_url` each.
-        max_pixels: larger images and frames are scaled down to this many pixels.
+    A message that is only text has a plain string as content, because not all servers take parts everywhere. With
+    `media` "video" a clip is one `video_url` part, with "frames" a text with their times, then one `image_url` each.
 
     Raises:
         GenerateError: placeholders and media differ in number.
@@ -44,7 +41,7 @@ def chat_messages(request: Request, *, media: str = "video", max_pixels: int | N
 
     def expand(part: dict) -> Iterator[dict]:
         if part["type"] == "image":
-            yield _data_part("image", "png", _encoded(shrink(next(images), max_pixels), "PNG"))
+            yield _image_part(shrink(next(images), max_pixels), "png")
         elif part["type"] != "video":
             yield {"type": "text", "text": part["text"]}
         elif media == "video":
@@ -54,7 +51,7 @@ def chat_messages(request: Request, *, media: str = "video", max_pixels: int | N
             times = ", ".join(f"{time:.1f}" for time in clip.timestamps)
             yield {"type": "text", "text": f"A video as {len(clip.frames)} frames, shown at {times} seconds:"}
             for frame in clip.frames:
-                yield _data_part("image", "jpeg", _encoded(shrink(Image.fromarray(frame), max_pixels), "JPEG"))
+                yield _image_part(shrink(Image.fromarray(frame), max_pixels), "jpeg")
 
     sent = []
     for message in messages:
@@ -99,10 +96,10 @@ def clip_to_mp4(clip: Clip, *, max_pixels: int | None = None) -> bytes:
     return file.getvalue()
 
 
-def _encoded(image: Image.Image, format: str) -> bytes:
+def _image_part(image: Image.Image, format: str) -> dict:
     file = io.BytesIO()
     image.save(file, format=format, quality=JPEG_QUALITY)
-    return file.getvalue()
+    return _data_part("image", format, file.getvalue())
 
 
 def _data_part(kind: str, subtype: str, data: bytes) -> dict:

@@ -36,7 +36,7 @@ RUN_STATUS = {  # what a status says about every request, and what to do
     402: "the account behind the API key in {key} cannot pay: top it up",
     403: "the API key in {key} may not use this model: ask for access, or name another model",
     404: "it has no such model or no such address: check the model's name, and that the URL ends as in /v1",
-    405: "this is no address of a chat model: check that the URL ends as in /v1",
+    405: "this is not the address of a chat model: check that the URL ends as in /v1",
 }
 NO_VIDEO = " A server that takes no video may take its frames: set server_media: frames."
 
@@ -50,11 +50,7 @@ class RequestBudget:
         self._lock = threading.Lock()
 
     def take(self) -> None:
-        """Count one request.
-
-        Raises:
-            GenerateError: none is left.
-        """
+        """Count one request. Raises `GenerateError` if none is left."""
         with self._lock:
             if self.limit is not None and self.used >= self.limit:
                 raise GenerateError(
@@ -65,16 +61,12 @@ class RequestBudget:
 
 
 class _AttemptFailed(Exception):
-    """An attempt worth repeating.
-
-    Attributes:
-        busy: the server is down or too busy, whatever it is asked; else the request may be at fault.
-        retry_after: seconds that the server asks to wait for.
-    """
+    """An attempt worth repeating."""
 
     def __init__(self, reason: str, *, busy: bool = False, retry_after: float | None = None):
         super().__init__(reason)
-        self.busy, self.retry_after = busy, retry_after
+        self.busy = busy  # the server is down or too busy, whatever it is asked; else the request may be at fault
+        self.retry_after = retry_after  # seconds that the server asks to wait for
 
 
 class _Stopped(Exception):
@@ -88,34 +80,22 @@ class ServerModel(AnsweringModel):
     server may add sampling defaults of its own: vLLM takes those of the model's generation_config.json unless it was
     started with `--generation-config vllm`.
 
-    Args:
-        url: base URL, as http://HOST:PORT/v1.
-        model: the model's name on the server.
-        api_key_env: environment variable with the API key; servers without keys need none.
-        timeout: seconds without a byte from the server that end an attempt.
-        max_retries: attempts after the first.
-        budget: of requests, every attempt counted; several models may share it.
-        concurrency: requests in flight.
-        media: "video" sends a clip as one mp4 and asks for all of its frames, which vLLM (from 0.18) gives and others
-            may not; "frames" sends images.
-        max_pixels: larger images and frames are scaled down to this many pixels.
-
     Raises:
-        GenerateError: the URL is none, or the `openai` package is missing.
+        GenerateError: the URL or the key cannot be used, or the `openai` package is missing.
     """
 
     def __init__(
         self,
-        url: str,
-        model: str,
+        url: str,  # as http://HOST:PORT/v1
+        model: str,  # its name on the server
         *,
-        api_key_env: str = "OPENAI_API_KEY",
-        timeout: float = 120.0,
-        max_retries: int = 5,
-        budget: RequestBudget | None = None,
-        concurrency: int = 8,
-        media: str = "video",
-        max_pixels: int | None = None,
+        api_key_env: str = "OPENAI_API_KEY",  # environment variable with the key; servers without keys need none
+        timeout: float = 120.0,  # seconds without a byte from the server that end an attempt
+        max_retries: int = 5,  # attempts after the first
+        budget: RequestBudget | None = None,  # every attempt counts; several models may share it
+        concurrency: int = 8,  # requests in flight
+        media: str = "video",  # one mp4, all of whose frames vLLM (from 0.18) shows and others may not; or "frames"
+        max_pixels: int | None = None,  # of images and frames; larger ones are scaled down
     ):
         try:
             import openai
@@ -218,8 +198,7 @@ class ServerModel(AnsweringModel):
             refusal = error.response
         else:
             result = self._read(reply.content, payload["max_tokens"])
-            with self._lock:
-                self._answered = payload
+            self._answered = payload
             return result
         # Outside of the handler: the client's error may show the key.
         return self._refusal(refusal, NO_VIDEO if payload["extra_body"] else "")
@@ -252,7 +231,7 @@ class ServerModel(AnsweringModel):
             text = without_reasoning(text or "")
             text.encode()
         except UnicodeEncodeError:
-            return Failure("the answer holds half a surrogate pair, which is no text")
+            return Failure("the answer holds half a surrogate pair, which is not valid text")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             start = self._clean(content.decode(errors="replace"))[:QUOTED]
             raise _AttemptFailed(f"malformed answer: {start!r}") from None
@@ -288,7 +267,7 @@ class ServerModel(AnsweringModel):
         )
 
     def _clean(self, text: str) -> str:
-        """Some servers repeat the key that they refuse."""
+        """Take secrets out of a server's text: some repeat the key that they refuse."""
         return scrub(text.replace(self._key, "<API key>") if self._key else text, self._key)
 
 
@@ -297,7 +276,7 @@ def _without_password(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         shown = scrub(url.partition("?")[0].rpartition("@")[2])  # without a scheme, there may be a key before the host
-        raise GenerateError(f"{shown!r} is no address of a server: give it as http://HOST:PORT/v1.")
+        raise GenerateError(f"{shown!r} is not the address of a server: give it as http://HOST:PORT/v1.")
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
