@@ -240,10 +240,9 @@ def _marked(text: str, letters: str, nouns: Collection[str] = ()) -> str:
 # --- the form of an answer --------------------------------------------------------------------------------------
 
 
-_LEAD = re.compile(
-    r"(?:(?:so|thus|therefore|the|my|best|correct|right|final)\W+)*(?:answer|option|choice)\b\W*(?:(?:is|:)\W*)?"
-    r"(?:(?:option|choice|letter)\b\W*)?",
-    re.IGNORECASE,
+_LEAD = (
+    r"(?i:(?:(?:so|thus|therefore|the|my|best|correct|right|final)\W+)*(?:answer|option|choice)\b\W*(?:(?:is|:)\W*)?"
+    r"(?:(?:option|choice|letter)\b\W*)?)*\W*"
 )
 
 
@@ -254,27 +253,19 @@ def in_form(answer: str, options: Mapping[str, str], right: str, wrong: str) -> 
     differ in what they say; so do words such as `Best option:` before them. None for an answer that says more than
     its option: its reasons would not fit the other.
     """
-    lead = _LEAD.match(answer)
-    if lead and answer != options[right]:
-        rest = in_form(answer[lead.end() :], options, right, wrong)
-        return lead[0] + rest if rest is not None else None
-    label = re.match(
-        rf"(?P<before>\W*)(?P<letter>[{right}{right.lower()}])(?P<after>[).:\]]+\s*|\s+[-–—]\s+|\W*$)", answer
-    )
-    if label:
-        letter = wrong if label["letter"].isupper() else wrong.lower()
-        rest = answer[label.end() :]
-        text = _text_in_form(rest, options[right], options[wrong]) if rest else ""
-        if text is not None:
-            return label["before"] + letter + label["after"] + text
-    return _text_in_form(answer, options[right], options[wrong])
-
-
-def _text_in_form(text: str, right: str, wrong: str) -> str | None:
-    if text == right:
-        return wrong
-    if not same_words(text, right):
-        return None
-    if text[:1].isupper() and not right[:1].isupper():
-        wrong = wrong[:1].upper() + wrong[1:]
-    return wrong.rstrip(".!?") + re.search(r"[.!?]*$", text.rstrip())[0]
+    old, new = options[right], options[wrong]
+    if answer == old:
+        return new
+    label = rf"(?:([{right}{right.lower()}])([).:\]]+\s*|\s+[-–—]\s+|\W*$))?"
+    lead, letter, after, text = re.fullmatch(rf"({_LEAD}){label}(.*)", answer, re.DOTALL).groups("")
+    if letter:
+        letter = wrong if letter.isupper() else wrong.lower()
+    if text == old:
+        text = new
+    elif text:
+        if not same_words(text, old):
+            return None
+        if text[0].isupper() and not old[:1].isupper():
+            new = new[:1].upper() + new[1:]
+        text = new.rstrip(".!?") + re.search(r"[.!?]*$", text.rstrip())[0]
+    return lead + letter + after + text if letter or text else None
