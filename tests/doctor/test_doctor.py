@@ -1,4 +1,4 @@
-"""`trl-vpo doctor`: what it finds in a good recipe, and in bad ones."""
+"""`trl-vpo doctor`: its findings in a good recipe, and in bad ones."""
 
 import json
 from dataclasses import replace
@@ -24,28 +24,29 @@ from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.training.sharding import Sharding
 
-LORA = r".*language_model.*\.(q_proj|v_proj)"
+BOX = [8, 8, 40, 40]
+
+
+def write_recipe(folder, method, model, processor, rows, **keys):
+    """A recipe for a model and rows in the same folder."""
+    names = {
+        "model_name_or_path": write_model(folder / "base", model, processor),
+        "dataset_name": str(write_jsonl(rows, folder / "rows.jsonl")),
+        "output_dir": str(folder / "out"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(f"# trl-vpo train {method} --config recipe.yaml\n" + yaml.safe_dump(names | keys))
+    return path
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """A tiny model on disk, rows with images, and a recipe for them."""
+def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("doctor")
-    base = write_model(folder / "base", *build("Qwen2-VL"))
     image = write_image(folder / "image.png")
-    rows = [row("image", [image], critical_box=[8, 8, 40, 40], id=f"r{i}") for i in range(6)]
-    recipe = {
-        "model_name_or_path": base,
-        "dataset_name": str(write_jsonl(rows, folder / "rows.jsonl")),
-        "output_dir": str(folder / "out"),
-        "use_peft": True,
-        "lora_r": 2,
-        "lora_target_modules": LORA,
-        "per_device_train_batch_size": 3,
-        "num_images": 4,
-    }
-    (folder / "recipe.yaml").write_text("# trl-vpo train lpoi --config recipe.yaml\n" + yaml.safe_dump(recipe))
-    return folder
+    rows = [row("image", [image], critical_box=BOX, id=f"r{i}") for i in range(6)]
+    keys = {"use_peft": True, "lora_r": 2, "lora_target_modules": r".*language_model.*\.(q_proj|v_proj)"}
+    keys |= {"per_device_train_batch_size": 3, "num_images": 4}
+    return write_recipe(folder, "lpoi", *build("Qwen2-VL"), rows, **keys)
 
 
 def status(report):
@@ -60,11 +61,10 @@ def parts(report):
     return report.memory.estimate.parts
 
 
-def test_a_good_recipe(work):
-    report = examine(work / "recipe.yaml", [], rows=4)
-    assert not report.stops
-    assert not report.problems
-    assert status(report)["LoRA"] == OK
+def test_a_good_recipe(recipe):
+    report = examine(recipe, [], rows=4)
+    assert not report.stops and not report.problems
+    assert status(report)["LoRA"] == status(report)["memory"] == OK
     assert texts(report)["LoRA"].startswith("4 modules adapted, 0 of them")  # q and v in 2 layers
     assert texts(report)["tokens"].startswith("4 of 6 rows tokenized")
     assert texts(report)["prompt and response"].endswith(
@@ -78,40 +78,36 @@ def test_a_good_recipe(work):
     prompt = tokens["prompt text"] + tokens["media"]
     assert tokens["longest sequence"] == prompt + max(sides)
     assert tokens["all sequences of the pair"] == 5 * prompt + 4 * sides[0] + sides[1]  # 4 images and the rejected
-    assert status(report)["memory"] == OK
     assert report.memory.sharding == Sharding()
     assert {"weights", "optimizer states", "inputs", "working memory"} <= set(parts(report))
 
 
-def test_responses_that_end_where_generation_does_not_stop(work, tmp_path):
+def test_responses_that_end_where_generation_does_not_stop(recipe, tmp_path):
     model, processor = build("Qwen2-VL")
     processor.tokenizer.add_tokens(["</s>"], special_tokens=True)
     processor.tokenizer.eos_token = "</s>"  # as in checkpoints whose chat template was added later
     model.generation_config.eos_token_id = None
-    argv = ["--model_name_or_path", write_model(tmp_path / "base", model, processor)]
-    report = examine(work / "recipe.yaml", argv, rows=1)
+    report = examine(recipe, ["--model_name_or_path", write_model(tmp_path / "base", model, processor)], rows=1)
     assert status(report)["prompt and response"] == WARN
     assert "ends with '<|im_end|>', but generation stops at '</s>': add it" in texts(report)["prompt and response"]
 
 
-def test_every_problem_is_listed_and_written(work, tmp_path):
+def test_every_problem_is_listed_and_written(recipe, tmp_path):
     image = write_image(tmp_path / "image.png")
     (tmp_path / "no.png").write_bytes(b"no image")
-    rows = [row("image", [image], critical_box=[8, 8, 40, 40], id="good")]
-    rows += [row("image", [str(tmp_path / "no.png")], critical_box=[8, 8, 40, 40], id=f"bad-{i}") for i in range(12)]
+    rows = [row("image", [image], critical_box=BOX, id="good")]
+    rows += [row("image", [str(tmp_path / "no.png")], critical_box=BOX, id=f"bad-{i}") for i in range(12)]
     rows += [row("image", [image], critical_box=[40, 8, 8, 40], id="inverted"), row(None, id="text")]
     argv = ["--dataset_name", str(write_jsonl(rows, tmp_path / "rows.jsonl"))]
     console = Console(record=True, width=100)
-    code = run_doctor(work / "recipe.yaml", argv, out=tmp_path / "problems.jsonl", console=console)
-    assert code == 1
+    assert run_doctor(recipe, argv, out=tmp_path / "problems.jsonl", console=console) == 1
     problems = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
     assert [problem["row"] for problem in problems] == list(range(1, 15))
     assert [problem["media"] for problem in problems] == [True] * 12 + [False] * 2
     assert "bad-0" in problems[0]["reason"]
     text = console.export_text()
-    assert "and 4 more" in text
-    assert "1 of 15 rows tokenized" in text  # the one that is good
-    skipping = examine(work / "recipe.yaml", [*argv, "--on_bad_media", "skip"])
+    assert "and 4 more" in text and "1 of 15 rows tokenized" in text  # the one that is good
+    skipping = examine(recipe, [*argv, "--on_bad_media", "skip"])
     assert "12 would be skipped" in texts(skipping)["train rows"]
     assert skipping.stops  # the other two rows still stop it
 
@@ -122,75 +118,60 @@ def test_rows_that_the_chat_template_refuses(tmp_path):
     tok.chat_template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     rows = [row(None, id=f"r{i}") for i in range(4)]
     rows[2]["prompt"].insert(0, {"role": "system", "content": [{"type": "text", "text": "Be brief."}]})
-    recipe = {
-        "model_name_or_path": write_model(tmp_path / "base", model, tok),
-        "dataset_name": str(write_jsonl(rows, tmp_path / "rows.jsonl")),
-        "output_dir": str(tmp_path / "out"),
-    }
-    (tmp_path / "recipe.yaml").write_text("# trl-vpo train dpo --config recipe.yaml\n" + yaml.safe_dump(recipe))
-    report = examine(tmp_path / "recipe.yaml", [])
+    report = examine(write_recipe(tmp_path, "dpo", model, tok, rows), [])
     assert status(report)["tokens"] == STOP
     (problem,) = report.problems
     assert problem["row"] == 2 and "no system role" in problem["reason"]
 
 
-def test_a_stream_of_datasets_videos(work, tmp_path):
+def test_a_stream_of_datasets_videos(recipe, tmp_path):
     base = Dataset.from_list([row("video", [write_clip(tmp_path / "a.mp4")])] * 3)
     base.cast(Features({**base.features, "videos": List(Video())})).to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "dpo.yaml").write_text(
-        (work / "recipe.yaml").read_text().replace("lpoi", "dpo").replace("num_images: 4", "")
-    )
+    (tmp_path / "dpo.yaml").write_text(recipe.read_text().replace("lpoi", "dpo").replace("num_images: 4", ""))
     argv = ["--dataset_name", str(tmp_path / "rows.parquet"), "--dataset_streaming", "true"]
     report = examine(tmp_path / "dpo.yaml", argv)
     assert texts(report)["tokens"].startswith("3 of 3 rows tokenized, 0 of them") and not report.problems
 
 
-def test_rows_over_max_length(work):
-    report = examine(work / "recipe.yaml", ["--max_length", "10"])
-    assert status(report)["tokens"] == STOP
-    assert len(report.problems) == 6
+def test_rows_over_max_length(recipe):
+    report = examine(recipe, ["--max_length", "10"])
+    assert status(report)["tokens"] == STOP and len(report.problems) == 6
     assert "max_length=10" in report.problems[0]["reason"]
 
 
-def test_lora_targets(work):
-    everywhere = examine(work / "recipe.yaml", ["--lora_target_modules", "all-linear"])
-    assert status(everywhere)["LoRA"] == WARN
-    nowhere = examine(work / "recipe.yaml", ["--lora_target_modules", "query"])
-    assert status(nowhere)["LoRA"] == STOP
-    assert "tokens" in status(nowhere)  # the other checks went on
-
-
-def test_full_fine_tuning(work):
-    argv = ["--use_peft", "false"]
-    report = examine(work / "recipe.yaml", argv)
-    assert status(report)["full fine-tuning"] == WARN
-    frozen = examine(work / "recipe.yaml", [*argv, "--freeze_vision"])
-    assert status(frozen)["full fine-tuning"] == OK
-    assert parts(frozen)["optimizer states"] < parts(report)["optimizer states"]
-    assert parts(report)["weights"] == parts(report)["reference model"]
-    lora = examine(work / "recipe.yaml", [])
-    assert "reference model" not in parts(lora)
-
-
 @pytest.mark.parametrize(
-    ("argv", "check"),
+    ("argv", "check", "expected"),
     [
-        (["--model_name_or_path", "nowhere/nothing"], "model"),
-        (["--dataset_name", "nowhere.jsonl"], "data"),
-        (["--eval_strategy", "steps"], "data"),  # there is no test split
+        (["--lora_target_modules", "all-linear"], "LoRA", WARN),
+        (["--lora_target_modules", "query"], "LoRA", STOP),
+        (["--model_name_or_path", "nowhere/nothing"], "model", STOP),
+        (["--dataset_name", "nowhere.jsonl"], "data", STOP),
+        (["--eval_strategy", "steps"], "data", STOP),  # there is no test split
     ],
 )
-def test_what_is_missing_stops(work, argv, check):
-    assert status(examine(work / "recipe.yaml", argv))[check] == STOP
+def test_what_is_wrong_or_missing(recipe, argv, check, expected):
+    result = status(examine(recipe, argv))
+    assert result[check] == expected
+    assert "tokens" in result or check != "LoRA"  # the other checks went on
 
 
-def test_method_of_a_recipe(work, tmp_path):
-    assert method_of(work / "recipe.yaml") == "lpoi"
+def test_full_fine_tuning(recipe):
+    report = examine(recipe, ["--use_peft", "false"])
+    assert status(report)["full fine-tuning"] == WARN
+    assert parts(report)["weights"] == parts(report)["reference model"]
+    frozen = examine(recipe, ["--use_peft", "false", "--freeze_vision"])
+    assert status(frozen)["full fine-tuning"] == OK
+    assert parts(frozen)["optimizer states"] < parts(report)["optimizer states"]
+    assert "reference model" not in parts(examine(recipe, []))
+
+
+def test_method_of_a_recipe(recipe, tmp_path):
+    assert method_of(recipe) == "lpoi"
     (tmp_path / "rrpo").mkdir()
-    for path in (tmp_path / "rrpo" / "some.yaml", tmp_path / "leanpo.yaml", tmp_path / "other.yaml"):
-        path.write_text("use_cpu: true\n")
-    assert method_of(tmp_path / "rrpo" / "some.yaml") == "rrpo"
-    assert method_of(tmp_path / "leanpo.yaml") == "leanpo"
+    for path, method in (("rrpo/some.yaml", "rrpo"), ("leanpo.yaml", "leanpo")):
+        (tmp_path / path).write_text("use_cpu: true\n")
+        assert method_of(tmp_path / path) == method
+    (tmp_path / "other.yaml").write_text("use_cpu: true\n")
     with pytest.raises(RecipeError, match="--method"):
         method_of(tmp_path / "other.yaml")
     with pytest.raises(RecipeError, match="does not exist"):
@@ -200,60 +181,60 @@ def test_method_of_a_recipe(work, tmp_path):
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def test_whether_it_fits(work):
+def test_whether_it_fits(recipe):
     console = Console(record=True, width=200)
-    recipe, argv = work / "recipe.yaml", ["--gradient_checkpointing", "false"]
+    argv = ["--gradient_checkpointing", "false"]
     assert run_doctor(recipe, argv, console=console, gpu_memory=0.25) == 0  # a warning, no stop
     text = console.export_text()
-    assert "does not fit into 0.2 GiB" in text
-    assert "half as many tokens of media (max_pixels) " in text  # there are no videos
-    assert "per_device_train_batch_size: 1, gradient_accumulation_steps: 3" in text
-    assert "gradient_checkpointing: true" in text
-    assert status(examine(recipe, argv, gpu_memory=0.25))["memory"] == WARN
+    for part in (
+        "does not fit into 0.2 GiB",
+        "half as many tokens of media (max_pixels) ",  # there are no videos
+        "per_device_train_batch_size: 1, gradient_accumulation_steps: 3",
+        "gradient_checkpointing: true",
+    ):
+        assert part in text
     fits = examine(recipe, [], gpu_memory=24)
     assert status(fits)["memory"] == OK and fits.memory.fits and not fits.memory.remedies
 
 
-def test_several_gpus(work, monkeypatch):
+def test_several_gpus(recipe, monkeypatch):
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    whole = examine(work / "recipe.yaml", [])
-    argv = ["--accelerate_config", "zero3", "--num_processes", "4"]  # TRL's, where the working directory has none
-    split = examine(work / "recipe.yaml", argv)
+    # TRL's config, where the working directory has none
+    split = examine(recipe, ["--accelerate_config", "zero3", "--num_processes", "4"])
     assert split.memory.sharding == Sharding("zero3", 4)
-    assert parts(split)["weights"] < parts(whole)["weights"] / 3
-    ddp = examine(work / "recipe.yaml", ["--num_processes", "2"])
+    ddp = examine(recipe, ["--num_processes", "2"])
+    assert parts(split)["weights"] < parts(ddp)["weights"] / 3
     assert parts(ddp)["communication"] == 4 * 2 * 2 * (32 + 32 + 32 + 16)  # float32, 2 layers, rank 2, q and v
     with pytest.raises(RecipeError, match="accelerate_config"):
-        examine(work / "recipe.yaml", ["--accelerate_config", "zero4"])
+        examine(recipe, ["--accelerate_config", "zero4"])
 
 
-def test_a_model_that_needs_data_is_not_estimated(work, monkeypatch):
+def test_a_model_that_needs_data_is_not_estimated(recipe, monkeypatch):
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
     whole = Qwen2VLTextModel.forward
     forward = lambda self, *args, **kwargs: whole(self, *args, **kwargs).last_hidden_state.sum().item()  # noqa: E731
     monkeypatch.setattr(Qwen2VLTextModel, "forward", forward)
-    report = examine(work / "recipe.yaml", [])
+    report = examine(recipe, [])
     assert status(report)["memory"] == WARN and report.memory is None
     assert "not estimated: DataDependentOutputException" in texts(report)["memory"]
 
 
-def test_measuring_needs_one_process_and_a_gpu(work, monkeypatch, capsys):
-    assert main(["doctor", str(work / "recipe.yaml"), "--measure"]) == 2
+def test_measuring_needs_one_process_and_a_gpu(recipe, monkeypatch, capsys):
+    assert main(["doctor", str(recipe), "--measure"]) == 2
     assert "--measure runs two training steps and needs a CUDA GPU" in capsys.readouterr().err
-    recipe = parse_recipe(work / "recipe.yaml", [])
-    recipe.sharding = Sharding("ddp", 2)
+    parsed = replace(parse_recipe(recipe, []), sharding=Sharding("ddp", 2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RecipeError, match="runs one process, and this recipe trains with ddp on 2"):
-        check_can_measure(recipe)
+        check_can_measure(parsed)
 
 
-def test_measured_memory_stands_beside_the_estimate(work, monkeypatch):
+def test_measured_memory_stands_beside_the_estimate(recipe, monkeypatch):
     """On a CPU: the same way through the trainer, with the byte counter in the place of the GPU's allocator."""
     monkeypatch.setattr(checks, "check_can_measure", lambda recipe: None)
     monkeypatch.setattr(checks, "measure", lambda recipe, rows: replace(measure(recipe, rows, LiveBytes), reserved=0))
-    report = examine(work / "recipe.yaml", ["--gradient_accumulation_steps", "2"], measures=True)
+    report = examine(recipe, ["--gradient_accumulation_steps", "2"], measures=True)
     assert status(report)["measured memory"] == OK and "two steps took" in texts(report)["measured memory"]
     context = parts(report)["CUDA context, fragmentation"]
     assert report.memory.measured.allocated == pytest.approx(report.memory.estimate.total - context, rel=0.25)
@@ -265,10 +246,7 @@ def test_measured_memory_stands_beside_the_estimate(work, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(checks, "measure", too_small)
-    assert status(examine(work / "recipe.yaml", [], measures=True))["measured memory"] == STOP
-
-
-# --- arithmetic ---------------------------------------------------------------------------------------------------
+    assert status(examine(recipe, [], measures=True))["measured memory"] == STOP
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,7 +256,6 @@ def test_empty_models_count_as_real_ones(family):
     empty = empty_model(model.config)
     assert {p.device.type for p in empty.parameters()} == {"meta"}
     counted = model_sizes(empty, quantized=False, skip=[])
-    assert counted.total == model.num_parameters()
-    assert 0 < counted.vision < counted.total
+    assert counted.total == model.num_parameters() and 0 < counted.vision < counted.total
     _, adapted = adapt(empty, LoraConfig(target_modules="all-linear"))
     assert adapted.vision  # all-linear reaches into the tower of every family

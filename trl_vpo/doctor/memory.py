@@ -53,7 +53,8 @@ class Plan:
     accumulation: int  # micro-batches to a step
     dropout: bool = False
     sharding: Sharding = field(default_factory=Sharding)
-    tower: Activations | None = None  # of the vision tower's pass; None: it is run
+    halved: bool = False  # half as many tokens of media
+    tower: Activations | None = None  # of the vision tower's pass over whole media; None: it is run
     device: str = "cuda"  # or "cpu", to be compared with what is measured there
 
     @property
@@ -141,7 +142,9 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
     )
     tower = plan.tower or step.run_tower(plan.load.media)
     trains_tower = tower.kept > 0  # and keeps its inputs for its backward pass
-    text = step.run(plan.load.calls, 0 if trains_tower else plan.load.laid_out)
+    load, share = (plan.load.halved(), 0.5) if plan.halved else (plan.load, 1)
+    text = step.run(load.calls, 0 if trains_tower else load.laid_out)
+    inputs = {"inputs": load.inputs * plan.accumulation}
     trained = plan.sizes.trained * plan.trained_dtype.itemsize
     gradients = int(trained / (plan.sharding.processes if plan.sharding.splits_gradients else 1))
     kept = min(text.kept, text.peak - text.gradients)
@@ -149,11 +152,11 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
     moments = {
         "the vision tower's pass": {
             "gradients": gradients * (plan.accumulation > 1 or trains_tower),
-            "working memory": plan.load.laid_out + tower.peak - tower.gradients,
+            "working memory": load.laid_out + (tower.peak - tower.gradients) * share,
         },
         "the backward pass": {
             "gradients": text.gradients if plan.gradients == "grown" else gradients,
-            "activations": kept + tower.kept + plan.load.laid_out * trains_tower,
+            "activations": kept + tower.kept * share + load.laid_out * trains_tower,
             "working memory": text.peak - text.gradients - kept + dequantized,
         },
         "the optimizer's step": {"gradients": gradients, "working memory": _optimizer_working(plan)},
@@ -164,7 +167,7 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
             coming = sum(size for name, size in parts.items() if name != "gradients")
             parts["CUDA context, fragmentation"] = CONTEXT + int(FRAGMENTATION * coming)
     moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
-    return Estimate(moment, {name: int(size) for name, size in (fixed(plan) | parts).items() if size}, tower)
+    return Estimate(moment, {name: int(size) for name, size in (fixed(plan) | inputs | parts).items() if size}, tower)
 
 
 def fixed(plan: Plan) -> dict[str, float]:
@@ -183,7 +186,6 @@ def fixed(plan: Plan) -> dict[str, float]:
         "weights": policy / share * on_gpu,
         "reference model": (plan.copies - 1) * base / share * on_gpu,
         "optimizer states": states / sharding.owners * ("optimizer" not in sharding.offload),
-        "inputs": plan.load.inputs * plan.accumulation,
     }
 
 

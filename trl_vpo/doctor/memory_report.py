@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,10 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from trl_vpo.doctor.activation_estimate import Activations
 from trl_vpo.doctor.measure import Measured
 from trl_vpo.doctor.memory import GIB, NF4_BYTES, Estimate, Plan, estimate
-from trl_vpo.doctor.workload import Workload
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.model_size import model_sizes
 from trl_vpo.training.sharding import Sharding
@@ -34,21 +31,13 @@ class Remedy:
 
 @dataclass
 class MemoryReport:
-    """The memory that a recipe takes on a GPU.
-
-    Attributes:
-        estimate: by what takes it.
-        sharding: the processes that it holds for.
-        available: bytes of the GPU; None: unknown.
-        remedies: what to change where it does not fit.
-        measured: the peak of real steps, where `--measure` asked for it.
-    """
+    """The memory that a recipe takes on a GPU."""
 
     estimate: Estimate
-    sharding: Sharding
-    available: int | None = None
-    remedies: list[Remedy] = field(default_factory=list)
-    measured: Measured | None = None
+    sharding: Sharding  # that it holds for
+    available: int | None = None  # bytes of the GPU; None: unknown
+    remedies: list[Remedy] = field(default_factory=list)  # where it does not fit
+    measured: Measured | None = None  # where `--measure` asked for it
 
     @property
     def fits(self) -> bool | None:
@@ -66,7 +55,6 @@ def check_fit(plan: Plan, model: nn.Module, args: Any, available: int | None) ->
     """Estimate a plan; where it does not fit, also with each remedy, and with all of them.
 
     Args:
-        plan: what is planned.
         model: its empty model; it is made fake.
         args: the parsed recipe, for the values that it has now.
         available: bytes of the GPU; None: unknown.
@@ -74,62 +62,50 @@ def check_fit(plan: Plan, model: nn.Module, args: Any, available: int | None) ->
     report = MemoryReport(estimate(plan, model), plan.sharding, available)
     if report.fits is not False:
         return report
-    plan = every = replace(plan, tower=report.estimate.tower)  # of whatever a remedy leaves as it is
-    for setting, change in remedies(plan, args, model):
-        report.remedies.append(Remedy(setting, estimate(change(plan), model).total))
-        every = change(every)
-    if len(report.remedies) > 1 and not any(remedy.total <= available for remedy in report.remedies):
-        report.remedies.append(Remedy("all of these", estimate(every, model).total))
+    plan = replace(plan, tower=report.estimate.tower)  # run once, where a remedy leaves it as it is
+    changes = remedies(plan, args, model)
+    if len(changes) > 1:
+        changes["all of these"] = {name: value for change in changes.values() for name, value in change.items()}
+    for setting, change in changes.items():
+        if setting != "all of these" or not any(remedy.total <= available for remedy in report.remedies):
+            report.remedies.append(Remedy(setting, estimate(replace(plan, **change), model).total))
     if not plan.adapter:
         report.remedies.append(Remedy("use_peft: true, an adapter instead of all weights"))
     return report
 
 
-def remedies(plan: Plan, args: Any, model: nn.Module) -> list[tuple[str, Callable[[Plan], Plan]]]:
-    """List what may be changed: (settings, what they do to a plan)."""
-    changes: list[tuple[str, Callable[[Plan], Plan]]] = []
+def remedies(plan: Plan, args: Any, model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what may be changed: the fields of a plan by the recipe's settings."""
+    changes: dict[str, dict[str, Any]] = {}
     sharding, pairs = plan.sharding, args.per_device_train_batch_size
     if any(call.features for call in plan.load.calls):
-        changes.append((_smaller_media(args, plan.load), _halve_media))
+        settings = [f"max_pixels: {args.max_pixels // 2}" if args.max_pixels else "max_pixels"]
+        if any("pixel_values_videos" in inputs for inputs in plan.load.media):
+            key = "num_frames" if args.num_frames else "max_frames"
+            settings.append(f"{key}: {max(1, getattr(args, key) // 2)}")
+        changes[f"half as many tokens of media ({' or '.join(settings)})"] = {"halved": True}
     if pairs > 1:
         steps = args.gradient_accumulation_steps * pairs
         setting = f"per_device_train_batch_size: 1, gradient_accumulation_steps: {steps}"
-        changes.append((setting, lambda p: replace(p, load=p.pair, accumulation=steps, tower=None)))
+        changes[setting] = {"load": plan.pair, "accumulation": steps, "tower": None}
     if not plan.checkpointing:
-        changes.append(("gradient_checkpointing: true", lambda p: replace(p, checkpointing=True, tower=None)))
+        changes["gradient_checkpointing: true"] = {"checkpointing": True, "tower": None}
     if plan.copies > 1 and "precompute_ref_log_probs" not in args.refused:
-        changes.append(("precompute_ref_log_probs: true", lambda p: replace(p, copies=1)))
+        changes["precompute_ref_log_probs: true"] = {"copies": 1}
     if not plan.adapter and "8bit" not in plan.optimizer and "optimizer" not in sharding.offload:
-        changes.append(("optim: adamw_8bit", lambda p: replace(p, optimizer="adamw_8bit")))
+        changes["optim: adamw_8bit"] = {"optimizer": "adamw_8bit"}
     if plan.weight_bytes is not None:
         return changes
     if plan.adapter and not sharding.splits_weights:  # 4-bit weights cannot be split
         sizes = model_sizes(model, quantized=True, skip=NOT_QUANTIZED)
         setting = "load_in_4bit: true, use_bnb_nested_quant: true"
-        changes.append((setting, lambda p: replace(p, weight_bytes=NF4_BYTES[True], sizes=sizes)))
-    else:
-        processes = max(2, sharding.processes * (2 if sharding.splits_weights else 1))
-        wider = replace(sharding, kind=sharding.kind if sharding.splits_weights else "fsdp", processes=processes)
-        setting = f"accelerate_config: fsdp2 or zero3, num_processes: {processes}"
-        changes.append((setting, lambda p: replace(p, sharding=wider)))
+        changes[setting] = {"weight_bytes": NF4_BYTES[True], "sizes": sizes}
+        return changes
+    wider = Sharding("fsdp", max(2, sharding.processes))
+    if sharding.splits_weights:
+        wider = replace(sharding, processes=2 * sharding.processes)
+    changes[f"accelerate_config: fsdp2 or zero3, num_processes: {wider.processes}"] = {"sharding": wider}
     return changes
-
-
-def _smaller_media(args: Any, load: Workload) -> str:
-    settings = [f"max_pixels: {args.max_pixels // 2}" if args.max_pixels else "max_pixels"]
-    if any("pixel_values_videos" in inputs for inputs in load.media):
-        key = "num_frames" if args.num_frames else "max_frames"
-        settings.append(f"{key}: {max(1, getattr(args, key) // 2)}")
-    return f"half as many tokens of media ({' or '.join(settings)})"
-
-
-def _halve_media(plan: Plan) -> Plan:
-    return replace(plan, load=plan.load.halved(), pair=plan.pair.halved(), tower=_scaled(plan.tower, 0.5))
-
-
-def _scaled(tower: Activations | None, share: float) -> Activations | None:
-    """A tower's memory for a share of its pixels. (Its gradients do not shrink, but count for nothing here.)"""
-    return tower and Activations(int(tower.peak * share), int(tower.gradients * share), int(tower.kept * share))
 
 
 def show_memory(report: MemoryReport, console: Console) -> None:
@@ -148,10 +124,8 @@ def show_memory(report: MemoryReport, console: Console) -> None:
     if report.remedies:
         table = Table("it does not fit; what would help", "GiB then", "", title_justify="left")
         for remedy in report.remedies:
-            if remedy.total is None:
-                table.add_row(remedy.setting, "?", "")
-            else:
-                fits = "fits" if remedy.total <= report.available else "not enough"
-                table.add_row(remedy.setting, f"{remedy.total / GIB:.2f}", fits)
+            size = "?" if remedy.total is None else f"{remedy.total / GIB:.2f}"
+            fits = "" if remedy.total is None else "fits" if remedy.total <= report.available else "not enough"
+            table.add_row(remedy.setting, size, fits)
         console.print(table)
     console.print(NOTE, style="dim")
