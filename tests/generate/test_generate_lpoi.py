@@ -121,7 +121,7 @@ def test_fallback_labels_are_for_rows_without_a_find(tmp_path):
     assert (made_row(second)["critical_object"], second.notes["where"]) == ("hat", "any")
     (rejected,) = run(pipeline(finds=Fixed(), fallback_labels=[]), rows[1])
     assert rejected.kind == "no object found"
-    assert rejected.reason == "the text names red kite; 0 boxes were found, none of 0.005 to 0.9 of the image."
+    assert rejected.reason == "the text names red kite; boxes found: 0, none of 0.005 to 0.9 of the image."
 
 
 def test_nothing_usable_is_rejected(tmp_path):
@@ -132,7 +132,7 @@ def test_nothing_usable_is_rejected(tmp_path):
     bad, tiny, good = run(pipeline(), bad, tiny, make_row(tmp_path, "good", objects=[DOG]))
     assert bad.kind == "unusable input" and "annotation 0 has the corners [5, 5, 900, 25]" in bad.reason
     assert tiny.kind == "no object found"
-    assert tiny.reason.startswith("the text names nothing that can be seen; 1 boxes were found")
+    assert tiny.reason.startswith("the text names nothing that can be seen; boxes found: 1")
     assert made_row(good)["critical_object"] == "dog"
 
 

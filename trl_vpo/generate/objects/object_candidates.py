@@ -93,7 +93,7 @@ class Finder:
         for case, candidates_of_row, count in zip(cases, named, counts):
             if not case.choices and not case.reason:
                 names = ", ".join(candidate.text for candidate in candidates_of_row) or "nothing that can be seen"
-                boxes = f"{count} boxes were found, none of {config.min_box_area:g} to {config.max_box_area:g}"
+                boxes = f"boxes found: {count}, none of {config.min_box_area:g} to {config.max_box_area:g}"
                 case.reject("no object found", f"the text names {names}; {boxes} of the image.")
 
     def _detect(self, cases: Sequence[Case], named: Sequence[list[Candidate]] | None, counts: list[int]) -> None:
