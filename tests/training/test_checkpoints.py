@@ -77,6 +77,13 @@ def test_no_byte_of_the_marker_may_change(tmp_path, old, new):
         newest_complete(tmp_path)
 
 
+def test_a_checkpoint_of_another_version_is_not_damaged(tmp_path):
+    marker = write_checkpoint(tmp_path / "checkpoint-2") / "complete.json"
+    marker.write_text(marker.read_text().replace('"format": 3', '"format": 2'))
+    with pytest.raises(CheckpointError, match=r"another version of TRL-VPO saved it\n.* continue with the version"):
+        newest_complete(tmp_path)
+
+
 def test_without_its_marker_no_checkpoint_is_finished(tmp_path):
     """It was killed just before it wrote the marker, or is of another program. Other ranks may not have saved."""
     (problem,) = find_problems(write_checkpoint(tmp_path / "checkpoint-2", marked=False))

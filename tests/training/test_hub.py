@@ -280,12 +280,13 @@ def test_a_checkpoint_waits_for_the_push_before_it(recipe, local, tmp_path):
         folder.mkdir()
         (folder / "file").write_text("a")
     push._missing = {folder.name: folder for folder in folders}
-    push.uploading |= set(folders)
-    push._push(1, folders[0], {}, {"checkpoint-1": folders[0]})
-    assert push.uploading == {folders[1]} and push._missing == {"checkpoint-2": folders[1]}
+    push._reading = {folders[0]}
+    assert push.in_use() == set(folders)
+    push._push(1, {}, {"checkpoint-1": folders[0]})
+    assert push.in_use() == {folders[1]} and push._missing == {"checkpoint-2": folders[1]}
     local.faults = [Fault(r"POST .*/commit/", 500)]
-    push._push(2, folders[1], {}, dict(push._missing))
-    assert push._failed == [2] and not push.uploading and list(push._missing) == ["checkpoint-2"]
+    push._push(2, {}, dict(push._missing))
+    assert push._failed == [2] and not push.in_use() and list(push._missing) == ["checkpoint-2"]
 
 
 def test_offline(recipe, local, tmp_path, capfd, monkeypatch):

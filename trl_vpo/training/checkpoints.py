@@ -22,6 +22,7 @@ from trl_vpo.files import atomic_write, file_digest, json_digest
 from trl_vpo.training.main_process import print_main
 
 MARKER = "complete.json"
+FORMAT = 3  # of the marker
 HASHED = 2**30  # bytes; larger files are compared by their size alone, reading them back would hold up every save
 NEEDED = {  # how a file's name begins: what to say without it
     "trainer_state.json": "trainer_state.json is missing",
@@ -53,7 +54,7 @@ def mark_complete(folder: Path, **content) -> None:
     for path in _files(folder):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = _size_and_digest(path)
-    content = {"files": files, "saved": time.time(), **content}
+    content = {"format": FORMAT, "files": files, "saved": time.time(), **content}
     with atomic_write(folder / MARKER, token="new") as part:
         part.write_text(json.dumps({"digest": json_digest(content), **content}, indent=1), encoding="utf-8")
     for parent in (folder, folder.parent):
@@ -61,7 +62,7 @@ def mark_complete(folder: Path, **content) -> None:
 
 
 def read_marker(folder: Path) -> dict | None:
-    """Return what `mark_complete` wrote; None where there is no marker, or not as it was written."""
+    """Return what `mark_complete` wrote; None where there is no marker, or not as this version wrote it."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         digest = marker.pop("digest")
@@ -100,7 +101,9 @@ def find_problems(folder: Path) -> list[str]:
         return [f"{MARKER}, the last file, is missing: its saving was interrupted, or it is another program's"]
     marker = read_marker(folder)
     if marker is None:
-        return [f"{MARKER} is not what was saved"]
+        number = re.search(r'"format": (\d+)', (folder / MARKER).read_text(errors="replace"))
+        other = number is not None and int(number[1]) != FORMAT
+        return ["another version of TRL-VPO saved it" if other else f"{MARKER} is not what was saved"]
     changed = _changed(folder, marker["files"])
     return changed + [problem for problem in _missing(folder) if problem not in changed]
 
@@ -179,8 +182,8 @@ def newest_complete(output_dir: str | Path) -> Path | None:
     if finished:
         lines = "".join(f"\n  - {folder}: {broken[folder]}" for folder in finished)
         raise CheckpointError(
-            f"training cannot continue from any checkpoint of {output_dir}:{lines}\nPut the files back, or delete "
-            "these folders to start from scratch."
+            f"training cannot continue from any checkpoint of {output_dir}:{lines}\nPut the files back, continue with "
+            "the version that saved them, or delete these folders to start from scratch."
         )
     for folder, why in broken.items():
         print_main(f"{folder} is not complete: {why}. There is no other to continue from.")

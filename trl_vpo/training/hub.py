@@ -55,8 +55,7 @@ class HubPush(TrainerCallback):
     """The pushes of a run. Only the main process does anything.
 
     A save starts a push, unless one is going on: then it is part of the next one. `hub_model_id`, `hub_strategy`,
-    `hub_token`, `hub_private_repo` and `hub_revision` mean what they mean to transformers. Checkpoints in `uploading`
-    are being read, or will be: they must not be deleted meanwhile.
+    `hub_token`, `hub_private_repo` and `hub_revision` mean what they mean to transformers.
     """
 
     def __init__(self, args: Any):
@@ -66,14 +65,19 @@ class HubPush(TrainerCallback):
             revision=args.hub_revision,
             token=args.hub_token,
         )
-        self.uploading: set[Path] = set()
         self._main = PartialState().is_main_process
         self._folder = Path(args.output_dir)
         self._strategy = HubStrategy(args.hub_strategy)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._job: Future | None = None
         self._missing: dict[str, Path] = {}  # path in the repo: the checkpoint that belongs there
+        self._reading: set[Path] = set()  # checkpoints of the push that is going on
         self._failed: list[int] = []  # steps
+        self._is_down = False  # the last push failed
+
+    def in_use(self) -> set[Path]:
+        """The checkpoints that must not be deleted now: they are read, or will be; not by a Hub that is down."""
+        return self._reading | (set() if self._is_down else set(self._missing.values()))
 
     def open(self) -> None:
         """Create or check the repo, see `HubRepo.open`."""
@@ -110,11 +114,9 @@ class HubPush(TrainerCallback):
         path = {HubStrategy.CHECKPOINT: LAST, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(self._strategy)
         if path:
             self._missing[path] = checkpoint
-            self.uploading.add(checkpoint)
         if self._job is not None and not self._job.done():
             return
         missing = {path: folder for path, folder in self._missing.items() if folder.is_dir()}
-        self.uploading |= {checkpoint, *missing.values()}
         try:
             self._trainer.create_model_card(model_name=self.repo.name, dataset_name=self._dataset_name)
             card = {"README.md": (self._folder / "README.md").read_bytes()}  # the next save writes it anew
@@ -122,7 +124,8 @@ class HubPush(TrainerCallback):
         except Exception as error:
             self._note_failure(state.global_step, error)
         else:
-            self._job = self._thread.submit(self._push, state.global_step, checkpoint, files, missing)
+            self._reading = {checkpoint, *missing.values()}
+            self._job = self._thread.submit(self._push, state.global_step, files, missing)
 
     def _model_files(self, folder: Path) -> dict[str, Path | bytes]:
         """The files that loading a saved model needs, and nothing else of the folder: name -> file."""
@@ -131,14 +134,15 @@ class HubPush(TrainerCallback):
             raise FileNotFoundError(f"{folder} has no weights in safetensors files")
         return weights | {name: folder / name for name in self._processor if (folder / name).is_file()}
 
-    def _push(self, step: int, checkpoint: Path, files: dict[str, Path | bytes], missing: dict[str, Path]) -> None:
+    def _push(self, step: int, files: dict[str, Path | bytes], missing: dict[str, Path]) -> None:
         """In the background."""
+        self._is_down = False
         try:
             self._commit(f"Training in progress, step {step}", files, missing)
         except Exception as error:
+            self._is_down = True
             self._note_failure(step, error)
-            self.uploading.clear()  # a Hub that is down must not fill the disk
-        self.uploading -= {checkpoint, *missing.values()}
+        self._reading = set()
 
     def _commit(self, message: str, files: dict[str, Path | bytes], missing: dict[str, Path]) -> None:
         for path, folder in missing.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,28 +101,30 @@ class HubRepo:
         return scrub(_one_line(error), self._token or "")
 
 
-def _one_line(error: BaseException | None) -> str:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _one_line(error: BaseException) -> str:
     """An error and what it came from: `HTTP 403 to POST /api/repos/create: You may not`."""
     parts = []
-    while error is not None:
-        response = getattr(error, "response", None)
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
         if response is not None:
             parts.append(f"HTTP {response.status_code} to {response.request.method} {response.request.url.path}")
-            parts += [error.server_message] if getattr(error, "server_message", None) else []
+            parts += [cause.server_message] if getattr(cause, "server_message", None) else []
             break
-        parts.append(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
-        error = error.__cause__
+        parts.append(next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__))
     lines = [" ".join(part.split()).rstrip(".:") for part in parts]
     return ": ".join(dict.fromkeys(lines))  # httpx repeats what it wraps
 
 
-def _status_of(error: BaseException | None) -> int | None:
+def _status_of(error: BaseException) -> int | None:
     """The HTTP status that is behind an error; None where no answer came."""
-    while error is not None:
-        if getattr(error, "response", None) is not None:
-            return error.response.status_code
-        error = error.__cause__
-    return None
+    responses = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((response.status_code for response in responses if response is not None), None)
 
 
 def is_refusal(error: Exception) -> bool:

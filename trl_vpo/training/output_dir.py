@@ -6,14 +6,13 @@ import errno
 import fcntl
 import os
 import platform
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trl_vpo.errors import OutputDirError, as_user_errors
+from trl_vpo.errors import OutputDirError
 from trl_vpo.training.main_process import on_main_process
 
 LOCK = ".training.lock"
@@ -33,13 +32,7 @@ def hold_output_dir(output_dir: str) -> Iterator[None]:
         OutputDirError: the folder cannot be written, or another training writes to it.
     """
     locks: list[int] = []  # of this process; a descriptor means nothing on another rank
-
-    def check_and_lock(folder: Path) -> None:
-        check_writable(folder)
-        with as_user_errors(f"output_dir {folder}"):
-            locks.extend(_lock(folder))
-
-    on_main_process(check_and_lock, Path(output_dir))
+    on_main_process(_lock, Path(output_dir), locks)
     try:
         yield
     finally:
@@ -47,29 +40,35 @@ def hold_output_dir(output_dir: str) -> Iterator[None]:
             os.close(lock)
 
 
-def check_writable(folder: Path) -> None:
-    """Do what saving does: make the folder, write a file to the disk, rename and delete it.
-
-    Raises:
-        OutputDirError: it fails.
-    """
-    probe = folder / f".probe-{secrets.token_hex(4)}"
-    renamed = probe.with_suffix(".renamed")
+def _lock(folder: Path, locks: list[int]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with probe.open("wb") as file:
-                file.write(bytes(4096))
-                file.flush()
-                os.fsync(file.fileno())
-            probe.rename(renamed)
-        finally:
-            for path in (probe, renamed):
-                path.unlink(missing_ok=True)
-    except OSError as error:
+        locks.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+        _take(locks[0], folder)
+        os.ftruncate(locks[0], 0)
+        os.pwrite(locks[0], f"pid {os.getpid()} on {platform.node()}".encode(), 0)
+        os.fsync(locks[0])
+    except (OSError, OutputDirError) as error:
+        while locks:
+            os.close(locks.pop())
+        if isinstance(error, OutputDirError):
+            raise
         raise OutputDirError(
             f"output_dir {folder} cannot be written: {error.strerror or error}. {remedy(folder, error)}"
         ) from error
+
+
+def _take(lock: int, folder: Path) -> None:
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            holder = os.pread(lock, 200, 0).decode(errors="replace") or "of an unknown process"
+            raise OutputDirError(
+                f"another training writes to output_dir {folder}: {holder}. Two would write over each other's "
+                "checkpoints. Wait until it is done or stop it, or name another output_dir."
+            ) from error
+        print(f"trl-vpo: {folder} has no file locks ({error.strerror}): make sure that no other run writes there.")
 
 
 def check_space(output_dir: str, size: int) -> None:
@@ -102,37 +101,16 @@ def remedy(folder: Path, error: Exception) -> str:
     number = getattr(error, "errno", None)
     if number is None:
         try:
-            check_writable(folder)
-        except OutputDirError as problem:
-            number = problem.__cause__.errno
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(4096))
+        except OSError as problem:
+            number = problem.errno
     if number in FORBIDDEN:
         return f"Give user {os.geteuid()} the right to write there (mounted read-only?), or name another output_dir."
-    if number in (errno.EEXIST, errno.ENOTDIR):
-        return "A file is in its place. Name another output_dir."
-    if number in (errno.ENOENT, errno.ENAMETOOLONG, errno.ENODEV):
-        return "No folder can be made there. Name another output_dir."
+    if number not in {None, *NO_SPACE}:
+        return "Name another output_dir."
     free = ""
     with suppress(OSError):
         free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there. "
     quota = " or raise the quota," if number == errno.EDQUOT else ""
     return f"{free}Free some space on that disk,{quota} or keep fewer checkpoints with save_total_limit."
-
-
-def _lock(folder: Path) -> list[int]:
-    """The descriptor that holds the lock; none where the file system has no locks."""
-    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(file, 200, 0).decode(errors="replace") or "of an unknown process"
-        os.close(file)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise OutputDirError(
-                f"another training writes to output_dir {folder}: {holder}. Two would write over each other's "
-                "checkpoints. Wait until it is done or stop it, or name another output_dir."
-            ) from error
-        print(f"trl-vpo: {folder} has no file locks ({error.strerror}): make sure that no other run writes there.")
-        return []
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
-    return [file]

@@ -9,7 +9,7 @@ what is left (`failed_saves.py`).
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,12 +61,17 @@ def _find_checkpoint(name: str, output_dir: str) -> Path | None:
 
 
 def train(
-    trainer: Any, checkpoint: Path | None, run: dict, digests: Any = None, *, in_use: Collection[Path] = ()
+    trainer: Any,
+    checkpoint: Path | None,
+    run: dict,
+    digests: Any = None,
+    *,
+    in_use: Callable[[], Collection[Path]] = tuple,
 ) -> Any:
     """Run `trainer.train()` from a checkpoint, or from the start. Returns its `TrainOutput`. All ranks call this.
 
     Each checkpoint keeps `run` (from `describe_run`) and the `digests` of its rows (from `digest_rows`; only the main
-    process needs them). Checkpoints that are in the collection `in_use` after a save are not deleted.
+    process needs them). Checkpoints that `in_use` returns after a save are not deleted.
 
     Raises:
         CheckpointError: the checkpoint is another run's. Names each difference.

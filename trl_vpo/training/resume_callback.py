@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from trl_vpo.training.checkpoints import delete_older, list_checkpoints, mark_co
 from trl_vpo.training.failed_saves import explain_failed_save
 from trl_vpo.training.sigterm import StopRequest
 
+COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens", "_new_tokens")  # of a trainer
+
 
 class NothingLeft(Exception):
     """The checkpoint is of the last step."""
@@ -26,11 +28,18 @@ class ResumeCallback(TrainerCallback):
     """Completes checkpoints, restores counters that transformers starts at zero, and saves when a signal asks to stop.
 
     Every marker holds `run`, every checkpoint the digests of `rows`. `checkpoint` with its `marker` is where training
-    continues from; checkpoints `in_use` must not be deleted now. `stopped`: training ended because of a signal.
+    continues from; checkpoints that `in_use` returns must not be deleted then. `stopped`: a signal ended the training.
     """
 
     def __init__(
-        self, trainer: Any, run: dict, rows: Rows, *, checkpoint: Path | None, marker: dict, in_use: Collection[Path]
+        self,
+        trainer: Any,
+        run: dict,
+        rows: Rows,
+        *,
+        checkpoint: Path | None,
+        marker: dict,
+        in_use: Callable[[], Collection[Path]],
     ):
         self._trainer, self._run, self._rows, self._checkpoint = trainer, run, rows, checkpoint
         self._marker, self._in_use = marker, in_use
@@ -89,7 +98,7 @@ class ResumeCallback(TrainerCallback):
                 counters=counters,
             )
         delete_older(
-            trainer.args.output_dir, self._limit, folder, best=state.best_model_checkpoint, in_use=self._in_use
+            trainer.args.output_dir, self._limit, folder, best=state.best_model_checkpoint, in_use=self._in_use()
         )
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -102,7 +111,7 @@ class ResumeCallback(TrainerCallback):
                 if (
                     folder.name != Path(best).name
                     and step_of(folder) <= state.global_step
-                    and folder not in self._in_use
+                    and folder not in self._in_use()
                 ):
                     shutil.rmtree(folder, ignore_errors=True)
 
@@ -137,20 +146,15 @@ def _counters(trainer: Any) -> dict:
     """This rank's sums since the last log line, and of the whole run."""
     return {
         "loss": trainer._tr_loss.item(),
-        "loss_sum": trainer._total_loss_scalar,
-        "logged_at": trainer._globalstep_last_logged,
-        "tokens": trainer._total_train_tokens,
-        "new_tokens": trainer._new_tokens,
         "sums": trainer._sums["train"]._sums,
         "metrics": {name: [float(v) for v in values] for name, values in trainer._metrics["train"].items()},
+        **{name: getattr(trainer, name) for name in COUNTERS},
     }
 
 
 def _set_counters(trainer: Any, saved: dict) -> None:
     trainer._tr_loss += saved["loss"]  # it was zero
-    trainer._total_loss_scalar = saved["loss_sum"]
-    trainer._globalstep_last_logged = saved["logged_at"]
-    trainer._total_train_tokens = saved["tokens"]
-    trainer._new_tokens = saved["new_tokens"]
     trainer._sums["train"]._sums = saved["sums"]
     trainer._metrics["train"].update(saved["metrics"])
+    for name in COUNTERS:
+        setattr(trainer, name, saved[name])

@@ -89,7 +89,7 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
             constants.HF_HUB_OFFLINE = offline  # what was loaded from the cache is pushed once the Hub is there
             push.attach(trainer, dataset_name)
         run = describe_run(trainer, method, parser.given)
-        in_use = push.uploading if push else ()
+        in_use = push.in_use if push else tuple
         result = resume.train(trainer, checkpoint, run, digest_rows(trainer), in_use=in_use)
         trainer.accelerator.print("Training completed.")
         with explain_failed_save(trainer, Path(training_args.output_dir)):
