@@ -14,13 +14,9 @@ from trl_vpo.errors import RowError, UserError
 from trl_vpo.training.launch import launch_options
 
 RRPO_ROW = {
-    "question": "What moves?",
-    "answer": "a red square.",
-    "pred": "a blue square.",
-    "answer_masked": "a <MASK>red</MASK> square.",
-    "pred_masked": "a <MASK>blue</MASK> square.",
-    "video": "clip.mp4",
-}
+    "question": "What moves?", "answer": "a red square.", "pred": "a blue square.", "video": "clip.mp4",
+    "answer_masked": "a <MASK>red</MASK> square.", "pred_masked": "a <MASK>blue</MASK> square.",
+}  # fmt: skip
 
 
 def test_help_needs_neither_torch_nor_trl():
@@ -70,13 +66,8 @@ def test_help_shows_an_example_and_the_options(command, parts, capsys):
 def test_wrong_words_name_the_right_ones(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_without_a_command(capsys):
-    assert cli.main([]) == 2
-    assert "commands:" in capsys.readouterr().out
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert cli.main([]) == 2 and "commands:" in capsys.readouterr().out
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -97,14 +88,10 @@ def test_errors_are_one_message_and_an_exit_code(argv, code, message, capsys, mo
     monkeypatch.delenv(cli.TRACEBACK, raising=False)
     assert cli.main(argv) == code
     err = capsys.readouterr().err
-    assert "trl-vpo: error" in err and message in err
-    assert "Traceback" not in err
-
-
-def test_a_traceback_can_be_asked_for(monkeypatch):
+    assert "trl-vpo: error" in err and message in err and "Traceback" not in err
     monkeypatch.setenv(cli.TRACEBACK, "1")
-    with pytest.raises(UserError, match="no such file"):
-        cli.main(["import", "rrpo", "nowhere.json", "out.jsonl"])
+    with pytest.raises(UserError):  # a traceback, which was asked for
+        cli.main(argv)
 
 
 def from_a_worker(*_):

@@ -18,9 +18,10 @@ from trl_vpo.models import model_size as footprint
 from trl_vpo.models.adapters import PRESETS, target_modules, vllm_problems
 
 
-def examine(recipe, method):
-    """The doctor's report on a recipe."""
-    return doctor.examine(recipe, [], method=method, rows=1)
+def findings(folder, **keys):
+    """The doctor's findings about a recipe: (check, status, text)."""
+    recipe, method = recipe_of(folder / "out", **keys)
+    return doctor.examine(recipe, [], method=method, rows=1).findings
 
 
 # --- presets ------------------------------------------------------------------------------------------------------
@@ -30,12 +31,9 @@ def layers(stem, leaves, numbers=(0, 1)):
     return {f"{stem}.{i}.{leaf}" for i in numbers for leaf in leaves.split()}
 
 
-def language(name):
-    attention = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
-    return layers(f"model.{name}.layers", f"{attention} mlp.gate_proj mlp.up_proj mlp.down_proj")
-
-
 SEVEN = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+LANGUAGE, TEXT = (layers(f"model.{name}.layers", SEVEN) for name in ("language_model", "text_model"))
+BLOCKS = "model.visual.blocks"
 CLIP = layers(
     "model.vision_tower.encoder.layers",
     "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj mlp.fc1 mlp.fc2",
@@ -44,35 +42,28 @@ IDEFICS = {name.replace("vision_tower", "vision_model") for name in CLIP}
 MERGER = {"model.visual.merger.mlp.0", "model.visual.merger.mlp.2"}
 LLAVA = {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
 PARTS = {  # family: (language model, projector, vision tower)
-    "Qwen2-VL": (
-        language("language_model"),
-        MERGER,
-        layers("model.visual.blocks", "attn.qkv attn.proj mlp.fc1 mlp.fc2"),
-    ),
+    "Qwen2-VL": (LANGUAGE, MERGER, layers(BLOCKS, "attn.qkv attn.proj mlp.fc1 mlp.fc2")),
     "Qwen2.5-VL": (
-        language("language_model"),
+        LANGUAGE,
         MERGER,
-        layers("model.visual.blocks", "attn.qkv attn.proj mlp.gate_proj mlp.up_proj mlp.down_proj"),
+        layers(BLOCKS, "attn.qkv attn.proj mlp.gate_proj mlp.up_proj mlp.down_proj"),
     ),
     "Qwen3-VL": (
-        language("language_model"),
+        LANGUAGE,
         {"model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"}
         | layers("model.visual.deepstack_merger_list", "linear_fc1 linear_fc2", numbers=(0,)),
-        layers("model.visual.blocks", "attn.qkv attn.proj mlp.linear_fc1 mlp.linear_fc2"),
+        layers(BLOCKS, "attn.qkv attn.proj mlp.linear_fc1 mlp.linear_fc2"),
     ),
-    "LLaVA-1.5": (language("language_model"), LLAVA, CLIP),
-    "LLaVA-NeXT-Video": (language("language_model"), LLAVA, CLIP),
-    "LLaVA-OneVision": (language("language_model"), LLAVA, CLIP),
+    **dict.fromkeys(("LLaVA-1.5", "LLaVA-NeXT-Video", "LLaVA-OneVision"), (LANGUAGE, LLAVA, CLIP)),
     "Idefics2": (
-        language("text_model"),
+        TEXT,
         {f"model.connector.modality_projection.{n}_proj" for n in ("gate", "up", "down")}
         | layers("model.connector.perceiver_resampler.layers", SEVEN, numbers=(0,)),
         IDEFICS,
     ),
-    "Idefics3": (language("text_model"), {"model.connector.modality_projection.proj"}, IDEFICS),
-    "SmolVLM": (language("text_model"), {"model.connector.modality_projection.proj"}, IDEFICS),
+    **dict.fromkeys(("Idefics3", "SmolVLM"), (TEXT, {"model.connector.modality_projection.proj"}, IDEFICS)),
     "InternVL": (
-        language("language_model"),
+        LANGUAGE,
         LLAVA,
         layers(
             "model.vision_tower.encoder.layer",
@@ -80,6 +71,10 @@ PARTS = {  # family: (language model, projector, vision tower)
         ),
     ),
 }
+
+
+def adapted_modules(model):
+    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 @cache
@@ -92,15 +87,14 @@ def config_of(family):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_preset_adapts_the_same_parts_of_every_family(family, preset, tmp_path):
-    want = set().union(*PARTS[family][: PRESETS.index(preset) + 1])
+    expected = set().union(*PARTS[family][: PRESETS.index(preset) + 1])
     config = LoraConfig(r=2, target_modules=preset)
     _, what = footprint.adapt(footprint.empty_model(config_of(family)), config)
-    assert set(what.modules) == want
-    assert set(what.vision) == want - PARTS[family][0]
+    assert set(what.modules) == expected
+    assert set(what.vision) == expected - PARTS[family][0]
     config.save_pretrained(tmp_path)  # and what is saved needs nothing of ours
     again = get_peft_model(footprint.empty_model(config_of(family)), LoraConfig.from_pretrained(tmp_path))
-    names = {n.removeprefix("base_model.model.") for n, m in again.named_modules() if hasattr(m, "lora_A")}
-    assert names == want
+    assert adapted_modules(again) == expected
 
 
 def test_presets_of_text_models():
@@ -136,9 +130,7 @@ class Odd(nn.Module):
 def test_presets_of_an_odd_model():
     with pytest.warns(UserWarning, match=r"1 parameters such as layers\.1\.experts\.up .*lora_target_parameters"):
         config = LoraConfig(target_modules=target_modules(Odd(), "all"))
-    adapted = get_peft_model(Odd(), config)
-    names = {n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
-    assert names == {"text.layers.0.mix", "connector", "vision_model.out"}
+    assert adapted_modules(get_peft_model(Odd(), config)) == {"text.layers.0.mix", "connector", "vision_model.out"}
 
 
 @pytest.mark.parametrize(
@@ -206,15 +198,13 @@ def test_what_vllm_does_not_take(keys, message, tmp_path):
 )
 def test_the_doctor_says_what_vllm_takes(keys, status, message, tmp_path):
     """Before anything is trained, and the same as of the saved adapter."""
-    report = examine(*recipe_of(tmp_path / "out", **keys))
-    (vllm,) = (finding for finding in report.findings if finding[0] == "vLLM")
-    assert vllm[1] == status
-    assert re.search(message, vllm[2]), vllm
+    ((_, reported, text),) = (finding for finding in findings(tmp_path, **keys) if finding[0] == "vLLM")
+    assert reported == status and re.search(message, text), text
 
 
 def test_the_doctor_stops_at_an_adapter_on_the_head(tmp_path):
-    report = examine(*recipe_of(tmp_path / "out", lora_target_modules=["q_proj", "lm_head"]))
-    assert any(check == "LoRA" and status == "stop" and "LM head" in what for check, status, what in report.findings)
+    stops = [f for f in findings(tmp_path, lora_target_modules=["q_proj", "lm_head"]) if f[:2] == ("LoRA", "stop")]
+    assert any("LM head" in text for *_, text in stops)
 
 
 @pytest.mark.parametrize(
