@@ -152,3 +152,18 @@ def test_files_and_test_names_are_short():
 def test_tests_leave_the_import_path_alone():
     others = [path for path in python_files("tests") if path != Path(__file__)]
     assert not [path for path in others if "sys.path" in path.read_text(encoding="utf-8")]
+
+
+def test_contributing_shows_every_module():
+    """The tree of CONTRIBUTING.md: folders end with a slash, modules stand without their .py."""
+    shown, folders = set(), [(0, "")]
+    for line in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines():
+        entry = re.fullmatch(r"( +)([a-z_]+/|[a-z_]+(?:, [a-z_]+)*)(?:  .*)?", line)
+        if entry:
+            depth, names = len(entry[1]), entry[2]
+            folders = [folder for folder in folders if folder[0] < depth]
+            if names.endswith("/"):
+                folders.append((depth, names))
+            else:
+                shown |= {"".join(name for _, name in folders).replace("/", ".") + name for name in names.split(", ")}
+    assert shown == {module for module, path in SOURCES.items() if path.name != "__init__.py"}
