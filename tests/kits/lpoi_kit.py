@@ -33,7 +33,7 @@ class Claims(ScriptedModel):
 
     @property
     def questions(self):
-        """What was asked, call by call."""
+        """The questions asked, call by call."""
         return [[text_of(request) for request in requests] for requests, _ in self.calls]
 
 

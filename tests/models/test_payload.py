@@ -1,4 +1,4 @@
-"""What a server gets of a request: texts, images, clips as one mp4 or as frames."""
+"""The content of a request as a server gets it: texts, images, clips as one mp4 or as frames."""
 
 import base64
 import io

@@ -156,7 +156,7 @@ def test_nobody_listens(fast):
 
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_requests_that_break_the_server_are_their_own_failures(serve, fast, concurrency):
-    """Whether they give up one after the other, behind all the others, or in between."""
+    """They may give up one after the other, behind all the others, or in between."""
     bad = {"2", "3", "7"}
     breaks = Reply({"error": {"message": "boom"}}, 500, wait=0.05)  # the others are quicker
     server = serve(behave=lambda _, b: breaks if b["messages"][0]["content"] in bad else said("fine"))

@@ -31,11 +31,11 @@ def filters():
 
 def test_only_the_deprecations_of_trl_itself_are_hidden(tmp_path, filters):
     TrainingArguments(str(tmp_path), use_cpu=True, gradient_checkpointing=False)
-    assert any("`gradient_checkpointing` is deprecated" in str(found.message) for found in filters)  # still needed
+    assert any("`gradient_checkpointing` is deprecated" in str(warning.message) for warning in filters)  # still needed
     filters.clear()
     quiet.quiet_libraries(bars=True)
     TrainingArguments(str(tmp_path), use_cpu=True, gradient_checkpointing=False)
-    assert not [found for found in filters if issubclass(found.category, FutureWarning)]
+    assert not [warning for warning in filters if issubclass(warning.category, FutureWarning)]
     warnings.warn("`learning_rate` is deprecated", FutureWarning, stacklevel=1)
     warnings.warn("`gradient_checkpointing` is deprecated", UserWarning, stacklevel=1)
     assert len(filters) == 2
