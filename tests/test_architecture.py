@@ -25,29 +25,6 @@ LOOSE = {"__init__", "__main__", "cli", "losses", "errors", "files"}
 MOST_LINES = 350
 LONGEST_NAME = 59  # characters of a test's name
 
-# What does not hold yet.
-PENDING = {
-    "arrows": {
-        "evaluate.lmms.run -> generate.config",
-    },
-    "inits": {
-        "generate",
-    },
-    "lines": {
-        "tests/training/test_resume.py",
-        "tests/evaluate/test_lmms.py",
-        "tests/runs/test_store.py",
-    },
-    "names": {
-        "tests/evaluate/test_lmms.py",
-        "tests/test_recipes.py",
-    },
-}
-
-
-def expect_only_pending(rule: str, violations: set[str]) -> None:
-    assert not violations - PENDING.get(rule, set())
-
 
 def python_files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -101,7 +78,7 @@ def test_every_room_has_a_level_and_a_subject():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders - {"kits", "golden", "scripts", "studies"} <= set(LEVEL) - LOOSE
     one_line = re.compile(r'""".+"""\n')
-    expect_only_pending("inits", {init for init in inits if not one_line.fullmatch(SOURCES[init].read_text("utf-8"))})
+    assert not {init for init in inits if not one_line.fullmatch(SOURCES[init].read_text("utf-8"))}
 
 
 def test_arrows_point_down():
@@ -111,8 +88,8 @@ def test_arrows_point_down():
         for target in targets - {""}
         if module and room(module) != room(target) and LEVEL[room(module)] >= LEVEL[room(target)]
     }
-    expect_only_pending("arrows", arrows)
-    expect_only_pending("root", {module for module, targets in imports().items() if "" in targets} - {"cli"})
+    assert not arrows
+    assert not {module for module, targets in imports().items() if "" in targets} - {"cli"}
 
 
 def test_no_circles():
@@ -133,7 +110,7 @@ def test_no_circles():
         for module in graph
         if module in reachable(module)
     }
-    expect_only_pending("circles", circles)
+    assert not circles
 
 
 def test_losses_import_torch_only():
@@ -144,9 +121,9 @@ def test_losses_import_torch_only():
 def test_files_and_test_names_are_short():
     files = python_files("trl_vpo", "scripts", "tests", "studies")
     texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in files}
-    expect_only_pending("lines", {path for path, text in texts.items() if text.count("\n") > MOST_LINES})
+    assert not {path for path, text in texts.items() if text.count("\n") > MOST_LINES}
     name = re.compile(rf"def test_\w{{{LONGEST_NAME - 4},}}\(")
-    expect_only_pending("names", {path for path, text in texts.items() if path[:6] == "tests/" and name.search(text)})
+    assert not {path for path, text in texts.items() if path[:6] == "tests/" and name.search(text)}
 
 
 def test_tests_leave_the_import_path_alone():
