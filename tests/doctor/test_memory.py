@@ -97,27 +97,24 @@ def test_known_models(billions, total):
     assert memory.fixed(replace(planned, sizes=replace(sizes, trained=0)))["weights"] == 2 * total
 
 
-def test_what_is_split_by_hand():
+@pytest.mark.parametrize(
+    ("kind", "weights", "gradients", "states", "communication"),
+    [
+        ("ddp", 4 * TOTAL, 4 * TOTAL, 8 * TOTAL, 4 * TOTAL),  # its buckets
+        ("zero1", 2 * TOTAL, 2 * TOTAL, 3 * TOTAL, memory.BUCKET),
+        ("zero2", 2 * TOTAL, TOTAL / 2, 3 * TOTAL, memory.BUCKET),  # float32 weights beside the optimizer's states
+        ("zero3", TOTAL / 2, TOTAL / 2, 3 * TOTAL, memory.BUCKET + 2 * TOTAL),  # so small a model stays gathered
+        ("fsdp", TOTAL, TOTAL, 2 * TOTAL, 2 * (2 * 256 + 3 * LAYER)),  # head, two layers, and their gradients
+    ],
+)
+def test_what_four_processes_split(kind, weights, gradients, states, communication):
     args, model_args = args_of(LeanPOConfig, gradient_accumulation_steps=2), ModelConfig(dtype="float32")
-
-    def under(kind, offload=frozenset()):
-        return parts(args, model_args, sharding=Sharding(kind, 4, offload))
-
-    ddp = under("ddp")
-    assert (ddp["weights"], ddp["gradients"], ddp["optimizer states"]) == (4 * TOTAL, 4 * TOTAL, 8 * TOTAL)
-    assert ddp["communication"] == 4 * TOTAL  # its buckets
-    two = under("zero2")  # bfloat16 weights, float32 ones beside the optimizer's states
-    assert (two["weights"], two["gradients"], two["optimizer states"]) == (2 * TOTAL, 2 * TOTAL // 4, 12 * TOTAL // 4)
-    one = under("zero1")
-    assert (one["gradients"], one["optimizer states"]) == (2 * TOTAL, 12 * TOTAL // 4)
-    three = under("zero3")
-    assert (three["weights"], three["gradients"]) == (2 * TOTAL // 4, 2 * TOTAL // 4)
-    assert three["communication"] == memory.BUCKET + 2 * TOTAL  # a model this small stays gathered
-    fsdp = under("fsdp")
-    assert (fsdp["weights"], fsdp["gradients"], fsdp["optimizer states"]) == (TOTAL, TOTAL, 2 * TOTAL)
-    assert fsdp["communication"] == 2 * (2 * 256 + 3 * LAYER)  # head, two layers, and their gradients
-    away = under("zero3", frozenset({"weights", "optimizer"}))
-    assert "weights" not in away and "optimizer states" not in away
+    estimate = parts(args, model_args, sharding=Sharding(kind, 4))
+    names = ("weights", "gradients", "optimizer states", "communication")
+    assert [estimate[name] for name in names] == [weights, gradients, states, communication]
+    if kind == "zero3":
+        away = parts(args, model_args, sharding=Sharding(kind, 4, frozenset({"weights", "optimizer"})))
+        assert not {"weights", "optimizer states"} & set(away)
 
 
 # --- what would help ----------------------------------------------------------------------------------------------

@@ -16,32 +16,16 @@ from trl_vpo.models.model_size import adapt, empty_model
 from trl_vpo.training.sharding import Sharding
 
 METHODS = {VisualDPOConfig: "dpo", LeanPOConfig: "leanpo", RRPOConfig: "rrpo"}
-TEXT = {
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 32,
-    "tie_word_embeddings": False,
-    "architectures": ["Qwen2ForCausalLM"],
-}
+KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+KEYS += ("vocab_size", "tie_word_embeddings")
+TEXT = dict(zip(KEYS, (8, 16, 2, 2, 2, 32, False))) | {"architectures": ["Qwen2ForCausalLM"]}
+QWEN = {7: (3584, 18944, 28, 28, 4, 152064, False), 3: (2048, 11008, 36, 16, 2, 151936, True)}  # by billions
 LAYER = 4 * 64 + 3 * 8 + 3 * 8 * 16 + 2 * 8  # attention with biases of q, k, v; MLP; norms
 LINEAR = 2 * (4 * 64 + 3 * 8 * 16)
 TOTAL = 2 * LAYER + 2 * 32 * 8 + 8
 ADAPTER = 2 * 2 * (8 + 8)  # rank 2 on q_proj of two layers
 LOAD = Workload([Call(rows=2, length=10, masked=0, scored=12)], inputs=100)
 ROW = Tree("row", [Trunk([1, 2, 3])], [Branch([4]), Branch([5])])
-QWEN_TEXTS = {  # billions: text config
-    7: {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
-    },
-    3: {
-        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
-        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
 
 
 def args_of(kind=VisualDPOConfig, **options):
@@ -61,7 +45,7 @@ def plan(args, model_args, *, sharding=None, load=LOAD):
 
 def qwen(billions):
     """The config of Qwen2.5-VL in a size; all have the same tower."""
-    text = QWEN_TEXTS[billions]
+    text = dict(zip(KEYS, QWEN[billions]))
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14}
     rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
     return T.Qwen2_5_VLConfig(

@@ -20,7 +20,7 @@ from trl_vpo.doctor.measure import check_can_measure, measure
 from trl_vpo.doctor.memory import GIB, plan_of
 from trl_vpo.doctor.memory_report import check_fit
 from trl_vpo.doctor.report import OK, STOP, WARN, Report, show
-from trl_vpo.errors import SourceError
+from trl_vpo.errors import SourceError, UserError
 from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses
 from trl_vpo.models.model_size import adapt, empty_model
@@ -153,12 +153,15 @@ def _check_serving(model: nn.Module, report: Report) -> None:
 
 
 def _check_full(recipe: LoadedRecipe, report: Report) -> None:
+    text = "every parameter is trained, those of the vision tower as well (freeze_vision: true freezes them)"
+    status = WARN
     if recipe.script_args.freeze_vision:
-        freeze_vision(recipe.model)
-        report.add("full fine-tuning", OK, "vision tower and projector are frozen")
-    else:
-        text = "every parameter is trained, those of the vision tower as well (freeze_vision: true freezes them)"
-        report.add("full fine-tuning", WARN, text)
+        status, text = OK, "vision tower and projector are frozen"
+        try:
+            freeze_vision(recipe.model)
+        except UserError as error:
+            status, text = STOP, str(error)
+    report.add("full fine-tuning", status, text)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -179,7 +182,6 @@ def _estimate(recipe: LoadedRecipe, longest: LongestRows, report: Report) -> Non
 
 
 def _measure(recipe: LoadedRecipe, longest: LongestRows, report: Report) -> None:
-    recipe.base = recipe.model = None
     try:
         measured = measure(recipe, longest.rows)
     except torch.OutOfMemoryError as error:
