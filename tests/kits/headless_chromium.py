@@ -84,10 +84,13 @@ class Browser:
         self._call("POST", f"{self._find(selector)}/click")
 
     def type(self, selector: str, text: str) -> None:
-        """Replace what an input holds, with real key strokes."""
+        """Replace what an input holds, with real key strokes; ChromeDriver has none for emoji, which are pasted."""
         self.click(selector)
         self.run("arguments[0].select?.()", self._call("GET", "/element/active"))
-        self._call("POST", f"{self._find(selector)}/value", {"text": text or "\ue017"})
+        if max(text, default="") > "\uffff":
+            self.run("document.execCommand('insertText', false, arguments[0])", text)
+        else:
+            self._call("POST", f"{self._find(selector)}/value", {"text": text or "\ue017"})
 
     def choose(self, selector: str, value: str) -> None:
         self.click(f'{selector} option[value="{value}"]')
