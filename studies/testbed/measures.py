@@ -14,8 +14,7 @@ import numpy as np
 from studies.testbed import data as study_data
 from studies.testbed.plan import Job
 from trl_vpo.evaluate import measures
-from trl_vpo.evaluate.measures import Measure
-from trl_vpo.evaluate.results import evidence
+from trl_vpo.evaluate.measures import Measure, evidence
 from trl_vpo.testbed import language, world
 from trl_vpo.text.chair import ObjectTable, read_response
 

@@ -144,7 +144,7 @@ def test_benchmarks_that_cannot_be_run_are_refused(benchmark, monkeypatch, no_we
     ):
         with pytest.raises(EvaluateError, match=message):
             benchmark(name)
-    for settings, message in (({"limit": 0}, "limit is 0"), ({"include_path": "gone"}, "gone is no folder")):
+    for settings, message in (({"limit": 0}, "limit is 0"), ({"include_path": "gone"}, "gone is not a folder")):
         with pytest.raises(EvaluateError, match=message):
             benchmark("tiny_colour", **settings)
 

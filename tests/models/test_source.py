@@ -47,7 +47,7 @@ FOLDERS = {
     "a shard is missing": (missing_shard, "lacks 1 of the 2 files of its weights, such as model-00002-of-00002"),
     "cut short": (cut, "model.safetensors is damaged or cut short"),
     "a pointer": (pointer, "model.safetensors is a pointer of git-lfs: run `git lfs pull`"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "is no model: it has no config.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "is not a model: it has no config.json"),
 }
 
 

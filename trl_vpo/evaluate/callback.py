@@ -15,9 +15,8 @@ from trl_vpo.data.inputs import Inputs, load_media, row_ids
 from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import EvaluateError, MediaError, RowError
 from trl_vpo.evaluate.config import DAMAGES
-from trl_vpo.evaluate.measures import estimate
+from trl_vpo.evaluate.measures import estimate, preference_evidence
 from trl_vpo.evaluate.probes import numbers, preference_probes, row_seed, run_probes, with_first_image
-from trl_vpo.evaluate.results import preference_evidence
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.media.load import Media, check_image, check_video

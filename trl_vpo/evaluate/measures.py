@@ -1,8 +1,8 @@
 """Named measures with confidence intervals, from numbers of each row. No model in here.
 
-A function for each kind of evidence gives the rows of its measures; `estimate` turns rows into measures, `difference`
-compares two models on the same rows. Rows are (N,) where the measure is their mean, or (N, 2), numerators and
-denominators, where it is a ratio of sums.
+`evidence` gives the rows of all measures from records, the lines of `rows.jsonl`; `estimate` turns rows into measures,
+`difference` compares two models on the same rows. Rows are (N,) where the measure is their mean, or (N, 2), numerators
+and denominators, where it is a ratio of sums.
 
 | name | unit | what it is, and which way is better |
 | --- | --- | --- |
@@ -53,9 +53,14 @@ from typing import Any
 import numpy as np
 
 from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
-from trl_vpo.text.chair import ResponseObjects
+from trl_vpo.evaluate.rows import option_index
+from trl_vpo.text.chair import ObjectTable, ResponseObjects, read_response
+from trl_vpo.text.choices import by_letter, by_logprob
+from trl_vpo.text.yes_no import read_yes_no
 
+Records = Sequence[Mapping[str, Any]]
 Rows = dict[str, np.ndarray]
+Evidence = dict[str, tuple[Rows, list[str]]]  # kind -> rows of measures, and the cluster of each row
 
 
 @dataclass(frozen=True)
@@ -102,57 +107,76 @@ def difference(
     return measures
 
 
-@dataclass(frozen=True)
-class PairScores:
-    """N pairs under one model.
-
-    Attributes:
-        chosen, rejected: (N,) summed log-probs of the responses, nats.
-        chosen_tokens, rejected_tokens: (N,) tokens summed over, at least 1.
-    """
-
-    chosen: np.ndarray
-    rejected: np.ndarray
-    chosen_tokens: np.ndarray
-    rejected_tokens: np.ndarray
+# --- evidence -----------------------------------------------------------------------------------------------------
 
 
-def preference(scores: PairScores) -> Rows:
-    """Preference for the chosen response; needs no base."""
-    average = scores.chosen / scores.chosen_tokens - scores.rejected / scores.rejected_tokens
-    return {
-        "preference/accuracy": _wins(scores.chosen - scores.rejected),
-        "preference/accuracy_average": _wins(average),
-    }
-
-
-def movement(scores: PairScores, base: PairScores) -> Rows:
-    """Changes of the responses' log-probs from the base's: reward and likelihood displacement."""
-    chosen, rejected = scores.chosen - base.chosen, scores.rejected - base.rejected  # (N,) log(model / base)
-    return {
-        "reward/accuracy": _wins(chosen - rejected),
-        "reward/margin": chosen - rejected,
-        "displacement/chosen": chosen,
-        "displacement/rejected": rejected,
-        "displacement/both_fall": (chosen < 0) & (rejected < 0),
-    }
-
-
-def divergence(kl: Any, tokens: Any) -> Rows:
-    """KL along the chosen responses: kl (N,) summed over each response's tokens (N,)."""
-    return {"kl/chosen": np.asarray(kl), "kl/chosen_per_token": _ratio(kl, tokens)}
-
-
-def sensitivity(damage: str, clean: np.ndarray, damaged: np.ndarray, tokens: np.ndarray) -> Rows:
-    """Dependence of a response's log-prob on its media.
+def evidence(
+    records: Records, base: Records, rule: str = "videohallucer", table: ObjectTable | None = None
+) -> Evidence:
+    """Return the rows of all measures that a candidate's records give; a kind without rows is left out.
 
     Args:
-        damage: the kind of damage: "shuffled", "masked" or "blank".
-        clean, damaged: (N,) summed log-prob of the response with its untouched and with its damaged media.
-        tokens: (N,) tokens of the response.
+        records, base: of the same rows in the same order.
+        rule: how a yes or a no is read.
+        table: of objects, for captions.
     """
-    lost = (clean - damaged) / tokens  # (N,)
-    return {f"sensitivity/{damage}": lost, f"sensitivity/{damage}_share": lost > 0}
+    preferences, choices, captions = (_of_task(records, task) for task in ("preference", "choice", "chair"))
+    kinds = preference_evidence(preferences, _of_task(base, "preference"))
+    if lists := [r for r in preferences if r.get("image_logps")]:
+        kinds["visibility"] = visibility([r["image_logps"] for r in lists]), _clusters(lists)
+    if pairs := [(pair["yes"], pair["no"]) for pair in question_pairs(records).values() if len(pair) == 2]:
+        rows = yes_no(*zip(*([read_answer(record, rule) for record in pair] for pair in pairs)))
+        cut_off = [1 - (yes["response_ended"] + no["response_ended"]) / 2 for yes, no in pairs]
+        kinds["yes_no"] = rows | {"yes_no/cut_off": np.array(cut_off)}, _joined([_clusters(pair) for pair in pairs])
+    if choices:
+        kinds["choice"] = choice(choices), _clusters(choices)
+    if captions:
+        objects = [read_response(r["response"], r["objects"], table) for r in captions]
+        kinds["chair"] = chair(objects), _clusters(captions)
+    if answers := [r for r in records if r["task"] in ("chair", "preference") and "response" in r]:
+        rows = {
+            "length/words": np.array([len(r["response"].split()) for r in answers]),
+            "length/tokens": np.array([r["response_tokens"] for r in answers]),
+            "length/cut_off": _cut_off(answers),
+        }
+        kinds["answers"] = rows, _clusters(answers)
+    return kinds
+
+
+def preference_evidence(records: Records, base: Records | None) -> Evidence:
+    """Return the evidence of preference rows: log-probs, sensitivity; with a base also movement and KL."""
+    if not records:
+        return {}
+    chosen, rejected, tokens, rejected_tokens = _pair_scores(records)
+    average, rejected_average = chosen / tokens, rejected / rejected_tokens
+    rows = {
+        "preference/accuracy": _wins(chosen - rejected),
+        "preference/accuracy_average": _wins(average - rejected_average),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logps/chosen_average": average,
+        "logps/rejected_average": rejected_average,
+    }
+    if base is not None:
+        base_chosen, base_rejected, *_ = _pair_scores(base)
+        gain, rejected_gain = chosen - base_chosen, rejected - base_rejected  # (N,) log(model / base)
+        kl = np.array([r["chosen_kl"] for r in records])
+        rows |= {
+            "reward/accuracy": _wins(gain - rejected_gain),
+            "reward/margin": gain - rejected_gain,
+            "displacement/chosen": gain,
+            "displacement/rejected": rejected_gain,
+            "displacement/both_fall": (gain < 0) & (rejected_gain < 0),
+            "kl/chosen": kl,
+            "kl/chosen_per_token": _ratio(kl, tokens),
+        }
+    kinds = {"preference": (rows, _clusters(records))}
+    for damage in dict.fromkeys(damage for record in records for damage in record.get("damaged_logps") or ()):
+        own = [record for record in records if damage in (record.get("damaged_logps") or ())]
+        clean, _, tokens, _ = _pair_scores(own)
+        lost = (clean - [record["damaged_logps"][damage] for record in own]) / tokens  # (N,)
+        kinds[damage] = {f"sensitivity/{damage}": lost, f"sensitivity/{damage}_share": lost > 0}, _clusters(own)
+    return kinds
 
 
 def visibility(logps: Sequence[Sequence[float]]) -> Rows:
@@ -184,18 +208,6 @@ def kendall_tau(first: Any, second: Any) -> float:
     return float((signs[0] * signs[1]).sum() / untied) if untied else math.nan
 
 
-def lengths(responses: Sequence[str], tokens: Sequence[int]) -> Rows:
-    """Lengths of N responses, empty ones too; tokens (N,) as counted."""
-    words = [len(response.split()) for response in responses]
-    return {"length/words": np.array(words), "length/tokens": np.array(tokens)}
-
-
-def cut_off(name: str, ended: Any) -> Rows:
-    """Answers that ran into the limit of new tokens: whether each did, (N,), or the share of a row's K, (N, K)."""
-    cut = 1 - np.asarray(ended, dtype=np.float64)
-    return {f"{name}/cut_off": cut if cut.ndim == 1 else cut.mean(axis=1)}
-
-
 def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> Rows:
     """VideoHallucer's measures; a row is a pair of questions.
 
@@ -222,15 +234,18 @@ def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> R
     }
 
 
-def choice_letters(right: Sequence[bool | None]) -> Rows:
-    """Multiple choice from free text: whether each row's letter is right, None where none could be read."""
-    letters, unparsed = [bool(row) for row in right], [row is None for row in right]
-    return {"choice/letter": np.array(letters), "choice/unparsed": np.array(unparsed)}
-
-
-def choice_logps(credits: Sequence[float], average: Sequence[float]) -> Rows:
-    """Multiple choice by log-prob: `choices.by_logprob` of each row, of summed log-probs and of those per token."""
-    return {"choice/logp": np.array(credits), "choice/logp_average": np.array(average)}
+def choice(records: Records) -> Rows:
+    """Multiple choice from free text and by log-prob; an unread letter is wrong."""
+    right = [by_letter(r["response"], r["options"], option_index(r)) for r in records]
+    rows = {
+        "choice/letter": np.array([bool(row) for row in right]),
+        "choice/unparsed": np.array([row is None for row in right]),
+        "choice/cut_off": _cut_off(records),
+    }
+    if all("option_logps" in r for r in records):  # a template that opens a thought has no place for an option
+        for name, lengths in (("choice/logp", "none"), ("choice/logp_average", "option_tokens")):
+            rows[name] = np.array([by_logprob(r["option_logps"], option_index(r), r.get(lengths)) for r in records])
+    return rows
 
 
 def chair(responses: Sequence[ResponseObjects]) -> Rows:
@@ -245,6 +260,58 @@ def chair(responses: Sequence[ResponseObjects]) -> Rows:
         "chair/s_mentioning": _ratio(hallucinated > 0, mentioned > 0),
         "chair/cover": _ratio(covered, truth),
     }
+
+
+def read_answer(record: Mapping[str, Any], rule: str) -> str | None:
+    """Return what a yes/no row's response says."""
+    return read_yes_no(record["response"], rule=rule, expected=record["expected"]).value
+
+
+def question_pairs(records: Records) -> dict[str, dict[str, Mapping]]:
+    """pair -> expected answer -> record, of yes/no rows. A skipped row leaves its pair incomplete."""
+    pairs: dict[str, dict[str, Mapping]] = {}
+    for record in _of_task(records, "yes_no"):
+        pairs.setdefault(record["pair"], {})[record["expected"]] = record
+    return pairs
+
+
+def _of_task(records: Records, task: str) -> list[Mapping]:
+    return [record for record in records if record["task"] == task]
+
+
+def _pair_scores(records: Records) -> list[np.ndarray]:
+    """(N,) each: summed log-probs of the chosen and the rejected responses, and their tokens."""
+    names = ("chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
+    return [np.array([record[name] for record in records], dtype=float) for name in names]
+
+
+def _cut_off(records: Records) -> np.ndarray:
+    return np.array([not record["response_ended"] for record in records])
+
+
+def _clusters(records: Records) -> list[str]:
+    return [record["cluster"] for record in records]
+
+
+def _joined(pairs: Sequence[Sequence[str]]) -> list[str]:
+    """One cluster for each pair: those of its two rows, and all that other pairs connect with them, become one.
+
+    What is drawn together must hold all that depends on it.
+    """
+    above: dict[str, str] = {}
+
+    def top(cluster: str) -> str:
+        while above.setdefault(cluster, cluster) != cluster:
+            above[cluster] = above[above[cluster]]
+            cluster = above[cluster]
+        return cluster
+
+    for first, second in pairs:
+        above[top(second)] = top(first)
+    return [top(first) for first, _ in pairs]
+
+
+# --- arrays ---------------------------------------------------------------------------------------------------------
 
 
 def _named(name: str, function: Any, *args: Any, **options: Any) -> Any:

@@ -47,7 +47,7 @@ def _check_folder(folder: Path, key: str) -> None:
             raise SourceError(
                 f"{key}: {folder} is an adapter, not a model. Name its base; `trl-vpo merge` makes a model of both."
             )
-        raise SourceError(f"{key}: {folder} is no model: it has no config.json.")
+        raise SourceError(f"{key}: {folder} is not a model: it has no config.json.")
     for index in folder.glob("*.safetensors.index.json"):
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

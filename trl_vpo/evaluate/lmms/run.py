@@ -140,7 +140,7 @@ def _task_manager(include_path: str | Path | None) -> TaskManager:
     # Some tasks look for their videos there and fail where it is not set; this is its default.
     os.environ.setdefault("HF_HOME", HF_HOME)
     if include_path is not None and not Path(include_path).is_dir():
-        raise EvaluateError(f"include_path: {include_path} is no folder.")
+        raise EvaluateError(f"include_path: {include_path} is not a folder.")
     folders = [str(TASKS), *([str(include_path)] if include_path is not None else [])]
     return TaskManager("WARNING", include_path=folders, model_name="trl_vpo")
 
