@@ -44,15 +44,15 @@ def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str 
     if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
         what = f"revision {revision} of it" if isinstance(error, RevisionNotFoundError) else name
         raise SourceError(
-            f"{key}: {name} is no folder {seen_from}, and the Hub has no {what} that you may see. For a private one "
-            "log in with `hf auth login`."
+            f"{key}: {name} is not a folder {seen_from}, and the Hub has no {what} that you may see. For a private "
+            "one log in with `hf auth login`."
         ) from None
     offline = isinstance(error, OfflineModeIsEnabled)
     if file and not isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=kind), str):
         why = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {error}"
         option = " --repo-type dataset" if kind == "dataset" else ""
         raise SourceError(
-            f"{key}: {name} is no folder {seen_from} and not in the cache, and the Hub cannot be reached ({why}). "
+            f"{key}: {name} is not a folder {seen_from} and not in the cache, and the Hub cannot be reached ({why}). "
             f"Where there is a network: `hf download {name}{option} --local-dir FOLDER`; then give the path of FOLDER."
         ) from None
     if not offline and not constants.HF_HUB_OFFLINE:
