@@ -84,10 +84,10 @@ def test_they_are_those_of_the_saved_adapter(trained, held_out, tmp_path):
     argv = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     folder = trainer.args.output_dir
     results = run_evaluation(["--model", str(tiny_vlm.BASE), "--data", str(data), "--adapters", folder, *argv])
-    want = {name: found["value"] for name, found in results["contestants"]["dpo"]["measures"].items()}
-    want = {name: value for name, value in want.items() if not name.startswith("visibility")}
-    assert callback.measure() == pytest.approx(want, abs=1e-4)
-    assert {"sensitivity/shuffled", "reward/margin", "kl/chosen_per_token", "logps/rejected"} <= want.keys()
+    stored = results["contestants"]["dpo"]["measures"]
+    expected = {name: measure["value"] for name, measure in stored.items() if not name.startswith("visibility")}
+    assert callback.measure() == pytest.approx(expected, abs=1e-4)
+    assert {"sensitivity/shuffled", "reward/margin", "kl/chosen_per_token", "logps/rejected"} <= expected.keys()
 
 
 def test_one_step_is_measured_once(trained, monkeypatch):
@@ -140,10 +140,7 @@ def test_full_fine_tuning_without_a_reference_has_no_movement(preferences, held_
     slow = sum(slow_sum(trainer.model.eval(), *one) for one in asked) / 3
     assert at_first["logps/chosen"] == pytest.approx(slow, abs=1e-4)
     assert not any(name.startswith(("kl", "displacement", "reward")) for name in at_first)
-    assert {name for name in at_first if name.startswith("sensitivity")} == {
-        "sensitivity/blank",
-        "sensitivity/blank_share",
-    }
+    assert [name for name in at_first if "sensitivity" in name] == ["sensitivity/blank", "sensitivity/blank_share"]
     trainer.model.train()
     callback.measure()
     assert trainer.model.training
@@ -152,22 +149,27 @@ def test_full_fine_tuning_without_a_reference_has_no_movement(preferences, held_
     assert entry["step"] == 2 and entry["eval_heldout/logps/chosen"] != pytest.approx(slow)
 
 
-def test_what_is_wrong_with_the_rows_is_said_before_training(trained, preferences, caplog, held_out, tmp_path):
-    trainer, _ = trained
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"no video")
-    bad = {**preferences[1], "videos": [str(broken)]}
-    with pytest.raises(EvaluateError, match=r"held-out row 1 \(id 'clip-0001'.*broken\.mp4"):
-        EvaluationCallback(trainer, dataset([preferences[0], bad]))
-    with pytest.raises(EvaluateError, match=r"row 0 .*missing\.mp4.*not"):
-        EvaluationCallback(trainer, dataset([{**bad, "videos": [str(tmp_path / "missing.mp4")]}]))
-    with pytest.raises(EvaluateError, match="chosen and rejected are identical"):
-        EvaluationCallback(trainer, dataset([{**bad, "rejected": bad["chosen"]}]))
-    with pytest.raises(ValueError, match="every is 0"):
-        EvaluationCallback(trainer, dataset(preferences), every=0)
-    with pytest.raises(ValueError, match="'noisy' is not one of"):
-        EvaluationCallback(trainer, dataset(preferences), sensitivity=("noisy",))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: {"videos": ["broken.mp4"]}, r"held-out row 1 \(id 'clip-0001'.*broken\.mp4"),
+        (lambda row: {"videos": ["missing.mp4"]}, r"row 1 .*missing\.mp4.*not"),
+        (lambda row: {"rejected": row["chosen"]}, "chosen and rejected are identical"),
+    ],
+    ids=["broken", "missing", "identical"],
+)
+def test_rows_that_cannot_be_used(change, message, trained, preferences, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(EvaluateError, match=message):
+        EvaluationCallback(trained[0], dataset([preferences[0], preferences[1] | change(preferences[1])]))
+
+
+def test_settings_and_rows_of_other_tasks(trained, preferences, caplog, held_out):
+    for settings, message in (({"every": 0}, "every is 0"), ({"sensitivity": ("noisy",)}, "'noisy' is not one of")):
+        with pytest.raises(ValueError, match=message):
+            EvaluationCallback(trained[0], dataset(preferences), **settings)
     with caplog.at_level("WARNING"):
-        callback = EvaluationCallback(trainer, str(held_out.path), limit=2)
+        callback = EvaluationCallback(trained[0], str(held_out.path), limit=2)
     assert "12 held-out rows have a task that only `trl-vpo evaluate` measures" in caplog.text
     assert [row.id for row in callback._rows] == ["clip-0000", "clip-0001"]

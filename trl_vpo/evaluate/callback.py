@@ -132,7 +132,7 @@ class EvaluationCallback(TrainerCallback):
         return measures_of(policy, reference or None)
 
     def records(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return what policy and reference make of each row, as `rows.jsonl` has it; see `measure`."""
+        """Return a record of each row for the policy, and for the reference where there is one; see `measure`."""
         trainer = self.trainer
         shared = sharding(trainer) is None
         rank, ranks = (trainer.accelerator.process_index, trainer.accelerator.num_processes) if shared else (0, 1)
@@ -147,13 +147,12 @@ class EvaluationCallback(TrainerCallback):
         return policy, reference
 
     def _batch_records(self, rows: list[EvalRow]) -> list[dict[str, Any]]:
-        """For each row its place, and what policy and reference make of it."""
         args, probes = self.trainer.args, []
         for row in rows:
             source = self._inputs[row.place]
-            pair, seed = preference_row(source), row_seed(self.seed, row.id)
-            media = load_media(source, args.video_options())
-            media = with_first_image(pair, media, args.media_root)
+            pair = preference_row(source)
+            media = with_first_image(pair, load_media(source, args.video_options()), args.media_root)
+            seed = row_seed(self.seed, row.id)
             probes.append(preference_probes(pair, media, seed=seed, damages=self.sensitivity))
         records = []
         for row, results in zip(rows, run_probes(probes, self._collator.encode_row, self._score), strict=True):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trl_vpo.errors import AdapterError, EvaluateError, GenerateError
 from trl_vpo.evaluate.results import BASE
+from trl_vpo.forward.head import lm_head
 from trl_vpo.forward.tree import Tree
 from trl_vpo.models.adapters import loses_base
 from trl_vpo.models.attach import attach_adapter
@@ -64,8 +65,6 @@ class ModelSet:
         Raises:
             GenerateError: one response behind its prompt does not fit on the device.
         """
-        from trl_vpo.forward.head import lm_head  # imports TRL
-
         names = list(dict.fromkeys([BASE, *self.names] if kl else self.names))
         single = {
             (place, side): Tree(tree.name, tree.trunks, [branch])

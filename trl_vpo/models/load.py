@@ -27,29 +27,22 @@ OWN_CODE = {"trust_remote_code": False}  # left out, transformers asks on the te
 
 
 def load_model(
-    name: str | None,
+    name: str | None,  # a folder or a name on the Hub, as the adapter's
     *,
     adapter: str | None = None,
     revision: str = "main",
-    dtype: str = "auto",
+    dtype: str = "auto",  # one of `DTYPES`
     attn_implementation: str | None = None,
-    device: str | None = None,
-    load_in_4bit: bool = False,
+    device: str | None = None,  # cpu, the kind of this process' accelerator, or auto: all accelerators. None: the best
+    load_in_4bit: bool = False,  # of the language model alone, as in training
     load_in_8bit: bool = False,
     trust_remote_code: bool = False,
-    batch_size: int = 8,
+    batch_size: int = 8,  # see `LocalModel`
     max_pixels: int | None = None,
 ) -> LocalModel:
     """Load a vision-language model, with an adapter if one is given, to answer in this process.
 
-    Args:
-        name, revision: a folder, or a name on the Hub.
-        adapter: a folder or a name on the Hub. It is not merged: that would round its change to the model's dtype, or
-            to its 4 bits.
-        dtype: one of `DTYPES`.
-        device: "cpu", the kind of this process' accelerator, or "auto" for all accelerators. None: the best there is.
-        load_in_4bit, load_in_8bit: quantize the language model, as in training.
-        batch_size, max_pixels: see `LocalModel`.
+    The adapter is not merged: that would round its change to the model's dtype, or to its 4 bits.
 
     Raises:
         GenerateError: the settings name no model, or one that cannot be loaded here.

@@ -69,13 +69,6 @@ class LocalModel(AnsweringModel):
     The model's own generation settings (repetition penalty, sampling defaults, forced tokens) are taken off it; only
     its end-of-sequence tokens stay; the token with which the chat template ends an answer is one of them.
 
-    Args:
-        model: without PEFT around it; the layers of an adapter may be in it.
-        processor: the model's.
-        batch_size: sequences in one call of the model, at most. Halved when the device runs out of memory.
-        max_pixels: larger images are scaled down to this many pixels.
-        description: what `record` gives.
-
     Raises:
         GenerateError: the model has no chat template, or no end-of-sequence token.
     """
@@ -84,12 +77,12 @@ class LocalModel(AnsweringModel):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel,  # without PEFT around it; the layers of an adapter may be in it
         processor: ProcessorMixin,
         *,
-        batch_size: int = 8,
-        max_pixels: int | None = None,
-        description: dict[str, str | None] | None = None,
+        batch_size: int = 8,  # sequences in one call, at most; halved when the device runs out of memory
+        max_pixels: int | None = None,  # larger images are scaled down to this many pixels
+        description: dict[str, str | None] | None = None,  # for `record`
     ):
         if getattr(processor, "chat_template", None) is None:
             raise GenerateError(

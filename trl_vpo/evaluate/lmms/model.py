@@ -33,13 +33,7 @@ READ = {"max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "unt
 
 
 class BenchmarkModel(lmms):
-    """A model that answers what lmms-eval asks.
-
-    Args:
-        model: the layers of an adapter may be in it.
-        video_options: which frames of a video are shown.
-        max_new_tokens: where a task sets none.
-        seed: with task, document and repetition it fixes the answers of a task that samples.
+    """A model that answers what lmms-eval asks. Where a task samples, the seed fixes its answers.
 
     `is_simple` is lmms-eval's word for tasks that give a text and a list of media; False: they give whole messages.
     Only tasks that compare log-probs need True.
@@ -60,10 +54,7 @@ class BenchmarkModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Return one answer to each request, cut before the first of the task's stop strings.
 
-        Raises:
-            EvaluateError: media that cannot be used, a prompt that the processor refuses, or settings of a task that
-                are not supported. It names the task and the document.
-            GenerateError: one request that does not fit on the device.
+        EvaluateError names the task and the document whose media, prompt or settings cannot be used.
         """
         _warn_of_unread_settings(requests)
         times: Counter = Counter()
@@ -161,12 +152,7 @@ class BenchmarkModel(lmms):
 
 
 def as_request(messages: Sequence[dict], video_options: VideoOptions, seed: int = 0) -> Request:
-    """Turn lmms-eval's messages, which carry their media, into a request, whose messages have placeholders.
-
-    Raises:
-        MediaError: an image or a video cannot be used.
-        EvaluateError: there is something else than text, images and videos.
-    """
+    """Turn lmms-eval's messages, which carry their media, into a request, whose messages have placeholders."""
     images, videos, turns = [], [], []
     for message in messages:
         content = message["content"]

@@ -88,7 +88,12 @@ def run_benchmarks(
             cannot be used. All but the last before weights are loaded.
         GenerateError: the model or adapter cannot be loaded.
     """
-    _check_installed()
+    try:
+        import lmms_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise EvaluateError(
+            f"public benchmarks need lmms-eval, which cannot be imported ({error}): pip install trl-vpo[lmms]"
+        ) from error
     if limit is not None and limit < 1:
         raise EvaluateError(f"limit is {limit}: give a whole number of at least 1.")
     trained = trained_media([adapter] if adapter else [], settings)
@@ -108,15 +113,6 @@ def run_benchmarks(
             answering.is_simple = simple[name]
             tables[name] = _run(name, answering, manager, folders[name], records[name])
     return {name: table for name, table in tables.items() if table is not None}
-
-
-def _check_installed() -> None:
-    try:
-        import lmms_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise EvaluateError(
-            f"public benchmarks need lmms-eval, which cannot be imported ({error}): pip install trl-vpo[lmms]"
-        ) from error
 
 
 def _load(config: AnsweringConfig, adapter: str | None) -> BenchmarkModel:
@@ -146,11 +142,7 @@ def _task_manager(include_path: str | Path | None) -> TaskManager:
 
 
 def _check(manager: TaskManager, name: str, limit: int | None) -> bool:
-    """Return whether a benchmark's tasks are lmms-eval's "simple" ones. Imports what they need; opens no data set.
-
-    Raises:
-        EvaluateError: there is no such benchmark, or it cannot be run here.
-    """
+    """Return whether a benchmark's tasks are lmms-eval's "simple" ones; refuse one that cannot be run here."""
     from lmms_eval.utils import load_yaml_config
 
     tasks, kinds = _tasks(manager, name), set()
@@ -191,8 +183,7 @@ def _tasks(manager: TaskManager, name: str) -> list[str]:
 def _check_judge(name: str, tasks: list[str]) -> None:
     if os.environ.get("OPENAI_API_KEY") or os.environ.get("AZURE_API_KEY"):
         return
-    judged = JUDGED.intersection(tasks)
-    if judged:
+    if judged := JUDGED.intersection(tasks):
         others = f" Or name the others alone: {', '.join(t for t in tasks if t not in judged)}." * (len(tasks) > 1)
         raise EvaluateError(
             f"{name}: a GPT model judges every answer to {', '.join(sorted(judged))}, and without one all count as "
@@ -218,31 +209,24 @@ def _record(config: AnsweringConfig, adapter: str | None, limit: int | None) -> 
 
 def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> dict[str, Any]:
     """What a benchmark takes from files here: `include_path`, if one of its tasks is from there, and VideoHallucer."""
-    tasks, folder = _tasks(manager, name), None
-    if include_path is not None:
-        inside = Path(include_path).absolute()
-        paths = [manager.task_index[task]["yaml_path"] for task in (name, *tasks)]
-        folder = inside if any(Path(str(path)).absolute().is_relative_to(inside) for path in paths) else None
-    record = {"include_path": str(folder) if folder else None, "include_files": None}
-    if folder:  # without Python's caches and what is hidden, such as a repository's own files
-        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-        visible = [folder / file for file in files if not any(part.startswith(".") for part in file.parts)]
-        record["include_files"] = files_digest(folder, visible)
+    tasks, record = _tasks(manager, name), {"include_path": None, "include_files": None}
+    folder = Path(include_path or "").absolute()
+    paths = [Path(str(manager.task_index[task]["yaml_path"])).absolute() for task in (name, *tasks)]
+    if include_path is not None and any(path.is_relative_to(folder) for path in paths):
+        # Without Python's caches and what is hidden, such as a repository's own files.
+        visible = [file for file in folder.rglob("[!.]*") if file.is_file() and file.suffix != ".pyc"]
+        visible = [file for file in visible if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+        record = {"include_path": str(folder), "include_files": files_digest(folder, visible)}
     return record | videohallucer.record(filter(None, map(videohallucer.subset_of, tasks)))
 
 
 def _finished(folder: Path, record: dict[str, Any]) -> Table | None:
-    """The metrics of an earlier run with the same settings, or None where there was none.
-
-    Raises:
-        EvaluateError: there was one with other settings.
-    """
+    """The metrics of an earlier run, which must have had the same settings, or None where there was none."""
     path = folder / RESULTS
     if not path.is_file():
         return None
     stored = json.loads(path.read_text(encoding="utf-8"))
-    changed = sorted(key for key in record if stored["settings"].get(key) != record[key])
-    if changed:
+    if changed := sorted(key for key in record if stored["settings"].get(key) != record[key]):
         raise EvaluateError(
             f"{path} holds results with another {', '.join(changed)}. Give a new output_dir, or delete that folder."
         )
