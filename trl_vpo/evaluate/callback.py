@@ -19,7 +19,7 @@ from trl_vpo.evaluate.measures import estimate, preference_evidence
 from trl_vpo.evaluate.probes import numbers, preference_probes, row_seed, run_probes, with_first_image
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.forward.tree import Tree, tree_batch
-from trl_vpo.media.load import Media, check_image, check_video
+from trl_vpo.media.load import Media, check_video, load_image
 from trl_vpo.models.scoring import Scored, by_tree
 from trl_vpo.trainers.reference import evaluating
 from trl_vpo.trainers.setup import sharding
@@ -206,7 +206,7 @@ class EvaluationCallback(TrainerCallback):
             for video in source.videos:
                 check_video(video, args.video_options())
             for image in source.images:
-                check_image(image, max_pixels=args.max_pixels)
+                load_image(image, max_pixels=args.max_pixels)
             with_first_image(pair, Media(images=source.images), args.media_root)
         except ValueError as error:
             raise EvaluateError(f"held-out {row.name}: {error}") from error

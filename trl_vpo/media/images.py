@@ -203,11 +203,6 @@ def load_image(
         raise MediaError(f"{name} is not a readable image ({error}): {_image_remedy(source, error)}.") from error
 
 
-def check_image(source: Any, *, max_pixels: int | None = None, media_root: str | Path | None = None) -> None:
-    """Raise :class:`MediaError` where :func:`load_image` would. It decodes: no shorter look finds a cut-off JPEG."""
-    load_image(source, max_pixels=max_pixels, media_root=media_root)
-
-
 def _unpack_image(source: Any, name: str) -> Path | str | bytes | Image.Image:
     """Take dicts and arrays apart, and refuse all else."""
     if isinstance(source, dict):

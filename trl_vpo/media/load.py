@@ -27,11 +27,11 @@ from PIL import Image
 from trl_vpo.errors import MediaError
 from trl_vpo.media.decode import decode
 from trl_vpo.media.frame_cache import FIELDS, Entry
-from trl_vpo.media.images import check_image, describe, frame_folder, load_image, read_source, shrink
+from trl_vpo.media.images import describe, frame_folder, load_image, read_source, shrink
 from trl_vpo.media.sampling import VideoOptions, sample_frames
 from trl_vpo.media.video import scan
 
-__all__ = ["Clip", "Media", "MediaError", "VideoOptions", "check_image", "check_video", "load_image", "load_video"]
+__all__ = ["Clip", "Media", "MediaError", "VideoOptions", "check_video", "load_image", "load_video"]
 
 LIST_FPS = 2.0
 _FILE = (str, Path, bytes, bytearray, memoryview)

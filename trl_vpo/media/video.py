@@ -138,6 +138,8 @@ def scan(data: Path | bytes, name: str) -> FrameTable:
         one_picture = codec in _ONE_PICTURE and ("mov" in names or "matroska" in names)
         read = _table_from_packets if one_picture or (codec == "mpeg4" and "mov" in names) else _table_from_frames
         table = read(container, stream, name)
+        if table is None:
+            raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
         promised = _promised_duration(container, stream)
         if promised is not None and table.duration < 0.9 * promised - 0.5:
             raise MediaError(
@@ -157,7 +159,7 @@ def _promised_duration(container: Container, stream: av.VideoStream) -> float | 
     return float(tag[1]) * 3600 + float(tag[2]) * 60 + float(tag[3]) if tag else None
 
 
-def _table_from_packets(container: Container, stream: av.VideoStream, name: str) -> FrameTable:
+def _table_from_packets(container: Container, stream: av.VideoStream, _: str) -> FrameTable | None:
     packets = [
         (packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
         for packet in container.demux(stream)
@@ -167,7 +169,7 @@ def _table_from_packets(container: Container, stream: av.VideoStream, name: str)
     # Not shown: what an edit list cuts away (its keyframes still serve), and what precedes the first keyframe.
     shown = sorted((pts, last) for pts, last, _, cut in packets if not cut and keys and pts >= keys[0])
     if not shown:
-        raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
+        return None
     pts = np.array([pts for pts, _ in shown], dtype=np.int64)
     return FrameTable(
         times=(pts - pts[0]) * float(stream.time_base),
@@ -179,7 +181,7 @@ def _table_from_packets(container: Container, stream: av.VideoStream, name: str)
     )
 
 
-def _table_from_frames(container: Container, stream: av.VideoStream, name: str) -> FrameTable:
+def _table_from_frames(container: Container, stream: av.VideoStream, name: str) -> FrameTable | None:
     shown, packets, sent, lasts, patched = [], [], [], {}, []
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard and (packet.is_keyframe or packets):  # an edit list cuts frames away
@@ -190,7 +192,7 @@ def _table_from_frames(container: Container, stream: av.VideoStream, name: str) 
             shown.append(frame.pts)
             patched.append(frame.is_corrupt)
     if not shown:
-        raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
+        return None
     if any(patched[-4:]):  # the last to be decoded may be shown a little earlier
         raise MediaError(f"{name} ends in a broken picture: {DAMAGED}.")
     indexed = _counted(container, stream)
