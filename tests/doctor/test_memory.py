@@ -17,7 +17,7 @@ from trl_vpo.doctor.workload import Workload
 from trl_vpo.models.model_size import empty_model, model_sizes
 from trl_vpo.training.sharding import Sharding
 
-SMALL = {"hidden": 128, "layers": 3, "vocabulary": 4000, "prompt": 300, "response": 32}
+SMALL = {"hidden": 128, "layers": 2, "vocabulary": 2000, "prompt": 300, "response": 32}
 CASES = [
     Case(**SMALL),
     Case(**SMALL, layout="separate", checkpointing=False, pairs=2),

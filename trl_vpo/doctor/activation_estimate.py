@@ -250,7 +250,7 @@ def _after(live: LiveBytes, gradients: str) -> Callable[[Tensor], None]:
 
 
 class _Head(torch.autograd.Function):
-    """What `trl.kernels` allocate for (N, H) hidden states and a (V, H) head; (N,) zeros come out of it.
+    """Allocates what `trl.kernels` do for (N, H) hidden states and a (V, H) head; (N,) zeros come out of it.
 
     A buffer of (tokens, VOCAB_CHUNK) logits in the dtype of the computation; for the KL two of them, float32.
     Gradients are accumulated in float32. A chunk of the head is cast where its dtype is another one, and to float32 on

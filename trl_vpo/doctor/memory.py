@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def gradients(self) -> str:
-        """How a step treats gradients, see `DryStep`."""
+        """The treatment of gradients in a step, see `DryStep`."""
         return "dropped" if self.sharding.splits_gradients else "kept" if self.accumulation > 1 else "grown"
 
 

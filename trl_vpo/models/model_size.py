@@ -1,4 +1,4 @@
-"""How many weights a recipe has and trains, from the model's config alone: no weights are loaded."""
+"""The numbers of weights of a recipe, from the model's config alone: no weights are loaded."""
 
 from dataclasses import dataclass
 from typing import Any

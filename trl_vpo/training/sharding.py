@@ -1,4 +1,4 @@
-"""What the processes of a training share, as the accelerate config of a recipe or an option says."""
+"""The sharing between the processes of a training, read from an accelerate config."""
 
 from __future__ import annotations
 
@@ -13,19 +13,12 @@ from trl_vpo.errors import UserError
 
 @dataclass
 class Sharding:
-    """What is split between processes.
+    """Who holds what of a model in training."""
 
-    Attributes:
-        kind: "none", "ddp", "zero1", "zero2", "zero3" or "fsdp".
-        processes: how many there are.
-        offload: of "weights" and "optimizer", what lies in CPU memory.
-        gathers_once: FSDP that keeps gathered weights until the backward pass.
-    """
-
-    kind: str = "none"
+    kind: str = "none"  # or "ddp", "zero1", "zero2", "zero3", "fsdp"
     processes: int = 1
-    offload: frozenset[str] = frozenset()
-    gathers_once: bool = False
+    offload: frozenset[str] = frozenset()  # of "weights" and "optimizer", what lies in CPU memory
+    gathers_once: bool = False  # FSDP that keeps gathered weights until the backward pass
 
     @property
     def is_zero(self) -> bool:
@@ -41,7 +34,7 @@ class Sharding:
 
     @property
     def owners(self) -> int:
-        """How many processes share the optimizer's states."""
+        """The number of processes that share the optimizer's states."""
         return self.processes if self.is_zero or self.kind == "fsdp" else 1
 
     def __str__(self) -> str:
