@@ -77,14 +77,22 @@ class SaveError(UserError):
 
 
 class HubError(UserError):
-    """The Hub will not take the model of this run, however often it is tried."""
+    """The Hub refuses this run's model; retrying does not help."""
 
 
-# --- generation, evaluation, reports --------------------------------------------------------------------------------
+# --- models, runs, generation, evaluation, reports -------------------------------------------------------------------
+
+
+class ModelError(UserError):
+    """A model, local or behind a server, that cannot be loaded or asked."""
+
+
+class RunError(UserError):
+    """The folder, settings or inputs of a run of generation or evaluation that cannot be used."""
 
 
 class GenerateError(UserError):
-    """A run of generation that cannot start or continue: its settings, its inputs or its folder."""
+    """A run of generation that cannot start, or that gave no row."""
 
 
 class EvaluateError(UserError):

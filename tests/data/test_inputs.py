@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from trl_vpo.data.inputs import digest, load_media, portable, read_inputs
 from trl_vpo.data.rows import read_row
-from trl_vpo.errors import DatasetError, GenerateError, MediaError
+from trl_vpo.errors import DatasetError, MediaError, RunError
 from trl_vpo.generate.pipeline import training_row
 from trl_vpo.media.load import VideoOptions, load_image, load_video
 
@@ -100,7 +100,7 @@ def test_nothing_to_read(tmp_path):
 
 def test_ids(folder):
     assert read_rows(folder, {"id": 7}, {"id": 8}, {"id": None}).ids == ["7", "8", "row-000002"]
-    with pytest.raises(GenerateError, match="rows 1 and 2 of the inputs both have the id 'row-000002'"):
+    with pytest.raises(RunError, match="rows 1 and 2 of the inputs both have the id 'row-000002'"):
         read_rows(folder, {"id": "a"}, {"id": "row-000002"}, {"id": ""})
 
 
@@ -263,5 +263,5 @@ def test_media_that_cannot_be_used_fail_when_loaded(folder):
 
 def test_a_media_folder_that_cannot_be_written(folder):
     (folder / "run").write_text("a file")
-    with pytest.raises(GenerateError, match=r"run/media/.* cannot be written \(.*\)\. Free space"):
+    with pytest.raises(RunError, match=r"run/media/.* cannot be written \(.*\)\. Free space"):
         portable(b"abc", folder / "run/media")

@@ -7,7 +7,7 @@ import pytest
 from held_out_kit import assert_same_record, evaluate, records, write_adapter, write_held_out
 
 from trl_vpo.data.inputs import read_inputs
-from trl_vpo.errors import EvaluateError, GenerateError, RecipeError, UserError
+from trl_vpo.errors import EvaluateError, RecipeError, RunError, UserError
 from trl_vpo.evaluate import run as module
 from trl_vpo.evaluate.candidates import candidate_names
 from trl_vpo.evaluate.command import evaluate as run_command
@@ -57,10 +57,10 @@ def test_a_killed_run_continues(held_out, monkeypatch, tmp_path):
     assert len(worked) == 11 and strict["settings"]["yes_no_rule"] == "strict"
     wide, narrow = (r["contestants"]["base"]["measures"]["logps/chosen"] for r in (first, strict))
     assert wide["value"] == narrow["value"] and wide["low"] < narrow["low"]
-    with pytest.raises(GenerateError, match="max_new_tokens: was 16, is 9"):
+    with pytest.raises(RunError, match="max_new_tokens: was 16, is 9"):
         evaluate(held_out, folder, adapter, **options, max_new_tokens=9)
     write_adapter(tmp_path / "words", seed=7)  # another adapter in the same place
-    with pytest.raises(GenerateError, match=r"adapters\.words: was"):
+    with pytest.raises(RunError, match=r"adapters\.words: was"):
         evaluate(held_out, folder, adapter, **options)
 
 

@@ -16,7 +16,7 @@ from run_kit import generate, lines, options, write_inputs, written
 from workers import Server as Processes
 
 from trl_vpo.data.rows import read_row
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import ModelError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.run import make_models
 from trl_vpo.models import server as server_module
@@ -208,7 +208,7 @@ def test_model_and_judge_share_a_budget(serve, monkeypatch):
     assert [body["model"] for body in server.bodies] == ["tiny", "wise"] and not judge.can_score
     user = base64.b64encode(b"user:word").decode()
     assert [seen[2]["authorization"] for seen in server.seen] == ["Bearer key", f"Basic {user}"]
-    with pytest.raises(GenerateError, match="max_requests is 2"):
+    with pytest.raises(ModelError, match="max_requests is 2"):
         judge.answer(question, config.sampling())
     assert make_models(GenerateConfig(), with_model=False) == (None, None)
 
@@ -219,11 +219,11 @@ def test_a_run_that_lost_its_server_goes_on(trouble, serve, inputs, tmp_path):
     generate_behind(good, inputs, tmp_path / "whole")
     if trouble == "the server dies":
         first = serve(lambda number, body: behave(number, body) if number < 20 else Reply(hang_up=True))
-        with pytest.raises(GenerateError, match=r"gives no answer from .*the same command continues the run"):
+        with pytest.raises(ModelError, match=r"gives no answer from .*the same command continues the run"):
             generate_behind(first, inputs, tmp_path / "run")
     else:
         first = serve()
-        with pytest.raises(GenerateError, match=r"max_requests is 20.*The same command continues the run"):
+        with pytest.raises(ModelError, match=r"max_requests is 20.*The same command continues the run"):
             generate_behind(first, inputs, tmp_path / "run", "--max_requests", 20)
         assert len(first.seen) == 20
     done = {outcome.id for outcome in read_outcomes(tmp_path / "run")}

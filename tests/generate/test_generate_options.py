@@ -9,7 +9,7 @@ import torch
 from run_kit import KINDS, generate, lines, write_inputs, written
 
 from trl_vpo import cli
-from trl_vpo.errors import GenerateError, RecipeError
+from trl_vpo.errors import GenerateError, ModelError, RecipeError, RunError
 from trl_vpo.generate.run import run_generation
 from trl_vpo.runs import progress
 from trl_vpo.runs.progress import Bar, duration
@@ -39,13 +39,13 @@ def test_changed_settings_are_refused_before_loading(inputs, tmp_path):
         (["--num_frames", 4], ["num_frames: was 8, is 4"]),
         (["--seed", 3, "--attempts", 2], ["attempts: was 1, is 2", "seed: was 0, is 3"]),
     ):
-        with pytest.raises(GenerateError, match="Name another output_dir") as error:
+        with pytest.raises(RunError, match="Name another output_dir") as error:
             generate("rrpo", dataset, folder, *options)
         assert all(f"\n  {name}" in str(error.value) for name in names)
     write_jsonl([*lines(inputs["clip"]), {"id": "more"}], dataset)
-    with pytest.raises(GenerateError, match=r"inputs\.count: was 12, is 13\n"):
+    with pytest.raises(RunError, match=r"inputs\.count: was 12, is 13\n"):
         generate("rrpo", dataset, folder)
-    with pytest.raises(GenerateError, match=r'pipeline: was "rrpo", is "leanpo"'):
+    with pytest.raises(RunError, match=r'pipeline: was "rrpo", is "leanpo"'):
         generate("leanpo", inputs["clip"], folder)
     assert written(folder) == before
 
@@ -56,7 +56,7 @@ def test_changed_settings_are_refused_before_loading(inputs, tmp_path):
         (["--dataset_name", ""], RecipeError, "`dataset_name` is not set: give the inputs"),
         (["--output_dir", ""], RecipeError, "`output_dir` is not set: give a folder"),
         (["--model_name_or_path", ""], RecipeError, "there is no model: set `model_name_or_path`"),
-        (["--model_name_or_path", "/none"], GenerateError, "/none cannot be loaded"),
+        (["--model_name_or_path", "/none"], ModelError, "/none cannot be loaded"),
         (["--dataset_name", "none.jsonl"], ValueError, r"none\.jsonl does not exist \(seen from"),
         (["--dataset_split", "test"], ValueError, r"clip\.jsonl has no split 'test'; it has train"),
         (["--temprature", "1"], RecipeError, "unknown option --temprature. Did you mean --temperature"),
@@ -65,8 +65,8 @@ def test_changed_settings_are_refused_before_loading(inputs, tmp_path):
         (["--batch_size", "0"], ValueError, "batch_size is 0"),
         (["--max_requests", "0"], ValueError, "max_requests is 0: give a whole number of at least 1"),
         (["--timeout", "0"], ValueError, "timeout is 0.0: give seconds above 0"),
-        (["--from_adapter", "/none"], GenerateError, "from_adapter: the folder /none does not exist"),
-        (["--device", "cuda"], GenerateError, "device is 'cuda', but"),
+        (["--from_adapter", "/none"], ModelError, "from_adapter: the folder /none does not exist"),
+        (["--device", "cuda"], ModelError, "device is 'cuda', but"),
     ],
 )
 def test_what_a_run_cannot_start_with(options, error, message, inputs, tmp_path):
@@ -92,7 +92,7 @@ def test_output_dirs_of_something_else(inputs, tmp_path):
         with pytest.raises(RecipeError, match=r"output_dir: .*file is a file\. Name a folder"):
             generate("rrpo", inputs["clip"], tmp_path / "file", *dry)
     (tmp_path / "rows.jsonl").write_text('{"precious": true}\n')
-    with pytest.raises(GenerateError, match=r"holds rows\.jsonl but no settings\.json: it is not a run"):
+    with pytest.raises(RunError, match=r"holds rows\.jsonl but no settings\.json: it is not a run"):
         generate("rrpo", inputs["clip"], tmp_path)
     assert (tmp_path / "rows.jsonl").read_text() == '{"precious": true}\n'
 
@@ -120,7 +120,7 @@ def test_a_dry_run(method, inputs, tmp_path, capsys):
         assert names == {f"{n}-{step}-0.png" for n in range(3) for step in range(4)}
     if method == "lpoi":
         assert "Is there a " in out and names == {f"{n}-0-{k}.png" for n in range(3) for k in range(5)}
-    with pytest.raises(GenerateError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="cannot be loaded"):
         generate(method, inputs[KINDS[method]], folder, *bare)
     assert generate(method, inputs[KINDS[method]], folder, "--limit", 1)["inputs"] == 1
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import read_row
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import RunError
 from trl_vpo.runs.digests import weights_digest
 from trl_vpo.runs.store import read_settings
 from trl_vpo.testbed.rows import write_jsonl
@@ -217,7 +217,7 @@ def test_weights_that_changed_under_their_name(runs, inputs, tmp_path):
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "lora_B" in name).mul_(1.01)
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(GenerateError, match=r"weights\.from_adapter: was .*, is "):
+    with pytest.raises(RunError, match=r"weights\.from_adapter: was .*, is "):
         generate("rrpo", inputs["clip"], tmp_path / "run", *one)
     generate("rrpo", inputs["clip"], other, *one)
     first, second, base = (read_settings(folder)["weights"] for folder in (tmp_path / "run", other, runs("rrpo")[0]))

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import ModelError
 from trl_vpo.models.requests import Request, Sampling
 from trl_vpo.models.server import ServerModel
 
@@ -124,7 +124,7 @@ def model_of(server: Server, **settings) -> ServerModel:
 
 def stopped(model: ServerModel, requests: list[Request]) -> str:
     """Return the message of the error that ends the run; the whole chain of errors keeps the key to itself."""
-    with pytest.raises(GenerateError) as caught:
+    with pytest.raises(ModelError) as caught:
         model.answer(requests, SAMPLING)
     assert KEY not in str(caught.getrepr(chain=True, style="short"))
     return str(caught.value)

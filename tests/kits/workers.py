@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import RunError
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.store import Run
 
@@ -135,7 +135,7 @@ def child(job: dict) -> None:
                     Path(errors).write_text(str(orphan))
                 time.sleep(60)
         os._exit(0 if work(**job) else 1)
-    except GenerateError as error:
+    except RunError as error:
         Path(errors).write_text(str(error))
         os._exit(2)
     except BaseException:

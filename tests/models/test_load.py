@@ -9,7 +9,7 @@ from held_out_kit import write_adapter
 from local_kit import GREEDY, load, questions
 from peft import PeftModel
 
-from trl_vpo.errors import AdapterError, GenerateError
+from trl_vpo.errors import AdapterError, ModelError
 from trl_vpo.models.load import load_model
 from trl_vpo.models.local import LocalModel
 from trl_vpo.models.source import short_name
@@ -41,11 +41,11 @@ def test_an_adapter_answers_as_its_merged_model(adapter):
 
 
 def test_adapters_that_do_not_fit(tmp_path, adapter):
-    with pytest.raises(GenerateError, match=rf"{tmp_path} has no adapter_config\.json"):
+    with pytest.raises(ModelError, match=rf"{tmp_path} has no adapter_config\.json"):
         load(adapter=str(tmp_path))
     base = load()
     copy = save(base, tmp_path / "another")
-    with pytest.raises(GenerateError, match=rf"was trained on .*base, but model_name_or_path is {copy}"):
+    with pytest.raises(ModelError, match=rf"was trained on .*base, but model_name_or_path is {copy}"):
         load(copy, adapter=adapter)
     # the right name, but another model: one layer less
     base.model.config.text_config.num_hidden_layers = 1
@@ -56,14 +56,14 @@ def test_adapters_that_do_not_fit(tmp_path, adapter):
 
 
 def test_settings_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(GenerateError, match="there is no model"):
+    with pytest.raises(ModelError, match="there is no model"):
         load_model(None)
-    with pytest.raises(GenerateError, match=rf"{tmp_path} cannot be loaded"):
+    with pytest.raises(ModelError, match=rf"{tmp_path} cannot be loaded"):
         load(tmp_path)
-    with pytest.raises(GenerateError, match="dtype is 'fp8'"):
+    with pytest.raises(ModelError, match="dtype is 'fp8'"):
         load(dtype="fp8")
     if not torch.cuda.is_available():
-        with pytest.raises(GenerateError, match="device is 'cuda', but what this process has is cpu"):
+        with pytest.raises(ModelError, match="device is 'cuda', but what this process has is cpu"):
             load(device="cuda")
 
 

@@ -10,7 +10,7 @@ from helpers import write_clip
 from local_kit import GREEDY, asked, load, questions
 from PIL import Image
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import ModelError
 from trl_vpo.forward.tree import Trunk
 from trl_vpo.media.load import VideoOptions, load_video
 from trl_vpo.models.local import LocalModel, SeededSampling
@@ -149,7 +149,7 @@ def test_thoughts_are_taken_off(base, monkeypatch):
 
 def test_nan_logits_stop_the_run():
     sampler = SeededSampling([0], 3, GREEDY)
-    with pytest.raises(GenerateError, match="bfloat16"):
+    with pytest.raises(ModelError, match="bfloat16"):
         sampler(torch.zeros(1, 3, dtype=torch.long), torch.tensor([[0.0, float("nan")]]))
 
 
@@ -172,7 +172,7 @@ def test_a_batch_that_does_not_fit_is_halved(base, requests, caplog, monkeypatch
     assert sizes == [8, 4, 2, 2, 2, 2] and base.batch_size == 2
     assert "8 requests at once do not fit on cpu: from now on 4." in caplog.text
     memory_for(0)
-    with pytest.raises(GenerateError, match=r"one request alone does not fit on cpu: \d+ prompt tokens, media"):
+    with pytest.raises(ModelError, match=r"one request alone does not fit on cpu: \d+ prompt tokens, media"):
         base.answer(requests, GREEDY)
 
 
@@ -259,10 +259,10 @@ def test_clips_of_different_lengths(family, tmp_path):
 
 def test_media_that_the_family_cannot_see(requests):
     model, processor = build("LLaVA-1.5")
-    with pytest.raises(GenerateError, match="has videos, but LlavaProcessor takes none"):
+    with pytest.raises(ModelError, match="has videos, but LlavaProcessor takes none"):
         LocalModel(model, processor).answer(requests[:1], GREEDY)
     processor.chat_template = None
-    with pytest.raises(GenerateError, match="has no chat template"):
+    with pytest.raises(ModelError, match="has no chat template"):
         LocalModel(model, processor)
 
 

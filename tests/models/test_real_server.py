@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import ModelError
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models.local import LocalModel
 from trl_vpo.models.requests import Request, Sampling
@@ -76,5 +76,5 @@ def test_a_clip_goes_as_frames_and_not_as_a_video(url):
     clips = asked("clip", 2)
     for answer in ServerModel(url, str(BASE), media="frames").answer(clips, GREEDY):
         assert language.check_caption(answer, ()).parsed
-    with pytest.raises(GenerateError, match="set server_media: frames"):
+    with pytest.raises(ModelError, match="set server_media: frames"):
         ServerModel(url, str(BASE), max_retries=0).answer(clips, GREEDY)

@@ -9,7 +9,7 @@ import pytest
 from chat_server import KEY, SAMPLING, Reply, model_of, refused, said, stopped
 from local_kit import asked
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import ModelError
 from trl_vpo.models.server import RequestBudget, ServerModel
 from trl_vpo.text.responses import Failure
 
@@ -125,7 +125,7 @@ def test_a_slow_answer_is_waited_for_while_it_comes(serve):
 @pytest.mark.parametrize("key", ["sk-0123456789\nabcdef", "sk-012 345", "sk-ключ-0123456789"])
 def test_a_key_that_no_header_takes_is_named_not_shown(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(GenerateError, match="the API key in OPENAI_API_KEY holds a line break or another") as caught:
+    with pytest.raises(ModelError, match="the API key in OPENAI_API_KEY holds a line break or another") as caught:
         ServerModel("http://127.0.0.1:9/v1", "tiny")
     assert key[:6] not in str(caught.value)
 
@@ -217,11 +217,11 @@ def test_requests_in_flight_end_before_the_budgets_error(serve):
 
 
 def test_an_address_that_is_none():
-    with pytest.raises(GenerateError, match=r"'localhost:8000' is not the address of a server: give it as http://"):
+    with pytest.raises(ModelError, match=r"'localhost:8000' is not the address of a server: give it as http://"):
         ServerModel("localhost:8000", "tiny")
 
 
 def test_without_the_client_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openai", None)  # what Python does for a package that is missing
-    with pytest.raises(GenerateError, match=r"pip install trl-vpo\[judge\]"):
+    with pytest.raises(ModelError, match=r"pip install trl-vpo\[judge\]"):
         ServerModel("http://127.0.0.1:1/v1", "tiny")

@@ -14,7 +14,7 @@ from helpers import KITS
 from workers import Server, Sum, outcome, work
 
 from trl_vpo.data.rows import read_row
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import RunError
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.results import RESULTS
 from trl_vpo.runs.store import Run, read_outcomes, read_settings
@@ -208,7 +208,7 @@ def test_refused_beside_a_living_worker(tmp_path, workers, whole):
     try:
         assert workers.run(folder, rank=1, world_size=2, errors=errors) == 2
         assert f"{folder}: worker 1 of 2 is already at work (`fuser {folder}/shards/" in errors.read_text()
-        with pytest.raises(GenerateError, match=r"worker 1 of 2 is still at work .*among 3\. Stop"):
+        with pytest.raises(RunError, match=r"worker 1 of 2 is still at work .*among 3\. Stop"):
             Run(folder, {"seed": 0}, world_size=3)
         assert workers.run(folder, rank=0, world_size=2) == 1
         os.kill(pid, signal.SIGKILL)
@@ -237,10 +237,10 @@ def test_ranks_and_file_systems_without_locks(tmp_path, monkeypatch):
     def flock(file, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    with pytest.raises(GenerateError, match="worker 2 of 2: ranks go from 0 to 1"):
+    with pytest.raises(RunError, match="worker 2 of 2: ranks go from 0 to 1"):
         Run(tmp_path, {}, rank=2, world_size=2)
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(GenerateError, match=r"no file locks \(.*No locks available\).*NFS: without nolock"):
+    with pytest.raises(RunError, match=r"no file locks \(.*No locks available\).*NFS: without nolock"):
         Run(tmp_path / "run", {})
 
 
@@ -249,7 +249,7 @@ def test_changed_settings(tmp_path):
     Run(tmp_path / "run", settings).close()
     Run(tmp_path / "run", dict(reversed(settings.items()))).close()
     changed = {"seed": 1, "temperature": 1.0, "model": {"name": "a", "revision": None}, "top_p": 0.5, "new": None}
-    with pytest.raises(GenerateError) as error:
+    with pytest.raises(RunError) as error:
         Run(tmp_path / "run", changed)
     assert str(error.value).splitlines() == [
         f"{tmp_path / 'run'} was started with other settings; rows of both would be mixed:",
@@ -280,34 +280,34 @@ def test_lines_that_are_damaged_or_there_twice(tmp_path, whole):
     work(folder, COUNT)
     data = shard(folder).read_bytes().splitlines(keepends=True)
     shard(folder).write_bytes(b"".join([*data[:4], data[4][:50] + b"\n", *data[5:]]))
-    with pytest.raises(GenerateError, match=r"00000-of-00001\.jsonl, line 5 is damaged: .*\"r4\".*Delete this line"):
+    with pytest.raises(RunError, match=r"00000-of-00001\.jsonl, line 5 is damaged: .*\"r4\".*Delete this line"):
         Run(folder, {"seed": 0})
     shard(folder).write_bytes(b"".join([*data[:4], *data[5:]]))  # the remedy
     work(folder, COUNT)
     assert results(folder) == whole
     shard(folder, "00001-of-00002").write_bytes(data[1])
-    with pytest.raises(GenerateError, match=r"'r1' was finished twice in .*/shards: .*Delete one"):
+    with pytest.raises(RunError, match=r"'r1' was finished twice in .*/shards: .*Delete one"):
         work(folder, COUNT)
 
 
 def test_folders_that_are_no_runs(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(GenerateError, match=r"holds rows\.jsonl but no settings\.json"):
+    with pytest.raises(RunError, match=r"holds rows\.jsonl but no settings\.json"):
         Run(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-    with pytest.raises(GenerateError, match=r"cannot hold a run .*Name another output_dir"):
+    with pytest.raises(RunError, match=r"cannot hold a run .*Name another output_dir"):
         Run(tmp_path / "rows.jsonl", {})
-    with pytest.raises(GenerateError, match=r"is not a run .* no settings\.json"):
+    with pytest.raises(RunError, match=r"is not a run .* no settings\.json"):
         read_outcomes(tmp_path)
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(GenerateError, match=r"settings\.json is damaged"):
+    with pytest.raises(RunError, match=r"settings\.json is damaged"):
         Run(tmp_path, {})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), b"x", "\ud83d"])
 def test_values_that_json_cannot_hold(tmp_path, value):
     with Run(tmp_path / "run", {}) as run:
-        with pytest.raises(GenerateError, match=r"input 'r1' holds a value that JSON cannot represent \("):
+        with pytest.raises(RunError, match=r"input 'r1' holds a value that JSON cannot represent \("):
             run.write(Outcome("r1", rows=({"scores": [0.5, {"a": 1, "b": value}]},)))
         run.write(outcome("r0"))  # the run is as it was
     assert [o.id for o in read_outcomes(tmp_path / "run")] == ["r0"]

@@ -22,7 +22,7 @@ from PIL import Image
 
 from trl_vpo.data.rows import MARKERS, drop_none
 from trl_vpo.data.sources import named_splits
-from trl_vpo.errors import GenerateError, InputError, MediaError
+from trl_vpo.errors import InputError, MediaError, RunError
 from trl_vpo.files import atomic_write, bytes_digest
 from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
@@ -97,7 +97,7 @@ def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
 class Inputs(Sequence[InputRow]):
     """The inputs in the order of the dataset. An index gives an `InputRow`, a slice gives `Inputs`.
 
-    Reading a row writes its media where they have no path; it fails only where that does (GenerateError: no space).
+    Reading a row writes its media where they have no path; it fails only where that does (RunError: no space).
 
     Args:
         ids: of the rows, in order; see `row_ids`.
@@ -164,7 +164,7 @@ def read_inputs(
         media_root, media_folder: see `Inputs`.
 
     Raises:
-        GenerateError: two rows have the same id.
+        RunError: two rows have the same id.
         DatasetError: the dataset or the split does not exist, or has no rows.
     """
     dataset = named_splits(name, [split], config=subset)[split]
@@ -188,9 +188,7 @@ def row_ids(dataset: Dataset) -> list[str]:
     first: dict[str, int] = {}
     for i, name in enumerate(ids):
         if first.setdefault(name, i) != i:
-            raise GenerateError(
-                f"rows {first[name]} and {i} of the inputs both have the id {name!r}. Make them differ."
-            )
+            raise RunError(f"rows {first[name]} and {i} of the inputs both have the id {name!r}. Make them differ.")
     return ids
 
 
@@ -234,7 +232,7 @@ def portable(source: Any, folder: Path | None, media_root: str | Path | None = N
 
     Raises:
         MediaError: it is no medium, or does not exist.
-        GenerateError: `folder` cannot be written.
+        RunError: `folder` cannot be written.
     """
     if isinstance(source, dict):
         return _portable_dict(source, folder, media_root)
@@ -281,7 +279,7 @@ def _stored(data: bytes, folder: Path) -> str:
         with atomic_write(path) as part:
             part.write_bytes(data)
     except OSError as error:
-        raise GenerateError(
+        raise RunError(
             f"{path} cannot be written ({error.strerror or error}). Free space there, then start the same command "
             "again: it continues where it stopped."
         ) from error

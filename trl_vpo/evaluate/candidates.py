@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from trl_vpo.errors import AdapterError, EvaluateError, GenerateError
+from trl_vpo.errors import AdapterError, EvaluateError, ModelError
 from trl_vpo.evaluate.results import BASE
 from trl_vpo.forward.head import lm_head
 from trl_vpo.forward.tree import Tree
@@ -63,7 +63,7 @@ class ModelSet:
         With `kl`, the base is scored, too, whether it is among the names or not; else the KL stays 0.
 
         Raises:
-            GenerateError: one response behind its prompt does not fit on the device.
+            ModelError: one response behind its prompt does not fit on the device.
         """
         names = list(dict.fromkeys([BASE, *self.names] if kl else self.names))
         single = {
@@ -92,7 +92,7 @@ class ModelSet:
         """Return the greedy answer of each candidate to every prompt.
 
         Raises:
-            GenerateError: one prompt does not fit on the device.
+            ModelError: one prompt does not fit on the device.
         """
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
 
@@ -111,7 +111,7 @@ def load_candidates(adapters: Sequence[str], **options: Any) -> ModelSet:
     """Load a base, with the arguments of `load_model`, and its adapters.
 
     Raises:
-        GenerateError: there is no such model, or it cannot be loaded here.
+        ModelError: there is no such model, or it cannot be loaded here.
         EvaluateError: an adapter cannot be used.
     """
     for path in adapters:  # before gigabytes of weights
@@ -139,7 +139,7 @@ def _checked_config(path: str, model: str) -> PeftConfig:
     """Base and adapter are only told apart where switching the adapter off gives the base back."""
     try:
         config = checked_adapter(path, model)
-    except GenerateError as error:
+    except ModelError as error:
         raise EvaluateError(f"adapter {str(error).removeprefix('from_adapter: ')}") from error
     if why := loses_base(config):
         raise EvaluateError(

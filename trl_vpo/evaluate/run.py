@@ -59,7 +59,7 @@ def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
     Raises:
         RecipeError, ValueError: the options cannot be used.
         EvaluateError: rows or adapters cannot be used.
-        GenerateError: the inputs, the model or the run's folder cannot be used.
+        RunError, ModelError: the inputs or the run's folder, or the model, cannot be used.
         SystemExit: Ctrl-C, with 130; what was finished stays.
     """
     config = parse(argv)

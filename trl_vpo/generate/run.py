@@ -56,7 +56,8 @@ def run_generation(method: str, argv: list[str]) -> dict[str, Any] | None:
 
     Raises:
         RecipeError, ValueError: the recipe cannot be used.
-        GenerateError: the inputs, the models or the run's folder cannot be used; or no input gave a row.
+        RunError, ModelError: the inputs or the run's folder, or a model, cannot be used.
+        GenerateError: no input gave a row.
         SystemExit: Ctrl-C, with 130; what was finished stays.
     """
     config = make_parser(method).parse(argv)[0]

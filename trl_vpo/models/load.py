@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from trl_vpo.errors import AdapterError, GenerateError, SourceError
+from trl_vpo.errors import AdapterError, ModelError, SourceError
 from trl_vpo.runs.packages import missing_packages
 
 if TYPE_CHECKING:
@@ -45,15 +45,15 @@ def load_model(
     The adapter is not merged: that would round its change to the model's dtype, or to its 4 bits.
 
     Raises:
-        GenerateError: the settings name no model, or one that cannot be loaded here.
+        ModelError: the settings name no model, or one that cannot be loaded here.
     """
     if not name:
-        raise GenerateError("there is no model: set model_name_or_path to a Hub model, a folder or a server's model.")
+        raise ModelError("there is no model: set model_name_or_path to a Hub model, a folder or a server's model.")
     bits = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit}
     if missing := missing_packages(bits | {"attn_implementation": attn_implementation}):
-        raise GenerateError("; ".join(missing) + ".")
+        raise ModelError("; ".join(missing) + ".")
     if dtype not in DTYPES:
-        raise GenerateError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}.")
+        raise ModelError(f"dtype is {dtype!r}: give one of {', '.join(DTYPES)}.")
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -71,7 +71,7 @@ def load_model(
             name, quantization_config=_quantization(dtype, bits), use_safetensors=True, **options, **common
         )
     except LOAD_ERRORS as error:
-        raise GenerateError(f"{name} cannot be loaded as a vision-language model: {error}") from error
+        raise ModelError(f"{name} cannot be loaded as a vision-language model: {error}") from error
     commit = None if Path(name).exists() else getattr(model.config, "_commit_hash", None) or revision
     if adapter_config is not None:
         model = attach_adapter(model, adapter, config=adapter_config).get_base_model()
@@ -86,7 +86,7 @@ def _device_map(device: str | None) -> Any:
     state = PartialState()
     if device == "auto":
         if state.num_processes > 1:
-            raise GenerateError(
+            raise ModelError(
                 f"device='auto' spreads one model over all GPUs, and {state.num_processes} processes would do so at "
                 "once. Start one process, or leave device out: each process then has a GPU of its own."
             )
@@ -94,7 +94,7 @@ def _device_map(device: str | None) -> Any:
     if device in (None, state.device.type):
         return {"": state.device}
     if device != "cpu":
-        raise GenerateError(
+        raise ModelError(
             f"device is {device!r}, but what this process has is {state.device}. Give 'cpu', or leave device out; "
             "choose among several GPUs with CUDA_VISIBLE_DEVICES."
         )
@@ -119,7 +119,7 @@ def checked_adapter(path: str, model: str) -> PeftConfig:
     """Return an adapter's config, checked as far as that goes without weights.
 
     Raises:
-        GenerateError: there is no such adapter, it cannot be read, or it belongs to another model.
+        ModelError: there is no such adapter, it cannot be read, or it belongs to another model.
     """
     from peft import PeftConfig, PromptLearningConfig
 
@@ -129,7 +129,7 @@ def checked_adapter(path: str, model: str) -> PeftConfig:
 
     folder = Path(path)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        raise GenerateError(
+        raise ModelError(
             f"from_adapter: {path} has no adapter_config.json. Name the folder that training wrote its adapter into; "
             "a fully trained model goes into model_name_or_path."
         )
@@ -140,14 +140,14 @@ def checked_adapter(path: str, model: str) -> PeftConfig:
             check_on_hub(path, key="from_adapter", file="adapter_config.json")
         adapter = PeftConfig.from_pretrained(path)
     except SourceError as error:
-        raise GenerateError(str(error)) from error
+        raise ModelError(str(error)) from error
     except (AdapterError, OSError, ValueError, TypeError, KeyError) as error:
-        raise GenerateError(f"from_adapter: {path} cannot be read as an adapter: {error}") from error
+        raise ModelError(f"from_adapter: {path} cannot be read as an adapter: {error}") from error
     if isinstance(adapter, PromptLearningConfig):
-        raise GenerateError(f"from_adapter: {path} is a {type(adapter).__name__}; only LoRA and its kin work here.")
+        raise ModelError(f"from_adapter: {path} is a {type(adapter).__name__}; only LoRA and its kin work here.")
     base = adapter.base_model_name_or_path
     if base and short_name(base) != short_name(model):
-        raise GenerateError(
+        raise ModelError(
             f"from_adapter: {path} was trained on {base}, but model_name_or_path is {model}. Name its own base; if "
             "they are the same model under two names, correct base_model_name_or_path in adapter_config.json."
         )

@@ -16,7 +16,7 @@ from trl_vpo.data.accepted import check_accepted
 from trl_vpo.data.chat import stop_token
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import Row, place_media
-from trl_vpo.errors import GenerateError, RowError
+from trl_vpo.errors import ModelError, RowError
 from trl_vpo.forward.families import merge_media, stackable
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.models.requests import Answer, AnsweringModel, Request, Sampling
@@ -52,7 +52,7 @@ class SeededSampling(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.size(1) - self._prompt_length
         if step == 0 and bool(scores.isnan().any()):
-            raise GenerateError("the model's logits are nan. float16 overflows in many models: use dtype bfloat16.")
+            raise ModelError("the model's logits are nan. float16 overflows in many models: use dtype bfloat16.")
         if self._temperature == 0:
             return scores
         scores = scores.float() / self._temperature  # (B, V)
@@ -70,7 +70,7 @@ class LocalModel(AnsweringModel):
     its end-of-sequence tokens stay; the token with which the chat template ends an answer is one of them.
 
     Raises:
-        GenerateError: the model has no chat template, or no end-of-sequence token.
+        ModelError: the model has no chat template, or no end-of-sequence token.
     """
 
     can_score = True
@@ -85,7 +85,7 @@ class LocalModel(AnsweringModel):
         description: dict[str, str | None] | None = None,  # for `record`
     ):
         if getattr(processor, "chat_template", None) is None:
-            raise GenerateError(
+            raise ModelError(
                 f"{type(processor).__name__} has no chat template, so the model cannot be asked anything: use its "
                 "chat (instruct) version."
             )
@@ -111,7 +111,7 @@ class LocalModel(AnsweringModel):
         """See `AnsweringModel`. A prompt that the processor refuses is a `Failure` of that request.
 
         Raises:
-            GenerateError: media that the model cannot see, or one request that does not fit on the device.
+            ModelError: media that the model cannot see, or one request that does not fit on the device.
         """
         return [_usable(answer) for answer in self.complete(requests, sampling)]
 
@@ -138,12 +138,12 @@ class LocalModel(AnsweringModel):
         its figure does not depend on the others.
 
         Raises:
-            GenerateError: a prompt that the processor refuses, or one request that does not fit on the device.
+            ModelError: a prompt that the processor refuses, or one request that does not fit on the device.
         """
         try:
             trees = [self._encode_request(*pair) for pair in zip(requests, responses, strict=True)]
         except RowError as error:
-            raise GenerateError(f"a response cannot be scored: {error}") from error
+            raise ModelError(f"a response cannot be scored: {error}") from error
 
         def run(places: list[int]) -> list[float]:
             scores = self.score(self.batch([trees[i] for i in places]))
@@ -205,7 +205,7 @@ class LocalModel(AnsweringModel):
                     continue
                 except torch.OutOfMemoryError:
                     if len(batch) == 1:
-                        raise GenerateError(_too_large(trees[batch[0]], self.model.device)) from None
+                        raise ModelError(_too_large(trees[batch[0]], self.model.device)) from None
                 # Outside of the handler: its traceback would keep the failed call's tensors alive.
                 torch.cuda.empty_cache()
                 half = len(batch) // 2
@@ -224,14 +224,14 @@ class LocalModel(AnsweringModel):
         return tree
 
     def _encode_request(self, request: Request, response: str | None = None) -> Tree:
-        """Encode a request, as the prompt of a response if there is one. Raises RowError and GenerateError."""
+        """Encode a request, as the prompt of a response if there is one. Raises RowError and ModelError."""
         images, videos = list(request.media.images), list(request.media.videos)
         row = Row("the request", prompt=[], chosen=[], rejected=[], images=images, videos=videos)
         try:
             row.prompt = place_media(request.messages, len(images), len(videos))
             check_accepted(row, self.processor)
         except RowError as error:
-            raise GenerateError(f"{type(self.model).__name__} cannot be asked this: {error}") from error
+            raise ModelError(f"{type(self.model).__name__} cannot be asked this: {error}") from error
         if response is None:
             return self.encode(row)
         row.chosen = [{"role": "assistant", "content": [{"type": "text", "text": response}]}]
@@ -251,7 +251,7 @@ def _end_tokens(model: PreTrainedModel, processor: ProcessorMixin, tokenizer: An
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id} - {None}
     if not ends:
-        raise GenerateError(f"{type(model).__name__} and its tokenizer have no end-of-sequence token: set one.")
+        raise ModelError(f"{type(model).__name__} and its tokenizer have no end-of-sequence token: set one.")
     return ends | ({stop_token(processor)} - {None})
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from trl_vpo.data.rows import place_media
-from trl_vpo.errors import GenerateError, RowError
+from trl_vpo.errors import ModelError, RowError
 from trl_vpo.media.images import shrink
 from trl_vpo.media.load import Clip
 from trl_vpo.models.requests import Request
@@ -31,13 +31,13 @@ def chat_messages(request: Request, *, media: str = "video", max_pixels: int | N
     `media` "video" a clip is one `video_url` part, with "frames" a text with their times, then one `image_url` each.
 
     Raises:
-        GenerateError: placeholders and media differ in number.
+        ModelError: placeholders and media differ in number.
     """
     images, videos = iter(request.media.images), iter(request.media.videos)
     try:
         messages = place_media(request.messages, len(request.media.images), len(request.media.videos))
     except RowError as error:
-        raise GenerateError(f"a request to a server: {error}") from error
+        raise ModelError(f"a request to a server: {error}") from error
 
     def expand(part: dict) -> Iterator[dict]:
         if part["type"] == "image":

@@ -1,7 +1,7 @@
 """A model behind any OpenAI-compatible server: requests out, answers in, and what to do when it goes wrong.
 
 What goes wrong is told apart by whose fault it is: one request's (a `Failure` of that request), the server's for a
-while (asked again, with growing pauses), or the run's (`GenerateError`; the same command continues it later).
+while (asked again, with growing pauses), or the run's (`ModelError`; the same command continues it later).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import ModelError
 from trl_vpo.models.payload import chat_messages, every_frame
 from trl_vpo.models.requests import AnsweringModel, Request, Sampling
 from trl_vpo.runs.secrets import scrub
@@ -50,10 +50,10 @@ class RequestBudget:
         self._lock = threading.Lock()
 
     def take(self) -> None:
-        """Count one request. Raises `GenerateError` if none is left."""
+        """Count one request. Raises `ModelError` if none is left."""
         with self._lock:
             if self.limit is not None and self.used >= self.limit:
-                raise GenerateError(
+                raise ModelError(
                     f"the request budget is used up: max_requests is {self.limit}, repeated attempts included. The "
                     "same command continues the run, with a budget of its own."
                 )
@@ -81,7 +81,7 @@ class ServerModel(AnsweringModel):
     started with `--generation-config vllm`.
 
     Raises:
-        GenerateError: the URL or the key cannot be used, or the `openai` package is missing.
+        ModelError: the URL or the key cannot be used, or the `openai` package is missing.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class ServerModel(AnsweringModel):
         try:
             import openai
         except ImportError as error:
-            raise GenerateError("a model behind a server needs openai: pip install trl-vpo[judge]") from error
+            raise ModelError("a model behind a server needs openai: pip install trl-vpo[judge]") from error
         self.url, self.model = scrub(_without_password(url)), model
         self._key_env, self._key = api_key_env, os.environ.get(api_key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
-            raise GenerateError(
+            raise ModelError(
                 f"the API key in {api_key_env} holds a line break or another character that no key has: set it again."
             )
         self._timeout, self._max_retries, self._concurrency = timeout, max_retries, concurrency
@@ -127,7 +127,7 @@ class ServerModel(AnsweringModel):
         """See `AnsweringModel`. Before an error is raised, the requests in flight come to their end.
 
         Raises:
-            GenerateError: the server is down, refuses the key or the model or every request, or the budget is used up.
+            ModelError: the server is down, refuses the key or the model or every request, or the budget is used up.
         """
         stop = threading.Event()
         with ThreadPoolExecutor(max_workers=self._concurrency) as pool:
@@ -142,7 +142,7 @@ class ServerModel(AnsweringModel):
             raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
         results = [future.result() for future in futures]
         if results and self._refused > 1 and self._answered is None:  # the first one alone may be at fault itself
-            raise GenerateError(
+            raise ModelError(
                 f"{self.url} refused all of the first {self._refused} requests to {self.model!r}. {results[0].reason}"
             )
         return results
@@ -208,12 +208,10 @@ class ServerModel(AnsweringModel):
         status, message = response.status_code, _message(self._clean(response.text))
         if 300 <= status < 400:
             target = self._clean(urljoin(self.url, response.headers.get("location", "")).partition("?")[0])
-            raise GenerateError(f"{self.url} redirects to {target}: give the address that answers itself.")
+            raise ModelError(f"{self.url} redirects to {target}: give the address that answers itself.")
         if status in RUN_STATUS:
             remedy = RUN_STATUS[status].format(key=self._key_env)
-            raise GenerateError(
-                f"{self.url} refuses requests to {self.model!r} ({status}): {remedy}. It says: {message}"
-            )
+            raise ModelError(f"{self.url} refuses requests to {self.model!r} ({status}): {remedy}. It says: {message}")
         if status in (408, 409, 425, 429) or status >= 500:
             reason = f"status {status}: {message}{hint if status >= 500 else ''}"
             raise _AttemptFailed(reason, busy=status == 429, retry_after=_retry_after(response.headers))
@@ -249,7 +247,7 @@ class ServerModel(AnsweringModel):
         if problem.retry_after is None:
             return pause * random.uniform(0.5, 1)
         if problem.retry_after > LONGEST_RETRY_AFTER:
-            raise GenerateError(
+            raise ModelError(
                 f"{self.url} asks to wait {problem.retry_after:.0f} s ({problem}). The same command continues the run "
                 "then."
             )
@@ -261,7 +259,7 @@ class ServerModel(AnsweringModel):
         known = None if problem.busy else self._answered
         if known is not None and not isinstance(self._send(known, stop), _AttemptFailed):
             return Failure(reason)
-        raise GenerateError(
+        raise ModelError(
             f"{self.url} gives no answer from {self.model!r}: {reason}. Check that the server runs and that "
             "the URL is right; the same command continues the run."
         )
@@ -276,7 +274,7 @@ def _without_password(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         shown = scrub(url.partition("?")[0].rpartition("@")[2])  # without a scheme, there may be a key before the host
-        raise GenerateError(f"{shown!r} is not the address of a server: give it as http://HOST:PORT/v1.")
+        raise ModelError(f"{shown!r} is not the address of a server: give it as http://HOST:PORT/v1.")
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 

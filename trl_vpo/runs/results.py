@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import RunError
 from trl_vpo.files import atomic_write
 from trl_vpo.runs.outcome import Outcome
 
@@ -80,7 +80,7 @@ def _shapes(value: Any, path: str) -> Iterator[tuple]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replace a file by these lines, whole or not at all; raise GenerateError where that fails.
+    """Replace a file by these lines, whole or not at all; raise RunError where that fails.
 
     Only one process at a time may write the same file.
     """
@@ -88,19 +88,19 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
         with atomic_write(path, token="new") as part, part.open("w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
     except OSError as error:
-        raise GenerateError(
+        raise RunError(
             f"{path} cannot be written ({error.strerror or error}). Free space there, then start the same command "
             "again: nothing that was made is lost."
         ) from error
 
 
 def encode(value: Any, name: str, indent: int | None = None) -> str:
-    """Return a value as JSON that every reader takes; raise GenerateError where it holds a nan or another object."""
+    """Return a value as JSON that every reader takes; raise RunError where it holds a nan or another object."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
         text.encode()
     except (ValueError, TypeError) as error:
-        raise GenerateError(
+        raise RunError(
             f"{name} holds a value that JSON cannot represent ({error}). Leave it out or make it None."
         ) from error
     return text

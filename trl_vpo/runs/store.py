@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.errors import GenerateError
+from trl_vpo.errors import RunError
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.results import RESULTS, Report, encode, write_lines, write_results
 
@@ -39,13 +39,13 @@ class Run:
             continue.
 
     Raises:
-        GenerateError: the folder is something else or cannot be written or locked, the settings differ, or this
+        RunError: the folder is something else or cannot be written or locked, the settings differ, or this
             worker or workers of another `world_size` are at work.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], *, rank: int = 0, world_size: int = 1):
         if not 0 <= rank < world_size:
-            raise GenerateError(f"worker {rank} of {world_size}: ranks go from 0 to {world_size - 1}.")
+            raise RunError(f"worker {rank} of {world_size}: ranks go from 0 to {world_size - 1}.")
         self.folder, self.rank, self.world_size = Path(folder).absolute(), rank, world_size
         self._path = self.folder / f"shards/{rank:05d}-of-{world_size:05d}.jsonl"
         self._shard: int | None = None
@@ -60,7 +60,7 @@ class Run:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise GenerateError(f"{self.folder} cannot hold a run ({error}). Name another output_dir.") from error
+                raise RunError(f"{self.folder} cannot hold a run ({error}). Name another output_dir.") from error
             raise
         _RUNS.add(self)
 
@@ -85,7 +85,7 @@ class Run:
         """Record that an input is finished. Only a crash of the whole machine can cost the work of its last seconds.
 
         Raises:
-            GenerateError: JSON cannot hold a value (nothing is written), or the line cannot be written.
+            RunError: JSON cannot hold a value (nothing is written), or the line cannot be written.
         """
         line = memoryview(encode(vars(outcome), f"input {outcome.id!r}").encode() + b"\n")
         try:
@@ -93,7 +93,7 @@ class Run:
                 line = line[os.write(self._shard, line) :]
         except OSError as error:
             self.close()  # nothing may follow the torn line
-            raise GenerateError(
+            raise RunError(
                 f"{self._path}: input {outcome.id!r} cannot be written ({error.strerror or error}). Free space there, "
                 "then start the same command again: it continues with this input."
             ) from error
@@ -122,14 +122,14 @@ class Run:
         """Lock this worker's shard, refuse living workers of another `world_size`, and cut off a torn line."""
         self._shard = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if not _lock(self._shard, self.folder):
-            raise GenerateError(
+            raise RunError(
                 f"{self.folder}: worker {self.rank} of {self.world_size} is already at work (`fuser {self._path}` "
                 "shows its process). Wait until it is done or stop it, or name another output_dir."
             )
         for other in _shards(self.folder):
             rank, world_size = map(int, _SHARD.fullmatch(other.name).groups())
             if world_size != self.world_size and _is_locked(other):
-                raise GenerateError(
+                raise RunError(
                     f"{self.folder}: worker {rank} of {world_size} is still at work (`fuser {other}` shows its "
                     f"process), so the inputs cannot be shared among {self.world_size}. Stop the workers of that run "
                     "first."
@@ -168,7 +168,7 @@ def _lock(file: int, folder: Path, *, wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        raise GenerateError(
+        raise RunError(
             f"{folder}: this file system has no file locks ({error}), without which workers would do each other's "
             "inputs. Put output_dir on a local disk, or have it mounted with locks (NFS: without nolock; Lustre: with "
             "flock)."
@@ -180,26 +180,26 @@ def _lock(file: int, folder: Path, *, wait: bool = False) -> bool:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the settings that a run was started with; raise GenerateError where the folder is not a run."""
+    """Return the settings that a run was started with; raise RunError where the folder is not a run."""
     path = Path(folder) / "settings.json"
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise GenerateError(f"{folder} is not a run that can be continued: it has no settings.json.") from error
+        raise RunError(f"{folder} is not a run that can be continued: it has no settings.json.") from error
     except ValueError as error:
-        raise GenerateError(f"{path} is damaged ({error}). Restore it, or delete the folder to start over.") from error
+        raise RunError(f"{path} is damaged ({error}). Restore it, or delete the folder to start over.") from error
 
 
 def check_settings(folder: str | Path, settings: dict[str, Any]) -> None:
     """Make sure that the folder is new, or holds a run that was started with these settings, and perhaps others.
 
     Raises:
-        GenerateError: names every setting that differs; or the folder is something else.
+        RunError: names every setting that differs; or the folder is something else.
     """
     folder = Path(folder)
     if not (folder / "settings.json").exists():
         if results := [name for name in RESULTS if (folder / name).exists()]:
-            raise GenerateError(
+            raise RunError(
                 f"{folder} holds {', '.join(results)} but no settings.json: it is not a run that can be continued, "
                 "and nothing in it is overwritten. Name another output_dir."
             )
@@ -207,7 +207,7 @@ def check_settings(folder: str | Path, settings: dict[str, Any]) -> None:
     old, new = read_settings(folder), json.loads(encode(settings, "settings"))
     changes = [f"\n  {change}" for key in sorted(new) for change in _changes(old.get(key, ...), new[key], key)]
     if changes:
-        raise GenerateError(
+        raise RunError(
             f"{folder} was started with other settings; rows of both would be mixed:{''.join(changes)}\nName another "
             "output_dir, or delete the folder to start over."
         )
@@ -241,7 +241,7 @@ def _finished(folder: Path) -> dict[str, Outcome]:
     finished: dict[str, Outcome] = {}
     for outcome in read_outcomes(folder):
         if outcome.id in finished:
-            raise GenerateError(
+            raise RunError(
                 f"input {outcome.id!r} was finished twice in {folder}/shards: two programs worked on the same inputs. "
                 "Delete one of the two lines, or the folder."
             )
@@ -260,7 +260,7 @@ def _read_shard(path: Path) -> Iterator[tuple[int, Outcome]]:
             if outcome is None:
                 if not next(file, b""):
                     return
-                raise GenerateError(
+                raise RunError(
                     f"{path}, line {number} is damaged: {line[:80]!r}. A killed run leaves only a last line torn, so "
                     "something else wrote into the file or the disk failed. Delete this line, and its input is done "
                     "again."

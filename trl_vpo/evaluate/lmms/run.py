@@ -86,7 +86,7 @@ def run_benchmarks(
     Raises:
         EvaluateError: lmms-eval is not installed, an unknown benchmark, one that cannot be run here, or media that
             cannot be used. All but the last before weights are loaded.
-        GenerateError: the model or adapter cannot be loaded.
+        ModelError: the model or adapter cannot be loaded.
     """
     try:
         import lmms_eval.tasks  # noqa: F401
