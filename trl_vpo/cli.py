@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trl_vpo.data.import_formats import FORMATS
 from trl_vpo.errors import UserError, as_user_errors, did_you_mean
-from trl_vpo.generate.methods import METHODS as PIPELINES
+from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.training.launch import launch, launch_options

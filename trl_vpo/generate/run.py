@@ -18,8 +18,8 @@ from trl_vpo.errors import GenerateError, InputError, MediaError, RecipeError, d
 from trl_vpo.files import json_digest
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.dry_run import load_processor, show
-from trl_vpo.generate.methods import METHODS
 from trl_vpo.generate.pipeline import Pipeline
+from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.summary import show_summary
 from trl_vpo.media.load import Media, VideoOptions
 from trl_vpo.models.load import load_model
@@ -39,9 +39,10 @@ WEIGHTS = ("model_name_or_path", "from_adapter", "detector", "mask_model")  # ma
 
 def make_parser(method: str) -> RecipeParser:
     """Return the parser of a method's generation recipes and options."""
-    if method not in METHODS:
-        raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
-    module, config, _ = METHODS[method]
+    if method not in PIPELINES:
+        hint = did_you_mean(method, PIPELINES)
+        raise RecipeError(f"unknown method {method!r}; one of {', '.join(PIPELINES)}.{hint}")
+    module, config, _ = PIPELINES[method]
     types = [getattr(importlib.import_module(module), config)]
     return RecipeParser(types, any_device=True, prog=f"trl-vpo generate {method}")
 
@@ -66,7 +67,7 @@ def run_generation(method: str, argv: list[str]) -> dict[str, Any] | None:
 
 
 def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
-    module, _, name = METHODS[method]
+    module, _, name = PIPELINES[method]
     pipeline_class: type[Pipeline] = getattr(importlib.import_module(module), name)
     config.check_can_start(dataset_name="the inputs", output_dir="a folder for the run")
     if pipeline_class.needs_model(config) and not config.model_name_or_path:
