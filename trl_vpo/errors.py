@@ -60,11 +60,11 @@ class AdapterError(UserError):
     """An adapter that cannot be read, attached or merged."""
 
 
-class NonFiniteLossError(UserError):
+class NonFiniteLossError(UserError, RuntimeError):
     """The loss, or the weights after a step, became nan or infinite. Names the rows; nothing is saved."""
 
 
-class OutputDirError(UserError):
+class OutputDirError(UserError, OSError):
     """A folder that cannot take the results of a run."""
 
 
@@ -72,7 +72,7 @@ class CheckpointError(UserError):
     """A checkpoint that training cannot continue from."""
 
 
-class SaveError(UserError):
+class SaveError(UserError, OSError):
     """A checkpoint or model that could not be written. Says which checkpoint is left."""
 
 

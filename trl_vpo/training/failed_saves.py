@@ -12,7 +12,7 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 
-from trl_vpo.errors import SaveError
+from trl_vpo.errors import SaveError, UserError
 from trl_vpo.training.checkpoints import MARKER, list_checkpoints, read_marker, what_is_left
 from trl_vpo.training.output_dir import remedy
 
@@ -32,7 +32,7 @@ def explain_failed_save(trainer: Any, target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_failed_write(error):
+        if isinstance(error, UserError) or not _is_failed_write(error):
             raise
         if is_new and is_checkpoint:
             shutil.rmtree(target, ignore_errors=True)

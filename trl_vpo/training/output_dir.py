@@ -48,7 +48,7 @@ def _lock(folder: Path, locks: list[int]) -> None:
         os.ftruncate(locks[0], 0)
         os.pwrite(locks[0], f"pid {os.getpid()} on {platform.node()}".encode(), 0)
         os.fsync(locks[0])
-    except (OSError, OutputDirError) as error:
+    except OSError as error:
         while locks:
             os.close(locks.pop())
         if isinstance(error, OutputDirError):

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import get_start_method, resource_tracker
+from multiprocessing import get_start_method, parent_process, resource_tracker
 from typing import Any
 
 import psutil
@@ -104,19 +104,20 @@ class _Worker:
     """A `worker_init_fn` that still lets the loader end its process, which it does with SIGTERM."""
 
     def __init__(self, init: Callable[[int], None] | None):
-        self._init, self._parent = init, os.getpid()
+        self._init = init
 
     def __call__(self, worker_id: int) -> None:
-        if os.getppid() != self._parent:  # it died while this one was spawned; torch would wait for it for ever
+        parent = parent_process()  # not `os.getppid`, which may be the fork server
+        if parent is None or not parent.is_alive():  # it died while this one was spawned; torch would wait for ever
             os._exit(0)
         if hasattr(signal, "sigwaitinfo"):  # not on macOS
-            threading.Thread(target=_end_with_loader, daemon=True).start()
+            threading.Thread(target=_end_with_loader, args=(parent.pid,), daemon=True).start()
         if self._init is not None:
             self._init(worker_id)
 
 
-def _end_with_loader() -> None:
-    while signal.sigwaitinfo(STOP_SIGNALS[:1]).si_pid != os.getppid():
+def _end_with_loader(loader: int) -> None:
+    while signal.sigwaitinfo(STOP_SIGNALS[:1]).si_pid != loader:
         pass
     os._exit(0)
 
