@@ -31,7 +31,7 @@ from studies.testbed.plan import (
 from studies.testbed.tables import markdown, number
 from studies.testbed.verdicts import FAILS, HOLDS, MARGIN, QUESTIONS, UNKNOWN, Claim, together
 
-COUNTED = {HOLDS: "hold", FAILS: "do not", UNKNOWN: "cannot be told"}
+COUNTED = {HOLDS: "hold", FAILS: "do not", UNKNOWN: "inconclusive"}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _reading(scale: Scale) -> list[str]:
     )
     rules = (
         "A claim holds where its whole interval lies on its side of the line that it needs, does not hold where the "
-        'whole interval lies on the other side, and cannot be told otherwise. "At least as good" allows '
+        'whole interval lies on the other side, and is inconclusive otherwise. "At least as good" allows '
         f"{100 * MARGIN:g} points. A question holds where all of its claims do, and does not where one does not. "
         "Methods are compared at their own learning rates. Intervals are not widened for the number of claims, and "
         "have no width where all rows agree, as with 0 of N."

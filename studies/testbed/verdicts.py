@@ -10,7 +10,7 @@ from studies.testbed.measures import Study
 from studies.testbed.plan import SMOOTHED, Scale, noisy
 from trl_vpo.evaluate.measures import Measure
 
-HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "inconclusive"
 MARGIN = 0.02  # two points: what "at least as good" may be worse by
 QUESTIONS = {
     "a": "LeanPO: under DPO both log-probs fall, under LeanPO the chosen one does not, and accuracy is at least DPO's",
@@ -50,7 +50,7 @@ def decide(found: Measure, rule: str, margin: float = 0.0) -> str:
 
     "above" holds where the whole interval is above 0, and does not hold where it is wholly below; "at least" holds
     where it does not reach below -margin, and does not hold where it is wholly below that. "below" and "at most" are
-    the same with the signs changed. Everything else, and a figure without limits, cannot be told.
+    the same with the signs changed. Everything else, and a figure without limits, is inconclusive.
 
     Raises:
         ValueError: another rule.

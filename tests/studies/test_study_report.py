@@ -70,7 +70,7 @@ def reported(tmp_path_factory):
 def test_every_question_has_a_verdict_and_its_figure(reported):
     text, _, folder = reported
     for key in "abcde":
-        for line in (rf"^## \({key}\)", rf"^\| \({key}\) .*\*\*(holds|does not hold|cannot be told)\*\*"):
+        for line in (rf"^## \({key}\)", rf"^\| \({key}\) .*\*\*(holds|does not hold|inconclusive)\*\*"):
             assert len(re.findall(line, text, re.MULTILINE)) == 1
     shown = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert shown == ["displacement.svg", "noise.svg", "lists.svg"]
@@ -81,7 +81,7 @@ def test_claims_follow_from_the_figures(reported):
     claims = {claim["text"]: claim for claim in reported[1]["claims"]}
     chair = claims["LPOI (N = 5) has a lower CHAIRs than DPO"]
     assert chair["verdict"] == "holds" and chair["found"]["high"] < 0
-    assert claims["RRPO's gradient norm is below DPO's"]["verdict"] == "cannot be told"  # they are equal
+    assert claims["RRPO's gradient norm is below DPO's"]["verdict"] == "inconclusive"  # they are equal
     assert claims["under DPO the rejected one's falls"]["found"]["value"] == pytest.approx(-1)
     values = reported[1]["values"]
     assert values["lpoi_5"]["chair/s"] == 0 and values["base/scene"]["captions/hallucinated"] == 0.5
