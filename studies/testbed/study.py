@@ -108,7 +108,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int, state: str, what: str
     _write_shared_data(jobs, out)
     missing = sum(not job.result(out).is_file() for job in jobs)
     console.print(f"{what}: {missing} of {len(jobs)} runs to do, in {len(waiting)} processes", highlight=False)
-    began, running, told = time.time(), {}, 0
+    began, running, reported = time.time(), {}, 0
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -119,7 +119,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, workers: int, state: str, what: str
                 if running.pop(group).returncode:
                     raise SystemExit(_failure(group, out))
             done = missing - sum(not job.result(out).is_file() for job in jobs)
-            told = _tell(done, missing, told, time.time() - began)
+            reported = _tell(done, missing, reported, time.time() - began)
     finally:
         for process in running.values():
             process.terminate()
@@ -176,10 +176,10 @@ def _log(group: str, out: Path) -> Path:
     return path
 
 
-def _tell(done: int, missing: int, told: int, seconds: float) -> int:
+def _tell(done: int, missing: int, reported: int, seconds: float) -> int:
     """Print a line for every tenth of the runs, and return how many were counted."""
-    if done == told or (done < missing and done - told < max(1, missing // 10)):
-        return told
+    if done == reported or (done < missing and done - reported < max(1, missing // 10)):
+        return reported
     left = seconds / done * (missing - done)
     console.print(
         f"  {done} of {missing} runs after {seconds / 60:.1f} min, {left / 60:.0f} min left", highlight=False
