@@ -216,7 +216,9 @@ def _add_doctor(commands) -> None:
     many.add_argument("--all", action="store_true", help="tokenize every row")
     parser.add_argument("--out", metavar="FILE", type=Path, help="write every problem into this .jsonl file")
     memory = parser.add_argument_group("memory")
-    memory.add_argument("--gpu_memory", metavar="GIB", type=float, help="of each GPU (default: of this machine's)")
+    memory.add_argument(
+        "--gpu_memory", metavar="GIB", type=float, help="memory of each GPU in GiB (default: this machine's GPU)"
+    )
     memory.add_argument("--measure", action="store_true", help="also train two steps on this machine's GPU")
     # Text only: they are passed on to `run_doctor` among the recipe's keys.
     parser.add_argument_group(

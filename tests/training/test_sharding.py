@@ -1,4 +1,4 @@
-"""What processes share, read from accelerate configs."""
+"""Sharding read from accelerate configs."""
 
 import json
 from pathlib import Path

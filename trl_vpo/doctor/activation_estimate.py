@@ -37,7 +37,7 @@ EXTRA_TILES = {"logps": {"cuda": (0, 0), "cpu": (3.25, 7.25)}, "kl": {"cuda": (0
 
 
 class FakeWeights(FakeTensorMode):
-    """Computes nothing from fake weights, but what real tensors give by themselves: models read grids and masks."""
+    """Compute only what depends on real tensors alone: models read grids and masks."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
@@ -45,7 +45,7 @@ class FakeWeights(FakeTensorMode):
         return func(*args, **(kwargs or {}))
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that seems to lie in CPU memory."""
+        """Return a tensor that claims to be in CPU memory."""
         return FakeTensor(self, torch.empty(tuple(shape), dtype=dtype, device="meta"), torch.device("cpu"))
 
 
@@ -71,7 +71,7 @@ class Activations:
 
 
 class DryStep:
-    """Runs steps of one model on fake weights.
+    """Run steps of one model on fake weights.
 
     Args:
         model: on the meta device, with or without an adapter; it is made fake, in place.
@@ -80,7 +80,7 @@ class DryStep:
         dropout: whether it is on; TRL turns it off (`disable_dropout`).
         checkpointing: gradient checkpointing.
         gradients: "kept" if they exist before the step (accumulation), "grown" if it makes them, "dropped" if they
-            leave as soon as they are made (ZeRO-2 and -3, FSDP).
+            are freed as soon as they are made (ZeRO-2 and -3, FSDP).
         device: "cuda" or "cpu", where the step would run: kernels differ.
 
     Its methods raise whatever model code raises that looks at data of the language model.
@@ -188,7 +188,7 @@ class DryStep:
     def _attention(self, calls: list[Call]) -> Iterator[None]:
         """SDPA under a mask, over a shared layout, or plain causal: models would make a mask for fake tensors."""
         config = self._base.config.get_text_config()
-        usual = config._attn_implementation
+        saved_implementation = config._attn_implementation
         if any(call.masked not in (0, call.length) for call in calls):
             use_tree_attention(self._base)
         elif not any(call.masked for call in calls):
@@ -198,14 +198,14 @@ class DryStep:
         try:
             yield
         finally:
-            config._attn_implementation = usual
+            config._attn_implementation = saved_implementation
 
     def _scores(self, calls: list[Call]) -> Tensor:
-        """The sum of everything that is scored."""
+        """Return the sum of everything that is scored."""
         width = self._base.config.get_text_config().hidden_size
         dtype = self._autocast or self._embed.weight.dtype
         features = [self._fake.empty((call.features, width), dtype) for call in calls]  # made before the first call
-        return sum(self._call(call, own) for call, own in zip(calls, features))
+        return sum(self._call(call, states) for call, states in zip(calls, features))
 
     def _call(self, call: Call, features: Tensor) -> Tensor:
         head = self._base.get_output_embeddings().weight
@@ -228,7 +228,7 @@ class DryStep:
 
 
 def tower_features(backbone: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """The vision features of one call, as the model's own `forward` asks for them."""
+    """Return the vision features of one call, computed the way the model's `forward` does."""
     features = []
     for name, pixels in zip(FEATURE_METHODS, VISION_INPUTS):
         if pixels in inputs:
@@ -250,7 +250,7 @@ def _after(live: LiveBytes, gradients: str) -> Callable[[Tensor], None]:
 
 
 class _Head(torch.autograd.Function):
-    """Allocates what `trl.kernels` do for (N, H) hidden states and a (V, H) head; (N,) zeros come out of it.
+    """Allocate what `trl.kernels` do for (N, H) hidden states and a (V, H) head; (N,) zeros come out of it.
 
     A buffer of (tokens, VOCAB_CHUNK) logits in the dtype of the computation; for the KL two of them, float32.
     Gradients are accumulated in float32. A chunk of the head is cast where its dtype is another one, and to float32 on

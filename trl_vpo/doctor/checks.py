@@ -1,7 +1,7 @@
-"""`trl-vpo doctor RECIPE`: what would stop or spoil a training run, said before it starts.
+"""`trl-vpo doctor RECIPE`: find what would stop or spoil a training run before it starts.
 
 Parses the recipe, loads processor and config (no weights), checks every row, tokenizes a sample of them as training
-will, looks at what LoRA would adapt, and estimates memory.
+will, lists the modules that LoRA would adapt, and estimates memory.
 """
 
 import json

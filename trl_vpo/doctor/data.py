@@ -28,7 +28,7 @@ LONGEST, ALL_SEQUENCES = "longest sequence", "all sequences of the pair"
 
 @dataclass
 class LongestRows:
-    """The rows of the largest micro-batch: the longest, again and again if there are too few. And their trees."""
+    """The longest rows, as many as a micro-batch has (repeated if there are too few), and their trees."""
 
     rows: Dataset
     trees: list[Tree]
@@ -48,7 +48,7 @@ def check_data(recipe: LoadedRecipe, count: int | None, report: Report) -> Longe
 
 
 def _load_data(recipe: LoadedRecipe, report: Report) -> dict[str, Dataset]:
-    """The splits, numbered; of a streamed one the first rows."""
+    """Load the splits and number their rows; of a stream, take the first rows."""
     evaluate = recipe.args.eval_strategy != "no"
     try:
         splits = load_splits(recipe.script_args, recipe.mixture, evaluate=evaluate, seed=recipe.args.seed)
@@ -59,7 +59,7 @@ def _load_data(recipe: LoadedRecipe, report: Report) -> dict[str, Dataset]:
     for name, dataset in zip(("train", "eval"), splits):
         if isinstance(dataset, IterableDataset):
             dataset = Dataset.from_list(list(undecoded(dataset, recipe.args).take(STREAMED)))
-            report.add(f"{name} data", WARN, f"streamed: only the first {len(dataset)} rows are looked at")
+            report.add(f"{name} data", WARN, f"streamed: only the first {len(dataset)} rows are checked")
         if dataset is not None and len(dataset) == 0:
             report.add(f"{name} data", STOP, "no rows")
         elif dataset is not None:
@@ -136,13 +136,13 @@ def _show_tokens(recipe: LoadedRecipe, tree: Tree, report: Report) -> None:
 
 
 def _stop_tokens(recipe: LoadedRecipe) -> set[int]:
-    """The ids at which the model's own generation stops."""
+    """Return the ids at which the model's own generation stops."""
     name, revision = recipe.model_args.model_name_or_path, recipe.model_args.model_revision
     try:
-        own = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
+        stop_ids = GenerationConfig.from_pretrained(name, revision=revision).eos_token_id
     except (OSError, ValueError):  # without that file, generation goes by the model's config
-        own = getattr(recipe.config and recipe.config.get_text_config(), "eos_token_id", None)
-    return {*(own if isinstance(own, (list, tuple)) else [own]), recipe.tokenizer.eos_token_id} - {None}
+        stop_ids = getattr(recipe.config and recipe.config.get_text_config(), "eos_token_id", None)
+    return {*(stop_ids if isinstance(stop_ids, (list, tuple)) else [stop_ids]), recipe.tokenizer.eos_token_id} - {None}
 
 
 def _trees(recipe: LoadedRecipe, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:
@@ -161,12 +161,12 @@ def row_lengths(tree: Tree, media: set[int]) -> dict[str, int]:
     """Count the tokens of a row: of its first prompt, of each response, and of all sequences that a step computes."""
     ids = tree.trunks[0].ids
     visual = sum(token in media for token in ids)
-    whole = [len(tree.trunks[branch.trunk].ids) + len(branch.ids) for branch in tree.branches]
+    sequences = [len(tree.trunks[branch.trunk].ids) + len(branch.ids) for branch in tree.branches]
     return {
         "prompt text": len(ids) - visual,
         "media": visual,
         "chosen response": len(tree.branches[0].ids),
         "rejected response": len(tree.branches[1].ids),
-        LONGEST: max(whole),
-        ALL_SEQUENCES: sum(whole),
+        LONGEST: max(sequences),
+        ALL_SEQUENCES: sum(sequences),
     }

@@ -9,13 +9,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, exactly and the same on every device.
+    """Count the bytes of the tensors that are alive, exactly and the same on every device.
 
     A storage counts once, however many views it has, from the operation that makes it until it is freed. What an
-    operation allocates and frees inside of itself is not seen, nor are the allocator's rounding and its cache.
+    operation allocates and frees internally is not counted, nor are the allocator's rounding and its cache.
 
     Attributes:
-        now, peak: bytes alive, and the most that ever were.
+        now, peak: bytes alive, and their maximum so far.
         gradients: bytes of finished gradients, counted by whoever owns them; `gradients_at_peak`: at the peak.
     """
 
@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
             self.restart()
 
     def restart(self) -> None:
-        """Take the present for the peak."""
+        """Start a new peak from the present."""
         self.peak, self.gradients_at_peak = self.now, self.gradients
 
     def _free(self, key: int, size: int) -> None:

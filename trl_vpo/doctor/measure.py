@@ -1,4 +1,4 @@
-"""`trl-vpo doctor --measure`: the memory of real steps on the longest rows, beside the estimate.
+"""`trl-vpo doctor --measure`: measure the memory of real steps on the longest rows.
 
 The model is loaded and trained for two steps, by the recipe's own trainer. Not run on a GPU by us: the tests run it on
 a CPU, with `LiveBytes` in the place of `CudaPeak`.
@@ -27,14 +27,14 @@ STEPS = 2  # the second has the optimizer's states from its beginning
 
 @dataclass
 class Measured:
-    """Bytes: the most that tensors took, and that the allocator held for them (None: the meter does not tell)."""
+    """Peak bytes of tensors, and of what the allocator reserved for them (None: unknown)."""
 
     allocated: int
     reserved: int | None = None
 
 
 class CudaPeak:
-    """The peak of torch's allocator on the GPU, over what happens inside of the context."""
+    """Record the peak of torch's allocator on the GPU while in the context."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()):
         self.peak = self.reserved = 0
@@ -93,7 +93,7 @@ def measure(recipe: LoadedRecipe, rows: Dataset, meter: Meter = CudaPeak) -> Mea
 
 
 def measure_training(trainer: Any, meter: Meter) -> Measured:
-    """Measure what a trainer takes while it trains, its models included."""
+    """Measure the peak while a trainer trains, its models included."""
     models = [m for m in (trainer.model, trainer.ref_model) if m is not None]
     tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
     tensors += [t.quant_state.absmax for t in tensors if getattr(t, "quant_state", None) is not None]

@@ -1,6 +1,6 @@
-"""The memory that a recipe takes on each GPU, by what takes it.
+"""Estimate the memory that a recipe takes on each GPU.
 
-The estimate adds up what is there all the time (weights, a reference model, optimizer states), what a step adds
+The estimate adds up what is held all the time (weights, a reference model, optimizer states), what a step adds
 (`activation_estimate.py`), and what the processes exchange. Three moments of a step may take the most: the vision
 tower's pass, the backward pass, and the optimizer's. Checked against the bytes of real training steps on CPUs, within
 25 % (`scripts/benchmark.py memory`). Not calibrated on GPUs: `CONTEXT` and `FRAGMENTATION` are guesses.
@@ -23,7 +23,7 @@ from trl_vpo.training.sharding import Sharding
 
 GIB = 2**30
 CONTEXT = GIB // 2  # of CUDA and its libraries
-FRAGMENTATION = 0.1  # of all that comes and goes within a step
+FRAGMENTATION = 0.1  # of the memory that is freed within a step
 BUCKET = 2 * 500_000_000  # DeepSpeed's reduce_bucket_size by default, bytes
 LIVE_WEIGHTS = 1_050_000_000  # ZeRO-3's max_live_parameters and prefetch bucket by default, numbers
 NF4_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / 64 / 256}  # of a weight, without and with nested scales
@@ -38,7 +38,7 @@ OPTIMIZER_STATES = {  # states of a weight; all others are Adam's kin, with two
 
 @dataclass
 class Plan:
-    """All that an estimate needs, so that it can be changed and estimated again."""
+    """The inputs of an estimate; change fields to estimate a variant."""
 
     sizes: Sizes
     load: Workload  # the heaviest micro-batch ...
@@ -53,7 +53,7 @@ class Plan:
     accumulation: int  # micro-batches to a step
     dropout: bool = False
     sharding: Sharding = field(default_factory=Sharding)
-    halved: bool = False  # half as many tokens of media
+    half_media: bool = False  # half as many tokens of media
     tower: Activations | None = None  # of the vision tower's pass over whole media; None: it is run
     device: str = "cuda"  # or "cpu", to be compared with what is measured there
 
@@ -112,7 +112,7 @@ def plan_of(recipe: LoadedRecipe, longest: list[Tree], device: str = "cuda") -> 
 
 @dataclass
 class Estimate:
-    """Bytes on one GPU by what takes them, at the moment that takes the most; and those of the vision tower alone."""
+    """Bytes on one GPU, by part, at the moment of the peak; and those of the vision tower alone."""
 
     moment: str
     parts: dict[str, int]
@@ -127,8 +127,8 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
     """Estimate a plan's memory for an empty model, with its adapter, which is made fake.
 
     Inputs are those of all micro-batches of a step: transformers loads them at its beginning. Activations are what the
-    forward pass keeps for the backward pass; working memory is what is there besides, at the worst moment: a layer
-    computed again, logits, the vision tower.
+    forward pass keeps for the backward pass. Working memory is everything else at the peak: a layer that is
+    recomputed, logits, the vision tower.
     """
     step = DryStep(
         model,
@@ -142,7 +142,7 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
     )
     tower = plan.tower or step.run_tower(plan.load.media)
     trains_tower = tower.kept > 0  # and keeps its inputs for its backward pass
-    load, share = (plan.load.halved(), 0.5) if plan.halved else (plan.load, 1)
+    load, share = (plan.load.halved(), 0.5) if plan.half_media else (plan.load, 1)
     text = step.run(load.calls, 0 if trains_tower else load.laid_out)
     inputs = {"inputs": load.inputs * plan.accumulation}
     trained = plan.sizes.trained * plan.trained_dtype.itemsize
@@ -164,19 +164,21 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
     for parts in moments.values():
         parts["communication"] = _communication(plan, trained)
         if plan.device == "cuda":
-            coming = sum(size for name, size in parts.items() if name != "gradients")
-            parts["CUDA context, fragmentation"] = CONTEXT + int(FRAGMENTATION * coming)
+            transient = sum(size for name, size in parts.items() if name != "gradients")
+            parts["CUDA context, fragmentation"] = CONTEXT + int(FRAGMENTATION * transient)
     moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     return Estimate(moment, {name: int(size) for name, size in (fixed(plan) | inputs | parts).items() if size}, tower)
 
 
 def fixed(plan: Plan) -> dict[str, float]:
-    """Bytes that are there all the time."""
+    """Return the bytes that are held all the time, by part."""
     sizes, sharding = plan.sizes, plan.sharding
-    own = sizes.trained if plan.adapter else 0
-    base = (sizes.total - own - sizes.quantized) * plan.stored.itemsize + sizes.quantized * (plan.weight_bytes or 0)
+    adapter = sizes.trained if plan.adapter else 0
+    base = (sizes.total - adapter - sizes.quantized) * plan.stored.itemsize + sizes.quantized * (
+        plan.weight_bytes or 0
+    )
     extra = 0 if plan.adapter else sizes.trained * (plan.trained_dtype.itemsize - plan.stored.itemsize)
-    policy = base + extra + own * plan.trained_dtype.itemsize
+    policy = base + extra + adapter * plan.trained_dtype.itemsize
     share = sharding.processes if sharding.splits_weights else 1
     on_gpu = "weights" not in sharding.offload
     states = optimizer_bytes(plan.optimizer, sizes.trained, plan.trained_dtype)
@@ -211,8 +213,11 @@ def _optimizer_working(plan: Plan) -> float:
 
 
 def _communication(plan: Plan, trained: float) -> float:
-    """DDP: its buckets are a second copy of the gradients. DeepSpeed: one bucket, and in stage 3 the weights that it
-    keeps gathered. FSDP: the LM head, and two layers with their gradients."""
+    """Return the bytes of buffers between processes.
+
+    DDP: its buckets are a second copy of the gradients. DeepSpeed: one bucket, and in stage 3 the weights that it
+    keeps gathered. FSDP: the LM head, and two layers with their gradients.
+    """
     sharding, sizes, number = plan.sharding, plan.sizes, plan.computed.itemsize
     if sharding.kind == "ddp":
         return trained

@@ -23,7 +23,7 @@ NOTE = (
 
 @dataclass
 class Remedy:
-    """A setting to change, and what the recipe would take then. `total` None: not estimated."""
+    """A setting to change, and the bytes after the change (None: not estimated)."""
 
     setting: str
     total: int | None = None
@@ -45,9 +45,9 @@ class MemoryReport:
 
     def __str__(self) -> str:
         size = f"about {self.estimate.total / GIB:.1f} GiB on a GPU ({self.sharding})"
-        text = f"{size}, the most in {self.estimate.moment}"
+        text = f"{size}, peak in {self.estimate.moment}"
         if self.available is None:
-            return f"{text}; --gpu_memory GIB says whether it fits"
+            return f"{text}; pass --gpu_memory GIB to check whether it fits"
         return f"{text}; it {'fits into' if self.fits else 'does not fit into'} {self.available / GIB:.1f} GiB"
 
 
@@ -75,7 +75,7 @@ def check_fit(plan: Plan, model: nn.Module, args: Any, available: int | None) ->
 
 
 def remedies(plan: Plan, args: Any, model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what may be changed: the fields of a plan by the recipe's settings."""
+    """Return the possible changes: settings of the recipe, and the fields of the plan that they change."""
     changes: dict[str, dict[str, Any]] = {}
     sharding, pairs = plan.sharding, args.per_device_train_batch_size
     if any(call.features for call in plan.load.calls):
@@ -83,7 +83,7 @@ def remedies(plan: Plan, args: Any, model: nn.Module) -> dict[str, dict[str, Any
         if any("pixel_values_videos" in inputs for inputs in plan.load.media):
             key = "num_frames" if args.num_frames else "max_frames"
             settings.append(f"{key}: {max(1, getattr(args, key) // 2)}")
-        changes[f"half as many tokens of media ({' or '.join(settings)})"] = {"halved": True}
+        changes[f"half as many tokens of media ({' or '.join(settings)})"] = {"half_media": True}
     if pairs > 1:
         steps = args.gradient_accumulation_steps * pairs
         setting = f"per_device_train_batch_size: 1, gradient_accumulation_steps: {steps}"
@@ -122,7 +122,7 @@ def show_memory(report: MemoryReport, console: Console) -> None:
         table.add_row("measured: held by torch (max_memory_reserved)", f"{report.measured.reserved / GIB:.2f}")
     console.print(table)
     if report.remedies:
-        table = Table("it does not fit; what would help", "GiB then", "", title_justify="left")
+        table = Table("does not fit; possible changes", "GiB after the change", "", title_justify="left")
         for remedy in report.remedies:
             size = "?" if remedy.total is None else f"{remedy.total / GIB:.2f}"
             fits = "" if remedy.total is None else "fits" if remedy.total <= report.available else "not enough"

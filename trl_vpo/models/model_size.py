@@ -1,4 +1,4 @@
-"""The numbers of weights of a recipe, from the model's config alone: no weights are loaded."""
+"""Count a recipe's weights from the model's config; nothing is loaded."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -31,7 +31,7 @@ class Item:
 
 
 def caption(things: tuple[Thing, ...]) -> str:
-    """`a red square moves left.` for a clip, `a red square and a blue circle.` (left to right) for a scene."""
+    """Return `a red square moves left.` for a clip, `a red square and a blue circle.` (left to right) for a scene."""
     return " and ".join(f"a {t.name}" + (f" moves {t.motion}" if t.motion else "") for t in things) + "."
 
 
@@ -65,7 +65,7 @@ def open_items(things: tuple[Thing, ...]) -> list[Item]:
 def yes_no_pair(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[Item, Item]:
     """Ask two questions that differ in one word: the answer to the first is yes, to the second no.
 
-    The wrong word is what is usual for the shape where that is false, so a model that guesses fails the second.
+    The wrong word is the usual one for the shape if that is false, so a model that guesses fails the second.
     """
     thing = things[rng.integers(len(things))]
     wrong, attribute = change_one(thing, rng)
@@ -93,13 +93,13 @@ def choice_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
 
 
 def wrong_caption(things: tuple[Thing, ...], rng: np.random.Generator) -> str:
-    """The typical false caption: what is usual, where that is false here, else the truth with one word changed."""
+    """Return the typical false caption: the usual one if it is false here, else the truth with one word changed."""
     usual = as_usual(things)
     return caption(usual if usual != things else _change_any(things, rng))
 
 
 def change_one(thing: Thing, rng: np.random.Generator) -> tuple[Thing, str]:
-    """Change one attribute, towards the usual where that is false; return the thing and the attribute's name."""
+    """Change one attribute, towards the usual if that is false; return the thing and the attribute's name."""
     usual = as_usual((thing,))[0]
     if usual != thing:
         return usual, "colour" if usual.colour != thing.colour else "motion"

@@ -42,7 +42,7 @@ class VisionProbe(torch.nn.Module):
         model.model.visual.register_forward_hook(lambda _, __, output: self.features.append(output.pooler_output))
 
     def loss(self, samples: list[world.Sample]) -> torch.Tensor:
-        """Cross-entropies of the batch that the model has just seen: its images first, then its videos."""
+        """Return the cross-entropies of the batch that the model has just seen: its images first, then its videos."""
         ordered = sorted(samples, key=lambda sample: sample.kind == "clip")
         labels = torch.from_numpy(np.concatenate([self._labels(sample) for sample in ordered]))  # (tokens, 3)
         logits = self.head(torch.cat(self.features)).split([len(values) for values in self.VALUES], dim=-1)
@@ -50,7 +50,7 @@ class VisionProbe(torch.nn.Module):
         return sum(torch.nn.functional.cross_entropy(part, labels[:, k]) for k, part in enumerate(logits))
 
     def _labels(self, sample: world.Sample) -> np.ndarray:
-        """(tokens, 3) indices of colour, shape and motion; -100 where a token sees no thing or the thing is still."""
+        """Return (tokens, 3) indices of colour, shape and motion; -100 without a thing, or a motion."""
         frames = sample.frames if sample.kind == "clip" else sample.frames.repeat(2, axis=0)
         steps, rows, columns = frames.shape[0] // 2, frames.shape[1] // CELL, frames.shape[2] // CELL
         ink = frames.max(-1) > world.BACKGROUND_MAX
@@ -64,7 +64,7 @@ class VisionProbe(torch.nn.Module):
 
 
 def training_item(things: tuple[world.Thing, ...], rng: np.random.Generator) -> language.Item:
-    """A caption (CAPTION_SHARE) or a question about one sample, written by someone who may not have looked."""
+    """Draw a caption (CAPTION_SHARE) or a question about one sample, by someone who may not have looked."""
     described = world.as_described(things, rng)
     if rng.random() < CAPTION_SHARE:
         return language.hinted_item(things, rng) if rng.random() < HINT_SHARE else language.caption_item(described)
@@ -74,7 +74,7 @@ def training_item(things: tuple[world.Thing, ...], rng: np.random.Generator) -> 
 
 
 def untrained_model() -> Qwen2VLForConditionalGeneration:
-    """The base's architecture with random weights."""
+    """Return the base's architecture with random weights."""
     model = Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(BASE))
     for module in model.modules():  # transformers' 0.02 suits a width of thousands; at 96 it only costs time
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)) and module is not model.lm_head:
@@ -83,7 +83,7 @@ def untrained_model() -> Qwen2VLForConditionalGeneration:
 
 
 def train_base(seed: int, steps: int):
-    """Supervised training from scratch in the world of habits: AdamW, 50 warm-up steps, then a cosine to 5 %."""
+    """Train from scratch, supervised, in the world of habits: AdamW, 50 warm-up steps, then a cosine to 5 %."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     processor = AutoProcessor.from_pretrained(BASE)

@@ -181,7 +181,7 @@ def show_results(results: list[Result]) -> None:
 
 
 def results_table(results: list[Result]) -> Table:
-    """One line per method below the base on its kind of samples; log-probs and KL in nats per caption."""
+    """Return one line per method below the base on its kind of samples; log-probs and KL in nats per caption."""
     table = Table(
         title="Held-out, balanced samples: the base before, each method after", box=SIMPLE_HEAD, pad_edge=False
     )
@@ -207,7 +207,7 @@ def _shares(measured: Measured) -> tuple[str, str]:
 
 
 def in_words(result: Result) -> str:
-    """Say what the numbers of one method mean; where it does not help, that."""
+    """Say in words what the numbers of one method mean, also that it does not help."""
     before, after = result.before, result.after
     was, now = before.preferences, after.preferences
     pairs = list(zip(before.captions, after.captions))

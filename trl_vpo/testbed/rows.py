@@ -14,7 +14,7 @@ SUFFIXES = {"clip": ".mp4", "scene": ".png"}
 
 
 def preference_row(sample: world.Sample, path: Path, rng: np.random.Generator, *, row_id: str) -> dict:
-    """One row: the true caption is chosen, the typical false caption is rejected.
+    """Return one row: the true caption is chosen, the typical false caption is rejected.
 
     A scene's `critical_box` is the box of the thing that the rejected caption gets wrong.
     """
@@ -64,14 +64,14 @@ def write_inputs(kind: str, count: int, seed: int, folder: Path) -> list[dict]:
 
 
 def _write(samples: Iterable[world.Sample], folder: Path) -> Iterator[tuple[world.Sample, Path, str]]:
-    """Write the samples' files; give each with its path and the id of its row."""
+    """Write the samples' files; yield each sample with its path and the id of its row."""
     for number, sample in enumerate(samples):
         name = f"{number:04d}"
         yield sample, world.write_sample(sample, folder / f"{name}{SUFFIXES[sample.kind]}"), f"{folder.name}-{name}"
 
 
 def _annotated_rows(sample: world.Sample, path: Path, rng: np.random.Generator, row_id: str) -> list[dict]:
-    """Three questions about a clip: for the caption, for a short answer, for yes or no; with their true answers."""
+    """Return three questions about a clip (caption, short answer, yes or no) with their true answers."""
     questions = language.open_items(sample.things)
     items = [language.caption_item(sample.things), questions[rng.integers(len(questions))]]
     items.append(language.yes_no_pair(sample.things, rng)[rng.integers(2)])

@@ -66,7 +66,7 @@ def encode(processor, samples, items, *, generate: bool = False) -> dict[str, to
 
 
 def _answer_labels(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
-    """Labels (B, T): everything behind `<|im_start|>assistant\\n` (the template ends on a line feed), else -100."""
+    """Return labels (B, T): what follows `<|im_start|>assistant\\n` (the template ends on a line feed), else -100."""
     head = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
     windows = input_ids.unfold(1, len(head), 1)  # (B, T - len(head) + 1, len(head))
     (_, starts) = (windows == torch.tensor(head)).all(-1).nonzero(as_tuple=True)  # (B,) one answer each
@@ -92,7 +92,7 @@ def answer(model, processor, samples, questions: list[str]) -> list[str]:
 
 
 def measure_captions(model, processor, kind: str, *, habits: bool) -> dict[str, float]:
-    """Shares of exact, hallucinated and unparsed captions over samples that went through their files (mp4, png)."""
+    """Return the shares of exact, hallucinated and unparsed captions of samples read from files (mp4, png)."""
     samples = _from_files(kind, habits)
     texts = answer(model, processor, samples, [language.PROMPTS[kind]] * COUNT)
     checks = [language.check_caption(text, sample.things) for text, sample in zip(texts, samples)]
@@ -104,7 +104,7 @@ def measure_captions(model, processor, kind: str, *, habits: bool) -> dict[str, 
 
 
 def measure_questions(model, processor, kind: str, *, habits: bool) -> dict[str, float]:
-    """Shares of right answers: to open questions, to yes/no questions by the right answer, of captions with a hint."""
+    """Return the shares of right answers: open questions, yes/no questions by their answer, captions with a hint."""
     samples = _from_files(kind, habits)
     rng = np.random.default_rng(SEED)
     asked = {"open": [], "yes": [], "no": [], "hinted": []}
@@ -122,7 +122,7 @@ def measure_questions(model, processor, kind: str, *, habits: bool) -> dict[str,
 
 
 def _from_files(kind: str, habits: bool) -> list[world.Sample]:
-    """Samples as they are after writing and reading them: h264 changes pixels."""
+    """Return samples after writing and reading them: h264 changes pixels."""
     samples = world.draw_samples(kind, COUNT, SEED, habits=habits)
     if kind == "scene":
         return samples

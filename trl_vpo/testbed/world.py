@@ -132,7 +132,7 @@ def _draw_scene(rng: np.random.Generator, habits: bool) -> Sample:
 
 
 def shape_mask(shape: str, height: int, width: int, x: float, y: float, radius: float) -> np.ndarray:
-    """The pixels (H, W) bool that a shape covers, centred at (x, y)."""
+    """Return the pixels (H, W) bool that a shape covers, centred at (x, y)."""
     rows, columns = np.mgrid[:height, :width]
     dx, dy = abs(columns - x), rows - y
     if shape == "square":
@@ -148,7 +148,7 @@ def shape_mask(shape: str, height: int, width: int, x: float, y: float, radius: 
 
 
 def _track(step: int, radius: float, rng: np.random.Generator) -> np.ndarray:
-    """Centre positions (T,) along one axis: at rest (step 0), or 30-42 % of the picture in equal steps."""
+    """Return centre positions (T,) along one axis: at rest (step 0), or 30-42 % of the picture in equal steps."""
     low, high = radius, SIZE - radius
     if step == 0:
         return np.full(NUM_FRAMES, rng.uniform(low, high))
@@ -170,7 +170,7 @@ def _grain(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The tight half-open box (x0, y0, x1, y1) around the true pixels of a mask (H, W)."""
+    """Return the tight half-open box (x0, y0, x1, y1) around the true pixels of a mask (H, W)."""
     ys, xs = np.nonzero(mask)
     return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
@@ -199,6 +199,6 @@ def write_sample(sample: Sample, path: Path) -> Path:
 
 
 def read_mp4(path: Path) -> np.ndarray:
-    """All frames (T, H, W, 3) uint8 of a clip written here."""
+    """Return all frames (T, H, W, 3) uint8 of a clip written here."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

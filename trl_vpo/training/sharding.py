@@ -1,4 +1,4 @@
-"""The sharing between the processes of a training, read from an accelerate config."""
+"""Read from an accelerate config which states the processes share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_vpo.errors import UserError
 
 @dataclass
 class Sharding:
-    """Who holds what of a model in training."""
+    """How a model and its states are split between processes."""
 
     kind: str = "none"  # or "ddp", "zero1", "zero2", "zero3", "fsdp"
     processes: int = 1
