@@ -247,6 +247,8 @@ def test_measured_memory_stands_beside_the_estimate(recipe, monkeypatch):
 
     monkeypatch.setattr(checks, "measure", too_small)
     assert status(examine(recipe, [], measures=True))["measured memory"] == STOP
+    stopped = examine(recipe, ["--max_length", "10"], measures=True)
+    assert "measured memory" not in status(stopped)  # it could not be trained
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -81,7 +81,7 @@ def examine(
     longest = check_data(loaded, rows, report)
     if longest is not None and loaded.model is not None:
         _estimate(loaded, longest, report)
-        if measures:
+        if measures and not report.stops:
             _measure(loaded, longest, report)
     return report
 
