@@ -82,6 +82,15 @@ def test_bad_media_stop_the_run_unless_skipped(held_out, tmp_path):
         evaluate(held_out, folder, data=data, sensitivity="none")
 
 
+def test_what_loading_raises_is_shown_in_one_line(held_out, tmp_path, monkeypatch):
+    def load(*adapters, **options):
+        raise ValueError("environment variable MASTER_ADDR expected, but not set")
+
+    monkeypatch.setattr(module, "load_candidates", load)
+    with pytest.raises(UserError, match="MASTER_ADDR expected"):
+        evaluate(held_out, tmp_path / "run")
+
+
 def test_a_run_knows_the_bases_weights(held_out, tmp_path):
     """A model that was trained anew into the same folder would leave stale rows in a continued run."""
     base = tmp_path / "base"

@@ -9,7 +9,7 @@ import torch
 from run_kit import KINDS, generate, lines, write_inputs, written
 
 from trl_vpo import cli
-from trl_vpo.errors import GenerateError, ModelError, RecipeError, RunError
+from trl_vpo.errors import GenerateError, ModelError, RecipeError, RunError, UserError
 from trl_vpo.generate.run import run_generation
 from trl_vpo.runs import progress
 from trl_vpo.runs.progress import Bar, duration
@@ -75,6 +75,15 @@ def test_what_a_run_cannot_start_with(options, error, message, inputs, tmp_path)
     with pytest.raises(error, match=message):
         generate("rrpo", inputs["clip"], tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_loading_raises_is_shown_in_one_line(inputs, tmp_path, monkeypatch):
+    def load(**options):
+        raise ValueError("environment variable MASTER_ADDR expected, but not set")
+
+    monkeypatch.setattr("trl_vpo.generate.run.load_model", load)
+    with pytest.raises(UserError, match="MASTER_ADDR expected"):
+        generate("rrpo", inputs["clip"], tmp_path / "run")
 
 
 def test_unknown_keys_and_methods(tmp_path):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_inputs
-from trl_vpo.errors import EvaluateError, MediaError, RowError
+from trl_vpo.errors import EvaluateError, MediaError, RowError, as_user_errors
 from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.probes import (
@@ -77,7 +77,8 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     settings = run_settings(config, adapters, inputs)
     check_settings(config.output_dir, settings)
     _refuse_skipped(config)
-    candidates = load_candidates(config.adapters, **config.model_options())
+    with as_user_errors():  # also of processes that do not find each other
+        candidates = load_candidates(config.adapters, **config.model_options())
     settings["evaluated"] = candidates.model.record()
     about = {BASE: candidates.model.record()} | {name: {"adapter": path} for name, path in adapters.items()}
     report = Report(config, about, table)

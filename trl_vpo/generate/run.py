@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_inputs
-from trl_vpo.errors import GenerateError, InputError, MediaError, RecipeError, did_you_mean
+from trl_vpo.errors import GenerateError, InputError, MediaError, RecipeError, as_user_errors, did_you_mean
 from trl_vpo.files import json_digest
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.dry_run import load_processor, show
@@ -80,7 +80,8 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
     inputs = read_inputs(**config.input_options())
     settings = run_settings(method, config, inputs)
     check_settings(config.output_dir, settings)  # before weights are loaded, which can take minutes
-    model, judge = make_models(config, with_model=pipeline_class.needs_model(config))
+    with as_user_errors():  # also of processes that do not find each other
+        model, judge = make_models(config, with_model=pipeline_class.needs_model(config))
     for key, who in (("answered_by", model), ("judged_by", judge)):
         settings[key] = {k: v for k, v in who.record().items() if k != "server"} if who else None
     pipeline = pipeline_class(config, model, judge, generated_by(settings))
