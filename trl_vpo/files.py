@@ -87,7 +87,7 @@ def ends_digest(path: Path) -> list:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         ends = file.read(ENDS)
-        file.seek(max(size - ENDS, len(ends)))
+        file.seek(max(size - ENDS, 0))
         return [size, bytes_digest(ends + file.read(ENDS))]
 
 

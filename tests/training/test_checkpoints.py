@@ -79,7 +79,7 @@ def test_no_byte_of_the_marker_may_change(tmp_path, old, new):
 
 def test_a_checkpoint_of_another_version_is_not_damaged(tmp_path):
     marker = write_checkpoint(tmp_path / "checkpoint-2") / "complete.json"
-    marker.write_text(marker.read_text().replace('"format": 3', '"format": 2'))
+    marker.write_text(marker.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(CheckpointError, match=r"another version of TRL-VPO saved it\n.* continue with the version"):
         newest_complete(tmp_path)
 

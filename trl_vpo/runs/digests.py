@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 from trl_vpo.data.rows import COLUMNS
 from trl_vpo.errors import MediaError
-from trl_vpo.files import ENDS, THREADS, bytes_digest, ends_digest, file_digests, json_digest
+from trl_vpo.files import ENDS, THREADS, bytes_digest, ends_digest, file_digest, file_digests, json_digest
 from trl_vpo.media.images import frame_folder, resolve_path
 
 # What a model is loaded from: weights, configs, tokenizer, chat templates, code of its own.
@@ -54,13 +54,14 @@ def weights_digest(folder: str | Path) -> str:
 
 def files_digest(folder: str | Path, paths: Iterable[Path]) -> str:
     """One digest of files in a folder: of their names there and their contents."""
-    return json_digest(file_digests(Path(folder), paths), size=8)
+    lines = (f"{name} {digest}\n" for name, digest in file_digests(Path(folder), paths).items())
+    return bytes_digest("".join(lines).encode(), size=8)
 
 
 def adapter_digest(adapter: str | Path) -> str:
     """One digest of an adapter's files, so that one in another's place is noticed; a Hub adapter goes by its name."""
     files = sorted(Path(adapter).glob("adapter_*"))
-    return files_digest(adapter, files) if files else str(adapter)
+    return bytes_digest(b"".join(bytes.fromhex(file_digest(path)) for path in files)) if files else str(adapter)
 
 
 def _loaded(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ the run was, and a digest of all that. Training continues from no other.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trl_vpo.errors import CheckpointError, UserError
-from trl_vpo.files import atomic_write, file_digest, json_digest
+from trl_vpo.files import atomic_write, file_digest
 from trl_vpo.training.main_process import print_main
 
 MARKER = "complete.json"
-FORMAT = 3  # of the marker
+FORMAT = 2  # of the marker
 HASHED = 2**30  # bytes; larger files are compared by their size alone, reading them back would hold up every save
 NEEDED = {  # how a file's name begins: what to say without it
     "trainer_state.json": "trainer_state.json is missing",
@@ -56,7 +57,7 @@ def mark_complete(folder: Path, **content) -> None:
         files[path.relative_to(folder).as_posix()] = _size_and_digest(path)
     content = {"format": FORMAT, "files": files, "saved": time.time(), **content}
     with atomic_write(folder / MARKER, token="new") as part:
-        part.write_text(json.dumps({"digest": json_digest(content), **content}, indent=1), encoding="utf-8")
+        part.write_text(json.dumps({"sha256": _sha256(content), **content}, indent=1), encoding="utf-8")
     for parent in (folder, folder.parent):
         _flush(parent)
 
@@ -65,10 +66,14 @@ def read_marker(folder: Path) -> dict | None:
     """Return what `mark_complete` wrote; None where there is no marker, or not as this version wrote it."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        digest = marker.pop("digest")
+        digest = marker.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return marker if digest == json_digest(marker) else None
+    return marker if digest == _sha256(marker) else None
+
+
+def _sha256(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -198,7 +203,7 @@ def _in_order(output_dir: str | Path) -> list[Path]:
 
     def saved(folder: Path) -> float:
         marker = read_marker(folder)
-        return folder.stat().st_mtime if marker is None else marker["saved"]
+        return (marker or {}).get("saved", folder.stat().st_mtime)
 
     return sorted(list_checkpoints(output_dir), key=saved, reverse=True)
 

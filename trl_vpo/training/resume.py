@@ -152,7 +152,7 @@ def _check_same_run(checkpoint: Path, marker: dict, run: dict, digests: Any, arg
     Raises:
         CheckpointError: something differs that may not.
     """
-    saved = read_rows(checkpoint, marker["removed"])
+    saved = read_rows(checkpoint, marker["gone"])
     known = saved is not None and digests is not None
     refused, changed = compare_runs(marker["run"], run, same_rows=known)
     rows = Rows(digests)

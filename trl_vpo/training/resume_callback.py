@@ -17,7 +17,12 @@ from trl_vpo.training.checkpoints import delete_older, list_checkpoints, mark_co
 from trl_vpo.training.failed_saves import explain_failed_save
 from trl_vpo.training.sigterm import StopRequest
 
-COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens", "_new_tokens")  # of a trainer
+COUNTERS = {  # in the marker: attribute of the trainer
+    "loss_sum": "_total_loss_scalar",
+    "logged_at": "_globalstep_last_logged",
+    "tokens": "_total_train_tokens",
+    "new_tokens": "_new_tokens",
+}
 
 
 class NothingLeft(Exception):
@@ -93,7 +98,7 @@ class ResumeCallback(TrainerCallback):
                 folder,
                 step=state.global_step,
                 run=self._run,
-                removed=self._rows.removed,
+                gone=self._rows.removed,
                 layout=trainer.scorer.layout,
                 counters=counters,
             )
@@ -148,7 +153,7 @@ def _counters(trainer: Any) -> dict:
         "loss": trainer._tr_loss.item(),
         "sums": trainer._sums["train"]._sums,
         "metrics": {name: [float(v) for v in values] for name, values in trainer._metrics["train"].items()},
-        **{name: getattr(trainer, name) for name in COUNTERS},
+        **{name: getattr(trainer, attribute) for name, attribute in COUNTERS.items()},
     }
 
 
@@ -156,5 +161,5 @@ def _set_counters(trainer: Any, saved: dict) -> None:
     trainer._tr_loss += saved["loss"]  # it was zero
     trainer._sums["train"]._sums = saved["sums"]
     trainer._metrics["train"].update(saved["metrics"])
-    for name in COUNTERS:
-        setattr(trainer, name, saved[name])
+    for name, attribute in COUNTERS.items():
+        setattr(trainer, attribute, saved[name])
