@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from trl_vpo.doctor.activation_estimate import Call
 from trl_vpo.doctor.loaded_recipe import LoadedRecipe
-from trl_vpo.forward.families import stackable, why_separate
+from trl_vpo.forward.families import separate_layout_reason, stackable
 from trl_vpo.forward.layouts import Layout, separate, shared
 from trl_vpo.forward.tree import Tree, tree_batch
 
@@ -49,7 +49,7 @@ def workload_of(trees: list[Tree], recipe: LoadedRecipe) -> Workload:
         batch["calls"] = stackable(batch["media"])
     multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
     padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
-    if args.layout != "separate" and why_separate(recipe.base) is None:
+    if args.layout != "separate" and separate_layout_reason(recipe.base) is None:
         layouts = shared(batch, recipe.base.base_model, **padding)
     else:
         layouts = separate(batch, **padding)

@@ -78,7 +78,7 @@ def _pad_and_cat(tensors: list[Tensor]) -> Tensor:
     return torch.cat(padded)
 
 
-def why_separate(model: PreTrainedModel) -> str | None:
+def separate_layout_reason(model: PreTrainedModel) -> str | None:
     """Return why a model cannot have the shared layout, as far as its config tells; None if it may."""
     config = model.config.get_text_config()
     if getattr(config, "use_bidirectional_attention", None) or "gemma3" in config.model_type:

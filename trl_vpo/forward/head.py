@@ -84,16 +84,16 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     probes = torch.tensor(PROBES, dtype=torch.float64)
     hidden = (torch.arange(len(PROBES) * config.hidden_size) % 3 + 1.0).reshape(1, len(PROBES), -1)  # (1, N, H)
     logits = probes.reshape(1, -1, 1).expand(1, len(PROBES), config.vocab_size)
-    taken: list[Tensor] = []
+    head_inputs: list[Tensor] = []
     with (
         _instead(backbone, lambda *args, **kwargs: _Hidden(last_hidden_state=hidden)),
-        _instead(head, lambda states: taken.append(states) or logits.clone()),
+        _instead(head, lambda states: head_inputs.append(states) or logits.clone()),
     ):
         out = type(model).forward(model, input_ids=torch.zeros(1, len(PROBES), dtype=torch.long)).logits
     problem = f"{name} computes its logits from its hidden states in a way that is not supported: "
-    if not taken:
+    if not head_inputs:
         raise ValueError(problem + "it does not call its output embeddings.")
-    before = (taken[-1].double() / hidden).unique()
+    before = (head_inputs[-1].double() / hidden).unique()
     if before.numel() != 1 or (before.item() != 1 and getattr(head, "bias", None) is not None):
         raise ValueError(problem + "its head does not take the backbone's output.")
     if not torch.equal(out, out[..., :1].expand_as(out)):

@@ -6,26 +6,17 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from trl_vpo.forward.head import Head
 
+FORWARD_KL, TEMPERATURE = 0.0, 1.0  # KL(teacher || student), of the plain distributions
+
 
 def token_kl(hidden: Tensor, head: Head, ref_hidden: Tensor, ref_head: Head) -> Tensor:
     """Return the (N,) exact KL(reference || model), in nats, from (N, H) hidden states of both.
 
     TRL's chunked divergence with beta 0; the gradient flows into `hidden` and `head` only.
     """
-    return ChunkedDivergenceFunction.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        ref_hidden,
-        ref_head.weight,
-        ref_head.bias,
-        0.0,  # forward KL(teacher || student)
-        1.0,  # temperature
-        head.scale,
-        head.softcap,
-        ref_head.scale,
-        ref_head.softcap,
-    )[0]
+    sides = (hidden, head.weight, head.bias, ref_hidden, ref_head.weight, ref_head.bias)
+    logits = (head.scale, head.softcap, ref_head.scale, ref_head.softcap)
+    return ChunkedDivergenceFunction.apply(*sides, FORWARD_KL, TEMPERATURE, *logits)[0]
 
 
 def partly_differentiable_kl(

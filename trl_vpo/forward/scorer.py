@@ -1,6 +1,6 @@
 """The forward pass over a tree batch: choose the layout, call the model, score all branches.
 
-`layout="auto"` is proved: on the first batch both layouts are scored without gradients. Where they agree, the shared
+`layout="auto"` is checked on the first batch: both layouts are scored without gradients. Where they agree, the shared
 one is used; where the model cannot have it, or they do not agree, the separate one is, and the log says why.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_vpo.forward.attention import use_tree_attention
-from trl_vpo.forward.families import why_separate
+from trl_vpo.forward.families import separate_layout_reason
 from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, separate, shared
 from trl_vpo.forward.ranks import sync_calls
@@ -44,7 +44,7 @@ class Scorer:
         self._pad_to_multiple_of = pad_to_multiple_of
         self._vision = vision_features(self._backbone)
         self._frozen = FrozenModules(policy)
-        reason = why_separate(policy) if layout != "separate" else None
+        reason = separate_layout_reason(policy) if layout != "separate" else None
         if layout == "shared" and reason:
             raise ValueError(f"layout='shared' does not fit {type(policy).__name__}: {reason}. Use 'auto'.")
         self.layout = "separate" if reason else layout
@@ -61,7 +61,7 @@ class Scorer:
     def score(self, model: nn.Module, batch: dict, reference: Scores | None = None) -> Scores:
         """Return the scores of all S branches; with `reference` also the KL. The first call of "auto" decides."""
         if self.layout == "auto":
-            self._prove(model, batch)
+            self._compare_layouts(model, batch)
         self._frozen.keep_in_eval()
         layouts = self._layouts(batch)
         hidden = reference.hidden if reference is not None else [None] * len(layouts)
@@ -102,18 +102,18 @@ class Scorer:
             sync_calls(batch, padding_row, sharding=sharding, trains_vision=trains_vision)
 
     def record_vision(self) -> contextlib.AbstractContextManager:
-        """Keep frozen vision features during the reference pass of a step ..."""
+        """Record frozen vision features during the reference pass of a step."""
         self._frozen.keep_in_eval()  # dropout of the tower would mean that its features differ between the passes
         return self._vision.record() if self._vision else contextlib.nullcontext()
 
     def replay_vision(self) -> contextlib.AbstractContextManager:
-        """... and use them again during its policy pass."""
+        """Replay the recorded features during the policy pass."""
         return self._vision.replay() if self._vision else contextlib.nullcontext()
 
-    # --- the proof ------------------------------------------------------------------------------------------------
+    # --- auto -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _prove(self, model: nn.Module, batch: dict) -> None:
+    def _compare_layouts(self, model: nn.Module, batch: dict) -> None:
         """Score a batch in both layouts, and keep the shared one if they agree on every rank."""
         logps = {}
         training = model.training
@@ -155,12 +155,5 @@ class Scorer:
 
 
 def _request(layout: Layout, batch: dict, ref_hidden: Tensor | None, ref_head: Any) -> ScoreRequest:
-    return ScoreRequest(
-        rows=layout.rows,
-        positions=layout.positions,
-        mask=layout.mask,
-        labels=layout.labels,
-        ref_hidden=ref_hidden,
-        ref_head=ref_head,
-        kl_rows=torch.isin(layout.branches, batch["chosen"]),
-    )
+    responses = (layout.rows, layout.positions, layout.mask, layout.labels)
+    return ScoreRequest(*responses, ref_hidden, ref_head, kl_rows=torch.isin(layout.branches, batch["chosen"]))

@@ -16,8 +16,8 @@ A collator makes it from rows with [`tree_batch`]; `trl_vpo.forward.layouts` lay
     calls, padded            what the ranks of a step agreed on, see `trl_vpo.forward.ranks`
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ def tree_batch(trees: list[Tree], pad_token_id: int) -> dict:
     """Batch rows. The (B,) tensors come first: accelerate and transformers read the batch size off the first one."""
     trunks = [trunk for tree in trees for trunk in tree.trunks]
     branches = [branch for tree in trees for branch in tree.branches]
-    first_trunk = _starts(len(tree.trunks) for tree in trees)
-    first_branch = _starts(len(tree.branches) for tree in trees)
+    *first_trunk, _ = accumulate((len(tree.trunks) for tree in trees), initial=0)
+    *first_branch, _ = accumulate((len(tree.branches) for tree in trees), initial=0)
     owner = [t for t, tree in zip(first_trunk, trees) for _ in tree.branches]
     batch = {
         "chosen": torch.tensor(first_branch),
@@ -87,11 +87,3 @@ def tree_batch(trees: list[Tree], pad_token_id: int) -> dict:
         lists = [[s, *range(s + 2, s + len(t.branches))] for s, t in zip(first_branch, trees)]
         batch["image_branches"] = _pad(lists, -1)
     return batch
-
-
-def _starts(lengths: Iterator[int]) -> list[int]:
-    starts, total = [], 0
-    for length in lengths:
-        starts.append(total)
-        total += length
-    return starts

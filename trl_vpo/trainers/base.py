@@ -39,7 +39,8 @@ from trl_vpo.trainers.reference import reference_scores
 class VisualPreferenceTrainer(LoggingTrainer):
     """The base of the four methods. It takes what [`trl.DPOTrainer`] takes; rows follow `trl_vpo.data.rows`.
 
-    A method declares what it needs (`needs_*`) and defines `preference_loss`. Differences from `trl.DPOTrainer`:
+    A method sets `config_class`, `_name`, `_tag_names`, `_paper` and what it needs (`needs_*`), and defines
+    `preference_loss`. Differences from `trl.DPOTrainer`:
     - videos, images, text and mixtures of them go through one collator and one code path;
     - nothing is truncated, and rows that cannot be trained on are refused before the first step;
     - log-probs are computed at response tokens only;
@@ -52,10 +53,10 @@ class VisualPreferenceTrainer(LoggingTrainer):
     """
 
     config_class: type[VisualPreferenceConfig]
-    needs_reference = True
-    needs_kl = False
-    needs_phrases = False
-    needs_image_list = False
+    needs_reference = True  # the loss compares with a reference model
+    needs_kl = False  # ... token by token, over the whole vocabulary: `scores.kl`
+    needs_phrases = False  # rows mark the phrases that differ: `batch["phrase_mask"]`
+    needs_image_list = False  # rows have several images, the more visible first: `batch["image_branches"]`
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     def _checked_args(self, model, ref_model, args, data_collator, train_dataset, peft_config):
         """Return the config, after refusing what cannot be trained. Nothing is loaded."""
-        setup.check_hooks(type(self), VisualPreferenceTrainer)
+        setup.check_class(type(self), VisualPreferenceTrainer)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config) or type(model).__name__
             args = self.config_class(f"{name.rstrip('/').split('/')[-1]}-{self._name}")
@@ -177,12 +178,12 @@ class VisualPreferenceTrainer(LoggingTrainer):
         self._start_logs()
         self._padding_rows = PaddingRows(self)
         if self.args.precompute_ref_log_probs:
-            self.precompute_ref_logps = True  # DPOTrainer was told otherwise; its `evaluate` goes by it
+            self.precompute_ref_logps = True  # `without_trl_precomputing` hid it from DPOTrainer
             self._reference_cache = ReferenceCache(self)
             self._reference_cache.attach_all()
 
     def _bare(self, model: Any) -> PreTrainedModel:
-        """Without distributed wrappers and PEFT."""
+        """Return the model without distributed wrappers and PEFT."""
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if is_peft_model(model) else model
 
@@ -271,7 +272,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         if resume_from_checkpoint and self.args.sync_ref_model:
             raise ValueError(
                 "sync_ref_model moves the reference in training, and checkpoints do not hold it: a resumed run would "
-                "compare with the first reference again. Start anew, or set sync_ref_model=False."
+                "compare with the first reference again. Start a new run, or set sync_ref_model=False."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

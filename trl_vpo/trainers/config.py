@@ -43,6 +43,12 @@ class VisualPreferenceConfig(DPOConfig):
     max_length: int | None = option(
         None, "A prompt and response longer than this are an error: nothing is ever cut. Default: no limit."
     )
+    beta: float = option(0.1, "Scale of the rewards: how strongly the policy is held to the reference.")
+    precompute_ref_log_probs: bool = option(
+        False,
+        "Run the reference once over all rows before training and keep its log-probs on disk. Full fine-tuning then "
+        "holds one model, not two.",
+    )
     dataset_num_proc: int | None = option(
         None, "Processes, on each rank, that check the rows before training; `dataloader_num_workers` by default."
     )
@@ -53,8 +59,8 @@ class VisualPreferenceConfig(DPOConfig):
     )
     layout: str = option(
         "auto",
-        "Whether the responses of a pair share one copy of their prompt. `auto` shares it where the model allows it "
-        "and both layouts agree on the first batch; where not, the log says why.",
+        "Share one copy of the prompt between the responses of a pair. `auto` does if the model allows it and both "
+        "layouts agree on the first batch; otherwise the log says why not.",
         choices=["auto", "shared", "separate"],
     )
     num_frames: int | None = option(None, "Frames sampled uniformly from each video; 16 unless `fps` is given.")
@@ -62,9 +68,10 @@ class VisualPreferenceConfig(DPOConfig):
     max_frames: int = option(64, "Most frames of a video when `fps` is given.")
     max_pixels: int | None = option(None, "Scale larger images and frames down to this many pixels (width * height).")
     video_start: float | None = option(
-        None, "Where every video begins, in seconds. A row may have its own: `{path, video_start, video_end}`."
+        None,
+        "Start of the window in every video, in seconds. A row may set its own: `{path, video_start, video_end}`.",
     )
-    video_end: float | None = option(None, "Where every video ends, in seconds.")
+    video_end: float | None = option(None, "End of the window in every video, in seconds.")
     media_root: str | None = option(
         None, "Folder that relative media paths start from. Paths that lead outside of it are refused."
     )
@@ -75,14 +82,14 @@ class VisualPreferenceConfig(DPOConfig):
     )
     check_media: str = option(
         "header",
-        "How media are checked before training: `header` opens every file, `decode` reads it as training will (exact, "
-        "and as slow as one epoch of loading), `off` does not.",
+        "Check of the media before training: `header` opens every file, `decode` reads it as training will (exact, "
+        "and as slow as one epoch of loading), `off` skips it.",
         choices=["header", "decode", "off"],
     )
     on_bad_media: str = option(
         "error",
-        "What happens to rows whose media cannot be read. `skip` decodes every file up front, leaves these rows out "
-        "and lists them in `<output_dir>/skipped_rows.jsonl`.",
+        "Treatment of rows with unreadable media. `skip` decodes every file up front, leaves these rows out and lists "
+        "them in `<output_dir>/skipped_rows.jsonl`.",
         choices=["error", "skip"],
     )
 

@@ -5,6 +5,8 @@ Different from `trl.DPOTrainer`: rows may hold videos, and mixed text, image and
 
 from dataclasses import dataclass
 
+from trl import DPOTrainer
+
 from trl_vpo.losses import PreferenceLoss, dpo_loss
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
@@ -37,6 +39,7 @@ class VisualDPOTrainer(VisualPreferenceTrainer):
     config_class = VisualDPOConfig
     _tag_names = ["trl", "trl-vpo", "dpo"]
     _name = "DPO"
+    _paper = DPOTrainer._paper
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:
         ratios = scores.sums - reference.sums  # (S,)

@@ -62,18 +62,18 @@ class ReferenceCache:
         process, collator = self._trainer.accelerator, self._trainer.data_collator
         rows = self._bar(iterable=raw_rows(dataset), total=len(dataset), desc=f"Looking up {name} rows", leave=False)
         keys = [row_key(row, collator) for row in rows]
-        known = self._read()
-        missing = {key: index for index, key in enumerate(keys) if key not in known}  # equal rows are computed once
+        sums = self._read()
+        missing = {key: index for index, key in enumerate(keys) if key not in sums}  # equal rows are computed once
         missing = sorted(set(gather_object(list(missing.values()))))
         if missing:
             # Every rank runs a batch, however few rows there are: on the first one they agree on the layout.
             mine = missing[process.process_index :: process.num_processes] or missing[:1]
             self._compute(dataset, {index: keys[index] for index in mine}, name, batch_size)
             process.wait_for_everyone()
-            known = self._read()
-            if not all(key in known for key in keys):
+            sums = self._read()
+            if not all(key in sums for key in keys):
                 _refuse(f"{self.folder} is not the same folder on all machines. Set precompute_cache_dir to one")
-        dataset = dataset.add_column(REF_SUMS, [known[key] for key in keys])
+        dataset = dataset.add_column(REF_SUMS, [sums[key] for key in keys])
         self._trainer._prepared.add(dataset)
         return dataset
 
@@ -113,15 +113,15 @@ class ReferenceCache:
 
     def _read(self) -> dict[str, list[float]]:
         """Read row key -> sums. A line that an interrupted run left half-written is skipped."""
-        known = {}
+        sums = {}
         for path in sorted(self.folder.glob(f"{self._context}.*.jsonl")):
             for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
                     entry = json.loads(line)
-                    known[entry["row"]] = [float(value) for value in entry["logps"]]
+                    sums[entry["row"]] = [float(value) for value in entry["logps"]]
                 except (ValueError, TypeError, KeyError):
                     logger.warning(f"{path}, line {number} is not complete; its row is computed again.")
-        return known
+        return sums
 
 
 def _refuse(problem: str) -> None:

@@ -27,7 +27,8 @@ def reference_scores(trainer: Any, batch: dict) -> Scores:
     elif trainer.precompute_ref_logps and trainer.state.global_step == 0:  # the policy still is its reference
         reference, switch = trainer.model, evaluating(trainer.model)
     else:
-        raise ValueError(f"{trainer._name} holds no reference model now; there is nothing to compare with.")
+        problem = f"{trainer._name} has no reference model at this point"
+        raise ValueError(f"{problem}. A `ref_model` brings one, and so does training an adapter.")
     with switch:
         scores = trainer.concatenated_forward(reference, batch)
         scores.head = lm_head(trainer._bare(reference))

@@ -90,8 +90,15 @@ def check_collator(data_collator: Any) -> None:
         )
 
 
-def check_hooks(kind: type, base: type) -> None:
-    """Raise TypeError for a subclass whose loss would never be called."""
+def check_class(kind: type, base: type) -> None:
+    """Raise TypeError for a subclass whose loss would never be called, or that passes for TRL's own method."""
+    for name in ("_name", "_tag_names", "_paper"):
+        owner = next(each for each in kind.__mro__ if name in vars(each))
+        if not issubclass(owner, base):
+            raise TypeError(
+                f"{kind.__name__} has no `{name}` of its own: messages, tags and model card would say "
+                f"{kind._name}. Set `_name`, `_tag_names` and `_paper` as the other methods do."
+            )
     for name in UNCALLED:
         if getattr(kind, name, None) is not getattr(base, name, None):
             raise TypeError(
