@@ -3,23 +3,16 @@
 Most are not public. When an upgrade moves one, the message says what moved and which file of ours has to follow.
 """
 
-import dataclasses
 import importlib
 import inspect
 import re
 
 import pytest
-import torch
-from trainer_kit import fresh, trainer_of
 from upstream_names import (
     ATTENTION,
     BASE,
     CALLED,
-    CARD,
-    COLLATOR,
     COMPAT,
-    CONFIG,
-    FINGERPRINT,
     KL,
     LOGS,
     RESUME,
@@ -107,14 +100,6 @@ def test_the_kernels_take_and_give_what_we_think(path, user, parameters, outputs
     assert count == outputs, f"{path} now gives {given}; {user} unpacks {outputs} tensors."
 
 
-def test_the_names_of_the_log_prob_kernels_outputs():
-    from trl.kernels import chunked_logprob
-
-    known = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-    got = chunked_logprob.OPTIONAL_OUTPUTS
-    assert got == known, f"ChunkedLogProbFunction now gives log_probs and {got}; {SCORING} unpacks {known}."
-
-
 def test_where_dpo_trainer_loads_the_reference():
     """LeanPO keeps `DPOTrainer.__init__` from loading a reference: its second call of `create_model_from_path`."""
     source = inspect.getsource(find("trl.DPOTrainer.__init__"))
@@ -127,95 +112,11 @@ def test_where_dpo_trainer_loads_the_reference():
     assert other == ["from_pretrained"], f"{other} in DPOTrainer.__init__: see `without_reference_model` in {COMPAT}."
 
 
-def test_how_peft_names_the_weights_under_an_adapter():
-    """An adapter of the policy does not change what the reference is: its weights are hashed without it."""
-    from peft import get_peft_model
-    from trainer_kit import lora
-
-    model, _ = fresh()
-    plain = set(model.state_dict())
-    peft = get_peft_model(model, lora(text=True, modules_to_save=["lm_head"], use_dora=True))
-    names = [name.split(".") for name in peft.get_base_model().state_dict() if "default" not in name.split(".")]
-    bare = {".".join(part for part in name if part not in ("base_layer", "original_module")) for name in names}
-    assert bare == plain, (
-        f"PEFT names weights {sorted(bare ^ plain)} otherwise now; see `_reference` in {FINGERPRINT}."
-    )
-
-
-ATTRIBUTES = {  # of a trainer after `DPOTrainer.__init__`
-    "_metrics": dict,
-    "_total_train_tokens": int,
-    "_is_vision_dataset": bool,
-    "precompute_ref_logps": bool,
-    "_signature_columns": list,
-    "_tokenizer": object,
-    "aux_loss_enabled": bool,
-    "beta": float,
-    "accelerator": object,
-    "maybe_activation_offload_context": object,
-}
-
-
-def test_the_attributes_that_dpo_trainer_sets(tmp_path):
-    import trl
-    from datasets import Dataset
-    from trainer_kit import QUIET, lora, text_rows
-
-    model, tokenizer = fresh()
-    more = {"processing_class": tokenizer, "peft_config": lora(text=True)}
-    data = Dataset.from_list(text_rows(2))
-    trainer = trl.DPOTrainer(model, args=trl.DPOConfig(str(tmp_path), **QUIET), train_dataset=data, **more)
-    trainer.get_train_dataloader()
-    for name, kind in ATTRIBUTES.items():
-        assert hasattr(trainer, name), f"DPOTrainer no longer sets `{name}`; {BASE} reads or overrides it."
-        assert isinstance(getattr(trainer, name), kind), f"DPOTrainer.{name} is now {type(getattr(trainer, name))}."
-    assert set(trainer._metrics) == {"train", "eval"}, f"DPOTrainer._metrics has new modes; see `log` in {LOGS}."
-    for name in ("_tag_names", "_name", "_paper"):
-        assert hasattr(trl.DPOTrainer, name), f"DPOTrainer has no `{name}`; every trainer and {CARD} set or read it."
-    assert set(trl.DPOTrainer._paper) == {"title", "id", "citation"}
-
-
 def test_the_averages_are_ready_when_trainer_logs():
     """`log` merges `_metrics`; every rank passes the two places that fill it, and then one may log alone."""
-    source = inspect.getsource(find("trl.DPOTrainer.log"))
-    assert "self._metrics[mode]" in source and "logs.update(metrics)" in source, f"see `_average_training` in {LOGS}."
     calls = {name: inspect.getsource(find(f"transformers.Trainer.{name}")).count("self.log(")
              for name in ("_maybe_log_save_evaluate", "_finalize_training", "_run_epoch")}  # fmt: skip
     assert calls == {"_maybe_log_save_evaluate": 1, "_finalize_training": 1, "_run_epoch": 0}, f"{calls}, see {LOGS}"
-
-
-def test_the_options_that_are_refused_are_still_trls():
-    from trl_vpo import LeanPOConfig, RRPOConfig
-
-    fields = {f.name for f in dataclasses.fields(find("trl.DPOConfig"))}
-    missing = (set(LeanPOConfig.refused) | set(RRPOConfig.refused)) - fields
-    assert not missing, f"trl.DPOConfig has no {sorted(missing)} any more; drop them from REFUSED in {CONFIG}."
-
-
-def test_video_metadata():
-    from transformers.video_utils import VideoMetadata
-
-    used = {"total_num_frames", "fps", "frames_indices", "duration", "height", "width", "video_backend"}
-    missing = used - {f.name for f in dataclasses.fields(VideoMetadata)}
-    assert not missing, f"transformers' VideoMetadata has no {sorted(missing)} any more; {COLLATOR} gives them."
-
-
-def test_peft_hands_unknown_arguments_to_the_model(tmp_path):
-    """The request travels as `score=` through PeftModel (with and without a task type), and accelerate's wrapper."""
-    from trainer_kit import collated, lora
-
-    for task in (None, "CAUSAL_LM"):
-        trainer = trainer_of("dpo", tmp_path, peft=None, peft_config=lora(text=True, task_type=task))
-        seen, model = [], trainer.model.get_base_model()
-        forward = model.forward
-        model.forward = lambda *args, forward=forward, into=seen, **kw: (
-            into.append(kw.get("score")) or forward(*args, **kw)
-        )
-        with torch.no_grad():
-            trainer.concatenated_forward(trainer.model, collated(trainer))
-        assert seen and all(request is not None for request in seen), (
-            f"PeftModel({task}) no longer passes unknown keyword arguments on; `attach_scoring` in {SCORING} needs it."
-        )
 
 
 def test_the_counters_that_go_on_after_an_interruption():

@@ -92,35 +92,25 @@ def test_a_head_that_is_not_known_is_refused():
         attach_scoring(Squared(T.LlamaConfig(**TINY)))
 
 
-def test_attach_scoring_leaves_other_calls_alone():
+def test_a_copy_of_a_scoring_model_uses_its_own_weights():
+    """In every kind of call: a reference is a deep copy of a model that may have been trained, and patched, before."""
     torch.manual_seed(0)
-    model = SPECIAL_HEADS["plain"]().eval()
-    ids = torch.randint(0, 97, (1, 5))
+    model, ids = SPECIAL_HEADS["plain"]().eval(), torch.randint(0, 97, (1, 5))
     want, answer = model(ids, labels=ids), model.generate(ids, max_new_tokens=4, do_sample=False)
     attach_scoring(model)
     attach_scoring(model)  # a second trainer on the same model
-    got = model(ids, labels=ids)
-    assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
-    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), answer)
-
-
-def test_a_copy_of_a_scoring_model_uses_its_own_weights():
-    """A reference is a deep copy of a model that may have been trained, and patched, before."""
-    torch.manual_seed(0)
-    model = SPECIAL_HEADS["plain"]().eval()
-    attach_scoring(model)
+    request = ScoreRequest(torch.arange(1), torch.arange(4)[None], torch.ones(1, 4).bool(), ids[:, 1:])
+    logps = model(ids, score=request).logps
     twin = copy.deepcopy(model)
     third = copy.deepcopy(twin)
-    ids = torch.randint(0, 97, (1, 5))
-    request = ScoreRequest(torch.arange(1), torch.arange(4)[None], torch.ones(1, 4).bool(), ids[:, 1:])
-    logps, logits = model(ids, score=request).logps, model(ids).logits
-    answer = model.generate(ids, max_new_tokens=4, do_sample=False)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))
-    assert not torch.allclose(model(ids).logits, logits)
+    assert not torch.allclose(model(ids).logits, want.logits)
     for copied in (twin, third):
-        assert torch.equal(copied(ids, score=request).logps, logps) and torch.equal(copied(ids).logits, logits)
+        assert torch.equal(copied(ids, score=request).logps, logps)
+        plain = copied(ids, labels=ids)
+        assert torch.equal(plain.logits, want.logits) and torch.equal(plain.loss, want.loss)
         assert torch.equal(copied.generate(ids, max_new_tokens=4, do_sample=False), answer)
     twin(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in twin.parameters()) and all(p.grad is None for p in model.parameters())

@@ -1,22 +1,24 @@
 """The shared layout against the separate one, its attention against a dense mask, and when "auto" refuses it."""
 
+import functools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 import trainer_kit
-import transformers
-from families import FAMILIES, KINDS, LANGUAGE_MODEL, build, text_of, tokenizer
+from families import FAMILIES, KINDS, LANGUAGE_MODEL, build
 from helpers import row
 from peft import LoraConfig, prepare_model_for_kbit_training
 from trainer_kit import draw_lora
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from trl_standins import text_standin
+from vlm_standins import VISION_MODELS
 
 import trl_vpo
 from trl_vpo.forward import layouts
 from trl_vpo.forward.attention import tree_attention, use_tree_attention
-from trl_vpo.forward.families import why_separate
+from trl_vpo.forward.families import separate_layout_reason
 from trl_vpo.forward.layouts import PADDING, TRUNK, shared
 
 
@@ -100,29 +102,6 @@ def test_tree_attention_is_attention_under_a_dense_mask(queries, monkeypatch):
         torch.testing.assert_close(a, b)
 
 
-def test_a_branch_never_sees_its_sibling(media, tmp_path):
-    trainer = trainer_of("dpo", "shared", tmp_path, ragged_rows("image", media))
-    batch = trainer.data_collator(list(trainer.train_dataset))
-    with torch.no_grad():
-        before = trainer.concatenated_forward(trainer.model, dict(batch)).logps
-        changed = dict(batch, branch_ids=batch["branch_ids"].clone())
-        changed["branch_ids"][0, 2] = 7  # a token of the first row's chosen response
-        after = trainer.concatenated_forward(trainer.model, changed).logps
-    assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
-
-
-def test_no_square_mask_is_made(media):
-    """The mask has rows for branch tokens only, whatever the prompt's length."""
-    model, processor = build("Qwen2-VL")
-    collator = trl_vpo.PreferenceCollator(processor)
-    batch = collator([row("image", [media["image"][1]])])
-    (layout,) = shared(batch, model.base_model, pad_token_id=0)
-    prompt, responses = len(batch["trunk_ids"][0]), int(batch["branch_mask"].sum())
-    length = prompt - 1 + responses + 2
-    assert layout.inputs["input_ids"].shape == (1, length)
-    assert layout.inputs["attention_mask"].shape == (1, 1, length - (prompt - 1), length)
-
-
 def test_rows_of_unlike_length_get_calls_of_their_own(media, monkeypatch):
     model, processor = build("Qwen2-VL")
     batch = trl_vpo.PreferenceCollator(processor)([row(None), row("image", [media["image"][1]]), row(None)])
@@ -191,55 +170,28 @@ def test_auto_proves_itself_and_falls_back_with_the_difference(media, tmp_path, 
     assert_same_step(got, step(trainer_of("dpo", "separate", tmp_path, ragged_rows("image", media))))
 
 
-def special(kind):
-    """A tiny text model of each kind that cannot have the shared layout."""
-    tok = tokenizer()
-    tok.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    common = text_of(tok)
-    if kind == "sliding window":
-        return transformers.MistralForCausalLM(transformers.MistralConfig(**common, sliding_window=4)), tok
-    if kind == "sliding layers":
-        config = transformers.Gemma2Config(**common, head_dim=8, sliding_window=4)
-        return transformers.Gemma2ForCausalLM(config), tok
-    if kind == "linear attention":
-        config = transformers.Qwen3NextConfig(
-            **common,
-            head_dim=8,
-            linear_num_value_heads=2,
-            linear_num_key_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            num_experts=0,
-            mlp_only_layers=[0, 1],
-            layer_types=["linear_attention", "full_attention"],
-        )
-        return transformers.Qwen3NextForCausalLM(config), tok
-    config = transformers.Gemma3TextConfig(**common, head_dim=8, layer_types=["full_attention"] * 2)
-    return transformers.Gemma3ForCausalLM(config), tok
+SEPARATE = {  # models that cannot have the shared layout
+    "OLMo-3": "sliding window",
+    "Cohere2": "sliding window",
+    "LFM2": "pass a state along",
+    "Gemma 3": "both directions",
+}
 
 
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        ("sliding window", "sliding window"),
-        ("sliding layers", "sliding window"),
-        ("linear attention", "pass a state along"),
-        ("bidirectional images", "both directions"),
-    ],
-)
-def test_kinds_that_fall_back_without_trying(kind, says, tmp_path, caplog):
+@pytest.mark.parametrize("name", SEPARATE)
+def test_kinds_that_fall_back_without_trying(name, tmp_path, caplog):
+    build_model = VISION_MODELS.get(name) or functools.partial(text_standin, name)
     data = [row(None), row(None, "a square.", "two circles.")]
-    moe = {"router_aux_loss_coef": 0.0} if kind == "linear attention" else {}
     with caplog.at_level(logging.WARNING):
-        trainer = trainer_of("dpo", "auto", tmp_path, data, target="all-linear", built=special(kind), **moe)
-    assert trainer.scorer.layout == "separate" and says in caplog.text
-    with pytest.raises(ValueError, match=says):
-        trainer_of("dpo", "shared", tmp_path, data, target="all-linear", built=special(kind), **moe)
+        trainer = trainer_of("dpo", "auto", tmp_path, data, target="all-linear", built=build_model())
+    assert trainer.scorer.layout == "separate" and SEPARATE[name] in caplog.text
+    with pytest.raises(ValueError, match=SEPARATE[name]):
+        trainer_of("dpo", "shared", tmp_path, data, target="all-linear", built=build_model())
     assert torch.isfinite(step(trainer)[1])
 
 
 def test_idefics2_has_a_sliding_window():
-    assert "sliding window (4096 tokens)" in why_separate(build("Idefics2")[0])
+    assert "sliding window (4096 tokens)" in separate_layout_reason(build("Idefics2")[0])
 
 
 # --- vision -------------------------------------------------------------------------------------------------------

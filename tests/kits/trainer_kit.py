@@ -10,15 +10,10 @@ from helpers import row
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-import trl_vpo
+from trl_vpo.training import methods
 
-METHODS = {
-    "dpo": (trl_vpo.VisualDPOConfig, trl_vpo.VisualDPOTrainer),
-    "leanpo": (trl_vpo.LeanPOConfig, trl_vpo.LeanPOTrainer),
-    "rrpo": (trl_vpo.RRPOConfig, trl_vpo.RRPOTrainer),
-    "lpoi": (trl_vpo.LPOIConfig, trl_vpo.LPOITrainer),
-}
-TEXT_METHODS = ["dpo", "leanpo", "rrpo"]
+METHODS = {method: methods.method_classes(method) for method in methods.METHODS}  # (config, trainer)
+TEXT_METHODS = [method for method, (_, trainer) in METHODS.items() if not trainer.needs_image_list]
 PAIRS = [  # responses of different lengths, so that every batch is ragged
     ("a red square moves left.", "a blue circle moves left."),
     ("a square.", "two red circles and a blue square move to the right."),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, Sequence, Value, Video, concatenate_datasets, load_dataset
+from datasets import Dataset, IterableDataset, Sequence, Value, Video, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from helpers import row
 from PIL import Image
@@ -23,22 +23,6 @@ from trl_vpo.errors import RowError
 
 def stream(rows):
     return IterableDataset.from_generator(lambda: iter(rows))
-
-
-@pytest.mark.parametrize("kind", [dict, DatasetDict])
-def test_several_evaluation_sets(kind, tmp_path):
-    sets = kind({"short": Dataset.from_list(text_rows(2)), "long": Dataset.from_list(text_rows(3, start=2))})
-    more = {"eval_dataset": sets, "eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_of("rrpo", tmp_path, metric_for_best_model="eval_short_loss", **more)
-    trainer.train()
-    for name in sets:
-        assert len(losses_of(trainer, f"eval_{name}_loss")) == 2
-        assert len(losses_of(trainer, f"eval_{name}_rewards/margins")) == 2
-    last = trainer.evaluate()
-    alone = trainer.evaluate(sets["long"])
-    assert last["eval_long_loss"] == pytest.approx(alone["eval_loss"])
-    assert last["eval_short_loss"] != pytest.approx(alone["eval_loss"])
-    assert trainer.evaluate(eval_dataset="long")["eval_loss"] == pytest.approx(alone["eval_loss"])
 
 
 def test_evaluate_takes_raw_datasets(images, tmp_path):
@@ -84,14 +68,6 @@ def test_a_dataset_from_a_file(images, tmp_path):
         trainer.train()
         losses.append(losses_of(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_columns_that_nobody_asked_for(keep, tmp_path):
-    rows = [{**r, "score": 1.5, "history": [{"a": 1}]} for r in text_rows()]
-    plain = trainer_of("dpo", tmp_path)
-    trainer = trainer_of("dpo", tmp_path, rows, remove_unused_columns=keep)
-    assert names_of(trainer) == names_of(plain) and losses_of(trainer) == losses_of(plain)
 
 
 def test_decoded_images(images, tmp_path):

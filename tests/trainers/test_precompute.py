@@ -178,7 +178,7 @@ def test_full_fine_tuning_evaluates_new_rows_before_training(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match="after training has started"):
         trainer.evaluate(other)
-    with pytest.raises(ValueError, match="holds no reference model"):
+    with pytest.raises(ValueError, match="has no reference model at this point"):
         trainer.reference_scores(collated(trainer))
     assert trainer.evaluate()["eval_loss"] != LOG2
 

@@ -121,12 +121,6 @@ def shake_all(model, scale=0.1):
     return model
 
 
-def test_the_policy_itself_is_no_reference(tmp_path):
-    model, tokenizer = fresh()
-    with pytest.raises(ValueError, match="cannot be the same object"):
-        trainer_of("dpo", tmp_path, model=model, processor=tokenizer, peft=None, ref_model=model)
-
-
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory):
     """Folders of saved models, with their processors."""

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from trainer_kit import METHODS, config, fresh, image_rows, lora, text_rows, trainer_of
 
 from trl_vpo.errors import RowError
+from trl_vpo.trainers.base import VisualPreferenceTrainer
 
 # --- configs ------------------------------------------------------------------------------------------------------
 
@@ -176,7 +177,7 @@ def test_resuming_with_a_reference_that_moved(tmp_path):
     more = {"sync_ref_model": True, "ref_model_sync_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer_of("dpo", tmp_path, peft=None, **more).train(resume_from_checkpoint=False)
     for checkpoint in (True, str(tmp_path / "checkpoint-1")):
-        with pytest.raises(ValueError, match=r"sync_ref_model.*checkpoints do not hold it.*Start anew"):
+        with pytest.raises(ValueError, match=r"sync_ref_model.*checkpoints do not hold it.*Start a new run"):
             trainer_of("dpo", tmp_path, peft=None, **more).train(resume_from_checkpoint=checkpoint)
 
 
@@ -211,6 +212,16 @@ def test_a_loss_that_would_never_be_called(tmp_path):
 
     with pytest.raises(TypeError, match=r"Mine\._compute_loss would never be called: override `preference_loss"):
         Mine(fresh()[0], args=config("dpo", tmp_path), train_dataset=Dataset.from_list(text_rows()))
+
+
+def test_a_method_without_a_name_of_its_own(tmp_path):
+    """It would pass for DPO in messages and on its model card."""
+
+    class Nameless(VisualPreferenceTrainer):
+        config_class = METHODS["dpo"][0]
+
+    with pytest.raises(TypeError, match="Nameless has no `_name` of its own"):
+        trainer_of("dpo", tmp_path, kind=Nameless)
 
 
 def test_a_collator_around_ours_trains(tmp_path):

@@ -7,10 +7,8 @@ from PIL import Image
 from trainer_kit import (
     METHODS,
     collated,
-    config,
     fresh,
     image_rows,
-    lora,
     losses_of,
     names_of,
     text_rows,
@@ -127,13 +125,3 @@ def test_lora_starts_from_the_seed(tmp_path):
         trainer = trainer_of("dpo", tmp_path, seed=seed)
         weights.append(torch.cat([p.flatten() for p in trainable(trainer.model).values()]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_the_positional_order_is_trls(tmp_path):
-    """model, ref_model, args, data_collator, train_dataset: a call without names means the same."""
-    model, tokenizer = fresh()
-    data = Dataset.from_list(text_rows())
-    args = config("dpo", tmp_path)
-    trainer = METHODS["dpo"][1](model, None, args, None, data, data, tokenizer, peft_config=lora(text=True))
-    trainer.train()
-    assert trainer.eval_dataset is not None and trainer.state.global_step == 2

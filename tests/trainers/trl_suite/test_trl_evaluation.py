@@ -49,6 +49,8 @@ def test_given_at_construction(form, precompute, hub, tmp_path):
     trainer.train()
     trained = losses(trainer.state.log_history, names)
     assert losses([trainer.evaluate()], names) == pytest.approx(trained, rel=1e-5)
+    if "_b" in names:
+        assert losses([trainer.evaluate("b")], [""])["eval_loss"] == pytest.approx(trained["eval_b_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["", "precompute"])
