@@ -188,12 +188,11 @@ class EvaluationCallback(TrainerCallback):
             logger.warning(
                 f"{len(inputs) - len(rows)} held-out rows have a task that only `trl-vpo evaluate` measures."
             )
-        rows = rows[:limit]
+        for row in rows[:limit]:
+            self._check(row, inputs)
         if not rows:
             raise EvaluateError("there are no held-out preference rows.")
-        for row in rows:
-            self._check(row, inputs)
-        return inputs, rows
+        return inputs, rows[:limit]
 
     def _check(self, row: EvalRow, inputs: Inputs) -> None:
         """Open the media now: an error hours into the training would cost more."""

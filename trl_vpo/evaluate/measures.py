@@ -8,6 +8,8 @@ and denominators, where it is a ratio of sums.
 | --- | --- | --- |
 | `preference/accuracy` | share of pairs | the chosen response has the higher summed log-prob; up |
 | `preference/accuracy_average` | share of pairs | the same for log-probs per token, LeanPO's reward; up |
+| `logps/chosen`, `logps/rejected` | nats | summed log-prob of the response |
+| `logps/chosen_average`, `logps/rejected_average` | nats per token | the same per token |
 | `reward/accuracy` | share of pairs | the chosen response gained more log-prob over the base; up |
 | `reward/margin` | nats | how much more it gained; TRL's rewards/margins without beta; up |
 | `displacement/chosen` | nats | summed log-prob minus the base's; below 0 the chosen response got less likely |

@@ -1,4 +1,4 @@
-"""What models are asked and scored on for a row, and the numbers of `rows.jsonl` that come of it.
+"""The probes of a row: prompts to answer and responses to score; and the numbers of `rows.jsonl` that come of them.
 
 A row becomes probes: a prompt with its media and the responses behind it. A preference row has one with both
 responses, one with the chosen response for each kind of damaged media, and one for each image of its list; a question

@@ -208,7 +208,7 @@ def _record(config: AnsweringConfig, adapter: str | None, limit: int | None) -> 
 
 
 def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> dict[str, Any]:
-    """What a benchmark takes from files here: `include_path`, if one of its tasks is from there, and VideoHallucer."""
+    """The files here that a benchmark reads: `include_path`, if one of its tasks is from there, and VideoHallucer."""
     tasks, record = _tasks(manager, name), {"include_path": None, "include_files": None}
     folder = Path(include_path or "").absolute()
     paths = [Path(str(manager.task_index[task]["yaml_path"])).absolute() for task in (name, *tasks)]
