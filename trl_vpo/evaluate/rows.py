@@ -37,22 +37,14 @@ SHOWN = 5  # problems in one message
 
 @dataclass(frozen=True)
 class EvalRow:
-    """A row without its media.
+    """A row without its media."""
 
-    Attributes:
-        place: position among the inputs.
-        name: for messages.
-        task: a key of `TASKS`.
-        cluster: see above.
-        facts: what answers are compared with, JSON values; `rows.jsonl` repeats them.
-    """
-
-    place: int
+    place: int  # among the inputs
     id: str
-    name: str
-    task: str
-    cluster: str
-    facts: dict[str, Any] = field(default_factory=dict)
+    name: str  # for messages
+    task: str  # a key of `TASKS`
+    cluster: str  # see above
+    facts: dict[str, Any] = field(default_factory=dict)  # what answers are compared with; `rows.jsonl` repeats them
 
 
 def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only: str | None = None) -> list[EvalRow]:

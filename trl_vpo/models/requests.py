@@ -14,33 +14,23 @@ from trl_vpo.text.responses import Failure
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a model.
+    """One question to a model: turns with `role` and typed contents.
 
-    Attributes:
-        messages: turns with `role` and typed contents; one {"type": "image"} or {"type": "video"} for each item of
-            `media`, in order.
-        media: what the placeholders stand for.
-        seed: of this request's own random stream; see `stream_seed`.
+    One {"type": "image"} or {"type": "video"} stands in them for each item of `media`, in order.
     """
 
     messages: list[dict]
     media: Media = field(default_factory=Media)
-    seed: int = 0
+    seed: int = 0  # of this request's own random stream, see `stream_seed`
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer as it is, stripped and without its thoughts.
-
-    Attributes:
-        text: may be empty.
-        tokens: before the one that ends it, those of thoughts included.
-        ended: False where the limit of new tokens cut it off.
-    """
+    """A model's answer as it is, stripped and without its thoughts; it may be empty."""
 
     text: str
-    tokens: int
-    ended: bool
+    tokens: int  # before the one that ends it, those of thoughts included
+    ended: bool  # False where the limit of new tokens cut it off
 
 
 @dataclass(frozen=True)
