@@ -137,6 +137,13 @@ def test_the_newest_complete_one_is_taken(tmp_path, capsys):
     assert "checkpoint-10 is not complete: optimizer.pt" in second and "checkpoint-9 is taken instead" in second
 
 
+def test_a_clock_that_is_behind_changes_nothing(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path / "checkpoint-2")
+    monkeypatch.setattr("trl_vpo.training.checkpoints.time.time", lambda: 0.0)
+    write_checkpoint(tmp_path / "checkpoint-4")
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-4"
+
+
 def test_nothing_finished_and_nothing_left(tmp_path, capsys):
     assert newest_complete(tmp_path) is None and printed(capsys) == []
     write_checkpoint(tmp_path / "checkpoint-2", marked=False)

@@ -55,7 +55,9 @@ def mark_complete(folder: Path, **content) -> None:
     for path in _files(folder):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = _size_and_digest(path)
-    content = {"format": FORMAT, "files": files, "saved": time.time(), **content}
+    markers = filter(None, map(read_marker, list_checkpoints(folder.parent)))
+    saved = max([time.time(), *(marker.get("saved", 0) + 1e-6 for marker in markers)])  # clocks of nodes may differ
+    content = {"format": FORMAT, "files": files, "saved": saved, **content}
     with atomic_write(folder / MARKER, token="new") as part:
         part.write_text(json.dumps({"sha256": _sha256(content), **content}, indent=1), encoding="utf-8")
     for parent in (folder, folder.parent):

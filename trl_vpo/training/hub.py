@@ -73,6 +73,7 @@ class HubPush(TrainerCallback):
         self._missing: dict[str, Path] = {}  # path in the repo: the checkpoint that belongs there
         self._reading: set[Path] = set()  # checkpoints of the push that is going on
         self._failed: list[int] = []  # steps
+        self._delayed = 0  # saves during a push
         self._is_down = False  # the last push failed
 
     def in_use(self) -> set[Path]:
@@ -115,6 +116,7 @@ class HubPush(TrainerCallback):
         if path:
             self._missing[path] = checkpoint
         if self._job is not None and not self._job.done():
+            self._delayed += 1
             return
         missing = {path: folder for path, folder in self._missing.items() if folder.is_dir()}
         try:
@@ -186,6 +188,8 @@ class HubPush(TrainerCallback):
             return False
         steps = ", ".join(map(str, self._failed))
         note = f" The push of step {steps} had failed; this one comes after it." if steps else ""
+        if self._delayed:
+            note += f" {self._delayed} saves came during a push and went up with a later one."
         print_main(f"pushed to {self.repo.url}.{note}")
         return not lost
 
