@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 60.0  # seconds between attempts, where the server does not name a pause
 LONGEST_RETRY_AFTER = 600.0  # seconds that a server's Retry-After is waited for
+LARGEST_ANSWER = 1 << 24  # bytes
+LONGEST_ANSWER = 10  # times `timeout`, from the first byte of an answer to its last
 SEED_BITS = 31  # some servers keep a seed in a signed 32-bit integer
 QUOTED = 300  # characters of a server's message that are shown
 RUN_STATUS = {  # what a status says about every request, and what to do
@@ -114,7 +116,7 @@ class ServerModel(AnsweringModel):
             api_key=self._key or "none",
             timeout=timeout,
             max_retries=0,  # the client's own attempts would not be counted
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),  # they would take the key along
+            http_client=_bounded_client(LONGEST_ANSWER * timeout),
         )
         self._lock = threading.Lock()
         self._refused = 0  # requests that the server refused
@@ -192,6 +194,8 @@ class ServerModel(AnsweringModel):
             raise _AttemptFailed(f"no answer within {self._timeout:g} s") from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
+            if isinstance(cause, _AttemptFailed):
+                raise cause from None
             reason = self._clean(f"no connection ({type(cause).__name__}: {cause})")
             raise _AttemptFailed(reason, busy=True) from None
         except openai.APIStatusError as error:
@@ -267,6 +271,32 @@ class ServerModel(AnsweringModel):
     def _clean(self, text: str) -> str:
         """Take secrets out of a server's text: some repeat the key that they refuse."""
         return scrub(text.replace(self._key, "<API key>") if self._key else text, self._key)
+
+
+def _bounded_client(seconds: float) -> Any:
+    """Return an HTTP client that reads no endless answer, and follows no redirect, which would take the key along."""
+    import openai
+
+    class Client(openai.DefaultHttpxClient):
+        def send(self, request: Any, *, stream: bool = False, **kwargs: Any) -> Any:
+            response, content = super().send(request, stream=True, **kwargs), bytearray()
+            end = time.monotonic() + seconds
+            try:
+                coding = response.headers.get("content-encoding", "identity")
+                if coding != "identity":  # it may be small and inflate to gigabytes
+                    raise _AttemptFailed(f"an answer in the encoding {coding[:QUOTED]!r}, which was not asked for")
+                for part in response.iter_bytes():
+                    content += part
+                    if len(content) > LARGEST_ANSWER:
+                        raise _AttemptFailed(f"an answer of more than {LARGEST_ANSWER} bytes")
+                    if time.monotonic() > end:
+                        raise _AttemptFailed(f"an answer that takes longer than {seconds:g} s")
+            finally:
+                response.close()
+            headers = response.headers
+            return type(response)(response.status_code, headers=headers, content=bytes(content), request=request)
+
+    return Client(follow_redirects=False, headers={"accept-encoding": "identity"})
 
 
 def _without_password(url: str) -> str:
