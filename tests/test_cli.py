@@ -40,6 +40,10 @@ def test_help_needs_neither_torch_nor_trl():
             ["doctor"],
             ["example:\n  trl-vpo doctor ", "--gpu_memory GIB", "--accelerate_config FILE", "--num_processes N"],
         ),
+        (
+            ["evaluate"],
+            ["--benchmark", "--include_path", "--config", "Turn off --visual_prompt.", "\n  trl-vpo evaluate "],
+        ),
         (["train", "rrpo"], ["--alpha", "--lora_target_modules", "--dataset_name", "--on_bad_media"]),
     ],
 )

@@ -155,8 +155,7 @@ def _add_method_command(commands, run: Callable, text: str, methods: Iterable[st
 
 def _add_evaluate(commands) -> None:
     text = "held-out measures of a base and its adapters, with confidence intervals"
-    usage = "trl-vpo evaluate --model BASE --adapters A [B ...] --data FILE --output_dir RUN [--any_key value ...]"
-    parser = _add(commands, "evaluate", evaluate, text, usage=usage, add_help=False)  # the command shows the keys
+    parser = _add(commands, "evaluate", evaluate, text, add_help=False)  # the command shows usage and keys
     parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and its keys")
 
 

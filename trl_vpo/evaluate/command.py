@@ -6,6 +6,7 @@ import argparse
 
 from trl_vpo.errors import RecipeError, as_user_errors
 
+USAGE = "trl-vpo evaluate --model BASE --adapters A [B ...] --data FILE --output_dir RUN [--any_key value ...]"
 EXAMPLE = """\
 examples:
   trl-vpo evaluate --model BASE --adapters outputs/rrpo outputs/dpo --data held_out.jsonl --output_dir outputs/eval
@@ -26,7 +27,9 @@ def evaluate(options: list[str]) -> None:
         from trl_vpo.evaluate.recipe import make_parser
 
         parser = make_parser()
-        parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
+        parser.usage, parser.epilog, parser.formatter_class = USAGE, EXAMPLE, _HelpFormatter
+        parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe file with any of these keys; options win")
+        _add_task_options(parser.add_argument_group("tasks of lmms-eval instead of rows"))
         parser.print_help()
     else:
         from trl_vpo.evaluate.run import run_evaluation
@@ -64,16 +67,24 @@ def _run_benchmarks(options: list[str]) -> None:
                 print(f"  {benchmark} {task}: {text}")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults of options, and examples line by line."""
+
+
+def _add_task_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--benchmark", metavar="NAME,NAME", help="tasks of lmms-eval, or videohallucer")
+    parser.add_argument("--include_path", metavar="DIR", help="folder with further task files")
+
+
 def _benchmark_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-vpo evaluate --benchmark", allow_abbrev=False)
-    parser.add_argument("--benchmark", required=True, metavar="NAME,NAME", help="tasks of lmms-eval, or videohallucer")
+    _add_task_options(parser)
     parser.add_argument("--model", "--model_name_or_path", required=True, metavar="BASE")
     parser.add_argument("--adapters", nargs="+", default=[None], metavar="A", help="default: the base alone")
     parser.add_argument("--output_dir", required=True, metavar="DIR")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
     parser.add_argument("--batch_size", type=int, default=1)
     for name, kind in MODEL_OPTIONS.items():
-        more = {"action": "store_true"} if kind is bool else {"type": kind}
-        parser.add_argument(f"--{name}", **more, default=argparse.SUPPRESS, help="as without --benchmark")
-    parser.add_argument("--include_path", metavar="DIR", help="folder with further task files")
+        parsing = {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{name}", **parsing, default=argparse.SUPPRESS, help="as without --benchmark")
     return parser

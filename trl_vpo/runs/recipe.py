@@ -19,7 +19,7 @@ from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.values import annotations, check_bounds, checked, environment
 
 TARGETS_HELP = (
-    "What LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model family; "
+    "Modules that LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model family; "
     "PEFT's all-linear; or a regular expression of whole module names."
 )
 
@@ -48,6 +48,8 @@ class RecipeParser(TrlParser):
         for action in self._actions:  # `--no_x` comes after `--x`, with a default of its own
             if action.dest == "lora_target_modules":
                 action.help = TARGETS_HELP
+            if action.dest in self._own_defaults:
+                action.help = f"Turn off --{action.dest}."
             default = action.default
             typed = self._get_value(action, default) if isinstance(default, str) else default  # as argparse does
             self._own_defaults.setdefault(action.dest, typed)
