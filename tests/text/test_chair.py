@@ -87,7 +87,7 @@ def test_truth_may_be_named_by_synonyms_and_be_empty(table):
 def test_errors_name_the_word(table):
     with pytest.raises(UserError, match="object 'unicorn' is not in the table"):
         read_response("b", ["unicorn"], table)
-    with pytest.raises(UserError, match="'turkey' stands for 'bird' and for 'food'"):
+    with pytest.raises(UserError, match="'turkey' is listed for both 'bird' and 'food'"):
         ObjectTable({"bird": ["turkey"], "food": ["turkey"]})
     with pytest.raises(UserError, match="object 'dog' has an empty word"):
         ObjectTable({"dog": [" "]})
@@ -102,7 +102,7 @@ def test_read_synonyms(tmp_path):
     assert synonyms == {"person": ["man", "woman", "man"], "hot dog": [], "dog": ["puppy"]}
     assert [m.object for m in ObjectTable(synonyms).mentions("men, hot dogs, puppies")] == ["person", "hot dog", "dog"]
     path.write_text("dog, puppy\ndog, hound\n")
-    with pytest.raises(UserError, match=r"synonyms\.txt, line 2: 'dog' begins a line for the second time"):
+    with pytest.raises(UserError, match=r"synonyms\.txt, line 2: 'dog' begins a second line"):
         read_synonyms(path)
     path.write_text("\n")
     with pytest.raises(UserError, match="lists no object"):

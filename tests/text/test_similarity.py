@@ -129,9 +129,3 @@ def test_figures_of_pairs():
     assert trust_margin(pairs[0]) == 0.75
     without = pair_figures(pairs, plain=False, rewards=False)
     assert set(without) == {"pairs", "chosen_right", "rejected_right", "chosen_trust", "rejected_trust"}
-
-
-def test_figures_of_no_pair_are_none():
-    figures = pair_figures([], plain=True, rewards=True)
-    assert (figures.pop("pairs"), figures.pop("plain_failures")) == (0, 0)
-    assert len(figures) == 11 and set(figures.values()) == {None}

@@ -1,13 +1,13 @@
-"""Corrupted media, on which a model is asked so that it answers worse. What is drawn follows from the seed alone.
+"""Corrupt media so that a model answers worse. Every draw follows from the seed alone.
 
-Damage, for LeanPO's losing response (arXiv 2506.05260): few frames of a clip are left, and one random-resized crop,
-colour jitter, greyscale, Gaussian blur and horizontal flip are the same for all of them. The flip is the paper's. It
-exchanges left and right, so for a question about directions the losing response may be wrong for no other reason;
-`flip_p=0` leaves it out.
+Damage, for LeanPO's losing response (arXiv 2506.05260): few frames of a clip are kept, all with the same
+random-resized crop, colour jitter, greyscale, Gaussian blur and horizontal flip. The flip is the paper's. It exchanges
+left and right, so the losing response to a question about directions may be wrong for that reason only; `flip_p=0`
+turns it off.
 
 Perturbation, for RRPO's mistakes (arXiv 2504.12083, section 3.1): one square, at the same place in every frame of a
 clip, covers 25-50 % of the area with a light grey; and the frames change places within short windows ("local") or over
-the whole clip ("global"). The timestamps stay, so the model is told nothing about it. The paper found masking with
+the whole clip ("global"). The timestamps stay, so nothing tells the model. The paper found masking with
 local shuffling to work best. It gives neither the windows nor the kind of permutation: both are ours, see `_shuffled`.
 """
 
@@ -29,16 +29,16 @@ from trl_vpo.media.load import Clip, Media
 class DamageSettings:
     """The ranges that damage is drawn from; the defaults are the paper's."""
 
-    num_frames: int = 2  # left of a clip; all of a shorter one
+    num_frames: int = 2  # kept of a clip; all of a shorter one
     area: tuple[float, float] = (0.08, 0.30)  # share of the frame that the crop keeps
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop, drawn evenly in its logarithm
     brightness: float = 0.4  # the factor is drawn from 1 - value to 1 + value, as the next two are
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1  # shift, drawn from -value to value in turns of the colour circle
-    jitter_p: float = 0.8  # how often there is colour jitter, as grey_p and flip_p
+    jitter_p: float = 0.8  # probability of colour jitter, as grey_p and flip_p are of theirs
     grey_p: float = 0.2
-    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels; there always is blur, as no probability is given for it
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels; always blurred: the paper gives no probability
     flip_p: float = 0.5
 
 
@@ -46,7 +46,7 @@ class DamageSettings:
 class Damage:
     """The damage of one clip or image."""
 
-    frames: tuple[int, ...]  # positions of the frames that are left, ascending
+    frames: tuple[int, ...]  # positions of the frames that are kept, ascending
     crop: tuple[int, int, int, int]  # top, left, height, width in pixels; scaled back to the size of the frame
     jitter: tuple[tuple[str, float], ...]  # (name, factor) in the order they are applied; or empty
     grey: bool
@@ -57,7 +57,7 @@ class Damage:
 def damage(media: Media, rng: np.random.Generator, settings: DamageSettings) -> Media:
     """Return damaged copies of all clips and images, each with a damage of its own.
 
-    Sizes stay, and the frames that are left keep their timestamps. A clip may be left with a single frame.
+    Sizes stay, and frames keep their timestamps. A clip may keep a single frame.
     """
     images, videos = [], []
     for image in media.images:
@@ -73,7 +73,7 @@ def damage(media: Media, rng: np.random.Generator, settings: DamageSettings) -> 
 
 def draw_damage(rng: np.random.Generator, num_frames: int, size: tuple[int, int], settings: DamageSettings) -> Damage:
     """Draw the damage of a clip of `num_frames` frames of `size` (height, width)."""
-    left = rng.choice(num_frames, size=min(num_frames, settings.num_frames), replace=False)
+    kept = rng.choice(num_frames, size=min(num_frames, settings.num_frames), replace=False)
     crop = _draw_crop(rng, size, settings)
     jitter = [
         ("brightness", rng.uniform(1 - settings.brightness, 1 + settings.brightness)),
@@ -83,7 +83,7 @@ def draw_damage(rng: np.random.Generator, num_frames: int, size: tuple[int, int]
     ]
     order = rng.permutation(len(jitter))
     return Damage(
-        frames=tuple(sorted(left.tolist())),
+        frames=tuple(sorted(kept.tolist())),
         crop=crop,
         jitter=tuple(jitter[i] for i in order) if rng.random() < settings.jitter_p else (),
         grey=bool(rng.random() < settings.grey_p),
@@ -103,7 +103,7 @@ def _draw_crop(rng: np.random.Generator, size: tuple[int, int], settings: Damage
 
 
 def apply_damage(frames: np.ndarray, drawn: Damage) -> np.ndarray:
-    """Return the frames that `drawn` leaves of (T, H, W, 3) uint8, damaged: (len(drawn.frames), H, W, 3) uint8."""
+    """Return the frames that `drawn` keeps of (T, H, W, 3) uint8, damaged: (len(drawn.frames), H, W, 3) uint8."""
     import torch
     from torchvision.transforms.v2 import functional as F
 
@@ -166,7 +166,7 @@ def perturb(media: Media, seed: int, settings: PerturbSettings) -> Media:
 
 
 def effective_mode(media: Media, settings: PerturbSettings) -> str:
-    """Return what of the mode these media allow: images, single frames and still clips cannot be shuffled.
+    """Return the part of the mode that these media allow: images, single frames and still clips cannot be shuffled.
 
     Raises:
         InputError: the mode only shuffles, and there is nothing to shuffle.
@@ -199,7 +199,7 @@ def _masked(frames: np.ndarray, rng: np.random.Generator, area: tuple[float, flo
 def mask_size(height: int, width: int, share: float, area: tuple[float, float]) -> tuple[int, int]:
     """Return (height, width) in pixels of the box that covers about `share` of a frame.
 
-    A square where it fits. Where its side would be longer than the short side of the frame (with half of the area
+    A square if it fits. If its side would be longer than the short side of the frame (with half of the area
     masked: from an aspect of 2:1 on), the area is kept: the box is as high (or wide) as the frame, and as much wider
     as it takes. Whole pixels are chosen so that the covered share lies within `area`; only in a frame of a few pixels
     there may be no such number, and then the box is the next smaller one, of at least one pixel.

@@ -1,1 +1,1 @@
-"""Phrases, inflection, the words of answers and what they say, similarity, and objects that are mentioned."""
+"""Read and compare English text: phrases, inflection, answers, similarity, mentioned objects."""

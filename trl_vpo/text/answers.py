@@ -1,9 +1,9 @@
-"""Checks of an answer against the ground truth: what a check says, short answers, answers in a fixed form.
+"""Check answers against the ground truth: short answers and answers in a fixed form.
 
-Yes or no is read in `yes_no.py`, multiple choice in `choices.py`. A check says right, wrong or undecided. Undecided is
-whatever no rule can read with certainty - hedged, contradictory, off the subject - and is never taken for wrong: RRPO
-trains on wrong answers, and a right one that was misread would teach the model the contrary. So the rules would rather
-lose an answer than misread it. All of them look at the words of `normalize.py`.
+`yes_no.py` reads yes/no answers, `choices.py` multiple choice. A check returns right, wrong or undecided. An answer
+that no rule can read with certainty (hedged, contradictory, off the subject) is undecided, never wrong: RRPO trains on
+wrong answers, and a right one that was misread would teach the model the opposite. All rules compare the words of
+`normalize.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AnswerCheck:
     result: str  # RIGHT, WRONG or UNDECIDED
     parsed: str | None = None  # what was read: a letter, "yes" or "no", or the words of a short answer
     why: str | None = None  # why it is undecided
-    judgeable: bool = False  # it states something else than the truth in words that a judge can compare, but no rule
+    judgeable: bool = False  # its words differ from the truth's, and a judge can compare them, but no rule
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Reading:
         return AnswerCheck(RIGHT if self.value == truth else WRONG, self.value)
 
 
-# Words of one kind that exclude each other: in the place of one, another one says something else.
+# Words that exclude each other: another word of the same set says something else.
 _KINDS = [
     set(kind.split())
     for kind in (
-        "red yellow green blue black white",  # no neighbours, as pink and purple are
+        "red yellow green blue black white",  # no similar colours, such as pink and purple
         "left right", "up down", "top bottom", "above below", "inside outside", "indoors outdoors", "open closed",
         "before after", "first last", "north south", "east west", "day night", "true false", "male female",
     )
@@ -56,17 +56,17 @@ _AROUND = {"it", "he", "she", "they", "there", "this", "that", "is", "are", "was
 
 
 def check_short(response: str, answer: str, extra_words: int = SHORT_WORDS, fixed: bool = False) -> AnswerCheck:
-    """Check a short answer word by word; case, articles, punctuation, plurals, verb endings and `two` or `2` aside.
+    """Check a short answer by its words, ignoring case, articles, punctuation, plurals, verb endings and numerals.
 
     1. The same words: right.
     2. Hedges, alternatives (`two or three`) and denials (`not red`) that the truth does not have: undecided.
     3. The truth's words somewhere in the response (`It is red` for `red`): right.
     4. Only words of the truth, but not all (`square` for `red square`): undecided.
-    5. More than `extra_words` words above the truth's number: undecided, as it may be no short answer at all.
-    6. A number in the place of another one, or a word in the place of one that it excludes (colours, `left` and
-       `right` and the like), all other words being the truth's: wrong.
-    7. Everything else: undecided, because no rule knows that a sofa is a couch; a judge may. With `fixed`, where
-       answers come from a fixed vocabulary: wrong.
+    5. More than `extra_words` words above the truth's number: undecided, as it may not be a short answer at all.
+    6. The truth's words, but with another number, or another word of a set whose words exclude each other (colours,
+       `left` and `right`): wrong.
+    7. Everything else: undecided, because no rule knows that a sofa is a couch; a judge may. With `fixed` (answers
+       come from a fixed vocabulary): wrong.
     """
     truth, words = content_words(normalize(answer)), content_words(statement(response))
     truth_keys, keys = [stem(word) for word in truth], [stem(word) for word in words]
@@ -109,9 +109,9 @@ def _is_number(word: str) -> bool:
 
 
 def check_exact(response: str, answer: str) -> AnswerCheck:
-    """Take any other words than the truth's for wrong, case, articles and punctuation aside; hedges are undecided.
+    """Check for the truth's words up to case, articles and punctuation: any others are wrong, hedges undecided.
 
-    For open-ended answers in a fixed form, such as `a red square moves left.`: elsewhere, other words may be as right.
+    For open-ended answers in a fixed form, such as `a red square moves left.`; elsewhere, other words can be right.
     """
     truth, words = content_words(normalize(answer)), content_words(normalize(response))
     if words == truth:

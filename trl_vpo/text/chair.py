@@ -1,6 +1,6 @@
 """CHAIR: the objects that a response mentions, and those of them that are not in the picture.
 
-Rohrbach et al. 2018, "Object Hallucination in Image Captioning" (arXiv 1809.02156). What is counted follows the
+Rohrbach et al. 2018, "Object Hallucination in Image Captioning" (arXiv 1809.02156). The counts follow the
 published code (github.com/LisaAnne/Hallucination, utils/chair.py):
 
 - **Every mention counts**: "a dog and another dog" are two mentions, both wrong if there is no dog. AMBER (arXiv
@@ -11,9 +11,9 @@ published code (github.com/LisaAnne/Hallucination, utils/chair.py):
 - Cover (AMBER) = distinct objects of the truth that are mentioned / objects of the truth, summed before dividing as in
   AMBER's code; the same as the object recall of Object HalBench.
 
-Not here: AMBER's Cog, which needs a list of tempting objects for every image (and whose denominator differs between
-AMBER's paper and code), its matching by word vectors, and the objects that Object HalBench lets GPT extract and counts
-once per response.
+Not implemented: AMBER's Cog, which needs a list of tempting objects for every image (and whose denominator differs
+between AMBER's paper and code), its matching by word vectors, and the objects that Object HalBench lets GPT extract
+and counts once per response.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from trl_vpo.errors import UserError
 from trl_vpo.text.inflection import plurals
 
-# What the published codes hard-code for COCO: "baby" and "passenger" name persons, but not in "baby bird".
+# Hard-coded in the published codes for COCO: "baby" and "passenger" name persons, but not in "baby bird".
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 READS_AS: dict[str, str | None] = {
     **{f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS},
@@ -46,14 +46,14 @@ _HYPHEN = re.compile("[-‐‑]")
 
 @dataclass(frozen=True)
 class Mention:
-    """An object in a response: the words as they stand in the table, and the object's name."""
+    """An object in a response: the words as the table has them, and the object's name."""
 
     words: str
     object: str
 
 
 class ObjectTable:
-    """Words by which objects are known.
+    """A table of objects and the words for them.
 
     Args:
         synonyms: the object's name -> further words for it, of one or more words each, in the singular; plurals are
@@ -62,8 +62,8 @@ class ObjectTable:
             in the table, or None for no object. The default is the published codes' list for COCO. A phrase that is
             in the table itself keeps the table's meaning.
 
-    Longer phrases win over shorter ones ("hot dog" is no dog), from left to right, within one sentence part. A word
-    with a hyphen is one word: "hot-dog" is a hot dog, "man-made" is no man.
+    Longer phrases win over shorter ones ("hot dog" is not a dog), from left to right, within one sentence part. A word
+    with a hyphen is one word: "hot-dog" is a hot dog, "man-made" is not a man.
 
     Raises:
         UserError: an empty word, or a word that is given to two objects.
@@ -75,11 +75,11 @@ class ObjectTable:
             for word in (name, *words):
                 key = _key(word)
                 if not key:
-                    raise UserError(f"object {name!r} has an empty word {word!r} in the table. Take it out.")
-                known = self._names.setdefault(key, Mention(" ".join(key), name))
-                if known.object != name:
+                    raise UserError(f"object {name!r} has an empty word {word!r} in the table. Remove it.")
+                mention = self._names.setdefault(key, Mention(" ".join(key), name))
+                if mention.object != name:
                     raise UserError(
-                        f"{word!r} stands for {known.object!r} and for {name!r}. Keep it with one of them."
+                        f"{word!r} is listed for both {mention.object!r} and {name!r}. Keep it with one of them."
                     )
         listed = dict(self._names)
         for phrase, word in reads_as.items():
@@ -90,7 +90,7 @@ class ObjectTable:
         self._longest = max(map(len, self._names), default=0)
 
     def name(self, word: str) -> str:
-        """Return the name of the object that a word or phrase stands for.
+        """Return the name of the object that a word or phrase means.
 
         Raises:
             UserError: the table does not know it.
@@ -124,7 +124,7 @@ def _key(phrase: str) -> tuple[str, ...]:
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     """Read the table of a text file in the format of the published `synonyms.txt`.
 
-    One object a line, its name first, then its synonyms, separated by commas. Empty lines are skipped.
+    One object per line, its name first, then its synonyms, separated by commas. Empty lines are skipped.
 
     Raises:
         UserError: a file that cannot be read, two lines that begin with the same name, or no object.
@@ -142,10 +142,10 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
         if not words:
             continue
         if words[0] in table:
-            raise UserError(f"{path}, line {number}: {words[0]!r} begins a line for the second time. Join the lines.")
+            raise UserError(f"{path}, line {number}: {words[0]!r} begins a second line. Join the two lines.")
         table[words[0]] = words[1:]
     if not table:
-        raise UserError(f"{path} lists no object: give one object a line, as in `dog, puppy, hound`.")
+        raise UserError(f"{path} lists no object: give one object per line, as in `dog, puppy, hound`.")
     return table
 
 

@@ -40,7 +40,7 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
         given: the texts in order, with or without their letters.
 
     Raises:
-        InputError: given options that are no texts, fewer than two, more than the letters, or two alike; or the
+        InputError: given options that are not texts, fewer than two, more than the letters, or two alike; or the
             question lists others.
     """
     listed = _listed(question)
@@ -65,7 +65,7 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
 
 
 def with_options(question: str, options: Mapping[str, str]) -> str:
-    """Return the question with its options, one a line, unless it lists them itself."""
+    """Return the question with its options, one per line, unless it lists them itself."""
     if not options or _listed(question):
         return question
     return "\n".join([question, *(f"{letter}. {text}" for letter, text in options.items())])
@@ -94,7 +94,7 @@ def _without_letters(given: list[str]) -> list[str]:
 
 
 def _contents(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return what tells the options' texts apart: their words, or what is not a word."""
+    """Return the words by which the options differ; for an option without words, its text."""
     return {letter: tuple(content_words(normalize(text))) or (text.strip(" ."),) for letter, text in options.items()}
 
 
@@ -114,7 +114,7 @@ def check_choice(response: str, options: Mapping[str, str], answer: str) -> Answ
 
 
 def by_letter(response: str, options: Sequence[str], answer_index: int) -> bool | None:
-    """Return whether a response names the right option; None where it names none, several, or hedges.
+    """Return whether a response names the right option; None if it names none or several, or hedges.
 
     The question called the options' texts A, B, C, ... in this order; `answer_index` counts from 0.
     """
@@ -148,17 +148,17 @@ def read_choice(response: str, options: Mapping[str, str]) -> Reading:
 
     `options` are letter -> text, no two texts alike; letters are upper-case and begin with A.
 
-    1. Letters count as options where they stand as labels: `B`, `b`, `(b)`, `B.`, `b) ...`, `**B**`, `option b`,
+    1. Letters count as options if they are used as labels: `B`, `b`, `(b)`, `B.`, `b) ...`, `**B**`, `option b`,
        `Answer: B`, `B is ...`. The article in `A red square` and the pronoun `I` do not. A capital A inside a sentence
        is a label, unless a name in capitals or the first word of an option that has an article follows.
     2. Options' texts count as whole words, whatever their case, articles, number words or plurals; of texts that
        contain each other, the longest.
     3. Denied letters and texts do not count (`not B`, `neither A nor B`, `B is wrong`), nor do questions, nor what
-       stands behind `because` or `since` up to the next comma or full stop.
+       follows `because` or `since` up to the next comma or full stop.
     4. Hedges outside of options' texts (`not sure`, `cannot tell`, `maybe`, `either`) leave the answer undecided.
-    5. Letters in a sentence behind the word `answer` decide; where there are none, all other letters; where there are
-       none, the texts. Two different ones (`A or B`) leave the answer undecided, and so does a letter with only
-       another option's text (`B. a blue circle` where that is C).
+    5. Letters in a sentence after the word `answer` decide; without these, all other letters; without any letter, the
+       texts. Two different ones (`A or B`) leave the answer undecided, and so does a letter with only
+       another option's text (`B. a blue circle` if that is C).
     """
     tokens, labels, mentions = _mentions(response, options)
     inside = {i for start, end, _ in mentions for i in range(start, end)}
@@ -182,7 +182,7 @@ def _affirmed(tokens: Sequence[Word], labels: Sequence[int]) -> set[str]:
 
 
 def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], list[int], list[tuple[int, int, str]]]:
-    """Return the words of a response, where labels stand among them, and [start, end) of each option's text."""
+    """Return a response's words, the positions of labels among them, and [start, end) of each option's text."""
     text, letters = statement(_CAPITAL_ARTICLE.sub("a", response)), "".join(options)
     if not any(re.search(r"\b(?:because|since)\b", option, re.IGNORECASE) for option in options.values()):
         text = re.sub(r"\b(?:because|since)\b[^.,;!?]*", " ", text, flags=re.IGNORECASE)
@@ -191,19 +191,19 @@ def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], li
     keys = [stem(word.text) for word in tokens]
     contents = {letter: _option_words(normalize(option), letters) for letter, option in options.items()}
     mentions: list[tuple[int, int, str]] = []
-    taken: dict[int, list[str]] = {}  # the words of texts found so far, longest first, and which texts
+    covered_by: dict[int, list[str]] = {}  # position of a word -> the option's text (the longest) that covers it
     for letter, content in sorted(contents.items(), key=lambda item: -len(item[1])):
         for start in places(keys, content):
             span = range(start, start + len(content))
-            if all(taken.get(i, content) == content for i in span):
-                taken |= dict.fromkeys(span, content)
+            if all(covered_by.get(i, content) == content for i in span):
+                covered_by |= dict.fromkeys(span, content)
                 mentions.append((start, start + len(content), letter))
-    labels = [i for i, word in enumerate(tokens) if _LABEL.fullmatch(word.text) and i not in taken]
+    labels = [i for i, word in enumerate(tokens) if _LABEL.fullmatch(word.text) and i not in covered_by]
     return tokens, labels, mentions
 
 
 def _option_words(option: str, letters: str) -> list[str]:
-    """Return the words by which an option's text is found; none where it is nothing but a label itself."""
+    """Return the words by which an option's text is recognised; none if it is only a label itself."""
     content = [stem(text) for text in content_words(_marked(option, letters))]
     return [] if all(_LABEL.fullmatch(text) for text in content) else content
 

@@ -1,6 +1,6 @@
 """Singular, plural and stem of English words, by the dictionary and the rules of `lemminflect`.
 
-The library comes with its data and loads them at the first word, which takes a second.
+The library loads its data at the first word, which takes a second.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-# Where the dictionary's first form is not the one that is meant, or the rules go wrong.
+# Corrections of the dictionary's first form and of its rules.
 _SINGULAR = {
     "people": "person", "leaves": "leaf", "axes": "axe", "oxen": "ox", "selfies": "selfie", "hoodies": "hoodie",
     "smoothies": "smoothie", "veggies": "veggie",
@@ -23,16 +23,16 @@ NO_SINGULAR = {
 
 @cache
 def singular(word: str) -> str:
-    """Return the singular of a lower-case noun; a word that is no plural, or has no singular, comes back as it is."""
+    """Return the singular of a lower-case noun; any word that is not a plural, or has no singular, unchanged."""
     if word in _SINGULAR:
         return _SINGULAR[word]
     if word in NO_SINGULAR or len(word) < 3:
         return word
     from lemminflect import getAllLemmas, getLemma
 
-    known = getAllLemmas(word)
-    if known:
-        return known.get("NOUN", (word,))[0]
+    lemmas = getAllLemmas(word)
+    if lemmas:
+        return lemmas.get("NOUN", (word,))[0]
     if not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return word
     return getLemma(word, "NOUN")[0]
@@ -40,9 +40,9 @@ def singular(word: str) -> str:
 
 @cache
 def plurals(noun: str) -> frozenset[str]:
-    """Return the plural forms of a lower-case noun, all that are in use: scarfs and scarves, buses and busses.
+    """Return all plural forms of a lower-case noun: scarfs and scarves, buses and busses.
 
-    A noun without a plural of its own gets one as some write it: broccolis.
+    A noun for which the dictionary has none gets an -s: broccolis.
     """
     from lemminflect import getInflection
 
@@ -51,7 +51,7 @@ def plurals(noun: str) -> frozenset[str]:
 
 @cache
 def plain_verb(word: str) -> str:
-    """Return the plain form of a verb's -s form: `sits` -> `sit`; any other word comes back as it is."""
+    """Return the plain form of a verb's -s form: `sits` -> `sit`; any other word unchanged."""
     from lemminflect import getLemma
 
     forms = getLemma(word, "VERB", lemmatize_oov=False) if word.endswith("s") and len(word) > 3 else ()
@@ -60,7 +60,7 @@ def plain_verb(word: str) -> str:
 
 @cache
 def stem(word: str) -> str:
-    """Return a key that singular and plural of a noun share, and the regular forms of a verb. It is no word itself."""
+    """Return a key shared by singular and plural of a noun, and by a verb's regular forms. It need not be a word."""
     word = plain_verb(singular(word.removesuffix("'s")))
     for ending in ("ing", "ed"):
         rest = word.removesuffix(ending)

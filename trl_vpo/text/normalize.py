@@ -1,6 +1,6 @@
 """The one normal form of answers: words in lower case with numbers as digits, clause by clause.
 
-English, as the published data. Scripts without spaces are compared character by character.
+For English, the language of the published data. Scripts without spaces are compared character by character.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _NUMBERS = {
 }  # fmt: skip
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 1_000_000}
 
-# A response with one of these leaves open what it says. `I think`, `probably`, `it seems` are not among them: who
-# says so has chosen.
+# A response with one of these leaves open what it says. `I think`, `probably`, `it seems` are not among them: they
+# still state a choice.
 _HEDGE = re.compile(
     r"\b(?:"
     r"unsure|uncertain|unclear|unknown|undetermined|ambiguous|insufficient|inconclusive|sorry|maybe|perhaps|possibly|"
@@ -65,19 +65,19 @@ class Word(NamedTuple):
 
 
 def normalize(response: str) -> str:
-    """Return a response without thoughts, markup and quotation marks, on one line, contractions apart."""
+    """Return a response without thoughts, markup and quotation marks, on one line, contractions written out."""
     text = unicodedata.normalize("NFKC", without_reasoning(response)).replace("’", "'")
     text = re.sub(r"\\boxed\s*\{\s*(?:\\text\s*\{)?([^{}]*)\}+", r" answer: \1. ", text)
     text = re.sub(r"[*_`#~$\"“”„«»\\]", " ", text)
     text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
     text = re.sub(r"(?<=[^\s.!?:;,])[ \t]*\n\s*", ". ", text.strip())  # a new line is a new sentence
-    for pattern, apart in _CONTRACTIONS:
-        text = re.sub(pattern, apart, text, flags=re.IGNORECASE)
+    for pattern, full_form in _CONTRACTIONS:
+        text = re.sub(pattern, full_form, text, flags=re.IGNORECASE)
     return " ".join(text.split())
 
 
 def statement(response: str) -> str:
-    """Return the normal form without questions: neither an echo of what was asked nor `B?` is an answer."""
+    """Return the normal form without questions: neither an echo of the question nor `B?` is an answer."""
     return re.sub(r"(?:^|(?<=[.!?]))(?:[^.!?]|\.(?=\d))*\?", " ", normalize(response)).strip()
 
 
@@ -156,7 +156,7 @@ def _number(token: str) -> str:
 def _joined_numbers(tokens: list[Word]) -> list[Word]:
     """Write number words as digits: `twenty-one` -> 21, `two hundred` -> 200, `a dozen` -> 12."""
     joined: list[Word] = []
-    number: tuple[int, int] | None = None  # what the last word stands for: (thousands and millions, the rest)
+    number: tuple[int, int] | None = None  # value of the last word: (thousands and millions, the rest)
     for word in tokens:
         extended = _extended(number, word.text) if number and joined[-1].clause == word.clause else None
         if extended:
@@ -176,7 +176,7 @@ def _first(name: str) -> tuple[int, int] | None:
 
 
 def _extended(number: tuple[int, int], name: str) -> tuple[int, int] | None:
-    """Return the number that a further word makes of a number; None where the word begins one of its own."""
+    """Return the number that a further word makes of a number; None if the word begins a new number."""
     high, low = number
     if name in _SCALES:
         scale = _SCALES[name]

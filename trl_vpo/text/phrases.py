@@ -38,7 +38,7 @@ def phrase_spans(
     Args:
         chosen, rejected: the responses; `<MASK>` tags are taken out, whichever source the phrases come from.
         chosen_phrases, rejected_phrases: [start, end) character offsets into the plain responses, if they are known.
-            Where only one side is given, the other has no phrase.
+            If only one side is given, the other has no phrase.
 
     Returns:
         chosen text, rejected text, chosen phrases, rejected phrases. One side may have no phrase (words only added
@@ -117,8 +117,8 @@ def strip_mask_tags(text: str) -> tuple[str, list[Span]]:
     plain, spans, start = parts[0], [], None
     for number, (tag, after) in enumerate(zip(parts[1::2], parts[2::2]), 1):
         if (tag == OPEN) != (start is None):
-            what = "no tag is open" if tag == CLOSE else f"the {OPEN} before it is not closed yet"
-            raise PhraseError(f"tag {number} of the response is {tag}, but {what}. {_TAG_REMEDY}")
+            reason = "no tag is open" if tag == CLOSE else f"the {OPEN} before it is not closed yet"
+            raise PhraseError(f"tag {number} of the response is {tag}, but {reason}. {_TAG_REMEDY}")
         if tag == OPEN:
             if after.startswith(" ") and not _run_together(plain, after[1:]):
                 after = after[1:]
@@ -142,7 +142,7 @@ _TAG_REMEDY = f"Write {OPEN} and {CLOSE} in pairs, not nested, around each phras
 def masked_spans(plain: str, masked: str) -> list[Span]:
     """Return the phrases of a tagged text, as offsets into its untagged column `plain`.
 
-    The two columns may differ in white space: where the tags stood, only `plain` knows how it was.
+    The two columns may differ in white space: only `plain` tells how it was around the tags.
 
     Raises:
         PhraseError: the texts differ in more than tags and white space, or the tags are unbalanced or nested.
@@ -181,8 +181,8 @@ def split_words(text: str) -> list[Span]:
 def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
     """Return the spans in which two responses differ, word by word.
 
-    Differing words that stand side by side make one phrase, with the white space between them. White space by itself
-    is no difference, nor are two encodings of the same character (é composed or not); case is. Cutting the phrases
+    Adjacent differing words make one phrase, with the white space between them. White space by itself is not a
+    difference, nor are two encodings of the same character (é composed or not); case is. Cutting the phrases
     out of both texts leaves the same words on both sides.
     """
     words = split_words(chosen), split_words(rejected)

@@ -1,4 +1,4 @@
-"""Responses as models give them: thoughts are cut off, and what is no answer is told from one."""
+"""Clean a model's responses: cut off the reasoning, and recognise what is not an answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-# Placeholders of media and what else templates use: `<image>`, `<|vision_start|>`, `<end_of_turn>` and their like.
+# Media placeholders and other tokens of templates, such as `<image>`, `<|vision_start|>` and `<end_of_turn>`.
 _CONTROL = re.compile(
     r"<\|[^\s|<>]{1,40}\|>|\[/?(?:INST|IMG(?:_\w+)?)\]"
     r"|</?(?:image|video|img|audio|IMG_CONTEXT|MASK|s|eos|bos|pad|\w+_of_(?:turn|text|image|utterance)"
@@ -16,13 +16,13 @@ _CONTROL = re.compile(
 
 @dataclass(frozen=True)
 class Failure:
-    """Stands in the place of an answer and says why there is none."""
+    """The reason for a missing answer, in its place."""
 
     reason: str
 
 
 def is_blank(text: str) -> bool:
-    """Return whether nothing of a text is seen: it is white space, zero-width characters or control characters."""
+    """Return whether a text shows nothing: only white space, zero-width characters or control characters."""
     return all(character.isspace() or unicodedata.category(character) in ("Cf", "Cc") for character in text)
 
 

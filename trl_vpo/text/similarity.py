@@ -1,12 +1,12 @@
 """Trustworthiness in LeanPO's sense (arXiv 2506.05260): how far a response agrees with the ground truth, and how its
-reward goes with that.
+reward correlates with that.
 
-The paper compares reward and trustworthiness; what similarity it used is not published. Here it is ROUGE-L's F1 (Lin
-2004) over words: of two texts with m and n words whose longest common subsequence has l words, 2 l / (m + n).
+The paper compares reward and trustworthiness; the similarity that it used is not published. Here it is ROUGE-L's F1
+(Lin 2004) over words: of two texts with m and n words whose longest common subsequence has l words, 2 l / (m + n).
 
 Words are those of `trl_vpo.text.phrases`, after NFKC and case folding: scripts without spaces (Chinese, Japanese,
 Thai, ...) count character by character, `3.5` and `isn't` are one word, and punctuation and symbols - a minus sign
-too - count for nothing. Where neither text has a word (an emoji, say), the texts themselves are compared.
+too - count for nothing. If neither text has a word (an emoji, say), the texts themselves are compared.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Pearson's correlation of N pairs; None for fewer than 3, or where one side does not vary."""
+    """Return Pearson's correlation of N pairs; None for fewer than 3, or if one side does not vary."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)  # (N,)
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return None
@@ -73,7 +73,7 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, equal values sharing their average rank; None where `pearson` is."""
+    """Return Spearman's rank correlation, equal values sharing their average rank; None as in `pearson`."""
     return pearson(_ranks(x), _ranks(y))
 
 
@@ -92,16 +92,16 @@ def pair_figures(pairs: Sequence[dict[str, Any]], *, plain: bool, rewards: bool)
     """Return the figures of a set of pairs; None for one that has too few of them.
 
     `..._right`: share of responses that are `right`, of the plain answers too, so that the hint's benefit shows; a
-    plain answer that failed is not right, and counted in `plain_failures`.
+    plain answer that failed counts as not right, and in `plain_failures`.
     `reward_accuracy`: share of pairs whose winning response has the higher reward. `reward_trust_pearson` and
     `reward_trust_spearman`: over the winning and the losing responses together.
 
     Args:
         pairs: `chosen_trust`, `rejected_trust`, `chosen_right` and `rejected_right` of each; with `plain` also
-            `plain_right`; and `chosen_reward`, `rejected_reward`, `answer_reward` where it was scored.
+            `plain_right`; and `chosen_reward`, `rejected_reward`, `answer_reward` if it was scored.
     """
     sides = ("chosen", "rejected")
-    shares = [f"{who}_right" for who in (*sides, *(["plain"] if plain else []))]
+    shares = [f"{answer}_right" for answer in (*sides, *(["plain"] if plain else []))]
     figures: dict[str, Any] = {"pairs": len(pairs)}
     figures |= {name: mean(pair[name] for pair in pairs) for name in (*shares, "chosen_trust", "rejected_trust")}
     if plain:
@@ -109,7 +109,7 @@ def pair_figures(pairs: Sequence[dict[str, Any]], *, plain: bool, rewards: bool)
     if not rewards:
         return figures
     scored = [pair for pair in pairs if "chosen_reward" in pair]
-    figures |= {f"{who}_reward": mean(pair[f"{who}_reward"] for pair in scored) for who in (*sides, "answer")}
+    figures |= {f"{text}_reward": mean(pair[f"{text}_reward"] for pair in scored) for text in (*sides, "answer")}
     figures["reward_accuracy"] = mean(pair["chosen_reward"] > pair["rejected_reward"] for pair in scored)
     points = [[pair[f"{side}_{axis}"] for pair in scored for side in sides] for axis in ("reward", "trust")]
     return figures | {"reward_trust_pearson": pearson(*points), "reward_trust_spearman": spearman(*points)}
@@ -121,6 +121,6 @@ def _folded(text: str) -> str:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """Return the mean; None of no values."""
+    """Return the mean, or None without values."""
     values = list(values)
     return fmean(values) if values else None

@@ -1,14 +1,14 @@
-"""Yes/no answers: what a response says, under one of three rules.
+"""Read yes/no answers, by one of three rules.
 
-- "careful", for training data: what cannot be read with certainty says nothing; see `read_yes_no`.
-- "videohallucer": the expected answer stands anywhere in the response as a word, in any case. It is the rule of
+- "careful", for training data: what cannot be read with certainty is undecided; see `read_yes_no`.
+- "videohallucer": the response has the expected answer anywhere, as a word in any case. It is the rule of
   VideoHallucer (Wang et al. 2024, arXiv 2406.16338; github.com/patrick-tssn/VideoHallucer, evaluations/) and of RRPO's
   evaluation on it (github.com/pritamqu/RRPO, eval/videohallucer/evaluation_utils.py). "Yes, there is no dog" is right
   whichever answer is expected.
 - "strict": the response holds exactly one of the two words, in whatever place, case and punctuation. With both of them
-  it says nothing: "Yes and no", "Yes, there is no dog".
+  it is undecided: "Yes and no", "Yes, there is no dog".
 
-Under all of them, "no" inside of "snowboard" or "know" is no answer.
+Under all of them, the "no" in "snowboard" or "know" is not an answer.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def read_yes_no(
 
     1. Hedges (`not sure`, `cannot tell`, `maybe`) leave it undecided.
     2. The first word decides: yes, yeah, yep, yup; no, nope, nah; `The answer is`, `I think`, `Well,` and the like may
-       come before it. It stands alone, before punctuation, or before a word that cannot belong to it (`No it is`),
+       come before it. It is alone, before punctuation, or before a word that cannot belong to it (`No it is`),
        unlike `No cars are visible`. Undecided if the other one comes anywhere (`Yes and no`), if a statement as in
        rule 3 says the other (`No, it is`), or if a verb is denied behind a yes (`Yes, it does not`).
     3. Without such a word, one sentence may repeat the question, as a statement (`There is no dog`, `The square is
@@ -73,10 +73,10 @@ def read_yes_no(
     Args:
         question: what was asked, for rule 3.
         expected: the right answer. The rule "videohallucer" needs it to read a response with both words, which
-            counts as right either way; without it such a response says nothing. The other rules do not look at it.
+            counts as right either way; without it such a response is undecided. The other rules ignore it.
 
     Raises:
-        TypeError: the response is no string.
+        TypeError: the response is not a string.
         ValueError: an unknown rule.
     """
     if not isinstance(response, str):
@@ -92,7 +92,7 @@ def read_yes_no(
 
 
 def yes_or_no(answer: str) -> str | None:
-    """Return what a ground truth begins with: "yes", "no" or, where it is no answer to a yes/no question, None."""
+    """Return the "yes" or "no" that a ground truth begins with; None if it is not an answer to a yes/no question."""
     return _polar(_words(normalize(answer)), 0)
 
 
@@ -126,8 +126,10 @@ def _careful(tokens: list[Word], question: list[Word]) -> Reading:
     spoken = {_POLAR[word.text] for word in tokens if word.text in _POLAR}
     at = _LEAD.match(" ".join(texts(tokens)))[0].count(" ")
     value = _polar(tokens, at)
+    if value is None and "yes" in spoken:
+        return Reading(why="mentions yes, but does not begin with it")
     if value is None:
-        return Reading(why="says yes only in passing") if "yes" in spoken else _repeated(tokens, question)
+        return _repeated(tokens, question)
     parts = [list(part) for _, part in groupby(tokens[at + 1 :], key=lambda word: word.clause)]
     stated = {_repeated(part, question).value for part in parts}
     if len(spoken | stated - {None}) > 1:
@@ -141,9 +143,9 @@ def _careful(tokens: list[Word], question: list[Word]) -> Reading:
 def _repeated(tokens: list[Word], question: list[Word]) -> Reading:
     """Read one sentence that repeats the question, rule 3 of `read_yes_no`."""
     unread = Reading(why="says neither yes nor no")
-    answer, asked = texts(tokens), texts(question)
+    answer, question_words = texts(tokens), texts(question)
     denials = sum(word in ("not", "no") for word in answer)
-    if not tokens or tokens[0].sentence != tokens[-1].sentence or denials > 1 or NEGATORS.intersection(asked):
+    if not tokens or tokens[0].sentence != tokens[-1].sentence or denials > 1 or NEGATORS.intersection(question_words):
         return unread
     if answer[0] in AUXILIARIES:  # the question again
         return unread
@@ -151,8 +153,8 @@ def _repeated(tokens: list[Word], question: list[Word]) -> Reading:
     pronoun = answer[0] in _PRONOUNS
     if len(answer) == 2 + denials and (pronoun or answer[0] == "there") and answer[1] in AUXILIARIES:
         return value
-    content, expected = _content(answer), _content(asked)
-    same = content == expected or (pronoun and not _PRONOUNS.intersection(asked) and content == expected[1:])
+    content, expected = _content(answer), _content(question_words)
+    same = content == expected or (pronoun and not _PRONOUNS.intersection(question_words) and content == expected[1:])
     return value if content and same else unread
 
 
