@@ -218,7 +218,7 @@ def test_inputs_that_cannot_be_used(changes, images, message):
         ({"min_margin": math.nan}, "min_margin is nan: give a finite number"),
         ({"keep_top": 0}, "keep_top is 0: give a share"),
         ({"keep_top": 20}, "keep_top is 20: give a share"),
-        ({"temperature": -1}, "temperature -1"),  # the shared settings are still checked
+        ({"temperature": -1}, "temperature is -1"),  # the shared settings are still checked
     ],
 )
 def test_settings_that_cannot_be_used(settings, message):

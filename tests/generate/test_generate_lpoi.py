@@ -156,7 +156,7 @@ def test_boxes_are_in_the_stored_size_whatever_max_pixels(tmp_path):
     assert made_row(outcome)["critical_box"] == [200, 100, 300, 200]
 
 
-def test_columns_that_the_row_has_anew(tmp_path):
+def test_columns_that_the_row_replaces(tmp_path):
     row = make_row(tmp_path, objects=[DOG], critical_box=[0, 0, 1, 1], image_list=["x", "y"], extra=3)
     row.example["image"] = row.example.pop("images")[0]
     (outcome,) = run(pipeline(), row)

@@ -1,4 +1,4 @@
-"""What `trl-vpo generate` refuses, shows and prints, with real runs on the testbed's base."""
+"""Refusals, dry runs and printed lines of `trl-vpo generate`, with real runs on the testbed's base."""
 
 import re
 import shutil
@@ -171,7 +171,7 @@ def test_when_nothing_is_kept(inputs, tmp_path, capsys):
     argv = ["generate", "rrpo", "--dataset_name", dataset, "--output_dir", tmp_path / "run", "--device", "cpu"]
     assert cli.main([*map(str, argv), "--model_name_or_path", str(BASE)]) == 1
     captured = capsys.readouterr()
-    assert "no row was made of 2 inputs (unreadable media: 2)" in captured.err
+    assert "none of the 2 inputs gave a row (unreadable media: 2)" in captured.err
     out = captured.out
     assert "No input gave a row" in out and "rows to train on" not in out and "rejected.jsonl" in out
 

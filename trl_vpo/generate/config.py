@@ -1,4 +1,4 @@
-"""The settings that the generation of all methods shares: who answers, who judges, how."""
+"""The settings of generation shared by all methods: the answering model, the judge, sampling."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class GenerateConfig(AnsweringConfig):
         None, "OpenAI-compatible server that answers instead of this process, as http://HOST:PORT/v1."
     )
     server_media: str = option(
-        "video", "How a clip is sent: as one mp4 (vLLM), or as frames (any).", choices=["video", "frames"]
+        "video", "Form in which a clip is sent: one mp4 (vLLM), or frames (any server).", choices=["video", "frames"]
     )
-    api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the API key.")
+    api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the server's API key.")
     judge_model: str | None = option(None, "Model name of the judge, behind judge_url.")
     judge_url: str | None = option(None, "OpenAI-compatible server of the judge.")
-    judge_api_key_env: str = option("OPENAI_API_KEY", "The judge's API key variable.")
-    timeout: float = option(120.0, "Seconds without a byte that end an attempt.")
+    judge_api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the judge's API key.")
+    timeout: float = option(120.0, "Seconds without data after which a request is retried.")
     max_retries: int = option(5, "Attempts after the first, with growing pauses.")
-    max_requests: int | None = option(None, "Stop after so many requests to servers.")
-    temperature: float = option(1.0, "Of sampling; 0 is greedy.")
-    top_p: float = option(0.9, "Nucleus of sampling.")
-    dry_run: bool = option(False, "Show what three rows would be asked; load no weights.")
+    max_requests: int | None = option(None, "Stop after this many requests to servers.")
+    temperature: float = option(1.0, "Sampling temperature; 0 is greedy.")
+    top_p: float = option(0.9, "Nucleus sampling threshold.")
+    dry_run: bool = option(False, "Show the requests of three rows; load no weights.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +39,8 @@ class GenerateConfig(AnsweringConfig):
             raise ValueError(f"timeout is {self.timeout}: give seconds above 0.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
-                f"temperature {self.temperature} and top_p {self.top_p}: give at least 0, and above 0 up to 1."
+                f"temperature is {self.temperature} and top_p is {self.top_p}: give a temperature of at least 0, and "
+                "a top_p above 0 and up to 1."
             )
         if bool(self.judge_url) != bool(self.judge_model):
             raise ValueError("a judge needs both judge_url and judge_model.")
@@ -54,7 +55,7 @@ class GenerateConfig(AnsweringConfig):
         return Sampling(**(values | changes))
 
     def server_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `ServerModel`, but for the key and the budget."""
+        """Return the keyword arguments of `ServerModel`, except the key and the budget."""
         options = {name: getattr(self, name) for name in ("timeout", "max_retries", "max_pixels")}
         return options | {"concurrency": self.batch_size, "media": self.server_media}
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: what the models would be asked about a few inputs, in words and pictures. Loads no weights."""
+"""Show the requests for a few inputs, as text and pictures (`--dry_run`). Loads no weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def show(
     """Print each request and write its pictures as sheets to `folder`.
 
     Args:
-        processor: whose chat template the requests are shown in; None: as plain turns.
+        processor: the one whose chat template formats the requests; None shows plain turns.
 
     Raises:
         GenerateError: the chat template refuses a request.
@@ -57,7 +57,7 @@ def show(
 
 
 def load_processor(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
-    """Return the processor of a model; raise GenerateError where there is none, or it has no chat template."""
+    """Return the processor of a model; raise GenerateError if it cannot be loaded or has no chat template."""
     from transformers import AutoProcessor
 
     try:
@@ -67,7 +67,7 @@ def load_processor(name: str, *, revision: str = "main", trust_remote_code: bool
     except LOAD_ERRORS as error:
         raise GenerateError(f"the processor of {name} cannot be loaded: {error}") from error
     if getattr(processor, "chat_template", None) is None:
-        raise GenerateError(f"{name} has no chat template, so it cannot be asked anything: use its chat version.")
+        raise GenerateError(f"{name} has no chat template, so it cannot answer: use its chat version.")
     return processor
 
 
@@ -76,7 +76,7 @@ def _text(request: Request, processor: Any) -> str:
         try:
             return render_chat(processor, request.messages, [], {})[0].strip()
         except RowError as error:
-            raise GenerateError(f"the model cannot be asked this: {error}") from error
+            raise GenerateError(f"the model's chat template refuses the request: {error}") from error
     lines = []
     for message in request.messages:
         parts = [part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in message["content"]]
@@ -85,7 +85,7 @@ def _text(request: Request, processor: Any) -> str:
 
 
 def _sheet(frames: list[Image.Image]) -> Image.Image:
-    """Put frames of one size beside each other, in rows."""
+    """Arrange frames of one size in rows."""
     width = max(1, round(frames[0].width * TILE / frames[0].height))
     columns, rows = min(COLUMNS, len(frames)), -(-len(frames) // COLUMNS)
     sheet = Image.new("RGB", (columns * (width + GAP), rows * (TILE + GAP)), "white")

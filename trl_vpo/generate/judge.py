@@ -2,8 +2,8 @@
 
 First it names the key differences between the model's answer and the ground truth, in objects, actions and
 attributes; then it rewrites the ground truth with these mistakes, so that both texts stay aligned word for word. It
-sees texts only. The prompts are ours. Replies are JSON: thoughts, prose and code fences around it are allowed,
-anything else that is no such JSON is asked for once more.
+sees texts only. The prompts are ours. Replies are JSON, with thoughts, prose and code fences around it
+allowed; after any other reply the judge is asked once more.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Question:
     """One question to the judge."""
 
     prompt: str
-    seeds: tuple[int, int]  # of the first request and of the second, if there has to be one
-    read: Callable[[str], Any]  # reply -> what it says; raises JudgeError
+    seeds: tuple[int, int]  # for the first request, and for a second one if needed
+    read: Callable[[str], Any]  # reply -> its content; raises JudgeError
 
 
 def request(prompt: str, seed: int) -> Request:
@@ -83,7 +83,7 @@ def request(prompt: str, seed: int) -> Request:
 
 
 def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling) -> list[Any]:
-    """Return what the judge says to each question, or a `Failure` where neither reply could be used.
+    """Return the judge's reply to each question as read, or a `Failure` if neither reply could be used.
 
     The second request says what was wrong with the first reply, and has another seed.
     """
@@ -115,7 +115,7 @@ def read_judgement(reply: str) -> Judgement:
     """Read the reply to `DIFFERENCES_PROMPT`.
 
     Raises:
-        JudgeError: no JSON object of the form asked for, or two different ones, or one that contradicts itself.
+        JudgeError: no JSON object of the requested form, or two different ones, or one that contradicts itself.
     """
     judgement = _only_object(reply, _judgement)
     if judgement.correct and judgement.differences:
@@ -127,7 +127,7 @@ def read_rewrite(reply: str, truth: str, max_changed: float) -> str:
     """Read the reply to `REWRITE_PROMPT`: the ground truth with other words, in a share of `max_changed` at most.
 
     Raises:
-        JudgeError: no JSON object of the form asked for, a text that says the same as the ground truth, or one that
+        JudgeError: no JSON object of the requested form, a text that says the same as the ground truth, or one that
             is not aligned with it.
     """
     rewritten = _only_object(reply, _rewritten)
@@ -150,18 +150,18 @@ def changed_share(text: str, phrases: Sequence[Span]) -> float:
 
 
 def show_differences(differences: Sequence[Difference]) -> str:
-    """Return the differences as a list for `REWRITE_PROMPT`, one a line."""
+    """Return the differences as a list for `REWRITE_PROMPT`, one per line."""
     return "\n".join(f'- {d.kind}: "{d.answer}" instead of "{d.truth}"' for d in differences)
 
 
-_DECODER = json.JSONDecoder(strict=False)  # not strict: texts may hold line breaks as they are
+_DECODER = json.JSONDecoder(strict=False)  # not strict: texts may hold unescaped line breaks
 
 
 def _only_object(reply: str, read: Callable[[dict], Any]) -> Any:
     """Return what `read` makes of the only JSON object in a reply that it accepts.
 
-    Objects are looked for at every brace that does not lie inside one already found. One that is repeated word for
-    word counts once.
+    Every brace outside of an object already read may begin one. An object that is repeated word for word counts
+    once.
     """
     text, at, accepted, faults = without_reasoning(reply), 0, [], []
     while (at := text.find("{", at)) >= 0:

@@ -5,8 +5,8 @@ and the ground truth, and improves the answer (reflection). Losing response: the
 on a damaged clip (`trl_vpo.media.corruptions`). The training row has the plain question and the untouched media. A
 pair whose losing response is right after all, by the rules of `tasks.py`, or whose winning one is wrong, is left out.
 
-The paper's prompts are not published: the ones here are ours, and settings. So are the filters, which are all off
-unless set, and the similarity that stands for trustworthiness (`trl_vpo.text.similarity`).
+The paper's prompts are not published: the ones here are ours, and settings. So are the filters, all off by
+default, and the similarity used as trustworthiness (`trl_vpo.text.similarity`).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ REFLECTION_PROMPT = (
     "Look again and improve your first answer so that it agrees with the correct answer and with what you see. "
     "Reply with the improved answer only, and do not mention the first answer or that you were told."
 )
-# What the model is asked, in order, and how messages call it.
+# The questions to the model in order, with their names in messages.
 STAGES = {
     "hint": "first answer, with the hint",
     "reflection": "winning response, after reflection",
     "damaged": "losing response, on the damaged media",
     "plain": "plain answer, for the summary",
 }
-FILTERS = {  # setting: (what it limits from below, its least and largest value)
+FILTERS = {  # setting: (the quantity it limits from below, its smallest and largest value)
     "min_margin": ("reward margin", -math.inf, math.inf),
     "min_trust": ("trust of the winning response", 0, 1),
     "min_trust_margin": ("trust margin", -1, 1),
@@ -70,11 +70,13 @@ class LeanPOGenerateConfig(GenerateConfig):
     reflection_prompt: str = option(REFLECTION_PROMPT, "Prompt with {question}, {answer} and {first_answer}.")
     reflection: bool = option(True, "Let the model improve its hinted answer; off, the first answer wins.")
     plain_answer: bool = option(True, "Ask the plain question too, greedily, to compare in the summary.")
-    num_damaged_frames: int = option(2, "Frames left of a damaged clip.")
-    flip_probability: float = option(0.5, "How often damaged media are flipped: 0 where left and right matter.")
-    min_margin: float | None = option(None, "Least margin of the rewards, nats per token before beta.")
-    min_trust: float | None = option(None, "Least trust of the winning response, 0 to 1.")
-    min_trust_margin: float | None = option(None, "Least margin of its trust over the losing response's, -1 to 1.")
+    num_damaged_frames: int = option(2, "Frames kept of a damaged clip.")
+    flip_probability: float = option(0.5, "Probability of flipping damaged media; use 0 if left and right matter.")
+    min_margin: float | None = option(None, "Minimum reward margin, in nats per token before beta.")
+    min_trust: float | None = option(None, "Minimum trust of the winning response, 0 to 1.")
+    min_trust_margin: float | None = option(
+        None, "Minimum difference in trust, winning minus losing response, -1 to 1."
+    )
     keep_top: float | None = option(
         None, "Share of the rows to keep, those with the largest trust margins: above 0, up to 1."
     )
@@ -102,7 +104,7 @@ class LeanPOGenerateConfig(GenerateConfig):
 
 @dataclass
 class _Pair:
-    """One input on its way to a pair: the answers by stage, and why there is no pair once that is known."""
+    """One input in work: the answers by stage, or the reason why it gives no pair."""
 
     row: InputRow
     media: Media
@@ -121,7 +123,7 @@ class _Pair:
 
     @property
     def responses(self) -> tuple[str, str]:
-        """The winning and the losing response."""
+        """Return the winning and the losing response."""
         return self.answers.get("reflection", self.answers["hint"]), self.answers["damaged"]
 
     def reject(self, kind: str, reason: str) -> None:
@@ -135,7 +137,7 @@ def _open(pairs: Iterable[_Pair]) -> list[_Pair]:
 class LeanPOPipeline(Pipeline):
     """Video or images, `question` and `answer` (the ground truth) -> one pair.
 
-    Further columns of a row: `chosen_trust` and `rejected_trust`, the similarity with the ground truth; and where the
+    Further columns of a row: `chosen_trust` and `rejected_trust`, the similarity with the ground truth; and if the
     model can score, `chosen_reward`, `rejected_reward` and `answer_reward` (of the ground truth): the mean log-prob
     per token, given the plain question and the untouched media, in nats before beta.
     """
@@ -181,7 +183,7 @@ class LeanPOPipeline(Pipeline):
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Return `pair_figures` over every pair of responses that came about, kept or not.
 
-        Where a filter is set, the same over the pairs that were kept, as `kept_...`.
+        If a filter is set, also over the pairs that were kept, as `kept_...`.
         """
         pairs = [(outcome.notes, bool(outcome.rows)) for outcome in outcomes if "chosen_trust" in outcome.notes]
         groups = {"": [notes for notes, _ in pairs]}
@@ -235,7 +237,7 @@ class LeanPOPipeline(Pipeline):
         elif task and task.check(rejected).result == RIGHT:
             pair.reject("losing response is right", f"{rejected[:200]!r} is right: {pair.truth[:200]!r}.")
         elif task and task.kind != "open" and task.check(chosen).result == WRONG:
-            # not for open-ended answers, where other words are nothing wrong
+            # not for open-ended answers, which may use other words
             pair.reject("winning response is wrong", f"{chosen[:200]!r} is not {pair.truth[:200]!r}.")
 
     def _score(self, pairs: list[_Pair]) -> None:
@@ -256,10 +258,10 @@ class LeanPOPipeline(Pipeline):
         values = {"min_trust": notes["chosen_trust"], "min_trust_margin": trust_margin(notes)}
         if "chosen_reward" in notes:
             values["min_margin"] = notes["chosen_reward"] - notes["rejected_reward"]
-        for name, (what, *_) in FILTERS.items():
+        for name, (quantity, *_) in FILTERS.items():
             least = getattr(self.config, name)
             if least is not None and values[name] < least - _ROUNDING:
-                pair.reject(f"below {name}", f"the {what} is {values[name]:.4g}, {name} is {least:.4g}.")
+                pair.reject(f"below {name}", f"the {quantity} is {values[name]:.4g}, {name} is {least:.4g}.")
                 return
 
     def _outcome(self, pair: _Pair) -> Outcome:
@@ -275,7 +277,7 @@ class LeanPOPipeline(Pipeline):
 
 
 def _task(row: InputRow) -> Task | None:
-    """Return what rules can check a response with; None where options and answer do not fit together."""
+    """Return the task by which rules check a response; None if options and answer do not fit together."""
     try:
         return read_task(row.example, SHORT_WORDS)
     except InputError:

@@ -2,11 +2,11 @@
 
 The critical object is the first thing that the text names and that has a usable box: noun phrases of the chosen
 response's first sentence, then of the question, then of the rest of the chosen response; else any detection. The row
-goes on unchanged with the box, from which training draws the list of images (`trl_vpo.media.masking`).
+stays as it is and gets the box, from which training draws the list of images (`trl_vpo.media.masking`).
 
 Published: Grounding DINO tiny, the order above, the check for hard negatives. Ours: the noun phrases by rules
 (`nouns`), the limits on a box's size, the names of "any detection" (`fallback_labels`), the wording of the question,
-known boxes in the place of a detector, and masks.
+known boxes instead of a detector, and masks.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ from trl_vpo.models.requests import Request
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.similarity import mean
 
-# Looked for where the text names nothing that is found.
+# Names to look for if nothing that the text names is found.
 FALLBACK_LABELS = (
     "person animal bird cat dog horse cow sheep car bus truck train bicycle motorcycle boat airplane chair table bed "
     "couch lamp food fruit plate cup bottle book phone computer screen hat bag umbrella toy building sign tree flower"
 )
 WHERE = ("objects_column", "first sentence", "question", "rest", "any")
 TOP_LABELS = 20
-REPLACED = {"id", "image", "images", "image_list", "critical_box"}  # columns of the input that the row has anew
+REPLACED = {"id", "image", "images", "image_list", "critical_box"}  # columns of the input that the new row replaces
 
 
 @dataclass
 class LPOIGenerateConfig(GenerateConfig):
     """Settings of LPOI's pipeline. No model is needed unless `hard_negative` or `visibility_check` is on."""
 
-    boxes: str = option("detector", "Where boxes come from.", choices=["detector", "annotations"])
+    boxes: str = option("detector", "Source of the boxes.", choices=["detector", "annotations"])
     detector: str = option("IDEA-Research/grounding-dino-tiny", "Grounding DINO, MM Grounding DINO or OWLv2.")
     detector_revision: str = option("main", "Revision of the detector.")
     detector_dtype: str = option("float32", "Dtype of the detector and the mask model.")
-    box_threshold: float | None = option(None, "Least score of a detection. Default: the detector's own.")
+    box_threshold: float | None = option(None, "Minimum score of a detection; unset: the detector's own.")
     annotations_column: str = option("objects", "Column of the known boxes.")
     categories: list[str] | None = option(None, "Names of the annotations' category numbers, from 0.")
     objects_column: str | None = option(
         None, "Column with a row's own candidates, the preferred first, instead of noun phrases."
     )
-    max_candidates: int = option(40, "Look for this many names of a row at most.")
+    max_candidates: int = option(40, "Maximum number of names looked for in a row.")
     fallback_labels: list[str] = field(
         default_factory=FALLBACK_LABELS.split,
-        metadata={"help": "Names to look for where no candidate is found. Empty: reject the row."},
+        metadata={"help": "Names to look for if no candidate is found. Empty: reject the row."},
     )
-    min_box_area: float = option(0.005, "Least share of the image that a critical box covers.")
+    min_box_area: float = option(0.005, "Smallest share of the image that a critical box covers.")
     max_box_area: float = option(0.9, "Largest share of the image that a critical box covers.")
     instances: str = option(
         "best",
-        "Of several boxes of one object the best, as published, or all of them as one, so that all of "
-        "them are hidden. The summary says how often there are several.",
+        "Of several boxes of one object, take the best, as published, or the union, which hides all of them. "
+        "The summary says how often there are several.",
         choices=["best", "union"],
     )
     mask_model: str | None = option(
@@ -76,11 +76,11 @@ class LPOIGenerateConfig(GenerateConfig):
     mask_model_revision: str = option("main", "Revision of the mask model.")
     num_images: int = option(5, "Length of the image list for masks and questions; as in training.")
     visual_prompt: bool = option(True, "Draw a red ellipse around the hidden part; as in training.")
-    hard_negative: bool = option(False, "Keep an object only if the model still claims it where it is hidden.")
+    hard_negative: bool = option(False, "Keep an object only if the model still claims it when it is hidden.")
     visibility_check: bool = option(False, "Ask about the object at each place of the list; report the answers.")
     presence_question: str = option(
         "Is there {object} in the image? Answer yes or no.",
-        "What the model is asked; {object} is the object with its article.",
+        "Question about the object; {object} is the object with its article.",
     )
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class LPOIGenerateConfig(GenerateConfig):
         if self.box_threshold is not None and not 0 <= self.box_threshold < 1:
             raise ValueError(f"box_threshold is {self.box_threshold}: give at least 0 and below 1.")
         if self.presence_question.count("{object}") != 1:
-            raise ValueError(f"presence_question is {self.presence_question!r}: let it hold {{object}} once.")
+            raise ValueError(f"presence_question is {self.presence_question!r}: it must contain {{object}} once.")
 
 
 class LPOIPipeline(Pipeline):
@@ -137,12 +137,12 @@ class LPOIPipeline(Pipeline):
             if case.reason:
                 raise InputError(case.reason)
             choice = case.choices[0]
-            shown = masked_image_list(
+            images = masked_image_list(
                 case.image, choice.box, self.config.num_images, visual_prompt=self.config.visual_prompt
             )
             title = f"critical object: {choice.label} ({choice.where}), box {list(choice.box)}"
             text = self.occlusion.question(choice) if self.needs_model(self.config) else "(no model is asked)"
-            return [(title, request(shown, text))]
+            return [(title, request(images, text))]
         named = self.finder.candidates(row)
         names = ", ".join(f"{candidate.text} ({candidate.where})" for candidate in named) or "(no candidates)"
         requests = [(f"{self.config.detector} looks for", request(media.images, names))]
@@ -158,7 +158,7 @@ class LPOIPipeline(Pipeline):
         return [self._outcome(case) for case in cases]
 
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        """Count where objects were named, their boxes and labels, and what the model claimed where it was asked.
+        """Count where objects were named, their boxes and labels, and the model's claims if it was asked.
 
         `hard_negatives`: `asked` objects, the share of them `claimed` though hidden, and the share of the `inputs`
         asked about that had one. `claimed_at`: the share of rows whose object is claimed at each place of the list,
@@ -174,9 +174,9 @@ class LPOIPipeline(Pipeline):
             "labels": dict(sorted(labels.items(), key=lambda item: (-item[1], item[0]))[:TOP_LABELS]),
         }
         if self.config.hard_negative:
-            asked = [outcome.notes["asked"] for outcome in outcomes if outcome.notes.get("asked")]
-            claims = [item["claimed"] for items in asked for item in items]
-            inputs = [any(item["claimed"] for item in items) for items in asked]
+            hidden_objects = [outcome.notes["asked"] for outcome in outcomes if outcome.notes.get("asked")]
+            claims = [item["claimed"] for items in hidden_objects for item in items]
+            inputs = [any(item["claimed"] for item in items) for items in hidden_objects]
             figures["hard_negatives"] = {"asked": len(claims), "claimed": mean(claims), "inputs": mean(inputs)}
         if self.config.visibility_check:
             places = zip(*(note["claimed_at"] for note in kept))

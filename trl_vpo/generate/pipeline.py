@@ -1,7 +1,7 @@
-"""What the pipelines of the three methods have in common.
+"""The base of the three methods' pipelines.
 
 One input flows one way: **input row -> media -> requests to the model (and judge) -> outcome -> store**. A pipeline
-says only which requests it makes, and turns the answers into outcomes.
+makes the requests and turns the answers into outcomes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Pipeline(ABC):
 
     Args:
         config: the method's generation config (`trl_vpo.generate.config`).
-        model: who answers; None for a dry run.
-        judge: who judges; None without a judge.
+        model: the answering model; None for a dry run.
+        judge: the judging model, if there is one.
         generated_by: the value of each row's `generated_by` column.
     """
 
@@ -47,13 +47,13 @@ class Pipeline(ABC):
 
     @abstractmethod
     def check(self, row: InputRow) -> None:
-        """Raise InputError where a row lacks what the method needs. Opens no file."""
+        """Raise InputError if a row lacks what the method needs. Opens no file."""
 
     @abstractmethod
     def preview(self, row: InputRow, media: Media) -> list[tuple[str, Request]]:
-        """Return (title, request) for each question about a row, in order, for `--dry-run`.
+        """Return (title, request) for each question about a row, in order, for `--dry_run`.
 
-        Where a question holds an earlier answer, the preview says so in angle brackets.
+        An earlier answer within a question is a placeholder in angle brackets.
         """
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Pipeline(ABC):
         """Return one outcome for each input, in order. Nothing about a row depends on its neighbours in the batch."""
 
     def select(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
-        """Decide what the run as a whole decides, such as keeping the best share. See `runs.results.Report`."""
+        """Apply what only the run as a whole can decide, such as keeping the best share. See `runs.results.Report`."""
         return outcomes
 
     @abstractmethod

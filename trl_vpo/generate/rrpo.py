@@ -2,9 +2,9 @@
 
 The model answers on perturbed media (`corruptions.py`). Where its answer is wrong, the ground truth is chosen and the
 wrong answer rejected; the phrases are what differs between them. Multiple choice, yes/no and short answers are checked
-by rules (`trl_vpo.text`), and short ones that no rule can decide by a judge. Open-ended ones are checked
-by the judge, which then rewrites the ground truth with the model's mistakes (`judge.py`). The training row has the
-plain question and the untouched media.
+by rules (`trl_vpo.text`), and by a judge if no rule can decide a short one. Open-ended ones are checked by the judge,
+which then rewrites the ground truth with the model's mistakes (`judge.py`). The training row has the plain question
+and the untouched media.
 
 Ours, not the paper's: all prompts; several attempts; rejected answers to multiple-choice and yes/no questions in the
 form of the ground truth; the limit on how much a rewrite may change.
@@ -44,8 +44,8 @@ from trl_vpo.text.similarity import mean
 
 __all__ = ["RRPOGenerateConfig", "RRPOPipeline"]
 
-FAILED = "failed"  # an attempt without an answer, or that the judge could not check
-# Why a row has no wrong answer, by the first of these that an attempt came to.
+FAILED = "failed"  # an attempt that has no answer, or that the judge could not check
+# Kinds of attempts without a wrong answer; a row is counted under the first that one of its attempts had.
 NO_WRONG_ANSWER = (
     "judge", "undecided without a judge", "undecided", "answered correctly", "no key difference", "no answer",
 )  # fmt: skip
@@ -60,14 +60,14 @@ class _Try:
     answer: str = ""
     result: str = FAILED
     parsed: str | None = None
-    kind: str = ""  # why no row came of it, for counting
+    kind: str = ""  # the reason why it gave no row, for counting
     why: str = ""  # the same in words
     differences: tuple[Difference, ...] = ()
 
 
 @dataclass
 class _Work:
-    """One input on its way. `stop` is (kind, reason) as soon as it is known that there will be no row."""
+    """One input in work. `stop` is (kind, reason) once it is certain that there will be no row."""
 
     row: InputRow
     media: Media
@@ -167,13 +167,13 @@ class RRPOPipeline(Pipeline):
         return Request([work.row.user_message(text)], media, self._seed(work, f"answer {len(work.tries)}"))
 
     def _attempt(self, works: list[_Work]) -> None:
-        """Perturb each once more; the model answers, and the rules or the judge check."""
+        """Perturb each input once more, let the model answer, and check the answer by rules or the judge."""
         if not works:
             return
         tries = [self._next_try(work) for work in works]
         requests = [self._request(work, attempt) for work, attempt in zip(works, tries)]
         answers = self.model.answer(requests, self.config.sampling())
-        asked = []
+        to_judge = []
         for work, attempt, answer in zip(works, tries, answers, strict=True):
             work.tries.append(attempt)
             if isinstance(answer, Failure):
@@ -181,18 +181,18 @@ class RRPOPipeline(Pipeline):
                 continue
             attempt.answer = answer
             if work.judged:
-                asked.append(work)
+                to_judge.append(work)
                 continue
             check = work.task.check(answer)
             attempt.result, attempt.parsed = check.result, check.parsed
             attempt.kind = {RIGHT: "answered correctly", UNDECIDED: "undecided"}.get(check.result, "")
             attempt.why = f"{answer!r} {check.why or 'is right'}"
             if check.judgeable and self.judge:
-                asked.append(work)
+                to_judge.append(work)
             elif check.judgeable:
                 attempt.kind = "undecided without a judge"
                 attempt.why += " (judge_url and judge_model let a judge decide)"
-        self._judge(asked)
+        self._judge(to_judge)
 
     # --- the judge ----------------------------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class RRPOPipeline(Pipeline):
             elif judgement.differences:
                 attempt.result, attempt.differences = WRONG, judgement.differences
             else:
-                # one that is not correct, but contradicts nothing, is neither: it counts for no accuracy
+                # incorrect without contradicting anything is neither right nor wrong, and left out of accuracies
                 attempt.result = RIGHT if judgement.correct else UNDECIDED
                 attempt.kind = "no key difference"
                 attempt.why = f"{attempt.answer!r} has no key difference"
@@ -238,7 +238,7 @@ class RRPOPipeline(Pipeline):
     # --- rows ---------------------------------------------------------------------------------------------------
 
     def _reject_in_form(self, works: list[_Work]) -> None:
-        """Set the wrong answer as it is trained on; what a rule found wrong must be wrong in this form, too."""
+        """Set the wrong answer as it is trained on. If a rule found it wrong, it must be wrong in this form, too."""
         for work in works:
             answer = work.tries[-1].answer
             work.rejected = work.task.rejected(answer, work.tries[-1].parsed)
@@ -275,22 +275,22 @@ class RRPOPipeline(Pipeline):
         return Outcome(work.row.id, (row,), notes=notes)
 
     def _no_wrong_answer(self, work: _Work) -> tuple[str, str]:
-        """Return the kind and what came of each attempt."""
+        """Return the kind, and the result of each attempt in words."""
         kinds = {attempt.kind for attempt in work.tries}
         attempts = [f"attempt {n} ({t.mode}): {t.why}" for n, t in enumerate(work.tries, 1)]
         return next(kind for kind in NO_WRONG_ANSWER if kind in kinds), "; ".join(attempts) + "."
 
 
 def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return the figures of a run; None for one that has nothing to be worked out of.
+    """Return the figures of a run; None for a figure without data.
 
-    rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by what was done to the media.
-    perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (the further ones
-        are made only where the first was not wrong).
+    rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by perturbation of the media.
+    perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (further ones
+        are made only if the first was not wrong).
     perturbed_undecided: by kind, share of first answers that could not be read, or that the judge calls incorrect
         without a key difference.
     words_in_phrases: mean share of words that lie in phrases, over both responses of every row.
-    left_out: by kind of answer, how many inputs gave no row and why; "unread" where the kind is unknown.
+    left_out: by kind of answer, how many inputs gave no row and why; "unread" if the kind is unknown.
     """
     rows = [row for outcome in outcomes for row in outcome.rows]
     firsts: dict[str, Counter] = defaultdict(Counter)
@@ -300,17 +300,17 @@ def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         firsts[kind].update(result for _, result in outcome.notes.get("tries", [])[:1])
         if outcome.reason:
             left_out[kind][outcome.kind] += 1
-    asked = [(kind, counts) for kind, counts in firsts.items() if counts]
+    tried = [(kind, counts) for kind, counts in firsts.items() if counts]
     return {
         "rows_by_kind": dict(Counter(row["answer_kind"] for row in rows)),
         "rows_by_perturbation": dict(Counter(row["perturbation"]["mode"] for row in rows)),
-        "perturbed_accuracy": {kind: _share(counts, RIGHT, [RIGHT, WRONG]) for kind, counts in asked},
-        "perturbed_undecided": {kind: _share(counts, UNDECIDED, [RIGHT, WRONG, UNDECIDED]) for kind, counts in asked},
+        "perturbed_accuracy": {kind: _share(counts, RIGHT, [RIGHT, WRONG]) for kind, counts in tried},
+        "perturbed_undecided": {kind: _share(counts, UNDECIDED, [RIGHT, WRONG, UNDECIDED]) for kind, counts in tried},
         "words_in_phrases": mean([o.notes["changed"] for o in outcomes if o.rows]),
         "left_out": {kind: dict(counts) for kind, counts in left_out.items()},
     }
 
 
-def _share(counts: Mapping[str, int], part: str, whole: Sequence[str]) -> float | None:
-    total = sum(counts[name] for name in whole)
+def _share(counts: Mapping[str, int], part: str, among: Sequence[str]) -> float | None:
+    total = sum(counts[name] for name in among)
     return counts[part] / total if total else None

@@ -14,31 +14,33 @@ from trl_vpo.text.answers import SHORT_WORDS
 
 @dataclass
 class RRPOGenerateConfig(GenerateConfig):
-    """Settings of RRPO's pipeline. A prompt suffix stands below a question of its kind; it is never trained on."""
+    """Settings of RRPO's pipeline. A prompt suffix is added below questions of its kind; it is not trained on."""
 
     perturbation: str = option(
-        "mask+local", "How the media are perturbed; images are only ever masked.", choices=list(MODES)
+        "mask+local", "Perturbation of the media; images can only be masked.", choices=list(MODES)
     )
     mask_area_min: float = option(0.25, "Smallest share of the frame that is masked.")
     mask_area_max: float = option(0.5, "Largest share of the frame that is masked.")
     shuffle_window: int = option(4, "Frames that change places with each other in local shuffling.")
-    attempts: int = option(1, "Perturbations tried until the model answers wrongly.")
+    attempts: int = option(1, "Maximum perturbations tried until the model answers wrongly.")
     short_words: int = option(
-        SHORT_WORDS, "Most words of a short answer; a wrong one may have so many more than the ground truth."
+        SHORT_WORDS, "Maximum words of a short answer; a wrong one may have this many more than the ground truth."
     )
     open_check: str = option(
         "judge",
-        "Who checks open-ended answers, and short ones that no rule decides. exact: any other words than "
-        "the ground truth's are wrong, and rejected as they are; for answers in a fixed form.",
+        "Check of open-ended answers, and of short ones that no rule decides: by the judge, or exact, for answers in "
+        "a fixed form: any other words than the ground truth's are wrong, and become the rejected response.",
         choices=["judge", "exact"],
     )
     max_changed: float = option(0.6, "Largest share of words that the judge's rewrite may change.")
     choice_prompt_suffix: str = option(
-        "Answer with the letter of the right option.", "Below a multiple-choice question."
+        "Answer with the letter of the right option.", "Added below a multiple-choice question."
     )
-    yes_no_prompt_suffix: str = option("Answer yes or no.", "Below a yes/no question.")
-    short_prompt_suffix: str = option("Answer with a word or a short phrase.", "Below a question with a short answer.")
-    open_prompt_suffix: str = option("", "Below an open-ended question.")
+    yes_no_prompt_suffix: str = option("Answer yes or no.", "Added below a yes/no question.")
+    short_prompt_suffix: str = option(
+        "Answer with a word or a short phrase.", "Added below a question with a short answer."
+    )
+    open_prompt_suffix: str = option("", "Added below an open-ended question.")
     differences_prompt: str = option(
         DIFFERENCES_PROMPT, "The judge's first prompt, with {question}, {truth} and {answer}, the model's answer."
     )
@@ -46,7 +48,7 @@ class RRPOGenerateConfig(GenerateConfig):
         REWRITE_PROMPT, "The judge's second prompt, with {differences} too; other braces are doubled."
     )
     judge_temperature: float = option(0.0, "Temperature of the judge.")
-    judge_max_new_tokens: int = option(1024, "Longest reply of the judge, in tokens.")
+    judge_max_new_tokens: int = option(1024, "Maximum length of the judge's reply in tokens.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

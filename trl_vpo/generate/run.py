@@ -82,8 +82,8 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
     check_settings(config.output_dir, settings)  # before weights are loaded, which can take minutes
     with as_user_errors():  # also of processes that do not find each other
         model, judge = make_models(config, with_model=pipeline_class.needs_model(config))
-    for key, who in (("answered_by", model), ("judged_by", judge)):
-        settings[key] = {k: v for k, v in who.record().items() if k != "server"} if who else None
+    for key, party in (("answered_by", model), ("judged_by", judge)):
+        settings[key] = {k: v for k, v in party.record().items() if k != "server"} if party else None
     pipeline = pipeline_class(config, model, judge, generated_by(settings))
     inputs = inputs[: config.limit]
     summary = work_through(
@@ -99,8 +99,10 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
         show_summary(summary, config.output_dir)
         if not summary["rows"]:
             kinds = ", ".join(f"{kind}: {count}" for kind, count in summary["rejected_by_kind"].items())
-            why = Path(config.output_dir) / "rejected.jsonl"
-            raise GenerateError(f"no row was made of {summary['inputs']} inputs ({kinds}). {why} says why.")
+            reasons = Path(config.output_dir) / "rejected.jsonl"
+            raise GenerateError(
+                f"none of the {summary['inputs']} inputs gave a row ({kinds}). The reasons are in {reasons}."
+            )
     return summary
 
 
@@ -121,7 +123,7 @@ def _dry_run(pipeline: Pipeline, config: GenerateConfig) -> None:
 def make_models(
     config: GenerateConfig, *, with_model: bool = True
 ) -> tuple[AnsweringModel | None, AnsweringModel | None]:
-    """Return who answers, a server or a model that is loaded here, and who judges."""
+    """Return the answering model, on a server or loaded here, and the judge."""
     model = judge = None
     budget = RequestBudget(config.max_requests)
     server = partial(ServerModel, budget=budget, **config.server_options())
@@ -137,7 +139,7 @@ def make_models(
 
 
 def run_settings(method: str, config: GenerateConfig, inputs: Inputs) -> dict[str, Any]:
-    """Return all that the rows depend on, except who answers. A run is continued only where it is the same."""
+    """Return all that the rows depend on, except the answering model. A run is continued only if it is the same."""
     folders = {name: getattr(config, name, None) for name in WEIGHTS}
     if config.server_url:  # a server's name for its model, and perhaps a folder by chance
         del folders["model_name_or_path"]
@@ -149,7 +151,7 @@ def run_settings(method: str, config: GenerateConfig, inputs: Inputs) -> dict[st
 
 
 def generated_by(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the `generated_by` column: who made a row, and a fingerprint of the settings in `settings.json`."""
+    """Return the `generated_by` column: the models of a row, and a fingerprint of `settings.json`."""
     answered, judged = settings["answered_by"] or {}, settings["judged_by"] or {}
     return {
         "pipeline": settings["pipeline"],

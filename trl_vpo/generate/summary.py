@@ -12,7 +12,7 @@ from rich.table import Table
 
 
 def show_summary(summary: dict[str, Any], folder: str) -> None:
-    """Print counts, reasons and figures of a finished run, and where its files are."""
+    """Print counts, reasons and figures of a finished run, and the paths of its files."""
     console = Console()
     counts = [("kept", summary["kept"])]
     counts += [(f"rejected: {kind}", count) for kind, count in summary["rejected_by_kind"].items()]
@@ -22,7 +22,7 @@ def show_summary(summary: dict[str, Any], folder: str) -> None:
     lines = []
     if summary["rows"]:
         lines += [f"{summary['rows']} rows to train on: {folder}/rows.jsonl"]
-        lines += [f"To look at them: trl-vpo view {folder} -o page.html"]
+        lines += [f"View them: trl-vpo view {folder} -o page.html"]
     else:
         console.print("[bold red]No input gave a row: there is nothing to train on.[/bold red]")
     if summary["rejected"]:

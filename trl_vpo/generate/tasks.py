@@ -1,4 +1,4 @@
-"""Tasks of input rows: the question, its ground truth and the kind of answer, by which a rule or a judge checks."""
+"""The tasks of input rows: question, ground truth and kind of answer, which decides by what it is checked."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ class Task:
         """Return a wrong response as it is trained on.
 
         Multiple choice and yes/no: the ground truth with the other option or the other word in it, so that the two
-        differ in nothing else. Where the ground truth says more than that, and for all other kinds, the model's own
-        words without its thoughts.
+        differ in nothing else. If the ground truth says more than that, and for all other kinds: the model's answer
+        without its thoughts.
         """
-        own = without_reasoning(response)
+        answer = without_reasoning(response)
         if self.kind == "choice":
             right = read_choice(self.answer, self.options).value
-            return in_form(self.answer, self.options, right, parsed) or own
+            return in_form(self.answer, self.options, right, parsed) or answer
         bare = re.fullmatch(r"(\W*)([^\W\d_]+)(\W*)", self.answer)
         if self.kind == "yes_no" and bare:
             word = parsed.upper() if bare[2].isupper() else parsed.capitalize() if bare[2][0].isupper() else parsed
             return bare[1] + word + bare[3]
-        return own
+        return answer
 
 
 def read_task(example: Mapping[str, Any], short_words: int, fixed: bool = False) -> Task:
@@ -74,14 +74,14 @@ def read_task(example: Mapping[str, Any], short_words: int, fixed: bool = False)
     if kind == "yes_no" and yes_or_no(answer) is None:
         raise InputError(f"`answer_kind` is yes_no, but `answer` is {answer!r}: let it begin with yes or no.")
     options = read_options(question, column) if kind in (None, "choice") else {}
-    must = kind == "choice" or bool(column and options)
-    if must and not options:
+    must_be_choice = kind == "choice" or bool(column and options)
+    if must_be_choice and not options:
         raise InputError("`answer_kind` is choice, but there are no options: list them in `options` or the question.")
     letter = read_choice(answer, options).value if options else None
-    if must and letter is None:
+    if must_be_choice and letter is None:
         raise InputError(f"`answer` is {answer!r}: give the letter or the text of one of the options {options}.")
     length = len(words(normalize(answer)))
-    if must or (letter and length <= short_words + len(words(options[letter]))):
+    if must_be_choice or (letter and length <= short_words + len(words(options[letter]))):
         return Task(with_options(question, options), answer, "choice", options)
     kind = kind or ("yes_no" if yes_or_no(answer) else "short" if length <= short_words else "open")
     return Task(question, answer, kind, short_words=short_words, fixed=fixed)

@@ -18,7 +18,7 @@ from trl_vpo.text.inflection import singular
 Box = tuple[int, int, int, int]
 SAME_INSTANCE = 0.5  # boxes of one label that overlap more (intersection over union) show one instance
 SLACK = 0.02  # of the image's side: how far an annotated box may reach out of the image before it is refused
-# What texts call the things that annotations name otherwise.
+# Names in texts -> other names for the same thing in annotations.
 _PEOPLE = "man woman boy girl child kid lady guy baby player skier surfer rider pedestrian"
 OTHER_NAMES = {
     **dict.fromkeys(_PEOPLE.split(), "person"), "puppy": "dog", "kitten": "cat", "bike": "bicycle", "bicycle": "bike",
@@ -51,9 +51,9 @@ class Choice:
 def choices(
     detections: Sequence[Detection], candidates: Sequence[Candidate], size: tuple[int, int], config: Any
 ) -> list[Choice]:
-    """Return the critical object, and behind it those to try next.
+    """Return the critical object, followed by those to try next.
 
-    The candidates with a usable detection, in their order. Only where no candidate has one: any other label, that
+    The candidates with a usable detection, in their order. If no candidate has one: any other label, that
     with the best score first (of annotations, that with the largest box). A detection is usable if its score reaches
     `config.box_threshold` and its box covers `config.min_box_area` to `config.max_box_area` of the image. Of several
     boxes with one label the best score is taken (of annotations, the largest box), or with `config.instances` "union"
@@ -72,14 +72,14 @@ def choices(
 
 def _choice(usable: Sequence[Detection], where: str, config: Any) -> Choice:
     """Choose among detections of one label, the best first."""
-    apart: list[Detection] = []
+    instances: list[Detection] = []
     for detection in usable:
-        if all(_overlap(detection.box, other.box) <= SAME_INSTANCE for other in apart):
-            apart.append(detection)
-    best = apart[0]
-    x0, y0, x1, y1 = zip(*(detection.box for detection in apart))
+        if all(_overlap(detection.box, other.box) <= SAME_INSTANCE for other in instances):
+            instances.append(detection)
+    best = instances[0]
+    x0, y0, x1, y1 = zip(*(detection.box for detection in instances))
     box = (min(x0), min(y0), max(x1), max(y1)) if config.instances == "union" else best.box
-    return Choice(best.label, box, best.score, where, len(apart))
+    return Choice(best.label, box, best.score, where, len(instances))
 
 
 def _rank(item: Detection | Choice) -> tuple:
@@ -125,7 +125,7 @@ def annotated(objects: Any, size: tuple[int, int], categories: Sequence[str] | N
     - {"names": [...], "x", "y", "w", "h"}: Visual Genome; a box with several names counts under each.
 
     Raises:
-        InputError: an entry that is none of these, or whose box is no box in an image of `size` (width, height).
+        InputError: an entry that is none of these, or whose box does not fit an image of `size` (width, height).
     """
     detections = []
     for at, item in enumerate(_items(objects)):
@@ -148,17 +148,17 @@ def annotated(objects: Any, size: tuple[int, int], categories: Sequence[str] | N
 def match(detections: Sequence[Detection], candidates: Sequence[Candidate]) -> list[Detection]:
     """Return annotated boxes under the texts of the candidates that mean them; the others keep their label.
 
-    A label means a candidate if they are equal up to case, plural and article. Only where no label does: if one is
+    A label means a candidate if they are equal up to case, plural and article. If no label does: if one is
     the end of the other ("dog" and "brown dog", "table" and "dining table", never "red ball" and "blue ball"), or the
     label is another name for the candidate's head ("person" for "young man").
     """
     matched, used = [], set()
     for candidate in candidates:
         text = _normal(candidate.text)
-        meant = [at for at, d in enumerate(detections) if d.label == text]
-        meant = meant or [at for at, d in enumerate(detections) if _means(d.label, text)]
-        matched += [replace(detections[at], label=candidate.text) for at in meant]
-        used.update(meant)
+        matches = [at for at, d in enumerate(detections) if d.label == text]
+        matches = matches or [at for at, d in enumerate(detections) if _means(d.label, text)]
+        matched += [replace(detections[at], label=candidate.text) for at in matches]
+        used.update(matches)
     return matched + [detection for at, detection in enumerate(detections) if at not in used]
 
 
@@ -179,7 +179,9 @@ def _items(objects: Any) -> list[dict]:
         columns = {key: value for key, value in objects.items() if isinstance(value, (list, tuple))}
         lengths = {len(value) for value in columns.values()}
         if len(lengths) > 1:
-            raise InputError(f"the annotations have lists of different lengths: {sorted(lengths)}. Give each box all.")
+            raise InputError(
+                f"the annotations have lists of different lengths: {sorted(lengths)}. Give a value for every box."
+            )
         objects = [dict(zip(columns, values)) for values in zip(*columns.values())]
     if not isinstance(objects, (list, tuple)) or not all(isinstance(item, dict) for item in objects):
         raise InputError(f"the annotations are {str(objects)[:80]!r}, not a list of boxes with names.")

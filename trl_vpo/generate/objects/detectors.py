@@ -35,7 +35,7 @@ def load_model(
     processor_class: str,
     model_class: str,
     kinds: Sequence[str],
-    what: str,
+    role: str,
     *,
     revision: str = "main",
     device: str | None = None,
@@ -46,7 +46,7 @@ def load_model(
     The device is "cpu", or None for this process' accelerator if it has one.
 
     Raises:
-        GenerateError: `what` cannot be loaded, or its type is not one of `kinds`.
+        GenerateError: the model cannot be loaded, or its type is not one of `kinds`. Messages call it by its `role`.
     """
     import transformers
     from accelerate import PartialState
@@ -61,14 +61,14 @@ def load_model(
             model_options = {"dtype": dtype, "use_safetensors": True, **options}
             model = getattr(transformers, model_class).from_pretrained(name, **model_options)
     except LOAD_ERRORS as error:
-        raise GenerateError(f"the {what} {name} cannot be loaded: {error}") from error
+        raise GenerateError(f"the {role} {name} cannot be loaded: {error}") from error
     if kind not in kinds:
-        raise GenerateError(f"the {what} {name} is of type {kind!r}; it must be one of {', '.join(kinds)}.")
+        raise GenerateError(f"the {role} {name} is of type {kind!r}; it must be one of {', '.join(kinds)}.")
     return kind, processor, model.to("cpu" if device == "cpu" else PartialState().device).eval()
 
 
 class Detector:
-    """A detector. Its least score is the `threshold`, by default that of the table; options are of `load_model`."""
+    """A detector with a minimum score, the `threshold` (default: the table's); options as in `load_model`."""
 
     def __init__(self, name: str, *, threshold: float | None = None, **options: Any):
         self.name = name
@@ -83,14 +83,14 @@ class Detector:
         """Look for names in RGB images; return the detections of each image, best first.
 
         There is one for each (box, name) whose score is above the threshold, with the name as it was given. Boxes are
-        clipped to the image and rounded outwards; one outside of the image is empty. An image without names is not
-        looked at.
+        clipped to the image and rounded outwards; one outside of the image is empty. An image without names is
+        skipped.
 
         Raises:
             GenerateError: the scores are not numbers.
         """
         detections: list[list[Detection]] = [[] for _ in images]
-        by_size: dict[tuple[int, int], list] = {}  # padding pixels would change what is found beside them
+        by_size: dict[tuple[int, int], list] = {}  # padding pixels would change the detections next to them
         for place, (image, names) in enumerate(zip(images, candidates, strict=True)):
             for part in self._parts(list(dict.fromkeys(names))):
                 by_size.setdefault(image.size, []).append((place, part))
@@ -99,19 +99,19 @@ class Detector:
                 places, names = zip(*jobs[start : start + batch_size])
                 for place, result in zip(places, self._run([images[place] for place in places], names)):
                     detections[place] += result
-        return [sorted(each, key=lambda d: (-d.score, d.label, d.box)) for each in detections]
+        return [sorted(of_image, key=lambda d: (-d.score, d.label, d.box)) for of_image in detections]
 
     def _parts(self, names: list[str]) -> Iterator[list[str]]:
-        """Yield the names in as many lists as the model's longest text makes necessary."""
+        """Yield the names in lists that fit the model's longest text."""
         if self.kind == "owlv2":
             yield from [names] if names else []
             return
-        part, tokens, most = [], 2, self.model.config.max_text_len  # two of them open and close the text
+        part, tokens, limit = [], 2, self.model.config.max_text_len  # two of them open and close the text
         for name in names:
             length = len(self.processor.tokenizer(_dino_text([name]), add_special_tokens=False)["input_ids"])
-            if length + 2 > most:
+            if length + 2 > limit:
                 raise GenerateError(f"{name!r} is too long for {self.name}: {length} tokens. Give a shorter name.")
-            if tokens + length > most:
+            if tokens + length > limit:
                 yield part
                 part, tokens = [], 2
             part, tokens = [*part, name], tokens + length

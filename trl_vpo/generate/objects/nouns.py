@@ -1,14 +1,14 @@
 """Noun phrases of English text by rules: what a response says can be seen, as names for an object detector.
 
 A tagger with small lists (`words.yaml`) of closed-class words, common caption verbs and adjectives, and suffixes;
-every word that none of them knows counts as a noun. A phrase is a run of adjectives and nouns; articles, numbers and
-adjectives that nothing can be seen of fall away, and the head becomes singular: "two large brown dogs" gives "large
+a word that none of them has counts as a noun. A phrase is a run of adjectives and nouns; articles, numbers and
+adjectives of nothing visible are dropped, and the head becomes singular: "two large brown dogs" gives "large
 brown dog".
 
 Limits. It reads English only. It does not parse: a verb it does not know may stay in a phrase ("bird flutter"), and
 nouns that share a spelling with a listed verb are sometimes lost. Figures of speech, quoted writing and names are
 taken at their word. That is good enough to propose candidates, because a detector or an annotation must confirm each
-of them; where it is not, give every row its own candidates (`objects_column`).
+of them; otherwise, give every row its own candidates (`objects_column`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ABSTRACT = ("tion", "sion", "ness", "ment", "ity", "ance", "ence", "ism", "ship
 MAX_WORDS = 4  # of a phrase, counted from its head
 _TAG = re.compile(r"<[^<>]*>")  # <image> and other markup
 _WORD = re.compile(r"[A-Za-zÀ-ÿ]+n['’]t|[A-Za-zÀ-ÿ]+(?:-[A-Za-zÀ-ÿ]+)*|['’](?:s|re|ve|ll|d|m)\b|\d+|[^\sA-Za-zÀ-ÿ\d]")
-# Of one letter for each word, see `_tag`: "black and white cat" and "large, brown dog" are one phrase.
+# In tags, one letter for each word (see `_tag`): "black and white cat" and "large, brown dog" are one phrase.
 _PHRASE = re.compile(r"(?=[DJN])(?:[DJ]|(?<=J)C(?=J))*N+")
 _BEFORE_PREDICATE = {"very", "quite", "rather", "too", "so", "not", "also", "and", ","}
 
@@ -55,18 +55,18 @@ class Candidate:
 def candidates(question: str, response: str) -> list[Candidate]:
     """Return noun phrases in LPOI's order, each text once: first sentence of the response, question, its rest.
 
-    What the response denies is no candidate: without it in the image, the response would only be truer.
+    Phrases that the response denies are not candidates: hiding them would not make the response wrong.
     """
     first, rest = split_first_sentence(response)
     if read_yes_no(response, question).value == "no":
         question = ""
-    found: dict[str, Candidate] = {}
+    by_text: dict[str, Candidate] = {}
     denied = noun_phrases(response, denied=True)
     for where, text in (("first sentence", first), ("question", question), ("rest", rest)):
         for phrase in noun_phrases(text):
             if phrase not in denied:
-                found.setdefault(phrase, Candidate(phrase, where))
-    return list(found.values())
+                by_text.setdefault(phrase, Candidate(phrase, where))
+    return list(by_text.values())
 
 
 def split_first_sentence(text: str) -> tuple[str, str]:
@@ -98,7 +98,7 @@ def _tag(words: list[str], tags: str, at: int) -> str:
     """Return D determiner or number, J adjective, N noun, V verb, P preposition, C "and" or comma, X all else.
 
     Closed-class words first; then what is inside a phrase that still waits for its noun is an adjective or a noun,
-    and elsewhere known verb forms are verbs.
+    and elsewhere listed verb forms are verbs.
     """
     word = words[at]
     before = tags[at - 1] if at else "P"
@@ -149,7 +149,7 @@ def _is_adverb(word: str) -> bool:
 
 
 def _goes_on(words: list[str], at: int) -> bool:
-    """Return whether the word there can belong to a noun phrase behind a modifier."""
+    """Return whether the word at this position can continue a noun phrase after a modifier."""
     if at >= len(words) or not words[at][0].isalpha() or _is_adverb(words[at]):
         return False
     return words[at] not in _CLOSED

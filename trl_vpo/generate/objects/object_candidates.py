@@ -1,4 +1,4 @@
-"""Objects of an image that may be critical: from a row's text and a detector, or known boxes, to choices in order."""
+"""Possible critical objects of an image, in order: from a row's text and a detector, or from known boxes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Case:
 
     row: InputRow
     image: Image.Image  # RGB, in the size in which it is stored: boxes refer to that
-    choices: list[Choice] = field(default_factory=list)  # still to be tried, first the one to take
+    choices: list[Choice] = field(default_factory=list)  # still to try, in order
     kind: str | None = None
     reason: str | None = None
     choice: Choice | None = None
-    images: list[Image.Image] = field(default_factory=list)  # the list of the choice, where it is needed
+    images: list[Image.Image] = field(default_factory=list)  # the list of the choice, if it is needed
     asked: list[dict] = field(default_factory=list)  # about hidden objects
     claimed_at: list[bool | None] = field(default_factory=list)
 
@@ -35,7 +35,7 @@ class Case:
 
 
 class Finder:
-    """Finds critical objects as an `lpoi.LPOIGenerateConfig` says. The detector is loaded when it is first needed."""
+    """A finder of critical objects, set up by an `lpoi.LPOIGenerateConfig`. It loads the detector at its first use."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -56,7 +56,7 @@ class Finder:
         """Return what the row's text, or its column of candidates, names. Opens no file.
 
         Raises:
-            InputError: the row is no preference pair, or the column holds no names.
+            InputError: the row is not a preference pair, or the column holds no names.
         """
         column = self.config.objects_column
         if column is None:
@@ -74,7 +74,7 @@ class Finder:
         return named[: self.config.max_candidates]
 
     def find(self, cases: Sequence[Case]) -> None:
-        """Give each case its choices, or the reason why it has none."""
+        """Give each case its choices, or the reason why there are none."""
         config = self.config
         named = [self.candidates(case.row) for case in cases]
         counts = [0] * len(cases)  # boxes of each case
@@ -97,7 +97,7 @@ class Finder:
                 case.reject("no object found", f"the text names {names}; {boxes} of the image.")
 
     def _detect(self, cases: Sequence[Case], named: Sequence[list[Candidate]] | None, counts: list[int]) -> None:
-        """Look for each case's candidates (None: the fallback labels) where nothing has been found yet."""
+        """Look for each case's candidates (None: the fallback labels) if it has no choice yet."""
         todo = [at for at, case in enumerate(cases) if not case.choices]
         looked_for = [named[at] if named else [] for at in todo]
         labels = [[c.text for c in listed] if named else self.config.fallback_labels for listed in looked_for]

@@ -1,7 +1,7 @@
-"""Objects that are hidden: the image list of a choice, and whether the model still claims what it cannot see.
+"""Hide the chosen object, and ask whether the model still claims to see it.
 
-A choice is kept if it has a mask, where masks are wanted, and if it is a hard negative, where these are: the model
-says that the object is in the image although it is hidden. Else the input's next choice is tried.
+A choice is kept if it has a mask (with `mask_model`) and is a hard negative (with `hard_negative`): the model says
+that the object is in the image although it is hidden. Otherwise the input's next choice is tried.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trl_vpo.text.yes_no import read_yes_no
 
 
 class Occlusion:
-    """Hides objects and asks about them, as an `lpoi.LPOIGenerateConfig` says."""
+    """Hidden objects and the questions about them, set up by an `lpoi.LPOIGenerateConfig`."""
 
     def __init__(self, config: Any, model: AnsweringModel | None):
         self.config = config
@@ -37,7 +37,7 @@ class Occlusion:
         return Segmenter(self.config.mask_model, revision=revision, device=self.config.device, dtype=dtype)
 
     def settle(self, cases: Sequence[Case]) -> None:
-        """Take each case's first choice that has a mask and is a hard negative, where these are wanted."""
+        """Take each case's first choice that has a mask and is a hard negative, if the settings require these."""
         config = self.config
         while cases:
             for case in cases:
@@ -46,8 +46,8 @@ class Occlusion:
                 return
             self._draw(cases)
             drawn = [case for case in cases if case.images]
-            taken = self._claimed(drawn) if config.hard_negative else drawn
-            cases = [case for case in cases if case not in taken and not case.reason]
+            settled = self._claimed(drawn) if config.hard_negative else drawn
+            cases = [case for case in cases if case not in settled and not case.reason]
             for case in cases:
                 if case.choices:
                     continue
@@ -59,7 +59,7 @@ class Occlusion:
             cases = [case for case in cases if case.choices]
 
     def _draw(self, cases: Sequence[Case]) -> None:
-        """Draw the image list of each choice; none where the mask is empty."""
+        """Draw the image list of each choice; none if the mask is empty."""
         options = {"n": self.config.num_images, "visual_prompt": self.config.visual_prompt}
         if not self.config.mask_model:
             for case in cases:
@@ -90,7 +90,7 @@ class Occlusion:
             case.claimed_at = [None if isinstance(claim, Failure) else claim for claim in at_places]
 
     def _ask(self, questions: Sequence[tuple[Case, Image.Image, str]]) -> list[bool | Failure]:
-        """Ask, greedily, whether each case's object is in an image. Neither yes nor no is no claim."""
+        """Ask, greedily, whether each case's object is in an image. Only a yes is a claim."""
         if not questions:
             return []
         requests = []

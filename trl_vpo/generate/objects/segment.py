@@ -1,7 +1,7 @@
 """LPOI's image list with the object's own outline instead of a box: a SAM 2 mask, prompted with the box.
 
 Item k hides the part of the mask that lies in what the box's list would hide: the mask disappears from the side of its
-box that is nearest to the image's border, and what is around the object stays.
+box that is nearest to the image's border, and everything around the object stays.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Segmenter:
         _, self.processor, self.model = loaded
 
     def masks(self, images: Sequence[Image.Image], boxes: Sequence[Box]) -> list[np.ndarray]:
-        """Return the object in each box: (H, W) bool, True only inside of the box; all False where there is none."""
+        """Return the object in each box: (H, W) bool, True only inside of the box; all False if there is none."""
         import torch
 
         masks = []
