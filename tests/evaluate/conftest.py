@@ -1,4 +1,4 @@
-"""What the tests of lmms-eval's bridge and of VideoHallucer share."""
+"""Fixtures shared by the tests of lmms-eval's bridge and of VideoHallucer."""
 
 import pytest
 from lmms_kit import runner, write_documents, write_tasks
@@ -31,5 +31,5 @@ def plain_base():
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Call this to have a test fail where weights are loaded from then on."""
+    """Return a function after whose call a test fails if weights are loaded."""
     return lambda: monkeypatch.setattr(run, "_load", lambda *args: pytest.fail("weights were loaded"))

@@ -92,7 +92,7 @@ def test_what_loading_raises_is_shown_in_one_line(held_out, tmp_path, monkeypatc
 
 
 def test_a_run_knows_the_bases_weights(held_out, tmp_path):
-    """A model that was trained anew into the same folder would leave stale rows in a continued run."""
+    """Another model in the same folder would leave stale rows in a continued run."""
     base = tmp_path / "base"
     shutil.copytree(tiny_vlm.BASE, base)
     config = EvaluateConfig(model_name_or_path=str(base), dataset_name=str(held_out.path))

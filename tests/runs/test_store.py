@@ -113,7 +113,7 @@ def test_columns_and_types_that_come_late_load(tmp_path):
     assert loaded[150]["videos"] == ["/v.mp4"]
 
 
-def test_the_report_has_the_last_word(tmp_path):
+def test_the_report_selects_the_rows(tmp_path):
     report = Sum()
     report.select = lambda outcomes: [
         Outcome(o.id, reason="too long", kind="outside keep_top") if o.id == "r2" else o for o in outcomes
@@ -198,7 +198,7 @@ def test_another_number_of_workers_continues(tmp_path, workers, whole):
     assert results(folder) == whole
 
 
-def test_refused_beside_a_living_worker(tmp_path, workers, whole):
+def test_refused_next_to_a_living_worker(tmp_path, workers, whole):
     """Its lock holds while it lives, ends when it is killed, and is not inherited by the process it forked."""
     folder, errors = tmp_path / "run", tmp_path / "errors"
     pid = workers.start(folder, hold=True, rank=1, world_size=2, errors=errors)
@@ -221,7 +221,7 @@ def test_refused_beside_a_living_worker(tmp_path, workers, whole):
     assert results(folder) == whole
 
 
-def test_leftovers_of_killed_workers_beside_media_go(tmp_path):
+def test_leftovers_of_killed_workers_are_removed(tmp_path):
     media = tmp_path / "run/media"
     media.mkdir(parents=True)
     for name in ("a.png", ".a.png.1234.part"):
@@ -290,7 +290,7 @@ def test_lines_that_are_damaged_or_there_twice(tmp_path, whole):
         work(folder, COUNT)
 
 
-def test_folders_that_are_no_runs(tmp_path):
+def test_folders_that_are_not_runs(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     with pytest.raises(RunError, match=r"holds rows\.jsonl but no settings\.json"):
         Run(tmp_path, {})

@@ -1,8 +1,8 @@
-"""The annotated inputs of a run: rows of a dataset as `InputRow`, read when they are asked for.
+"""The annotated inputs of a run: rows of a dataset as `InputRow`, read one at a time.
 
 Media come from the columns `images` (or `image`) and `videos` (or `video`), with the sources of `trl_vpo.data.rows`.
 A training row is a line of JSON, so every source becomes one that such a line can hold: an absolute path, a list of
-them, or a dictionary with a path and options such as `video_start`. What has no path is written to a folder.
+them, or a dictionary with a path and options such as `video_start`. Media without a path are written to a folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What generation and evaluation read, but for columns that a setting names.
+# The columns that generation and evaluation read, besides those that a setting names.
 COLUMNS = (
     "question", "answer", "options", "answer_kind", "image", "images", "video", "videos", "prompt", "chosen",
     "rejected", "objects", "critical_box", "image_list", "task", "pair", "role", "cluster", "source",
@@ -41,7 +41,7 @@ COLUMNS = (
 CHUNK = 16  # rows read at once for the digest; they may hold whole videos
 _BYTES = (bytes, bytearray, memoryview)
 _PAYLOAD = ("bytes", "path", "video", "image")  # keys of a dictionary that hold the medium, the first given one wins
-_MAGIC = (  # (where, what, suffix): for people and web pages, the readers here look at the contents
+_MAGIC = (  # (offset, bytes, suffix): for people and web pages; the readers here check the contents
     (0, b"\x89PNG", ".png"),
     (0, b"\xff\xd8\xff", ".jpg"),
     (0, b"GIF8", ".gif"),
@@ -80,10 +80,10 @@ class InputRow:
 
 
 def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
-    """Return a column that must hold text, stripped; `method` is who needs it.
+    """Return a column that must hold text, stripped; `method` is the one that needs it.
 
     Raises:
-        InputError: it is missing, empty or no text, or holds a media marker, which belongs into a prompt only.
+        InputError: it is missing, empty or not text, or holds a media marker, which belongs only in a prompt.
     """
     value = example.get(name)
     if not isinstance(value, str) or is_blank(value):
@@ -97,10 +97,10 @@ def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
 class Inputs(Sequence[InputRow]):
     """The inputs in the order of the dataset. An index gives an `InputRow`, a slice gives `Inputs`.
 
-    Reading a row writes its media where they have no path; it fails only where that does (RunError: no space).
+    Reading a row writes its media if they have no path; nothing else can fail (RunError: no space).
 
     Args:
-        ids: of the rows, in order; see `row_ids`.
+        ids: the ids of the rows in order; see `row_ids`.
         media_folder: for media without a path; None leaves them as they are.
         media_root: as in `trl_vpo.media.images.resolve_path`.
     """
@@ -168,13 +168,13 @@ def read_inputs(
         DatasetError: the dataset or the split does not exist, or has no rows.
     """
     dataset = named_splits(name, [split], config=subset)[split]
-    for column, meant in near_misses(dataset.column_names):
-        logger.warning(f"{name}: the column `{column}` is not read. Is it meant to be `{meant}`?")
+    for column, suggestion in near_misses(dataset.column_names):
+        logger.warning(f"{name}: the column `{column}` is not read. Is it meant to be `{suggestion}`?")
     return Inputs(dataset, row_ids(dataset), media_folder, media_root)
 
 
 def near_misses(columns: Sequence[str]) -> list[tuple[str, str]]:
-    """Return pairs: a column that is not read, and an absent one with nearly its name that would be."""
+    """Return (unread column, absent column with nearly the same name that would be read) pairs."""
     absent = [name for name in COLUMNS if name not in columns]
     unread = [name for name in columns if name not in COLUMNS]
     close = [(name, difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.8)) for name in unread]
@@ -208,7 +208,7 @@ def digest(rows: Inputs) -> str:
 
 
 def load_media(row: InputRow, options: VideoOptions) -> Media:
-    """Return the decoded media of an input. Sampling options beside a video's path win over `options`.
+    """Return the decoded media of an input. Sampling options next to a video's path win over `options`.
 
     Raises:
         MediaError: an image or a video cannot be used.
@@ -228,17 +228,17 @@ def portable(source: Any, folder: Path | None, media_root: str | Path | None = N
     """Return a media source as JSON can hold it: an absolute path, a list of them, or a dictionary around either.
 
     Bytes are written to `folder` under their hash; images in memory become PNG files there. A dictionary stays one
-    where it has options beside the medium. Paths may not leave `media_root`.
+    if it has options besides the medium. Paths may not leave `media_root`.
 
     Raises:
-        MediaError: it is no medium, or does not exist.
+        MediaError: it is not a medium, or does not exist.
         RunError: `folder` cannot be written.
     """
     if isinstance(source, dict):
         return _portable_dict(source, folder, media_root)
     if isinstance(source, (str, Path)):
         if frame_folder(source, media_root) is None:
-            resolve_path(source, media_root)  # raises where it does not exist
+            resolve_path(source, media_root)  # raises if it does not exist
         url = str(source)
         path = Path(media_root or ".").absolute() / (unquote(urlsplit(url).path) if url.startswith("file://") else url)
         return str(path.resolve() if ".." in path.parts else path)  # links stay: their targets may have no suffix
@@ -261,7 +261,7 @@ def _portable_dict(source: dict, folder: Path | None, media_root: str | Path | N
         raise MediaError(f"{describe(source)} names no image or video: give `path` or `bytes`.")
     medium = portable(payload, folder, media_root)
     options = source.keys() - {*_PAYLOAD, "type"}
-    if not options:  # options that are None here are given in other rows, which must look alike
+    if not options:  # options that are None here are set in other rows, and all rows have the same keys
         return medium
     if not isinstance(medium, dict):
         key = "path" if isinstance(medium, str) else "bytes" if isinstance(medium, _BYTES) else "video"

@@ -13,22 +13,22 @@ DAMAGES = ("shuffled", "masked", "blank")
 
 @dataclass
 class EvaluateConfig(AnsweringConfig):
-    """Settings of a run of `trl-vpo evaluate`; `trl_vpo.evaluate.rows` says what the rows hold.
+    """Settings of a run of `trl-vpo evaluate`; for the rows see `trl_vpo.evaluate.rows`.
 
-    The settings of videos are by default those of the adapters' training, where their `run.json` has them.
+    Video settings default to those of the adapters' training, if their `run.json` has them.
     """
 
-    model_name_or_path: str | None = option(None, "The base.", aliases=["--model"])
+    model_name_or_path: str | None = option(None, "Base model: a Hub model or a folder.", aliases=["--model"])
     dataset_name: str | None = option(None, "Held-out rows: a file, a folder or a Hub dataset.", aliases=["--data"])
-    dataset_split: str | None = option(None, "Split; test, unless the data are one file.")
+    dataset_split: str | None = option(None, "Split; unset: test, or train if the data are one file.")
     adapters: list[str] = field(
         default_factory=list, metadata={"help": "LoRA adapters on this base, all after one --adapters."}
     )
     sensitivity: list[str] = field(
         default_factory=lambda: list(DAMAGES),
         metadata={
-            "help": "How media of preference rows are damaged: shuffled (the frames of a clip), masked (a square), "
-            "blank (black); or none."
+            "help": "Kinds of damage to the media of preference rows: shuffled (the frames of a clip), "
+            "masked (a square), blank (black); or none."
         },
     )
     num_images: int = option(5, "Images of the list drawn from a row's critical_box, as in LPOI; at least 2.")
@@ -36,13 +36,13 @@ class EvaluateConfig(AnsweringConfig):
     answer_preferences: bool = option(
         False, "Also answer the prompts of preference rows, for the length of the answers."
     )
-    yes_no_rule: str = option("videohallucer", "How a yes or a no is read.", choices=["videohallucer", "strict"])
-    synonyms: str | None = option(None, "Objects and their synonyms, one object a line.")
-    level: float = option(0.95, "Level of the confidence intervals.")
-    resamples: int = option(2000, "Draws of the bootstrap.")
+    yes_no_rule: str = option("videohallucer", "Rule for reading yes/no answers.", choices=["videohallucer", "strict"])
+    synonyms: str | None = option(None, "File with objects and their synonyms, one object per line.")
+    level: float = option(0.95, "Confidence level of the intervals.")
+    resamples: int = option(2000, "Number of bootstrap resamples.")
     on_bad: str = option(
         "error",
-        "A row whose media or prompt cannot be used: an error, or skip and list it in rejected.jsonl.",
+        "Treatment of a row with unusable media or prompt: an error, or skip it and list it in rejected.jsonl.",
         choices=["error", "skip"],
     )
 

@@ -1,4 +1,4 @@
-"""From the options of `trl-vpo evaluate` to its settings."""
+"""Turn the options of `trl-vpo evaluate` into its settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def make_parser() -> RecipeParser:
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
-    """Return the settings; those of videos, where they are not given, are those of the adapters' training.
+    """Return the settings; unset video settings are those of the adapters' training.
 
     Raises:
         RecipeError, ValueError: the options cannot be used.

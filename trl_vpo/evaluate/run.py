@@ -1,13 +1,13 @@
 """A run of `trl-vpo evaluate`: held-out rows -> base and adapters -> results. The same command continues it.
 
-    settings.json    what decides the numbers; a run with other settings is refused
-    rows.jsonl       what each contestant did on each row: log-probs (nats), answers and what was read from them
+    settings.json    all settings that the numbers depend on; a run with others is refused
+    rows.jsonl       each model's results on each row: log-probs (nats), answers and what was read from them
     rejected.jsonl   rows that were left out (`on_bad=skip`), with the reason
     results.json     measures with intervals, and paired differences to the base
 
-A row is worked on once, for all candidates: its media are decoded once, and the KL needs the base beside the adapter.
-How yes and no are read, synonyms and the bootstrap may change when a run is continued: the stored answers stay, the
-results are computed anew.
+A row is worked on once, for all candidates: its media are decoded once, and the KL needs base and adapter.
+The reading of yes and no, synonyms and the bootstrap may change when a run is continued: the stored answers stay, the
+results are computed again.
 """
 
 from __future__ import annotations
@@ -102,14 +102,16 @@ def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Input
     """Return all that log-probs and answers depend on, except the base's revision."""
     base = Path(config.model_name_or_path)
     return fixed_settings("evaluate", asdict(config)) | {
-        "weights": weights_digest(base) if base.is_dir() else None,  # it may be trained anew under its old name
+        "weights": weights_digest(base)
+        if base.is_dir()
+        else None,  # another training may have replaced it under its name
         "adapters": {name: adapter_digest(path) for name, path in adapters.items()},
         "inputs": {"count": len(inputs), "fingerprint": digest(inputs)},
     }
 
 
 def _refuse_skipped(config: EvaluateConfig) -> None:
-    """Raise where an earlier call left rows out: they count as finished, and would stay left out silently."""
+    """Raise if an earlier call left rows out: they count as finished, and would silently stay left out."""
     folder = Path(config.output_dir)
     if config.on_bad == "skip" or not (folder / "settings.json").exists():
         return
@@ -148,7 +150,7 @@ def _skip(outcome: Outcome, config: EvaluateConfig) -> Outcome:
 
 
 def evaluate_batch(candidates: ModelSet, batch: Sequence[Loaded], config: EvaluateConfig) -> list[Outcome]:
-    """Return what every candidate does on each row of a batch: a record for each, or the reason why there is none."""
+    """Return the outcome of each row of a batch: a record for every candidate, or the reason why there is none."""
     outcomes: dict[str, Outcome] = {}
     usable, probes = [], []
     for row, source, media in batch:

@@ -21,7 +21,7 @@ def write_results(results: dict[str, Any], folder: str | Path) -> None:
 
 
 def show_results(results: dict[str, Any], folder: str) -> None:
-    """Print the table, how many rows were left out, and where the files are."""
+    """Print the table, the number of rows left out, and the paths of the files."""
     console = Console()
     console.print(results_table(results))
     data = results["data"]
@@ -33,7 +33,7 @@ def show_results(results: dict[str, Any], folder: str) -> None:
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """Return measures by contestants, with intervals; a mark where the paired difference to the base is not 0."""
+    """Return the table of measures by model, with intervals and marks for paired differences to the base."""
     data, contestants = results["data"], results["contestants"].values()
     table = Table(
         title=f"{data['rows']} held-out rows in {data['clusters']} clusters, "
@@ -64,7 +64,7 @@ def _cell(measure: dict[str, Any], difference: dict[str, Any] | None) -> str:
 
 
 def mark(difference: dict[str, Any] | None) -> str:
-    """Return an arrow where the interval of a difference excludes 0, else a blank."""
+    """Return an arrow if the interval of a difference excludes 0, else a blank."""
     if difference is None or difference["low"] is None:
         return " "
     return UP if difference["low"] > 0 else DOWN if difference["high"] < 0 else " "

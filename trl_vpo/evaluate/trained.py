@@ -1,4 +1,4 @@
-"""The frames that adapters were trained on: what `run.json` says becomes the default of an evaluation."""
+"""The media settings of the adapters' training, from `run.json`, as the defaults of an evaluation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from trl_vpo.media.load import VideoOptions
 
 logger = logging.getLogger(__name__)
 
-# Where one of a group is given, the whole group is taken as given.
+# If one setting of a group is given, the whole group counts as given.
 GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",), ("video_start", "video_end"))
 
 
 def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the media settings that the adapters were trained with, as far as they are not given.
+    """Return the media settings of the adapters' training, except those that are given.
 
-    Adapters without a `run.json` have no say. A given setting that differs from that of an adapter is warned of.
+    Adapters without a `run.json` are ignored. A given setting that differs from an adapter's causes a warning.
 
     Args:
         adapters: folders, their checkpoints, or Hub names.
@@ -37,15 +37,17 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
     for names in GROUPS:
         trained = {path: {name: settings[name] for name in names} for path, settings in recorded.items()}
         if any(given.get(name) is not None for name in names):
-            now = {name: given.get(name) for name in names}
+            evaluated = {name: given.get(name) for name in names}
             for path, values in trained.items():
-                if values != now:
-                    logger.warning(f"{path} was trained with {_text(values)}, and is evaluated with {_text(now)}.")
+                if values != evaluated:
+                    logger.warning(
+                        f"{path} was trained with {_text(values)}, and is evaluated with {_text(evaluated)}."
+                    )
         elif len({tuple(values.items()) for values in trained.values()}) > 1:
-            each = "; ".join(f"{path}: {_text(values)}" for path, values in trained.items())
+            by_adapter = "; ".join(f"{path}: {_text(values)}" for path, values in trained.items())
             raise EvaluateError(
-                f"the adapters were trained with different settings ({each}). Give {names[0]} to evaluate all of them "
-                "alike, or evaluate each with its own in a run of its own."
+                f"the adapters were trained with different settings ({by_adapter}). Give {names[0]} to evaluate all "
+                "of them alike, or evaluate each in a run of its own."
             )
         elif trained:
             defaults |= next(iter(trained.values()))

@@ -1,4 +1,4 @@
-"""The settings that `trl-vpo generate` and `trl-vpo evaluate` share: inputs, the model, media, the folder."""
+"""The settings shared by `trl-vpo generate` and `trl-vpo evaluate`: inputs, model, media, folder."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ class AnsweringConfig:
     model_revision: str = option("main", "Revision of the model.")
     dtype: str = option("auto", "auto, bfloat16, float16 or float32.")
     attn_implementation: str | None = option(None, "Attention implementation to load with.")
-    device: str | None = option(None, "cpu, cuda or auto (spread over GPUs). Default: best.")
+    device: str | None = option(None, "cpu, cuda or auto (spread over GPUs); unset: the best available.")
     load_in_4bit: bool = option(False, "Load 4-bit weights (bitsandbytes).")
     load_in_8bit: bool = option(False, "Load 8-bit weights (bitsandbytes).")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
-    batch_size: int = option(8, "Inputs worked on, and sequences in a model call, at once.")
-    max_new_tokens: int = option(256, "Longest answer, in tokens; a longer one is cut off.")
+    batch_size: int = option(8, "Inputs per batch, and sequences per model call.")
+    max_new_tokens: int = option(256, "Maximum length of an answer in tokens; a longer one is cut off.")
     num_frames: int | None = option(None, "Frames of each video; 16 unless fps is given.")
     fps: float | None = option(None, "Sample this many frames a second instead.")
-    max_frames: int = option(64, "Most frames of a video when fps is given.")
+    max_frames: int = option(64, "Maximum frames of a video if fps is given.")
     max_pixels: int | None = option(None, "Scale larger images and frames down.")
-    video_start: float | None = option(None, "Where every video begins, in seconds.")
-    video_end: float | None = option(None, "Where every video ends, in seconds.")
+    video_start: float | None = option(None, "Start of the window in every video, in seconds.")
+    video_end: float | None = option(None, "End of the window in every video, in seconds.")
     seed: int = option(0, "With a row's id, fixes every random choice about the row.")
-    limit: int | None = option(None, "Only the first so many inputs.")
+    limit: int | None = option(None, "Use only the first N inputs.")
 
     def __post_init__(self) -> None:
         self.video_options()
         self.check_at_least(batch_size=1, max_new_tokens=1, limit=1)
-        for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata.get("choices")
+        for setting in fields(self):
+            value, choices = getattr(self, setting.name), setting.metadata.get("choices")
             if choices and value not in choices:
-                raise ValueError(f"{each.name} is {value!r}: give one of {', '.join(choices)}.")
+                raise ValueError(f"{setting.name} is {value!r}: give one of {', '.join(choices)}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both set: keep one.")
 
     def check_at_least(self, **least: int) -> None:
-        """Raise ValueError where a setting is smaller than this."""
+        """Raise ValueError if one of these settings is smaller than its value here."""
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} is {value}: give a whole number of at least {minimum}.")
 
-    def check_can_start(self, **what: str) -> None:
-        """Raise RecipeError where one of these settings is not set, or `output_dir` is a file."""
-        for name, text in what.items():
+    def check_can_start(self, **required: str) -> None:
+        """Raise RecipeError if one of these settings is not set, or `output_dir` is a file."""
+        for name, text in required.items():
             if not getattr(self, name):
                 raise RecipeError(f"`{name}` is not set: give {text}.")
         folder = Path(self.output_dir)
@@ -70,7 +70,7 @@ class AnsweringConfig:
             raise RecipeError(f"output_dir: {folder} is a file. Name a folder; it is created if it does not exist.")
 
     def video_options(self) -> VideoOptions:
-        """Return which frames of a video are used."""
+        """Return the options by which frames of a video are chosen."""
         names = ("num_frames", "fps", "max_frames", "max_pixels", "video_start", "video_end")
         return VideoOptions(**{name: getattr(self, name) for name in names})
 
@@ -80,8 +80,8 @@ class AnsweringConfig:
             "dtype", "attn_implementation", "device", "load_in_4bit", "load_in_8bit", "trust_remote_code",
             "batch_size", "max_pixels",
         )  # fmt: skip
-        own = {"name": self.model_name_or_path, "revision": self.model_revision}
-        return own | {name: getattr(self, name) for name in names}
+        weights = {"name": self.model_name_or_path, "revision": self.model_revision}
+        return weights | {name: getattr(self, name) for name in names}
 
     def input_options(self) -> dict[str, Any]:
         """Return the arguments of `trl_vpo.data.inputs.read_inputs` by name."""

@@ -1,1 +1,1 @@
-"""What training, generation and evaluation runs share: recipe, record, store."""
+"""The parts shared by training, generation and evaluation runs: recipe, record, store."""

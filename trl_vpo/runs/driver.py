@@ -1,8 +1,8 @@
 """The driver of resumable work over inputs, for `trl-vpo generate` and `trl-vpo evaluate`.
 
 Inputs are decoded ahead by threads, worked on in batches, and written as soon as they are finished. Under `accelerate
-launch`, or wherever RANK and WORLD_SIZE are set, every process works on its own share of the inputs, and the one that
-comes last writes the results.
+launch`, or wherever RANK and WORLD_SIZE are set, every process works on its own share of the inputs, and the last
+one to finish writes the results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 
 
 def rank() -> int:
-    """Return the number of this process among those that share the inputs."""
+    """Return this process' rank among those that share the inputs."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -39,13 +39,13 @@ def work_through(
     report: Report,
     batch_size: int,
 ) -> dict[str, Any] | None:
-    """Work through this process' share of the inputs, as far as it is not finished yet.
+    """Work through the unfinished inputs of this process' share.
 
     Args:
-        ids: of all inputs, in order.
-        load: position of an input -> what `make` needs of it, or the outcome of one that cannot be used. Called by
+        ids: the ids of all inputs, in order.
+        load: position of an input -> the item for `make`, or the outcome of an input that cannot be used. Called by
             threads.
-        make: loaded inputs -> their outcomes, in order.
+        make: loaded items -> their outcomes, in order.
 
     Returns:
         The run's summary, or None while other workers are at work.
@@ -54,7 +54,7 @@ def work_through(
         _work(run, ids, load, make, batch_size)
         summary = run.finish(ids, report)
     if summary is None and run.rank == 0:
-        print("This worker is done. The last one writes the results; if one died, start the same command again.")
+        print("This worker is done; the last one writes the results. If a worker died, run the same command again.")
     return summary
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """Training rows that were made of one input, or the reason why there are none.
+    """The training rows made of one input, or the reason why there are none.
 
     Attributes:
-        id: of the input row.
-        rows: training rows that follow `trl_vpo.data.rows`; empty where the input was rejected.
-        reason: why the input was rejected, as a sentence with the figures in it; None where rows were made.
-        kind: a short name for the reason, by which the summary counts, such as "answered correctly".
+        id: the id of the input row.
+        rows: training rows that follow `trl_vpo.data.rows`; empty if the input was rejected.
+        reason: why the input was rejected, as a sentence with the figures in it; None if there are rows.
+        kind: a short name of the reason, counted in the summary, such as "answered correctly".
         notes: figures and texts of this input for the run's summary; JSON values.
     """
 

@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 
-EVERY = 30.0  # seconds between lines where the output is no terminal
+EVERY = 30.0  # seconds between lines if the output is not a terminal
 
 
 class Bar:
@@ -15,8 +15,8 @@ class Bar:
     Args:
         todo: inputs that this worker will work on.
         finished: inputs of its share that were finished before.
-        workers: how many share the inputs.
-        show: print at all.
+        workers: number of workers that share the inputs.
+        show: print anything.
     """
 
     def __init__(self, todo: int, *, finished: int = 0, workers: int = 1, show: bool = True):
@@ -48,8 +48,8 @@ class Bar:
         done, passed = self.kept + self.rejected, self.printed - self.started
         rate = done / max(passed, 1e-9)
         text = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
-        left = f"about {duration(passed / done * (self.todo - done))} left" if done else "none finished yet"
-        state = left if done < self.todo else f"{duration(passed)} in all"
+        remaining = f"about {duration(passed / done * (self.todo - done))} left" if done else "none finished yet"
+        state = remaining if done < self.todo else f"{duration(passed)} in all"
         line = f"{done}/{self.todo} inputs, {text}, kept {self.kept}, rejected {self.rejected}, {state}"
         width = shutil.get_terminal_size().columns - 1
         self._print(f"\r{line:<{width}.{width}}{end}" if self.live else f"{line}{end}")
@@ -59,7 +59,7 @@ class Bar:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: 40 s, 12 min, 3 h 05 min."""
+    """Return a readable duration: 40 s, 12 min, 3 h 05 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

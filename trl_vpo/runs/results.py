@@ -19,7 +19,7 @@ RESULTS = ("rows.jsonl", "rejected.jsonl", "summary.json")
 
 
 class Report(Protocol):
-    """The last word on a run: which outcomes stay, and what its figures are."""
+    """The final step of a run: select the outcomes that stay, and compute the figures."""
 
     def select(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
         """Return one outcome for each of these, in order; a row that is dropped becomes a rejected outcome."""
@@ -54,20 +54,20 @@ def write_results(folder: Path, outcomes: Sequence[Outcome], report: Report) -> 
 def _new_shapes_first(rows: Sequence[dict]) -> list[dict]:
     """Put the rows in front that are the first to show a key or a type.
 
-    `load_dataset("json")` takes the columns' types from the first 10 MB. What shows up only later is cast to them, or
+    `load_dataset("json")` takes the columns' types from the first 10 MB. What appears only later is cast to them, or
     is an error.
     """
-    seen: set[tuple] = set()
+    known_shapes: set[tuple] = set()
     front, rest = [], []
     for row in rows:
         shapes = set(_shapes(row, ""))
-        (rest if shapes <= seen else front).append(row)
-        seen |= shapes
+        (rest if shapes <= known_shapes else front).append(row)
+        known_shapes |= shapes
     return front + rest
 
 
 def _shapes(value: Any, path: str) -> Iterator[tuple]:
-    """Yield (path, type) of every value and (path, keys) of every dictionary. None and [] say nothing of a type."""
+    """Yield (path, type) of every value and (path, keys) of every dictionary. None and [] reveal no type."""
     if isinstance(value, dict):
         yield path, *sorted(value)
         for key, item in value.items():
@@ -80,7 +80,7 @@ def _shapes(value: Any, path: str) -> Iterator[tuple]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replace a file by these lines, whole or not at all; raise RunError where that fails.
+    """Replace a file by these lines, whole or not at all; raise RunError if that fails.
 
     Only one process at a time may write the same file.
     """
@@ -95,7 +95,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def encode(value: Any, name: str, indent: int | None = None) -> str:
-    """Return a value as JSON that every reader takes; raise RunError where it holds a nan or another object."""
+    """Return a value as strict JSON; raise RunError if it holds a nan or an object without a JSON form."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
         text.encode()

@@ -1,13 +1,13 @@
 """The folder of a resumable run. Killed at any moment, the same command continues it: no input is lost or done twice.
 
     settings.json          what decides the rows; a run with other settings is refused
-    shards/R-of-W.jsonl    worker R of W, locked while it lives: the `Outcome` of each finished input, one a line
+    shards/R-of-W.jsonl    worker R of W, locked while it lives: the `Outcome` of each finished input, one per line
     .lock                  held while a worker starts or finishes
-    media/                 media of inputs that had no path of their own (see `trl_vpo.data.inputs`)
+    media/                 media of inputs that had no path (see `trl_vpo.data.inputs`)
     rows.jsonl, rejected.jsonl, summary.json    once every input is finished (see `results`)
 
-Inputs are shared out by position, so workers never meet. A torn line that a killed worker left is the last of its
-shard: it counts for nothing, and the worker's next start cuts it off. The locks (flock) end with the process that
+Inputs are divided by position, so workers never meet. A torn line that a killed worker left is the last of its shard:
+it is ignored, and the worker's next start cuts it off. The locks (flock) end with the process that
 holds them, so none is ever stale. A file system without them is refused.
 """
 
@@ -71,18 +71,18 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Let go of the run. What was written stays."""
+        """Release the lock; what was written stays."""
         if self._shard is not None:
             os.close(self._shard)
             self._shard = None
 
     def remaining(self, ids: Sequence[str]) -> list[int]:
-        """Return the positions in `ids` that are this worker's, every `world_size`-th, and that nobody has done."""
+        """Return the positions in `ids` of this worker's unfinished inputs; every `world_size`-th input is its own."""
         done = _finished(self.folder).keys()
         return [i for i in range(self.rank, len(ids), self.world_size) if ids[i] not in done]
 
     def write(self, outcome: Outcome) -> None:
-        """Record that an input is finished. Only a crash of the whole machine can cost the work of its last seconds.
+        """Record that an input is finished. Only a crash of the whole machine can lose the last seconds of work.
 
         Raises:
             RunError: JSON cannot hold a value (nothing is written), or the line cannot be written.
@@ -134,9 +134,9 @@ class Run:
                     f"process), so the inputs cannot be shared among {self.world_size}. Stop the workers of that run "
                     "first."
                 )
-        whole = sum(size for size, _ in _read_shard(self._path))
-        if os.fstat(self._shard).st_size > whole:
-            os.ftruncate(self._shard, whole)
+        valid_bytes = sum(size for size, _ in _read_shard(self._path))
+        if os.fstat(self._shard).st_size > valid_bytes:
+            os.ftruncate(self._shard, valid_bytes)
 
 
 _RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
@@ -149,14 +149,14 @@ os.register_at_fork(after_in_child=lambda: [run.close() for run in list(_RUNS)])
 
 @contextmanager
 def _starting_or_finishing(folder: Path) -> Iterator[None]:
-    """Wait until no other worker starts or finishes, and let none do so meanwhile."""
+    """Hold the lock under which workers start and finish, one at a time."""
     with open(folder / ".lock", "ab") as file:
         _lock(file.fileno(), folder, wait=True)
         yield
 
 
 def _is_locked(shard: Path) -> bool:
-    """Return whether the shard's worker lives."""
+    """Return whether the shard's worker is alive."""
     with shard.open("ab") as file:
         return not _lock(file.fileno(), shard.parent.parent)
 
@@ -169,9 +169,9 @@ def _lock(file: int, folder: Path, *, wait: bool = False) -> bool:
         return False
     except OSError as error:
         raise RunError(
-            f"{folder}: this file system has no file locks ({error}), without which workers would do each other's "
-            "inputs. Put output_dir on a local disk, or have it mounted with locks (NFS: without nolock; Lustre: with "
-            "flock)."
+            f"{folder}: this file system has no file locks ({error}), without which two workers could do the "
+            "same input. Put output_dir on a local disk, or have it mounted with locks (NFS: without nolock; Lustre: "
+            "with flock)."
         ) from error
     return True
 
@@ -180,7 +180,7 @@ def _lock(file: int, folder: Path, *, wait: bool = False) -> bool:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the settings that a run was started with; raise RunError where the folder is not a run."""
+    """Return the settings that a run was started with; raise RunError if the folder is not a run."""
     path = Path(folder) / "settings.json"
     try:
         return json.loads(path.read_bytes())
@@ -191,10 +191,10 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def check_settings(folder: str | Path, settings: dict[str, Any]) -> None:
-    """Make sure that the folder is new, or holds a run that was started with these settings, and perhaps others.
+    """Check that the folder is new or holds a run with these settings; it may have recorded further ones.
 
     Raises:
-        RunError: names every setting that differs; or the folder is something else.
+        RunError: settings differ (the message names each), or the folder is something else.
     """
     folder = Path(folder)
     if not (folder / "settings.json").exists():
@@ -227,7 +227,7 @@ def _changes(old: Any, new: Any, name: str) -> Iterator[str]:
 
 
 def read_outcomes(folder: str | Path) -> Iterator[Outcome]:
-    """Return what is finished so far in a run, shard by shard, also while it is at work."""
+    """Return the finished outcomes of a run, shard by shard, also while it is at work."""
     read_settings(folder)
     return (outcome for path in _shards(folder) for _, outcome in _read_shard(path))
 
@@ -250,7 +250,7 @@ def _finished(folder: Path) -> dict[str, Outcome]:
 
 
 def _read_shard(path: Path) -> Iterator[tuple[int, Outcome]]:
-    """Yield (bytes of the line, outcome). A torn last line is passed over: its worker died, or is writing."""
+    """Yield (bytes of the line, outcome). A torn last line is skipped: its worker died, or is writing."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
