@@ -19,8 +19,8 @@ from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.values import annotations, check_bounds, checked, environment
 
 TARGETS_HELP = (
-    "Modules that LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model family; "
-    "PEFT's all-linear; or a regular expression of whole module names."
+    "Modules that LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model "
+    "family; PEFT's all-linear; or a regular expression of whole module names."
 )
 
 
