@@ -68,7 +68,8 @@ def place_media(prompt: list[dict] | str, images: int, videos: int, *, words: bo
         if kinds.count(kind) != count:
             raise RowError(
                 f"the prompt has {kinds.count(kind)} {kind} placeholder(s), but the row has {count} {kind}(s). Put "
-                f'one {{"type": "{kind}"}} (or a `<{kind}>` marker) into the prompt for each item of `{kind}s`.'
+                f'one {{"type": "{kind}"}} (or a `<{kind}>` marker) into the prompt for each item of `{kind}s`. Plain '
+                "texts may do without markers: the media then come first."
             )
     return typed
 
