@@ -136,7 +136,7 @@ def candidate_names(adapters: Sequence[str]) -> list[str]:
 
 
 def _checked_config(path: str, model: str) -> PeftConfig:
-    """Base and adapter are only told apart where switching the adapter off gives the base back."""
+    """Return an adapter's config; refuse adapters that cannot be switched off to give the base back."""
     try:
         config = checked_adapter(path, model)
     except ModelError as error:
@@ -150,7 +150,7 @@ def _checked_config(path: str, model: str) -> PeftConfig:
 
 
 def _attached(model: PreTrainedModel, adapters: list[tuple[str, str]]) -> PeftModel | None:
-    """PEFT around a base that all adapters (name within PEFT, path) are loaded into; None without adapters."""
+    """Load all adapters (name within PEFT, path) into a base; return the PeftModel, or None without adapters."""
     wrapped = None
     for name, path in adapters:
         config = _checked_config(path, model.config._name_or_path)

@@ -1,4 +1,4 @@
-"""Digests of what a run stands on: the files of its model, and its rows with their media."""
+"""Digests of the files of a model, and of rows with their media: are they still the same?"""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from trl_vpo.errors import MediaError
 from trl_vpo.files import ENDS, THREADS, bytes_digest, ends_digest, file_digest, file_digests, json_digest
 from trl_vpo.media.images import frame_folder, resolve_path
 
-# What a model is loaded from: weights, configs, tokenizer, chat templates, code of its own.
+# The files that a model is loaded from: weights, configs, tokenizer, chat templates, its own code.
 LOADED = (
     "*.json", "*.safetensors", "*.gguf", "*.jinja", "additional_chat_templates/*.jinja", "merges.txt", "vocab.txt",
     "*.model", "*.tiktoken", "*.py",
 )  # fmt: skip
-# What a training leaves in the folder of its result.
+# Files that a training adds to the folder of its result.
 NOT_LOADED = {"run.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
 MEDIA = {"videos", "video", "images", "image", "image_list"}  # columns
 
 
 def model_files(name: str | Path, revision: str | None = None) -> dict[str, str]:
-    """The digest of every file that a model is loaded from, by its name in the model's folder.
+    """Return the digest of every file that a model is loaded from, by its name in the model's folder.
 
-    Every byte counts: a merged adapter changes some tensors and leaves all others. Files of an adapter's base stand
+    Every byte counts: a merged adapter changes some tensors and leaves all others. Files of an adapter's base are
     under `base/`. The result is empty for a model that is neither a folder nor in the Hub's cache.
     """
     folder = Path(name)
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(str(name), revision=revision, local_files_only=True))
-        except (OSError, ValueError):  # of the Hub's client: not cached, or no name of a repo
+        except (OSError, ValueError):  # of the Hub's client: not cached, or not a repo's name
             return {}
     files = file_digests(folder, _loaded(folder))
     if "adapter_config.json" in files and "config.json" not in files:
@@ -48,18 +48,18 @@ def model_files(name: str | Path, revision: str | None = None) -> dict[str, str]
 
 
 def weights_digest(folder: str | Path) -> str:
-    """One digest of what a folder's model is loaded from, so that one changed under its old name is noticed."""
+    """Return one digest of the files of a folder's model, so that a change under the same name is noticed."""
     return files_digest(folder, _loaded(Path(folder)))
 
 
 def files_digest(folder: str | Path, paths: Iterable[Path]) -> str:
-    """One digest of files in a folder: of their names there and their contents."""
+    """Return one digest of files in a folder, of their names and contents."""
     lines = (f"{name} {digest}\n" for name, digest in file_digests(Path(folder), paths).items())
     return bytes_digest("".join(lines).encode(), size=8)
 
 
 def adapter_digest(adapter: str | Path) -> str:
-    """One digest of an adapter's files, so that one in another's place is noticed; a Hub adapter goes by its name."""
+    """Return one digest of an adapter's files, so that a replaced adapter is noticed; of a Hub adapter, its name."""
     files = sorted(Path(adapter).glob("adapter_*"))
     return bytes_digest(b"".join(bytes.fromhex(file_digest(path)) for path in files)) if files else str(adapter)
 
@@ -70,9 +70,9 @@ def _loaded(folder: Path) -> list[Path]:
 
 
 def row_digests(dataset: Dataset, media_root: str | None = None) -> np.ndarray:
-    """(rows,) uint64: a digest of each row's texts, phrases, boxes, id and media.
+    """Return (rows,) uint64: a digest of each row's texts, phrases, boxes, id and media.
 
-    A media file, and each of a folder of frames, is known by its size, its beginning and its end, wherever it lies.
+    A media file, and each of a folder of frames, is identified by its size, beginning and end, wherever it is.
     """
     columns = [name for name in COLUMNS if name in dataset.column_names]
     digest = partial(_row_digest, media_root=media_root)
@@ -91,7 +91,7 @@ def _row_digest(row: dict, media_root: str | None) -> int:
 
 
 def _media(source: Any, root: str | None) -> Any:
-    """Return what a medium is known by; takes what rows hold as Arrow gives it."""
+    """Return the values that identify a medium, given as Arrow gives it."""
     if isinstance(source, bytes):
         return [len(source), bytes_digest(source[:ENDS] + source[-ENDS:])]
     if isinstance(source, dict):
