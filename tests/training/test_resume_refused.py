@@ -24,7 +24,7 @@ def test_another_run_is_refused_and_a_longer_one_is_not(runs, straight):
     assert "\n  - processes: 1 when it was saved, 2 now" in text
     text = runs.finish("other", max_steps=4, logging_steps=1)
     assert printed(text) == [f"Continuing from {runs.folder}/other/checkpoint-2, although"]
-    assert "\n  - max_steps: 2 when it was saved, 4 now. The linear schedule of the learning rate is that of" in text
+    assert "\n  - max_steps: 2 when it was saved, 4 now. The linear schedule of the learning rate follows" in text
     logged = history(runs.folder / "other" / "checkpoint-4")
     assert [logs["step"] for logs in logged] == [1, 2, 3, 4]
     assert [logs["learning_rate"] for logs in logged] == [1e-2, 5e-3, 5e-3, 2.5e-3]  # the last two: of four steps

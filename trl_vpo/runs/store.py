@@ -253,16 +253,16 @@ def _read_shard(path: Path) -> Iterator[tuple[int, Outcome]]:
     """Yield (bytes of the line, outcome). A torn last line is skipped: its worker died, or is writing."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # more of it may come while it is read
+                return
             try:
-                outcome = Outcome(**json.loads(line)) if line.endswith(b"\n") else None
+                outcome = Outcome(**json.loads(line))
             except (ValueError, TypeError):
-                outcome = None
-            if outcome is None:
                 if not next(file, b""):
                     return
                 raise RunError(
                     f"{path}, line {number} is damaged: {line[:80]!r}. A killed run leaves only a last line torn, so "
                     "something else wrote into the file or the disk failed. Delete this line, and its input is done "
                     "again."
-                )
+                ) from None
             yield len(line), outcome
