@@ -21,6 +21,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from helpers import KITS
 
 from trl_vpo.testbed.rows import write_jsonl, write_preferences
+from trl_vpo.trainers.compat import record_error
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -142,6 +143,25 @@ def test_an_error_of_one_rank_stops_all_of_them(ddp):
     assert re.search(rf"\[rank1\]: .*{problem}", done.stderr)
     cause = done.stderr.split("Root Cause")[1]
     assert re.search(r"rank +: 1 ", cause) and re.search(problem, cause)
+
+
+def test_the_launcher_never_reads_half_an_error(tmp_path, monkeypatch):
+    path, dump = tmp_path / "error.json", json.dump
+
+    def write(*args):
+        assert not path.exists()
+        dump(*args)
+
+    @record_error
+    def fail():
+        raise ValueError("row 6")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    monkeypatch.setattr("json.dump", write)
+    with pytest.raises(ValueError, match="row 6"):
+        fail()
+    assert json.loads(path.read_text())["message"]["message"] == "ValueError: row 6"
+    assert os.environ["TORCHELASTIC_ERROR_FILE"] == str(path) and list(tmp_path.iterdir()) == [path]
 
 
 # --- recipes/accelerate -------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
@@ -267,7 +266,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     # --- training and saving --------------------------------------------------------------------------------------
 
-    @record  # a launcher stops all ranks when one fails; with this it ends with that one's error, not with the others'
+    @compat.record_error  # a launcher stops all ranks when one fails; it then ends with that one's error
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint and self.args.sync_ref_model:
             raise ValueError(

@@ -1,11 +1,13 @@
-"""Everything that TRL, transformers, accelerate, PEFT or bitsandbytes need corrected for these trainers.
+"""Everything that TRL, transformers, accelerate, PEFT, bitsandbytes or torch need corrected for these trainers.
 
 Each function says what upstream does, links where it is discussed, and when it can go. `tests/test_upstream.py` fails
 when an upgrade moves what they lean on.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
 from transformers import ProcessorMixin
 from trl.trainer import dpo_trainer
 
@@ -192,3 +195,28 @@ def load_renamed_weights(trainer: Any, folder: Path) -> None:
     loaded = type(model).from_pretrained(folder, dtype=dtype, use_safetensors=True)  # a pickle may run code
     model.load_state_dict(loaded.state_dict())
     logger.warning(f"The weights were read from {folder} by from_pretrained: the file has other names for them.")
+
+
+# --- torch --------------------------------------------------------------------------------------------------------
+
+
+class WholeErrorFile(ErrorHandler):
+    """Write the error of a rank for its launcher whole, or not at all.
+
+    torch writes it in place. A launcher that ends this rank while it writes reads half of the file, and fails itself
+    with a JSONDecodeError where it should name the rank and its error. Can go when torch renames a finished file.
+    """
+
+    def record_exception(self, e: BaseException) -> None:
+        path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if not path:
+            return super().record_exception(e)
+        os.environ["TORCHELASTIC_ERROR_FILE"] = part = f"{path}.part"
+        try:
+            super().record_exception(e)
+            os.replace(part, path)
+        finally:
+            os.environ["TORCHELASTIC_ERROR_FILE"] = path
+
+
+record_error = partial(record, error_handler=WholeErrorFile())
