@@ -11,6 +11,7 @@ from media_files import WIDTH, needs_pyav, numbers, picture, remux_shifted, writ
 from PIL import Image
 
 from trl_vpo.errors import MediaError
+from trl_vpo.media import decode
 from trl_vpo.media.load import VideoOptions, check_video, load_video
 from trl_vpo.media.truncation import find_truncation
 
@@ -156,21 +157,24 @@ def flipped(path, count, seed=0):
         yield bytes(hurt)
 
 
-@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "mpeg4.mp4"])
-def test_flipped_bits_are_mostly_noticed(corpus, name):
+@pytest.mark.parametrize("name, most", [("h264.mp4", 13), ("h264.mkv", 13), ("mpeg4.mp4", 15)])
+def test_flipped_bits_are_mostly_noticed(name, most, tmp_path, monkeypatch):
     """H.264 has no checksums: some flips are another valid picture. FFmpeg patches the others; that is refused.
 
-    The encoder's packets are not the same in every run: 10 to 15 of the 40 flips were seen to pass.
+    x264 writes the same packets in every run only without its assembly, and of several threads that decode, one may
+    miss what another patched.
     """
-    good = load_video(corpus / name, ALL).frames.astype(int)
+    monkeypatch.setattr(decode, "max_threads", lambda: 1)
+    path = write_video(tmp_path / name, FRAMES, **HEALTHY[name] | {"x264": "scenecut=0:asm=0"})
+    good = load_video(path, ALL).frames.astype(int)
     passed = refused = 0
-    for data in flipped(corpus / name, 40):
+    for data in flipped(path, 40):
         try:
             frames = load_video(data, ALL).frames
             passed += len(frames) < FRAMES or bool(np.abs(frames - good).max() > 40)
         except MediaError:
             refused += 1
-    assert refused >= 20 and passed <= 17
+    assert refused >= 20 and passed <= most
 
 
 def test_what_is_predicted_from_a_patched_picture_is_refused(corpus, tmp_path):
