@@ -15,7 +15,7 @@ from trl_vpo.errors import MediaError
 from trl_vpo.files import bytes_digest, ends_digest
 from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
 
-_PAYLOAD = ("bytes", "path", "video", "image")  # keys of a dict that hold the medium, the first given one wins
+PAYLOAD = ("bytes", "path", "video", "image")  # keys of a dict that hold the medium, the first given one wins
 
 
 def file_identity(path: Path) -> list:
@@ -36,8 +36,8 @@ def source_identity(source: Any, root: str | None, state: Callable[[Path], list]
     """
     if isinstance(source, dict):
         entries = {key: value for key, value in source.items() if value is not None}
-        payload = next((entries[key] for key in _PAYLOAD if key in entries), None)
-        options = {key: value for key, value in entries.items() if key not in _PAYLOAD}
+        payload = next((entries[key] for key in PAYLOAD if key in entries), None)
+        options = {key: value for key, value in entries.items() if key not in PAYLOAD}
         return [options, source_identity(payload, root, state)]
     if isinstance(source, (str, Path)):
         files = frame_folder(source, root) or [resolve_path(source, root)]

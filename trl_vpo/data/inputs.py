@@ -20,11 +20,12 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from trl_vpo.data.identity import PAYLOAD
 from trl_vpo.data.rows import MARKERS, drop_none
 from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import InputError, MediaError, RunError
 from trl_vpo.files import atomic_write, bytes_digest
-from trl_vpo.media.images import describe, frame_folder, load_image, resolve_path
+from trl_vpo.media.images import BYTES, describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.text.responses import is_blank
 
@@ -39,8 +40,6 @@ COLUMNS = (
     "rejected", "objects", "critical_box", "image_list", "task", "pair", "role", "cluster", "source",
 )  # fmt: skip
 CHUNK = 16  # rows read at once for the digest; they may hold whole videos
-_BYTES = (bytes, bytearray, memoryview)
-_PAYLOAD = ("bytes", "path", "video", "image")  # keys of a dictionary that hold the medium, the first given one wins
 _MAGIC = (  # (offset, bytes, suffix): for people and web pages; the readers here check the contents
     (0, b"\x89PNG", ".png"),
     (0, b"\xff\xd8\xff", ".jpg"),
@@ -196,7 +195,7 @@ def digest(rows: Inputs) -> str:
     """Return a fingerprint of ids and contents, in order; media bytes count by their hash, files by their path."""
 
     def hashed(value: Any) -> str:
-        return bytes_digest(value) if isinstance(value, _BYTES) else str(value)
+        return bytes_digest(value) if isinstance(value, BYTES) else str(value)
 
     total = hashlib.blake2b(digest_size=16)
     for start in range(0, len(rows), CHUNK):
@@ -242,7 +241,7 @@ def portable(source: Any, folder: Path | None, media_root: str | Path | None = N
         url = str(source)
         path = Path(media_root or ".").absolute() / (unquote(urlsplit(url).path) if url.startswith("file://") else url)
         return str(path.resolve() if ".." in path.parts else path)  # links stay: their targets may have no suffix
-    if isinstance(source, _BYTES):
+    if isinstance(source, BYTES):
         if not len(source):
             raise MediaError(f"{describe(source)} is empty: the row holds no data, write it again.")
         return _stored(bytes(source), folder) if folder else source
@@ -256,15 +255,15 @@ def portable(source: Any, folder: Path | None, media_root: str | Path | None = N
 
 
 def _portable_dict(source: dict, folder: Path | None, media_root: str | Path | None) -> Any:
-    payload = next((source[key] for key in _PAYLOAD if source.get(key) is not None), None)
+    payload = next((source[key] for key in PAYLOAD if source.get(key) is not None), None)
     if payload is None:
         raise MediaError(f"{describe(source)} names no image or video: give `path` or `bytes`.")
     medium = portable(payload, folder, media_root)
-    options = source.keys() - {*_PAYLOAD, "type"}
+    options = source.keys() - {*PAYLOAD, "type"}
     if not options:  # options that are None here are set in other rows, and all rows have the same keys
         return medium
     if not isinstance(medium, dict):
-        key = "path" if isinstance(medium, str) else "bytes" if isinstance(medium, _BYTES) else "video"
+        key = "path" if isinstance(medium, str) else "bytes" if isinstance(medium, BYTES) else "video"
         medium = {key: medium}
     return medium | {key: value for key, value in source.items() if key in options and value is not None}
 

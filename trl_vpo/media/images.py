@@ -24,7 +24,7 @@ from trl_vpo.errors import MediaError
 # What Pillow raises on files that are broken in one way or another: its plugins let their parsers' errors through.
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, EOFError, struct.error)
 _PILLOW_ERRORS += (zlib.error, Image.DecompressionBombError)
-_BYTES = (bytes, bytearray, memoryview)
+BYTES = (bytes, bytearray, memoryview)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -40,7 +40,7 @@ def describe(source: Any) -> str:
     if isinstance(source, (str, Path)):
         text = str(source)
         return text if len(text) <= 300 else f"{text[:200]}... ({len(text)} characters)"
-    if isinstance(source, _BYTES):
+    if isinstance(source, BYTES):
         return f"<bytes, {len(source)} long>"
     if isinstance(source, np.ndarray):
         return f"<array {source.shape} {source.dtype}>"
@@ -214,7 +214,7 @@ def _unpack_image(source: Any, name: str) -> Path | str | bytes | Image.Image:
         if not (shaped and source.dtype == np.uint8 and source.size):
             raise MediaError(f"{name} is not an image: give a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4).")
         return Image.fromarray(np.ascontiguousarray(source))
-    if not isinstance(source, (str, Path, *_BYTES, Image.Image)):
+    if not isinstance(source, (str, Path, *BYTES, Image.Image)):
         raise MediaError(f"{name} is not an image: give a path, bytes, a PIL image or a uint8 array (H, W, 3).")
     return source
 

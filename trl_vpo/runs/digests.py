@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 from huggingface_hub import snapshot_download
 
-from trl_vpo.data.rows import COLUMNS
+from trl_vpo.data.rows import COLUMNS, MEDIA
 from trl_vpo.errors import MediaError
 from trl_vpo.files import ENDS, THREADS, bytes_digest, ends_digest, file_digest, file_digests, json_digest
 from trl_vpo.media.images import frame_folder, resolve_path
@@ -25,7 +25,6 @@ LOADED = (
 )  # fmt: skip
 # Files that a training adds to the folder of its result.
 NOT_LOADED = {"run.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
-MEDIA = {"videos", "video", "images", "image", "image_list"}  # columns
 
 
 def model_files(name: str | Path, revision: str | None = None) -> dict[str, str]:

@@ -1,13 +1,14 @@
 """The config under those of all methods: how media are read, and which of TRL's options are refused."""
 
 import copy
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
 from trl_vpo.media.load import VideoOptions
+from trl_vpo.models.config import option
 from trl_vpo.runs.secrets import scrub
 
 # Options of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.
@@ -25,11 +26,6 @@ REFUSED = {
     "include_num_input_tokens_seen": "every log line has `num_tokens`",
 }
 _TRL_FIELDS = fields(DPOConfig)
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a dataclass field. `help` is its one documentation: `trl-vpo train METHOD --help` shows it."""
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(repr=False)

@@ -15,8 +15,9 @@ import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, leanpo_loss
+from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, option
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 from trl_vpo.trainers.logs import PAIRWISE
 
 REASON = "LeanPO has no reference model"

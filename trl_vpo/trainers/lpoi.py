@@ -8,8 +8,9 @@ import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, lpoi_loss
+from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, option
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 
 
 @dataclass(repr=False)

@@ -8,8 +8,9 @@ import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, rrpo_loss
+from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, option
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 
 WHOLE = "the KL needs the reference's whole next-token distributions, not log-probs only"
 
