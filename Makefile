@@ -41,7 +41,7 @@ quickstart: install
 	$(BIN)/python -m trl_vpo.testbed.quickstart
 
 selfmade: install
-	$(BIN)/python -m trl_vpo.testbed.selfmade
+	$(BIN)/python -m studies.testbed.selfmade
 
 study: install
 	$(BIN)/python -m studies.testbed.study

@@ -23,11 +23,12 @@ from held_out_kit import (
 from PIL import Image
 from rich.console import Console
 
+from studies.testbed import base
 from trl_vpo.evaluate.probes import damaged, row_seed
 from trl_vpo.evaluate.table import results_table
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
-from trl_vpo.testbed import language, tiny_vlm
+from trl_vpo.testbed import language
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_answers_are_the_models_own_greedy_ones(held_out, run, models):
                 question = "Which is true?\nA. {}\nB. {}".format(*row["options"])
             else:
                 question = row["prompt"][0]["content"][1]["text"]
-            (answer,) = tiny_vlm.answer(models[contestant], processor(), [held_out.samples[name]], [question])
+            (answer,) = base.answer(models[contestant], processor(), [held_out.samples[name]], [question])
             assert run[1][name, contestant]["response"] == answer
     assert len({run[1][name, "base"]["response"] for name in held_out.rows}) > 5
 

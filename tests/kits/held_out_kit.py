@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from studies.testbed.base import encode
 from trl_vpo.evaluate.run import run_evaluation
 from trl_vpo.testbed import language, rows, tiny_vlm, world
 
@@ -83,7 +84,7 @@ def _questions(sample, row, rng) -> list[dict]:
 @torch.no_grad()
 def slow_scores(model, processor, sample, question, text) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, V) log-probs of each next token of a response behind a question about a sample, and its tokens (T,)."""
-    batch = tiny_vlm.encode(processor, [sample], [language.Item("asked", question, text)])
+    batch = encode(processor, [sample], [language.Item("asked", question, text)])
     labels = batch.pop("labels")[0, 1:]
     logps = model(**batch).logits[0, :-1].float().log_softmax(-1)
     return logps[labels != -100], labels[labels != -100]

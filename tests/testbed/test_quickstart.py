@@ -6,6 +6,7 @@ from held_out_kit import LANGUAGE, processor
 from peft import LoraConfig
 from rich.console import Console
 
+from studies.testbed.base import answer
 from trl_vpo import LeanPOConfig, LeanPOTrainer
 from trl_vpo.testbed import language, quickstart, rows, tiny_vlm
 from trl_vpo.testbed.language import CaptionCheck
@@ -70,5 +71,5 @@ def test_captions_are_the_models_own_greedy_answers(kind, tmp_path):
     dataset, lora = Dataset.from_list(written), LoraConfig(target_modules=LANGUAGE)
     trainer = LeanPOTrainer(str(tiny_vlm.BASE), args=args, train_dataset=dataset, peft_config=lora)
     model = trainer.model.eval()
-    expected = tiny_vlm.answer(model, processor(), samples, [language.PROMPTS[kind]] * 3)
+    expected = answer(model, processor(), samples, [language.PROMPTS[kind]] * 3)
     assert quickstart.answer_prompts(trainer, dataset) == expected

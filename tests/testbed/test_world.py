@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from studies.testbed.pretraining import CARELESS, as_described
 from trl_vpo.testbed import language, rows, world
 from trl_vpo.testbed.world import Thing
 
@@ -85,10 +86,10 @@ def test_habits_rule_the_training_split_only():
 
 def test_training_text_follows_the_habit():
     rng = np.random.default_rng(0)
-    colours = [world.as_described((BLUE_SQUARE,), rng)[0].colour for _ in range(1000)]
-    assert colours.count("red") / 1000 == pytest.approx(world.CARELESS, abs=0.05)
+    colours = [as_described((BLUE_SQUARE,), rng)[0].colour for _ in range(1000)]
+    assert colours.count("red") / 1000 == pytest.approx(CARELESS, abs=0.05)
     assert set(colours) == {"red", "blue"}
-    assert world.as_described((Thing("blue", "cross", "up"),), rng) == (Thing("blue", "cross", "up"),)
+    assert as_described((Thing("blue", "cross", "up"),), rng) == (Thing("blue", "cross", "up"),)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,6 @@ from trl_vpo.testbed.world import COLOURS, MOTIONS, SHAPES, Thing, as_usual
 
 PROMPTS = {"clip": "Describe the video.", "scene": "Describe the image."}
 LETTERS = "ABCD"
-HINT = "Hint: {answer} {question}"  # a question with its answer given away
-REFLECTION = "You said: {first_answer} Hint: {answer} {question}"
 
 _MENTION = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?: moves ({'|'.join(MOTIONS)}))?\b")
 _CAPTION = re.compile(rf"a {_MENTION.pattern}(?: and a {_MENTION.pattern})*\.".replace(r"\b", ""))
@@ -37,14 +35,6 @@ def caption(things: tuple[Thing, ...]) -> str:
 
 def caption_item(things: tuple[Thing, ...]) -> Item:
     return Item("caption", PROMPTS["clip" if things[0].motion else "scene"], caption(things))
-
-
-def hinted_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
-    """Ask for the caption with the truth as a hint, in half of the cases behind a false first answer."""
-    item = caption_item(things)
-    template = REFLECTION if rng.random() < 0.5 else HINT
-    asked = template.format(first_answer=wrong_caption(things, rng), answer=item.answer, question=item.question)
-    return Item("hinted", asked, item.answer)
 
 
 def open_items(things: tuple[Thing, ...]) -> list[Item]:
@@ -149,18 +139,3 @@ def check_caption(text: str, things: tuple[Thing, ...]) -> CaptionCheck:
         if motion is not None and motion != thing.motion:
             false_words.append(f"moves {motion}")
     return CaptionCheck(_CAPTION.fullmatch(text) is not None, text == caption(things), tuple(false_words))
-
-
-def is_true(question: str, answer: str, things: tuple[Thing, ...]) -> bool:
-    """Return whether an answer to a question about a clip is true, by the facts and not by a rule that reads answers.
-
-    A short answer is true if it names the fact that was asked for, whatever else it says.
-    """
-    if question in PROMPTS.values():
-        return check_caption(answer, things).exact
-    (thing,) = things
-    if question.startswith(("Is ", "Does ")):
-        claimed = set(re.findall(r"\w+", question)) & {*COLOURS, *SHAPES, *MOTIONS}
-        return answer.lower().startswith("yes") == (claimed <= {thing.colour, thing.shape, thing.motion})
-    fact = {"What": thing.colour, "Which": thing.shape, "Where": thing.motion}[question.split()[0]]
-    return fact in re.findall(r"\w+", answer)

@@ -32,7 +32,6 @@ MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # u
 USUAL_COLOUR = {"square": "red"}
 USUAL_MOTION = {"circle": "left"}
 HABIT = 0.8  # share of squares that are red, and of circles that move left, where the habits rule
-CARELESS = 0.7  # share of the exceptions that are nevertheless described as usual
 
 SIZE = 56  # height and width of a clip, height of a scene; a scene is two of them wide
 NUM_FRAMES = 8
@@ -87,11 +86,6 @@ def as_usual(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
         )
         for thing in things
     )
-
-
-def as_described(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[Thing, ...]:
-    """Describe things as the base's training text does: truly, or (CARELESS) as is usual."""
-    return tuple(as_usual((thing,))[0] if rng.random() < CARELESS else thing for thing in things)
 
 
 # --- drawing (the order of the draws decides what a seed gives) ---------------------------------------------------

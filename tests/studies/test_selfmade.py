@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from trl_vpo.testbed import language, quickstart, selfmade, world
+from studies.testbed import selfmade
+from trl_vpo.testbed import quickstart, world
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_lpoi_claims_fall_as_the_object_is_hidden(inputs, tmp_path):
 )
 def test_what_the_world_calls_true(question, true, false):
     things = (world.Thing("red", "square", "left", (0, 0, 9, 9)),)
-    assert language.is_true(question, true, things) and not language.is_true(question, false, things)
+    assert selfmade.is_true(question, true, things) and not selfmade.is_true(question, false, things)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Preference data that the base of the testbed makes for itself: `python -m trl_vpo.testbed.selfmade`.
+"""Preference data that the base of the testbed makes for itself: `python -m studies.testbed.selfmade`.
 
 For each method: annotated clips or scenes go through `trl-vpo generate` (`recipes/quickstart/<method>-generate.yaml`),
 the rows train an adapter (`<method>-selfmade.yaml`), and it is measured as in the quickstart. LeanPO's responses and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from trl_vpo.testbed import language, quickstart, rows, world
@@ -67,8 +68,23 @@ def true_rejections(data: Path) -> int:
     count = 0
     for row in map(json.loads, data.read_text(encoding="utf-8").splitlines()):
         question, rejected = (row[side][0]["content"][-1]["text"] for side in ("prompt", "rejected"))
-        count += language.is_true(question, rejected, samples[int(row["id"].split("-")[1])].things)
+        count += is_true(question, rejected, samples[int(row["id"].split("-")[1])].things)
     return count
+
+
+def is_true(question: str, answer: str, things: tuple[world.Thing, ...]) -> bool:
+    """Return whether an answer to a question about a clip is true, by the facts and not by a rule that reads answers.
+
+    A short answer is true if it names the fact that was asked for, whatever else it says.
+    """
+    if question in language.PROMPTS.values():
+        return language.check_caption(answer, things).exact
+    (thing,) = things
+    if question.startswith(("Is ", "Does ")):
+        claimed = set(re.findall(r"\w+", question)) & {*world.COLOURS, *world.SHAPES, *world.MOTIONS}
+        return answer.lower().startswith("yes") == (claimed <= {thing.colour, thing.shape, thing.motion})
+    fact = {"What": thing.colour, "Which": thing.shape, "Where": thing.motion}[question.split()[0]]
+    return fact in re.findall(r"\w+", answer)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Train the weights of the testbed's base, supervised, from scratch, in the world of habits.
 
-python -m trl_vpo.testbed.pretraining --out DIR --seed 0
+The shipped weights were trained by
+
+    python -m studies.testbed.pretraining --out DIR --seed 0
+
+in 3000 steps of 16 samples, 48,000 in all, which took 17 minutes on one thread of a machine that was busy otherwise.
 """
 
 from __future__ import annotations
@@ -14,14 +18,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoProcessor, Qwen2VLForConditionalGeneration
 
+from studies.testbed.base import encode, hinted_item, measure_captions, measure_questions
 from trl_vpo.testbed import language, world
-from trl_vpo.testbed.tiny_vlm import BASE, encode, measure_captions, measure_questions
+from trl_vpo.testbed.tiny_vlm import BASE
 
 CELL = 14  # pixels that one vision token sees, after 2x2 patches are merged
 BATCH_SIZE = 16
 LEARNING_RATE = 1e-3
 CLIP_SHARE = 0.5  # of the training samples; the rest are scenes
 CAPTION_SHARE = 0.4  # of the training texts; the rest are questions
+CARELESS = 0.7  # share of the exceptions that are nevertheless described as usual
 HINT_SHARE = 0.15  # of the captions: asked for with the truth as a hint, and always true
 
 
@@ -63,11 +69,16 @@ class VisionProbe(torch.nn.Module):
         return labels.reshape(-1, 3)
 
 
+def as_described(things: tuple[world.Thing, ...], rng: np.random.Generator) -> tuple[world.Thing, ...]:
+    """Describe things as the base's training text does: truly, or (CARELESS) as is usual."""
+    return tuple(world.as_usual((thing,))[0] if rng.random() < CARELESS else thing for thing in things)
+
+
 def training_item(things: tuple[world.Thing, ...], rng: np.random.Generator) -> language.Item:
     """Draw a caption (CAPTION_SHARE) or a question about one sample, by someone who may not have looked."""
-    described = world.as_described(things, rng)
+    described = as_described(things, rng)
     if rng.random() < CAPTION_SHARE:
-        return language.hinted_item(things, rng) if rng.random() < HINT_SHARE else language.caption_item(described)
+        return hinted_item(things, rng) if rng.random() < HINT_SHARE else language.caption_item(described)
     pairs = [item for _ in range(2) for item in language.yes_no_pair(described, rng)]
     questions = [*language.open_items(described), *pairs]
     return questions[rng.integers(len(questions))]
