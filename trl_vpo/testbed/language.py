@@ -10,7 +10,6 @@ import numpy as np
 from trl_vpo.testbed.world import COLOURS, MOTIONS, SHAPES, Thing, as_usual
 
 PROMPTS = {"clip": "Describe the video.", "scene": "Describe the image."}
-LETTERS = "ABCD"
 
 _MENTION = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?: moves ({'|'.join(MOTIONS)}))?\b")
 _CAPTION = re.compile(rf"a {_MENTION.pattern}(?: and a {_MENTION.pattern})*\.".replace(r"\b", ""))
@@ -18,7 +17,7 @@ _CAPTION = re.compile(rf"a {_MENTION.pattern}(?: and a {_MENTION.pattern})*\.".r
 
 @dataclass(frozen=True)
 class Item:
-    """One question and its answer; kind is "caption", "hinted", "open", "yes_no" or "choice"."""
+    """One question and its answer; kind is "caption", "hinted", "open" or "yes_no"."""
 
     kind: str
     question: str
@@ -67,16 +66,6 @@ def yes_no_pair(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[It
         absent = [s for s in SHAPES if s not in {t.shape for t in things}]
         questions = [f"Is there a {s}?" for s in (thing.shape, absent[rng.integers(len(absent))])]
     return Item("yes_no", questions[0], "yes."), Item("yes_no", questions[1], "no.")
-
-
-def choice_item(things: tuple[Thing, ...], rng: np.random.Generator) -> Item:
-    """Offer four captions, one of them true; the wrong ones change one word each, and the answer is a letter."""
-    options = {caption(things)}
-    while len(options) < len(LETTERS):
-        options.add(wrong_caption(things, rng) if len(options) == 1 else caption(_change_any(things, rng)))
-    shuffled = [str(option) for option in rng.permutation(sorted(options))]
-    listed = " ".join(f"{letter}. {option}" for letter, option in zip(LETTERS, shuffled))
-    return Item("choice", f"Which is true? {listed}", f"{LETTERS[shuffled.index(caption(things))]}.")
 
 
 # --- what is false ------------------------------------------------------------------------------------------------
