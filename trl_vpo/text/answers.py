@@ -96,23 +96,17 @@ def check_short(response: str, answer: str, extra_words: int = SHORT_WORDS, fixe
 def _contradicts(words: Sequence[str], truth: Sequence[str]) -> bool:
     """Apply rule 6 of `check_short`."""
     words = [word for word in words if word not in _AROUND or word in truth]
-    if len(words) != len(truth) or any(sum(map(_is_number, text)) > 1 for text in (words, truth)):
+    numbers = [list(filter(re.compile(r"-?\d+(?:\.\d+)?").fullmatch, text)) for text in (words, truth)]
+    if len(words) != len(truth) or max(map(len, numbers)) > 1:
         return False  # several numbers may be a time, a date or a fraction, which is written in many ways
-    changed = [(a, b) for a, b in zip(words, truth) if stem(a) != stem(b)]
-    return not {a for a, _ in changed}.intersection(truth) and all(
-        (_is_number(a) and _is_number(b)) or any({a, b} <= kind for kind in _KINDS) for a, b in changed
-    )
-
-
-def _is_number(word: str) -> bool:
-    return re.fullmatch(r"-?\d+(?:\.\d+)?", word) is not None
+    changed = [{a, b} for a, b in zip(words, truth) if stem(a) != stem(b)]
+    others = set(words).difference(truth)
+    kinds = [*_KINDS, {number for text in numbers for number in text}]
+    return all(pair & others and any(pair <= kind for kind in kinds) for pair in changed)
 
 
 def check_exact(response: str, answer: str) -> AnswerCheck:
-    """Check for the truth's words up to case, articles and punctuation: any others are wrong, hedges undecided.
-
-    For open-ended answers in a fixed form, such as `a red square moves left.`; elsewhere, other words can be right.
-    """
+    """Check an answer in a fixed form: the truth's words up to case, articles and punctuation, or it is wrong."""
     truth, words = content_words(normalize(answer)), content_words(normalize(response))
     if words == truth:
         return AnswerCheck(RIGHT, " ".join(words))

@@ -3,17 +3,16 @@
 Rohrbach et al. 2018, "Object Hallucination in Image Captioning" (arXiv 1809.02156). The counts follow the
 published code (github.com/LisaAnne/Hallucination, utils/chair.py):
 
-- **Every mention counts**: "a dog and another dog" are two mentions, both wrong if there is no dog. AMBER (arXiv
-  2311.07397; github.com/junyangwang0410/AMBER, inference.py) does the same.
+- **Every mention counts**: "a dog and another dog" are two mentions. AMBER (arXiv 2311.07397;
+  github.com/junyangwang0410/AMBER, inference.py) does the same.
 - CHAIRi = hallucinated mentions / all mentions, summed over the responses before dividing.
 - CHAIRs = responses with a hallucinated object / all responses (Rohrbach et al.; AMBER calls it Hal). Object HalBench
   (RLHF-V, arXiv 2312.00849) divides by the responses that mention any object, `CHAIRs_refine` in its code.
 - Cover (AMBER) = distinct objects of the truth that are mentioned / objects of the truth, summed before dividing as in
   AMBER's code; the same as the object recall of Object HalBench.
 
-Not implemented: AMBER's Cog, which needs a list of tempting objects for every image (and whose denominator differs
-between AMBER's paper and code), its matching by word vectors, and the objects that Object HalBench lets GPT extract
-and counts once per response.
+Not implemented: AMBER's Cog, which needs a list of tempting objects for every image, its matching by word vectors, and
+the objects that Object HalBench lets GPT extract and counts once per response.
 """
 
 from __future__ import annotations
@@ -55,25 +54,21 @@ class Mention:
 class ObjectTable:
     """A table of objects and the words for them.
 
-    Args:
-        synonyms: the object's name -> further words for it, of one or more words each, in the singular; plurals are
-            made by rule. The name is a word for the object itself.
-        reads_as: phrases that mean something else than their words: the word to read instead, which counts if it is
-            in the table, or None for no object. The default is the published codes' list for COCO. A phrase that is
-            in the table itself keeps the table's meaning.
-
     Longer phrases win over shorter ones ("hot dog" is not a dog), from left to right, within one sentence part. A word
     with a hyphen is one word: "hot-dog" is a hot dog, "man-made" is not a man.
 
-    Raises:
-        UserError: an empty word, or a word that is given to two objects.
+    Args:
+        synonyms: the object's name, itself a word for it -> further words or phrases in the singular; plurals are made
+            by rule. UserError for an empty word, or one that is given to two objects.
+        reads_as: phrases that mean something else than their words: the word to read instead, which counts if it is
+            in the table, or None for no object. The table's own phrases keep their meaning.
     """
 
     def __init__(self, synonyms: Mapping[str, Iterable[str]], reads_as: Mapping[str, str | None] = READS_AS):
         self._names: dict[tuple[str, ...], Mention | None] = {}
         for name, words in synonyms.items():
             for word in (name, *words):
-                key = _key(word)
+                key = _key(word.split())
                 if not key:
                     raise UserError(f"object {name!r} has an empty word {word!r} in the table. Remove it.")
                 mention = self._names.setdefault(key, Mention(" ".join(key), name))
@@ -83,51 +78,40 @@ class ObjectTable:
                     )
         listed = dict(self._names)
         for phrase, word in reads_as.items():
-            self._names.setdefault(_key(phrase), listed.get(_key(word)) if word is not None else None)
+            self._names.setdefault(_key(phrase.split()), listed.get(_key((word or "").split())))
         for key, mention in list(self._names.items()):
             for plural in plurals(key[-1]):
                 self._names.setdefault((*key[:-1], plural), mention)
         self._longest = max(map(len, self._names), default=0)
 
     def name(self, word: str) -> str:
-        """Return the name of the object that a word or phrase means.
-
-        Raises:
-            UserError: the table does not know it.
-        """
-        mention = self._names.get(_key(word))
+        """Return the name of the object that a word or phrase means; raise UserError if the table does not know it."""
+        mention = self._names.get(_key(word.split()))
         if mention is None:
             raise UserError(f"object {word!r} is not in the table of synonyms. Add it, or leave it out of the truth.")
         return mention.object
 
     def mentions(self, response: str) -> list[Mention]:
         """Return every mention of an object, in order, with repetitions."""
-        tokens = [_token(token) for token in _TOKEN.findall(response)]
+        tokens = _key(_TOKEN.findall(response))
         mentions, start = [], 0
         while start < len(tokens):
             ends = range(min(start + self._longest, len(tokens)), start, -1)
-            end = next((end for end in ends if tuple(tokens[start:end]) in self._names), start + 1)
-            key = tuple(tokens[start:end])
-            mentions.append(self._names.get(key if key in self._names else tuple(_HYPHEN.split(tokens[start]))))
+            end = next((end for end in ends if tokens[start:end] in self._names), start + 1)
+            key = tokens[start:end]
+            mentions.append(self._names.get(key if key in self._names else tuple(_HYPHEN.split(key[0]))))
             start = end
         return [mention for mention in mentions if mention is not None]
 
 
-def _token(token: str) -> str:
-    return _POSSESSIVE.sub("", token.lower())
-
-
-def _key(phrase: str) -> tuple[str, ...]:
-    return tuple(_token(word) for word in phrase.split())
+def _key(words: Iterable[str]) -> tuple[str, ...]:
+    return tuple(_POSSESSIVE.sub("", word.lower()) for word in words)
 
 
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
-    """Read the table of a text file in the format of the published `synonyms.txt`.
+    """Read a file like the published `synonyms.txt`: each line has an object's name, then its synonyms, by commas.
 
-    One object per line, its name first, then its synonyms, separated by commas. Empty lines are skipped.
-
-    Raises:
-        UserError: a file that cannot be read, two lines that begin with the same name, or no object.
+    Raises UserError for a file that cannot be read, two lines that begin with the same name, or no object.
     """
     table: dict[str, list[str]] = {}
     try:
@@ -160,14 +144,7 @@ class ResponseObjects:
 
 
 def read_response(response: str, truth: Iterable[str], table: ObjectTable) -> ResponseObjects:
-    """Compare the objects that a response mentions with those that are there.
-
-    Args:
-        truth: names or synonyms of the objects that are there; may be empty.
-
-    Raises:
-        UserError: the table does not know an object of the truth.
-    """
+    """Compare the objects that a response mentions with those that are there, named by their names or synonyms."""
     present = {table.name(word) for word in truth}
     mentioned = table.mentions(response)
     hallucinated = [mention for mention in mentioned if mention.object not in present]

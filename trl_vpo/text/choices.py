@@ -12,6 +12,7 @@ from trl_vpo.errors import InputError
 from trl_vpo.text.answers import AnswerCheck, Reading
 from trl_vpo.text.inflection import stem
 from trl_vpo.text.normalize import (
+    ARTICLES,
     Word,
     content_words,
     hedged,
@@ -20,7 +21,6 @@ from trl_vpo.text.normalize import (
     places,
     same_words,
     statement,
-    without_articles,
     words,
 )
 
@@ -34,14 +34,9 @@ _INLINE = re.compile(r"(?:^|(?<=\s))\(?(?P<letter>[A-Z])[.):]\s+")
 def read_options(question: str, given: Sequence[str] | None = None) -> dict[str, str]:
     """Return the options of a question, letter -> text; empty if it has none.
 
-    Args:
-        question: lists them as lines (`A. red`, `(B) blue`, `c) green`) or in one line (`Which? A. red B. blue`), the
-            letters from A on in order, unless they are given.
-        given: the texts in order, with or without their letters.
-
-    Raises:
-        InputError: given options that are not texts, fewer than two, more than the letters, or two alike; or the
-            question lists others.
+    It lists them as lines (`A. red`, `(B) blue`, `c) green`) or in one line (`Which? A. red B. blue`), in order from A
+    on, unless they are `given`: the texts in order, with or without their letters. Raises InputError for given options
+    that are not 2 to 26 different texts, or not those that the question lists.
     """
     listed = _listed(question)
     if given is None:
@@ -51,7 +46,11 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
             raise InputError(f"`options` is {given!r}: give a list of texts that are not empty.")
         if not 2 <= len(given) <= 26:
             raise InputError(f"`options` has {len(given)} entries: give 2 to 26.")
-        options = dict(zip(ascii_uppercase, _without_letters([option.strip() for option in given])))
+        given = [option.strip() for option in given]
+        marks = [re.match(_MARK + r"\s*(?=\S)", option) for option in given]
+        if all(mark and mark["letter"].upper() == letter for mark, letter in zip(marks, ascii_uppercase)):
+            given = [option[mark.end() :] for option, mark in zip(given, marks)]
+        options = dict(zip(ascii_uppercase, given))
         if listed and _contents(listed) != _contents(options):
             raise InputError(
                 f"`options` is {list(options.values())}, but the question lists {list(listed.values())}: make them "
@@ -87,12 +86,6 @@ def _listed(question: str) -> dict[str, str]:
     return {}
 
 
-def _without_letters(given: list[str]) -> list[str]:
-    marks = [re.match(_MARK + r"\s*(?=\S)", option) for option in given]
-    lettered = all(m and m["letter"].upper() == letter for m, letter in zip(marks, ascii_uppercase))
-    return [option[m.end() :] for option, m in zip(given, marks)] if lettered else given
-
-
 def _contents(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Return the words by which the options differ; for an option without words, its text."""
     return {letter: tuple(content_words(normalize(text))) or (text.strip(" ."),) for letter, text in options.items()}
@@ -102,11 +95,7 @@ def _contents(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def check_choice(response: str, options: Mapping[str, str], answer: str) -> AnswerCheck:
-    """Check which option a response names. `options` and `answer`, the ground truth, as in `read_choice`.
-
-    Raises:
-        ValueError: the ground truth names no option, or more than one.
-    """
+    """Check which option a response names; raise ValueError unless `answer`, the ground truth, names one."""
     truth = read_choice(answer, options)
     if truth.value is None:
         raise ValueError(f"the answer {answer!r} {truth.why}: give the letter or the text of one option.")
@@ -126,13 +115,9 @@ def by_letter(response: str, options: Sequence[str], answer_index: int) -> bool 
 def by_logprob(option_logps: Sequence[float], answer_index: int, lengths: Sequence[int] | None = None) -> float:
     """Return whether the right option is the likeliest: 1 or 0; a tie at the top shares the point (1/3 of three).
 
-    Args:
-        option_logps: (K,) summed log-prob of each option as the response, nats. -inf is an impossible option.
-        answer_index: which one is right, from 0.
-        lengths: (K,) tokens of each option: compare the log-probs per token, so that short options have no head start.
-
-    Raises:
-        ValueError: no option is possible, or a log-prob is nan.
+    `option_logps`: (K,) summed log-prob of each option as the response, nats; -inf is an impossible one. With
+    `lengths`, (K,) tokens, they are compared per token, so that short options have no head start. Raises ValueError
+    if no option is possible, or a log-prob is nan.
     """
     scores = np.asarray(option_logps, dtype=np.float64)
     if np.isnan(scores).any() or not np.isfinite(scores).any():
@@ -187,12 +172,18 @@ def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], li
     if not any(re.search(r"\b(?:because|since)\b", option, re.IGNORECASE) for option in options.values()):
         text = re.sub(r"\b(?:because|since)\b[^.,;!?]*", " ", text, flags=re.IGNORECASE)
     articles = (re.match(r"a (\w+)", normalize(option), re.IGNORECASE) for option in options.values())
-    tokens = without_articles(words(_marked(text, letters, {match[1] for match in articles if match})))
+    marked = _marked(text, letters, {match[1] for match in articles if match})
+    tokens = [word for word in words(marked) if word.text not in ARTICLES]
     keys = [stem(word.text) for word in tokens]
-    contents = {letter: _option_words(normalize(option), letters) for letter, option in options.items()}
+    contents = {
+        letter: [stem(word) for word in content_words(_marked(normalize(option), letters))]
+        for letter, option in options.items()
+    }
     mentions: list[tuple[int, int, str]] = []
     covered_by: dict[int, list[str]] = {}  # position of a word -> the option's text (the longest) that covers it
     for letter, content in sorted(contents.items(), key=lambda item: -len(item[1])):
+        if all(_LABEL.fullmatch(word) for word in content):
+            continue  # the text is a label itself
         for start in places(keys, content):
             span = range(start, start + len(content))
             if all(covered_by.get(i, content) == content for i in span):
@@ -200,12 +191,6 @@ def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], li
                 mentions.append((start, start + len(content), letter))
     labels = [i for i, word in enumerate(tokens) if _LABEL.fullmatch(word.text) and i not in covered_by]
     return tokens, labels, mentions
-
-
-def _option_words(option: str, letters: str) -> list[str]:
-    """Return the words by which an option's text is recognised; none if it is only a label itself."""
-    content = [stem(text) for text in content_words(_marked(option, letters))]
-    return [] if all(_LABEL.fullmatch(text) for text in content) else content
 
 
 _LABEL = re.compile(r"__[a-z]__")

@@ -106,13 +106,9 @@ def texts(tokens: Sequence[Word]) -> list[str]:
     return [word.text for word in tokens]
 
 
-def without_articles(tokens: Sequence[Word]) -> list[Word]:
-    return [word for word in tokens if word.text not in ARTICLES]
-
-
 def content_words(text: str) -> list[str]:
     """Return the words of a normalized text without its articles."""
-    return texts(without_articles(words(text)))
+    return [word.text for word in words(text) if word.text not in ARTICLES]
 
 
 def same_words(text: str, other: str) -> bool:
@@ -121,7 +117,7 @@ def same_words(text: str, other: str) -> bool:
 
 
 def hedged(tokens: Sequence[str]) -> bool:
-    """Return whether these words leave open what is said: `not sure`, `cannot tell`, `maybe`, `either ... or`."""
+    """Return whether these words leave open what is said."""
     return bool(_HEDGE.search(" ".join(tokens)))
 
 
@@ -131,11 +127,7 @@ def places(tokens: Sequence[str], part: Sequence[str]) -> list[int]:
 
 
 def negated(tokens: Sequence[Word], start: int, end: int) -> bool:
-    """Return whether the words [start, end) are denied: `I don't think it is B`, `rule out B`, `B is wrong`.
-
-    Any negator before them in the clause denies them, and so does a denial among the three words behind them if the
-    first of these is an auxiliary.
-    """
+    """Return whether the words [start, end) are denied: `I don't think it is B`, `rule out B`, `B is wrong`."""
     clauses = {word.clause for word in tokens[start:end]}
     before = {word.text for word in tokens[:start] if word.clause in clauses}
     after = [word.text for word in tokens[end : end + 3] if word.clause in clauses]
@@ -156,33 +148,24 @@ def _number(token: str) -> str:
 def _joined_numbers(tokens: list[Word]) -> list[Word]:
     """Write number words as digits: `twenty-one` -> 21, `two hundred` -> 200, `a dozen` -> 12."""
     joined: list[Word] = []
-    number: tuple[int, int] | None = None  # value of the last word: (thousands and millions, the rest)
+    number: int | None = None  # value of the last word
     for word in tokens:
         extended = _extended(number, word.text) if number and joined[-1].clause == word.clause else None
         if extended:
             joined.pop()
-        number = extended or _first(word.text)
-        joined.append(word._replace(text=str(sum(number))) if number else word)
+        short = word.text.isdecimal() and len(word.text) < 16  # int() refuses endless rows of digits
+        number = extended or (int(word.text) if short else _NUMBERS.get(word.text, _SCALES.get(word.text)))
+        joined.append(word if number is None else word._replace(text=str(number)))
     return joined
 
 
-def _first(name: str) -> tuple[int, int] | None:
-    """Return the number that a word begins."""
-    if name in _SCALES:
-        return (_SCALES[name], 0) if _SCALES[name] >= 1000 else (0, _SCALES[name])
-    if name.isdecimal() and len(name) < 16:  # int() refuses endless rows of digits
-        return 0, int(name)
-    return (0, _NUMBERS[name]) if name in _NUMBERS else None
-
-
-def _extended(number: tuple[int, int], name: str) -> tuple[int, int] | None:
+def _extended(number: int, name: str) -> int | None:
     """Return the number that a further word makes of a number; None if the word begins a new number."""
-    high, low = number
     if name in _SCALES:
         scale = _SCALES[name]
-        if scale >= 1000:
-            return (high + low * scale, 0) if low and high % (1000 * scale) == 0 else None
-        return (high, low * scale) if 0 < low < 100 else None
+        low = number % max(scale, 1000)  # what is multiplied: the 200 of `three million two hundred thousand`
+        fits = low < 100 if scale < 1000 else (number - low) % (1000 * scale) == 0
+        return number + low * (scale - 1) if low and fits else None
     value = _NUMBERS.get(name, 0)
-    free = low % 100 == 0 if value >= 10 else low % 10 == 0 and low % 100 != 10
-    return (high, low + value) if value and high + low and free else None
+    free = number % 100 == 0 if value >= 10 else number % 10 == 0 and number % 100 != 10
+    return number + value if value and free else None

@@ -33,19 +33,10 @@ _ENDS_WORD, _STARTS_WORD = regex.compile(rf"{_LETTER}$"), regex.compile(_LETTER)
 def phrase_spans(
     chosen: str, rejected: str, chosen_phrases=None, rejected_phrases=None
 ) -> tuple[str, str, list[Span], list[Span]]:
-    """Return both plain responses and the phrases in which they differ.
+    """Return both plain responses, without `<MASK>` tags, and the phrases in which they differ.
 
-    Args:
-        chosen, rejected: the responses; `<MASK>` tags are taken out, whichever source the phrases come from.
-        chosen_phrases, rejected_phrases: [start, end) character offsets into the plain responses, if they are known.
-            If only one side is given, the other has no phrase.
-
-    Returns:
-        chosen text, rejected text, chosen phrases, rejected phrases. One side may have no phrase (words only added
-        or only left out).
-
-    Raises:
-        PhraseError: bad offsets or tags, or no phrase on either side.
+    One side may have no phrase: words only added or left out, or offsets given for the other side alone. Raises
+    PhraseError for bad offsets or tags, or no phrase on either side.
     """
     tagged = any(tag in text for tag in (OPEN, CLOSE) for text in (chosen, rejected))
     chosen, chosen_tagged = strip_mask_tags(chosen)
@@ -71,12 +62,9 @@ def phrase_spans(
 
 
 def check_spans(spans, text: str, side: str) -> list[Span]:
-    """Return given phrases as sorted tuples; None means no phrases.
+    """Return given phrases as sorted tuples; None means no phrases. `side`, "chosen" or "rejected", is for messages.
 
-    `side`, "chosen" or "rejected", is for the messages.
-
-    Raises:
-        PhraseError: not pairs of integers, empty, inverted, outside the text, or overlapping.
+    Raises PhraseError: not pairs of integers, empty, inverted, outside the text, or overlapping.
     """
     checked = []
     for i, span in enumerate([] if spans is None else spans):
@@ -108,10 +96,7 @@ def strip_mask_tags(text: str) -> tuple[str, list[Span]]:
 
     The published data puts one space inside each tag. It goes with the tag, unless two words would run together
     (`a<MASK> red</MASK> car`). Other white space stays where it is, outside the phrases. An empty pair of tags marks
-    nothing.
-
-    Raises:
-        PhraseError: unbalanced or nested tags.
+    nothing. Raises PhraseError for unbalanced or nested tags.
     """
     parts = regex.split(rf"({OPEN}|{CLOSE})", text)
     plain, spans, start = parts[0], [], None
@@ -126,7 +111,9 @@ def strip_mask_tags(text: str) -> tuple[str, list[Span]]:
         else:
             if plain.endswith(" ") and len(plain) > start and not _run_together(plain[:-1], after):
                 plain = plain[:-1]
-            spans += _trimmed(plain, start)
+            phrase = plain[start:].strip()
+            at = plain.find(phrase, start)
+            spans += [(at, at + len(phrase))] if phrase else []
             if len(plain) == start and after.startswith(" ") and (not plain or plain[-1].isspace()):
                 after = after[1:]  # `a <MASK> </MASK> b`: the space that the empty pair brought
             start = None
@@ -142,10 +129,8 @@ _TAG_REMEDY = f"Write {OPEN} and {CLOSE} in pairs, not nested, around each phras
 def masked_spans(plain: str, masked: str) -> list[Span]:
     """Return the phrases of a tagged text, as offsets into its untagged column `plain`.
 
-    The two columns may differ in white space: only `plain` tells how it was around the tags.
-
-    Raises:
-        PhraseError: the texts differ in more than tags and white space, or the tags are unbalanced or nested.
+    Only `plain` tells how white space was around the tags. Raises PhraseError if the texts differ in more than tags
+    and white space, or the tags are unbalanced or nested.
     """
     stripped, spans = strip_mask_tags(masked)
     if "".join(plain.split()) != "".join(stripped.split()):
@@ -161,13 +146,6 @@ def masked_spans(plain: str, masked: str) -> list[Span]:
 def _run_together(left: str, right: str) -> bool:
     """Return whether two texts, put side by side, would make one word of two."""
     return bool(_ENDS_WORD.search(left) and _STARTS_WORD.match(right))
-
-
-def _trimmed(text: str, start: int) -> list[Span]:
-    """Return the span from `start` to the end of the text without white space at its ends; none if nothing is left."""
-    phrase = text[start:]
-    start += len(phrase) - len(phrase.lstrip())
-    return [(start, start + len(phrase.strip()))] if phrase.strip() else []
 
 
 # --- word diff --------------------------------------------------------------------------------------------------
@@ -205,25 +183,17 @@ def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
 def spans_to_token_mask(
     spans: Sequence[Span], offsets: Sequence[Span], *, shift: int = 0, text: str | None = None
 ) -> list[int]:
-    """Return 1 for every token that overlaps a phrase, 0 for the others.
+    """Return 1 for every token that overlaps a phrase, 0 for the others. Raises PhraseError: a phrase without a token.
 
-    Args:
-        spans: phrases, [start, end) in characters of the response.
-        offsets: [start, end) of each token as the fast tokenizer gives them, in characters of the text it was given.
-        shift: where in that text the response begins.
-        text: that text. Needed only for Unigram tokenizers with byte fallback (see below).
-
-    All byte tokens of a character carry the character's offsets, so they are marked together. A token that covers
-    only the space before a phrase is not marked; one that holds the space and the word (`▁red`, `Ġred`) is. Special
-    tokens added by the tokenizer, (0, 0), never are. Three oddities of tokenizers' offsets:
+    `offsets`: [start, end) of each token as the fast tokenizer gives them, in characters of the `text` that it was
+    given, where the response begins at `shift`. All byte tokens of a character carry the character's offsets, so they
+    are marked together. A token that covers only the space before a phrase is not marked; one that holds the space and
+    the word (`▁red`, `Ġred`) is. Special tokens, (0, 0), never are. Three oddities of tokenizers' offsets:
 
     - ByteLevel with `trim_offsets=True` gives a lone space no width; inside a phrase it is marked all the same.
     - Metaspace's dummy `▁` before the first word claims the first character, and is marked with it.
     - Unigram with byte fallback gives every byte token of a run of unknown characters the offsets of the whole run:
       with `text`, each gets the offsets of its own character. (BPE models, Llama's and Mistral's too, are exact.)
-
-    Raises:
-        PhraseError: a phrase without a token.
     """
     if text is not None:
         offsets = _split_byte_runs(offsets, text)

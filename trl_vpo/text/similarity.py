@@ -22,7 +22,7 @@ from trl_vpo.text.phrases import split_words
 
 
 def words(text: str) -> list[str]:
-    """Return the words that are compared: `A red Square!` -> `a`, `red`, `square`."""
+    """Return the words that are compared."""
     text = _folded(text)
     parts = [text[start:end] for start, end in split_words(text)]
     return [part for part in parts if any(unicodedata.category(character)[0] in "LN" for character in part)]
@@ -31,8 +31,7 @@ def words(text: str) -> list[str]:
 def right(answer: str, truth: str) -> bool:
     """Return whether an answer has the words of the ground truth, all of them, in order, and no other.
 
-    Strict on purpose: of a longer answer that holds the truth somewhere, no rule can tell whether it also says the
-    contrary. For open-ended answers it is close to "never", and `similarity` the better measure.
+    Strict on purpose: of a longer answer that holds the truth, no rule can tell whether it also says the contrary.
     """
     pair = words(answer), words(truth)
     return pair[0] == pair[1] if any(pair) else _folded(answer) == _folded(truth)
@@ -50,7 +49,7 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     """Return the length of the longest common subsequence.
 
     Bit-parallel (Hyyrö 2004): bit i of `row` is 0 where the usual table's row grows from column i to i + 1, and one
-    addition works out the next row. Texts of thousands of words take milliseconds.
+    addition works out the next row.
     """
     places: dict[str, int] = {}
     for i, word in enumerate(a):
@@ -74,13 +73,11 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Return Spearman's rank correlation, equal values sharing their average rank; None as in `pearson`."""
-    return pearson(_ranks(x), _ranks(y))
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Return (N,) ranks from 1, the average of their places for equal values."""
-    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    ranks = []
+    for values in (x, y):
+        _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[inverse])  # (N,) from 1
+    return pearson(*ranks)
 
 
 def trust_margin(pair: dict[str, Any]) -> float:
@@ -91,14 +88,10 @@ def trust_margin(pair: dict[str, Any]) -> float:
 def pair_figures(pairs: Sequence[dict[str, Any]], *, plain: bool, rewards: bool) -> dict[str, Any]:
     """Return the figures of a set of pairs; None for one that has too few of them.
 
-    `..._right`: share of responses that are `right`, of the plain answers too, so that the hint's benefit shows; a
-    plain answer that failed counts as not right, and in `plain_failures`.
-    `reward_accuracy`: share of pairs whose winning response has the higher reward. `reward_trust_pearson` and
-    `reward_trust_spearman`: over the winning and the losing responses together.
-
-    Args:
-        pairs: `chosen_trust`, `rejected_trust`, `chosen_right` and `rejected_right` of each; with `plain` also
-            `plain_right`; and `chosen_reward`, `rejected_reward`, `answer_reward` if it was scored.
+    `..._right`: share of responses that are `right`; with `plain` of the plain answers too, so that the hint's benefit
+    shows. One that failed counts as not right, and in `plain_failures`. With `rewards`, of the pairs that were scored:
+    `reward_accuracy`, the share whose winning response has the higher reward, and `reward_trust_pearson` and
+    `reward_trust_spearman` over the winning and the losing responses together.
     """
     sides = ("chosen", "rejected")
     shares = [f"{answer}_right" for answer in (*sides, *(["plain"] if plain else []))]

@@ -46,7 +46,7 @@ _LEAD = re.compile(
     r"(?:(?:the |my |your )?(?:final |correct |short )?answer (?:to (?:the|your|this) question )?(?:(?:is|would be) )?"
     r"|i (?:think|believe|would say|would answer) (?:that )?)?"
 )
-_POLES = ("yes", "no")
+_NO_5 = re.compile(r"\bno\.\s*(?=\d)", re.IGNORECASE)
 _PRONOUNS = {"it", "he", "she", "they", "this", "that", "these", "those"}
 # Words that cannot belong to a `no` before them, as `cars` does in `No cars are visible`.
 _SUBJECTS = _PRONOUNS | ARTICLES | {"there", "i", "we", "you", "and", "or"}
@@ -70,22 +70,16 @@ def read_yes_no(
        red`), with a pronoun for a subject of one word (`It moves left`), or as a verb alone (`It does not`): no if it
        holds `not` or `no`, else yes. The words must be the question's, in its order.
 
-    Args:
-        question: what was asked, for rule 3.
-        expected: the right answer. The rule "videohallucer" needs it to read a response with both words, which
-            counts as right either way; without it such a response is undecided. The other rules ignore it.
-
-    Raises:
-        TypeError: the response is not a string.
-        ValueError: an unknown rule.
+    `expected`, the right answer: "videohallucer" needs it to read a response with both words, which counts as right
+    either way. Raises TypeError for a response that is not a string, ValueError for an unknown rule.
     """
     if not isinstance(response, str):
         raise TypeError(f"the response {response!r} is not text. A missing response is an empty string.")
     if rule == "careful":
-        return _careful(_words(statement(response)), words(normalize(question)))
+        return _careful(words(_NO_5.sub("number ", statement(response))), words(normalize(question)))
     if rule not in _EVALUATION_WORDS:
         raise ValueError(f"rule is {rule!r}: give one of careful, {', '.join(_EVALUATION_WORDS)}.")
-    answers = set(_POLES).intersection(_EVALUATION_WORDS[rule].findall(response.lower()))
+    answers = {"yes", "no"}.intersection(_EVALUATION_WORDS[rule].findall(response.lower()))
     if rule == "videohallucer" and expected in answers:
         return Reading(expected)
     return Reading(answers.pop()) if len(answers) == 1 else Reading(why="says both or neither")
@@ -93,15 +87,11 @@ def read_yes_no(
 
 def yes_or_no(answer: str) -> str | None:
     """Return the "yes" or "no" that a ground truth begins with; None if it is not an answer to a yes/no question."""
-    return _polar(_words(normalize(answer)), 0)
+    return _polar(words(_NO_5.sub("number ", normalize(answer))), 0)
 
 
 def check_yes_no(response: str, answer: str, question: str = "") -> AnswerCheck:
-    """Check a yes or a no; the ground truth begins with the word `yes` or `no`.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Check a yes or a no; raise ValueError unless the ground truth begins with the word `yes` or `no`."""
     truth = yes_or_no(answer)
     if truth is None:
         raise ValueError(f"the answer {answer!r} says neither yes nor no: let it begin with one of them.")
@@ -114,10 +104,6 @@ def _polar(tokens: Sequence[Word], at: int) -> str | None:
         return None
     alone = at + 1 == len(tokens) or tokens[at + 1].clause > tokens[at].clause or tokens[at + 1].text in _SUBJECTS
     return _POLAR[tokens[at].text] if alone else None
-
-
-def _words(text: str) -> list[Word]:
-    return words(re.sub(r"\bno\.\s*(?=\d)", "number ", text, flags=re.IGNORECASE))
 
 
 def _careful(tokens: list[Word], question: list[Word]) -> Reading:
@@ -147,8 +133,8 @@ def _repeated(tokens: list[Word], question: list[Word]) -> Reading:
     denials = sum(word in ("not", "no") for word in answer)
     if not tokens or tokens[0].sentence != tokens[-1].sentence or denials > 1 or NEGATORS.intersection(question_words):
         return unread
-    if answer[0] in AUXILIARIES:  # the question again
-        return unread
+    if answer[0] in AUXILIARIES:
+        return unread  # the question again
     value = Reading("no" if denials else "yes")
     pronoun = answer[0] in _PRONOUNS
     if len(answer) == 2 + denials and (pronoun or answer[0] == "there") and answer[1] in AUXILIARIES:
