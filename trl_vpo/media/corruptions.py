@@ -1,9 +1,8 @@
 """Corrupt media so that a model answers worse. Every draw follows from the seed alone.
 
 Damage, for LeanPO's losing response (arXiv 2506.05260): few frames of a clip are kept, all with the same
-random-resized crop, colour jitter, greyscale, Gaussian blur and horizontal flip. The flip is the paper's. It exchanges
-left and right, so the losing response to a question about directions may be wrong for that reason only; `flip_p=0`
-turns it off.
+random-resized crop, colour jitter, greyscale, Gaussian blur and horizontal flip. The flip exchanges left and right, so
+a losing response about directions may be wrong for that reason only; `flip_p=0` turns it off.
 
 Perturbation, for RRPO's mistakes (arXiv 2504.12083, section 3.1): one square, at the same place in every frame of a
 clip, covers 25-50 % of the area with a light grey; and the frames change places within short windows ("local") or over
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from trl_vpo.errors import InputError
-from trl_vpo.media.load import Clip, Media
+from trl_vpo.media.load import Media
 
 # --- damage -----------------------------------------------------------------------------------------------------
 
@@ -55,10 +54,7 @@ class Damage:
 
 
 def damage(media: Media, rng: np.random.Generator, settings: DamageSettings) -> Media:
-    """Return damaged copies of all clips and images, each with a damage of its own.
-
-    Sizes stay, and frames keep their timestamps. A clip may keep a single frame.
-    """
+    """Return damaged copies of all clips and images, each with a damage of its own. Sizes and timestamps stay."""
     images, videos = [], []
     for image in media.images:
         frames = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
@@ -74,32 +70,24 @@ def damage(media: Media, rng: np.random.Generator, settings: DamageSettings) -> 
 def draw_damage(rng: np.random.Generator, num_frames: int, size: tuple[int, int], settings: DamageSettings) -> Damage:
     """Draw the damage of a clip of `num_frames` frames of `size` (height, width)."""
     kept = rng.choice(num_frames, size=min(num_frames, settings.num_frames), replace=False)
-    crop = _draw_crop(rng, size, settings)
-    jitter = [
-        ("brightness", rng.uniform(1 - settings.brightness, 1 + settings.brightness)),
-        ("contrast", rng.uniform(1 - settings.contrast, 1 + settings.contrast)),
-        ("saturation", rng.uniform(1 - settings.saturation, 1 + settings.saturation)),
-        ("hue", rng.uniform(-settings.hue, settings.hue)),
-    ]
+    height, width = size
+    area = rng.uniform(*settings.area) * height * width
+    ratio = math.exp(rng.uniform(*(math.log(value) for value in settings.ratio)))
+    h = min(height, max(1, round(math.sqrt(area / ratio))))  # in a frame too narrow for it, the crop is cut
+    w = min(width, max(1, round(math.sqrt(area * ratio))))
+    top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    factors = [(name, getattr(settings, name)) for name in ("brightness", "contrast", "saturation")]
+    jitter = [(name, rng.uniform(1 - most, 1 + most)) for name, most in factors]
+    jitter.append(("hue", rng.uniform(-settings.hue, settings.hue)))
     order = rng.permutation(len(jitter))
     return Damage(
         frames=tuple(sorted(kept.tolist())),
-        crop=crop,
+        crop=(top, left, h, w),
         jitter=tuple(jitter[i] for i in order) if rng.random() < settings.jitter_p else (),
         grey=bool(rng.random() < settings.grey_p),
         sigma=rng.uniform(*settings.blur_sigma),
         flip=bool(rng.random() < settings.flip_p),
     )
-
-
-def _draw_crop(rng: np.random.Generator, size: tuple[int, int], settings: DamageSettings) -> tuple[int, int, int, int]:
-    """Draw top, left, height and width; in a frame too narrow for its ratio, the crop is cut to the frame."""
-    height, width = size
-    area = rng.uniform(*settings.area) * height * width
-    ratio = math.exp(rng.uniform(*(math.log(value) for value in settings.ratio)))
-    h = min(height, max(1, round(math.sqrt(area / ratio))))
-    w = min(width, max(1, round(math.sqrt(area * ratio))))
-    return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
 
 
 def apply_damage(frames: np.ndarray, drawn: Damage) -> np.ndarray:
@@ -146,12 +134,9 @@ class PerturbSettings:
 
 
 def perturb(media: Media, seed: int, settings: PerturbSettings) -> Media:
-    """Return perturbed copies of all images and clips; sizes, frame counts and timestamps stay.
+    """Return perturbed copies of all images and clips, each with a mask of its own; sizes and timestamps stay.
 
-    Each image and each clip has a mask of its own. The same seed draws the same masks in every mode with masks.
-
-    Raises:
-        InputError: nothing can be perturbed in this mode, see `effective_mode`.
+    The same seed draws the same masks in every mode with masks. Raises InputError as `effective_mode` does.
     """
     parts = effective_mode(media, settings).split("+")
     masks, orders = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
@@ -168,10 +153,10 @@ def perturb(media: Media, seed: int, settings: PerturbSettings) -> Media:
 def effective_mode(media: Media, settings: PerturbSettings) -> str:
     """Return the part of the mode that these media allow: images, single frames and still clips cannot be shuffled.
 
-    Raises:
-        InputError: the mode only shuffles, and there is nothing to shuffle.
+    Raises InputError if the mode only shuffles, and there is nothing to shuffle.
     """
-    if settings.mode == "mask" or any(_moves(clip, settings) for clip in media.videos):
+    windows = [clip.frames[a:b] for clip in media.videos for a, b in _windows(len(clip.frames), settings)]
+    if settings.mode == "mask" or any((frames[1:] != frames[0]).any() for frames in windows):
         return settings.mode
     if settings.mode.startswith("mask"):
         return "mask"
@@ -179,11 +164,6 @@ def effective_mode(media: Media, settings: PerturbSettings) -> str:
         f"{settings.mode} shuffling changes nothing: the row has {len(media.images)} image(s) and "
         f"{len(media.videos)} clip(s), none with different frames to exchange. Use a perturbation with mask."
     )
-
-
-def _moves(clip: Clip, settings: PerturbSettings) -> bool:
-    windows = _windows(len(clip.frames), settings)
-    return any((clip.frames[start + 1 : end] != clip.frames[start]).any() for start, end in windows)
 
 
 def _masked(frames: np.ndarray, rng: np.random.Generator, area: tuple[float, float]) -> np.ndarray:
@@ -199,35 +179,25 @@ def _masked(frames: np.ndarray, rng: np.random.Generator, area: tuple[float, flo
 def mask_size(height: int, width: int, share: float, area: tuple[float, float]) -> tuple[int, int]:
     """Return (height, width) in pixels of the box that covers about `share` of a frame.
 
-    A square if it fits. If its side would be longer than the short side of the frame (with half of the area
-    masked: from an aspect of 2:1 on), the area is kept: the box is as high (or wide) as the frame, and as much wider
-    as it takes. Whole pixels are chosen so that the covered share lies within `area`; only in a frame of a few pixels
-    there may be no such number, and then the box is the next smaller one, of at least one pixel.
+    A square if it fits; else a box that is as high (or wide) as the frame. Whole pixels are chosen so that the covered
+    share lies within `area`; where a frame has too few for that, the box is the next smaller one.
     """
     short, long = sorted((height, width))
-    side = math.sqrt(share * short * long)
-    if side <= short:
-        low, high = (math.sqrt(limit * short * long) for limit in area)
-        size = _whole(side, low, high)
-        return size, size
-    length = _whole(share * long, area[0] * long, area[1] * long)
+    square = math.sqrt(share * short * long) <= short
+    # the length that is looked for, and its limits
+    value, low, high = (math.sqrt(part * short * long) if square else part * long for part in (share, *area))
+    length = max(1, min(max(round(value), math.ceil(low)), math.floor(high)))
+    if square:
+        return length, length
     return (short, length) if height <= width else (length, short)
 
 
-def _whole(value: float, low: float, high: float) -> int:
-    """Return the whole number nearest to `value` between the limits."""
-    return max(1, min(max(round(value), math.ceil(low)), math.floor(high)))
-
-
 def _windows(count: int, settings: PerturbSettings) -> list[tuple[int, int]]:
-    """Return [start, end) of the windows within which frames change places; for global shuffling there is one.
-
-    A last window of a single frame joins the window before it.
-    """
+    """Return [start, end) of the windows within which frames change places; for global shuffling there is one."""
     size = count if settings.mode.endswith("global") else settings.window
     starts = list(range(0, count, size))
     if len(starts) > 1 and count - starts[-1] == 1:
-        starts.pop()
+        starts.pop()  # a last window of a single frame joins the one before it
     return list(zip(starts, [*starts[1:], count]))
 
 
@@ -235,8 +205,7 @@ def _shuffled(windows: list[tuple[int, int]], rng: np.random.Generator) -> np.nd
     """Return the order (T,) in which the frames are shown.
 
     Every window is permuted by one random cycle through all its places (Sattolo's algorithm). So no frame stays where
-    it was, and the window looks different as soon as two of its frames do: were it to look the same, each frame would
-    equal the next of the cycle, and thus all of them.
+    it was, and the window looks different as soon as two of its frames do.
     """
     order = np.arange(windows[-1][1])
     for start, end in windows:

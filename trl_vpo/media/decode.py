@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import av
@@ -29,9 +29,8 @@ def decode(
     """Return the frames numbered ``indices`` (T,) ascending: (T, H, W, 3) uint8 RGB, upright, within ``max_pixels``.
 
     ``seek`` False decodes from the start in several threads; True jumps from keyframe to keyframe in one, because a
-    jump throws away what other threads are working on; None takes what :func:`seeking_pays` says. Both give the same
-    frames. Should a jump miss its frame, all is decoded from the start. Raises :class:`MediaError` when a frame of the
-    table does not come out of the decoder.
+    jump throws away what other threads are working on; None takes what :func:`seeking_pays` says. Should a jump miss
+    its frame, all is decoded from the start. Raises :class:`MediaError` when a frame of the table does not come.
     """
     threads = max_threads()
     if table.pts is not None and (seeking_pays(table, indices, threads) if seek is None else seek):
@@ -41,11 +40,7 @@ def decode(
 
 
 def seeking_pays(table: FrameTable, indices: np.ndarray, threads: int = 1) -> bool:
-    """Return True if jumping means less work than decoding from the start, which ``threads`` threads share.
-
-    Both are counted in frames to decode, a jump as ``SEEK_COST`` frames: keyframes that are dense in comparison with
-    the chosen frames favour jumping, and so does a window late in the file.
-    """
+    """Return True if jumping means fewer frames to decode than from the start, which ``threads`` threads share."""
     cost = position = 0
     for index, key in zip(indices, table.keyframes[table.keys_of(indices)]):
         jump = key - position > SEEK_COST
@@ -68,7 +63,8 @@ def decode_once(
     pictures, first, done = None, None, 0
     with open_video(data, name, threads) as (container, stream):
         if table.pts is None:
-            frames = _by_count(container, stream, table, indices)
+            every = enumerate(_intact(container.decode(stream), table, indices))
+            frames = (frame for number, frame in islice(every, indices[-1] + 1) if number in indices)
         else:
             frames = _by_time(container, stream, table, indices, seek)
         for frame in frames:
@@ -122,18 +118,6 @@ def needed_frames(container: Container, stream: av.VideoStream, targets: set[int
         if context.name == "h264":
             context.skip_frame = "DEFAULT" if packet.pts in targets else "NONREF"
         yield from packet.decode()
-
-
-def _by_count(
-    container: Container, stream: av.VideoStream, table: FrameTable, indices: np.ndarray
-) -> Iterator[av.VideoFrame]:
-    """Give the frames by counting what the decoder gives."""
-    targets = set(indices.tolist())
-    for count, frame in enumerate(_intact(container.decode(stream), table, indices)):
-        if count in targets:
-            yield frame
-        if count >= indices[-1]:
-            return
 
 
 def _intact(frames: Iterable[av.VideoFrame], table: FrameTable, indices: np.ndarray) -> Iterator[av.VideoFrame]:

@@ -56,13 +56,20 @@ class Entry:
 
     def write(self, clip: dict) -> None:
         """Store the `FIELDS` of a clip, all or nothing: readers see the whole file or none."""
+        global _warned
         if _state(self._video) != self._state:
             return  # replaced while it was read: nobody knows which of the two was decoded
         try:
             with atomic_write(self.path) as part, part.open("wb") as file:
                 np.savez(file, key=np.array(self._key), **clip)
         except OSError as error:
-            _warn_once(self.path.parent, error)
+            if not _warned:
+                warnings.warn(
+                    f"frame_cache: nothing can be written to {self.path.parent} ({error}); clips are decoded without "
+                    "it. Free space there, name another folder, or leave frame_cache out.",
+                    stacklevel=2,
+                )
+            _warned = True
 
 
 def _state(video: Path) -> list[int] | None:
@@ -71,14 +78,3 @@ def _state(video: Path) -> list[int] | None:
     except OSError:  # deleted since: whoever opens it says so
         return None
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def _warn_once(folder: Path, error: OSError) -> None:
-    global _warned
-    if not _warned:
-        warnings.warn(
-            f"frame_cache: nothing can be written to {folder} ({error}); clips are decoded without it. Free space "
-            "there, name another folder, or leave frame_cache out.",
-            stacklevel=2,
-        )
-    _warned = True

@@ -53,11 +53,10 @@ def describe(source: Any) -> str:
 
 
 def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Path:
-    """Return the absolute path of an existing, non-empty file.
+    """Return the absolute path of an existing, non-empty file, named by a path or a ``file://`` URL.
 
-    ``source`` is a path or a ``file://`` URL. A relative one starts at ``media_root`` when that is given, else at the
-    working directory. With ``media_root``, a path that leaves it - by ``..``, as an absolute path or through a
-    symbolic link - is refused. Raises :class:`MediaError`.
+    A relative one starts at ``media_root`` when that is given, else at the working directory. With ``media_root``, a
+    path that leaves it - by ``..``, as an absolute path or through a symbolic link - is refused with MediaError.
     """
     name = describe(source)
     path = _parse_path(source, name)
@@ -89,7 +88,6 @@ def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path
     """Return the images of a folder, in the order of their numbers; None if ``source`` names no folder.
 
     Where all names are decimal numbers ("0.25.png", "0.5.png"), those count; else the digits of a name, run by run.
-
     Raises :class:`MediaError` for a folder outside of ``media_root`` or without images.
     """
     if not isinstance(source, (str, Path)) or (_URL.match(str(source)) and not str(source).startswith("file:")):
@@ -112,12 +110,9 @@ def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path
     if not frames:
         raise MediaError(f"{name} is a folder without images: name a video file, or a folder that holds its frames.")
     seconds = all(_DECIMAL.fullmatch(path.stem) for path in frames)
-    frames.sort(key=lambda path: (Decimal(path.stem) if seconds else 0, _by_number(path)))
+    parts = {p: [(0, int(n), "") if n.isdigit() else (1, 0, n) for n in re.split(r"(\d+)", p.name)] for p in frames}
+    frames.sort(key=lambda path: (Decimal(path.stem) if seconds else 0, parts[path]))
     return [path.resolve() for path in frames]
-
-
-def _by_number(path: Path) -> list:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _parse_path(source: str | Path, name: str) -> Path:
@@ -158,7 +153,6 @@ def fit_pixels(width: int, height: int, max_pixels: int | None) -> tuple[int, in
 
 
 def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    """Return ``image`` itself, or a smaller copy that fits ``max_pixels`` (bicubic)."""
     size = fit_pixels(*image.size, max_pixels)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
@@ -170,10 +164,9 @@ def load_image(
 
     ``source``: a path, ``file://`` URL, bytes, ``PIL.Image``, uint8 array (H, W), (H, W, 3) or (H, W, 4), or a dict
     with ``path`` (or ``image``) and/or ``bytes``, as ``datasets.Image(decode=False)`` gives it; bytes come before the
-    path. Transparent pixels are laid on white, an animation gives its first image. Greyscale of more than 8 bits: up
-    to 255 values stay as they are, up to 65535 they lose their lower 8 bits, beyond that they are refused, as floats
-    are. Boxes and other pixel positions refer to this upright image. With ``limit``, one of more pixels than
-    `PIL.Image.MAX_IMAGE_PIXELS` is refused unless ``max_pixels`` scales it down. Raises :class:`MediaError`.
+    path. Transparent pixels are laid on white, an animation gives its first image. Greys up to 255 stay as they are,
+    up to 65535 they lose their lower 8 bits, beyond that they are refused, as floats are. With ``limit``, an image of
+    more pixels than `PIL.Image.MAX_IMAGE_PIXELS` is refused unless ``max_pixels`` scales it down.
     """
     if max_pixels is not None and max_pixels < 1:
         raise MediaError(f"max_pixels is {max_pixels}: give at least 1, or None for no limit.")
@@ -183,11 +176,9 @@ def load_image(
         source = read_source(source, media_root)
     most = Image.MAX_IMAGE_PIXELS if limit and max_pixels is None else None
     try:
-        if isinstance(source, Image.Image):
-            opened = nullcontext(source)
-        else:
-            opened = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
-        with opened as image:
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             if most is not None and (pixels := image.width * image.height) > most:
                 raise MediaError(
                     f"{name} has {image.width}x{image.height} pixels ({pixels / 1e6:.0f} million), more than "
@@ -236,7 +227,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range, save it with 8 bits")
     if image.mode.startswith("I"):
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        # Greyscale of 16 or 32 bits: arrays of 0 to 255 are often stored so, by `datasets.Image` for one.
+        pixels = np.asarray(image)
+        least, most = int(pixels.min()), int(pixels.max())
+        if least < 0 or most > 65535:
+            raise ValueError(f"its greys reach from {least} to {most}, beyond 0 to 65535, save it with 8 bits")
+        return Image.fromarray((pixels if most <= 255 else pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
     if "A" in image.getbands() or "transparency" in image.info:
@@ -244,11 +240,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """Narrow greyscale of 16 or 32 bits: arrays of 0 to 255 are often stored so, by `datasets.Image` for one."""
-    least, most = int(pixels.min()), int(pixels.max())
-    if least < 0 or most > 65535:
-        raise ValueError(f"its greys reach from {least} to {most}, beyond 0 to 65535, save it with 8 bits")
-    return (pixels if most <= 255 else pixels >> 8).astype(np.uint8)

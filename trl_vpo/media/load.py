@@ -27,14 +27,14 @@ from PIL import Image
 from trl_vpo.errors import MediaError
 from trl_vpo.media.decode import decode
 from trl_vpo.media.frame_cache import FIELDS, Entry
-from trl_vpo.media.images import describe, frame_folder, load_image, read_source, shrink
+from trl_vpo.media.images import BYTES, describe, frame_folder, load_image, read_source, shrink
 from trl_vpo.media.sampling import VideoOptions, sample_frames
 from trl_vpo.media.video import scan
 
 __all__ = ["Clip", "Media", "MediaError", "VideoOptions", "check_video", "load_image", "load_video"]
 
 LIST_FPS = 2.0
-_FILE = (str, Path, bytes, bytearray, memoryview)
+_FILE = (str, Path, *BYTES)
 _PAYLOAD = ("bytes", "path", "video")  # keys of a dict that hold the video, the first given one wins
 
 
@@ -87,8 +87,7 @@ def load_video(
     """Return the frames of ``source`` that ``options`` ask for. With fewer than asked for, all of them, none twice.
 
     With ``media_root``, relative paths start there and no path may leave it. ``cache``: a folder that keeps the clips
-    of video files (see :mod:`trl_vpo.media.frame_cache`). Raises :class:`MediaError`, also for a file that gives fewer
-    frames than its index promises.
+    of video files (see :mod:`trl_vpo.media.frame_cache`). Raises :class:`MediaError`.
     """
     return _load(source, options, media_root, cache)
 
@@ -96,9 +95,8 @@ def load_video(
 def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> Clip:
     """Return the clip of :func:`load_video` with its first frame in the place of all: only that is decoded.
 
-    Raises :class:`MediaError` for what is wrong with a video as far as that shows: a file that is missing, does not
-    open, has no video stream or is cut short, a window without a frame, a first frame that does not decode. Of a list,
-    every frame that would be used is read. Damage in the middle of a file is found only by :func:`load_video`.
+    Raises :class:`MediaError` for what is wrong with a video as far as that shows. Of a list, every frame that would
+    be used is read. Damage in the middle of a file is found only by :func:`load_video`.
     """
     return _load(source, options, media_root, first_only=True)
 

@@ -21,19 +21,15 @@ from trl_vpo.errors import RowError
 
 
 def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
-    """Raise RowError, naming the box, the image's (width, height) and the remedy, unless the box lies in the image.
-
-    Refused are a wrong length, values that are no finite numbers, fractions of the image instead of pixels, and empty,
-    inverted or protruding boxes.
-    """
+    """Raise RowError, naming the box, the image's (width, height) and the remedy, unless the box lies in the image."""
     width, height = size
     try:
         if isinstance(box, str) or any(isinstance(value, (str, bytes, bool)) for value in box):
             raise TypeError("a string")
-        values = [float(value) for value in box]
+        problem = _box_problem([float(value) for value in box], width, height)
     except (TypeError, ValueError, OverflowError):
-        values = None
-    if problem := _box_problem(values, width, height):
+        problem = "is not a list of numbers", ""
+    if problem:
         box = box.tolist() if hasattr(box, "tolist") else box
         what, remedy = problem
         raise RowError(
@@ -42,10 +38,8 @@ def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
         )
 
 
-def _box_problem(values: list[float] | None, width: int, height: int) -> tuple[str, str] | None:
+def _box_problem(values: list[float], width: int, height: int) -> tuple[str, str] | None:
     """Return what is wrong with a box and how to mend it; None for a good one."""
-    if values is None:
-        return "is not a list of numbers", ""
     if len(values) != 4:
         return f"has {len(values)} values instead of 4", ""
     if not all(map(math.isfinite, values)):
@@ -67,9 +61,9 @@ def masked_image_list(
 ) -> list[Image.Image]:
     """Return N RGB images from fully visible to fully masked: item k hides (k - 1) / (N - 1) of the box in black.
 
-    The first item has the pixels of ``image``. With ``visual_prompt`` a red ellipse is drawn around the hidden part of
-    every other item: it passes through the corners of the hidden rectangle, drawn in to the image's border where it
-    would leave the image. The image is not changed. Raises ValueError for n < 2 and where :func:`check_box` does.
+    With ``visual_prompt`` a red ellipse is drawn around the hidden part of every item but the first: it passes through
+    the corners of the hidden rectangle, drawn in to the image's border where it would leave the image. Raises
+    ValueError for n < 2 and where :func:`check_box` does.
     """
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 2:
         raise ValueError(f"an image list of {n!r}: LPOI ranks at least 2 images.")
@@ -77,12 +71,13 @@ def masked_image_list(
     items = [image.convert("RGB") if image.mode != "RGB" else image.copy()]
     for k in range(1, n):
         item = items[0].copy()
-        hidden = hidden_box(box, image.size, k, n)
+        x0, y0, x1, y1 = hidden_box(box, image.size, k, n)
         draw = ImageDraw.Draw(item)
-        draw.rectangle(_inclusive(hidden), fill=(0, 0, 0))
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=(0, 0, 0))  # Pillow draws the last row and column too
         if visual_prompt:
-            width = max(1, round(min(image.size) / 100))
-            draw.ellipse(_ellipse(hidden, image.size), outline=(255, 0, 0), width=width)
+            dx, dy = (math.ceil(length * (math.sqrt(2) - 1) / 2) for length in (x1 - x0, y1 - y0))
+            around = max(0, x0 - dx), max(0, y0 - dy), min(image.width, x1 + dx) - 1, min(image.height, y1 + dy) - 1
+            draw.ellipse(around, outline=(255, 0, 0), width=max(1, round(min(image.size) / 100)))
         items.append(item)
     return items
 
@@ -100,16 +95,3 @@ def hidden_box(box: Sequence[float], size: tuple[int, int], k: int, n: int) -> t
         "top": (x0, y0, x1, y0 + depth),
         "bottom": (x0, y1 - depth, x1, y1),
     }[side]
-
-
-def _inclusive(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Return the corners for Pillow, which draws the last row and column too."""
-    return box[0], box[1], box[2] - 1, box[3] - 1
-
-
-def _ellipse(hidden: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Return the box of the ellipse through the corners of ``hidden``, cut to the image, as Pillow wants it."""
-    x0, y0, x1, y1 = hidden
-    dx = math.ceil((x1 - x0) * (math.sqrt(2) - 1) / 2)
-    dy = math.ceil((y1 - y0) * (math.sqrt(2) - 1) / 2)
-    return _inclusive((max(0, x0 - dx), max(0, y0 - dy), min(size[0], x1 + dx), min(size[1], y1 + dy)))

@@ -89,8 +89,6 @@ def sample_frames(times: np.ndarray, duration: float, options: VideoOptions, nam
 
 def _spread(n: int, count: int) -> np.ndarray:
     """Return ``count`` numbers spread over 0 .. n - 1, or all of them."""
-    if n <= count:
-        return np.arange(n)
     if count == 1:
         return np.array([(n - 1) // 2])
-    return np.linspace(0, n - 1, count).round().astype(np.int64)
+    return np.linspace(0, n - 1, min(n, count)).round().astype(np.int64)

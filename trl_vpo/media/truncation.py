@@ -24,23 +24,17 @@ Unit = tuple[str, int] | None  # what it is ("" for padding) and its length; Non
 def find_truncation(file: BinaryIO, size: int) -> str | None:
     """Say what is missing of a file of ``size`` bytes; None where nothing is, or the format does not tell."""
     head = _read(file, 0, _HEAD)
-    if head[4:8] in _BOXES:
-        return _walk(file, size, _mp4)
-    for magic, unit in _UNITS.items():
-        if head.startswith(magic):
-            return _walk(file, size, unit)
+    by_magic = (unit for magic, unit in _UNITS.items() if head.startswith(magic))
+    if unit_of := _mp4 if head[4:8] in _BOXES else next(by_magic, None):
+        return _walk(file, size, unit_of)
     if head.startswith(b"GIF8"):
         return _gif(_read(file, 0, size))
-    return _asf(file, size) if head.startswith(_ASF) else _transport_stream(file, size)
+    return _asf(_read(file, 0, 1 << 16), size) if head.startswith(_ASF) else _transport_stream(file, size)
 
 
 def _read(file: BinaryIO, at: int, count: int) -> bytes:
     file.seek(at)
     return file.read(count)
-
-
-def _promised(what: str, end: int, size: int) -> str | None:
-    return f"{what} extends to byte {end}, but the file ends at {size}" if what and end > size else None
 
 
 def _walk(file: BinaryIO, size: int, unit_of: Callable[[bytes], Unit]) -> str | None:
@@ -52,7 +46,7 @@ def _walk(file: BinaryIO, size: int, unit_of: Callable[[bytes], Unit]) -> str | 
             return None
         what, length = unit
         at += length
-    return _promised(what, at, size)
+    return f"{what} extends to byte {at}, but the file ends at {size}" if what and at > size else None
 
 
 def _mp4(head: bytes) -> Unit:
@@ -121,12 +115,12 @@ def _gif(data: bytes) -> str | None:
     return "the mark of its end is missing" if at >= size else None
 
 
-def _asf(file: BinaryIO, size: int) -> str | None:
-    head = _read(file, 0, 1 << 16)
+def _asf(head: bytes, size: int) -> str | None:
     at = head.find(_ASF_FILE)
     if at < 0 or len(head) < at + 92 or head[at + 88] & 1:  # 1: a broadcast
         return None
-    return _promised("it", int.from_bytes(head[at + 40 : at + 48], "little"), size)
+    end = int.from_bytes(head[at + 40 : at + 48], "little")
+    return f"it extends to byte {end}, but the file ends at {size}" if end > size else None
 
 
 def _transport_stream(file: BinaryIO, size: int) -> str | None:

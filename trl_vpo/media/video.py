@@ -116,7 +116,7 @@ def _video_stream(container: Container, name: str) -> av.VideoStream:
 
 
 def usable_cores() -> int:
-    """Return the number of processor cores that this process may use; it may be pinned to some of them."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # not on macOS
 
 
@@ -140,23 +140,19 @@ def scan(data: Path | bytes, name: str) -> FrameTable:
         table = read(container, stream, name)
         if table is None:
             raise MediaError(f"{name} holds a video stream without a single frame: write it again, or drop the row.")
-        promised = _promised_duration(container, stream)
-        if promised is not None and table.duration < 0.9 * promised - 0.5:
+        if len(container.streams) == 1 and container.duration:  # the header speaks of this stream
+            promised = (container.duration - max(0, container.start_time or 0)) * _MICROSECOND
+        elif stream.duration:
+            promised = float(stream.duration * stream.time_base)
+        else:  # Matroska with sound
+            tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))
+            promised = float(tag[1]) * 3600 + float(tag[2]) * 60 + float(tag[3]) if tag else 0
+        if table.duration < 0.9 * promised - 0.5:
             raise MediaError(
                 f"{name} is incomplete: its header promises {promised:.2f} s of video, it holds {table.duration:.2f} "
                 f"that can be decoded: {DAMAGED}."
             )
     return table
-
-
-def _promised_duration(container: Container, stream: av.VideoStream) -> float | None:
-    """Return the seconds of video according to the header, where the header speaks of this stream."""
-    if len(container.streams) == 1 and container.duration:
-        return container.duration * _MICROSECOND - max(0, container.start_time or 0) * _MICROSECOND
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # Matroska with sound
-    return float(tag[1]) * 3600 + float(tag[2]) * 60 + float(tag[3]) if tag else None
 
 
 def _table_from_packets(container: Container, stream: av.VideoStream, _: str) -> FrameTable | None:
@@ -195,7 +191,11 @@ def _table_from_frames(container: Container, stream: av.VideoStream, name: str) 
         return None
     if any(patched[-4:]):  # the last to be decoded may be shown a little earlier
         raise MediaError(f"{name} ends in a broken picture: {DAMAGED}.")
-    indexed = _counted(container, stream)
+    # The frames that the file itself claims to store. A mov counts what an edit list cuts away; the header of an AVI
+    # counts repeated pictures as well, its index (PyAV >= 17) does not.
+    avi = container.format.name == "avi"
+    indexed = len(getattr(stream, "index_entries", ())) if avi else stream.frames
+    indexed = 0 if "mov" in container.format.name else indexed
     # A recording may begin between keyframes: pictures that need earlier ones are not shown.
     begin = min((pts for pts in shown if pts is not None), default=None)
     promised = max(sum(None in (pts, begin) or pts >= begin for pts in packets), indexed)
@@ -207,20 +207,11 @@ def _table_from_frames(container: Container, stream: av.VideoStream, name: str) 
         pts = np.array([-1 if value is None else value for value in times], dtype=np.int64)
         if len(pts) and (np.diff(pts) > 0).all() and pts[0] >= 0:
             last = lasts.get(shown[-1], 0)
-            if container.format.name == "avi" and indexed:  # all is there: the last picture is repeated
+            if avi and indexed:  # all is there: the last picture is repeated
                 last = max(last, (stream.duration or 0) - int(pts[-1]))
             return FrameTable((pts - pts[0]) * float(stream.time_base), _duration(pts, last, stream))
     rate = _rate(stream)  # no usable times: evenly spaced
     return FrameTable(np.arange(len(shown)) / rate, len(shown) / rate)
-
-
-def _counted(container: Container, stream: av.VideoStream) -> int:
-    """Return how many frames the file itself claims to store."""
-    if "mov" in container.format.name:
-        return 0  # it counts what an edit list cuts away
-    if container.format.name == "avi":
-        return len(getattr(stream, "index_entries", ()))  # PyAV >= 17; the header counts repeated pictures as well
-    return stream.frames
 
 
 def _duration(pts: np.ndarray, last: int, stream: av.VideoStream) -> float:
