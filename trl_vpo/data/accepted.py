@@ -9,10 +9,7 @@ from trl_vpo.errors import RowError
 
 
 def check_accepted(row: Row, processing_class: Any) -> None:
-    """Refuse media that the model cannot see, which some processors would drop without a word, and misplaced tokens.
-
-    Raises RowError: media without a processor, or placeholder tokens that do not fit the media or stand in a text.
-    """
+    """Raise RowError for media that the model cannot see, which some processors would drop, and misplaced tokens."""
     try:
         _check_media(row, processing_class)
         _check_tokens(row, processing_class)
@@ -26,14 +23,10 @@ def _check_media(row: Row, processing_class: Any) -> None:
     kinds = [kind for kind in ("image", "video") if getattr(row, f"{kind}s")]
     for kind in kinds:
         if getattr(processing_class, f"{kind}_processor", None) is None:
-            if text_model:
-                raise RowError(
-                    f"has {kind}s, but {name} is a tokenizer of a text model. Train a vision-language model with its "
-                    "processor, or drop the media columns."
-                )
+            what = "is a tokenizer of a text model" if text_model else "takes none"
             raise RowError(
-                f"has {kind}s, but {name} takes none. Choose a model that sees {kind}s (the README has a table), or "
-                "leave these rows out."
+                f"has {kind}s, but {name} {what}. Train a model that sees {kind}s, with its processor (the README has "
+                "a table), or leave these rows out."
             )
     if len(kinds) == 2:  # a processor that gives both one name would overwrite one with the other
         image, video = (set(getattr(processing_class, f"{kind}_processor").model_input_names) for kind in kinds)
@@ -57,13 +50,9 @@ def _check_tokens(row: Row, processing_class: Any) -> None:
     for side, text in texts.items():
         for kind in MARKERS.values():
             token = getattr(processing_class, f"{kind}_token", None)
-            if token and token in text and side == "prompt":
-                raise RowError(
-                    f"the prompt holds {token!r} in its text, the model's own placeholder of {kind}s. Take it out: "
-                    f'{{"type": "{kind}"}} says where media stand.'
-                )
             if token and token in text:
+                where = "the prompt" if side == "prompt" else f"the {side} response"
                 raise RowError(
-                    f"the {side} response holds {token!r}, the model's own placeholder of {kind}s; only the prompt "
-                    "can hold media. Take it out."
+                    f"{where} holds {token!r} in its text, the model's own placeholder of {kind}s. Take it out: "
+                    f'{{"type": "{kind}"}} in the prompt says where media stand.'
                 )

@@ -4,7 +4,6 @@ How many tokens a prompt has depends on the sizes of its images, and on the size
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -50,7 +49,7 @@ class _Remembering:
     """An image or video processor that keeps what it gave for a shape, with tensors that take no memory."""
 
     def __init__(self, inner: Any):
-        self._inner, self._known = inner, OrderedDict()
+        self._inner, self._known = inner, {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_inner":
@@ -62,9 +61,10 @@ class _Remembering:
         key = repr([_shape(media), sorted((k, repr(v)) for k, v in kwargs.items() if k != "video_metadata")])
         if key not in self._known:
             output = self._inner(_real(media), **kwargs)
-            self._known[key] = {name: _hollow(value) for name, value in output.items()}
+            floats = {k: v for k, v in output.items() if torch.is_tensor(v) and v.is_floating_point()}
+            self._known[key] = dict(output) | {k: v.new_zeros(1).expand(v.shape) for k, v in floats.items()}
             if len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
+                del self._known[next(iter(self._known))]
         output = {name: copy.copy(value) for name, value in self._known[key].items()}
         if "video_metadata" in output:
             output["video_metadata"] = make_batched_metadata(media, video_metadata=metadata)
@@ -81,9 +81,3 @@ def _real(media: Any) -> Any:
     if isinstance(media, (list, tuple)):
         return [_real(item) for item in media]
     return np.ascontiguousarray(media) if isinstance(media, np.ndarray) else media
-
-
-def _hollow(value: Any) -> Any:
-    if torch.is_tensor(value) and value.is_floating_point():
-        return value.new_zeros(1).expand(value.shape)
-    return value

@@ -8,7 +8,7 @@ response ends with the tokenizer's EOS, so that the model learns to stop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -55,10 +55,12 @@ def render_chat(
 ) -> tuple[str, list[str]]:
     """Return the text of the prompt and of each response, given as messages with typed contents.
 
-    Templates differ in what they take as a message's content: lists of parts, strings, or lists from users and
-    strings from others. The forms are tried in turn; the first one that shows the model every text is used. Raises
-    RowError if the template refuses the messages, leaves a text out, or renders prompt and conversation differently.
+    Templates differ in what they take as a message's content. The forms are tried in turn; the first one that shows
+    the model every text is used. Raises RowError if the template refuses the messages, leaves a text out, or renders
+    prompt and conversation differently.
     """
+    from transformers import ProcessorMixin
+
     template = chat_template(processing_class, template_kwargs.get("tools"))
     if template is None:
         raise RowError(
@@ -70,7 +72,9 @@ def render_chat(
     # Passed explicitly: some processors (SmolVLM) swap in a template of their own when the messages hold a video.
     write = partial(processing_class.apply_chat_template, tokenize=False, chat_template=template, **template_kwargs)
     refusals: list[Exception] = []
-    for as_text in _forms(processing_class):
+    # Templates of processors want lists, those of tokenizers strings; some want lists from users alone.
+    forms = [lambda message: False, lambda message: message["role"] != "user", lambda message: True]
+    for as_text in forms if isinstance(processing_class, ProcessorMixin) else reversed(forms):
         conversation = [_formed(messages, as_text) for messages in (prompt, *(responses or [_message(WORD)]))]
         try:
             start, texts = _write(write, *conversation)
@@ -120,7 +124,7 @@ def _message(text: str, role: str = "assistant") -> list[dict]:
 
 
 def _write(write: partial, prompt: list[dict], *responses: list[dict]) -> tuple[str, list[str]]:
-    """Return the prompt of generation and what each response adds to it, if every text can be seen in them."""
+    """Return the prompt of generation and what each response adds to it, each checked for its texts."""
     start = write(prompt, add_generation_prompt=True)
     check_prompt(prompt, write.keywords.get("tools"), start)
     texts = [_added(start, write(prompt + response)) for response in responses]
@@ -130,28 +134,16 @@ def _write(write: partial, prompt: list[dict], *responses: list[dict]) -> tuple[
 
 
 def _refusal(refusals: list[Exception]) -> RowError:
-    """Return the refusal that says most: of the seam, of the template itself, of what it leaves out, then others."""
-    order = (SeamError, TemplateError, LeftOutError, RowError)  # jinja's own errors are of another form
+    order = (SeamError, TemplateError, LeftOutError, RowError)  # what says most first; jinja's own are of another form
     error = min(refusals, key=lambda error: order.index(type(error)) if type(error) in order else len(order))
     if isinstance(error, RowError):
         return error
     return RowError(f"the chat template refuses its messages: {error}. Rewrite them, or drop the row.")
 
 
-def _forms(processing_class: Any) -> Iterator[Form]:
-    """Give the forms of contents in the order to try: templates of processors want lists, of tokenizers strings."""
-    forms = [lambda message: False, lambda message: message["role"] != "user", lambda message: True]
-    from transformers import ProcessorMixin
-
-    yield from forms if isinstance(processing_class, ProcessorMixin) else reversed(forms)
-
-
 def _formed(messages: list[dict], as_text: Form) -> list[dict]:
-    """Return the messages with contents in that form; media stay parts."""
-    return [
-        {**m, "content": response_text([m])} if as_text(m) and all(p["type"] == "text" for p in m["content"]) else m
-        for m in messages
-    ]
+    texts = [as_text(m) and all(part["type"] == "text" for part in m["content"]) for m in messages]
+    return [{**m, "content": response_text([m])} if text else m for m, text in zip(messages, texts)]
 
 
 def _added(prompt: str, whole: str) -> str:

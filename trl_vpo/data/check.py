@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -33,8 +33,7 @@ from trl_vpo.media.masking import check_box
 SHOWN = 5
 
 
-@dataclass
-class Problem:
+class Problem(NamedTuple):
     """A row that cannot be trained on, and the reason. Only media problems can be skipped."""
 
     index: int
@@ -55,9 +54,8 @@ def prepare_dataset(
     """Number the rows of a dataset and check them; leave out rows with bad media if `args.on_bad_media` is "skip".
 
     Of an `IterableDataset` only the first row is checked here; the others are when they are collated. All ranks call
-    this. Values come as Python's, whatever format the dataset was given, and through its own transform. Without a
-    `collator`, which encodes each row with blank media, lengths and what template and processor refuse go unchecked.
-    Raises RowError, which names up to five rows that cannot be trained on and says how many there are.
+    this. Without a `collator`, which encodes each row with blank media, lengths and what template and processor refuse
+    go unchecked. Raises RowError, which names up to five rows and says how many there are.
     """
     encode = blank_encoder(collator) if collator is not None else None
     needs = {"phrases": phrases, "image_list": image_list}
@@ -73,7 +71,13 @@ def prepare_dataset(
         return dataset
     if len(dataset) == 0:
         raise RowError(f"the {name} dataset has no rows.")
-    _check_columns(dataset, name)
+    for column in dataset.column_names:  # the trainer would drop it
+        meant = None if column in COLUMNS else nearest_column(column)
+        if meant and dataset.data.column(column).null_count < len(dataset.data):
+            raise RowError(
+                f"the {name} dataset has a column `{column}`, which is not read. Did you mean `{meant}`? Rename it, "
+                "or drop it."
+            )
     dataset = number_rows(dataset, args)
     passed = PassedRows(args, collator) if collator is not None else None
     workers = args.dataset_num_proc or args.dataloader_num_workers
@@ -83,17 +87,6 @@ def prepare_dataset(
         problems = [p for p in problems if not p.media]
     _refuse(problems, len(dataset), name)
     return dataset
-
-
-def _check_columns(dataset: Dataset, name: str) -> None:
-    """Refuse a filled column whose name is nearly that of one that is read: the trainer would drop it."""
-    for column in dataset.column_names:
-        meant = None if column in COLUMNS else nearest_column(column)
-        if meant and dataset.data.column(column).null_count < len(dataset.data):
-            raise RowError(
-                f"the {name} dataset has a column `{column}`, which is not read. Did you mean `{meant}`? Rename it, "
-                "or drop it."
-            )
 
 
 def _refuse(problems: list[Problem], rows: int, name: str) -> None:
@@ -135,10 +128,7 @@ def check_rows(
     workers: int = 0,
     passed: PassedRows | None = None,
 ) -> list[Problem]:
-    """Return the problems of all rows, in their order, behind a progress bar. All ranks call this.
-
-    `workers`: processes, on each rank. `passed`: rows that are known to be good, and need no check.
-    """
+    """Return the problems of all rows, in their order. All ranks call this, each with `workers` processes."""
     state = PartialState()
     starts = list(range(0, len(dataset), CHUNK))[state.process_index :: state.num_processes]
     loader = DataLoader(
@@ -197,11 +187,7 @@ def check_row(
     image_list: bool,
     encode: Callable[[Row], Any] | None = None,
 ) -> Problem | None:
-    """Return the first problem of a row, or None. `args` says how videos are sampled and how closely to look at media.
-
-    Without a `processing_class`, rows are not checked against what the model accepts; `encode` encodes a row with
-    blank media.
-    """
+    """Return the first problem of a row, or None; `encode` encodes a row with blank media."""
     index = example[ROW_INDEX]
     try:
         row = read_row(example, phrases=phrases, image_list=image_list)

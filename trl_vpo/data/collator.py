@@ -49,8 +49,7 @@ class PreferenceCollator:
         media_root: folder of the media.
         frame_cache: folder that keeps decoded clips (see `trl_vpo.media.frame_cache`). None: no cache.
 
-    Raises:
-        RowError: a row breaks the contract, does not fit, or its media cannot be read. The message names the row.
+    Raises RowError: a row breaks the contract, does not fit, or its media cannot be read. The message names the row.
     """
 
     processing_class: ProcessorMixin | PreTrainedTokenizerBase
@@ -200,11 +199,9 @@ class PreferenceCollator:
         return Trunk(first + ids[:end], types, media)
 
     def _check_length(self, tree: Tree) -> None:
-        if self.max_length is None:
-            return
         for branch in tree.branches:
             prompt = len(tree.trunks[branch.trunk].ids)
-            if prompt + len(branch.ids) > self.max_length:
+            if self.max_length is not None and prompt + len(branch.ids) > self.max_length:
                 media = {k: tuple(v.shape) for k, v in tree.trunks[branch.trunk].media.items()}
                 raise RowError(
                     f"{tree.name}: {prompt} prompt tokens and {len(branch.ids)} response tokens are more than "
@@ -216,7 +213,7 @@ class PreferenceCollator:
 def _spans_in(response: str, row: Row, side: str, tail: str) -> tuple[list[Span], int]:
     """Return the phrases, and how far the template moves them: some strip a response, or put thoughts in front.
 
-    The text is what ends where the template's end of turn begins: what a template puts in front may say the same.
+    What a template puts in front may say the same: the text is what ends where the template's end of turn begins.
     """
     text, spans = response_text(getattr(row, side)), getattr(row, f"{side}_phrases")
     head, body = response.rstrip().removesuffix(tail).rstrip(), text.strip()
@@ -227,11 +224,11 @@ def _spans_in(response: str, row: Row, side: str, tail: str) -> tuple[list[Span]
             f"the chat template changes the text of the {side} response; phrases cannot be located. The text: "
             f"{text[:300]!r}; the template's: {response[:300]!r}."
         )
-    moved = len(head) - len(body) - (len(text) - len(text.lstrip()))
+    low, high = len(text) - len(text.lstrip()), len(text.rstrip())
+    moved = len(head) - len(body) - low
     if moved >= 0 and response[moved : moved + len(text)] == text:
         return spans, moved
     # The part of each phrase that is left when the text is stripped: behind it stands the end of the turn.
-    low, high = len(text) - len(text.lstrip()), len(text.rstrip())
     for start, end in spans:
         if max(start, low) >= min(end, high):
             raise PhraseError(

@@ -22,15 +22,12 @@ SECONDS = 10  # that the Hub has for an answer
 def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str = "model", file="config.json") -> None:
     """Refuse a name that is not on the Hub; where the Hub cannot be reached, one that is not in the cache.
 
-    Without the Hub, what the cache has is used, and the Hub is not asked again for each file.
+    Without the Hub, what the cache has is used, and the Hub is not asked again for each file. Raises SourceError.
 
     Args:
         name, key, revision: as of `trl_vpo.models.source.check_model`.
         kind: of the repository: model or dataset.
         file: a file that the cache has if it has the repository. Empty: the cache is not looked into.
-
-    Raises:
-        SourceError: says what is wrong.
     """
     seen_from = f"(seen from {Path.cwd()})"
     if re.match(r"[~./\\]|\w:\\", name) or name.count("/") > 1:

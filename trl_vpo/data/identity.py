@@ -72,7 +72,6 @@ def versions() -> dict[str, str]:
 
 
 def package_version() -> str:
-    """Return the version of this package."""
     try:
         return version("trl-vpo")
     except PackageNotFoundError:  # a source tree that was never installed

@@ -79,11 +79,7 @@ class InputRow:
 
 
 def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
-    """Return a column that must hold text, stripped; `method` is the one that needs it.
-
-    Raises:
-        InputError: it is missing, empty or not text, or holds a media marker, which belongs only in a prompt.
-    """
+    """Return a column that must hold text without media markers, stripped; `method` is the one that needs it."""
     value = example.get(name)
     if not isinstance(value, str) or is_blank(value):
         raise InputError(f"`{name}` is {value!r}: {method} needs it as a text that is not empty.")
@@ -96,12 +92,7 @@ def given_text(example: Mapping[str, Any], name: str, method: str) -> str:
 class Inputs(Sequence[InputRow]):
     """The inputs in the order of the dataset. An index gives an `InputRow`, a slice gives `Inputs`.
 
-    Reading a row writes its media if they have no path; nothing else can fail (RunError: no space).
-
-    Args:
-        ids: the ids of the rows in order; see `row_ids`.
-        media_folder: for media without a path; None leaves them as they are.
-        media_root: as in `trl_vpo.media.images.resolve_path`.
+    Reading a row writes its media to `media_folder` if they have no path; without a folder they stay as they are.
     """
 
     def __init__(
@@ -155,16 +146,10 @@ def read_inputs(
     media_root: str | None = None,
     media_folder: Path | None = None,
 ) -> Inputs:
-    """Return the inputs in a dataset. No media file is opened.
+    """Return the inputs in a dataset, named as in `trl_vpo.data.sources`. No media file is opened.
 
-    Args:
-        name: a Hub dataset, a .json, .jsonl or .parquet file, or a folder (see `trl_vpo.data.sources`).
-        subset: the configuration of a Hub dataset with several.
-        media_root, media_folder: see `Inputs`.
-
-    Raises:
-        RunError: two rows have the same id.
-        DatasetError: the dataset or the split does not exist, or has no rows.
+    `subset`: the configuration of a Hub dataset with several. Raises RunError if two rows have the same id, and
+    DatasetError if the dataset or the split does not exist, or has no rows.
     """
     dataset = named_splits(name, [split], config=subset)[split]
     for column, suggestion in near_misses(dataset.column_names):
@@ -193,10 +178,7 @@ def row_ids(dataset: Dataset) -> list[str]:
 
 def digest(rows: Inputs) -> str:
     """Return a fingerprint of ids and contents, in order; media bytes count by their hash, files by their path."""
-
-    def hashed(value: Any) -> str:
-        return bytes_digest(value) if isinstance(value, BYTES) else str(value)
-
+    hashed = lambda value: bytes_digest(value) if isinstance(value, BYTES) else str(value)  # noqa: E731
     total = hashlib.blake2b(digest_size=16)
     for start in range(0, len(rows), CHUNK):
         stop = min(start + CHUNK, len(rows))
@@ -207,11 +189,7 @@ def digest(rows: Inputs) -> str:
 
 
 def load_media(row: InputRow, options: VideoOptions) -> Media:
-    """Return the decoded media of an input. Sampling options next to a video's path win over `options`.
-
-    Raises:
-        MediaError: an image or a video cannot be used.
-    """
+    """Return the decoded media of an input, or raise MediaError. Sampling options next to a video's path win."""
     if row.problem:
         raise MediaError(row.problem)
     return Media(
@@ -227,11 +205,8 @@ def portable(source: Any, folder: Path | None, media_root: str | Path | None = N
     """Return a media source as JSON can hold it: an absolute path, a list of them, or a dictionary around either.
 
     Bytes are written to `folder` under their hash; images in memory become PNG files there. A dictionary stays one
-    if it has options besides the medium. Paths may not leave `media_root`.
-
-    Raises:
-        MediaError: it is not a medium, or does not exist.
-        RunError: `folder` cannot be written.
+    if it has options besides the medium. Raises MediaError for what is not a medium, does not exist, or leaves
+    `media_root`, and RunError if `folder` cannot be written.
     """
     if isinstance(source, dict):
         return _portable_dict(source, folder, media_root)

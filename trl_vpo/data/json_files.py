@@ -27,12 +27,23 @@ BOM = b"\xef\xbb\xbf"
 def load_json(files: list[Path]) -> Dataset:
     """Return the rows of files in their order: a table in the cache of `datasets` that is named after their contents.
 
-    A column whose values have one type keeps it; any other keeps its values as they are, as `datasets.Json`. Raises
-    DatasetError if a file or a line cannot be read, or the table cannot be written.
+    A column whose values have one type keeps it; any other keeps its values as they are, as `datasets.Json`.
     """
-    path = cache_folder() / "rows" / f"{_digest(files)}.arrow"
+    try:  # whole contents: a file may be replaced with its old time
+        digest = json_digest([FORMAT, [[path.suffix, file_digest(path)] for path in files]])
+    except OSError as error:
+        path, reason = error.filename or files[0], error.strerror or error
+        raise DatasetError(f"{path} cannot be read ({reason}). Check its permissions.") from error
+    path = cache_folder() / "rows" / f"{digest}.arrow"
     if not path.exists():
-        features = Features({name: _feature(kind) for name, kind in _kinds(files).items()})
+        kinds: dict[str, Any] = {}
+        for where, row in _located(files):
+            for name, value in row.items():
+                try:
+                    kinds[name] = _merge(kinds.get(name), _kind(value))
+                except ValueError as error:
+                    raise DatasetError(f"{where}: `{name}` {error}") from error
+        features = Features({name: _feature(kind) for name, kind in kinds.items()})
         if not features:
             raise DatasetError(f"{', '.join(map(str, files))}: no rows.")
         try:
@@ -52,10 +63,7 @@ def stream_json(files: list[Path]) -> IterableDataset:
 
 
 def read_json(files: Iterable[Path]) -> Iterator[dict]:
-    """Give the rows of JSON lines or JSON lists, compressed or not.
-
-    Raises DatasetError, which names the line that is not UTF-8, not JSON, or not an object.
-    """
+    """Give the rows of JSON lines or JSON lists, compressed or not; DatasetError names a line that is none."""
     return (row for _, row in _located(files))
 
 
@@ -72,10 +80,7 @@ def _located(files: Iterable[Path]) -> Iterator[tuple[str, dict]]:
 
 
 def raw_records(path: Path) -> Iterator[tuple[str, int, Any]]:
-    """Give ("line", number, bytes) of JSON lines or ("item", number, object) of a JSON list, numbered from 1.
-
-    Raises DatasetError for a file that cannot be read, or begins as a list and is not one.
-    """
+    """Give ("line", number, bytes) of JSON lines or ("item", number, object) of a JSON list, numbered from 1."""
     try:
         with open_packed(path) as file:
             first = next((line for line in file if line.lstrip(BOM).strip()), b"").lstrip(BOM)
@@ -117,18 +122,6 @@ def _decode(raw: bytes) -> str:
             f"byte {raw[error.start]:#04x} behind {before!r} is not UTF-8. Save the file as UTF-8: `iconv -f latin1 "
             "-t utf-8`, where it is Latin-1."
         ) from error
-
-
-def _kinds(files: list[Path]) -> dict[str, Any]:
-    """Return the kind of each column over all rows, in the order in which they appear."""
-    kinds: dict[str, Any] = {}
-    for where, row in _located(files):
-        for name, value in row.items():
-            try:
-                kinds[name] = _merge(kinds.get(name), _kind(value))
-            except ValueError as error:
-                raise DatasetError(f"{where}: `{name}` {error}") from error
-    return kinds
 
 
 def _kind(value: Any) -> Any:
@@ -186,12 +179,3 @@ def _write(rows: Iterator[dict], features: Features, path: Path) -> None:
                     values = [None if value is None else json.dumps(value) for value in values]
                 columns.append(pa.array(values, field.type))
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-
-
-def _digest(files: list[Path]) -> str:
-    """Return a digest of whole contents: a file may be replaced with its old time."""
-    try:
-        return json_digest([FORMAT, [[path.suffix, file_digest(path)] for path in files]])
-    except OSError as error:
-        path, reason = error.filename or files[0], error.strerror or error
-        raise DatasetError(f"{path} cannot be read ({reason}). Check its permissions.") from error

@@ -50,7 +50,6 @@ def place_media(prompt: list[dict] | str, images: int, videos: int, *, words: bo
     `<image>` and `<video>` in plain-string contents become placeholders where they stand. If every content is a
     plain string without a marker, the media go in front of the first user message, as in TRL. With `words`, markers
     in a prompt without any media are the user's words. A string stays as it is: `trl_vpo.data.chat` places its media.
-    Raises RowError if placeholders and media do not agree in number.
     """
     if isinstance(prompt, str):
         return prompt
@@ -89,30 +88,24 @@ def typed_content(content: Any, role: str | None) -> list[dict]:
         parts = re.split(r"(<image>|<video>)\n?", content) if role == "user" else [content]
         parts = [part for part in parts if part.strip()] or [content]
         return [{"type": MARKERS[p]} if p in MARKERS else {"type": "text", "text": p} for p in parts]
-    for part in content:
-        _check_part(part)
-    return [dict(part) for part in content]
-
-
-def _check_part(part: Any) -> None:
-    """Refuse a part that chat templates would leave out without a word."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
+    for part in content:  # templates leave out what they do not know, without a word
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", *MARKERS.values()):
+            raise RowError(
+                f"a message part is {repr(part)[:200]}; it needs a `type` of text, image or video. Words go into "
+                "`text`, sources of media into the columns `images` and `videos`."
+            )
+        if kind == "text" and not isinstance(part.get("text"), str):
             raise RowError(
                 f"a text part of a message has no `text`: {repr(part)[:200]}. The model would not see what it says; "
                 'write {"type": "text", "text": "..."}.'
             )
-    elif kind not in MARKERS.values():
-        raise RowError(
-            f"a message part is {repr(part)[:200]}; it needs a `type` of text, image or video. Words go into `text`, "
-            "sources of media into the columns `images` and `videos`."
-        )
-    elif set(part) - {"type"}:
-        raise RowError(
-            f"the prompt carries media inside its message ({kind}). Put the source into the `{kind}s` column and "
-            f'leave {{"type": "{kind}"}} in the prompt.'
-        )
+        if kind != "text" and set(part) - {"type"}:
+            raise RowError(
+                f"the prompt carries media inside its message ({kind}). Put the source into the `{kind}s` column and "
+                f'leave {{"type": "{kind}"}} in the prompt.'
+            )
+    return [dict(part) for part in content]
 
 
 def response_text(response: list[dict] | str) -> str:

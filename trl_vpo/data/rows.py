@@ -71,8 +71,7 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
     """Check an example against the contract and bring it into one shape. No media file is opened.
 
     `phrases` (RRPO): find the phrases that differ; `<MASK>` tags are taken out of the responses either way.
-    `image_list` (LPOI): require `image_list`, or `critical_box` with an image. Raises RowError, which names the row
-    and the remedy.
+    `image_list` (LPOI): require `image_list`, or `critical_box` with an image.
     """
     name = row_name(example)
     example = {key: value if key in MEDIA else _plain(value) for key, value in example.items()}
@@ -81,23 +80,21 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
             raise RowError(f"has a column `{column}`, which is not read. Did you mean `{meant}`? Rename or drop it.")
         prompt, chosen, rejected = _texts(example)
         listed = _list(example, "image_list") or []
-        row = Row(
-            name,
-            prompt,
-            chosen,
-            rejected,
-            images=_media(example, "image") or listed[:1],
-            videos=_media(example, "video"),
-            template_kwargs=_template_kwargs(example),
-        )
+        images, videos = _media(example, "image") or listed[:1], _media(example, "video")
+        row = Row(name, prompt, chosen, rejected, images, videos, template_kwargs=_template_kwargs(example))
         if not row.images and not row.videos:
             row.forgotten = forgotten_media(row.prompt)
         row.prompt = place_media(row.prompt, len(row.images), len(row.videos), words=True)
         _check_prompt(row)
         if phrases:
             _find_phrases(row, example)
-        else:
-            _strip_tags(row)
+        # A lone `<MASK>`, in a row where no tag is closed, is a word (BERT's, say).
+        elif any(CLOSE in response_text(response) for response in (row.chosen, row.rejected)):
+            for side in ("chosen", "rejected"):
+                try:
+                    setattr(row, side, without_tags(getattr(row, side)))
+                except PhraseError as error:
+                    raise RowError(f"the {side} response: {error}") from error
         _check_responses(row)
         if image_list:
             _find_image_list(row, example)
@@ -168,10 +165,10 @@ def _check_type(key: str, text: Any, example: dict) -> None:
 
 
 def _implicit_prompt(texts: dict, example: dict) -> dict:
-    from trl import extract_prompt
-
     if not all(texts.values()):
         raise RowError("has no `prompt` and an empty response. Every row needs `prompt`, `chosen` and `rejected`.")
+    from trl import extract_prompt
+
     texts = extract_prompt(texts)
     asks = [name for name in ASKING if example.get(name)]
     if not texts["prompt"] or (asks and isinstance(texts["prompt"], str)):
@@ -226,9 +223,8 @@ def _check_prompt(row: Row) -> None:
             f"has an empty prompt: the last message ({last['role']}) says nothing. Give the model a question or an "
             "instruction."
         )
-    text = response_text(row.prompt) if row.images or row.videos else ""
     for marker, kind in MARKERS.items():
-        if marker in text:
+        if (row.images or row.videos) and marker in response_text(row.prompt):
             raise RowError(
                 f"a text part of the prompt says `{marker}`, which the model would read as words. Take it out: "
                 f'{{"type": "{kind}"}} says where media stand, or a `{marker}` in a user\'s plain string.'
@@ -244,16 +240,6 @@ def _typed_response(side: str, response: list[dict] | str) -> list[dict] | str:
     if media:
         raise RowError(f"the {side} response holds media ({media[0]}); only the prompt can hold media. Take it out.")
     return typed
-
-
-def _strip_tags(row: Row) -> None:
-    """Take tags out. A lone `<MASK>`, in a row where no tag is closed, is a word (BERT's, say)."""
-    if any(CLOSE in response_text(response) for response in (row.chosen, row.rejected)):
-        for side in ("chosen", "rejected"):
-            try:
-                setattr(row, side, without_tags(getattr(row, side)))
-            except PhraseError as error:
-                raise RowError(f"the {side} response: {error}") from error
 
 
 def _check_responses(row: Row) -> None:
@@ -278,12 +264,9 @@ def _find_phrases(row: Row, example: dict) -> None:
         response = getattr(row, side)
         if not isinstance(response, str) and len(response) != 1:
             raise RowError(f"`{side}` has {len(response)} messages; phrases need exactly one response message.")
-    chosen, rejected, row.chosen_phrases, row.rejected_phrases = phrase_spans(
-        response_text(row.chosen),
-        response_text(row.rejected),
-        _list(example, "chosen_phrases"),
-        _list(example, "rejected_phrases"),
-    )
+    texts = response_text(row.chosen), response_text(row.rejected)
+    given = _list(example, "chosen_phrases"), _list(example, "rejected_phrases")
+    chosen, rejected, row.chosen_phrases, row.rejected_phrases = phrase_spans(*texts, *given)
     row.chosen, row.rejected = with_text(row.chosen, chosen), with_text(row.rejected, rejected)
 
 
@@ -296,7 +279,12 @@ def _find_image_list(row: Row, example: dict) -> None:
     if listed is not None:
         if len(listed) < 2:
             raise RowError(f"`image_list` has {len(listed)} image(s); a ranking needs at least two.")
-        if row.images[0] is not listed[0] and not _same(row.images[0], listed[0]):
+        image, first = row.images[0], listed[0]
+        arrays = isinstance(image, np.ndarray) or isinstance(first, np.ndarray)
+        same = (
+            np.array_equal(image, first) if arrays else drop_none(image) == drop_none(first)
+        )  # `datasets` adds `None`
+        if not same:
             raise RowError(
                 "has an image beside its `image_list`, which is not the list's first: only the list would be used. "
                 "Drop one of the two columns, or put the image first into the list."
@@ -306,10 +294,3 @@ def _find_image_list(row: Row, example: dict) -> None:
         row.critical_box = box
     else:
         raise RowError("LPOI needs a `critical_box` [x0, y0, x1, y1] in pixels, or an `image_list`. The row has none.")
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Return True for equal sources; `datasets` adds `None` to dictionaries."""
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return np.array_equal(a, b)
-    return drop_none(a) == drop_none(b)

@@ -66,10 +66,7 @@ def load_splits(script_args: Any, mixture: Any, *, evaluate: bool, seed: int = 4
 def named_splits(
     name: str, splits: list[str], *, config: str | None = None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
-    """Return those of the splits that a Hub dataset or a local path has.
-
-    Raises DatasetError if the path, its rows or the first split do not exist.
-    """
+    """Return those of the splits that a Hub dataset or a local path has; the first of them has to exist."""
     path = Path(name)
     local = bool(row_format(path)) or path.exists()
     if local:
@@ -99,10 +96,7 @@ def row_format(path: Path) -> str | None:
 
 
 def local_splits(path: Path) -> dict[str, Any]:
-    """Return the splits of a local path: lists of files, or datasets that `save_to_disk` wrote.
-
-    Raises DatasetError: no such path, nothing with rows, or a split that is not whole or not clear.
-    """
+    """Return the splits of a local path: lists of files, or datasets that `save_to_disk` wrote."""
     if not path.exists():
         raise DatasetError(f"{path} does not exist (seen from {Path.cwd()}).")
     if path.is_file():
@@ -130,7 +124,12 @@ def _folder_splits(folder: Path) -> dict[str, list[Path]]:
     for file in filter(row_format, files):
         name = file.name.split(".")[0] if file.suffix.lower() in COMPRESSED else file.stem
         splits.setdefault(_SHARD.sub("", name), []).append(file)
-    unread = [file for file in files if not row_format(file) and _looks_like_rows(file, splits)]
+    unread = []
+    for file in files:
+        suffixes = ["", "", *(suffix.lower() for suffix in file.suffixes)]
+        packed = suffixes[-2] in ROWS  # in a way that is not read; archives of media are no rows
+        table = suffixes[-1] in OTHER_TABLES and file.name.split(".")[0] in splits
+        unread += [file] if not row_format(file) and (packed or table) else []
     if unread:
         raise DatasetError(
             f"{', '.join(map(str, unread))} would not be read: rows come from {', '.join(ROWS)}, JSON also with "
@@ -141,13 +140,6 @@ def _folder_splits(folder: Path) -> dict[str, list[Path]]:
     for split, parts in splits.items():
         _check_parts(folder, split, parts)
     return splits
-
-
-def _looks_like_rows(file: Path, splits: dict) -> bool:
-    """Return True for a table, and for rows packed in a way that is not read; archives of media are neither."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    packed = len(suffixes) > 1 and suffixes[-2] in ROWS
-    return packed or (bool(suffixes) and suffixes[-1] in OTHER_TABLES and file.name.split(".")[0] in splits)
 
 
 def _check_parts(folder: Path, split: str, parts: list[Path]) -> None:
