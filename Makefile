@@ -9,7 +9,7 @@ EXTRAS := --extra quantization --extra deepspeed --extra judge --extra dev
 # Models of the tests are tiny: a thread for each process is fastest. Four processes at most: each imports TRL.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install quickstart selfmade study study-quick test test-lowest test-newest test-slow lint lock clean
+.PHONY: help install quickstart selfmade study study-quick test test-lowest test-newest test-slow docs lint lock clean
 
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-lowest  run them in .venv-lowest, with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest  run them in .venv-newest, with the newest versions that pyproject.toml allows"
 	@echo "make test-slow    run the longer ones: FSDP2, ZeRO-2 and ZeRO-3 on two CPU processes, benchmarks, more kills"
+	@echo "make docs         build the pages of docs/ in site/, strictly"
 	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
 	@echo "make lint         check style and formatting"
 	@echo "make lock         renew requirements.lock"
@@ -67,6 +68,10 @@ test-lowest test-newest: test-%: install
 test-slow: install
 	$(PYTEST) -m slow
 
+# --clean: a page is rendered anew when its text changes, not when a docstring does that it shows.
+docs: install
+	$(BIN)/zensical build --clean --strict
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,5 +82,5 @@ lock: install
 		-o requirements.lock
 
 clean:
-	rm -rf outputs build dist .pytest_cache .ruff_cache
+	rm -rf outputs build dist site .cache .pytest_cache .ruff_cache
 	find trl_vpo tests scripts studies -name __pycache__ -type d -prune -exec rm -rf {} +
