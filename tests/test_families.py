@@ -1,4 +1,4 @@
-"""Every family of the README's table: right log-probs, and steps of every method that move LoRA and nothing else."""
+"""Every family of docs/models.md: right log-probs, and steps of every method that move LoRA and nothing else."""
 
 import math
 import re
@@ -83,9 +83,9 @@ def test_mixed_text_image_and_video_rows(name, media, tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_readme_table_is_this_table():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    cells = re.findall(r"^\| ([\w.\-]+) \| (yes|no) \| (yes|no) \|", readme, re.M)
+def test_the_table_in_the_docs_is_this_table():
+    page = (Path(__file__).parent.parent / "docs/models.md").read_text()
+    cells = re.findall(r"^\| ([\w.\-]+) \| (yes|no) \| (yes|no) \|", page, re.M)
     table = {name: (image == "yes", video == "yes") for name, image, video in cells}
     assert table == {name: (True, video) for name, (_, video) in FAMILIES.items()}
 

@@ -297,7 +297,7 @@ def internvl():
 
 # --- the table ----------------------------------------------------------------------------------------------------
 
-FAMILIES = {  # name as in the README: (builder, takes videos)
+FAMILIES = {  # name as in docs/models.md: (builder, takes videos)
     "Qwen2-VL": (qwen2_vl, True),
     "Qwen2.5-VL": (qwen2_5_vl, True),
     "Qwen3-VL": (qwen3_vl, True),
