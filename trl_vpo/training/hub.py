@@ -7,7 +7,7 @@ In place of the pushes of `transformers.Trainer` 5.23, which
 
 Here, what is wrong for good (no token, 401, 403, an invalid name, a public repo where a private one was asked for)
 ends the run before the model is loaded. Everything else (no network, 5xx, no answer) is reported, and tried again with
-the next save and at the end; if that fails, too, the commands that push by hand are printed.
+the next save and at the end; if that fails, too, the command that pushes by hand is printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import disable_progress_bars
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
@@ -39,7 +39,7 @@ def connect(args: Any) -> HubPush | None:
     """Take over `push_to_hub`: create the repo and check that it can be written. All ranks call this.
 
     `args`, `TrainingArguments` before a trainer is made of them, are changed: the trainer must not push by itself.
-    Where the Hub cannot be reached now, that is printed.
+    Where the Hub cannot be reached now, that is printed. Returns the pushes of the run on the main process.
 
     Raises:
         HubError: no push of this run would succeed.
@@ -48,11 +48,11 @@ def connect(args: Any) -> HubPush | None:
     args.push_to_hub, args.hub_token = False, None  # training_args.bin would hold the token
     if push is not None:
         on_main_process(push.open)
-    return push
+    return push if PartialState().is_main_process else None
 
 
 class HubPush(TrainerCallback):
-    """The pushes of a run. Only the main process does anything.
+    """The pushes of a run.
 
     A save starts a push, unless one is going on: then it is part of the next one. `hub_model_id`, `hub_strategy`,
     `hub_token`, `hub_private_repo` and `hub_revision` mean what they mean to transformers.
@@ -65,15 +65,12 @@ class HubPush(TrainerCallback):
             revision=args.hub_revision,
             token=args.hub_token,
         )
-        self._main = PartialState().is_main_process
         self._folder = Path(args.output_dir)
         self._strategy = HubStrategy(args.hub_strategy)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._job: Future | None = None
         self._missing: dict[str, Path] = {}  # path in the repo: the checkpoint that belongs there
         self._reading: set[Path] = set()  # checkpoints of the push that is going on
-        self._failed: list[int] = []  # steps
-        self._delayed = 0  # saves during a push
         self._is_down = False  # the last push failed
 
     def in_use(self) -> set[Path]:
@@ -92,31 +89,25 @@ class HubPush(TrainerCallback):
                 "with each save and at the end."
             )
 
-    # --- during training --------------------------------------------------------------------------------------------
-
     def attach(self, trainer: Any, dataset_name: str | None) -> None:
         """Push what this trainer saves, with a card that names this dataset."""
         self._trainer, self._dataset_name = trainer, dataset_name
         trainer.add_callback(self)
         self._patterns = ADAPTER if is_peft_model(trainer.model) else MODEL
-        if self._main:
-            with tempfile.TemporaryDirectory() as folder:
-                trainer.processing_class.save_pretrained(folder)
-                self._processor = sorted(_files_below(Path(folder)))
-            self._had_bars = not are_progress_bars_disabled()
-            if self._had_bars:
-                disable_progress_bars()  # of uploads, in the middle of the trainer's own
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.processing_class.save_pretrained(folder)
+            self._processor = sorted(_files_below(Path(folder)))
+        disable_progress_bars()  # of uploads, in the middle of the trainer's own
 
     def on_save(self, args, state, control, **kwargs):
         """Start to push a checkpoint. It is marked by now, and older ones are deleted."""
-        if not self._main or self._strategy is HubStrategy.END:
+        if self._strategy is HubStrategy.END:
             return
         checkpoint = self._folder / f"checkpoint-{state.global_step}"
         path = {HubStrategy.CHECKPOINT: LAST, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(self._strategy)
         if path:
             self._missing[path] = checkpoint
         if self._job is not None and not self._job.done():
-            self._delayed += 1
             return
         missing = {path: folder for path, folder in self._missing.items() if folder.is_dir()}
         try:
@@ -124,7 +115,7 @@ class HubPush(TrainerCallback):
             card = {"README.md": (self._folder / "README.md").read_bytes()}  # the next save writes it anew
             files = self._model_files(checkpoint) | card
         except Exception as error:
-            self._note_failure(state.global_step, error)
+            self._report_failure(state.global_step, error)
         else:
             self._reading = {checkpoint, *missing.values()}
             self._job = self._thread.submit(self._push, state.global_step, files, missing)
@@ -143,7 +134,7 @@ class HubPush(TrainerCallback):
             self._commit(f"Training in progress, step {step}", files, missing)
         except Exception as error:
             self._is_down = True
-            self._note_failure(step, error)
+            self._report_failure(step, error)
         self._reading = set()
 
     def _commit(self, message: str, files: dict[str, Path | bytes], missing: dict[str, Path]) -> None:
@@ -154,27 +145,19 @@ class HubPush(TrainerCallback):
             if self._missing.get(path) == folder:  # not a later one meanwhile
                 del self._missing[path]
 
-    def _note_failure(self, step: int, error: Exception) -> None:
-        self._failed.append(step)
+    def _report_failure(self, step: int, error: Exception) -> None:
         print_main(
             f"step {step} was not pushed to the Hub: {self.repo.reason(error)}. Training continues; the next push "
             "comes with the next save."
         )
 
-    # --- at the end -------------------------------------------------------------------------------------------------
-
-    def finish(self) -> bool:
+    def finish(self) -> None:
         """Push the result, and checkpoints that did not arrive; print what was pushed, or how to do it by hand.
 
-        Call it after `Trainer.end`: other processes need not wait for an upload. Returns whether all was pushed.
+        Call it after `Trainer.end`: other processes need not wait for an upload.
         """
-        if not self._main:
-            return True
         self._thread.shutdown(wait=True)
-        if self._had_bars:
-            enable_progress_bars()
-        lost = [path for path, folder in self._missing.items() if not folder.is_dir()]
-        for path in lost:
+        for path in [path for path, folder in self._missing.items() if not folder.is_dir()]:
             print_main(
                 f"{self._missing.pop(path).name} was not pushed, and save_total_limit has deleted it meanwhile."
             )
@@ -185,13 +168,8 @@ class HubPush(TrainerCallback):
             self._commit_with_retries(files)
         except Exception as error:
             self._print_not_pushed(error, list(files))
-            return False
-        steps = ", ".join(map(str, self._failed))
-        note = f" The push of step {steps} had failed; this one comes after it." if steps else ""
-        if self._delayed:
-            note += f" {self._delayed} saves came during a push and went up with a later one."
-        print_main(f"pushed to {self.repo.url}.{note}")
-        return not lost
+        else:
+            print_main(f"pushed to {self.repo.url}.")
 
     def _commit_with_retries(self, files: dict[str, Path | bytes]) -> None:
         for wait in (*RETRY_WAITS, None):
@@ -204,28 +182,18 @@ class HubPush(TrainerCallback):
                 time.sleep(wait)
 
     def _print_not_pushed(self, error: Exception, names: list[str]) -> None:
-        what = ", ".join([f"the result in {self._folder}", *(folder.name for folder in self._missing.values())])
-        lines = "".join(f"\n  {line}" for line in self._commands(names)) if names else ""
-        by_hand = f" To push it by hand, log in with `hf auth login` or HF_TOKEN, and:{lines}" if lines else ""
+        """Print the command that pushes what the last commit was to bring, each checkpoint under its own name."""
+        checkpoints = [folder.name for folder in self._missing.values()]
+        command = ["hf", "upload", self.repo.name, str(self._folder), ".", "--commit-message", "End of training"]
+        for pattern in (*(names or self._patterns), *(f"{name}/*" for name in checkpoints)):
+            command += ["--include", pattern]
+        command += ["--private"] if self.repo.private else []
+        command += ["--revision", self.repo.revision] if self.repo.revision else []
         print_main(
-            f"NOT PUSHED to {self.repo.url}: {what}. {self.repo.reason(error)}.\n"
-            f"Training is done, and everything is saved.{by_hand}"
+            f"NOT PUSHED to {self.repo.url}: {', '.join([f'the result in {self._folder}', *checkpoints])}. "
+            f"{self.repo.reason(error)}.\nTraining is done, and everything is saved. To push it by hand, log in with "
+            f"`hf auth login` or HF_TOKEN, and:\n  {shlex.join(command)}"
         )
-
-    def _commands(self, names: list[str]) -> list[str]:
-        """The command lines that push what the last commit was to bring."""
-        more = ["--private"] if self.repo.private else []
-        more += ["--revision", self.repo.revision] if self.repo.revision else []
-        upload = ["hf", "upload", self.repo.name]
-        patterns = [*names, *(f"{path}/*" for path, folder in self._missing.items() if path == folder.name)]
-        includes = [part for pattern in patterns for part in ("--include", pattern)]
-        lines = [[*upload, str(self._folder), ".", *includes, "--commit-message", "End of training", *more]]
-        if LAST in self._missing:
-            folder, card = self._missing[LAST], "README.md"
-            lines.append([*upload, str(folder), LAST, "--exclude", card, "--delete", "*", *more])
-            if (folder / card).is_file():  # PEFT's: `hf upload` takes it for the repo's, and refuses local base models
-                lines.append([*upload, str(folder / card), f"{LAST}/{card}", *more])
-        return [shlex.join(line) for line in lines]
 
 
 def _files_below(folder: Path, prefix: str = "") -> dict[str, Path | bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,14 @@ class HubRepo:
         """
         if self._api is None:
             self._api = HfApi(token=self._token, library_name="trl-vpo", library_version=package_version())
-            set_client_factory(_with_timeout(_http._GLOBAL_CLIENT_FACTORY))
+            make_client = _http._GLOBAL_CLIENT_FACTORY
+
+            def client_with_timeout():
+                client = make_client()
+                client.timeout = TIMEOUT
+                return client
+
+            set_client_factory(client_with_timeout)
         try:
             self._token = self._token or get_token()  # kept to be starred out of messages
             if not self._token:
@@ -70,7 +76,7 @@ class HubRepo:
         try:
             self._api.auth_check(name, write=True)  # creating an existing repo succeeds with a token that only reads
         except HfHubHTTPError as error:
-            if _status_of(error) in (401, 403):
+            if error.response.status_code in (401, 403):
                 raise
         if self.revision:
             try:
@@ -98,49 +104,25 @@ class HubRepo:
 
     def reason(self, error: BaseException) -> str:
         """An error in one line, without the token: servers and proxies may repeat what they were sent."""
-        return scrub(_one_line(error), self._token or "")
+        answered = _with_response(error)
+        if answered is None:
+            text = str(error.__cause__ or error) or type(error).__name__
+        else:
+            request, message = answered.response.request, getattr(answered, "server_message", None) or ""
+            text = f"HTTP {answered.response.status_code} to {request.method} {request.url.path}: {message}"
+        return scrub(" ".join(text.split()).rstrip(".:"), self._token or "")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
+def _with_response(error: BaseException | None) -> Any:
+    """The error among the causes of this one that holds the Hub's answer; None where no answer came."""
+    while error is not None and getattr(error, "response", None) is None:
         error = error.__cause__
-
-
-def _one_line(error: BaseException) -> str:
-    """An error and what it came from: `HTTP 403 to POST /api/repos/create: You may not`."""
-    parts = []
-    for cause in _causes(error):
-        response = getattr(cause, "response", None)
-        if response is not None:
-            parts.append(f"HTTP {response.status_code} to {response.request.method} {response.request.url.path}")
-            parts += [cause.server_message] if getattr(cause, "server_message", None) else []
-            break
-        parts.append(next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__))
-    lines = [" ".join(part.split()).rstrip(".:") for part in parts]
-    return ": ".join(dict.fromkeys(lines))  # httpx repeats what it wraps
-
-
-def _status_of(error: BaseException) -> int | None:
-    """The HTTP status that is behind an error; None where no answer came."""
-    responses = (getattr(cause, "response", None) for cause in _causes(error))
-    return next((response.status_code for response in responses if response is not None), None)
+    return error
 
 
 def is_refusal(error: Exception) -> bool:
     """Return whether trying again would not help."""
     if isinstance(error, (HubError, OfflineModeIsEnabled)):
         return True
-    status = _status_of(error)
-    return status is not None and 400 <= status < 500 and status not in LATER
-
-
-def _with_timeout(factory):
-    """The clients of another factory, but for how long they wait."""
-
-    def client_with_timeout():
-        client = factory()
-        client.timeout = TIMEOUT
-        return client
-
-    return client_with_timeout
+    answered = _with_response(error)
+    return answered is not None and answered.response.status_code in set(range(400, 500)) - LATER
