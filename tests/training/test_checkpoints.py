@@ -36,11 +36,6 @@ def write_checkpoint(folder, *, marked=True, **content):
     return folder
 
 
-def cut(path):
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-
-
 # --- what is wrong with one -----------------------------------------------------------------------------------------
 
 
@@ -57,30 +52,27 @@ def test_a_complete_checkpoint_has_no_problems(tmp_path):
 def test_a_missing_cut_or_changed_file_is_named(tmp_path, name):
     folder = write_checkpoint(tmp_path / "checkpoint-2")
     data = (folder / name).read_bytes()
-    (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert find_problems(folder) == [f"{name} is not what was saved"]
-    cut(folder / name)
-    (problem,) = find_problems(folder)
-    assert name in problem and "bytes of" in problem
+    for wrong in (data[:-1] + bytes([data[-1] ^ 1]), data[: len(data) // 2]):
+        (folder / name).write_bytes(wrong)
+        assert find_problems(folder) == [f"{name} is not what was saved"]
     (folder / name).unlink()
-    assert find_problems(folder)[0] == f"{name} is missing"
+    assert find_problems(folder) == [f"{name} is missing"]
 
 
-@pytest.mark.parametrize(("old", "new"), [('"method": "rrpo"', '"method": "lpoi"'), ('"step": 2', '"step": 4')])
-def test_no_byte_of_the_marker_may_change(tmp_path, old, new):
-    folder = write_checkpoint(tmp_path / "checkpoint-2")
-    text = (folder / "complete.json").read_text()
-    assert old in text
-    (folder / "complete.json").write_text(text.replace(old, new))
-    assert find_problems(folder) == ["complete.json is not what was saved"]
-    with pytest.raises(CheckpointError, match=r"complete\.json is not what was saved"):
-        newest_complete(tmp_path)
-
-
-def test_a_checkpoint_of_another_version_is_not_damaged(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"method": "rrpo"', '"method": "lpoi"', r"complete\.json is not what was saved"),
+        ('"step": 2', '"step": 4', r"complete\.json is not what was saved"),
+        ('"format": 2', '"format": 1', r"another version of TRL-VPO saved it\n.* continue with the version"),
+    ],
+)
+def test_no_byte_of_the_marker_may_change(tmp_path, old, new, message):
     marker = write_checkpoint(tmp_path / "checkpoint-2") / "complete.json"
-    marker.write_text(marker.read_text().replace('"format": 2', '"format": 1'))
-    with pytest.raises(CheckpointError, match=r"another version of TRL-VPO saved it\n.* continue with the version"):
+    text = marker.read_text()
+    assert old in text
+    marker.write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError, match=message):
         newest_complete(tmp_path)
 
 
@@ -91,23 +83,36 @@ def test_without_its_marker_no_checkpoint_is_finished(tmp_path):
     assert find_problems(tmp_path / "checkpoint-9") == ["there is no such folder"]
 
 
-def test_pickled_weights_do_not_count(tmp_path):
+@pytest.mark.parametrize(
+    ("removed", "missing"),
+    [
+        (["adapter_model.safetensors"], ["adapter_model.safetensors or model.safetensors"]),  # pickles do not count
+        (FILES[1:4], FILES[1:4]),  # as saved with save_only_model: transformers would go on with a new optimizer
+    ],
+)
+def test_what_an_exact_continuation_needs(tmp_path, removed, missing):
     folder = write_checkpoint(tmp_path / "checkpoint-2", marked=False)
-    (folder / "adapter_model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    mark_complete(folder)
-    (problem,) = find_problems(folder)
-    assert problem.startswith("the weights (adapter_model.safetensors or model.safetensors) are missing")
-
-
-def test_weights_alone_are_not_enough(tmp_path):
-    """As saved with save_only_model: transformers would continue with a new optimizer and say nothing."""
-    folder = write_checkpoint(tmp_path / "checkpoint-2", marked=False)
-    names = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
-    for name in names:
+    for name in removed:
         (folder / name).unlink()
     mark_complete(folder)
-    assert [problem.split()[0] for problem in find_problems(folder)] == names
+    assert find_problems(folder) == [f"{name} is missing" for name in missing]
+
+
+def test_sharded_states_lie_elsewhere(tmp_path):
+    """Those of DeepSpeed, which writes `latest` after its folder, and of FSDP."""
+    for number, names in enumerate(
+        (
+            ["latest", "global_step2/mp_rank_00_model_states.pt", "global_step2/zero_pp_rank_0_optim_states.pt"],
+            ["pytorch_model_fsdp_0/a.distcp", "optimizer_0/a.distcp", "scheduler.pt", "rng_state_1.pth"],
+        )
+    ):
+        for name in (*names, "trainer_state.json"):
+            path = tmp_path / f"checkpoint-{number}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        mark_complete(tmp_path / f"checkpoint-{number}")
+        assert find_problems(tmp_path / f"checkpoint-{number}") == []
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path):
@@ -130,7 +135,7 @@ def test_the_newest_complete_one_is_taken(tmp_path, capsys):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
     write_checkpoint(tmp_path / "checkpoint-11", marked=False)
     (tmp_path / "checkpoint-best").mkdir()
-    cut(tmp_path / "checkpoint-10" / "optimizer.pt")
+    (tmp_path / "checkpoint-10" / "optimizer.pt").write_bytes(b"cut")
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-9"
     first, second = printed(capsys)
     assert "checkpoint-11 is not complete: complete.json" in first
@@ -168,7 +173,7 @@ def test_a_run_from_scratch_leaves_earlier_checkpoints(tmp_path, capsys):
     assert f"checkpoint-8, checkpoint-6 of an earlier run in {tmp_path} passed over" in second
     assert f"is {tmp_path}/checkpoint-4" in what_is_left(tmp_path)
     for step in (2, 4):
-        cut(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").unlink()
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-8"
 
 

@@ -25,11 +25,12 @@ from trl_vpo.training.main_process import print_main
 MARKER = "complete.json"
 FORMAT = 2  # of the marker
 HASHED = 2**30  # bytes; larger files are compared by their size alone, reading them back would hold up every save
-NEEDED = {  # how a file's name begins: what to say without it
-    "trainer_state.json": "trainer_state.json is missing",
-    "optimizer": "optimizer.pt is missing (interrupted, or saved with save_only_model)",
-    "scheduler.pt": "scheduler.pt is missing",
-    "rng_state": "rng_state.pth is missing",
+NEEDED = {  # a file of every checkpoint that can be continued exactly: what it is called without DeepSpeed or FSDP
+    r"trainer_state\.json$": "trainer_state.json",
+    r"optim": "optimizer.pt",  # not there with save_only_model
+    r"scheduler\.pt|latest$": "scheduler.pt",
+    r"rng_state|latest$": "rng_state.pth",
+    r"\.safetensors$|latest$|^pytorch_model_fsdp": "adapter_model.safetensors or model.safetensors",
 }
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -51,8 +52,9 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 def mark_complete(folder: Path, **content) -> None:
     """Write the marker, after everything else has reached the disk. One process calls this, once all have saved."""
     (folder / MARKER).unlink(missing_ok=True)  # of a checkpoint that this one was written over
+    part = f".{MARKER}.new.part"  # of one that was killed meanwhile
     files = {}
-    for path in _files(folder):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != part):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = _size_and_digest(path)
     markers = filter(None, map(read_marker, list_checkpoints(folder.parent)))
@@ -76,11 +78,6 @@ def read_marker(folder: Path) -> dict | None:
 
 def _sha256(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files of a checkpoint but its marker, written or half-written."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MARKER, f".{MARKER}.new.part"))
 
 
 def _flush(path: Path) -> None:
@@ -111,33 +108,11 @@ def find_problems(folder: Path) -> list[str]:
         number = re.search(r'"format": (\d+)', (folder / MARKER).read_text(errors="replace"))
         other = number is not None and int(number[1]) != FORMAT
         return ["another version of TRL-VPO saved it" if other else f"{MARKER} is not what was saved"]
-    changed = _changed(folder, marker["files"])
-    return changed + [problem for problem in _missing(folder) if problem not in changed]
-
-
-def _changed(folder: Path, files: dict[str, dict]) -> list[str]:
-    problems = []
-    for name, saved in files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != saved["size"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes of {saved['size']}")
-        elif _size_and_digest(path) != saved:
-            problems.append(f"{name} is not what was saved")
-    return problems
-
-
-def _missing(folder: Path) -> list[str]:
-    """Say what an exact continuation lacks. DeepSpeed and FSDP keep weights and optimizer in folders of their own."""
-    names = [path.name for path in folder.iterdir()]
-    problems = [text for start, text in NEEDED.items() if not any(name.startswith(start) for name in names)]
-    if "latest" in names:  # of DeepSpeed, written after its folder
-        return [problem for problem in problems if problem.startswith("trainer_state")]
-    sharded = any(name.startswith("pytorch_model_fsdp") for name in names)
-    if not sharded and not any(folder.rglob("*.safetensors")):
-        problems.append("the weights (adapter_model.safetensors or model.safetensors) are missing")
-    return problems
+    saved = marker["files"]
+    lost = [name for pattern, name in NEEDED.items() if not any(re.search(pattern, file) for file in saved)]
+    lost += [name for name in saved if not (folder / name).is_file()]
+    changed = [name for name in saved if name not in lost and _size_and_digest(folder / name) != saved[name]]
+    return [f"{name} is missing" for name in lost] + [f"{name} is not what was saved" for name in changed]
 
 
 @contextmanager
@@ -202,12 +177,8 @@ def _in_order(output_dir: str | Path) -> list[Path]:
 
     A run that starts from scratch in the folder of another leaves that one's later checkpoints where they are.
     """
-
-    def saved(folder: Path) -> float:
-        marker = read_marker(folder)
-        return (marker or {}).get("saved", folder.stat().st_mtime)
-
-    return sorted(list_checkpoints(output_dir), key=saved, reverse=True)
+    folders = list_checkpoints(output_dir)
+    return sorted(folders, key=lambda f: (read_marker(f) or {}).get("saved", f.stat().st_mtime), reverse=True)
 
 
 def delete_older(
