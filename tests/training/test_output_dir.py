@@ -47,20 +47,22 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path):
             pass
 
 
-def test_what_to_do_is_told_by_what_failed(tmp_path):
-    assert "Give user" in remedy(tmp_path, PermissionError(13, "Permission denied"))
-    assert "Give user" in remedy(tmp_path, OSError(30, "Read-only file system"))
-    assert "MiB are free there. Free some space on that disk, or keep fewer" in remedy(
-        tmp_path, OSError(28, "No space")
-    )
-    assert "or raise the quota, or keep fewer" in remedy(tmp_path, OSError(122, "Disk quota exceeded"))
-    assert "MiB are free there" in remedy(tmp_path, RuntimeError("PytorchStreamWriter failed writing file"))
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (PermissionError(13, "Permission denied"), "Give user"),
+        (OSError(30, "Read-only file system"), "Give user"),
+        (OSError(28, "No space"), "MiB are free there. Free some space on that disk"),
+        (OSError(122, "Disk quota exceeded"), "(or its quota), or keep fewer"),
+        (RuntimeError("PytorchStreamWriter failed writing file"), "MiB are free there"),
+    ],
+)
+def test_what_to_do_is_told_by_what_failed(tmp_path, error, what):
+    assert what in remedy(tmp_path, error)
 
 
 def test_a_result_that_would_not_fit_is_told_before_training(tmp_path):
     check_space(str(tmp_path), 1 << 20)
-    with pytest.raises(
-        OutputDirError, match=r"no room for what is trained \(1125899906842624\.0 MiB\): No space left"
-    ):
+    with pytest.raises(OutputDirError, match=r"no room for what is trained \(1125899906842624\.0 MiB\): No space"):
         check_space(str(tmp_path), 1 << 70)
     assert not list(tmp_path.iterdir())

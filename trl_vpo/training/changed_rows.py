@@ -8,9 +8,9 @@ that were removed left out.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,6 @@ class Rows:
         """The positions that are still trained on, in the order of the dataset."""
         removed = set(self.removed)
         return [i for i in range(len(self.digests)) if i not in removed]
-
-
-def read_rows(checkpoint: Path, removed: Sequence[int]) -> Rows | None:
-    """The rows of a checkpoint; None for those of a stream."""
-    path = checkpoint / FILE
-    return Rows(np.load(path, allow_pickle=False), list(removed)) if path.is_file() else None
 
 
 def compare_rows(saved: Rows, now: np.ndarray, trained: Sequence[int]) -> tuple[Rows, str | None, str | None]:
@@ -79,13 +73,13 @@ def compare_rows(saved: Rows, now: np.ndarray, trained: Sequence[int]) -> tuple[
 
 def _taken_out(digests: np.ndarray, left: list[int], now: np.ndarray) -> list[int] | None:
     """The rows of `left` that are missing in `now`; None if something else has changed."""
-    missing, at = [], 0
+    missing, rest = [], deque(now)
     for i in left:
-        if at < len(now) and digests[i] == now[at]:
-            at += 1
+        if rest and digests[i] == rest[0]:
+            rest.popleft()
         else:
             missing.append(i)
-    return missing if at == len(now) else None
+    return None if rest else missing
 
 
 def trained_rows(args: Any, rows: Rows, steps: int) -> list[int]:

@@ -32,8 +32,8 @@ def hold_output_dir(output_dir: str) -> Iterator[None]:
         OutputDirError: the folder cannot be written, or another training writes to it.
     """
     locks: list[int] = []  # of this process; a descriptor means nothing on another rank
-    on_main_process(_lock, Path(output_dir), locks)
     try:
+        on_main_process(_lock, Path(output_dir), locks)
         yield
     finally:
         for lock in locks:
@@ -43,45 +43,38 @@ def hold_output_dir(output_dir: str) -> Iterator[None]:
 def _lock(folder: Path, locks: list[int]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        locks.append(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
-        _take(locks[0], folder)
-        os.ftruncate(locks[0], 0)
-        os.pwrite(locks[0], f"pid {os.getpid()} on {platform.node()}".encode(), 0)
-        os.fsync(locks[0])
+        locks.append(lock := os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644))
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.pread(lock, 200, 0).decode(errors="replace") or "of an unknown process"
+                raise OutputDirError(
+                    f"another training writes to output_dir {folder}: {holder}. Two would write over each other's "
+                    "checkpoints. Wait until it is done or stop it, or name another output_dir."
+                ) from error
+            print(f"trl-vpo: {folder} has no file locks ({error.strerror}): make sure that no other run writes there.")
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"pid {os.getpid()} on {platform.node()}".encode(), 0)
+        os.fsync(lock)
+    except OutputDirError:
+        raise
     except OSError as error:
-        while locks:
-            os.close(locks.pop())
-        if isinstance(error, OutputDirError):
-            raise
         raise OutputDirError(
             f"output_dir {folder} cannot be written: {error.strerror or error}. {remedy(folder, error)}"
         ) from error
 
 
-def _take(lock: int, folder: Path) -> None:
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            holder = os.pread(lock, 200, 0).decode(errors="replace") or "of an unknown process"
-            raise OutputDirError(
-                f"another training writes to output_dir {folder}: {holder}. Two would write over each other's "
-                "checkpoints. Wait until it is done or stop it, or name another output_dir."
-            ) from error
-        print(f"trl-vpo: {folder} has no file locks ({error.strerror}): make sure that no other run writes there.")
-
-
 def check_space(output_dir: str, size: int) -> None:
-    """Check that the trained weights, of `size` bytes, would fit where they are to be saved. All ranks call this.
+    """Check that the trained weights, of `size` bytes, would fit where they are to be saved.
+
+    Quotas show only when space is asked for: it is given back, and no more than seconds of it are asked for where that
+    means writing.
 
     Raises:
         OutputDirError: it would not fit, by the free space or by a quota.
     """
-    on_main_process(_reserve, Path(output_dir), size)
-
-
-def _reserve(folder: Path, size: int) -> None:
-    """Ask for the space and give it back. Quotas show only so; no more than seconds of it where that means writing."""
+    folder = Path(output_dir)
     try:
         if shutil.disk_usage(folder).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -112,5 +105,4 @@ def remedy(folder: Path, error: Exception) -> str:
     free = ""
     with suppress(OSError):
         free = f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free there. "
-    quota = " or raise the quota," if number == errno.EDQUOT else ""
-    return f"{free}Free some space on that disk,{quota} or keep fewer checkpoints with save_total_limit."
+    return f"{free}Free some space on that disk (or its quota), or keep fewer checkpoints with save_total_limit."

@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trl_vpo.errors import CheckpointError, MediaError, RowError, UserError, as_user_errors
 from trl_vpo.training import checkpoints
-from trl_vpo.training.changed_rows import RemainingRows, Rows, compare_rows, read_rows, trained_rows
+from trl_vpo.training.changed_rows import FILE, RemainingRows, Rows, compare_rows, trained_rows
 from trl_vpo.training.checkpoints import what_is_left
 from trl_vpo.training.main_process import on_main_process, print_main
 from trl_vpo.training.output_dir import check_space
@@ -31,15 +33,12 @@ LOADS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_st
 def find_checkpoint(args: Any) -> Path | None:
     """Return the checkpoint that `resume_from_checkpoint` means: for `true` the newest complete one, or a path.
 
-    All ranks call this. None: training starts from scratch; the reason is printed where there is one.
+    None: training starts from scratch; the reason is printed where there is one.
 
     Raises:
         CheckpointError: training cannot continue from it.
     """
-    return on_main_process(_find_checkpoint, str(args.resume_from_checkpoint), args.output_dir)
-
-
-def _find_checkpoint(name: str, output_dir: str) -> Path | None:
+    name, output_dir = str(args.resume_from_checkpoint), args.output_dir
     if name.lower() in ("none", "false", ""):
         if folders := checkpoints.list_checkpoints(output_dir):
             print_main(
@@ -81,7 +80,7 @@ def train(
     """
     trained = (p for p in trainer.model.parameters() if p.requires_grad)
     size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained)  # ds_numel: of ZeRO-3
-    check_space(trainer.args.output_dir, size)
+    on_main_process(check_space, trainer.args.output_dir, size)
     rows, marker = Rows(digests), {}
     if checkpoint:
         marker = checkpoints.read_marker(checkpoint)
@@ -90,8 +89,12 @@ def train(
         trainer._get_train_sampler = lambda dataset=None: RemainingRows(trainer.args, rows)
     callback = ResumeCallback(trainer, run, rows, checkpoint=checkpoint, marker=marker, in_use=in_use)
     trainer.callback_handler.callbacks.insert(0, callback)  # the first: reporters see the logs as it corrects them
+    save = trainer._save_checkpoint
+    trainer._save_checkpoint = lambda *args: callback.save(save, *args)
+    for name in LOADS if checkpoint else ():
+        setattr(trainer, name, checkpoints.explain_failed_load(checkpoint)(getattr(trainer, name)))
     try:
-        with _with_checkpoints(trainer, callback, checkpoint), shield_data_workers(), _explain(trainer):
+        with shield_data_workers(), _explain(trainer):
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except NothingLeft:
         # Another `train` would take one more step: transformers looks at the number of steps after each one.
@@ -109,31 +112,13 @@ def train(
 
 
 @contextmanager
-def _with_checkpoints(trainer: Any, callback: ResumeCallback, checkpoint: Path | None) -> Iterator[None]:
-    """Let the trainer save as the callback does, and explain what it cannot load of a checkpoint."""
-    save = trainer._save_checkpoint
-    trainer._save_checkpoint = lambda *args: callback.save(save, *args)
-    loads = LOADS if checkpoint else ()
-    for name in loads:
-        setattr(trainer, name, checkpoints.explain_failed_load(checkpoint)(getattr(trainer, name)))
-    try:
-        yield
-    finally:
-        for name in ("_save_checkpoint", *loads):
-            delattr(trainer, name)
-
-
-@contextmanager
 def _explain(trainer: Any) -> Iterator[None]:
     """Say what is left where a training ends early, and turn the errors of libraries into `UserError`."""
     try:
         with as_user_errors():
             yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RowError, MediaError):
         print_main(f"interrupted after step {trainer.state.global_step}. {what_is_left(trainer.args.output_dir)}")
-        raise
-    except (RowError, MediaError):
-        print_main(f"stopped after step {trainer.state.global_step}. {what_is_left(trainer.args.output_dir)}")
         raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
@@ -152,11 +137,11 @@ def _check_same_run(checkpoint: Path, marker: dict, run: dict, digests: Any, arg
     Raises:
         CheckpointError: something differs that may not.
     """
-    saved = read_rows(checkpoint, marker["gone"])
-    known = saved is not None and digests is not None
+    known = digests is not None and (checkpoint / FILE).is_file()
     refused, changed = compare_runs(marker["run"], run, same_rows=known)
     rows = Rows(digests)
     if known:
+        saved = Rows(np.load(checkpoint / FILE, allow_pickle=False), marker["gone"])
         trained = trained_rows(args, saved, checkpoints.step_of(checkpoint))
         rows, problem, note = compare_rows(saved, digests, trained)
         refused += [problem] if problem else []

@@ -25,6 +25,7 @@ from trl_vpo.runs.recipe import RecipeParser, VisualScriptArguments
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.training import hub, resume
 from trl_vpo.training.failed_saves import explain_failed_save
+from trl_vpo.training.main_process import on_main_process
 from trl_vpo.training.methods import METHODS, method_classes
 from trl_vpo.training.output_dir import hold_output_dir
 from trl_vpo.training.progress import show_progress
@@ -77,7 +78,7 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
     offline = constants.HF_HUB_OFFLINE
     check_model(model_args.model_name_or_path, revision=model_args.model_revision)
     with hold_output_dir(training_args.output_dir):
-        checkpoint = resume.find_checkpoint(training_args)
+        checkpoint = on_main_process(resume.find_checkpoint, training_args)
         push = hub.connect(training_args)
         with as_user_errors():
             evaluate = training_args.eval_strategy != "no"
