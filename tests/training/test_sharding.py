@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from trl_vpo.errors import UserError
-from trl_vpo.training.sharding import Sharding, launched, read_sharding
+from trl_vpo.training.sharding import Sharding, launched
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 
 
 def test_shipped_configs():
-    read = {file.stem: read_sharding(file, None) for file in CONFIGS.glob("*.yaml")}
+    read = {file.stem: launched(["--config_file", str(file)]) for file in CONFIGS.glob("*.yaml")}
     assert read.pop("cpu2").processes == 2
     assert read == {
         "single_gpu": Sharding(),
@@ -35,7 +35,8 @@ def test_a_deepspeed_file_that_a_config_names(tmp_path):
     deepspeed, named = tmp_path / "ds.json", tmp_path / "named.yaml"
     deepspeed.write_text(json.dumps({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}))
     named.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {deepspeed}}}\n")
-    assert read_sharding(named, 3) == Sharding("zero1", 3, frozenset({"optimizer"}))
+    options = ["--config_file", str(named), "--num_processes", "3"]
+    assert launched(options) == Sharding("zero1", 3, frozenset({"optimizer"}))
     deepspeed.write_text("no json")
     with pytest.raises(UserError, match=r"ds\.json cannot be read"):
-        read_sharding(named, 3)
+        launched(options)

@@ -16,6 +16,8 @@ from trl_vpo.errors import SaveError, UserError
 from trl_vpo.training.checkpoints import MARKER, list_checkpoints, read_marker, what_is_left
 from trl_vpo.training.output_dir import remedy
 
+DISK_WORDS = ("PytorchStreamWriter", "inline_container", "os error")  # torch and tokenizers raise no `OSError`
+
 
 @contextmanager
 def explain_failed_save(trainer: Any, target: Path) -> Iterator[None]:
@@ -32,19 +34,13 @@ def explain_failed_save(trainer: Any, target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or not _is_failed_write(error):
+        failed = isinstance(error, (OSError, SafetensorError)) or any(word in str(error) for word in DISK_WORDS)
+        if isinstance(error, UserError) or not failed:
             raise
         if is_new and is_checkpoint:
             shutil.rmtree(target, ignore_errors=True)
         kept = _keep_adapter(trainer) if writes and not is_checkpoint else ""
         raise SaveError(_message(trainer, target, error) + kept) from error
-
-
-def _is_failed_write(error: Exception) -> bool:
-    """Return whether a disk refused something; torch and tokenizers raise no `OSError` then."""
-    return isinstance(error, (OSError, SafetensorError)) or any(
-        word in str(error) for word in ("PytorchStreamWriter", "inline_container", "os error")
-    )
 
 
 def _keep_adapter(trainer: Any) -> str:

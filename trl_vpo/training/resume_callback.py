@@ -48,7 +48,7 @@ class ResumeCallback(TrainerCallback):
     ):
         self._trainer, self._run, self._rows, self._checkpoint = trainer, run, rows, checkpoint
         self._marker, self._in_use = marker, in_use
-        self._limit, self._began_at = trainer.args.save_total_limit, 0
+        self._limit = trainer.args.save_total_limit
         self.request, self.stopped = StopRequest(), False
 
     # --- counters ---------------------------------------------------------------------------------------------------
@@ -56,10 +56,14 @@ class ResumeCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Everything is loaded by now, and transformers has set its counters to zero."""
         trainer = self._trainer
-        self._began_at = state.global_step
         if self._checkpoint:
-            trainer._initial_global_step = 0  # `train_loss` is a mean over all steps, see `on_log`
-            _set_counters(trainer, self._marker["counters"][args.process_index])
+            saved = self._marker["counters"][args.process_index]
+            trainer._initial_global_step = 0  # `train_loss` is a mean over all steps
+            trainer._tr_loss += saved["loss"]  # it was zero
+            trainer._sums["train"]._sums = saved["sums"]
+            trainer._metrics["train"].update(saved["metrics"])
+            for name, attribute in COUNTERS.items():
+                setattr(trainer, attribute, saved[name])
             _follow_schedule(trainer, json.loads((self._checkpoint / "trainer_state.json").read_bytes())["max_steps"])
             if trainer.scorer.layout == "auto" and self._marker["layout"] in ("shared", "separate"):
                 trainer.scorer.layout = self._marker["layout"]  # as the first batch proved it
@@ -69,13 +73,6 @@ class ResumeCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             raise NothingLeft
         args.save_total_limit = None  # `save` deletes; not sooner, so that reporters note the recipe's value
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Speeds are of the steps since the run was continued, not of all steps in that time."""
-        if self._began_at and "train_loss" in logs:
-            share = 1 - self._began_at / state.global_step
-            for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):
-                logs[name] = state.log_history[-1][name] = round(logs[name] * share, 3)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -109,15 +106,10 @@ class ResumeCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         args.save_total_limit = self._limit
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if not best or self.stopped or not Path(best).is_dir():
-            return
-        if args.should_save and self._limit == 1:  # as transformers does: nobody needs the last one any more
-            for folder in list_checkpoints(args.output_dir):
-                if (
-                    folder.name != Path(best).name
-                    and step_of(folder) <= state.global_step
-                    and folder not in self._in_use()
-                ):
+        if best and not self.stopped and Path(best).is_dir() and args.should_save and self._limit == 1:
+            for folder in list_checkpoints(args.output_dir):  # as transformers does: nobody needs the last any more
+                others = step_of(folder) <= state.global_step and folder.name != Path(best).name
+                if others and folder not in self._in_use():
                     shutil.rmtree(folder, ignore_errors=True)
 
     # --- signals ----------------------------------------------------------------------------------------------------
@@ -126,11 +118,6 @@ class ResumeCallback(TrainerCallback):
         """The ordinary save at the end of a step, on all ranks together once one of them was asked to stop."""
         if self.request.reached_any_rank(self._trainer.accelerator) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
-
-    def release_signals(self) -> None:
-        """Let the signals end the process again; not while it ends anyway, when they are often sent again."""
-        if not self.stopped:
-            self.request.forget()
 
 
 def _follow_schedule(trainer: Any, steps: int) -> None:
@@ -155,11 +142,3 @@ def _counters(trainer: Any) -> dict:
         "metrics": {name: [float(v) for v in values] for name, values in trainer._metrics["train"].items()},
         **{name: getattr(trainer, attribute) for name, attribute in COUNTERS.items()},
     }
-
-
-def _set_counters(trainer: Any, saved: dict) -> None:
-    trainer._tr_loss += saved["loss"]  # it was zero
-    trainer._sums["train"]._sums = saved["sums"]
-    trainer._metrics["train"].update(saved["metrics"])
-    for name, attribute in COUNTERS.items():
-        setattr(trainer, attribute, saved[name])

@@ -99,10 +99,8 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
             name = push.repo.name if push else training_args.hub_model_id
             trainer.create_model_card(model_name=name, dataset_name=dataset_name)
             if trainer.is_world_process_zero():
-                write_run_json(
-                    trainer, method=method, recipe=parser.given, recipe_path=parser.recipe_path, rows=rows,
-                    metrics=result.metrics, started=started,
-                )  # fmt: skip
+                about = {"method": method, "recipe": parser.given, "recipe_path": parser.recipe_path}
+                write_run_json(trainer, about, rows, result.metrics, started)
         trainer.accelerator.print(f"Saved to {training_args.output_dir}.{_serving_note(trainer)}")
         trainer.end()
         if push:
@@ -127,10 +125,18 @@ def build_trainer(
 ) -> VisualPreferenceTrainer:
     """Load the model of parsed arguments, and give the trainer of these datasets."""
     adapter_config = peft_config(model_args)
-    training_args.model_init_kwargs = _model_init_kwargs(training_args, model_args)
-    revision = training_args.model_init_kwargs["revision"]
-    if adapter_config is not None and revision != "main":
-        adapter_config.revision = revision  # of the base, for whoever loads the adapter
+    training_args.model_init_kwargs = {  # as in TRL's scripts
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "use_safetensors": True,  # other formats are pickled: loading them may run code
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    if adapter_config is not None and training_args.model_init_kwargs["revision"] != "main":
+        adapter_config.revision = training_args.model_init_kwargs[
+            "revision"
+        ]  # of the base, for whoever loads the adapter
     trainer = method_classes(method)[1](
         model=model_args.model_name_or_path,
         args=training_args,
@@ -146,18 +152,6 @@ def build_trainer(
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
     return trainer
-
-
-def _model_init_kwargs(training_args: Any, model_args: Any) -> dict[str, Any]:
-    """The arguments that the model is loaded with, as in TRL's scripts; the recipe's `model_init_kwargs` win."""
-    return {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "use_safetensors": True,  # other formats are pickled: loading them may run code
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
 
 
 def peft_config(model_args: Any) -> Any:

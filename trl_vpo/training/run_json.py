@@ -14,29 +14,23 @@ from trl_vpo.runs.secrets import scrub
 
 
 def write_run_json(
-    trainer: Any,
-    *,
-    method: str,
-    recipe: dict[str, Any],
-    recipe_path: str | None,
-    rows: int | None,
-    metrics: dict[str, Any],
-    started: datetime,
+    trainer: Any, about: dict[str, Any], rows: int | None, metrics: dict[str, Any], started: datetime
 ) -> None:
     """Write `run.json` into the output folder of a trained trainer, whole or not at all.
 
-    `recipe` are the arguments that differ from their defaults, `rows` is the size of the train split (None: streamed),
+    `about` has the method, and the recipe without defaults; `rows` is the size of the train split (None: streamed),
     `metrics` are what `trainer.train` returned.
     """
     trained = len(trainer.train_dataset) if rows is not None else None
-    history = trainer.state.log_history
-    evaluation, device = _last_evaluation(history), trainer.args.device
+    history, device = trainer.state.log_history, trainer.args.device
+    evaluation: dict[str, Any] = {}  # the last; with several evaluation sets, the last of each
+    for logs in reversed(history):
+        if any(key.startswith("eval_") for key in logs) and not set(logs) <= set(evaluation):
+            evaluation = {**logs, **evaluation}
     machine = f"{device.type} ({platform.machine()})"
     record = {
-        "method": method,
+        **about,
         "seed": trainer.args.seed,
-        "recipe": recipe,
-        "recipe_path": recipe_path,
         "rows": {"trained": trained, "skipped": None if rows is None else rows - trained},
         "metrics": {
             "train": next((logs for logs in reversed(history) if "loss" in logs), {}) | metrics,
@@ -52,12 +46,3 @@ def write_run_json(
     }
     with atomic_write(Path(trainer.args.output_dir) / "run.json") as part:
         part.write_text(json.dumps(scrub(record), indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _last_evaluation(history: list[dict]) -> dict:
-    """The last evaluation; with several evaluation sets, the last of each."""
-    last: dict[str, Any] = {}
-    for logs in reversed(history):
-        if any(key.startswith("eval_") for key in logs) and not set(logs) <= set(last):
-            last = {**logs, **last}
-    return last

@@ -44,27 +44,22 @@ class Sharding:
 
 
 def launched(options: list[str]) -> Sharding:
-    """Read the options of `accelerate launch`, as `trl_vpo.training.launch.launch_options` gives them."""
-    given = dict(zip(options[::2], options[1::2]))
-    file, processes = given.get("--config_file"), given.get("--num_processes")
-    return read_sharding(Path(file) if file else None, int(processes) if processes else None)
-
-
-def read_sharding(file: Path | None, processes: int | None) -> Sharding:
-    """Read an accelerate config; without one it is DDP, where there is more than one process.
+    """Read the options of `accelerate launch`, as `launch_options` gives them; without a config file it is DDP.
 
     Raises:
         UserError: a DeepSpeed config file that the accelerate config names cannot be read.
     """
+    given = dict(zip(options[::2], options[1::2]))
+    file = given.get("--config_file")
     config = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
-    processes = processes or int(config.get("num_processes") or 1)
+    processes = int(given.get("--num_processes") or config.get("num_processes") or 1)
     kind = str(config.get("distributed_type", "MULTI_GPU")).upper()
     if kind == "DEEPSPEED":
         return _read_deepspeed(config.get("deepspeed_config") or {}, processes)
     if kind == "FSDP":
-        options = config.get("fsdp_config") or {}
-        reshard = str(options.get("fsdp_reshard_after_forward", True)).lower()
-        offload = frozenset({"weights", "optimizer"} if options.get("fsdp_offload_params") else ())
+        fsdp = config.get("fsdp_config") or {}
+        reshard = str(fsdp.get("fsdp_reshard_after_forward", True)).lower()
+        offload = frozenset({"weights", "optimizer"} if fsdp.get("fsdp_offload_params") else ())
         return Sharding("fsdp", processes, offload, gathers_once=reshard in ("false", "shard_grad_op"))
     return Sharding("ddp", processes) if processes > 1 else Sharding()
 

@@ -58,12 +58,11 @@ class StopRequest:
 
     def reached_any_rank(self, accelerator: Any) -> bool:
         """Return whether a signal came to any rank. All ranks call this."""
-        asked = bool(self.name)
         if accelerator.num_processes > 1:
-            asked = bool(accelerator.reduce(torch.tensor(int(asked), device=accelerator.device), reduction="sum"))
-        if asked:
-            self.name = self.name or signal.SIGTERM.name
-        return asked
+            asked = torch.tensor(int(bool(self.name)), device=accelerator.device)
+            if accelerator.reduce(asked, reduction="sum"):
+                self.name = self.name or signal.SIGTERM.name
+        return bool(self.name)
 
     def forget(self) -> None:
         """Let the signals end the process again, as before."""
