@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 
 from trl_vpo.errors import SaveError, UserError
-from trl_vpo.training.checkpoints import MARKER, list_checkpoints, read_marker, what_is_left
+from trl_vpo.training.checkpoints import MARKER, what_is_left
 from trl_vpo.training.output_dir import remedy
 
 DISK_WORDS = ("PytorchStreamWriter", "inline_container", "os error")  # torch and tokenizers raise no `OSError`
@@ -40,7 +40,11 @@ def explain_failed_save(trainer: Any, target: Path) -> Iterator[None]:
         if is_new and is_checkpoint:
             shutil.rmtree(target, ignore_errors=True)
         kept = _keep_adapter(trainer) if writes and not is_checkpoint else ""
-        raise SaveError(_message(trainer, target, error) + kept) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        output_dir = Path(trainer.args.output_dir)
+        deleted = "" if target.exists() else " Half of it was written and deleted again."
+        advice = f"{remedy(output_dir, error)} {what_is_left(output_dir)}"
+        raise SaveError(f"{target} could not be written: {reason}.{deleted} {advice}{kept}") from error
 
 
 def _keep_adapter(trainer: Any) -> str:
@@ -54,16 +58,3 @@ def _keep_adapter(trainer: Any) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         return ""
     return f" The adapter of step {trainer.state.global_step} is kept in {folder}: move it from there."
-
-
-def _message(trainer: Any, target: Path, error: Exception) -> str:
-    output_dir = Path(trainer.args.output_dir)
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    sentences = [f"{target} could not be written: {reason}."]
-    marker = next(filter(None, map(read_marker, list_checkpoints(output_dir))), None)
-    if marker is not None:
-        size = sum(entry["size"] for entry in marker["files"].values())
-        sentences.append(f"A checkpoint takes {size / 2**20:.1f} MiB.")
-    if not target.exists():
-        sentences.append("Half of it was written and deleted again.")
-    return " ".join([*sentences, remedy(output_dir, error), what_is_left(output_dir)])
