@@ -234,7 +234,8 @@ def test_the_damage_of_a_row_is_its_own():
     assert not np.array_equal(first, damaged_frames(twin))
     assert not np.array_equal(first, damaged_frames((row, media), seed=1))
     assert len(damaged_frames((row, media), num_damaged_frames=3)) == 3
-    assert LeanPOGenerateConfig(flip_probability=0.0).damage_settings().flip_p == 0.0
+    straight, flipped = (damaged_frames((row, media), flip_probability=p) for p in (0.0, 1.0))
+    assert np.array_equal(straight, flipped[:, :, ::-1])
 
 
 def damaged_frames(item, **settings):

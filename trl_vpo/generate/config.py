@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any
 
 from trl_vpo.models.config import AnsweringConfig, option
 from trl_vpo.models.requests import Sampling
@@ -45,19 +44,12 @@ class GenerateConfig(AnsweringConfig):
         if bool(self.judge_url) != bool(self.judge_model):
             raise ValueError("a judge needs both judge_url and judge_model.")
         if self.server_url and (self.from_adapter or self.load_in_4bit or self.load_in_8bit):
-            raise ValueError(
-                "server_url: adapters and quantization are the server's own settings. Leave them out here."
-            )
+            raise ValueError("server_url: adapters and quantization are the server's own settings; leave them out.")
 
     def sampling(self, **changes) -> Sampling:
         """Return the run's sampling, or a variant of it."""
         values = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
         return Sampling(**(values | changes))
-
-    def server_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of `ServerModel`, except the key and the budget."""
-        options = {name: getattr(self, name) for name in ("timeout", "max_retries", "max_pixels")}
-        return options | {"concurrency": self.batch_size, "media": self.server_media}
 
 
 def check_template(name: str, template: str, expected: set[str]) -> None:

@@ -26,14 +26,7 @@ COLUMNS, GAP = 8, 4  # frames in a row of a sheet, pixels between them
 def show(
     pipeline: Pipeline, rows: Sequence[InputRow], video_options: VideoOptions, folder: Path, processor: Any
 ) -> None:
-    """Print each request and write its pictures as sheets to `folder`.
-
-    Args:
-        processor: the one whose chat template formats the requests; None shows plain turns.
-
-    Raises:
-        GenerateError: the chat template refuses a request.
-    """
+    """Print each request in the processor's chat template (None: plain turns); write its pictures to `folder`."""
     console = Console(highlight=False, soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows):
@@ -49,9 +42,9 @@ def show(
             console.print(f"[bold]{escape(title)}[/bold]\n{escape(_text(request, processor))}")
             clips = [[Image.fromarray(frame) for frame in clip.frames] for clip in request.media.videos]
             images = [[image.convert("RGB")] for image in request.media.images]
-            for place, sheet in enumerate(map(_sheet, clips + images)):
+            for place, frames in enumerate(clips + images):
                 path = folder / f"{number}-{step}-{place}.png"
-                sheet.save(path)
+                _sheet(frames).save(path)
                 console.print(f"[dim]{escape(str(path))}[/dim]")
     console.print(f"Nothing was generated. The pictures are in {escape(str(folder))}.")
 

@@ -54,8 +54,6 @@ RETRY = "\n\nAn earlier reply could not be used: {why}. Reply with the JSON obje
 
 @dataclass(frozen=True)
 class Difference:
-    """One mistake."""
-
     kind: str  # one of `KINDS`
     truth: str  # words of the ground truth
     answer: str  # words of the answer
@@ -71,8 +69,6 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Question:
-    """One question to the judge."""
-
     prompt: str
     seeds: tuple[int, int]  # for the first request, and for a second one if needed
     read: Callable[[str], Any]  # reply -> its content; raises JudgeError
@@ -94,18 +90,14 @@ def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling
             break
         replies = judge.answer([request(prompts[i], questions[i].seeds[attempt]) for i in todo], sampling)
         for i, reply in zip(todo, replies, strict=True):
-            results[i] = _read(questions[i], reply)
+            try:
+                results[i] = reply if isinstance(reply, Failure) else questions[i].read(reply)
+            except JudgeError as error:
+                results[i] = Failure(str(error))
             if isinstance(results[i], Failure):
                 prompts[i] = questions[i].prompt + RETRY.format(why=results[i].reason)
         todo = [i for i in todo if isinstance(results[i], Failure)]
     return results
-
-
-def _read(question: Question, reply: str | Failure) -> Any:
-    try:
-        return reply if isinstance(reply, Failure) else question.read(reply)
-    except JudgeError as error:
-        return Failure(str(error))
 
 
 # --- replies ----------------------------------------------------------------------------------------------------
@@ -117,7 +109,14 @@ def read_judgement(reply: str) -> Judgement:
     Raises:
         JudgeError: no JSON object of the requested form, or two different ones, or one that contradicts itself.
     """
-    judgement = _only_object(reply, _judgement)
+
+    def read(value: dict) -> Judgement:
+        correct, listed = value.get("correct"), value.get("differences")
+        if not isinstance(correct, bool) or not isinstance(listed, list):
+            raise JudgeError('"correct" has to be true or false and "differences" a list')
+        return Judgement(correct, tuple(map(_difference, listed)))
+
+    judgement = _only_object(reply, read)
     if judgement.correct and judgement.differences:
         raise JudgeError("it calls the answer correct and lists differences")
     return judgement
@@ -130,7 +129,14 @@ def read_rewrite(reply: str, truth: str, max_changed: float) -> str:
         JudgeError: no JSON object of the requested form, a text that says the same as the ground truth, or one that
             is not aligned with it.
     """
-    rewritten = _only_object(reply, _rewritten)
+
+    def read(value: dict) -> str:
+        text = value.get("rewritten")
+        if not isinstance(text, str) or not text.strip():
+            raise JudgeError('"rewritten" has to be a text that is not empty')
+        return text.strip()
+
+    rewritten = _only_object(reply, read)
     if same_words(rewritten, truth):
         raise JudgeError("the rewritten text says the same as the ground truth")
     changed = max(changed_share(text, spans) for text, spans in zip((truth, rewritten), word_diff(truth, rewritten)))
@@ -147,11 +153,6 @@ def changed_share(text: str, phrases: Sequence[Span]) -> float:
     spans = split_words(text)
     inside = [any(start < last and first < end for start, end in phrases) for first, last in spans]
     return sum(inside) / max(1, len(spans))
-
-
-def show_differences(differences: Sequence[Difference]) -> str:
-    """Return the differences as a list for `REWRITE_PROMPT`, one per line."""
-    return "\n".join(f'- {d.kind}: "{d.answer}" instead of "{d.truth}"' for d in differences)
 
 
 _DECODER = json.JSONDecoder(strict=False)  # not strict: texts may hold unescaped line breaks
@@ -183,22 +184,8 @@ def _only_object(reply: str, read: Callable[[dict], Any]) -> Any:
     return accepted[0]
 
 
-def _judgement(value: dict) -> Judgement:
-    correct, listed = value.get("correct"), value.get("differences")
-    if not isinstance(correct, bool) or not isinstance(listed, list):
-        raise JudgeError('"correct" has to be true or false and "differences" a list')
-    return Judgement(correct, tuple(map(_difference, listed)))
-
-
 def _difference(item: Any) -> Difference:
     values = [item.get(key) for key in ("kind", "truth", "answer")] if isinstance(item, dict) else [None]
     if not all(isinstance(value, str) for value in values) or values[0].strip().lower() not in KINDS:
         raise JudgeError(f'a difference has to have "kind" ({", ".join(KINDS)}), "truth" and "answer", all texts')
     return Difference(values[0].strip().lower(), values[1].strip(), values[2].strip())
-
-
-def _rewritten(value: dict) -> str:
-    text = value.get("rewritten")
-    if not isinstance(text, str) or not text.strip():
-        raise JudgeError('"rewritten" has to be a text that is not empty')
-    return text.strip()

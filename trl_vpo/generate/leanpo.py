@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from trl_vpo.data.inputs import InputRow, given_text
 from trl_vpo.errors import GenerateError, InputError
 from trl_vpo.generate.config import GenerateConfig, check_template
 from trl_vpo.generate.pipeline import Pipeline, training_row
-from trl_vpo.generate.tasks import Task, read_task
+from trl_vpo.generate.tasks import read_task
 from trl_vpo.media.corruptions import DamageSettings, damage
 from trl_vpo.media.load import Media
 from trl_vpo.models.config import option
@@ -97,9 +98,6 @@ class LeanPOGenerateConfig(GenerateConfig):
             raise ValueError(
                 f"keep_top is {self.keep_top}: give a share above 0 and up to 1 (0.5 is half of the rows)."
             )
-
-    def damage_settings(self) -> DamageSettings:
-        return DamageSettings(num_frames=self.num_damaged_frames, flip_p=self.flip_probability)
 
 
 @dataclass
@@ -185,10 +183,10 @@ class LeanPOPipeline(Pipeline):
 
         If a filter is set, also over the pairs that were kept, as `kept_...`.
         """
-        pairs = [(outcome.notes, bool(outcome.rows)) for outcome in outcomes if "chosen_trust" in outcome.notes]
-        groups = {"": [notes for notes, _ in pairs]}
+        pairs = [outcome for outcome in outcomes if "chosen_trust" in outcome.notes]
+        groups = {"": [pair.notes for pair in pairs]}
         if any(getattr(self.config, name) is not None for name in (*FILTERS, "keep_top")):
-            groups["kept_"] = [notes for notes, kept in pairs if kept]
+            groups["kept_"] = [pair.notes for pair in pairs if pair.rows]
         options = {"plain": self.config.plain_answer, "rewards": self.model is not None and self.model.can_score}
         figures = {prefix: pair_figures(notes, **options) for prefix, notes in groups.items()}
         return {prefix + name: figure for prefix, group in figures.items() for name, figure in group.items()}
@@ -207,7 +205,8 @@ class LeanPOPipeline(Pipeline):
             text = pair.question
         if stage == "damaged":
             rng = np.random.default_rng(stream_seed(seed, pair.row.id, "damage"))
-            media = damage(media, rng, self.config.damage_settings())
+            settings = DamageSettings(self.config.num_damaged_frames, flip_p=self.config.flip_probability)
+            media = damage(media, rng, settings)
         return Request([pair.row.user_message(text)], media, stream_seed(seed, pair.row.id, stage))
 
     def _ask(self, stage: str, pairs: list[_Pair]) -> None:
@@ -231,7 +230,9 @@ class LeanPOPipeline(Pipeline):
             pair.notes[f"{side}_right"] = right(text, pair.truth)
         if self.config.plain_answer:
             pair.notes["plain_right"] = "plain" in pair.answers and right(pair.answers["plain"], pair.truth)
-        task = _task(pair.row)
+        task = None
+        with suppress(InputError):  # options and answer may not fit together: then no rule checks the responses
+            task = read_task(pair.row.example, SHORT_WORDS)
         if right(chosen, rejected):
             pair.reject("identical responses", f"both responses say {chosen[:200]!r}, up to case and punctuation.")
         elif task and task.check(rejected).result == RIGHT:
@@ -274,14 +275,6 @@ class LeanPOPipeline(Pipeline):
             pair.row, prompt=pair.question, chosen=chosen, rejected=rejected, generated_by=self.generated_by, **columns
         )
         return Outcome(pair.row.id, rows=(row,), notes=notes)
-
-
-def _task(row: InputRow) -> Task | None:
-    """Return the task by which rules check a response; None if options and answer do not fit together."""
-    try:
-        return read_task(row.example, SHORT_WORDS)
-    except InputError:
-        return None
 
 
 def keep_top(outcomes: Sequence[Outcome], share: float) -> list[Outcome]:

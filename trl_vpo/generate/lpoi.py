@@ -118,9 +118,8 @@ class LPOIPipeline(Pipeline):
 
     def check(self, row: InputRow) -> None:
         if len(row.images) != 1 or row.videos:
-            raise InputError(
-                f"the row has {len(row.images)} images and {len(row.videos)} videos: LPOI takes one image."
-            )
+            given = f"{len(row.images)} images and {len(row.videos)} videos"
+            raise InputError(f"the row has {given}: LPOI takes one image.")
         try:
             read_row(row.example)
         except RowError as error:
@@ -137,9 +136,8 @@ class LPOIPipeline(Pipeline):
             if case.reason:
                 raise InputError(case.reason)
             choice = case.choices[0]
-            images = masked_image_list(
-                case.image, choice.box, self.config.num_images, visual_prompt=self.config.visual_prompt
-            )
+            drawn = {"n": self.config.num_images, "visual_prompt": self.config.visual_prompt}
+            images = masked_image_list(case.image, choice.box, **drawn)
             title = f"critical object: {choice.label} ({choice.where}), box {list(choice.box)}"
             text = self.occlusion.question(choice) if self.needs_model(self.config) else "(no model is asked)"
             return [(title, request(images, text))]
@@ -184,11 +182,10 @@ class LPOIPipeline(Pipeline):
         return figures
 
     def _open(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Case]:
-        stored = [
-            load_image(row.images[0], limit=False) if self.config.max_pixels else media.images[0]
-            for row, media in batch
+        shrunk = self.config.max_pixels is not None
+        cases = [
+            Case(row, load_image(row.images[0], limit=False) if shrunk else media.images[0]) for row, media in batch
         ]
-        cases = [Case(row, image) for (row, _), image in zip(batch, stored)]
         self.finder.find(cases)
         return cases
 
@@ -213,6 +210,5 @@ class LPOIPipeline(Pipeline):
         }
         if self.config.mask_model:
             folder = Path(self.config.output_dir).absolute() / "media"
-            hidden = [portable(image, folder) for image in case.images[1:]]
-            row["image_list"] = [*case.row.images, *hidden]
+            row["image_list"] = [*case.row.images, *(portable(image, folder) for image in case.images[1:])]
         return Outcome(case.row.id, rows=(row,), notes=notes)

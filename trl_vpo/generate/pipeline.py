@@ -17,14 +17,7 @@ from trl_vpo.runs.outcome import Outcome
 
 
 class Pipeline(ABC):
-    """Input rows -> outcomes. Each method's file has one.
-
-    Args:
-        config: the method's generation config (`trl_vpo.generate.config`).
-        model: the answering model; None for a dry run.
-        judge: the judging model, if there is one.
-        generated_by: the value of each row's `generated_by` column.
-    """
+    """Input rows -> outcomes. Each method's file has one. The model is None for a dry run."""
 
     name: ClassVar[str]
 
@@ -73,10 +66,9 @@ def training_row(
     row: InputRow, *, prompt: str, chosen: str, rejected: str, generated_by: dict, **columns: Any
 ) -> dict:
     """Return a row to train on: the plain question with the untouched media, both responses, and further columns."""
-    source = row.example.get("source")
     return {
         "id": row.id,
-        **({"source": source} if source is not None else {}),
+        **{key: value for key, value in row.example.items() if key == "source" and value is not None},
         "prompt": [row.user_message(prompt)],
         "chosen": [{"role": "assistant", "content": [{"type": "text", "text": chosen}]}],
         "rejected": [{"role": "assistant", "content": [{"type": "text", "text": rejected}]}],

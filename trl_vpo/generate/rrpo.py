@@ -28,7 +28,6 @@ from trl_vpo.generate.judge import (
     read_judgement,
     read_rewrite,
     request,
-    show_differences,
 )
 from trl_vpo.generate.pipeline import Pipeline, training_row
 from trl_vpo.generate.rrpo_config import RRPOGenerateConfig
@@ -122,8 +121,6 @@ class RRPOPipeline(Pipeline):
 
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
         works = [self._work(row, media) for row, media in batch]
-        for work in works:
-            self._begin(work)
         for _ in range(self.config.attempts):
             self._attempt([work for work in works if not work.stop and not work.wrong])
         wrong = [work for work in works if work.wrong]
@@ -132,29 +129,55 @@ class RRPOPipeline(Pipeline):
         return [self._outcome(work) for work in works]
 
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        return _figures(outcomes)
+        """Return the figures of a run; None for a figure without data.
+
+        rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by perturbation of the media.
+        perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (further ones
+            are made only if the first was not wrong).
+        perturbed_undecided: by kind, share of first answers that could not be read, or that the judge calls incorrect
+            without a key difference.
+        words_in_phrases: mean share of words that lie in phrases, over both responses of every row.
+        left_out: by kind of answer, how many inputs gave no row and why; "unread" if the kind is unknown.
+        """
+        rows = [row for outcome in outcomes for row in outcome.rows]
+        firsts: dict[str, Counter] = defaultdict(Counter)
+        left_out: dict[str, Counter] = defaultdict(Counter)
+        for outcome in outcomes:
+            kind = outcome.notes.get("answer_kind", "unread")
+            firsts[kind].update(result for _, result in outcome.notes.get("tries", [])[:1])
+            if outcome.reason:
+                left_out[kind][outcome.kind] += 1
+        tried = [(kind, counts) for kind, counts in firsts.items() if counts]
+        decided = [RIGHT, WRONG]
+        return {
+            "rows_by_kind": dict(Counter(row["answer_kind"] for row in rows)),
+            "rows_by_perturbation": dict(Counter(row["perturbation"]["mode"] for row in rows)),
+            "perturbed_accuracy": {kind: _share(counts, RIGHT, decided) for kind, counts in tried},
+            "perturbed_undecided": {kind: _share(counts, UNDECIDED, [*decided, UNDECIDED]) for kind, counts in tried},
+            "words_in_phrases": mean([o.notes["changed"] for o in outcomes if o.rows]),
+            "left_out": {kind: dict(counts) for kind, counts in left_out.items()},
+        }
 
     # --- the model's answers ------------------------------------------------------------------------------------
 
     def _work(self, row: InputRow, media: Media) -> _Work:
         task = self._task(row)
-        return _Work(row, media, task, judged=task.kind == "open" and self.config.open_check == "judge")
-
-    def _seed(self, work: _Work, purpose: str) -> int:
-        return stream_seed(self.config.seed, work.row.id, purpose)
-
-    def _begin(self, work: _Work) -> None:
+        work = _Work(row, media, task, judged=task.kind == "open" and self.config.open_check == "judge")
         if work.judged and self.judge is None:
             work.stop = (
                 "open-ended without a judge",
-                f"the answer {work.task.answer!r} is open-ended, and there is no judge: set judge_url and "
-                "judge_model, or open_check exact where answers have a fixed form.",
+                f"the answer {task.answer!r} is open-ended, and there is no judge: set judge_url and judge_model, or "
+                "open_check exact where answers have a fixed form.",
             )
-            return
+            return work
         try:
-            effective_mode(work.media, self.config.perturb_settings())
+            effective_mode(media, self.config.perturb_settings())
         except InputError as error:
             work.stop = ("nothing to perturb", str(error))
+        return work
+
+    def _seed(self, work: _Work, purpose: str) -> int:
+        return stream_seed(self.config.seed, work.row.id, purpose)
 
     def _next_try(self, work: _Work) -> _Try:
         mode = effective_mode(work.media, self.config.perturb_settings())
@@ -219,16 +242,12 @@ class RRPOPipeline(Pipeline):
                 attempt.why = f"{attempt.answer!r} has no key difference"
 
     def _rewrite(self, works: list[_Work]) -> None:
-        questions = [
-            self._question(
-                work,
-                "rewrite",
-                self.config.rewrite_prompt,
-                partial(read_rewrite, truth=work.task.answer, max_changed=self.config.max_changed),
-                differences=show_differences(work.tries[-1].differences),
-            )
-            for work in works
-        ]
+        questions = []
+        for work in works:
+            read = partial(read_rewrite, truth=work.task.answer, max_changed=self.config.max_changed)
+            listed = [f'- {d.kind}: "{d.answer}" instead of "{d.truth}"' for d in work.tries[-1].differences]
+            template = self.config.rewrite_prompt
+            questions.append(self._question(work, "rewrite", template, read, differences="\n".join(listed)))
         for work, rewritten in zip(works, ask(self.judge, questions, self.config.judge_sampling()) if works else []):
             if isinstance(rewritten, Failure):
                 work.stop = ("judge", f"the judge's rewrite is unusable: {rewritten.reason}.")
@@ -249,9 +268,13 @@ class RRPOPipeline(Pipeline):
 
     def _outcome(self, work: _Work) -> Outcome:
         notes: dict[str, Any] = {"answer_kind": work.task.kind, "tries": [[t.mode, t.result] for t in work.tries]}
-        stop = work.stop or (None if work.wrong else self._no_wrong_answer(work))
-        if stop:
-            return Outcome(work.row.id, reason=stop[1], kind=stop[0], notes=notes)
+        if not work.stop and not work.wrong:
+            kinds = {attempt.kind for attempt in work.tries}
+            attempts = [f"attempt {n} ({t.mode}): {t.why}" for n, t in enumerate(work.tries, 1)]
+            work.stop = next(kind for kind in NO_WRONG_ANSWER if kind in kinds), "; ".join(attempts) + "."
+        if work.stop:
+            kind, reason = work.stop
+            return Outcome(work.row.id, reason=reason, kind=kind, notes=notes)
         attempt = work.tries[-1]
         try:
             chosen, rejected, *phrases = phrase_spans(work.task.answer, work.rejected)
@@ -273,42 +296,6 @@ class RRPOPipeline(Pipeline):
             perturbation={"mode": attempt.mode, "seed": attempt.seed},
         )
         return Outcome(work.row.id, (row,), notes=notes)
-
-    def _no_wrong_answer(self, work: _Work) -> tuple[str, str]:
-        """Return the kind, and the result of each attempt in words."""
-        kinds = {attempt.kind for attempt in work.tries}
-        attempts = [f"attempt {n} ({t.mode}): {t.why}" for n, t in enumerate(work.tries, 1)]
-        return next(kind for kind in NO_WRONG_ANSWER if kind in kinds), "; ".join(attempts) + "."
-
-
-def _figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return the figures of a run; None for a figure without data.
-
-    rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by perturbation of the media.
-    perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (further ones
-        are made only if the first was not wrong).
-    perturbed_undecided: by kind, share of first answers that could not be read, or that the judge calls incorrect
-        without a key difference.
-    words_in_phrases: mean share of words that lie in phrases, over both responses of every row.
-    left_out: by kind of answer, how many inputs gave no row and why; "unread" if the kind is unknown.
-    """
-    rows = [row for outcome in outcomes for row in outcome.rows]
-    firsts: dict[str, Counter] = defaultdict(Counter)
-    left_out: dict[str, Counter] = defaultdict(Counter)
-    for outcome in outcomes:
-        kind = outcome.notes.get("answer_kind", "unread")
-        firsts[kind].update(result for _, result in outcome.notes.get("tries", [])[:1])
-        if outcome.reason:
-            left_out[kind][outcome.kind] += 1
-    tried = [(kind, counts) for kind, counts in firsts.items() if counts]
-    return {
-        "rows_by_kind": dict(Counter(row["answer_kind"] for row in rows)),
-        "rows_by_perturbation": dict(Counter(row["perturbation"]["mode"] for row in rows)),
-        "perturbed_accuracy": {kind: _share(counts, RIGHT, [RIGHT, WRONG]) for kind, counts in tried},
-        "perturbed_undecided": {kind: _share(counts, UNDECIDED, [RIGHT, WRONG, UNDECIDED]) for kind, counts in tried},
-        "words_in_phrases": mean([o.notes["changed"] for o in outcomes if o.rows]),
-        "left_out": {kind: dict(counts) for kind, counts in left_out.items()},
-    }
 
 
 def _share(counts: Mapping[str, int], part: str, among: Sequence[str]) -> float | None:

@@ -81,7 +81,7 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
     settings = run_settings(method, config, inputs)
     check_settings(config.output_dir, settings)  # before weights are loaded, which can take minutes
     with as_user_errors():  # also of processes that do not find each other
-        model, judge = make_models(config, with_model=pipeline_class.needs_model(config))
+        model, judge = make_models(config, pipeline_class.needs_model(config))
     for key, party in (("answered_by", model), ("judged_by", judge)):
         settings[key] = {k: v for k, v in party.record().items() if k != "server"} if party else None
     pipeline = pipeline_class(config, model, judge, generated_by(settings))
@@ -99,10 +99,8 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
         show_summary(summary, config.output_dir)
         if not summary["rows"]:
             kinds = ", ".join(f"{kind}: {count}" for kind, count in summary["rejected_by_kind"].items())
-            reasons = Path(config.output_dir) / "rejected.jsonl"
-            raise GenerateError(
-                f"none of the {summary['inputs']} inputs gave a row ({kinds}). The reasons are in {reasons}."
-            )
+            reasons = f"The reasons are in {Path(config.output_dir) / 'rejected.jsonl'}."
+            raise GenerateError(f"none of the {summary['inputs']} inputs gave a row ({kinds}). {reasons}")
     return summary
 
 
@@ -111,22 +109,22 @@ def _dry_run(pipeline: Pipeline, config: GenerateConfig) -> None:
     if pipeline.needs_model(config) and not config.server_url:
         options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
         processor = load_processor(config.model_name_or_path, **options)
-    show(
-        pipeline,
-        inputs[: min(3, config.limit or 3)],
-        config.video_options(),
-        Path(config.output_dir) / "dry_run",
-        processor,
-    )
+    rows, folder = inputs[: min(3, config.limit or 3)], Path(config.output_dir) / "dry_run"
+    show(pipeline, rows, config.video_options(), folder, processor)
 
 
-def make_models(
-    config: GenerateConfig, *, with_model: bool = True
-) -> tuple[AnsweringModel | None, AnsweringModel | None]:
+def make_models(config: GenerateConfig, with_model: bool = True) -> tuple[AnsweringModel | None, ...]:
     """Return the answering model, on a server or loaded here, and the judge."""
     model = judge = None
-    budget = RequestBudget(config.max_requests)
-    server = partial(ServerModel, budget=budget, **config.server_options())
+    server = partial(
+        ServerModel,
+        concurrency=config.batch_size,
+        media=config.server_media,
+        timeout=config.timeout,
+        max_retries=config.max_retries,
+        max_pixels=config.max_pixels,
+        budget=RequestBudget(config.max_requests),
+    )
     if with_model and config.server_url:
         model = server(config.server_url, config.model_name_or_path, api_key_env=config.api_key_env)
     elif with_model:
@@ -161,16 +159,13 @@ def generated_by(settings: Mapping[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _load(
-    pipeline: Pipeline, inputs: Inputs, video_options: VideoOptions, place: int
-) -> tuple[InputRow, Media] | Outcome:
+def _load(pipeline: Pipeline, inputs: Inputs, options: VideoOptions, place: int) -> tuple[InputRow, Media] | Outcome:
     """Return an input with its media, or the reason why it is rejected."""
     row = inputs[place]
     try:
-        media = load_media(row, video_options)
+        media = load_media(row, options)
         pipeline.check(row)
         return row, media
-    except InputError as error:
-        return Outcome(row.id, reason=str(error), kind="unusable input")
-    except MediaError as error:
-        return Outcome(row.id, reason=str(error), kind="unreadable media")
+    except (InputError, MediaError) as error:
+        kind = "unreadable media" if isinstance(error, MediaError) else "unusable input"
+        return Outcome(row.id, reason=str(error), kind=kind)

@@ -42,9 +42,8 @@ class Task:
     def rejected(self, response: str, parsed: str) -> str:
         """Return a wrong response as it is trained on.
 
-        Multiple choice and yes/no: the ground truth with the other option or the other word in it, so that the two
-        differ in nothing else. If the ground truth says more than that, and for all other kinds: the model's answer
-        without its thoughts.
+        Multiple choice and yes/no: the ground truth with the other option or word in it. If the ground truth says
+        more than that, and for all other kinds: the model's answer without its thoughts.
         """
         answer = without_reasoning(response)
         if self.kind == "choice":

@@ -132,7 +132,7 @@ def test_several_names_and_boxes_that_reach_out_a_little():
     [
         ("dog", "'dog', not a list"),
         ([["dog", 1, 2, 3, 4]], "not a list of boxes"),
-        ({"bbox": [[0, 0, 9, 9]], "category": []}, "different lengths: [0, 1]"),
+        ({"bbox": [[0, 0, 9, 9]], "category": []}, "lists of different lengths"),
         ([{"label": "dog"}], "annotation 0 has the keys ['label']"),
         ([{"box": [0, 0, 9, 9]}], "annotation 0 is called [None]"),
         ([{"label": " ", "box": [0, 0, 9, 9]}], "annotation 0 is called [' ']"),

@@ -39,8 +39,6 @@ class Detection:
 
 @dataclass(frozen=True)
 class Choice:
-    """A critical object."""
-
     label: str
     box: Box
     score: float | None
@@ -53,11 +51,10 @@ def choices(
 ) -> list[Choice]:
     """Return the critical object, followed by those to try next.
 
-    The candidates with a usable detection, in their order. If no candidate has one: any other label, that
-    with the best score first (of annotations, that with the largest box). A detection is usable if its score reaches
-    `config.box_threshold` and its box covers `config.min_box_area` to `config.max_box_area` of the image. Of several
-    boxes with one label the best score is taken (of annotations, the largest box), or with `config.instances` "union"
-    the smallest box around all of them.
+    The candidates with a usable detection, in their order. If no candidate has one: any other label, that with the
+    best score (of annotations, the largest box) first. A detection is usable if its score and its share of the image
+    are within the settings. Of several boxes with one label the best is taken, or with `config.instances` "union" the
+    smallest box around all of them.
     """
     by_label: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=_rank, reverse=True):
@@ -148,9 +145,9 @@ def annotated(objects: Any, size: tuple[int, int], categories: Sequence[str] | N
 def match(detections: Sequence[Detection], candidates: Sequence[Candidate]) -> list[Detection]:
     """Return annotated boxes under the texts of the candidates that mean them; the others keep their label.
 
-    A label means a candidate if they are equal up to case, plural and article. If no label does: if one is
-    the end of the other ("dog" and "brown dog", "table" and "dining table", never "red ball" and "blue ball"), or the
-    label is another name for the candidate's head ("person" for "young man").
+    A label means a candidate if they are equal up to case, plural and article. If no label does: if one is the end
+    of the other ("dog" and "brown dog"), or the label is another name for the candidate's head ("person" for "young
+    man").
     """
     matched, used = [], set()
     for candidate in candidates:
@@ -177,11 +174,8 @@ def _normal(name: str) -> str:
 def _items(objects: Any) -> list[dict]:
     if isinstance(objects, dict):
         columns = {key: value for key, value in objects.items() if isinstance(value, (list, tuple))}
-        lengths = {len(value) for value in columns.values()}
-        if len(lengths) > 1:
-            raise InputError(
-                f"the annotations have lists of different lengths: {sorted(lengths)}. Give a value for every box."
-            )
+        if len({len(value) for value in columns.values()}) > 1:
+            raise InputError("the annotations have lists of different lengths: give a value for every box.")
         objects = [dict(zip(columns, values)) for values in zip(*columns.values())]
     if not isinstance(objects, (list, tuple)) or not all(isinstance(item, dict) for item in objects):
         raise InputError(f"the annotations are {str(objects)[:80]!r}, not a list of boxes with names.")
@@ -195,10 +189,8 @@ def _read_item(item: dict, at: int, categories: Sequence[str]) -> tuple[list[Any
         name, box = item.get("category"), item["bbox"]
         if isinstance(name, int):
             if not 0 <= name < len(categories):
-                raise InputError(
-                    f"annotation {at} has the category number {name}, and `categories` has {len(categories)} names. "
-                    "Give the names of all categories, in their order."
-                )
+                names = f"`categories` has {len(categories)} names: give those of all categories, in order"
+                raise InputError(f"annotation {at} has the category number {name}, and {names}.")
             name = categories[name]
         names = [name]
     elif box is None and {"x", "y", "w", "h"} <= set(item):

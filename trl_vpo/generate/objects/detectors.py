@@ -43,10 +43,8 @@ def load_model(
 ) -> tuple[str, Any, Any]:
     """Load a Hub model or a folder with classes of transformers; return its type, its processor and the model.
 
-    The device is "cpu", or None for this process' accelerator if it has one.
-
-    Raises:
-        GenerateError: the model cannot be loaded, or its type is not one of `kinds`. Messages call it by its `role`.
+    `kinds` are its possible types; messages call it by its `role`. The device is "cpu", or None for this process'
+    accelerator. Raises GenerateError.
     """
     import transformers
     from accelerate import PartialState
@@ -58,8 +56,8 @@ def load_model(
         kind = transformers.AutoConfig.from_pretrained(name, **options).model_type
         if kind in kinds:
             processor = getattr(transformers, processor_class).from_pretrained(name, **options)
-            model_options = {"dtype": dtype, "use_safetensors": True, **options}
-            model = getattr(transformers, model_class).from_pretrained(name, **model_options)
+            options |= {"dtype": dtype, "use_safetensors": True}
+            model = getattr(transformers, model_class).from_pretrained(name, **options)
     except LOAD_ERRORS as error:
         raise GenerateError(f"the {role} {name} cannot be loaded: {error}") from error
     if kind not in kinds:
@@ -83,11 +81,7 @@ class Detector:
         """Look for names in RGB images; return the detections of each image, best first.
 
         There is one for each (box, name) whose score is above the threshold, with the name as it was given. Boxes are
-        clipped to the image and rounded outwards; one outside of the image is empty. An image without names is
-        skipped.
-
-        Raises:
-            GenerateError: the scores are not numbers.
+        clipped to the image and rounded outwards; one outside of the image is empty.
         """
         detections: list[list[Detection]] = [[] for _ in images]
         by_size: dict[tuple[int, int], list] = {}  # padding pixels would change the detections next to them

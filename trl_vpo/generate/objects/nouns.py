@@ -41,15 +41,10 @@ _BEFORE_PREDICATE = {"very", "quite", "rather", "too", "so", "not", "also", "and
 
 @dataclass(frozen=True)
 class Candidate:
-    """An object that may be critical.
+    """An object that may be critical."""
 
-    Attributes:
-        text: lower case, without article, singular: "brown dog".
-        where: the part of the row that names it.
-    """
-
-    text: str
-    where: str
+    text: str  # lower case, without article, singular: "brown dog"
+    where: str  # the part of the row that names it
 
 
 def candidates(question: str, response: str) -> list[Candidate]:
@@ -110,12 +105,13 @@ def _tag(words: list[str], tags: str, at: int) -> str:
         return "P"
     if word in lists.others or not word[0].isalpha() or _is_adverb(word):
         return "X"
-    waits, followed = before in "DJ", _goes_on(words, at + 1)
+    after = words[at + 1] if at + 1 < len(words) else "."
+    waits, followed = before in "DJ", after[0].isalpha() and not _is_adverb(after) and after not in _CLOSED
     alone = before == "D" and words[at - 1] in lists.standalone  # "one holds a bat": it need not wait for a noun
     if "-" in word and followed and not word.endswith("ing"):  # "a double-decker old bus"
         return "J"
     if word == "light":
-        return "J" if words[at + 1 : at + 2] and words[at + 1] in lists.adjectives else "N"
+        return "J" if after in lists.adjectives else "N"
     if word in lists.adjectives:
         return "N" if word == "orange" and before == "D" and not followed else "J"
     if word.endswith("ing") and len(word) > 4 and word not in lists.ing_nouns:
@@ -148,13 +144,6 @@ def _is_adverb(word: str) -> bool:
     return word.endswith("ly") and word not in lists.no_adverbs
 
 
-def _goes_on(words: list[str], at: int) -> bool:
-    """Return whether the word at this position can continue a noun phrase after a modifier."""
-    if at >= len(words) or not words[at][0].isalpha() or _is_adverb(words[at]):
-        return False
-    return words[at] not in _CLOSED
-
-
 # --- phrases ----------------------------------------------------------------------------------------------------
 
 
@@ -167,8 +156,12 @@ def _phrase(words: list[str], tags: str, start: int, end: int) -> str | None:
         return None
     if head in lists.gatherers and words[end : end + 1] == ["of"]:
         return None
-    if "D" not in tags[start:end] and head == words[end - 1] and _is_predicate(words, start):
-        return None
+    if "D" not in tags[start:end] and head == words[end - 1]:  # how something is: "the cat is asleep"
+        at, passed = start - 1, _BEFORE_PREDICATE | lists.adjectives
+        while at >= 0 and (words[at].endswith("ly") or words[at] in passed):
+            at -= 1
+        if at >= 0 and words[at] in lists.copulas and not (at and words[at - 1] == "there"):  # "there is snow"
+            return None
     pairs = zip(words[start : end - 1], tags[start:end])
     before = [w for w, tag in pairs if (tag in "JN" and w not in lists.unseen) or w == "and"]
     before = before[-(MAX_WORDS - 1) :]
@@ -180,11 +173,3 @@ def _denied(words: list[str], start: int, end: int) -> bool:
     """Return whether a phrase is not there: "no dog", "without a dog", "is not a dog", "isn't a dog"."""
     before = words[start - 1] if start else ""
     return "no" in words[start:end] or before in ("not", "without") or before.endswith("n't")
-
-
-def _is_predicate(words: list[str], start: int) -> bool:
-    """Return whether a bare word says how something is ("The cat is asleep"), unlike in "there is snow"."""
-    at = start - 1
-    while at >= 0 and (words[at].endswith("ly") or words[at] in _BEFORE_PREDICATE or words[at] in lists.adjectives):
-        at -= 1
-    return at >= 0 and words[at] in lists.copulas and not (at and words[at - 1] == "there")

@@ -64,7 +64,12 @@ class Finder:
                 pair = read_row(row.example)
             except RowError as error:
                 raise InputError(str(error)) from error
-            named = candidates(question_text(pair.prompt), response_text(pair.chosen))
+            question = pair.prompt
+            if not isinstance(question, str):  # the text of the last user turn
+                users = [message for message in question if message["role"] == "user"]
+                parts = [part for message in users[-1:] for part in message["content"]]
+                question = " ".join(part["text"] for part in parts if part["type"] == "text")
+            named = candidates(question, response_text(pair.chosen))
         else:
             names = row.example.get(column)
             if not isinstance(names, list) or not all(isinstance(n, str) and any(map(str.isalpha, n)) for n in names):
@@ -106,11 +111,3 @@ class Finder:
         for at, listed, detections in zip(todo, looked_for, results):
             counts[at] += len(detections)
             cases[at].choices = choices(detections, listed, cases[at].image.size, self.config)
-
-
-def question_text(prompt: list[dict] | str) -> str:
-    """Return the text of the last user turn."""
-    if isinstance(prompt, str):
-        return prompt
-    users = [message for message in prompt if message["role"] == "user"]
-    return " ".join(part["text"] for part in users[-1]["content"] if part["type"] == "text") if users else ""

@@ -49,12 +49,10 @@ class Occlusion:
             settled = self._claimed(drawn) if config.hard_negative else drawn
             cases = [case for case in cases if case not in settled and not case.reason]
             for case in cases:
-                if case.choices:
-                    continue
-                if case.asked:
+                if not case.choices and case.asked:
                     labels = ", ".join(item["label"] for item in case.asked)
                     case.reject("no hard negative", f"the model does not claim what is hidden ({labels}).")
-                else:
+                elif not case.choices:
                     case.reject("empty mask", f"{config.mask_model} finds no outline in the box of any object.")
             cases = [case for case in cases if case.choices]
 
