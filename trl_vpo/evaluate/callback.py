@@ -85,12 +85,8 @@ class EvaluationCallback(TrainerCallback):
             raise ValueError(f"sensitivity: {unknown[0]!r} is not one of {', '.join(DAMAGES)}.")
         self.trainer, self.every, self.sensitivity, self.seed = trainer, every, tuple(sensitivity), seed
         args = trainer.args
-        self._collator = PreferenceCollator(
-            trainer.processing_class,
-            video=args.video_options(),
-            max_pixels=args.max_pixels,
-            max_length=args.max_length,
-        )
+        limits = {"max_pixels": args.max_pixels, "max_length": args.max_length}
+        self._collator = PreferenceCollator(trainer.processing_class, video=args.video_options(), **limits)
         self._inputs, self._rows = self._read(data, split, limit)
         self._done: tuple[int, dict[str, float]] | None = None  # the step that was measured last, and its measures
 
@@ -123,11 +119,7 @@ class EvaluationCallback(TrainerCallback):
         return self._done[1]
 
     def measure(self) -> dict[str, float]:
-        """Return the measures of the model as it is now. All processes call this.
-
-        Raises:
-            RowError, MediaError: a row that could be read before cannot be now.
-        """
+        """Return the measures of the model as it is now. All processes call this."""
         policy, reference = self.records()
         return measures_of(policy, reference or None)
 
@@ -185,30 +177,25 @@ class EvaluationCallback(TrainerCallback):
         inputs = Inputs(data, row_ids(data), None, self.trainer.args.media_root)
         rows = read_rows(inputs, only="preference")
         if len(rows) < len(inputs):
-            logger.warning(
-                f"{len(inputs) - len(rows)} held-out rows have a task that only `trl-vpo evaluate` measures."
-            )
-        for row in rows[:limit]:
-            self._check(row, inputs)
+            others = len(inputs) - len(rows)
+            logger.warning(f"{others} held-out rows have a task that only `trl-vpo evaluate` measures.")
         if not rows:
             raise EvaluateError("there are no held-out preference rows.")
+        for row in rows[:limit]:  # their media are opened now: an error hours into the training would cost more
+            source, args = inputs[row.place], self.trainer.args
+            try:
+                pair = preference_row(source)
+                check_accepted(pair, self.trainer.processing_class)
+                if source.problem:
+                    raise MediaError(source.problem)
+                for video in source.videos:
+                    check_video(video, args.video_options())
+                for image in source.images:
+                    load_image(image, max_pixels=args.max_pixels)
+                with_first_image(pair, Media(images=source.images), args.media_root)
+            except ValueError as error:
+                raise EvaluateError(f"held-out {row.name}: {error}") from error
         return inputs, rows[:limit]
-
-    def _check(self, row: EvalRow, inputs: Inputs) -> None:
-        """Open the media now: an error hours into the training would cost more."""
-        source, args = inputs[row.place], self.trainer.args
-        try:
-            pair = preference_row(source)
-            check_accepted(pair, self.trainer.processing_class)
-            if source.problem:
-                raise MediaError(source.problem)
-            for video in source.videos:
-                check_video(video, args.video_options())
-            for image in source.images:
-                load_image(image, max_pixels=args.max_pixels)
-            with_first_image(pair, Media(images=source.images), args.media_root)
-        except ValueError as error:
-            raise EvaluateError(f"held-out {row.name}: {error}") from error
 
 
 def measures_of(records: list[dict[str, Any]], base: list[dict[str, Any]] | None = None) -> dict[str, float]:

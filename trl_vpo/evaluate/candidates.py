@@ -61,9 +61,6 @@ class ModelSet:
         """Return the scores of all branches under each candidate, tree by tree.
 
         With `kl`, the base is scored, too, whether it is among the names or not; else the KL stays 0.
-
-        Raises:
-            ModelError: one response behind its prompt does not fit on the device.
         """
         names = list(dict.fromkeys([BASE, *self.names] if kl else self.names))
         single = {
@@ -89,11 +86,7 @@ class ModelSet:
         }
 
     def ask(self, trees: Sequence[Tree], max_new_tokens: int) -> dict[str, list[Answer]]:
-        """Return the greedy answer of each candidate to every prompt.
-
-        Raises:
-            ModelError: one prompt does not fit on the device.
-        """
+        """Return the greedy answer of each candidate to every prompt."""
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0)
 
         def run(places: list[int]) -> list[tuple[Answer, ...]]:
@@ -108,12 +101,7 @@ class ModelSet:
 
 
 def load_candidates(adapters: Sequence[str], **options: Any) -> ModelSet:
-    """Load a base, with the arguments of `load_model`, and its adapters.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be loaded here.
-        EvaluateError: an adapter cannot be used.
-    """
+    """Load a base, with the arguments of `load_model`, and its adapters. Raises ModelError or EvaluateError."""
     for path in adapters:  # before gigabytes of weights
         _checked_config(path, options["name"])
     return ModelSet(load_model(**options), adapters)
@@ -126,17 +114,15 @@ def candidate_names(adapters: Sequence[str]) -> list[str]:
         EvaluateError: the same adapter is given twice.
     """
     parts = [[part for part in adapter.replace("\\", "/").split("/") if part] for adapter in adapters]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(path[-depth:]) for path in parts]
+    for depth in range(max(map(len, parts), default=0) + 1):
+        names = ["/".join(path[-depth - 1 :]) for path in parts]
         if len({BASE, *names}) == len(names) + 1:
             return names
-    if not parts:
-        return []
     raise EvaluateError(f"adapters: {', '.join(adapters)} cannot be told apart: give each once, by its path.")
 
 
 def _checked_config(path: str, model: str) -> PeftConfig:
-    """Return an adapter's config; refuse adapters that cannot be switched off to give the base back."""
+    """Return an adapter's config; refuse one that gives no base back when it is switched off."""
     try:
         config = checked_adapter(path, model)
     except ModelError as error:

@@ -54,11 +54,7 @@ class EvaluateConfig(AnsweringConfig):
         self.damages()
 
     def damages(self) -> tuple[str, ...]:
-        """Return the kinds of damaged media.
-
-        Raises:
-            ValueError: an unknown kind.
-        """
+        """Return the kinds of damaged media; raise ValueError at an unknown kind."""
         if list(self.sensitivity) == ["none"]:
             return ()
         unknown = [kind for kind in self.sensitivity if kind not in DAMAGES]

@@ -21,8 +21,6 @@ _DRAWS_AT_ONCE = 1 << 22  # cluster numbers held in memory at one time
 
 
 class Interval(NamedTuple):
-    """A figure with its confidence limits; the limits are nan where they are undefined."""
-
     value: float
     low: float
     high: float

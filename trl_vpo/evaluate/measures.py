@@ -76,16 +76,7 @@ class Measure:
 
 
 def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> dict[str, Measure]:
-    """Return the measures of N rows.
-
-    Args:
-        rows: name -> (N,) or (N, 2), see above.
-        clusters: (N,) what each row belongs to, such as its video.
-        bootstrap: `level`, `resamples`, `seed` of `intervals.clustered_bootstrap`.
-
-    Raises:
-        ValueError: rows and clusters that do not fit, or a value that is not finite, with the measure's name.
-    """
+    """Return the measures of N rows, given as name -> (N,) or (N, 2); for the rest see `clustered_bootstrap`."""
     measures = {}
     for name, values in rows.items():
         interval = _named(name, clustered_bootstrap, values, clusters, **bootstrap)
@@ -96,10 +87,7 @@ def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> d
 def difference(
     first: Mapping[str, Any], second: Mapping[str, Any], clusters: Sequence, **bootstrap: Any
 ) -> dict[str, Measure]:
-    """Return how much `second` exceeds `first` in every measure, both on the same N rows in the same order.
-
-    n counts the rows that either rests on. Arguments and errors as in `estimate`; both must have the same names.
-    """
+    """Return how much `second` exceeds `first` in every measure; both are of the same N rows in the same order."""
     if first.keys() != second.keys():
         raise ValueError(f"only one side has {sorted(first.keys() ^ second.keys())}: compare the same measures.")
     measures = {}
@@ -117,10 +105,7 @@ def evidence(
 ) -> Evidence:
     """Return the rows of all measures that a candidate's records give; a kind without rows is left out.
 
-    Args:
-        records, base: of the same rows in the same order.
-        rule: how a yes or a no is read.
-        table: of objects, for captions.
+    `base` has the records of the same rows in the same order. `rule` is how a yes or a no is read.
     """
     preferences, choices, captions = (_of_task(records, task) for task in ("preference", "choice", "chair"))
     kinds = preference_evidence(preferences, _of_task(base, "preference"))

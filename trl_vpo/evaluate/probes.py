@@ -50,7 +50,7 @@ Results = dict[str, dict[str, list[Scored] | Answer]]  # candidate -> probe -> s
 
 
 def run_probes(
-    rows: Sequence[Sequence[Probe]],
+    rows: Sequence[Sequence[Probe] | RowError],
     encode: Callable[[Row, tuple[str, ...]], Tree],
     score: Callable[[list[Tree], bool], dict[str, list[list[Scored]]]],
     ask: Callable[[list[Tree]], dict[str, list[Answer]]] | None = None,
@@ -58,7 +58,7 @@ def run_probes(
     """Run all probes of a batch of rows, those of one name together: they are alike, and so are their lengths.
 
     Args:
-        rows: the probes of each row.
+        rows: the probes of each row, or the reason why it cannot be used.
         encode: a row with some of its responses as a tree. Raises RowError for a row that cannot be used.
         score: trees, and whether the KL is wanted -> candidate -> for each tree its branches' scores.
         ask: trees without branches -> candidate -> an answer for each.
@@ -66,11 +66,12 @@ def run_probes(
     Returns:
         for each row its results, or the reason why it cannot be used.
     """
-    results: list[Results | RowError] = [{} for _ in rows]
-    for name in dict.fromkeys(probe.name for probes in rows for probe in probes):
+    results: list[Results | RowError] = [row if isinstance(row, RowError) else {} for row in rows]
+    jobs = [(i, probe) for i, row in enumerate(rows) if not isinstance(row, RowError) for probe in row]
+    for name in dict.fromkeys(probe.name for _, probe in jobs):
         trees: dict[int, Tree] = {}  # by place of the row
-        for place, probe in ((i, probe) for i, probes in enumerate(rows) for probe in probes if probe.name == name):
-            if isinstance(results[place], RowError):
+        for place, probe in jobs:
+            if probe.name != name or isinstance(results[place], RowError):
                 continue
             try:
                 trees[place] = encode(probe.row, probe.sides)
@@ -140,23 +141,16 @@ def preference_probes(
     images: Sequence[Image.Image] = (),
     answered: bool = False,
 ) -> list[Probe]:
-    """Return the probes of a preference row.
+    """Return the probes of a preference row, whose media are taken from `media`.
 
-    Args:
-        row: as it was read; its media are taken from `media`.
-        seed: of the row, for masks and shuffling; see `row_seed`.
-        damages: kinds of damaged media, of `config.DAMAGES`. Media that cannot be damaged so are left out.
-        images: its image list, most visible first.
-        answered: also let the model answer the prompt.
+    `images` is its image list, most visible first. Media that cannot be damaged in one of the ways are left out.
     """
     row = _with_media(row, media)
     probes = [Probe(PAIR, row, ("chosen", "rejected"))]
     for kind in damages:
-        changed = damaged(media, kind, seed)
-        if changed is not None:
+        if (changed := damaged(media, kind, seed)) is not None:
             probes.append(Probe(kind, _with_media(row, changed), ("chosen",)))
-    for place, image in enumerate(images):
-        probes.append(Probe(f"{IMAGE}{place}", replace(row, images=[image]), ("chosen",)))
+    probes += [Probe(f"{IMAGE}{k}", replace(row, images=[image]), ("chosen",)) for k, image in enumerate(images)]
     return [*probes, Probe(ANSWER, row)] if answered else probes
 
 
@@ -175,17 +169,12 @@ def damaged(media: Media, kind: str, seed: int) -> Media | None:
     Sizes, frame counts and timestamps stay. shuffled: the frames of every clip change places over its whole length,
     none stays (RRPO's global shuffling). Images, single frames and clips that stand still cannot be. masked: a light
     grey square over 25-50 % of each image and clip (RRPO's mask). blank: black.
-
-    Raises:
-        ValueError: another kind.
     """
     if not media.images and not media.videos:
         return None
     if kind == "blank":
         images = tuple(Image.new("RGB", image.size) for image in media.images)
         return Media(images, tuple(replace(clip, frames=np.zeros_like(clip.frames)) for clip in media.videos))
-    if kind not in MODES:
-        raise ValueError(f"media cannot be {kind!r}: one of shuffled, masked, blank.")
     try:
         return perturb(media, seed, PerturbSettings(mode=MODES[kind]))
     except InputError:  # only of shuffling: nothing moves
@@ -205,11 +194,7 @@ def with_first_image(row: Row, media: Media, media_root: str | None) -> Media:
 def image_list(
     row: Row, input_row: InputRow, *, num_images: int, visual_prompt: bool, media_root: str | None
 ) -> list[Image.Image]:
-    """Return the images of a row's list, the one with the whole object first, as LPOI trains on them; or none.
-
-    Raises:
-        RowError: an image cannot be read, or the box does not lie in it; names the row.
-    """
+    """Return the images of a row's list, the one with the whole object first, as LPOI trains on them. Or RowError."""
     try:
         if row.image_list is not None:
             return [load_image(source, media_root=media_root, limit=False) for source in row.image_list]

@@ -11,17 +11,11 @@ from trl_vpo.runs.recipe import RecipeParser
 
 
 def make_parser() -> RecipeParser:
-    """Return the parser of recipes and options."""
     return RecipeParser([EvaluateConfig], any_device=True, prog="trl-vpo evaluate")
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
-    """Return the settings; unset video settings are those of the adapters' training.
-
-    Raises:
-        RecipeError, ValueError: the options cannot be used.
-        EvaluateError: the adapters were trained with different settings of videos.
-    """
+    """Return the settings; unset video settings are those of the adapters' training."""
     if sum(arg.split("=")[0] == "--adapters" for arg in argv) > 1:
         raise RecipeError("--adapters is given twice, and the first would be lost: name all of them behind one.")
     parser = make_parser()

@@ -25,17 +25,12 @@ BASE = "base"
 class Report:
     """The figures of a run: `trl_vpo.runs.results` calls `select`, then `summarize`.
 
-    Args:
-        about: candidate -> what `results.json` says of it; the base comes first.
-        table: of objects, for rows with the task "chair".
-
-    Attributes:
-        results: what `results.json` holds, once `summarize` was called.
+    `about` is what `results.json` says of each candidate, the base first; the table is of objects, for captions.
     """
 
     def __init__(self, config: EvaluateConfig, about: dict[str, dict], table: ObjectTable | None = None):
         self._config, self._about, self._table = config, about, table
-        self.results: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}  # what `results.json` holds, once `summarize` was called
 
     def select(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Return the outcomes, with what was read from the answers. Nothing is dropped."""
@@ -48,8 +43,7 @@ class Report:
             return {"right": by_letter(record["response"], record["options"], option_index(record))}
         if record["task"] == "chair":
             objects = read_response(record["response"], record["objects"], self._table)
-            words = {"mentioned": objects.mentioned, "hallucinated": objects.hallucinated}
-            return {key: [mention.words for mention in mentions] for key, mentions in words.items()}
+            return {key: [m.words for m in getattr(objects, key)] for key in ("mentioned", "hallucinated")}
         return {}
 
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -64,11 +58,10 @@ class Report:
             "clusters": len({record["cluster"] for record in base}),
             "incomplete_pairs": sum(len(pair) < 2 for pair in question_pairs(base).values()),
         }
-        skipped = sum(not outcome.rows for outcome in outcomes)
         self.results = {
             "trl_vpo": package_version(),
             "settings": asdict(self._config),
-            "data": {"rows": len(base), "skipped": skipped, **counts},
+            "data": {"rows": len(base), "skipped": sum(not outcome.rows for outcome in outcomes), **counts},
             "contestants": self._compare(records),
         }
         return counts

@@ -48,14 +48,9 @@ class EvalRow:
 
 
 def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only: str | None = None) -> list[EvalRow]:
-    """Check all rows against the contract. No media file is opened.
+    """Check all rows against the contract; raise EvaluateError with what breaks it. No media file is opened.
 
-    Args:
-        table: of the objects; rows with the task "chair" need it.
-        only: pass over rows with another task.
-
-    Raises:
-        EvaluateError: rows that break it, each with its name and the remedy.
+    Captions need the table of objects. With `only`, rows with another task are passed over.
     """
     rows, problems = [], []
     for place in range(len(inputs)):
@@ -71,8 +66,7 @@ def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only
         except (RowError, InputError) as error:
             message = str(error).removeprefix(f"{row_name(example)}: ")  # `read_row` does not know the place
             problems.append(f"{name}: {message}")
-    problems = problems or _unpaired(rows)
-    if problems:
+    if problems := problems or _unpaired(rows):
         listed = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
         more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise EvaluateError(f"{len(problems)} of {len(inputs)} held-out rows cannot be used:{listed}{more}")
@@ -149,26 +143,24 @@ def _question(row: InputRow) -> str:
 
 def _unpaired(rows: list[EvalRow]) -> list[str]:
     """The problems of pairs of yes/no questions."""
-    pairs: dict[str, list[EvalRow]] = {}
+    pairs: dict[str, dict[str, str]] = {}  # pair -> name of a row -> its right answer
     for row in rows:
         if row.task == "yes_no":
-            pairs.setdefault(row.facts["pair"], []).append(row)
-    problems = []
-    for pair, members in pairs.items():
-        if sorted(row.facts["expected"] for row in members) != ["no", "yes"]:
-            names = ", ".join(f"{row.name}: {row.facts['expected']}" for row in members)
-            problems.append(f"pair {pair!r} needs one question with yes and one with no; it has {names}.")
-    return problems
+            pairs.setdefault(row.facts["pair"], {})[row.name] = row.facts["expected"]
+    return [
+        f"pair {pair!r} needs one question with yes and one with no; it has "
+        f"{', '.join(f'{name}: {answer}' for name, answer in answers.items())}."
+        for pair, answers in pairs.items()
+        if sorted(answers.values()) != ["no", "yes"]
+    ]
 
 
 def _cluster(row: InputRow) -> str:
     """The row's own cluster, or its first medium as the row names it, so that another `media_root` changes none."""
     if row.example.get("cluster") is not None:
         return str(row.example["cluster"])
-    sources: list[Any] = []
-    for one, many in (("video", "videos"), ("image", "images"), (None, "image_list")):
-        sources += [*(row.example.get(many) or []), row.example.get(one)]
-    source = next((source for source in sources if source is not None), None)
+    columns = (row.example.get(key) for key in ("videos", "video", "images", "image", "image_list"))
+    source = next((column for column in columns if column), None)
     while isinstance(source, (dict, list)):  # options beside a path; a list of frames
         if isinstance(source, dict):
             source = [source[key] for key in MEDIUM if source.get(key) is not None]

@@ -12,9 +12,8 @@ results are computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         settings,
         [row.id for row in rows],
         load=lambda place: _load(rows[place], inputs, config),
-        make=partial(_make, candidates, config),
+        make=lambda batch: (_skip(outcome, config) for outcome in evaluate_batch(candidates, batch, config)),
         report=report,
         batch_size=config.batch_size,
     )
@@ -100,11 +99,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 
 def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Inputs) -> dict[str, Any]:
     """Return all that log-probs and answers depend on, except the base's revision."""
-    base = Path(config.model_name_or_path)
+    base = Path(config.model_name_or_path)  # another training may have replaced a folder under its name
     return fixed_settings("evaluate", asdict(config)) | {
-        "weights": weights_digest(base)
-        if base.is_dir()
-        else None,  # another training may have replaced it under its name
+        "weights": weights_digest(base) if base.is_dir() else None,
         "adapters": {name: adapter_digest(path) for name, path in adapters.items()},
         "inputs": {"count": len(inputs), "fingerprint": digest(inputs)},
     }
@@ -134,14 +131,9 @@ def _load(row: EvalRow, inputs: Inputs, config: EvaluateConfig) -> Loaded | Outc
         return _skip(Outcome(row.id, reason=f"{row.name}: {error}", kind="unreadable media"), config)
 
 
-def _make(candidates: ModelSet, config: EvaluateConfig, batch: Sequence[Loaded]) -> Iterator[Outcome]:
-    for outcome in evaluate_batch(candidates, batch, config):
-        yield _skip(outcome, config) if outcome.reason else outcome
-
-
 def _skip(outcome: Outcome, config: EvaluateConfig) -> Outcome:
-    """Return the outcome of a row that cannot be used, if such rows are to be left out; else raise EvaluateError."""
-    if config.on_bad == "error":
+    """Return an outcome; raise EvaluateError if its row cannot be used, and such rows are not to be left out."""
+    if outcome.reason and config.on_bad == "error":
         raise EvaluateError(
             f"{outcome.reason}\nCorrect the row or its media and start the same command again: it continues here. "
             "With on_bad=skip such rows are left out and listed."
@@ -151,23 +143,24 @@ def _skip(outcome: Outcome, config: EvaluateConfig) -> Outcome:
 
 def evaluate_batch(candidates: ModelSet, batch: Sequence[Loaded], config: EvaluateConfig) -> list[Outcome]:
     """Return the outcome of each row of a batch: a record for every candidate, or the reason why there is none."""
-    outcomes: dict[str, Outcome] = {}
-    usable, probes = [], []
+    probes: list[list[Probe] | RowError] = []
     for row, source, media in batch:
         try:
             probes.append(_probes(row, source, media, config))
-            usable.append(row)
         except RowError as error:
-            outcomes[row.id] = Outcome(row.id, reason=str(error), kind="unusable row")
+            probes.append(error)
     results = run_probes(
         probes, candidates.model.encode, candidates.score, lambda trees: candidates.ask(trees, config.max_new_tokens)
     )
-    for row, result in zip(usable, results, strict=True):
+    outcomes = []
+    for (row, *_), result in zip(batch, results, strict=True):
         if isinstance(result, RowError):
-            outcomes[row.id] = Outcome(row.id, reason=str(result), kind="unusable row")
-        else:
-            outcomes[row.id] = Outcome(row.id, [_record(row, name, result[name]) for name in candidates.names])
-    return [outcomes[row.id] for row, *_ in batch]
+            outcomes.append(Outcome(row.id, reason=str(result), kind="unusable row"))
+            continue
+        about = {"id": row.id, "task": row.task, "cluster": row.cluster}
+        records = [about | {"contestant": n} | row.facts | numbers(result[n]) for n in candidates.names]
+        outcomes.append(Outcome(row.id, records))
+    return outcomes
 
 
 def _probes(row: EvalRow, source: InputRow, media: Media, config: EvaluateConfig) -> list[Probe]:
@@ -183,9 +176,3 @@ def _probes(row: EvalRow, source: InputRow, media: Media, config: EvaluateConfig
         images=image_list(pair, source, **lists),
         answered=config.answer_preferences,
     )
-
-
-def _record(row: EvalRow, contestant: str, results: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of `rows.jsonl`."""
-    about = {"id": row.id, "task": row.task, "cluster": row.cluster, "contestant": contestant}
-    return about | row.facts | numbers(results)

@@ -23,14 +23,8 @@ GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",), ("video_start
 def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the media settings of the adapters' training, except those that are given.
 
-    Adapters without a `run.json` are ignored. A given setting that differs from an adapter's causes a warning.
-
-    Args:
-        adapters: folders, their checkpoints, or Hub names.
-        given: the settings that were given, by name.
-
-    Raises:
-        EvaluateError: adapters were trained with different settings, and none is given.
+    Adapters are folders, their checkpoints, or Hub names; those without a `run.json` are ignored. A given setting
+    that differs from an adapter's causes a warning, adapters that differ where none is given an EvaluateError.
     """
     recorded = {path: settings for path in adapters if (settings := _recorded(path)) is not None}
     defaults: dict[str, Any] = {}

@@ -62,8 +62,7 @@ class BenchmarkModel(lmms):
         for instance in requests:
             *_, doc_id, task, _ = instance.args
             times[task, doc_id] += 1  # a request that is to be repeated comes several times
-            seed = stream_seed(self._seed, f"{task}/{doc_id}", f"answer {times[task, doc_id]}")
-            jobs.append((instance, seed))
+            jobs.append((instance, stream_seed(self._seed, f"{task}/{doc_id}", f"answer {times[task, doc_id]}")))
         results = []
         with tqdm(total=len(jobs), desc="Answering", disable=self.rank != 0) as bar:
             for sampling, group in groupby(jobs, key=lambda job: self._sampling(job[0])):
@@ -83,7 +82,10 @@ class BenchmarkModel(lmms):
         results = []
         with tqdm(total=len(requests), desc="Scoring", disable=self.rank != 0) as bar:
             for batch in self._loaded([(instance, 0) for instance in requests]):
-                texts, asked = [self._continuation(i).strip() for i, _ in batch], [request for _, request in batch]
+                texts, asked = [], [request for _, request in batch]
+                for instance, _ in batch:
+                    _, text, *_, doc_id, task, split = instance.args
+                    texts.append((text(self.task_dict[task][split][doc_id]) if callable(text) else text).strip())
                 averages = self._model.average_logps(asked, texts)
                 # One token more than the longest has: an answer that goes on is longer than its text.
                 tokens = max(len(self._model.processor.tokenizer(text)["input_ids"]) for text in texts) + 1
@@ -119,10 +121,6 @@ class BenchmarkModel(lmms):
         # Some tasks leave the interpreter where a video is missing.
         except (MediaError, EvaluateError, FileNotFoundError, SystemExit) as error:
             raise EvaluateError(f"{task}, document {doc_id}: {error}") from error
-
-    def _continuation(self, instance: Instance) -> str:
-        _, continuation, *_, doc_id, task, split = instance.args
-        return continuation(self.task_dict[task][split][doc_id]) if callable(continuation) else continuation
 
     # --- answers -----------------------------------------------------------------------------------------------------
 

@@ -71,11 +71,9 @@ def run_benchmarks(
     share.
 
     Args:
-        benchmarks: names of lmms-eval's tasks or groups, of those here (`videohallucer`), or in `include_path`.
-        model, adapter: Hub names or folders.
+        benchmarks: names of lmms-eval's tasks or groups, of those here (`videohallucer`), or in `include_path`, a
+            folder with further tasks in lmms-eval's format.
         limit: only the first so many questions of each task.
-        batch_size: questions answered at once, at most.
-        include_path: a folder with further tasks in lmms-eval's format.
         settings: other fields of `AnsweringConfig`. Media settings that are not given are those of the adapter's
             training, where its `run.json` tells. `max_new_tokens` applies to tasks that set none.
 
@@ -261,15 +259,13 @@ def _write(results: dict[str, Any], folder: Path, record: dict[str, Any]) -> Tab
     for task, rows in samples.items():
         lines = "".join(as_json(row) + "\n" for row in sorted(rows, key=lambda row: row["doc_id"]))
         (folder / f"samples_{task}.jsonl").write_text(lines, encoding="utf-8")
-    metrics = {task: _numbers(values) for task, values in results["results"].items()}
-    metrics = {task: values for task, values in metrics.items() if values or task in samples}
+    metrics: Table = {}
+    for task, values in results["results"].items():  # "none" is lmms-eval's name for answers that passed no filter
+        figures = {k.removesuffix(",none"): float(value) for k, value in values.items() if hasattr(value, "__float__")}
+        figures = {key: value for key, value in figures.items() if math.isfinite(value)}
+        if figures or task in samples:
+            metrics[task] = figures
     kept = {key: results[key] for key in ("n-samples", "versions", "higher_is_better", "configs") if key in results}
     with atomic_write(folder / RESULTS) as part:
         part.write_text(as_json({"settings": record, "metrics": metrics, **kept}, indent=2), encoding="utf-8")
     return metrics
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers among a task's results; "none" is lmms-eval's name for answers that passed no filter."""
-    numbers = {key.removesuffix(",none"): float(value) for key, value in values.items() if hasattr(value, "__float__")}
-    return {key: value for key, value in numbers.items() if math.isfinite(value)}

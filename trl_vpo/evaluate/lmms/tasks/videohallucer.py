@@ -66,11 +66,7 @@ def record(subsets: Iterable[str]) -> dict[str, Any]:
 
 
 def check(subset: str, limit: int | None = None) -> None:
-    """Refuse a copy of a subset that cannot be used.
-
-    Raises:
-        EvaluateError: there is none, a record that is no pair, a missing video, or a limit within a pair.
-    """
+    """Refuse a copy of a subset that cannot be used."""
     path, missing = _file(subset), []
     try:
         pairs = json.loads(path.read_text(encoding="utf-8"))
