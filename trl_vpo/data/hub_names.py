@@ -5,21 +5,22 @@ import re
 from functools import cache
 from pathlib import Path
 
-import datasets
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import (
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants
 
 from trl_vpo.errors import SourceError
 
 SECONDS = 10  # that the Hub has for an answer
 
 
-def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str = "model", file="config.json") -> None:
+def check_on_hub(
+    name: str,
+    *,
+    key: str,
+    revision: str | None = None,
+    kind: str = "model",
+    file: str = "config.json",
+    settle: bool = True,
+) -> None:
     """Refuse a name that is not on the Hub; where the Hub cannot be reached, one that is not in the cache.
 
     Without the Hub, what the cache has is used, and the Hub is not asked again for each file. Raises SourceError.
@@ -28,6 +29,7 @@ def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str 
         name, key, revision: as of `trl_vpo.models.source.check_model`.
         kind: of the repository: model or dataset.
         file: a file that the cache has if it has the repository. Empty: the cache is not looked into.
+        settle: print that the cache is used, and work without the Hub from here on.
     """
     seen_from = f"(seen from {Path.cwd()})"
     if re.match(r"[~./\\]|\w:\\", name) or name.count("/") > 1:
@@ -36,15 +38,20 @@ def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str 
     error = _ask_hub(name, kind, revision)
     if error is None:
         return
-    if isinstance(error, HFValidationError):
+    from huggingface_hub import (  # not before a name of a path was refused: half a second
+        errors,
+        try_to_load_from_cache,
+    )
+
+    if isinstance(error, errors.HFValidationError):
         raise SourceError(f"{key}: {name} is neither a folder {seen_from} nor a name on the Hub.") from None
-    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
-        what = f"revision {revision} of it" if isinstance(error, RevisionNotFoundError) else name
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
+        what = f"revision {revision} of it" if isinstance(error, errors.RevisionNotFoundError) else name
         raise SourceError(
             f"{key}: {name} is not a folder {seen_from}, and the Hub has no {what} that you may see. For a private "
             "one log in with `hf auth login`."
         ) from None
-    offline = isinstance(error, OfflineModeIsEnabled)
+    offline = isinstance(error, errors.OfflineModeIsEnabled)
     if file and not isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=kind), str):
         why = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {error}"
         option = " --repo-type dataset" if kind == "dataset" else ""
@@ -52,7 +59,9 @@ def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str 
             f"{key}: {name} is not a folder {seen_from} and not in the cache, and the Hub cannot be reached ({why}). "
             f"Where there is a network: `hf download {name}{option} --local-dir FOLDER`; then give the path of FOLDER."
         ) from None
-    if not offline and not constants.HF_HUB_OFFLINE:
+    if settle and not offline and not constants.HF_HUB_OFFLINE:
+        import datasets
+
         if os.environ.get("RANK", "0") == "0":
             print(f"trl-vpo: the Hub cannot be reached ({error}): what the cache has of {name} is used.", flush=True)
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # as the variable, set before the start
@@ -61,6 +70,8 @@ def check_on_hub(name: str, *, key: str, revision: str | None = None, kind: str 
 @cache
 def _ask_hub(name: str, kind: str, revision: str | None) -> Exception | None:
     """Return the Hub's error for a repository, asked for once; None: it has it."""
+    from huggingface_hub import HfApi
+
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=SECONDS)
     except Exception as error:  # of whichever HTTP library the client stands on

@@ -9,10 +9,10 @@ from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.identity import cache_folder, file_identity
 from trl_vpo.data.json_files import load_json, stream_json
+from trl_vpo.data.paths import ROWS, check_exists, row_format
 from trl_vpo.errors import DatasetError, as_user_errors
 from trl_vpo.files import COMPRESSED, json_digest
 
-ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 OTHER_TABLES = {".csv", ".tsv", ".arrow", ".feather", ".xlsx"}  # nobody keeps media in them; not read here
 NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "skipped_rows.jsonl"}
 _SHARD = re.compile(r"[-_](\d+)[-_]of[-_](\d+)(-[0-9a-f]{16})?$")
@@ -86,19 +86,9 @@ def named_splits(
     return {split: _load_local(part, streaming) for split, part in chosen.items()} if local else chosen
 
 
-def row_format(path: Path) -> str | None:
-    """Return how a file holds rows, by its name: "json" (perhaps compressed), "parquet", or None."""
-    *_, last = path.suffixes or [""]
-    if last.lower() not in COMPRESSED:
-        return ROWS.get(last.lower())
-    inner = ROWS.get(Path(path.stem).suffix.lower())
-    return "json" if inner == "json" else None
-
-
 def local_splits(path: Path) -> dict[str, Any]:
     """Return the splits of a local path: lists of files, or datasets that `save_to_disk` wrote."""
-    if not path.exists():
-        raise DatasetError(f"{path} does not exist (seen from {Path.cwd()}).")
+    check_exists(path)
     if path.is_file():
         if not row_format(path):
             raise DatasetError(

@@ -52,6 +52,12 @@ def describe(source: Any) -> str:
     return f"<{type(source).__name__}>"
 
 
+def check_media_root(media_root: str | Path | None) -> None:
+    """Raise MediaError for a `media_root` that is no folder."""
+    if not Path(media_root or ".").is_dir():
+        raise MediaError(f"media_root {media_root} is not a folder: point it at the folder that holds the media.")
+
+
 def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Path:
     """Return the absolute path of an existing, non-empty file, named by a path or a ``file://`` URL.
 
@@ -61,9 +67,8 @@ def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Pa
     name = describe(source)
     path = _parse_path(source, name)
     try:
+        check_media_root(media_root)
         root = Path(media_root or ".").resolve()
-        if not root.is_dir():
-            raise MediaError(f"media_root {media_root} is not a folder: point it at the folder that holds the media.")
         full = (root / path).resolve()
         if media_root is not None and not full.is_relative_to(root):
             raise MediaError(

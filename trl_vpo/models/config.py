@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.data.paths import check_output_dir
 from trl_vpo.errors import RecipeError
 from trl_vpo.media.load import VideoOptions
 
@@ -65,9 +66,7 @@ class AnsweringConfig:
         for name, text in required.items():
             if not getattr(self, name):
                 raise RecipeError(f"`{name}` is not set: give {text}.")
-        folder = Path(self.output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise RecipeError(f"output_dir: {folder} is a file. Name a folder; it is created if it does not exist.")
+        check_output_dir(self.output_dir)
 
     def video_options(self) -> VideoOptions:
         """Return the options by which frames of a video are chosen."""

@@ -123,21 +123,13 @@ def checked_adapter(path: str, model: str) -> PeftConfig:
     """
     from peft import PeftConfig, PromptLearningConfig
 
-    from trl_vpo.data.hub_names import check_on_hub
     from trl_vpo.models.adapters import read_config
-    from trl_vpo.models.source import short_name
+    from trl_vpo.models.source import check_adapter, short_name
 
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        raise ModelError(
-            f"from_adapter: {path} has no adapter_config.json. Name the folder that training wrote its adapter into; "
-            "a fully trained model goes into model_name_or_path."
-        )
     try:
-        if folder.is_dir():
-            read_config(folder)  # refuses pickled weights
-        else:
-            check_on_hub(path, key="from_adapter", file="adapter_config.json")
+        check_adapter(path, key="from_adapter")
+        if Path(path).is_dir():
+            read_config(Path(path))  # refuses pickled weights
         adapter = PeftConfig.from_pretrained(path)
     except SourceError as error:
         raise ModelError(str(error)) from error

@@ -23,13 +23,16 @@ def short_name(model: str) -> str:
     return re.split(r"[/\\]", (hub_name(model) or model).rstrip("/\\"))[-1].lower()
 
 
-def check_model(name: str, *, key: str = "model_name_or_path", revision: str | None = None) -> None:
+def check_model(
+    name: str, *, key: str = "model_name_or_path", revision: str | None = None, settle: bool = True
+) -> None:
     """Refuse a folder without a model that can be loaded, and a name that is neither a folder nor on the Hub.
 
     Args:
         name: a folder, or a name on the Hub.
         key: the option that gave it.
         revision: on the Hub.
+        settle: as of `check_on_hub`.
 
     Raises:
         SourceError: says what is wrong.
@@ -37,7 +40,22 @@ def check_model(name: str, *, key: str = "model_name_or_path", revision: str | N
     if Path(name).exists():
         _check_folder(Path(name), key)
     else:
-        check_on_hub(name, key=key, revision=revision)
+        check_on_hub(name, key=key, revision=revision, settle=settle)
+
+
+def check_adapter(name: str, *, key: str, settle: bool = True) -> None:
+    """Refuse a folder that is no adapter, and a name that is neither a folder nor on the Hub.
+
+    Raises:
+        SourceError: says what is wrong.
+    """
+    if not Path(name).is_dir():
+        check_on_hub(name, key=key, file="adapter_config.json", settle=settle)
+    elif not (Path(name) / "adapter_config.json").is_file():
+        raise SourceError(
+            f"{key}: {name} has no adapter_config.json. Name the folder that training wrote its adapter into; a fully "
+            "trained model goes into model_name_or_path."
+        )
 
 
 def _check_folder(folder: Path, key: str) -> None:

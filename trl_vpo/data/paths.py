@@ -1,0 +1,31 @@
+"""Paths that settings name, looked at before anything heavy is imported. Imports nothing heavy itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trl_vpo.errors import DatasetError, RecipeError
+from trl_vpo.files import COMPRESSED
+
+ROWS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def row_format(path: Path) -> str | None:
+    """Return how a file holds rows, by its name: "json" (perhaps compressed), "parquet", or None."""
+    *_, last = path.suffixes or [""]
+    if last.lower() not in COMPRESSED:
+        return ROWS.get(last.lower())
+    inner = ROWS.get(Path(path.stem).suffix.lower())
+    return "json" if inner == "json" else None
+
+
+def check_exists(path: Path) -> None:
+    """Raise DatasetError for rows that are not there."""
+    if not path.exists():
+        raise DatasetError(f"{path} does not exist (seen from {Path.cwd()}).")
+
+
+def check_output_dir(path: str) -> None:
+    """Raise RecipeError for an `output_dir` that is a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise RecipeError(f"output_dir: {path} is a file. Name a folder; it is created if it does not exist.")
