@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from torch._utils import ExceptionWrapper
 from trl_vpo import cli
 from trl_vpo.errors import RowError, UserError
 from trl_vpo.training.launch import launch_options
+from trl_vpo.training.methods import method_classes
+from trl_vpo.training.run import make_parser
 
 RRPO_ROW = {
     "question": "What moves?", "answer": "a red square.", "pred": "a blue square.", "video": "clip.mp4",
@@ -19,15 +23,46 @@ RRPO_ROW = {
 }  # fmt: skip
 
 
-def test_help_needs_neither_torch_nor_trl():
-    """In a process of its own: the tests import both."""
+WRONG_PATHS = [
+    ("train dpo", "--config no.yaml",
+     "the recipe no.yaml does not exist. Paths start from the working directory, HERE."),
+    ("train dpo", "--dataset_name no.jsonl", "no.jsonl does not exist (seen from HERE)."),
+    ("train dpo", "--model-name-or-path ./no",
+     "model_name_or_path: the folder ./no does not exist (seen from HERE)."),
+    ("train rrpo", "--model_name_or_path empty", "model_name_or_path: empty is not a model: it has no config.json."),
+    ("train rrpo", "--media_root no",
+     "media_root no is not a folder: point it at the folder that holds the media."),
+    ("train lpoi", "--output_dir file",
+     "output_dir: file is a file. Name a folder; it is created if it does not exist."),
+    ("evaluate", "--model ./no", "model_name_or_path: the folder ./no does not exist (seen from HERE)."),
+    ("evaluate", "--adapters empty",
+     "adapters: empty has no adapter_config.json. Name the folder that training wrote its adapter into; a fully "
+     "trained model goes into model_name_or_path."),
+    ("generate lpoi", "--from_adapter ./no", "from_adapter: the folder ./no does not exist (seen from HERE)."),
+]  # fmt: skip
+
+
+def test_help_and_wrong_paths_import_no_torch(tmp_path):
+    """In a process of its own: the tests import it."""
     code = (
         "import sys, trl_vpo, trl_vpo.cli\n"
         "trl_vpo.cli.make_parser().format_help()\n"
-        "heavy = {'torch', 'trl', 'transformers', 'datasets', 'numpy', 'av', 'PIL'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "heavy = {'torch', 'trl', 'transformers', 'datasets', 'numpy', 'av', 'PIL'}\n"
+        "assert not heavy & set(sys.modules)\n"
+        "for words in 'generate rrpo --help', 'generate lpoi --help-all', 'evaluate --help':\n"
+        "    assert trl_vpo.cli.main(words.split()) == 0\n"
+        "for words in WRONG:\n"
+        "    assert trl_vpo.cli.main(words.split()) in (1, 2)\n"
+        "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    code = code.replace("WRONG", repr([f"{command} {option}" for command, option, _ in WRONG_PATHS]))
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert [line for line in run.stderr.splitlines() if "error:" in line] == [
+        f"trl-vpo: error: {message}".replace("HERE", str(tmp_path)) for _, _, message in WRONG_PATHS
+    ]
 
 
 @pytest.mark.parametrize(
@@ -40,11 +75,7 @@ def test_help_needs_neither_torch_nor_trl():
             ["doctor"],
             ["example:\n  trl-vpo doctor ", "--gpu_memory GIB", "--accelerate_config FILE", "--num_processes N"],
         ),
-        (
-            ["evaluate"],
-            ["--benchmark", "--include_path", "--config", "Turn off --visual_prompt.", "\n  trl-vpo evaluate "],
-        ),
-        (["train", "rrpo"], ["--alpha", "--lora_target_modules", "--dataset_name", "--on_bad_media"]),
+        (["evaluate"], ["--benchmark", "--include_path", "--config", "--visual_prompt BOOL", "\n  trl-vpo evaluate "]),
     ],
 )
 def test_help_shows_an_example_and_the_options(command, parts, capsys):
@@ -54,6 +85,34 @@ def test_help_shows_an_example_and_the_options(command, parts, capsys):
         assert stop.code == 0
     text = capsys.readouterr().out
     assert [part for part in parts if part not in text] == []
+
+
+@pytest.mark.parametrize("method", ["leanpo", "rrpo"])
+def test_help_of_a_method(method, capsys):
+    """Short enough to read, the method's own keys first, nothing that it refuses; `--help-all` has the rest."""
+    pages = []
+    for option in ("--help", "--help-all"):
+        assert cli.main(["train", method, option]) == 0
+        pages.append(capsys.readouterr().out)
+    short, whole = pages
+    assert short.count("\n") <= 120 and max(map(len, short.splitlines())) <= 80
+    own = "nll_weight" if method == "leanpo" else "alpha"
+    titles = [f"\n{name}:\n" for name in (method, "data", "media", "model", "LoRA and quantization", "run")]
+    assert sorted(titles, key=short.index) == titles
+    assert short.index("--config") < short.index(f"--{own} ") < short.index("--num_frames") < short.index("--lora_r ")
+    config, _ = method_classes(method)
+    offered = set(re.findall(r"^  --(\w+)", whole, re.M))
+    known = {field.name for kind in make_parser(method, any_device=True).dataclass_types for field in fields(kind)}
+    assert known - offered == (config.refused.keys() & known) | {"enable_jit_checkpoint", "precompute_cache_dir"}
+    assert set(re.findall(r"^  --(\w+)", short, re.M)) <= offered
+
+
+@pytest.mark.parametrize("method", ["leanpo", "rrpo", "lpoi"])
+def test_help_of_generation(method, capsys):
+    assert cli.main(["generate", method, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and text.index(f"\n{method}:\n") < text.index("\nmedia:\n")
+    assert {"--config RECIPE", "--num_processes N", "--judge_url TEXT"} <= set(re.findall(r"--\S+ [A-Z]+", text))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +197,7 @@ def test_as_a_program(tmp_path):
     )  # fmt: skip
     assert run.returncode == 2
     assert "unknown recipe key `learning_rats`. Did you mean learning_rate" in run.stderr
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in run.stderr and "Failed to load" not in run.stderr
 
 
 def test_import(tmp_path, capsys):
@@ -181,7 +240,9 @@ def test_launch_options_of_a_recipe(unlaunched, tmp_path, monkeypatch):
     assert launch_options(options) == (["--config", str(recipe)], [])
 
 
-def test_launch_runs_the_module(unlaunched, monkeypatch):
+def test_launch_runs_the_module(unlaunched, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("beta: 0.1\n")
     seen = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", seen.append)
     assert cli.main(["train", "rrpo", "--config", "r.yaml", "--num_processes", "2"]) == 0

@@ -50,6 +50,9 @@ __all__ = [
 def __getattr__(name: str):
     for module, names in _HOMES.items():
         if name in names:
+            from trl_vpo.runs.quiet import hide_messages
+
+            hide_messages()  # what TRL imports says some
             return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'trl_vpo' has no attribute {name!r}; it has {', '.join(__all__)}")
 

@@ -7,6 +7,7 @@ the keys of recipes, and takes the seconds that importing TRL takes.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from trl_vpo.training.launch import launch, launch_options
 from trl_vpo.training.methods import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
+HELP = {"-h", "--help", "--help-all"}
 DESCRIPTION = "Visual preference optimization on TRL: LeanPO, RRPO, LPOI and DPO on videos and images."
 TRAIN_EXAMPLE = """\
 example:
@@ -232,35 +234,38 @@ def _add_doctor(commands) -> None:
 
 def train(args: argparse.Namespace, rest: list[str]) -> int:
     """Train in this process, or in those that accelerate launches."""
-    from trl_vpo.training.run import make_parser, run_training
-
-    return _with_recipe("train", args, make_parser, run_training)
+    return _with_recipe(args, "trl_vpo.training.help:method_help", "trl_vpo.training.run:run_training")
 
 
 def generate(args: argparse.Namespace, rest: list[str]) -> int:
     """Generate in this process, or in those that accelerate launches, and show the run's summary."""
-    from trl_vpo.generate.run import make_parser, run_generation
-
-    return _with_recipe("generate", args, make_parser, run_generation)
+    return _with_recipe(args, "trl_vpo.generate.pipelines:pipeline_help", "trl_vpo.generate.run:run_generation")
 
 
-def _with_recipe(command: str, args: argparse.Namespace, make_parser: Callable, run: Callable) -> int:
-    """Run a command whose options are a recipe's keys, or show them."""
-    if {"-h", "--help"} & set(args.options):
-        make_parser(args.method).print_help()
+def _with_recipe(args: argparse.Namespace, help_page: str, run: str) -> int:
+    """Run a command whose options are a recipe's keys, or show them. `help_page` and `run` are MODULE:FUNCTION."""
+    if HELP & set(args.options):
+        print(_imported(help_page)(args.method, "--help-all" in args.options))
         return 0
     options, launcher = launch_options(args.options)
+    _imported("trl_vpo.models.paths:check_paths")(options)
     if launcher:
-        return launch(launcher, [command, args.method, *options])
-    run(args.method, options)
+        return launch(launcher, [args.run.__name__, args.method, *options])
+    _imported(run)(args.method, options)
     return 0
+
+
+def _imported(name: str) -> Callable:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     """Measure the base and its adapters, or run benchmarks of lmms-eval."""
-    from trl_vpo.evaluate.command import evaluate as run_command
-
-    run_command(args.words[1:])  # argparse would tear unknown options from their values
+    options = args.words[1:]  # argparse would tear unknown options from their values
+    if not HELP & set(options):
+        _imported("trl_vpo.models.paths:check_paths")(options)
+    _imported("trl_vpo.evaluate.command:evaluate")(options)
     return 0
 
 

@@ -1,7 +1,7 @@
 """An optional package that is missing is named with its install command before anything is loaded."""
 
 import pytest
-from adapter_kit import recipe_of
+from adapter_kit import BASE, recipe_of
 
 from trl_vpo.cli import main
 from trl_vpo.runs import packages
@@ -41,7 +41,7 @@ def test_what_needs_nothing(bare):
 
 
 def test_training_and_doctor_say_so(bare, tmp_path, capsys):
-    recipe, method = recipe_of(tmp_path / "out", report_to="wandb", load_in_4bit=True, model_name_or_path="nowhere")
+    recipe, method = recipe_of(tmp_path / "out", report_to="wandb", load_in_4bit=True)
     assert main(["train", method, "--config", str(recipe)]) == 2
     error = capsys.readouterr().err
     assert "pip install wandb" in error and "pip install 'trl-vpo[quantization]'" in error
@@ -50,7 +50,7 @@ def test_training_and_doctor_say_so(bare, tmp_path, capsys):
     assert "accelerate_config: deepspeed needs deepspeed, which is not" in capsys.readouterr().err
     assert main(["doctor", str(recipe), "--method", method]) == 1
     assert "pip install wandb" in " ".join(capsys.readouterr().out.replace("│", " ").split())
-    generate = ["generate", "leanpo", "--model_name_or_path", "nowhere", "--load_in_4bit", "--dataset_name"]
+    generate = ["generate", "leanpo", "--model_name_or_path", BASE, "--load_in_4bit", "--dataset_name"]
     (tmp_path / "in.jsonl").write_text('{"question": "Why?"}\n')
     assert main([*generate, str(tmp_path / "in.jsonl"), "--output_dir", str(tmp_path / "run")]) == 1
     assert "pip install 'trl-vpo[quantization]'" in capsys.readouterr().err

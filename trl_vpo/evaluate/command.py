@@ -6,11 +6,19 @@ import argparse
 
 from trl_vpo.errors import RecipeError, as_user_errors
 
-USAGE = "trl-vpo evaluate --model BASE --adapters A [B ...] --data FILE --output_dir RUN [--any_key value ...]"
+USAGE = """\
+trl-vpo evaluate --model BASE --adapters A [B ...] --data FILE
+                        --output_dir RUN [--key value ...]"""
 EXAMPLE = """\
 examples:
-  trl-vpo evaluate --model BASE --adapters outputs/rrpo outputs/dpo --data held_out.jsonl --output_dir outputs/eval
-  trl-vpo evaluate --benchmark mvbench,videohallucer --model BASE --adapters outputs/rrpo --output_dir outputs/bench"""
+  trl-vpo evaluate --model BASE --adapters outputs/rrpo outputs/dpo \\
+    --data held_out.jsonl --output_dir outputs/eval
+  trl-vpo evaluate --benchmark mvbench,videohallucer --model BASE \\
+    --adapters outputs/rrpo --output_dir outputs/bench"""
+TASK_OPTIONS = {  # option: its value, and what it is
+    "benchmark": ("NAME,NAME", "Measure on tasks of lmms-eval, or videohallucer, not on rows."),
+    "include_path": ("DIR", "Folder with further task files for --benchmark."),
+}
 
 MODEL_OPTIONS = {  # of benchmarks: how videos are read and the model is loaded
     "num_frames": int, "fps": float, "max_frames": int, "max_pixels": int, "max_new_tokens": int, "seed": int,
@@ -21,16 +29,19 @@ MODEL_OPTIONS = {  # of benchmarks: how videos are read and the model is loaded
 
 def evaluate(options: list[str]) -> None:
     """Run what the options ask for; `--help` shows all keys."""
+    if {"-h", "--help", "--help-all"} & set(options):
+        from trl_vpo.evaluate.config import EvaluateConfig
+        from trl_vpo.runs.help import CONFIG, HELP_ALL, help_page
+
+        first = [(f"--{name} {value}", text) for name, (value, text) in TASK_OPTIONS.items()]
+        page = help_page(
+            USAGE, [EvaluateConfig], ("measures", EvaluateConfig), first=(CONFIG, *first, HELP_ALL), epilog=EXAMPLE,
+            everything="--help-all" in options,
+        )  # fmt: skip
+        print(page)
+        return
     if any(option.split("=")[0] == "--benchmark" for option in options):
         _run_benchmarks(options)
-    elif {"-h", "--help"} & set(options):
-        from trl_vpo.evaluate.recipe import make_parser
-
-        parser = make_parser()
-        parser.usage, parser.epilog, parser.formatter_class = USAGE, EXAMPLE, _HelpFormatter
-        parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe file with any of these keys; options win")
-        _add_task_options(parser.add_argument_group("tasks of lmms-eval instead of rows"))
-        parser.print_help()
     else:
         from trl_vpo.evaluate.run import run_evaluation
 
@@ -67,18 +78,10 @@ def _run_benchmarks(options: list[str]) -> None:
                 print(f"  {benchmark} {task}: {text}")
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults of options, and examples line by line."""
-
-
-def _add_task_options(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--benchmark", metavar="NAME,NAME", help="tasks of lmms-eval, or videohallucer")
-    parser.add_argument("--include_path", metavar="DIR", help="folder with further task files")
-
-
 def _benchmark_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-vpo evaluate --benchmark", allow_abbrev=False)
-    _add_task_options(parser)
+    for name, (value, text) in TASK_OPTIONS.items():
+        parser.add_argument(f"--{name}", metavar=value, help=text)
     parser.add_argument("--model", "--model_name_or_path", required=True, metavar="BASE")
     parser.add_argument("--adapters", nargs="+", default=[None], metavar="A", help="default: the base alone")
     parser.add_argument("--output_dir", required=True, metavar="DIR")

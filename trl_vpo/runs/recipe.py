@@ -18,11 +18,6 @@ from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe, split_config
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.values import annotations, check_bounds, checked, environment
 
-TARGETS_HELP = (
-    "Modules that LoRA adapts: language, language+projector or all (the vision tower, too), the same in every model "
-    "family; PEFT's all-linear; or a regular expression of whole module names."
-)
-
 
 @dataclass
 class VisualScriptArguments(ScriptArguments):
@@ -46,10 +41,6 @@ class RecipeParser(TrlParser):
         self.recipe_path: str | None = None  # after parsing, the recipe file
         self._own_defaults: dict[str, Any] = {}
         for action in self._actions:  # `--no_x` comes after `--x`, with a default of its own
-            if action.dest == "lora_target_modules":
-                action.help = TARGETS_HELP
-            if action.dest in self._own_defaults:
-                action.help = f"Turn off --{action.dest}."
             default = action.default
             typed = self._get_value(action, default) if isinstance(default, str) else default  # as argparse does
             self._own_defaults.setdefault(action.dest, typed)
