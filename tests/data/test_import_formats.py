@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from import_records import FACTORY, HOUND, LPOI, RECORDS, RRPO, SWIFT
+from import_records import ALPACA, FACTORY, HOUND, LPOI, MMPR, RECORDS, RLAIF_V, RLHF_V, RRPO, SWIFT, VIDEOCHAT2
 
 from trl_vpo.data.importers import FORMATS, convert, import_rows
 from trl_vpo.errors import ImportFormatError
@@ -107,6 +107,64 @@ def test_llamafactory(tmp_path):
     assert one(tmp_path, "llamafactory", openai) == one(tmp_path, "llamafactory", FACTORY)
 
 
+def test_llamafactory_alpaca(tmp_path):
+    row = one(tmp_path, "llamafactory", ALPACA)
+    turns = [says("Be brief.", "system"), user("Look."), says("I look.")]
+    assert row["prompt"] == [*turns, user("image", "Which is red?\nName the one.")]
+    assert (row["chosen"], row["rejected"], row["images"]) == ([says("The first.")], [says("The second.")], ["a.jpg"])
+    bare = {name: ALPACA[name] for name in ("instruction", "chosen", "rejected")} | {"input": "", "history": None}
+    assert one(tmp_path, "llamafactory", bare | {"instruction": "Hi"})["prompt"] == [user("Hi")]
+
+
+def test_videochat2(tmp_path):
+    row = one(tmp_path, "videochat2", VIDEOCHAT2)
+    assert row == {
+        "id": "12",
+        "source": "videochat2",
+        "prompt": [user("video", "Watch the video.\nWhat moves?")],
+        "chosen": [says("A red square.")],
+        "rejected": [says("A blue square.")],
+        "videos": ["k710/1.mp4"],
+    }
+    part = {"path": "/data/k710/1.mp4", "video_start": 1.5, "video_end": 4}
+    row = one(tmp_path, "videochat2", VIDEOCHAT2 | {"start": 1.5, "end": 4}, media_root="/data")
+    assert row["videos"] == [part]
+
+
+def test_videochat2_pairs_the_answers_that_differ(tmp_path):
+    asked = [{"i": "", "q": q} for q in ("One?", "Two?", "Three?")]
+    sides = [[q | {"a": a} for q, a in zip(asked, answers)] for answers in (["1", "2", "3"], ["one", "2 ", "three"])]
+    path = write_jsonl([VIDEOCHAT2 | {"QA": sides[0], "QA_NEG": sides[1]}], tmp_path / "in.jsonl")
+    rows = [(row["id"], row["prompt"][0], row["rejected"]) for row in import_rows("videochat2", path)]
+    expected = [("12-1", user("video", "One?"), [says("one")]), ("12-2", user("video", "Three?"), [says("three")])]
+    assert rows == expected
+
+
+def test_rlhf_v_and_rlaif_v(tmp_path):
+    row = one(tmp_path, "rlhf-v", RLHF_V)
+    assert row == {
+        "id": "3",
+        "source": "rlhf-v/LLaVA-Instruct",
+        "prompt": [user("image", "What is it?")],
+        "chosen": [says("A dog.")],
+        "rejected": [says("A cat.")],
+        "images": ["1.jpg"],
+    }
+    assert one(tmp_path, "rlaif-v", RLAIF_V) == row | {"id": "4", "source": "rlaif-v/COCO"}
+    without = {name: value for name, value in RLAIF_V.items() if name != "image"}
+    assert one(tmp_path, "rlaif-v", without)["images"] == ["images/1.jpg"]
+
+
+def test_mmpr(tmp_path):
+    row = one(tmp_path, "mmpr", MMPR, media_root="/data/ScienceQA")
+    assert row["prompt"] == [user("image", "What is it?")] and row["images"] == ["/data/ScienceQA/1.png"]
+    assert row["id"] == "in-1"  # many pairs share the `id` of their question
+    two = MMPR | {"image": ["1.png", "2.png"], "question": "Is <image> like <image>?"}
+    assert one(tmp_path, "mmpr", two)["prompt"] == [user("Is ", "image", " like ", "image", "?")]
+    words = one(tmp_path, "mmpr", MMPR | {"image": "", "question": "1 + 1?"})
+    assert (words["prompt"], words["images"]) == ([user("1 + 1?")], [])
+
+
 def test_llava_hound(tmp_path):
     row = one(tmp_path, "llava-hound", HOUND)
     assert row["prompt"] == [user("What happens?\n", "video")]
@@ -171,7 +229,18 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
             r"not the user's .assistant.. Move",
         ),
         ("llamafactory", {"chosen": {"from": "gpt"}}, "`chosen` has no text"),
+        ("llamafactory", {"conversations": None, "instruction": "?", "history": ["a"]}, "`history` is not a list"),
         ("llava-hound", {"rejected": "A dog runs. "}, "identical"),
+        ("lpoi", {"image_list": ["b.jpg", LPOI["img_path"]]}, "not the first of `image_list`"),
+        ("videochat2", {"QA_NEG": VIDEOCHAT2["QA"]}, "answers of `QA` and `QA_NEG` are identical"),
+        ("videochat2", {"QA_NEG": [VIDEOCHAT2["QA"][0] | {"q": "Why?"}]}, "asks other questions than `QA`"),
+        ("videochat2", {"QA_NEG": None}, "`QA_NEG` is missing or not a list of questions"),
+        ("videochat2", {"start": 1}, "`start` 1 and `end` None must be seconds"),
+        ("rlhf-v", {"text": "What?"}, "`text` is not JSON"),
+        ("rlhf-v", {"text": "[]"}, "`text` is not an object"),
+        ("rlhf-v", {"image": None, "image_path": None}, "has 0 images"),
+        ("rlaif-v", {"image": {"bytes": "aGk="}}, r"`image`\[0\] is not a path, and not the bytes of a medium"),
+        ("mmpr", {"image": []}, r"1 image placeholder\(s\), but the row has 0"),
     ],
 )
 def test_bad_records(tmp_path, fmt, change, message):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from datasets import load_dataset
-from import_records import FACTORY, HOUND, LPOI, RECORDS
+from import_records import FACTORY, HOUND, LPOI, PAIRS
 
 from trl_vpo.data.importers import convert, import_rows
 from trl_vpo.data.rows import read_row
@@ -62,6 +62,13 @@ def test_unreadable_input(tmp_path, fmt, name, text, message):
         list(import_rows(fmt, tmp_path / name))
 
 
+def test_what_cannot_be_read_is_refused_at_the_call(tmp_path):
+    with pytest.raises(ImportFormatError, match="unknown format"):
+        import_rows("nope", write(tmp_path / "in.jsonl", LPOI))
+    with pytest.raises(ImportFormatError, match="no such file"):
+        import_rows("lpoi", tmp_path / "none.jsonl")
+
+
 def test_convert_counts(tmp_path):
     (tmp_path / "webvid/123").mkdir(parents=True)  # LLaVA-Hound ships folders of frames
     records = [HOUND, HOUND | {"id": "v_2", "chosen": "红色的车 🚗"}, HOUND | {"id": "v_3", "video": "webvid/missing"}]
@@ -112,10 +119,10 @@ def load(path, tmp_path, **options):
     return load_dataset("json", data_files=str(path), split="train", cache_dir=cache, **options)
 
 
-@pytest.mark.parametrize("fmt", RECORDS)
+@pytest.mark.parametrize("fmt", PAIRS)
 def test_rows_load_and_keep_the_contract(tmp_path, fmt):
     out = tmp_path / "out.jsonl"
-    convert(fmt, write(tmp_path / "in.jsonl", RECORDS[fmt], RECORDS[fmt]), out)
+    convert(fmt, write(tmp_path / "in.jsonl", PAIRS[fmt], PAIRS[fmt]), out)
     dataset = load(out, tmp_path)
     (original, _) = map(json.loads, out.read_text().splitlines())
     assert set(dataset.column_names) == set(original)

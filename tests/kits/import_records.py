@@ -39,4 +39,82 @@ HOUND = {
     "chosen_score": 5,
     "rejected_score": 2,
 }
-RECORDS = {"rrpo": RRPO, "lpoi": LPOI, "ms-swift": SWIFT, "llamafactory": FACTORY, "llava-hound": HOUND}
+ALPACA = {  # the preference form of LLaMA-Factory's data/README.md, with an image and a turn before
+    "instruction": "<image>Which is red?",
+    "input": "Name the one.",
+    "chosen": "The first.",
+    "rejected": "The second.",
+    "history": [["Look.", "I look."]],
+    "system": "Be brief.",
+    "images": ["a.jpg"],
+}
+VIDEOCHAT2 = {  # as `RRPODataset` of pritamqu/RRPO reads it
+    "video": "k710/1.mp4",
+    "QA": [{"i": "Watch the video.", "q": "What moves?", "a": "A red square."}],
+    "QA_NEG": [{"i": "Watch the video.", "q": "What moves?", "a": "A blue square."}],
+    "sample_id": 12,
+}
+RLHF_V = {  # the columns of openbmb/RLHF-V-Dataset; its parquet files hold {"bytes", "path"} in `image`
+    "ds_name": "RLHF-V",
+    "image": "1.jpg",
+    "text": '{"question": "What is it?", "chosen": "A dog.", "rejected": "A cat."}',
+    "origin_dataset": "LLaVA-Instruct",
+    "origin_split": '{"model": "x"}',
+    "idx": 3,
+    "image_path": "images/1.jpg",
+}
+RLAIF_V = {  # the columns of openbmb/RLAIF-V-Dataset
+    "ds_name": "RLAIF-V",
+    "image": "1.jpg",
+    "question": "What is it?",
+    "chosen": "A dog.",
+    "rejected": "A cat.",
+    "origin_dataset": "COCO",
+    "origin_split": "{}",
+    "idx": "4",
+    "image_path": "images/1.jpg",
+}
+MMPR = {"image": "1.png", "question": "<image>\nWhat is it?", "chosen": "A dog.", "rejected": "A cat.", "id": 5}
+PAIRS = {
+    "rrpo": RRPO,
+    "lpoi": LPOI,
+    "ms-swift": SWIFT,
+    "llamafactory": FACTORY,
+    "llava-hound": HOUND,
+    "videochat2": VIDEOCHAT2,
+    "rlhf-v": RLHF_V,
+    "rlaif-v": RLAIF_V,
+    "mmpr": MMPR,
+}
+
+HOUND_QA = {
+    "id": "v_1_0",
+    "video": "webvid/123",
+    "conversations": [
+        {"from": "human", "value": "<video>\nWhat moves?"},
+        {"from": "gpt", "value": "A red square moves."},
+    ],
+}
+LLAVA_VIDEO = {
+    "id": "101",
+    "data_source": "0_30_s_academic_v0_1",
+    "video": "academic_source/101.mp4",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat moves?\nA. A square\nB. A circle\nAnswer with the letter."},
+        {"from": "gpt", "value": "A."},
+        {"from": "human", "value": "Where does it go?"},
+        {"from": "gpt", "value": "It goes to the right."},
+    ],
+}
+VIDEOCHAT2_IT = {
+    "video": "tgif/1.gif",
+    "QA": [{"i": "Choose.", "q": "What moves?\nOptions:\n(A) a square\n(B) a circle", "a": "Answer: (A) a square"}],
+}
+NEXT_QA = {"video": "1.mp4", "question": "What moves", "a0": "a square", "a1": "a circle", "answer": 1, "qid": "7"}
+QUESTIONS = {
+    "llava-hound-qa": HOUND_QA,
+    "llava-video": LLAVA_VIDEO,
+    "videochat2-it": VIDEOCHAT2_IT,
+    "questions": NEXT_QA,
+}
+RECORDS = PAIRS | QUESTIONS

@@ -36,7 +36,12 @@ def another_layout(example: dict) -> str:
     filled = {name for name, value in example.items() if value is not None}
     unread = sorted(filled - {*COLUMNS, ROW_INDEX, REF_SUMS})
     known = next((fmt for fmt, layout in FORMATS.items() if any(marks <= filled for marks in layout.marks)), None)
-    if known:
+    if known and FORMATS[known].makes == "questions":
+        remedy = (
+            f"It looks like {known}'s layout, which has questions and no pairs: `trl-vpo import {known} IN OUT`, then "
+            "`trl-vpo generate` makes pairs of them."
+        )
+    elif known:
         remedy = f"It looks like {known}'s layout: `trl-vpo import {known} IN OUT` writes the rows that are read here."
     else:
         remedy = (

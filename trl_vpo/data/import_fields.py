@@ -4,10 +4,18 @@ A function raises ValueError, which names the field and the remedy. Contents are
 Arrow column cannot hold strings and lists; media are placed as `trl_vpo.data.messages.place_media` does.
 """
 
+import base64
+import binascii
+import io
+import re
+from typing import Any
+
 from trl_vpo.data.messages import MARKERS, place_media, typed_content
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 EMPTY_SYSTEM = ({"role": "system", "content": ""}, {"from": "system", "value": ""})  # left by other converters
+_DATA_URL = re.compile(r"data:[\w.+/-]+;base64,")
+_PICTURE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/]{250}")  # base64 of JPEG, PNG, GIF, WebP
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
@@ -24,6 +32,12 @@ def text(record: dict, name: str, other: str | None = None) -> str:
     if not value.strip():
         raise ValueError(f"`{name}` is empty. Fill it in or leave the record out.")
     return value
+
+
+def joined(record: dict, *names: str) -> str:
+    """Return the texts of the fields that are filled, a line each; at least one must be."""
+    lines = [text(record, name) for name in names if record.get(name) not in (None, "")]
+    return "\n".join(lines) if lines else text(record, names[-1])
 
 
 def turns(record: dict, name: str) -> list[tuple[str, str]]:
@@ -58,17 +72,65 @@ def turn(message, name: str) -> tuple[str, str]:
 # --- media ----------------------------------------------------------------------------------------------------------
 
 
-def media(record: dict, name: str) -> list[str]:
-    """Return the paths or URLs of a field: one, a list of them, or a list of {"path": ...}."""
+def media(record: dict, name: str) -> list[str | bytes]:
+    """Return the paths or URLs of a field, and the bytes of embedded media.
+
+    The field holds one of these or a list of them: a path, a URL, bytes, {"path": ...}, {"bytes": ...}. Bytes are
+    base64 where JSON holds them.
+    """
     items = record.get(name) or []
-    items = [items] if isinstance(items, (str, dict)) else items
+    items = [items] if isinstance(items, (str, dict, bytes)) else items
     if not isinstance(items, list):
         raise ValueError(f"`{name}` is {type(items).__name__}, not a list of paths.")
-    items = [item.get("path") if isinstance(item, dict) and not item.get("bytes") else item for item in items]
-    for i, item in enumerate(items):
-        if not isinstance(item, str) or not item:
-            raise ValueError(f"`{name}`[{i}] is not a path. Write embedded media to files and name those.")
-    return items
+    return [_source(item, f"`{name}`[{i}]", picture=name.startswith("image")) for i, item in enumerate(items)]
+
+
+def clip(record: dict) -> dict[str, list]:
+    """Return the `videos` or `images` of a record with `video` or `image`; `start` and `end` (seconds) cut a video."""
+    if not record.get("video"):
+        return {"images": media(record, "image")}
+    start, end = record.get("start"), record.get("end")
+    videos = media(record, "video")
+    if start is None and end is None:
+        return {"videos": videos}
+    window = {"video_start": start, "video_end": end}
+    if (
+        len(videos) != 1
+        or not isinstance(videos[0], str)
+        or not all(isinstance(s, (int, float)) for s in (start, end))
+    ):
+        raise ValueError(f"`start` {start!r} and `end` {end!r} must be seconds of the one path in `video`.")
+    return {"videos": [{"path": videos[0], **window}]}
+
+
+def _source(item: Any, where: str, picture: bool) -> str | bytes:
+    if isinstance(item, dict):
+        data = item.get("bytes")
+        item = item.get("path") if not data else _decoded(data) if isinstance(data, str) else data
+    elif isinstance(item, str) and (_DATA_URL.match(item) or _PICTURE.match(item)):
+        item = _decoded(_DATA_URL.sub("", item, count=1))
+    if isinstance(item, bytes) and item and (not picture or _is_picture(item)):
+        return item
+    if isinstance(item, str) and item:
+        return item
+    raise ValueError(f"{where} is not a path, and not the bytes of a medium. Write it to a file and name that.")
+
+
+def _decoded(data: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+
+
+def _is_picture(data: bytes) -> bool:
+    from PIL import Image  # not needed to list the formats
+
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -90,3 +152,18 @@ def pair(prompt: list[tuple[str, str]], chosen: str, rejected: str, **sources: l
         **{side: [{"role": "assistant", "content": typed_content(said, None)}] for side, said in responses.items()},
         **sources,
     }
+
+
+def question(asked: str, answer: str, **columns) -> dict:
+    """Return an annotated question. Markers of media are taken out: generation puts the media in front.
+
+    `columns`: `images`, `videos` and `options`; empty ones are left out.
+    """
+    plain = [re.sub("|".join(MARKERS), "", value).strip() for value in (asked, answer)]
+    for name, value in zip(("question", "answer"), plain):
+        if not value:
+            raise ValueError(f"the {name} has no text. Fill it in or leave the record out.")
+    row = {"question": plain[0], "answer": plain[1], **{name: items for name, items in columns.items() if items}}
+    if not row.keys() & {"images", "videos"}:
+        raise ValueError("the record has neither a video nor an image to ask about. Name it in `video` or `image`.")
+    return row

@@ -1,46 +1,76 @@
-"""The formats of other projects: one record of theirs -> one row of the row contract. No files here.
+"""The formats of other projects: one record of theirs -> rows of the row contract, or questions. No files here.
 
-| format | fields read | published in |
-| --- | --- | --- |
-| rrpo | question, answer, pred, video or media_path; answer_masked, pred_masked, sample_id, src | pritamqu/RRPO |
-| lpoi | img_path, prompt, chosen, rejected; id | fatemehpesaran310/lpoi |
-| ms-swift | messages, rejected_response or rejected_messages; images, videos, id | modelscope/ms-swift, RLHF JSONL |
-| llamafactory | conversations or messages, chosen, rejected; system, images, videos, id | LLaMA-Factory, ShareGPT |
-| llava-hound | prompt, chosen, rejected, video; id | ShareGPTVideo sft_dpo_17k.jsonl |
-
-Bad records raise a ValueError that names the field and the remedy.
+`FORMATS` is the table: what each reads, and where it is published. `format_list` prints it (`trl-vpo import --list`).
+What the published code reads: RRPO's train_llavavideo.py, and `RRPODataset` in its videochat2/data.py; lpoi.py of the
+LPOI release, which finds the four masked images by their folders; internvl_chat_dpo.py of InternVL for MMPR. What is
+documented: LLaMA-Factory's data/README.md, the dataset cards of RLHF-V and RLAIF-V.
 """
 
+import json
+import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
-from trl_vpo.data.import_fields import last_turn, media, pair, text, turn, turns
+from trl_vpo.data.import_fields import clip, joined, last_turn, media, pair, text, turn, turns
+from trl_vpo.data.import_questions import conversations, qa_turns, questions, videochat2_it
 from trl_vpo.text.phrases import CLOSE, OPEN, masked_spans
 
 REFUSED = ("audios", "tools", "objects")  # they change what the text means
+IDS = ("id", "sample_id", "idx", "qid")
+SOURCES = ("src", "origin_dataset", "data_source")
+MASKED_COPIES = "masked_copies"  # of LPOI's release: paths that the importer looks for
+_MASKED = [f"ours_cmask_until_list5/ours_cmask_until{share}" for share in (25, 50, 75, 100)]  # most visible first
 
 
 @dataclass(frozen=True)
 class Format:
-    """The way in which one project writes a pair."""
+    """The way in which one project writes a pair, or a question."""
 
-    read: Callable[[dict], dict]  # record -> row without id and source, media paths as they stand
-    fields: frozenset[str]  # all that is looked at; the others are reported
+    read: Callable[[dict], dict | list[dict]]  # record -> rows without id and source, media as they stand
+    layout: str  # the fields that are looked at, as `--list` shows them; what is optional behind a semicolon
+    published: str
     marks: tuple[frozenset[str], ...] = ()  # fields that only this format has together
+    makes: str = "pairs"
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """All fields that are looked at. The others are reported."""
+        return frozenset(re.findall(r"\w+", self.layout))
 
 
-def read_record(fmt: str, record) -> dict:
-    """Return the row of a record: id (empty if it has none), source, prompt, chosen, rejected, the format's columns.
+def read_record(fmt: str, record) -> list[dict]:
+    """Return the rows of a record: id (empty if it has none), source, and the format's columns.
 
     Raises ValueError, to which the caller adds file and place.
     """
     for name in REFUSED:
         if record.get(name):
             raise ValueError(f"`{name}` is not supported and would be lost. Remove it if the text does not need it.")
-    tags = {key: record.get(key) for key in ("id", "sample_id", "src") if key in FORMATS[fmt].fields}
-    row_id = next((tags[key] for key in ("id", "sample_id") if tags.get(key) not in (None, "")), "")
-    source = f"{fmt}/{tags['src']}" if tags.get("src") else fmt
-    return {"id": str(row_id), "source": source, **FORMATS[fmt].read(record)}
+    tags = {key: record.get(key) for key in (*IDS, *SOURCES) if key in FORMATS[fmt].fields}
+    row_id = next((str(tags[key]) for key in IDS if tags.get(key) not in (None, "")), "")
+    origin = next((tags[key] for key in SOURCES if tags.get(key)), None)
+    rows = FORMATS[fmt].read(record)
+    rows = [rows] if isinstance(rows, dict) else rows
+    ids = [row_id] if len(rows) == 1 else [f"{row_id}-{n}" if row_id else "" for n in range(1, len(rows) + 1)]
+    return [{"id": i, "source": f"{fmt}/{origin}" if origin else fmt, **row} for i, row in zip(ids, rows)]
+
+
+def format_list(width: int = 80) -> str:
+    """Return what `trl-vpo import` reads: for each format its fields and where it is published."""
+    lines = ["Fields behind a semicolon are optional; a|b is either.", ""]
+    for makes, title in (("pairs", "Preference pairs:"), ("questions", "Questions for `trl-vpo generate`:")):
+        lines.append(title)
+        for name, fmt in FORMATS.items():
+            if fmt.makes == makes:
+                lines.append(f"  {name}: {fmt.published}")
+                lines += textwrap.wrap(fmt.layout, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+# --- one function for each format of pairs --------------------------------------------------------------------------
 
 
 def _rrpo(record: dict) -> dict:
@@ -62,9 +92,36 @@ def _rrpo(record: dict) -> dict:
     return row
 
 
-def _flat_pair(record: dict, **sources) -> dict:
+def _videochat2(record: dict) -> list[dict]:
+    """Return a row for each question whose two answers differ."""
+    good, bad = qa_turns(record, "QA"), qa_turns(record, "QA_NEG")
+    asked = [[joined(entry, "i", "q") for entry in entries] for entries in (good, bad)]
+    if asked[0] != asked[1]:
+        raise ValueError("`QA_NEG` asks other questions than `QA`; a pair needs the same prompt.")
+    answers = [(text(right, "a"), text(wrong, "a")) for right, wrong in zip(good, bad)]
+    if all(right.strip() == wrong.strip() for right, wrong in answers):
+        raise ValueError("the answers of `QA` and `QA_NEG` are identical.")
+    found = zip(asked[0], answers)
+    return [pair([("user", q)], *both, **clip(record)) for q, both in found if both[0].strip() != both[1].strip()]
+
+
+def _flat_pair(record: dict, asked: str = "prompt", **sources) -> dict:
     chosen, rejected = text(record, "chosen"), text(record, "rejected")
-    return pair([("user", text(record, "prompt"))], chosen, rejected, **sources)
+    return pair([("user", text(record, asked))], chosen, rejected, **sources)
+
+
+def _lpoi(record: dict) -> dict:
+    image = text(record, "img_path")
+    row = _flat_pair(record, images=[image])
+    listed = media(record, "image_list")
+    if not listed:
+        folders = list(PurePosixPath(image).parts)
+        at = max((i for i, name in enumerate(folders[:-1]) if name == "images"), default=None)
+        copies = [] if at is None else [str(PurePosixPath(*folders[:at], m, *folders[at + 1 :])) for m in _MASKED]
+        return row | {MASKED_COPIES: copies}
+    if image in listed[1:]:
+        raise ValueError("`img_path` is not the first of `image_list`, which goes from most to least visible.")
+    return row | {"image_list": listed if listed[0] == image else [image, *listed]}
 
 
 def _ms_swift(record: dict) -> dict:
@@ -83,7 +140,11 @@ def _ms_swift(record: dict) -> dict:
 
 
 def _llamafactory(record: dict) -> dict:
-    prompt = turns(record, "conversations" if "conversations" in record else "messages")
+    """Read either form: ShareGPT's turns, or Alpaca's instruction and input behind a history."""
+    if "instruction" in record and not record.get("conversations") and not record.get("messages"):
+        prompt = _history(record)
+    else:
+        prompt = turns(record, "conversations" if "conversations" in record else "messages")
     if record.get("system") and (not prompt or prompt[0][0] != "system"):
         prompt.insert(0, ("system", text(record, "system")))
     sides = []
@@ -93,34 +154,124 @@ def _llamafactory(record: dict) -> dict:
     return pair(prompt, *sides, images=media(record, "images"), videos=media(record, "videos"))
 
 
-def _format(read: Callable[[dict], dict], fields: str, *marks: str) -> Format:
-    return Format(read, frozenset(fields.split()), tuple(frozenset(names.split()) for names in marks))
+def _history(record: dict) -> list[tuple[str, str]]:
+    earlier = record.get("history") or []
+    if not isinstance(earlier, list) or not all(
+        isinstance(said, list) and len(said) == 2 and all(isinstance(t, str) and t.strip() for t in said)
+        for said in earlier
+    ):
+        raise ValueError("`history` is not a list of [instruction, response] texts.")
+    prompt = [message for asked, said in earlier for message in (("user", asked), ("assistant", said))]
+    return [*prompt, ("user", joined(record, "instruction", "input"))]
+
+
+def _rlhf_v(record: dict) -> dict:
+    """Read RLHF-V, whose three texts are JSON in `text`, and RLAIF-V, which has a column for each."""
+    if record.get("text") is not None:
+        texts = record["text"]
+        try:
+            texts = json.loads(texts) if isinstance(texts, str) else texts
+        except ValueError as error:
+            raise ValueError(f"`text` is not JSON ({error}).") from error
+        if not isinstance(texts, dict):
+            raise ValueError("`text` is not an object with question, chosen and rejected.")
+        record = record | texts
+    images = media(record, "image") or media(record, "image_path")
+    if len(images) != 1:
+        raise ValueError(f"`image` (or `image_path`) has {len(images)} images; a record has one.")
+    return _flat_pair(record, "question", images=images)
+
+
+def _format(read: Callable, layout: str, published: str, *marks: str, makes: str = "pairs") -> Format:
+    return Format(read, layout, published, tuple(frozenset(names.split()) for names in marks), makes)
 
 
 FORMATS = {
     "rrpo": _format(
         _rrpo,
-        "question answer pred answer_masked pred_masked video media_path sample_id id src",
+        "question answer pred video|media_path; answer_masked pred_masked sample_id id src",
+        "RRPO, pritamqu/RRPO, docs/DATA.md",
         "question answer pred",
     ),
     "lpoi": _format(
-        lambda record: _flat_pair(record, images=[text(record, "img_path")]),
-        "img_path prompt chosen rejected id",
+        _lpoi,
+        "img_path prompt chosen rejected; image_list id",
+        "LPOI, fatemehpesaran310/lpoi",
         "img_path chosen rejected",
     ),
     "ms-swift": _format(
         _ms_swift,
-        "messages rejected_response rejected_messages images videos rejected_images rejected_videos id",
+        "messages rejected_response|rejected_messages; images videos rejected_images rejected_videos id",
+        "ms-swift, RLHF JSONL",
         "messages rejected_response",
         "messages rejected_messages",
     ),
     "llamafactory": _format(
         _llamafactory,
-        "conversations messages chosen rejected system images videos id",
+        "conversations|messages|instruction chosen rejected; input history system images videos id",
+        "LLaMA-Factory, ShareGPT and Alpaca preference forms",
         "conversations chosen rejected",
         "messages chosen rejected",
+        "instruction chosen rejected",
     ),
     "llava-hound": _format(
-        lambda record: _flat_pair(record, videos=[text(record, "video")]), "prompt chosen rejected video id"
+        lambda record: _flat_pair(record, videos=[text(record, "video")]),
+        "prompt chosen rejected video; id",
+        "LLaVA-Hound, ShareGPTVideo, sft_dpo_17k.jsonl",
+    ),
+    "videochat2": _format(
+        _videochat2,
+        "QA QA_NEG video|image; start end sample_id id",
+        "RRPO's data for VideoChat2, pritamqu/self-alignment",
+        "QA QA_NEG",
+    ),
+    "rlhf-v": _format(
+        _rlhf_v,
+        "text image|image_path; idx origin_dataset question chosen rejected",
+        "RLHF-V, openbmb/RLHF-V-Dataset",
+        "text image ds_name",
+        "text image_path ds_name",
+    ),
+    "rlaif-v": _format(
+        _rlhf_v,
+        "question chosen rejected image|image_path; idx origin_dataset",
+        "RLAIF-V, openbmb/RLAIF-V-Dataset",
+        "question chosen rejected image ds_name",
+        "question chosen rejected image_path ds_name",
+    ),
+    "mmpr": _format(
+        lambda record: _flat_pair(record, "question", images=media(record, "image"), videos=media(record, "video")),
+        "question chosen rejected; image video",
+        "MMPR, OpenGVLab/MMPR: a .jsonl, or meta.json for all of them",
+        "question chosen rejected image",
+    ),
+    "llava-hound-qa": _format(
+        conversations,
+        "conversations video|image; id",
+        "LLaVA-Hound, ShareGPTVideo, video_instruction/train/qa",
+        makes="questions",
+    ),
+    "llava-video": _format(
+        conversations,
+        "conversations video|image; id data_source",
+        "LLaVA-Video-178K, lmms-lab/LLaVA-Video-178K",
+        "conversations video",
+        makes="questions",
+    ),
+    "videochat2-it": _format(
+        videochat2_it,
+        "QA video|image; start end id",
+        "VideoChat2-IT, OpenGVLab/VideoChat2-IT",
+        "QA video",
+        "QA image",
+        makes="questions",
+    ),
+    "questions": _format(
+        questions,
+        "question answer|answer_index video|image; options|choices|candidates a0 a1 a2 a3 a4 start end id qid",
+        "any other; the index of an option counts from 0",
+        "question answer video",
+        "question answer image",
+        makes="questions",
     ),
 }

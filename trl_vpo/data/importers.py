@@ -1,27 +1,32 @@
-"""Preference data files of other projects -> rows that follow the row contract (`trl-vpo import FORMAT IN OUT`).
+"""Data files of other projects -> rows that follow the row contract, or questions (`trl-vpo import FORMAT IN OUT`).
 
 A file is a JSON list or JSON lines, recognised by its first character and compressed or not, or a parquet file.
-`import_formats` has the formats. Fields that it does not read are not carried over; the counts name them.
+`import_formats` has the formats. Fields that it does not read are not carried over; the counts name them. Embedded
+pictures become files that are named after their contents, so that rows hold paths.
 """
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_vpo.data.import_formats import FORMATS, read_record
+from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
+from trl_vpo.data.inputs import portable
 from trl_vpo.data.json_files import parse_record, raw_records
 from trl_vpo.data.messages import drop_none
 from trl_vpo.errors import DatasetError, ImportFormatError
 from trl_vpo.files import atomic_write
 
-LIST_COLUMNS = ("images", "videos", "chosen_phrases", "rejected_phrases")
+MEDIA_COLUMNS = ("images", "videos", "image_list")
+LIST_COLUMNS = (*MEDIA_COLUMNS, "chosen_phrases", "rejected_phrases", "options")
 
 
 @dataclass
@@ -35,24 +40,36 @@ class ImportCounts:
     missing_media: int = 0  # local paths that do not exist (now, seen from here)
     ignored_fields: list[str] = field(default_factory=list)
     rejected_path: str | None = None
+    left_to_do: list[str] = field(default_factory=list)  # sentences for the user: what the rows still need
 
 
 def import_rows(
-    fmt: str, path, *, media_root=None, on_reject: Callable[[ImportFormatError], None] | None = None
+    fmt: str,
+    path,
+    *,
+    media_root=None,
+    media_folder=None,
+    on_reject: Callable[[ImportFormatError], None] | None = None,
 ) -> Iterator[dict]:
     """Give the rows of a file in the format `fmt`, one by one (JSON lines are streamed).
 
-    Relative media paths are joined to `media_root`; URLs and absolute paths stay, and files need not exist.
-    `on_reject` is called with the error of each bad record, which is then left out; without it the error is raised.
-    Raises ImportFormatError, also for an unknown format or an unreadable file.
+    Relative media paths are joined to `media_root`; URLs and absolute paths stay, and files need not exist. Embedded
+    pictures are written to `media_folder`. `on_reject` is called with the error of each bad record, which is then
+    left out; without it the error is raised. Raises ImportFormatError, at once for an unknown format or a file that
+    does not exist.
     """
-    for _, row in _read(fmt, Path(path), media_root):
-        if isinstance(row, dict):
-            yield row
+    files = _files(fmt, Path(path), media_root)
+    return _rows(_read(fmt, files, media_folder), on_reject)
+
+
+def _rows(records: Iterator[tuple], on_reject: Callable | None) -> Iterator[dict]:
+    for _, rows in records:
+        if isinstance(rows, list):
+            yield from rows
         elif on_reject is None:
-            raise row
+            raise rows
         else:
-            on_reject(row)
+            on_reject(rows)
 
 
 def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "error") -> ImportCounts:
@@ -61,15 +78,19 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     The file is read twice: columns that no row fills are left out, and the first row that fills a column moves to
     the front, since `load_dataset("json")` takes the columns' types from the first 10 MB. `on_bad`: "error" stops at
     the first bad record, "skip" counts bad records and lists them with their reasons in `<out_path>.rejected.jsonl`.
-    Raises ImportFormatError, also where no record can be used.
+    Embedded pictures go into a folder beside `out_path`: `train.jsonl` has `train_media`. Raises ImportFormatError,
+    also where no record can be used.
     """
     if on_bad not in ("error", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}; it must be 'error' or 'skip'.")
     source, target = Path(in_path), Path(out_path)
     if source.exists() and target.exists() and source.samefile(target):
         raise ImportFormatError(f"{target}: input and output are the same file. Name another output.")
+    files = _files(fmt, source, media_root)
+    folder = target.absolute().with_name(f"{target.stem}_media")
     rejects: list[dict] = []
-    counts, first = _survey(fmt, source, media_root, rejects if on_bad == "skip" else None)
+    survey = _survey(fmt, _read(fmt, files, folder), rejects if on_bad == "skip" else None)
+    counts, first = survey.counts, survey.first
     rejected_path = target.with_name(target.name + ".rejected.jsonl")
     rejected_path.unlink(missing_ok=True)  # of an earlier run
     if rejects:
@@ -78,57 +99,153 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     if not counts.written:
         why = f"; {rejected_path} says why." if rejects else ". Is it the right file?"
         raise ImportFormatError(f"{source}: none of its {counts.read} records can be imported as {fmt}{why}")
-    columns = {"id", "source", "prompt", "chosen", "rejected", *first}
     front = dict(sorted(first.values(), key=lambda item: item[0]))  # by number: one row may fill several columns
-    rows = enumerate(import_rows(fmt, source, media_root=media_root, on_reject=lambda _: None))
+    rows = enumerate(_rows(_read(fmt, files, folder), lambda _: None))
     ordered = chain(front.values(), (row for number, row in rows if number not in front))
-    _write_lines(target, ({key: value for key, value in row.items() if key in columns} for row in ordered))
+    empty = set(LIST_COLUMNS) - set(first)
+    _write_lines(target, ({key: value for key, value in row.items() if key not in empty} for row in ordered))
+    counts.left_to_do = _left_to_do(fmt, survey, target, media_root, folder)
     return counts
 
 
-def _survey(fmt: str, source: Path, media_root, rejects: list | None) -> tuple[ImportCounts, dict]:
-    """Return the counts, and for each list column the first (number, row) to fill it. Bad records go to `rejects`."""
-    counts, first, ignored, media = ImportCounts(), {}, set(), set()
-    for record, row in _read(fmt, source, media_root):
+@dataclass
+class _Survey:
+    """What the first reading of a file finds."""
+
+    counts: ImportCounts = field(default_factory=ImportCounts)
+    first: dict[str, tuple[int, dict]] = field(default_factory=dict)  # list column -> first (number, row) to fill it
+    filled: Counter = field(default_factory=Counter)  # list column -> how many rows fill it
+    media: set[str] = field(default_factory=set)
+    missing: list[str] = field(default_factory=list)
+
+
+def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey:
+    """Read all records. Bad ones go to `rejects`; without it the first is raised."""
+    survey, ignored = _Survey(), set()
+    counts = survey.counts
+    for record, rows in records:
         counts.read += 1
-        if isinstance(row, ImportFormatError):
+        if isinstance(rows, ImportFormatError):
             if rejects is None:
-                raise row
-            rejects.append({"reason": str(row), "record": record})
+                raise rows
+            rejects.append({"reason": str(rows), "record": record})
             continue
         ignored |= set(record) - FORMATS[fmt].fields
-        media |= {*row.get("images", []), *row.get("videos", [])}
-        for column in LIST_COLUMNS:
-            if row.get(column):
-                first.setdefault(column, (counts.written, row))
-        counts.written += 1
-    counts.ignored_fields, counts.media = sorted(ignored), len(media)
-    counts.missing_media = sum(not _exists(path) for path in media)
-    return counts, first
+        for row in rows:
+            survey.media |= {_path(item) for column in MEDIA_COLUMNS for item in row.get(column) or []}
+            for column in filter(row.get, LIST_COLUMNS):
+                survey.filled[column] += 1
+                survey.first.setdefault(column, (counts.written, row))
+            survey.filled["phrases"] += bool(row.get("chosen_phrases") or row.get("rejected_phrases"))
+            counts.written += 1
+    survey.missing = sorted(path for path in survey.media if not _exists(path))
+    counts.ignored_fields, counts.media, counts.missing_media = sorted(ignored), len(survey.media), len(survey.missing)
+    return survey
 
 
-def _read(fmt: str, path: Path, media_root) -> Iterator[tuple[object, dict | ImportFormatError]]:
-    """Give (record, row or error) for each record of a file."""
+def _left_to_do(fmt: str, survey: _Survey, target: Path, media_root, folder: Path) -> list[str]:
+    """Return sentences: what the import did beside its output, and what the rows need before they can be used."""
+    notes, rows = [], survey.counts.written
+    if written := sum(Path(path).parent == folder for path in survey.media):
+        notes.append(f"{written} embedded pictures are in {folder}.")
+    if survey.missing:
+        start = "Paths start here; --media_root FOLDER lets them start elsewhere." if media_root is None else ""
+        notes.append(f"Missing media, for example {survey.missing[0]}. {start}".rstrip())
+    makes = f"`trl-vpo generate {'lpoi' if fmt == 'lpoi' else 'METHOD'} --dataset_name {target}`"
+    if FORMATS[fmt].makes == "questions":
+        notes.append(f"These are questions: {makes} makes pairs of them.")
+    if fmt == "lpoi" and (boxless := rows - survey.filled["image_list"]):
+        notes.append(f"{boxless} of {rows} rows have no image list: {makes} finds their critical boxes.")
+    if fmt in ("rrpo", "videochat2") and (plain := rows - survey.filled["phrases"]):
+        notes.append(f"{plain} of {rows} rows mark no phrases: RRPO will find them by a word diff.")
+    return notes
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
+    """Return the files to read, each with its media root: one, or all that a meta.json of MMPR names."""
     if fmt not in FORMATS:
         raise ImportFormatError(f"unknown format {fmt!r}. Formats: {', '.join(FORMATS)}.")
     if not path.is_file():
         raise ImportFormatError(f"{path}: no such file. Name a .json, .jsonl or .parquet file.")
-    for kind, number, raw in _records(path):
-        record = raw
-        try:
-            record = parse_record(raw)
-            row = read_record(fmt, record)
-            row["id"] = row["id"] or f"{path.stem}-{number}"
-            for column in {"images", "videos"} & row.keys():
-                row[column] = [
-                    path if media_root is None or "://" in path else os.path.join(media_root, path)
-                    for path in row[column]
-                ]
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is in JSON, but in no text
-        except ValueError as error:
-            record = raw.decode("utf-8", "replace").strip() if isinstance(record, bytes) else record
-            row = ImportFormatError(f"{path}, {kind} {number}: {error}")
-        yield record, row
+    parts = _meta(path) if fmt == "mmpr" and path.name.endswith("meta.json") else None
+    if parts is None:
+        return [(path, media_root)]
+    # The paths begin with the dataset's own folder, in which meta.json lies.
+    bases = [Path(media_root)] if media_root is not None else [Path(), path.parent, path.parent.parent]
+    files = []
+    for name, part in parts.items():
+        base = next((base for base in bases if (base / part["annotation"]).is_file()), None)
+        if base is None:
+            raise ImportFormatError(
+                f"{path}: `{name}` names {part['annotation']}, which is not in {' or '.join(map(str, bases))}. Unpack "
+                "the annotations, and name the folder where these paths start as media_root."
+            )
+        files.append((base / part["annotation"], base / part["root"]))
+    return files
+
+
+def _meta(path: Path) -> dict[str, dict] | None:
+    """Return the annotation files that a meta.json lists, by name; None for a file of records."""
+    try:
+        parts = json.loads(path.read_bytes())
+    except ValueError:  # JSON lines
+        return None
+    entries = parts.values() if isinstance(parts, dict) else [None]
+    listed = all(isinstance(entry, dict) and {"root", "annotation"} <= entry.keys() for entry in entries)
+    return parts if listed else None
+
+
+def _read(fmt: str, files: list[tuple[Path, Any]], folder) -> Iterator[tuple[object, list[dict] | ImportFormatError]]:
+    """Give (record, rows or error) for each record of the files. Embedded media are written to `folder`."""
+    seen: set[str] = set()
+    for path, media_root in files:
+        for kind, number, raw in _records(path):
+            record = raw
+            where = f"{path}, {kind} {number}"
+            try:
+                record = parse_record(raw)
+                rows = read_record(fmt, record)
+                # half a surrogate pair is in JSON, but in no text
+                json.dumps(rows, ensure_ascii=False, default=lambda data: "").encode()
+            except ValueError as error:
+                record = raw.decode("utf-8", "replace").strip() if isinstance(record, bytes) else record
+                yield record, ImportFormatError(f"{where}: {error}")
+                continue
+            for n, row in enumerate(rows, 1):
+                row["id"] = row["id"] or f"{path.stem}-{number}" + (f"-{n}" if len(rows) > 1 else "")
+                if FORMATS[fmt].makes == "questions":  # a run tells its inputs apart by their ids
+                    row["id"] = _unique(row["id"], seen)
+                _place(row, media_root, folder, where)
+            yield record, rows
+
+
+def _unique(name: str, seen: set[str]) -> str:
+    """Return a name that was not seen before: the same one, or with a number behind it."""
+    new = next(n for n in chain([name], (f"{name}.{i}" for i in count(2))) if n not in seen)
+    seen.add(new)
+    return new
+
+
+def _place(row: dict, media_root, folder, where: str) -> None:
+    """Write embedded media to files, join paths to `media_root`, and find LPOI's masked copies."""
+
+    def placed(item):
+        if isinstance(item, dict):
+            return item | {"path": placed(item["path"])}
+        if isinstance(item, str):
+            return item if media_root is None or "://" in item else os.path.join(media_root, item)
+        if folder is None:
+            raise ImportFormatError(f"{where}: a picture is embedded. Give `media_folder`, where it can be written.")
+        return portable(item, Path(folder))
+
+    for column in filter(row.get, MEDIA_COLUMNS):
+        row[column] = [placed(item) for item in row[column]]
+    copies = [placed(item) for item in row.pop(MASKED_COPIES, ())]
+    if copies and all(os.path.exists(copy) for copy in copies):
+        row["image_list"] = [*row["images"], *copies]
 
 
 def _records(path: Path) -> Iterator[tuple]:
@@ -146,11 +263,18 @@ def _records(path: Path) -> Iterator[tuple]:
         raise ImportFormatError(f"{path} cannot be read as a parquet file ({error}). Fetch it again.") from error
 
 
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:
     # backslashreplace is JSON's own escape
     with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>") + "\n")
+
+
+def _path(source: str | dict) -> str:
+    return source["path"] if isinstance(source, dict) else source
 
 
 def _exists(path: str) -> bool:

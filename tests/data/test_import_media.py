@@ -1,0 +1,190 @@
+"""Media of imported rows: embedded pictures, LPOI's image lists, parts of videos, MMPR's folders, what is missing."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import write_clip, write_image
+from import_records import FACTORY, LPOI, MMPR, PAIRS, RLAIF_V, RLHF_V, RRPO, VIDEOCHAT2
+from PIL import Image
+
+from trl_vpo.data.importers import convert, import_rows
+from trl_vpo.data.inputs import read_inputs
+from trl_vpo.data.rows import read_row
+from trl_vpo.data.sources import named_splits
+from trl_vpo.errors import ImportFormatError
+from trl_vpo.media.images import load_image
+from trl_vpo.media.load import VideoOptions, load_video
+from trl_vpo.testbed.rows import write_jsonl
+
+
+def encoded(shade: int, kind: str = "PNG") -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(data, kind)
+    return data.getvalue()
+
+
+def rows_of(path) -> list[dict]:
+    return list(named_splits(str(path), ["train"])["train"])
+
+
+def shades(rows) -> list[int]:
+    return [int(np.asarray(load_image(row["images"][0]))[0, 0, 0]) for row in rows]
+
+
+# --- embedded pictures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fmt", "column"), [("rlhf-v", "image"), ("rlaif-v", "image"), ("llamafactory", "images")])
+def test_pictures_in_parquet(tmp_path, fmt, column):
+    """Four rows with three pictures, one of which two rows share under different names."""
+    records = []
+    for n, shade in enumerate([10, 20, 10, 30]):
+        picture = {"bytes": encoded(shade), "path": f"{n}.png"}
+        records.append(PAIRS[fmt] | {"id" if fmt == "llamafactory" else "idx": n, column: picture})
+        if fmt == "llamafactory":
+            turn = {"from": "human", "value": "<image>What is it?"}
+            records[n] |= {"images": [picture], "conversations": [turn]}
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "in.parquet")
+    counts = convert(fmt, tmp_path / "in.parquet", tmp_path / "new/train.jsonl")
+    files = sorted((tmp_path / "new/train_media").iterdir())
+    assert len(files) == 3 and {file.suffix for file in files} == {".png"}
+    assert {file.read_bytes() for file in files} == {encoded(shade) for shade in (10, 20, 30)}
+    assert counts.left_to_do == [f"3 embedded pictures are in {tmp_path / 'new/train_media'}."]
+    assert (counts.media, counts.missing_media, counts.rejected) == (3, 0, 0)
+    rows = rows_of(tmp_path / "new/train.jsonl")
+    assert shades(rows) == [10, 20, 10, 30]
+    assert len(read_row(rows[0]).images) == 1
+    before = [file.stat().st_mtime_ns for file in files]
+    convert(fmt, tmp_path / "in.parquet", tmp_path / "new/train.jsonl")
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_pictures_in_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    jpeg = io.BytesIO()
+    Image.fromarray(noise).save(jpeg, "JPEG")
+    texts = [base64.b64encode(data).decode() for data in (encoded(10), encoded(20), jpeg.getvalue())]
+    images = [{"bytes": texts[0]}, f"data:image/png;base64,{texts[1]}", texts[2]]
+    records = [RLHF_V | {"idx": n, "image": image} for n, image in enumerate(images)]
+    Path("in.json").write_text(json.dumps(records))
+    convert("rlhf-v", "in.json", "train.jsonl")
+    rows = rows_of("train.jsonl")
+    assert shades(rows[:2]) == [10, 20]
+    assert all(Path(row["images"][0]).parent == tmp_path / "train_media" for row in rows)
+    assert Path(rows[2]["images"][0]).read_bytes() == jpeg.getvalue()
+
+
+def test_pictures_need_a_folder(tmp_path):
+    record = RLAIF_V | {"image": {"bytes": base64.b64encode(encoded(1)).decode()}}
+    path = write_jsonl([record], tmp_path / "in.jsonl")
+    with pytest.raises(ImportFormatError, match=r"line 1: a picture is embedded\. Give `media_folder`"):
+        list(import_rows("rlaif-v", path, on_reject=lambda error: None))
+    (row,) = import_rows("rlaif-v", path, media_folder=tmp_path / "pictures")
+    assert shades([row]) == [1]
+
+
+def test_a_bad_record_writes_no_picture(tmp_path):
+    picture = {"bytes": base64.b64encode(encoded(1)).decode()}
+    records = [RLAIF_V | {"image": picture, "chosen": "A \ud83d"}, RLAIF_V]
+    counts = convert("rlaif-v", write_jsonl(records, tmp_path / "in.jsonl"), tmp_path / "out.jsonl", on_bad="skip")
+    assert (counts.written, counts.rejected) == (1, 1) and not (tmp_path / "out_media").exists()
+
+
+# --- LPOI -----------------------------------------------------------------------------------------------------------
+
+
+def test_lpoi_keeps_a_list(tmp_path):
+    others = ["data/m/1.jpg", "data/m/2.jpg"]
+    records = [LPOI | {"image_list": others}, LPOI | {"image_list": [LPOI["img_path"], *others]}]
+    counts = convert("lpoi", write_jsonl(records, tmp_path / "in.jsonl"), tmp_path / "out.jsonl", media_root="/d")
+    for row in rows_of(tmp_path / "out.jsonl"):
+        assert row["image_list"] == ["/d/data/images/1.jpg", "/d/data/m/1.jpg", "/d/data/m/2.jpg"]
+        assert read_row(row, image_list=True).image_list == row["image_list"]
+    assert (counts.media, counts.missing_media, counts.ignored_fields) == (3, 3, [])
+
+
+def test_lpoi_finds_the_masked_images_of_the_release(tmp_path):
+    folders = ["images", *(f"ours_cmask_until_list5/ours_cmask_until{share}" for share in (25, 50, 75, 100))]
+    for folder in folders:
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        write_image(tmp_path / "data" / folder / "1.jpg")
+    write_image(tmp_path / "data/images/2.jpg")  # without masked ones
+    records = [LPOI, LPOI | {"img_path": "./data/images/2.jpg"}]
+    path = write_jsonl(records, tmp_path / "in.json")
+    counts = convert("lpoi", path, tmp_path / "out.jsonl", media_root=tmp_path)
+    first, second = rows_of(tmp_path / "out.jsonl")
+    assert first["image_list"] == [str(tmp_path / "data" / folder / "1.jpg") for folder in folders]
+    assert len(read_row(first, image_list=True).image_list) == 5
+    assert second["image_list"] is None
+    (note,) = counts.left_to_do
+    out = tmp_path / "out.jsonl"
+    assert note.startswith(f"1 of 2 rows have no image list: `trl-vpo generate lpoi --dataset_name {out}` finds")
+
+
+# --- MMPR -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["beside", "above", "media_root"])
+def test_mmpr_meta_names_the_annotations(tmp_path, place, monkeypatch):
+    """Paths in meta.json begin with the dataset's folder, in which meta.json lies."""
+    (tmp_path / "MMPR/annotations").mkdir(parents=True)
+    meta = {}
+    for name in ("vqa", "ocr"):
+        write_jsonl([MMPR, MMPR], tmp_path / f"MMPR/annotations/{name}.jsonl")
+        meta[name] = {"root": f"MMPR/images/{name}", "annotation": f"MMPR/annotations/{name}.jsonl", "repeat_time": 1}
+    path = tmp_path / "MMPR/meta.json"
+    path.write_text(json.dumps(meta, indent=2))
+    options = {}
+    if place == "above":
+        path = path.rename(tmp_path / "meta.json")
+    elif place == "media_root":
+        options["media_root"] = tmp_path
+        path = path.rename(tmp_path / "MMPR/annotations/my_meta.json")
+    rows = [(row["id"], row["images"]) for row in import_rows("mmpr", path, **options)]
+    assert rows == [(f"{name}-{n}", [str(tmp_path / f"MMPR/images/{name}/1.png")]) for name in meta for n in (1, 2)]
+    (tmp_path / "MMPR/annotations/ocr.jsonl").unlink()
+    with pytest.raises(ImportFormatError, match=r"`ocr` names MMPR/annotations/ocr\.jsonl, which is not in "):
+        import_rows("mmpr", path, **options)
+
+
+# --- videos, and what is left to do ---------------------------------------------------------------------------------
+
+
+def test_parts_of_videos_beside_whole_ones(tmp_path):
+    write_clip(tmp_path / "a.mp4", frames=40)
+    records = [VIDEOCHAT2 | {"video": "a.mp4", "sample_id": 1}]
+    records.append(records[0] | {"start": 1, "end": 2, "sample_id": 2})
+    path = write_jsonl(records, tmp_path / "in.jsonl")
+    convert("videochat2", path, tmp_path / "out.jsonl", media_root=tmp_path)
+    whole, part = rows_of(tmp_path / "out.jsonl")
+    ends = [load_video(read_row(row).videos[0], VideoOptions(num_frames=4)).timestamps[-1] for row in (whole, part)]
+    assert ends[0] > 3 and 1 < ends[1] <= 2
+    assert read_inputs(str(tmp_path / "out.jsonl"))[1].videos == (part["videos"][0],)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "records", "options", "notes"),
+    [
+        ("rrpo", [RRPO], {}, ["Missing media, for example video.mp4. Paths start here; --media_root FOLDER"]),
+        ("rrpo", [RRPO], {"media_root": "/d"}, ["Missing media, for example /d/video.mp4."]),
+        (
+            "rrpo",
+            [RRPO | {"video": "https://host/a.mp4"}, RRPO | {"answer_masked": None, "pred_masked": None}],
+            {"media_root": "https://host"},
+            ["1 of 2 rows mark no phrases: RRPO will find them by a word diff."],
+        ),
+        ("lpoi", [LPOI], {"media_root": "https://host"}, ["1 of 1 rows have no image list: `trl-vpo generate lpoi "]),
+        ("llamafactory", [FACTORY], {"media_root": "https://host"}, []),
+    ],
+)
+def test_what_is_left_to_do(tmp_path, fmt, records, options, notes):
+    path = write_jsonl(records, tmp_path / "in.jsonl")
+    left = convert(fmt, path, tmp_path / "out.jsonl", **options).left_to_do
+    assert len(left) == len(notes) and all(line.startswith(note) for line, note in zip(left, notes)), left

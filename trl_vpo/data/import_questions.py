@@ -1,0 +1,76 @@
+"""Annotated questions of other projects: one record of theirs -> the inputs that `trl-vpo generate` reads.
+
+Sources: the jsonl files of ShareGPTVideo/train_video_and_instruction (video_instruction/train/qa) and the json files
+of lmms-lab/LLaVA-Video-178K, both conversations of LLaVA's kind; `ITVidTrainDataset` of OpenGVLab/Ask-Anything
+(video_chat2) for VideoChat2-IT. A record with several questions about its video makes an input of each: none of
+these projects lets a later question depend on an earlier answer (VideoChat2 shuffles them).
+"""
+
+from trl_vpo.data.import_fields import clip, joined, question, text, turns
+
+OPTIONS = ("options", "choices", "candidates")
+NUMBERED = ("a0", "a1", "a2", "a3", "a4")  # of NExT-QA
+
+
+def conversations(record: dict) -> list[dict]:
+    """LLaVA-Hound's QA and LLaVA-Video-178K: `conversations` of human and gpt; `<image>` stands for the video."""
+    said = turns(record, "conversations")
+    asked, answers = said[::2], said[1::2]
+    if len(asked) != len(answers) or {r for r, _ in asked} != {"user"} or {r for r, _ in answers} != {"assistant"}:
+        raise ValueError("`conversations` must have a question (human) and its answer (gpt) in turn.")
+    media = clip(record)
+    return [question(asked, answer, **media) for (_, asked), (_, answer) in zip(asked, answers)]
+
+
+def videochat2_it(record: dict) -> list[dict]:
+    """VideoChat2-IT: `QA` is a list of instruction `i`, question `q`, answer `a`; captions have no question."""
+    media = clip(record)
+    return [question(joined(turn, "i", "q"), text(turn, "a"), **media) for turn in qa_turns(record, "QA")]
+
+
+def qa_turns(record: dict, name: str) -> list[dict]:
+    """Return the entries of `QA` or `QA_NEG`."""
+    entries = record.get(name)
+    entries = [entries] if isinstance(entries, dict) else entries
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"`{name}` is missing or not a list of questions with `i`, `q` and `a`.")
+    return entries
+
+
+def questions(record: dict) -> dict:
+    """Plain questions: `answer` is a text, a number, or the index of an option, from 0."""
+    options = next((record[name] for name in OPTIONS if record.get(name)), None)
+    options = options or [record[name] for name in NUMBERED if record.get(name) is not None] or None
+    if options is not None:
+        if not isinstance(options, list) or not all(isinstance(o, (str, int, float)) for o in options):
+            raise ValueError(f"the options are {options!r:.80}. Give a list of texts.")
+        options = [_number(option) for option in options]
+    return question(text(record, "question"), _answer(record, options), options=options, **clip(record))
+
+
+def _answer(record: dict, options: list[str] | None) -> str:
+    """Return the answer as a text; of an index, the text of its option."""
+    index, answer = record.get("answer_index"), record.get("answer")
+    if index is None and options and isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        index = answer
+        if _number(answer) in options and options.index(_number(answer)) != answer:
+            raise ValueError(
+                f"`answer` is {answer}, which is an option and the index of another ({options}). Write it as text, or "
+                "its index as `answer_index`."
+            )
+    if index is None:
+        return _number(answer) if isinstance(answer, (int, float)) else text(record, "answer")
+    if not options or isinstance(index, bool) or index not in range(len(options)):
+        raise ValueError(f"the answer's index is {index!r}, but the options have {_places(options)}.")
+    return options[int(index)]
+
+
+def _places(options: list[str] | None) -> str:
+    return f"the indices 0 to {len(options) - 1}" if options else "no entries"
+
+
+def _number(value: str | float) -> str:
+    """Return a text; of a number, the way people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
