@@ -12,6 +12,7 @@ import pytest
 from torch._utils import ExceptionWrapper
 
 from trl_vpo import cli
+from trl_vpo.data.import_formats import format_list
 from trl_vpo.errors import RowError, UserError
 from trl_vpo.training.launch import launch_options
 from trl_vpo.training.methods import method_classes
@@ -119,7 +120,7 @@ def test_help_of_generation(method, capsys):
     ("argv", "message"),
     [
         (["train", "rpo"], "'rpo' is not one of dpo, leanpo, rrpo, lpoi. Did you mean rrpo"),
-        (["import", "lpo", "a", "b"], "'lpo' is not one of rrpo, lpoi, ms-swift, llamafactory, llava-hound."),
+        (["import", "lpo", "a", "b"], "'lpo' is not one of rrpo, lpoi, ms-swift, llamafactory, llava-hound, "),
         (["trian"], "plot, merge, view, import, doctor. Did you mean train?"),
         (["doctor", "r.yaml", "--method", "leanp"], "Did you mean leanpo?"),
         (["import", "rrpo", "a", "b", "--on_bat", "skip"], "unknown option --on_bat"),
@@ -208,8 +209,17 @@ def test_import(tmp_path, capsys):
     assert cli.main(["import", "rrpo", str(source), str(target), "--media_root", "/data", "--on_bad", "skip"]) == 0
     out = capsys.readouterr().out
     assert "1 rows of 2 records" in out and "Left out: 1" in out
+    assert "Missing media, for example /data/clip.mp4." in out
     (row,) = [json.loads(line) for line in target.read_text().splitlines()]
     assert row["videos"] == ["/data/clip.mp4"] and row["chosen_phrases"] == [[2, 5]]
+
+
+def test_import_list(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["import", "--list"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and out == format_list() + "\n"
+    assert "videochat2: RRPO's data for VideoChat2" in out and "QA QA_NEG video|image" in out
 
 
 # --- launching ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from trl_vpo.data.import_formats import FORMATS
+from trl_vpo.data.import_formats import FORMATS, format_list
 from trl_vpo.errors import UserError, as_user_errors, did_you_mean
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.runs.quiet import hide_messages
@@ -191,11 +191,13 @@ def _add_view(commands) -> None:
 
 
 def _add_import(commands) -> None:
-    text = "preference data of another project -> a .jsonl file to train on"
+    text = "data of another project -> a .jsonl file to train on, or to generate pairs from"
     parser = _add(commands, "import", import_data, text, epilog=IMPORT_EXAMPLE)
     parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("source", metavar="IN", type=Path, help="a .json or .jsonl file")
+    parser.add_argument("source", metavar="IN", type=Path, help="a .json, .jsonl or .parquet file")
     parser.add_argument("target", metavar="OUT", type=Path, help="the .jsonl file to write")
+    shown = "show every format with its fields, and exit"
+    parser.add_argument("--list", action="version", version=format_list(), help=shown)
     parser.add_argument("--media_root", metavar="DIR", help="folder that relative media paths are joined to")
     bad = "a bad record stops the import (default), or is left out and listed in OUT.rejected.jsonl"
     parser.add_argument("--on_bad", choices=("error", "skip"), default="error", help=bad)
@@ -313,6 +315,8 @@ def import_data(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"Left out: {counts.rejected}; {counts.rejected_path} says why.")
     if counts.ignored_fields:
         print(f"Fields not carried over: {', '.join(counts.ignored_fields)}.")
+    for note in counts.left_to_do:
+        print(note)
     return 0
 
 
