@@ -10,7 +10,7 @@ from trl_vpo.data.rows import drop_none
 from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.results import evidence
-from trl_vpo.evaluate.rows import TASKS, read_rows
+from trl_vpo.evaluate.rows import read_rows
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.text.chair import ObjectTable
 
@@ -44,22 +44,6 @@ def inputs(*rows):
 def test_rows_that_break_the_contract(rows, why):
     with pytest.raises(EvaluateError, match=why):
         read_rows(inputs(*rows), ObjectTable({"square": []}))
-
-
-@pytest.mark.parametrize(
-    "task, answer, expected",
-    [
-        ("yes_no", "Yes, it is.", "yes"),
-        ("yes_no", "NO", "no"),
-        ("choice", "(B)", "B"),
-        ("choice", "b) blue", "B"),
-        ("choice", "Answer: A", "A"),
-        ("choice", "blue", "B"),
-    ],
-)
-def test_answers_of_rows_are_read_in_every_form(task, answer, expected):
-    example = {"question": "Which is it?", "options": ["red", "blue"], "answer": answer, "pair": 1}
-    assert TASKS[task](InputRow("a", example), None)["expected"] == expected
 
 
 def test_a_near_miss_of_a_column_is_named():

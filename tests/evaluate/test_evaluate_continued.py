@@ -103,9 +103,6 @@ def test_a_run_knows_the_bases_weights(held_out, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     changed = run_settings(config, {}, inputs)
     assert {key for key in first if first[key] != changed[key]} == {"weights"}
-    template = base / "chat_template.jinja"  # it decides what the model is asked
-    template.write_text(template.read_text().replace("assistant", "Assistant"))
-    assert run_settings(config, {}, inputs)["weights"] not in (first["weights"], changed["weights"])
 
 
 # --- adapters and options -----------------------------------------------------------------------------------------

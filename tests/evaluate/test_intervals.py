@@ -62,19 +62,6 @@ def test_coverage_on_correlated_rows():
     assert np.mean(widths) < 0.5
 
 
-def test_coverage_of_a_ratio():
-    """Hallucinated of all mentions, 1 in 5; clusters differ in their rate and in how much they say."""
-    random = np.random.default_rng(1)
-    covered = 0
-    for _ in range(300):
-        rates = random.beta(1, 4, size=40).repeat(4)
-        mentions = random.integers(1, 6, size=160)
-        rows = np.stack([random.binomial(mentions, rates), mentions], axis=1)
-        interval = clustered_bootstrap(rows, np.repeat(np.arange(40), 4).tolist(), resamples=400)
-        covered += interval.low <= 0.2 <= interval.high
-    assert 0.90 <= covered / 300 <= 0.98
-
-
 def test_paired_difference_uses_the_pairs():
     random = np.random.default_rng(2)
     first, clusters = simulate(random)
@@ -110,8 +97,3 @@ def test_the_seed_fixes_the_draws(monkeypatch):
 def test_errors(values, clusters, options, match):
     with pytest.raises(ValueError, match=match):
         clustered_bootstrap(values, clusters, **options)
-
-
-def test_a_paired_difference_needs_the_same_rows():
-    with pytest.raises(ValueError, match="1 rows against 2"):
-        paired_difference([1.0], [1.0, 2.0], "a")

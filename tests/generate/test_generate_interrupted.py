@@ -232,15 +232,3 @@ def test_a_run_that_lost_its_server_goes_on(trouble, serve, inputs, tmp_path):
     generate_behind(second, inputs, tmp_path / "run")
     assert written(tmp_path / "run") == written(tmp_path / "whole")
     assert len(second.seen) < len(good.seen)  # nothing that was finished is asked again
-
-
-def test_leanpo_behind_a_server_has_no_rewards(serve, inputs, tmp_path):
-    def answers(number, body):
-        text = body["messages"][0]["content"][-1]["text"]
-        return said("a red square moves left." if "Hint:" in text else f"a blue star {body['seed'] % 7}.")
-
-    summary = generate_behind(serve(answers), inputs, tmp_path / "run", method="leanpo")
-    rows = lines(tmp_path / "run/rows.jsonl")
-    assert summary["rows"] == len(rows) == 18
-    assert [key for key in rows[0] if key.endswith("_reward")] == []
-    assert all(row["chosen"][0]["content"][0]["text"] == "a red square moves left." for row in rows)

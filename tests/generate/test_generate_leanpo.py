@@ -12,7 +12,6 @@ from scripted_models import text_of
 from trl_vpo.data.inputs import InputRow
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import GenerateError, InputError
-from trl_vpo.generate.leanpo import HINT_PROMPT, LeanPOGenerateConfig
 from trl_vpo.media.load import Media
 from trl_vpo.models.requests import stream_seed
 from trl_vpo.text.responses import Failure
@@ -204,26 +203,6 @@ def test_inputs_that_cannot_be_used(changes, images, message):
         pipeline(None).check(row)
     for media in ({"videos": ("/a.mp4",)}, {"images": ("/a.png",)}):
         pipeline(None).check(InputRow("r0", {"question": "What?", "answer": TRUTH}, **media))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"hint_prompt": "{question} {answer} {first_answer}"}, r"unknown placeholders \['first_answer'\]"),
-        ({"reflection_prompt": HINT_PROMPT}, r"reflection_prompt.*missing placeholders \['first_answer'\]"),
-        ({"num_damaged_frames": 0}, "num_damaged_frames is 0"),
-        ({"flip_probability": 1.5}, "flip_probability is 1.5"),
-        ({"min_trust": 1.1}, "min_trust is 1.1: give a number from 0 to 1"),
-        ({"min_trust_margin": -2}, "min_trust_margin is -2: give a number from -1 to 1"),
-        ({"min_margin": math.nan}, "min_margin is nan: give a finite number"),
-        ({"keep_top": 0}, "keep_top is 0: give a share"),
-        ({"keep_top": 20}, "keep_top is 20: give a share"),
-        ({"temperature": -1}, "temperature is -1"),  # the shared settings are still checked
-    ],
-)
-def test_settings_that_cannot_be_used(settings, message):
-    with pytest.raises(ValueError, match=message):
-        LeanPOGenerateConfig(**settings)
 
 
 def test_the_damage_of_a_row_is_its_own():

@@ -1,5 +1,6 @@
 """Refusals, dry runs and printed lines of `trl-vpo generate`, with real runs on the testbed's base."""
 
+import math
 import re
 import shutil
 from types import SimpleNamespace
@@ -10,6 +11,9 @@ from run_kit import KINDS, generate, lines, write_inputs, written
 
 from trl_vpo import cli
 from trl_vpo.errors import GenerateError, ModelError, RecipeError, RunError, UserError
+from trl_vpo.generate.leanpo import HINT_PROMPT, LeanPOGenerateConfig
+from trl_vpo.generate.lpoi import LPOIGenerateConfig
+from trl_vpo.generate.rrpo import RRPOGenerateConfig
 from trl_vpo.generate.run import run_generation
 from trl_vpo.runs import progress
 from trl_vpo.runs.progress import Bar, duration
@@ -86,6 +90,48 @@ def test_what_loading_raises_is_shown_in_one_line(inputs, tmp_path, monkeypatch)
         generate("rrpo", inputs["clip"], tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (
+            LeanPOGenerateConfig,
+            {"hint_prompt": "{question} {answer} {first_answer}"},
+            r"unknown .* \['first_answer'\]",
+        ),
+        (
+            LeanPOGenerateConfig,
+            {"reflection_prompt": HINT_PROMPT},
+            r"reflection_prompt.*missing .* \['first_answer'\]",
+        ),
+        (LeanPOGenerateConfig, {"num_damaged_frames": 0}, "num_damaged_frames is 0"),
+        (LeanPOGenerateConfig, {"flip_probability": 1.5}, "flip_probability is 1.5"),
+        (LeanPOGenerateConfig, {"min_trust": 1.1}, "min_trust is 1.1: give a number from 0 to 1"),
+        (LeanPOGenerateConfig, {"min_trust_margin": -2}, "min_trust_margin is -2: give a number from -1 to 1"),
+        (LeanPOGenerateConfig, {"min_margin": math.nan}, "min_margin is nan: give a finite number"),
+        (LeanPOGenerateConfig, {"keep_top": 0}, "keep_top is 0: give a share"),
+        (LeanPOGenerateConfig, {"temperature": -1}, "temperature is -1"),  # the shared settings are still checked
+        (RRPOGenerateConfig, {"attempts": 0}, "attempts is 0"),
+        (RRPOGenerateConfig, {"open_check": "rules"}, "open_check is 'rules'"),
+        (RRPOGenerateConfig, {"max_changed": 0.0}, "max_changed is 0.0"),
+        (RRPOGenerateConfig, {"judge_temperature": -1.0}, "judge_temperature is -1.0"),
+        (
+            RRPOGenerateConfig,
+            {"rewrite_prompt": "{question} {truth}"},
+            r"rewrite_prompt: .*missing .* \['answer', 'di",
+        ),
+        (LPOIGenerateConfig, {"instances": "all"}, "instances"),
+        (LPOIGenerateConfig, {"num_images": 1}, "num_images"),
+        (LPOIGenerateConfig, {"min_box_area": 0.9, "max_box_area": 0.5}, "min_box_area"),
+        (LPOIGenerateConfig, {"max_box_area": 1.5}, "max_box_area"),
+        (LPOIGenerateConfig, {"box_threshold": 1.0}, "box_threshold"),
+        (LPOIGenerateConfig, {"presence_question": "Is it there?"}, "presence_question"),
+    ],
+)
+def test_settings_that_cannot_be_used(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
 def test_unknown_keys_and_methods(tmp_path):
     (tmp_path / "r.yaml").write_text("batchsize: 4\nhint_promt: x\n")
     hints = r"`batchsize`\. Did you mean batch_size.* `hint_promt`\. Did you mean hint_pr"
@@ -123,9 +169,7 @@ def test_a_dry_run(method, inputs, tmp_path, capsys):
     names = {path.name for path in (folder / "dry_run").iterdir()}
     assert {path.name for path in folder.iterdir()} == {"dry_run"}
     if method == "leanpo":
-        first = lines(inputs["clip"])[0]
-        for text in ("with the hint", "after reflection", f"Hint: {first['answer']}", "You said: <the first answer>"):
-            assert text in out
+        assert "You said: <the first answer>" in out
         assert names == {f"{n}-{step}-0.png" for n in range(3) for step in range(4)}
     if method == "lpoi":
         assert "Is there a " in out and names == {f"{n}-0-{k}.png" for n in range(3) for k in range(5)}

@@ -25,9 +25,8 @@ ROWS = {
     "short": {"question": "Which colour is it?", "answer": "red."},
     "open": {"question": "Describe the video.", "answer": CAPTION},
 }
-DIFFERENT = json.dumps(
-    {"correct": False, "differences": [{"kind": "attribute", "truth": "red", "answer": "a blue thing"}]}
-)
+DIFFERENCE = {"kind": "attribute", "truth": "red", "answer": "a blue thing"}
+DIFFERENT = json.dumps({"correct": False, "differences": [DIFFERENCE]})
 REWRITTEN = '{"rewritten": "a blue square moves left."}'
 
 
@@ -72,11 +71,11 @@ def pipeline(model=None, judge=None, **config):
 
 def run(kind, answer, judge=None, changes=None, media=MEDIA, **config):
     """The outcome of one row, after `check` and a trip through JSON as the store makes it."""
-    model = Scripted(**{kind: answer})
-    model.script |= {(changes or {}).get("question", "").split("\n")[0]: answer}
+    asked, model = row(kind, **(changes or {})), Scripted(**{kind: answer})
+    model.script[asked.example["question"].split("\n")[0]] = answer
     job = pipeline(model, judge, **config)
-    job.check(row(kind, **(changes or {})))
-    (outcome,) = job.make([(row(kind, **(changes or {})), media)])
+    job.check(asked)
+    (outcome,) = job.make([(asked, media)])
     assert outcome.id == kind and json.loads(json.dumps(outcome.notes)) == outcome.notes
     for training in outcome.rows:
         read_row(json.loads(json.dumps(training)), phrases=True)
@@ -134,10 +133,8 @@ def test_a_row_made_from_a_wrong_choice():
 def test_the_form_of_the_rejected_answer(kind, changes, answer, rejected, phrases):
     outcome, _ = run(kind, answer, changes=changes)
     (training,) = outcome.rows
-    assert (
-        reply(training, "chosen") == changes.get("answer", ROWS[kind]["answer"])
-        and reply(training, "rejected") == rejected
-    )
+    assert reply(training, "chosen") == changes.get("answer", ROWS[kind]["answer"])
+    assert reply(training, "rejected") == rejected
     assert (training["chosen_phrases"], training["rejected_phrases"]) == phrases
     assert training["model_answer"] == answer and training["answer_kind"] == kind
 
@@ -154,7 +151,7 @@ def test_an_open_answer_is_judged_and_rewritten():
     assert 'Mistakes:\n- attribute: "a blue thing" instead of "red"\n' in rewrite
     assert all(not request.media.videos for request in judge.asked)
     assert text_of(model.asked[0]) == "Describe the video."  # no suffix
-    assert outcome.notes["differences"] == [{"kind": "attribute", "truth": "red", "answer": "a blue thing"}]
+    assert outcome.notes["differences"] == [DIFFERENCE]
 
 
 def test_open_answers_in_a_fixed_form_need_no_judge():
@@ -291,22 +288,6 @@ def test_rows_that_cannot_be_used():
     ):
         with pytest.raises(InputError, match=message):
             job.check(InputRow("a", ROWS["short"] | changes, **media))
-
-
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        ({"attempts": 0}, "attempts is 0"),
-        ({"short_words": 0}, "short_words is 0"),
-        ({"open_check": "rules"}, "open_check is 'rules'"),
-        ({"max_changed": 0.0}, "max_changed is 0.0"),
-        ({"judge_temperature": -1.0}, "judge_temperature is -1.0"),
-        ({"rewrite_prompt": "{question} {truth}"}, r"rewrite_prompt: .*missing placeholders \['answer', 'diff"),
-    ],
-)
-def test_settings_that_make_no_sense(config, message):
-    with pytest.raises(ValueError, match=message):
-        RRPOGenerateConfig(**config)
 
 
 # --- preview and summary ----------------------------------------------------------------------------------------

@@ -35,13 +35,6 @@ def jobs(scale=FULL, base="base", rates=RATES):
     return [*study_plan.tuning_jobs(scale, base), *study_plan.final_jobs(scale, base, rates)]
 
 
-def test_every_job_has_a_name_and_a_digest_of_its_own():
-    planned = jobs()
-    assert len({job.name for job in planned}) == len({job.stem for job in planned}) == len(planned)
-    trained = [job.digest for job in planned if job.settings["train"]]
-    assert len(set(trained)) == len(trained)
-
-
 def test_a_result_is_kept_by_what_it_depends_on():
     place = {job.name: job.stem for job in jobs()}["seed0/dpo"]
     for other in (
@@ -106,12 +99,6 @@ def test_flipped_pairs_are_a_share_and_more_noise_adds_to_them(tmp_path):
         flipped[noise] = {row["id"] for row, true in zip(rows, clean) if row["chosen"] == true["rejected"]}
         assert all(row["rejected"] == true["chosen"] for row, true in zip(rows, clean) if row["id"] in flipped[noise])
     assert len(flipped[0.2]) == 4 and len(flipped[0.4]) == 8 and flipped[0.2] < flipped[0.4]
-
-
-def test_whole_responses_are_the_phrases(tmp_path):
-    data = study_plan.training_data("clip", 1000, replace(TINY, rows=2), whole=True)
-    for row in read(study_data.training_rows(data, tmp_path)):
-        assert row["chosen_phrases"] == [[0, len(row["chosen"][0]["content"][0]["text"])]]
 
 
 @pytest.mark.parametrize("kind", ["clip", "scene"])

@@ -12,8 +12,6 @@ from studies.testbed import measures as study_measures
 from studies.testbed import plan as study_plan
 from studies.testbed import report as study_report
 from studies.testbed.plan import FULL, VARIANTS
-from studies.testbed.tables import number
-from trl_vpo.evaluate.measures import Measure
 
 SMALL = replace(FULL, seeds=2, rows=4, validation=2, test=6, more=4, watched=2, rates=(3e-4, 1e-3))
 RATES = dict.fromkeys(VARIANTS, 1e-3)
@@ -110,16 +108,3 @@ def test_a_run_without_a_model_is_named_and_left_out(tmp_path):
     about = study_report.About("make study", scale, RATES, {}, "abc1234", 60.0, 2)
     text = study_report.write_report(about, [], final, tmp_path, tmp_path / "report").read_text()
     assert "rrpo-made-again is not in the tables" in text
-
-
-@pytest.mark.parametrize(
-    ("measure", "unit", "signed", "text"),
-    [
-        (Measure(0.123, 0.1, 0.145, 9), "share", False, "12.3 % [10.0, 14.5]"),
-        (Measure(-0.02, -0.03, 0.01, 9), "points", True, "−2.0 [−3.0, +1.0]"),
-        (Measure(1.5, float("nan"), float("nan"), 1), "nats", True, "+1.50"),
-        (Measure(float("nan"), float("nan"), float("nan"), 0), "share", False, "–"),
-    ],
-)
-def test_numbers(measure, unit, signed, text):
-    assert number(measure, unit, signed=signed) == text

@@ -112,12 +112,6 @@ def test_no_names_no_detections(kind, threshold, folders, detectors, images):
     assert Detector(folders[kind], device="cpu").threshold == threshold
 
 
-def test_half_precision(folders, images):
-    detector = Detector(folders["owlv2"], device="cpu", dtype="bfloat16", threshold=0.0)
-    assert detector.model.dtype == torch.bfloat16
-    assert len(detector.detect([images[0]], [["dog"]])[0]) == 16  # one for each patch of the image
-
-
 def test_detectors_that_cannot_be_used(folders, images, tmp_path):
     with pytest.raises(GenerateError, match="nowhere cannot be loaded"):
         Detector(str(tmp_path / "nowhere"))
