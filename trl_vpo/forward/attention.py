@@ -43,7 +43,8 @@ def tree_attention(
     """
     groups = query.size(1) // key.size(1)
     trunk = query.size(2) - mask.size(2)
-    key, value = _repeat(key, groups), _repeat(value, groups)
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     options = {"scale": scaling, "dropout_p": dropout}
     parts = []
     if trunk:
@@ -55,10 +56,6 @@ def tree_attention(
         queries, keys, values = query[:, :, begin:end], key[:, :, :end], value[:, :, :end]
         parts.append(F.scaled_dot_product_attention(queries, keys, values, seen, **options))
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
-
-
-def _repeat(states: Tensor, groups: int) -> Tensor:
-    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
 class TreeMask:
@@ -82,15 +79,14 @@ class TreeMask:
 
 
 def use_tree_attention(model: PreTrainedModel) -> None:
-    """Let the language model of `model` understand shared layouts; all other calls run as before."""
-    _wrap_attention(model.config.get_text_config()._attn_implementation)
+    """Let the language model of `model` understand shared layouts; all other calls run as before.
+
+    `del ALL_ATTENTION_FUNCTIONS[name]` undoes the wrapping of an attention: the global table is unchanged.
+    """
     if not hasattr(model, "_trl_vpo_tree"):
         model._trl_vpo_tree = TreeMask()  # a deep copy of the model, and of its hook, has one of its own
         model.base_model.get_decoder().register_forward_pre_hook(model._trl_vpo_tree.hand_on, with_kwargs=True)
-
-
-def _wrap_attention(name: str) -> None:
-    """Wrap an attention function; `del ALL_ATTENTION_FUNCTIONS[name]` undoes it, as the global table is unchanged."""
+    name = model.config.get_text_config()._attn_implementation
     plain = ALL_ATTENTION_FUNCTIONS.get(name)
     if getattr(plain, "reads_tree", False):
         return

@@ -16,14 +16,13 @@ A new family also gets a tiny model in `tests/kits/families.py`: all tests of fa
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 VISION_INPUTS = {"pixel_values": "image", "pixel_values_videos": "video"}  # each takes one pass of the vision tower
 FEATURE_METHODS = ("get_image_features", "get_video_features")  # of a backbone: what its tower and projector give
-ROWS_FIRST = (
-    "pixel_attention_mask",
-)  # a family with this input has one entry per row in its media (Idefics, SmolVLM)
+ROWS_FIRST = "pixel_attention_mask"  # with this input (Idefics, SmolVLM), the media have one entry per row
 
 
 def vision_inputs(media: list[dict[str, Tensor]]) -> list[str]:
@@ -55,27 +54,16 @@ def merge_media(items: list[dict[str, Tensor]], only: tuple[str, ...] | None = N
     image here". `only` names the tensors to keep; None: all.
     """
     names = list(dict.fromkeys(name for item in items for name in item if only is None or name in only))
-    rows_first = any(name in ROWS_FIRST for name in names)
     merged = {}
     for name in names:
         tensors = [item[name] for item in items if name in item]
-        if rows_first:
+        if ROWS_FIRST in names:
             empty = tensors[0].new_zeros((1, 0, *tensors[0].shape[2:]))
             tensors = [item.get(name, empty) for item in items]
-        merged[name] = _pad_and_cat(tensors)
+        sizes = [max(dims) for dims in zip(*(t.shape[:0:-1] for t in tensors))]  # last dimension first, as in F.pad
+        missing = [[n for size, own in zip(sizes, t.shape[:0:-1]) for n in (0, size - own)] for t in tensors]
+        merged[name] = torch.cat([F.pad(t, pads) if any(pads) else t for t, pads in zip(tensors, missing)])
     return merged
-
-
-def _pad_and_cat(tensors: list[Tensor]) -> Tensor:
-    sizes = [max(dims) for dims in zip(*(t.shape[1:] for t in tensors))]
-    if all(list(t.shape[1:]) == sizes for t in tensors):
-        return torch.cat(tensors)
-    padded = []
-    for tensor in tensors:
-        room = tensor.new_zeros((tensor.size(0), *sizes))
-        room[tuple(slice(0, size) for size in tensor.shape)] = tensor
-        padded.append(room)
-    return torch.cat(padded)
 
 
 def separate_layout_reason(model: PreTrainedModel) -> str | None:

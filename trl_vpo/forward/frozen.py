@@ -15,12 +15,20 @@ class FrozenModules:
     """The modules of a model that are frozen now. (FSDP replaces parameters later, but no modules.)"""
 
     def __init__(self, model: nn.Module):
-        self._modules = [*_frozen(model), *_unsaved_statistics(model)]
+        self._modules = list(_frozen(model))
+        modules = list(model.modules())
+        if any(isinstance(module, BaseTunerLayer) for module in modules):
+            # No adapter saves running statistics, although the layer's weights or biases may train.
+            saved = {m for whole in modules if isinstance(whole, ModulesToSaveWrapper) for m in whole.modules()}
+            running = [module for module in modules if getattr(module, "running_mean", None) is not None]
+            self._modules += [module for module in running if module not in saved]
 
     def keep_in_eval(self) -> None:
         """Put them into evaluation mode; before each pass, as `train()` of the whole model may have been called."""
         for module in self._modules:
-            if not _needs_training_mode(module):
+            # These recompute their activations, add NEFTune's noise, or pass gradients through 8 bits.
+            recomputes = getattr(module, "gradient_checkpointing", False) or hasattr(module, "neftune_noise_alpha")
+            if not recomputes and not type(module).__module__.startswith("bitsandbytes"):
                 module.training = False
 
 
@@ -32,19 +40,3 @@ def _frozen(module: nn.Module) -> Iterator[nn.Module]:
             yield from _frozen(child)
     elif parameters or any(True for _ in module.buffers()):
         yield from module.modules()
-
-
-def _unsaved_statistics(model: nn.Module) -> list[nn.Module]:
-    """Return layers whose running statistics no adapter saves, although their weights or biases may train."""
-    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        return []
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    saved = {id(module) for wrapper in wrappers for module in wrapper.modules()}
-    running = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
-    return [module for module in running if id(module) not in saved]
-
-
-def _needs_training_mode(module: nn.Module) -> bool:
-    """Tell whether a layer recomputes its activations, adds NEFTune's noise, or passes gradients through 8 bits."""
-    recomputes = getattr(module, "gradient_checkpointing", False)
-    return recomputes or hasattr(module, "neftune_noise_alpha") or type(module).__module__.startswith("bitsandbytes")

@@ -4,9 +4,8 @@ Config fields do not tell. Cohere's text model multiplies by its `logit_scale`; 
 does not. So the model's own `forward` is run, with known numbers in the place of what its backbone and head compute.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -86,8 +85,8 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     logits = probes.reshape(1, -1, 1).expand(1, len(PROBES), config.vocab_size)
     head_inputs: list[Tensor] = []
     with (
-        _instead(backbone, lambda *args, **kwargs: _Hidden(last_hidden_state=hidden)),
-        _instead(head, lambda states: head_inputs.append(states) or logits.clone()),
+        patch.object(backbone, "forward", lambda *args, **kwargs: _Hidden(last_hidden_state=hidden)),
+        patch.object(head, "forward", lambda states: head_inputs.append(states) or logits.clone()),
     ):
         out = type(model).forward(model, input_ids=torch.zeros(1, len(PROBES), dtype=torch.long)).logits
     problem = f"{name} computes its logits from its hidden states in a way that is not supported: "
@@ -106,16 +105,3 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     if not torch.allclose(result, want, rtol=16 * torch.finfo(out.dtype).eps, atol=0):
         raise ValueError(problem + f"logits {probes.tolist()} became {result.tolist()}.")
     return scale * before.item(), cap
-
-
-@contextlib.contextmanager
-def _instead(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let `module(...)` be `forward(...)`."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

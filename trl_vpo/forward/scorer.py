@@ -6,7 +6,6 @@ one is used; where the model cannot have it, or they do not agree, the separate 
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -66,10 +65,11 @@ class Scorer:
         layouts = self._layouts(batch)
         hidden = reference.hidden if reference is not None else [None] * len(layouts)
         head = reference.head if reference is not None else None
-        outputs = [
-            model(**layout.inputs, score=_request(layout, batch, states, head))
-            for layout, states in zip(layouts, hidden)
-        ]
+        outputs = []
+        for layout, states in zip(layouts, hidden):
+            responses = (layout.rows, layout.positions, layout.mask, layout.labels)
+            kl_rows = torch.isin(layout.branches, batch["chosen"])
+            outputs.append(model(**layout.inputs, score=ScoreRequest(*responses, states, head, kl_rows)))
         padding_last = torch.cat([layout.branches for layout in layouts]).argsort()
         order = padding_last[: len(batch["branch_mask"])]
 
@@ -98,17 +98,16 @@ class Scorer:
     def sync_calls(self, batch: dict, padding_row: Callable[[str | None], dict], sharding: str | None) -> None:
         """Agree on the model calls of a step, see `trl_vpo.forward.ranks`. All ranks call this."""
         if "calls" not in batch:
-            trains_vision = self._vision is not None and self._vision.trained
-            sync_calls(batch, padding_row, sharding=sharding, trains_vision=trains_vision)
+            sync_calls(batch, padding_row, sharding=sharding, trains_vision=self._vision.trained)
 
     def record_vision(self) -> contextlib.AbstractContextManager:
         """Record frozen vision features during the reference pass of a step."""
         self._frozen.keep_in_eval()  # dropout of the tower would mean that its features differ between the passes
-        return self._vision.record() if self._vision else contextlib.nullcontext()
+        return self._vision.record()
 
     def replay_vision(self) -> contextlib.AbstractContextManager:
         """Replay the recorded features during the policy pass."""
-        return self._vision.replay() if self._vision else contextlib.nullcontext()
+        return self._vision.replay()
 
     # --- auto -----------------------------------------------------------------------------------------------------
 
@@ -119,7 +118,7 @@ class Scorer:
         training = model.training
         model.eval()
         try:
-            with self._vision.paused() if self._vision else contextlib.nullcontext():
+            with self._vision.paused():
                 for self.layout in ("separate", "shared"):
                     logps[self.layout] = self.score(model, batch).logps
         except Exception as error:  # whatever a model's code may raise on inputs that it was not written for
@@ -152,8 +151,3 @@ class Scorer:
     def _log_fallback(self, reason: str) -> None:
         name = type(self._backbone).__name__
         logger.warning(f"layout='auto': {name} is trained with the separate layout, because {reason}.")
-
-
-def _request(layout: Layout, batch: dict, ref_hidden: Tensor | None, ref_head: Any) -> ScoreRequest:
-    responses = (layout.rows, layout.positions, layout.mask, layout.labels)
-    return ScoreRequest(*responses, ref_hidden, ref_head, kl_rows=torch.isin(layout.branches, batch["chosen"]))

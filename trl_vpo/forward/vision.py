@@ -21,9 +21,8 @@ class VisionFeatures:
     """The vision features of one backbone (without head and PEFT), kept between the two passes of a step."""
 
     def __init__(self, backbone: nn.Module, language_model: nn.Module):
-        text = {id(module) for module in language_model.modules()}
-        # Modules and no parameters: FSDP replaces those.
-        self._modules = [m for m in backbone.modules() if id(m) not in text]
+        text = set(language_model.modules())
+        self._modules = [m for m in backbone.modules() if m not in text]  # no parameters: FSDP replaces those
         self._dropouts = [m for m in self._modules if isinstance(m, nn.Dropout) and m.p > 0]
         self._kept: list[tuple[str, Any]] = []
         self._mode = "off"
@@ -86,13 +85,11 @@ def _kept(method: Callable) -> Callable:
     return features
 
 
-def vision_features(backbone: nn.Module) -> VisionFeatures | None:
-    """Let a vision-language backbone keep its features when asked to; None for a text model."""
-    decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else None
-    if decoder is None or decoder is backbone or not any(hasattr(backbone, name) for name in FEATURE_METHODS):
-        return None
-    backbone._trl_vpo_vision = VisionFeatures(backbone, decoder)
-    for name in FEATURE_METHODS:
-        if hasattr(backbone, name):
-            setattr(backbone, name, types.MethodType(_kept(getattr(type(backbone), name)), backbone))
+def vision_features(backbone: nn.Module) -> VisionFeatures:
+    """Let a vision-language backbone keep its features when asked to; a text model has none."""
+    decoder = backbone.get_decoder() if hasattr(backbone, "get_decoder") else backbone
+    names = [name for name in FEATURE_METHODS if decoder is not backbone and hasattr(backbone, name)]
+    backbone._trl_vpo_vision = VisionFeatures(backbone, decoder if names else backbone)
+    for name in names:
+        setattr(backbone, name, types.MethodType(_kept(getattr(type(backbone), name)), backbone))
     return backbone._trl_vpo_vision
