@@ -5,6 +5,7 @@ row -> collator -> tree batch -> `concatenated_forward` -> per-token scores -> `
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from trl_vpo.trainers.card import write_model_card
 from trl_vpo.trainers.config import VisualPreferenceConfig
 from trl_vpo.trainers.finite import check_losses, check_weights
 from trl_vpo.trainers.logs import LoggingTrainer
-from trl_vpo.trainers.padding_rows import PaddingRows
+from trl_vpo.trainers.padding_rows import padding_row
 from trl_vpo.trainers.precompute import ReferenceCache
 from trl_vpo.trainers.reference import reference_scores
 
@@ -175,7 +176,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         compat.wrap_existing_layers(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
         self._start_logs()
-        self._padding_rows = PaddingRows(self)
+        self._padding_rows = functools.cache(functools.partial(padding_row, self))
         if self.args.precompute_ref_log_probs:
             self.precompute_ref_logps = True  # `without_trl_precomputing` hid it from DPOTrainer
             self._reference_cache = ReferenceCache(self)

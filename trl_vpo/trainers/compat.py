@@ -4,12 +4,13 @@ Each function says what upstream does, links where it is discussed, and when it 
 when an upgrade moves what they lean on.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.logging import get_logger
@@ -27,37 +28,23 @@ logger = get_logger(__name__)
 # --- trl ----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def without_trl_precomputing(args: Any) -> Iterator[None]:
+def without_trl_precomputing(args: Any) -> AbstractContextManager:
     """While `DPOTrainer.__init__` runs: let it precompute nothing, as it refuses visual rows.
 
     `ReferenceCache` does it afterwards, for all rows. Can go when TRL precomputes through the data collator:
     https://github.com/huggingface/trl/pull/5867
     """
-    asked, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
-    try:
-        yield
-    finally:
-        args.precompute_ref_log_probs = asked
+    return patch.object(args, "precompute_ref_log_probs", False)
 
 
-@contextlib.contextmanager
-def without_reference_model(policy_by_name: bool) -> Iterator[None]:
+def without_reference_model(policy_by_name: bool) -> AbstractContextManager:
     """While `DPOTrainer.__init__` runs: do not load the second copy of the model that it takes for a reference.
 
     LeanPO has none, and precomputed log-probs need none. Can go when `DPOTrainer` has a switch for it.
     """
-    load = dpo_trainer.create_model_from_path
-    loads = [load] if policy_by_name else []  # the first load is then the policy's
-
-    def create_model_from_path(*args, **kwargs):
-        return loads.pop()(*args, **kwargs) if loads else None
-
-    dpo_trainer.create_model_from_path = create_model_from_path
-    try:
-        yield
-    finally:
-        dpo_trainer.create_model_from_path = load
+    loads = [dpo_trainer.create_model_from_path] if policy_by_name else []  # the first load is then the policy's
+    load = lambda *args, **kwargs: loads.pop()(*args, **kwargs) if loads else None  # noqa: E731
+    return patch.object(dpo_trainer, "create_model_from_path", load)
 
 
 def drop_empty_media_columns(dataset: Dataset | IterableDataset, processing_class: Any) -> Dataset | IterableDataset:
@@ -80,11 +67,9 @@ def copy_whole_adapter(policy: nn.Module) -> None:
     """
     tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        if "default" in parts:
-            twin = tensors.get(".".join("ref" if part == "default" else part for part in parts))
-            if twin is not None and twin is not tensor:
-                twin.copy_(tensor)
+        twin = tensors.get(".".join("ref" if part == "default" else part for part in name.split(".")))
+        if twin is not None and twin is not tensor:
+            twin.copy_(tensor)
 
 
 def undo_bfloat16_adapters(trainer: Any) -> None:
@@ -105,7 +90,7 @@ def undo_bfloat16_adapters(trainer: Any) -> None:
 # --- peft, bitsandbytes -------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
+@contextmanager
 def keep_frozen(model: nn.Module) -> Iterator[None]:
     """Restore afterwards which parameters train.
 
@@ -157,7 +142,7 @@ def wrap_existing_layers(trainer: Any) -> None:
         plugin.transformer_cls_names_to_wrap = [n for n in trainer.model._no_split_modules or [] if n in present]
 
 
-@contextlib.contextmanager
+@contextmanager
 def full_state_dict(trainer: Any) -> Iterator[None]:
     """While a result is saved under FSDP: gather the weights.
 
@@ -211,12 +196,9 @@ class WholeErrorFile(ErrorHandler):
         path = os.environ.get("TORCHELASTIC_ERROR_FILE")
         if not path:
             return super().record_exception(e)
-        os.environ["TORCHELASTIC_ERROR_FILE"] = part = f"{path}.part"
-        try:
+        with patch.dict(os.environ, TORCHELASTIC_ERROR_FILE=f"{path}.part"):
             super().record_exception(e)
-            os.replace(part, path)
-        finally:
-            os.environ["TORCHELASTIC_ERROR_FILE"] = path
+        os.replace(f"{path}.part", path)
 
 
 record_error = partial(record, error_handler=WholeErrorFile())

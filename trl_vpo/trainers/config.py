@@ -93,7 +93,13 @@ class VisualPreferenceConfig(DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._refuse_unused_options()
+        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in _TRL_FIELDS}
+        for name, reason in self.refused.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{type(self).__name__} does not take {name}={getattr(self, name)!r}: {reason}. "
+                    f"Leave `{name}` out of the recipe."
+                )
         for own in fields(VisualPreferenceConfig):
             choices = own.metadata.get("choices")
             if own.name in ("layout", "check_media", "on_bad_media") and getattr(self, own.name) not in choices:
@@ -123,15 +129,6 @@ class VisualPreferenceConfig(DPOConfig):
         if self.on_bad_media == "skip":
             self.check_media = "decode"  # rows can only be left out up front if every file was read
         self.num_frames = self.video_options().num_frames  # also says what is wrong, before anything is loaded
-
-    def _refuse_unused_options(self) -> None:
-        defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in _TRL_FIELDS}
-        for name, reason in self.refused.items():
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"{type(self).__name__} does not take {name}={getattr(self, name)!r}: {reason}. "
-                    f"Leave `{name}` out of the recipe."
-                )
 
     # --- tokens: what is written or shown has none ------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """The log: averages over all pairs of what steps and evaluations recorded, and the tokens trained on."""
 
+from typing import Any
+
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -47,9 +49,7 @@ class LoggingTrainer(DPOTrainer):
         self._step = (self._tr_loss.clone(), totals[0] / self.accelerator.num_processes)
         return batches, num_items
 
-    def _record(
-        self, scores: Scores, reference: Scores | None, out: PreferenceLoss, batch: dict, loss: Tensor
-    ) -> None:
+    def _record(self, scores: Scores, reference: Any, out: PreferenceLoss, batch: dict, loss: Tensor) -> None:
         metrics = preference_metrics(scores, reference, out)
         extra = self.extra_metrics(scores, reference, batch)
         metrics |= {PAIRWISE + key: metrics[key] for key in metrics.keys() & extra.keys()} | extra
@@ -60,13 +60,6 @@ class LoggingTrainer(DPOTrainer):
             self._own_losses.append(loss.detach())
             self._own_scores = scores
         self._sums["train" if self.model.training else "eval"].record(metrics)
-
-    def _record_step(self, tr_loss: Tensor) -> None:
-        """Record by how much the step that just ended raised Trainer's sum of losses, once for each of its pairs."""
-        if self._step is not None:
-            before, pairs = self._step
-            self._sums["train"].record({"loss": ((tr_loss - before)[None], pairs[None])})
-        self._step = None
 
     def _record_returned(self, returned: Tensor, pairs: int) -> None:
         """Record by how much a loss that `compute_loss` returned in an evaluation differs from our own."""
@@ -96,7 +89,10 @@ class LoggingTrainer(DPOTrainer):
         return loss
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs):
-        self._record_step(tr_loss)
+        if self._step is not None:  # by how much it raised Trainer's sum of losses, once for each of its pairs
+            before, pairs = self._step
+            self._sums["train"].record({"loss": ((tr_loss - before)[None], pairs[None])})
+        self._step = None
         if self.control.should_log:
             self._average_training()
             loss = self._metrics["train"].pop("loss", None)

@@ -1,7 +1,5 @@
 """Metrics as sums and weights, so that averages over steps, ranks and ragged responses are exact."""
 
-from collections import defaultdict
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -59,22 +57,21 @@ class MetricSums:
         pairs = [m if isinstance(m, tuple) else (m, torch.ones_like(m)) for m in metrics.values()]
         sums = torch.stack([torch.stack([v.float() * w.float(), w.float()]) for v, w in pairs])  # (K, 2, B)
         if not self._gathers:
-            self._add(dict(zip(metrics, sums.sum(-1).tolist())))
+            _add(self._sums, dict(zip(metrics, sums.sum(-1).tolist())))
             return
         rows = [dict(zip(metrics, row)) for row in sums.permute(2, 0, 1).tolist()]
         for row in self._accelerator.gather_for_metrics(rows, use_gather_object=True):
-            self._add(row)
-
-    def _add(self, sums: dict[str, list[float]]) -> None:
-        for key, (value, weight) in sums.items():
-            total = self._sums.setdefault(key, [0.0, 0.0])
-            total[0], total[1] = total[0] + value, total[1] + weight
+            _add(self._sums, row)
 
     def averages(self) -> dict[str, float]:
         """Return the averages over all ranks, and start anew. All ranks call this."""
-        ranks = [self._sums] if self._gathers else gather_object([self._sums])
-        totals = defaultdict(lambda: [0.0, 0.0])
-        for key, (value, weight) in ((k, pair) for sums in ranks for k, pair in sums.items()):
-            totals[key] = [totals[key][0] + value, totals[key][1] + weight]
+        totals: dict[str, list[float]] = {}
+        for sums in [self._sums] if self._gathers else gather_object([self._sums]):
+            _add(totals, sums)
         self._sums = {}
         return {key: value / weight for key, (value, weight) in totals.items() if weight}
+
+
+def _add(totals: dict[str, list[float]], sums: dict[str, list[float]]) -> None:
+    for key, pair in sums.items():
+        totals[key] = [total + more for total, more in zip(totals.get(key, (0.0, 0.0)), pair)]

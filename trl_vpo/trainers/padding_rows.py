@@ -5,7 +5,6 @@ from typing import Any
 
 from PIL import Image
 
-from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.forward.families import VISION_INPUTS
 from trl_vpo.forward.tree import Branch, Tree, tree_batch
 from trl_vpo.media.load import VideoOptions
@@ -14,25 +13,13 @@ PICTURE = Image.new("RGB", (56, 56))
 MEDIA = {"image": {"images": [PICTURE]}, "video": {"videos": [[PICTURE, PICTURE]]}}
 
 
-class PaddingRows:
-    """The padding rows of a trainer, on its device; each is made when it is first needed."""
+def padding_row(trainer: Any, vision_input: str | None) -> dict:
+    """Return a tree batch of one prompt, with a small image or video or neither, and a response of one token.
 
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
-        self._batches: dict[str | None, dict] = {}
-
-    def __call__(self, vision_input: str | None) -> dict:
-        """Return `padding_batch` of the trainer's own processor and settings, whatever its data collator."""
-        if vision_input not in self._batches:
-            trainer = self._trainer
-            collator = trainer.make_collator(trainer.processing_class, trainer.args)
-            self._batches[vision_input] = trainer._prepare_inputs(padding_batch(collator, vision_input))
-        return self._batches[vision_input]
-
-
-def padding_batch(collator: PreferenceCollator, vision_input: str | None) -> dict:
-    """Return a tree batch of one prompt, with a small image or video or neither, and a response of one token."""
+    It has the trainer's own processor and settings, whatever its data collator, and lies on the trainer's device.
+    """
     kind = VISION_INPUTS.get(vision_input)
+    collator = trainer.make_collator(trainer.processing_class, trainer.args)
     if getattr(collator.processing_class, "chat_template", None):
         content = [{"type": kind}] if kind else [{"type": "text", "text": "?"}]
         row = {"prompt": [{"role": "user", "content": content}]}
@@ -43,4 +30,4 @@ def padding_batch(collator: PreferenceCollator, vision_input: str | None) -> dic
     plain = replace(collator, video=VideoOptions(num_frames=2), phrases=False, num_images=None, max_length=None)
     tree = plain.encode({**row, **MEDIA.get(kind, {}), "id": "padding"})
     short = Tree(tree.name, tree.trunks, [Branch(tree.branches[0].ids[:1])])
-    return tree_batch([short], plain.tokenizer.pad_token_id)
+    return trainer._prepare_inputs(tree_batch([short], plain.tokenizer.pad_token_id))
