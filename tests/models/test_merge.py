@@ -207,7 +207,7 @@ def test_merge_overwrites_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(AdapterError, match="is not an empty folder"):
         merge(trained("lora").folder, tmp_path)
-    with pytest.raises(AdapterError, match="give one of auto, float32"):
+    with pytest.raises(AdapterError, match="give one of auto, bfloat16"):
         merge(trained("lora").folder, tmp_path / "out", dtype="int8")
 
 

@@ -30,11 +30,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank
 
 
 def check_targets(targets: str | Iterable[str] | None) -> None:
-    """Refuse values of `lora_target_modules` that can match nothing; PEFT would say so after loading the model.
-
-    Raises:
-        RecipeError: a single word that is no preset, or a preset among other names.
-    """
+    """Raise RecipeError for a single word that is no preset, or a preset among other names: they match nothing."""
     if targets is None or targets in (*PRESETS, "all-linear"):
         return
     if isinstance(targets, str):
@@ -52,10 +48,8 @@ def check_targets(targets: str | Iterable[str] | None) -> None:
 
 
 def target_modules(model: nn.Module, preset: str) -> str:
-    r"""Return a preset of a model as PEFT takes it: a regular expression that matches whole module names.
+    r"""Return a preset of a model as a regular expression of whole module names, which loads without `trl_vpo`.
 
-    An adapter's config holds this expression, so that it loads where `trl_vpo` is not installed. The presets mean the
-    same in every family:
     - `language`: the linear layers of the language model (attention and MLP of its decoder layers). Not the
       embeddings, not the LM head. Experts that are stored as one fused parameter are no linear layers; a warning names
       them, `lora_target_parameters` adapts them.
@@ -65,26 +59,17 @@ def target_modules(model: nn.Module, preset: str) -> str:
     - `all`: those, and the linear layers of the vision tower. Not its convolutions and embeddings. Layers behind
       `vision_feature_layer` are adapted too, and learn nothing.
 
-    Args:
-        model: loaded, or empty on the meta device; without an adapter.
-        preset: one of `PRESETS`.
-
-    Raises:
-        RecipeError: the model has no projector or vision tower that is known.
+    The model may be empty, and has no adapter. Without a projector or vision tower that is known: RecipeError.
     """
     modules = dict(model.named_modules())
     # `nn.MultiheadAttention` reads the weight of its own kind of linear layer and never calls it: LoRA would not act.
-    linear = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    ]
+    uncalled = NonDynamicallyQuantizableLinear
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not isinstance(m, uncalled)]
     text = model.get_decoder()
     prefix = next(name for name, module in modules.items() if module is text) + "."
     names = {name for name in linear if name.startswith(prefix) and not VISION.search(f"{name}.")}
     _warn_of_fused(text)
-    parts = [("projector", PROJECTOR), ("vision tower", VISION)][: PRESETS.index(preset)]
-    for what, pattern in parts:
+    for what, pattern in [("projector", PROJECTOR), ("vision tower", VISION)][: PRESETS.index(preset)]:
         matches = {name for name in linear if pattern.search(f"{name}.")}
         if not matches:
             raise RecipeError(
@@ -96,11 +81,7 @@ def target_modules(model: nn.Module, preset: str) -> str:
 
 
 def resolve_targets(peft_config: Any, model: nn.Module) -> None:
-    """Replace the preset of a LoRA config by a model's module names, in place. Other targets stay as they are.
-
-    Raises:
-        RecipeError: as `check_targets` and `target_modules`.
-    """
+    """Replace the preset of a LoRA config by a model's module names, in place. Other targets stay as they are."""
     targets = getattr(peft_config, "target_modules", None)
     check_targets(targets)
     if targets in PRESETS:
@@ -175,19 +156,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a saved adapter's tensors, by their names."""
+def saved_names(folder: Path | str) -> set[str]:
+    """Return the names of a saved adapter's tensors."""
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return set(file.keys())
 
 
 def vllm_problems(adapter: Path | str) -> list[str]:
-    """Say why vLLM would refuse a saved adapter, or ignore parts of it; empty where it serves it as it is.
-
-    Raises:
-        AdapterError: no adapter.
-    """
-    return vllm_refuses(read_config(adapter), saved_shapes(adapter))
+    """Say why vLLM would refuse a saved adapter, or ignore parts of it; empty where it serves it as it is."""
+    return vllm_refuses(read_config(adapter), saved_names(adapter))
 
 
 def vllm_refuses(config: dict[str, Any], tensors: Iterable[str], *, max_lora_rank: int = MAX_LORA_RANK) -> list[str]:

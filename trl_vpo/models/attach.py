@@ -2,9 +2,10 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest.mock import patch
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from trl_vpo.errors import AdapterError
-from trl_vpo.models.adapters import saved_shapes
+from trl_vpo.models.adapters import saved_names
 
 PREFIX = "base_model.model."  # of the names in an adapter's file
 SHOWN = 3  # names in a message
@@ -81,24 +82,22 @@ def attach_adapter(
         raise AdapterError(f"{misfit}: {first}") from error
     missing = [key for key in loaded.missing_keys if name in key.split(".")]  # PEFT takes it for a part of any word
     _refuse_strays(missing, loaded.unexpected_keys, misfit)
-    _check_alphas(config, wrapped, misfit)
+    adapted = [n.removeprefix(PREFIX) for n, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)]
+    for pattern in getattr(config, "alpha_pattern", None) or {}:  # left out, the scaling would not be that of training
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
+            raise AdapterError(f"{misfit}: its alpha_pattern names {pattern}, which is not an adapted module.")
     return wrapped
 
 
 def check_checkpoint(model: PeftModel, folder: Path) -> None:
-    """Refuse an adapter's checkpoint whose tensors are not those of the adapter that is trained.
-
-    Raises:
-        AdapterError: names the tensors.
-    """
+    """Raise AdapterError for an adapter's checkpoint whose tensors are not those of the adapter that is trained."""
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False).keys()
-    saved = saved_shapes(folder).keys()
+    saved = saved_names(folder)
     strange = saved - own - model.state_dict().keys()  # PEFT saves adapted embeddings with their base
     _refuse_strays(own - saved, strange, f"the adapter in {folder} does not fit the one in training")
 
 
-@contextmanager
-def _own_tokens_only() -> Iterator[None]:
+def _own_tokens_only() -> AbstractContextManager:
     """Ask a module with trained tokens only for adapters that train some, as PEFT asks other modules.
 
     PEFT asks it for every adapter, and raises KeyError for one without `trainable_token_indices` beside one that has
@@ -109,14 +108,8 @@ def _own_tokens_only() -> Iterator[None]:
         return lambda self, name, *args: method(self, name, *args) if name in self._adapters else {}
 
     names = ("adapter_state_dict", "adapter_state_dict_load_map")
-    methods = {name: getattr(TrainableTokensWrapper, name) for name in names}
-    try:
-        for name, method in methods.items():
-            setattr(TrainableTokensWrapper, name, only_own(method))
-        yield
-    finally:
-        for name, method in methods.items():
-            setattr(TrainableTokensWrapper, name, method)
+    own = {name: only_own(getattr(TrainableTokensWrapper, name)) for name in names}
+    return patch.multiple(TrainableTokensWrapper, **own)
 
 
 def _key_mapping(wrapped: PeftModel, own: set[str], saved: set[str], misfit: str) -> dict[str, str]:
@@ -134,8 +127,7 @@ def _key_mapping(wrapped: PeftModel, own: set[str], saved: set[str], misfit: str
 
 def translator(model: PreTrainedModel) -> Callable[[str], str]:
     """Return a function from what an older transformers called a module or weight to its name today."""
-    transforms = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    renamings = [t for t in get_model_conversion_mapping(model, add_legacy=False) if isinstance(t, WeightRenaming)]
     return lambda name: apply_renamings(name, renamings)
 
 
@@ -151,14 +143,6 @@ def _translate_patterns(config: PeftConfig, model: PreTrainedModel) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         if pattern := getattr(config, field, None):
             setattr(config, field, {today(old): value for old, value in pattern.items()})
-
-
-def _check_alphas(config: PeftConfig, wrapped: PeftModel, misfit: str) -> None:
-    """Refuse an alpha that no module has: it would be another scaling than in training."""
-    adapted = [n.removeprefix(PREFIX) for n, module in wrapped.named_modules() if isinstance(module, BaseTunerLayer)]
-    for pattern in getattr(config, "alpha_pattern", None) or {}:
-        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
-            raise AdapterError(f"{misfit}: its alpha_pattern names {pattern}, which is not an adapted module.")
 
 
 def _refuse_strays(missing: Iterable[str], unexpected: Iterable[str], misfit: str) -> None:

@@ -70,8 +70,7 @@ class AnsweringConfig:
 
     def video_options(self) -> VideoOptions:
         """Return the options by which frames of a video are chosen."""
-        names = ("num_frames", "fps", "max_frames", "max_pixels", "video_start", "video_end")
-        return VideoOptions(**{name: getattr(self, name) for name in names})
+        return VideoOptions(**{setting.name: getattr(self, setting.name) for setting in fields(VideoOptions)})
 
     def model_options(self) -> dict[str, Any]:
         """Return the arguments of `trl_vpo.models.load.load_model` by name, except the adapter."""

@@ -102,7 +102,7 @@ def _device_map(device: str | None) -> Any:
 
 
 def _quantization(dtype: str, bits: dict[str, bool]) -> Any:
-    """4-bit or 8-bit weights in the language model only. None: neither."""
+    """Return 4-bit or 8-bit weights in the language model only. None: neither."""
     if not any(bits.values()):
         return None
     from transformers import BitsAndBytesConfig

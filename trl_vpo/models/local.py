@@ -96,7 +96,11 @@ class LocalModel(AnsweringModel):
         name = model.config._name_or_path or None
         self._description = description or {"model": name, "adapter": None, "revision": None}
         tokenizer = self._collator.tokenizer
-        self._ends = _end_tokens(model, processor, tokenizer)
+        own = model.generation_config.eos_token_id if model.generation_config is not None else None
+        ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id} - {None}
+        if not ends:
+            raise ModelError(f"{type(model).__name__} and its tokenizer have no end-of-sequence token: set one.")
+        self._ends = ends | ({stop_token(processor)} - {None})
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._ends)
         # `generate` fills whatever a call leaves open from here.
         model.generation_config = GenerationConfig(
@@ -113,7 +117,12 @@ class LocalModel(AnsweringModel):
         Raises:
             ModelError: media that the model cannot see, or one request that does not fit on the device.
         """
-        return [_usable(answer) for answer in self.complete(requests, sampling)]
+        answers = self.complete(requests, sampling)
+        for place, answer in enumerate(answers):
+            if isinstance(answer, Answer):
+                cut = None if answer.ended else Failure(f"cut off after {answer.tokens} tokens")
+                answers[place] = cut or unusable(answer.text) or answer.text
+        return answers
 
     def complete(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer | Failure]:
         """Return the answers as they are, empty and cut-off ones too. Failures and errors as in `answer`."""
@@ -205,7 +214,13 @@ class LocalModel(AnsweringModel):
                     continue
                 except torch.OutOfMemoryError:
                     if len(batch) == 1:
-                        raise ModelError(_too_large(trees[batch[0]], self.model.device)) from None
+                        trunk = trees[batch[0]].trunks[0]
+                        media = {key: tuple(value.shape) for key, value in trunk.media.items()} or "none"
+                        raise ModelError(
+                            f"one request alone does not fit on {self.model.device}: {len(trunk.ids)} prompt tokens, "
+                            f"media {media}. Lower num_frames, max_pixels or max_new_tokens, set load_in_4bit, or "
+                            "spread the model with device='auto'."
+                        ) from None
                 # Outside of the handler: its traceback would keep the failed call's tensors alive.
                 torch.cuda.empty_cache()
                 half = len(batch) // 2
@@ -238,23 +253,6 @@ class LocalModel(AnsweringModel):
         return self.encode(row, ("chosen",))
 
 
-def _usable(answer: Answer | Failure) -> str | Failure:
-    if isinstance(answer, Failure):
-        return answer
-    if not answer.ended:
-        return Failure(f"cut off after {answer.tokens} tokens")
-    return unusable(answer.text) or answer.text
-
-
-def _end_tokens(model: PreTrainedModel, processor: ProcessorMixin, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: the model's own, the tokenizer's, and that of the chat template."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = {*(own if isinstance(own, (list, tuple)) else [own]), tokenizer.eos_token_id} - {None}
-    if not ends:
-        raise ModelError(f"{type(model).__name__} and its tokenizer have no end-of-sequence token: set one.")
-    return ends | ({stop_token(processor)} - {None})
-
-
 def _left_padded(trunks: list[Trunk], pad_token_id: int) -> dict[str, Tensor]:
     """Prompts as inputs of `generate`: ids, mask and token types (B, P), padded on the left, and their media."""
     width = max(len(trunk.ids) for trunk in trunks)
@@ -268,12 +266,3 @@ def _left_padded(trunks: list[Trunk], pad_token_id: int) -> dict[str, Tensor]:
     }
     inputs |= {key: pad([trunk.types[key] for trunk in trunks], 0) for key in trunks[0].types}
     return inputs | merge_media([trunk.media for trunk in trunks])
-
-
-def _too_large(tree: Tree, device: torch.device) -> str:
-    trunk = tree.trunks[0]
-    media = {key: tuple(value.shape) for key, value in trunk.media.items()}
-    return (
-        f"one request alone does not fit on {device}: {len(trunk.ids)} prompt tokens, media {media or 'none'}. Lower "
-        "num_frames, max_pixels or max_new_tokens, set load_in_4bit, or spread the model with device='auto'."
-    )

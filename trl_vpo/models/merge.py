@@ -17,9 +17,9 @@ from trl_vpo.data.identity import package_version
 from trl_vpo.errors import AdapterError, as_user_errors
 from trl_vpo.models.adapters import read_config
 from trl_vpo.models.attach import attach_adapter
+from trl_vpo.models.load import DTYPES
 from trl_vpo.models.source import check_model
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 CARD = """\
 # {name}
@@ -107,7 +107,7 @@ def merge(
 
 
 def _merged(model: PreTrainedModel, adapter: Path, saved_as: torch.dtype) -> PreTrainedModel:
-    """`model` with the adapter in its weights, as they are saved; it answers what base and adapter answered."""
+    """Return `model` with the adapter in its weights, as they are saved; it answers as base and adapter did."""
     config = PeftConfig.from_pretrained(adapter)
     if isinstance(config, PromptLearningConfig):
         raise AdapterError(
@@ -156,13 +156,12 @@ def _notes(adapter: Path, named: str | None, base: str) -> list[str]:
         recipe = json.loads((adapter / "run.json").read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError):
         return notes
-    for bits in (4, 8):
-        if recipe.get(f"load_in_{bits}bit"):
-            notes.append(
-                f"The adapter was trained on {bits}-bit weights and is merged into those of full precision, so "
-                "answers differ a little from the ones in training."
-            )
-    return notes
+    return notes + [
+        f"The adapter was trained on {bits}-bit weights and is merged into those of full precision, so answers differ "
+        "a little from the ones in training."
+        for bits in (4, 8)
+        if recipe.get(f"load_in_{bits}bit")
+    ]
 
 
 def _write_card(folder: Path, adapter: Path, base: str, model: PreTrainedModel, notes: list[str]) -> None:

@@ -103,7 +103,12 @@ class ServerModel(AnsweringModel):
             import openai
         except ImportError as error:
             raise ModelError("a model behind a server needs openai: pip install trl-vpo[judge]") from error
-        self.url, self.model = scrub(_without_password(url)), model
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            shown = scrub(url.partition("?")[0].rpartition("@")[2])  # there may be a key before the host
+            raise ModelError(f"{shown!r} is not the address of a server: give it as http://HOST:PORT/v1.")
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        self.url, self.model = scrub(shown), model  # as messages and records show it: without user and password
         self._key_env, self._key = api_key_env, os.environ.get(api_key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()) or " " in self._key:
             raise ModelError(
@@ -297,15 +302,6 @@ def _bounded_client(seconds: float) -> Any:
             return type(response)(response.status_code, headers=headers, content=bytes(content), request=request)
 
     return Client(follow_redirects=False, headers={"accept-encoding": "identity"})
-
-
-def _without_password(url: str) -> str:
-    """Return the URL as messages and records show it: without user, password and query."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        shown = scrub(url.partition("?")[0].rpartition("@")[2])  # without a scheme, there may be a key before the host
-        raise ModelError(f"{shown!r} is not the address of a server: give it as http://HOST:PORT/v1.")
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def _message(body: str) -> str:

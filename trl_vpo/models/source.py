@@ -23,32 +23,8 @@ def short_name(model: str) -> str:
     return re.split(r"[/\\]", (hub_name(model) or model).rstrip("/\\"))[-1].lower()
 
 
-def check_model(
-    name: str, *, key: str = "model_name_or_path", revision: str | None = None, settle: bool = True
-) -> None:
-    """Refuse a folder without a model that can be loaded, and a name that is neither a folder nor on the Hub.
-
-    Args:
-        name: a folder, or a name on the Hub.
-        key: the option that gave it.
-        revision: on the Hub.
-        settle: as of `check_on_hub`.
-
-    Raises:
-        SourceError: says what is wrong.
-    """
-    if Path(name).exists():
-        _check_folder(Path(name), key)
-    else:
-        check_on_hub(name, key=key, revision=revision, settle=settle)
-
-
 def check_adapter(name: str, *, key: str, settle: bool = True) -> None:
-    """Refuse a folder that is no adapter, and a name that is neither a folder nor on the Hub.
-
-    Raises:
-        SourceError: says what is wrong.
-    """
+    """Raise SourceError for a folder that is no adapter, and a name that is neither a folder nor on the Hub."""
     if not Path(name).is_dir():
         check_on_hub(name, key=key, file="adapter_config.json", settle=settle)
     elif not (Path(name) / "adapter_config.json").is_file():
@@ -58,8 +34,16 @@ def check_adapter(name: str, *, key: str, settle: bool = True) -> None:
         )
 
 
-def _check_folder(folder: Path, key: str) -> None:
-    """Refuse a folder that lacks a file that loading needs, or has one that cannot be opened."""
+def check_model(
+    name: str, *, key: str = "model_name_or_path", revision: str | None = None, settle: bool = True
+) -> None:
+    """Raise SourceError for a name that is neither a model's folder nor on the Hub; `key` is the option that gave it.
+
+    A folder has all files that loading needs, and each can be opened. `settle` is that of `check_on_hub`.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        return check_on_hub(name, key=key, revision=revision, settle=settle)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise SourceError(
