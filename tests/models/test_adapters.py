@@ -43,11 +43,7 @@ MERGER = {"model.visual.merger.mlp.0", "model.visual.merger.mlp.2"}
 LLAVA = {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
 PARTS = {  # family: (language model, projector, vision tower)
     "Qwen2-VL": (LANGUAGE, MERGER, layers(BLOCKS, "attn.qkv attn.proj mlp.fc1 mlp.fc2")),
-    "Qwen2.5-VL": (
-        LANGUAGE,
-        MERGER,
-        layers(BLOCKS, "attn.qkv attn.proj mlp.gate_proj mlp.up_proj mlp.down_proj"),
-    ),
+    "Qwen2.5-VL": (LANGUAGE, MERGER, layers(BLOCKS, "attn.qkv attn.proj mlp.gate_proj mlp.up_proj mlp.down_proj")),
     "Qwen3-VL": (
         LANGUAGE,
         {"model.visual.merger.linear_fc1", "model.visual.merger.linear_fc2"}

@@ -179,10 +179,7 @@ def test_an_adapter_called_like_a_module(name):
 
 
 def test_an_adapter_beside_one_with_trained_tokens(tmp_path):
-    folders = {
-        "tokens": saved(tmp_path / "tokens", trainable_token_indices=[9, 12]),
-        "lora": saved(tmp_path / "lora"),
-    }
+    folders = {"tokens": saved(tmp_path / "tokens", trainable_token_indices=[9, 12]), "lora": saved(tmp_path / "lora")}
     pair = attach_adapter(plain(), folders["tokens"], name="tokens")
     attach_adapter(pair.get_base_model(), folders["lora"], name="lora", wrapped=pair)
     alone = {name: logits(attach_adapter(plain(), folder)) for name, folder in folders.items()}

@@ -6,16 +6,7 @@ from datasets import Dataset, IterableDataset, Sequence, Value, Video, concatena
 from datasets import Image as ImageFeature
 from helpers import row
 from PIL import Image
-from trainer_kit import (
-    PAIRS,
-    collated,
-    image_rows,
-    losses_of,
-    names_of,
-    shake,
-    text_rows,
-    trainer_of,
-)
+from trainer_kit import PAIRS, collated, image_rows, losses_of, names_of, shake, text_rows, trainer_of
 
 from trl_vpo.data.rows import response_text
 from trl_vpo.errors import RowError

@@ -4,17 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
-from trainer_kit import (
-    METHODS,
-    collated,
-    fresh,
-    image_rows,
-    losses_of,
-    names_of,
-    text_rows,
-    trainable,
-    trainer_of,
-)
+from trainer_kit import METHODS, collated, fresh, image_rows, losses_of, names_of, text_rows, trainable, trainer_of
 from transformers import TrainerCallback
 
 from trl_vpo import PreferenceCollator

@@ -31,12 +31,7 @@ class Scorer:
     """Score tree batches with a policy (without PEFT or a distributed wrapper around it) and its reference."""
 
     def __init__(
-        self,
-        policy: PreTrainedModel,
-        *,
-        layout: str,
-        pad_token_id: int,
-        pad_to_multiple_of: int | None = None,
+        self, policy: PreTrainedModel, *, layout: str, pad_token_id: int, pad_to_multiple_of: int | None = None
     ):
         self._backbone = policy.base_model
         self._pad_token_id = pad_token_id
