@@ -112,6 +112,10 @@ def logps_of(model, run):
     return torch.cat([r.gather(-1, torch.tensor(b.ids)[:, None])[:, 0] for r, (_, b) in zip(rows, branches)])
 
 
+def adapted_modules(model):
+    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
 def assert_same(got, want):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 

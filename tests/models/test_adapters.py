@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from adapter_kit import changed, pickled, recipe_of, train, trained
+from adapter_kit import adapted_modules, changed, pickled, recipe_of, train, trained
 from families import FAMILIES, text_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -67,10 +67,6 @@ PARTS = {  # family: (language model, projector, vision tower)
         ),
     ),
 }
-
-
-def adapted_modules(model):
-    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 @cache
@@ -190,17 +186,14 @@ def test_what_vllm_does_not_take(keys, message, tmp_path):
         ({"use_dora": True}, "warning", "it is DoRA"),
         ({"lora_modules_to_save": ["lm_head"]}, "warning", "modules_to_save: lm_head"),
         ({"lora_target_modules": "all"}, "warning", "10 of its 24 modules are in vision tower or projector"),
+        ({"lora_target_modules": ["q_proj", "lm_head"]}, "stop", "LM head"),
     ],
 )
 def test_the_doctor_says_what_vllm_takes(keys, status, message, tmp_path):
-    """Before anything is trained, and the same as of the saved adapter."""
-    ((_, reported, text),) = (finding for finding in findings(tmp_path, **keys) if finding[0] == "vLLM")
-    assert reported == status and re.search(message, text), text
-
-
-def test_the_doctor_stops_at_an_adapter_on_the_head(tmp_path):
-    stops = [f for f in findings(tmp_path, lora_target_modules=["q_proj", "lm_head"]) if f[:2] == ("LoRA", "stop")]
-    assert any("LM head" in text for *_, text in stops)
+    """Before anything is trained, and the same as of the saved adapter; and what training does not take."""
+    check = "LoRA" if status == "stop" else "vLLM"
+    texts = [text for name, reported, text in findings(tmp_path, **keys) if (name, reported) == (check, status)]
+    assert any(re.search(message, text) for text in texts), texts
 
 
 @pytest.mark.parametrize(

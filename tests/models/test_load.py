@@ -1,10 +1,9 @@
 """Weights that are loaded to answer: adapters, quantization, and settings that cannot be."""
 
-import families
 import pytest
 import torch
-import transformers
-from families import LANGUAGE_MODEL
+from distributed_run import wide_model
+from families import LANGUAGE_MODEL, write_model
 from held_out_kit import write_adapter
 from local_kit import GREEDY, load, questions
 from peft import PeftModel
@@ -69,13 +68,7 @@ def test_settings_that_cannot_be_loaded(tmp_path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A Qwen2-VL whose widths are multiples of 64: 4-bit weights on the CPU need that."""
-    vision = {"depth": 1, "embed_dim": 24, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-    names = ("Config", "ForConditionalGeneration", "Processor", "VideoProcessor")
-    classes = [getattr(transformers, f"Qwen2VL{name}") for name in names]
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
-    model, processor = families._qwen(*classes, vision, rope={"mrope_section": [2, 3, 3]}, text=text)
-    return families.write_model(tmp_path_factory.mktemp("wide"), model, processor)
+    return write_model(tmp_path_factory.mktemp("wide"), *wide_model())
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -90,10 +90,9 @@ def test_draws_of_neighbouring_steps_and_seeds_are_independent():
 
 def test_the_models_own_generation_settings_take_no_part(tmp_path, requests):
     """A checkpoint with a repetition penalty, sampling defaults and a forced first token answers as one without."""
-    plain = load()
-    changed = plain.model.generation_config
-    changed.repetition_penalty, changed.do_sample, changed.top_k, changed.temperature = 5.0, True, 1, 0.3
-    changed.forced_bos_token_id, changed.no_repeat_ngram_size, changed.max_length = 7, 1, 3
+    plain, changed = load(), {"repetition_penalty": 5.0, "do_sample": True, "top_k": 1, "temperature": 0.3}
+    changed |= {"forced_bos_token_id": 7, "no_repeat_ngram_size": 1, "max_length": 3}
+    plain.model.generation_config.update(**changed)
     plain.model.save_pretrained(tmp_path)
     plain.processor.save_pretrained(tmp_path)
     assert "repetition_penalty" in (tmp_path / "generation_config.json").read_text()
@@ -105,10 +104,6 @@ def test_the_models_own_generation_settings_take_no_part(tmp_path, requests):
 # --- answers that are none ----------------------------------------------------------------------------------------
 
 
-def trunk(*ids) -> Trunk:
-    return Trunk(ids=list(ids), types={}, media={})
-
-
 def test_the_templates_end_of_turn_ends_an_answer():
     """Models whose end of turn is not the tokenizer's EOS, Gemma 3 and Idefics2, may not name it in their settings."""
     model, processor = build("Idefics2")
@@ -116,7 +111,7 @@ def test_the_templates_end_of_turn_ends_an_answer():
     tiny = LocalModel(model, processor)
     end = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
     assert model.generation_config.eos_token_id == sorted({end, processor.tokenizer.eos_token_id})
-    assert tiny._read([65, end, 66], trunk()) == Answer(processor.tokenizer.decode([65]), 1, True)
+    assert tiny._read([65, end, 66], Trunk([])) == Answer(processor.tokenizer.decode([65]), 1, True)
 
 
 def test_an_answer_that_does_not_end_is_cut_off(base, requests):
@@ -128,20 +123,17 @@ def test_an_answer_that_does_not_end_is_cut_off(base, requests):
         (2, Failure("cut off after 2 tokens")),
     ):
         assert base.answer(requests[1:2], Sampling(max_new_tokens=limit, temperature=0)) == [expected]
-    assert base.complete(requests[1:2], Sampling(max_new_tokens=length, temperature=0)) == [
-        Answer(whole, length, False)
-    ]
+    sampling = Sampling(max_new_tokens=length, temperature=0)
+    assert base.complete(requests[1:2], sampling) == [Answer(whole, length, False)]
 
 
 def test_thoughts_are_taken_off(base, monkeypatch):
     tokenizer, eos = base.processor.tokenizer, base.processor.tokenizer.eos_token_id
-    thoughts, opened = (
-        tokenizer(text)["input_ids"] for text in (" <think>it moves</think> a red square. ", "<think>\n")
-    )
-    assert base._read([*thoughts, eos, 9, 9], trunk()) == Answer("a red square.", len(thoughts), True)
+    thoughts, opened = tokenizer([" <think>it moves</think> a red square. ", "<think>\n"])["input_ids"]
+    assert base._read([*thoughts, eos, 9, 9], Trunk([])) == Answer("a red square.", len(thoughts), True)
     # Where the template opened them, an answer that was cut off is all thoughts; one that ended has none.
-    assert base._read(thoughts[:3], trunk(*opened)) == Answer("", 3, False)
-    assert base._read([65, eos], trunk(*opened)).text == tokenizer.decode([65]).strip()
+    assert base._read(thoughts[:3], Trunk(opened)) == Answer("", 3, False)
+    assert base._read([65, eos], Trunk(opened)).text == tokenizer.decode([65]).strip()
     monkeypatch.setattr(base, "complete", lambda *args: [Answer("", 0, True), Answer("a <image>", 3, True)])
     empty, control = base.answer([], GREEDY)
     assert empty == Failure("empty answer") and "'<image>', a token of templates" in control.reason
@@ -185,9 +177,7 @@ def slow_average(model: LocalModel, request: Request, response: str) -> float:
     turns = [*request.messages, {"role": "assistant", "content": [{"type": "text", "text": response}]}]
     prompt = model.processor.apply_chat_template(request.messages, add_generation_prompt=True)
     whole = model.processor.apply_chat_template(turns)
-    kwargs = {"return_tensors": "pt"}
-    if request.media.images:
-        kwargs |= {"images": list(request.media.images)}
+    kwargs = {"return_tensors": "pt", "images": list(request.media.images) or None}
     if request.media.videos:
         kwargs |= {"videos": [clip.frames for clip in request.media.videos], "do_sample_frames": False}
     start = model.processor(text=[prompt], **kwargs)["input_ids"].size(1)
@@ -269,8 +259,7 @@ def test_media_that_the_family_cannot_see(requests):
 def test_an_image_that_the_processor_refuses_is_a_failure():
     model, processor = build("Qwen3-VL")
     images = [Image.new("RGB", size) for size in ((4000, 10), (56, 56))]  # 400:1, and 200:1 is its limit
-    refused, fine = LocalModel(model, processor).answer(
-        [asked("What?", images=[image]) for image in images], Sampling(max_new_tokens=2)
-    )
+    requests = [asked("What?", images=[image]) for image in images]
+    refused, fine = LocalModel(model, processor).answer(requests, Sampling(max_new_tokens=2))
     assert isinstance(refused, Failure) and "Qwen3VLProcessor refuses its prompt and media" in refused.reason
     assert isinstance(fine, str) or fine.reason.startswith("cut off")

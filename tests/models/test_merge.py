@@ -5,16 +5,13 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import families
 import pytest
 import torch
-import transformers
 from adapter_kit import (
     BASE,
     VARIANTS,
     assert_same,
     changed,
-    edited,
     hub_model,
     logps_of,
     pickled,
@@ -22,13 +19,14 @@ from adapter_kit import (
     train,
     trained,
 )
+from distributed_run import wide_model
 from families import text_model, write_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-from trl_vpo.errors import AdapterError, SourceError
+from trl_vpo.errors import AdapterError
 from trl_vpo.models.adapters import target_modules
 from trl_vpo.models.merge import merge
 
@@ -76,13 +74,7 @@ def test_a_trained_head_is_saved_whole_and_untied(tmp_path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A Qwen2-VL whose widths are multiples of 64: 4-bit weights on the CPU need that."""
-    vision = {"depth": 2, "embed_dim": 24, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-    classes = [getattr(transformers, f"Qwen2VL{n}") for n in ("Config", "ForConditionalGeneration", "Processor")]
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
-    rope = {"mrope_section": [2, 3, 3]}
-    model, processor = families._qwen(*classes, transformers.Qwen2VLVideoProcessor, vision, rope=rope, text=text)
-    return families.write_model(tmp_path_factory.mktemp("wide"), model, processor)
+    return write_model(tmp_path_factory.mktemp("wide"), *wide_model())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -163,12 +155,10 @@ def test_the_revision_of_the_base_is_kept(tmp_path, monkeypatch):
 def test_a_text_model_merges(tmp_path):
     model, tokenizer = text_model()
     base = write_model(tmp_path / "base", model, tokenizer)
-    adapted = get_peft_model(
-        model, LoraConfig(target_modules=target_modules(model, "language"), init_lora_weights=False)
-    )
+    config = LoraConfig(target_modules=target_modules(model, "language"), init_lora_weights=False)
+    adapted = get_peft_model(model, config)
     adapted.save_pretrained(tmp_path / "adapter")
-    notes = merge(tmp_path / "adapter", tmp_path / "out", base=base)
-    assert notes == []
+    assert merge(tmp_path / "adapter", tmp_path / "out", base=base) == []
     ids = torch.arange(8, 24)[None]
     with torch.no_grad():
         want = adapted.eval()(input_ids=ids).logits
@@ -178,15 +168,10 @@ def test_a_text_model_merges(tmp_path):
 
 REFUSED = {
     "pickled": (pickled, "has only adapter_model.bin, which can run code"),
-    "incomplete": (
-        lambda f, t: edited(f, t, lambda weights: dict(list(weights.items())[1:])),
-        "1 weights are not in the file: base_model.model",
-    ),
     "fewer targets": (
         lambda f, t: changed(f, t, target_modules=r".*\.q_proj"),
         "24 weights have no place in the model: base_model",
     ),
-    "other sizes": (lambda f, t: changed(f, t, r=8), "does not fit .*testbed/base"),
     "no base": (lambda f, t: changed(f, t, base_model_name_or_path=None), "does not name its base model: give `base`"),
     "a base that is gone": (lambda f, t: changed(f, t, init_lora_weights="lora_ga"), "changed the base's weights"),
     "no adapter": (lambda f, t: t, "adapter_config.json cannot be read"),
@@ -213,8 +198,8 @@ def test_merge_overwrites_nothing(tmp_path):
 
 def test_an_adapter_on_shared_embeddings_is_not_merged(tmp_path):
     """Merged, it would change the LM head, too."""
-    model = get_peft_model(plain(), LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
+    config = LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
+    get_peft_model(plain(), config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"differs from base and adapter by .* was not saved"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -225,15 +210,4 @@ def test_a_quantized_base_is_refused(tmp_path):
     config = json.loads(Path(BASE, "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     with pytest.raises(AdapterError, match="are quantized"):
-        merge(trained("lora").folder, tmp_path / "out", base=str(tmp_path))
-
-
-def test_a_pickled_base_is_refused(tmp_path):
-    for name in ("config.json", "generation_config.json"):
-        (tmp_path / name).write_text(Path(BASE, name).read_text())
-    AutoProcessor.from_pretrained(BASE).save_pretrained(tmp_path)
-    torch.save(load_file(f"{BASE}/model.safetensors"), tmp_path / "pytorch_model.bin")
-    with pytest.raises(SourceError, match="has pickled weights alone"):
-        train(tmp_path / "out", model_name_or_path=str(tmp_path))
-    with pytest.raises(SourceError, match="has pickled weights alone"):
         merge(trained("lora").folder, tmp_path / "out", base=str(tmp_path))

@@ -35,47 +35,36 @@ def test_answers_come_in_order_and_concurrently(serve):
 # --- what comes back ----------------------------------------------------------------------------------------------
 
 
+TOKEN = "the answer holds {!r}, a token of templates".format
+REFUSAL = "the server refused the request"
+ANSWERS = {  # what is asked -> what the server replies, and what that is: an answer, or the reason why it is none
+    "parts": (said([{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]), "in parts"),
+    "thinks": (said("<think>\nwell, well\n</think>\n\nyes."), "yes."),
+    "no token": (said("a <b>dog</b> | <1> |>"), "a <b>dog</b> | <1> |>"),
+    "cut": (said("a long sto", finish="length"), Failure("cut off after 7 tokens")),
+    "empty": (said("  "), Failure("empty answer")),
+    "zero width": (said("\u200b\u2060"), Failure("empty answer")),
+    "none": (said(None), Failure("empty answer")),
+    "thinking": (said("<think>well, well", finish="stop"), Failure("empty answer")),
+    "filter": (said("", finish="content_filter"), Failure("stopped by the server's content filter")),
+    "refused": (refused(400, f"too long for {KEY}"), Failure(f"{REFUSAL} (400): too long for <API key>")),
+    "large": (Reply(b"<html>too large</html>", 413), Failure(f"{REFUSAL} (413): <html>too large</html>")),
+    "half": (
+        Reply(b'{"choices": [{"message": {"content": "a dog \\ud83d"}, "finish_reason": "stop"}]}'),
+        Failure("the answer holds half a surrogate pair, which is not valid text"),
+    ),
+    "half error": (Reply(b'{"error": {"message": "bad \\ud83d"}}', 422), Failure(f"{REFUSAL} (422): bad ?")),
+    "image": (said("<image> a dog"), Failure(TOKEN("<image>"))),
+    "pad": (said("a dog<|image_pad|>"), Failure(TOKEN("<|image_pad|>"))),
+    "turn": (said("a dog<|im_end|>\n<|im_start|>user"), Failure(TOKEN("<|im_end|>"))),
+}
+
+
 def test_answers_that_are_none(serve, fast):
-    replies = {
-        "cut": said("a long sto", finish="length"),
-        "empty": said("  "),
-        "zero width": said("\u200b\u2060"),
-        "none": said(None),
-        "filter": said("", finish="content_filter"),
-        "parts": said([{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]),
-        "thinks": said("<think>\nwell, well\n</think>\n\nyes."),
-        "thinking": said("<think>well, well", finish="stop"),
-        "refused": refused(400, f"prompt of 9000 tokens is too long for {KEY}"),
-        "large": Reply(b"<html>too large</html>", 413),
-        "half": Reply(b'{"choices": [{"message": {"content": "a dog \\ud83d"}, "finish_reason": "stop"}]}'),
-        "half error": Reply(b'{"error": {"message": "bad \\ud83d"}}', 422),
-        "image": said("<image> a dog"),
-        "pad": said("a dog<|image_pad|>"),
-        "turn": said("a dog<|im_end|>\n<|im_start|>user"),
-        "no token": said("a <b>dog</b> | <1> |>"),
-    }
-    server = serve(behave=lambda _, body: replies[body["messages"][0]["content"]])
-    model = model_of(server)
-    answers = dict(zip(replies, model.answer([asked(text) for text in replies], SAMPLING)))
-    assert answers == {
-        "cut": Failure("cut off after 7 tokens"),
-        "empty": Failure("empty answer"),
-        "zero width": Failure("empty answer"),
-        "none": Failure("empty answer"),
-        "filter": Failure("stopped by the server's content filter"),
-        "parts": "in parts",
-        "thinks": "yes.",
-        "thinking": Failure("empty answer"),
-        "refused": Failure("the server refused the request (400): prompt of 9000 tokens is too long for <API key>"),
-        "large": Failure("the server refused the request (413): <html>too large</html>"),
-        "half": Failure("the answer holds half a surrogate pair, which is not valid text"),
-        "half error": Failure("the server refused the request (422): bad ?"),
-        "image": Failure("the answer holds '<image>', a token of templates"),
-        "pad": Failure("the answer holds '<|image_pad|>', a token of templates"),
-        "turn": Failure("the answer holds '<|im_end|>', a token of templates"),
-        "no token": "a <b>dog</b> | <1> |>",
-    }
-    assert len(server.seen) == len(replies)  # nothing of this was asked twice
+    server = serve(behave=lambda _, body: ANSWERS[body["messages"][0]["content"]][0])
+    answers = model_of(server).answer([asked(text) for text in ANSWERS], SAMPLING)
+    assert dict(zip(ANSWERS, answers)) == {text: answer for text, (_, answer) in ANSWERS.items()}
+    assert len(server.seen) == len(ANSWERS)  # nothing of this was asked twice
 
 
 @pytest.mark.parametrize("body", [b'{"choices": [', {"choices": []}, {"error": {"message": "engine"}}, b"<html>"])
@@ -207,7 +196,7 @@ def test_a_server_that_refuses_everything_stops_the_run(serve):
     message = stopped(model_of(serve(refusal)), [WHY] * 3)
     assert "refused all of the first 3 requests" in message and "video_url is not supported" in message
     model = model_of(serve(refusal))
-    failure = Failure("the server refused the request (400): video_url is not supported")
+    failure = Failure(f"{REFUSAL} (400): video_url is not supported")
     assert model.answer([WHY], SAMPLING) == [failure]  # it may be this one's fault
     assert "refused all of the first 2 requests" in stopped(model, [WHY])
     assert model.answer([], SAMPLING) == []
@@ -216,7 +205,7 @@ def test_a_server_that_refuses_everything_stops_the_run(serve):
 def test_refusals_of_a_server_that_answers(serve):
     model = model_of(serve(refused(400, "too long"), said("fine"), refused(400, "too long")))
     answers = [model.answer([WHY], SAMPLING)[0] for _ in range(4)]
-    refusal = Failure("the server refused the request (400): too long")
+    refusal = Failure(f"{REFUSAL} (400): too long")
     assert answers == [refusal, "fine", refusal, refusal]
 
 
