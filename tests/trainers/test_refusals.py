@@ -201,7 +201,7 @@ def test_datasets_that_are_none(tmp_path):
 
 
 def test_pictures_for_a_text_model(images, tmp_path):
-    with pytest.raises(RowError, match="vision-language"):
+    with pytest.raises(RowError, match="tokenizer of a text model"):
         trainer_of("dpo", tmp_path, image_rows(images))
 
 
