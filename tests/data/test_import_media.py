@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 from helpers import write_clip, write_image
 from import_records import FACTORY, LPOI, MMPR, PAIRS, RLAIF_V, RLHF_V, RRPO, VIDEOCHAT2
 from PIL import Image
@@ -166,7 +167,10 @@ def test_parts_of_videos_beside_whole_ones(tmp_path):
     whole, part = rows_of(tmp_path / "out.jsonl")
     ends = [load_video(read_row(row).videos[0], VideoOptions(num_frames=4)).timestamps[-1] for row in (whole, part)]
     assert ends[0] > 3 and 1 < ends[1] <= 2
-    assert read_inputs(str(tmp_path / "out.jsonl"))[1].videos == (part["videos"][0],)
+    paths = [row.videos[0] for row in read_inputs(str(tmp_path / "out.jsonl"))]
+    assert paths == [{"path": str(tmp_path / "a.mp4")}, part["videos"][0]]
+    loaded = load_dataset("json", data_files=str(tmp_path / "out.jsonl"), split="train")
+    assert loaded[1]["videos"] == part["videos"]
 
 
 @pytest.mark.parametrize(

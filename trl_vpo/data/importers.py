@@ -103,6 +103,8 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     rows = enumerate(_rows(_read(fmt, files, folder), lambda _: None))
     ordered = chain(front.values(), (row for number, row in rows if number not in front))
     empty = set(LIST_COLUMNS) - set(first)
+    if survey.parts:
+        ordered = map(_with_parts, ordered)
     _write_lines(target, ({key: value for key, value in row.items() if key not in empty} for row in ordered))
     counts.left_to_do = _left_to_do(fmt, survey, target, media_root, folder)
     return counts
@@ -117,6 +119,7 @@ class _Survey:
     filled: Counter = field(default_factory=Counter)  # list column -> how many rows fill it
     media: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
+    parts: bool = False  # a row takes a part of a video
 
 
 def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey:
@@ -133,6 +136,7 @@ def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey
         ignored |= set(record) - FORMATS[fmt].fields
         for row in rows:
             survey.media |= {_path(item) for column in MEDIA_COLUMNS for item in row.get(column) or []}
+            survey.parts |= any(isinstance(video, dict) for video in row.get("videos", []))
             for column in filter(row.get, LIST_COLUMNS):
                 survey.filled[column] += 1
                 survey.first.setdefault(column, (counts.written, row))
@@ -271,6 +275,12 @@ def _write_lines(path: Path, rows: Iterable[dict]) -> None:
     with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>") + "\n")
+
+
+def _with_parts(row: dict) -> dict:
+    """Return a row whose videos have the shape of a part: `load_dataset("json")` takes one shape for all rows."""
+    whole = {"video_start": None, "video_end": None}
+    return row | {"videos": [v if isinstance(v, dict) else {"path": v, **whole} for v in row["videos"]]}
 
 
 def _path(source: str | dict) -> str:
