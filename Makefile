@@ -14,7 +14,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
 	@echo "make selfmade     let the base of that world make its own preference data, and train on them"
-	@echo "make study        compare the methods on that world, five seeds; renews recipes/testbed/RESULTS.md (an hour)"
+	@echo "make study        compare the methods on that world, five seeds; renews studies/testbed/results/RESULTS.md (an hour)"
 	@echo "make study-quick  the same with one seed and fewer questions, in outputs/study-quick (minutes)"
 	@echo "make test         run the tests"
 	@echo "make test-lowest  run them in .venv-lowest, with the oldest versions that pyproject.toml allows"

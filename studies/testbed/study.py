@@ -1,6 +1,6 @@
 """The testbed study: what DPO, LeanPO, RRPO and LPOI do to the base of the small world, with intervals.
 
-    python -m studies.testbed.study            five seeds, tuned learning rates; writes recipes/testbed/RESULTS.md
+    python -m studies.testbed.study            five seeds, tuned learning rates; writes studies/testbed/results/RESULTS.md
     python -m studies.testbed.study --quick    one seed at the quickstart's learning rate; writes into its own folder
 
 Tuning first, on the validation split; then the final runs, each measured once on the test split. Runs are grouped, by
@@ -25,7 +25,7 @@ from studies.testbed import plan as study_plan
 from studies.testbed.plan import FULL, QUICK, Job, Scale
 from trl_vpo.testbed.quickstart import RECIPES, console
 
-RESULTS = Path("recipes/testbed")
+RESULTS = Path("studies/testbed/results")
 WORKERS = 2
 
 
