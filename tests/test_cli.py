@@ -14,7 +14,6 @@ from torch._utils import ExceptionWrapper
 from trl_vpo import cli
 from trl_vpo.data.import_formats import format_list
 from trl_vpo.errors import RowError, UserError
-from trl_vpo.training.launch import launch_options
 from trl_vpo.training.methods import method_classes
 from trl_vpo.training.run import make_parser
 
@@ -26,7 +25,8 @@ RRPO_ROW = {
 
 WRONG_PATHS = [
     ("train dpo", "--config no.yaml",
-     "the recipe no.yaml does not exist. Paths start from the working directory, HERE."),
+     "the recipe no.yaml does not exist: no such file from HERE, and no recipe of this name in the package. "
+     "`trl-vpo recipes` lists the names."),
     ("train dpo", "--dataset_name no.jsonl", "no.jsonl does not exist (seen from HERE)."),
     ("train dpo", "--model-name-or-path ./no",
      "model_name_or_path: the folder ./no does not exist (seen from HERE)."),
@@ -121,7 +121,7 @@ def test_help_of_generation(method, capsys):
     [
         (["train", "rpo"], "'rpo' is not one of dpo, leanpo, rrpo, lpoi. Did you mean rrpo"),
         (["import", "lpo", "a", "b"], "'lpo' is not one of rrpo, lpoi, ms-swift, llamafactory, llava-hound, "),
-        (["trian"], "plot, merge, view, import, doctor. Did you mean train?"),
+        (["trian"], "import, doctor, recipes, quickstart. Did you mean train?"),
         (["doctor", "r.yaml", "--method", "leanp"], "Did you mean leanpo?"),
         (["import", "rrpo", "a", "b", "--on_bat", "skip"], "unknown option --on_bat"),
         (["import", "rrpo", "a"], "OUT"),
@@ -220,42 +220,3 @@ def test_import_list(capsys):
     out = capsys.readouterr().out
     assert exit.value.code == 0 and out == format_list() + "\n"
     assert "videochat2: RRPO's data for VideoChat2" in out and "QA QA_NEG video|image" in out
-
-
-# --- launching ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unlaunched(monkeypatch):
-    for variable in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
-        monkeypatch.delenv(variable, raising=False)
-
-
-def test_launch_options_are_taken_out(unlaunched):
-    options = ["--config", "r.yaml", "--accelerate_config", "zero2", "--beta", "1", "--num_processes=2"]
-    rest, launch = launch_options(options)
-    assert rest == ["--config", "r.yaml", "--beta", "1"]
-    assert launch[0] == "--config_file" and launch[1].endswith("zero2.yaml")
-    assert launch[2:] == ["--num_processes", "2"]
-    assert launch_options(rest) == (rest, [])
-
-
-def test_launch_options_of_a_recipe(unlaunched, tmp_path, monkeypatch):
-    own, recipe = tmp_path / "own.yaml", tmp_path / "recipe.yaml"
-    own.write_text("num_processes: 4\n")
-    recipe.write_text(f"accelerate_config: {own}\nnum_processes: 2\n")
-    options = ["--config", str(recipe), "--num_processes", "3"]
-    assert launch_options(options)[1] == ["--config_file", str(own), "--num_processes", "3"]
-    monkeypatch.setenv("LOCAL_RANK", "0")  # a launched process does not launch again
-    assert launch_options(options) == (["--config", str(recipe)], [])
-
-
-def test_launch_runs_the_module(unlaunched, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    Path("r.yaml").write_text("beta: 0.1\n")
-    seen = []
-    monkeypatch.setattr("accelerate.commands.launch.launch_command", seen.append)
-    assert cli.main(["train", "rrpo", "--config", "r.yaml", "--num_processes", "2"]) == 0
-    (args,) = seen
-    assert (args.module, args.training_script, args.num_processes) == (True, "trl_vpo", 2)
-    assert args.training_script_args == ["train", "rrpo", "--config", "r.yaml"]

@@ -1,4 +1,4 @@
-"""`trl-vpo`: train, evaluate, generate, plot, merge, view, import, doctor.
+"""`trl-vpo`: train, evaluate, generate, plot, merge, view, import, doctor, recipes, quickstart.
 
 Only what a command needs is imported, so that `--help` answers at once. With a method, and for `evaluate`, it lists
 the keys of recipes, and takes the seconds that importing TRL takes.
@@ -11,15 +11,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from trl_vpo import __version__
 from trl_vpo.data.import_formats import FORMATS, format_list
 from trl_vpo.errors import UserError, as_user_errors, did_you_mean
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
-from trl_vpo.training.launch import launch, launch_options
+from trl_vpo.training.launch import check_gpus, launch, launch_options
 from trl_vpo.training.methods import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
@@ -121,7 +121,7 @@ def _message(error: UserError) -> str:
 def make_parser() -> Parser:
     """Return the parser of all commands."""
     parser = Parser(prog="trl-vpo", description=DESCRIPTION, epilog=TRAIN_EXAMPLE.split("\n\n")[0])
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"trl-vpo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_method_command(commands, train, "train a model with a method", METHODS, TRAIN_EXAMPLE)
     _add_evaluate(commands)
@@ -131,14 +131,9 @@ def make_parser() -> Parser:
     _add_view(commands)
     _add_import(commands)
     _add_doctor(commands)
+    _add_recipes(commands)
+    _add_quickstart(commands)
     return parser
-
-
-def _version() -> str:
-    try:
-        return f"trl-vpo {version('trl-vpo')}"
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "trl-vpo 0+unknown"
 
 
 def _add(commands, name: str, run: Callable, text: str, **options) -> Parser:
@@ -231,6 +226,20 @@ def _add_doctor(commands) -> None:
     )
 
 
+def _add_recipes(commands) -> None:
+    parser = _add(commands, "recipes", recipes, "list, show or copy the recipes of the package")
+    parser.add_argument("action", metavar="ACTION", nargs="?", choices=("list", "show", "copy"), default="list")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="of the recipe to show or copy")
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=".", help="to copy to (default: here)")
+    parser.add_argument("--json", action="store_true", help="list everything that is known, as JSON")
+
+
+def _add_quickstart(commands) -> None:
+    parser = _add(commands, "quickstart", quickstart, "train all methods on a small world, on a CPU, in minutes")
+    parser.add_argument("--out", metavar="DIR", type=Path, default="outputs/quickstart", help="folder to write")
+    parser.add_argument("--methods", metavar="METHOD", nargs="+", choices=METHODS, default=[*METHODS])
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +261,7 @@ def _with_recipe(args: argparse.Namespace, help_page: str, run: str) -> int:
     options, launcher = launch_options(args.options)
     _imported("trl_vpo.models.paths:check_paths")(options)
     if launcher:
+        check_gpus(args.words, launcher)
         return launch(launcher, [args.run.__name__, args.method, *options])
     _imported(run)(args.method, options)
     return 0
@@ -322,9 +332,19 @@ def import_data(args: argparse.Namespace, rest: list[str]) -> int:
 
 def doctor(args: argparse.Namespace, rest: list[str]) -> int:
     """Check a recipe and its data."""
-    from trl_vpo.doctor.checks import run_doctor
-
-    return run_doctor(
+    return _imported("trl_vpo.doctor.checks:run_doctor")(
         args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out,
         gpu_memory=args.gpu_memory, measures=args.measure,
     )  # fmt: skip
+
+
+def recipes(args: argparse.Namespace, rest: list[str]) -> int:
+    """List, show or copy the recipes of the package."""
+    _imported("trl_vpo.runs.recipe_list:run_recipes")(args.action, args.name, args.folder, as_json=args.json)
+    return 0
+
+
+def quickstart(args: argparse.Namespace, rest: list[str]) -> int:
+    """Train and compare the methods on the small world."""
+    _imported("trl_vpo.testbed.quickstart:run_quickstart")(args.out, args.methods)
+    return 0

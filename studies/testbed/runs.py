@@ -19,7 +19,6 @@ from typing import Any
 
 from studies.testbed import data as study_data
 from studies.testbed.plan import BASE, Job, from_json, watched_split
-from trl_vpo.testbed.quickstart import RECIPES
 
 ANSWER_TOKENS, EVALUATED_AT_ONCE = 24, 64
 _DECODED: dict[tuple[Path, str], Any] = {}
@@ -105,7 +104,7 @@ def run_training(job: Job, data: Path, out: Path) -> list[dict[str, Any]]:
     train, adapter = job.settings["train"], job.adapter(out)
     shutil.rmtree(adapter, ignore_errors=True)  # of a run that was killed
     options = {
-        "config": RECIPES / f"{train['method']}.yaml",
+        "config": f"quickstart/{train['method']}",
         "model_name_or_path": BASE,
         "output_dir": adapter,
         "dataset_name": _watched(train, data, out) if train["watch"] else data,
@@ -140,7 +139,7 @@ def _training_file(job: Job, out: Path) -> tuple[Path | None, dict[str, Any] | N
 
     method, run = job.settings["train"]["method"], out / "made" / job.stem
     inputs = study_data.generation_inputs(data, method, out / "data")
-    options = ["--config", RECIPES / f"{method}-generate.yaml", "--dataset_name", inputs, "--output_dir", run]
+    options = ["--config", f"quickstart/{method}-generate", "--dataset_name", inputs, "--output_dir", run]
     options += ["--model_name_or_path", BASE, "--seed", job.settings["train"]["seed"]]
     if made_by != "base":
         options += ["--from_adapter", out / "runs" / made_by]

@@ -1,7 +1,7 @@
 """Preference data that the base of the testbed makes for itself: `python -m studies.testbed.selfmade`.
 
-For each method: annotated clips or scenes go through `trl-vpo generate` (`recipes/quickstart/<method>-generate.yaml`),
-the rows train an adapter (`<method>-selfmade.yaml`), and it is measured as in the quickstart. LeanPO's responses and
+For each method: annotated clips or scenes go through `trl-vpo generate` (recipe `quickstart/METHOD-generate`), the
+rows train an adapter (`quickstart/METHOD-selfmade`), and it is measured as in the quickstart. LeanPO's responses and
 RRPO's rejected ones are the base's own; LPOI's pairs are given and get their boxes.
 """
 
@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from trl_vpo.testbed import language, quickstart, rows, world
-from trl_vpo.testbed.quickstart import METHODS, RECIPES, console
+from trl_vpo.testbed.quickstart import METHODS, console
 
 INPUT_CLIPS, INPUT_SCENES, INPUT_SEED = 320, 320, 13
 PIPELINES = ("leanpo", "rrpo", "lpoi")
@@ -32,7 +32,7 @@ def main() -> None:
         data = generate(method, inputs[method], args.out)
         if kind == "clip":
             console.print(f"{true_rejections(data)} of the rejected responses are true by the world's own facts.")
-        recipe = RECIPES / f"{method}-selfmade.yaml"
+        recipe = f"quickstart/{method}-selfmade"
         result = quickstart.run_method(method, args.out, held_out[kind], bases.get(kind), recipe, data)
         bases[kind] = result.before
         results.append(result)
@@ -57,7 +57,7 @@ def generate(method: str, inputs: Path, out: Path) -> Path:
 
     console.rule(f"{METHODS[method][0]}: making preference data")
     run = out / f"{method}-data"
-    options = ["--config", RECIPES / f"{method}-generate.yaml", "--dataset_name", inputs, "--output_dir", run]
+    options = ["--config", f"quickstart/{method}-generate", "--dataset_name", inputs, "--output_dir", run]
     run_generation(method, [str(word) for word in options])
     return run / "rows.jsonl"
 

@@ -1,6 +1,6 @@
 """The testbed study: what DPO, LeanPO, RRPO and LPOI do to the base of the small world, with intervals.
 
-    python -m studies.testbed.study            five seeds, tuned learning rates; writes studies/testbed/results/RESULTS.md
+    python -m studies.testbed.study            five seeds, tuned learning rates; writes results/RESULTS.md
     python -m studies.testbed.study --quick    one seed at the quickstart's learning rate; writes into its own folder
 
 Tuning first, on the validation split; then the final runs, each measured once on the test split. Runs are grouped, by
@@ -23,7 +23,7 @@ from typing import Any
 
 from studies.testbed import plan as study_plan
 from studies.testbed.plan import FULL, QUICK, Job, Scale
-from trl_vpo.testbed.quickstart import RECIPES, console
+from trl_vpo.testbed.quickstart import console
 
 RESULTS = Path("studies/testbed/results")
 WORKERS = 2
@@ -54,10 +54,10 @@ def run_study(scale: Scale, out: Path, report: Path, *, workers: int = WORKERS, 
     """Make what is missing of a study's results, write its report and return the report's path.
 
     Raises:
-        SystemExit: the working directory has no recipes, or a worker failed; the message names its log.
+        SystemExit: this is not the root of the repository, or a worker failed; the message names its log.
     """
-    if not RECIPES.is_dir():
-        raise SystemExit(f"{RECIPES} is not here ({Path.cwd()}): start this from the root of the repository.")
+    if not study_plan.BASE.is_dir():
+        raise SystemExit(f"{study_plan.BASE} is not here ({Path.cwd()}): start this from the root of the repository.")
     from studies.testbed import measures as study_measures
     from studies.testbed import report as study_report
 

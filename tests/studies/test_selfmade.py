@@ -63,6 +63,5 @@ def test_training_on_self_made_data_helps(method, tmp_path):
     held_out = quickstart.write_data(tmp_path / "data")
     data = selfmade.generate(method, selfmade.write_inputs(tmp_path / "data")[method], tmp_path)
     kind = quickstart.METHODS[method][1]
-    recipe = quickstart.RECIPES / f"{method}-selfmade.yaml"
-    result = quickstart.run_method(method, tmp_path, held_out[kind], None, recipe, data)
+    result = quickstart.run_method(method, tmp_path, held_out[kind], None, f"quickstart/{method}-selfmade", data)
     assert result.after.hallucination < result.before.hallucination / 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.paths import check_exists, check_output_dir, row_format
 from trl_vpo.models.source import check_adapter, check_model
+from trl_vpo.runs.named_recipes import shipped_model
 from trl_vpo.runs.recipe_file import read_recipe, split_config
 
 KEYS = {  # what names paths, or says how they are meant, with other spellings of the option
@@ -39,7 +40,7 @@ def check_paths(options: list[str]) -> None:
     if name := paths.get("dataset_name"):
         _check_rows(name)
     if (name := paths.get("model_name_or_path")) and "server_url" not in paths:
-        check_model(name, revision=paths.get("model_revision"), settle=False)
+        check_model(shipped_model(name), revision=paths.get("model_revision"), settle=False)
     if name := paths.get("from_adapter"):
         check_adapter(name, key="from_adapter", settle=False)
     for name in [adapters] if isinstance(adapters, str) else adapters:

@@ -13,6 +13,7 @@ import torch
 from trl.scripts.utils import ScriptArguments, TrlParser
 
 from trl_vpo.errors import RecipeError, UserError, did_you_mean
+from trl_vpo.runs.named_recipes import shipped_model
 from trl_vpo.runs.packages import missing_packages
 from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe, split_config
 from trl_vpo.runs.secrets import scrub
@@ -83,6 +84,8 @@ class RecipeParser(TrlParser):
         namespace, rest = super().parse_known_args(args, namespace)
         if rest:
             raise RecipeError(self._unknown(rest, args))
+        if model := getattr(namespace, "model_name_or_path", None):
+            namespace.model_name_or_path = shipped_model(model)
         for option in {arg.split("=")[0] for arg in args or () if arg.startswith("--")}:
             key = option[2:].replace("-", "_")
             check_bounds(key, getattr(namespace, key, None), "--")

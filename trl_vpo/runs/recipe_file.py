@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from trl_vpo.errors import RecipeError
+from trl_vpo.runs.named_recipes import find_recipe
 from trl_vpo.runs.secrets import scrub
 
 LAUNCH_KEYS = ("accelerate_config", "num_processes")  # read by the command line, before any process starts
@@ -23,7 +24,7 @@ def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
         return None, argv
     at = argv.index("--config")
     if at + 1 == len(argv):
-        raise RecipeError("--config needs the path of a recipe behind it.")
+        raise RecipeError("--config needs a recipe behind it, a path or a name.")
     if "--config" in argv[at + 1 :]:
         raise RecipeError("--config is given twice: name one recipe.")
     return argv[at + 1], argv[:at] + argv[at + 2 :]
@@ -62,16 +63,15 @@ def read_recipe(path: Path | str) -> dict[str, Any]:
 
 
 def recipe_text(path: Path | str) -> str:
-    """Return the text of a recipe.
+    """Return the text of a recipe: a file, or a name of `trl_vpo.runs.named_recipes`.
 
     Raises:
-        RecipeError: no such file, or not UTF-8.
+        RecipeError: no such file or name, or not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return find_recipe(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise RecipeError(f"the recipe {path} {why}. Paths start from the working directory, {Path.cwd()}.") from error
+        raise RecipeError(f"the recipe {path} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise RecipeError(f"the recipe {path} is not UTF-8 text, in line {line}: save it as UTF-8.") from None

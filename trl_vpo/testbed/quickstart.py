@@ -1,16 +1,16 @@
-"""All four methods on the small world, in a few minutes on two CPU cores: `python -m trl_vpo.testbed.quickstart`.
+"""All four methods on the small world, in a few minutes on two CPU cores: `trl-vpo quickstart`.
 
-It writes clips and scenes, builds preference rows, trains with the recipes of `recipes/quickstart/` through the entry
+It writes clips and scenes, builds preference rows, trains with the recipes `quickstart/METHOD` through the entry
 point of `trl-vpo train`, and compares each method with the base model on held-out samples, all drawn without habits.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,18 @@ from trl_vpo.report.plot.curves import training_figure
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.testbed import language, rows, world
 
-RECIPES = Path("recipes/quickstart")
 METHODS = {"dpo": ("DPO", "clip"), "leanpo": ("LeanPO", "clip"), "rrpo": ("RRPO", "clip"), "lpoi": ("LPOI", "scene")}
 TRAIN_ROWS, HELD_OUT_ROWS = 320, 150
 TRAIN_SEED, HELD_OUT_SEED = 11, 12
 CAPTION_TOKENS = 32
+NEXT = """
+Next:
+  trl-vpo view {out}/data/clips_train.jsonl -o page.html    the rows that it was trained on
+  trl-vpo plot {out}/{method} -o curves.html    the curves of one run, or of several
+On your own rows (the docs' page on data has the columns; `trl-vpo import --help`, the formats that are converted):
+  trl-vpo recipes    the recipes and the GPUs that they are written for
+  trl-vpo doctor rrpo/qwen2_5_vl_7b --dataset_name train.jsonl    checks rows and memory before any training
+  trl-vpo train rrpo --config rrpo/qwen2_5_vl_7b --dataset_name train.jsonl"""
 
 console = Console()
 
@@ -72,34 +79,26 @@ class Result:
     history: list[dict]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train all four methods on the small world and compare them.")
-    parser.add_argument("--out", type=Path, default=Path("outputs/quickstart"), help="default: outputs/quickstart")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    args = parser.parse_args()
+def run_quickstart(out: Path, methods: Sequence[str]) -> None:
+    """Train and measure these methods, print the table, and save adapters and curves in a folder."""
     began = time.perf_counter()
-    held_out = prepare(args.out / "data")
+    held_out = prepare(out / "data")
     bases, results = {}, []
-    for method in args.methods:
+    for method in methods:
         kind = METHODS[method][1]
-        results.append(run_method(method, args.out, held_out[kind], bases.get(kind)))
+        results.append(run_method(method, out, held_out[kind], bases.get(kind)))
         bases[kind] = results[-1].before
     show_results(results)
     figure, _ = training_figure({result.method: result.history for result in results})
-    curves = style.save(figure, args.out / "curves.png")
-    console.print(f"\nAdapters: {', '.join(str(args.out / method) for method in args.methods)}\nCurves:   {curves}")
+    curves = style.save(figure, out / "curves.png")
+    console.print(f"\nAdapters: {', '.join(str(out / method) for method in methods)}\nCurves:   {curves}")
     console.print(f"All of it took {time.perf_counter() - began:.0f} s.")
+    console.print(NEXT.format(out=out, method=methods[-1]), highlight=False, soft_wrap=True)
 
 
 def prepare(folder: Path) -> dict[str, HeldOut]:
-    """Write the data of `write_data` and import TRL.
-
-    Raises:
-        SystemExit: the working directory has no recipes.
-    """
-    if not RECIPES.is_dir():
-        raise SystemExit(f"{RECIPES} is not here ({Path.cwd()}): start this from the root of the repository.")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs is in the repository
+    """Write the data of `write_data` and import TRL."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs comes with the package
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet_libraries(bars=False)
     held_out = write_data(folder)
@@ -134,7 +133,7 @@ def run_method(
     out: Path,
     held_out: HeldOut,
     base: Measured | None,
-    recipe: Path | None = None,
+    recipe: str | None = None,
     data: Path | None = None,
 ) -> Result:
     """Train one method from its recipe and measure it, and the base too unless it is known already."""
@@ -143,7 +142,7 @@ def run_method(
     from trl_vpo.evaluate.callback import EvaluationCallback, measures_of
     from trl_vpo.training.run import run_training
 
-    recipe = recipe or RECIPES / f"{method}.yaml"
+    recipe = recipe or f"quickstart/{method}"
     data = data or out / "data" / f"{kind}s_train.jsonl"
     options = {"--config": recipe, "--dataset_name": data, "--output_dir": out / method}
     options["--disable_tqdm"] = "false"
@@ -232,7 +231,3 @@ def in_words(result: Result) -> str:
     if after.unparsed:
         parts.append(f"{after.unparsed} of its captions are outside the world's grammar (base: {before.unparsed})")
     return "; ".join(parts) + "."
-
-
-if __name__ == "__main__":
-    main()

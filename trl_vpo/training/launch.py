@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from trl_vpo.errors import RecipeError, did_you_mean
+import yaml
+
+from trl_vpo.errors import RecipeError
+from trl_vpo.runs.named_recipes import find_accelerate_config
 from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe, split_config
 
 
@@ -26,7 +30,7 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
     for name in LAUNCH_KEYS:
         parser.add_argument(f"--{name}")
     known, kept = parser.parse_known_args(options)
-    values = _of_recipe(kept) | vars(known)
+    values = {key: str(value) for key, value in _recipe_of(kept).items() if key in LAUNCH_KEYS} | vars(known)
     processes = values.get("num_processes", "1")
     if not processes.isdecimal() or int(processes) < 1:
         raise RecipeError(f"num_processes is {processes!r}: give a whole number of at least 1.")
@@ -34,33 +38,61 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
         return kept, []
     launch = []
     if "accelerate_config" in values:
-        launch += ["--config_file", str(_accelerate_config(values["accelerate_config"]))]
+        launch += ["--config_file", str(find_accelerate_config(values["accelerate_config"]))]
     if "num_processes" in values:
         launch += ["--num_processes", processes]
     return kept, launch
 
 
-def _of_recipe(options: list[str]) -> dict[str, str]:
-    """The launch keys of the recipe in `--config`. A recipe that cannot be read is the trainer's to complain about."""
-    try:
-        path, _ = split_config(options)
-        recipe = read_recipe(path) if path is not None else {}
-    except RecipeError:
-        return {}
-    return {key: str(recipe[key]) for key in LAUNCH_KEYS if key in recipe}
+def _recipe_of(options: list[str]) -> dict[str, Any]:
+    """Return the recipe in `--config`."""
+    name, _ = split_config(options)
+    return read_recipe(name) if name is not None else {}
 
 
-def _accelerate_config(name: str) -> Path:
-    """The file of an `--accelerate_config`: a path, or a name in recipes/accelerate/ or among TRL's own."""
-    if Path(name).is_file():
-        return Path(name)
-    folders = (Path("recipes/accelerate"), Path(find_spec("trl").origin).parent / "accelerate_configs")
-    valid = {file.stem: file for folder in reversed(folders) for file in sorted(folder.glob("*.yaml"))}
-    if name not in valid:
-        raise RecipeError(
-            f"accelerate_config {name!r} is neither a file nor one of {', '.join(valid)}.{did_you_mean(name, valid)}"
-        )
-    return valid[name]
+def check_gpus(words: list[str], launch: list[str]) -> None:
+    """Refuse more processes than this machine has GPUs, before anything is loaded. A run on CPUs is never refused.
+
+    Args:
+        words: the command, such as `["train", "rrpo", "--config", "rrpo/qwen2_5_vl_7b"]`.
+        launch: what `launch_options` made of it.
+
+    Raises:
+        RecipeError: names the command for the GPUs that there are; for `train` with the same effective batch.
+    """
+    import torch
+
+    given = dict(zip(launch[::2], launch[1::2]))
+    file = given.get("--config_file")
+    config = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
+    processes = int(given.get("--num_processes") or config.get("num_processes") or 1)
+    machines, gpus = int(config.get("num_machines") or 1), torch.accelerator.device_count()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--use_cpu", nargs="?", const="true")
+    for name in ("device", "gradient_accumulation_steps", *LAUNCH_KEYS):
+        parser.add_argument(f"--{name}")
+    options, kept = parser.parse_known_args(words)
+    values = _recipe_of(kept) | vars(options)
+    cpu = str(values.get("use_cpu")).lower() in ("true", "1", "yes") or values.get("device") == "cpu"
+    if cpu or config.get("use_cpu") or processes <= gpus * machines:
+        return
+    steps = str(values.get("gradient_accumulation_steps", 1)) if words[0] == "train" else ""
+    fewer = _same_batch(processes * int(steps) if steps.isdecimal() else None, max(gpus, 1), machines)
+    changed = [word for key, value in (vars(options) | fewer).items() for word in (f"--{key}", str(value))]
+    seen = f"sees {gpus} GPU{'s' * (gpus > 1)} here" if gpus else f"({torch.__version__}) sees no GPU here"
+    raise RecipeError(
+        f"num_processes is {processes}, but torch {seen}. "
+        f"{'This' if gpus else 'With one GPU, this'} {'keeps the effective batch' if steps else 'does the same'}:\n"
+        f"  {shlex.join(['trl-vpo', *kept, *changed])}"
+    )
+
+
+def _same_batch(micro_batches: int | None, gpus: int, machines: int) -> dict[str, int]:
+    """Return the processes on so many GPUs, and how often each must accumulate for so many micro-batches a step."""
+    if micro_batches is None:
+        return {"num_processes": gpus * machines}
+    fitting = [n * machines for n in range(1, gpus + 1) if micro_batches % (n * machines) == 0] or [machines]
+    return {"num_processes": fitting[-1], "gradient_accumulation_steps": max(micro_batches // fitting[-1], 1)}
 
 
 def launch(options: list[str], command: list[str]) -> int:

@@ -1,0 +1,133 @@
+"""`trl-vpo recipes`: the recipes of the package with what their headers say, and a copy of one to edit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from trl_vpo.errors import RecipeError
+from trl_vpo.runs.named_recipes import find_recipe, recipe_names, recipes_folder
+from trl_vpo.runs.recipe_file import read_recipe, recipe_text
+
+NOT_RUN = "not run"
+COMMAND = r"^#   trl-vpo (train|generate) (\w+) --config "
+HARDWARE = r"^# Hardware: written for ([^.,:;]+)[.,:;]"
+RUN = r"^# Run: (.+)\.$"
+
+
+@dataclass
+class RecipeFacts:
+    """What a recipe's header says about it.
+
+    Attributes:
+        name: as `--config` takes it; `accelerate/NAME` is for `--accelerate_config NAME`.
+        title: the first sentence.
+        command: `train` or `generate`; empty for an accelerate config, which goes with both.
+        method: of that command.
+        model: that it names.
+        hardware: that it is written for, up to the first comma.
+        run: where it was run, the time, the peak memory and the result; `("not run",)` where it was not.
+    """
+
+    name: str
+    title: str
+    command: str
+    method: str
+    model: str
+    hardware: str
+    run: tuple[str, ...]
+
+
+def recipe_facts(name: str) -> RecipeFacts:
+    """Read the facts of a recipe from its header.
+
+    Raises:
+        RecipeError: there is no such recipe, or its header lacks a fact.
+    """
+    text = recipe_text(name)
+
+    def fact(pattern: str, what: str) -> re.Match:
+        if found := re.search(pattern, text, re.MULTILINE):
+            return found
+        raise RecipeError(f"the header of the recipe {name} has no line {what}.")
+
+    values = read_recipe(name)
+    command, method = "", ""
+    if "compute_environment" not in values:
+        command, method = fact(COMMAND, "`#   trl-vpo train METHOD --config NAME`").groups()
+    return RecipeFacts(
+        name=name,
+        title=re.search(r"(.+?\.)(\s|$)", text.replace("\n# ", " "))[1].removeprefix("# "),
+        command=command,
+        method=method,
+        model=values.get("model_name_or_path") or values.get("detector", ""),
+        hardware=fact(HARDWARE, "`# Hardware: written for ...`")[1],
+        run=tuple(fact(RUN, "`# Run: ...`")[1].split("; ")),
+    )
+
+
+def list_recipes(*, as_json: bool = False, console: Console | None = None) -> None:
+    """Print what there is: a table, or JSON with all facts."""
+    facts = sorted(map(recipe_facts, recipe_names()), key=lambda one: (not one.command, one.command == "generate"))
+    if as_json:
+        print(json.dumps([asdict(one) for one in facts], indent=2))
+        return
+    console = console or Console()
+    console.print(recipes_table(facts))
+    console.print(
+        "trl-vpo train METHOD --config NAME; trl-vpo recipes show NAME; trl-vpo recipes copy NAME, to edit it.\n"
+        "The accelerate configs are for --accelerate_config, without accelerate/.",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def recipes_table(facts: list[RecipeFacts]) -> Table:
+    """Return one line for each recipe, in groups by command and method."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)  # so that it fits 80 columns
+    table.add_column("name", no_wrap=True)
+    for heading, width in (("model", 22), ("hardware", 15), ("run", 8)):
+        table.add_column(heading, overflow="fold", width=width)
+    for group in dict.fromkeys((one.command, one.method) for one in facts):
+        table.add_section()
+        table.add_row(f"[bold]{' '.join(group).strip() or 'accelerate configs'}[/bold]")
+        for one in facts:
+            if (one.command, one.method) == group:
+                model = one.model if one.model.startswith("trl_vpo/") else one.model.split("/")[-1]
+                table.add_row(one.name, model, one.hardware, one.run[min(1, len(one.run) - 1)])
+    return table
+
+
+def copy_recipe(name: str, folder: Path) -> Path:
+    """Copy a recipe of the package into a folder, and return the new file.
+
+    Raises:
+        RecipeError: there is no such recipe, or the folder has such a file already.
+    """
+    source = find_recipe(name)
+    target = folder / source.name
+    if target.exists():
+        raise RecipeError(f"{target} is there already: name another folder, `trl-vpo recipes copy {name} FOLDER`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return shutil.copyfile(source, target)
+
+
+def run_recipes(action: str, name: str | None, folder: Path, *, as_json: bool = False) -> None:
+    """Run `trl-vpo recipes ACTION`."""
+    if action == "list":
+        list_recipes(as_json=as_json)
+        return
+    if name is None:
+        raise RecipeError(f"`trl-vpo recipes {action}` needs a name. {len(recipe_names())} are in {recipes_folder()}.")
+    if action == "show":
+        print(recipe_text(name), end="")
+        return
+    facts, target = recipe_facts(name), copy_recipe(name, folder)
+    launch = f"train METHOD --config NAME --accelerate_config {target}"
+    print(f"{target}\ntrl-vpo {f'{facts.command} {facts.method} --config {target}' if facts.command else launch}")
