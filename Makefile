@@ -5,7 +5,7 @@ UV_VERSION := 0.13.8
 BIN := .venv/bin
 UV := .uv/bin/uv
 STAMP := .venv/.installed
-EXTRAS := --extra quantization --extra deepspeed --extra judge --extra dev
+EXTRAS := --extra quantization --extra deepspeed --extra judge --extra smolvlm --extra tensorboard --extra docs --extra dev
 # Models of the tests are tiny: a thread for each process is fastest. Four processes at most: each imports TRL.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
