@@ -197,7 +197,11 @@ def test_the_doctor_says_what_vllm_takes(keys, status, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"), [({}, "vLLM serves it as it is"), ({"use_dora": True}, "vLLM and this adapter: it is DoRA")]
+    ("keys", "message"),
+    [
+        ({}, "In PEFT's layout, which vLLM reads (not"),
+        ({"use_dora": True}, "vLLM and this adapter: it is DoRA"),
+    ],
 )
 def test_the_end_of_training_says_what_vllm_takes(keys, message, tmp_path, capsys):
     train(tmp_path / "out", max_steps=1, **keys)

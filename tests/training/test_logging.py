@@ -96,9 +96,22 @@ def test_it_prints_one_short_line_for_each_logging_step(run):
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert [line.split("  ")[0] for line in steps] == ["step 1/2", "step 2/2", "step 2/2"]
     assert f"  loss {last['loss']:.4f}  margin {last['rewards/margins']:+.3f}  " in steps[1]
-    assert re.search(r"  [\d,]+ tokens/s  peak \d+\.\d\d GiB$", steps[1])
+    assert re.search(r"  [\d,]+ tok/s  peak \d+\.\d GiB$", steps[1])
     assert steps[2].startswith("step 2/2  evaluation:  loss ")
-    assert "{'" not in printed and printed.count("trained to step 2 in ") == 1
+    assert max(map(len, steps)) <= 80 and "{'" not in printed and printed.count("trained to step 2 in ") == 1
+
+
+def test_the_start_is_one_block(run):
+    _, folder, printed = run
+    start = printed[printed.index("method") : printed.index("step 1/2")].splitlines()
+    assert [line[:12].strip() for line in start] == [
+        "method", "rows", "trained", "batch", "layout", "media", "results", "steps",
+    ]  # fmt: skip
+    texts = [line[12:] for line in start]
+    assert texts[0].startswith("RRPO on ") and texts[1] == "4, 2 to evaluate on"
+    assert re.fullmatch(r"[\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\)", texts[2])
+    assert texts[3] == "2 = 2 per device x 1 accumulated x 1 process" and texts[6] == str(folder / "out")
+    assert texts[7] == "2 (1 epoch)"
 
 
 def test_its_folder_can_be_plotted(run, tmp_path):

@@ -60,10 +60,7 @@ def test_a_line_for_each_logging_step_without_a_terminal(start):
     run = start()
     run.steps(5, seconds=2.0)
     run.tell("log", logs=STEP | {"num_tokens": 12000.0})
-    assert run.lines() == [
-        "step 5/20  epoch 0.25  loss 0.6931  margin +0.125  accuracy 0.50  grad 0.21  lr 5.00e-06  1,200 tokens/s"
-        "  peak 1.50 GiB"
-    ]
+    assert run.lines() == ["step 5/20  loss 0.6931  margin +0.125  acc 0.50  1,200 tok/s  peak 1.5 GiB"]
     assert run.err.getvalue() == ""
 
 
@@ -78,7 +75,7 @@ def test_tokens_per_second_leave_evaluations_out(start):
     run.tell("save")
     run.steps(2, seconds=5.0)
     run.tell("log", logs=STEP | {"num_tokens": 3000})
-    rates = [re.search(r"([\d,]+) tokens/s", line) for line in run.lines()]
+    rates = [re.search(r"([\d,]+) tok/s", line) for line in run.lines()]
     assert [rate and rate.group(1) for rate in rates] == ["100", None, "200"]
     assert run.lines()[1] == "step 2/20  evaluation:  loss 0.5000  margin +0.250  29.5 s"
 
@@ -88,8 +85,8 @@ def test_tokens_before_a_checkpoint_are_not_counted(start):
     for tokens in (9000, 9400):
         run.steps(1, seconds=2.0)
         run.tell("log", logs=STEP | {"num_tokens": tokens})
-    assert ["tokens/s" in line for line in run.lines()] == [False, True]
-    assert "200 tokens/s" in run.lines()[1]
+    assert ["tok/s" in line for line in run.lines()] == [False, True]
+    assert "200 tok/s" in run.lines()[1]
 
 
 def test_metrics_that_are_not_logged_are_left_out(start):
@@ -97,7 +94,7 @@ def test_metrics_that_are_not_logged_are_left_out(start):
     run.steps(1, seconds=1.0)
     run.tell("log", logs={"loss": 1.0})
     run.tell("log", logs={"note": 3})
-    assert run.lines() == ["step 1/20  loss 1.0000  peak 1.50 GiB", "step 1/20  note 3"]
+    assert run.lines() == ["step 1/20  loss 1.0000  peak 1.5 GiB", "step 1/20  note 3"]
 
 
 def test_a_terminal_gets_a_bar_and_few_lines(start):
@@ -113,12 +110,26 @@ def test_a_terminal_gets_a_bar_and_few_lines(start):
     run.tell("train_end")
     assert run.callback._eval_bar is None
     bar = run.err.getvalue()
-    assert "5/20" in bar and "loss 0.6931  margin +0.125  1,200 tokens/s  peak 1.50 GiB" in bar
+    assert "5/20" in bar and "loss 0.6931  margin +0.125  1,200 tok/s" in bar and "peak" not in bar
     assert "logps" not in bar
     assert run.lines() == [
-        "step 5/20  evaluation of b:  loss 0.5000  accuracy 0.75",
+        "step 5/20  evaluation of b:  loss 0.5000  acc 0.75",
         "trained to step 5 in 10.0 s, 2.50 rows/s, mean loss 0.6000",
     ]
+
+
+@pytest.mark.parametrize("steps", [20, 123456])
+def test_lines_fit_80_columns(start, steps):
+    """Fields are left out, the least needed first; no number is cut."""
+    run = start()
+    run.state.max_steps = steps
+    run.steps(5, seconds=0.001)
+    run.tell("log", logs={**STEP, "loss": 1234.5678, "rewards/margins": -1234.5, "num_tokens": 12345678})
+    run.tell("log", logs={f"eval_a_rather_long_name_{key}": -1234.5 for key in ("loss", "rewards/margins", "runtime")})
+    step, evaluation = run.lines()
+    assert max(len(step), len(evaluation)) <= 80
+    assert step.startswith(f"step 5/{steps}  loss 1234.5678  margin -1234.500")
+    assert evaluation.startswith(f"step 5/{steps}  evaluation of a_rather_long_name:  loss -1234.5000")
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def saved_names(folder: Path | str) -> set[str]:
 
 
 def vllm_problems(adapter: Path | str) -> list[str]:
-    """Say why vLLM would refuse a saved adapter, or ignore parts of it; empty where it serves it as it is."""
+    """Say why vLLM would refuse a saved adapter, or ignore parts of it; empty where nothing speaks against it."""
     return vllm_refuses(read_config(adapter), saved_names(adapter))
 
 

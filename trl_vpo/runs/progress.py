@@ -6,6 +6,8 @@ import shutil
 import sys
 import time
 
+from trl_vpo.runs.console import WIDTH, fit
+
 EVERY = 30.0  # seconds between lines if the output is not a terminal
 
 
@@ -28,8 +30,8 @@ class Bar:
         self.started = self.printed = time.monotonic()
         if self.show:
             share = f"1 of {self.workers} shares, which is " if self.workers > 1 else ""
-            all_inputs = self.finished + self.todo
-            self._print(f"{share}{all_inputs} inputs: {self.finished} finished, {self.todo} to do.\n")
+            state = f"{self.finished} finished, {self.todo} to do" if self.todo else "all finished before"
+            self._print(f"{share}{self.finished + self.todo} inputs: {state}.\n")
         return self
 
     def advance(self, *, kept: bool) -> None:
@@ -47,12 +49,17 @@ class Bar:
         self.printed = time.monotonic()
         done, passed = self.kept + self.rejected, self.printed - self.started
         rate = done / max(passed, 1e-9)
-        text = f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min"
         remaining = f"about {duration(passed / done * (self.todo - done))} left" if done else "none finished yet"
-        state = remaining if done < self.todo else f"{duration(passed)} in all"
-        line = f"{done}/{self.todo} inputs, {text}, kept {self.kept}, rejected {self.rejected}, {state}"
-        width = shutil.get_terminal_size().columns - 1
-        self._print(f"\r{line:<{width}.{width}}{end}" if self.live else f"{line}{end}")
+        parts = {
+            "done": f"{done}/{self.todo} inputs",
+            "rate": f"{rate:.1f}/s" if rate >= 1 else f"{rate * 60:.1f}/min",
+            "kept": f"kept {self.kept}",
+            "rejected": f"rejected {self.rejected}",
+            "time": remaining if done < self.todo else f"{duration(passed)} in all",
+        }
+        width = shutil.get_terminal_size().columns - 1 if self.live else WIDTH
+        line = fit(parts, ("rate", "kept", "rejected", "time"), width, ", ")
+        self._print(f"\r{line:<{width}}{end}" if self.live else f"{line}{end}")
 
     def _print(self, text: str) -> None:
         print(text, end="", file=sys.stderr, flush=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import sys
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,20 +15,27 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
+from trl_vpo.runs.console import fit
+
 GIB = 2**30
 SHOWN = (  # key in the logs, what it is called here, how it is written
     ("loss", "loss", ".4f"),
     ("rewards/margins", "margin", "+.3f"),
-    ("rewards/accuracies", "accuracy", ".2f"),
+    ("rewards/accuracies", "acc", ".2f"),
     ("grad_norm", "grad", ".3g"),
     ("learning_rate", "lr", ".2e"),
 )
+DROPPED = ("lr", "grad", "epoch", "peak", "acc", "speed", "margin")  # from a line that is too long, the first first
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 
-def show_progress(trainer: Any) -> None:
-    """Replace transformers' own progress; another callback in its place, as in a notebook, stays."""
+def show_progress(trainer: Any, start: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Replace transformers' own progress; another callback in its place, as in a notebook, stays.
+
+    `start`: what is printed when training starts, besides the steps, as name -> text.
+    """
     if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
-        trainer.add_callback(TrainingProgress())
+        trainer.add_callback(TrainingProgress(start))
 
 
 class TrainingProgress(TrainerCallback):
@@ -36,7 +46,8 @@ class TrainingProgress(TrainerCallback):
     without the time of evaluations and checkpoints.
     """
 
-    def __init__(self):
+    def __init__(self, start: Mapping[str, str] = MappingProxyType({})):
+        self._start = start
         self._bar: tqdm | None = None
         self._eval_bar: tqdm | None = None
 
@@ -45,11 +56,15 @@ class TrainingProgress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
+        if self._start:
+            done = f", {state.global_step} of them done" if state.global_step else ""
+            epochs = f"{state.num_train_epochs} epoch{'' if state.num_train_epochs == 1 else 's'}"
+            lines = self._start | {"steps": f"{state.max_steps} ({epochs}){done}"}
+            self._write("\n".join(f"{name:<12}{text}" for name, text in lines.items()))
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            desc="training",
-            unit="step",
+            bar_format=BAR,
             dynamic_ncols=True,
             disable=True if args.disable_tqdm else None,  # None: where standard error is no terminal
         )
@@ -94,7 +109,7 @@ class TrainingProgress(TrainerCallback):
             self._write(_summary(state, logs))
         elif prefixes := [key.removesuffix("loss") for key in logs if key.endswith("_loss")]:
             for prefix in prefixes:
-                self._write(f"{step}  {_evaluation(logs, prefix)}")
+                self._write(_evaluation(step, logs, prefix))
         else:
             values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items())
             self._write("  ".join([step, *values]))
@@ -108,14 +123,16 @@ class TrainingProgress(TrainerCallback):
 
     def _show_step(self, args: Any, step: str, logs: dict[str, float]) -> None:
         speed, memory = self._tokens_per_second(logs), peak_memory(args.device)
-        tail = [f"{speed:,.0f} tokens/s"] if speed is not None else []
-        tail += [f"peak {memory / GIB:.2f} GiB"] if memory is not None else []
-        parts = {name: f"{name} {logs[key]:{form}}" for key, name, form in SHOWN if key in logs}
+        parts = {"step": step} | ({"epoch": f"epoch {logs['epoch']:.2f}"} if "epoch" in logs else {})
+        parts |= {name: f"{name} {logs[key]:{form}}" for key, name, form in SHOWN if key in logs}
+        parts |= {"speed": f"{speed:,.0f} tok/s"} if speed is not None else {}
+        parts |= {"peak": f"peak {memory / GIB:.1f} GiB"} if memory is not None else {}
         if self._bar is not None and not self._bar.disable:
-            self._bar.set_postfix_str("  ".join([*(parts[n] for n in ("loss", "margin") if n in parts), *tail]))
+            taken = len(f"100%|{'#' * 8}| {self._bar.total}/{self._bar.total} 0:00:00<0:00:00, ")
+            beside = {name: text for name, text in parts.items() if name in ("loss", "margin", "speed", "peak")}
+            self._bar.set_postfix_str(fit(beside, DROPPED, shutil.get_terminal_size().columns - taken))
         if self._bar is None or self._lines:
-            epoch = [f"epoch {logs['epoch']:.2f}"] if "epoch" in logs else []
-            self._write("  ".join([step, *epoch, *parts.values(), *tail]))
+            self._write(fit(parts, DROPPED))
 
     def _tokens_per_second(self, logs: dict[str, float]) -> float | None:
         """The speed since the last logging step; None where tokens are not counted or not known."""
@@ -129,12 +146,13 @@ class TrainingProgress(TrainerCallback):
         sys.stdout.flush()
 
 
-def _evaluation(logs: dict[str, float], prefix: str) -> str:
+def _evaluation(step: str, logs: dict[str, float], prefix: str) -> str:
     """`prefix`: `eval_`, or `eval_NAME_` where there are several sets."""
     name = prefix.removeprefix("eval_").removesuffix("_")
-    shown = [f"{word} {logs[prefix + key]:{form}}" for key, word, form in SHOWN if prefix + key in logs]
-    seconds = [f"{logs[prefix + 'runtime']:.1f} s"] if prefix + "runtime" in logs else []
-    return "  ".join([f"evaluation{f' of {name}' if name else ''}:", *shown, *seconds])
+    parts = {"name": f"evaluation{f' of {name}' if name else ''}:"}
+    parts |= {word: f"{word} {logs[prefix + key]:{form}}" for key, word, form in SHOWN if prefix + key in logs}
+    parts |= {"speed": f"{logs[prefix + 'runtime']:.1f} s"} if prefix + "runtime" in logs else {}
+    return fit({"step": step} | parts, DROPPED)
 
 
 def _summary(state: Any, logs: dict[str, float]) -> str:

@@ -32,6 +32,7 @@ from trl_vpo.training.progress import show_progress
 from trl_vpo.training.run_identity import describe_run, digest_rows
 from trl_vpo.training.run_json import write_run_json
 from trl_vpo.training.sigterm import end_with_launcher
+from trl_vpo.training.start import describe_start
 
 
 def make_parser(method: str, *, any_device: bool = False) -> RecipeParser:
@@ -145,12 +146,12 @@ def build_trainer(
         quantization_config=quantization_config(model_args),
         peft_config=adapter_config,
     )
-    show_progress(trainer)
     if script_args.freeze_vision:
         freeze_vision(trainer.model)
     if script_args.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
+    show_progress(trainer, describe_start(trainer, train))
     return trainer
 
 
@@ -191,5 +192,5 @@ def _serving_note(trainer: Any) -> str:
     """Say what vLLM makes of the adapter that was saved; nothing of a whole model, which it loads as any other."""
     if not trainer.is_world_process_zero() or not is_peft_model(trainer.model):
         return ""
-    problems = vllm_problems(trainer.args.output_dir)
-    return f" vLLM and this adapter: {' '.join(problems)}" if problems else " vLLM serves it as it is."
+    problems = " ".join(vllm_problems(trainer.args.output_dir))
+    return f" vLLM and this adapter: {problems}" if problems else " In PEFT's layout, which vLLM reads (not tried)."

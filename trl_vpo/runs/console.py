@@ -1,0 +1,33 @@
+"""What commands print: tables of one style, and lines that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+WIDTH = 80  # of lines in a log
+
+
+def table(*headings: str, title: str | None = None, caption: str | None = None, texts: int = 1) -> Table:
+    """Return a table to add rows to: its first columns, `texts` of them, hold texts, the others numbers.
+
+    Texts are folded where the terminal is narrow, numbers never.
+    """
+    result = Table(
+        title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left",
+        show_header=any(headings),
+    )  # fmt: skip
+    for place, heading in enumerate(headings):
+        number = place >= texts
+        result.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return result
+
+
+def fit(parts: Mapping[str, str], drop: Iterable[str], width: int = WIDTH, between: str = "  ") -> str:
+    """Join texts to a line of at most this width; until it fits, leave out what `drop` names, in its order."""
+    left, names = dict(parts), iter(drop)
+    while len(line := between.join(left.values())) > width and (name := next(names, None)) is not None:
+        left.pop(name, None)
+    return line

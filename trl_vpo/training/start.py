@@ -1,0 +1,50 @@
+"""What is printed when a training starts: what is trained on what, how, and where the results go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+LAYOUTS = {"auto": "auto: shared if both layouts agree on the first batch", "shared": "shared", "separate": "separate"}
+
+
+def describe_start(trainer: Any, given: Any) -> dict[str, str]:
+    """Return name -> text of a trainer that was built from the rows `given`, before it wraps its model."""
+    args, model = trainer.args, trainer.model
+    trained, every = _size(p for p in model.parameters() if p.requires_grad), _size(model.parameters())
+    sizes = [args.per_device_train_batch_size, args.gradient_accumulation_steps, trainer.accelerator.num_processes]
+    frames = f"at most {args.max_frames} frames, {args.fps:g} a second" if args.fps else f"{args.num_frames} frames"
+    pixels = f"at most {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
+    processes = "process" if sizes[2] == 1 else "processes"
+    hub = args.hub_model_id or "the Hub"
+    return {
+        "method": f"{trainer._name} on {model.config.name_or_path or type(model).__name__}",
+        "rows": _rows(trainer, given),
+        "trained": f"{trained:,} of {every:,} parameters ({trained / max(every, 1):.2%})",
+        "batch": "{} = {} per device x {} accumulated x {} {}".format(math.prod(sizes), *sizes, processes),
+        "layout": LAYOUTS[trainer.scorer.layout],
+        "media": f"{frames} of a video, {pixels}",
+        "results": f"{args.output_dir}{f', pushed to {hub}' if args.push_to_hub else ''}",
+    }
+
+
+def _rows(trainer: Any, given: Any) -> str:
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return "streamed"
+    kept = len(trainer.train_dataset)
+    skipped = f" ({len(given) - kept:,} skipped: skipped_rows.jsonl)" if len(given) > kept else ""
+    held_out = trainer.eval_dataset
+    sets = held_out.values() if isinstance(held_out, dict) else [held_out] if held_out is not None else []
+    counts = [f"{len(rows):,}" if hasattr(rows, "__len__") else "streamed" for rows in sets]
+    return f"{kept:,}{skipped}" + (f", {' + '.join(counts)} to evaluate on" if counts else "")
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    """Count weights, also those that ZeRO-3 has on other processes, and those that lie packed in 4 bits."""
+    return sum(
+        (getattr(p, "ds_numel", 0) or p.numel()) * (2 * p.element_size() if type(p).__name__ == "Params4bit" else 1)
+        for p in parameters
+    )
