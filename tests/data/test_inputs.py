@@ -243,8 +243,8 @@ def test_media_that_cannot_be_used_fail_when_loaded(folder):
         ({"video": ".."}, "lies outside of media_root"),
         ({"image": "none.png"}, r"none\.png does not exist"),
         ({"image": "https://host/a.png"}, "https:// URL: nothing is fetched"),
-        ({"images": ["0.png", None]}, "`images`, item 1 is empty"),
-        ({"images": "0.png"}, "`images` must be a list, got 0.png. One item goes into `image`"),
+        ({"images": ["0.png", None]}, r"`images` has nothing at position \[1\]"),
+        ({"images": "0.png"}, "`images` must be a list, got str. One item goes into `image`"),
         ({"images": ["0.png"], "image": "0.png"}, "both `images` and `image`"),
         ({"video": {"path": None}}, "names no image or video"),
     ]

@@ -6,7 +6,7 @@ start only looks at whether row, files and settings are the same.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,10 +132,9 @@ def check_rows(
     state = PartialState()
     starts = list(range(0, len(dataset), CHUNK))[state.process_index :: state.num_processes]
     loader = DataLoader(
-        _Chunks(dataset, starts, check, passed),
-        batch_size=None,
+        starts,
         num_workers=min(workers, len(starts)),
-        collate_fn=tuple,  # which each item is
+        collate_fn=partial(_check_chunk, dataset, check, passed),
         generator=torch.Generator(),  # the global one stays as it is
     )
     problems: list[Problem] = []
@@ -151,31 +150,21 @@ def check_rows(
     return sorted(problems, key=lambda problem: problem.index)
 
 
-@dataclass
-class _Chunks(torch.utils.data.Dataset):
-    """Pieces of a dataset: for each its problems, and the keys of the rows that newly passed."""
-
-    dataset: Dataset
-    starts: list[int]
-    check: Callable[[dict], Problem | None]
-    passed: PassedRows | None
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, number: int) -> tuple[list[Problem], list[str]]:
-        start = self.starts[number]
-        problems, good = [], []
-        # No threads: workers that are forked later might wait for them.
-        for row in raw_rows(self.dataset, start, min(start + CHUNK, len(self.dataset))):
-            key = self.passed.key(row) if self.passed is not None else None
-            if key and key in self.passed:
-                continue
-            if problem := self.check(row):
-                problems.append(problem)
-            elif key:
-                good.append(key)
-        return problems, good
+def _check_chunk(
+    dataset: Dataset, check: Callable[[dict], Problem | None], passed: PassedRows | None, starts: list[int]
+) -> tuple[list[Problem], list[str]]:
+    """Return the problems of the rows from `starts[0]` on, and the keys of those that newly passed."""
+    problems, good = [], []
+    # No threads: workers that are forked later might wait for them.
+    for row in raw_rows(dataset, starts[0], min(starts[0] + CHUNK, len(dataset))):
+        key = passed.key(row) if passed is not None else None
+        if key and key in passed:
+            continue
+        if problem := check(row):
+            problems.append(problem)
+        elif key:
+            good.append(key)
+    return problems, good
 
 
 def check_row(

@@ -97,9 +97,16 @@ class PreferenceCollator:
                 "(`processing_class.chat_template`), or drop the row."
             )
         branches += [replace(branches[0], trunk=k) for k in range(1, len(trunks))]
-        tree = Tree(row.name, trunks, branches)
-        self._check_length(tree)
-        return tree
+        for branch in branches:
+            prompt, media = len(trunks[branch.trunk].ids), trunks[branch.trunk].media
+            if self.max_length is not None and prompt + len(branch.ids) > self.max_length:
+                shapes = {k: tuple(v.shape) for k, v in media.items()}
+                raise RowError(
+                    f"{row.name}: {prompt} prompt tokens and {len(branch.ids)} response tokens are more than "
+                    f"max_length={self.max_length} (media: {shapes or 'none'}). Nothing is cut: raise max_length, or "
+                    "lower num_frames or max_pixels."
+                )
+        return Tree(row.name, trunks, branches)
 
     def _tokenize(self, row: Row, sides: tuple[str, ...]) -> tuple[list[Trunk], list[Branch]]:
         prompt, responses = self._render(row, sides)
@@ -177,37 +184,21 @@ class PreferenceCollator:
         except REFUSALS as error:
             name = type(self.processing_class).__name__
             raise RowError(f"{name} refuses its prompt and media: {type(error).__name__}: {error}") from error
-        return self._split(out, self._first_tokens(row, prompt), alone, tail)
-
-    def _frames(self, clip: Clip) -> np.ndarray:
-        """Return a clip's frames; one alone is repeated for towers that take two at a time: Qwen3-VL refuses it."""
-        missing = (getattr(self.processing_class.video_processor, "temporal_patch_size", None) or 1) - len(clip.frames)
-        return clip.frames if missing <= 0 else np.concatenate([clip.frames, clip.frames[-1:].repeat(missing, axis=0)])
-
-    def _split(self, out: dict, first: list[int], alone: list[int], tail: int) -> Trunk:
-        """Return the processor's output for one prompt as a trunk: token ids, token types, media."""
-        ids = out.pop("input_ids")[0].tolist()
+        ids, first = out.pop("input_ids")[0].tolist(), self._first_tokens(row, prompt)
         out.pop("attention_mask", None)
         end = len(ids) - tail
         if len(ids) < len(alone) or ids[end:] != alone[len(alone) - tail :]:
             raise RowError(
                 "the processor and its tokenizer end the prompt differently: the response has no beginning."
             )
-        types = {k: v for k, v in out.items() if torch.is_tensor(v) and v.shape == (1, len(ids))}
-        media = {k: v for k, v in out.items() if torch.is_tensor(v) and k not in types}
-        types = {k: [0] * len(first) + v[0, :end].tolist() for k, v in types.items()}
-        return Trunk(first + ids[:end], types, media)
+        media = {k: v for k, v in out.items() if torch.is_tensor(v)}
+        types = {k: media.pop(k)[0, :end].tolist() for k, v in out.items() if k in media and v.shape == (1, len(ids))}
+        return Trunk(first + ids[:end], {k: [0] * len(first) + v for k, v in types.items()}, media)
 
-    def _check_length(self, tree: Tree) -> None:
-        for branch in tree.branches:
-            prompt = len(tree.trunks[branch.trunk].ids)
-            if self.max_length is not None and prompt + len(branch.ids) > self.max_length:
-                media = {k: tuple(v.shape) for k, v in tree.trunks[branch.trunk].media.items()}
-                raise RowError(
-                    f"{tree.name}: {prompt} prompt tokens and {len(branch.ids)} response tokens are more than "
-                    f"max_length={self.max_length} (media: {media or 'none'}). Nothing is cut: raise max_length, or "
-                    "lower num_frames or max_pixels."
-                )
+    def _frames(self, clip: Clip) -> np.ndarray:
+        """Return a clip's frames; one alone is repeated for towers that take two at a time: Qwen3-VL refuses it."""
+        missing = (getattr(self.processing_class.video_processor, "temporal_patch_size", None) or 1) - len(clip.frames)
+        return clip.frames if missing <= 0 else np.concatenate([clip.frames, clip.frames[-1:].repeat(missing, axis=0)])
 
 
 def _spans_in(response: str, row: Row, side: str, tail: str) -> tuple[list[Span], int]:

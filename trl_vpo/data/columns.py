@@ -22,11 +22,11 @@ def misspelt(example: dict) -> dict[str, str]:
 
 
 @lru_cache(maxsize=1000)
-def nearest_column(name: str) -> str | None:
+def nearest_column(name: str, meant: tuple[str, ...] = COLUMNS) -> str | None:
     """Return the column that a name is a slip of the pen of: other capitals, number or joints, or a letter or two."""
     plain = _plain(name)
     # Of `videos` and `video` the first; `id` and `source` only label.
-    columns = {_plain(column): column for column in reversed(COLUMNS) if column not in ("id", "source")}
+    columns = {_plain(column): column for column in reversed(meant) if column not in ("id", "source")}
     close = get_close_matches(plain, columns, n=1, cutoff=0.8)
     return columns[close[0]] if close and abs(len(close[0]) - len(plain)) <= 1 else None
 

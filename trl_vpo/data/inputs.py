@@ -7,7 +7,6 @@ them, or a dictionary with a path and options such as `video_start`. Media witho
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import json
@@ -15,28 +14,28 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
+import PIL.Image
+from datasets import Audio, Dataset, Image, Video
 
+from trl_vpo.data.columns import nearest_column
 from trl_vpo.data.identity import PAYLOAD
-from trl_vpo.data.rows import MARKERS, drop_none
+from trl_vpo.data.raw_rows import raw_media
+from trl_vpo.data.rows import MARKERS, drop_none, media_sources
 from trl_vpo.data.sources import named_splits
-from trl_vpo.errors import InputError, MediaError, RunError
+from trl_vpo.errors import InputError, MediaError, RowError, RunError
 from trl_vpo.files import atomic_write, bytes_digest
 from trl_vpo.media.images import BYTES, describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.text.responses import is_blank
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 logger = logging.getLogger(__name__)
 
 # The columns that generation and evaluation read, besides those that a setting names.
 COLUMNS = (
-    "question", "answer", "options", "answer_kind", "image", "images", "video", "videos", "prompt", "chosen",
+    "question", "answer", "options", "answer_kind", "images", "image", "videos", "video", "prompt", "chosen",
     "rejected", "objects", "critical_box", "image_list", "task", "pair", "role", "cluster", "source",
 )  # fmt: skip
 CHUNK = 16  # rows read at once for the digest; they may hold whole videos
@@ -98,7 +97,8 @@ class Inputs(Sequence[InputRow]):
     def __init__(
         self, dataset: Dataset, ids: list[str], media_folder: Path | None = None, media_root: str | Path | None = None
     ):
-        raw = [name for name, feature in dataset.features.items() if _decodes(feature)]
+        media = (Image, Video, Audio)  # what `datasets` would open or decode
+        raw = [name for name, feature in dataset.features.items() if raw_media(feature, media) is not feature]
         self._raw = dataset.select_columns(raw).with_format("arrow") if raw else None
         self._plain = dataset.select_columns([name for name in dataset.column_names if name not in raw])
         self._dataset, self.ids, self._folder, self._root = dataset, ids, media_folder, media_root
@@ -113,8 +113,12 @@ class Inputs(Sequence[InputRow]):
         index = range(len(self))[index]
         (example,) = self.examples(index, index + 1)
         try:
-            media: dict[str, Any] = {name: self._media(example, name) for name in ("images", "videos")}
-        except MediaError as error:
+            sources = {f"{kind}s": media_sources(example, kind) for kind in MARKERS.values()}
+            media: dict[str, Any] = {
+                name: tuple(portable(source, self._folder, self._root) for source in listed)
+                for name, listed in sources.items()
+            }
+        except (RowError, MediaError) as error:
             media = {"problem": str(error)}
         return InputRow(self.ids[index], drop_none(example), **media)
 
@@ -124,18 +128,6 @@ class Inputs(Sequence[InputRow]):
         if self._raw is not None:
             columns |= self._raw[start:stop].to_pydict()
         return [{name: values[i] for name, values in columns.items()} for i in range(stop - start)]
-
-    def _media(self, example: dict[str, Any], plural: str) -> tuple:
-        many, one = example.get(plural), example.get(plural[:-1])
-        if many is not None and one is not None:
-            raise MediaError(f"the row has both `{plural}` and `{plural[:-1]}`. Keep one of them.")
-        if many is not None and not isinstance(many, list):
-            raise MediaError(f"`{plural}` must be a list, got {describe(many)}. One item goes into `{plural[:-1]}`.")
-        sources = many if many is not None else [] if one is None else [one]
-        if None in sources:
-            place = sources.index(None)
-            raise MediaError(f"`{plural}`, item {place} is empty. Give every item or shorten the list.")
-        return tuple(portable(source, self._folder, self._root) for source in sources)
 
 
 def read_inputs(
@@ -159,10 +151,9 @@ def read_inputs(
 
 def near_misses(columns: Sequence[str]) -> list[tuple[str, str]]:
     """Return (unread column, absent column with nearly the same name that would be read) pairs."""
-    absent = [name for name in COLUMNS if name not in columns]
-    unread = [name for name in columns if name not in COLUMNS]
-    close = [(name, difflib.get_close_matches(name.lower(), absent, n=1, cutoff=0.8)) for name in unread]
-    return [(name, matches[0]) for name, matches in close if matches]
+    absent = tuple(name for name in COLUMNS if name not in columns)
+    close = {name: nearest_column(name, absent) for name in columns if name not in COLUMNS}
+    return [(name, meant) for name, meant in close.items() if meant]
 
 
 def row_ids(dataset: Dataset) -> list[str]:
@@ -222,7 +213,7 @@ def portable(source: Any, folder: Path | None, media_root: str | Path | None = N
         return _stored(bytes(source), folder) if folder else source
     if isinstance(source, (list, tuple)):
         return [portable(frame, folder, media_root) for frame in source]
-    if isinstance(source, Image.Image) and folder:
+    if isinstance(source, PIL.Image.Image) and folder:
         png = io.BytesIO()
         load_image(source, limit=False).save(png, "PNG")
         return _stored(png.getvalue(), folder)
@@ -258,12 +249,3 @@ def _stored(data: bytes, folder: Path) -> str:
             "again: it continues where it stopped."
         ) from error
     return str(path)
-
-
-def _decodes(feature: Any) -> bool:
-    """Return whether `datasets` would open or decode media to give a value of this column."""
-    if isinstance(feature, dict):
-        return any(map(_decodes, feature.values()))
-    if hasattr(feature, "feature"):  # lists
-        return _decodes(feature.feature)
-    return hasattr(feature, "decode_example") and type(feature).__name__ != "Json"

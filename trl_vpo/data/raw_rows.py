@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image, IterableDataset, List, Video
+from datasets import Dataset, Image, IterableDataset, LargeList, List, Video
 
 from trl_vpo.data.columns import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.errors import RowError
@@ -70,7 +70,7 @@ def raw_rows(dataset: Dataset, start: int = 0, stop: int | None = None) -> Itera
         for index in range(start, stop):
             yield dataset[index]
         return
-    media = [name for name, feature in dataset.features.items() if _raw_media(feature, (Video, Image)) is not feature]
+    media = [name for name, feature in dataset.features.items() if raw_media(feature, (Video, Image)) is not feature]
     texts = dataset.select_columns([name for name in dataset.features if name not in media])
     media = [name for name in media if name in COLUMNS]
     table = dataset.select_columns(media).with_format("arrow") if media else None
@@ -88,20 +88,20 @@ def undecoded(dataset: Dataset | IterableDataset, args: Any) -> Dataset | Iterab
     """
     kinds = (Video,) if args.media_root is None else (Video, Image)
     for column, feature in (dataset.features or {}).items():  # a stream may not know its features
-        raw = _raw_media(feature, kinds)
+        raw = raw_media(feature, kinds)
         if raw is not feature:
             dataset = dataset.cast_column(column, raw)
     return dataset
 
 
-def _raw_media(feature: Any, kinds: tuple[type, ...]) -> Any:
+def raw_media(feature: Any, kinds: tuple[type, ...]) -> Any:
     """Return a feature whose media are not decoded; itself where it holds none of these kinds."""
     if isinstance(feature, kinds):
         return replace(feature, decode=False)
-    if isinstance(feature, List):
-        inner = _raw_media(feature.feature, kinds)
-        return feature if inner is feature.feature else List(inner, length=feature.length)
+    if isinstance(feature, (List, LargeList)):
+        inner = raw_media(feature.feature, kinds)
+        return feature if inner is feature.feature else replace(feature, feature=inner)
     if isinstance(feature, dict):
-        inner = {name: _raw_media(value, kinds) for name, value in feature.items()}
+        inner = {name: raw_media(value, kinds) for name, value in feature.items()}
         return feature if all(inner[name] is value for name, value in feature.items()) else inner
     return feature

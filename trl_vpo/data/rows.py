@@ -80,7 +80,7 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
             raise RowError(f"has a column `{column}`, which is not read. Did you mean `{meant}`? Rename or drop it.")
         prompt, chosen, rejected = _texts(example)
         listed = _list(example, "image_list") or []
-        images, videos = _media(example, "image") or listed[:1], _media(example, "video")
+        images, videos = media_sources(example, "image") or listed[:1], media_sources(example, "video")
         row = Row(name, prompt, chosen, rejected, images, videos, template_kwargs=_template_kwargs(example))
         if not row.images and not row.videos:
             row.forgotten = forgotten_media(row.prompt)
@@ -176,10 +176,11 @@ def _implicit_prompt(texts: dict, example: dict) -> dict:
     return texts
 
 
-def _media(example: dict, kind: str) -> list:
+def media_sources(example: dict, kind: str) -> list:
+    """Return the images or videos of a row, from the column of the plural or of the singular."""
     many, one = _list(example, f"{kind}s"), example.get(kind)
     if many is not None and one is not None:
-        raise RowError(f"has both `{kind}s` and `{kind}`. Keep one of them.")
+        raise RowError(f"both `{kind}s` and `{kind}` are filled. Keep one of them.")
     return many if many is not None else [] if one is None else [one]
 
 
