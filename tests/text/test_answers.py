@@ -11,11 +11,7 @@ from trl_vpo.text.normalize import normalize, same_words, texts, words
     [
         ("two", RIGHT, ["2", "Two.", "two", "two dogs", "There are 2.", "about two"]),
         ("two", WRONG, ["three", "12", "a dozen", "22", "zero", "It is 3", "twenty-two", "None"]),
-        (
-            "two",
-            UNDECIDED,
-            ["two or three", "not two", "maybe 2", "unclear", "", "?", "either", "more than two", "three?"],
-        ),
+        ("two", UNDECIDED, ["two or three", "not two", "maybe 2", "unclear", "", "?", "more than two", "three?"]),
         ("21", RIGHT, ["twenty-one", "twenty one dogs"]),
         ("1,200", RIGHT, ["1200", "twelve hundred", "one thousand two hundred"]),
         ("2.0", RIGHT, ["2", "two"]),
@@ -26,8 +22,6 @@ from trl_vpo.text.normalize import normalize, same_words, texts, words
         ("a red square", WRONG, ["a blue square", "It is a white square"]),
         ("a red square", UNDECIDED, ["red circle", "It is a blue circle"]),
         ("a red square", UNDECIDED, ["square", "red", "It's not red", "a blue or a red square"]),
-        ("a red square", UNDECIDED, ["A big blue circle moves across the whole frame"]),  # seven words, not six
-        ("a red square", UNDECIDED, ["A big blue circle moves across"]),
         ("walking", RIGHT, ["walks", "He's walking.", "walked"]),
         ("walking", UNDECIDED, ["running", "strolling"]),
         ("women", RIGHT, ["a woman"]),
@@ -38,9 +32,8 @@ from trl_vpo.text.normalize import normalize, same_words, texts, words
     ],
 )
 def test_short_answers(truth, result, responses):
-    assert {response: check_short(response, truth).result for response in responses} == dict.fromkeys(
-        responses, result
-    )
+    for response in responses:
+        assert check_short(response, truth).result == result, response
 
 
 @pytest.mark.parametrize(
@@ -67,13 +60,8 @@ def test_how_long_a_short_answer_may_be():
 def test_answers_in_a_fixed_form():
     truth = "a red square moves left."
     assert check_exact("A red square moves left", truth).result == RIGHT
-    for wrong in (
-        "a red square moves right.",
-        "a red square.",
-        "a red square moves left and a cross.",
-        "red squares move left",
-    ):
-        assert check_exact(wrong, truth).result == WRONG
+    for end in ("moves right.", "", "moves left and a cross.", "move left"):
+        assert check_exact(f"a red square {end}", truth).result == WRONG
     for open_ in ("", "I cannot tell.", "a red square or maybe a cross."):
         assert check_exact(open_, truth).result == UNDECIDED
     assert same_words("Two dogs, running!", "the 2 dogs running") and not same_words("a dog", "a cat")

@@ -5,25 +5,27 @@ import pytest
 from trl_vpo.errors import UserError
 from trl_vpo.text.chair import Mention, ObjectTable, read_response, read_synonyms
 
-SYNONYMS = {
+ALONE = (
+    "hot dog",
+    "bear",
+    "bird",
+    "mouse",
+    "sheep",
+    "bus",
+    "potato",
+    "wine glass",
+    "cup",
+    "train",
+    "toilet",
+    "scissors",
+)
+SYNONYMS = dict.fromkeys(ALONE, ()) | {
     "person": ["man", "woman", "child", "baby", "passenger", "people"],
     "dog": ["puppy"],
-    "hot dog": [],
-    "bear": [],
     "teddy bear": ["stuffed teddy bear"],
-    "bird": [],
     "knife": ["pocketknife"],
-    "mouse": [],
-    "sheep": [],
-    "bus": [],
-    "potato": [],
-    "wine glass": [],
-    "cup": [],
-    "train": [],
-    "toilet": [],
     "chair": ["seat"],
     "skis": ["ski"],
-    "scissors": [],
     "tie": ["bow tie"],
 }
 
@@ -65,10 +67,8 @@ def test_a_mention_holds_the_words_of_the_table(table):
 
 def test_a_phrase_of_the_table_wins_over_the_published_list():
     assert ObjectTable({"track": ["train track"]}).mentions("train tracks") == [Mention("train track", "track")]
-    assert ObjectTable({"person": ["baby"], "bird": []}, reads_as={}).mentions("baby bird") == [
-        Mention("baby", "person"),
-        Mention("bird", "bird"),
-    ]
+    plain = ObjectTable({"person": ["baby"], "bird": []}, reads_as={})
+    assert plain.mentions("baby bird") == [Mention("baby", "person"), Mention("bird", "bird")]
 
 
 def test_every_mention_counts(table):

@@ -6,15 +6,7 @@ import pytest
 
 from trl_vpo.errors import InputError
 from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
-from trl_vpo.text.choices import (
-    by_letter,
-    by_logprob,
-    check_choice,
-    in_form,
-    read_choice,
-    read_options,
-    with_options,
-)
+from trl_vpo.text.choices import by_letter, by_logprob, check_choice, in_form, read_choice, read_options, with_options
 
 OPTIONS = {"A": "a blue circle", "B": "a red square", "C": "a dark red square", "D": "It cannot be determined."}
 
@@ -81,11 +73,6 @@ def test_all_letters_are_read_alike(form):
     assert [read_choice(form.format(letter), options).value for letter in options] == list("ABCD")
 
 
-def test_options_that_are_labels_with_a_name():
-    teams = {letter: f"Team {letter}" for letter in "ABCD"}
-    assert [read_choice(f"Team {letter} wins.", teams).value for letter in teams] == list("ABCD")
-
-
 @pytest.mark.parametrize(
     "response, letter",
     [
@@ -127,6 +114,7 @@ def test_the_ground_truth_of_a_choice_in_any_form(answer):
         ({"A": "cats", "B": "a cat"}, "a cat", None),  # no rule tells them apart
         ({"A": "cats", "B": "a cat"}, "B. a cat", "B"),
         ({"A": "plan A", "B": "plan B"}, "plan B", "B"),
+        ({letter: f"Team {letter}" for letter in "ABCD"}, "Team A wins.", "A"),
         ({"A": "B", "B": "A"}, "A", "A"),  # texts that are labels themselves are not looked for
         ({"A": "because it rains", "B": "because it is late"}, "because it is late", "B"),
         ({"A": "Not sure", "B": "a dog"}, "Not sure", "A"),
@@ -174,19 +162,19 @@ def test_options_in_a_column(given):
 
 
 @pytest.mark.parametrize(
-    "question, given, message",
+    "given, message",
     [
-        ("Which?", "red", "a list of texts"),
-        ("Which?", ["red", ""], "a list of texts"),
-        ("Which?", ["red", 2], "a list of texts"),
-        ("Which?", ["red"], "has 1 entries"),
-        ("Which?", ["red", "Red."], "A and B say the same"),
-        ("Which? A. red B. green", ["red", "blue"], "the question lists"),
+        ("red", "a list of texts"),
+        (["red", ""], "a list of texts"),
+        (["red", 2], "a list of texts"),
+        (["red"], "has 1 entries"),
+        (["red", "Red."], "A and B say the same"),
+        (["red", "blue"], "the question lists"),
     ],
 )
-def test_options_that_cannot_be_used(question, given, message):
+def test_options_that_cannot_be_used(given, message):
     with pytest.raises(InputError, match=message):
-        read_options(question, given)
+        read_options("Which? A. red B. green" if "blue" in given else "Which?", given)
 
 
 @pytest.mark.parametrize(
@@ -212,15 +200,10 @@ def test_an_article_is_no_label():
     assert in_form("A. red square", {"A": "a red square", "B": "a cross."}, "A", "B") == "B. a cross"
 
 
-# --- by letter and by log-prob ----------------------------------------------------------------------------------
-
-COLOURS = ["a red square", "a blue circle", "a green star"]
-
-
 def test_the_letter_that_a_response_names():
     responses = {"B": True, "A blue circle.": True, "**C**": False, "B or C": None, "": None}
-    assert {response: by_letter(response, COLOURS, 1) for response in responses} == responses
-    assert [by_letter("C", COLOURS, index) for index in range(3)] == [False, False, True]
+    colours = ["a red square", "a blue circle", "a green star"]
+    assert {response: by_letter(response, colours, 1) for response in responses} == responses
 
 
 def test_the_highest_log_prob_wins_and_ties_share_the_point():

@@ -70,9 +70,8 @@ def test_different_words_stay_apart(pair):
 
 
 def test_articles():
-    assert [with_article(name) for name in ("dog", "umbrella", "scissors", "wine glass")] == [
-        "a dog", "an umbrella", "scissors", "a wine glass",
-    ]  # fmt: skip
+    names = ("dog", "umbrella", "scissors", "wine glass")
+    assert list(map(with_article, names)) == ["a dog", "an umbrella", "scissors", "a wine glass"]
 
 
 def test_the_dictionary_is_loaded_at_the_first_word():

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import accumulate
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -70,42 +71,27 @@ def unigram():
     return Tokenizer.from_str(json.dumps(state))
 
 
-def token_bytes(token):
-    """The bytes that a token of one of these tokenizers stands for, from its string alone."""
-    if token.startswith("<0x"):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode()
+def token_size(token):
+    """The bytes that a token of SentencePiece stands for."""
+    return 1 if token.startswith("<0x") else len(token.replace("▁", " ").encode())
 
 
-def byte_level_bytes(token):
-    """The same for a byte-level token: GPT-2's printable stand-ins back to bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(b): b for b in printable}
-    table |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
-    return bytes(table[character] for character in token)
-
-
-def owned_characters(tokens, text, to_bytes):
+def owned_characters(tokens, text, size_of):
     """For each token, the characters of the text that its bytes belong to: an account without any offsets."""
     owner = [i for i, character in enumerate(text) for _ in character.encode()]
-    at, owned = 0, []
-    for token in tokens:
-        size = len(to_bytes(token))
-        owned.append(set(owner[at : at + size]))
-        at += size
-    assert at == len(owner), "the tokens do not spell the text"
-    return owned
+    ends = list(accumulate(map(size_of, tokens)))
+    assert ends[-1] == len(owner), "the tokens do not spell the text"
+    return [set(owner[start:end]) for start, end in zip([0, *ends], ends)]
 
 
-def check_every_phrase(tokenizer, to_bytes, with_text=False):
+def check_every_phrase(tokenizer, size_of, with_text=False):
     prompt = "USER: a 🙂? ASSISTANT: "
     for response in TEXTS:
         text = prompt + response
         encoding = tokenizer.encode(text, add_special_tokens=False)
         tokens, offsets = encoding.tokens, encoding.offsets
-        if tokens[0] == "▁" or tokens[0].startswith("▁"):  # the dummy prefix, far from the response
-            tokens = [tokens[0].removeprefix("▁"), *tokens[1:]]
-        owned = owned_characters(tokens, text, to_bytes)
+        # without the dummy prefix, far from the response
+        owned = owned_characters([tokens[0].removeprefix("▁"), *tokens[1:]], text, size_of)
         words = split_words(response)
         for i, (start, _) in enumerate(words):
             for j in (i, min(i + 2, len(words) - 1)):  # phrases of one word and of up to three
@@ -120,18 +106,18 @@ def check_every_phrase(tokenizer, to_bytes, with_text=False):
 def test_tokens_of_byte_level_bpe(trim_offsets):
     tokenizer = byte_level(trim_offsets)
     assert len(tokenizer.encode("車").tokens) > 1  # characters do split
-    check_every_phrase(tokenizer, byte_level_bytes)
+    check_every_phrase(tokenizer, len)  # a character for each byte
 
 
 def test_tokens_of_sentencepiece_bpe(sentencepiece):
     assert sentencepiece.encode("🙂", add_special_tokens=False).tokens[1:] == ["<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
-    check_every_phrase(sentencepiece, token_bytes)
-    check_every_phrase(sentencepiece, token_bytes, with_text=True)
+    check_every_phrase(sentencepiece, token_size)
+    check_every_phrase(sentencepiece, token_size, with_text=True)
 
 
 def test_tokens_of_sentencepiece_unigram_need_the_text():
     tokenizer = unigram()
-    check_every_phrase(tokenizer, token_bytes, with_text=True)
+    check_every_phrase(tokenizer, token_size, with_text=True)
     encoding = tokenizer.encode("🙂🙃")
     assert set(encoding.offsets) == {(0, 2)}  # the reason for `text`: all eight byte tokens claim both characters
     assert sum(spans_to_token_mask([(0, 1)], encoding.offsets)) == 8

@@ -91,11 +91,10 @@ def test_too_few_points_or_none_that_vary_have_no_correlation(correlation, x, y)
     assert correlation(x, y) is None
 
 
-def pair(chosen_trust, rejected_trust, plain_right, rewards=None, **more):
-    names = ("chosen_reward", "rejected_reward", "answer_reward")
-    trusts = {"chosen_trust": chosen_trust, "rejected_trust": rejected_trust}
+def pair(chosen_trust, rejected_trust, plain_right, rewards=(), **more):
+    more |= dict(zip(("chosen_reward", "rejected_reward", "answer_reward"), rewards))
     rights = {"chosen_right": chosen_trust == 1, "rejected_right": rejected_trust == 1, "plain_right": plain_right}
-    return trusts | rights | (dict(zip(names, rewards)) if rewards else {}) | more
+    return {"chosen_trust": chosen_trust, "rejected_trust": rejected_trust} | rights | more
 
 
 def test_figures_of_pairs():
