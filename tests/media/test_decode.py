@@ -24,24 +24,12 @@ from media_files import (
 from PIL import Image
 
 from trl_vpo.errors import MediaError
-from trl_vpo.media.decode import decode, decode_once, needed_frames, seeking_pays
+from trl_vpo.media.decode import decode, needed_frames, seeking_pays
 from trl_vpo.media.images import fit_pixels
 from trl_vpo.media.load import VideoOptions, check_video, load_video
 from trl_vpo.media.video import FrameTable, max_threads, open_video, scan
 
 ALL = VideoOptions(num_frames=1000)
-
-
-@pytest.mark.parametrize("gop, bframes, name", [(12, 2, "a.mp4"), (12, 2, "a.mkv"), (9, 0, "b.mp4"), (10, 3, "c.mp4")])
-def test_seeking_and_sequential_decoding_agree(tmp_path, gop, bframes, name):
-    path = write_video(tmp_path / name, 100, gop=gop, bframes=bframes)
-    table = scan(path, name)
-    assert table.keyframes.tolist() == list(range(0, 100, gop))
-    indices = np.array([0, 1, 30, 31, 47, 48, 49, 70, 96, 99])
-    sought = decode_once(path, table, indices, name, seek=True)
-    assert numbers(sought) == indices.tolist()
-    assert (sought == decode(path, table, indices, name, seek=False)).all()
-    assert (sought == decode(path, table, indices, name)).all()
 
 
 BETWEEN = {  # what H.264 does with the frames from which no other is predicted
@@ -81,6 +69,7 @@ def test_seeking_lands_on_the_keyframe_itself(tmp_path, name, bframes):
     if name == "shifted.mp4":
         path = remux_shifted(path, tmp_path / "edited.mp4", -15)
     table = scan(path, name)
+    assert name == "shifted.mp4" or table.keyframes.tolist() == [0, 12, 24, 36, 48]
     with open_video(path, name) as (container, stream):
         for index, point in reversed(list(zip(table.keyframes, table.seek_points))):
             container.seek(int(point), stream=stream)
@@ -98,17 +87,14 @@ def test_seeking_reads_only_what_it_needs(tmp_path):
 
 
 def test_seeking_pays_with_dense_keyframes_and_late_windows():
-    def table(gop, n=1800):
+    def pays(gop, indices, threads=1, n=1800):
         keys = np.arange(0, n, gop)
-        return FrameTable(np.arange(n) / 30, n / 30, np.arange(n), keys, keys)
+        return seeking_pays(FrameTable(np.arange(n) / 30, n / 30, np.arange(n), keys, keys), indices, threads)
 
     spread = np.linspace(0, 1799, 16).round().astype(int)
-    assert seeking_pays(table(12), spread)
-    assert seeking_pays(table(12), spread, threads=4)
-    assert not seeking_pays(table(225), spread, threads=2)
-    assert not seeking_pays(table(1800), spread)
-    assert not seeking_pays(table(12), np.arange(16))
-    assert seeking_pays(table(225), np.arange(1700, 1716), threads=4)
+    assert pays(12, spread) and pays(12, spread, threads=4)
+    assert not pays(225, spread, threads=2) and not pays(1800, spread) and not pays(12, np.arange(16))
+    assert pays(225, np.arange(1700, 1716), threads=4)
 
 
 def test_a_file_with_fewer_frames_than_its_table(clip, tmp_path):
@@ -151,13 +137,7 @@ def test_a_worker_leaves_its_parents_decoders_alone(tmp_path):
     assert code == 0
 
 
-COUNTED = [
-    ("x.avi", "mpeg4"),
-    ("x264.avi", "libx264"),
-    ("x.ts", "libx264"),
-    ("x.h264", "libx264"),
-    ("v.webm", "libvpx"),
-]
+COUNTED = [("x.avi", "mpeg4"), ("x.avi", "libx264"), ("x.ts", "libx264"), ("x.h264", "libx264"), ("v.webm", "libvpx")]
 
 
 @pytest.mark.parametrize("name, codec", COUNTED)
@@ -168,12 +148,6 @@ def test_frames_without_usable_packet_times_are_counted(tmp_path, name, codec):
     loaded = load_video(path, VideoOptions(num_frames=7))
     assert numbers(loaded.frames) == np.linspace(0, 59, 7).round().tolist()
     np.testing.assert_allclose(loaded.timestamps, np.linspace(0, 59, 7).round() / 25, atol=1e-3)
-
-
-@pytest.mark.parametrize("name, codec", [("vp9.webm", "libvpx-vp9"), ("part2.mp4", "mpeg4"), ("every.mp4", "libx264")])
-def test_other_codecs(tmp_path, name, codec):
-    path = write_video(tmp_path / name, 20, codec=codec, gop=1, bframes=0)
-    assert numbers(load_video(path, ALL).frames) == list(range(20))
 
 
 @pytest.mark.parametrize(
@@ -227,13 +201,6 @@ def test_titles_in_an_unknown_encoding_do_no_harm(tmp_path):
     assert numbers(load_video(path, ALL).frames) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["sound.mp4", "sound.mkv"])
-def test_a_longer_sound_track_lacks_no_pictures(tmp_path, name):
-    path = write_video(tmp_path / name, 30, audio_seconds=6)
-    check_video(path, ALL)
-    assert numbers(load_video(path, ALL).frames) == list(range(30))
-
-
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_video_is_shown_as_its_whole_matrix_says(tmp_path, clip, orientation):
     stored = load_video(clip, VideoOptions(num_frames=3)).frames
@@ -243,13 +210,6 @@ def test_a_video_is_shown_as_its_whole_matrix_says(tmp_path, clip, orientation):
     assert all((frame == upright(orientation, pixels)).all() for frame, pixels in zip(frames, stored, strict=True))
     small = load_video(path, VideoOptions(num_frames=1, max_pixels=800)).frames
     assert small.shape[1:3] == ((24, 32) if orientation < 5 else (32, 24))
-
-
-def test_max_pixels_scales_down_and_keeps_the_shape(clip):
-    small = load_video(clip, VideoOptions(num_frames=3, max_pixels=800))
-    assert small.frames.shape == (3, 24, 32, 3)
-    assert numbers(small.frames) == [0, 30, 59]
-    assert load_video(clip, VideoOptions(num_frames=1, max_pixels=10**6)).frames.shape == (1, 48, 64, 3)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (1, 5000), (5000, 1), (7, 3), (1921, 1081)])

@@ -1,8 +1,8 @@
 """The frame cache: the same clips, nothing decoded twice, and never a reason to stop."""
 
+import multiprocessing
 import os
 import resource
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -38,8 +38,8 @@ def cache(tmp_path):
 
 
 def assert_same(a, b):
-    assert a.frames.dtype == b.frames.dtype == np.uint8 and a.timestamps.dtype == b.timestamps.dtype
-    assert np.array_equal(a.frames, b.frames) and np.array_equal(a.timestamps, b.timestamps)
+    np.testing.assert_array_equal(a.frames, b.frames, strict=True)
+    np.testing.assert_array_equal(a.timestamps, b.timestamps, strict=True)
     for name in ("fps", "total_frames", "duration", "span", "sample_fps"):
         assert type(getattr(a, name)) is type(getattr(b, name)) and getattr(a, name) == getattr(b, name)
 
@@ -141,27 +141,21 @@ def test_an_entry_of_another_clip_or_format_is_not_taken(clip, cache, monkeypatc
         load_video(clip, FOUR, cache=cache)
 
 
-WRITER = """
-import sys
-from trl_vpo.media.load import VideoOptions, load_video
-from trl_vpo.media.frame_cache import FIELDS, Entry
-from pathlib import Path
-video, cache = Path(sys.argv[1]), sys.argv[2]
-options = VideoOptions(num_frames=4, max_pixels=1000)
-clip = load_video(video, options)
-fields = {k: getattr(clip, k) for k in FIELDS}
-entry = Entry(cache, video, options)
-entry.write(fields)
-for _ in range(300):
-    entry.write(fields)
-    assert entry.read() is not None  # never half a file
-"""
+def write_again_and_again(video, cache):
+    warnings.simplefilter("error")
+    clip, entry = load_video(video, FOUR), frame_cache.Entry(cache, video, FOUR)
+    for _ in range(300):
+        entry.write({name: getattr(clip, name) for name in frame_cache.FIELDS})
+        assert entry.read() is not None  # never half a file
 
 
 def test_two_processes_write_the_same_clip_at_once(clip, cache):
-    command = [sys.executable, "-W", "error", "-c", WRITER, str(clip), str(cache)]
-    writers = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
-    assert [(w.wait(), w.stderr.read()) for w in writers] == [(0, b"")] * 2
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=write_again_and_again, args=(clip, cache)) for _ in range(2)]
+    for step in ("start", "join"):
+        for writer in writers:
+            getattr(writer, step)()
+    assert [writer.exitcode for writer in writers] == [0, 0]
     assert [path.suffix for path in entries(cache)] == [".npz"]
     assert_same(load_video(clip, FOUR, cache=cache), load_video(clip, FOUR))
 
@@ -201,17 +195,15 @@ def qwen():
 
 
 def same_batch(a, b):
-    tensors = [k for k, v in a.items() if torch.is_tensor(v)]
-    assert set(a) == set(b) and a["names"] == b["names"] and all(torch.equal(a[k], b[k]) for k in tensors)
-    for x, y in zip(a["media"], b["media"]):
-        assert set(x) == set(y) and all(torch.equal(x[k], y[k]) for k in x)
+    assert set(a) == set(b) and a["names"] == b["names"]
+    for x, y in [(a, b), *zip(a["media"], b["media"])]:
+        assert set(x) == set(y) and all(torch.equal(v, y[k]) for k, v in x.items() if torch.is_tensor(v))
 
 
 def test_check_media_decode_fills_what_the_collator_reads(qwen, tmp_path, cache):
     paths = [Path(write_clip(tmp_path / f"{i}.mp4", seed=i)) for i in range(2)]
-    args = trl_vpo.VisualDPOConfig(
-        str(tmp_path), use_cpu=True, bf16=False, num_frames=4, check_media="decode", frame_cache=str(cache)
-    )
+    kept = {"num_frames": 4, "check_media": "decode", "frame_cache": str(cache)}
+    args = trl_vpo.VisualDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **kept)
     data = Dataset.from_list([row("video", [str(path)]) for path in paths])
     kwargs = {"name": "train", "processing_class": qwen, "phrases": False, "image_list": False}
     rows = prepare_dataset(data, args, **kwargs)
@@ -227,17 +219,10 @@ def test_check_media_decode_fills_what_the_collator_reads(qwen, tmp_path, cache)
 def test_a_clip_is_opened_once_for_both_responses(qwen, clip):
     """Counted by the interpreter itself: the files that Python opens."""
     opened = []
-    watching = True
-
-    def hook(event, args):
-        if watching and event == "open" and str(args[0]) == str(clip):
-            opened.append(args[0])
-
-    sys.addaudithook(hook)
+    sys.addaudithook(lambda event, args: event == "open" and str(args[0]) == str(clip) and opened.append(1))
     load_video(clip, FOUR)
     once = len(opened)
     PreferenceCollator(qwen, video=FOUR).encode(row("video", [str(clip)]))
-    watching = False
     assert once > 0 and len(opened) == 2 * once
 
 
@@ -248,15 +233,8 @@ def test_workers_with_pinned_memory_give_the_same_batches(qwen, tmp_path, cache)
     rows = [row("video", [str(path)], id=str(i)) for i, path in enumerate(paths)]
     plain = PreferenceCollator(qwen, video=FOUR)
     want = [plain(rows[:2]), plain(rows[2:])]
-    loader = DataLoader(
-        rows,
-        batch_size=2,
-        collate_fn=replace(plain, frame_cache=str(cache)),
-        num_workers=2,
-        persistent_workers=True,
-        prefetch_factor=2,
-        pin_memory=True,
-    )
+    options = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 2, "pin_memory": True}
+    loader = DataLoader(rows, batch_size=2, collate_fn=replace(plain, frame_cache=str(cache)), **options)
     for _ in range(2):
         for got, expected in zip(loader, want, strict=True):
             same_batch(got, expected)

@@ -53,22 +53,18 @@ def test_times_rounded_to_milliseconds_hit_their_frames(folder):
     assert numbers(loaded.frames) == list(range(0, 60, 2))
 
 
-@pytest.mark.parametrize("fps, name", [(1000, "a.mp4"), (1000, "a.mkv"), (2000, "a.mp4"), (10000, "a.mp4")])
+@pytest.mark.parametrize("fps, name", [(1000, "a.mp4"), (1000, "a.mkv"), (2000, "a.mkv"), (10000, "a.mp4")])
 def test_every_frame_of_a_high_speed_camera(tmp_path, fps, name):
     path = write_video(tmp_path / name, 40, fps=fps, bframes=0)
+    assert numbers(load_video(path, ALL).frames) == list(range(40))
+    if fps > 1000 and name == "a.mkv":
+        return  # Matroska has whole milliseconds: two frames have one time
     for options, expected in [
-        ({"num_frames": 1000}, list(range(40))),
         ({"num_frames": 4}, [0, 13, 26, 39]),
         ({"fps": fps / 2}, list(range(0, 40, 2))),
         ({"num_frames": 1000, "video_start": 10 / fps, "video_end": 20 / fps}, list(range(10, 21))),
     ]:
         assert numbers(load_video(path, VideoOptions(**options)).frames) == expected
-
-
-def test_frames_with_one_time_are_all_used(tmp_path):
-    """Matroska has whole milliseconds."""
-    clip = load_video(write_video(tmp_path / "a.mkv", 40, fps=2000, bframes=0), ALL)
-    assert numbers(clip.frames) == list(range(40))
 
 
 def test_variable_frame_rate_keeps_the_real_times(tmp_path):

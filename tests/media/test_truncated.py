@@ -7,7 +7,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from media_files import WIDTH, needs_pyav, numbers, picture, remux_shifted, write_video
+from media_files import needs_pyav, numbers, picture, refused, remux_shifted, write_video
 from PIL import Image
 
 from trl_vpo.errors import MediaError
@@ -128,11 +128,7 @@ def test_a_file_cut_anywhere_is_noticed(corpus, tmp_path, name):
     for at in places[[0, 20, 40, 50, 57, 59]]:
         if at not in unnoticed:
             (tmp_path / name).write_bytes(data[:at])
-            for use in (load_video, check_video):
-                with pytest.raises(
-                    MediaError, match=rf"{name} .*(truncated: .* Fetch or write it again|no moov atom)"
-                ):
-                    use(tmp_path / name, ALL)
+            refused(tmp_path / name, "truncated: .* [Ff]etch or write it again|no moov atom")
 
 
 def test_a_stream_that_ends_inside_a_picture(corpus, tmp_path):
@@ -141,20 +137,7 @@ def test_a_stream_that_ends_inside_a_picture(corpus, tmp_path):
     starts = [at for at in range(0, len(data), 188) if data[at + 1 : at + 3] == b"\x41\x00"]  # of video, each frame's
     (tmp_path / "half.ts").write_bytes(data[: starts[20] + 188])
     for options in (ALL, VideoOptions(num_frames=2, video_end=0.2)):  # also where the end is not wanted
-        with pytest.raises(MediaError, match="ends in a broken picture"):
-            load_video(tmp_path / "half.ts", options)
-
-
-def flipped(path, count, seed=0):
-    """Copies of a file, each with another bit of its picture data flipped."""
-    data, rng = path.read_bytes(), random.Random(seed)
-    with av.open(str(path)) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
-    for _ in range(count):
-        position, size = rng.choice(packets)
-        hurt = bytearray(data)
-        hurt[position + rng.randrange(size)] ^= 1 << rng.randrange(8)
-        yield bytes(hurt)
+        refused(tmp_path / "half.ts", "ends in a broken picture", options=options)
 
 
 @pytest.mark.parametrize("name, most", [("h264.mp4", 13), ("h264.mkv", 13), ("mpeg4.mp4", 15)])
@@ -167,22 +150,28 @@ def test_flipped_bits_are_mostly_noticed(name, most, tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "max_threads", lambda: 1)
     path = write_video(tmp_path / name, FRAMES, **HEALTHY[name] | {"x264": "scenecut=0:asm=0"})
     good = load_video(path, ALL).frames.astype(int)
-    passed = refused = 0
-    for data in flipped(path, 40):
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    passed = noticed = 0
+    rng = random.Random(0)
+    for _ in range(40):
+        (position, size), data = rng.choice(packets), bytearray(path.read_bytes())
+        data[position + rng.randrange(size)] ^= 1 << rng.randrange(8)
         try:
             frames = load_video(data, ALL).frames
             passed += len(frames) < FRAMES or bool(np.abs(frames - good).max() > 40)
         except MediaError:
-            refused += 1
-    assert refused >= 20 and passed <= most
+            noticed += 1
+    assert noticed >= 20 and passed <= most
 
 
-def test_what_is_predicted_from_a_patched_picture_is_refused(corpus, tmp_path):
+def test_what_is_predicted_from_a_patched_picture_is_refused(tmp_path):
     """The wanted frame itself decodes without a complaint."""
-    with av.open(str(corpus / "h264.mp4")) as container:
+    path = write_video(tmp_path / "h264.mp4", FRAMES, x264="scenecut=0:asm=0")
+    with av.open(str(path)) as container:
         second = [packet for packet in container.demux(video=0) if packet.size][1]  # shown as number 3, behind two Bs
         begin = second.pos + second.size // 10
-    data = bytearray((corpus / "h264.mp4").read_bytes())
+    data = bytearray(path.read_bytes())
     data[begin : begin + 8] = b"\xa5" * 8
     with av.open(io.BytesIO(bytes(data))) as container:
         container.streams.video[0].codec_context.thread_count = 1  # several lose the mark at times
@@ -201,9 +190,9 @@ def write_sizes(path, sizes, codec):
             encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
             encoder.time_base, encoder.framerate = Fraction(1, 10), Fraction(10)
             packets = []
-            for i in range(10):
-                frame = av.VideoFrame.from_ndarray(picture(count + i, width, height), format="rgb24")
-                frame.pts = count + i
+            for at in range(count, count + 10):
+                frame = av.VideoFrame.from_ndarray(picture(at, width, height), format="rgb24")
+                frame.pts = at
                 packets += encoder.encode(frame)
             packets += encoder.encode()
             if stream is None:
@@ -221,7 +210,6 @@ def test_a_change_of_size_is_scaled_and_one_of_shape_refused(tmp_path, name, cod
     same = load_video(write_sizes(tmp_path / name, [(64, 48), (128, 96)], codec), ALL)
     assert same.frames.shape == (20, 48, 64, 3) and numbers(same.frames) == list(range(20))
     path = write_sizes(tmp_path / f"b{name}", [(64, 48), (64, 96)], codec)
-    with pytest.raises(MediaError, match=r"changes its shape: frame 10, at 1.00 s, is 64x96, frame 0 is 64x48.*Write"):
-        load_video(path, ALL)
+    refused(path, r"its shape: frame 10, at 1.00 s, is 64x96, frame 0 is 64x48.*Write", uses=[load_video])
     before = load_video(path, VideoOptions(num_frames=4, video_end=0.9))
-    assert before.frames.shape == (4, 48, 64, 3) and before.frames.shape[2] == WIDTH
+    assert before.frames.shape == (4, 48, 64, 3)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from families import FAMILIES, build
 from helpers import row
 from media_files import numbers, picture, write_video
@@ -44,21 +45,14 @@ def second_per_grid(processor, source, options):
     return prompt_of(processor, source, options)[0].media["second_per_grid_ts"].tolist()
 
 
-def official(processor, path, **kwargs):
-    """The processor's output where it is handed every frame and samples by itself."""
-    clip = load_video(path, ALL)
-    whole = VideoMetadata(total_num_frames=clip.total_frames, fps=round(clip.fps), duration=clip.duration)
-    text = "<|vision_start|><|video_pad|><|vision_end|>"
-    return processor(
-        text=[text], videos=[clip.frames], video_metadata=[whole], do_sample_frames=True, return_tensors="pt", **kwargs
-    )
-
-
 @pytest.mark.parametrize("fps, grids", [(1, 2.0), (2, 1.0), (5, 0.4), (3, 2 / 3)])
 def test_qwen25_sampled_by_fps_is_as_the_official_one(processors, clips, fps, grids):
     processor = processors["Qwen2.5-VL"]
     ours = prompt_of(processor, str(clips / "25.mp4"), VideoOptions(fps=fps))[0].media
-    theirs = official(processor, clips / "25.mp4", fps=fps)
+    clip = load_video(clips / "25.mp4", ALL)  # handed every frame, the processor samples by itself
+    whole = VideoMetadata(total_num_frames=clip.total_frames, fps=round(clip.fps), duration=clip.duration)
+    text, videos = "<|vision_start|><|video_pad|><|vision_end|>", {"videos": [clip.frames], "video_metadata": [whole]}
+    theirs = processor(text=[text], **videos, do_sample_frames=True, return_tensors="pt", fps=fps)
     assert ours["second_per_grid_ts"].tolist() == pytest.approx([grids], abs=1e-7)
     assert ours["second_per_grid_ts"].tolist() == theirs["second_per_grid_ts"].tolist()
     assert (ours["pixel_values_videos"] == theirs["pixel_values_videos"]).all()
@@ -67,14 +61,9 @@ def test_qwen25_sampled_by_fps_is_as_the_official_one(processors, clips, fps, gr
 def test_qwen25_temporal_positions_are_even(clips):
     model, processor = build("Qwen2.5-VL")
     trunk, _ = prompt_of(processor, str(clips / "25.mp4"), VideoOptions(fps=2))
-    import torch
-
-    ids = torch.tensor([trunk.ids])
     types = torch.tensor([trunk.types["mm_token_type_ids"]])
-    grid, seconds = trunk.media["video_grid_thw"], trunk.media["second_per_grid_ts"]
-    positions, _ = model.model.get_rope_index(
-        ids, mm_token_type_ids=types, video_grid_thw=grid, second_per_grid_ts=seconds
-    )
+    media = {name: trunk.media[name] for name in ("video_grid_thw", "second_per_grid_ts")}
+    positions, _ = model.model.get_rope_index(torch.tensor([trunk.ids]), mm_token_type_ids=types, **media)
     times = positions[0, 0][types[0] == 2].unique()
     assert (times - times[0]).tolist() == [0, 2, 4, 6]  # two position steps a second, a grid step a second
 
@@ -102,19 +91,14 @@ def test_qwen25_seconds_of_a_grid_step(processors, clips, name, options, grids):
     assert seconds == pytest.approx([grids], rel=1e-6)
 
 
+VFR = ["00:00", "00:01", "00:02", "00:03", "00:04", "01:00"]
 STAMPS = [  # file, options, the seconds that Qwen3-VL prints, the minutes that SmolVLM prints, its duration
     ("25.mp4", {"fps": 2, "max_frames": 4}, [0.5, 3.0], ["00:00", "00:01", "00:02", "00:03"], "0:00:04"),
     ("25.mp4", {"num_frames": 4}, [0.7, 3.3], ["00:00", "00:01", "00:02", "00:03"], "0:00:04"),
     ("25.mp4", {"num_frames": 1}, [2.0], ["00:01"], "0:00:04"),
     ("30.mkv", {"fps": 1}, [0.5, 2.0], ["00:00", "00:01", "00:02"], "0:00:02"),
-    (
-        "vfr.mp4",
-        {"num_frames": 6},
-        [0.5, 2.5, 32.0],
-        ["00:00", "00:01", "00:02", "00:03", "00:04", "01:00"],
-        "0:01:01",
-    ),
-    ("vfr.mp4", {"fps": 1}, [0.5, 2.5, 32.0], ["00:00", "00:01", "00:02", "00:03", "00:04", "01:00"], "0:01:01"),
+    ("vfr.mp4", {"num_frames": 6}, [0.5, 2.5, 32.0], VFR, "0:01:01"),
+    ("vfr.mp4", {"fps": 1}, [0.5, 2.5, 32.0], VFR, "0:01:01"),
     ("vfr.mp4", {"num_frames": 2, "video_start": 10.0}, [35.0], ["00:10", "01:00"], "0:01:01"),
     ("vfr.mp4", {"num_frames": 4, "video_start": 10.0, "video_end": 40.0}, [10.0], ["00:10"], "0:01:01"),
     ("vfr.webm", {"num_frames": 6}, [0.1, 0.8, 6.0], ["00:00", "00:00", "00:00", "00:00", "00:03", "00:09"], None),
@@ -169,10 +153,8 @@ def test_frames_without_a_clock_count_as_two_a_second(processors):
     ],
 )
 def test_the_clock_of_the_processors_keeps_every_time(times, rate):
-    fps = len(times) / (times[-1] + times[1])
-    meta = video_metadata(
-        Clip(np.zeros((len(times), 8, 8, 3), np.uint8), times, fps, len(times), len(times) / fps, "x")
-    )
+    fps, frames = len(times) / (times[-1] + times[1]), np.zeros((len(times), 8, 8, 3), np.uint8)
+    meta = video_metadata(Clip(frames, times, fps, len(times), len(times) / fps, "x"))
     assert meta.fps == pytest.approx(rate, rel=1e-12)
     assert all(type(index) is int for index in meta.frames_indices)
     np.testing.assert_allclose(meta.timestamps, times, atol=1e-3)
