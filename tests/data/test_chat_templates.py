@@ -107,7 +107,7 @@ def test_all_messages_of_a_response_are_trained():
     example = row(None) | {"chosen": answer}
     end = "<|im_end|>\n<|im_start|>"
     want = f"Let me look.zoom to 2{end}tool\ndone{end}assistant\na cat.<|im_end|>\n"
-    for processor in (text_model()[1], FAMILIES["Qwen2-VL"][0]()[1]):
+    for processor in map(processor_of, ("text", "Qwen2-VL")):
         calls = "{%- for c in m.tool_calls or () -%}{{ c.name }} to {{ c.arguments.to }}{%- endfor -%}"
         processor.chat_template = processor.chat_template.replace("{{ '<|im_end|>", calls + "{{ '<|im_end|>")
         assert trained(processor, example)[1] == want
@@ -126,7 +126,7 @@ def test_a_token_across_the_seam_leaves_the_prompt_whole():
 
 
 def test_one_of_several_templates():
-    for processor in (text_model()[1], FAMILIES["Qwen2-VL"][0]()[1]):
+    for processor in map(processor_of, ("text", "Qwen2-VL")):
         plain = processor.chat_template
         want = trained(processor, row(None))
         processor.chat_template = {"default": plain, "tool_use": "{{ tools[0].name }}#" + plain}
@@ -143,10 +143,6 @@ def test_what_training_decides_is_no_template_argument():
         PreferenceCollator(text_model()[1]).encode(example)
 
 
-def edit(path, **more):
-    path.write_text(json.dumps(json.loads(path.read_text()) | more))
-
-
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "SmolVLM", "text"])
 def test_no_setting_of_a_tokenizer_cuts_or_pads(name, picture, tmp_path):
     processor = processor_of(name)
@@ -155,12 +151,14 @@ def test_no_setting_of_a_tokenizer_cuts_or_pads(name, picture, tmp_path):
     processor.save_pretrained(tmp_path)
     cut = {"direction": "Right", "max_length": 12, "strategy": "LongestFirst", "stride": 0}
     pad = {"strategy": {"Fixed": 90}, "direction": "Left", "pad_to_multiple_of": None}
-    edit(tmp_path / "tokenizer.json", truncation=cut, padding=pad | {"pad_id": 0, "pad_type_id": 0, "pad_token": "#"})
-    sides = {"truncation_side": "left", "padding_side": "left", "model_max_length": 16}
+    pad |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "#"}
+    sides = {"truncation_side": "left", "padding_side": "left", "model_max_length": 16, "add_eos_token": True}
     kwargs = {"truncation": True, "max_length": 12, "padding": "max_length"}
-    edit(tmp_path / "tokenizer_config.json", **kwargs, **sides, add_eos_token=True)
-    if name != "text":
-        edit(tmp_path / "processor_config.json", text_kwargs=kwargs)
+    changes = {"tokenizer": {"truncation": cut, "padding": pad}, "tokenizer_config": kwargs | sides}
+    changes |= {} if name == "text" else {"processor_config": {"text_kwargs": kwargs}}
+    for stem, change in changes.items():
+        path = tmp_path / f"{stem}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
     loaded = (AutoTokenizer if name == "text" else AutoProcessor).from_pretrained(tmp_path)
     got = PreferenceCollator(loaded).encode(example)
     assert [t.ids for t in got.trunks] == [t.ids for t in want.trunks]

@@ -1,6 +1,7 @@
 """The check before the first step: every bad file and row is named, and skipping leaves rows out."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import av
@@ -18,21 +19,13 @@ from trl_vpo.data.rows import ROW_INDEX
 from trl_vpo.errors import RowError
 
 
-def make_bad(kind, folder):
-    """A path to a file that is bad in one way."""
-    path = folder / f"{kind}.mp4"
-    if kind == "garbage":
-        path.write_bytes(bytes(range(256)) * 40)
-    elif kind == "truncated":
-        cut(write_video(folder / "whole.mp4", options={"movflags": "faststart"}), path, 0.6)
-    elif kind == "folder":
-        path.mkdir()
-    return str(path)
+@pytest.fixture
+def bad(tmp_path):
+    """A path to a file that is cut short."""
+    return str(cut(write_video(tmp_path / "whole.mp4", options={"movflags": "faststart"}), tmp_path / "bad.mp4", 0.6))
 
 
-@pytest.mark.parametrize("kind", ["missing", "garbage", "truncated", "folder"])
-def test_a_bad_file_is_named_before_any_step(kind, good, processor, tmp_path):
-    bad = make_bad(kind, tmp_path)
+def test_a_bad_file_is_named_before_any_step(good, bad, processor, tmp_path):
     rows = [row("video", [good], id="a", source="b"), row("video", [bad], id="clip-7", source="webvid")]
     with pytest.raises(RowError) as caught:
         prepare(rows, processor, tmp_path)
@@ -42,18 +35,13 @@ def test_a_bad_file_is_named_before_any_step(kind, good, processor, tmp_path):
 
 
 def test_the_trainer_refuses_before_it_loads_or_trains(processor, tmp_path):
-    args = trl_vpo.VisualDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    rows = Dataset.from_list([row("video", [str(tmp_path / "gone.mp4")])])
+    kwargs = {"args": trl_vpo.VisualDPOConfig(str(tmp_path), use_cpu=True), "processing_class": processor}
+    model, rows = build("Qwen2-VL")[0], Dataset.from_list([row("video", [str(tmp_path / "gone.mp4")])])
     with pytest.raises(RowError, match=r"row 0: .*gone\.mp4 does not exist"):
-        trl_vpo.VisualDPOTrainer(build("Qwen2-VL")[0], args=args, train_dataset=rows, processing_class=processor)
+        trl_vpo.VisualDPOTrainer(model, train_dataset=rows, **kwargs)
+    fine = Dataset.from_list([row(None)])
     with pytest.raises(RowError, match=r"1 of 1 held-out rows .*\n.*gone\.mp4"):
-        trl_vpo.VisualDPOTrainer(
-            build("Qwen2-VL")[0],
-            args=args,
-            train_dataset=Dataset.from_list([row(None)]),
-            eval_dataset={"held-out": rows},
-            processing_class=processor,
-        )
+        trl_vpo.VisualDPOTrainer(model, train_dataset=fine, eval_dataset={"held-out": rows}, **kwargs)
 
 
 def test_bad_images_and_boxes_are_named(processor, tmp_path):
@@ -68,11 +56,8 @@ def test_bad_images_and_boxes_are_named(processor, tmp_path):
 
 def test_many_bad_rows_are_counted_and_the_first_are_shown(processor, tmp_path):
     rows = [row("video", [str(tmp_path / f"{i}.mp4")]) for i in range(9)]
-    with pytest.raises(RowError) as caught:
+    with pytest.raises(RowError, match=r"^9 of 9 train rows (.*\n){5}.* row 4: .*\n.*and 4 more"):
         prepare(rows, processor, tmp_path)
-    text = str(caught.value)
-    assert text.startswith("9 of 9 train rows") and "row 4:" in text and "row 5:" not in text
-    assert "and 4 more" in text
 
 
 def test_worker_processes_find_the_same(processor, tmp_path):
@@ -81,10 +66,8 @@ def test_worker_processes_find_the_same(processor, tmp_path):
     rows[3] = row("video", [str(tmp_path / "gone.mp4")], id="3")
     state = torch.get_rng_state()
     for workers in (0, 2):
-        with pytest.raises(RowError) as caught:
+        with pytest.raises(RowError, match=rf"^2 of {CHUNK + 3} .*\n.*row 3 .*\n.*row {CHUNK + 1} "):
             prepare(rows, processor, tmp_path, dataloader_num_workers=workers)
-        text = str(caught.value)
-        assert "row 3 " in text and f"row {CHUNK + 1} " in text and text.startswith(f"2 of {CHUNK + 3} ")
     assert (torch.get_rng_state() == state).all()
 
 
@@ -110,8 +93,7 @@ def test_contract_errors_are_not_skipped(good, processor, tmp_path):
         prepare(rows, processor, tmp_path, on_bad_media="skip")
 
 
-def test_skipping_leaves_rows_out_and_lists_them(good, processor, tmp_path, capsys):
-    bad = make_bad("truncated", tmp_path)
+def test_skipping_leaves_rows_out_and_lists_them(good, bad, processor, tmp_path, capsys):
     rows = [row("video", [p], id=str(i)) for i, p in enumerate([bad, good, bad, good])]
     kept = prepare(rows, processor, tmp_path, on_bad_media="skip")
     assert kept["id"] == ["1", "3"] and kept["_row_index"] == [1, 3]  # nothing takes their place
@@ -183,10 +165,8 @@ def test_markers_are_words_to_a_text_model(processor, tmp_path):
 def test_an_image_beside_a_video(family, fits, good, tmp_path):
     both = row("video", [good]) | {"images": [write_image(tmp_path / "a.png")]}
     both["prompt"] = message("user", "<image>", "<video>", "Are they alike?")
-    if fits:
-        assert len(prepare([both], build(family)[1], tmp_path)) == 1
-        return
-    with pytest.raises(RowError, match="row 0: has images and videos, but SmolVLMProcessor takes one kind"):
+    one_kind = pytest.raises(RowError, match="row 0: has images and videos, but SmolVLMProcessor takes one kind")
+    with nullcontext() if fits else one_kind:
         prepare([both], build(family)[1], tmp_path)
 
 
@@ -194,11 +174,9 @@ def test_what_would_stop_a_step_is_found_before(good, processor, tmp_path):
     strip = write_image(tmp_path / "strip.png", (4000, 10))
     rows = [row("video", [good], id="fits"), row("video", [good], id="long", rejected="red " * 90)]
     rows = [{"images": [], **example} for example in rows] + [row("image", [strip], id="strip", videos=[])]
-    with pytest.raises(RowError) as caught:
+    long, refuses = "row 1 .id 'long'.: .* more than max_length=90", "row 2 .id 'strip'.: Qwen2VLProcessor refuses"
+    with pytest.raises(RowError, match=rf"^2 of 3 train rows .*\n.*{long}.*\n.*{refuses}.*aspect ratio"):
         prepare(rows, processor, tmp_path, max_length=90)
-    assert str(caught.value).startswith("2 of 3 train rows cannot be trained on:\n  - row 1 (id 'long'): ")
-    assert "more than max_length=90" in str(caught.value)
-    assert "row 2 (id 'strip'): Qwen2VLProcessor refuses" in str(caught.value) and "aspect ratio" in str(caught.value)
 
 
 def test_what_a_template_refuses_is_found_before(tmp_path):

@@ -54,8 +54,7 @@ def test_literal_tensors_of_a_text_batch():
 def test_strings_get_an_end_of_sequence_token():
     tok = text_model()[1]
     tree = PreferenceCollator(tok).encode({"prompt": "user", "chosen": " red", "rejected": " blue<|im_end|>"})
-    assert tok.decode(tree.branches[0].ids) == " red<|im_end|>"
-    assert tok.decode(tree.branches[1].ids) == " blue<|im_end|>"
+    assert [tok.decode(branch.ids) for branch in tree.branches] == [" red<|im_end|>", " blue<|im_end|>"]
 
 
 def test_tokens_that_merge_across_the_seam_are_the_responses():
@@ -105,15 +104,10 @@ def marked(processor, branch):
     return text_of(processor, [i for i, on in zip(branch.ids, branch.phrases) if on])
 
 
-def test_phrases_of_a_response_that_the_template_strips(stripping):
-    example = row(None, chosen="  a red car ", rejected="a blue car")
-    assert marked(stripping, PreferenceCollator(stripping, phrases=True).encode(example).branches[0]) == " red"
-
-
 def test_phrases_end_where_a_stripped_response_does(stripping):
     example = row(None, chosen=" \n a red square. \n", rejected="a blue square.", rejected_phrases=[[2, 6]])
     collator = PreferenceCollator(stripping, phrases=True)
-    for span, want in (([5, 18], " red square."), ([0, 8], "a red"), ([0, 18], "a red square.")):
+    for span, want in (([5, 8], " red"), ([5, 18], " red square."), ([0, 8], "a red"), ([0, 18], "a red square.")):
         branch = collator.encode(example | {"chosen_phrases": [span]}).branches[0]
         assert marked(stripping, branch) == want
     for span in ([0, 2], [16, 18]):
@@ -163,18 +157,15 @@ def test_separate_sequences_read_as_prompt_then_response(qwen, clip):
 def test_a_row_over_max_length_is_an_error_with_its_count(qwen, clip):
     tree = PreferenceCollator(qwen, video=EIGHT).encode(row("video", [clip]))
     prompt, longest = len(tree.trunks[0].ids), max(len(b.ids) for b in tree.branches)
-    fits = PreferenceCollator(qwen, video=EIGHT, max_length=prompt + longest)
-    assert len(fits.encode(row("video", [clip])).trunks[0].ids) == prompt
+    PreferenceCollator(qwen, video=EIGHT, max_length=prompt + longest).encode(row("video", [clip]))
     tight = PreferenceCollator(qwen, video=EIGHT, max_length=prompt + longest - 1)
     with pytest.raises(RowError, match=rf"row 5: {prompt} prompt tokens and {longest} response tokens are more than"):
         tight.encode(row("video", [clip]) | {"_row_index": 5})
 
 
 def test_bad_media_name_the_row_and_the_file(qwen, tmp_path):
-    path = tmp_path / "broken.mp4"
-    path.write_bytes(b"not a video" * 100)
-    with pytest.raises(RowError, match=r"row 2 \(id 'v'\): .*broken\.mp4"):
-        PreferenceCollator(qwen).encode(row("video", [str(path)], id="v") | {"_row_index": 2})
+    with pytest.raises(RowError, match=r"row 2 \(id 'v'\): .*gone\.mp4"):
+        PreferenceCollator(qwen).encode(row("video", [str(tmp_path / "gone.mp4")], id="v") | {"_row_index": 2})
 
 
 @pytest.mark.parametrize("prompt", ["What is it?", "<image>What is it?", VISION + "What is it?"])
@@ -211,16 +202,14 @@ def test_pairs_of_the_same_tokens_are_refused(b, trims):
     tok = text_model()[1]
     if trims:
         tok.chat_template = tok.chat_template.replace("m['content'] }}", "m['content'] | trim }}")
-    example = row(None, chosen="b") | {
-        "rejected": [{"role": "assistant", **(b if isinstance(b, dict) else {"content": b})}]
-    }
+    said = b if isinstance(b, dict) else {"content": b}
+    example = row(None, chosen="b") | {"rejected": [{"role": "assistant", **said}]}
     if b == " b " and not trims:
         tree = PreferenceCollator(tok).encode(example)
         assert tree.branches[0].ids != tree.branches[1].ids
         return
-    with pytest.raises(
-        RowError, match=r"^row: chosen and rejected have the same tokens.*'b<\|im_end\|>|`reasoning_content`"
-    ):
+    same = r"^row: chosen and rejected have the same tokens.*'b<\|im_end\|>|`reasoning_content`"
+    with pytest.raises(RowError, match=same):
         PreferenceCollator(tok).encode(example)
     if isinstance(b, str) and not trims:
         with pytest.raises(RowError, match="chosen and rejected have the same tokens"):

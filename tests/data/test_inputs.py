@@ -20,11 +20,6 @@ from trl_vpo.media.load import VideoOptions, load_image, load_video
 FOUR = VideoOptions(num_frames=4)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture
 def folder(tmp_path):
     """media/: an image, a clip and a folder of three frames."""
@@ -36,17 +31,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def jsonl(path: Path, *rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read(source, folder, **options):
-    return read_inputs(str(source), **{"media_folder": folder / "run/media", **options})
+def read(folder, source, **options):
+    return read_inputs(str(folder / source), **{"media_folder": folder / "run/media", **options})
 
 
 def read_rows(folder, *rows, **options):
-    return read(jsonl(folder / "in.jsonl", *rows), folder, **options)
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read(folder, "in.jsonl", **options)
 
 
 def pixels(source) -> np.ndarray:
@@ -83,19 +74,16 @@ def test_local_formats_agree(folder):
     data.save_to_disk(folder / "saved")
     (folder / "split").mkdir()
     data.to_json(folder / "split/test.jsonl")
-    sources = [read(folder / name, folder) for name in ("in.parquet", "in.json", "saved")]
-    sources.append(read(folder / "split", folder, split="test"))
+    sources = [read(folder, name) for name in ("in.parquet", "in.json", "saved")]
+    sources.append(read(folder, "split", split="test"))
     assert all(list(inputs) == list(sources[0]) for inputs in sources)
     assert len({digest(inputs) for inputs in sources}) == 1
     assert sources[0][2].example == {"id": "2", "image": str(folder / "media/a.png"), "n": 2}
     with pytest.raises(DatasetError, match="no split 'train'; it has test"):
-        read(folder / "split", folder)
-
-
-def test_nothing_to_read(tmp_path):
-    Dataset.from_dict({"id": []}).to_parquet(tmp_path / "in.parquet")
+        read(folder, "split")
+    Dataset.from_dict({"id": []}).to_parquet(folder / "in.parquet")
     with pytest.raises(DatasetError, match=r"in\.parquet cannot be read as rows: .* no data"):
-        read(tmp_path / "in.parquet", tmp_path)
+        read(folder, "in.parquet")
 
 
 def test_ids(folder):
@@ -120,18 +108,13 @@ def test_digest(folder):
         data = [{"image": {"bytes": raw + bytes([i]), "path": None}, **row} for i, row in enumerate(rows)]
         features = Features({"image": Image(), "id": Value("string"), "q": Value("string")})
         Dataset.from_list(data, features=features).to_parquet(folder / "in.parquet")
-        return digest(read(folder / "in.parquet", folder))
+        return digest(read(folder, "in.parquet"))
 
     rows = [{"id": f"{i}", "q": "What?"} for i in range(20)]
-    same = of(*rows)
+    same, rest = of(*rows), rows[:-1]
     assert same == of(*rows)
-    others = [
-        of(*rows, raw=b"abd"),
-        of(*rows[:-1]),
-        of(*rows[::-1]),
-        of(*rows[:-1], {"id": "19", "q": "Why?"}),
-        of(*rows[:-1], {"id": "20", "q": "What?"}),
-    ]
+    others = [of(*rows, raw=b"abd"), of(*rest), of(*rows[::-1])]
+    others += [of(*rest, rows[-1] | change) for change in ({"q": "Why?"}, {"id": "20"})]
     assert len({same, *others}) == 6
 
 
@@ -148,7 +131,7 @@ def test_media_in_parquet(folder):
         "id": ["a", "b"],
     }
     Dataset.from_dict(data, features=features).to_parquet(folder / "in.parquet")
-    inputs = read(folder / "in.parquet", folder)
+    inputs = read(folder, "in.parquet")
     digest(inputs)
     assert not (folder / "run").exists()
     first, second = inputs
@@ -171,7 +154,7 @@ def test_media_stay_as_they_are_without_a_folder(folder, damaged):
     raw = b"\x89PNG garbage" if damaged else (folder / "media/a.png").read_bytes()
     data = {"image": [{"bytes": raw, "path": None}]}
     Dataset.from_dict(data, features=Features({"image": Image()})).to_parquet(folder / "in.parquet")
-    (row,) = read(folder / "in.parquet", folder, media_folder=None)
+    (row,) = read(folder, "in.parquet", media_folder=None)
     if damaged:
         with pytest.raises(MediaError, match="is not a readable image"):
             load_media(row, FOUR)
@@ -183,11 +166,8 @@ def test_media_stay_as_they_are_without_a_folder(folder, damaged):
 
 def test_frames_and_options(folder):
     frames = [f"media/frames/{i}.png" for i in (2, 0, 1)]
-    rows = [
-        {"videos": [{"video": frames, "frames_fps": 4.0}]},
-        {"videos": [{"video": frames[:2], "frames_fps": None}]},
-    ]
-    inputs = read_rows(folder, *rows, media_root=str(folder))
+    videos = {"video": frames, "frames_fps": 4.0}, {"video": frames[:2], "frames_fps": None}
+    inputs = read_rows(folder, *({"videos": [video]} for video in videos), media_root=str(folder))
     full = [str(folder / frame) for frame in frames]
     assert inputs[0].videos == ({"video": full, "frames_fps": 4.0},)
     assert inputs[1].videos == ({"video": full[:2]},)  # a dictionary in every row, as datasets wants it

@@ -50,9 +50,8 @@ def test_none_keys_that_arrow_adds_are_dropped():
 def test_an_implicit_prompt_is_found():
     turn = message("user", "What is it?")
     example = {"chosen": turn + message("assistant", "A cat."), "rejected": turn + message("assistant", "A dog.")}
-    for more in ({}, {"score_chosen": 8.0, "score_rejected": 2.0, "messages": turn, "prompt": None}):
-        read = read_row(example | more)
-        assert read.prompt == turn and response_text(read.chosen) == "A cat."
+    read = read_row(example | {"score_chosen": 8.0, "score_rejected": 2.0, "messages": turn, "prompt": None})
+    assert read.prompt == turn and response_text(read.chosen) == "A cat."
 
 
 def test_singular_columns_and_strings():
@@ -90,11 +89,6 @@ def test_nulls_that_a_tools_call_gives_are_kept():
     assert "sum" not in read.template_kwargs["tools"][0]["function"]["parameters"]["properties"]
     read = read_row(row(None) | {"rejected": call})
     assert read.rejected[0]["tool_calls"][0]["function"]["arguments"] == {}
-
-
-def test_markers_are_plain_text_where_there_are_no_media():
-    prompt = message("user", "What does the <video> tag of HTML do?")
-    assert read_row(row(None) | {"prompt": prompt}).prompt == prompt
 
 
 @pytest.mark.parametrize("phrases", [False, True])
