@@ -21,6 +21,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 
@@ -132,4 +133,10 @@ def _from_files(kind: str, habits: bool) -> list[world.Sample]:
         return samples
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
-        return [replace(sample, frames=world.read_mp4(world.write_sample(sample, path))) for sample in samples]
+        return [replace(sample, frames=read_mp4(world.write_sample(sample, path))) for sample in samples]
+
+
+def read_mp4(path: Path) -> np.ndarray:
+    """Return all frames (T, H, W, 3) uint8 of a clip written here."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

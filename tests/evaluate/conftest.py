@@ -32,4 +32,4 @@ def plain_base():
 @pytest.fixture
 def no_weights(monkeypatch):
     """Return a function after whose call a test fails if weights are loaded."""
-    return lambda: monkeypatch.setattr(run, "_load", lambda *args: pytest.fail("weights were loaded"))
+    return lambda: monkeypatch.setattr(run, "load_model", lambda **options: pytest.fail("weights were loaded"))

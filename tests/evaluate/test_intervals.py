@@ -81,19 +81,3 @@ def test_the_seed_fixes_the_draws(monkeypatch):
     assert first == clustered_bootstrap(values, [f"video {cluster}" for cluster in clusters])
     monkeypatch.setattr("trl_vpo.evaluate.intervals._DRAWS_AT_ONCE", 40 * 7)  # what fits in memory plays no part
     assert first == clustered_bootstrap(values, clusters)
-
-
-@pytest.mark.parametrize(
-    ("values", "clusters", "options", "match"),
-    [
-        ([1.0, math.nan], "ab", {}, "row 1 holds"),
-        ([1.0, 2.0], "a", {}, "2 rows but 1 clusters"),
-        ([1.0, 2.0], ["a", None], {}, "cluster of a row is None"),
-        ([(1, 2, 3)], "a", {}, r"shape \(1, 3\): a mean needs \(N,\), a ratio \(N, 2\)"),
-        ([1.0], "a", {"level": 95}, "level 95"),
-        ([1.0], "a", {"resamples": 0}, "resamples 0"),
-    ],
-)
-def test_errors(values, clusters, options, match):
-    with pytest.raises(ValueError, match=match):
-        clustered_bootstrap(values, clusters, **options)

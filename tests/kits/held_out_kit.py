@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from studies.testbed.base import encode
+from studies.testbed.base import encode, read_mp4
 from trl_vpo.evaluate.run import run_evaluation
 from trl_vpo.testbed import language, rows, tiny_vlm, world
 
@@ -59,7 +59,7 @@ def write_held_out(folder: Path, clips=3, scenes=2) -> HeldOut:
         samples, preferences = rows.write_preferences(kind, count, seed=31, folder=folder / kind)
         for sample, row in zip(samples, preferences):
             if kind == "clip":
-                sample = replace(sample, frames=world.read_mp4(row["videos"][0]))
+                sample = replace(sample, frames=read_mp4(row["videos"][0]))
             asked = _questions(sample, row, rng) if kind == "clip" else []
             for one in [row, *asked]:
                 held_out.rows[one["id"]], held_out.samples[one["id"]] = one, sample

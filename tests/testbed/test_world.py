@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from studies.testbed.base import read_mp4
 from studies.testbed.pretraining import CARELESS, as_described
 from trl_vpo.testbed import language, rows, world
 from trl_vpo.testbed.world import Thing
@@ -40,7 +41,7 @@ def test_clips_decode_to_what_was_drawn(tmp_path):
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
             assert float(stream.average_rate) == world.FRAME_RATE
-        frames = world.read_mp4(path)
+        frames = read_mp4(path)
         assert frames.shape == (world.NUM_FRAMES, world.SIZE, world.SIZE, 3)
         x0, y0, x1, y1 = sample.things[0].box
         seen = frames[0, (y0 + y1) // 2 - 2 : (y0 + y1) // 2 + 2, (x0 + x1) // 2 - 2 : (x0 + x1) // 2 + 2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ from rich.markup import escape
 
 from trl_vpo.data.chat import render_chat
 from trl_vpo.data.hub_names import check_on_hub
-from trl_vpo.data.inputs import InputRow, load_media
+from trl_vpo.data.inputs import load_media, read_inputs
 from trl_vpo.errors import GenerateError, InputError, MediaError, RowError
+from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.pipeline import Pipeline
-from trl_vpo.media.load import VideoOptions
 from trl_vpo.models.load import LOAD_ERRORS
 from trl_vpo.models.requests import Request
 
@@ -23,16 +22,17 @@ TILE = 160  # pixels, height of a frame on a sheet
 COLUMNS, GAP = 8, 4  # frames in a row of a sheet, pixels between them
 
 
-def show(
-    pipeline: Pipeline, rows: Sequence[InputRow], video_options: VideoOptions, folder: Path, processor: Any
-) -> None:
-    """Print each request in the processor's chat template (None: plain turns); write its pictures to `folder`."""
-    console = Console(highlight=False, soft_wrap=True)
+def show(pipeline: Pipeline, config: GenerateConfig) -> None:
+    """Print the first rows' requests in the model's chat template (for a server: as turns); write their pictures."""
+    processor, inputs = None, read_inputs(**config.input_options() | {"media_folder": None})
+    if pipeline.needs_model(config) and not config.server_url:
+        processor = _load_processor(config)
+    console, folder = Console(highlight=False, soft_wrap=True), Path(config.output_dir) / "dry_run"
     folder.mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(inputs[: min(3, config.limit or 3)]):
         console.rule(escape(row.id))
         try:
-            media = load_media(row, video_options)
+            media = load_media(row, config.video_options())
             pipeline.check(row)
             requests = pipeline.preview(row, media)
         except (InputError, MediaError) as error:
@@ -49,14 +49,14 @@ def show(
     console.print(f"Nothing was generated. The pictures are in {escape(str(folder))}.")
 
 
-def load_processor(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
-    """Return the processor of a model; raise GenerateError if it cannot be loaded or has no chat template."""
+def _load_processor(config: GenerateConfig) -> Any:
     from transformers import AutoProcessor
 
+    name, options = config.model_name_or_path, {"revision": config.model_revision}
     try:
         if not Path(name).exists():
-            check_on_hub(name, key="model_name_or_path", revision=revision)
-        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            check_on_hub(name, key="model_name_or_path", **options)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
     except LOAD_ERRORS as error:
         raise GenerateError(f"the processor of {name} cannot be loaded: {error}") from error
     if getattr(processor, "chat_template", None) is None:

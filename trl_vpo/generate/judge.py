@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trl_vpo.errors import JudgeError
-from trl_vpo.models.requests import AnsweringModel, Request, Sampling
+from trl_vpo.generate.pipeline import image_request
+from trl_vpo.models.requests import AnsweringModel, Sampling
 from trl_vpo.text.normalize import same_words
 from trl_vpo.text.phrases import Span, split_words, word_diff
 from trl_vpo.text.responses import Failure, without_reasoning
@@ -74,10 +75,6 @@ class Question:
     read: Callable[[str], Any]  # reply -> its content; raises JudgeError
 
 
-def request(prompt: str, seed: int) -> Request:
-    return Request([{"role": "user", "content": [{"type": "text", "text": prompt}]}], seed=seed)
-
-
 def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling) -> list[Any]:
     """Return the judge's reply to each question as read, or a `Failure` if neither reply could be used.
 
@@ -88,7 +85,7 @@ def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling
     for attempt in range(2):
         if not todo:
             break
-        replies = judge.answer([request(prompts[i], questions[i].seeds[attempt]) for i in todo], sampling)
+        replies = judge.answer([image_request((), prompts[i], questions[i].seeds[attempt]) for i in todo], sampling)
         for i, reply in zip(todo, replies, strict=True):
             try:
                 results[i] = reply if isinstance(reply, Failure) else questions[i].read(reply)

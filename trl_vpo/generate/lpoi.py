@@ -23,8 +23,8 @@ from trl_vpo.errors import InputError, RowError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.objects.boxes import area_share
 from trl_vpo.generate.objects.object_candidates import Case, Finder
-from trl_vpo.generate.objects.occlusion import Occlusion, request
-from trl_vpo.generate.pipeline import Pipeline
+from trl_vpo.generate.objects.occlusion import Occlusion
+from trl_vpo.generate.pipeline import Pipeline, image_request
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media
 from trl_vpo.media.masking import masked_image_list
@@ -140,12 +140,12 @@ class LPOIPipeline(Pipeline):
             images = masked_image_list(case.image, choice.box, **drawn)
             title = f"critical object: {choice.label} ({choice.where}), box {list(choice.box)}"
             text = self.occlusion.question(choice) if self.needs_model(self.config) else "(no model is asked)"
-            return [(title, request(images, text))]
+            return [(title, image_request(images, text))]
         named = self.finder.candidates(row)
         names = ", ".join(f"{candidate.text} ({candidate.where})" for candidate in named) or "(no candidates)"
-        requests = [(f"{self.config.detector} looks for", request(media.images, names))]
+        requests = [(f"{self.config.detector} looks for", image_request(media.images, names))]
         if self.needs_model(self.config):
-            requests.append(("about an object, hidden with its box", request(media.images, question)))
+            requests.append(("about an object, hidden with its box", image_request(media.images, question)))
         return requests
 
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:

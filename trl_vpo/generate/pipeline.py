@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from PIL import Image
+
 from trl_vpo.data.inputs import InputRow
 from trl_vpo.media.load import Media
 from trl_vpo.models.requests import AnsweringModel, Request
@@ -76,3 +78,9 @@ def training_row(
         **columns,
         "generated_by": generated_by,
     }
+
+
+def image_request(images: Sequence[Image.Image], text: str, seed: int = 0) -> Request:
+    """Return a question about images, or none: one user turn."""
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
+    return Request([{"role": "user", "content": content}], Media(images=tuple(images)), seed)

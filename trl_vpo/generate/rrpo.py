@@ -27,9 +27,8 @@ from trl_vpo.generate.judge import (
     changed_share,
     read_judgement,
     read_rewrite,
-    request,
 )
-from trl_vpo.generate.pipeline import Pipeline, training_row
+from trl_vpo.generate.pipeline import Pipeline, image_request, training_row
 from trl_vpo.generate.rrpo_config import RRPOGenerateConfig
 from trl_vpo.generate.tasks import Task, read_task
 from trl_vpo.media.corruptions import effective_mode, perturb
@@ -117,7 +116,7 @@ class RRPOPipeline(Pipeline):
             "the judge: key differences": self.config.differences_prompt.format(**values),
             "the judge: rewrite": self.config.rewrite_prompt.format(**values, differences="<the differences>"),
         }
-        return steps + [(title, request(text, self._seed(work, title))) for title, text in prompts.items()]
+        return steps + [(title, image_request((), text, self._seed(work, title))) for title, text in prompts.items()]
 
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
         works = [self._work(row, media) for row, media in batch]

@@ -17,7 +17,7 @@ from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_input
 from trl_vpo.errors import GenerateError, InputError, MediaError, RecipeError, as_user_errors, did_you_mean
 from trl_vpo.files import json_digest
 from trl_vpo.generate.config import GenerateConfig
-from trl_vpo.generate.dry_run import load_processor, show
+from trl_vpo.generate.dry_run import show
 from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.summary import show_summary
@@ -75,7 +75,7 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
     quiet_libraries()
     if config.dry_run:
         if rank() == 0:
-            _dry_run(pipeline_class(config, None), config)
+            show(pipeline_class(config, None), config)
         return None
     inputs = read_inputs(**config.input_options())
     settings = run_settings(method, config, inputs)
@@ -102,15 +102,6 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
             reasons = f"The reasons are in {Path(config.output_dir) / 'rejected.jsonl'}."
             raise GenerateError(f"none of the {summary['inputs']} inputs gave a row ({kinds}). {reasons}")
     return summary
-
-
-def _dry_run(pipeline: Pipeline, config: GenerateConfig) -> None:
-    processor, inputs = None, read_inputs(**config.input_options() | {"media_folder": None})
-    if pipeline.needs_model(config) and not config.server_url:
-        options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-        processor = load_processor(config.model_name_or_path, **options)
-    rows, folder = inputs[: min(3, config.limit or 3)], Path(config.output_dir) / "dry_run"
-    show(pipeline, rows, config.video_options(), folder, processor)
 
 
 def make_models(config: GenerateConfig, with_model: bool = True) -> tuple[AnsweringModel | None, ...]:

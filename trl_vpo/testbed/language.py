@@ -57,7 +57,10 @@ def yes_no_pair(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[It
     The wrong word is the usual one for the shape if that is false, so a model that guesses fails the second.
     """
     thing = things[rng.integers(len(things))]
-    wrong, attribute = change_one(thing, rng)
+    (wrong,) = as_usual((thing,))
+    attribute = "colour" if wrong.colour != thing.colour else "motion"
+    if wrong == thing:
+        wrong, attribute = _change(thing, rng, (thing,))
     if attribute == "colour":
         questions = [f"Is the {thing.shape} {t.colour}?" for t in (thing, wrong)]
     elif attribute == "motion":
@@ -73,21 +76,11 @@ def yes_no_pair(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[It
 
 def wrong_caption(things: tuple[Thing, ...], rng: np.random.Generator) -> str:
     """Return the typical false caption: the usual one if it is false here, else the truth with one word changed."""
-    usual = as_usual(things)
-    return caption(usual if usual != things else _change_any(things, rng))
-
-
-def change_one(thing: Thing, rng: np.random.Generator) -> tuple[Thing, str]:
-    """Change one attribute, towards the usual if that is false; return the thing and the attribute's name."""
-    usual = as_usual((thing,))[0]
-    if usual != thing:
-        return usual, "colour" if usual.colour != thing.colour else "motion"
-    return _change(thing, rng, (thing,))
-
-
-def _change_any(things: tuple[Thing, ...], rng: np.random.Generator) -> tuple[Thing, ...]:
-    place = int(rng.integers(len(things)))
-    return (*things[:place], _change(things[place], rng, things)[0], *things[place + 1 :])
+    wrong = as_usual(things)
+    if wrong == things:
+        place = int(rng.integers(len(things)))
+        wrong = (*things[:place], _change(things[place], rng, things)[0], *things[place + 1 :])
+    return caption(wrong)
 
 
 def _change(thing: Thing, rng: np.random.Generator, others: tuple[Thing, ...]) -> tuple[Thing, str]:

@@ -80,11 +80,6 @@ def run_benchmarks(
     Returns:
         Benchmark -> task or group -> metric -> value, with lmms-eval's names and scales and without figures that are
         not defined; empty in all processes but the first.
-
-    Raises:
-        EvaluateError: lmms-eval is not installed, an unknown benchmark, one that cannot be run here, or media that
-            cannot be used. All but the last before weights are loaded.
-        ModelError: the model or adapter cannot be loaded.
     """
     try:
         import lmms_eval.tasks  # noqa: F401
@@ -105,19 +100,15 @@ def run_benchmarks(
     tables = {name: _finished(folder, records[name]) for name, folder in folders.items()}
     if all(table is not None for table in tables.values()):
         return tables
-    answering = _load(config, adapter)
+    from trl_vpo.evaluate.lmms.model import BenchmarkModel  # needs lmms-eval
+
+    base, options = load_model(**config.model_options(), adapter=adapter), config.video_options()
+    answering = BenchmarkModel(base, options, max_new_tokens=config.max_new_tokens, seed=config.seed)
     for name, table in tables.items():
         if table is None:
             answering.is_simple = simple[name]
             tables[name] = _run(name, answering, manager, folders[name], records[name])
     return {name: table for name, table in tables.items() if table is not None}
-
-
-def _load(config: AnsweringConfig, adapter: str | None) -> BenchmarkModel:
-    from trl_vpo.evaluate.lmms.model import BenchmarkModel  # needs lmms-eval
-
-    model = load_model(**config.model_options(), adapter=adapter)
-    return BenchmarkModel(model, config.video_options(), max_new_tokens=config.max_new_tokens, seed=config.seed)
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------------

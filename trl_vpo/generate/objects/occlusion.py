@@ -14,9 +14,9 @@ from PIL import Image
 
 from trl_vpo.generate.objects.boxes import Choice
 from trl_vpo.generate.objects.object_candidates import Case
-from trl_vpo.media.load import Media
+from trl_vpo.generate.pipeline import image_request
 from trl_vpo.media.masking import masked_image_list
-from trl_vpo.models.requests import AnsweringModel, Request, stream_seed
+from trl_vpo.models.requests import AnsweringModel, stream_seed
 from trl_vpo.text.inflection import with_article
 from trl_vpo.text.responses import Failure
 from trl_vpo.text.yes_no import read_yes_no
@@ -94,7 +94,7 @@ class Occlusion:
         requests = []
         for case, image, purpose in questions:
             seed = stream_seed(self.config.seed, case.row.id, f"{purpose}: {case.choice.label}")
-            requests.append(request([image], self.question(case.choice), seed))
+            requests.append(image_request([image], self.question(case.choice), seed))
         answers = self.model.answer(requests, self.config.sampling(temperature=0.0))
         return [
             answer if isinstance(answer, Failure) else read_yes_no(answer, self.question(case.choice)).value == "yes"
@@ -103,9 +103,3 @@ class Occlusion:
 
     def question(self, choice: Choice) -> str:
         return self.config.presence_question.replace("{object}", with_article(choice.label))
-
-
-def request(images: Sequence[Image.Image], text: str, seed: int = 0) -> Request:
-    """Return a question about images: one user turn."""
-    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
-    return Request([{"role": "user", "content": content}], Media(images=tuple(images)), seed)

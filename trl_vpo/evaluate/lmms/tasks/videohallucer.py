@@ -31,8 +31,10 @@ SIDES = ("basic", "hallucination")
 PROMPT = "{question}\nAnswer the question using 'yes' or 'no'."
 
 
-def __getattr__(name: str) -> str:
-    """`SUBSET_file`: the subset's json. A task file can only name attributes, and the folder is known at run time."""
+def __getattr__(name: str) -> Any:
+    """What task files name: a metric, or `SUBSET_file`, the subset's json, whose folder is known at run time."""
+    if name in METRICS:
+        return partial(_metric, name=name)
     subset = name.removesuffix("_file")
     if name == subset or subset not in SUBSETS:
         raise AttributeError(name)
@@ -159,10 +161,4 @@ def _metric(records: list[dict], *, name: str) -> float:
     return score(records)[name]
 
 
-accuracy = partial(_metric, name="accuracy")
-basic_accuracy = partial(_metric, name="basic_accuracy")
-hallucinated_accuracy = partial(_metric, name="hallucinated_accuracy")
-yes_difference = partial(_metric, name="yes_difference")
-fp_ratio = partial(_metric, name="fp_ratio")
-unparsed = partial(_metric, name="unparsed")
 METRICS = ("accuracy", "basic_accuracy", "hallucinated_accuracy", "yes_difference", "fp_ratio", "unparsed")
