@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,8 +156,11 @@ def test_difference():
         difference(first, {"mean": [1.0, 1.0]}, ["a", "b"])
 
 
-def test_the_table_names_every_measure():
-    named = set(re.findall(r"`([a-z_]+/[a-z_<>]+)`", measures.__doc__))
+def test_the_documentation_names_every_measure():
+    page = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
+    section = page.split("\n## Measures of evaluate\n")[1].split("\n## ")[0]
+    named = set(re.findall(r"^\| (.*?) \|", section, re.M)) - {"name", "---"}
+    named = {name.strip("`") for names in named for name in names.split(", ")}
     more = {"damaged_logps": [{"<damage>": -1.0}] * 4, "image_logps": [[-1.0, -2.0]] * 4}
     assert named == set(figures([*pairs([0.0] * 4, [0.0] * 4, **more), *ANSWER_ROWS]))
 

@@ -37,7 +37,7 @@ PREFIX = "eval_heldout/"
 class EvaluationCallback(TrainerCallback):
     """Measures preference rows that are not trained on, and adds the measures to the metrics of an evaluation.
 
-    The measures are those of `trl-vpo evaluate` (see `trl_vpo.evaluate.measures`), without intervals: preference,
+    The measures are those of `trl-vpo evaluate` (see docs/metrics.md), without intervals: preference,
     log-probs and sensitivity to damaged media; movement and KL where the trainer has a reference (its `ref_model`, or
     the model without its adapter). Their keys begin with `eval_heldout/`, so `metric_for_best_model` may name one.
     They cost two model passes over each row and its damaged media.

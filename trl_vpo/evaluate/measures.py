@@ -4,45 +4,8 @@
 `difference` compares two models on the same rows. Rows are (N,) where the measure is their mean, or (N, 2), numerators
 and denominators, where it is a ratio of sums.
 
-| name | unit | what it is, and which way is better |
-| --- | --- | --- |
-| `preference/accuracy` | share of pairs | the chosen response has the higher summed log-prob; up |
-| `preference/accuracy_average` | share of pairs | the same for log-probs per token, LeanPO's reward; up |
-| `logps/chosen`, `logps/rejected` | nats | summed log-prob of the response |
-| `logps/chosen_average`, `logps/rejected_average` | nats per token | the same per token |
-| `reward/accuracy` | share of pairs | the chosen response gained more log-prob over the base; up |
-| `reward/margin` | nats | how much more it gained; TRL's rewards/margins without beta; up |
-| `displacement/chosen` | nats | summed log-prob minus the base's; below 0 the chosen response got less likely |
-| `displacement/rejected` | nats | the same for the rejected response |
-| `displacement/both_fall` | share of pairs | both responses lost log-prob against the base; down |
-| `kl/chosen` | nats per response | KL of the base and the model, summed over the response's tokens |
-| `kl/chosen_per_token` | nats per token | all KL over all tokens |
-| `sensitivity/<damage>` | nats per token | average log-prob lost when the media are damaged; up |
-| `sensitivity/<damage>_share` | share of rows | the loss is above 0; up |
-| `visibility/tau` | -1 to 1 | Kendall's tau-b of log-prob and visibility; 1: always falls as the object fades; up |
-| `visibility/ordered` | share of lists | log-prob falls at every step of the list; up |
-| `length/words`, `length/tokens` | per response | words between white space; tokens as given |
-| `length/cut_off` | share of free answers | that the limit of new tokens cut off; down |
-| `yes_no/basic`, `yes_no/hallucinated` | share of pairs | that question is answered rightly; up |
-| `yes_no/overall` | share of pairs | both questions are, VideoHallucer's accuracy; up |
-| `yes_no/yes_rate` | share of questions | answered yes; 0.5 is unbiased |
-| `yes_no/pct_diff` | -0.5 to 0.5 | (answered yes - truly yes) / questions, the yes rate less 0.5; 0 is unbiased |
-| `yes_no/fp_ratio` | share of wrong answers | that say yes; 0.5 is unbiased |
-| `yes_no/unparsed` | share of questions | whose response says neither; down |
-| `yes_no/cut_off` | share of questions | whose response the limit of new tokens cut off; down |
-| `choice/letter` | share of rows | the letter read from the response is right; an unread one is wrong; up |
-| `choice/unparsed` | share of rows | no letter could be read; down |
-| `choice/cut_off` | share of rows | the limit of new tokens cut the response off; down |
-| `choice/logp` | share of rows | the right option has the highest summed log-prob; up |
-| `choice/logp_average` | share of rows | the same for log-probs per token; up |
-| `chair/i` | share of mentions | hallucinated; down |
-| `chair/s` | share of responses | with a hallucinated object: Rohrbach's CHAIRs, AMBER's Hal; down |
-| `chair/s_mentioning` | share of responses with objects | the same, Object HalBench's CHAIRs; down |
-| `chair/cover` | share of true objects | that are mentioned, AMBER's Cover; up |
-
-Shares are from 0 to 1, log-probs natural logs. **Ties**: equal log-probs or gains of the two responses count half in
-an accuracy (TRL's rewards/accuracies counts them as wrong, so an untrained model has 0 there and 0.5 here), options
-that tie share the point, and no share "above 0" or of falls counts a tie.
+docs/metrics.md says what each measure is. **Ties**: equal log-probs or gains of the two responses count half in an
+accuracy, options that tie share the point, and no share "above 0" or of falls counts a tie.
 """
 
 from __future__ import annotations
