@@ -39,7 +39,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $(STAMP)
 
 quickstart: install
-	$(BIN)/python -m trl_vpo.testbed.quickstart
+	$(BIN)/trl-vpo quickstart
 
 selfmade: install
 	$(BIN)/python -m studies.testbed.selfmade

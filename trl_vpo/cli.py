@@ -19,7 +19,7 @@ from trl_vpo.errors import UserError, as_user_errors, did_you_mean
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
-from trl_vpo.training.launch import check_gpus, launch, launch_options
+from trl_vpo.training.launch import launch, launch_options
 from trl_vpo.training.methods import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
@@ -27,26 +27,25 @@ HELP = {"-h", "--help", "--help-all"}
 DESCRIPTION = "Visual preference optimization on TRL: LeanPO, RRPO, LPOI and DPO on videos and images."
 TRAIN_EXAMPLE = """\
 example:
-  trl-vpo train rrpo --config recipes/rrpo/qwen2_5_vl_7b.yaml --dataset_name data/train.jsonl --lora_r 64
+  trl-vpo train rrpo --config rrpo/qwen2_5_vl_7b --dataset_name data/train.jsonl --lora_r 64
 
-Every key of a recipe is also an option and wins over the recipe: `trl-vpo train rrpo --help` lists them all.
-Paths start from the working directory. On several GPUs:
+--config takes a file, or the name of a recipe of the package: `trl-vpo recipes` lists them. Every key is also
+an option and wins over the recipe: `trl-vpo train rrpo --help` lists them. Paths start from the working directory. On
+several GPUs:
 
   trl-vpo train rrpo --config RECIPE.yaml --accelerate_config zero2 --num_processes 8
-  accelerate launch --num_processes 8 scripts/train.py rrpo --config RECIPE.yaml
+  accelerate launch --num_processes 8 -m trl_vpo train rrpo --config RECIPE.yaml
 
---accelerate_config takes a file, or the name of one in recipes/accelerate/ or of TRL's own (single_gpu, multi_gpu,
-zero1, zero2, zero3, fsdp1, fsdp2). Both launch options may also stand in the recipe."""
+--accelerate_config takes a file, or a name: ddp, zero2, zero3, zero3_offload, fsdp2, multi_node, single_gpu, cpu2, or
+one of TRL's. Both launch options may also stand in the recipe."""
 GENERATE_EXAMPLE = """\
 example:
-  trl-vpo generate leanpo --config recipes/leanpo/generate.yaml --dataset_name questions.jsonl --dry-run
-  trl-vpo generate leanpo --config recipes/leanpo/generate.yaml --dataset_name questions.jsonl
-  trl-vpo train leanpo --config RECIPE.yaml --dataset_name outputs/leanpo-data/rows.jsonl
+  trl-vpo generate leanpo --config leanpo/generate --dataset_name questions.jsonl --dry-run
+  trl-vpo generate leanpo --config leanpo/generate --dataset_name questions.jsonl
+  trl-vpo train leanpo --config leanpo/qwen2_5_vl_7b --dataset_name outputs/leanpo-data/rows.jsonl
 
 Every key of a recipe is also an option: `trl-vpo generate leanpo --help` lists them. An interrupted run continues
-where it stopped when the same command is given again. On several GPUs, each with a copy of the model:
-
-  accelerate launch --num_processes 8 scripts/generate.py leanpo --config RECIPE.yaml"""
+where it stopped when the same command is given again. --num_processes 8 gives each of 8 GPUs a copy of the model."""
 PLOT_EXAMPLE = """\
 example:
   trl-vpo plot outputs/dpo outputs/leanpo -o curves.html"""
@@ -64,7 +63,7 @@ example:
   trl-vpo import rrpo self_alignment.json data/train.jsonl --media_root /data/videos"""
 DOCTOR_EXAMPLE = """\
 example:
-  trl-vpo doctor recipes/rrpo/qwen2_5_vl_7b.yaml --dataset_name data/train.jsonl --out problems.jsonl
+  trl-vpo doctor rrpo/qwen2_5_vl_7b --dataset_name data/train.jsonl --out problems.jsonl
 
 Recipe keys given as options win over the recipe, as in `trl-vpo train`. Loads the processor and the model's config,
 no weights. Exit code 1: something would stop the training."""
@@ -205,7 +204,7 @@ def _add_doctor(commands) -> None:
     )
     text = "check a recipe and its whole dataset before training"
     parser = _add(commands, "doctor", doctor, text, epilog=DOCTOR_EXAMPLE, usage=usage)
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's .yaml file")
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's .yaml file, or its name")
     method = "default: what the recipe's header or path says"
     parser.add_argument("--method", metavar="METHOD", choices=METHODS, help=method)
     many = parser.add_mutually_exclusive_group()
@@ -261,8 +260,7 @@ def _with_recipe(args: argparse.Namespace, help_page: str, run: str) -> int:
     options, launcher = launch_options(args.options)
     _imported("trl_vpo.models.paths:check_paths")(options)
     if launcher:
-        check_gpus(args.words, launcher)
-        return launch(launcher, [args.run.__name__, args.method, *options])
+        return launch(launcher, args.words)
     _imported(run)(args.method, options)
     return 0
 
@@ -274,9 +272,11 @@ def _imported(name: str) -> Callable:
 
 def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     """Measure the base and its adapters, or run benchmarks of lmms-eval."""
-    options = args.words[1:]  # argparse would tear unknown options from their values
+    options, launcher = launch_options(args.words[1:])  # argparse would tear unknown options from their values
     if not HELP & set(options):
         _imported("trl_vpo.models.paths:check_paths")(options)
+        if launcher:
+            return launch(launcher, args.words)
     _imported("trl_vpo.evaluate.command:evaluate")(options)
     return 0
 

@@ -72,7 +72,7 @@ def refused(monkeypatch, gpus, words):
 @pytest.mark.parametrize(
     ("gpus", "seen", "processes", "steps"),
     [
-        (0, r"sees no GPU here", 1, 32),
+        (0, "sees no GPU here (on CPUs: --use_cpu). With one GPU, this keeps the effective batch:", 1, 32),
         (1, "sees 1 GPU here. This keeps the effective batch:", 1, 32),
         (2, "sees 2 GPUs here. This keeps the effective batch:", 2, 16),
         (3, "sees 3 GPUs here. This keeps the effective batch:", 2, 16),  # 32 micro-batches do not divide by 3
@@ -110,6 +110,14 @@ def test_generation_has_no_batch_to_keep(recipe, monkeypatch):
     message, command = refused(monkeypatch, 2, ["generate", "rrpo", *recipe, "--num_processes", "4"])
     assert "effective batch" not in message
     assert command == ["trl-vpo", "generate", "rrpo", *recipe, "--num_processes", "2"]
+
+
+def test_evaluation_is_launched_too(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", seen.append)
+    words = ["evaluate", "--model", "trl_vpo/testbed/base", "--output_dir", str(tmp_path), "--device", "cpu"]
+    assert cli.main([*words, "--num_processes", "2"]) == 0
+    assert seen[0].training_script_args == words and seen[0].num_processes == 2
 
 
 @pytest.mark.parametrize(

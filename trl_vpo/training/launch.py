@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,8 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
     Raises:
         RecipeError: `--accelerate_config` names nothing, or `--num_processes` is no number of processes.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for name in LAUNCH_KEYS:
-        parser.add_argument(f"--{name}")
-    known, kept = parser.parse_known_args(options)
-    values = {key: str(value) for key, value in _recipe_of(kept).items() if key in LAUNCH_KEYS} | vars(known)
+    known, kept = _taken_out(LAUNCH_KEYS, options)
+    values = {key: str(value) for key, value in _recipe_of(kept).items() if key in LAUNCH_KEYS} | known
     processes = values.get("num_processes", "1")
     if not processes.isdecimal() or int(processes) < 1:
         raise RecipeError(f"num_processes is {processes!r}: give a whole number of at least 1.")
@@ -42,6 +39,15 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
     if "num_processes" in values:
         launch += ["--num_processes", processes]
     return kept, launch
+
+
+def _taken_out(keys: Iterable[str], words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Return (the values of these options, the words without them)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for key in keys:
+        parser.add_argument(f"--{key}", **({"nargs": "?", "const": "true"} if key == "use_cpu" else {}))
+    known, kept = parser.parse_known_args(words)
+    return vars(known), kept
 
 
 def _recipe_of(options: list[str]) -> dict[str, Any]:
@@ -67,24 +73,19 @@ def check_gpus(words: list[str], launch: list[str]) -> None:
     config = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
     processes = int(given.get("--num_processes") or config.get("num_processes") or 1)
     machines, gpus = int(config.get("num_machines") or 1), torch.accelerator.device_count()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--use_cpu", nargs="?", const="true")
-    for name in ("device", "gradient_accumulation_steps", *LAUNCH_KEYS):
-        parser.add_argument(f"--{name}")
-    options, kept = parser.parse_known_args(words)
-    values = _recipe_of(kept) | vars(options)
+    options, kept = _taken_out(("use_cpu", "device", "gradient_accumulation_steps", *LAUNCH_KEYS), words)
+    values = _recipe_of(kept) | options
     cpu = str(values.get("use_cpu")).lower() in ("true", "1", "yes") or values.get("device") == "cpu"
     if cpu or config.get("use_cpu") or processes <= gpus * machines:
         return
     steps = str(values.get("gradient_accumulation_steps", 1)) if words[0] == "train" else ""
     fewer = _same_batch(processes * int(steps) if steps.isdecimal() else None, max(gpus, 1), machines)
-    changed = [word for key, value in (vars(options) | fewer).items() for word in (f"--{key}", str(value))]
+    changed = [word for key, value in (options | fewer).items() for word in (f"--{key}", str(value))]
+    command = shlex.join(["trl-vpo", *kept, *changed])
     seen = f"sees {gpus} GPU{'s' * (gpus > 1)} here" if gpus else f"({torch.__version__}) sees no GPU here"
-    raise RecipeError(
-        f"num_processes is {processes}, but torch {seen}. "
-        f"{'This' if gpus else 'With one GPU, this'} {'keeps the effective batch' if steps else 'does the same'}:\n"
-        f"  {shlex.join(['trl-vpo', *kept, *changed])}"
-    )
+    on_cpus = f" (on CPUs: {'--use_cpu' if steps else '--device cpu'})" if not gpus else ""
+    this = f"{'This' if gpus else 'With one GPU, this'} {'keeps the effective batch' if steps else 'does the same'}"
+    raise RecipeError(f"num_processes is {processes}, but torch {seen}{on_cpus}. {this}:\n  {command}")
 
 
 def _same_batch(micro_batches: int | None, gpus: int, machines: int) -> dict[str, int]:
@@ -95,11 +96,15 @@ def _same_batch(micro_batches: int | None, gpus: int, machines: int) -> dict[str
     return {"num_processes": fitting[-1], "gradient_accumulation_steps": max(micro_batches // fitting[-1], 1)}
 
 
-def launch(options: list[str], command: list[str]) -> int:
+def launch(options: list[str], words: list[str]) -> int:
     """Run a `trl-vpo` command in the processes that `accelerate launch` starts.
 
     SIGTERM is passed on to them, and they end as they would without a launcher. Returns their exit code.
+
+    Raises:
+        RecipeError: there are not as many GPUs, or DeepSpeed is missing.
     """
+    check_gpus(words, options)
     # Only here: `trl-vpo --help` imports this module.
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -111,7 +116,7 @@ def launch(options: list[str], command: list[str]) -> int:
 
     if launched(options).kind.startswith("zero") and (missing := missing_packages({"deepspeed": True})):
         raise RecipeError(f"accelerate_config: {missing[0]}.")
-    args = launch_command_parser().parse_args([*options, "--module", "trl_vpo", *command])
+    args = launch_command_parser().parse_args([*options, "--module", "trl_vpo", *_taken_out(LAUNCH_KEYS, words)[1]])
     # torch's own, without SIGTERM: it would kill a training that needs more than 30 s to save, and at once the
     # processes that load its data, without which it cannot finish the step.
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
