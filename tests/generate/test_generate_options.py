@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from trl_vpo.generate.leanpo import HINT_PROMPT, LeanPOGenerateConfig
 from trl_vpo.generate.lpoi import LPOIGenerateConfig
 from trl_vpo.generate.rrpo import RRPOGenerateConfig
 from trl_vpo.generate.run import run_generation
-from trl_vpo.runs import progress
-from trl_vpo.runs.progress import Bar, duration
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.testbed.tiny_vlm import BASE
 
@@ -199,15 +196,12 @@ def test_the_log_of_a_run(inputs, tmp_path, capfd):
     """Nobody else's bars or warnings, every line of the run's own."""
     generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 3)
     printed = capfd.readouterr()
-    first, second, last = printed.err.splitlines()
+    first, *_, last = printed.err.splitlines()
     assert first == f"Loading {BASE} ..."
-    assert second == "3 inputs: 0 finished, 3 to do."
     kept = len(lines(tmp_path / "run/rows.jsonl"))
-    assert re.fullmatch(rf"3/3 inputs, [\d.]+/(s|min), kept {kept}, rejected {3 - kept}, \d+ s in all", last)
+    assert re.match(rf"100%\|.*\| 3/3 \[.* inputs/s, kept={kept}, rejected={3 - kept}\]", last)
     assert f"{kept} rows to train on: {tmp_path / 'run'}/rows.jsonl" in printed.out
     assert f"trl-vpo view {tmp_path / 'run'} -o page.html" in printed.out
-    generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 3)
-    assert capfd.readouterr().err.splitlines()[1:] == ["3 inputs: 3 finished, 0 to do."]
 
 
 def test_when_nothing_is_kept(inputs, tmp_path, capsys):
@@ -218,32 +212,3 @@ def test_when_nothing_is_kept(inputs, tmp_path, capsys):
     assert "none of the 2 inputs gave a row (unreadable media: 2)" in captured.err
     out = captured.out
     assert "No input gave a row" in out and "rows to train on" not in out and "rejected.jsonl" in out
-
-
-def test_progress_in_a_log_and_on_a_terminal(monkeypatch, capsys):
-    """Rate, counts and the time left; a line at most every EVERY seconds, and the last one."""
-    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(progress, "time", clock)
-    with Bar(600, finished=400) as bar:
-        for clock.now in (110.0, 120.0, 131.0):
-            bar.advance(kept=clock.now != 120.0)
-        clock.now = 160.0
-    first, line, last = capsys.readouterr().err.splitlines()
-    assert first == "1000 inputs: 400 finished, 600 to do."
-    assert line == "3/600 inputs, 5.8/min, kept 2, rejected 1, about 1 h 43 min left"
-    assert last == "3/600 inputs, 3.0/min, kept 2, rejected 1, about 3 h 19 min left"
-    with Bar(3, show=False) as bar:
-        bar.advance(kept=True)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True)
-    with Bar(2) as bar:
-        bar.advance(kept=True)
-        bar.advance(kept=False)
-    _, *states = capsys.readouterr().err.split("\r")
-    assert [state.split(" ")[0] for state in states] == ["1/2", "2/2", "2/2"]
-
-
-def test_durations():
-    assert [duration(s) for s in (0.2, 99, 100, 5900, 6000, 11100)] == [
-        "0 s", "99 s", "2 min", "98 min", "1 h 40 min", "3 h 05 min",
-    ]  # fmt: skip

@@ -135,7 +135,7 @@ def test_two_workers_one_after_the_other(runs, inputs, tmp_path, monkeypatch, ca
     assert generate("rrpo", inputs["clip"], tmp_path / "run") is None
     output = capsys.readouterr()
     assert "This worker is done; the last one writes the results" in output.out
-    assert "1 of 2 shares, which is 6 inputs: 0 finished, 6 to do." in output.err
+    assert " 0/6 [" in output.err and " 6/6 [" in output.err
     assert not (tmp_path / "run/rows.jsonl").exists()
     monkeypatch.setenv("RANK", "1")
     assert generate("rrpo", inputs["clip"], tmp_path / "run") == summary
@@ -151,8 +151,8 @@ def test_a_limit_and_then_all(runs, inputs, tmp_path, capsys):
     assert generate("rrpo", inputs["clip"], tmp_path / "run") == summary
     assert written(tmp_path / "run") == written(folder)
     printed = capsys.readouterr().err
-    for line in ("5 inputs: 0 finished, 5 to do.", "12 inputs: 5 finished, 7 to do.", "7/7 inputs, "):
-        assert line in printed
+    for progress in (" 0/5 [", " 5/5 [", " 5/12 [", " 12/12 ["):
+        assert progress in printed
     assert generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 5)["inputs"] == 5  # and back
 
 

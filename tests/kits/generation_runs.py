@@ -6,15 +6,18 @@ in the file, and prints its pid. {"wait": pid}: waits for it and prints its exit
 
 import os
 import sys
+import threading
 import traceback
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from tqdm import tqdm
 from workers import serve
 
 torch.set_num_threads(1)  # a fork has none of its parent's threads
+tqdm.set_lock(threading.RLock())  # its own is one for all forks: a killed run would keep it
 
 
 def warm_up(model: str) -> None:

@@ -239,7 +239,7 @@ def test_folders_that_are_not_runs(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     with pytest.raises(RunError, match=r"holds rows\.jsonl but no settings\.json"):
         Run(tmp_path, {})
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert (tmp_path / "rows.jsonl").read_text() == "{}\n" and not (tmp_path / "settings.json").exists()
     with pytest.raises(RunError, match=r"cannot hold a run .*Name another output_dir"):
         Run(tmp_path / "rows.jsonl", {})
     with pytest.raises(RunError, match=r"is not a run .* no settings\.json"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,20 +72,18 @@ def row_digests(dataset: Dataset, media_root: str | None = None) -> np.ndarray:
 
     A media file, and each of a folder of frames, is identified by its size, beginning and end, wherever it is.
     """
+
+    def digest(row: dict) -> int:
+        values = {name: value for name, value in row.items() if value is not None}
+        known = {name: _media(value, media_root) if name in MEDIA else value for name, value in values.items()}
+        return int(json_digest(known, size=8), 16)
+
     columns = [name for name in COLUMNS if name in dataset.column_names]
-    digest = partial(_row_digest, media_root=media_root)
     digests: list[int] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for batch in dataset.select_columns(columns).with_format("arrow").iter(256):
             digests += pool.map(digest, batch.to_pylist())
     return np.array(digests, np.uint64)
-
-
-def _row_digest(row: dict, media_root: str | None) -> int:
-    parts = {
-        name: _media(value, media_root) if name in MEDIA else value for name, value in row.items() if value is not None
-    }
-    return int(json_digest(parts, size=8), 16)
 
 
 def _media(source: Any, root: str | None) -> Any:
@@ -100,10 +97,8 @@ def _media(source: Any, root: str | None) -> Any:
         return {key: _media(value, root) for key, value in entries.items()}
     if isinstance(source, list):
         return [_media(item, root) for item in source]
-    return _file(source, root) if isinstance(source, str) else source
-
-
-def _file(source: str, root: str | None) -> Any:
+    if not isinstance(source, str):
+        return source
     try:
         if frames := frame_folder(source, root):
             return [[frame.name, *ends_digest(frame)] for frame in frames]

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from trl_vpo.runs.outcome import Outcome
-from trl_vpo.runs.progress import Bar
 from trl_vpo.runs.results import Report
 from trl_vpo.runs.store import Run
 
@@ -51,26 +52,26 @@ def work_through(
         The run's summary, or None while other workers are at work.
     """
     with Run(folder, settings, rank=rank(), world_size=int(os.environ.get("WORLD_SIZE", 1))) as run:
-        _work(run, ids, load, make, batch_size)
-        summary = run.finish(ids, report)
-    if summary is None and run.rank == 0:
-        print("This worker is done; the last one writes the results. If a worker died, run the same command again.")
-    return summary
-
-
-def _work(run: Run, ids: Sequence[str], load: Callable, make: Callable, batch_size: int) -> None:
-    todo, share = run.remaining(ids), len(range(run.rank, len(ids), run.world_size))
-    decoders = ThreadPoolExecutor(DECODERS)
-    try:
-        with Bar(len(todo), finished=share - len(todo), workers=run.world_size, show=run.rank == 0) as bar:
+        todo, share = run.remaining(ids), len(range(run.rank, len(ids), run.world_size))
+        every = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "maxinterval": 60}
+        bar = tqdm(total=share, initial=share - len(todo), unit=" inputs", disable=run.rank != 0, **every)
+        counts, decoders = {"kept": 0, "rejected": 0}, ThreadPoolExecutor(DECODERS)
+        try:
             for batch in decoded_ahead(decoders, load, todo, batch_size):
                 outcomes = [item for item in batch if isinstance(item, Outcome)]
                 usable = [item for item in batch if not isinstance(item, Outcome)]
                 for outcome in chain(outcomes, make(usable) if usable else ()):
                     run.write(outcome)
-                    bar.advance(kept=bool(outcome.rows))
-    finally:  # Ctrl-C and errors do not wait for a batch that nobody will use
-        decoders.shutdown(wait=False, cancel_futures=True)
+                    counts["kept" if outcome.rows else "rejected"] += 1
+                    bar.set_postfix(counts, refresh=False)
+                    bar.update()
+        finally:  # Ctrl-C and errors do not wait for a batch that nobody will use
+            bar.close()
+            decoders.shutdown(wait=False, cancel_futures=True)
+        summary = run.finish(ids, report)
+    if summary is None and run.rank == 0:
+        print("This worker is done; the last one writes the results. If a worker died, run the same command again.")
+    return summary
 
 
 def decoded_ahead(decoders: ThreadPoolExecutor, load: Callable, todo: Sequence[int], size: int) -> Iterator[list]:

@@ -50,7 +50,6 @@ class Run:
         self._path = self.folder / f"shards/{rank:05d}-of-{world_size:05d}.jsonl"
         self._shard: int | None = None
         try:
-            check_settings(self.folder, settings)
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with _starting_or_finishing(self.folder):
                 self._open_shard()
