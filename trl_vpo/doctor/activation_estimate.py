@@ -14,7 +14,7 @@ cuBLAS.
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -139,7 +139,11 @@ class DryStep:
         with self._attention(calls), self._counting() as live:
             held = live.now
             laid_out = self._fake.empty([inputs], torch.uint8)
-            loss = self._scores(calls)
+            width = self._base.config.get_text_config().hidden_size
+            dtype = self._autocast or self._embed.weight.dtype
+            features = [self._fake.empty((call.features, width), dtype) for call in calls]  # before the first call
+            loss = sum(map(self._call, calls, features))
+            del features
             del laid_out
             kept = live.now - held
             loss.backward()
@@ -170,7 +174,14 @@ class DryStep:
         weights = list(self._base.parameters())
         trained = [p for p in weights if p.requires_grad]
         live = LiveBytes([*weights, *inputs])
-        handles = [p.register_post_accumulate_grad_hook(_after(live, self._gradients)) for p in trained]
+
+        def after(parameter: Tensor) -> None:
+            if self._gradients == "dropped":
+                parameter.grad = None
+            elif self._gradients == "grown":
+                live.gradients += parameter.grad.untyped_storage().nbytes()
+
+        handles = [p.register_post_accumulate_grad_hook(after) for p in trained]
         try:
             for p in trained if self._gradients == "kept" else ():
                 p.grad = self._fake.empty(p.shape, p.dtype)
@@ -200,14 +211,8 @@ class DryStep:
         finally:
             config._attn_implementation = saved_implementation
 
-    def _scores(self, calls: list[Call]) -> Tensor:
-        """Return the sum of everything that is scored."""
-        width = self._base.config.get_text_config().hidden_size
-        dtype = self._autocast or self._embed.weight.dtype
-        features = [self._fake.empty((call.features, width), dtype) for call in calls]  # made before the first call
-        return sum(self._call(call, states) for call, states in zip(calls, features))
-
     def _call(self, call: Call, features: Tensor) -> Tensor:
+        """Return the sum of everything that is scored."""
         head = self._base.get_output_embeddings().weight
         ids = self._fake.empty((call.rows, call.length), torch.long)
         states = self._embed(ids)  # (R, L, H)
@@ -237,16 +242,6 @@ def tower_features(backbone: nn.Module, inputs: dict[str, Tensor]) -> list[Tenso
             output = method(inputs[pixels], **{key: inputs[key] for key in others if key in inputs})
             features += tree_leaves([output.pooler_output, getattr(output, "deepstack_features", None)])
     return [x for x in features if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _after(live: LiveBytes, gradients: str) -> Callable[[Tensor], None]:
-    def hook(parameter: Tensor) -> None:
-        if gradients == "dropped":
-            parameter.grad = None
-        elif gradients == "grown":
-            live.gradients += parameter.grad.untyped_storage().nbytes()
-
-    return hook
 
 
 class _Head(torch.autograd.Function):

@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model_state_dict
 from rich.console import Console
-from torch import nn
 from transformers import AutoConfig, AutoProcessor
 from trl import get_peft_config
 
@@ -33,12 +32,9 @@ from trl_vpo.training.run import freeze_vision
 def run_doctor(
     recipe: Path, overrides: list[str], *, out: Path | None = None, console: Console | None = None, **options: object
 ) -> int:
-    """Examine a recipe and print the report. The exit code is 1 if something would stop the training.
+    """Examine a recipe (see `examine`) and print the report. The exit code is 1 if something would stop the training.
 
-    Args:
-        recipe, overrides, options: as `examine` takes them.
-        out: file for every problem, one JSON object per line.
-        console: where to print.
+    Every problem is written into the file `out`, one JSON object per line.
     """
     console = console or Console()
     report = examine(recipe, overrides, **options)
@@ -62,10 +58,8 @@ def examine(
 ) -> Report:
     """Check a recipe; a check that fails does not keep the others from running.
 
-    Args:
-        recipe, overrides, method, gpu_memory: as `parse_recipe` takes them.
-        rows: how many rows to tokenize, spread over the dataset; None: all.
-        measures: also train two steps on the longest rows, and measure their memory.
+    `rows` are tokenized, spread over the dataset; None: all. `measures`: also train two steps on the longest rows, and
+    measure their memory. The rest is as `parse_recipe` takes it.
 
     Raises:
         RecipeError, ValueError: the recipe or an option cannot be parsed, or nothing can be measured here.
@@ -124,9 +118,21 @@ def _check_model(recipe: LoadedRecipe, report: Report) -> None:
     except Exception as error:  # model code of any origin; the other checks go on
         report.add("model", WARN, f"cannot be built without weights, so LoRA and memory are unchecked: {error}")
         return
-    if (peft_config := get_peft_config(recipe.model_args)) is None:
-        _check_full(recipe, report)
-        return
+    if (peft_config := get_peft_config(recipe.model_args)) is not None:
+        _check_lora(recipe, peft_config, report)
+    elif not recipe.script_args.freeze_vision:
+        text = "every parameter is trained, those of the vision tower as well (freeze_vision: true freezes them)"
+        report.add("full fine-tuning", WARN, text)
+    else:
+        try:
+            freeze_vision(recipe.model)
+        except UserError as error:
+            report.add("full fine-tuning", STOP, str(error))
+        else:
+            report.add("full fine-tuning", OK, "vision tower and projector are frozen")
+
+
+def _check_lora(recipe: LoadedRecipe, peft_config: PeftConfig, report: Report) -> None:
     try:
         recipe.model, adapted = adapt(recipe.model, peft_config)
         check_head(recipe.model)
@@ -140,28 +146,11 @@ def _check_model(recipe: LoadedRecipe, report: Report) -> None:
     if adapted.vision:
         text += f" (such as {adapted.vision[0]}): the recipes train the language model only"
     report.add("LoRA", WARN if adapted.vision else OK, text)
-    _check_serving(recipe.model, report)
-
-
-def _check_serving(model: nn.Module, report: Report) -> None:
-    """Report how vLLM would serve the adapter. A rank that it takes when it is told so is no cause for a warning."""
-    config = model.peft_config["default"].to_dict()
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    refused = vllm_refuses(config, tensors, max_lora_rank=LORA_RANKS[-1])
-    text = " ".join(vllm_refuses(config, tensors)) or "serves the adapter as it will be saved"
+    served = recipe.model.peft_config["default"].to_dict()
+    tensors = get_peft_model_state_dict(recipe.model, save_embedding_layers=False)
+    refused = vllm_refuses(served, tensors, max_lora_rank=LORA_RANKS[-1])  # such a rank it takes when it is told so
+    text = " ".join(vllm_refuses(served, tensors)) or "serves the adapter as it will be saved"
     report.add("vLLM", WARN if refused else OK, text)
-
-
-def _check_full(recipe: LoadedRecipe, report: Report) -> None:
-    text = "every parameter is trained, those of the vision tower as well (freeze_vision: true freezes them)"
-    status = WARN
-    if recipe.script_args.freeze_vision:
-        status, text = OK, "vision tower and projector are frozen"
-        try:
-            freeze_vision(recipe.model)
-        except UserError as error:
-            status, text = STOP, str(error)
-    report.add("full fine-tuning", status, text)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from datasets import Dataset, IterableDataset
 from rich.progress import track
@@ -26,8 +27,7 @@ ENDS = 8  # tokens that are shown of an end
 LONGEST, ALL_SEQUENCES = "longest sequence", "all sequences of the pair"
 
 
-@dataclass
-class LongestRows:
+class LongestRows(NamedTuple):
     """The longest rows, as many as a micro-batch has (repeated if there are too few), and their trees."""
 
     rows: Dataset
@@ -42,9 +42,9 @@ def check_data(recipe: LoadedRecipe, count: int | None, report: Report) -> Longe
     datasets = _load_data(recipe, report)
     for name, dataset in datasets.items():
         _check_rows(recipe, dataset, name, report)
-    if recipe.processor is None or "train" not in datasets:
-        return None
-    return _tokenize(recipe, datasets["train"], count, report)
+    if recipe.processor is not None and "train" in datasets:
+        return _tokenize(recipe, datasets["train"], count, report)
+    return None
 
 
 def _load_data(recipe: LoadedRecipe, report: Report) -> dict[str, Dataset]:
@@ -122,14 +122,16 @@ def _show_tokens(recipe: LoadedRecipe, tree: Tree, report: Report) -> None:
     middle = [repr(piece) for piece in response]
     if len(middle) > 2 * ENDS:
         middle[ENDS:-ENDS] = ["..."]
-    end, stops = end_of_turn("".join(response), tokenizer), _stop_tokens(recipe)
+    end = end_of_turn("".join(response), tokenizer)
     ending, status = f"It ends with {end!r}.", OK
     if end is None:
         ending, status = "Nothing ends it: the model would not learn to stop.", WARN
-    elif tokenizer.convert_tokens_to_ids(end) not in stops:
-        names = " or ".join(repr(tokenizer.decode([token])) for token in sorted(stops))
-        ending = f"It ends with {end!r}, but generation stops at {names}: add it to `eos_token_id` in the model's "
-        ending, status = ending + "generation_config.json.", WARN
+    elif tokenizer.convert_tokens_to_ids(end) not in (stops := _stop_tokens(recipe)):
+        names, status = " or ".join(repr(tokenizer.decode([token])) for token in sorted(stops)), WARN
+        ending = (
+            f"It ends with {end!r}, but generation stops at {names}: add it to `eos_token_id` in the model's "
+            "generation_config.json."
+        )
     prompt_end = " ".join(map(repr, prompt[-ENDS:]))
     text = f"{tree.name}: the prompt ends {prompt_end}; the chosen response is {' '.join(middle)}. {ending}"
     report.add("prompt and response", status, text)
@@ -149,8 +151,7 @@ def _trees(recipe: LoadedRecipe, dataset: Dataset, indices: list[int]) -> Iterat
     """Encode rows with the trainer's own collator, without its limit on length."""
     collator = replace(recipe.trainer_class.make_collator(recipe.processor, recipe.args), max_length=None)
     rows = zip(indices, raw_rows(dataset.select(indices)))
-    title = f"Tokenizing {len(indices)} rows"
-    for index, row in track(rows, title, total=len(indices), transient=True, disable=not indices):
+    for index, row in track(rows, "Tokenizing", total=len(indices), transient=True, disable=not indices):
         try:
             yield index, collator.encode(row)
         except RowError as error:

@@ -72,12 +72,9 @@ def check_can_measure(recipe: LoadedRecipe) -> None:
 
 
 def measure(recipe: LoadedRecipe, rows: Dataset, meter: Meter = CudaPeak) -> Measured:
-    """Load the model and measure two steps on micro-batches of the longest rows.
+    """Load the model and measure two steps on micro-batches of the longest rows, as many as a micro-batch has.
 
-    Args:
-        recipe: parsed on this machine.
-        rows: as many as a micro-batch has.
-        meter: `CudaPeak`, or `LiveBytes` on a CPU.
+    `meter` is `CudaPeak`, or `LiveBytes` on a CPU.
 
     Raises:
         torch.OutOfMemoryError: the GPU is too small.

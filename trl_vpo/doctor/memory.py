@@ -28,6 +28,7 @@ BUCKET = 2 * 500_000_000  # DeepSpeed's reduce_bucket_size by default, bytes
 LIVE_WEIGHTS = 1_050_000_000  # ZeRO-3's max_live_parameters and prefetch bucket by default, numbers
 NF4_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / 64 / 256}  # of a weight, without and with nested scales
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COPIES_A_STATE = {"adamw_torch", "stable_adamw", "rmsprop", "adagrad"}  # on GPUs: all weights at once, not fused
 OPTIMIZER_STATES = {  # states of a weight; all others are Adam's kin, with two
     "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "schedule_free_sgd": 1, "sgd": 0, "adafactor": 0, "lomo": 0,
 }  # fmt: skip
@@ -148,6 +149,7 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
     trained = plan.sizes.trained * plan.trained_dtype.itemsize
     gradients = int(trained / (plan.sharding.processes if plan.sharding.splits_gradients else 1))
     kept = min(text.kept, text.peak - text.gradients)
+    copies = plan.device != "cpu" and plan.optimizer in COPIES_A_STATE
     dequantized = plan.sizes.largest_quantized * (plan.autocast or plan.dtype).itemsize
     moments = {
         "the vision tower's pass": {
@@ -159,7 +161,10 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
             "activations": kept + tower.kept * share + load.laid_out * trains_tower,
             "working memory": text.peak - text.gradients - kept + dequantized,
         },
-        "the optimizer's step": {"gradients": gradients, "working memory": _optimizer_working(plan)},
+        "the optimizer's step": {
+            "gradients": gradients,
+            "working memory": plan.sizes.trained * 4 / plan.sharding.owners * copies,
+        },
     }
     for parts in moments.values():
         parts["communication"] = _communication(plan, trained)
@@ -174,9 +179,8 @@ def fixed(plan: Plan) -> dict[str, float]:
     """Return the bytes that are held all the time, by part."""
     sizes, sharding = plan.sizes, plan.sharding
     adapter = sizes.trained if plan.adapter else 0
-    base = (sizes.total - adapter - sizes.quantized) * plan.stored.itemsize + sizes.quantized * (
-        plan.weight_bytes or 0
-    )
+    base = (sizes.total - adapter - sizes.quantized) * plan.stored.itemsize
+    base += sizes.quantized * (plan.weight_bytes or 0)
     extra = 0 if plan.adapter else sizes.trained * (plan.trained_dtype.itemsize - plan.stored.itemsize)
     policy = base + extra + adapter * plan.trained_dtype.itemsize
     share = sharding.processes if sharding.splits_weights else 1
@@ -203,13 +207,6 @@ def optimizer_bytes(name: str, trained: int, dtype: torch.dtype) -> float:
     if "4bit" in name:
         return trained * states * (0.5 + 4 / 128)
     return trained * states * (4 if "32bit" in name or "bnb" in name else dtype.itemsize)
-
-
-def _optimizer_working(plan: Plan) -> float:
-    """Adam without a fused kernel updates all weights at once on GPUs, through a copy of one state."""
-    if plan.device == "cpu" or plan.optimizer not in ("adamw_torch", "stable_adamw", "rmsprop", "adagrad"):
-        return 0
-    return plan.sizes.trained * 4 / plan.sharding.owners
 
 
 def _communication(plan: Plan, trained: float) -> float:

@@ -112,14 +112,15 @@ def show_memory(report: MemoryReport, console: Console) -> None:
     """Print the parts and the remedies."""
     table = Table("memory of a GPU, estimated", "GiB", title_justify="left")
     table.columns[1].justify = "right"
-    for name, size in report.estimate.parts.items():
-        table.add_row(name, f"{size / GIB:.2f}")
-    table.add_section()
-    table.add_row("total", f"{report.estimate.total / GIB:.2f}")
-    if report.measured is not None:
+    total = {"total": report.estimate.total}
+    measured = report.measured and {
+        "measured: tensors (max_memory_allocated)": report.measured.allocated,
+        "measured: held by torch (max_memory_reserved)": report.measured.reserved,
+    }
+    for sizes in (report.estimate.parts, total, measured or {}):
+        for name, size in sizes.items():
+            table.add_row(name, f"{size / GIB:.2f}")
         table.add_section()
-        table.add_row("measured: tensors (max_memory_allocated)", f"{report.measured.allocated / GIB:.2f}")
-        table.add_row("measured: held by torch (max_memory_reserved)", f"{report.measured.reserved / GIB:.2f}")
     console.print(table)
     if report.remedies:
         table = Table("does not fit; possible changes", "GiB after the change", "", title_justify="left")
