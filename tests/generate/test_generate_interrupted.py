@@ -114,7 +114,7 @@ def test_ctrl_c(runs, whole, tmp_path):
     log = Path(f"{folder}.log").read_text().splitlines()
     assert log[-1] == f"Stopped. The same command continues with what is finished in {folder}."
     for line in log[:-1]:  # no traceback, no warning
-        assert not line or re.match(r"Loading .* \.\.\.$| *\d+%\|.*\| \d+/21 \[", line), line
+        assert re.match(r"Loading .* \.\.\.$| *\d+/21 inputs \[| *$", line), line
     assert 0 < finished(folder) < 21
     assert runs.wait(runs.start(folder)) == 0
     assert written(folder) == whole[0]
@@ -130,7 +130,7 @@ def test_two_workers_at_once(runs, whole, tmp_path):
     assert [sorted(share) for share in shares] == [sorted(ids[0::2]), sorted(ids[1::2])]
     logs = [Path(f"{folder}{rank}.log").read_text() for rank in range(2)]
     assert sum("rows to train on" in log for log in logs) == 1
-    assert " 11/11 [" in logs[0] and "inputs/s" not in logs[1]
+    assert "11/11 inputs [" in logs[0] and "inputs [" not in logs[1]
 
 
 # --- behind a server ----------------------------------------------------------------------------------------------

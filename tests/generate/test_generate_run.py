@@ -135,7 +135,7 @@ def test_two_workers_one_after_the_other(runs, inputs, tmp_path, monkeypatch, ca
     assert generate("rrpo", inputs["clip"], tmp_path / "run") is None
     output = capsys.readouterr()
     assert "This worker is done; the last one writes the results" in output.out
-    assert " 0/6 [" in output.err and " 6/6 [" in output.err
+    assert "0/6 inputs [" in output.err and "6/6 inputs [" in output.err
     assert not (tmp_path / "run/rows.jsonl").exists()
     monkeypatch.setenv("RANK", "1")
     assert generate("rrpo", inputs["clip"], tmp_path / "run") == summary
@@ -151,7 +151,7 @@ def test_a_limit_and_then_all(runs, inputs, tmp_path, capsys):
     assert generate("rrpo", inputs["clip"], tmp_path / "run") == summary
     assert written(tmp_path / "run") == written(folder)
     printed = capsys.readouterr().err
-    for progress in (" 0/5 [", " 5/5 [", " 5/12 [", " 12/12 ["):
+    for progress in ("0/5 inputs [", "5/5 inputs [", "5/12 inputs [", "12/12 inputs ["):
         assert progress in printed
     assert generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 5)["inputs"] == 5  # and back
 

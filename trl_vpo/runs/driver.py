@@ -22,6 +22,7 @@ from trl_vpo.runs.results import Report
 from trl_vpo.runs.store import Run
 
 DECODERS = 2  # threads that decode the next batch while the model works on this one
+PROGRESS = "{n_fmt}/{total_fmt} inputs [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # fits 80 columns
 Item = TypeVar("Item")
 
 
@@ -53,8 +54,11 @@ def work_through(
     """
     with Run(folder, settings, rank=rank(), world_size=int(os.environ.get("WORLD_SIZE", 1))) as run:
         todo, share = run.remaining(ids), len(range(run.rank, len(ids), run.world_size))
-        every = {"mininterval": 0.1 if sys.stderr.isatty() else 30, "maxinterval": 60}
-        bar = tqdm(total=share, initial=share - len(todo), unit=" inputs", disable=run.rank != 0, **every)
+        if sys.stderr.isatty():
+            show = {"bar_format": PROGRESS}
+        else:  # lines of a log
+            show = {"bar_format": PROGRESS + "\n", "mininterval": 30, "maxinterval": 60}
+        bar = tqdm(total=share, initial=share - len(todo), unit="input", disable=run.rank != 0, **show)
         counts, decoders = {"kept": 0, "rejected": 0}, ThreadPoolExecutor(DECODERS)
         try:
             for batch in decoded_ahead(decoders, load, todo, batch_size):
