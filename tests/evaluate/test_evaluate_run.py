@@ -25,7 +25,7 @@ from rich.console import Console
 
 from studies.testbed import base
 from trl_vpo.evaluate.probes import damaged, row_seed
-from trl_vpo.evaluate.table import results_table
+from trl_vpo.evaluate.table import results_tables
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.testbed import language
@@ -225,6 +225,16 @@ def test_results_follow_from_the_rows(folder, run):
     assert words["differences"]["logps/chosen"]["value"] == pytest.approx(difference)
 
 
+def printed(results, width):
+    """The lines of each table on a terminal of this width, in single blanks."""
+    console, texts = Console(width=width), []
+    for part in results_tables(results, width):
+        with console.capture() as capture:
+            console.print(part)
+        texts.append([" ".join(line.split()) for line in capture.get().splitlines()])
+    return texts
+
+
 def test_the_table_marks_what_differs():
     def side(*values):
         measures = [dict(zip(("value", "low", "high", "n"), (*value, 40))) for value in values]
@@ -235,11 +245,24 @@ def test_the_table_marks_what_differs():
     moved = side((-0.25, -0.3, -0.1), (1.5, 1.0, 2.0), (1.0, -2.0, 4.0))
     contestants = {"base": {"measures": base, "differences": {}}, "[a]": {"measures": tuned, "differences": moved}}
     data = {"rows": 40, "clusters": 12}
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(results_table({"settings": {"level": 0.95}, "data": data, "contestants": contestants}))
-    lines = [" ".join(line.split()) for line in capture.get().splitlines()]
+    results = {"settings": {"level": 0.95}, "data": data, "contestants": contestants}
+    (lines,) = printed(results, 120)
     assert "chair/i 40 0.500 [0.400, 0.600] 0.250 [0.200, 0.300] ▼" in lines
     assert "kl/chosen 40 0.000 1.500 [1.000, 2.000] ▲" in lines
     assert "length/words 40 123.4 [9.500, 200.0] 20.00 [9.000, 30.00]" in lines
     assert "measure n base [a]" in lines
+    for differences in moved.values():
+        differences["n"] = 29
+    assert not [line for line in printed(results, 120)[0] if "0." in line and ("▼" in line or "▲" in line)]
+
+
+def test_a_narrow_terminal_gets_several_tables():
+    measure = {"value": -12.3456, "low": -13.4567, "high": -11.1234, "n": 4000}
+    own = {"preference/accuracy_average": measure, "sensitivity/shuffled": measure}
+    models = {f"{'a_long_name/' * 4}{k}": {"measures": own, "differences": own} for k in range(3)}
+    data = {"rows": 40, "clusters": 12}
+    tables = printed({"settings": {"level": 0.95}, "data": data, "contestants": models}, 80)
+    assert len(tables) == 3
+    for lines in tables:
+        assert "preference/accuracy_average 4000 -12.35 [-13.46, -11.12] ▼" in lines
+    assert [line for line in tables[-1] if "no marks below n = 30" in line] and "below n" not in str(tables[:2])

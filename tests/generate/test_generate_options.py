@@ -202,6 +202,8 @@ def test_the_log_of_a_run(inputs, tmp_path, capfd):
     assert re.match(rf"3/3 inputs \[.*input/?s?, kept={kept}, rejected={3 - kept}\]", last)
     assert f"{kept} rows to train on: {tmp_path / 'run'}/rows.jsonl" in printed.out
     assert f"trl-vpo view {tmp_path / 'run'} -o page.html" in printed.out
+    generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 3)
+    assert capfd.readouterr().err.splitlines()[1:] == ["3 inputs: all finished before."]
 
 
 def test_when_nothing_is_kept(inputs, tmp_path, capsys):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from trl_vpo.runs.console import table
 
 
 def show_summary(summary: dict[str, Any], folder: str) -> None:
@@ -16,9 +16,13 @@ def show_summary(summary: dict[str, Any], folder: str) -> None:
     console = Console()
     counts = [("kept", summary["kept"])]
     counts += [(f"rejected: {kind}", count) for kind, count in summary["rejected_by_kind"].items()]
-    console.print(_table("Inputs", [*counts, ("all", summary["inputs"])]))
-    if summary["figures"]:
-        console.print(_table("Data", _flat(summary["figures"])))
+    for title, rows in (("Inputs", [*counts, ("all", summary["inputs"])]), ("Data", _flat(summary["figures"] or {}))):
+        part = table("", "", title=title, texts=2)  # a list of texts may be long
+        part.columns[1].justify = "right"
+        for name, value in rows:
+            part.add_row(escape(name), escape(_text(value)))
+        if part.row_count:
+            console.print(part)
     lines = []
     if summary["rows"]:
         lines += [f"{summary['rows']} rows to train on: {folder}/rows.jsonl"]
@@ -28,15 +32,6 @@ def show_summary(summary: dict[str, Any], folder: str) -> None:
     if summary["rejected"]:
         lines += [f"Why inputs were rejected: {folder}/rejected.jsonl"]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def _table(title: str, rows: Iterable[tuple[str, Any]]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in rows:
-        table.add_row(escape(name), escape(_text(value)))
-    return table
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

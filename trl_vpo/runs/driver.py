@@ -58,7 +58,9 @@ def work_through(
             show = {"bar_format": PROGRESS}
         else:  # lines of a log
             show = {"bar_format": PROGRESS + "\n", "mininterval": 30, "maxinterval": 60}
-        bar = tqdm(total=share, initial=share - len(todo), unit="input", disable=run.rank != 0, **show)
+        if not todo and run.rank == 0:
+            print(f"{share} inputs: all finished before.", file=sys.stderr)
+        bar = tqdm(total=share, initial=share - len(todo), unit="input", disable=run.rank != 0 or not todo, **show)
         counts, decoders = {"kept": 0, "rejected": 0}, ThreadPoolExecutor(DECODERS)
         try:
             for batch in decoded_ahead(decoders, load, todo, batch_size):
