@@ -1,0 +1,190 @@
+"""What the pages show is read, built and parsed by the package itself."""
+
+import ast
+import re
+from dataclasses import fields
+from itertools import pairwise
+
+import pytest
+from datasets import Dataset
+from pages import PAGES, ROOT, blocks, commands, objects
+from PIL import Image
+
+from trl_vpo import cli
+from trl_vpo.data.inputs import Inputs, row_ids
+from trl_vpo.data.rows import read_row
+from trl_vpo.evaluate.rows import read_rows
+from trl_vpo.generate.leanpo import LeanPOGenerateConfig, LeanPOPipeline
+from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
+from trl_vpo.generate.objects.boxes import annotated
+from trl_vpo.generate.rrpo import RRPOGenerateConfig, RRPOPipeline
+from trl_vpo.text.chair import ObjectTable
+from trl_vpo.training.methods import METHODS
+from trl_vpo.training.run import make_parser
+
+GENERATE = {
+    "leanpo": (LeanPOPipeline, LeanPOGenerateConfig),
+    "rrpo": (RRPOPipeline, RRPOGenerateConfig),
+    "lpoi": (LPOIPipeline, LPOIGenerateConfig),
+}
+BATCHES = {"dpo": 64, "leanpo": 8, "rrpo": 32, "lpoi": 64}  # of the papers
+LAUNCH = {"--accelerate_config", "--num_processes", "--config", "--help", "--help-all"}
+PLACEHOLDER = re.compile(r"^[A-Z_]+(\.\w+)?$|^\.\.\.$|^OUT|^URL$")
+
+
+def marked(mark):
+    found = blocks("json", mark)
+    assert found, f"no page has a block with the mark {mark!r}"
+    return pytest.mark.parametrize("block", found, ids=str)
+
+
+def inputs_of(block):
+    rows = [{"id": str(i), **row} for i, row in enumerate(objects(block))]
+    dataset = Dataset.from_list(rows)
+    return Inputs(dataset, row_ids(dataset))
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@marked("reads: row")
+def test_rows_are_read(block):
+    needs = {"phrases": "rrpo" in block.mark, "image_list": "lpoi" in block.mark}
+    for example in objects(block):
+        row = read_row(example, **needs)
+        assert row.images or row.videos or "<" not in str(row.prompt)
+        if needs["phrases"]:
+            spans = [(row.chosen, row.chosen_phrases), (row.rejected, row.rejected_phrases)]
+            texts = [[m[0]["content"][0]["text"][slice(*span)] for span in found] for m, found in spans]
+            assert texts == [["red cup"], ["phone"]]
+
+
+@marked("reads: evaluate")
+def test_held_out_rows_are_read(block):
+    table = ObjectTable({"cup": ["mug"], "table": ["desk"]}) if "chair" in block.mark else None
+    assert len(read_rows(inputs_of(block), table)) == len(objects(block))
+
+
+@marked("reads: generate")
+def test_inputs_of_generate_are_read(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # paths start there; the files only have to exist
+    for example in objects(block):
+        for path in filter(None, [example.get("image"), example.get("video")]):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_bytes(b"x")
+    for method in set(block.mark.split()) & set(GENERATE):
+        pipeline, config = GENERATE[method]
+        settings = config(boxes="annotations") if "annotations" in block.mark else config()
+        for row in inputs_of(block):
+            pipeline(settings, None).check(row)
+            if "annotations" in block.mark:
+                labels = [each.label for each in annotated(row.example["objects"], Image.new("RGB", (640, 480)).size)]
+                assert labels == ["cup", "table", "door", "gate"]
+
+
+def test_every_json_block_is_read_by_a_test():
+    unread = [str(block) for block in blocks("json") if not block.mark.startswith("reads: ")]
+    assert not unread
+
+
+# --- python ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_python_blocks_import_what_exists(block):
+    tree = ast.parse(block.text)
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    exec(compile(ast.Module(imports, []), str(block), "exec"), {})
+
+
+@pytest.mark.parametrize("block", blocks("python", "paper: "), ids=str)
+def test_the_papers_settings_are_a_config(block):
+    scope = {}
+    exec(block.text.replace("output_dir=", "use_cpu=True, output_dir="), scope)
+    args, method = scope["args"], block.mark.split()[-1]
+    assert type(args).__name__ == cli_config(method)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == BATCHES[method]
+    own = {field.name for field in fields(type(args))} & {"beta", "alpha", "num_images", "target_margin"}
+    assert own <= set(re.findall(r"^    (\w+)=", block.text, re.M)) | {"alpha"} - {"alpha" * (method != "rrpo")}
+
+
+def cli_config(method):
+    return {"dpo": "VisualDPOConfig", "leanpo": "LeanPOConfig", "rrpo": "RRPOConfig", "lpoi": "LPOIConfig"}[method]
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def shown_commands():
+    """Every command of the pages' shell blocks and of code in their text, and of the examples."""
+    found = {}
+    texts = [(block.page.name, block.text) for block in blocks("bash")]
+    for page in PAGES:
+        inline = re.findall(r"(?<!`)`(trl-vpo [^`]+)`", page.read_text(encoding="utf-8").replace("\n", " "))
+        texts += [(page.name, text) for text in inline]
+    for path in sorted((ROOT / "examples").glob("*.sh")):
+        texts.append((path.name, path.read_text(encoding="utf-8")))
+    for name, text in texts:
+        for words in commands(text):
+            if words:
+                found.setdefault(" ".join(words), (name, words))
+    return list(found.values())
+
+
+def options_of(command, method):
+    """The options that a command takes besides those that argparse checks itself."""
+    if command == "generate":
+        from trl_vpo.generate.run import make_parser as parser
+    elif command in ("train", "doctor"):
+        parser = make_parser
+    else:
+        from trl_vpo.evaluate.command import _benchmark_parser
+        from trl_vpo.evaluate.recipe import make_parser as evaluate
+
+        return {*evaluate()._option_string_actions, *_benchmark_parser()._option_string_actions}
+    return set(parser(method)._option_string_actions)
+
+
+@pytest.mark.parametrize(("page", "words"), shown_commands(), ids=lambda value: str(value)[:60])
+def test_commands_have_the_options_shown(page, words):
+    (commands_of,) = cli.make_parser()._subparsers._group_actions
+    if words[0] == "--version" or PLACEHOLDER.match(words[0]):
+        return
+    command = commands_of.choices.get(words[0])
+    if words[0] in ("quickstart", "recipes") or words[1:] == ["--list"]:
+        pytest.skip("the command is not there yet")
+    assert command, f"{page}: trl-vpo {words[0]} is no command"
+    methods = [word for word in words if word in METHODS] or ["rrpo"]
+    valid = LAUNCH | set(command._option_string_actions)
+    if words[0] in ("train", "generate", "doctor", "evaluate"):
+        valid |= options_of(words[0], methods[0])
+    options = {word.split("=")[0] for word in words if word.startswith("--")}
+    assert options <= valid, f"{page}: {words}"
+    names = [after for word, after in pairwise(words) if word == "--config"]
+    names += words[1:2] if words[0] == "doctor" else words[2:3] if words[0] == "recipes" else []
+    recipes = {path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in ROOT.glob("recipes/*/*.yaml")}
+    assert all(PLACEHOLDER.match(name) or name in recipes or "$" in name for name in names), f"{page}: {names}"
+
+
+# --- the pages themselves -------------------------------------------------------------------------------------------
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r'"([\w-]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_table_of_recipes_is_whole():
+    shown = re.findall(r"^\| (.*?) \|", (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), re.M)
+    names = {name for cell in shown for name in re.findall(r"`([\w/-]+)`", cell)}
+    names = {name if "/" in name else f"quickstart/{name}" for name in names}
+    files = {path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in ROOT.glob("recipes/*/*.yaml")}
+    expected = {name for name in files if not name.startswith("accelerate/") and not name.endswith("-selfmade")}
+    assert names == expected
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / target).exists(), target
