@@ -1,6 +1,7 @@
 """What the pages show is read, built and parsed by the package itself."""
 
 import ast
+import json
 import re
 from dataclasses import fields
 from itertools import pairwise
@@ -11,6 +12,8 @@ from pages import PAGES, ROOT, blocks, commands, objects
 from PIL import Image
 
 from trl_vpo import cli
+from trl_vpo.data.import_formats import FORMATS
+from trl_vpo.data.importers import import_rows
 from trl_vpo.data.inputs import Inputs, row_ids
 from trl_vpo.data.rows import read_row
 from trl_vpo.evaluate.rows import read_rows
@@ -18,6 +21,8 @@ from trl_vpo.generate.leanpo import LeanPOGenerateConfig, LeanPOPipeline
 from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
 from trl_vpo.generate.objects.boxes import annotated
 from trl_vpo.generate.rrpo import RRPOGenerateConfig, RRPOPipeline
+from trl_vpo.runs.named_recipes import recipe_names
+from trl_vpo.runs.recipe_list import recipe_facts
 from trl_vpo.text.chair import ObjectTable
 from trl_vpo.training.methods import METHODS
 from trl_vpo.training.run import make_parser
@@ -82,8 +87,24 @@ def test_inputs_of_generate_are_read(block, tmp_path, monkeypatch):
                 assert labels == ["cup", "table", "door", "gate"]
 
 
+@marked("imports: ")
+def test_records_of_other_projects_are_imported(block, tmp_path):
+    formats = block.mark.split()[1:]
+    for fmt, record in zip(formats, objects(block), strict=True):
+        (tmp_path / "in.json").write_text(json.dumps([record]), encoding="utf-8")
+        (row,) = import_rows(fmt, tmp_path / "in.json")
+        if "chosen" in row:
+            read_row(row)
+        else:
+            assert row["question"] and row["answer"]
+
+
+def test_every_format_has_an_example():
+    assert {name for block in blocks("json", "imports: ") for name in block.mark.split()[1:]} == set(FORMATS)
+
+
 def test_every_json_block_is_read_by_a_test():
-    unread = [str(block) for block in blocks("json") if not block.mark.startswith("reads: ")]
+    unread = [str(block) for block in blocks("json") if not block.mark.startswith(("reads: ", "imports: "))]
     assert not unread
 
 
@@ -151,8 +172,6 @@ def test_commands_have_the_options_shown(page, words):
     if words[0] == "--version" or PLACEHOLDER.match(words[0]):
         return
     command = commands_of.choices.get(words[0])
-    if words[0] in ("quickstart", "recipes") or words[1:] == ["--list"]:
-        pytest.skip("the command is not there yet")
     assert command, f"{page}: trl-vpo {words[0]} is no command"
     methods = [word for word in words if word in METHODS] or ["rrpo"]
     valid = LAUNCH | set(command._option_string_actions)
@@ -162,8 +181,7 @@ def test_commands_have_the_options_shown(page, words):
     assert options <= valid, f"{page}: {words}"
     names = [after for word, after in pairwise(words) if word == "--config"]
     names += words[1:2] if words[0] == "doctor" else words[2:3] if words[0] == "recipes" else []
-    recipes = {path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in ROOT.glob("recipes/*/*.yaml")}
-    assert all(PLACEHOLDER.match(name) or name in recipes or "$" in name for name in names), f"{page}: {names}"
+    assert all(PLACEHOLDER.match(name) or name in recipe_names() for name in names), f"{page}: {names}"
 
 
 # --- the pages themselves -------------------------------------------------------------------------------------------
@@ -174,13 +192,16 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
 
 
-def test_the_table_of_recipes_is_whole():
-    shown = re.findall(r"^\| (.*?) \|", (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), re.M)
-    names = {name for cell in shown for name in re.findall(r"`([\w/-]+)`", cell)}
-    names = {name if "/" in name else f"quickstart/{name}" for name in names}
-    files = {path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in ROOT.glob("recipes/*/*.yaml")}
-    expected = {name for name in files if not name.startswith("accelerate/") and not name.endswith("-selfmade")}
-    assert names == expected
+def test_the_table_of_recipes_says_what_their_headers_say():
+    facts = [recipe_facts(name) for name in recipe_names() if not name.startswith("accelerate/")]
+    lines = [
+        "| recipe | written for | run on | time | peak memory | result |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in sorted(facts, key=lambda one: (one.command == "generate", one.name.startswith("quickstart"), one.name)):
+        run = one.run if len(one.run) == 4 else one.run * 4
+        lines.append(f"| {' | '.join([f'`{one.name}`', one.hardware, *run])} |")
+    assert "\n".join(lines) in (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():
