@@ -1,29 +1,34 @@
-"""`trl-vpo`: train, evaluate, generate, plot, merge, view, import, doctor, recipes, quickstart.
-
-Only what a command needs is imported, so that `--help` answers at once. With a method, and for `evaluate`, it lists
-the keys of recipes, and takes the seconds that importing TRL takes.
-"""
+"""`trl-vpo`: the parser of all commands, and how their errors end. The commands are in `trl_vpo.commands`."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trl_vpo import __version__
+from trl_vpo.commands import (
+    doctor,
+    evaluate,
+    generate,
+    import_data,
+    merge,
+    plot,
+    quickstart,
+    recipes,
+    train,
+    view,
+)
 from trl_vpo.data.import_formats import FORMATS, format_list
 from trl_vpo.errors import UserError, as_user_errors, did_you_mean
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.secrets import scrub
-from trl_vpo.training.launch import launch, launch_options
 from trl_vpo.training.methods import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
-HELP = {"-h", "--help", "--help-all"}
 DESCRIPTION = "Visual preference optimization on TRL: LeanPO, RRPO, LPOI and DPO on videos and images."
 TRAIN_EXAMPLE = """\
 example:
@@ -237,114 +242,3 @@ def _add_quickstart(commands) -> None:
     parser = _add(commands, "quickstart", quickstart, "train all methods on a small world, on a CPU, in minutes")
     parser.add_argument("--out", metavar="DIR", type=Path, default="outputs/quickstart", help="folder to write")
     parser.add_argument("--methods", metavar="METHOD", nargs="+", choices=METHODS, default=[*METHODS])
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
-
-
-def train(args: argparse.Namespace, rest: list[str]) -> int:
-    """Train in this process, or in those that accelerate launches."""
-    return _with_recipe(args, "trl_vpo.training.help:method_help", "trl_vpo.training.run:run_training")
-
-
-def generate(args: argparse.Namespace, rest: list[str]) -> int:
-    """Generate in this process, or in those that accelerate launches, and show the run's summary."""
-    return _with_recipe(args, "trl_vpo.generate.pipelines:pipeline_help", "trl_vpo.generate.run:run_generation")
-
-
-def _with_recipe(args: argparse.Namespace, help_page: str, run: str) -> int:
-    """Run a command whose options are a recipe's keys, or show them. `help_page` and `run` are MODULE:FUNCTION."""
-    if HELP & set(args.options):
-        print(_imported(help_page)(args.method, "--help-all" in args.options))
-        return 0
-    options, launcher = launch_options(args.options)
-    _imported("trl_vpo.models.paths:check_paths")(options)
-    if launcher:
-        return launch(launcher, args.words)
-    _imported(run)(args.method, options)
-    return 0
-
-
-def _imported(name: str) -> Callable:
-    module, function = name.split(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
-    """Measure the base and its adapters, or run benchmarks of lmms-eval."""
-    options, launcher = launch_options(args.words[1:])  # argparse would tear unknown options from their values
-    if not HELP & set(options):
-        _imported("trl_vpo.models.paths:check_paths")(options)
-        if launcher:
-            return launch(launcher, args.words)
-    _imported("trl_vpo.evaluate.command:evaluate")(options)
-    return 0
-
-
-def plot(args: argparse.Namespace, rest: list[str]) -> int:
-    """Draw, and say what could not be drawn."""
-    from trl_vpo.report.plot.page import plot_runs
-
-    notes = plot_runs(args.runs, args.out, names=args.names)
-    print("\n".join([str(args.out), *notes]))
-    return 0
-
-
-def merge(args: argparse.Namespace, rest: list[str]) -> int:
-    """Merge, and say what a user should know about the result."""
-    from trl_vpo.models.merge import merge as merge_adapter
-
-    notes = merge_adapter(
-        args.adapter, args.out, base=args.base, dtype=args.dtype, revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
-    print("\n".join([f"Merged into {args.out}.", *notes]))
-    return 0
-
-
-def view(args: argparse.Namespace, rest: list[str]) -> int:
-    """Write the page and say what is in it."""
-    from trl_vpo.report.view.page import write_page
-
-    counts = write_page(
-        args.dataset, args.out, split=args.split, limit=args.limit, media_root=args.media_root,
-        num_frames=args.num_frames,
-    )  # fmt: skip
-    print(counts)
-    return 0
-
-
-def import_data(args: argparse.Namespace, rest: list[str]) -> int:
-    """Convert a file and report the rows."""
-    from trl_vpo.data.importers import convert
-
-    counts = convert(args.format, args.source, args.target, media_root=args.media_root, on_bad=args.on_bad)
-    print(f"{args.target}: {counts.written} rows of {counts.read} records.")
-    print(f"Media files: {counts.media}, {counts.missing_media} missing.")
-    if counts.rejected:
-        print(f"Left out: {counts.rejected}; {counts.rejected_path} says why.")
-    if counts.ignored_fields:
-        print(f"Fields not carried over: {', '.join(counts.ignored_fields)}.")
-    for note in counts.left_to_do:
-        print(note)
-    return 0
-
-
-def doctor(args: argparse.Namespace, rest: list[str]) -> int:
-    """Check a recipe and its data."""
-    return _imported("trl_vpo.doctor.checks:run_doctor")(
-        args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out,
-        gpu_memory=args.gpu_memory, measures=args.measure,
-    )  # fmt: skip
-
-
-def recipes(args: argparse.Namespace, rest: list[str]) -> int:
-    """List, show or copy the recipes of the package."""
-    _imported("trl_vpo.runs.recipe_list:run_recipes")(args.action, args.name, args.folder, as_json=args.json)
-    return 0
-
-
-def quickstart(args: argparse.Namespace, rest: list[str]) -> int:
-    """Train and compare the methods on the small world."""
-    _imported("trl_vpo.testbed.quickstart:run_quickstart")(args.out, args.methods)
-    return 0

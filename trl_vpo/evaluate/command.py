@@ -31,11 +31,11 @@ def evaluate(options: list[str]) -> None:
     """Run what the options ask for; `--help` shows all keys."""
     if {"-h", "--help", "--help-all"} & set(options):
         from trl_vpo.evaluate.config import EvaluateConfig
-        from trl_vpo.runs.help import CONFIG, HELP_ALL, help_page
+        from trl_vpo.runs.help import CONFIG, HELP_ALL, LAUNCH, help_page
 
         first = [(f"--{name} {value}", text) for name, (value, text) in TASK_OPTIONS.items()]
         page = help_page(
-            USAGE, [EvaluateConfig], ("measures", EvaluateConfig), first=(CONFIG, *first, HELP_ALL), epilog=EXAMPLE,
+            USAGE, [EvaluateConfig], ("measures", EvaluateConfig), first=(CONFIG, *LAUNCH, *first, HELP_ALL), epilog=EXAMPLE,
             everything="--help-all" in options,
         )  # fmt: skip
         print(page)

@@ -32,7 +32,7 @@ GROUPS = {  # of all commands, in their order; what a command does not have is l
         hub_model_id""",
 }
 SHARED = "learning_rate beta precompute_ref_log_probs precompute_cache_dir layout"  # of all methods that take them
-CONFIG = ("--config RECIPE", "Recipe with any of the keys below. Options win over it.")
+CONFIG = ("--config RECIPE", "Recipe: a file, or a name that `trl-vpo recipes` lists. Options win over it.")
 LAUNCH = (
     ("--num_processes N", "Start this many processes, one for each GPU."),
     ("--accelerate_config FILE", "How they share the work: a file, or a name such as ddp, zero2, zero3 or fsdp2."),
