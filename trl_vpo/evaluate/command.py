@@ -33,12 +33,10 @@ def evaluate(options: list[str]) -> None:
         from trl_vpo.evaluate.config import EvaluateConfig
         from trl_vpo.runs.help import CONFIG, HELP_ALL, LAUNCH, help_page
 
-        first = [(f"--{name} {value}", text) for name, (value, text) in TASK_OPTIONS.items()]
-        page = help_page(
-            USAGE, [EvaluateConfig], ("measures", EvaluateConfig), first=(CONFIG, *LAUNCH, *first, HELP_ALL), epilog=EXAMPLE,
-            everything="--help-all" in options,
-        )  # fmt: skip
-        print(page)
+        tasks = [(f"--{name} {value}", text) for name, (value, text) in TASK_OPTIONS.items()]
+        first, everything = (CONFIG, *LAUNCH, *tasks, HELP_ALL), "--help-all" in options
+        own = ("measures", EvaluateConfig)
+        print(help_page(USAGE, [EvaluateConfig], own, first=first, everything=everything, epilog=EXAMPLE))
         return
     if any(option.split("=")[0] == "--benchmark" for option in options):
         _run_benchmarks(options)
