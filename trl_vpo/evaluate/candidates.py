@@ -26,22 +26,13 @@ class ModelSet:
     """A base model and its adapters, which lie in it side by side.
 
     Every response stands behind a prompt of its own, and answers are greedy, so that a row's numbers depend neither on
-    the batch nor on the other candidates.
-
-    Args:
-        model: the base.
-        adapters: folders or Hub names.
-
-    Attributes:
-        names: of the candidates that are scored and asked, the base first. Fewer may be set.
-
-    Raises:
-        EvaluateError: an adapter that cannot be read, does not fit, or changes its base.
+    the batch nor on the other candidates. An adapter that cannot be read, does not fit, or changes its base, is an
+    EvaluateError.
     """
 
     def __init__(self, model: LocalModel, adapters: Sequence[str] = ()):
         self.model = model
-        self.names = [BASE, *candidate_names(adapters)]
+        self.names = [BASE, *candidate_names(adapters)]  # who is scored and asked; fewer may be set
         self._inside_peft = {name: f"candidate_{number:03d}" for number, name in enumerate(self.names[1:])}
         self._peft = _attached(model.model, list(zip(self._inside_peft.values(), adapters)))
 
@@ -108,11 +99,7 @@ def load_candidates(adapters: Sequence[str], **options: Any) -> ModelSet:
 
 
 def candidate_names(adapters: Sequence[str]) -> list[str]:
-    """Name adapters by the last part of their paths, or by as many parts as it takes to tell them apart.
-
-    Raises:
-        EvaluateError: the same adapter is given twice.
-    """
+    """Name adapters by the last part of their paths, or by as many parts as it takes to tell them apart."""
     parts = [[part for part in adapter.replace("\\", "/").split("/") if part] for adapter in adapters]
     for depth in range(max(map(len, parts), default=0) + 1):
         names = ["/".join(path[-depth - 1 :]) for path in parts]

@@ -57,14 +57,9 @@ def run_probes(
 ) -> list[Results | RowError]:
     """Run all probes of a batch of rows, those of one name together: they are alike, and so are their lengths.
 
-    Args:
-        rows: the probes of each row, or the reason why it cannot be used.
-        encode: a row with some of its responses as a tree. Raises RowError for a row that cannot be used.
-        score: trees, and whether the KL is wanted -> candidate -> for each tree its branches' scores.
-        ask: trees without branches -> candidate -> an answer for each.
-
-    Returns:
-        for each row its results, or the reason why it cannot be used.
+    A row is its probes, or the reason why it cannot be used, and so is what is returned for it. `encode` turns a row
+    with some of its responses into a tree, or raises RowError; `score` (with the KL, if told so) and `ask` give for
+    each candidate the branches' scores, or an answer, of every tree.
     """
     results: list[Results | RowError] = [row if isinstance(row, RowError) else {} for row in rows]
     jobs = [(i, probe) for i, row in enumerate(rows) if not isinstance(row, RowError) for probe in row]
@@ -112,8 +107,7 @@ def numbers(results: dict[str, Any]) -> dict[str, Any]:
 def question_probes(row: EvalRow, source: InputRow, media: Media) -> list[Probe]:
     """Return the probes of a question: its answer, and for multiple choice the log-probs of its options.
 
-    The answer is given to the question with its options listed; the options' texts are scored as responses to the
-    question as the row has it.
+    The model answers the question with its options listed; their texts are scored behind the question as it is.
     """
     question, options = row.facts["question"], row.facts.get("options", ())
 

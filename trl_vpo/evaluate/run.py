@@ -50,16 +50,8 @@ Loaded = tuple[EvalRow, InputRow, Media]
 def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
     """Evaluate a base and its adapters on held-out rows, or continue an earlier run with these settings.
 
-    `argv` are the options of `trl-vpo evaluate`, such as `["--model", "BASE", "--adapters", "A", "B", ...]`.
-
-    Returns:
-        The content of `results.json`, or None while other workers are still at work.
-
-    Raises:
-        RecipeError, ValueError: the options cannot be used.
-        EvaluateError: rows or adapters cannot be used.
-        RunError, ModelError: the inputs or the run's folder, or the model, cannot be used.
-        SystemExit: Ctrl-C, with 130; what was finished stays.
+    `argv` are the options of `trl-vpo evaluate`, such as `["--model", "BASE", "--adapters", "A", "B", ...]`. Return
+    the content of `results.json`, or None while other workers are still at work. After Ctrl-C what was finished stays.
     """
     config = parse(argv)
     with ctrl_c_says_how_to_continue(config.output_dir):

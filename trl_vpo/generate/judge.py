@@ -101,11 +101,7 @@ def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling
 
 
 def read_judgement(reply: str) -> Judgement:
-    """Read the reply to `DIFFERENCES_PROMPT`.
-
-    Raises:
-        JudgeError: no JSON object of the requested form, or two different ones, or one that contradicts itself.
-    """
+    """Read the reply to `DIFFERENCES_PROMPT`; JudgeError unless it holds one JSON object of the requested form."""
 
     def read(value: dict) -> Judgement:
         correct, listed = value.get("correct"), value.get("differences")
@@ -120,12 +116,7 @@ def read_judgement(reply: str) -> Judgement:
 
 
 def read_rewrite(reply: str, truth: str, max_changed: float) -> str:
-    """Read the reply to `REWRITE_PROMPT`: the ground truth with other words, in a share of `max_changed` at most.
-
-    Raises:
-        JudgeError: no JSON object of the requested form, a text that says the same as the ground truth, or one that
-            is not aligned with it.
-    """
+    """Read the reply to `REWRITE_PROMPT`: the ground truth with other words, in a share of `max_changed` at most."""
 
     def read(value: dict) -> str:
         text = value.get("rewritten")

@@ -50,16 +50,8 @@ def make_parser(method: str) -> RecipeParser:
 def run_generation(method: str, argv: list[str]) -> dict[str, Any] | None:
     """Generate a method's preference data, or continue an earlier run with these settings.
 
-    `argv` are the options of `trl-vpo generate METHOD`, such as `["--config", "recipe.yaml"]`.
-
-    Returns:
-        The run's summary, or None after a dry run or while other workers are still at work.
-
-    Raises:
-        RecipeError, ValueError: the recipe cannot be used.
-        RunError, ModelError: the inputs or the run's folder, or a model, cannot be used.
-        GenerateError: no input gave a row.
-        SystemExit: Ctrl-C, with 130; what was finished stays.
+    `argv` are the options of `trl-vpo generate METHOD`, such as `["--config", "recipe.yaml"]`. Return the run's
+    summary, or None after a dry run or while other workers are still at work. After Ctrl-C what was finished stays.
     """
     config = make_parser(method).parse(argv)[0]
     with ctrl_c_says_how_to_continue(config.output_dir):

@@ -62,9 +62,6 @@ def read_task(example: Mapping[str, Any], short_words: int, fixed: bool = False)
     The kind is the row's `answer_kind`; without one, the first of these that applies. choice: there are options, in
     the column `options` or listed in the question, and the answer names one of them. yes_no: the answer begins with
     yes or no (see `yes_or_no`). short: it has at most `short_words` words. open: all others.
-
-    Raises:
-        InputError: no question or answer, or they do not fit the kind.
     """
     question, answer = (given_text(example, name, "RRPO") for name in ("question", "answer"))
     kind, column = example.get("answer_kind"), example.get("options") or None

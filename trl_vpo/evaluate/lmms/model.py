@@ -47,15 +47,11 @@ class BenchmarkModel(lmms):
         self._max_new_tokens, self._seed = max_new_tokens, seed
 
     @property
-    def device(self) -> Any:
-        """The device of what several processes exchange."""
+    def device(self) -> Any:  # of what several processes exchange
         return self._model.model.device
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Return one answer to each request, cut before the first of the task's stop strings.
-
-        EvaluateError names the task and the document whose media, prompt or settings cannot be used.
-        """
+        """Return one answer to each request, cut before the first of the task's stop strings."""
         _warn_of_unread_settings(requests)
         times: Counter = Counter()
         jobs = []

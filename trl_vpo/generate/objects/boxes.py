@@ -49,12 +49,10 @@ class Choice:
 def choices(
     detections: Sequence[Detection], candidates: Sequence[Candidate], size: tuple[int, int], config: Any
 ) -> list[Choice]:
-    """Return the critical object, followed by those to try next.
+    """Return the critical object, followed by those to try next: candidates with a usable detection, in their order.
 
-    The candidates with a usable detection, in their order. If no candidate has one: any other label, that with the
-    best score (of annotations, the largest box) first. A detection is usable if its score and its share of the image
-    are within the settings. Of several boxes with one label the best is taken, or with `config.instances` "union" the
-    smallest box around all of them.
+    If no candidate has one: any other label, that with the best score (of annotations, the largest box) first. A
+    detection is usable if its score and its share of the image are within the settings.
     """
     by_label: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=_rank, reverse=True):
@@ -121,8 +119,7 @@ def annotated(objects: Any, size: tuple[int, int], categories: Sequence[str] | N
     - {"category": name or number, "bbox": [x, y, w, h]}: COCO. A number is a place in `categories`, counted from 0.
     - {"names": [...], "x", "y", "w", "h"}: Visual Genome; a box with several names counts under each.
 
-    Raises:
-        InputError: an entry that is none of these, or whose box does not fit an image of `size` (width, height).
+    `size` is the image's (width, height). What is none of these, or does not fit the image, is an InputError.
     """
     detections = []
     for at, item in enumerate(_items(objects)):

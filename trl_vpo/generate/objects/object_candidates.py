@@ -53,11 +53,7 @@ class Finder:
         )
 
     def candidates(self, row: InputRow) -> list[Candidate]:
-        """Return what the row's text, or its column of candidates, names. Opens no file.
-
-        Raises:
-            InputError: the row is not a preference pair, or the column holds no names.
-        """
+        """Return what the row's text, or its column of candidates, names. Opens no file."""
         column = self.config.objects_column
         if column is None:
             try:

@@ -131,9 +131,6 @@ def score(records: list[dict]) -> dict[str, float]:
     all questions. yes_difference: the share of yes among the answers less that among the right ones. fp_ratio: the
     share of yes among the wrong answers, nan where none is wrong (HallusionBench, arXiv 2310.14566, Eq. 6 and 7;
     VideoHallucer's own bias script computes it differently).
-
-    Raises:
-        ValueError: a pair without one of its questions.
     """
     pairs: dict[int, dict[str, bool]] = defaultdict(dict)
     for record in records:
