@@ -198,29 +198,20 @@ def test_results_follow_from_the_rows(folder, run):
             assert measure.keys() == {"value", "low", "high", "n"}
     base, words = (results["contestants"][name] for name in ("base", "words"))
     assert base["differences"] == {} and words["differences"].keys() == words["measures"].keys()
-    own, before = (
-        {name: record for (name, contestant), record in rows.items() if contestant == side}
-        for side in ("words", "base")
-    )
-    pairs = [name for name, record in own.items() if record["task"] == "preference"]
-    kl = [sum(own[name][key] for name in pairs) for key in ("chosen_kl", "chosen_tokens")]
+    own = {name: record for (name, contestant), record in rows.items() if contestant == "words"}
+    pairs = [(own[name], rows[name, "base"]) for name, record in own.items() if record["task"] == "preference"]
     false = [bool(record["hallucinated"]) for record in own.values() if record["task"] == "chair"]
     value = {name: measure["value"] for name, measure in words["measures"].items()}
     expected = {
-        "preference/accuracy": np.mean([own[name]["chosen_logp"] > own[name]["rejected_logp"] for name in pairs]),
-        "displacement/chosen": np.mean([own[name]["chosen_logp"] - before[name]["chosen_logp"] for name in pairs]),
-        "kl/chosen_per_token": kl[0] / kl[1],
+        "preference/accuracy": np.mean([one["chosen_logp"] > one["rejected_logp"] for one, _ in pairs]),
+        "displacement/chosen": np.mean([one["chosen_logp"] - before["chosen_logp"] for one, before in pairs]),
         "chair/s": np.mean(false),
     }
     assert {name: value[name] for name in expected} == pytest.approx(expected)
     right = np.mean([record["said"] == record["expected"] for record in own.values() if record["task"] == "yes_no"])
     assert (value["yes_no/basic"] + value["yes_no/hallucinated"]) / 2 == pytest.approx(right)
-    counts = {
-        "length/words": 3 + 5,  # captions, and the answered preference prompts
-        "sensitivity/shuffled": 3, "sensitivity/blank": 5, "visibility/tau": 2, "choice/letter": 3,
-        "yes_no/overall": 3,
-    }  # fmt: skip
-    assert {name: words["measures"][name]["n"] for name in counts} == counts
+    counts = {"length/words": 3 + 5, "sensitivity/shuffled": 3, "sensitivity/blank": 5, "yes_no/overall": 3}
+    assert {name: words["measures"][name]["n"] for name in counts} == counts  # words: captions, answered prompts
     difference = value["logps/chosen"] - base["measures"]["logps/chosen"]["value"]
     assert words["differences"]["logps/chosen"]["value"] == pytest.approx(difference)
 

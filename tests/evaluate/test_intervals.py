@@ -32,14 +32,6 @@ def test_exact_cases(values, clusters, expected):
     assert (interval.value, interval.low, interval.high) == pytest.approx(expected, nan_ok=True)
 
 
-def test_percentile_limits_follow_the_level():
-    values = np.arange(40) % 2
-    wide, narrow = (clustered_bootstrap(values, range(40), level=level) for level in (0.95, 0.5))
-    assert wide.low < narrow.low < 0.5 < narrow.high < wide.high
-    # Mean of 40 fair draws: standard error 0.5 / sqrt(40).
-    assert wide.high - wide.low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(40), abs=0.04)
-
-
 def simulate(random, clusters=40, rows=8, between=1.0, within=0.3):
     """Rows around their cluster's own mean; correlation within a cluster 0.92, true mean 0."""
     means = random.normal(0, between, size=(clusters, 1))

@@ -128,9 +128,7 @@ def test_two_workers_at_once(runs, whole, tmp_path):
     shares = [[o["id"] for o in lines(path)] for path in sorted((folder / "shards").glob("*.jsonl"))]
     ids = [row["id"] for row in lines(runs.inputs)]
     assert [sorted(share) for share in shares] == [sorted(ids[0::2]), sorted(ids[1::2])]
-    logs = [Path(f"{folder}{rank}.log").read_text() for rank in range(2)]
-    assert sum("rows to train on" in log for log in logs) == 1
-    assert "11/11 inputs [" in logs[0] and "inputs [" not in logs[1]
+    assert sum("rows to train on" in Path(f"{folder}{rank}.log").read_text() for rank in range(2)) == 1
 
 
 # --- behind a server ----------------------------------------------------------------------------------------------

@@ -115,13 +115,7 @@ def test_a_failed_plain_answer_costs_no_row():
         ("How many?", "2", "There are two.", "two dogs", "losing response is right"),
         ("How many?", "2", "There are two.", "three", None),
         ("What does he ride?", "a bike", "a bicycle", "a horse", None),
-        (
-            "What moves?",
-            TRUTH,
-            "It goes to the left, the square.",
-            "A red square moves left",
-            "losing response is right",
-        ),
+        ("What moves?", TRUTH, "It goes to the left.", "A red square moves left", "losing response is right"),
     ],
 )
 def test_a_losing_response_that_is_right_is_no_pair(question, truth, chosen, rejected, kind):
@@ -184,9 +178,6 @@ def test_the_hint_is_in_no_row():
         assert not any(word in json.dumps(row) for word in ("SECRET", "Hint:", "You said:"))
     ((_, braces), *_) = pipeline(None, hint_prompt='{{"a": 1}} {question} {answer}').preview(*item())
     assert text_of(braces) == f'{{"a": 1}} What moves? {TRUTH}'
-    (_, hint), (_, reflection), *_ = pipeline(model).preview(*item("r0", question, "SECRET {x}"))
-    assert text_of(hint) == f"Hint: SECRET {{x}} {question}"
-    assert text_of(reflection) == f"You said: <the first answer> Hint: SECRET {{x}} {question}"
 
 
 @pytest.mark.parametrize(

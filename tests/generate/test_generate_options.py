@@ -90,16 +90,8 @@ def test_what_loading_raises_is_shown_in_one_line(inputs, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
-        (
-            LeanPOGenerateConfig,
-            {"hint_prompt": "{question} {answer} {first_answer}"},
-            r"unknown .* \['first_answer'\]",
-        ),
-        (
-            LeanPOGenerateConfig,
-            {"reflection_prompt": HINT_PROMPT},
-            r"reflection_prompt.*missing .* \['first_answer'\]",
-        ),
+        (LeanPOGenerateConfig, {"hint_prompt": "{question} {answer} {other}"}, r"unknown placeholders \['other'\]"),
+        (LeanPOGenerateConfig, {"reflection_prompt": HINT_PROMPT}, r"missing placeholders \['first_answer'\]"),
         (LeanPOGenerateConfig, {"num_damaged_frames": 0}, "num_damaged_frames is 0"),
         (LeanPOGenerateConfig, {"flip_probability": 1.5}, "flip_probability is 1.5"),
         (LeanPOGenerateConfig, {"min_trust": 1.1}, "min_trust is 1.1: give a number from 0 to 1"),
@@ -111,11 +103,7 @@ def test_what_loading_raises_is_shown_in_one_line(inputs, tmp_path, monkeypatch)
         (RRPOGenerateConfig, {"open_check": "rules"}, "open_check is 'rules'"),
         (RRPOGenerateConfig, {"max_changed": 0.0}, "max_changed is 0.0"),
         (RRPOGenerateConfig, {"judge_temperature": -1.0}, "judge_temperature is -1.0"),
-        (
-            RRPOGenerateConfig,
-            {"rewrite_prompt": "{question} {truth}"},
-            r"rewrite_prompt: .*missing .* \['answer', 'di",
-        ),
+        (RRPOGenerateConfig, {"rewrite_prompt": "{question} {truth}"}, r"rewrite_prompt: .*missing .*'answer', 'diff"),
         (LPOIGenerateConfig, {"instances": "all"}, "instances"),
         (LPOIGenerateConfig, {"num_images": 1}, "num_images"),
         (LPOIGenerateConfig, {"min_box_area": 0.9, "max_box_area": 0.5}, "min_box_area"),

@@ -112,10 +112,8 @@ def test_inputs_that_cannot_be_used(inputs, tmp_path):
     counts = summary["rejected_by_kind"]
     assert (counts["unreadable media"], counts["unusable input"]) == (3, 2)
     generate("rrpo", write_jsonl(good[:4], tmp_path / "good.jsonl"), tmp_path / "alone")
-    rows, alone = (
-        [{**row, "generated_by": None} for row in lines(tmp_path / name / "rows.jsonl")] for name in ("run", "alone")
-    )
-    assert rows == alone  # but for the fingerprint, which has the inputs
+    rows, alone = (lines(tmp_path / name / "rows.jsonl") for name in ("run", "alone"))
+    assert [row | {"generated_by": None} for row in rows] == [row | {"generated_by": None} for row in alone]
 
 
 # --- the same rows ------------------------------------------------------------------------------------------------

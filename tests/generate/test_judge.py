@@ -84,9 +84,8 @@ def rewrite(text):
 
 
 def test_a_rewrite_that_stays_aligned():
-    assert rewrite(" A blue circle moves slowly to the left of the frame. ") == (
-        "A blue circle moves slowly to the left of the frame."
-    )
+    text = "A blue circle moves slowly to the left of the frame."
+    assert rewrite(f" {text} ") == text
 
 
 @pytest.mark.parametrize(
@@ -96,10 +95,7 @@ def test_a_rewrite_that_stays_aligned():
         ("  ", "a text that is not empty"),
         (TRUTH, "says the same as the ground truth"),
         ("a red square moves, slowly, to the left of the frame", "says the same as the ground truth"),
-        (
-            "Blue things are seen here.",
-            "not aligned with the ground truth: 92% of the words differ, and at most 60% may",
-        ),
+        ("Blue things are seen here.", "not aligned with the ground truth: 92% of the words differ, and at most 60%"),
         (TRUTH + " And then" + " it is seen to do it again" * 5, "not aligned"),  # nothing of the truth has changed
     ],
 )
@@ -132,12 +128,6 @@ def test_what_could_not_be_read_is_asked_once_more():
     assert texts[0].startswith("prompt 1 {}\n\nAn earlier reply could not be used: there is no JSON object in it.")
     assert "could not be used: cut off." in texts[1]
     assert all(request.messages[0]["role"] == "user" and not request.media.videos for request in first + second)
-
-
-def test_nothing_is_asked_twice_without_need():
-    judge = replies(REPLY)
-    assert ask(judge, [question(0)], SAMPLING) == [WRONG] and len(judge.asked) == 1
-    assert ask(judge, [], SAMPLING) == []
 
 
 def test_the_prompts_show_the_form_of_the_reply():

@@ -1,11 +1,9 @@
 """Kinds of questions, and wrong answers in the form of the ground truth."""
 
-import numpy as np
 import pytest
 
 from trl_vpo.errors import InputError
 from trl_vpo.generate.tasks import read_task
-from trl_vpo.testbed import language, world
 
 
 @pytest.mark.parametrize(
@@ -15,10 +13,7 @@ from trl_vpo.testbed import language, world
         ({"question": "Which? (A) red (B) blue", "answer": "red"}, "choice"),
         ({"question": "Which? (A) red (B) blue", "answer": "Best option: (B)"}, "choice"),
         ({"question": "Which?", "options": ["red", "blue"], "answer": "blue because it is"}, "choice"),
-        (
-            {"question": "Tell a story about A. Red and B. Blue", "answer": "Once, B. Blue met A. Red and they went."},
-            "open",
-        ),
+        ({"question": "Tell of A. Red and B. Blue", "answer": "Once, B. Blue met A. Red and they went."}, "open"),
         ({"question": "Is it red?", "answer": "No, it is blue and very large."}, "yes_no"),
         ({"question": "What is written there?", "answer": "No parking"}, "short"),
         ({"question": "What is on the shirt?", "answer": "No. 5"}, "short"),
@@ -31,17 +26,6 @@ from trl_vpo.testbed import language, world
 )
 def test_kinds_of_answers(example, kind):
     assert read_task(example, 4).kind == kind
-
-
-def test_what_the_testbed_asks():
-    rng = np.random.default_rng(0)
-    (sample,) = world.draw_samples("clip", 1, 1, habits=False)
-    kinds = [
-        read_task({"question": i.question, "answer": i.answer}, 4).kind for i in language.open_items(sample.things)
-    ]
-    assert kinds == ["short"] * 3
-    for polar in language.yes_no_pair(sample.things, rng):
-        assert read_task({"question": polar.question, "answer": polar.answer}, 4).kind == "yes_no"
 
 
 LISTED = "What did she do?\n(A) Washed the clothes.\n(B) Threw the clothes.\n(C) Left."

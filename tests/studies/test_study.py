@@ -14,7 +14,7 @@ from studies.testbed import plan as study_plan
 from studies.testbed import runs as study_runs
 from studies.testbed import study
 from studies.testbed.measures import over_seeds
-from studies.testbed.plan import FULL, QUICK, Scale
+from studies.testbed.plan import FULL, Scale
 from studies.testbed.verdicts import FAILS, HOLDS, UNKNOWN, decide, together
 from trl_vpo.errors import NonFiniteLossError
 from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
@@ -48,14 +48,6 @@ def test_a_result_is_kept_by_what_it_depends_on():
     assert {"tune/dpo/0.001", "base/clip", "seed0/dpo", "seed4/rrpo-made-again"} <= same and "seed0/sft" not in same
 
 
-def test_a_second_round_depends_on_the_first():
-    first, again = ({job.name: job for job in jobs(rates=rates)} for rates in (RATES, RATES | {"rrpo": 3e-3}))
-    for plan in (first, again):
-        made_by = plan["seed1/rrpo-made-again"].settings["train"]["data"]["made_by"]
-        assert made_by == plan["seed1/rrpo-made"].stem
-    assert first["seed1/rrpo-made-again"].digest != again["seed1/rrpo-made-again"].digest
-
-
 def test_all_are_tuned_with_one_budget_off_the_test_split():
     tuning = study_plan.tuning_jobs(FULL, "base")
     assert len(tuning) == len(FULL.variants) * len(FULL.rates)
@@ -63,13 +55,6 @@ def test_all_are_tuned_with_one_budget_off_the_test_split():
     seeds = {job.settings["train"]["data"]["seed"] for job in jobs() if job.settings["train"]}
     held_out = {study_plan.TEST_SEED + stream for stream in study_data.STREAMS.values()}
     assert not seeds & (held_out | {study_plan.VALIDATION_SEED}) and study_plan.VALIDATION_SEED not in held_out
-
-
-def test_the_jobs_of_a_seed_and_kind_are_one_process_in_order():
-    assert study_plan.from_json(study_plan.as_json(jobs(QUICK))) == jobs(QUICK)  # through the worker's file
-    groups = study._groups(jobs(QUICK), out=study.Path("nowhere"))
-    assert list(groups) == ["seed0-clip", "seed0-scene", "base"]
-    assert [job.name for job in groups["seed0-scene"]] == ["seed0/dpo_scenes", "seed0/lpoi_2", "seed0/lpoi_5"]
 
 
 def test_the_rate_with_the_fewest_wrong_captions_is_taken():

@@ -56,11 +56,3 @@ def test_displacement_is_of_the_evaluation_set_if_all_have_one(drawn):
     assert points(figure.get_axes()[0])[0] == [(5, 0.0), (10, 1.0)]
     with pytest.raises(ValueError, match="B: there are no log-probs"):
         drawn(A=LOG, B=[{"step": 1, "loss": 1.0}])
-
-
-def test_the_mean_log_keeps_what_all_runs_logged():
-    runs = [
-        [{"step": 0, "eval_loss": 1.0}, {"step": 1, "loss": 2.0, "only": 1.0}, {"step": 2, "loss": 1.0}],
-        [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 4.0}, {"step": 1, "train_runtime": 9.0}],
-    ]
-    assert figures.mean_history(runs) == [{"step": 0, "eval_loss": 2.0}, {"step": 1, "loss": 3.0}]

@@ -94,17 +94,3 @@ def test_the_report_names_its_origin_and_has_whole_tables(reported):
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count(" | ") for line in table.splitlines()}) == 1, table
         assert "nan" not in table
-
-
-def test_a_run_without_a_model_is_named_and_left_out(tmp_path):
-    scale = replace(SMALL, variants=("leanpo", "rrpo", "lpoi_5"), noise=())
-    final = study_plan.final_jobs(scale, "base", RATES)
-    for job in final:
-        made_up(job, tmp_path, lambda job: 0.8)
-    job = next(job for job in final if job.name == "seed1/rrpo-made-again")
-    result = json.loads(job.result(tmp_path).read_text())
-    del result["records"]
-    job.result(tmp_path).write_text(json.dumps(result))
-    about = study_report.About("make study", scale, RATES, {}, "abc1234", 60.0, 2)
-    text = study_report.write_report(about, [], final, tmp_path, tmp_path / "report").read_text()
-    assert "rrpo-made-again is not in the tables" in text

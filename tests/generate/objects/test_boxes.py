@@ -25,19 +25,15 @@ def chosen(detections, candidates=(DOG, CAT, BALL), **rules):
 # --- the choice -------------------------------------------------------------------------------------------------
 
 
-def test_candidates_come_in_their_order():
-    boxes = [("ball", (0, 0, 10, 10), 0.9), ("cat", (20, 20, 40, 40), 0.4)]
-    assert chosen(boxes) == [("cat", (20, 20, 40, 40), "question", 1), ("ball", (0, 0, 10, 10), "rest", 1)]
-
-
-def test_the_best_of_several_boxes_is_taken_others_counted():
+def test_candidates_come_in_their_order_each_with_its_best_box():
     boxes = [
+        ("ball", (0, 0, 10, 10), 0.9),
         ("dog", (0, 0, 20, 20), 0.5),
         ("dog", (60, 10, 90, 40), 0.8),
         ("dog", (61, 10, 91, 40), 0.7),  # the same dog again: overlap 29/31
         ("dog", (30, 0, 50, 20), 0.2),  # below the threshold
     ]
-    assert chosen(boxes) == [("dog", (60, 10, 90, 40), "first sentence", 2)]
+    assert chosen(boxes) == [("dog", (60, 10, 90, 40), "first sentence", 2), ("ball", (0, 0, 10, 10), "rest", 1)]
 
 
 def test_a_union_hides_all_instances():
