@@ -1,9 +1,8 @@
 """Messages -> text: the prompt exactly as generation is given it, and the responses that a conversation adds to it.
 
 The prompt is the chat template's rendering with `add_generation_prompt=True`. A response is what the rendering of the
-whole conversation adds behind it, compared after white space at the seam. It keeps all that the template writes, as in
-TRL: the end-of-turn token, and the line feed that many templates put behind it. Where the template ends no turn, the
-response ends with the tokenizer's EOS, so that the model learns to stop.
+whole conversation adds behind it, compared after white space at the seam, as in TRL with the end-of-turn token and the
+line feed behind it. Where the template ends no turn, the response ends with EOS, so that the model learns to stop.
 """
 
 from __future__ import annotations
@@ -28,8 +27,6 @@ WHOLE = {"truncation": False, "padding": False, "add_special_tokens": False}
 RESERVED = {"chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 WORD = "word"
-
-Form = Callable[[dict], bool]  # whether a message's content is given as a string rather than as a list of parts
 
 
 class SeamError(RowError):
@@ -141,7 +138,7 @@ def _refusal(refusals: list[Exception]) -> RowError:
     return RowError(f"the chat template refuses its messages: {error}. Rewrite them, or drop the row.")
 
 
-def _formed(messages: list[dict], as_text: Form) -> list[dict]:
+def _formed(messages: list[dict], as_text: Callable[[dict], bool]) -> list[dict]:
     texts = [as_text(m) and all(part["type"] == "text" for part in m["content"]) for m in messages]
     return [{**m, "content": response_text([m])} if text else m for m, text in zip(messages, texts)]
 

@@ -201,10 +201,8 @@ def check_media(row: Row, args: Any) -> Row:
     if args.check_media == "off":
         return row
     root, options = args.media_root, args.video_options()
-    if args.check_media == "decode":
-        clips = [load_video(source, options, media_root=root, cache=args.frame_cache) for source in row.videos]
-    else:
-        clips = [check_video(source, options, media_root=root) for source in row.videos]
+    decode = partial(load_video, cache=args.frame_cache) if args.check_media == "decode" else check_video
+    clips = [decode(source, options, media_root=root) for source in row.videos]
     boxed = row.critical_box is not None  # the box is in pixels of the image as it is stored
     how = {"max_pixels": None if boxed else args.max_pixels, "limit": args.max_pixels is None, "media_root": root}
     images = [blank_image(load_image(source, **how).size) for source in row.image_list or row.images]

@@ -19,11 +19,9 @@ class LeftOutError(RowError):
 
 
 def check_prompt(prompt: list[dict], tools: list[dict] | None, rendered: str) -> None:
-    """Raise a RowError if something of the prompt is not in what the template writes.
-
-    Of earlier answers only what follows a thought is needed, for templates take thoughts out.
-    """
+    """Raise a RowError if something of the prompt is not in what the template writes."""
     listed = [("name of the tool", _name(tool)) for tool in tools or ()]
+    # Of earlier answers only what follows a thought is needed, for templates take thoughts out.
     _check(prompt, [*_statements(prompt, lambda text: THOUGHT.split(text)[-1]), *listed], rendered)
 
 

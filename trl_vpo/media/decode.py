@@ -108,10 +108,9 @@ def _by_time(
 
 
 def needed_frames(container: Container, stream: av.VideoStream, targets: set[int]) -> Iterator[av.VideoFrame]:
-    """Decode on from where the container is, without frames from which no other is predicted.
+    """Decode on from where the container is, without frames outside of ``targets`` from which no other is predicted.
 
-    Those with a time stamp in ``targets`` do come, and so does every frame of codecs other than H.264, whose decoder
-    alone knows such frames for certain.
+    Only the decoder of H.264 knows such frames for certain.
     """
     context = stream.codec_context
     for packet in container.demux(stream):
@@ -121,14 +120,11 @@ def needed_frames(container: Container, stream: av.VideoStream, targets: set[int
 
 
 def _intact(frames: Iterable[av.VideoFrame], table: FrameTable, indices: np.ndarray) -> Iterator[av.VideoFrame]:
-    """Give frames up to the first that FFmpeg had to patch: what is predicted from it is wrong too, and not marked.
-
-    Where keyframes are known, only those between the same keyframes as a chosen frame count.
-    """
+    """Give frames up to the first that FFmpeg had to patch: what is predicted from it is wrong too, and not marked."""
 
     def matters(frame: av.VideoFrame) -> bool:
         if table.pts is None or frame.pts is None:
-            return True
+            return True  # else only those between the same keyframes as a chosen frame
         return table.keys_of(np.searchsorted(table.pts, frame.pts)) in table.keys_of(indices)
 
     return takewhile(lambda frame: not (frame.is_corrupt and matters(frame)), frames)

@@ -1,9 +1,8 @@
 """Sampled frames of video files, kept on disk: a second epoch, or a second run, reads them instead of decoding.
 
-One file for each video file and way of sampling it, named after the digest of both. Frames are stored as they are,
-T x H x W x 3 bytes a clip: small `max_pixels` keep the folder small. The folder may be shared by workers, ranks and
-runs, and deleted at any time. What cannot be read back whole is decoded and written again; where nothing can be
-written (a full disk), training goes on without.
+One file for each video file and way of sampling it, T x H x W x 3 bytes a clip: small `max_pixels` keep the folder
+small. It may be shared by workers, ranks and runs, and deleted at any time. What cannot be read back whole is decoded
+and written again; where nothing can be written (a full disk), training goes on without.
 """
 
 from __future__ import annotations

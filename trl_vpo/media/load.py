@@ -81,34 +81,28 @@ class _Frames:
     read: Callable[[np.ndarray], np.ndarray]
 
 
-def load_video(
-    source: Any, options: VideoOptions, *, media_root: str | Path | None = None, cache: str | Path | None = None
-) -> Clip:
-    """Return the frames of ``source`` that ``options`` ask for. With fewer than asked for, all of them, none twice.
-
-    With ``media_root``, relative paths start there and no path may leave it. ``cache``: a folder that keeps the clips
-    of video files (see :mod:`trl_vpo.media.frame_cache`). Raises :class:`MediaError`.
-    """
-    return _load(source, options, media_root, cache)
-
-
 def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> Clip:
     """Return the clip of :func:`load_video` with its first frame in the place of all: only that is decoded.
 
     Raises :class:`MediaError` for what is wrong with a video as far as that shows. Of a list, every frame that would
     be used is read. Damage in the middle of a file is found only by :func:`load_video`.
     """
-    return _load(source, options, media_root, first_only=True)
+    return load_video(source, options, media_root=media_root, first_only=True)
 
 
-def _load(
+def load_video(
     source: Any,
     options: VideoOptions,
-    media_root: str | Path | None,
-    cache: str | Path | None = None,
     *,
+    media_root: str | Path | None = None,
+    cache: str | Path | None = None,
     first_only: bool = False,
 ) -> Clip:
+    """Return the frames of ``source`` that ``options`` ask for. With fewer than asked for, all of them, none twice.
+
+    With ``media_root``, relative paths start there and no path may leave it. ``cache``: a folder that keeps the clips
+    of video files (see :mod:`trl_vpo.media.frame_cache`). ``first_only``: as :func:`check_video` asks for.
+    """
     name, entry = describe(source), None
     source, options, frames_fps = _unpack(source, options, name)
     source = frame_folder(source, media_root) or source
@@ -167,14 +161,11 @@ def _from_list(
     source: Any, options: VideoOptions, frames_fps: float | None, media_root: str | Path | None, name: str
 ) -> _Frames:
     """Open a list or an array of frames."""
-    if isinstance(source, np.ndarray) and not (
-        source.ndim == 4 and source.shape[3] == 3 and source.dtype == np.uint8 and source.size
-    ):
-        raise MediaError(f"{name} is not a video: give a uint8 array of shape (T, H, W, 3) with at least one frame.")
-    if not isinstance(source, (np.ndarray, list, tuple)):
+    array = isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 4 and source.shape[3] == 3
+    if not (array or isinstance(source, (list, tuple))):
         raise MediaError(f"{name} is not a video: give a path, bytes, a list of frames or a uint8 array (T, H, W, 3).")
-    if not len(source):
-        raise MediaError(f"{name} is empty: a list of frames needs at least one.")
+    if not (source.size if array else source):
+        raise MediaError(f"{name} is empty: a video needs at least one frame.")
     if frames_fps is None and (options.video_start is not None or options.video_end is not None):
         raise MediaError(
             f"{name} has no clock for video_start and video_end: give its `frames_fps`, or leave them out."

@@ -4,9 +4,7 @@ Pixel rules, all in integers. A box [x0, y0, x1, y1] covers the pixels x0 <= x <
 rounded outwards, so that the object is covered whole. The black rectangle grows from the side of the box that is
 nearest to the border of the image (left: x0, right: W - x1, top: y0, bottom: H - y1 pixels away); of equally near
 sides the first of left, right, top, bottom is taken. Of a box that is L pixels long in that direction, item k of N
-hides ceil((k - 1) * L / (N - 1)) pixels: none for k = 1, at least one for every later item, all of them for k = N.
-Hidden areas never shrink from one item to the next, and grow strictly as long as L >= N - 1; with more items than
-pixels, some neighbours are equal.
+hides ceil((k - 1) * L / (N - 1)) pixels. With more items than pixels, some neighbours are equal.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 Two kinds of container are told apart:
 
-* mp4/mov and Matroska/WebM: every packet carries the time at which its frame is shown. Reading the packets gives a
-  table of all frames without decoding; a wanted frame is recognised by its time, and decoding may start at any
-  keyframe.
-* everything else (AVI, MPEG-TS, raw streams, rarer codecs): packet times are absent or cannot be relied on. The
-  frames are counted by decoding the file once; frame k is the k-th that comes out of the decoder.
+* mp4/mov and Matroska/WebM: every packet carries the time at which its frame is shown. The packets give a table of
+  all frames without decoding; a wanted frame is recognised by its time, and decoding may start at any keyframe.
+* everything else (AVI, MPEG-TS, raw streams, rarer codecs): packet times cannot be relied on. The frames are counted
+  by decoding the file once; frame k is the k-th that comes out of the decoder.
 
 PyAV is given an open file and never a name, so that a name cannot be taken for a protocol ("concat:...") and a
 playlist cannot pull in other files.
@@ -126,10 +125,7 @@ def max_threads() -> int:
 
 
 def scan(data: Path | bytes, name: str) -> FrameTable:
-    """Return the table of all frames. Reads the whole file, decodes only where packets cannot be relied on.
-
-    Raises :class:`MediaError` for a video without frames and for one that ends before its header says.
-    """
+    """Return the table of all frames. Reads the whole file, decodes only where packets cannot be relied on."""
     with _open_file(data, name) as file:
         if missing := find_truncation(file, file.seek(0, os.SEEK_END)):
             raise MediaError(f"{name} is truncated: {missing}. Fetch or write it again, or drop the row.")

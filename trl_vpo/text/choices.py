@@ -107,9 +107,8 @@ def by_letter(response: str, options: Sequence[str], answer_index: int) -> bool 
 
     The question called the options' texts A, B, C, ... in this order; `answer_index` counts from 0.
     """
-    letters = ascii_uppercase[: len(options)]
-    named = read_choice(response, dict(zip(letters, options))).value
-    return None if named is None else named == letters[answer_index]
+    named = read_choice(response, dict(zip(ascii_uppercase, options))).value
+    return None if named is None else named == ascii_uppercase[answer_index]
 
 
 def by_logprob(option_logps: Sequence[float], answer_index: int, lengths: Sequence[int] | None = None) -> float:
@@ -234,9 +233,8 @@ _LEAD = (
 def in_form(answer: str, options: Mapping[str, str], right: str, wrong: str) -> str | None:
     """Return the answer with another option in the place of the one it names: letter for letter, text for text.
 
-    `(B)`, `B.`, `b) a red square`, `A red square.` keep their brackets, punctuation and capitals, so that two answers
-    differ in what they say; so do words such as `Best option:` before them. None for an answer that says more than
-    its option: its reasons would not fit the other.
+    `(B)`, `Best option: b) a red square`, `A red square.` keep their form, so that two answers differ in what they
+    say. None for an answer that says more than its option: its reasons would not fit the other.
     """
     old, new = options[right], options[wrong]
     if answer == old:

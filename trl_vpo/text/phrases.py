@@ -1,8 +1,8 @@
 """RRPO's phrases: the spans in which two responses differ, and the tokens that belong to them.
 
-Offsets are [start, end) in characters (Python string indices) of the plain response, the text the model is trained
-on: it carries no `<MASK>` tags. Phrases come from one of three sources, the first that a row has: offsets given in the
-row, `<MASK> ... </MASK>` tags as in RRPO's published dataset (arXiv 2504.12083), a word diff.
+Offsets are [start, end) in characters of the plain response, which carries no `<MASK>` tags. Phrases come from the
+first source that a row has: offsets given in the row, `<MASK> ... </MASK>` tags as in RRPO's published dataset (arXiv
+2504.12083), a word diff.
 """
 
 import unicodedata
@@ -160,8 +160,7 @@ def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
     """Return the spans in which two responses differ, word by word.
 
     Adjacent differing words make one phrase, with the white space between them. White space by itself is not a
-    difference, nor are two encodings of the same character (é composed or not); case is. Cutting the phrases
-    out of both texts leaves the same words on both sides.
+    difference, nor are two encodings of the same character (é composed or not); case is.
     """
     words = split_words(chosen), split_words(rejected)
     keys = [
@@ -215,10 +214,10 @@ def _split_byte_runs(offsets: Sequence[Span], text: str) -> list[Span]:
     """Give byte tokens that share the offsets of a run of characters the offsets of their own character."""
     fixed: list[Span] = []
     for (start, end), group in groupby(offsets, key=tuple):
-        count, run = len(list(group)), text[start:end]
-        if end - start > 1 and count == len(run.encode("utf-8", "surrogatepass")):
-            for i, character in enumerate(run, start):
-                fixed += [(i, i + 1)] * len(character.encode("utf-8", "surrogatepass"))
+        count = len(list(group))
+        sizes = [len(character.encode("utf-8", "surrogatepass")) for character in text[start:end]]
+        if end - start > 1 and count == sum(sizes):
+            fixed += [(i, i + 1) for i, size in enumerate(sizes, start) for _ in range(size)]
         else:
             fixed += [(start, end)] * count
     return fixed

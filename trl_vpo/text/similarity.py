@@ -1,12 +1,10 @@
 """Trustworthiness in LeanPO's sense (arXiv 2506.05260): how far a response agrees with the ground truth, and how its
 reward correlates with that.
 
-The paper compares reward and trustworthiness; the similarity that it used is not published. Here it is ROUGE-L's F1
-(Lin 2004) over words: of two texts with m and n words whose longest common subsequence has l words, 2 l / (m + n).
-
-Words are those of `trl_vpo.text.phrases`, after NFKC and case folding: scripts without spaces (Chinese, Japanese,
-Thai, ...) count character by character, `3.5` and `isn't` are one word, and punctuation and symbols - a minus sign
-too - count for nothing. If neither text has a word (an emoji, say), the texts themselves are compared.
+The similarity that the paper used is not published. Here it is ROUGE-L's F1 (Lin 2004) over words: of two texts with m
+and n words whose longest common subsequence has l words, 2 l / (m + n). Words are those of `trl_vpo.text.phrases`,
+after NFKC and case folding, without punctuation and symbols. If neither text has a word (an emoji, say), the texts
+themselves are compared.
 """
 
 from __future__ import annotations
@@ -67,8 +65,7 @@ def pearson(x: Sequence[float], y: Sequence[float]) -> float | None:
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)  # (N,)
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return None
-    x, y = x - x.mean(), y - y.mean()
-    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -135,13 +135,11 @@ def _repeated(tokens: list[Word], question: list[Word]) -> Reading:
         return unread
     if answer[0] in AUXILIARIES:
         return unread  # the question again
-    value = Reading("no" if denials else "yes")
     pronoun = answer[0] in _PRONOUNS
-    if len(answer) == 2 + denials and (pronoun or answer[0] == "there") and answer[1] in AUXILIARIES:
-        return value
+    verb = len(answer) == 2 + denials and (pronoun or answer[0] == "there") and answer[1] in AUXILIARIES
     content, expected = _content(answer), _content(question_words)
     same = content == expected or (pronoun and not _PRONOUNS.intersection(question_words) and content == expected[1:])
-    return value if content and same else unread
+    return Reading("no" if denials else "yes") if verb or (content and same) else unread
 
 
 def _content(tokens: Sequence[str]) -> list[str]:
