@@ -196,24 +196,22 @@ def test_messages_need_a_chat_template():
         PreferenceCollator(tok).encode(row(None))
 
 
-@pytest.mark.parametrize("trims", [False, True])
-@pytest.mark.parametrize("b", ["b<|im_end|>", " b ", {"content": "b", "reasoning_content": "It is b."}])
-def test_pairs_of_the_same_tokens_are_refused(b, trims):
+@pytest.mark.parametrize("trims, b", [(False, "b<|im_end|>"), (True, "b<|im_end|>"), (True, " b "), (True, None)])
+def test_pairs_of_the_same_tokens_are_refused(trims, b):
     tok = text_model()[1]
     if trims:
         tok.chat_template = tok.chat_template.replace("m['content'] }}", "m['content'] | trim }}")
-    said = b if isinstance(b, dict) else {"content": b}
-    example = row(None, chosen="b") | {"rejected": [{"role": "assistant", **said}]}
-    if b == " b " and not trims:
-        tree = PreferenceCollator(tok).encode(example)
-        assert tree.branches[0].ids != tree.branches[1].ids
-        return
+    example = row(None, chosen="b", rejected=b or "b")
+    if b is None:
+        example["rejected"][0]["reasoning_content"] = "It is b."
     same = r"^row: chosen and rejected have the same tokens.*'b<\|im_end\|>|`reasoning_content`"
     with pytest.raises(RowError, match=same):
         PreferenceCollator(tok).encode(example)
-    if isinstance(b, str) and not trims:
-        with pytest.raises(RowError, match="chosen and rejected have the same tokens"):
-            PreferenceCollator(tok).encode({"prompt": "q ", "chosen": "b", "rejected": b})
+
+
+def test_strings_of_the_same_tokens_are_refused():
+    with pytest.raises(RowError, match="chosen and rejected have the same tokens"):
+        PreferenceCollator(text_model()[1]).encode({"prompt": "q ", "chosen": "b", "rejected": "b<|im_end|>"})
 
 
 @pytest.mark.parametrize("header", ["Assistant: ", "<think>A or B?</think>\n", "ABBA "])

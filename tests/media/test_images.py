@@ -47,13 +47,11 @@ def test_modes_become_rgb_and_transparency_white(tmp_path):
     palette = clear.convert("P")
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert pixel(palette) == (255, 255, 255)
-    assert pixel(Image.new("L", (2, 2), 7)) == (7, 7, 7)
     big_endian = Image.frombytes("I;16B", (2, 1), b"\x80\x01\xff\xff")
     assert [pixel(big_endian, x)[0] for x in (0, 1)] == [128, 255]
-    assert pixel(Image.new("LA", (1, 1), (40, 255))) == (40, 40, 40)
-    assert pixel(Image.new("LA", (1, 1), (40, 0))) == (255, 255, 255)
+    for mode, value, grey in (("L", 7, 7), ("LA", (40, 255), 40), ("LA", (40, 0), 255), ("1", 1, 255)):
+        assert pixel(Image.new(mode, (1, 1), value)) == (grey, grey, grey)
     assert pixel(Image.new("RGBA", (1, 1), (0, 0, 0, 128)).convert("RGBa")) == (127, 127, 127)
-    assert pixel(Image.new("1", (1, 1), 1)) == (255, 255, 255)
     red = Image.new("CMYK", (1, 1), (0, 255, 255, 0))
     red.save(tmp_path / "red.jpg", quality=100)
     for source in (red, tmp_path / "red.jpg"):

@@ -28,34 +28,18 @@ POLAR = {
         "There is no dog. There is a dog.", "I can't see a dog", "It is no longer there",
         "There is no dog without a dog", "I said yes",
     ],
-    (LEFT, "yes"): [
-        "It moves left.", "The square moves left", "It does", "It is moving left",
-    ],
-    (LEFT, "no"): [
-        "It does not move left.", "The square doesn't move left", "It doesn't.", "No, it moves right.",
-    ],
+    (LEFT, "yes"): ["It moves left.", "The square moves left", "It does", "It is moving left"],
+    (LEFT, "no"): ["It does not move left.", "The square doesn't move left", "It doesn't.", "No, it moves right."],
     (LEFT, None): [
         "It moves right", "It moves", "left", "Left moves the square", "No, it moves left", "The square is left",
         "Yes. It is not moving.", "The circle moves left", "The square moves left, then right",
     ],
-    ("Isn't there a dog?", None): [
-        "There is a dog", "There is no dog",
-    ],
-    ("Is the street empty?", None): [
-        "No cars are visible.",
-    ],
-    ("Is the square red?", "yes"): [
-        "It is red", "It's red.", "The square is red",
-    ],
-    ("Is the square red?", "no"): [
-        "It's not red", "It isn't red.", "The square isn't red",
-    ],
-    ("Is the square red?", None): [
-        "It is a square", "It is blue", "It is not in the video",
-    ],
-    ("Does the man run before he jumps?", None): [
-        "He jumps", "He does run",
-    ],
+    ("Isn't there a dog?", None): ["There is a dog", "There is no dog"],
+    ("Is the street empty?", None): ["No cars are visible."],
+    ("Is the square red?", "yes"): ["It is red", "It's red.", "The square is red"],
+    ("Is the square red?", "no"): ["It's not red", "It isn't red.", "The square isn't red"],
+    ("Is the square red?", None): ["It is a square", "It is blue", "It is not in the video"],
+    ("Does the man run before he jumps?", None): ["He jumps", "He does run"],
 }
 # fmt: on
 

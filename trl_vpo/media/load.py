@@ -207,9 +207,8 @@ def _from_decoder(decoder: Any, options: VideoOptions, name: str) -> _Frames:
             batch = decoder.get_frames_at(indices.tolist())
         except (RuntimeError, ValueError, IndexError) as error:
             raise MediaError(f"{name} cannot be decoded ({error}): fetch or write the file again.") from error
-        if getattr(batch, "pts_seconds", None) is not None:
-            times[indices] = np.asarray(batch.pts_seconds) - (getattr(metadata, "begin_stream_seconds", None) or 0)
-        frames = np.asarray(batch.data.cpu() if hasattr(batch.data, "cpu") else batch.data)
+        times[indices] = np.asarray(batch.pts_seconds) - (metadata.begin_stream_seconds or 0)
+        frames = np.asarray(batch.data.cpu())
         if frames.shape[-1] != 3:  # (T, 3, H, W)
             frames = frames.transpose(0, 2, 3, 1)
         return np.stack([np.asarray(shrink(Image.fromarray(frame), options.max_pixels)) for frame in frames])
