@@ -9,7 +9,7 @@ EXTRAS := --extra quantization --extra deepspeed --extra judge --extra smolvlm -
 # Models of the tests are tiny: a thread for each process is fastest. Four processes at most: each imports TRL.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install quickstart selfmade study study-quick test test-lowest test-newest test-slow docs lint lock clean
+.PHONY: help install quickstart selfmade study study-quick test test-lowest test-newest test-slow docs lint lock dist clean
 
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
@@ -24,11 +24,12 @@ help:
 	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
 	@echo "make lint         check style and formatting"
 	@echo "make lock         renew requirements.lock"
+	@echo "make dist         build sdist and wheel in dist/, and check what PyPI will show of them"
 	@echo "make clean        remove outputs and caches (not .venv, .venv-lowest, .venv-newest and .uv)"
 
 install: $(STAMP)
 
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml setup.py
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "Python 3.11 or newer is needed: make install PYTHON=python3.11"; exit 1; }
 	@test -x $(UV) || { $(PYTHON) -m venv .uv && .uv/bin/python -m pip install -q uv==$(UV_VERSION); } \
@@ -80,6 +81,11 @@ lock: install
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile pyproject.toml --universal --generate-hashes \
 		--no-emit-index-url --no-emit-find-links --no-annotate $(EXTRAS) --python-version 3.11 \
 		-o requirements.lock
+
+dist: install
+	rm -rf build dist
+	$(UV) build -q
+	$(UV) tool run -q twine check --strict dist/*
 
 clean:
 	rm -rf outputs build dist site .cache .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import upstream_names
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -35,15 +36,6 @@ def locked(requirement: Requirement) -> list[Version]:
     """One for each platform on which it differs."""
     name = re.escape(canonicalize_name(requirement.name))
     return [Version(v) for v in re.findall(rf"^{name}==([^\s;]+)", LOCK, re.M)]
-
-
-def test_the_wheel_has_every_file_of_the_package():
-    package = ROOT / "trl_vpo"
-    patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["trl_vpo"]
-    packaged = {path for pattern in patterns for path in package.glob(pattern)}
-    files = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert not files - packaged
-    assert {path.suffix for path in packaged} >= {".j2", ".css", ".js", ".mplstyle", ".safetensors", ".yaml"}
 
 
 @pytest.mark.parametrize("requirement", ALL, ids=str)
@@ -98,3 +90,55 @@ def test_private_names_come_with_an_upper_bound(package):
     (requirement,) = (r for r in BASE if canonicalize_name(r.name) == canonicalize_name(package))
     ends = [Version(s.version) for s in requirement.specifier if s.operator == "<"]
     assert len(ends) == 1 and ends[0].release == (ends[0].major,), f"{requirement}: end it at a major version, `<N`."
+
+
+# --- what stands around the package ---------------------------------------------------------------------------------
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_one_version_and_one_address():
+    citation = yaml.safe_load(text_of("CITATION.cff"))
+    assert citation["version"] == PROJECT["version"]
+    address = PROJECT["urls"]["Repository"]
+    assert citation["repository-code"] == address
+    for name in ("README.md", "zensical.toml", ".github/ISSUE_TEMPLATE/config.yml"):
+        own = set(re.findall(r"https://github\.com/[\w-]+/trl-vpo\b", text_of(name)))
+        assert own <= {address}, name
+
+
+def test_pre_commit_runs_the_locked_ruff():
+    (hooks,) = yaml.safe_load(text_of(".pre-commit-config.yaml"))["repos"]
+    assert hooks["rev"] == f"v{locked(Requirement('ruff'))[0]}"
+    assert [hook["id"] for hook in hooks["hooks"]] == ["ruff-check", "ruff-format"]
+    assert "ruff check ." in text_of(".ci/run") and "ruff format --check ." in text_of(".ci/run")
+
+
+def test_workflows_run_the_commands_of_the_checkout():
+    steps = {
+        name: [step.get("run") or step["uses"].split("@")[0] for job in jobs.values() for step in job["steps"]]
+        for name in ("ci", "release")
+        for jobs in [yaml.safe_load(text_of(f".github/workflows/{name}.yml"))["jobs"]]
+    }
+    assert steps["ci"][-1] == ".ci/run"
+    assert steps["release"].index("make dist") < steps["release"].index("pypa/gh-action-pypi-publish")
+    assert recipe("dist").index("build") < recipe("dist").index("twine check --strict")
+
+
+def test_issue_forms_ask_for_the_doctor():
+    for name in ("bug", "feature"):
+        form = yaml.safe_load(text_of(f".github/ISSUE_TEMPLATE/{name}.yml"))
+        assert {"name", "description", "body"} <= set(form)
+        assert "doctor" in [field["id"] for field in form["body"]]
+
+
+def test_dockerfile_installs_what_there_is():
+    text = text_of("Dockerfile")
+    assert f"uv=={re.search(r'UV_VERSION := (.*)', MAKEFILE)[1]}" in text
+    extras = re.search(r"'\.\[(.*)\]'", text)[1].split(",")
+    assert set(extras) == set(EXTRAS) - APART - {"docs", "dev"}
+    copied = {name for line in re.findall(r"^COPY (.*) \S+$", text, re.M) for name in line.split()}
+    assert copied == {line[1:] for line in text_of(".dockerignore").splitlines() if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in copied)

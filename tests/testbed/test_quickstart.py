@@ -7,7 +7,7 @@ from peft import LoraConfig
 from rich.console import Console
 
 from studies.testbed.base import answer
-from trl_vpo import LeanPOConfig, LeanPOTrainer
+from trl_vpo import LeanPOConfig, LeanPOTrainer, cli
 from trl_vpo.testbed import language, quickstart, rows, tiny_vlm
 from trl_vpo.testbed.language import CaptionCheck
 from trl_vpo.testbed.quickstart import Measured, Result
@@ -62,6 +62,16 @@ def test_the_table_compares_each_kind_with_its_own_base():
     assert ["DPO", "99.0%", "0.0%", "+2.00", "-5.00", "1.250", "21"] in lines
     assert ["base", "(scenes)", "50.0%", "20.0%"] in lines
     assert ["LPOI", "75.0%", "0.0%", "-1.00", "-1.00", "0.500", "33"] in lines
+
+
+def test_the_next_steps_are_commands():
+    text = quickstart.NEXT.format(out="out", kind="clip", runs="out/dpo out/lpoi")
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("  trl-vpo ")]
+    assert [words[0] for words in commands] == ["view", "plot", "recipes", "doctor", "train"]
+    for words in commands:
+        args, rest = cli.make_parser().parse_known_args(words)
+        assert (args.run.__name__ == words[0] and not rest) or words[0] == "doctor"
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("kind", ["clip", "scene"])

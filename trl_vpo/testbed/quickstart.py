@@ -32,12 +32,16 @@ TRAIN_SEED, HELD_OUT_SEED = 11, 12
 CAPTION_TOKENS = 32
 NEXT = """
 Next:
-  trl-vpo view {out}/data/clips_train.jsonl -o page.html    the rows that it was trained on
-  trl-vpo plot {out}/{method} -o curves.html    the curves of one run, or of several
-On your own rows (the docs' page on data has the columns; `trl-vpo import --help`, the formats that are converted):
-  trl-vpo recipes    the recipes and the GPUs that they are written for
-  trl-vpo doctor rrpo/qwen2_5_vl_7b --dataset_name train.jsonl    checks rows and memory before any training
+  trl-vpo view {out}/data/{kind}s_train.jsonl -o page.html
+      the rows of the last method; a page for your browser
+  trl-vpo plot {runs} -o curves.html
+On your own rows (`trl-vpo import --list`: the formats that are converted):
+  trl-vpo recipes
+      what there is, and the GPUs that it is written for
+  trl-vpo doctor rrpo/qwen2_5_vl_7b --dataset_name train.jsonl
+      checks the rows, and whether they fit into memory
   trl-vpo train rrpo --config rrpo/qwen2_5_vl_7b --dataset_name train.jsonl"""
+
 
 console = Console()
 
@@ -91,9 +95,10 @@ def run_quickstart(out: Path, methods: Sequence[str]) -> None:
     show_results(results)
     figure, _ = training_figure({result.method: result.history for result in results})
     curves = style.save(figure, out / "curves.png")
-    console.print(f"\nAdapters: {', '.join(str(out / method) for method in methods)}\nCurves:   {curves}")
+    runs = " ".join(str(out / method) for method in methods)
+    console.print(f"\nAdapters: {runs}\nCurves:   {curves}", soft_wrap=True)
     console.print(f"All of it took {time.perf_counter() - began:.0f} s.")
-    console.print(NEXT.format(out=out, method=methods[-1]), highlight=False, soft_wrap=True)
+    console.print(NEXT.format(out=out, kind=results[-1].kind, runs=runs), highlight=False, soft_wrap=True)
 
 
 def prepare(folder: Path) -> dict[str, HeldOut]:
