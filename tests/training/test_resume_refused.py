@@ -9,6 +9,14 @@ import pytest
 from resume_run import BASE
 from resume_runs import batches_of, history, order, printed
 
+
+def copied_clips(folder, name):
+    """The rows of clips of their own, which a test may damage."""
+    shutil.copytree(folder / "clips", folder / name)
+    (folder / f"{name}.jsonl").write_text((folder / "clips.jsonl").read_text().replace("/clips/", f"/{name}/"))
+    return folder / f"{name}.jsonl"
+
+
 # --- what is refused, and what is said ------------------------------------------------------------------------------
 
 
@@ -32,10 +40,8 @@ def test_another_run_is_refused_and_a_longer_one_is_not(runs, straight):
 
 def test_another_base_and_other_clips_are_refused(runs):
     """One byte of a weight, the chat template, and a clip that was trained on, each under its old name."""
-    base, clips, data = runs.folder / "base", runs.folder / "clips-2", runs.folder / "clips-2.jsonl"
+    base, data = runs.folder / "base", copied_clips(runs.folder, "clips-2")
     shutil.copytree(BASE, base)
-    shutil.copytree(runs.folder / "clips", clips)
-    data.write_text((runs.folder / "clips.jsonl").read_text().replace("/clips/", "/clips-2/"))
     options = {"model_name_or_path": base, "dataset_name": data, "max_steps": 4}
     runs.finish("changed", **options | {"max_steps": 2})
     trained = {name for names in batches_of(runs.folder / "changed.log").values() for name in next(iter(names))}
@@ -59,9 +65,7 @@ def test_another_base_and_other_clips_are_refused(runs):
 
 def test_a_damaged_clip_is_skipped(runs, straight):
     """The remedy that the error names: the run goes on with all other rows, in the order that they had."""
-    clips, data = runs.folder / "clips-3", runs.folder / "clips-3.jsonl"
-    shutil.copytree(runs.folder / "clips", clips)
-    data.write_text((runs.folder / "clips.jsonl").read_text().replace("/clips/", "/clips-3/"))
+    data = copied_clips(runs.folder, "clips-3")
     whole = order(runs.folder / f"{straight}.log")
     rows = {row["id"]: row for row in map(json.loads, data.read_text().splitlines())}
     Path(rows[whole[7]]["videos"][0]).write_bytes(b"damaged")  # of the fourth step
@@ -78,10 +82,8 @@ def test_a_damaged_clip_is_skipped(runs, straight):
 def test_a_row_is_taken_out(runs, straight, processes):
     """All rows before it stay trained, all after it come in their order, and none twice; also when killed again."""
     name = f"taken-{processes}"
-    data, options = (
-        runs.folder / f"{name}.jsonl",
-        {"processes": processes, "per_device_train_batch_size": 2 // processes},
-    )
+    data = runs.folder / f"{name}.jsonl"
+    options = {"processes": processes, "per_device_train_batch_size": 2 // processes}
     lines = (runs.folder / "clips.jsonl").read_text().splitlines()
     data.write_text("\n".join(lines))
     codes, text = runs(name, ("SIGKILL", 9, "checkpoint-4"), dataset_name=data, **options)
@@ -123,20 +125,4 @@ def test_a_path_and_no_flag(runs, straight):
     got, want = (runs.folder / name / "adapter_model.safetensors" for name in ("path", straight))
     assert got.read_bytes() == want.read_bytes()
     text = runs.finish("path", max_steps=1, resume_from_checkpoint=None)
-    assert (
-        "has checkpoints of an earlier run, the last one checkpoint-8. This run starts from scratch"
-        in printed(text)[0]
-    )
-
-
-def test_a_checkpoint_without_its_marker_is_passed_over(runs, straight):
-    """It is another program's, or was not finished: what it is of is not known."""
-    runs.finish("plain", max_steps=6, logging_steps=2)
-    folder = runs.folder / "plain"
-    (folder / "checkpoint-6" / "complete.json").unlink()
-    text = runs.finish("plain", max_steps=6, logging_steps=2)
-    assert "checkpoint-6 is not complete: complete.json, the last file, is missing" in printed(text)[0]
-    assert printed(text)[1:] == [f"Continuing from {folder}/checkpoint-4."]
-    (folder / "checkpoint-6" / "complete.json").unlink()
-    codes, text = runs("plain", max_steps=6, logging_steps=2, resume_from_checkpoint=folder / "checkpoint-6")
-    assert codes == [1] and f"training cannot continue from {folder}/checkpoint-6: complete.json" in text
+    assert "has checkpoints of an earlier run, the last one checkpoint-8. This run starts" in printed(text)[0]

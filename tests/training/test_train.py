@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 from families import build, write_model
+from helpers import write_image
 from peft import PeftModel
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -24,14 +24,10 @@ def preference_rows(folder, count=6):
     """Rows of both kinds: with an image, and text only."""
     rows = []
     for i in range(count):
-        text = {"prompt": [{"role": "user", "content": "What moves?"}], "id": f"row-{i}"}
-        sides = {"chosen": f"a red square moves left {i}.", "rejected": f"a blue circle moves right {i}."}
-        row = text | {side: [{"role": "assistant", "content": content}] for side, content in sides.items()}
-        if i % 2 == 0:
-            image = folder / f"{i}.png"
-            Image.new("RGB", (56, 56), (40 * i, 0, 0)).save(image)
-            row["images"] = [str(image)]
-        rows.append(row)
+        row = {"prompt": [{"role": "user", "content": "What moves?"}], "id": f"row-{i}"}
+        for side, text in (("chosen", "a red square moves left"), ("rejected", "a blue circle moves right")):
+            row[side] = [{"role": "assistant", "content": f"{text} {i}."}]
+        rows.append(row | ({} if i % 2 else {"images": [write_image(folder / f"{i}.png")]}))
     return rows
 
 
@@ -39,32 +35,15 @@ def preference_rows(folder, count=6):
 def work(tmp_path_factory):
     """A tiny model on disk, train and test rows, and a recipe."""
     folder = tmp_path_factory.mktemp("train")
-    base = write_model(folder / "base", *build("Qwen2-VL"))
-    data = folder / "data"
     rows = preference_rows(folder)
-    write_jsonl(rows, data / "train.jsonl")
-    write_jsonl(rows[:2], data / "test.jsonl")
-    recipe = {
-        "model_name_or_path": base,
-        "dataset_name": str(data),
-        "output_dir": str(folder / "out"),
-        "use_peft": True,
-        "lora_r": 2,
-        "lora_target_modules": LORA,
-        "learning_rate": "1e-2",
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_steps": 1,
-        "report_to": "none",
-        "hub_token": "hf_abcdefghijklmnopqrstuvwxyz",
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "seed": 3,
-    }
+    write_jsonl(rows, folder / "data" / "train.jsonl")
+    write_jsonl(rows[:2], folder / "data" / "test.jsonl")
+    recipe = {"model_name_or_path": write_model(folder / "base", *build("Qwen2-VL")), "output_dir": f"{folder}/out"}
+    recipe |= {"dataset_name": f"{folder}/data", "use_peft": True, "lora_r": 2, "lora_target_modules": LORA}
+    recipe |= {"learning_rate": "1e-2", "max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+    recipe |= {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 1, "report_to": "none", "seed": 3}
+    recipe |= {"gradient_checkpointing": False, "bf16": False, "use_cpu": True}
+    recipe |= {"hub_token": "hf_abcdefghijklmnopqrstuvwxyz"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return folder
 
@@ -93,36 +72,29 @@ def test_model_card_shows_how_to_load_the_adapter(work, trained):
 
 def test_run_record(work, trained):
     record = json.loads((work / "out" / "run.json").read_text())
-    assert record["method"] == "rrpo"
-    assert record["seed"] == 3
-    assert record["rows"] == {"trained": 6, "skipped": 0}
-    assert record["steps"] == 2
-    assert record["recipe"]["alpha"] == 0.05
-    assert record["recipe"]["learning_rate"] == 0.01
+    known = {"method": "rrpo", "seed": 3, "steps": 2, "rows": {"trained": 6, "skipped": 0}}
+    assert known.items() <= (record | {"recipe_path": None}).items()
+    assert record["recipe_path"] == str(work / "recipe.yaml")
+    assert (record["recipe"]["alpha"], record["recipe"]["learning_rate"]) == (0.05, 0.01)
     keys = yaml.safe_load((work / "recipe.yaml").read_text()).keys() - {"hub_token"}
     assert set(record["recipe"]) <= keys | {"alpha"}  # nothing that has its default value
-    assert record["recipe_path"] == str(work / "recipe.yaml")
     assert {"train_loss", "rewards/margins", "kl/chosen"} <= set(record["metrics"]["train"])
     assert "eval_loss" in record["metrics"]["eval"]
     assert {"torch", "trl", "trl_vpo"} <= set(record["versions"])
-    assert record["started"] <= record["finished"]
-    assert record["device"].startswith("cpu")
+    assert record["started"] <= record["finished"] and record["device"].startswith("cpu")
     assert "hf_" not in json.dumps(record)
 
 
 def test_bad_rows_are_counted_as_skipped(work, tmp_path):
-    rows = [json.loads(line) for line in (work / "data" / "train.jsonl").read_text().splitlines()]
-    (tmp_path / "no.png").write_bytes(b"not an image")
-    rows[0]["images"] = [str(tmp_path / "no.png")]
-    data = write_jsonl(rows, tmp_path / "rows.jsonl")
-    argv = ["--config", str(work / "recipe.yaml"), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
-    argv += ["--eval_strategy", "no", "--max_steps", "1"]
+    rows = preference_rows(tmp_path)
+    (tmp_path / "0.png").write_bytes(b"not an image")
+    argv = ["--config", str(work / "recipe.yaml"), "--dataset_name", str(write_jsonl(rows, tmp_path / "rows.jsonl"))]
+    argv += ["--output_dir", str(tmp_path / "out"), "--eval_strategy", "no", "--max_steps", "1"]
     with pytest.raises(RowError, match="row-0"):
         run_training("leanpo", argv)
     run_training("leanpo", [*argv, "--on_bad_media", "skip"])
     record = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert record["rows"] == {"trained": 5, "skipped": 1}
-    assert "eval" not in record["metrics"]
+    assert record["rows"] == {"trained": 5, "skipped": 1} and "eval" not in record["metrics"]
 
 
 def test_full_fine_tuning_with_a_frozen_tower(work, tmp_path):
@@ -145,34 +117,24 @@ def test_unknown_method():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_options_win_over_the_recipe(method, work):
-    recipe = yaml.safe_load((work / "recipe.yaml").read_text())
-    del recipe["hub_token"]
     argv = [f"--config={work / 'recipe.yaml'}", "--beta", "0.7", "--no_remove_unused_columns"]
     script_args, training_args, model_args, _ = parse(method, argv)
     assert (training_args.beta, training_args.learning_rate) == (0.7, 0.01)
-    assert script_args.dataset_name == recipe["dataset_name"]
+    assert script_args.dataset_name == str(work / "data")
     assert model_args.lora_target_modules == LORA  # a string stays a regular expression
-
-
-def test_no_model_and_no_data(work, tmp_path):
-    argv = ["--use_cpu", "--output_dir", str(tmp_path)]
-    with pytest.raises(RecipeError, match="model_name_or_path"):
-        run_training("dpo", [*argv, "--dataset_name", str(work / "data")])
-    with pytest.raises(DatasetError, match="dataset_name"):
-        run_training("dpo", [*argv, "--model_name_or_path", str(work / "base")])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: leave it out"),
-        ({"output_dir": "/sys/kernel/run"}, "output_dir /sys/kernel/run cannot be written"),
+        (["--model_name_or_path", ""], "model_name_or_path"),
+        (["--enable_jit_checkpoint", "True"], "enable_jit_checkpoint: leave it out"),
+        (["--output_dir", "/sys/kernel/run"], "output_dir /sys/kernel/run cannot be written"),
     ],
 )
 def test_what_is_told_before_anything_is_loaded(work, options, message):
-    argv = [part for key, value in options.items() for part in (f"--{key}", str(value))]
     with pytest.raises(UserError, match=message):
-        run_training("rrpo", ["--config", str(work / "recipe.yaml"), "--dataset_name", "nowhere.jsonl", *argv])
+        run_training("rrpo", ["--config", str(work / "recipe.yaml"), "--dataset_name", str(work), *options])
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -222,13 +184,11 @@ def test_keys_on_data_that_would_do_nothing_are_refused(work, tmp_path):
     assert len(list(load("--config", recipe)[0])) == 6
 
 
-def test_missing_and_broken_data(tmp_path):
-    with pytest.raises(DatasetError, match="does not exist"):
-        load("--dataset_name", tmp_path / "rows.jsonl")
+def test_missing_data(tmp_path):
+    with pytest.raises(DatasetError, match="dataset_name"):
+        load()
     with pytest.raises(DatasetError, match=r"has no \.jsonl"):
         load("--dataset_name", tmp_path)
-    (tmp_path / "valid.jsonl").write_text('{"prompt": "a"')
+    (tmp_path / "valid.jsonl").write_text("")
     with pytest.raises(DatasetError, match="no split 'train'; it has valid"):
         load("--dataset_name", tmp_path)
-    with pytest.raises(DatasetError, match=r"valid\.jsonl, line 1: not JSON"):
-        load("--dataset_name", tmp_path / "valid.jsonl")
