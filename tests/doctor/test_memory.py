@@ -120,10 +120,6 @@ def test_what_four_processes_split(kind, weights, gradients, states, communicati
 # --- what would help ----------------------------------------------------------------------------------------------
 
 
-def fit(args, model_args, available, **more):
-    return check_fit(*plan(args, model_args, **more), args, available)
-
-
 def test_remedies_in_their_order(monkeypatch):
     monkeypatch.setattr(DryStep, "run_tower", lambda self, media: Activations(1000))  # the model is one of text
     videos = [{"pixel_values_videos": torch.zeros(1)}]
@@ -147,7 +143,8 @@ def test_remedies_in_their_order(monkeypatch):
 
 
 def test_remedies_of_full_fine_tuning():
-    report = fit(args_of(), ModelConfig(dtype="float32"), available=1)
+    model_args = ModelConfig(dtype="float32")
+    report = check_fit(*plan(args_of(), model_args), args_of(), 1)
     settings = [remedy.setting for remedy in report.remedies]
     assert settings[:3] == [
         "precompute_ref_log_probs: true",
@@ -155,15 +152,16 @@ def test_remedies_of_full_fine_tuning():
         "accelerate_config: fsdp2 or zero3, num_processes: 2",
     ]
     assert settings[-1].startswith("use_peft: true") and report.remedies[-1].total is None
-    rrpo = fit(args_of(RRPOConfig), ModelConfig(dtype="float32"), available=1, sharding=Sharding("fsdp", 4))
-    settings = [remedy.setting for remedy in rrpo.remedies]
+    rrpo = args_of(RRPOConfig)
+    report = check_fit(*plan(rrpo, model_args, sharding=Sharding("fsdp", 4)), rrpo, 1)
+    settings = [remedy.setting for remedy in report.remedies]
     assert "precompute_ref_log_probs: true" not in settings  # RRPO cannot
     assert "accelerate_config: fsdp2 or zero3, num_processes: 8" in settings
 
 
 def test_what_fits_needs_no_remedy():
-    report = fit(args_of(), ModelConfig(dtype="float32"), available=24 * GIB)
+    model_args = ModelConfig(dtype="float32")
+    report, unknown = (check_fit(*plan(args_of(), model_args), args_of(), size) for size in (24 * GIB, None))
     assert report.fits and not report.remedies and "fits into 24.0 GiB" in str(report)
-    unknown = fit(args_of(), ModelConfig(dtype="float32"), available=None)
     assert unknown.fits is None and not unknown.remedies and "--gpu_memory" in str(unknown)
     assert unknown.estimate.parts["CUDA context, fragmentation"] >= memory.CONTEXT

@@ -25,11 +25,11 @@ IDS = [f"r{i}" for i in range(COUNT)]
 class Workers(Server):
     """Starts, kills and awaits the workers of `workers.py`."""
 
-    def start(self, folder, count=COUNT, **job) -> int:
-        return self.ask({"folder": folder, "count": count, **job})
+    def start(self, folder, **job) -> int:
+        return self.ask({"folder": folder, "count": COUNT, **job})
 
-    def run(self, folder, count=COUNT, **job) -> int:
-        return self.wait(self.start(folder, count, **job))
+    def run(self, folder, **job) -> int:
+        return self.wait(self.start(folder, **job))
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,6 @@ def whole(tmp_path_factory):
 
 def shard(folder, name="00000-of-00001") -> Path:
     return folder / "shards" / f"{name}.jsonl"
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # --- killed -------------------------------------------------------------------------------------------------------
@@ -104,17 +100,16 @@ def test_three_workers_at_once(tmp_path, workers, whole):
     statuses = [workers.wait(pid) for pid in pids]
     assert set(statuses) <= {0, 1} and 0 in statuses  # whoever came last wrote the results
     assert results(folder) == whole
-    shares = [[o["id"] for o in lines(shard(folder, f"0000{rank}-of-00003"))] for rank in range(3)]
-    assert shares == [IDS[rank::3] for rank in range(3)]
+    for rank in range(3):
+        share = shard(folder, f"0000{rank}-of-00003").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in share] == IDS[rank::3]
 
 
 def test_of_workers_that_end_together_one_writes(tmp_path, whole):
     """Both have finished every input before either asks for the results."""
     folder = tmp_path / "run"
-    with (
-        Run(folder, {"seed": 0}, rank=0, world_size=2) as first,
-        Run(folder, {"seed": 0}, rank=1, world_size=2) as second,
-    ):
+    first, second = (Run(folder, {"seed": 0}, rank=rank, world_size=2) for rank in range(2))
+    with first, second:
         for run in (first, second):
             for i in run.remaining(IDS):
                 run.write(outcome(IDS[i]))
@@ -166,15 +161,6 @@ def test_refused_next_to_a_living_worker(tmp_path, workers, whole):
     assert results(folder) == whole
 
 
-def test_leftovers_of_killed_workers_are_removed(tmp_path):
-    media = tmp_path / "run/media"
-    media.mkdir(parents=True)
-    for name in ("a.png", ".a.png.1234.part"):
-        (media / name).touch()
-    work(tmp_path / "run", 1)
-    assert [path.name for path in media.iterdir()] == ["a.png"]
-
-
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -206,9 +192,13 @@ def test_changed_settings(tmp_path):
     Run(tmp_path / "run", settings).close()  # the refused one holds no lock
 
 
-def test_torn_tail_is_done_again(tmp_path, whole):
+def test_what_killed_workers_leave_is_cut_off_or_removed(tmp_path, whole):
     folder = tmp_path / "run"
+    (folder / "media").mkdir(parents=True)
+    for name in ("a.png", ".a.png.1234.part"):
+        (folder / "media" / name).touch()
     work(folder, 5)
+    assert [path.name for path in folder.glob("media/*")] == ["a.png"]
     data = shard(folder).read_bytes()
     for tail in (b'{"id": "r5", "rows": [', b'{"id": "r5"\n', b'{"id": "r5"}\n', b"\0\0\0\n", b'"r5"\n'):
         shard(folder).write_bytes(data + tail)
@@ -242,10 +232,10 @@ def test_folders_that_are_not_runs(tmp_path):
     assert (tmp_path / "rows.jsonl").read_text() == "{}\n" and not (tmp_path / "settings.json").exists()
     with pytest.raises(RunError, match=r"cannot hold a run .*Name another output_dir"):
         Run(tmp_path / "rows.jsonl", {})
-    with pytest.raises(RunError, match=r"is not a run .* no settings\.json"):
+    with pytest.raises(RunError, match=r"is not a run .* settings\.json is missing"):
         read_outcomes(tmp_path)
     (tmp_path / "settings.json").write_text("{")
-    with pytest.raises(RunError, match=r"settings\.json is damaged"):
+    with pytest.raises(RunError, match=r"settings\.json is missing or damaged"):
         Run(tmp_path, {})
 
 

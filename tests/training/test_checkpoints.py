@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import pytest
 import torch
@@ -126,10 +125,6 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path):
 # --- which is taken -------------------------------------------------------------------------------------------------
 
 
-def printed(capsys):
-    return capsys.readouterr().out.splitlines()
-
-
 def test_the_newest_complete_one_is_taken(tmp_path, capsys):
     for step in (2, 9, 10):
         write_checkpoint(tmp_path / f"checkpoint-{step}")
@@ -137,7 +132,7 @@ def test_the_newest_complete_one_is_taken(tmp_path, capsys):
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-10" / "optimizer.pt").write_bytes(b"cut")
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-9"
-    first, second = printed(capsys)
+    first, second = capsys.readouterr().out.splitlines()
     assert "checkpoint-11 is not complete: complete.json" in first
     assert "checkpoint-10 is not complete: optimizer.pt" in second and "checkpoint-9 is taken instead" in second
 
@@ -150,10 +145,10 @@ def test_a_clock_that_is_behind_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_nothing_finished_and_nothing_left(tmp_path, capsys):
-    assert newest_complete(tmp_path) is None and printed(capsys) == []
+    assert newest_complete(tmp_path) is None and capsys.readouterr().out.splitlines() == []
     write_checkpoint(tmp_path / "checkpoint-2", marked=False)
     assert newest_complete(tmp_path) is None
-    assert "checkpoint-2" in printed(capsys)[0]
+    assert "checkpoint-2" in capsys.readouterr().out.splitlines()[0]
     assert "from scratch" in what_is_left(tmp_path)
     write_checkpoint(tmp_path / "checkpoint-4")
     assert "checkpoint-4" in what_is_left(tmp_path)
@@ -168,7 +163,7 @@ def test_a_run_from_scratch_leaves_earlier_checkpoints(tmp_path, capsys):
         write_checkpoint(tmp_path / f"checkpoint-{step}", saved=saved)
     write_checkpoint(tmp_path / "checkpoint-5", marked=False)
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-4"
-    first, second = printed(capsys)
+    first, second = capsys.readouterr().out.splitlines()
     assert "checkpoint-5 is not complete" in first
     assert f"checkpoint-8, checkpoint-6 of an earlier run in {tmp_path} passed over" in second
     assert f"is {tmp_path}/checkpoint-4" in what_is_left(tmp_path)
@@ -210,9 +205,8 @@ def test_half_written_ones_are_deleted_first(tmp_path):
 
 
 def test_saving_over_an_older_checkpoint(tmp_path):
-    folder, other = (write_checkpoint(tmp_path / name) for name in ("checkpoint-2", "other"))
-    save_file({"lora": torch.ones(64)}, other / "adapter_model.safetensors")
-    shutil.copy(other / "adapter_model.safetensors", folder)
+    folder = write_checkpoint(tmp_path / "checkpoint-2")
+    save_file({"lora": torch.ones(64)}, folder / "adapter_model.safetensors")
     assert find_problems(folder) == ["adapter_model.safetensors is not what was saved"]
     mark_complete(folder)
     assert find_problems(folder) == []

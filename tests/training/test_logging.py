@@ -34,19 +34,11 @@ def run(tmp_path_factory):
     for split, count in (("train", 4), ("test", 2)):
         _, written = rows.write_preferences("clip", count, 5, folder / split)
         rows.write_jsonl(written, folder / "data" / f"{split}.jsonl")
-    recipe = yaml.safe_load((ROOT / "recipes" / "quickstart" / "rrpo.yaml").read_text()) | {
-        "model_name_or_path": str(ROOT / "trl_vpo" / "testbed" / "base"),
-        "dataset_name": str(folder / "data"),
-        "output_dir": str(folder / "out"),
-        "max_steps": 2,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "report_to": REPORTERS or "none",
-    }
+    recipe = yaml.safe_load((ROOT / "recipes" / "quickstart" / "rrpo.yaml").read_text())
+    recipe |= {"model_name_or_path": str(ROOT / "trl_vpo" / "testbed" / "base"), "dataset_name": f"{folder}/data"}
+    recipe |= {"output_dir": f"{folder}/out", "max_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 2}
+    recipe |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    recipe |= {"report_to": REPORTERS or "none"}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "events"))
@@ -118,8 +110,7 @@ def test_its_folder_can_be_plotted(run, tmp_path):
     trainer, folder, _ = run
     result = read_run(folder / "out")
     assert result.method == "RRPO" and result.record["recipe"]["max_steps"] == 2
-    assert [e["loss"] for e in result.history if "loss" in e] == [
-        e["loss"] for e in trainer.state.log_history if "loss" in e
-    ]
+    read, logged = ([e["loss"] for e in log if "loss" in e] for log in (result.history, trainer.state.log_history))
+    assert read == logged
     notes = plot_runs([folder / "out"], tmp_path / "page.html")
     assert not [note for note in notes if "not logged" in note]  # RRPO has every panel

@@ -109,14 +109,12 @@ class DryStep:
                 module.p = 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename both
+            self._base.gradient_checkpointing_disable()
             if checkpointing:
                 self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            else:
-                self._base.gradient_checkpointing_disable()
+        self._base.disable_input_require_grads()
         if checkpointing and self._base is not model:
             self._base.enable_input_require_grads()
-        else:
-            self._base.disable_input_require_grads()
 
     def _make_fake(self, weights: torch.dtype, adapter: torch.dtype) -> None:
         fakes: dict[int, nn.Parameter] = {}  # a weight may have several owners
@@ -130,11 +128,9 @@ class DryStep:
                 module._buffers[name] = old if old is None else self._fake.empty(old.shape, old.dtype)
 
     def run(self, calls: list[Call], inputs: int = 0) -> Activations:
-        """Run the language model over a micro-batch, forward and backward.
+        """Run the language model over the calls of a micro-batch, forward, then backward.
 
-        Args:
-            calls: its model calls; the backward pass begins after the last of them.
-            inputs: bytes of the calls' inputs, which are gone before the backward pass.
+        `inputs` are the bytes of the calls' inputs, which are gone before the backward pass.
         """
         with self._attention(calls), self._counting() as live:
             held = live.now
@@ -150,11 +146,7 @@ class DryStep:
         return Activations(live.peak - held, live.gradients_at_peak, kept)
 
     def run_tower(self, media: list[dict[str, Tensor]]) -> Activations:
-        """Run vision tower and projector over the media of several calls: forward, and backward if they are trained.
-
-        Args:
-            media: the inputs of each call, real ones.
-        """
+        """Run vision tower and projector over the real inputs of several calls: forward, and backward if trained."""
         backbone, text = self._base.base_model, {id(p) for p in self._base.get_decoder().parameters()}
         tower = [p for p in backbone.parameters() if id(p) not in text and p is not self._embed.weight]
         trained = any(p.requires_grad for p in tower)

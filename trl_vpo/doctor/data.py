@@ -35,10 +35,7 @@ class LongestRows(NamedTuple):
 
 
 def check_data(recipe: LoadedRecipe, count: int | None, report: Report) -> LongestRows | None:
-    """Check all rows, and tokenize `count` of them (None: all), spread over the dataset.
-
-    None if nothing could be tokenized; without the recipe's processor nothing can be.
-    """
+    """Check all rows, tokenize `count` of them (None: all); None if nothing could be, as without a processor."""
     datasets = _load_data(recipe, report)
     for name, dataset in datasets.items():
         _check_rows(recipe, dataset, name, report)

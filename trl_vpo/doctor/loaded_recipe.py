@@ -54,10 +54,8 @@ def parse_recipe(
 ) -> LoadedRecipe:
     """Parse a recipe and the options that win over it, `--accelerate_config` and `--num_processes` among them.
 
-    Args:
-        recipe, overrides: the YAML file, and the options.
-        method: None: the method that the recipe's header or path names.
-        gpu_memory: GiB of each GPU; None: those of this machine's GPU, if it has one.
+    Without `method` it is the one that the recipe's header or path names; without `gpu_memory`, GiB of each GPU, it is
+    that of this machine's GPU, if it has one.
 
     Raises:
         RecipeError, ValueError: the recipe or an option cannot be parsed.

@@ -204,8 +204,6 @@ def optimizer_bytes(name: str, trained: int, dtype: torch.dtype) -> float:
     states = next((n for key, n in OPTIMIZER_STATES.items() if key in name), 2)
     if "8bit" in name:
         return trained * states * (1 + 4 / 256)
-    if "4bit" in name:
-        return trained * states * (0.5 + 4 / 128)
     return trained * states * (4 if "32bit" in name or "bnb" in name else dtype.itemsize)
 
 

@@ -54,21 +54,18 @@ class MemoryReport:
 def check_fit(plan: Plan, model: nn.Module, args: Any, available: int | None) -> MemoryReport:
     """Estimate a plan; where it does not fit, also with each remedy, and with all of them.
 
-    Args:
-        model: its empty model; it is made fake.
-        args: the parsed recipe, for the values that it has now.
-        available: bytes of the GPU; None: unknown.
+    Its empty model is made fake. `args` is the parsed recipe, `available` the bytes of the GPU, None if unknown.
     """
     report = MemoryReport(estimate(plan, model), plan.sharding, available)
     if report.fits is not False:
         return report
     plan = replace(plan, tower=report.estimate.tower)  # run once, where a remedy leaves it as it is
     changes = remedies(plan, args, model)
-    if len(changes) > 1:
-        changes["all of these"] = {name: value for change in changes.values() for name, value in change.items()}
     for setting, change in changes.items():
-        if setting != "all of these" or not any(remedy.total <= available for remedy in report.remedies):
-            report.remedies.append(Remedy(setting, estimate(replace(plan, **change), model).total))
+        report.remedies.append(Remedy(setting, estimate(replace(plan, **change), model).total))
+    if len(changes) > 1 and all(remedy.total > available for remedy in report.remedies):
+        change = {name: value for change in changes.values() for name, value in change.items()}
+        report.remedies.append(Remedy("all of these", estimate(replace(plan, **change), model).total))
     if not plan.adapter:
         report.remedies.append(Remedy("use_peft: true, an adapter instead of all weights"))
     return report

@@ -52,10 +52,9 @@ def write_results(folder: Path, outcomes: Sequence[Outcome], report: Report) -> 
 
 
 def _new_shapes_first(rows: Sequence[dict]) -> list[dict]:
-    """Put the rows in front that are the first to show a key or a type.
+    """Put the rows in front that are the first to show a key or a type, as `load_dataset("json")` needs them.
 
-    `load_dataset("json")` takes the columns' types from the first 10 MB. What appears only later is cast to them, or
-    is an error.
+    It takes the columns' types from the first 10 MB. What appears only later is cast to them, or is an error.
     """
     known_shapes: set[tuple] = set()
     front, rest = [], []
@@ -80,10 +79,7 @@ def _shapes(value: Any, path: str) -> Iterator[tuple]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Replace a file by these lines, whole or not at all; raise RunError if that fails.
-
-    Only one process at a time may write the same file.
-    """
+    """Replace a file by these lines, whole or not at all; raise RunError if that fails. Not for several processes."""
     try:
         with atomic_write(path, token="new") as part, part.open("w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)

@@ -33,10 +33,8 @@ _SHARD = re.compile(r"(\d{5,})-of-(\d{5,})\.jsonl")
 class Run:
     """One worker's hold on a run. A context manager; not for several threads.
 
-    Args:
-        settings: all that decides the rows, as JSON values.
-        rank, world_size: this worker among those that are at work. Once they have stopped, any other number can
-            continue.
+    `settings` are all that decides the rows, as JSON values. `rank` is this worker among the `world_size` that are at
+    work. Once they have stopped, any other number can continue.
 
     Raises:
         RunError: the folder is something else or cannot be written or locked, the settings differ, or this
@@ -98,13 +96,10 @@ class Run:
             ) from error
 
     def finish(self, ids: Sequence[str], report: Report) -> dict[str, Any] | None:
-        """Write the results if every input is finished and no other worker is at work.
+        """Write the results and return the summary if every input is finished and no other worker is at work.
 
-        Of workers that end at the same moment, one writes the results. Finished inputs that are not among `ids` are
-        left out.
-
-        Returns:
-            The summary, or None: the last worker writes the results.
+        None: the last worker writes them, one of those that end at the same moment. Finished inputs that are not among
+        `ids` are left out.
         """
         with _starting_or_finishing(self.folder):
             self.close()
@@ -183,10 +178,11 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "settings.json"
     try:
         return json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise RunError(f"{folder} is not a run that can be continued: it has no settings.json.") from error
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}). Restore it, or delete the folder to start over.") from error
+    except (FileNotFoundError, ValueError) as error:
+        raise RunError(
+            f"{folder} is not a run that can be continued: its settings.json is missing or damaged ({error}). Restore "
+            "it, or delete the folder to start over."
+        ) from error
 
 
 def check_settings(folder: str | Path, settings: dict[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """Rows that were fixed or taken out after a training stopped on them: it continues as far as that changes nothing.
 
-A bad row ends a training at some step of the first epoch, and the remedy changes the data. The steps until then stay
-what they were if the rows of those steps are all present, the same, and still come in the same order. The order of an
-epoch is a shuffle of as many rows as there are; so a shorter dataset keeps the shuffle of the whole one, with the rows
-that were removed left out.
+The steps until then stay what they were if their rows are all present, the same, and come in the same order. The order
+of an epoch is a shuffle of as many rows as there are. So a shorter dataset keeps the shuffle of the whole one, without
+the rows that were removed.
 """
 
 from __future__ import annotations
@@ -50,8 +49,13 @@ def compare_rows(saved: Rows, now: np.ndarray, trained: Sequence[int]) -> tuple[
         digests[left] = now
         rows, what = Rows(digests, saved.removed), "changed"
     else:
-        changed = _taken_out(saved.digests, left, now)
-        if changed is None:
+        changed, rest = [], deque(now)
+        for i in left:
+            if rest and saved.digests[i] == rest[0]:
+                rest.popleft()
+            else:
+                changed.append(i)
+        if rest:
             refused = (
                 f"rows: {len(left)} when it was saved, {len(now)} now, and more has changed than that (a split by "
                 "test_split_size changes with every row that is taken out: fix the row, or set on_bad_media: skip)"
@@ -69,17 +73,6 @@ def compare_rows(saved: Rows, now: np.ndarray, trained: Sequence[int]) -> tuple[
         )
         return saved, refused, None
     return rows, None, f"{text}. None of them was trained on yet, and the others keep their order."
-
-
-def _taken_out(digests: np.ndarray, left: list[int], now: np.ndarray) -> list[int] | None:
-    """The rows of `left` that are missing in `now`; None if something else has changed."""
-    missing, rest = [], deque(now)
-    for i in left:
-        if rest and digests[i] == rest[0]:
-            rest.popleft()
-        else:
-            missing.append(i)
-    return None if rest else missing
 
 
 def trained_rows(args: Any, rows: Rows, steps: int) -> list[int]:

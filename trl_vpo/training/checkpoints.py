@@ -117,10 +117,9 @@ def find_problems(folder: Path) -> list[str]:
 
 @contextmanager
 def explain_failed_load(folder: Path) -> Iterator[None]:
-    """Say what to do about a checkpoint that cannot be read: the marker tells no damage of files larger than `HASHED`.
+    """Raise CheckpointError in place of the many errors of pickle, zipfile, torch and safetensors.
 
-    Raises:
-        CheckpointError: in place of the many errors of pickle, zipfile, torch and safetensors.
+    The marker tells no damage of files larger than `HASHED`.
     """
     try:
         yield

@@ -5,9 +5,8 @@ In place of the pushes of `transformers.Trainer` 5.23, which
 - upload a checkpoint while it may be deleted, and before it is marked as complete: nothing could continue from it;
 - drop the errors of background uploads, and let any other error end the run, whether training is done or not.
 
-Here, what is wrong for good (no token, 401, 403, an invalid name, a public repo where a private one was asked for)
-ends the run before the model is loaded. Everything else (no network, 5xx, no answer) is reported, and tried again with
-the next save and at the end; if that fails, too, the command that pushes by hand is printed.
+Here, what is wrong for good ends the run before the model is loaded. Everything else (no network, 5xx, no answer) is
+reported, and tried again with the next save and at the end; then the command that pushes by hand is printed.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ class HubPush(TrainerCallback):
             revision=args.hub_revision,
             token=args.hub_token,
         )
-        self._folder = Path(args.output_dir)
-        self._strategy = HubStrategy(args.hub_strategy)
+        self._folder, self._strategy = Path(args.output_dir), HubStrategy(args.hub_strategy)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
         self._job: Future | None = None
         self._missing: dict[str, Path] = {}  # path in the repo: the checkpoint that belongs there
@@ -101,13 +99,11 @@ class HubPush(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Start to push a checkpoint. It is marked by now, and older ones are deleted."""
-        if self._strategy is HubStrategy.END:
-            return
         checkpoint = self._folder / f"checkpoint-{state.global_step}"
         path = {HubStrategy.CHECKPOINT: LAST, HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(self._strategy)
         if path:
             self._missing[path] = checkpoint
-        if self._job is not None and not self._job.done():
+        if self._strategy is HubStrategy.END or (self._job is not None and not self._job.done()):
             return
         missing = {path: folder for path, folder in self._missing.items() if folder.is_dir()}
         try:

@@ -87,11 +87,7 @@ class HubRepo:
     def commit(self, files: dict[str, Path | bytes], message: str, *, replace: str | None = None) -> None:
         """Upload files (path in the repo -> file, or its contents) in one commit; open the repo if that failed before.
 
-        Files that the repo has as they are cost nothing. The folder `replace` holds no others afterwards.
-
-        Raises:
-            HubError: as `open`.
-            Exception: whatever huggingface_hub raises; nothing was committed.
+        The folder `replace` holds no others afterwards. What is raised is as for `open`; then nothing was committed.
         """
         if not self._is_open:
             self.open()

@@ -69,8 +69,8 @@ def train(
 ) -> Any:
     """Run `trainer.train()` from a checkpoint, or from the start. Returns its `TrainOutput`. All ranks call this.
 
-    Each checkpoint keeps `run` (from `describe_run`) and the `digests` of its rows (from `digest_rows`; only the main
-    process needs them). Checkpoints that `in_use` returns after a save are not deleted.
+    Each checkpoint keeps `run` (from `describe_run`) and the `digests` of its rows (from `digest_rows`, on the main
+    process). Checkpoints that `in_use` returns after a save are not deleted.
 
     Raises:
         CheckpointError: the checkpoint is another run's. Names each difference.
@@ -87,7 +87,7 @@ def train(
         rows = on_main_process(_check_same_run, checkpoint, marker, run, digests, trainer.args)
     if rows.removed and trainer.args.train_sampling_strategy != "sequential":
         trainer._get_train_sampler = lambda dataset=None: RemainingRows(trainer.args, rows)
-    callback = ResumeCallback(trainer, run, rows, checkpoint=checkpoint, marker=marker, in_use=in_use)
+    callback = ResumeCallback(trainer, run, rows, checkpoint, marker, in_use)
     trainer.callback_handler.callbacks.insert(0, callback)  # the first: reporters see the logs as it corrects them
     save = trainer._save_checkpoint
     trainer._save_checkpoint = lambda *args: callback.save(save, *args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +30,13 @@ class NothingLeft(Exception):
 
 
 class ResumeCallback(TrainerCallback):
-    """Completes checkpoints, restores counters that transformers starts at zero, and saves when a signal asks to stop.
+    """Complete checkpoints, restore counters that transformers starts at zero, and save when a signal asks to stop.
 
     Every marker holds `run`, every checkpoint the digests of `rows`. `checkpoint` with its `marker` is where training
     continues from; checkpoints that `in_use` returns must not be deleted then. `stopped`: a signal ended the training.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        run: dict,
-        rows: Rows,
-        *,
-        checkpoint: Path | None,
-        marker: dict,
-        in_use: Callable[[], Collection[Path]],
-    ):
+    def __init__(self, trainer: Any, run: dict, rows: Rows, checkpoint: Path | None, marker: dict, in_use: Callable):
         self._trainer, self._run, self._rows, self._checkpoint = trainer, run, rows, checkpoint
         self._marker, self._in_use = marker, in_use
         self._limit = trainer.args.save_total_limit
@@ -86,22 +77,21 @@ class ResumeCallback(TrainerCallback):
         folder = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"
         with explain_failed_save(trainer, folder):
             save_checkpoint(*args)
-            counters = gather_object([_counters(trainer)])
+            sums = {  # of this rank, since the last log line and of the whole run
+                "loss": trainer._tr_loss.item(),
+                "sums": trainer._sums["train"]._sums,
+                "metrics": {name: [float(v) for v in values] for name, values in trainer._metrics["train"].items()},
+                **{name: getattr(trainer, attribute) for name, attribute in COUNTERS.items()},
+            }
+            counters = gather_object([sums])
             if not trainer.args.should_save:
                 return
             if self._rows.digests is not None:
                 np.save(folder / FILE, self._rows.digests)
-            mark_complete(
-                folder,
-                step=state.global_step,
-                run=self._run,
-                gone=self._rows.removed,
-                layout=trainer.scorer.layout,
-                counters=counters,
-            )
-        delete_older(
-            trainer.args.output_dir, self._limit, folder, best=state.best_model_checkpoint, in_use=self._in_use()
-        )
+            what = {"step": state.global_step, "run": self._run, "gone": self._rows.removed, "counters": counters}
+            mark_complete(folder, layout=trainer.scorer.layout, **what)
+        best = state.best_model_checkpoint
+        delete_older(trainer.args.output_dir, self._limit, folder, best=best, in_use=self._in_use())
 
     def on_train_end(self, args, state, control, **kwargs):
         args.save_total_limit = self._limit
@@ -132,13 +122,3 @@ def _follow_schedule(trainer: Any, steps: int) -> None:
     for group, rate in zip(scheduler.optimizer.param_groups, rates):
         group["lr"] = rate
     scheduler._last_lr = rates
-
-
-def _counters(trainer: Any) -> dict:
-    """This rank's sums since the last log line, and of the whole run."""
-    return {
-        "loss": trainer._tr_loss.item(),
-        "sums": trainer._sums["train"]._sums,
-        "metrics": {name: [float(v) for v in values] for name, values in trainer._metrics["train"].items()},
-        **{name: getattr(trainer, attribute) for name, attribute in COUNTERS.items()},
-    }

@@ -61,9 +61,7 @@ def parse(method: str, argv: list[str], *, any_device: bool = False) -> tuple:
 def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
     """Train with a method; save adapter (or model), processor, model card and `run.json` into `output_dir`.
 
-    Args:
-        method: dpo, leanpo, rrpo or lpoi.
-        argv: the options of `trl-vpo train METHOD`, such as `["--config", "recipe.yaml"]`.
+    `argv` are the options of `trl-vpo train METHOD`, such as `["--config", "recipe.yaml"]`.
 
     Raises:
         UserError: the recipe, the model, the data, the disk or the Hub; training diverged, or cannot continue from the

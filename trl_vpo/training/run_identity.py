@@ -50,15 +50,15 @@ def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str],
     for key in sorted(set(old) | set(new)):
         if old.get(key) == new.get(key) or (same_rows and key in TRAIN_DATA) or key in TRAIN_MODEL:
             continue
-        change = f"{key}: {_shown(old, key)} when it was saved, {_shown(new, key)} now"
+        before, after = (repr(recipe[key]) if key in recipe else "its default" for recipe in (old, new))
+        change = f"{key}: {before} when it was saved, {after} now"
         warning = warning_of_change(key, now["scheduler"])
         if warning is None:
             refused.append(change)
         else:
             warned.append(f"{change}. {warning}")
     for name, version in now["versions"].items():
-        before = saved["versions"].get(name)
-        if before != version:
+        if (before := saved["versions"].get(name)) != version:
             warned.append(f"{name} was {before} and is {version}: results may differ in rounding.")
     return refused, warned
 
@@ -75,7 +75,3 @@ def _compare_models(saved: dict, now: dict) -> tuple[list[str], list[str]]:
         return [], []
     shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
     return [f"model: {shown} of {names[1]} are not those that the run was begun with, of {names[0]}"], []
-
-
-def _shown(recipe: dict, key: str) -> str:
-    return repr(recipe[key]) if key in recipe else "its default"

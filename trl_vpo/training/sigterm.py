@@ -110,15 +110,14 @@ class _Worker:
         if parent is None or not parent.is_alive():  # it died while this one was spawned; torch would wait for ever
             os._exit(0)
         if hasattr(signal, "sigwaitinfo"):  # not on macOS
-            threading.Thread(target=_end_with_loader, args=(parent.pid,), daemon=True).start()
+            threading.Thread(target=self._end_with_loader, args=(parent.pid,), daemon=True).start()
         if self._init is not None:
             self._init(worker_id)
 
-
-def _end_with_loader(loader: int) -> None:
-    while signal.sigwaitinfo(STOP_SIGNALS[:1]).si_pid != loader:
-        pass
-    os._exit(0)
+    def _end_with_loader(self, loader: int) -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS[:1]).si_pid != loader:
+            pass
+        os._exit(0)
 
 
 # --- launchers that are killed --------------------------------------------------------------------------------------
