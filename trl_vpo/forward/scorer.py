@@ -104,8 +104,6 @@ class Scorer:
         """Replay the recorded features during the policy pass."""
         return self._vision.replay()
 
-    # --- auto -----------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def _compare_layouts(self, model: nn.Module, batch: dict) -> None:
         """Score a batch in both layouts, and keep the shared one if they agree on every rank."""

@@ -26,9 +26,6 @@ MAX_LORA_RANK = 16  # vLLM's default
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
 
-# --- presets --------------------------------------------------------------------------------------------------------
-
-
 def check_targets(targets: str | Iterable[str] | None) -> None:
     """Raise RecipeError for a single word that is no preset, or a preset among other names: they match nothing."""
     if targets is None or targets in (*PRESETS, "all-linear"):
@@ -113,9 +110,6 @@ def _pattern(names: set[str], every: set[str]) -> str:
     if {name for name in every if re.fullmatch(pattern, name)} == names:
         return pattern
     return "|".join(re.escape(name) for name in sorted(names))  # layers that differ from one another
-
-
-# --- saved adapters -------------------------------------------------------------------------------------------------
 
 
 def loses_base(config: Any) -> str | None:

@@ -31,18 +31,11 @@ def attach_adapter(
     wrapped: PeftModel | None = None,
     trainable: bool = False,
 ) -> PeftModel:
-    """Load an adapter into a model, or beside others into the `PeftModel` that is around it.
+    """Load an adapter, by folder or Hub name, into a model, or beside others into the `wrapped` of an earlier call.
 
     Names that a module had in an older transformers are translated, as transformers does for the base's own weights.
-    PEFT does so for some model types only, and loads what fits with a warning about the rest.
-
-    Args:
-        model: the base.
-        path: folder or Hub name of the adapter.
-        config: the adapter's, if it was read before.
-        name: of the adapter within PEFT; not what a part of the model is called, such as `layers` or `lora_A`.
-        wrapped: what an earlier call returned.
-        trainable: load it to train it further; give the result to a trainer as its model.
+    PEFT does so for some model types only, and loads what fits with a warning about the rest. A `trainable` one can
+    be given to a trainer as its model.
 
     Raises:
         AdapterError: tensors of the file have no place in the model, or the other way round; shapes differ; a tensor
@@ -113,7 +106,7 @@ def _own_tokens_only() -> AbstractContextManager:
 
 
 def _key_mapping(wrapped: PeftModel, own: set[str], saved: set[str], misfit: str) -> dict[str, str]:
-    """Patterns of names in the file and what the model calls them, where that differs."""
+    """Return patterns of names in the file and what the model calls them, where that differs."""
     mapping, translate = {}, translator(wrapped.get_base_model())
     for key in saved - own:
         if not key.startswith(PREFIX):

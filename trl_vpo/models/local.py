@@ -161,8 +161,6 @@ class LocalModel(AnsweringModel):
         averages = self.in_batches(dict(enumerate(trees)), run)
         return [averages[place] for place in range(len(requests))]
 
-    # --- one call ----------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def generate(self, trees: Sequence[Tree], seeds: Sequence[int], sampling: Sampling) -> list[Answer]:
         """Return the answer to the prompt of each tree, all of them in one call of the model."""
@@ -227,8 +225,6 @@ class LocalModel(AnsweringModel):
                 logger.warning(f"{len(batch)} requests at once do not fit on {self.model.device}: from now on {half}.")
                 self.batch_size = half
         return results
-
-    # --- encoding ----------------------------------------------------------------------------------------------------
 
     def encode(self, row: Row, sides: tuple[str, ...] = ()) -> Tree:
         """Encode a row with decoded media and some of its responses. Raises RowError, naming the row."""

@@ -51,13 +51,9 @@ def merge(
     config, generation config, processor and model card, all or nothing.
 
     Args:
-        adapter: folder of the adapter.
         out: folder to write; it must not exist, or be empty.
-        base: folder or Hub name of the base model; None: the one that the adapter's config names.
+        base: folder or Hub name; None: the one that the adapter's config names, with its revision.
         dtype: of the saved weights: float32, bfloat16, float16, or auto, as the base is stored.
-        revision: of the base on the Hub; None: the one that the adapter's config names, if it does and
-            `base` is the base that it names.
-        trust_remote_code: run code that comes with the base.
 
     Returns:
         What a user of the merged model should know, a sentence each; often nothing.

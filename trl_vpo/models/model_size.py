@@ -43,11 +43,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def adapt(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module, Adapted]:
-    """Put empty LoRA weights into an empty model.
-
-    Raises:
-        ValueError: the targets match no module; PEFT's message, or that of `resolve_targets`.
-    """
+    """Put empty LoRA weights into an empty model. Targets that match no module raise ValueError."""
     resolve_targets(peft_config, model)
     adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     names = [n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")]
@@ -57,18 +53,12 @@ def adapt(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module, Adapted]
 def model_sizes(model: nn.Module, *, quantized: bool, skip: list[str]) -> Sizes:
     """Count the parameters of an empty model, with or without an adapter.
 
-    Args:
-        quantized: whether linear layers are stored in 4 or 8 bits, but for modules that match a pattern of `skip`.
+    `quantized`: linear layers are stored in 4 or 8 bits, but for modules that match a pattern of `skip`.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    in_bits = [
-        module.weight.numel()
-        for name, module in base.named_modules()
-        if quantized
-        and type(module) is nn.Linear
-        and ".lora_" not in name
-        and should_convert_module(name.removesuffix(".base_layer"), skip)
-    ]
+    linear = {n: m for n, m in base.named_modules() if type(m) is nn.Linear and ".lora_" not in n} if quantized else {}
+    converted = [n for n in linear if should_convert_module(n.removesuffix(".base_layer"), skip)]
+    in_bits = [linear[name].weight.numel() for name in converted]
     units = [module for module in base.modules() if type(module).__name__ in (base._no_split_modules or [])]
     head = base.get_output_embeddings()
     return Sizes(

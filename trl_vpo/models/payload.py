@@ -29,9 +29,7 @@ def chat_messages(request: Request, *, media: str = "video", max_pixels: int | N
 
     A message that is only text has a plain string as content, because not all servers take parts everywhere. With
     `media` "video" a clip is one `video_url` part, with "frames" a text with their times, then one `image_url` each.
-
-    Raises:
-        ModelError: placeholders and media differ in number.
+    Placeholders and media that differ in number raise ModelError.
     """
     images, videos = iter(request.media.images), iter(request.media.videos)
     try:

@@ -20,7 +20,10 @@ SETTINGS = ("learning_rate", "num_train_epochs", "max_steps", "beta", "seed")
 
 def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | None, tags: Any) -> Path:
     """Write `README.md` into the trainer's output folder and return its path."""
-    args, peft, medium = trainer.args, is_peft_model(trainer.model), _medium(trainer)
+    args, peft, rows = trainer.args, is_peft_model(trainer.model), trainer.train_dataset
+    columns = rows.column_names or next(iter(rows), {})  # a stream often knows no columns
+    medium = "video" if {"video", "videos"} & set(columns) else "image"
+    medium = medium if isinstance(trainer.processing_class, ProcessorMixin) else "text"
     base = get_config_model_id(trainer.model.config) or "a model without a name"
     base = hub_name(base) or base
     local = Path(base).exists()
@@ -57,14 +60,6 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     path.parent.mkdir(parents=True, exist_ok=True)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
     return path
-
-
-def _medium(trainer: Any) -> str:
-    if not isinstance(trainer.processing_class, ProcessorMixin):
-        return "text"
-    rows = trainer.train_dataset
-    columns = rows.column_names or next(iter(rows), {})  # a stream often knows no columns
-    return "video" if {"video", "videos"} & set(columns) else "image"
 
 
 def _settings(args: VisualPreferenceConfig) -> dict[str, Any]:

@@ -130,8 +130,6 @@ class VisualPreferenceConfig(DPOConfig):
             self.check_media = "decode"  # rows can only be left out up front if every file was read
         self.num_frames = self.video_options().num_frames  # also says what is wrong, before anything is loaded
 
-    # --- tokens: what is written or shown has none ------------------------------------------------------------------
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"hub_token": None, "model_init_kwargs": _tokenless(self.model_init_kwargs)}
 

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 from trl.trainer.utils import use_adapter
@@ -13,6 +14,7 @@ from trl_vpo.forward.scoring import Scores
 from trl_vpo.trainers.compat import keep_frozen
 
 
+@torch.no_grad()
 def reference_scores(trainer: Any, batch: dict) -> Scores:
     """Score a batch with `ref_model`, the frozen copy of a given adapter, or the base model with the adapter off.
 

@@ -19,10 +19,6 @@ from trl_vpo.models.source import check_model as check_source
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
 LORA_RATE, LOWEST_LORA_RATE = 5e-6, 1e-6  # of the recipes for 7B models; DPO's default, for full fine-tuning
-UNCALLED = ("_compute_loss", "get_batch_loss_metrics", "dpo_loss")  # where TRL's trainers, now and before, have a loss
-
-
-# --- refusals -----------------------------------------------------------------------------------------------------
 
 
 def check_model(
@@ -99,7 +95,7 @@ def check_class(kind: type, base: type) -> None:
                 f"{kind.__name__} has no `{name}` of its own: messages, tags and model card would say "
                 f"{kind._name}. Set `_name`, `_tag_names` and `_paper` as the other methods do."
             )
-    for name in UNCALLED:
+    for name in ("_compute_loss", "get_batch_loss_metrics", "dpo_loss"):  # TRL's, now and before
         if getattr(kind, name, None) is not getattr(base, name, None):
             raise TypeError(
                 f"{kind.__name__}.{name} would never be called: override `preference_loss(scores, reference, batch)`, "
@@ -117,12 +113,7 @@ def low_rate(args: VisualPreferenceConfig, method: str) -> str | None:
     )
 
 
-# --- preparations -------------------------------------------------------------------------------------------------
-
-
-def resolve_target_modules(
-    peft_config: PeftConfig | None, model: Any, args: VisualPreferenceConfig
-) -> PeftConfig | None:
+def resolve_target_modules(peft_config: PeftConfig | None, model: Any, args: VisualPreferenceConfig) -> Any:
     """Return a new adapter's config with a preset of `target_modules` resolved for the model; the given one stays.
 
     Weights of a model that is given by name are not loaded. Targets that match nothing raise RecipeError.
