@@ -9,16 +9,9 @@ import torch
 from families import FAMILIES, KINDS, LANGUAGE_MODEL, build
 from helpers import row
 from peft import LoraConfig
-from trainer_kit import (
-    METHODS,
-    collated,
-    losses_of,
-    of_tokens,
-    slow_scores,
-    snapshot,
-    trainable,
-    trainer_of,
-)
+from slow_kit import of_tokens, slow_scores
+from step_kit import losses_of, snapshot
+from trainer_kit import METHODS, collated, trainable, trainer_of
 
 from trl_vpo.data.rows import response_text
 

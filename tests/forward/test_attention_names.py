@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from trainer_kit import assert_same_gradients, collated, fresh, gradients, image_rows, shake, text_rows, trainer_of
+from step_kit import assert_same_gradients, gradients
+from trainer_kit import collated, fresh, image_rows, shake, text_rows, trainer_of
 from transformers import TrainerCallback
 from transformers.modeling_flash_attention_utils import _pad_input, _unpad_input
 

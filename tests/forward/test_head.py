@@ -10,15 +10,8 @@ import transformers as T
 from trl_vpo.forward.head import lm_head
 from trl_vpo.forward.scoring import ScoreRequest, attach_scoring
 
-TINY = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
+TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 ALL_HEADS = {**TINY, "num_key_value_heads": 4}
 TEXT_OF = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "head_dim": 8}
 SIGLIP = families.tower("siglip_vision_model", vision_use_head=False)

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from vlm_standins import VISION_MODELS
 import trl_vpo
 from trl_vpo.forward import layouts
 from trl_vpo.forward.attention import tree_attention, use_tree_attention
-from trl_vpo.forward.families import separate_layout_reason
 from trl_vpo.forward.layouts import PADDING, TRUNK, shared
 
 
@@ -53,24 +53,18 @@ def assert_same_step(got, want):
     assert got[2].shape == want[2].shape and (got[2] - want[2]).norm() <= 1e-5 * want[2].norm()
 
 
-# --- the same numbers ---------------------------------------------------------------------------------------------
+TOWER = ("Qwen2.5-VL", "image", "all-linear")
 
 
-@pytest.mark.parametrize(("name", "kind"), [k for k in KINDS if k[0] != "Idefics2"])  # Mistral: a sliding window
-def test_both_layouts_give_the_same_step(name, kind, media, tmp_path):
+SHARING = [kind for kind in KINDS if kind[0] != "Idefics2"]  # Mistral: a sliding window
+
+
+@pytest.mark.parametrize(("name", "kind", "target"), [(*k, LANGUAGE_MODEL) for k in SHARING] + [TOWER])
+def test_both_layouts_give_the_same_step(name, kind, target, media, tmp_path):
+    """With adapters in the tower, its features differ between policy and reference: they must not be reused."""
     data = ragged_rows(kind, media)
-    want = step(trainer_of("rrpo", "separate", tmp_path, data, name))
-    assert_same_step(step(trainer_of("rrpo", "shared", tmp_path, data, name)), want)
-
-
-def test_adapters_in_the_vision_tower(media, tmp_path):
-    """Its features differ between policy and reference: they must not be reused."""
-    data = ragged_rows("image", media)
-    want = step(trainer_of("rrpo", "separate", tmp_path, data, target="all-linear"))
-    assert_same_step(step(trainer_of("rrpo", "shared", tmp_path, data, target="all-linear")), want)
-
-
-# --- attention ----------------------------------------------------------------------------------------------------
+    want = step(trainer_of("rrpo", "separate", tmp_path, data, name, target))
+    assert_same_step(step(trainer_of("rrpo", "shared", tmp_path, data, name, target)), want)
 
 
 @pytest.mark.parametrize("queries", [256, 7, 3, 1])
@@ -138,9 +132,6 @@ def test_other_calls_of_the_model_run_as_before(media):
     assert model.config.get_text_config()._attn_implementation == "sdpa"
 
 
-# --- auto ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n != "Idefics2"])
 def test_auto_shares_where_it_can(name, media, tmp_path):
     trainer = trainer_of("dpo", "auto", tmp_path, ragged_rows("image", media), name)
@@ -171,6 +162,7 @@ def test_auto_proves_itself_and_falls_back_with_the_difference(media, tmp_path, 
 
 
 SEPARATE = {  # models that cannot have the shared layout
+    "Idefics2": r"sliding window \(4096 tokens\)",
     "OLMo-3": "sliding window",
     "Cohere2": "sliding window",
     "LFM2": "pass a state along",
@@ -180,21 +172,15 @@ SEPARATE = {  # models that cannot have the shared layout
 
 @pytest.mark.parametrize("name", SEPARATE)
 def test_kinds_that_fall_back_without_trying(name, tmp_path, caplog):
-    build_model = VISION_MODELS.get(name) or functools.partial(text_standin, name)
+    maker = build if name == "Idefics2" else text_standin
+    build_model = VISION_MODELS.get(name) or functools.partial(maker, name)
     data = [row(None), row(None, "a square.", "two circles.")]
     with caplog.at_level(logging.WARNING):
         trainer = trainer_of("dpo", "auto", tmp_path, data, target="all-linear", built=build_model())
-    assert trainer.scorer.layout == "separate" and SEPARATE[name] in caplog.text
+    assert trainer.scorer.layout == "separate" and re.search(SEPARATE[name], caplog.text)
     with pytest.raises(ValueError, match=SEPARATE[name]):
         trainer_of("dpo", "shared", tmp_path, data, target="all-linear", built=build_model())
     assert torch.isfinite(step(trainer)[1])
-
-
-def test_idefics2_has_a_sliding_window():
-    assert "sliding window (4096 tokens)" in separate_layout_reason(build("Idefics2")[0])
-
-
-# --- vision -------------------------------------------------------------------------------------------------------
 
 
 def towers(trainer):
@@ -208,16 +194,11 @@ def towers(trainer):
     return len(calls)
 
 
-@pytest.mark.parametrize(("name", "kind"), [k for k in KINDS if k[0] != "Idefics2"])
-def test_frozen_features_are_computed_once_per_step(name, kind, media, tmp_path):
-    data = [row(kind, [media[kind][0]])]
-    assert towers(trainer_of("dpo", "shared", tmp_path, data, name)) == 1
-
-
-def test_an_adapted_tower_runs_in_both_passes(media, tmp_path):
-    data = [row("image", [media["image"][0]])]
-    assert towers(trainer_of("dpo", "shared", tmp_path, data, target="all-linear")) == 2
-    assert towers(trainer_of("leanpo", "shared", tmp_path, data)) == 1  # no reference, one pass
+@pytest.mark.parametrize(("name", "kind", "target"), [(*k, LANGUAGE_MODEL) for k in SHARING] + [TOWER])
+def test_frozen_features_are_computed_once_per_step(name, kind, target, media, tmp_path):
+    """An adapted tower runs in both passes."""
+    trainer = trainer_of("dpo", "shared", tmp_path, [row(kind, [media[kind][0]])], name, target)
+    assert towers(trainer) == (2 if target == "all-linear" else 1)
 
 
 def test_lpoi_encodes_each_image_once(media, tmp_path):
@@ -229,9 +210,6 @@ def test_lpoi_encodes_each_image_once(media, tmp_path):
     tower.register_forward_hook(lambda module, args, kwargs, out: seen.append(kwargs), with_kwargs=True)
     trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
     assert [len(kwargs["grid_thw"]) for kwargs in seen] == [5]
-
-
-# --- wrappers -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -45,35 +45,34 @@ def vision_calls(trainer, batch):
     return logps, depths.count(0)
 
 
-@pytest.mark.parametrize("layout", ["auto", "separate"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_image_passes_the_tower_of_a_rank_that_has_text_only(name, layout, media, tmp_path, monkeypatch):
-    """And changes nothing that is scored."""
-    trainer = trainer_of("dpo", tmp_path, rows("text", "text", media=media), name=name, layout=layout)
+def assert_passes(count, trainer, others, sharding, monkeypatch):
+    """Images or videos go through the tower so often beside those of another rank, and no score changes."""
     shake(trainer.model)
     trainer.model.eval()
     with torch.no_grad():
         want = trainer.concatenated_forward(trainer.model, collated(trainer)).logps
-    batch = agreed(trainer, collated(trainer), [["pixel_values"]], monkeypatch, sharding="fsdp")
+    batch = agreed(trainer, collated(trainer), others, monkeypatch, sharding=sharding)
     got, passes = vision_calls(trainer, batch)
-    assert passes == 1 and batch["calls"] == [[0, 1, 2]]
+    assert passes == count
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    return batch
+
+
+@pytest.mark.parametrize("layout", ["auto", "separate"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_image_passes_the_tower_of_a_rank_that_has_text_only(name, layout, media, tmp_path, monkeypatch):
+    trainer = trainer_of("dpo", tmp_path, rows("text", "text", media=media), name=name, layout=layout)
+    batch = assert_passes(1, trainer, [["pixel_values"]], "fsdp", monkeypatch)
+    assert batch["calls"] == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("name", VIDEO_FAMILIES)
 def test_a_video_passes_the_tower_of_a_rank_that_has_images(name, media, tmp_path, monkeypatch):
     """They are different inputs of the tower, except in SmolVLM and InternVL."""
     trainer = trainer_of("dpo", tmp_path, rows("image", "text", media=media), name=name, num_frames=4)
-    shake(trainer.model)
-    trainer.model.eval()
-    with torch.no_grad():
-        want = trainer.concatenated_forward(trainer.model, collated(trainer)).logps
     video = trainer._padding_rows("pixel_values_videos")["media"][0]
     others = [[n for n in ranks.VISION_INPUTS if n in video]]
-    batch = agreed(trainer, collated(trainer), others, monkeypatch, sharding="zero3")
-    got, passes = vision_calls(trainer, batch)
-    assert passes == (1 if others == [["pixel_values"]] else 2)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert_passes(1 if others == [["pixel_values"]] else 2, trainer, others, "zero3", monkeypatch)
 
 
 IMAGE, VIDEO = "pixel_values", "pixel_values_videos"

@@ -5,20 +5,9 @@ import pytest
 import torch
 from helpers import row
 from PIL import Image
-from trainer_kit import (
-    PAIRS,
-    assert_same_gradients,
-    collated,
-    fresh,
-    gradients,
-    image_rows,
-    of_tokens,
-    shake,
-    slow_kl,
-    slow_scores,
-    text_rows,
-    trainer_of,
-)
+from slow_kit import of_tokens, slow_kl, slow_scores
+from step_kit import assert_same_gradients, gradients
+from trainer_kit import PAIRS, collated, fresh, image_rows, shake, text_rows, trainer_of
 
 LAYOUTS = pytest.mark.parametrize("layout", ["separate", "shared"])
 MODELS = pytest.mark.parametrize("name", ["text", "Qwen2-VL", "LLaVA-1.5"])

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from trainer_kit import slow_logits
+from slow_kit import slow_logits
 from transformers import AutoModelForImageTextToText
 
 from trl_vpo.testbed.rows import write_jsonl

@@ -1,4 +1,4 @@
-"""Trainers on tiny models, and the slow way to compute what they compute: one sequence, one call, full logits."""
+"""Trainers on tiny models, and their rows."""
 
 import copy
 import functools
@@ -8,7 +8,6 @@ from datasets import Dataset
 from families import LANGUAGE_MODEL, build, text_model
 from helpers import row
 from peft import LoraConfig
-from transformers import TrainerCallback
 
 from trl_vpo.training import methods
 
@@ -110,89 +109,7 @@ def draw_lora(model, std, seed=0):
             torch.nn.init.normal_(weight, std=std)
 
 
-def gradients(trainer, loss):
-    params = trainable(trainer.model)
-    grads = torch.autograd.grad(loss, params.values(), allow_unused=True)
-    return {name: g for name, g in zip(params, grads) if g is not None}
-
-
-def assert_same_gradients(got, want, rtol=1e-5):
-    """Relative to the largest gradient of each tensor's kind: single entries may cancel to nothing."""
-    assert set(got) == set(want) and want
-    norm = torch.cat([g.flatten() for g in want.values()]).norm()
-    assert norm > 0
-    difference = torch.cat([(got[k] - want[k]).flatten() for k in want]).norm()
-    assert difference <= rtol * norm, f"gradients differ by {difference / norm:.1e} of their norm"
-
-
 def collated(trainer, n=None):
     """The first n rows of the training set as one batch."""
     n = n or len(trainer.train_dataset)
     return trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(n)]))
-
-
-def slow_logits(model, trunk, branch):
-    """(T, V) logits that predict each token of a response: one sequence without padding, every logit."""
-    ids = torch.tensor([trunk.ids + branch.ids])
-    types = {k: torch.tensor([v + [0] * len(branch.ids)]) for k, v in trunk.types.items()}
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **trunk.media).logits
-    return logits[0, len(trunk.ids) - 1 : -1].float()
-
-
-def slow_scores(trainer, model=None):
-    """For each branch of the training rows: (T, V) log-probs of a model (the policy) and its T tokens."""
-    trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
-    pairs = [(tree.trunks[branch.trunk], branch) for tree in trees for branch in tree.branches]
-    return [(slow_logits(model or trainer.model, *pair).log_softmax(-1), torch.tensor(pair[1].ids)) for pair in pairs]
-
-
-def of_tokens(scores):
-    """(T,) log-probs of the tokens themselves, for each of `slow_scores`."""
-    return [logps.gather(-1, ids[:, None])[:, 0] for logps, ids in scores]
-
-
-def slow_kl(policy, reference):
-    """(T,) KL(reference || policy) for each branch, from `slow_scores` of both."""
-    pairs = [(p, r.detach()) for (p, _), (r, _) in zip(policy, reference)]
-    return [(r.exp() * (r - p)).sum(-1) for p, r in pairs]
-
-
-def names_of(trainer):
-    """Train, and return the names of the rows of each step."""
-    names, loss = [], trainer.compute_loss
-    trainer.compute_loss = lambda m, inputs, **kw: names.append(inputs["names"]) or loss(m, inputs, **kw)
-    trainer.train()
-    return names
-
-
-def tokens_read(trainer):
-    """Tokens of the training rows as the policy reads them: each response behind its own prompt."""
-    trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
-    return sum(len(tree.trunks[0].ids) + len(branch.ids) for tree in trees for branch in tree.branches)
-
-
-CLOCK = ("runtime", "per_second")
-
-
-def history(trainer, skip=CLOCK):
-    """Everything that was logged, without what a clock decides."""
-    return [{k: v for k, v in entry.items() if not k.endswith(skip)} for entry in trainer.state.log_history]
-
-
-def snapshot(model, part=""):
-    """Copies of the tensors whose names hold `part`."""
-    return {name: value.detach().clone() for name, value in model.state_dict().items() if part in name}
-
-
-class Gradients(TrainerCallback):
-    """The gradients that the optimizer gets in each step, by name."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **_):
-        self.steps.append({k: p.grad.clone() for k, p in trainable(model).items() if p.grad is not None})
-
-
-def losses_of(trainer, key="loss"):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]

@@ -5,7 +5,8 @@ import math
 import torch
 import trl
 from datasets import Dataset
-from trainer_kit import INIT, QUIET, assert_same_gradients, collated, gradients, losses_of, shake, snapshot
+from step_kit import assert_same_gradients, gradients, losses_of, snapshot
+from trainer_kit import INIT, QUIET, collated, shake
 
 from trl_vpo import VisualDPOConfig, VisualDPOTrainer
 

@@ -24,9 +24,6 @@ def findings(folder, **keys):
     return doctor.examine(recipe, [], method=method, rows=1).findings
 
 
-# --- presets ------------------------------------------------------------------------------------------------------
-
-
 def layers(stem, leaves, numbers=(0, 1)):
     return {f"{stem}.{i}.{leaf}" for i in numbers for leaf in leaves.split()}
 
@@ -137,9 +134,6 @@ def test_presets_of_an_odd_model():
 def test_targets_that_match_nothing_are_refused(tmp_path, targets, message):
     with pytest.raises(RecipeError, match=message):
         train(tmp_path, lora_target_modules=targets, dataset_name="nowhere")  # before data and model are loaded
-
-
-# --- vLLM ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,6 @@ def requests():
     return questions(8)
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------
-
-
 def test_a_sampled_answer_does_not_depend_on_its_batch(base, requests):
     together = base.answer(requests, HOT)
     torch.manual_seed(1)  # the global random state plays no part
@@ -101,9 +98,6 @@ def test_the_models_own_generation_settings_take_no_part(tmp_path, requests):
     assert other.answer(requests[:4], HOT) == load().answer(requests[:4], HOT)
 
 
-# --- answers that are none ----------------------------------------------------------------------------------------
-
-
 def test_the_templates_end_of_turn_ends_an_answer():
     """Models whose end of turn is not the tokenizer's EOS, Gemma 3 and Idefics2, may not name it in their settings."""
     model, processor = build("Idefics2")
@@ -168,9 +162,6 @@ def test_a_batch_that_does_not_fit_is_halved(base, requests, caplog, monkeypatch
         base.answer(requests, GREEDY)
 
 
-# --- log-probs ----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def slow_average(model: LocalModel, request: Request, response: str) -> float:
     """One sequence, all logits, log-softmax, gather."""
@@ -196,9 +187,6 @@ def test_average_logps_are_those_of_the_full_logits(base, requests):
     assert len(set(np.round(averages[4:], 6))) == 4 and max(averages) < 0
     # scoring leaves the model able to answer as before
     assert base.answer(requests[:2], GREEDY) == load().answer(requests[:2], GREEDY)
-
-
-# --- other families -----------------------------------------------------------------------------------------------
 
 
 def pictures():

@@ -69,9 +69,6 @@ def test_a_trained_head_is_saved_whole_and_untied(tmp_path):
     assert (model.lm_head.weight - base).abs().max() > 1e-3
 
 
-# --- quantization -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("wide"), *wide_model())
@@ -111,9 +108,6 @@ def test_quantized_training(bits, wide, tmp_path):
     full = PeftModel.from_pretrained(load(), tmp_path / "adapter")
     with torch.no_grad():
         assert_same(merged(input_ids=ids).logits, full(input_ids=ids).logits)
-
-
-# --- merge --------------------------------------------------------------------------------------------------------
 
 
 def test_a_merged_model_is_complete(tmp_path):

@@ -32,9 +32,6 @@ def test_answers_come_in_order_and_concurrently(serve):
     assert model_of(server).answer([], SAMPLING) == []
 
 
-# --- what comes back ----------------------------------------------------------------------------------------------
-
-
 TOKEN = "the answer holds {!r}, a token of templates".format
 REFUSAL = "the server refused the request"
 ANSWERS = {  # what is asked -> what the server replies, and what that is: an answer, or the reason why it is none
@@ -75,9 +72,6 @@ def test_a_malformed_answer_is_asked_for_again_then_a_failure(serve, fast, body)
     assert fine == "fine" and failure.reason.startswith("malformed answer: ") and "(3 attempts)" in failure.reason
     # A server that gave no answer at all is none: a web page behind the URL is not ten thousand failures.
     assert "malformed answer" in stopped(model_of(serve(Reply(body))), [WHY])
-
-
-# --- trouble ------------------------------------------------------------------------------------------------------
 
 
 def test_the_pause_that_a_server_asks_for_is_kept(serve, fast):

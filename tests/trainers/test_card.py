@@ -19,18 +19,19 @@ from trl_vpo.models.source import hub_name
 def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=AutoModelForImageTextToText, **more):
     """The card of a trainer after one step on a base that lies on disk; the working folder is `folder`."""
     lora = LoraConfig(r=2, target_modules=peft) if peft else None
-    more = {
-        "max_steps": 1,
-        "per_device_train_batch_size": 1,
-        "num_frames": 4,
-        "peft": None,
-        "peft_config": lora,
-    } | more
+    more = {"max_steps": 1, "per_device_train_batch_size": 1, "num_frames": 4} | more
+    more |= {"peft": None, "peft_config": lora}
     trainer = trainer_of(method, "tuned", rows, model=loader.from_pretrained(base), processor=processor, **more)
     trainer.train()
     trainer.save_model("tuned")
     trainer.create_model_card(dataset_name="someone/pairs")
     return (folder / "tuned" / "README.md").read_text()
+
+
+def base_of(built, folder="base"):
+    """Write a model and its processor; return that."""
+    write_model(folder, *built)
+    return built[1]
 
 
 def run_snippet(card, capsys):
@@ -48,8 +49,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
-    model, processor = build("Qwen2.5-VL")
-    write_model("base", model, processor)
+    processor = base_of(build("Qwen2.5-VL"))
     source = write_clip(here / "clip.mp4") if kind == "video" else write_image(here / "photo.jpg")
     card = trained("rrpo", "base", processor, [row(kind, [source])], here)
     assert "trl_vpo" not in re.findall(r"```python\n(.*?)```", card, re.S)[0]
@@ -63,8 +63,7 @@ def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
 
 def test_the_card_of_a_streamed_run_shows_its_medium(here):
     """A stream does not know its columns."""
-    model, processor = build("Qwen2.5-VL")
-    write_model("base", model, processor)
+    processor = base_of(build("Qwen2.5-VL"))
     for kind, write in (("video", write_clip), ("image", write_image)):
         rows = [row(kind, [write(here / f"a.{'mp4' if kind == 'video' else 'png'}")])]
         stream = IterableDataset.from_generator(lambda rows=rows: iter(rows))
@@ -74,8 +73,7 @@ def test_the_card_of_a_streamed_run_shows_its_medium(here):
 
 
 def test_the_card_shows_the_length_that_was_in_force(here):
-    model, processor = build("Qwen2.5-VL")
-    write_model("base", model, processor)
+    processor = base_of(build("Qwen2.5-VL"))
     rows = [row("image", [write_image(here / "photo.png")])]
     card = trained("dpo", "base", processor, rows, here)
     assert "| `max_steps` | 1 |" in card and "num_train_epochs" not in card
@@ -84,14 +82,12 @@ def test_the_card_shows_the_length_that_was_in_force(here):
 
 
 def test_the_snippets_of_full_and_text_models_run(here, capsys):
-    model, processor = build("LLaVA-1.5")
-    write_model("base", model, processor)
+    processor = base_of(build("LLaVA-1.5"))
     photo = write_image(here / "photo.jpg")
     card = trained("leanpo", "base", processor, [row("image", [photo])], here, peft=None)
     assert "PeftModel" not in card and run_snippet(card, capsys).endswith("\n")
     shutil.rmtree("base")
-    model, tokenizer = text_model()
-    write_model("base", model, tokenizer)
+    tokenizer = base_of(text_model())
     card = trained("dpo", "base", tokenizer, [row(None)], here, "all-linear", AutoModelForCausalLM)
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"
     assert "What happens here?" in run_snippet(card, capsys)
@@ -99,9 +95,8 @@ def test_the_snippets_of_full_and_text_models_run(here, capsys):
 
 def test_the_snippet_finds_a_base_by_its_whole_path(here, capsys, tmp_path_factory):
     """A folder elsewhere; one of the Hub's cache goes by its name on the Hub."""
-    model, processor = build("Qwen2.5-VL")
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "base"
-    write_model(elsewhere, model, processor)
+    processor = base_of(build("Qwen2.5-VL"), elsewhere)
     photo = write_image(here / "photo.jpg")
     card = trained("dpo", str(elsewhere), processor, [row("image", [photo])], here)
     assert f'from_pretrained("{elsewhere}"' in card and f"LoRA adapter of `{elsewhere}`" in card

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, Sequence, Value, Video, concatenate_datasets, load_dataset
-from datasets import Image as ImageFeature
 from helpers import row
-from PIL import Image
-from trainer_kit import PAIRS, collated, image_rows, losses_of, names_of, shake, text_rows, trainer_of
+from step_kit import losses_of, names_of
+from trainer_kit import PAIRS, collated, image_rows, shake, text_rows, trainer_of
 
 from trl_vpo.data.rows import response_text
 from trl_vpo.errors import RowError
@@ -39,9 +38,8 @@ def test_a_stream_with_max_steps(workers, images, tmp_path):
         trainer_of("dpo", tmp_path, stream(text_rows()), max_steps=-1)
     rows = image_rows(images)
     more = {"eval_dataset": stream(rows[:3]), "eval_strategy": "steps", "eval_steps": 3}
-    trainer = trainer_of(
-        "rrpo", tmp_path, stream(rows), name="LLaVA-1.5", max_steps=3, dataloader_num_workers=workers, **more
-    )
+    more |= {"max_steps": 3, "dataloader_num_workers": workers}
+    trainer = trainer_of("rrpo", tmp_path, stream(rows), name="LLaVA-1.5", **more)
     names = names_of(trainer)
     assert names[0] == ["row 0 (id 'i0')", "row 1 (id 'i1')"] and trainer.state.global_step == 3
     assert len(losses_of(trainer, "eval_loss")) == 1
@@ -59,19 +57,6 @@ def test_a_dataset_from_a_file(images, tmp_path):
         trainer.train()
         losses.append(losses_of(trainer))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_decoded_images(images, tmp_path):
-    """A `datasets.Image` column: PIL images instead of paths, with the same result."""
-    rows = image_rows(images)
-    by_path = trainer_of("dpo", tmp_path, rows, name="LLaVA-1.5")
-    data = Dataset.from_list(rows).cast_column("images", Sequence(ImageFeature()))
-    assert isinstance(data[0]["images"][0], Image.Image)
-    decoded = trainer_of("dpo", tmp_path, data, name="LLaVA-1.5")
-    for trainer in (by_path, decoded):
-        shake(trainer.model)
-        trainer.train()
-    assert losses_of(by_path) == losses_of(decoded)
 
 
 def test_predict_takes_what_evaluate_takes(media, tmp_path):
@@ -98,13 +83,8 @@ def test_rows_of_an_earlier_trainer_are_checked_anew(tmp_path):
     """Whatever is derived from them, and by what this trainer is set to; its own are not looked at twice."""
     first = trainer_of("dpo", tmp_path, text_rows(3))
     rows = first.train_dataset
-    derived = [
-        rows,
-        rows.select([0, 1]),
-        concatenate_datasets([rows, rows]),
-        rows.map(lambda example: {"chosen": example["chosen"]}),
-    ]
-    for data in derived:
+    mapped = rows.map(lambda example: {"chosen": example["chosen"]})
+    for data in (rows, rows.select([0, 1]), concatenate_datasets([rows, rows]), mapped):
         with pytest.raises(RowError, match="more than max_length=5"):
             trainer_of("dpo", tmp_path, data, max_length=5)
     with pytest.raises(RowError, match=r"row 0 \(id 't0'\): "):

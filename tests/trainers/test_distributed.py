@@ -3,6 +3,7 @@
 DDP runs in `make test`; ZeRO-2, ZeRO-3 and FSDP2 in `make test-slow`. All on two CPU processes, over gloo.
 """
 
+import functools
 import json
 import os
 import re
@@ -18,25 +19,16 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from adapter_kit import recipe_of
 from helpers import KITS
 
-from trl_vpo.testbed.rows import write_jsonl, write_preferences
 from trl_vpo.trainers.compat import record_error
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-WRAPPERS = {
-    "ddp": "DistributedDataParallel",
-    "zero2": "DeepSpeedEngine",
-    "zero3": "DeepSpeedEngine",
-    "fsdp2": "FSDPPeftModel",
-}
-ENV = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_HOME": "/nonexistent",
-    "PATH": "/usr/bin:/bin",
-    "HF_HUB_OFFLINE": "1",
-}
+WRAPPERS = dict.fromkeys(("zero2", "zero3"), "DeepSpeedEngine")
+WRAPPERS |= {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_HOME": "/nonexistent", "PATH": "/usr/bin:/bin"}
 
 
 def torchrun(*args, timeout=550):
@@ -50,17 +42,10 @@ def torchrun(*args, timeout=550):
     return done, time.time()
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """The results of one process by case, with as many rows a step."""
-    kept = {}
-
-    def run(case):
-        if case not in kept:
-            kept[case] = distributed_run.run_case(**distributed_run.CASES[case])
-        return kept[case]
-
-    return run
+@functools.cache
+def alone(case):
+    """The results of one process, with as many rows a step."""
+    return distributed_run.run_case(**distributed_run.CASES[case])
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +76,9 @@ def assert_close(got, want):
     assert (flat[0] - flat[1]).norm() <= 1e-5 * flat[1].norm()
 
 
-# --- the same step ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", distributed_run.CASES)
-def test_two_processes_do_the_step_of_one(case, alone, ddp):
+def test_two_processes_do_the_step_of_one(case, ddp):
     """The metrics and gradients of two ranks that accumulate two micro-batches, under DDP, are those of one process
     that accumulates four. The cases mix text and images so that a rank has only one kind, and clips of unlike length
     so that a rank needs two model calls."""
@@ -112,7 +94,7 @@ def test_two_processes_do_the_step_of_one(case, alone, ddp):
 @pytest.mark.distributed
 @pytest.mark.timeout(1300)
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
-def test_sharded_engines_do_the_step_of_one(engine, alone, tmp_path):
+def test_sharded_engines_do_the_step_of_one(engine, tmp_path):
     done, _ = torchrun(engine, str(tmp_path / "out.pt"), timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     for case, got in torch.load(tmp_path / "out.pt").items():
@@ -121,15 +103,12 @@ def test_sharded_engines_do_the_step_of_one(engine, alone, tmp_path):
     assert all(f"rank {rank} of 2: {engine}, {case}\n" in done.stdout for rank in (0, 1))
 
 
-def test_the_cases_can_tell(alone):
+def test_the_cases_can_tell():
     """The comparison would notice: the cases differ from each other, and the vision tower has gradients of its own."""
     with pytest.raises(AssertionError):
         assert_same_step(alone("dpo-shared"), alone("seven rows"))
     grads = alone("vision trained")["grads"]
     assert torch.cat([grads[name].flatten() for name in grads if "visual" in name]).norm() > 1e-2
-
-
-# --- failing ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
@@ -164,9 +143,6 @@ def test_the_launcher_never_reads_half_an_error(tmp_path, monkeypatch):
     assert os.environ["TORCHELASTIC_ERROR_FILE"] == str(path) and list(tmp_path.iterdir()) == [path]
 
 
-# --- recipes/accelerate -------------------------------------------------------------------------------------------
-
-
 def test_there_is_a_config_for_everything_that_is_promised():
     names = {path.stem for path in CONFIGS}
     assert names == {"single_gpu", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "multi_node", "cpu2"}
@@ -193,17 +169,8 @@ def test_accelerate_takes_the_config(path):
 @pytest.mark.distributed
 def test_trl_vpo_train_in_two_processes(tmp_path):
     """`--accelerate_config cpu2` really runs two, and what they print and save comes from one of them."""
-    _, rows = write_preferences("clip", 8, 3, tmp_path / "clips")
-    write_jsonl(rows, tmp_path / "train.jsonl")
-    options = {
-        "model_name_or_path": "trl_vpo/testbed/base", "dataset_name": str(tmp_path / "train.jsonl"),
-        "output_dir": str(tmp_path / "out"), "num_frames": 8, "use_peft": True, "lora_r": 4,
-        "lora_target_modules": r".*language_model.*\.(q_proj|v_proj)", "max_steps": 2, "logging_steps": 1,
-        "per_device_train_batch_size": 2, "save_strategy": "no", "report_to": "none", "bf16": False,
-        "gradient_checkpointing": False, "use_cpu": True,
-    }  # fmt: skip
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
-    command = [sys.executable, "-m", "trl_vpo", "train", "leanpo", "--config", str(tmp_path / "recipe.yaml")]
+    recipe, method = recipe_of(tmp_path / "out", method="leanpo", per_device_train_batch_size=1)
+    command = [sys.executable, "-m", "trl_vpo", "train", method, "--config", str(recipe)]
     command += ["--accelerate_config", "cpu2"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,24 +1,12 @@
 """`VisualDPOTrainer` against `trl.DPOTrainer` on the same rows: same loss, gradients, metrics and weights."""
 
-import copy
-
 import pytest
 import torch
 import trl
 from datasets import Dataset
+from step_kit import assert_same_gradients, gradients
 from tokenizers.processors import TemplateProcessing
-from trainer_kit import (
-    QUIET,
-    assert_same_gradients,
-    fresh,
-    gradients,
-    image_rows,
-    lora,
-    shake,
-    text_rows,
-    trainable,
-    trainer_of,
-)
+from trainer_kit import METHODS, QUIET, fresh, image_rows, lora, shake, text_rows, trainable
 
 NOT_COMPARED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 OURS = {"loss/preference", "displacement/chosen", "displacement/rejected"}
@@ -66,16 +54,7 @@ def case(kind, images):
     return "text", processor, shape(text_rows())
 
 
-KINDS = [
-    "Qwen2-VL",
-    "LLaVA-1.5",
-    "one image",
-    "messages",
-    "messages, BOS",
-    "strings",
-    "strings, BOS",
-    "implicit prompt",
-]
+KINDS = ["Qwen2-VL", "LLaVA-1.5", "one image", "messages", "messages, BOS", "strings", "strings, BOS", "implicit"]
 
 
 def pair(kind, images, tmp_path, full=False, layout="auto", **more):
@@ -83,27 +62,14 @@ def pair(kind, images, tmp_path, full=False, layout="auto", **more):
     name, processor, rows = case(kind, images)
     data = Dataset.from_list(rows)
     init = {"train_dataset": data, "eval_dataset": data.select(range(2)), "processing_class": processor}
-    if full:
-        refs = [copy.deepcopy(fresh(name)[0]) for _ in range(2)]
-        init |= {"ref_model": refs[0]}
-    else:
-        init |= {"peft_config": lora(text=name == "text")}
-    ours = trainer_of(
-        "dpo",
-        tmp_path / "ours",
-        data,
-        name=name,
-        processor=processor,
-        model=fresh(name)[0],
-        peft=None,
-        layout=layout,
-        **{k: v for k, v in init.items() if k in ("eval_dataset", "ref_model", "peft_config")},
-        **more,
-    )
-    if full:
-        init["ref_model"] = refs[1]
+
+    def kind_of_reference():
+        return {"ref_model": fresh(name)[0]} if full else {"peft_config": lora(text=name == "text")}
+
+    args = METHODS["dpo"][0](str(tmp_path / "ours"), layout=layout, **QUIET | more)
+    ours = METHODS["dpo"][1](fresh(name)[0], args=args, **init, **kind_of_reference())
     args = trl.DPOConfig(str(tmp_path / "theirs"), **{**QUIET, "max_length": None, **more})
-    theirs = trl.DPOTrainer(fresh(name)[0], args=args, **init)
+    theirs = trl.DPOTrainer(fresh(name)[0], args=args, **init, **kind_of_reference())
     for trainer in (ours, theirs):
         shake(trainer.model, scale=0.02 if full else 0.05)
     return ours, theirs

@@ -6,19 +6,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, VeraConfig, get_peft_model
-from trainer_kit import (
-    Gradients,
-    collated,
-    fresh,
-    image_rows,
-    lora,
-    losses_of,
-    shake,
-    snapshot,
-    text_rows,
-    trainable,
-    trainer_of,
-)
+from step_kit import Gradients, losses_of, snapshot
+from trainer_kit import collated, fresh, image_rows, lora, shake, text_rows, trainable, trainer_of
 
 from trl_vpo.training.run import freeze_vision
 
@@ -69,7 +58,15 @@ def test_the_reference_of_a_given_adapter_is_that_adapter(kind, tmp_path):
     assert torch.equal(after, reference) and (moved - policy).abs().max() > 1e-3
 
 
-# --- frozen by the user -------------------------------------------------------------------------------------------
+def assert_only_these_train(trainer, names, start, watch, evaluates):
+    """Three steps, perhaps with an evaluation before them, and one behind them."""
+    if evaluates:
+        trainer.evaluate()
+    trainer.train()
+    trainer.evaluate()
+    assert set(trainable(trainer.model)) == names and [set(grads) for grads in watch.steps] == [names] * 3
+    end = snapshot(trainer.model, "lora_")
+    assert {name for name in start if not torch.equal(end[name], start[name])} == names
 
 
 @pytest.mark.parametrize("before", ["nothing", "evaluate", "precompute"])
@@ -81,13 +78,7 @@ def test_one_half_of_an_adapter_that_is_frozen(before, tmp_path):
     start, names = snapshot(init["model"], "lora_"), set(trainable(init["model"]))
     more = {"eval_dataset": Dataset.from_list(text_rows(2)), "precompute_ref_log_probs": before == "precompute"}
     trainer = trainer_of("dpo", tmp_path, max_steps=3, callbacks=[watch := Gradients()], **init, **more)
-    if before == "evaluate":
-        trainer.evaluate()
-    trainer.train()
-    trainer.evaluate()
-    assert set(trainable(trainer.model)) == names and [set(grads) for grads in watch.steps] == [names] * 3
-    end = snapshot(trainer.model, ".default.")
-    assert {name for name in start if not torch.equal(end[name], start[name])} == names
+    assert_only_these_train(trainer, names, start, watch, evaluates=before == "evaluate")
 
 
 EVERYWHERE = r".*\.(q|k|v|o|gate|up|down|out)_proj|.*\.(qkv|fc1|fc2|proj)"
@@ -104,10 +95,4 @@ def test_a_vision_tower_that_is_frozen(evaluated, images, tmp_path):
     shake(trainer.model)
     start, names = snapshot(trainer.model, "lora_"), set(trainable(trainer.model))
     assert names < everything and all("visual" in name for name in everything - names)
-    if evaluated:
-        trainer.evaluate()
-    trainer.train()
-    trainer.evaluate()
-    assert set(trainable(trainer.model)) == names and [set(grads) for grads in watch.steps] == [names] * 3
-    end = snapshot(trainer.model, "lora_")
-    assert {name for name in start if not torch.equal(end[name], start[name])} == names
+    assert_only_these_train(trainer, names, start, watch, evaluates=evaluated)

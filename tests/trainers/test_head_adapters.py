@@ -4,30 +4,20 @@ Log-probs are made of hidden states and the head's weight; the module itself is 
 comparison calls the model, one sequence at a time, for all of its logits.
 """
 
-import contextlib
 import dataclasses
 
 import pytest
 import torch
 import transformers as T
 from families import text_model
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from trainer_kit import (
-    METHODS,
-    assert_same_gradients,
-    collated,
-    fresh,
-    gradients,
-    image_rows,
-    lora,
-    of_tokens,
-    shake,
-    slow_kl,
-    slow_scores,
-    text_rows,
-    trainer_of,
-)
+from peft import get_peft_model, inject_adapter_in_model
+from slow_kit import of_tokens, slow_kl, slow_scores
+from step_kit import assert_same_gradients, gradients
+from trainer_kit import METHODS, collated, fresh, image_rows, lora, shake, text_rows, trainer_of
 from transformers import BitsAndBytesConfig
+from trl.trainer.utils import use_adapter
+
+from trl_vpo.trainers.compat import keep_frozen
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 HEAD = {"modules_to_save": ["lm_head"]}
@@ -65,19 +55,6 @@ def slow(trainer, like, reference=None):
     return dataclasses.replace(like, logps=spread(of_tokens(branches)), kl=kl), branches
 
 
-@contextlib.contextmanager
-def as_reference(model, given):
-    """The adapter off, or the frozen copy of a given one."""
-    if not given:
-        with model.disable_adapter():
-            yield
-        return
-    model.set_adapter("ref")
-    yield
-    model.set_adapter("default")
-    model.set_requires_grad("ref", False)
-
-
 def compare(trainer, given=False):
     """Scores of policy and reference, loss and gradients, with what full logits give."""
     batch = collated(trainer)
@@ -85,7 +62,8 @@ def compare(trainer, given=False):
     scores = trainer.concatenated_forward(trainer.model, batch, reference if trainer.needs_kl else None)
     slow_reference = branches = None
     if reference is not None:
-        with torch.no_grad(), as_reference(trainer.model, given):
+        # The adapter off, or the frozen copy of a given one.
+        with torch.no_grad(), keep_frozen(trainer.model), use_adapter(trainer.model, "ref" if given else None):
             slow_reference, branches = slow(trainer, reference)
         torch.testing.assert_close(reference.logps, slow_reference.logps, **CLOSE)
         assert (scores.logps - reference.logps).abs().max() > 0.05  # else comparing them would say little
@@ -115,9 +93,6 @@ def adapted_trainer(method, folder, peft_config, kind="untied", given=False, lay
     return trainer
 
 
-# --- taking part --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("layout", ["separate", "shared"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trained_copy_of_the_head(method, layout, images, tmp_path):
@@ -141,6 +116,7 @@ KINDS = {  # what is adapted, in which model
         {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
     ),
     "low-rank embeddings": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "all linear layers but the head": ("untied", {"target_modules": "all-linear"}),
     "single tokens": ("untied", {"trainable_token_indices": [40, 60, 300]}),
     "single tokens of a tied model": ("tied", {"trainable_token_indices": [40, 60, 300]}),
 }
@@ -155,8 +131,6 @@ def test_what_else_is_trained_near_the_head(kind, given, tmp_path):
     trainer = adapted_trainer("rrpo", tmp_path, lora(text=True, **options), model, given, layout)
     compare(trainer, given)
 
-
-# --- refused ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "LoRA": {"target_modules": ["q_proj", "lm_head"]},
@@ -189,11 +163,6 @@ def test_low_rank_embeddings_tied_to_the_head(tmp_path):
             adapted_trainer("dpo", tmp_path, lora(text=True, **options), "tied", given)
 
 
-def test_all_linear_leaves_the_head_out(tmp_path):
-    trainer = adapted_trainer("dpo", tmp_path, LoraConfig(r=2, target_modules="all-linear"))
-    compare(trainer)
-
-
 def test_a_quantized_head(tmp_path):
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
@@ -204,8 +173,6 @@ def test_a_quantized_head(tmp_path):
     with pytest.raises(ValueError, match="llm_int8_skip_modules"):
         trainer_of("dpo", tmp_path, model=model, processor=fresh()[1], peft=None, peft_config=lora(text=True))
 
-
-# --- adapters that change what is below them ----------------------------------------------------------------------
 
 CHANGING = {"bias": {"bias": "all"}, "biases": {"bias": "lora_only"}, "pissa": {"init_lora_weights": "pissa"}}
 

@@ -2,20 +2,10 @@
 
 import pytest
 import torch
+from slow_kit import of_tokens, slow_kl, slow_scores
+from step_kit import assert_same_gradients, gradients
 from torch.nn.functional import logsigmoid
-from trainer_kit import (
-    METHODS,
-    assert_same_gradients,
-    collated,
-    gradients,
-    image_rows,
-    of_tokens,
-    shake,
-    slow_kl,
-    slow_scores,
-    text_rows,
-    trainer_of,
-)
+from trainer_kit import METHODS, collated, image_rows, shake, text_rows, trainer_of
 
 
 def by_hand(trainer):
@@ -28,6 +18,15 @@ def by_hand(trainer):
     for tree in (trainer.data_collator.encode(example) for example in trainer.train_dataset):
         masks = [torch.tensor(branch.phrases or [0] * len(branch.ids)).bool() for branch in tree.branches]
         rows.append([(*next(parts), mask) for mask in masks])
+    return rows
+
+
+def assert_same_loss(trainer, batch, formula):
+    """Value and gradients are those of a formula over the rows by hand, which are returned."""
+    got, rows = trainer.compute_loss(trainer.model, batch), by_hand(trainer)
+    want = formula(rows, trainer.args)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
     return rows
 
 
@@ -108,10 +107,7 @@ def test_loss_and_gradients_by_hand(case, name, layout, images, tmp_path):
     batch = collated(trainer)
     if method == "rrpo":  # phrases are a part of the response, on some side
         assert (batch["phrase_mask"] != batch["branch_mask"]).any() and batch["phrase_mask"].any()
-    got = trainer.compute_loss(trainer.model, batch)
-    want = formula(by_hand(trainer), trainer.args)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-    assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
+    assert_same_loss(trainer, batch, formula)
 
 
 @LAYOUTS
@@ -122,11 +118,7 @@ def test_lpoi_by_hand_with_lists_of_different_lengths(name, layout, images, tmp_
     shake(trainer.model)
     batch = collated(trainer)
     assert (batch["image_branches"] >= 0).sum(-1).tolist() == [2, 3, 4]
-    got = trainer.compute_loss(trainer.model, batch)
-    rows = by_hand(trainer)
-    want = lpoi(rows, trainer.args)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-    assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
+    rows = assert_same_loss(trainer, batch, lpoi)
     # Its rewards per image, averaged over the rows that have that many images.
     logs = trainer._averages("train")
     for k in range(4):

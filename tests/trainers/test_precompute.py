@@ -12,21 +12,9 @@ from datasets import Dataset
 from helpers import row, write_clip
 from peft import get_peft_model
 from precompute_kit import AHEAD, ahead, lines, on_the_fly
+from step_kit import assert_same_gradients, gradients, history, losses_of
 from torch.utils.data import default_collate
-from trainer_kit import (
-    PAIRS,
-    assert_same_gradients,
-    collated,
-    config,
-    fresh,
-    gradients,
-    history,
-    image_rows,
-    lora,
-    losses_of,
-    shake,
-    text_rows,
-)
+from trainer_kit import PAIRS, collated, config, fresh, image_rows, lora, shake, text_rows
 
 from trl_vpo.forward.scoring import ReferenceSums
 
@@ -37,9 +25,6 @@ def assert_same_history(got, want):
     assert len(history(got)) == len(history(want)) > 0
     for a, b in zip(history(got), history(want)):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-
-
-# --- equality -------------------------------------------------------------------------------------------------------
 
 
 def rows_of(kind, images, folder):
@@ -127,9 +112,6 @@ def test_a_reference_pass_outside_of_a_step_keeps_nothing(method, images, tmp_pa
     assert torch.equal(trainer.compute_loss(trainer.model, second, return_outputs=True)[1].logps, want)
 
 
-# --- full fine-tuning -----------------------------------------------------------------------------------------------
-
-
 def test_full_fine_tuning_holds_one_model(tmp_path):
     model, tokenizer = fresh()
     gc.collect()
@@ -183,9 +165,6 @@ def test_full_fine_tuning_evaluates_new_rows_before_training(tmp_path):
     assert trainer.evaluate()["eval_loss"] != LOG2
 
 
-# --- evaluation -----------------------------------------------------------------------------------------------------
-
-
 def test_sums_stay_with_the_trainer_that_made_them(tmp_path):
     """Its own rows keep theirs; those of an earlier trainer get the sums of the later one's reference."""
     first = ahead("dpo", tmp_path, eval_dataset=Dataset.from_list(text_rows(3)))
@@ -217,9 +196,6 @@ def test_evaluation(images, tmp_path):
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-4, abs=1e-5)
     assert {"eval_a_loss", "eval_b_loss", "later_loss"} <= set(metrics[0])
     assert len(lines(tmp_path / "cache")) == 4 + 3 + 2  # "a" is part of the training set
-
-
-# --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_precomputed(tmp_path):

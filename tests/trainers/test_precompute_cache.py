@@ -21,9 +21,6 @@ def assert_sums_are_the_references(trainer):
     torch.testing.assert_close(batch["ref_sums"], trainer.reference_scores(batch).sums, rtol=1e-5, atol=1e-5)
 
 
-# --- interrupted --------------------------------------------------------------------------------------------------
-
-
 class Killed(Exception):
     pass
 
@@ -60,9 +57,6 @@ def test_a_line_that_is_not_complete(tail, tmp_path, caplog):
     assert [json.loads(line)["row"] for line in new.read_text().splitlines()] == [json.loads(last)["row"]]
     assert "line 8 is not complete" in caplog.text
     torch.testing.assert_close(collated(second)["ref_sums"], collated(first)["ref_sums"])
-
-
-# --- changed ------------------------------------------------------------------------------------------------------
 
 
 def edit(number, **more):

@@ -9,25 +9,9 @@ import torch
 import transformers as T
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from trainer_kit import (
-    METHODS,
-    assert_same_gradients,
-    collated,
-    config,
-    fresh,
-    gradients,
-    image_rows,
-    lora,
-    losses_of,
-    of_tokens,
-    shake,
-    slow_kl,
-    slow_scores,
-    snapshot,
-    text_rows,
-    trainable,
-    trainer_of,
-)
+from slow_kit import of_tokens, slow_kl, slow_scores
+from step_kit import assert_same_gradients, gradients, losses_of, snapshot
+from trainer_kit import METHODS, collated, config, fresh, image_rows, lora, shake, text_rows, trainable, trainer_of
 from transformers import TrainerCallback
 
 LOG2 = pytest.approx(math.log(2), abs=1e-6)
@@ -99,7 +83,9 @@ def test_full_fine_tuning_of_a_model_that_was_never_on_disk(tmp_path):
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 def test_an_explicit_reference_is_used(kind, peft, tmp_path):
     """Also one that is an adapter itself (trained by supervision, say)."""
-    other = adapted(seed=5)[0] if kind == "adapter" else shake_all(fresh()[0])
+    other = adapted(seed=5)[0] if kind == "adapter" else fresh()[0]
+    if kind == "model":
+        shake(other, 9, scale=0.1)
     probe = copy.deepcopy(other)
     trainer = trainer_of("rrpo", tmp_path, peft=peft, ref_model=other)
     batch = collated(trainer)
@@ -111,14 +97,6 @@ def test_an_explicit_reference_is_used(kind, peft, tmp_path):
     trainer.train()
     assert losses_of(trainer)[0] != LOG2
     assert torch.equal(trainer.reference_scores(batch).logps, reference.logps)
-
-
-def shake_all(model, scale=0.1):
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=generator))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +125,6 @@ def test_a_model_by_its_path(name, peft, on_disk, images, tmp_path):
     assert losses_of(trainer)[0] == LOG2
     torch.testing.assert_close(trainer.reference_scores(collated(trainer)).logps, want)
     assert (trainer.ref_model is None) == (peft is not None)
-
-
-# --- LeanPO -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -237,9 +212,6 @@ def test_dropout_is_off(method, images, tmp_path):
     shake(trainer.model)
     trainer.model.train()
     assert torch.equal(logps(trainer), logps(trainer))
-
-
-# --- the pass -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["separate", "auto"])

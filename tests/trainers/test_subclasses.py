@@ -7,18 +7,8 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from trainer_kit import (
-    METHODS,
-    QUIET,
-    collated,
-    fresh,
-    lora,
-    losses_of,
-    shake,
-    text_rows,
-    trainable,
-    trainer_of,
-)  # fmt: skip
+from step_kit import losses_of
+from trainer_kit import METHODS, QUIET, collated, fresh, lora, shake, text_rows, trainable, trainer_of
 
 from trl_vpo.errors import NonFiniteLossError
 from trl_vpo.training import resume
@@ -29,48 +19,36 @@ def penalty(trainer):
     return 3.0 * sum(p.square().sum() for p in trainable(trainer.model).values())
 
 
-def swallows(base):
-    class Mine(base):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            return super().compute_loss(model, inputs, return_outputs)
+def changes(change):
+    """A subclass of a trainer whose loss is `change(trainer, loss, num_items)`; `loss` computes the base's."""
 
-    return Mine
+    def kind(base):
+        class Mine(base):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                loss = partial(super().compute_loss, model, inputs)
+                return change(self, loss, num_items_in_batch)
 
+        return Mine
 
-def adds(base):
-    class Mine(base):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            loss = super().compute_loss(model, inputs)
-            mode, more = "train" if self.model.training else "eval", penalty(self)
-            self._metrics[mode]["mine"].append(more.item() + len(self._metrics[mode]["mine"]))
-            return loss + 10 + more
-
-    return Mine
+    return kind
 
 
-def adds_by_count(base):
-    class Mine(base):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return loss + (penalty(self) if num_items_in_batch is None else penalty(self) / num_items_in_batch.sum())
-
-    return Mine
+@changes
+def adds(trainer, loss, _):
+    mode, more = "train" if trainer.model.training else "eval", penalty(trainer)
+    trainer._metrics[mode]["mine"].append(more.item() + len(trainer._metrics[mode]["mine"]))
+    return loss() + 10 + more
 
 
-def twice(base):
-    class Mine(base):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            return super().compute_loss(model, inputs) + super().compute_loss(model, inputs)
-
-    return Mine
+@changes
+def adds_by_count(trainer, loss, num_items):
+    more = penalty(trainer)
+    return loss(num_items_in_batch=num_items) + (more if num_items is None else more / num_items.sum())
 
 
-def replaces(base):
-    class Mine(base):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            return penalty(self)
-
-    return Mine
+swallows = changes(lambda trainer, loss, _: loss())
+twice = changes(lambda trainer, loss, _: loss() + loss())
+replaces = changes(lambda trainer, *_: penalty(trainer))
 
 
 def doubles_the_step(base):

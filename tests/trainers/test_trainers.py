@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from PIL import Image
-from trainer_kit import METHODS, collated, fresh, image_rows, losses_of, names_of, text_rows, trainable, trainer_of
+from step_kit import losses_of, names_of
+from trainer_kit import collated, fresh, text_rows, trainable, trainer_of
 from transformers import TrainerCallback
 
 from trl_vpo import PreferenceCollator
@@ -74,21 +74,6 @@ def test_evaluation_accumulates_and_reports_what_is_asked(tmp_path):
     trainer = trainer_of("dpo", tmp_path, batch_eval_metrics=True, include_for_metrics=["loss"], **more)
     assert trainer.evaluate()["eval_n"] == 3
     assert [last for *_, last in seen] == [False, True] and all(losses for losses, *_ in seen)
-
-
-# --- around the training ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_trained_model_generates(method, images, tmp_path):
-    rows = image_rows(images, critical_box=[4, 4, 30, 30])
-    trainer = trainer_of(method, tmp_path, rows, name="Qwen2-VL")
-    trainer.train()
-    processor = trainer.processing_class
-    text = processor.apply_chat_template(rows[0]["prompt"], add_generation_prompt=True)
-    inputs = processor(text=[text], images=[[Image.open(images[0])]], return_tensors="pt")
-    out = trainer.model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def test_a_pad_token_of_ones_own(tmp_path):

@@ -1,6 +1,5 @@
 """Training: checkpointing, precision, data loading, resuming, and the end when the loss is not a number."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,30 +7,14 @@ import torch
 from datasets import Dataset
 from helpers import write_image
 from peft import get_peft_model
-from safetensors.torch import load_file
+from step_kit import assert_same_gradients, history, losses_of
 from torch.utils.data import DataLoader
-from trainer_kit import (
-    METHODS,
-    assert_same_gradients,
-    collated,
-    fresh,
-    history,
-    image_rows,
-    lora,
-    losses_of,
-    shake,
-    text_rows,
-    trainable,
-    trainer_of,
-)
+from trainer_kit import METHODS, collated, fresh, image_rows, lora, shake, text_rows, trainable, trainer_of
 from transformers import TrainerCallback
 
 from trl_vpo.errors import NonFiniteLossError
 
 VISUAL = {"critical_box": [4, 4, 40, 30]}
-
-
-# --- memory and precision -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -82,9 +65,6 @@ def test_bf16_autocast(method, images, tmp_path):
         torch.testing.assert_close(got.kl.sum(-1), want.kl.sum(-1), rtol=0.1, atol=1e-2)
 
 
-# --- data loading -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("start", "workers"), [("spawn", 1), ("fork", 2)])
 def test_loader_workers_give_the_same_batches(start, workers, images, tmp_path, monkeypatch):
     """Images are read and masked in worker processes, started either way (a spawned one imports for seconds)."""
@@ -107,9 +87,6 @@ def test_an_error_in_a_worker_names_the_row(tmp_path):
     Path(paths[2]).unlink()
     with pytest.raises(ValueError, match=r"row 2 \(id 'i2'\).*2\.png"):
         trainer.train()
-
-
-# --- resuming -----------------------------------------------------------------------------------------------------
 
 
 class StopAt(TrainerCallback):
@@ -156,23 +133,6 @@ def test_resuming_is_as_if_nothing_had_happened(method, kind, tmp_path):
     batch = collated(straight)
     if method == "rrpo":
         assert torch.equal(resumed.reference_scores(batch).logps, straight.reference_scores(batch).logps)
-
-
-def test_a_checkpoint_has_what_an_adapter_needs(tmp_path):
-    trainer = trainer_of("rrpo", tmp_path, save_strategy="steps", save_steps=2)
-    trainer.train()
-    folder = tmp_path / "checkpoint-2"
-    files = {p.name for p in folder.iterdir()}
-    assert files >= {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json"}
-    assert files >= {"tokenizer.json", "tokenizer_config.json"}
-    saved = load_file(folder / "adapter_model.safetensors")
-    want = {k.replace(".default", ""): p for k, p in trainable(trainer.model).items()}
-    assert set(saved) == set(want) and all(torch.equal(saved[k], p) for k, p in want.items())
-    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert "RRPO" in (Path(tmp_path) / "README.md").read_text()
-
-
-# --- not a number -------------------------------------------------------------------------------------------------
 
 
 class Poison(TrainerCallback):

@@ -49,9 +49,6 @@ def test_trust_remote_code(tmp_path):
     assert type(trainer.model).__name__ == type(trainer.ref_model).__name__ == "OwnModel"
 
 
-# --- adapters -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("name", ["Qwen2.5", "Qwen3-MoE"])
 def test_a_new_adapter(name, checkpointing, hub, tmp_path):
@@ -72,9 +69,6 @@ def test_an_adapter_on_the_experts(hub, tmp_path):
 def test_tags_for_the_hub(peft_config, hub, tmp_path):
     trainer = trainer_on(hub("Qwen2.5"), plain(), tmp_path, peft_config=peft_config)
     assert {"dpo", "trl"} <= set(trainer.model.model_tags)
-
-
-# --- data ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
