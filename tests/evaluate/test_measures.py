@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trl_vpo.evaluate import measures
 from trl_vpo.evaluate.measures import Measure, difference, estimate, evidence
 from trl_vpo.text.chair import ObjectTable
 
@@ -88,29 +87,14 @@ def test_sensitivity():
     )
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "tau"),
-    [
-        ([1, 2, 3, 4], [10, 20, 30, 40], 1),
-        ([1, 2, 3, 4], [4, 3, 2, 1], -1),
-        ([1, 2, 3, 4], [1, 3, 2, 4], 4 / 6),  # 5 pairs agree, 1 does not
-        ([1, 2, 3], [1, 1, 2], 2 / math.sqrt(3 * 2)),  # 2 agree, 1 is tied on the right
-        ([1, 1, 2], [1, 1, 2], 1),
-        ([1, 2, 3], [5, 5, 5], math.nan),
-        ([1], [1], math.nan),
-    ],
-)
-def test_kendall_tau(first, second, tau):
-    assert measures.kendall_tau(first, second) == pytest.approx(tau, nan_ok=True)
-    assert measures.kendall_tau(second, first) == pytest.approx(tau, nan_ok=True)
-
-
 def test_visibility():
     lists = [[-1.0, -2.0, -3.0], [-3.0, -2.0, -1.0], [-1.0, -3.0, -2.0, -4.0], [-1.0, -1.0]]
     values = figures(pairs([0.0] * 4, [0.0] * 4, image_logps=lists))
-    # The fourth list is all ties: no tau, not ordered.
+    # Of the third list 5 pairs agree and 1 does not. The fourth is all ties: no tau, not ordered.
     assert values["visibility/tau"] == pytest.approx(((1 - 1 + 4 / 6) / 3, 3))
     assert values["visibility/ordered"] == (1 / 4, 4)
+    tied = figures(pairs([0.0] * 4, [0.0] * 4, image_logps=[[-1.0, -1.0, -2.0]] * 4))  # 2 pairs agree, 1 is tied
+    assert tied["visibility/tau"][0] == pytest.approx(2 / math.sqrt(3 * 2))
 
 
 def test_answers():

@@ -40,11 +40,7 @@ class Measure:
 
 def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> dict[str, Measure]:
     """Return the measures of N rows, given as name -> (N,) or (N, 2); for the rest see `clustered_bootstrap`."""
-    measures = {}
-    for name, values in rows.items():
-        interval = _named(name, clustered_bootstrap, values, clusters, **bootstrap)
-        measures[name] = Measure(*interval, n=int(_counts(values).sum()))
-    return measures
+    return {name: _measure(name, clustered_bootstrap, [values], clusters, bootstrap) for name, values in rows.items()}
 
 
 def difference(
@@ -53,11 +49,19 @@ def difference(
     """Return how much `second` exceeds `first` in every measure; both are of the same N rows in the same order."""
     if first.keys() != second.keys():
         raise ValueError(f"only one side has {sorted(first.keys() ^ second.keys())}: compare the same measures.")
-    measures = {}
-    for name in first:
-        interval = _named(name, paired_difference, first[name], second[name], clusters, **bootstrap)
-        measures[name] = Measure(*interval, n=int((_counts(first[name]) | _counts(second[name])).sum()))
-    return measures
+    sides = {name: [first[name], second[name]] for name in first}
+    return {name: _measure(name, paired_difference, values, clusters, bootstrap) for name, values in sides.items()}
+
+
+def _measure(name: str, function: Any, sides: list, clusters: Sequence, bootstrap: dict[str, Any]) -> Measure:
+    """Return a figure that rests on the rows with a denominator in any of the sides."""
+    try:
+        interval = function(*sides, clusters, **bootstrap)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    arrays = [np.asarray(values) for values in sides]
+    counted = [array[:, 1] > 0 if array.ndim == 2 else np.ones(len(array), bool) for array in arrays]
+    return Measure(*interval, n=int(np.logical_or.reduce(counted).sum()))
 
 
 # --- evidence -----------------------------------------------------------------------------------------------------
@@ -132,30 +136,20 @@ def preference_evidence(records: Records, base: Records | None) -> Evidence:
 def visibility(logps: Sequence[Sequence[float]]) -> Rows:
     """Agreement of the chosen response's log-prob with the object's visibility, LPOI's ranking.
 
-    Args:
-        logps: for each row lp(chosen | x_1) .. lp(chosen | x_K), the image with the whole object first, the one with
-            none of it last. K is at least 2 and may differ between rows.
-
-    A list whose log-probs are all equal has no tau: it is left out of `visibility/tau` and counts as not ordered.
+    A row is lp(chosen | x_1) .. lp(chosen | x_K), the image with the whole object first. tau is Kendall's tau-b: pairs
+    of images in order minus those in reverse, over the geometric mean of all pairs and of those that do not tie
+    (Kendall, "The treatment of ties in ranking problems", Biometrika 1945). A list whose log-probs are all equal has
+    no tau: it is left out of `visibility/tau` and counts as not ordered.
     """
-    taus = np.array([kendall_tau(-np.arange(len(row)), row) for row in logps], dtype=np.float64)
+    taus = []
+    for row in logps:
+        falls = np.sign(np.subtract.outer(row, row))[np.triu_indices(len(row), k=1)]  # (K * (K - 1) / 2,)
+        untied = (falls != 0).sum()
+        taus.append(falls.sum() / math.sqrt(len(falls) * untied) if untied else math.nan)
     return {
         "visibility/tau": _ratio(np.nan_to_num(taus), ~np.isnan(taus)),
         "visibility/ordered": np.array([(np.diff(row) < 0).all() for row in logps], dtype=np.float64),
     }
-
-
-def kendall_tau(first: Any, second: Any) -> float:
-    """Return Kendall's tau-b of two rankings (K,), nan where all values of one side are equal.
-
-    Concordant minus discordant pairs, over the geometric mean of the numbers of pairs that are not tied in either
-    (Kendall, "The treatment of ties in ranking problems", Biometrika 1945).
-    """
-    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    upper = np.triu_indices(len(first), k=1)
-    signs = [np.sign(values[:, None] - values[None, :])[upper] for values in (first, second)]  # (K * (K - 1) / 2,)
-    untied = math.sqrt((signs[0] != 0).sum() * (signs[1] != 0).sum())
-    return float((signs[0] * signs[1]).sum() / untied) if untied else math.nan
 
 
 def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> Rows:
@@ -164,10 +158,9 @@ def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> R
     `basic` and `hallucinated` are what was answered to the two questions of each pair: "yes", "no" or neither. The
     first is right with yes, the second with no.
 
-    Its total is the plain mean over its five kinds of hallucination, which are of equal size: the same as over all
-    pairs. The bias figures follow their definitions (HallusionBench, arXiv 2310.14566, Eq. 6 and 7). VideoHallucer's
-    `evaluation_bias.py` takes the basic response for the hallucinated question's where that one is wrong, so figures
-    published with it can differ.
+    Its total is the mean over its five kinds of hallucination, which are of equal size: the same as over all pairs.
+    The bias figures follow their definitions (HallusionBench, arXiv 2310.14566, Eq. 6 and 7); VideoHallucer's
+    `evaluation_bias.py` differs where the hallucinated question is answered wrongly.
     """
     basic_yes, basic_no, false_yes, false_no = (
         np.array([answer == word for answer in side]) for side in (basic, hallucinated) for word in ("yes", "no")
@@ -248,33 +241,15 @@ def _joined(pairs: Sequence[Sequence[str]]) -> list[str]:
 
     What is drawn together must hold all that depends on it.
     """
-    above: dict[str, str] = {}
-
-    def top(cluster: str) -> str:
-        while above.setdefault(cluster, cluster) != cluster:
-            above[cluster] = above[above[cluster]]
-            cluster = above[cluster]
-        return cluster
-
+    joined: dict[str, str] = {}
     for first, second in pairs:
-        above[top(second)] = top(first)
-    return [top(first) for first, _ in pairs]
+        name, other = joined.setdefault(first, first), joined.setdefault(second, second)
+        if name != other:
+            joined = {cluster: name if old == other else old for cluster, old in joined.items()}
+    return [joined[first] for first, _ in pairs]
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------
-
-
-def _named(name: str, function: Any, *args: Any, **options: Any) -> Any:
-    try:
-        return function(*args, **options)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _counts(values: Any) -> np.ndarray:
-    """(N,) bool: the rows that a measure rests on."""
-    values = np.asarray(values)
-    return np.ones(len(values), dtype=bool) if values.ndim == 1 else values[:, 1] > 0
 
 
 def _ratio(numerators: Any, denominators: Any) -> np.ndarray:
