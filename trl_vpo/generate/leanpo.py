@@ -95,9 +95,7 @@ class LeanPOGenerateConfig(GenerateConfig):
                 limits = "a finite number" if math.isinf(most) else f"a number from {least} to {most}"
                 raise ValueError(f"{name} is {value}: give {limits}, or leave it out.")
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
-            raise ValueError(
-                f"keep_top is {self.keep_top}: give a share above 0 and up to 1 (0.5 is half of the rows)."
-            )
+            raise ValueError(f"keep_top is {self.keep_top}: give a share above 0 and up to 1.")
 
 
 @dataclass

@@ -99,10 +99,8 @@ class RRPOPipeline(Pipeline):
         if not row.images and not row.videos:
             raise InputError("the row has neither a video nor an image: RRPO needs media that it can perturb.")
         if not row.videos and "mask" not in self.config.perturbation:
-            raise InputError(
-                f"the row has images only, and perturbation is {self.config.perturbation}: images cannot be shuffled, "
-                "use a perturbation with mask."
-            )
+            only = f"the row has images only, and perturbation is {self.config.perturbation}"
+            raise InputError(f"{only}: images cannot be shuffled, use a perturbation with mask.")
 
     def preview(self, row: InputRow, media: Media) -> list[tuple[str, Request]]:
         work = self._work(row, media)
