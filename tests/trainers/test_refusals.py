@@ -85,6 +85,14 @@ def test_values_that_make_no_sense(method, values, message, tmp_path):
         config(method, tmp_path, **values)
 
 
+def test_one_process_takes_one_of_several_gpus(tmp_path):
+    args = config("dpo", tmp_path, per_device_train_batch_size=2)
+    args._n_gpu = 4  # as transformers finds them
+    assert args.n_gpu == 1 and args.train_batch_size == 2
+    args._n_gpu = 0
+    assert args.n_gpu == 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_another_methods_config(method, tmp_path):
     other = "rrpo" if method != "rrpo" else "dpo"

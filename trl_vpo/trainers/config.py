@@ -130,6 +130,11 @@ class VisualPreferenceConfig(DPOConfig):
             self.check_media = "decode"  # rows can only be left out up front if every file was read
         self.num_frames = self.video_options().num_frames  # also says what is wrong, before anything is loaded
 
+    @property
+    def n_gpu(self) -> int:
+        """Of this process: one, also where more are visible. `nn.DataParallel` would tear a tree batch apart."""
+        return min(super().n_gpu, 1)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"hub_token": None, "model_init_kwargs": _tokenless(self.model_init_kwargs)}
 
