@@ -51,6 +51,11 @@ def test_from_the_dataset_to_a_merged_model(dataset, tmp_path, monkeypatch, caps
     assert cli.main(one("merge")) == 0
     results = json.loads((tmp_path / "outputs/evaluation/results.json").read_text(encoding="utf-8"))
     assert "preference/accuracy" in json.dumps(results)
+    for block in blocks("python", "runs: load"):  # of docs/models.md
+        scope = {}
+        text = block.text.replace("Qwen/Qwen2.5-VL-7B-Instruct", str(BASE))
+        exec(text.replace("outputs/rrpo", "outputs/leanpo-qwen2_5_vl_7b"), scope)
+        assert scope["model"].peft_config["default"].r == 64
     assert (tmp_path / "curves.html").is_file() and (tmp_path / "merged/leanpo/model.safetensors").is_file()
 
 
