@@ -1,14 +1,12 @@
 """The memory of a training step, estimated without data: the model's own code runs on weights without memory.
 
 What autograd keeps between the passes depends on a model's code, on its adapters and on autocast. So vision tower and
-language model run layer by layer on fake tensors (`torch._subclasses`), which takes seconds on a CPU whatever the size
-of the model, and the bytes of the tensors that are alive at the same time are counted.
+language model run layer by layer on fake tensors (`torch._subclasses`), in seconds on a CPU whatever the model's size,
+and the bytes of the tensors that are alive at the same time are counted.
 
-A GPU's kernels do not run. One difference is followed: TRL's Triton kernels work in place. SDPA's fused kernels keep
-the same on both: queries, keys, values, output, one logsumexp per row, and a mask as numbers of their dtype. Not
-followed: dropout (a byte per number on a GPU, a number on a CPU), SDPA's math kernel, which torch takes where no fused
-one fits (it keeps all attention weights), eager attention, flash-attention 2's unpadding, torch.compile, workspaces of
-cuBLAS.
+A GPU's kernels do not run. That TRL's Triton kernels work in place is followed; SDPA's fused kernels keep the same on
+both. Not followed: dropout (a byte per number on a GPU, a number on a CPU), SDPA's math kernel (it keeps all attention
+weights, where no fused one fits), eager attention, flash-attention 2's unpadding, torch.compile, cuBLAS' workspaces.
 """
 
 import contextlib

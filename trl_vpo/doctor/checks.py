@@ -76,7 +76,16 @@ def examine(
     if longest is not None and loaded.model is not None:
         _estimate(loaded, longest, report)
         if measures and not report.stops:
-            _measure(loaded, longest, report)
+            try:
+                measured = measure(loaded, longest.rows)
+            except torch.OutOfMemoryError as error:
+                report.add("measured memory", STOP, str(error).splitlines()[0])
+                return report
+            if report.memory is not None:
+                report.memory.measured = measured
+            tensors, reserved = measured.allocated / GIB, measured.reserved / GIB
+            text = f"two steps took {tensors:.2f} GiB in tensors, {reserved:.2f} GiB in all"
+            report.add("measured memory", OK, text)
     return report
 
 
@@ -168,15 +177,3 @@ def _estimate(recipe: LoadedRecipe, longest: LongestRows, report: Report) -> Non
         report.add("memory", WARN, f"not estimated: {type(error).__name__}: {str(error).splitlines()[0]}")
         return
     report.add("memory", WARN if report.memory.fits is False else OK, str(report.memory))
-
-
-def _measure(recipe: LoadedRecipe, longest: LongestRows, report: Report) -> None:
-    try:
-        measured = measure(recipe, longest.rows)
-    except torch.OutOfMemoryError as error:
-        report.add("measured memory", STOP, str(error).splitlines()[0])
-        return
-    if report.memory is not None:
-        report.memory.measured = measured
-    text = f"two steps took {measured.allocated / GIB:.2f} GiB in tensors, {measured.reserved / GIB:.2f} GiB in all"
-    report.add("measured memory", OK, text)

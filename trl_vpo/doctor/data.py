@@ -37,8 +37,16 @@ class LongestRows(NamedTuple):
 def check_data(recipe: LoadedRecipe, count: int | None, report: Report) -> LongestRows | None:
     """Check all rows, tokenize `count` of them (None: all); None if nothing could be, as without a processor."""
     datasets = _load_data(recipe, report)
-    for name, dataset in datasets.items():
-        _check_rows(recipe, dataset, name, report)
+    trainer_class, args = recipe.trainer_class, recipe.args
+    needs = {"phrases": trainer_class.needs_phrases, "image_list": trainer_class.needs_image_list}
+    check = partial(check_row, args=args, processing_class=recipe.processor, **needs)
+    for name, dataset in datasets.items():  # every row against the contract, every medium as `check_media` says
+        problems = check_rows(dataset, check, desc=f"Checking {name} rows")
+        report.add_problems(name, problems)
+        skipped = [p for p in problems if p.media] if args.on_bad_media == "skip" else []
+        status = OK if not problems else WARN if len(skipped) == len(problems) < len(dataset) else STOP
+        text = f"{len(dataset)} rows, {len(problems)} with problems (media: {args.check_media})"
+        report.add(f"{name} rows", status, text + (f", {len(skipped)} would be skipped" if skipped else ""))
     if recipe.processor is not None and "train" in datasets:
         return _tokenize(recipe, datasets["train"], count, report)
     return None
@@ -62,23 +70,6 @@ def _load_data(recipe: LoadedRecipe, report: Report) -> dict[str, Dataset]:
         elif dataset is not None:
             loaded[name] = dataset.add_column(ROW_INDEX, list(range(len(dataset))))
     return loaded
-
-
-def _check_rows(recipe: LoadedRecipe, dataset: Dataset, name: str, report: Report) -> None:
-    """Check every row against the contract, and every media file as closely as the recipe's `check_media` says."""
-    check = partial(
-        check_row,
-        args=recipe.args,
-        processing_class=recipe.processor,
-        phrases=recipe.trainer_class.needs_phrases,
-        image_list=recipe.trainer_class.needs_image_list,
-    )
-    problems = check_rows(dataset, check, desc=f"Checking {name} rows")
-    report.add_problems(name, problems)
-    skipped = [p for p in problems if p.media] if recipe.args.on_bad_media == "skip" else []
-    status = OK if not problems else WARN if len(skipped) == len(problems) < len(dataset) else STOP
-    text = f"{len(dataset)} rows, {len(problems)} with problems (media: {recipe.args.check_media})"
-    report.add(f"{name} rows", status, text + (f", {len(skipped)} would be skipped" if skipped else ""))
 
 
 def _tokenize(recipe: LoadedRecipe, dataset: Dataset, count: int | None, report: Report) -> LongestRows | None:

@@ -80,9 +80,9 @@ def measure(recipe: LoadedRecipe, rows: Dataset, meter: Meter = CudaPeak) -> Mea
         torch.OutOfMemoryError: the GPU is too small.
     """
     args = copy.copy(recipe.args)
-    args.max_steps, args.save_strategy, args.eval_strategy = STEPS, SaveStrategy.NO, IntervalStrategy.NO
-    args.report_to, args.push_to_hub, args.load_best_model_at_end, args.disable_tqdm = [], False, False, True
-    args.logging_strategy = IntervalStrategy.NO
+    args.max_steps, args.save_strategy, args.load_best_model_at_end = STEPS, SaveStrategy.NO, False
+    args.report_to, args.push_to_hub, args.disable_tqdm = [], False, True
+    args.eval_strategy = args.logging_strategy = IntervalStrategy.NO
     indices = list(range(len(rows))) * args.gradient_accumulation_steps
     with tempfile.TemporaryDirectory() as args.output_dir, as_user_errors():
         trainer = build_trainer(recipe.method, recipe.script_args, args, recipe.model_args, rows.select(indices))

@@ -196,10 +196,9 @@ def fixed(plan: Plan) -> dict[str, float]:
 
 
 def optimizer_bytes(name: str, trained: int, dtype: torch.dtype) -> float:
-    """Return the bytes of an optimizer's states: two for every weight as it is stored, for Adam's kin.
+    """Return the bytes of an optimizer's states, those of paged ones included.
 
-    8-bit optimizers take a byte, and 4 bytes for 256 of them; bitsandbytes' others float32. Paged ones may lie in CPU
-    memory for a time; they are counted.
+    8-bit optimizers take a byte, and 4 bytes for 256 of them; bitsandbytes' others float32; the rest as weights are.
     """
     states = next((n for key, n in OPTIMIZER_STATES.items() if key in name), 2)
     if "8bit" in name:
@@ -210,8 +209,8 @@ def optimizer_bytes(name: str, trained: int, dtype: torch.dtype) -> float:
 def _communication(plan: Plan, trained: float) -> float:
     """Return the bytes of buffers between processes.
 
-    DDP: its buckets are a second copy of the gradients. DeepSpeed: one bucket, and in stage 3 the weights that it
-    keeps gathered. FSDP: the LM head, and two layers with their gradients.
+    DDP: buckets, a second copy of the gradients. DeepSpeed: one bucket; in stage 3 the weights that it keeps gathered.
+    FSDP: the LM head, and two layers with their gradients.
     """
     sharding, sizes, number = plan.sharding, plan.sizes, plan.computed.itemsize
     if sharding.kind == "ddp":

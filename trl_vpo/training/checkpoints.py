@@ -137,12 +137,9 @@ def explain_failed_load(folder: Path) -> Iterator[None]:
 
 
 def newest_complete(output_dir: str | Path) -> Path | None:
-    """Return the newest checkpoint that training can continue from; None where none was ever finished.
+    """Return the newest checkpoint that training can continue from, and print why newer ones are not complete.
 
-    Newer ones that are not complete are printed, and why.
-
-    Raises:
-        CheckpointError: checkpoints were finished, but none is complete any more.
+    None where none was ever finished. Raises CheckpointError where some were, but none is complete any more.
     """
     broken: dict[Path, str] = {}
     folders = _in_order(output_dir)

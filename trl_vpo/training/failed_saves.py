@@ -23,9 +23,8 @@ DISK_WORDS = ("PytorchStreamWriter", "inline_container", "os error")  # torch an
 def explain_failed_save(trainer: Any, target: Path) -> Iterator[None]:
     """Turn a failed write below `target`, a checkpoint or the folder of the result, into `SaveError`.
 
-    Half of a new checkpoint is deleted. A folder that was there before stays, as do an earlier run's files in it. It
-    loses its marker before it is written over: no marker may stand beside files of which it knows only the size. An
-    adapter that cannot be saved as the result is kept among the temporary files.
+    Half of a new checkpoint is deleted. A folder that was there before stays, but loses its marker before it is
+    written over. An adapter that cannot be saved as the result is kept among the temporary files.
     """
     writes, is_checkpoint = trainer.args.should_save, target != Path(trainer.args.output_dir)
     is_new = writes and not target.exists()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from trl_vpo.errors import UserError
-
-Result = TypeVar("Result")
 
 
 def print_main(message: str) -> None:
@@ -19,7 +17,7 @@ def print_main(message: str) -> None:
         print(f"trl-vpo: {message}", flush=True)
 
 
-def on_main_process(function: Callable[..., Result], *args) -> Result:
+def on_main_process(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function on the main process; return its result, or raise its `UserError`, on all ranks.
 
     All ranks call this.

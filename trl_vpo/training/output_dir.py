@@ -25,8 +25,8 @@ MOST_RESERVED = 1 << 26  # bytes
 def hold_output_dir(output_dir: str) -> Iterator[None]:
     """Keep other trainings out of a folder. All ranks call this, before they load anything.
 
-    The lock (of the main process, for all) ends with its process, however that ends. It is one of POSIX: those go
-    over NFS, and no child process inherits them. A file system without locks is reported, and used all the same.
+    The main process' lock ends with it, however it ends. It is one of POSIX: those go over NFS, and no child process
+    inherits them. A file system without locks is reported, and used all the same.
 
     Raises:
         OutputDirError: the folder cannot be written, or another training writes to it.
@@ -66,13 +66,9 @@ def _lock(folder: Path, locks: list[int]) -> None:
 
 
 def check_space(output_dir: str, size: int) -> None:
-    """Check that the trained weights, of `size` bytes, would fit where they are to be saved.
+    """Raise OutputDirError if the trained weights, of `size` bytes, would not fit where they are to be saved.
 
-    Quotas show only when space is asked for: it is given back, and no more than seconds of it are asked for where that
-    means writing.
-
-    Raises:
-        OutputDirError: it would not fit, by the free space or by a quota.
+    Quotas show only when space is asked for. It is given back; where asking means writing, it takes seconds at most.
     """
     folder = Path(output_dir)
     try:

@@ -133,11 +133,7 @@ def _explain(trainer: Any) -> Iterator[None]:
 
 
 def _check_same_run(checkpoint: Path, marker: dict, run: dict, digests: Any, args: Any) -> Rows:
-    """Return the rows of the rest of the run; print what may differ and does.
-
-    Raises:
-        CheckpointError: something differs that may not.
-    """
+    """Return the rows of the rest of the run; print what may differ and does, raise if something may not."""
     known = digests is not None and (checkpoint / FILE).is_file()
     refused, changed = compare_runs(marker["run"], run, same_rows=known)
     rows = Rows(digests)
