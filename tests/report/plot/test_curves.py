@@ -111,6 +111,23 @@ def test_smoothed_curves_show_what_was_logged_and_say_so():
     assert figure._supxlabel.get_text().startswith("Faint: as logged. Thick:")
 
 
+def test_few_points_stay_exact_beside_a_long_run():
+    long = [{"step": step, "loss": step % 7} for step in range(10, 1010, 10)]
+    _, lines, _, _ = drawn(LeanPO=long, DPO=LOG)
+    faint, _, short = lines["Loss"]
+    assert len(faint) == 100 and short == [(5, 0.7), (10, 0.5)]
+
+
+def test_whole_steps_stand_below_every_panel():
+    panels, _, _, figure = drawn(DPO=WITH_REFERENCE, LeanPO=[{**entry, "step": entry["step"] // 5} for entry in LOG])
+    figure.draw_without_rendering()
+    assert len(panels) > 4
+    for axes in panels.values():
+        assert axes.get_xlabel() == "optimizer step" and axes.xaxis.get_tick_params()["labelbottom"]
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert panels["Reward margin"].get_ylabel() == "reward margin"
+
+
 def test_every_run_has_a_look_of_its_own():
     assert len({(look["color"], look["linestyle"]) for look in map(style.look, range(28))}) == 28
     for key in ("color", "linestyle", "marker"):  # told apart by each alone

@@ -36,6 +36,8 @@ def test_first_page(shown):
         "return Promise.all([...document.images].slice(0, 8).map((i) => i.decode().then(() => i.naturalWidth)))"
     )
     assert sizes == [56] * 8
+    tops = shown.run("return [...document.images].slice(0, 8).map((i) => i.getBoundingClientRect().y)")
+    assert shown.run("return innerWidth") == 1280 and len(set(tops)) == 1  # side by side
     alts = shown.run("return [...document.querySelectorAll('.strip img')].map((image) => image.alt)")
     assert alts[1] == "Enlarge row 0, video 1, 2 of 8, 0.25 s" and all(alts)
     assert shown.text(first + ".prompt .text") == "video 1Describe the video."

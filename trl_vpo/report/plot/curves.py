@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from trl_vpo.errors import PlotError
 from trl_vpo.report.plot import style
 from trl_vpo.report.plot.history import (
+    SMOOTHED_FROM,
     History,
     Series,
     default_half_life,
@@ -53,7 +54,7 @@ class Panel:
 
 PANELS = (
     Panel("loss", "Loss", "loss"),
-    Panel("rewards/margins", "Reward margin", "β · nats", 0.0),
+    Panel("rewards/margins", "Reward margin", "reward margin", 0.0),
     Panel("rewards/accuracies", "Preference accuracy", "share of pairs", 0.5),
     Panel("displacement/chosen", "Δ log-prob of chosen", NATS, 0.0),
     Panel("displacement/rejected", "Δ log-prob of rejected", NATS, 0.0),
@@ -90,7 +91,8 @@ def training_figure(runs: Mapping[str, History], *, captioned: bool = True) -> t
         figure, grid = _grid(len(drawn))
         for axes, panel in zip(grid, drawn):
             for index, (name, history) in enumerate(runs.items()):
-                draw_line(axes, curves[panel][name], index, half_life)
+                few = len(curves[panel][name][0]) <= SMOOTHED_FROM  # exact as it is, whatever the other runs are
+                draw_line(axes, curves[panel][name], index, 0 if few else half_life)
                 for prefix in eval_prefixes(history)[:1]:
                     values = finite(panel.series(history, mixed=mixed, prefix=prefix))
                     look = style.look(index)
@@ -114,16 +116,18 @@ def is_mixed(runs: Mapping[str, History]) -> bool:
 
 
 def _grid(count: int) -> tuple[Figure, Sequence]:
-    """Make a figure with so many axes, in two rows if there are four or more; steps stand below the lowest."""
+    """Make a figure with so many axes, in two rows if there are four or more; whole steps stand below each."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     columns = count if count < 4 else math.ceil(count / 2)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.0), layout="constrained")
     grid = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
-    for axes in grid[max(0, count - columns) : count]:
+    for axes in grid[:count]:
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_tick_params(labelbottom=True)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for axes in grid[count:]:
         axes.set_axis_off()
     return figure, grid[:count]
