@@ -90,26 +90,23 @@ def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Pa
 
 
 def frame_folder(source: Any, media_root: str | Path | None = None) -> list[Path] | None:
-    """Return the images of a folder, in the order of their numbers; None if ``source`` names no folder.
+    """Return the images of a folder, in the order of their numbers; None if ``source`` names no folder below the root.
 
     Where all names are decimal numbers ("0.25.png", "0.5.png"), those count; else the digits of a name, run by run.
-    Raises :class:`MediaError` for a folder outside of ``media_root`` or without images.
+    Raises :class:`MediaError` for a folder without images.
     """
-    if not isinstance(source, (str, Path)) or (_URL.match(str(source)) and not str(source).startswith("file:")):
+    if not isinstance(source, (str, Path)):
         return None
-    name = describe(source)
+    name, root = describe(source), Path(media_root or ".")
     path = _parse_path(source, name)
-    folder = Path(media_root or ".") / path
     try:
-        if not folder.is_dir():
+        folder = (root / path).resolve()
+        if not folder.is_dir() or (media_root is not None and not folder.is_relative_to(root.resolve())):
             return None
-    except (OSError, ValueError):  # a name that no file system takes: `resolve_path` says so
+    except (OSError, ValueError, RuntimeError):  # as `resolve_path` says
         return None
-    root = Path(media_root or ".").resolve()
-    if media_root is not None and not folder.resolve().is_relative_to(root):
-        raise MediaError(f"{name} lies outside of media_root {media_root}: move the folder into it.")
-    if folder.resolve() == root and (media_root is not None or not path.is_absolute()):
-        raise MediaError(f"{name} is the folder {root} itself, where media paths start: name a video in it.")
+    if folder == root.resolve() and (media_root is not None or not path.is_absolute()):
+        raise MediaError(f"{name} is the folder {folder} itself, where media paths start: name a video in it.")
     # macOS leaves "._frame1.png" beside "frame1.png"
     frames = [p for p in folder.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES and not p.name.startswith(".")]
     if not frames:

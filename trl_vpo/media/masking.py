@@ -43,10 +43,8 @@ def _box_problem(values: list[float], width: int, height: int) -> tuple[str, str
     if not all(map(math.isfinite, values)):
         return "holds a value that is not finite", "; drop the row or detect the object again"
     x0, y0, x1, y1 = values
-    if x1 < x0 or y1 < y0:
-        return "is inverted", " with x0 < x1 and y0 < y1; if it holds width and height, add x, y"
-    if x1 == x0 or y1 == y0:
-        return "is empty", " with x0 < x1 and y0 < y1; drop the row or detect the object again"
+    if x1 <= x0 or y1 <= y0:
+        return "is empty or inverted", " with x0 < x1 and y0 < y1; if it holds width and height, add x, y"
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
         return "reaches outside of the image", "; clip it, or check that it was measured on this image at this size"
     if max(values) <= 1 and any(0 < value < 1 for value in values):

@@ -42,10 +42,11 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
     if given is None:
         options = listed
     else:
-        if not isinstance(given, (list, tuple)) or not all(isinstance(o, str) and o.strip() for o in given):
-            raise InputError(f"`options` is {given!r}: give a list of texts that are not empty.")
-        if not 2 <= len(given) <= 26:
-            raise InputError(f"`options` has {len(given)} entries: give 2 to 26.")
+        texts = isinstance(given, (list, tuple)) and all(
+            isinstance(option, str) and option.strip() for option in given
+        )
+        if not texts or not 2 <= len(given) <= 26:
+            raise InputError(f"`options` is {given!r}: give a list of 2 to 26 texts that are not empty.")
         given = [option.strip() for option in given]
         marks = [re.match(_MARK + r"\s*(?=\S)", option) for option in given]
         if all(mark and mark["letter"].upper() == letter for mark, letter in zip(marks, ascii_uppercase)):

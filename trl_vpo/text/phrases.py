@@ -73,12 +73,10 @@ def check_spans(spans, text: str, side: str) -> list[Span]:
         if len(pair) != 2 or not all(isinstance(x, Integral) and not isinstance(x, bool) for x in pair):
             raise PhraseError(f"{name} is not a pair of integers. Give [start, end) character offsets.")
         start, end = int(pair[0]), int(pair[1])
-        if start >= end:
-            raise PhraseError(f"{name} is empty or inverted. Give [start, end) with start < end.")
-        if start < 0 or end > len(text):
+        if not 0 <= start < end <= len(text):
             raise PhraseError(
-                f"{name} lies outside the {side} response, which has {len(text)} characters. Offsets count characters "
-                f"(not bytes or tokens) of the plain text without {OPEN} tags."
+                f"{name} is empty, inverted or outside of the {side} response, which has {len(text)} characters. "
+                f"Offsets count characters (not bytes or tokens) of the plain text without {OPEN} tags."
             )
         checked.append((start, end))
     checked.sort()
