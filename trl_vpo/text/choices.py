@@ -42,9 +42,7 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
     if given is None:
         options = listed
     else:
-        texts = isinstance(given, (list, tuple)) and all(
-            isinstance(option, str) and option.strip() for option in given
-        )
+        texts = isinstance(given, (list, tuple)) and all(isinstance(text, str) and text.strip() for text in given)
         if not texts or not 2 <= len(given) <= 26:
             raise InputError(f"`options` is {given!r}: give a list of 2 to 26 texts that are not empty.")
         given = [option.strip() for option in given]
