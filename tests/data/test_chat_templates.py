@@ -94,7 +94,7 @@ def test_header_of_an_answer_behind_an_answer_is_prompt(kind):
 
 @pytest.mark.parametrize("response", ["a cat.", "a cat.<|im_end|>", "a cat.<|im_end|>\n", "a cat.<|im_end|>\n\n"])
 def test_a_response_ends_once(response):
-    processor = FAMILIES["Qwen2-VL"][0]()[1]
+    processor = processor_of("Qwen2-VL")
     ending = response.removeprefix("a cat.") or "<|im_end|>"
     example = {"prompt": "What? ", "chosen": response, "rejected": "b"}
     assert trained(processor, example)[1].strip(" ") == "a cat." + ending
@@ -177,7 +177,7 @@ def test_an_eos_that_the_tokenizer_adds_ends_no_prompt(picture):
 
 
 def test_what_a_processor_raises_names_the_row(picture, monkeypatch):
-    processor = FAMILIES["Qwen2-VL"][0]()[1]
+    processor = processor_of("Qwen2-VL")
     monkeypatch.setattr(processor.image_processor, "preprocess", lambda *args, **kwargs: {}["pixels"])
     with pytest.raises(RowError, match=r"row 3 \(id 'x'\): Qwen2VLProcessor refuses its prompt and media: KeyError"):
         PreferenceCollator(processor).encode(row("image", [picture], id="x") | {"_row_index": 3})

@@ -27,7 +27,7 @@ def assert_same_media(example, plain, processor, **where):
 
 
 def test_datasets_video_and_image_columns(good, processor, tmp_path):
-    """Rows whose media are `datasets` features, with the bytes inside Arrow, reach the collator undecoded."""
+    """With the bytes inside Arrow, they reach the collator undecoded."""
     video = prepare(as_media([row("video", [good])] * 2), processor, tmp_path, check_media="decode")
     assert video[0]["videos"][0]["path"] == good
     picture = write_image(tmp_path / "a.png")

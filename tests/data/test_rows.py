@@ -105,9 +105,7 @@ def test_tags_are_taken_out_of_every_message_of_a_response():
     answer = message("assistant", "It is <MASK>red</MASK>.")
     read = read_row(row(None) | {"chosen": [call, {"role": "tool", "content": "a <MASK>red</MASK> car"}, *answer]})
     assert response_text(read.chosen) == "a red carIt is red." and read.chosen[0]["tool_calls"]
-
-
-def test_a_lone_tag_is_a_word():
+    # a lone tag is a word
     assert response_text(read_row(row(None, chosen="BERT fills <MASK> in.")).chosen) == "BERT fills <MASK> in."
 
 

@@ -88,10 +88,8 @@ def test_images_that_are_none(tmp_path):
         short = cut(tmp_path / name, tmp_path / f"short{name}", 0.5)
         assert refused_image(short, "not a readable image.*cut short").__cause__ is not None
         refused_image(short.read_bytes(), "not a readable image", name="<bytes,")
-    refused_image(np.zeros((4, 4, 3)), "uint8", name="<array")
-    refused_image(np.zeros((3, 8, 8), np.uint8), "uint8 array of shape", name="<array")
-    refused_image(7, "is not an image", name="<int>")
-    refused_image(None, "is not an image: give a path", name="NoneType")
+    for source in (np.zeros((4, 4, 3)), np.zeros((3, 8, 8), np.uint8), 7, None):
+        refused_image(source, "is not an image: give a .*uint8 array", name="<")
     refused_image(Image.fromarray(np.zeros((2, 2), np.float32)), "save it with 8 bits", name="PIL image")
     for pixels, reach in ((70000, "0 to 70000"), (-1, "-1 to 0")):
         refused_image(Image.fromarray(np.array([[0, pixels]], np.int32)), f"greys reach from {reach}", name="PIL")
