@@ -194,7 +194,6 @@ def test_whether_it_fits(recipe):
 def test_several_gpus(recipe, monkeypatch):
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    # TRL's config, where the working directory has none
     split = examine(recipe, ["--accelerate_config", "zero3", "--num_processes", "4"])
     assert split.memory.sharding == Sharding("zero3", 4)
     ddp = examine(recipe, ["--num_processes", "2"])
@@ -202,6 +201,14 @@ def test_several_gpus(recipe, monkeypatch):
     assert parts(ddp)["communication"] == 4 * 2 * 2 * (32 + 32 + 32 + 16)  # float32, 2 layers, rank 2, q and v
     with pytest.raises(RecipeError, match="accelerate_config"):
         examine(recipe, ["--accelerate_config", "zero4"])
+
+
+def test_fewer_gpus_than_processes(recipe, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    report = examine(recipe, ["--num_processes", "4", "--bf16", "false"], rows=1)
+    assert status(report)["GPUs"] == WARN
+    assert "--num_processes 2 --gradient_accumulation_steps 2" in texts(report)["GPUs"]
+    assert "GPUs" not in status(examine(recipe, ["--num_processes", "2", "--bf16", "false"], rows=1))
 
 
 def test_a_model_that_needs_data_is_not_estimated(recipe, monkeypatch):

@@ -19,13 +19,14 @@ from trl_vpo.doctor.measure import check_can_measure, measure
 from trl_vpo.doctor.memory import GIB, plan_of
 from trl_vpo.doctor.memory_report import check_fit
 from trl_vpo.doctor.report import OK, STOP, WARN, Report, show
-from trl_vpo.errors import SourceError, UserError
+from trl_vpo.errors import RecipeError, SourceError, UserError
 from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses
 from trl_vpo.models.model_size import adapt, empty_model
 from trl_vpo.models.source import check_model
 from trl_vpo.runs.packages import missing_packages
 from trl_vpo.trainers.setup import low_rate, set_pad_token
+from trl_vpo.training.launch import check_gpus, launch_options
 from trl_vpo.training.run import freeze_vision
 
 
@@ -69,6 +70,12 @@ def examine(
         check_can_measure(loaded)
     report = Report()
     report.add("recipe", OK, f"{recipe} parses for {loaded.method}")
+    if torch.accelerator.device_count():  # without any, training is meant for another machine
+        words = ["train", loaded.method, "--config", str(recipe), *overrides]
+        try:
+            check_gpus(words, launch_options(words)[1])
+        except RecipeError as error:
+            report.add("GPUs", WARN, str(error))
     _load_pretrained(loaded, report)
     if loaded.config is not None:
         _check_model(loaded, report)

@@ -67,7 +67,7 @@ def check_can_measure(recipe: LoadedRecipe) -> None:
     if recipe.sharding.kind != "none":
         raise RecipeError(
             f"--measure runs one process, and this recipe trains with {recipe.sharding}. Leave --measure out, or "
-            "leave out accelerate_config and give --num_processes 1."
+            "give --accelerate_config single_gpu --num_processes 1."
         )
 
 
