@@ -82,6 +82,16 @@ def test_metadata_and_links(wheel):
     assert links and not [link for link in links if not re.match(r"https://|#", link)]
 
 
+@pytest.mark.slow
+def test_quickstart(installed, tmp_path):
+    """Its figures are the documented ones, from an empty folder."""
+    out = run(installed / "trl-vpo", "quickstart", "--methods", "rrpo", cwd=tmp_path)
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
+    assert table["base"] == ["(clips)", "67.3%", "32.7%"]
+    assert table["RRPO"][:2] == ["100.0%", "0.0%"]
+    assert "trl-vpo doctor rrpo/qwen2_5_vl_7b" in out and (tmp_path / "outputs/quickstart/curves.png").is_file()
+
+
 def test_training_from_a_named_recipe(installed, tmp_path):
     """In an empty folder but for the rows that the recipe names."""
     assert run(installed / "python", "-m", "trl_vpo", "--version", cwd=tmp_path).startswith("trl-vpo 0")

@@ -23,8 +23,8 @@ OURS = [sys.executable, "-m", "trl_vpo", "train"]
 BARE = {
     "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "1", "scripts/train.py"],
     "accelerate two": ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu2.yaml",
-                       "scripts/train.py"],
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/train.py"],
+                       "-m", "trl_vpo", "train"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "trl_vpo", "train"],
 }  # fmt: skip
 
 
