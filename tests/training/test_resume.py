@@ -4,8 +4,10 @@ Dropout is on, and logs, saves and epochs do not fall together, so that random n
 in the data all have to be right.
 """
 
+import json
 import os
 import random
+import re
 import subprocess
 
 import pytest
@@ -67,8 +69,11 @@ def test_each_kind_of_run(runs, name, options):
     last = "checkpoint-6" if name == "epochs" else "checkpoint-4"
     codes, text = runs(name, ("SIGKILL", 9, last), **options)
     assert codes == [-9], text
-    assert "Continuing from" in runs.finish(name, **options)
+    begun = int(re.search(r"Continuing from .*checkpoint-(\d+)", runs.finish(name, **options))[1])
     runs.assert_same(name, f"{name}-straight")
+    record = json.loads((runs.folder / name / "run.json").read_text())
+    speed = record["metrics"]["train"]["train_steps_per_second"] * record["metrics"]["train"]["train_runtime"]
+    assert speed == pytest.approx(record["steps"] - begun, rel=0.1)
 
 
 @pytest.mark.parametrize(

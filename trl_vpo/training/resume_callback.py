@@ -39,17 +39,17 @@ class ResumeCallback(TrainerCallback):
     def __init__(self, trainer: Any, run: dict, rows: Rows, checkpoint: Path | None, marker: dict, in_use: Callable):
         self._trainer, self._run, self._rows, self._checkpoint = trainer, run, rows, checkpoint
         self._marker, self._in_use = marker, in_use
-        self._limit = trainer.args.save_total_limit
+        self._limit, self._began_at = trainer.args.save_total_limit, 0
         self.request, self.stopped = StopRequest(), False
 
     # --- counters ---------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Everything is loaded by now, and transformers has set its counters to zero."""
-        trainer = self._trainer
+        trainer, self._began_at = self._trainer, state.global_step
         if self._checkpoint:
             saved = self._marker["counters"][args.process_index]
-            trainer._initial_global_step = 0  # `train_loss` is a mean over all steps
+            trainer._initial_global_step = 0  # `train_loss` is a mean over all steps, see `on_log`
             trainer._tr_loss += saved["loss"]  # it was zero
             trainer._sums["train"]._sums = saved["sums"]
             trainer._metrics["train"].update(saved["metrics"])
@@ -64,6 +64,13 @@ class ResumeCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             raise NothingLeft
         args.save_total_limit = None  # `save` deletes; not sooner, so that reporters note the recipe's value
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Correct the speeds: transformers divides all steps by the time since the run was continued."""
+        if self._began_at and "train_loss" in logs:
+            share = 1 - self._began_at / state.global_step
+            for name in {"train_samples_per_second", "train_steps_per_second"} & set(logs):
+                logs[name] = state.log_history[-1][name] = round(logs[name] * share, 3)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
