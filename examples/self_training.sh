@@ -4,7 +4,7 @@
 #   examples/self_training.sh QUESTIONS HELD_OUT [OUT]    annotated questions and held-out pairs (docs/data.md), a GPU
 #   examples/self_training.sh                             the small world: a CPU, some minutes, no download
 #
-# Give the same command again after an interruption: every step goes on where it was.
+# Give the same command again after an interruption: it goes on where it was, training from its last checkpoint.
 set -euo pipefail
 here=$(dirname "$0")
 
