@@ -19,7 +19,7 @@ def bare(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "install"),
     [
-        ({"report_to": ["tensorboard"]}, "tensorboard"),
+        ({"report_to": ["tensorboard"]}, "'trl-vpo[tensorboard]'"),
         ({"report_to": "wandb"}, "wandb"),
         ({"load_in_4bit": True}, "'trl-vpo[quantization]'"),
         ({"optim": "paged_adamw_8bit"}, "'trl-vpo[quantization]'"),

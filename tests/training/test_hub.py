@@ -116,7 +116,7 @@ def test_pushes_in_the_background_hold_up_nothing(recipe, local, tmp_path, capfd
     assert all('PeftModel.from_pretrained(model, "me/vpo")' in card and "**RRPO** on" in card for card in cards)
     assert json.loads(repo.files["run.json"])["steps"] == 3
     printed = capfd.readouterr()
-    assert f"trl-vpo: pushed to {local.url}/me/vpo." in printed.out
+    assert f"trl-vpo: pushed to {local.url}/me/vpo." in printed.out and ", pushed to me/vpo\n" in printed.out
     assert_not_in([TOKEN, LOADING_TOKEN], out, local, printed.out + printed.err)
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from trl_vpo.doctor.measure import Measured
 from trl_vpo.doctor.memory import GIB, NF4_BYTES, Estimate, Plan, estimate
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.model_size import model_sizes
+from trl_vpo.runs.console import table
 from trl_vpo.training.sharding import Sharding
 
 NOTE = (
@@ -107,8 +107,7 @@ def remedies(plan: Plan, args: Any, model: nn.Module) -> dict[str, dict[str, Any
 
 def show_memory(report: MemoryReport, console: Console) -> None:
     """Print the parts and the remedies."""
-    table = Table("memory of a GPU, estimated", "GiB", title_justify="left")
-    table.columns[1].justify = "right"
+    parts = table("memory of a GPU, estimated", "GiB")
     total = {"total": report.estimate.total}
     measured = report.measured and {
         "measured: tensors (max_memory_allocated)": report.measured.allocated,
@@ -116,14 +115,14 @@ def show_memory(report: MemoryReport, console: Console) -> None:
     }
     for sizes in (report.estimate.parts, total, measured or {}):
         for name, size in sizes.items():
-            table.add_row(name, f"{size / GIB:.2f}")
-        table.add_section()
-    console.print(table)
+            parts.add_row(name, f"{size / GIB:.2f}")
+        parts.add_section()
+    console.print(parts)
     if report.remedies:
-        table = Table("does not fit; possible changes", "GiB after the change", "", title_justify="left")
+        changes = table("does not fit; possible changes", "GiB then", "")
         for remedy in report.remedies:
             size = "?" if remedy.total is None else f"{remedy.total / GIB:.2f}"
             fits = "" if remedy.total is None else "fits" if remedy.total <= report.available else "not enough"
-            table.add_row(remedy.setting, size, fits)
-        console.print(table)
+            changes.add_row(remedy.setting, size, fits)
+        console.print(changes)
     console.print(NOTE, style="dim")

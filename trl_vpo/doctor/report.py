@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from trl_vpo.data.check import Problem
 from trl_vpo.doctor.memory_report import MemoryReport, show_memory
+from trl_vpo.runs.console import table
 
 SHOWN = 10
 OK, WARN, STOP = "ok", "warning", "stop"
@@ -42,17 +42,15 @@ class Report:
 
 def show(report: Report, console: Console) -> None:
     """Print the tables and the first problems."""
-    table = Table(title="Checks", title_justify="left")
-    for heading in ("check", "status", "result"):
-        table.add_column(heading, overflow="fold")
+    checks = table("check", "status", "result", title="Checks", texts=3)
     for check, status, text in report.findings:
-        table.add_row(check, f"[{STYLES[status]}]{status}[/]", escape(text))
-    console.print(table)
+        checks.add_row(check, f"[{STYLES[status]}]{status}[/]", escape(text))
+    console.print(checks)
     if report.tokens:
-        table = Table("tokens per row", "min", "median", "max", title_justify="left")
+        tokens = table("tokens per row", "min", "median", "max")
         for name, values in report.tokens.items():
-            table.add_row(name, str(min(values)), f"{statistics.median(values):g}", str(max(values)))
-        console.print(table)
+            tokens.add_row(name, str(min(values)), f"{statistics.median(values):g}", str(max(values)))
+        console.print(tokens)
     for problem in report.problems[:SHOWN]:
         console.print(f"- {problem['dataset']}: {problem['reason']}", markup=False, highlight=False)
     if len(report.problems) > SHOWN:

@@ -34,7 +34,7 @@ VALUES = {  # key: the packages of its values, by regular expressions
     },
 }
 REPORTERS = {
-    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
+    "tensorboard": (("tensorboard", "tensorboardX"), "'trl-vpo[tensorboard]'"),
     "azure_ml": (("azureml",), "azureml-mlflow"),
     "flyte": (("flytekit",), "flytekit"),
     "comet_ml": (("comet_ml",), "comet-ml"),

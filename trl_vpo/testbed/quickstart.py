@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from trl_vpo.report.plot import style
 from trl_vpo.report.plot.curves import training_figure
+from trl_vpo.runs.console import table
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.testbed import language, rows, world
 
@@ -186,24 +186,20 @@ def show_results(results: list[Result]) -> None:
 
 def results_table(results: list[Result]) -> Table:
     """Return one line per method below the base on its kind of samples; log-probs and KL in nats per caption."""
-    table = Table(
-        title="Held-out, balanced samples: the base before, each method after", box=SIMPLE_HEAD, pad_edge=False
-    )
-    table.add_column("method", no_wrap=True)
     changes = ("Δ logp\nchosen", "Δ logp\nrejected", "KL from\nbase")
-    for heading in ("preference\naccuracy", "halluci-\nnation", *changes, "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("method", "preference\naccuracy", "halluci-\nnation", *changes, "seconds")
+    rows_shown = table(*headings, title="Held-out, balanced samples: the base before, each method after")
     for kind in dict.fromkeys(result.kind for result in results):
         of_kind = [result for result in results if result.kind == kind]
         before = of_kind[0].before
-        table.add_row(f"base ({kind}s)", *_shares(before), "", "", "", "", style="dim")
+        rows_shown.add_row(f"base ({kind}s)", *_shares(before), "", "", "", "", style="dim")
         for result in of_kind:
             now, was = result.after.preferences, before.preferences
             moved = [f"{now[side] - was[side]:+.2f}" for side in ("logps/chosen", "logps/rejected")]
             kl = f"{now['kl/chosen']:.3f}"
-            table.add_row(result.method, *_shares(result.after), *moved, kl, f"{result.seconds:.0f}")
-        table.add_section()
-    return table
+            rows_shown.add_row(result.method, *_shares(result.after), *moved, kl, f"{result.seconds:.0f}")
+        rows_shown.add_section()
+    return rows_shown
 
 
 def _shares(measured: Measured) -> tuple[str, str]:

@@ -34,7 +34,7 @@ def show_progress(trainer: Any, start: Mapping[str, str] = MappingProxyType({}))
 
     `start`: what is printed when training starts, besides the steps, as name -> text.
     """
-    if trainer.pop_callback(ProgressCallback) or trainer.pop_callback(PrinterCallback):
+    if any(map(trainer.pop_callback, (TrainingProgress, ProgressCallback, PrinterCallback))):
         trainer.add_callback(TrainingProgress(start))
 
 

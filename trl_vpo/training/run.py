@@ -88,6 +88,7 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
         if push:
             constants.HF_HUB_OFFLINE = offline  # what was loaded from the cache is pushed once the Hub is there
             push.attach(trainer, dataset_name)
+        show_progress(trainer, describe_start(trainer, train, push.repo.name if push else None))
         run = describe_run(trainer, method, parser.given)
         in_use = push.in_use if push else tuple
         result = resume.train(trainer, checkpoint, run, digest_rows(trainer), in_use=in_use)
@@ -149,7 +150,7 @@ def build_trainer(
     if script_args.ignore_bias_buffers:
         buffers = trainer.model.named_buffers()
         trainer.model._ddp_params_and_buffers_to_ignore = [n for n, b in buffers if b.dtype == torch.bool]
-    show_progress(trainer, describe_start(trainer, train))
+    show_progress(trainer)
     return trainer
 
 

@@ -11,15 +11,17 @@ from torch import nn
 LAYOUTS = {"auto": "auto: shared if both layouts agree on the first batch", "shared": "shared", "separate": "separate"}
 
 
-def describe_start(trainer: Any, given: Any) -> dict[str, str]:
-    """Return name -> text of a trainer that was built from the rows `given`, before it wraps its model."""
+def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[str, str]:
+    """Return name -> text of a trainer that was built from the rows `given`, before it wraps its model.
+
+    `repo`: where results are pushed to.
+    """
     args, model = trainer.args, trainer.model
     trained, every = _size(p for p in model.parameters() if p.requires_grad), _size(model.parameters())
     sizes = [args.per_device_train_batch_size, args.gradient_accumulation_steps, trainer.accelerator.num_processes]
     frames = f"at most {args.max_frames} frames, {args.fps:g} a second" if args.fps else f"{args.num_frames} frames"
     pixels = f"at most {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
     processes = "process" if sizes[2] == 1 else "processes"
-    hub = args.hub_model_id or "the Hub"
     return {
         "method": f"{trainer._name} on {model.config.name_or_path or type(model).__name__}",
         "rows": _rows(trainer, given),
@@ -27,7 +29,7 @@ def describe_start(trainer: Any, given: Any) -> dict[str, str]:
         "batch": "{} = {} per device x {} accumulated x {} {}".format(math.prod(sizes), *sizes, processes),
         "layout": LAYOUTS[trainer.scorer.layout],
         "media": f"{frames} of a video, {pixels}",
-        "results": f"{args.output_dir}{f', pushed to {hub}' if args.push_to_hub else ''}",
+        "results": f"{args.output_dir}{f', pushed to {repo}' if repo else ''}",
     }
 
 
