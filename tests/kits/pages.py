@@ -49,5 +49,6 @@ def objects(block: Block) -> list[dict]:
 def commands(text: str) -> Iterator[list[str]]:
     """Give the words of each `trl-vpo` command in shell text: comments out, continued lines joined."""
     for line in text.replace("\\\n", " ").splitlines():
-        if match := re.search(r"(?:^|\s)(?:trl-vpo|-m trl_vpo) ([^#]*)", line):
+        match = re.search(r"^(?:.*\s)?(?:trl-vpo|-m trl_vpo) (.*)", line.split(" #")[0])
+        if match and not line.startswith("docker build"):
             yield shlex.split(match[1])
