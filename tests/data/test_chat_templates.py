@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from chat_templates import ENDS, OFFICIAL, QUESTION, TEXT, dress, official, shipped, trained
+from chat_templates import ENDS, FAMILY, OFFICIAL, QUESTION, TEXT, dress, official, shipped, trained
 from families import FAMILIES, text_model, tokenizer
 from helpers import message, row, write_clip, write_image
 from tokenizers.processors import TemplateProcessing
@@ -49,7 +49,7 @@ def test_prompt_and_response_of_official_templates(name, picture):
     assert tree.trunks[0].ids == want
 
 
-@pytest.mark.parametrize("name", [name for name in OFFICIAL if FAMILIES[OFFICIAL[name][0]][1]])
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if FAMILIES[FAMILY.get(name, name)][1]])
 def test_prompt_of_a_video_is_generations(name, tmp_path):
     processor, _, response = official(name)
     collator = PreferenceCollator(processor, video=VideoOptions(num_frames=4))

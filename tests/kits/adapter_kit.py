@@ -9,38 +9,24 @@ from types import SimpleNamespace
 
 import torch
 import yaml
+from helpers import row
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from slow_kit import slow_logits
-from transformers import AutoModelForImageTextToText
+from trainer_kit import QUIET
 
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.training.run import run_training
 
 BASE = "trl_vpo/testbed/base"  # its LM head shares the weights of its embeddings
-RECIPE = {
+RECIPE = QUIET | {
     "model_name_or_path": BASE,
-    "method": "rrpo",
     "use_peft": True,
     "lora_r": 4,
     "lora_alpha": 8,
     "lora_dropout": 0.0,
     "lora_target_modules": "language",
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "report_to": "none",
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
-    "disable_tqdm": True,
 }
-
-
-def side(text):
-    return [{"role": "assistant", "content": text}]
 
 
 @cache
@@ -49,20 +35,18 @@ def workspace():
     kept = tempfile.TemporaryDirectory(prefix="adapters-")
     folder, rows = Path(kept.name), []
     for i, (chosen, rejected) in enumerate([("a red square.", "a blue circle."), ("a circle.", "two squares.")]):
-        Image.new("RGB", (56, 56), (200, 90 * i, 0)).save(folder / f"{i}.png")
-        prompt = [{"role": "user", "content": "What moves?"}]
-        row = {"id": f"r{i}", "prompt": prompt, "images": [str(folder / f"{i}.png")]}
-        rows.append(row | {"chosen": side(chosen), "rejected": side(rejected)})
+        image = folder / f"{i}.png"
+        Image.new("RGB", (56, 56), (200, 90 * i, 0)).save(image)
+        rows.append(row("image", [str(image)], chosen, rejected, id=f"r{i}"))
     write_jsonl(rows, folder / "train.jsonl")
     return kept
 
 
-def recipe_of(out, **keys):
+def recipe_of(out, method="rrpo", **keys):
     """The path of a recipe for a run into a folder, with keys of its own, and its method."""
     folder = Path(workspace().name)
-    recipe = {**RECIPE, "dataset_name": str(folder / "train.jsonl"), "output_dir": str(out), **keys}
-    method = recipe.pop("method")
     path = folder / "recipe.yaml"
+    recipe = {**RECIPE, "dataset_name": str(folder / "train.jsonl"), "output_dir": str(out), **keys}
     path.write_text(yaml.safe_dump(recipe))
     return path, method
 
@@ -94,13 +78,8 @@ def trained(name):
     with torch.no_grad():
         logps = trainer.concatenated_forward(trainer.model, batch).logps
         reference = trainer.reference_scores(batch).logps if trainer.needs_reference else None
-    return SimpleNamespace(
-        folder=folder,
-        trees=[trainer.data_collator.encode(row) for row in rows],
-        mask=batch["branch_mask"],
-        logps=logps,
-        reference=reference,
-    )
+    trees = [trainer.data_collator.encode(row) for row in rows]
+    return SimpleNamespace(folder=folder, trees=trees, mask=batch["branch_mask"], logps=logps, reference=reference)
 
 
 @torch.no_grad()
@@ -120,15 +99,11 @@ def assert_same(got, want):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def plain():
-    return AutoModelForImageTextToText.from_pretrained(BASE)
-
-
 def changed(folder, tmp_path, **keys):
     """A copy of an adapter with other keys in its config."""
     copied = tmp_path / "changed"
     copied.mkdir()
-    save_file(load_file(folder / "adapter_model.safetensors"), copied / "adapter_model.safetensors")
+    shutil.copy(folder / "adapter_model.safetensors", copied)
     config = json.loads((folder / "adapter_config.json").read_text())
     (copied / "adapter_config.json").write_text(json.dumps({**config, **keys}))
     return copied

@@ -67,93 +67,75 @@ LLAMA = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 Q, A = QUESTION, ANSWER
+IM_END = f"{A}<|im_end|>\n"
 QWEN_PROMPT = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{Q}<|im_end|>\n<|im_start|>assistant\n"
-AROUND = "<fake_token_around_image>"
 QWEN2 = (QWEN.replace("SYSTEM", SYSTEM), "<|im_end|>", "<|im_start|>system\nBe helpful.<|im_end|>\n" + QWEN_PROMPT)
-# name: family, template, special tokens (the first is EOS), prompt of an image row, response
+THINKING = QWEN3_THINKING.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+IDEFICS_PROMPT = f"User:<fake_token_around_image>%s<image><fake_token_around_image>%s{Q}<end_of_utterance>\nAssistant:"
+LLAMA_EOS = "<|eot_id|> <|start_header_id|> <|end_header_id|>"
+VICUNA_CASE = (VICUNA, "</s>", f"USER: <image>\n{Q} ASSISTANT:", f" {A}</s>")
+FAMILY = {"Qwen3-VL-Thinking": "Qwen3-VL", "Llama-3.2-Vision": "LLaVA-1.5", "LLaVA-NeXT": "LLaVA-1.5"}  # else its name
+# name: template, special tokens (the first is EOS), prompt of an image row, response
 OFFICIAL = {
-    "LLaVA-1.5": ("LLaVA-1.5", VICUNA, "</s>", f"USER: <image>\n{Q} ASSISTANT:", f" {A}</s>"),
-    "LLaVA-NeXT-Video": ("LLaVA-NeXT-Video", VICUNA, "</s>", f"USER: <image>\n{Q} ASSISTANT:", f" {A}</s>"),
+    "LLaVA-1.5": VICUNA_CASE,
+    "LLaVA-NeXT-Video": VICUNA_CASE,
     "LLaVA-OneVision": (
-        "LLaVA-OneVision",
         ONEVISION,
         "<|im_end|>",
         f"<|im_start|>user <image>\n{Q}<|im_end|><|im_start|>assistant\n",
         f"{A}<|im_end|>",
     ),
-    "Qwen2-VL": ("Qwen2-VL", *QWEN2, f"{A}<|im_end|>\n"),
-    "Qwen2.5-VL": ("Qwen2.5-VL", *QWEN2, f"{A}<|im_end|>\n"),
-    "Qwen3-VL": ("Qwen3-VL", shipped("qwen3_vl"), "<|im_end|>", QWEN_PROMPT, f"{A}<|im_end|>\n"),
-    "Qwen3-VL-Thinking": (
-        "Qwen3-VL",
-        QWEN3_THINKING.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
-        "<|im_end|>",
-        QWEN_PROMPT + "<think>\n",
-        f"\n</think>\n\n{A}<|im_end|>\n",
-    ),
-    "Idefics2": (
-        "Idefics2",
-        IDEFICS,
-        "</s>",
-        f"User:{AROUND}<image>{AROUND} {Q}<end_of_utterance>\nAssistant:",
-        f" {A}<end_of_utterance>\n",
-    ),
+    "Qwen2-VL": (*QWEN2, IM_END),
+    "Qwen2.5-VL": (*QWEN2, IM_END),
+    "Qwen3-VL": (shipped("qwen3_vl"), "<|im_end|>", QWEN_PROMPT, IM_END),
+    "Qwen3-VL-Thinking": (THINKING, "<|im_end|>", QWEN_PROMPT + "<think>\n", f"\n</think>\n\n{IM_END}"),
+    "Idefics2": (IDEFICS, "</s>", IDEFICS_PROMPT % ("", " "), f" {A}<end_of_utterance>\n"),
     "SmolVLM": (
-        "SmolVLM",
         "<|im_start|>" + IDEFICS,
         "<end_of_utterance>",
-        f"<|im_start|>User:{AROUND}<global-img><image>{AROUND}{Q}<end_of_utterance>\nAssistant:",
+        "<|im_start|>" + IDEFICS_PROMPT % ("<global-img>", ""),
         f" {A}<end_of_utterance>\n",
     ),
     "InternVL": (
-        "InternVL",
         INTERNVL,
         "<|im_end|>",
         f"<|im_start|>user\n<img><IMG_CONTEXT></img>\n{Q}<|im_end|>\n<|im_start|>assistant\n",
-        f"{A}<|im_end|>\n",
+        IM_END,
     ),
     "Llama-3.2-Vision": (
-        "LLaVA-1.5",
         LLAMA,
-        "<|eot_id|> <|start_header_id|> <|end_header_id|>",
+        LLAMA_EOS,
         f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<image>{Q}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         f"{A}<|eot_id|>",
     ),
-    "LLaVA-NeXT": ("LLaVA-1.5", shipped("llava_next"), "</s>", f"[INST] <image>\n{Q} [/INST]", f" {A}</s> "),
+    "LLaVA-NeXT": (shipped("llava_next"), "</s>", f"[INST] <image>\n{Q} [/INST]", f" {A}</s> "),
 }
-TEXT = {  # templates of text models, as TRL ships them: how a response reads, EOS being <eos>; None: refused
-    "cohere": "A cat.<|END_OF_TURN_TOKEN|>",
-    "cohere2": "A cat.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
-    "deepseekv3": None,  # opens a thought for generation that the conversation does not have
-    "gemma": "A cat.<end_of_turn>\n",
-    "gemma3": "A cat.<end_of_turn>\n",
-    "gemma4": "A cat.<turn|>\n",
-    "glm4moe": "\n<think></think>\nA cat.<eos>",
-    "gptoss": "<|channel|>final<|message|>A cat.<|return|>",
-    "idefics3": " A cat.<end_of_utterance>\n",
-    "lfm2": "A cat.<|im_end|>\n",
-    "lfm2_2_5_vl": "A cat.<|im_end|>\n",
-    "llama3": "A cat.<|eot_id|>",
-    "llama3_2": "A cat.<|eot_id|>",
-    "llava_next": " A cat.</s> ",
-    "nemotron_3_nano": "</think>A cat.<|im_end|>\n",
-    "phi3": "A cat.<|end|>\n<eos>",
-    "qwen2_5": "A cat.<|im_end|>\n",
-    "qwen3": "<think>\n\n</think>\n\nA cat.<|im_end|>\n",
-    "qwen3_5_nothink": "A cat.<|im_end|>\n",
-    "qwen3_5_think": "\n</think>\n\nA cat.<|im_end|>\n",
-    "qwen3_instruct_2507": "A cat.<|im_end|>\n",
-    "qwen3_vl": "A cat.<|im_end|>\n",
-    "smolvlm": " A cat.<end_of_utterance>\n",
+_BY_RESPONSE = {  # how a response reads, EOS being <eos> -> templates of text models, as TRL ships them
+    "A cat.<|END_OF_TURN_TOKEN|>": "cohere",
+    "A cat.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>": "cohere2",
+    None: "deepseekv3",  # refused: it opens a thought for generation that the conversation does not have
+    "A cat.<end_of_turn>\n": "gemma gemma3",
+    "A cat.<turn|>\n": "gemma4",
+    "\n<think></think>\nA cat.<eos>": "glm4moe",
+    "<|channel|>final<|message|>A cat.<|return|>": "gptoss",
+    " A cat.<end_of_utterance>\n": "idefics3 smolvlm",
+    "A cat.<|im_end|>\n": "lfm2 lfm2_2_5_vl qwen2_5 qwen3_5_nothink qwen3_instruct_2507 qwen3_vl",
+    "A cat.<|eot_id|>": "llama3 llama3_2",
+    " A cat.</s> ": "llava_next",
+    "</think>A cat.<|im_end|>\n": "nemotron_3_nano",
+    "A cat.<|end|>\n<eos>": "phi3",
+    "<think>\n\n</think>\n\nA cat.<|im_end|>\n": "qwen3",
+    "\n</think>\n\nA cat.<|im_end|>\n": "qwen3_5_think",
 }
+TEXT = {name: response for response, names in _BY_RESPONSE.items() for name in names.split()}
 ENDS = sorted(set(re.findall(r"<[^>]+>(?=\s*$)", "\n".join(filter(None, TEXT.values())), re.M)) | {"</s>"})
 
 
 def official(name):
     """The processor of a family with the template, special tokens, and BOS of a checkpoint."""
-    family, template, specials, prompt, response = OFFICIAL[name]
-    processor = FAMILIES[family][0]()[1]
+    template, specials, prompt, response = OFFICIAL[name]
+    processor = FAMILIES[FAMILY.get(name, name)][0]()[1]
     dress(processor, template, specials.split())
     return processor, prompt, response
 

@@ -78,11 +78,9 @@ QUANTIZED = {f"{m}, 4 bits": {"method": m, "four_bits": True} for m in ("dpo", "
 def wide_model():
     """A Qwen2-VL, and its processor, whose widths are multiples of 64, as 4 bits need on a CPU."""
     vision = {"depth": 2, "embed_dim": 24, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-    classes = [getattr(T, f"Qwen2VL{name}") for name in ("Config", "ForConditionalGeneration", "Processor")]
     text = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
     torch.manual_seed(0)
-    rope = {"mrope_section": [2, 3, 3]}
-    return families._qwen(*classes, T.Qwen2VLVideoProcessor, vision, rope=rope, text=text)
+    return families._qwen("Qwen2VL", vision, rope={"mrope_section": [2, 3, 3]}, text=text)
 
 
 def load_four_bits(folder):

@@ -14,22 +14,9 @@ from tokenizers.models import BPE
 
 CORPUS = [f"a {c} {s} moves {d}." for c in ("red", "blue") for s in ("square", "circle") for d in ("left", "right")]
 CORPUS += ["What is in the picture? Describe the video.", "user assistant system", "Frame from 00:01: <0.5 seconds>"]
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-TOWER = {
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "patch_size": 14,
-    "image_size": 56,
-}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = LAYERS | {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+TOWER = LAYERS | {"hidden_size": 24, "intermediate_size": 48, "patch_size": 14, "image_size": 56}
 PINPOINTS = [[56, 56], [56, 112], [112, 56], [112, 112]]
 SQUARE = {"height": 56, "width": 56}
 
@@ -97,96 +84,79 @@ QWEN_TOKENS = {
 QWEN_TEMPLATE = template("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>")
 
 
-def _qwen(config, model, processor, video_processor, vision, patch=14, rope=None, text=None, video_size=None):
+def _qwen(kind, vision, processor=None, patch=14, rope=None, text=None):
+    """A model and the processor of a kind of Qwen; with patches of 16, the vision is Qwen3-VL's."""
+    config, model = (getattr(T, f"{kind}{name}") for name in ("Config", "ForConditionalGeneration"))
     tok = tokenizer(QWEN_TOKENS.values())
     size = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (4 * patch) ** 2}
     common = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     images = T.Qwen2VLImageProcessor(**common, size=size)
-    videos = video_processor(**common, size=video_size or size, cap_pixels_per_frame=False)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], **(rope or {})}
+    video_processor, video_size = T.Qwen2VLVideoProcessor, size
+    if patch == 16:
+        video_processor, rope = T.Qwen3VLVideoProcessor, rope | {"mrope_interleaved": True}
+        video_size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 8 * 64 * 64}  # of frames x height x width
+        vision = {**QWEN_TOWER, "patch_size": 16, "num_position_embeddings": 16, **vision}
+    videos = video_processor(**common, size=video_size, cap_pixels_per_frame=False)
     tokens = {name: tok.convert_tokens_to_ids(token) for name, token in QWEN_TOKENS.items()}
     cfg = config(text_config=text_of(tok, rope_parameters=rope, **(text or {})), vision_config=vision, **tokens)
+    processor = getattr(T, f"{processor or kind}Processor")
     return model(cfg), processor(images, tok, videos, chat_template=QWEN_TEMPLATE)
 
 
 def qwen2_vl():
     vision = {"depth": 2, "embed_dim": 24, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-    return _qwen(
-        T.Qwen2VLConfig, T.Qwen2VLForConditionalGeneration, T.Qwen2VLProcessor, T.Qwen2VLVideoProcessor, vision
-    )
+    return _qwen("Qwen2VL", vision)
 
 
 QWEN_TOWER = {"depth": 2, "hidden_size": 24, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
 
 
 def qwen2_5_vl():
-    vision = {**QWEN_TOWER, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
-    return _qwen(
-        T.Qwen2_5_VLConfig,
-        T.Qwen2_5_VLForConditionalGeneration,
-        T.Qwen2_5_VLProcessor,
-        T.Qwen2VLVideoProcessor,
-        vision,
-    )
+    more = {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+    return _qwen("Qwen2_5_VL", QWEN_TOWER | more)
 
 
 def qwen3_vl():
-    vision = {**QWEN_TOWER, "patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    return _qwen(
-        T.Qwen3VLConfig,
-        T.Qwen3VLForConditionalGeneration,
-        T.Qwen3VLProcessor,
-        T.Qwen3VLVideoProcessor,
-        vision,
-        patch=16,
-        rope={"mrope_interleaved": True},
-        text={"head_dim": 8},
-        video_size={"shortest_edge": 4 * 32 * 32, "longest_edge": 8 * 64 * 64},  # of frames x height x width
-    )
+    return _qwen("Qwen3VL", {"deepstack_visual_indexes": [0]}, patch=16, text={"head_dim": 8})
 
 
 # --- LLaVA --------------------------------------------------------------------------------------------------------
 
+CLIP_SIZE = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
+CLIP_PROCESSOR = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
 
-def _llava(config, model, tok, vision, text_type, **more):
-    tokens = {"image_token_index": tok.convert_tokens_to_ids("<image>")}
-    if "<video>" in tok.get_vocab():
-        tokens["video_token_index"] = tok.convert_tokens_to_ids("<video>")
-    return model(config(vision_config=vision, text_config=text_of(tok, text_type), **tokens, **more))
+
+def _llava(kind, tok, text, **more):
+    """A model of a kind of LLaVA; its vision tower is CLIP's unless `more` says otherwise."""
+    config, model = (getattr(T, f"{kind}{name}") for name in ("Config", "ForConditionalGeneration"))
+    if "vision_config" not in more:
+        vision = tower("clip_vision_model", projection_dim=24)
+        more |= {"vision_config": vision, "vision_feature_layer": -1, "image_seq_length": 16}
+    tokens = {f"{k}_token_index": tok.convert_tokens_to_ids(f"<{k}>") for k in ("image", "video")}
+    if "<video>" not in tok.get_vocab():
+        del tokens["video_token_index"]
+    return model(config(text_config=text, **tokens, **more))
 
 
 def llava15():
     tok = tokenizer(["<image>"])
-    processor = T.LlavaProcessor(
-        T.LlavaImageProcessor(size={"shortest_edge": 56}, crop_size=SQUARE),
-        tok,
-        patch_size=14,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-        chat_template=template("<image>", "<video>"),
-    )
-    vision = tower("clip_vision_model", projection_dim=24)
-    more = {"vision_feature_layer": -1, "image_seq_length": 16}
-    return _llava(T.LlavaConfig, T.LlavaForConditionalGeneration, tok, vision, "llama", **more), processor
+    chat = template("<image>", "<video>")
+    processor = T.LlavaProcessor(T.LlavaImageProcessor(**CLIP_SIZE), tok, chat_template=chat, **CLIP_PROCESSOR)
+    return _llava("Llava", tok, text_of(tok, "llama")), processor
 
 
 def llava_next_video():
     tok = tokenizer(["<image>", "<video>"])
-    size = {"size": {"shortest_edge": 56}, "crop_size": SQUARE}
     processor = T.LlavaNextVideoProcessor(
-        video_processor=T.LlavaNextVideoVideoProcessor(**size),
-        image_processor=T.LlavaNextImageProcessor(**size, image_grid_pinpoints=PINPOINTS),
+        video_processor=T.LlavaNextVideoVideoProcessor(**CLIP_SIZE),
+        image_processor=T.LlavaNextImageProcessor(**CLIP_SIZE, image_grid_pinpoints=PINPOINTS),
         tokenizer=tok,
-        patch_size=14,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
         chat_template=template("<image>", "<video>"),
+        **CLIP_PROCESSOR,
     )
-    vision = tower("clip_vision_model", projection_dim=24)
-    more = {"vision_feature_layer": -1, "image_seq_length": 16, "video_seq_length": 4}
-    more["image_grid_pinpoints"] = PINPOINTS
-    model = T.LlavaNextVideoForConditionalGeneration
-    return _llava(T.LlavaNextVideoConfig, model, tok, vision, "llama", **more), processor
+    more = {"video_seq_length": 4, "image_grid_pinpoints": PINPOINTS}
+    return _llava("LlavaNextVideo", tok, text_of(tok, "llama"), **more), processor
 
 
 def llava_onevision():
@@ -200,9 +170,8 @@ def llava_onevision():
         chat_template=template("<image>", "<video>"),
     )
     vision = tower("siglip_vision_model", vision_use_head=False)
-    model = T.LlavaOnevisionForConditionalGeneration
-    more = {"image_grid_pinpoints": PINPOINTS}
-    return _llava(T.LlavaOnevisionConfig, model, tok, vision, "qwen2", **more), processor
+    more = {"vision_config": vision, "image_grid_pinpoints": PINPOINTS}
+    return _llava("LlavaOnevision", tok, text_of(tok, "qwen2"), **more), processor
 
 
 # --- Idefics, InternVL --------------------------------------------------------------------------------------------
@@ -211,72 +180,52 @@ def llava_onevision():
 def idefics2():
     tok = tokenizer(["<fake_token_around_image>", "<image>", "<end_of_utterance>"])
     size = {"shortest_edge": 56, "longest_edge": 56}
-    processor = T.Idefics2Processor(
-        T.Idefics2ImageProcessor(size=size, do_image_splitting=False),
-        tok,
-        image_seq_len=4,
-        chat_template=template("<image>"),
-    )
-    perceiver = {
-        "hidden_size": 32,
-        "resampler_n_latents": 4,
-        "resampler_depth": 1,
-        "resampler_n_heads": 4,
-        "resampler_head_dim": 8,
-        "num_key_value_heads": 2,
-    }
+    images = T.Idefics2ImageProcessor(size=size, do_image_splitting=False)
+    perceiver = {f"resampler_{key}": value for key, value in (("depth", 1), ("n_heads", 4), ("head_dim", 8))}
     cfg = T.Idefics2Config(
         vision_config=tower(),
         text_config=text_of(tok, "mistral"),
-        perceiver_config=perceiver,
+        perceiver_config=perceiver | {"hidden_size": 32, "resampler_n_latents": 4, "num_key_value_heads": 2},
         image_token_id=tok.convert_tokens_to_ids("<image>"),
     )
+    processor = T.Idefics2Processor(images, tok, image_seq_len=4, chat_template=template("<image>"))
     return T.Idefics2ForConditionalGeneration(cfg), processor
 
 
-def _idefics3(config, model, make_processor, more_tokens=()):
+EDGE = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 56}}
+
+
+def _idefics3(kind, *more_tokens):
+    """(model, tokenizer, image processor)."""
+    named = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
     grid = [f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)]
-    tok = tokenizer(
-        ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *grid, *more_tokens],
-        vocab_size=420,
-    )
-    cfg = config(
+    tok = tokenizer([*named, *grid, *more_tokens], vocab_size=420)
+    cfg = getattr(T, f"{kind}Config")(
         vision_config=tower(),
         scale_factor=2,
         text_config=text_of(tok, "llama"),
         image_token_id=tok.convert_tokens_to_ids("<image>"),
         pad_token_id=tok.pad_token_id,
     )
-    return model(cfg), make_processor(tok)
-
-
-EDGE = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 56}}
+    images = getattr(T, f"{kind}ImageProcessor")(**EDGE, do_image_splitting=False)
+    return getattr(T, f"{kind}ForConditionalGeneration")(cfg), tok, images
 
 
 def idefics3():
-    def processor(tok):
-        images = T.Idefics3ImageProcessor(**EDGE, do_image_splitting=False)
-        return T.Idefics3Processor(images, tok, image_seq_len=4, chat_template=template("<image>"))
-
-    return _idefics3(T.Idefics3Config, T.Idefics3ForConditionalGeneration, processor)
+    model, tok, images = _idefics3("Idefics3")
+    return model, T.Idefics3Processor(images, tok, image_seq_len=4, chat_template=template("<image>"))
 
 
 def smolvlm():
-    def processor(tok):
-        images, videos = T.SmolVLMImageProcessor(**EDGE, do_image_splitting=False), T.SmolVLMVideoProcessor(**EDGE)
-        videos.num_frames, videos.fps = 8, 4
-        return T.SmolVLMProcessor(images, tok, videos, image_seq_len=4, chat_template=template("<image>", "<video>"))
-
-    return _idefics3(T.SmolVLMConfig, T.SmolVLMForConditionalGeneration, processor, ["<video>"])
+    model, tok, images = _idefics3("SmolVLM", "<video>")
+    videos, chat = T.SmolVLMVideoProcessor(**EDGE), template("<image>", "<video>")
+    videos.num_frames, videos.fps = 8, 4
+    return model, T.SmolVLMProcessor(images, tok, videos, image_seq_len=4, chat_template=chat)
 
 
 def internvl():
-    named = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
+    named = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    named |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
     tok = tokenizer(named.values(), named=named)
     processor = T.InternVLProcessor(
         T.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=False),

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from local_kit import plain
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 from studies.testbed.base import encode, read_mp4
 from trl_vpo.evaluate.run import run_evaluation
@@ -17,10 +18,6 @@ from trl_vpo.testbed import language, rows, tiny_vlm, world
 
 LANGUAGE = r".*language_model.*\.(q_proj|v_proj)"
 EVERYWHERE = r".*(q_proj|v_proj|visual.*\.qkv)"
-
-
-def plain():
-    return AutoModelForImageTextToText.from_pretrained(tiny_vlm.BASE).eval()
 
 
 def processor():

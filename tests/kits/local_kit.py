@@ -1,6 +1,7 @@
 """The testbed's base as a model that answers, and questions about its clips."""
 
 import numpy as np
+from transformers import AutoModelForImageTextToText
 
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models.load import load_model
@@ -11,6 +12,11 @@ from trl_vpo.testbed.tiny_vlm import BASE
 
 GREEDY = Sampling(max_new_tokens=16, temperature=0)
 QUESTIONS = ("Describe the video.", "Which shape is it?", "What colour is the shape?")
+
+
+def plain():
+    """The base as transformers loads it."""
+    return AutoModelForImageTextToText.from_pretrained(BASE)
 
 
 def load(name=BASE, **settings) -> LocalModel:

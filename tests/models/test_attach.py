@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from adapter_kit import BASE, changed, edited, plain, trained
+from adapter_kit import BASE, changed, edited, trained
 from families import build
+from local_kit import plain
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from trainer_kit import lora, trainable, trainer_of

@@ -7,20 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_kit import (
-    BASE,
-    VARIANTS,
-    assert_same,
-    changed,
-    hub_model,
-    logps_of,
-    pickled,
-    plain,
-    train,
-    trained,
-)
+from adapter_kit import BASE, VARIANTS, assert_same, changed, hub_model, logps_of, pickled, train, trained
 from distributed_run import wide_model
 from families import text_model, write_model
+from local_kit import plain
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
