@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from chat_server import Reply, Server, said
-from helpers import KITS
+from forks import Server as Processes
 from run_kit import generate, lines, options, write_inputs, written
-from workers import Server as Processes
 
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import ModelError
@@ -46,9 +45,8 @@ class Runs(Processes):
     """Starts and awaits the commands of `generation_runs.py`."""
 
     def __init__(self, inputs):
-        super().__init__(KITS / "generation_runs.py", BASE)
+        super().__init__("generation_runs.py", BASE)
         self.inputs = inputs
-        assert self.process.stdout.readline() == "ready\n"
 
     def start(self, folder, **env) -> int:
         argv = ["generate", "rrpo", *options("rrpo", self.inputs, folder, "--batch_size", 1)]

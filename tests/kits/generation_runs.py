@@ -1,20 +1,18 @@
 """`trl-vpo generate` in processes of its own, forked from one that has everything imported, to be interrupted.
 
-Reads a job as JSON from each line of stdin. {"argv": [...], "log": FILE, "env": {...}}: starts the command, its output
-in the file, and prints its pid. {"wait": pid}: waits for it and prints its exit status, negative for a signal.
+{"argv": [...], "log": FILE, "env": {...}} starts the command, its output in the file.
 """
 
 import os
 import sys
 import threading
-import traceback
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+from forks import in_forks, run_and_exit, serve
 from tqdm import tqdm
-from workers import serve
 
 torch.set_num_threads(1)  # a fork has none of its parent's threads
 tqdm.set_lock(threading.RLock())  # its own is one for all forks: a killed run would keep it
@@ -32,26 +30,12 @@ def warm_up(model: str) -> None:
 
 
 def child(job: dict) -> None:
-    """The command, in a process of its own."""
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(job.get("env", {}))
+    os.environ.update(job["env"])
     from trl_vpo.cli import main
 
-    status = 3
-    try:
-        status = main(job["argv"])
-    except SystemExit as error:
-        status = error.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    run_and_exit(lambda: main(job["argv"]), job["log"])
 
 
 if __name__ == "__main__":
     warm_up(sys.argv[1])
-    print("ready", flush=True)
-    serve(child)
+    serve(in_forks(child))

@@ -1,48 +1,56 @@
 """Runs that tests start, kill and compare: all are forks of one process that has imported TRL, see resume_run.py."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import KITS
-from resume_run import BASE, RECIPE, ROOT
+from forks import Server
 
 from trl_vpo.testbed.rows import write_jsonl, write_preferences
+from trl_vpo.testbed.tiny_vlm import BASE
 
+RECIPE = {
+    "model_name_or_path": BASE,
+    "use_peft": True,
+    "lora_r": 2,
+    "lora_dropout": 0.1,
+    "lora_target_modules": r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)",
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 2,
+    "max_steps": 8,
+    "logging_steps": 3,
+    "save_steps": 2,
+    "num_frames": 2,
+    "report_to": "none",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 3,
+    "resume_from_checkpoint": True,
+}
 SPEEDS = {"runtime", "samples_per_second", "steps_per_second"}  # of the steps since the run was continued
 
 
-class Runs:
+class Runs(Server):
     """Starts runs in the folder of a test module."""
 
     def __init__(self, folder):
         self.folder = folder
         for kind, name in (("clip", "clips"), ("scene", "scenes")):
-            _, rows = write_preferences(kind, 10, 3, folder / name)
-            write_jsonl(rows, folder / f"{name}.jsonl")
-        command = [sys.executable, str(KITS / "resume_run.py")]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=env
-        )
-        assert self.process.stdout.readline() == '"ready"\n'
+            write_jsonl(write_preferences(kind, 10, 3, folder / name)[1], folder / f"{name}.jsonl")
+        super().__init__("resume_run.py")
 
     def __call__(self, name, kill=None, *, method="rrpo", processes=1, file_limit=None, rank=0, **recipe):
         """Run once. The exit codes of the processes, and what the first one printed."""
         data = self.folder / ("scenes.jsonl" if method == "lpoi" else "clips.jsonl")
-        output = self.folder / name
-        recipe = RECIPE | {"model_name_or_path": BASE, "dataset_name": data, "output_dir": output} | recipe
+        recipe = RECIPE | {"dataset_name": data, "output_dir": self.folder / name} | recipe
         argv = [part for key, value in recipe.items() if value is not None for part in (f"--{key}", str(value))]
         log = self.folder / f"{name.replace('/', '_')}.log"
         job = {"method": method, "argv": argv, "log": str(log), "processes": processes, "kill": kill, "rank": rank}
-        self.process.stdin.write(json.dumps(job | {"file_limit": file_limit}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())["codes"], Path(f"{log}.0.txt").read_text(errors="replace")
+        codes = self.ask(job | {"file_limit": file_limit})
+        return codes, Path(f"{log}.0.txt").read_text(errors="replace")
 
     def finish(self, name, **options):
         codes, text = self(name, **options)
@@ -95,8 +103,7 @@ def printed(text):
 def runs(tmp_path_factory):
     starter = Runs(tmp_path_factory.mktemp("resume"))
     yield starter
-    starter.process.stdin.close()
-    starter.process.wait(60)
+    starter.close()
 
 
 @pytest.fixture(scope="session")

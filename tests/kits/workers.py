@@ -1,45 +1,20 @@
-"""Workers of a run as processes of their own, forked quickly from one that has the store imported, to be killed.
+"""Workers of a run as processes of their own, forked quickly from one that has the store imported, to be killed."""
 
-Reads a job as JSON from each line of stdin. {"folder", "count", ...}: starts a worker and prints its pid.
-{"wait": pid}: waits for it and prints its exit status, negative for a signal.
-"""
-
-import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
+
+from forks import in_forks, serve
 
 from trl_vpo.errors import RunError
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.store import Run
 
 CALLS = ("write", "ftruncate", "fsync", "replace")  # all by which the store changes the disk, but for opening files
-
-
-class Server:
-    """Starts a script that answers jobs, and asks it to start commands and to wait for them."""
-
-    def __init__(self, script: Path, *args):
-        command = [sys.executable, str(script), *map(str, args)]
-        self.process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
-
-    def ask(self, job: dict) -> int:
-        self.process.stdin.write(json.dumps(job, default=str) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def wait(self, pid: int) -> int:
-        return self.ask({"wait": pid})
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def outcome(name: str) -> Outcome:
@@ -143,19 +118,6 @@ def child(job: dict) -> None:
         os._exit(3)
 
 
-def serve(child: Callable[[dict], None]) -> None:
-    """Answer the jobs of stdin; each is done by `child`, which never returns, in a fork of this process."""
-    for line in sys.stdin:
-        job = json.loads(line)
-        if "wait" in job:
-            print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
-            continue
-        pid = os.fork()
-        if not pid:
-            child(job)
-        print(pid, flush=True)
-
-
 if __name__ == "__main__":
     assert not {"torch", "transformers", "datasets"} & sys.modules.keys(), "the store must start quickly"
-    serve(child)
+    serve(in_forks(child))

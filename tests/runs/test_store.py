@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import KITS
-from workers import Server, Sum, outcome, work
+from forks import Server
+from workers import Sum, outcome, work
 
 from trl_vpo.errors import RunError
 from trl_vpo.runs.outcome import Outcome
@@ -34,7 +34,7 @@ class Workers(Server):
 
 @pytest.fixture(scope="module")
 def workers():
-    server = Workers(KITS / "workers.py")
+    server = Workers("workers.py")
     yield server
     server.close()
 

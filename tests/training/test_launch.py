@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from resume_run import BASE, RECIPE, ROOT
+from helpers import KITS
+from resume_runs import RECIPE
 
 from trl_vpo.testbed.rows import write_jsonl, write_preferences
 
@@ -36,14 +37,14 @@ def start(tmp_path):
     started = []
 
     def run(*launch, command=OURS, **recipe):
-        defaults = {"model_name_or_path": BASE, "dataset_name": tmp_path / "clips.jsonl"}
-        defaults |= {"output_dir": tmp_path / "out", "max_steps": 5000, "save_total_limit": 2}
+        defaults = {"dataset_name": tmp_path / "clips.jsonl", "output_dir": tmp_path / "out"}
+        defaults |= {"max_steps": 5000, "save_total_limit": 2}
         recipe = RECIPE | defaults | recipe
         options = [part for key, value in recipe.items() for part in (f"--{key}", str(value))]
         log = tmp_path / "log.txt"
         with log.open("a") as file:
             process = subprocess.Popen(
-                [*command, "rrpo", *options, *launch], stdout=file, stderr=file, env=ENV, cwd=ROOT,
+                [*command, "rrpo", *options, *launch], stdout=file, stderr=file, env=ENV, cwd=KITS.parents[1],
                 start_new_session=True,
             )  # fmt: skip
         started.append(process)
@@ -157,7 +158,7 @@ def test_ctrl_c_to_the_launcher_ends_the_training(start, tmp_path):
 @pytest.mark.slow
 def test_a_second_run_is_refused_and_a_killed_worker_is_named(start, tmp_path):
     process, log = start(dataloader_num_workers=1)
-    second = subprocess.run(process.args, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=200)
+    second = subprocess.run(process.args, capture_output=True, text=True, env=ENV, cwd=KITS.parents[1], timeout=200)
     assert second.returncode == 1
     assert f"another training writes to output_dir {tmp_path}/out: pid {process.pid} on " in second.stderr
     (worker,) = (child for child in psutil.Process(process.pid).children() if "spawn" not in " ".join(child.cmdline()))

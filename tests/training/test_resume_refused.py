@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from resume_run import BASE
-from resume_runs import batches_of, history, order, printed
+from resume_runs import BASE, batches_of, history, order, printed
 
 
 def copied_clips(folder, name):
