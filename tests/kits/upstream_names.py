@@ -1,114 +1,109 @@
 """Names of other libraries that the package calls, with their parameters and the files that call them."""
 
-BASE, SETUP, COMPAT, CONFIG, CARD, METRICS, LOGS, REFERENCE = (
-    f"trl_vpo/trainers/{x}.py" for x in ("base", "setup", "compat", "config", "card", "metrics", "logs", "reference")
-)
-SCORING, HEAD, KL, ATTENTION, LAYOUTS, FAMILIES, RANKS = (
-    f"trl_vpo/forward/{x}.py" for x in ("scoring", "head", "kl", "attention", "layouts", "families", "ranks")
-)
-PRECOMPUTE, FINGERPRINT = (f"trl_vpo/trainers/{x}.py" for x in ("precompute", "fingerprint"))
-ATTACH = "trl_vpo/models/attach.py"
-COLLATOR, CHECK, RECIPE = "trl_vpo/data/collator.py", "trl_vpo/data/check.py", "trl_vpo/runs/recipe.py"
 
-RESUME, CANDIDATES = "trl_vpo/training/resume.py", "trl_vpo/evaluate/candidates.py"
-SIGTERM, CHANGED_ROWS = "trl_vpo/training/sigterm.py", "trl_vpo/training/changed_rows.py"
+def files(room, names):
+    return [f"trl_vpo/{room}/{name}.py" for name in names.split()]
+
+
+BASE, SETUP, COMPAT, CONFIG, CARD, METRICS = files("trainers", "base setup compat config card metrics")
+LOGS, REFERENCE, PRECOMPUTE, FINGERPRINT = files("trainers", "logs reference precompute fingerprint")
+SCORING, HEAD, KL, ATTENTION = files("forward", "scoring head kl attention")
+LAYOUTS, FAMILIES, RANKS, VISION = files("forward", "layouts families ranks vision")
+RESUME, SIGTERM, CHANGED_ROWS, LAUNCH = files("training", "resume sigterm changed_rows launch")
+RUN, PROGRESS, HUB_REPO = files("training", "run progress hub_repo")
+ATTACH, MERGE, SOURCE = files("models", "attach merge source")
+CHECKS, ACTIVATIONS = files("doctor", "checks activation_estimate")
+CANDIDATES, CALLBACK = files("evaluate", "candidates callback")
+(RECIPE,) = files("runs", "recipe")
 
 # Where it is, what we call it with (parameters in their order), who uses it. `...`: an attribute.
 CALLED = [
-    ("trl.DPOTrainer.compute_ref_log_probs", ["self", "model", "inputs"], BASE),
-    ("trl.trainer.dpo_trainer.create_model_from_path", ["model_id"], COMPAT),
-    ("trl.trainer.utils.use_adapter", ["model", "adapter_name"], REFERENCE),
-    ("trl.trainer.utils.get_config_model_id", ["config"], f"{BASE}, {SETUP} and {CARD}"),
-    ("trl.DPOTrainer._prepare_dataset", ["self", "dataset", "processing_class", "args", "dataset_name"], BASE),
-    ("trl.DPOTrainer._precompute_ref_logps", ["self", "dataset", "name", "batch_size"], BASE),
-    ("trl.DPOTrainer._set_signature_columns_if_needed", ["self"], BASE),
-    ("trl.DPOTrainer.compute_loss", ["self", "model", "inputs", "return_outputs", "num_items_in_batch"], BASE),
-    ("trl.DPOTrainer.prediction_step", ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"], BASE),
-    ("transformers.Trainer.get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"], LOGS),
-    ("transformers.Trainer.training_step", ["self", "model", "inputs", "num_items_in_batch"], LOGS),
-    ("transformers.Trainer._maybe_log_save_evaluate", ["self", "tr_loss"], LOGS),
-    ("transformers.Trainer._finalize_training", ["self"], LOGS),
-    ("transformers.Trainer._load_from_checkpoint", ["self", "resume_from_checkpoint", "model"], BASE),
-    ("transformers.Trainer._load_best_model", ["self"], BASE),
-    ("accelerate.Accelerator.reduce", ["self", "tensor", "reduction"], LOGS),
-    ("torch.distributed.elastic.multiprocessing.errors.record", ["fn", "error_handler"], COMPAT),
-    ("torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception", ["self", "e"], COMPAT),
-    ("trl.DPOTrainer.create_model_card", ["self", "model_name", "dataset_name", "tags"], BASE),
-    ("trl.DPOTrainer.floating_point_ops", ["self", "inputs"], LOGS),
-    ("trl.DPOTrainer.save_model", ["self", "output_dir", "_internal_call"], BASE),
+    ("trl.DPOTrainer.compute_ref_log_probs", "self model inputs", BASE),
+    ("trl.trainer.dpo_trainer.create_model_from_path", "model_id", COMPAT),
+    ("trl.trainer.utils.use_adapter", "model adapter_name", REFERENCE),
+    ("trl.trainer.utils.get_config_model_id", "config", f"{BASE}, {SETUP} and {CARD}"),
+    ("trl.DPOTrainer._prepare_dataset", "self dataset processing_class args dataset_name", BASE),
+    ("trl.DPOTrainer._precompute_ref_logps", "self dataset name batch_size", BASE),
+    ("trl.DPOTrainer._set_signature_columns_if_needed", "self", BASE),
+    ("trl.DPOTrainer.compute_loss", "self model inputs return_outputs num_items_in_batch", BASE),
+    ("trl.DPOTrainer.prediction_step", "self model inputs prediction_loss_only ignore_keys", BASE),
+    ("transformers.Trainer.get_batch_samples", "self epoch_iterator num_batches device", LOGS),
+    ("transformers.Trainer.training_step", "self model inputs num_items_in_batch", LOGS),
+    ("transformers.Trainer._maybe_log_save_evaluate", "self tr_loss", LOGS),
+    ("transformers.Trainer._finalize_training", "self trial num_train_samples start_time", f"{LOGS} and {RESUME}"),
+    ("transformers.Trainer._load_from_checkpoint", "self resume_from_checkpoint model", BASE),
+    ("transformers.Trainer._load_best_model", "self", BASE),
+    ("accelerate.Accelerator.reduce", "self tensor reduction", LOGS),
+    ("torch.distributed.elastic.multiprocessing.errors.record", "fn error_handler", COMPAT),
+    ("torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception", "self e", COMPAT),
+    ("trl.DPOTrainer.create_model_card", "self model_name dataset_name tags", BASE),
+    ("trl.DPOTrainer.floating_point_ops", "self inputs", LOGS),
+    ("trl.DPOTrainer.save_model", "self output_dir _internal_call", BASE),
     (
         "trl.DPOTrainer.evaluation_loop",
-        ["self", "dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+        "self dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         LOGS,
     ),
-    ("trl.extract_prompt", ["example"], "trl_vpo/data/rows.py"),
-    ("trl.get_dataset", ["mixture_config"], "trl_vpo/data/sources.py"),
-    ("trl.get_peft_config", ["model_args"], "trl_vpo/training/run.py and trl_vpo/doctor/checks.py"),
-    ("trl.get_quantization_config", ["model_args"], "trl_vpo/training/run.py"),
-    ("trl.scripts.utils.TrlParser.parse_args_and_config", ["self", "args"], RECIPE),
-    ("accelerate.utils.gather_object", ["object"], f"{LOGS}, {METRICS}, {PRECOMPUTE} and {RANKS}"),
-    ("accelerate.utils.broadcast_object_list", ["object_list"], FINGERPRINT),
-    ("accelerate.utils.is_peft_model", ["model"], f"{BASE} and {CARD}"),
-    ("accelerate.Accelerator.gather_for_metrics", ["self", "input_data", "use_gather_object"], METRICS),
+    ("trl.extract_prompt", "example", "trl_vpo/data/rows.py"),
+    ("trl.get_dataset", "mixture_config", "trl_vpo/data/sources.py"),
+    ("trl.get_peft_config", "model_args", f"{RUN} and {CHECKS}"),
+    ("trl.get_quantization_config", "model_args", RUN),
+    ("trl.scripts.utils.TrlParser.parse_args_and_config", "self args", RECIPE),
+    ("accelerate.utils.gather_object", "object", f"{LOGS}, {METRICS}, {PRECOMPUTE} and {RANKS}"),
+    ("accelerate.utils.broadcast_object_list", "object_list", FINGERPRINT),
+    ("accelerate.utils.is_peft_model", "model", f"{BASE} and {CARD}"),
+    ("accelerate.Accelerator.gather_for_metrics", "self input_data use_gather_object", METRICS),
     (
         "peft.get_peft_model_state_dict",
-        ["model", "state_dict", "adapter_name", "unwrap_compiled", "save_embedding_layers"],
-        "trl_vpo/doctor/checks.py",
+        "model state_dict adapter_name unwrap_compiled save_embedding_layers",
+        f"{CHECKS} and {MERGE}",
     ),
-    ("huggingface_hub.constants.HF_HUB_OFFLINE", ..., "trl_vpo/models/source.py"),
-    ("datasets.config.HF_HUB_OFFLINE", ..., "trl_vpo/models/source.py"),
-    ("peft.load_peft_weights", ["model_id", "device"], ATTACH),
-    ("peft.utils.TrainableTokensWrapper.adapter_state_dict", ["self", "adapter_name", "state_dict"], ATTACH),
-    ("peft.utils.TrainableTokensWrapper.adapter_state_dict_load_map", ["self", "adapter_name"], ATTACH),
-    ("peft.PeftModel.load_adapter", ["self", "model_id", "adapter_name", "is_trainable", "torch_device"], ATTACH),
+    ("huggingface_hub.constants.HF_HUB_OFFLINE", ..., SOURCE),
+    ("datasets.config.HF_HUB_OFFLINE", ..., SOURCE),
+    ("peft.load_peft_weights", "model_id device", ATTACH),
+    ("peft.utils.TrainableTokensWrapper.adapter_state_dict", "self adapter_name state_dict", ATTACH),
+    ("peft.utils.TrainableTokensWrapper.adapter_state_dict_load_map", "self adapter_name", ATTACH),
+    ("peft.PeftModel.load_adapter", "self model_id adapter_name is_trainable torch_device", ATTACH),
     (
         "transformers.conversion_mapping.get_model_conversion_mapping",
-        ["model", "key_mapping", "hf_quantizer", "add_legacy"],
+        "model key_mapping hf_quantizer add_legacy",
         ATTACH,
     ),
-    ("transformers.core_model_loading.apply_renamings", ["source_key", "weight_renamings"], ATTACH),
-    ("transformers.TrainingArguments.to_dict", ["self"], CONFIG),
-    ("torch.distributed.launcher.api.LaunchConfig.signals_to_handle", ..., "trl_vpo/training/launch.py"),
-    ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/training/launch.py"),
-    ("accelerate.commands.launch.launch_command_parser", ["subparsers"], "trl_vpo/training/launch.py"),
-    ("peft.PeftModel.delete_adapter", ["self", "adapter_name"], BASE),
-    ("peft.PeftModel.get_base_model", ["self"], BASE),
-    ("transformers.AttentionInterface.register", ["key", "value"], "trl_vpo/doctor/activation_estimate.py"),
-    ("transformers.AttentionMaskInterface.register", ["key", "value"], "trl_vpo/doctor/activation_estimate.py"),
-    ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get", ["key", "default"], ATTENTION),
-    (
-        "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
-        ["attn_implementation", "default"],
-        ATTENTION,
-    ),
+    ("transformers.core_model_loading.apply_renamings", "source_key weight_renamings", ATTACH),
+    ("transformers.TrainingArguments.to_dict", "self", CONFIG),
+    ("torch.distributed.launcher.api.LaunchConfig.signals_to_handle", ..., LAUNCH),
+    ("accelerate.commands.launch.launch_command", "args", LAUNCH),
+    ("accelerate.commands.launch.launch_command_parser", "subparsers", LAUNCH),
+    ("peft.PeftModel.delete_adapter", "self adapter_name", BASE),
+    ("peft.PeftModel.get_base_model", "self", BASE),
+    ("transformers.AttentionInterface.register", "key value", ACTIVATIONS),
+    ("transformers.AttentionMaskInterface.register", "key value", ACTIVATIONS),
+    ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get", "key default", ATTENTION),
+    ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface", "attn_implementation default", ATTENTION),
     ("transformers.PreTrainedModel._supports_attention_backend", ..., FAMILIES),
-    ("transformers.Qwen2VLModel.get_rope_index", ["self", "input_ids"], LAYOUTS),
-    ("transformers.Qwen2VLModel.get_image_features", ["self", "pixel_values"], FAMILIES),
-    ("transformers.Qwen2VLModel.get_video_features", ["self", "pixel_values_videos"], FAMILIES),
-    ("transformers.LlavaModel.get_image_features", ["self", "pixel_values"], FAMILIES),
-    ("transformers.PreTrainedModel.get_decoder", ["self"], "trl_vpo/forward/vision.py"),
-    ("transformers.PreTrainedModel.get_output_embeddings", ["self"], HEAD),
-    ("transformers.PretrainedConfig.get_text_config", ["self"], HEAD),
+    ("transformers.Qwen2VLModel.get_rope_index", "self input_ids", LAYOUTS),
+    ("transformers.Qwen2VLModel.get_image_features", "self pixel_values", FAMILIES),
+    ("transformers.Qwen2VLModel.get_video_features", "self pixel_values_videos", FAMILIES),
+    ("transformers.LlavaModel.get_image_features", "self pixel_values", FAMILIES),
+    ("transformers.PreTrainedModel.get_decoder", "self", VISION),
+    ("transformers.PreTrainedModel.get_output_embeddings", "self", HEAD),
+    ("transformers.PretrainedConfig.get_text_config", "self", HEAD),
     ("transformers.PreTrainedModel.base_model", ..., HEAD),
     ("transformers.Trainer.loss_is_scaled_for_ga", ..., BASE),
-    ("torch.distributed.tensor.DTensor.full_tensor", ["self"], HEAD),
-    ("transformers.Trainer._finalize_training", ["self", "trial", "num_train_samples", "start_time"], RESUME),
-    ("transformers.Trainer._prepare_inputs", ["self", "inputs"], "trl_vpo/evaluate/callback.py"),
-    ("transformers.Trainer._save_checkpoint", ["self", "model", "trial"], RESUME),
-    ("transformers.Trainer.compute_loss_context_manager", ["self"], BASE),
-    ("transformers.Trainer.pop_callback", ["self", "callback"], "trl_vpo/training/progress.py"),
-    ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., "trl_vpo/training/hub_repo.py"),
-    ("huggingface_hub.set_client_factory", ["client_factory"], "trl_vpo/training/hub_repo.py"),
-    ("huggingface_hub.HfApi.auth_check", ["self", "repo_id"], "trl_vpo/training/hub_repo.py"),
-    ("peft.PeftModel.set_adapter", ["self", "adapter_name", "inference_mode"], CANDIDATES),
-    ("peft.get_peft_model_state_dict", ["model"], "trl_vpo/models/merge.py"),
-    ("torch.utils.data.DataLoader._get_iterator", ["self"], SIGTERM),
-    ("transformers.Trainer._get_train_sampler", ["self", "train_dataset"], f"{CHANGED_ROWS} and {RESUME}"),
-    ("transformers.Trainer._load_optimizer_and_scheduler", ["self", "checkpoint"], RESUME),
-    ("transformers.Trainer._load_rng_state", ["self", "checkpoint"], RESUME),
-    ("transformers.Trainer._load_scaler", ["self", "checkpoint"], RESUME),
-    ("accelerate.commands.launch.launch_command", ["args"], "trl_vpo/training/launch.py"),
-    ("accelerate.commands.launch.launch_command_parser", [], "trl_vpo/training/launch.py"),
+    ("torch.distributed.tensor.DTensor.full_tensor", "self", HEAD),
+    ("transformers.Trainer._prepare_inputs", "self inputs", CALLBACK),
+    ("transformers.Trainer._save_checkpoint", "self model trial", RESUME),
+    ("transformers.Trainer.compute_loss_context_manager", "self", BASE),
+    ("transformers.Trainer.pop_callback", "self callback", PROGRESS),
+    ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., HUB_REPO),
+    ("huggingface_hub.set_client_factory", "client_factory", HUB_REPO),
+    ("huggingface_hub.HfApi.auth_check", "self repo_id", HUB_REPO),
+    ("peft.PeftModel.set_adapter", "self adapter_name inference_mode", CANDIDATES),
+    ("torch.utils.data.DataLoader._get_iterator", "self", SIGTERM),
+    ("transformers.Trainer._get_train_sampler", "self train_dataset", f"{CHANGED_ROWS} and {RESUME}"),
+    ("transformers.Trainer._load_optimizer_and_scheduler", "self checkpoint", RESUME),
+    ("transformers.Trainer._load_rng_state", "self checkpoint", RESUME),
+    ("transformers.Trainer._load_scaler", "self checkpoint", RESUME),
 ]
 
 # Where it is, lines that its source has, who leans on them.
@@ -158,10 +153,6 @@ SOURCES = [
         CHANGED_ROWS,
     ),
     ("transformers.Trainer.get_train_dataloader", ["sampler_fn=self._get_train_sampler"], CHANGED_ROWS),
-    ("accelerate.commands.launch.simple_launcher", ["subprocess.CalledProcessError("], "trl_vpo/training/launch.py"),
-    (
-        "torch.nn.parallel.DistributedDataParallel.__init__",
-        ["_ddp_params_and_buffers_to_ignore"],
-        "trl_vpo/training/run.py",
-    ),
+    ("accelerate.commands.launch.simple_launcher", ["subprocess.CalledProcessError("], LAUNCH),
+    ("torch.nn.parallel.DistributedDataParallel.__init__", ["_ddp_params_and_buffers_to_ignore"], RUN),
 ]
