@@ -10,7 +10,6 @@ from held_out_kit import (
     adapted,
     assert_same_record,
     evaluate,
-    of_image,
     plain,
     processor,
     records,
@@ -116,7 +115,10 @@ def test_the_image_list_agrees_with_the_long_way(held_out, run, models):
     images = masked_image_list(image, row["critical_box"], 3)
     for contestant in ("base", "words"):
         record = run[1][row["id"], contestant]
-        asked = [(processor(), of_image(sample, x), language.PROMPTS["scene"], said(row, "chosen")) for x in images]
+        asked = [
+            (processor(), replace(sample, frames=np.asarray(x)[None]), language.PROMPTS["scene"], said(row, "chosen"))
+            for x in images
+        ]
         assert record["image_logps"] == nearly([slow_sum(models[contestant], *one) for one in asked])
         assert record["image_logps"][0] == pytest.approx(record["chosen_logp"], abs=1e-5)
         assert list(record["damaged_logps"]) == ["masked", "blank"]  # an image has no order

@@ -26,10 +26,8 @@ def grounding_dino(config=T.GroundingDinoConfig, model=T.GroundingDinoForObjectD
         num_queries=20,
         encoder_layers=1,
         decoder_layers=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+        **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
         num_feature_levels=4,
         max_text_len=64,
     )
@@ -37,16 +35,9 @@ def grounding_dino(config=T.GroundingDinoConfig, model=T.GroundingDinoForObjectD
     return model(cfg), T.GroundingDinoProcessor(images, bert_tokenizer())
 
 
-def mm_grounding_dino():
-    return grounding_dino(T.MMGroundingDinoConfig, T.MMGroundingDinoForObjectDetection)
-
-
 def owlv2():
-    vocab = {}
-    for end in ("", "</w>"):
-        for c in CHARACTERS:
-            vocab[c + end] = len(vocab)
-    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    words = [c + end for end in ("", "</w>") for c in CHARACTERS] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(words)}
     ids = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1, "pad_token_id": len(vocab) - 1}
     cfg = T.Owlv2Config(
         text_config={**TEXT, **ids, "vocab_size": len(vocab), "max_position_embeddings": 64},
@@ -59,19 +50,18 @@ def owlv2():
 
 
 def sam2():
-    hiera = {
-        "hidden_size": 16,
-        "num_attention_heads": 1,
-        "image_size": [128, 128],
-        "blocks_per_stage": [1, 1, 2, 1],
-        "embed_dim_per_stage": [16, 32, 64, 128],
-        "num_attention_heads_per_stage": [1, 2, 4, 8],
-        "window_size_per_stage": [4, 4, 4, 4],
-        "global_attention_blocks": [3],
-        "window_positional_embedding_background_size": [4, 4],
-    }
+    stages = {"blocks": [1, 1, 2, 1], "embed_dim": [16, 32, 64, 128], "num_attention_heads": [1, 2, 4, 8]}
+    backbone = T.Sam2HieraDetConfig(
+        hidden_size=16,
+        num_attention_heads=1,
+        image_size=[128, 128],
+        window_size_per_stage=[4] * 4,
+        global_attention_blocks=[3],
+        window_positional_embedding_background_size=[4, 4],
+        **{f"{key}_per_stage": values for key, values in stages.items()},
+    )
     vision = T.Sam2VisionConfig(
-        backbone_config=T.Sam2HieraDetConfig(**hiera),
+        backbone_config=backbone,
         backbone_channel_list=[128, 64, 32, 16],
         backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
         fpn_hidden_size=32,
@@ -87,7 +77,7 @@ def sam2():
 
 BUILDERS = {
     "grounding-dino": grounding_dino,
-    "mm-grounding-dino": mm_grounding_dino,
+    "mm-grounding-dino": lambda: grounding_dino(T.MMGroundingDinoConfig, T.MMGroundingDinoForObjectDetection),
     "owlv2": owlv2,
     "sam2": sam2,
 }

@@ -34,10 +34,11 @@ class Server:
         self.process.wait()
 
 
-def serve(answer: Callable) -> None:
-    """Answer the jobs of stdin; what is printed meanwhile goes to stderr."""
+def serve(answer: Callable, warm_up: Callable = lambda: None) -> None:
+    """Answer the jobs of stdin; what else is printed goes to stderr, that of imports, too."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    warm_up()
     print('"ready"', file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), file=answers, flush=True)

@@ -37,5 +37,4 @@ def child(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    warm_up(sys.argv[1])
-    serve(in_forks(child))
+    serve(in_forks(child), lambda: warm_up(sys.argv[1]))

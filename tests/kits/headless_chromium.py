@@ -24,10 +24,9 @@ class Browser:
         paths = shutil.which("chromium"), shutil.which("chromedriver")
         if not all(paths):
             pytest.skip("needs Debian's chromium and chromium-driver")
-        self.driver = subprocess.Popen(
-            [paths[1], "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        self.base = f"http://127.0.0.1:{self._port()}"
+        self.driver = subprocess.Popen([paths[1], "--port=0"], stdout=-1, stderr=subprocess.STDOUT, text=True)
+        ports = (re.search(r"started successfully on port (\d+)", line) for line in self.driver.stdout)
+        self.base = f"http://127.0.0.1:{next(filter(None, ports))[1]}"
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
         flags = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,1000", *sandbox]
@@ -42,17 +41,10 @@ class Browser:
             raise
         self.base += f"/session/{session['sessionId']}"
 
-    def _port(self) -> str:
-        for line in self.driver.stdout:
-            if port := re.search(r"started successfully on port (\d+)", line):
-                return port[1]
-        raise RuntimeError("chromedriver ended before it was ready")
-
     def _call(self, method: str, path: str, body: dict | None = None):
         data = json.dumps(body or {}).encode() if method == "POST" else None
-        request = urllib.request.Request(
-            self.base + path, data=data, method=method, headers={"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.base + path, data=data, method=method, headers=headers)
         try:
             with self.opener.open(request, timeout=120) as answer:
                 return json.load(answer)["value"]
@@ -69,8 +61,7 @@ class Browser:
 
     def texts(self, selector: str) -> list[str]:
         """The visible texts of all elements that match."""
-        script = "return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText.trim())"
-        return self.run(script, selector)
+        return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText.trim())", selector)
 
     def text(self, selector: str) -> str:
         (text,) = self.texts(selector)
@@ -122,9 +113,8 @@ class Browser:
 
     def requests(self) -> list[str]:
         """Every address the browser asked for since the last call."""
-        events = [
-            json.loads(entry["message"])["message"] for entry in self._call("POST", "/se/log", {"type": "performance"})
-        ]
+        entries = self._call("POST", "/se/log", {"type": "performance"})
+        events = [json.loads(entry["message"])["message"] for entry in entries]
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
     def close(self) -> None:

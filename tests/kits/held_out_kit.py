@@ -9,7 +9,6 @@ import pytest
 import torch
 from local_kit import plain
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
 from transformers import AutoProcessor
 
 from studies.testbed.base import encode, read_mp4
@@ -91,10 +90,6 @@ def slow_sum(*args) -> float:
     """The summed log-prob of a response; arguments as above."""
     logps, tokens = slow_scores(*args)
     return logps.gather(1, tokens[:, None]).sum().item()
-
-
-def of_image(sample, image: Image.Image):
-    return replace(sample, frames=np.asarray(image)[None])
 
 
 def said(row, side) -> str:

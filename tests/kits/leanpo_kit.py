@@ -62,16 +62,16 @@ class Hashed(ScriptedModel):
         super().__init__(None)
 
     def answer(self, requests, sampling):
-        return [self._words(request, sampling) for request in requests]
+        return [self._words(self._rng(request, sampling)) for request in requests]
 
     def average_logps(self, requests, responses):
         return [-self._rng(request, response).random() for request, response in zip(requests, responses)]
 
-    def _words(self, request, sampling):
-        rng = self._rng(request, sampling)
+    @staticmethod
+    def _words(rng):
         if rng.random() < 0.1:
             return Failure("the model said nothing")
-        return " ".join(str(word) for word in rng.choice(["a", "red", "square", "moves", "left"], 5))
+        return " ".join(map(str, rng.choice(["a", "red", "square", "moves", "left"], 5)))
 
     @staticmethod
     def _rng(request, more):

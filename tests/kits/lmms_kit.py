@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from local_kit import asked
 
 from trl_vpo.evaluate.lmms import run as lmms
-from trl_vpo.media.load import Media, VideoOptions, load_video
+from trl_vpo.media.load import VideoOptions, load_video
 from trl_vpo.models.requests import Request
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.testbed.tiny_vlm import BASE
 
-needs_lmms_eval = pytest.mark.skipif(
-    find_spec("lmms_eval") is None, reason="needs the extra lmms; see tests/evaluate/test_lmms.py"
-)
+needs_lmms_eval = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra lmms")
 FRAMES = VideoOptions(num_frames=4)
 COLOUR, CAPTION = "What colour is the shape?", "Describe the video."
 
@@ -115,8 +114,7 @@ def runner(tasks: Path, new_folder):
 
 
 def about(text: str, clip: str, seed: int = 0) -> Request:
-    content = [{"type": "video"}, {"type": "text", "text": text}]
-    return Request([{"role": "user", "content": content}], Media(videos=(load_video(clip, FRAMES),)), seed)
+    return asked(text, videos=[load_video(clip, FRAMES)], seed=seed)
 
 
 def answers(rows: list[dict]) -> list:

@@ -49,32 +49,23 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to requests whose `METHOD /path` matches, `times` times.
+    """What happens to requests whose `METHOD /path` matches the expression `where`, `times` times.
 
-    Args:
-        where: regular expression.
-        what: an HTTP status; "drop", the connection is closed without an answer; "hang", there is none; or a function
-            that is called before the request is answered as usual.
-        times: how often.
-        after: how many requests that match go well before.
+    `what`: an HTTP status; "drop", the connection is closed without an answer; "hang", there is none; or a function
+    that is called before the request is answered as usual.
     """
 
     where: str
     what: int | str | Callable[[], None]
     times: int = 1000
-    after: int = 0
 
     def applies(self, request):
-        if not re.search(self.where, request):
-            return False
-        self.after -= 1
-        if self.after >= 0 or self.times <= 0:
-            return False
-        self.times -= 1
-        return True
+        applies = self.times > 0 and re.search(self.where, request)
+        self.times -= bool(applies)
+        return applies
 
 
-class LocalHub:
+class LocalHub(ThreadingHTTPServer):
     """`with LocalHub() as hub`: it answers at `hub.url`.
 
     Attributes:
@@ -84,32 +75,29 @@ class LocalHub:
         requests: `METHOD /path` of all that came.
     """
 
+    daemon_threads = True
+
     def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.tokens, self.faults, self.requests = {}, {}, [], []
         self.blobs = {}  # sha256 -> bytes
-        self._over = threading.Event()
-
-    def __enter__(self):
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
+        self.over = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def __exit__(self, *_):
-        self._over.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.over.set()
+        self.shutdown()
+        self.server_close()
 
     def answer(self, method, path, body, user, rights):
         """(status, JSON, headers) of a request that no fault applies to."""
         if method == "PUT" and path.startswith("/storage/"):  # as S3: the address is the permission
             oid = path.removeprefix("/storage/")
-            good = hashlib.sha256(body).hexdigest() == oid
-            if good:
-                self.blobs[oid] = body
-            return (200 if good else 400), {}, {}
+            if hashlib.sha256(body).hexdigest() != oid:
+                return 400, {}, {}
+            self.blobs[oid] = body
+            return 200, {}, {}
         if user is None:
             return 401, {"error": "Invalid username or password."}, {}
         for pattern, route in ROUTES:
@@ -171,10 +159,9 @@ class LocalHub:
     def batch(self, body, **_):
         objects = []
         for item in json.loads(body)["objects"]:
-            upload = {"actions": {"upload": {"href": f"{self.url}/storage/{item['oid']}"}}}
-            objects.append(
-                {"oid": item["oid"], "size": item["size"]} | (upload if item["oid"] not in self.blobs else {})
-            )
+            objects.append({"oid": item["oid"], "size": item["size"]})
+            if item["oid"] not in self.blobs:
+                objects[-1]["actions"] = {"upload": {"href": f"{self.url}/storage/{item['oid']}"}}
         return 200, {"transfer": "basic", "objects": objects}
 
     def commit(self, repo, rev, body, **rest):
@@ -217,18 +204,16 @@ ROUTES = [
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    hub: LocalHub
 
     def do(self):
-        path = urlsplit(self.path).path
-        body = self._body()
+        hub, path, body = self.server, urlsplit(self.path).path, self._body()
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         request = f"{self.command} {path}"
-        self.hub.requests.append(request)
-        fault = next((fault.what for fault in self.hub.faults if fault.applies(request)), None)
+        hub.requests.append(request)
+        fault = next((fault.what for fault in hub.faults if fault.applies(request)), None)
         if fault in ("drop", "hang"):
             if fault == "hang":
-                self.hub._over.wait(60)
+                hub.over.wait(60)
             self.close_connection = True
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -237,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(fault, {"error": f"no luck with {token}"}, {})
         if fault:
             fault()
-        self._send(*self.hub.answer(self.command, path, body, *self.hub.tokens.get(token, (None, ()))))
+        self._send(*hub.answer(self.command, path, body, *hub.tokens.get(token, (None, ()))))
 
     do_GET = do_POST = do_PUT = do_HEAD = do
 

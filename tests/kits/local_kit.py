@@ -1,6 +1,5 @@
 """The testbed's base as a model that answers, and questions about its clips."""
 
-import numpy as np
 from transformers import AutoModelForImageTextToText
 
 from trl_vpo.media.load import Media, VideoOptions, load_video
@@ -29,11 +28,8 @@ def asked(text: str, *, images=(), videos=(), seed=0) -> Request:
     return Request(messages, Media(tuple(images), tuple(videos)), seed)
 
 
-def clip_of(frames: np.ndarray):
-    return load_video(np.asarray(frames), VideoOptions(num_frames=len(frames)))
-
-
 def questions(count: int) -> list[Request]:
     """Clips and questions of three lengths, so that a batch has padding."""
     samples = world.draw_samples("clip", count, seed=3, habits=False)
-    return [asked(QUESTIONS[i % 3], videos=[clip_of(sample.frames)], seed=100 + i) for i, sample in enumerate(samples)]
+    clips = [load_video(sample.frames, VideoOptions(num_frames=len(sample.frames))) for sample in samples]
+    return [asked(QUESTIONS[i % 3], videos=[clip], seed=100 + i) for i, clip in enumerate(clips)]

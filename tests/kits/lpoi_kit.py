@@ -13,23 +13,19 @@ from trl_vpo.media.masking import check_box
 
 MADE = {"pipeline": "lpoi", "model": None}
 CHOSEN = "A man walks a dog. There is a tree behind them."
-DOG, MAN, TREE, BENCH = (
-    {"label": label, "box": box}
-    for label, box in [
-        ("dog", [5, 5, 25, 25]), ("man", [30, 2, 50, 50]), ("tree", [2, 30, 20, 52]), ("bench", [20, 20, 54, 54]),
-    ]
-)  # fmt: skip
+BOXES = {"dog": [5, 5, 25, 25], "man": [30, 2, 50, 50], "tree": [2, 30, 20, 52], "bench": [20, 20, 54, 54]}
+DOG, MAN, TREE, BENCH = ({"label": label, "box": box} for label, box in BOXES.items())
 
 
 class Claims(ScriptedModel):
     """Says what `says(question, image)` returns: a text, a `Failure`, or whether it claims the object."""
 
     def __init__(self, says):
-        super().__init__(lambda request: self._said(says(text_of(request), request.media.images[0])))
+        def said(request):
+            answer = says(text_of(request), request.media.images[0])
+            return ("Yes." if answer else "No.") if isinstance(answer, bool) else answer
 
-    @staticmethod
-    def _said(answer):
-        return {True: "Yes.", False: "No."}[answer] if isinstance(answer, bool) else answer
+        super().__init__(said)
 
     @property
     def questions(self):

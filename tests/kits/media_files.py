@@ -6,7 +6,6 @@ import pickle
 import struct
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -27,9 +26,7 @@ def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray
     """
     image = np.zeros((height, width, 3), np.uint8)
     column = width // BITS
-    for bit in range(BITS):
-        if number >> (BITS - 1 - bit) & 1:
-            image[:, bit * column : (bit + 1) * column] = 255
+    image[:, : BITS * column] = 255 * np.unpackbits(np.uint8(number)).repeat(column)[:, None]
     noise = np.random.default_rng(number).integers(0, 256, (height // 4, width, 3))
     image[height // 2 : height // 2 + height // 4] = noise
     image[height * 3 // 4 :] = (120, 0, 0)
@@ -40,7 +37,7 @@ def number(frame: np.ndarray) -> int:
     """The number that an upright frame (H, W, 3) of any size shows."""
     row = frame[frame.shape[0] // 4].astype(float).mean(axis=1)  # in the middle of the columns
     centres = (np.arange(BITS) + 0.5) * frame.shape[1] / BITS
-    return int(sum(1 << (BITS - 1 - bit) for bit in range(BITS) if row[int(centres[bit])] > 128))
+    return int(np.packbits(row[centres.astype(int)] > 128)[0])
 
 
 def numbers(frames: np.ndarray) -> list[int]:
@@ -64,8 +61,8 @@ def write_video(
     times: list[int] | None = None,
     last: int = 1,
     audio_seconds: float = 0,
-    options: dict[str, str] | None = None,
-    metadata: dict[str, str] | None = None,
+    options=None,
+    metadata=None,
     x264: str = "scenecut=0",
     x265: str = "open-gop=0",
 ) -> Path:
@@ -154,13 +151,13 @@ def set_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
 
 
 def remux_shifted(source: Path, target: Path, by: int) -> Path:
-    """The same packets, ``by`` frames earlier (mp4 then hides what lies before 0 with an edit list) or later."""
+    """The same packets, ``by`` frames earlier (mp4 hides what lies before 0 with an edit list) or later."""
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         for packet in old.demux(old.streams.video[0]):
             if packet.size:
-                step = packet.duration * by
-                packet.pts, packet.dts = packet.pts + step, packet.dts + step
+                packet.pts += packet.duration * by
+                packet.dts += packet.duration * by
                 packet.stream = stream
                 new.mux(packet)
     return target
@@ -184,7 +181,7 @@ def upright(orientation: int, pixels: np.ndarray) -> np.ndarray:
     return np.asarray(image.transpose(Image.Transpose[turn]) if turn else image).astype(int)
 
 
-def frame_files(folder: Path, count: int = 10) -> list[Path]:
+def frame_files(folder: Path, count: int) -> list[Path]:
     """Numbered frames as png files."""
     paths = [folder / f"frame{i}.png" for i in range(count)]
     for i, path in enumerate(paths):
@@ -192,9 +189,7 @@ def frame_files(folder: Path, count: int = 10) -> list[Path]:
     return paths
 
 
-def refused(
-    source: Any, reason: str, *, name: str | None = None, uses=(load_video, check_video), options=None, **where
-):
+def refused(source, reason, *, name=None, uses=(load_video, check_video), options=None, **where):
     """Each of `uses` raises a MediaError that gives the reason, names the file, and survives pickling."""
     for use in uses:
         arguments = [] if use is load_image else [options or VideoOptions(num_frames=1000)]
@@ -207,5 +202,5 @@ def refused(
     return caught.value
 
 
-def refused_image(source: Any, reason: str, **kwargs):
+def refused_image(source, reason, **kwargs):
     return refused(source, reason, uses=[load_image], **kwargs)

@@ -6,10 +6,10 @@ import trl_vpo
 from trl_vpo.data.check import prepare_dataset
 
 
-def prepare(rows, processor, folder, phrases=False, image_list=False, collator=None, name="train", **more):
+def prepare(rows, processor, folder, phrases=False, image_list=False, name="train", **more):
     """The checked rows, for a training into `folder`."""
     args = trl_vpo.VisualDPOConfig(str(folder / "out"), num_frames=8, use_cpu=True, bf16=False, **more)
     data = rows if not isinstance(rows, list) else Dataset.from_list(rows)
     needs = {"phrases": phrases, "image_list": image_list}
-    collator = collator or trl_vpo.VisualDPOTrainer.make_collator(processor, args)
+    collator = trl_vpo.VisualDPOTrainer.make_collator(processor, args)
     return prepare_dataset(data, args, name=name, processing_class=processor, collator=collator, **needs)

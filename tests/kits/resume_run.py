@@ -129,5 +129,4 @@ def run(job):
 
 
 if __name__ == "__main__":
-    import_everything()
-    serve(run)
+    serve(run, import_everything)

@@ -25,5 +25,4 @@ def of_tokens(scores):
 
 def slow_kl(policy, reference):
     """(T,) KL(reference || policy) for each branch, from `slow_scores` of both."""
-    pairs = [(p, r.detach()) for (p, _), (r, _) in zip(policy, reference)]
-    return [(r.exp() * (r - p)).sum(-1) for p, r in pairs]
+    return [(r.detach().exp() * (r.detach() - p)).sum(-1) for (p, _), (r, _) in zip(policy, reference)]

@@ -34,12 +34,10 @@ def tokens_read(trainer):
     return sum(len(tree.trunks[0].ids) + len(branch.ids) for tree in trees for branch in tree.branches)
 
 
-CLOCK = ("runtime", "per_second")
-
-
-def history(trainer, skip=CLOCK):
+def history(trainer):
     """Everything that was logged, without what a clock decides."""
-    return [{k: v for k, v in entry.items() if not k.endswith(skip)} for entry in trainer.state.log_history]
+    clock = ("runtime", "per_second")
+    return [{k: v for k, v in entry.items() if not k.endswith(clock)} for entry in trainer.state.log_history]
 
 
 def snapshot(model, part=""):

@@ -101,9 +101,9 @@ def shake(model, seed=1, scale=0.05):
             p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
 
 
-def draw_lora(model, std, seed=0):
-    """Draw the weights of a new LoRA that are zero; the same seed gives the same."""
-    torch.manual_seed(seed)
+def draw_lora(model, std):
+    """Draw the weights of a new LoRA that are zero, the same at each call."""
+    torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=std)

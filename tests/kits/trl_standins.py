@@ -8,6 +8,9 @@ from helpers import message
 
 SHORT = {"max_position_embeddings": 512, "head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA = {"layers_block_type": ["mamba", "attention", "mlp"], "ssm_state_size": 8, "mamba_num_heads": 4}
+MAMBA |= {"mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16}
+LFM = {"layer_types": ["conv", "full_attention"]}
 TOOLS_TEMPLATE = (
     "{%- if tools -%}{{ '<|im_start|>system\n' }}{%- for t in tools -%}{{ t | tojson }}{%- endfor -%}"
     "{{ '<|im_end|>\n' }}{%- endif -%}{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}"
@@ -23,25 +26,10 @@ TEXT_MODELS = {  # name -> classes of config and model, fields of the config
     "Cohere2": (T.Cohere2Config, T.Cohere2ForCausalLM, {"sliding_window": 64}),
     "GLM-4-MoE": (T.Glm4MoeConfig, T.Glm4MoeForCausalLM, {**EXPERTS, "n_routed_experts": 4}),
     "GPT-OSS": (T.GptOssConfig, T.GptOssForCausalLM, {"num_experts_per_tok": 2, "num_local_experts": 4}),
-    "Nemotron-H": (
-        T.NemotronHConfig,
-        T.NemotronHForCausalLM,
-        {
-            "layers_block_type": ["mamba", "attention", "mlp"],
-            "ssm_state_size": 8,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 16,
-            "n_groups": 2,
-            "chunk_size": 16,
-        },
-    ),
+    "Nemotron-H": (T.NemotronHConfig, T.NemotronHForCausalLM, MAMBA),
     "OLMo-3": (T.Olmo3Config, T.Olmo3ForCausalLM, {"layer_types": ["sliding_attention", "full_attention"]}),
-    "LFM2": (T.Lfm2Config, T.Lfm2ForCausalLM, {"layer_types": ["conv", "full_attention"]}),
-    "LFM2-MoE": (
-        T.Lfm2MoeConfig,
-        T.Lfm2MoeForCausalLM,
-        {**EXPERTS, "num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
-    ),
+    "LFM2": (T.Lfm2Config, T.Lfm2ForCausalLM, LFM),
+    "LFM2-MoE": (T.Lfm2MoeConfig, T.Lfm2MoeForCausalLM, LFM | EXPERTS | {"num_experts": 4, "num_dense_layers": 1}),
 }
 EXCHANGES = [  # prompt, chosen, rejected
     ("What moves left?", " a red square moves left.", " nothing."),
@@ -60,10 +48,13 @@ def text_standin(name, **other):
 
 
 def plain(implicit=False):
-    return [
-        {"chosen": p + c, "rejected": p + r} if implicit else {"prompt": p, "chosen": c, "rejected": r}
-        for p, c, r in EXCHANGES
-    ]
+    """Rows of texts; implicit: the prompt stands before both responses."""
+    rows = [dict(zip(("prompt", "chosen", "rejected"), texts)) for texts in EXCHANGES]
+    return _implicit(rows) if implicit else rows
+
+
+def _implicit(rows):
+    return [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
 
 
 def turn(role, text):
@@ -71,12 +62,11 @@ def turn(role, text):
 
 
 def conversations(implicit=False):
-    rows = []
-    for p, c, r in EXCHANGES:
-        prompt, chosen, rejected = turn("user", p), turn("assistant", c.strip()), turn("assistant", r.strip())
-        row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
-        rows.append(row if implicit else {"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return rows
+    rows = [
+        {"prompt": turn("user", p), "chosen": turn("assistant", c.strip()), "rejected": turn("assistant", r.strip())}
+        for p, c, r in EXCHANGES
+    ]
+    return _implicit(rows) if implicit else rows
 
 
 def tool_rows():
