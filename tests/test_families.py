@@ -28,14 +28,18 @@ def trainer_on(method, name, rows, folder, lora=LANGUAGE_MODEL):
     return trainer_of(method, folder, rows, model=model, processor=processor, **more)
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
-def test_logps_of_a_ragged_batch_are_those_of_full_calls(name, kind, media, tmp_path):
-    """Media of different shapes, responses of different lengths and a text-only row in one batch."""
-    trainer = trainer_on("dpo", name, [*dataset(kind, media)[:2], row(None)], tmp_path, lora=None)
+def assert_logps_are_those_of_full_calls(trainer):
     with torch.no_grad():
         scores = trainer.concatenated_forward(trainer.model, collated(trainer))
         for got, mask, want in zip(scores.logps, scores.mask, of_tokens(slow_scores(trainer)), strict=True):
             torch.testing.assert_close(got[mask], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_logps_of_a_ragged_batch_are_those_of_full_calls(name, kind, media, tmp_path):
+    """Media of different shapes, responses of different lengths and a text-only row in one batch."""
+    trainer = trainer_on("dpo", name, [*dataset(kind, media)[:2], row(None)], tmp_path, lora=None)
+    assert_logps_are_those_of_full_calls(trainer)
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
@@ -68,10 +72,7 @@ def test_mixed_text_image_and_video_rows(name, media, tmp_path):
     """Rows of all kinds share a dataset (Arrow fills the absent columns with None) and every batch."""
     rows = [row("image", [media["image"][1]]), row(None), row("video", [media["video"][0]])]
     trainer = trainer_on("rrpo", name, [{"images": None, "videos": None, **r} for r in rows], tmp_path)
-    with torch.no_grad():
-        scores = trainer.concatenated_forward(trainer.model, collated(trainer))
-        for got, mask, want in zip(scores.logps, scores.mask, of_tokens(slow_scores(trainer)), strict=True):
-            torch.testing.assert_close(got[mask], want, rtol=1e-4, atol=1e-5)
+    assert_logps_are_those_of_full_calls(trainer)
     trainer.train()
     assert trainer.state.global_step == 2
 

@@ -63,27 +63,19 @@ def test_the_trainers_signature_is_dpo_trainers():
 
 
 KERNELS = [
-    (
-        "trl.kernels.ChunkedLogProbFunction",
-        SCORING,
-        "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs",
-        5,
-    ),
-    (
-        "trl.kernels.chunked_divergence.ChunkedDivergenceFunction",
-        KL,
-        "student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
-        "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping",
-        2,
-    ),
-]
+    ("ChunkedLogProbFunction", SCORING, 5,
+     "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"),
+    ("chunked_divergence.ChunkedDivergenceFunction", KL, 2,
+     "student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
+     "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "user", "parameters", "outputs"), KERNELS, ids=[path for path, *_ in KERNELS])
-def test_the_kernels_take_and_give_what_we_think(path, user, parameters, outputs):
+@pytest.mark.parametrize(("path", "user", "outputs", "parameters"), KERNELS, ids=[path for path, *_ in KERNELS])
+def test_the_kernels_take_and_give_what_we_think(path, user, outputs, parameters):
     """They take their arguments by position, so an order that changes would be silent. (What they compute is compared
     with plain torch in tests/forward/test_scoring.py.)"""
-    forward = find(path).forward
+    forward = find(f"trl.kernels.{path}").forward
     got = list(inspect.signature(forward).parameters)[1:]
     assert got == parameters.split(), f"{path} now takes {got}; {user} passes {parameters.split()} by position."
     given = str(inspect.signature(forward).return_annotation)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_server import Reply, Server, said
+from chat_server import Reply, chat_servers, said
 from forks import Server as Processes
 from run_kit import generate, lines, options, write_inputs, written
 
@@ -151,15 +151,8 @@ def behave(number, body):
 @pytest.fixture
 def serve(monkeypatch):
     monkeypatch.setattr(server_module, "LONGEST_PAUSE", 0.02)
-    servers = []
-
-    def start(behave=behave):
-        servers.append(Server(behave))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    with chat_servers() as start:
+        yield lambda behave=behave: start(behave=behave)
 
 
 def generate_behind(server, inputs, folder, *more, method="rrpo"):

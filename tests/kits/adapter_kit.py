@@ -52,7 +52,6 @@ def recipe_of(out, method="rrpo", **keys):
 
 
 def train(out, **keys):
-    """The trainer of a run into a folder, with keys of a recipe."""
     path, method = recipe_of(out, **keys)
     return run_training(method, ["--config", str(path)])
 
@@ -100,7 +99,6 @@ def assert_same(got, want):
 
 
 def changed(folder, tmp_path, **keys):
-    """A copy of an adapter with other keys in its config."""
     copied = tmp_path / "changed"
     copied.mkdir()
     shutil.copy(folder / "adapter_model.safetensors", copied)

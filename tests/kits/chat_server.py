@@ -93,8 +93,7 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     bodies = property(lambda self: [body for *_, body in self.seen])
-    times = property(lambda self: [seen[0] for seen in self.seen])
-    gaps = property(lambda self: [b - a for a, b in itertools.pairwise(self.times)])
+    gaps = property(lambda self: [after[0] - before[0] for before, after in itertools.pairwise(self.seen)])
 
     def handle_error(self, *args):
         pass

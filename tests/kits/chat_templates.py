@@ -12,7 +12,6 @@ QUESTION, ANSWER = "What is in the picture?", "a red square moves left."
 
 
 def shipped(name):
-    """A template that TRL ships."""
     return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
 
 

@@ -84,7 +84,6 @@ def wide_model():
 
 
 def load_four_bits(folder):
-    """A model of a folder; its language model is stored in 4 bits."""
     quantization = T.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=list(NOT_QUANTIZED))
     return T.AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantization)
 
@@ -126,11 +125,8 @@ def rows_of(kind, count, folder):
 class Watch(TrainerCallback):
     """The gradients that the optimizer would get, and a log that one rank writes alone."""
 
-    def __init__(self):
-        self.trainer, self.grads, self.before, self.names = None, None, None, None
-
-    def watch(self, trainer):
-        self.trainer, self.names = trainer, set(trainable(trainer.model))
+    def __init__(self, trainer):
+        self.trainer, self.names, self.grads = trainer, set(trainable(trainer.model)), None
 
     def params(self):
         return {name: p for name, p in self.trainer.model.named_parameters() if name in self.names}
@@ -139,11 +135,10 @@ class Watch(TrainerCallback):
         self.before = {name: whole(p).clone() for name, p in self.params().items()}
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        params = self.params()
         if state.is_world_process_zero:
             self.trainer.log({"alone": 1.0})
-        if all(p.grad is not None for p in params.values()):
-            self.grads = {k: whole(p.grad) for k, p in params.items()}
+        if all(p.grad is not None for p in self.params().values()):
+            self.grads = {name: whole(p.grad) for name, p in self.params().items()}
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.grads is None:  # DeepSpeed keeps them to itself: plain SGD with learning rate 1 subtracted them
@@ -168,19 +163,16 @@ def engine_options():
     return {"use_cpu": True, "deepspeed": zero | dict.fromkeys(sizes, "auto")}
 
 
-def run_case(
-    method, layout="auto", name="Qwen2-VL", kind=None, rows=8, processes=1, four_bits=False, scale=0.05, **more
-):
+def run_case(method, name="Qwen2-VL", kind=None, rows=8, processes=1, four_bits=False, scale=0.05, **more):
     """The log of the step, the metrics of the evaluation, gradients and saved adapter by name, layout and wrapper."""
     if method == "changed":
         method, more = "dpo", {**more, "kind": ChangedTrainer}
     with tempfile.TemporaryDirectory() as folder:
         data = rows_of(kind or ("list" if method == "lpoi" else "images"), rows, Path(folder))
-        watch = Watch()
         options = {
-            "layout": layout, "max_steps": 1, "gradient_accumulation_steps": 4 // processes, "optim": "sgd",
+            "max_steps": 1, "gradient_accumulation_steps": 4 // processes, "optim": "sgd",
             "learning_rate": 1.0, "max_grad_norm": 1e9, "train_sampling_strategy": "sequential",
-            "callbacks": [watch], "eval_dataset": Dataset.from_list(data[:5]), **engine_options(), **more,
+            "eval_dataset": Dataset.from_list(data[:5]), **engine_options(), **more,
         }  # fmt: skip
         model, processor = copy.deepcopy(four_bit_model()) if four_bits else (None, None)
         options = {"model": model, "processor": processor, "peft_config": lora(), "peft": None, **options}
@@ -189,11 +181,11 @@ def run_case(
             for weight in trainable(trainer.model).values():
                 weight.data = weight.data.float()
         shake(trainer.model, scale=scale)
-        watch.watch(trainer)
+        watch = Watch(trainer)
+        trainer.add_callback(watch)
         if rows % 2:  # accelerate would fill the last batch up
-            mine = [list(range(i, min(i + 2, rows))) for i in range(0, rows, 2)][
-                trainer.args.process_index :: processes
-            ]
+            pairs = [list(range(i, min(i + 2, rows))) for i in range(0, rows, 2)]
+            mine = pairs[trainer.args.process_index :: processes]
             loader = DataLoader(trainer.train_dataset, batch_sampler=mine, collate_fn=trainer.data_collator)
             trainer.get_train_dataloader = lambda: loader
         trainer.train()

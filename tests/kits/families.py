@@ -22,7 +22,6 @@ SQUARE = {"height": 56, "width": 56}
 
 
 def tokenizer(special=(), named=None, corpus=CORPUS, vocab_size=360):
-    """A byte-level BPE tokenizer trained here."""
     tok = Tokenizer(BPE(unk_token=None))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -277,7 +276,6 @@ def build(name, seed=0):
 
 
 def write_model(folder, model, processor) -> str:
-    """Both in a folder, to be loaded by its name."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

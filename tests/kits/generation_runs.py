@@ -19,7 +19,6 @@ tqdm.set_lock(threading.RLock())  # its own is one for all forks: a killed run w
 
 
 def warm_up(model: str) -> None:
-    """Import what a run imports, some of it only when a model is loaded."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from trl_vpo.generate import run  # noqa: F401

@@ -60,7 +60,6 @@ class Browser:
         return self._call("POST", "/execute/sync", {"script": script, "args": list(args)})
 
     def texts(self, selector: str) -> list[str]:
-        """The visible texts of all elements that match."""
         return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText.trim())", selector)
 
     def text(self, selector: str) -> str:
@@ -87,7 +86,6 @@ class Browser:
         self.click(f'{selector} option[value="{value}"]')
 
     def press(self, *keys: str) -> None:
-        """Key strokes for whatever has the focus."""
         strokes = [{"type": kind, "value": KEYS.get(key, key)} for key in keys for kind in ("keyDown", "keyUp")]
         self._call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
 

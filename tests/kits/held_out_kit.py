@@ -1,8 +1,9 @@
 """A held-out file with rows of every task, adapters of the testbed's base, and the slow way to score a response."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,18 +40,13 @@ def adapted(path):
     return PeftModel.from_pretrained(plain(), path).eval()
 
 
-@dataclass
-class HeldOut:
-    """A held-out file, its rows by id, and the samples behind them as they come back from their files."""
+def write_held_out(folder: Path, clips=3, scenes=2) -> SimpleNamespace:
+    """For every sample a preference row; for every clip two yes/no questions, a choice and a caption.
 
-    path: Path
-    rows: dict[str, dict]
-    samples: dict[str, world.Sample]
-
-
-def write_held_out(folder: Path, clips=3, scenes=2) -> HeldOut:
-    """For every sample a preference row; for every clip two yes/no questions, a choice and a caption."""
-    held_out, rng, written = HeldOut(folder / "held_out.jsonl", {}, {}), np.random.default_rng(5), []
+    Gives the `path` of the file, its `rows` by id, and the `samples` behind them as they come back from their files.
+    """
+    held_out = SimpleNamespace(path=folder / "held_out.jsonl", rows={}, samples={})
+    rng = np.random.default_rng(5)
     for kind, count in (("clip", clips), ("scene", scenes)):
         samples, preferences = rows.write_preferences(kind, count, seed=31, folder=folder / kind)
         for sample, row in zip(samples, preferences):
@@ -59,8 +55,7 @@ def write_held_out(folder: Path, clips=3, scenes=2) -> HeldOut:
             asked = _questions(sample, row, rng) if kind == "clip" else []
             for one in [row, *asked]:
                 held_out.rows[one["id"]], held_out.samples[one["id"]] = one, sample
-                written.append(one)
-    rows.write_jsonl(written, held_out.path)
+    rows.write_jsonl(held_out.rows.values(), held_out.path)
     (folder / "synonyms.txt").write_text("".join(f"{shape}, {shape}y\n" for shape in world.SHAPES))
     return held_out
 
@@ -96,7 +91,7 @@ def said(row, side) -> str:
     return row[side][0]["content"][0]["text"]
 
 
-def evaluate(held_out: HeldOut, out: Path, *adapters, data=None, **options) -> dict:
+def evaluate(held_out, out: Path, *adapters, data=None, **options) -> dict:
     """Run `trl-vpo evaluate` on the testbed's base, small and on the CPU."""
     values = {"num_frames": 8, "max_new_tokens": 16, "device": "cpu", "resamples": 200, "num_images": 3, **options}
     values |= {"synonyms": held_out.path.parent / "synonyms.txt", "output_dir": out}

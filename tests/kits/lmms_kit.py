@@ -68,11 +68,12 @@ def write_tasks(folder: Path, documents: list[dict]) -> Path:
     write_jsonl(documents, folder / "documents.jsonl")
     (folder / "code.py").write_text(CODE)
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "documents.jsonl")}}}
+    data["test_split"] = "test"
     metric = {"metric": "right", "aggregation": "mean", "higher_is_better": True}
     scored = {"process_results": Function("code.right"), "metric_list": [metric], "doc_to_target": "answer"}
-    common = {**data, "test_split": "test", **scored}
-    clip = {**common, "doc_to_visual": Function("code.media"), "doc_to_text": COLOUR}
-    choice = {**data, "test_split": "test", "output_type": "multiple_choice", "doc_to_visual": Function("code.media")}
+    media = {"doc_to_visual": Function("code.media")}
+    clip = {**data, **scored, **media, "doc_to_text": COLOUR}
+    choice = {**data, **media, "output_type": "multiple_choice", "doc_to_text": CAPTION}
     scenes = {"doc_to_messages": Function("code.messages"), "doc_to_text": "not used"}
 
     def generation(**settings):
@@ -85,8 +86,8 @@ def write_tasks(folder: Path, documents: list[dict]) -> Path:
         "tiny_stop": clip | generation(max_new_tokens=16, until=["e", "l"]),
         "tiny_cut": clip | generation(max_new_tokens=2, temperature=0.7, do_sample=False) | {"doc_to_text": CAPTION},
         "tiny_hot": clip | hot | {"repeats": 2},
-        "tiny_scenes": common | greedy | scenes,
-        "tiny_choice": choice | {"doc_to_text": CAPTION, "doc_to_choice": "captions", "doc_to_target": "place"},
+        "tiny_scenes": data | scored | greedy | scenes,
+        "tiny_choice": choice | {"doc_to_choice": "captions", "doc_to_target": "place"},
         "tiny_beams": clip | generation(num_beams=4),
         "tiny_gone": clip | greedy | {"doc_to_visual": Function("code.leave")},
         "tiny_rounds": clip | {"output_type": "generate_until_multi_round"},

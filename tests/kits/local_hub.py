@@ -19,7 +19,6 @@ import yaml
 
 LFS = (".safetensors", ".bin", ".pt", ".pth", ".mp4")
 REPO = r"/api/models/(?P<repo>[\w.-]+/[\w.-]+)"
-MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass
@@ -66,21 +65,16 @@ class Fault:
 
 
 class LocalHub(ThreadingHTTPServer):
-    """`with LocalHub() as hub`: it answers at `hub.url`.
-
-    Attributes:
-        repos: name -> Repo.
-        tokens: token -> (user, what it may do: "read", "write").
-        faults: a list of `Fault`.
-        requests: `METHOD /path` of all that came.
-    """
+    """`with LocalHub() as hub`: it answers at `hub.url`."""
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repos, self.tokens, self.faults, self.requests = {}, {}, [], []
+        self.repos = {}  # name -> Repo
+        self.tokens = {}  # token -> (user, what it may do: "read", "write")
+        self.faults, self.requests = [], []  # of type `Fault`; `METHOD /path` of all that came
         self.blobs = {}  # sha256 -> bytes
         self.over = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -143,12 +137,13 @@ class LocalHub(ThreadingHTTPServer):
 
     def validate(self, body, **_):
         data = yaml.safe_load(json.loads(body)["content"].split("---")[1])
-        errors = []
-        for key in ("base_model", "datasets"):  # the Hub takes no local paths
-            values = data.get(key) or []
-            for value in [values] if isinstance(values, str) else values:
-                if not MODEL_ID.fullmatch(value):
-                    errors.append({"message": f'"{key}" with value "{value}" is not valid.'})
+        values = {key: data.get(key) or [] for key in ("base_model", "datasets")}  # the Hub takes no local paths
+        errors = [
+            {"message": f'"{key}" with value "{value}" is not valid.'}
+            for key, named in values.items()
+            for value in ([named] if isinstance(named, str) else named)
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value)
+        ]
         return (400 if errors else 200), {"errors": errors, "warnings": []}
 
     def preupload(self, body, **_):

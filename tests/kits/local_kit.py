@@ -14,7 +14,6 @@ QUESTIONS = ("Describe the video.", "Which shape is it?", "What colour is the sh
 
 
 def plain():
-    """The base as transformers loads it."""
     return AutoModelForImageTextToText.from_pretrained(BASE)
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from helpers import message, write_image
+from helpers import message, row, write_image
 from scripted_models import ScriptedModel, text_of
 
 from trl_vpo.data.inputs import InputRow, load_media
@@ -29,7 +29,6 @@ class Claims(ScriptedModel):
 
     @property
     def questions(self):
-        """The questions asked, call by call."""
         return [[text_of(request) for request in requests] for requests, _ in self.calls]
 
 
@@ -47,16 +46,8 @@ class Fixed:
 
 def make_row(tmp_path, name="a", *, chosen=CHOSEN, question="Where is the bench?", image=None, **more):
     image = image or write_image(tmp_path / f"{name}.png")
-    example = {
-        "id": name,
-        "source": "test",
-        "prompt": message("user", "<image>", question),
-        "chosen": message("assistant", chosen),
-        "rejected": message("assistant", "A cat."),
-        "images": [image],
-        **more,
-    }
-    return InputRow(name, example, images=tuple(example["images"]))
+    more = {"source": "test", "prompt": message("user", "<image>", question), **more}
+    return InputRow(name, row("image", [image], chosen, "A cat.", id=name, **more), images=(image,))
 
 
 def pipeline(model=None, finds=None, **settings):
@@ -68,17 +59,17 @@ def pipeline(model=None, finds=None, **settings):
 
 
 def run(job, *rows):
-    for row in rows:
-        job.check(row)
-    return job.make([(row, load_media(row, job.config.video_options())) for row in rows])
+    for each in rows:
+        job.check(each)
+    return job.make([(each, load_media(each, job.config.video_options())) for each in rows])
 
 
 def made_row(outcome):
     """The row of an outcome, which training can read."""
     assert outcome.reason is None, outcome.reason
-    (row,) = outcome.rows
-    read = read_row(row, image_list=True)
+    (made,) = outcome.rows
+    read = read_row(made, image_list=True)
     if read.critical_box is not None:
-        check_box(read.critical_box, load_image(row["images"][0]).size)
-    json.dumps(row), json.dumps(outcome.notes)
-    return row
+        check_box(read.critical_box, load_image(made["images"][0]).size)
+    json.dumps(made), json.dumps(outcome.notes)
+    return made

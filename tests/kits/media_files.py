@@ -182,7 +182,6 @@ def upright(orientation: int, pixels: np.ndarray) -> np.ndarray:
 
 
 def frame_files(folder: Path, count: int) -> list[Path]:
-    """Numbered frames as png files."""
     paths = [folder / f"frame{i}.png" for i in range(count)]
     for i, path in enumerate(paths):
         Image.fromarray(picture(i)).save(path)

@@ -30,7 +30,7 @@ ROW = Tree("row", [Trunk([1, 2, 3])], [Branch([4]), Branch([5])])
 
 def args_of(kind=VisualDPOConfig, **options):
     defaults = {"bf16": True, "report_to": "none", "per_device_train_batch_size": 1, "use_cpu": True}
-    return kind("out", **{**defaults, **options})
+    return kind("out", **defaults | options)
 
 
 def plan(args, model_args, *, sharding=None, load=LOAD):

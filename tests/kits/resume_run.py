@@ -1,15 +1,14 @@
 """Runs of `run_training` that can be killed at any moment, started by resume_runs.py: importing TRL once is enough.
 
 It does one job after the other, in processes of their own, and says how they ended:
-    {"method": "rrpo", "argv": [...], "log": FILE, "processes": 1, "rank": 0, "kill": null,
+    {"method": "rrpo", "argv": [...], "output_dir": FOLDER, "log": FILE, "processes": 1, "rank": 0, "kill": null,
      "file_limit": null}  ->  [exit code of each process]
 `kill` is how the run ends:
     ["seconds", 0.7]         SIGKILL after so long
     ["file", PATH]           SIGKILL as soon as this file is there
     ["SIGKILL", 12, "checkpoint-4"]  before the 12th change that Python code makes to this folder; "": to any of them
     ["SIGTERM", 12, ""]      the same; SIGINT is Ctrl-C
-With several processes, the one with number `rank` counts, and all are killed when one was. `file_limit`: bytes that a
-file may have.
+With several processes, the one with number `rank` counts, and all are killed when one was. `file_limit` is in bytes.
 """
 
 import contextlib
@@ -27,11 +26,8 @@ from forks import run_and_exit, serve
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
-
 
 def import_everything():
-    """What a run imports, once for all of them."""
     import torch
     import transformers.models.llava_onevision.modeling_llava_onevision
     import trl.kernels.chunked_divergence
@@ -59,7 +55,7 @@ def watch_changes(act, output_dir, folder):
             path, _, flags = args
             changes = isinstance(path, str) and bool((flags or 0) & (os.O_WRONLY | os.O_RDWR))
         else:
-            changes = event in CHANGES
+            changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
         if changes and str(args[0]).startswith(prefix):
             count += 1
             act(count)
@@ -84,7 +80,6 @@ def record_order(log):
 
 
 def train(job, rank, port):
-    """One process of a run."""
     from trl_vpo.training.run import run_training
 
     if job["processes"] > 1:
@@ -93,18 +88,15 @@ def train(job, rank, port):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     record_order(job["log"])
     kind, *at = job["kill"] or [""]
-    options = job["argv"]
     if kind.startswith("SIG") and rank == job["rank"]:
         number, (when, folder) = getattr(signal, kind), at
-        output_dir = options[options.index("--output_dir") + 1]
-        watch_changes(lambda n: os.kill(os.getpid(), number) if n == when else None, output_dir, folder)
+        watch_changes(lambda n: n == when and os.kill(os.getpid(), number), job["output_dir"], folder)
     if job["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
-    run_training(job["method"], options)
+    run_training(job["method"], job["argv"])
 
 
 def run(job):
-    """Start, perhaps kill, and wait."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

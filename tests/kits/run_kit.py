@@ -20,14 +20,12 @@ def write_inputs(folder, clips=4, scenes=12):
 
 
 def options(method, dataset, folder, *more):
-    """The quickstart's recipe, five inputs at once."""
     recipe = RECIPES / f"{method}-generate.yaml"
     named = ["--config", recipe, "--model_name_or_path", BASE, "--dataset_name", dataset, "--output_dir", folder]
     return [str(word) for word in (*named, "--batch_size", 5, *more)]
 
 
 def generate(method, dataset, folder, *more):
-    """Run in this process; gives the summary."""
     return run_generation(method, options(method, dataset, folder, *more))
 
 

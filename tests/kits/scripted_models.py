@@ -23,5 +23,4 @@ class ScriptedModel(AnsweringModel):
 
 
 def text_of(request):
-    """The text of a request's first message."""
     return request.messages[0]["content"][-1]["text"]

@@ -42,7 +42,6 @@ def train(model, rows, folder, **more):
 
 
 def steps(trainer):
-    """Names of the parameters that moved."""
     before = snapshot(trainer.model)
     trainer.train()
     losses = losses_of(trainer)
@@ -51,7 +50,6 @@ def steps(trainer):
 
 
 def trains_all(model, rows, folder, **more):
-    """Full fine-tuning: every parameter moves."""
     trainer, changed = train(model, rows, folder, **more)
     assert set(dict(trainer.model.named_parameters())) - changed == set()
     return trainer

@@ -36,8 +36,6 @@ def outcome(name: str) -> Outcome:
 
 
 class Sum:
-    """A report of a run."""
-
     def select(self, outcomes):
         return outcomes
 
