@@ -114,14 +114,8 @@ def test_dpo_by_hand():
 
 def test_leanpo_by_hand_ranked_wrongly():
     # avg chosen (-1 - 3) / 2 = -2, avg rejected -1: d = -1 < 0, so the pair is smoothed.
-    out = leanpo_loss(
-        torch.tensor([[-1.0, -3.0]]),
-        torch.tensor([[-1.0, -7.0]]),
-        torch.tensor([[1, 1]]),
-        torch.tensor([[1, 0]]),
-        nll_weight=0.5,
-        **LEANPO,
-    )
+    logps, masks = torch.tensor([[[-1.0, -3.0]], [[-1.0, -7.0]]]), torch.tensor([[[1, 1]], [[1, 0]]])
+    out = leanpo_loss(*logps, *masks, nll_weight=0.5, **LEANPO)
     preference = -0.9 * logsigmoid(-2.5) - 0.1 * logsigmoid(1.5)
     assert out.terms["preference"].item() == pytest.approx(preference)
     assert out.terms["smoothing"].item() == pytest.approx(0.1)
@@ -130,16 +124,8 @@ def test_leanpo_by_hand_ranked_wrongly():
 
 def test_rrpo_by_hand():
     # u = 0.5 * (0.4 - (-0.2 - 0.3)) = 0.45; KL over both chosen tokens 0.1 + 0.3 = 0.4
-    out = rrpo_loss(
-        torch.tensor([[9.0, 0.4]]),
-        torch.tensor([[-0.2, -0.3]]),
-        torch.tensor([[0, 1]]),
-        torch.tensor([[1, 1]]),
-        torch.tensor([[0.1, 0.3]]),
-        torch.tensor([[1, 1]]),
-        beta=0.5,
-        alpha=0.05,
-    )
+    ratios, phrases = torch.tensor([[[9.0, 0.4]], [[-0.2, -0.3]]]), torch.tensor([[[0, 1]], [[1, 1]]])
+    out = rrpo_loss(*ratios, *phrases, torch.tensor([[0.1, 0.3]]), phrases[1], beta=0.5, alpha=0.05)
     assert out.losses.item() == pytest.approx(-logsigmoid(0.45) + 0.05 * 0.4)
     assert out.terms["kl"].item() == pytest.approx(0.4)
 
@@ -188,20 +174,11 @@ def test_leanpo_against_loop(symmetric, threshold):
         [(-torch.rand(n, generator=g, dtype=torch.float64) * 3).tolist() for n in lengths]
         for lengths in ((1, 4, 2, 5, 3), (3, 1, 5, 2, 2))
     ]
-    masks = [length_mask([len(r) for r in side], 5) for side in rows]
-    out = leanpo_loss(
-        *(ragged(side, 5) for side in rows),
-        *masks,
-        beta=1.7,
-        target_margin=0.3,
-        label_smoothing=0.2,
-        smoothing_threshold=threshold,
-        nll_weight=0.4,
-        symmetric_margin=symmetric,
-    )
-    assert out.losses.mean().item() == pytest.approx(
-        slow_leanpo(*rows, 1.7, 0.3, 0.2, threshold, 0.4, symmetric), rel=1e-12
-    )
+    tensors = [ragged(side, 5) for side in rows] + [length_mask([len(r) for r in side], 5) for side in rows]
+    weights = {"beta": 1.7, "target_margin": 0.3, "label_smoothing": 0.2, "nll_weight": 0.4}
+    out = leanpo_loss(*tensors, smoothing_threshold=threshold, symmetric_margin=symmetric, **weights)
+    want = slow_leanpo(*rows, 1.7, 0.3, 0.2, threshold, 0.4, symmetric)
+    assert out.losses.mean().item() == pytest.approx(want, rel=1e-12)
     assert 0 < (out.terms["smoothing"] > 0).sum() < 5  # both kinds of pairs are in the batch
 
 
