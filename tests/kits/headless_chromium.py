@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-KEYS = {"ArrowRight": "\ue014", "ArrowLeft": "\ue012", "Escape": "\ue00c", "Enter": "\ue007", "Tab": "\ue004"}
+KEYS = {"ArrowRight": "\ue014", "ArrowLeft": "\ue012", "Escape": "\ue00c", "Tab": "\ue004"}
 
 
 class Browser:

@@ -12,12 +12,16 @@ class ScriptedModel(AnsweringModel):
 
     def answer(self, requests, sampling):
         self.calls.append((list(requests), sampling))
-        self.asked += requests
-        return [self.says(request) for request in requests]
+        answers = []
+        for request in requests:
+            answers.append(self.says(request))
+            self.asked.append(request)
+        return answers
 
     def record(self):
         return {"model": "scripted", "adapter": None, "revision": None}
 
 
 def text_of(request):
+    """The text of a request's first message."""
     return request.messages[0]["content"][-1]["text"]
