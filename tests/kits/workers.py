@@ -43,10 +43,10 @@ class Sum:
         return {"sum": sum(o.notes["n"] for o in outcomes)}
 
 
-def work(folder, count, rank=0, world_size=1, settings=None):
+def work(folder, count, rank=0, world_size=1):
     """The whole life of a worker; gives the summary or None."""
     ids = [f"r{i}" for i in range(count)]
-    with Run(folder, settings or {"seed": 0}, rank=rank, world_size=world_size) as run:
+    with Run(folder, {"seed": 0}, rank=rank, world_size=world_size) as run:
         for i in run.remaining(ids):
             run.write(outcome(ids[i]))
         return run.finish(ids, Sum())
