@@ -45,7 +45,7 @@ def serve(answer: Callable, warm_up: Callable = lambda: None) -> None:
 
 
 def in_forks(child: Callable) -> Callable:
-    """What answers a job with the pid of a fork that does it, and {"wait": pid} with its exit code."""
+    """Return what answers a job with the pid of a fork that does it, and {"wait": pid} with its exit code."""
 
     def answer(job):
         if "wait" in job:
