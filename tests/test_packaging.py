@@ -124,7 +124,14 @@ def test_workflows_run_the_commands_of_the_checkout():
     }
     assert steps["ci"][-1] == ".ci/run"
     assert steps["release"].index("make dist") < steps["release"].index("pypa/gh-action-pypi-publish")
+    assert "trl-vpo quickstart" in recipe("quickstart")
     assert recipe("dist").index("build") < recipe("dist").index("twine check --strict")
+
+
+def test_every_python_that_is_named_is_tested():
+    matrix = yaml.safe_load(text_of(".github/workflows/ci.yml"))["jobs"]["ci"]["strategy"]["matrix"]["python"]
+    named = [line.rsplit(" ", 1)[1] for line in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", line)]
+    assert named == matrix and f">={matrix[0]}" == PROJECT["requires-python"]
 
 
 def test_issue_forms_ask_for_the_doctor():
