@@ -97,6 +97,13 @@ class Browser:
             assert time.monotonic() < deadline, "the browser did not go back"
             time.sleep(0.02)
 
+    def becomes(self, script: str, value) -> bool:
+        """Tell whether a function body returns this value within seconds: key strokes may outlast `press`."""
+        deadline = time.monotonic() + 10
+        while (result := self.run(script)) != value and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return result == value
+
     def emulate(self, **features: str) -> None:
         """Media features such as prefers_color_scheme="dark"."""
         named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]

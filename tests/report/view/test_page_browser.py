@@ -124,17 +124,17 @@ def test_pages_and_links(shown, run_page):
 def test_keyboard(shown):
     at = "return document.activeElement.querySelector('h2 a')?.innerText"
     shown.press("j")
-    assert shown.run(at) == "Row 0"
+    assert shown.becomes(at, "Row 0")
     shown.press("j", "ArrowRight")
-    assert shown.run(at) == "Row 2"
+    assert shown.becomes(at, "Row 2")
     shown.press("k", "ArrowLeft", "k")
-    assert shown.run(at) == "Row 0"
+    assert shown.becomes(at, "Row 0")
     shown.press(*"jjjjjjjjjj")
-    assert shown.run(at) == "Row 10" and numbers(shown) == [10, 11, 12, 13]
+    assert shown.becomes(at, "Row 10") and numbers(shown) == [10, 11, 12, 13]
     shown.press("k")
-    assert shown.run(at) == "Row 9" and numbers(shown) == list(range(10))
+    assert shown.becomes(at, "Row 9") and numbers(shown) == list(range(10))
     shown.press("/", *"jk")
-    assert shown.run("return [document.activeElement.id, document.activeElement.value]") == ["q", "jk"]
+    assert shown.becomes("return [document.activeElement.id, document.activeElement.value]", ["q", "jk"])
 
 
 def test_enlarged_pictures(shown):
