@@ -79,13 +79,14 @@ def test_help_and_wrong_paths_import_no_torch(tmp_path):
         (["evaluate"], ["--benchmark", "--include_path", "--config", "--visual_prompt BOOL", "\n  trl-vpo evaluate "]),
     ],
 )
-def test_help_shows_an_example_and_the_options(command, parts, capsys):
+def test_help_shows_an_example_and_the_options(command, parts, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     try:
         assert cli.main([*command, "--help"]) == 0
     except SystemExit as stop:
         assert stop.code == 0
     text = capsys.readouterr().out
-    assert [part for part in parts if part not in text] == []
+    assert [part for part in parts if part not in text] == [] and max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("method", ["leanpo", "rrpo"])

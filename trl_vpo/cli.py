@@ -29,28 +29,31 @@ from trl_vpo.runs.secrets import scrub
 from trl_vpo.training.methods import METHODS
 
 TRACEBACK = "TRL_VPO_TRACEBACK"
-DESCRIPTION = "Visual preference optimization on TRL: LeanPO, RRPO, LPOI and DPO on videos and images."
+DESCRIPTION = "LeanPO, RRPO, LPOI and DPO for TRL, on videos and images."
 TRAIN_EXAMPLE = """\
 example:
-  trl-vpo train rrpo --config rrpo/qwen2_5_vl_7b --dataset_name data/train.jsonl --lora_r 64
+  trl-vpo train rrpo --config rrpo/qwen2_5_vl_7b --dataset_name train.jsonl
 
---config takes a file, or the name of a recipe of the package: `trl-vpo recipes` lists them. Every key is also
-an option and wins over the recipe: `trl-vpo train rrpo --help` lists them. Paths start from the working directory. On
-several GPUs:
+--config takes a file, or a name that `trl-vpo recipes` lists. Every key of a
+recipe is also an option and wins over it: `trl-vpo train rrpo --help` lists
+them. Paths start from the working directory. On several GPUs:
 
-  trl-vpo train rrpo --config RECIPE.yaml --accelerate_config zero2 --num_processes 8
-  accelerate launch --num_processes 8 -m trl_vpo train rrpo --config RECIPE.yaml
+  trl-vpo train rrpo --config RECIPE --accelerate_config zero2 --num_processes 8
+  accelerate launch --num_processes 8 -m trl_vpo train rrpo --config RECIPE
 
---accelerate_config takes a file, or a name: ddp, zero2, zero3, zero3_offload, fsdp2, multi_node, single_gpu, cpu2, or
-one of TRL's. Both launch options may also stand in the recipe."""
+--accelerate_config takes a file, or a name: ddp, zero2, zero3, zero3_offload,
+fsdp2, multi_node, single_gpu, cpu2, or one of TRL's. Both launch options may
+also stand in the recipe."""
 GENERATE_EXAMPLE = """\
 example:
-  trl-vpo generate leanpo --config leanpo/generate --dataset_name questions.jsonl --dry-run
-  trl-vpo generate leanpo --config leanpo/generate --dataset_name questions.jsonl
-  trl-vpo train leanpo --config leanpo/qwen2_5_vl_7b --dataset_name outputs/leanpo-data/rows.jsonl
+  trl-vpo generate leanpo --config leanpo/generate --dataset_name in.jsonl
+  trl-vpo train leanpo --config leanpo/qwen2_5_vl_7b \\
+    --dataset_name outputs/leanpo-data/rows.jsonl
 
-Every key of a recipe is also an option: `trl-vpo generate leanpo --help` lists them. An interrupted run continues
-where it stopped when the same command is given again. --num_processes 8 gives each of 8 GPUs a copy of the model."""
+--dry-run shows the first requests and loads no weights. Every key of a recipe
+is also an option: `trl-vpo generate leanpo --help` lists them. An interrupted
+run continues where it stopped when the same command is given again.
+--num_processes 8 gives each of 8 GPUs a copy of the model."""
 PLOT_EXAMPLE = """\
 example:
   trl-vpo plot outputs/dpo outputs/leanpo -o curves.html"""
@@ -62,16 +65,18 @@ example:
   trl-vpo view data/train.jsonl -o page.html
   trl-vpo view outputs/leanpo-data -o page.html --limit 500
 
-DATASET is what a recipe's `dataset_name` is, or the folder of a run of `trl-vpo generate`."""
+DATASET is what a recipe's `dataset_name` is, or the folder of a run of
+`trl-vpo generate`."""
 IMPORT_EXAMPLE = """\
 example:
-  trl-vpo import rrpo self_alignment.json data/train.jsonl --media_root /data/videos"""
+  trl-vpo import rrpo self_alignment.json train.jsonl --media_root /data/videos"""
 DOCTOR_EXAMPLE = """\
 example:
-  trl-vpo doctor rrpo/qwen2_5_vl_7b --dataset_name data/train.jsonl --out problems.jsonl
+  trl-vpo doctor rrpo/qwen2_5_vl_7b --dataset_name train.jsonl --out bad.jsonl
 
-Recipe keys given as options win over the recipe, as in `trl-vpo train`. Loads the processor and the model's config,
-no weights. Exit code 1: something would stop the training."""
+Recipe keys given as options win over the recipe, as in `trl-vpo train`. Loads
+the processor and the model's config, no weights. Exit code 1: something would
+stop the training."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,16 +153,16 @@ def _add(commands, name: str, run: Callable, text: str, **options) -> Parser:
 
 def _add_method_command(commands, run: Callable, text: str, methods: Iterable[str], example: str) -> None:
     """Add a command that takes a method, and behind it a recipe and its keys."""
-    usage = f"trl-vpo {run.__name__} METHOD --config RECIPE.yaml [--any_key value ...]"
+    usage = f"trl-vpo {run.__name__} METHOD --config RECIPE [--key value ...]"
     parser = _add(commands, run.__name__, run, text, epilog=example, usage=usage)
     parser.add_argument("method", metavar="METHOD", choices=methods, help=f"one of {', '.join(methods)}")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and recipe keys")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE and recipe keys")
 
 
 def _add_evaluate(commands) -> None:
     text = "held-out measures of a base and its adapters, with confidence intervals"
     parser = _add(commands, "evaluate", evaluate, text, add_help=False)  # the command shows usage and keys
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE.yaml and its keys")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE and its keys")
 
 
 def _add_plot(commands) -> None:
@@ -204,8 +209,9 @@ def _add_import(commands) -> None:
 
 def _add_doctor(commands) -> None:
     usage = (
-        "trl-vpo doctor RECIPE [--method METHOD] [--rows N | --all] [--out FILE] [--gpu_memory GIB]\n"
-        "                      [--measure] [--accelerate_config FILE] [--num_processes N] [--any_key value ...]"
+        "trl-vpo doctor RECIPE [--method METHOD] [--rows N | --all] [--out FILE]\n"
+        "                      [--gpu_memory GIB] [--measure] [--accelerate_config FILE]\n"
+        "                      [--num_processes N] [--key value ...]"
     )
     text = "check a recipe and its whole dataset before training"
     parser = _add(commands, "doctor", doctor, text, epilog=DOCTOR_EXAMPLE, usage=usage)
