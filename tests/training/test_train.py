@@ -1,6 +1,7 @@
 """`run_training` from a recipe and a file of rows to an adapter that loads again."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_run_record(work, trained):
     assert "hf_" not in json.dumps(record)
 
 
-def test_bad_rows_are_counted_as_skipped(work, tmp_path):
+def test_bad_rows_are_counted_as_skipped(work, tmp_path, capsys):
     rows = preference_rows(tmp_path)
     (tmp_path / "0.png").write_bytes(b"not an image")
     argv = ["--config", str(work / "recipe.yaml"), "--dataset_name", str(write_jsonl(rows, tmp_path / "rows.jsonl"))]
@@ -95,6 +96,7 @@ def test_bad_rows_are_counted_as_skipped(work, tmp_path):
     run_training("leanpo", [*argv, "--on_bad_media", "skip"])
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["rows"] == {"trained": 5, "skipped": 1} and "eval" not in record["metrics"]
+    assert re.search(r"^rows +\d+ \(1 skipped: skipped_rows\.jsonl\)$", capsys.readouterr().out, re.M)
 
 
 def test_full_fine_tuning_with_a_frozen_tower(work, tmp_path):
