@@ -5,6 +5,7 @@ from datetime import datetime
 import numpy as np
 import pytest
 from helpers import message, row
+from PIL import Image
 
 from trl_vpo.data.messages import place_media
 from trl_vpo.data.rows import read_row, response_text, row_name
@@ -76,6 +77,14 @@ def test_an_image_list_brings_or_repeats_its_first_image():
     listed = [{"path": "a.png"}, {"path": "b.png"}]
     example = row("image", [{"path": "a.png", "bytes": None}], image_list=listed)
     assert read_row(example, image_list=True).image_list == listed
+
+
+def test_reading_a_row_reads_no_pixels(tmp_path):
+    """A cut file is the media check's to report, which names it."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.bmp")
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "a.bmp").read_bytes()[:2000])
+    listed = [Image.open(tmp_path / name) for name in ("cut.bmp", "a.bmp")]
+    assert read_row(row("image", listed[:1], image_list=listed), image_list=True).image_list == listed
 
 
 def test_nulls_that_a_tools_call_gives_are_kept():

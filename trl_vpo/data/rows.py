@@ -282,7 +282,8 @@ def _find_image_list(row: Row, example: dict) -> None:
             raise RowError(f"`image_list` has {len(listed)} image(s); a ranking needs at least two.")
         image, first = row.images[0], listed[0]
         arrays = isinstance(image, np.ndarray) or isinstance(first, np.ndarray)
-        same = (
+        # The same object is not compared: an image would read its pixels, and no file is opened here.
+        same = image is first or (
             np.array_equal(image, first) if arrays else drop_none(image) == drop_none(first)
         )  # `datasets` adds `None`
         if not same:
