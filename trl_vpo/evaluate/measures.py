@@ -241,12 +241,17 @@ def _joined(pairs: Sequence[Sequence[str]]) -> list[str]:
 
     What is drawn together must hold all that depends on it.
     """
-    joined: dict[str, str] = {}
+    above: dict[str, str] = {}
+
+    def top(cluster: str) -> str:
+        while above.setdefault(cluster, cluster) != cluster:
+            above[cluster] = above[above[cluster]]
+            cluster = above[cluster]
+        return cluster
+
     for first, second in pairs:
-        name, other = joined.setdefault(first, first), joined.setdefault(second, second)
-        if name != other:
-            joined = {cluster: name if old == other else old for cluster, old in joined.items()}
-    return [joined[first] for first, _ in pairs]
+        above[top(second)] = top(first)
+    return [top(first) for first, _ in pairs]
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------
