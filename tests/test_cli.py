@@ -37,8 +37,11 @@ WRONG_PATHS = [
      "output_dir: file is a file. Name a folder; it is created if it does not exist."),
     ("evaluate", "--model ./no", "model_name_or_path: the folder ./no does not exist (seen from HERE)."),
     ("evaluate", "--adapters empty",
-     "adapters: empty has no adapter_config.json. Name the folder that training wrote its adapter into; a fully "
-     "trained model goes into model_name_or_path."),
+     "empty is not an adapter: its adapter_config.json cannot be read ([Errno 2] No such file or directory: "
+     "'empty/adapter_config.json'). Name the output_dir of a LoRA training, or one of its checkpoints."),
+    ("merge", "no out",
+     "no is not an adapter: its adapter_config.json cannot be read ([Errno 2] No such file or directory: "
+     "'no/adapter_config.json'). Name the output_dir of a LoRA training, or one of its checkpoints."),
     ("generate lpoi", "--from_adapter ./no", "from_adapter: the folder ./no does not exist (seen from HERE)."),
 ]  # fmt: skip
 

@@ -65,6 +65,7 @@ def plot(args: argparse.Namespace, rest: list[str]) -> int:
 
 def merge(args: argparse.Namespace, rest: list[str]) -> int:
     """Merge, and say what a user should know about the result."""
+    _imported("trl_vpo.models.source:read_config")(args.adapter)  # a wrong path is found before torch is imported
     from trl_vpo.models.merge import merge as merge_adapter
 
     notes = merge_adapter(

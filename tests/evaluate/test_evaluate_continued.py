@@ -114,7 +114,7 @@ def test_a_run_knows_the_bases_weights(held_out, tmp_path):
         ({"bias": "all"}, "trains the base's own biases"),
         ({"init_lora_weights": "pissa"}, "changes the base's weights"),
         ({"target_modules": ["lm_head"]}, "adapts the LM head by low-rank layers"),
-        (None, r"^adapter .* has no adapter_config\.json"),
+        (None, r"^adapter .* is not an adapter: its adapter_config\.json"),
     ],
 )
 def test_adapters_whose_base_cannot_be_told_apart(held_out, tmp_path, lora, why):

@@ -40,7 +40,7 @@ def test_an_adapter_answers_as_its_merged_model(adapter):
 
 
 def test_adapters_that_do_not_fit(tmp_path, adapter):
-    with pytest.raises(ModelError, match=rf"{tmp_path} has no adapter_config\.json"):
+    with pytest.raises(ModelError, match=rf"{tmp_path} is not an adapter: its adapter_config\.json"):
         load(adapter=str(tmp_path))
     base = load()
     copy = save(base, tmp_path / "another")

@@ -1,6 +1,5 @@
 """LoRA adapters: the presets of `lora_target_modules`, and what vLLM needs of a saved adapter."""
 
-import json
 import re
 import warnings
 from collections import defaultdict
@@ -13,7 +12,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from trl_vpo.errors import AdapterError, RecipeError, did_you_mean
+from trl_vpo.errors import RecipeError, did_you_mean
+from trl_vpo.models.source import read_config
 
 PRESETS = ("language", "language+projector", "all")
 VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)\.")
@@ -122,32 +122,6 @@ def loses_base(config: Any) -> str | None:
 
 def _changes_base(init: Any) -> bool:
     return isinstance(init, str) and init.lower() not in KEEPS_BASE
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the `adapter_config.json` of a saved adapter whose weights are a safetensors file.
-
-    Raises:
-        AdapterError: no adapter, one whose weights are pickled, or one that needs a base that was not saved.
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{folder} is not an adapter: its adapter_config.json cannot be read ({error}). Name the output_dir of a "
-            "LoRA training, or one of its checkpoints."
-        ) from error
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickled = ", ".join(path.name for path in sorted(folder.glob("adapter_model.*")))
-        has = f"only {pickled}, which can run code when it is loaded" if pickled else "no weights"
-        raise AdapterError(f"{folder} has {has}; adapters are read from adapter_model.safetensors.")
-    if str(config.get("init_lora_weights")).lower() == "lora_ga":
-        raise AdapterError(
-            f"{folder} began with init_lora_weights='lora_ga', which changed the base's weights by gradients that are "
-            "not saved: on the base as it is stored, the adapter is another model than the one that was trained."
-        )
-    return config
 
 
 def saved_names(folder: Path | str) -> set[str]:

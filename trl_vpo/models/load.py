@@ -123,17 +123,16 @@ def checked_adapter(path: str, model: str) -> PeftConfig:
     """
     from peft import PeftConfig, PromptLearningConfig
 
-    from trl_vpo.models.adapters import read_config
     from trl_vpo.models.source import check_adapter, short_name
 
     try:
         check_adapter(path, key="from_adapter")
-        if Path(path).is_dir():
-            read_config(Path(path))  # refuses pickled weights
         adapter = PeftConfig.from_pretrained(path)
     except SourceError as error:
         raise ModelError(str(error)) from error
-    except (AdapterError, OSError, ValueError, TypeError, KeyError) as error:
+    except AdapterError as error:
+        raise ModelError(f"from_adapter: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelError(f"from_adapter: {path} cannot be read as an adapter: {error}") from error
     if isinstance(adapter, PromptLearningConfig):
         raise ModelError(f"from_adapter: {path} is a {type(adapter).__name__}; only LoRA and its kin work here.")

@@ -15,10 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTra
 
 from trl_vpo.data.identity import package_version
 from trl_vpo.errors import AdapterError, as_user_errors
-from trl_vpo.models.adapters import read_config
 from trl_vpo.models.attach import attach_adapter
 from trl_vpo.models.load import DTYPES
-from trl_vpo.models.source import check_model
+from trl_vpo.models.source import check_model, read_config
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 CARD = """\

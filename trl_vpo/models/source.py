@@ -3,11 +3,12 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from trl_vpo.data.hub_names import check_on_hub
-from trl_vpo.errors import SourceError
+from trl_vpo.errors import AdapterError, SourceError
 
 CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # a folder in the Hub's cache
 
@@ -24,14 +25,37 @@ def short_name(model: str) -> str:
 
 
 def check_adapter(name: str, *, key: str, settle: bool = True) -> None:
-    """Raise SourceError for a folder that is no adapter, and a name that is neither a folder nor on the Hub."""
-    if not Path(name).is_dir():
+    """Raise AdapterError for a folder that is no adapter, SourceError for a name that is not on the Hub either."""
+    if Path(name).is_dir():
+        read_config(Path(name))
+    else:
         check_on_hub(name, key=key, file="adapter_config.json", settle=settle)
-    elif not (Path(name) / "adapter_config.json").is_file():
-        raise SourceError(
-            f"{key}: {name} has no adapter_config.json. Name the folder that training wrote its adapter into; a fully "
-            "trained model goes into model_name_or_path."
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the `adapter_config.json` of a saved adapter whose weights are a safetensors file.
+
+    Raises:
+        AdapterError: no adapter, one whose weights are pickled, or one that needs a base that was not saved.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{folder} is not an adapter: its adapter_config.json cannot be read ({error}). Name the output_dir of a "
+            "LoRA training, or one of its checkpoints."
+        ) from error
+    if not (folder / "adapter_model.safetensors").is_file():
+        pickled = ", ".join(path.name for path in sorted(folder.glob("adapter_model.*")))
+        has = f"only {pickled}, which can run code when it is loaded" if pickled else "no weights"
+        raise AdapterError(f"{folder} has {has}; adapters are read from adapter_model.safetensors.")
+    if str(config.get("init_lora_weights")).lower() == "lora_ga":
+        raise AdapterError(
+            f"{folder} began with init_lora_weights='lora_ga', which changed the base's weights by gradients that are "
+            "not saved: on the base as it is stored, the adapter is another model than the one that was trained."
         )
+    return config
 
 
 def check_model(
