@@ -55,6 +55,7 @@ def test_launch_runs_the_module(recipe, monkeypatch):
     (args,) = seen
     assert (args.module, args.training_script, args.num_processes) == (True, "trl_vpo", 2)
     assert args.training_script_args == ["train", "rrpo", *recipe, "--use_cpu"]
+    assert args.multi_gpu  # accelerate starts one process else, where there is no GPU
 
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ def launch(options: list[str], words: list[str]) -> int:
     """
     check_gpus(words, options)
     # Only here: `trl-vpo --help` imports this module.
+    from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -116,6 +117,10 @@ def launch(options: list[str], words: list[str]) -> int:
 
     if launched(options).kind.startswith("zero") and (missing := missing_packages({"deepspeed": True})):
         raise RecipeError(f"accelerate_config: {missing[0]}.")
+    if "--config_file" not in options and not os.path.isfile(default_config_file):
+        # accelerate would start one process where it sees no GPU, and lists what it was not given.
+        several = ["--multi_gpu"] * (launched(options).processes > 1)
+        options = [*options, *several, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     args = launch_command_parser().parse_args([*options, "--module", "trl_vpo", *_taken_out(LAUNCH_KEYS, words)[1]])
     # torch's own, without SIGTERM: it would kill a training that needs more than 30 s to save, and at once the
     # processes that load its data, without which it cannot finish the step.
