@@ -240,7 +240,9 @@ def _add_recipes(commands) -> None:
     parser = _add(commands, "recipes", recipes, "list, show or copy the recipes of the package")
     parser.add_argument("action", metavar="ACTION", nargs="?", choices=("list", "show", "copy"), default="list")
     parser.add_argument("name", metavar="NAME", nargs="?", help="of the recipe to show or copy")
-    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=".", help="to copy to (default: here)")
+    parser.add_argument(
+        "folder", metavar="DIR", nargs="?", type=Path, default=".", help="or FILE.yaml to copy to (default: .)"
+    )
     parser.add_argument("--json", action="store_true", help="list everything that is known, as JSON")
 
 

@@ -9,8 +9,9 @@ import argparse
 import importlib
 from collections.abc import Callable
 
+from trl_vpo.errors import SourceError
 from trl_vpo.runs.recipe_file import read_recipe
-from trl_vpo.training.launch import launch, launch_options
+from trl_vpo.training.launch import check_gpus, launch, launch_options
 
 HELP = {"-h", "--help", "--help-all"}
 
@@ -31,11 +32,20 @@ def _with_recipe(args: argparse.Namespace, help_page: str, run: str) -> int:
         print(_imported(help_page)(args.method, "--help-all" in args.options))
         return 0
     options, launcher = launch_options(args.options)
-    _imported("trl_vpo.models.paths:check_paths")(options)
+    _check_paths(options, args.words, launcher)
     if launcher:
         return launch(launcher, args.words)
     _imported(run)(args.method, options)
     return 0
+
+
+def _check_paths(options: list[str], words: list[str], launcher: list[str]) -> None:
+    try:
+        _imported("trl_vpo.models.paths:check_paths")(options)
+    except SourceError:
+        if launcher:
+            check_gpus(words, launcher)  # said first: a model would be fetched in vain
+        raise
 
 
 def _imported(name: str) -> Callable:
@@ -47,7 +57,7 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     """Measure the base and its adapters, or run benchmarks of lmms-eval."""
     options, launcher = launch_options(args.words[1:])  # argparse would tear unknown options from their values
     if not HELP & set(options):
-        _imported("trl_vpo.models.paths:check_paths")(options)
+        _check_paths(options, args.words, launcher)
         if launcher:
             return launch(launcher, args.words)
     _imported("trl_vpo.evaluate.command:evaluate")(options)

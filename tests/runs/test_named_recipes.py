@@ -35,6 +35,8 @@ def test_a_file_of_ones_own_wins(tmp_path):
     own = tmp_path / "rrpo" / "qwen2_5_vl_7b"
     own.mkdir(parents=True)
     assert find_recipe(NAME) == recipes_folder() / f"{NAME}.yaml"  # a folder is no recipe
+    (tmp_path / f"{NAME}.yaml").write_text("beta: 2\n")
+    assert read_recipe(NAME) == read_recipe(f"{NAME}.yaml") == {"beta": 2}
     own.rmdir()
     own.write_text("beta: 1\n")
     assert read_recipe(NAME) == {"beta": 1}
@@ -45,6 +47,8 @@ def test_a_file_of_ones_own_wins(tmp_path):
     [
         (f"recipes/{NAME}.yaml", rf"does not exist in .*\. The package has it under the name {NAME}\.$"),
         ("rrpo/qwen2_5_vl_8b", rf"Did you mean {NAME}.* There are rrpo/generate, .*, {NAME}\.$"),
+        ("qwen2_vl_7b", r"Did you mean leanpo/qwen2_vl_7b\? `trl-vpo recipes` lists"),
+        ("zero2", r"Did you mean accelerate/zero2\?"),
         ("mine.yaml", r"no such file from .* `trl-vpo recipes` lists the names\.$"),
         ("/nowhere/mine.yaml", r"no such file .*lists the names\.$"),
     ],
@@ -106,5 +110,7 @@ def test_list_show_and_copy(tmp_path, capsys, monkeypatch):
     assert f"trl-vpo train rrpo --config {copied}" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="is there already"):
         run_recipes("copy", NAME, tmp_path / "mine")
+    run_recipes("copy", NAME, tmp_path / "other" / "my.yaml")
+    assert (tmp_path / "other" / "my.yaml").read_text() == text
     with pytest.raises(RecipeError, match="needs a name"):
         run_recipes("show", None, tmp_path)

@@ -43,6 +43,52 @@ def test_options_of_a_recipe(tmp_path, monkeypatch):
     assert launch_options(options) == (["--config", str(recipe)], [])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("- 1\n", "holds a list"),
+        ("a: [\n", "is not valid YAML in line"),
+        ("num_processes: many\n", "num_processes is 'many': give a whole number of at least 1"),
+        ("deepspeed_config: 3\n", "deepspeed_config is not a mapping"),
+    ],
+)
+def test_accelerate_configs_that_cannot_be_used(text, message, recipe, tmp_path):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=f"the accelerate config .*own.yaml.*{message}"):
+        launch_options([*recipe, "--accelerate_config", str(tmp_path / "own.yaml")])
+
+
+def test_what_accelerate_refuses_is_one_message(recipe, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("distributed_type: MULTI_GPU\nuse_cpu: true\nprecision: bf16\n")
+    words = ["train", "rrpo", *recipe, "--accelerate_config", str(tmp_path / "own.yaml")]
+    assert cli.main(words) == 1
+    err = capsys.readouterr().err
+    assert "error: accelerate launch: " in err and "precision" in err and "Traceback" not in err
+
+
+def test_missing_gpus_are_said_before_the_model_is_looked_up(monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    rows = ["--dataset_name", "trl_vpo/testbed"]  # a folder; the model is not in the cache
+    assert cli.main(["train", "rrpo", *NAMED, *rows]) == 2
+    assert "--num_processes 1 --gradient_accumulation_steps 32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "writer"),
+    [
+        ("rrpo", "`trl-vpo quickstart`, given here, writes it"),
+        ("rrpo-selfmade", "`make selfmade` in a checkout writes it"),
+    ],
+)
+def test_the_quickstarts_rows_are_written_by_a_command(name, writer, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "rrpo", "--config", f"quickstart/{name}"]) == 1
+    assert writer in capsys.readouterr().err
+    assert cli.main(["train", "rrpo", "--config", f"quickstart/{name}", "--dataset_name", "mine.jsonl"]) == 1
+    assert "writes it" not in capsys.readouterr().err
+
+
 def test_a_named_recipe_brings_its_own():
     ddp = str(recipes_folder() / "accelerate/ddp.yaml")
     assert launch_options(NAMED) == (NAMED, ["--config_file", ddp, "--num_processes", "4"])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trl_vpo.data.hub_names import check_on_hub
 from trl_vpo.data.paths import check_exists, check_output_dir, row_format
+from trl_vpo.errors import DatasetError
 from trl_vpo.models.source import check_adapter, check_model
 from trl_vpo.runs.named_recipes import shipped_model
 from trl_vpo.runs.recipe_file import read_recipe, split_config
@@ -38,13 +39,24 @@ def check_paths(options: list[str]) -> None:
 
         check_media_root(name)
     if name := paths.get("dataset_name"):
-        _check_rows(name)
+        try:
+            _check_rows(name)
+        except DatasetError as error:
+            raise DatasetError(f"{error}{_written_by(recipe, name)}") from error
     if (name := paths.get("model_name_or_path")) and "server_url" not in paths:
         check_model(shipped_model(name), revision=paths.get("model_revision"), settle=False)
     if name := paths.get("from_adapter"):
         check_adapter(name, key="from_adapter", settle=False)
     for name in [adapters] if isinstance(adapters, str) else adapters:
         check_adapter(str(name), key="adapters", settle=False)
+
+
+def _written_by(recipe: str | None, rows: str) -> str:
+    """Say which command writes the rows that a recipe of the quickstart names."""
+    if not recipe or "quickstart/" not in recipe or read_recipe(recipe).get("dataset_name") != rows:
+        return ""
+    selfmade = rows.startswith("outputs/selfmade/")
+    return f" {'`make selfmade` in a checkout' if selfmade else '`trl-vpo quickstart`, given here,'} writes it."
 
 
 def _check_rows(name: str) -> None:

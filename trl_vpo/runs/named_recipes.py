@@ -29,23 +29,29 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the file of a recipe: a path, or else one of `recipe_names`, with or without .yaml.
+    """Return the file of a recipe: a path, or else one of `recipe_names`. Both with or without .yaml.
 
     Raises:
         RecipeError: it is neither. Says how a recipe of the package is named, or which names are near.
     """
     path, short = Path(name), str(name).removesuffix(".yaml")
     names = recipe_names()
-    if os.path.exists(path) and (short not in names or not path.is_dir()):
-        return path
+    for own in (path, Path(f"{short}.yaml")):
+        if os.path.exists(own) and not own.is_dir():
+            return own
     if short in names:
         return recipes_folder() / f"{short}.yaml"
+    if os.path.exists(path):
+        return path  # a folder: who reads it says so
     missing = f"the recipe {name} does not exist"
     shipped = short.rpartition("recipes/")[2]
     if shipped in names:
         raise RecipeError(f"{missing} in {Path.cwd()}. The package has it under the name {shipped}.")
+    hint = did_you_mean(shipped, names)
+    if same := [one for one in names if one.split("/")[1] == shipped.split("/")[-1]]:
+        hint = f" Did you mean {' or '.join(same)}?"
     siblings = [one for one in names if "/" in shipped and one.startswith(shipped.split("/")[0] + "/")]
-    hint = f"{did_you_mean(shipped, names)} There are {', '.join(siblings)}." if siblings else f" {LIST}"
+    hint += f" There are {', '.join(siblings)}." if siblings else f" {LIST}"
     raise RecipeError(f"{missing}: no such file from {Path.cwd()}, and no recipe of this name in the package.{hint}")
 
 

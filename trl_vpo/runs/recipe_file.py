@@ -23,15 +23,32 @@ def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     if "--config" not in argv:
         return None, argv
     at = argv.index("--config")
-    if at + 1 == len(argv):
+    if not "".join(argv[at + 1 : at + 2]):
         raise RecipeError("--config needs a recipe behind it, a path or a name.")
     if "--config" in argv[at + 1 :]:
         raise RecipeError("--config is given twice: name one recipe.")
     return argv[at + 1], argv[:at] + argv[at + 2 :]
 
 
-def read_recipe(path: Path | str) -> dict[str, Any]:
-    """Return the keys and values of a recipe.
+def read_accelerate_config(path: Path | str) -> dict[str, Any]:
+    """Return the keys and values of an accelerate config; those that we look into are of their types.
+
+    Raises:
+        RecipeError: as `read_recipe`.
+    """
+    config = read_recipe(path, what="accelerate config")
+    for key in ("num_processes", "num_machines"):
+        value = config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise RecipeError(f"the accelerate config {path}: {key} is {value!r}: give a whole number of at least 1.")
+    for key in ("deepspeed_config", "fsdp_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise RecipeError(f"the accelerate config {path}: {key} is not a mapping.")
+    return config
+
+
+def read_recipe(path: Path | str, *, what: str = "recipe") -> dict[str, Any]:
+    """Return the keys and values of a recipe, or of another YAML file: `what` messages call it.
 
     Raises:
         RecipeError: no such file, not UTF-8, no YAML mapping, a key given twice, an alias, or a number that YAML 1.1
@@ -40,25 +57,25 @@ def read_recipe(path: Path | str) -> dict[str, Any]:
     text = recipe_text(path)
     try:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):  # a few lines can hold gigabytes
-            raise RecipeError(f"the recipe {path} has an alias (*name): write the value out.")
+            raise RecipeError(f"the {what} {path} has an alias (*name): write the value out.")
         recipe = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         # Not the error's own text: it shows the line, which may hold a token.
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        what = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
-        raise RecipeError(f"the recipe {path} is not valid YAML{where}: {scrub(what)}.") from None
+        why = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
+        raise RecipeError(f"the {what} {path} is not valid YAML{where}: {scrub(why)}.") from None
     except RecursionError:
-        raise RecipeError(f"the recipe {path} is nested too deeply.") from None
+        raise RecipeError(f"the {what} {path} is nested too deeply.") from None
     except RecipeError:
         raise
     except ValueError as error:  # a date like 2024-02-31
-        raise RecipeError(f"the recipe {path}: {error}.") from None
+        raise RecipeError(f"the {what} {path}: {error}.") from None
     if not isinstance(recipe, dict):
         kind = "is empty" if recipe is None else f"holds a {type(recipe).__name__}"
-        raise RecipeError(f"the recipe {path} {kind}: write a line `key: value` for each setting.")
+        raise RecipeError(f"the {what} {path} {kind}: write a line `key: value` for each setting.")
     if odd := [key for key in recipe if not isinstance(key, str)]:
-        raise RecipeError(f"the recipe {path}: the key {odd[0]!r} is not a text. YAML reads it so unless quoted.")
+        raise RecipeError(f"the {what} {path}: the key {odd[0]!r} is not a text. YAML reads it so unless quoted.")
     return recipe
 
 

@@ -104,17 +104,17 @@ def recipes_table(facts: list[RecipeFacts]) -> Table:
     return table
 
 
-def copy_recipe(name: str, folder: Path) -> Path:
-    """Copy a recipe of the package into a folder, and return the new file.
+def copy_recipe(name: str, place: Path) -> Path:
+    """Copy a recipe of the package into a folder, or to a file that ends in .yaml, and return the new file.
 
     Raises:
-        RecipeError: there is no such recipe, or the folder has such a file already.
+        RecipeError: there is no such recipe, or there is such a file already.
     """
     source = find_recipe(name)
-    target = folder / source.name
+    target = place if place.suffix == ".yaml" and not place.is_dir() else place / source.name
     if target.exists():
-        raise RecipeError(f"{target} is there already: name another folder, `trl-vpo recipes copy {name} FOLDER`.")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise RecipeError(f"{target} is there already: name another place, `trl-vpo recipes copy {name} PLACE`.")
+    target.parent.mkdir(parents=True, exist_ok=True)
     return shutil.copyfile(source, target)
 
 

@@ -10,14 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from trl_vpo.errors import RecipeError
+from trl_vpo.errors import RecipeError, as_user_errors
 from trl_vpo.runs.named_recipes import find_accelerate_config
-from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe, split_config
+from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_accelerate_config, read_recipe, split_config
 
 
 def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
@@ -35,7 +32,9 @@ def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
         return kept, []
     launch = []
     if "accelerate_config" in values:
-        launch += ["--config_file", str(find_accelerate_config(values["accelerate_config"]))]
+        file = find_accelerate_config(values["accelerate_config"])
+        read_accelerate_config(file)  # refuses what cannot be read
+        launch += ["--config_file", str(file)]
     if "num_processes" in values:
         launch += ["--num_processes", processes]
     return kept, launch
@@ -70,7 +69,7 @@ def check_gpus(words: list[str], launch: list[str]) -> None:
 
     given = dict(zip(launch[::2], launch[1::2]))
     file = given.get("--config_file")
-    config = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
+    config = read_accelerate_config(file) if file else {}
     processes = int(given.get("--num_processes") or config.get("num_processes") or 1)
     machines, gpus = int(config.get("num_machines") or 1), torch.accelerator.device_count()
     options, kept = _taken_out(("use_cpu", "device", "gradient_accumulation_steps", *LAUNCH_KEYS), words)
@@ -126,7 +125,8 @@ def launch(options: list[str], words: list[str]) -> int:
     # processes that load its data, without which it cannot finish the step.
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     try:
-        with _signals_passed_on():
+        # ValueError is about keys of the config that accelerate does not know, or that contradict each other.
+        with _signals_passed_on(), as_user_errors("accelerate launch", kinds=(ValueError,)):
             launch_command(args)
     except ChildFailedError as error:  # the failing process has said what happened; the launcher's trace adds nothing
         if {failure.exitcode for failure in error.failures.values()} <= {STOPPED, -signal.SIGTERM}:

@@ -6,9 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from trl_vpo.errors import UserError
+from trl_vpo.runs.recipe_file import read_accelerate_config
 
 
 @dataclass
@@ -51,7 +50,7 @@ def launched(options: list[str]) -> Sharding:
     """
     given = dict(zip(options[::2], options[1::2]))
     file = given.get("--config_file")
-    config = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else {}
+    config = read_accelerate_config(file) if file else {}
     processes = int(given.get("--num_processes") or config.get("num_processes") or 1)
     kind = str(config.get("distributed_type", "MULTI_GPU")).upper()
     if kind == "DEEPSPEED":
