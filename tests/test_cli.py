@@ -14,7 +14,7 @@ from torch._utils import ExceptionWrapper
 from trl_vpo import cli
 from trl_vpo.data.import_formats import format_list
 from trl_vpo.errors import RowError, UserError
-from trl_vpo.training.methods import method_classes
+from trl_vpo.training.methods import METHODS, method_classes
 from trl_vpo.training.run import make_parser
 
 RRPO_ROW = {
@@ -92,7 +92,7 @@ def test_help_shows_an_example_and_the_options(command, parts, capsys, monkeypat
     assert [part for part in parts if part not in text] == [] and max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("method", ["leanpo", "rrpo"])
+@pytest.mark.parametrize("method", METHODS)
 def test_help_of_a_method(method, capsys):
     """Short enough to read, the method's own keys first, nothing that it refuses; `--help-all` has the rest."""
     pages = []
@@ -101,14 +101,15 @@ def test_help_of_a_method(method, capsys):
         pages.append(capsys.readouterr().out)
     short, whole = pages
     assert short.count("\n") <= 120 and max(map(len, short.splitlines())) <= 80
-    own = "nll_weight" if method == "leanpo" else "alpha"
+    own = {"dpo": "beta", "leanpo": "nll_weight", "rrpo": "alpha", "lpoi": "list_weight"}[method]
     titles = [f"\n{name}:\n" for name in (method, "data", "media", "model", "LoRA and quantization", "run")]
     assert sorted(titles, key=short.index) == titles
     assert short.index("--config") < short.index(f"--{own} ") < short.index("--num_frames") < short.index("--lora_r ")
     config, _ = method_classes(method)
     offered = set(re.findall(r"^  --(\w+)", whole, re.M))
     known = {field.name for kind in make_parser(method, any_device=True).dataclass_types for field in fields(kind)}
-    assert known - offered == (config.refused.keys() & known) | {"enable_jit_checkpoint", "precompute_cache_dir"}
+    useless = {"precompute_cache_dir"} if "precompute_ref_log_probs" in config.refused else set()
+    assert known - offered == (config.refused.keys() & known) | {"enable_jit_checkpoint"} | useless
     assert set(re.findall(r"^  --(\w+)", short, re.M)) <= offered
 
 

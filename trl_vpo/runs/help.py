@@ -5,6 +5,7 @@ Imports nothing heavy: `trl-vpo generate METHOD --help` and `trl-vpo evaluate --
 
 from __future__ import annotations
 
+import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ GROUPS = {  # of all commands, in their order; what a command does not have is l
         judge_model dry_run""",
     "run": """output_dir lr_scheduler_type warmup_steps num_train_epochs max_steps
         per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing optim weight_decay
-        max_grad_norm bf16 seed dataloader_num_workers""",
+        bf16 seed dataloader_num_workers""",
     "logs, evaluation, checkpoints": """logging_steps report_to eval_strategy eval_steps
         per_device_eval_batch_size save_strategy save_steps save_total_limit resume_from_checkpoint push_to_hub
         hub_model_id""",
@@ -69,7 +70,7 @@ def help_page(
                 entries[field.name] = _entry(field, hints[field.name], texts.get(field.name), everything)
     title, kind = own
     groups = {name: text.split() for name, text in GROUPS.items()}
-    keys = [key for key in vars(kind)["__annotations__"] if not any(key in group for group in groups.values())]
+    keys = [key for key in inspect.get_annotations(kind) if not any(key in group for group in groups.values())]
     groups = {title: dict.fromkeys([*keys, *SHARED.split()])} | groups
     if everything:
         shown = {key for group in groups.values() for key in group}

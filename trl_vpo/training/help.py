@@ -26,7 +26,6 @@ TEXTS = {  # in place of TRL's
     "hub_model_id": "Its name there; by default that of output_dir.",
     "report_to": "Reporters, such as tensorboard or wandb.",
     "dtype": "Dtype that the model is loaded in.",
-    "max_grad_norm": "Longer gradients are clipped to this L2 norm.",
     "eval_steps": "Steps between evaluations.",
     "per_device_eval_batch_size": "Pairs in an evaluation batch of each process.",
     "seed": "Seed of the order of the rows and of new weights.",

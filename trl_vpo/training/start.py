@@ -19,8 +19,6 @@ def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[st
     args, model = trainer.args, trainer.model
     trained, every = _size(p for p in model.parameters() if p.requires_grad), _size(model.parameters())
     sizes = [args.per_device_train_batch_size, args.gradient_accumulation_steps, trainer.accelerator.num_processes]
-    frames = f"at most {args.max_frames} frames, {args.fps:g} a second" if args.fps else f"{args.num_frames} frames"
-    pixels = f"at most {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
     processes = "process" if sizes[2] == 1 else "processes"
     return {
         "method": f"{trainer._name} on {model.config.name_or_path or type(model).__name__}",
@@ -28,9 +26,26 @@ def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[st
         "trained": f"{trained:,} of {every:,} parameters ({trained / max(every, 1):.2%})",
         "batch": "{} = {} per device x {} accumulated x {} {}".format(math.prod(sizes), *sizes, processes),
         "layout": LAYOUTS[trainer.scorer.layout],
-        "media": f"{frames} of a video, {pixels}",
+        "media": _media(trainer),
         "results": f"{args.output_dir}{f', pushed to {repo}' if repo else ''}",
     }
+
+
+def _media(trainer: Any) -> str:
+    """Say what is read of the media that the rows' columns name."""
+    args, columns = trainer.args, trainer.train_dataset.column_names or ["videos", "images"]
+    parts = []
+    if {"video", "videos"} & set(columns):
+        frames = (
+            f"at most {args.max_frames} frames, {args.fps:g} a second," if args.fps else f"{args.num_frames} frames"
+        )
+        parts.append(f"{frames} of a video")
+    if trainer.needs_image_list:
+        parts.append(f"{args.num_images} images of a critical_box")
+    elif {"image", "images"} & set(columns):
+        parts.append("images")
+    pixels = f"at most {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
+    return ", ".join([*parts, pixels]) if parts else "none, the rows are text"
 
 
 def _rows(trainer: Any, given: Any) -> str:

@@ -54,13 +54,13 @@ def test_many_points_are_smoothed_over_a_fortieth_of_the_run():
 def test_a_run_keeps_its_curve_beside_those_without_reference():
     _, lines, notes, _ = drawn(DPO=WITH_REFERENCE)
     alone = [(5, -5.0), (10, -10.0)]
-    assert lines["Δ log-prob of rejected"][0] == alone and "against the reference" in notes
+    assert lines["Δ log-prob of rejected"][0] == alone and "to the reference model on the same rows" in notes
     panels, lines, notes, _ = drawn(DPO=WITH_REFERENCE, LeanPO=LOG)
     assert lines["Δ log-prob of rejected"][:2] == [alone, []]
     assert lines["Δ rejected since first window"][:2] == [[], [(5, 0.0), (10, -3.0)]]
     since, loss = (panels[title].get_lines()[1] for title in ("Δ rejected since first window", "Loss"))
     assert since.get_color() == loss.get_color()
-    assert "of LeanPO, since the first logging window, whose rows were others" in notes
+    assert "LeanPO logged no log-probs of a reference model: there, Δ log-prob is the change since" in notes
     assert "Δ log-prob of" not in notes
 
 
@@ -68,7 +68,7 @@ def test_runs_without_reference_need_no_other_panel():
     panels, lines, notes, _ = drawn(LeanPO=LOG, SimPO=LOG)
     assert not [title for title in panels if "window" in title]
     assert lines["Δ log-prob of rejected"][1] == [(5, 0.0), (10, -3.0)]
-    assert "Δ log-prob: since the first logging window" in notes
+    assert "there, Δ log-prob is the change since the first logging window, which had other rows" in notes
 
 
 def test_evaluations_are_hollow_and_start_before_training():

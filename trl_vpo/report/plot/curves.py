@@ -192,15 +192,14 @@ def _notes(runs: Mapping[str, History], curves: Curves, half_life: float) -> lis
 
 def displacement_note(runs: Mapping[str, History]) -> str:
     without = ", ".join(name for name, history in runs.items() if not has_displacement(history))
-    exact = "Δ log-prob: against the reference model on the same rows"
+    exact = "Δ log-prob is the difference to the reference model on the same rows."
     if not without:
-        return f"{exact}."
+        return exact
     evaluated = any(map(eval_prefixes, runs.values()))
-    also = ", and of the evaluation set since the evaluation before the first step" if evaluated else ""
-    rest = f"{exact}; of {without}, " if is_mixed(runs) else "Δ log-prob: "
+    also = "; on the evaluation set, since the evaluation before the first step" if evaluated else ""
     return (
-        f"{rest}since the first logging window, whose rows were others{also}: {without} logged no log-probs of a "
-        "reference model."
+        f"{exact + ' ' if is_mixed(runs) else ''}{without} logged no log-probs of a reference model: there, "
+        f"Δ log-prob is the change since the first logging window, which had other rows{also}."
     )
 
 
