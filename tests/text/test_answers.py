@@ -72,6 +72,9 @@ def test_answers_in_a_fixed_form():
     [
         ("It isn't; he can't, I’m sure", "it is not he can not i am sure"),
         ("three million two hundred thousand and one", "3200000 and 1"),
+        ("two thousand million", "2000 1000000"),
+        ("five thousand six million", "5006 1000000"),
+        ("1500 thousand, 1050 hundred", "1500000 1050 100"),
         ("two three", "2 3"),
         ("one hundred five, ninety nine", "105 99"),
         ("3-4 left-hand 12:30 3.50", "3 4 left hand 12:30 3.5"),

@@ -148,24 +148,26 @@ def _number(token: str) -> str:
 def _joined_numbers(tokens: list[Word]) -> list[Word]:
     """Write number words as digits: `twenty-one` -> 21, `two hundred` -> 200, `a dozen` -> 12."""
     joined: list[Word] = []
-    number: int | None = None  # value of the last word
+    number: tuple[int, int] | None = None  # value of the last word: (thousands and millions, the rest)
     for word in tokens:
         extended = _extended(number, word.text) if number and joined[-1].clause == word.clause else None
         if extended:
             joined.pop()
         short = word.text.isdecimal() and len(word.text) < 16  # int() refuses endless rows of digits
-        number = extended or (int(word.text) if short else _NUMBERS.get(word.text, _SCALES.get(word.text)))
-        joined.append(word if number is None else word._replace(text=str(number)))
+        value = int(word.text) if short else _NUMBERS.get(word.text, _SCALES.get(word.text))
+        high = value if word.text in ("thousand", "million") else 0
+        number = extended or (None if value is None else (high, value - high))
+        joined.append(word._replace(text=str(sum(number))) if number else word)
     return joined
 
 
-def _extended(number: int, name: str) -> int | None:
+def _extended(number: tuple[int, int], name: str) -> tuple[int, int] | None:
     """Return the number that a further word makes of a number; None if the word begins a new number."""
-    if name in _SCALES:
-        scale = _SCALES[name]
-        low = number % max(scale, 1000)  # what is multiplied: the 200 of `three million two hundred thousand`
-        fits = low < 100 if scale < 1000 else (number - low) % (1000 * scale) == 0
-        return number + low * (scale - 1) if low and fits else None
+    high, low = number  # a scale multiplies the rest: the 200 of `three million two hundred thousand`
+    if scale := _SCALES.get(name):
+        if scale >= 1000:
+            return (high + low * scale, 0) if low and high % (1000 * scale) == 0 else None
+        return (high, low * scale) if 0 < low < 100 else None
     value = _NUMBERS.get(name, 0)
-    free = number % 100 == 0 if value >= 10 else number % 10 == 0 and number % 100 != 10
-    return number + value if value and free else None
+    free = low % 100 == 0 if value >= 10 else low % 10 == 0 and low % 100 != 10
+    return (high, low + value) if value and high + low and free else None
