@@ -1,6 +1,7 @@
 """Other projects' records to rows: one literal example per format, and bad records."""
 
 import json
+import math
 import re
 
 import pytest
@@ -235,7 +236,12 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("videochat2", {"QA_NEG": VIDEOCHAT2["QA"]}, "answers of `QA` and `QA_NEG` are identical"),
         ("videochat2", {"QA_NEG": [VIDEOCHAT2["QA"][0] | {"q": "Why?"}]}, "asks other questions than `QA`"),
         ("videochat2", {"QA_NEG": None}, "`QA_NEG` is missing or not a list of questions"),
-        ("videochat2", {"start": 1}, "`start` 1 and `end` None must be seconds"),
+        ("lpoi", {"image_list": ["b.jpg", "b.jpg"]}, "an image is in it twice"),
+        *(
+            (fmt, {"start": start, "end": end}, f"`start` {start!r} and `end` {end!r} must be seconds")
+            for fmt in ("videochat2", "videochat2-it", "questions", "llava-hound-qa")
+            for start, end in [(1, None), (3, 2), (2, 2), (-3, 1), (0, math.inf), (True, 2), ("1", 2)]
+        ),
         ("rlhf-v", {"text": "What?"}, "`text` is not JSON"),
         ("rlhf-v", {"text": "[]"}, "`text` is not an object"),
         ("rlhf-v", {"image": None, "image_path": None}, "has 0 images"),

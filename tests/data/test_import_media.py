@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from helpers import write_clip, write_image
-from import_records import FACTORY, LPOI, MMPR, PAIRS, RLAIF_V, RLHF_V, RRPO, VIDEOCHAT2
+from import_records import FACTORY, LPOI, MMPR, PAIRS, RECORDS, RLAIF_V, RLHF_V, RRPO, VIDEOCHAT2
 from PIL import Image
 
 from trl_vpo.data.importers import convert, import_rows
 from trl_vpo.data.inputs import read_inputs
 from trl_vpo.data.rows import read_row
 from trl_vpo.data.sources import named_splits
-from trl_vpo.errors import ImportFormatError
+from trl_vpo.errors import ImportFormatError, RunError
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import VideoOptions, load_video
 from trl_vpo.testbed.rows import write_jsonl
@@ -98,6 +98,14 @@ def test_a_bad_record_writes_no_picture(tmp_path):
     assert (counts.written, counts.rejected) == (1, 1) and not (tmp_path / "out_media").exists()
 
 
+def test_pictures_need_a_folder_that_can_be_made(tmp_path):
+    record = RLAIF_V | {"image": {"bytes": base64.b64encode(encoded(1)).decode()}}
+    path = write_jsonl([record], tmp_path / "in.jsonl")
+    with pytest.raises(RunError, match=r"in\.jsonl/out_media/.* cannot be written \(Not a directory\)\.") as error:
+        convert("rlaif-v", path, path / "out.jsonl")
+    assert "continues" not in str(error.value)  # an import begins anew
+
+
 # --- LPOI -----------------------------------------------------------------------------------------------------------
 
 
@@ -127,6 +135,14 @@ def test_lpoi_finds_the_masked_images_of_the_release(tmp_path):
     (note,) = counts.left_to_do
     out = tmp_path / "out.jsonl"
     assert note.startswith(f"1 of 2 rows have no image list: `trl-vpo generate lpoi --dataset_name {out}` finds")
+
+
+def test_an_image_alone_is_no_list(tmp_path):
+    records = [LPOI | {"image_list": [LPOI["img_path"]]}, LPOI | {"image_list": ["b.jpg"]}]
+    counts = convert("lpoi", write_jsonl(records, tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    lists = {row["id"]: row["image_list"] for row in rows_of(tmp_path / "out.jsonl")}
+    assert lists == {"in-1": None, "in-2": [LPOI["img_path"], "b.jpg"]}
+    assert counts.left_to_do[-1].startswith("1 of 2 rows have no image list")
 
 
 # --- MMPR -----------------------------------------------------------------------------------------------------------
@@ -171,6 +187,29 @@ def test_parts_of_videos_beside_whole_ones(tmp_path):
     assert paths == [{"path": str(tmp_path / "a.mp4")}, part["videos"][0]]
     loaded = load_dataset("json", data_files=str(tmp_path / "out.jsonl"), split="train")
     assert loaded[1]["videos"] == part["videos"]
+
+
+@pytest.mark.parametrize("fmt", ["videochat2", "videochat2-it", "questions", "llava-video", "llava-hound-qa"])
+def test_parts_of_videos_beside_images(tmp_path, fmt):
+    image = RECORDS[fmt] | {"image": "1.jpg"}
+    part = RECORDS[fmt] | {"video": "a.mp4", "start": 1, "end": 2.5}
+    del image["video"]
+    counts = convert(fmt, write_jsonl([image, part], tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert counts.read == 2 and not {"start", "end"} & set(counts.ignored_fields)
+    rows = rows_of(tmp_path / "out.jsonl")
+    media = [[{"path": "a.mp4", "video_start": 1.0, "video_end": 2.5}], ["1.jpg"]]
+    assert all(row["images"] == media[1] or row["videos"] == media[0] for row in rows)
+
+
+def test_a_part_behind_many_whole_videos(tmp_path):
+    """`load_dataset("json")` takes the types of start and end from its first chunk."""
+    records = [VIDEOCHAT2 | {"sample_id": n} for n in range(60)]
+    records += [VIDEOCHAT2 | {"sample_id": 60, "start": 1, "end": 2}, VIDEOCHAT2 | {"start": 0.5, "end": 2.5}]
+    convert("videochat2", write_jsonl(records, tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    cache = str(tmp_path / "cache")
+    files = str(tmp_path / "out.jsonl")
+    loaded = load_dataset("json", data_files=files, split="train", cache_dir=cache, chunksize=4000)
+    assert len(loaded) == 62 and loaded[-1]["videos"][0]["video_end"] == 2.5
 
 
 @pytest.mark.parametrize(

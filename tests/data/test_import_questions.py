@@ -1,6 +1,7 @@
 """Annotated questions of other projects as inputs of generation, and the list of all formats."""
 
 import json
+import math
 import re
 
 import pytest
@@ -69,14 +70,20 @@ def test_videochat2_it(tmp_path):
         ({"a0": 3, "a1": 4, "answer": "4"}, "4"),
         ({"a0": 0, "a1": 1, "answer": 1}, "1"),  # index and option say the same
         ({"a0": None, "a1": None, "options": ["x", "y"], "answer": 1}, "y"),
-        ({"a0": None, "a1": None, "candidates": ["x", "y"], "answer_index": 0}, "x"),
+        ({"a0": None, "a1": None, "candidates": ["x", "y"], "answer": None, "answer_index": 0}, "x"),
+        ({"answer": "B"}, "B"),
+        ({"answer": "(B)", "answer_index": 1}, "a circle"),
+        ({"answer": "A circle.", "answer_index": 1}, "a circle"),
+        ({"answer": "1", "answer_index": 1}, "a circle"),
+        ({"answer": "", "answer_index": 1}, "a circle"),
+        ({"a0": 3, "a1": 4, "answer": 4, "answer_index": 1}, "4"),
     ],
 )
 def test_numbers_and_indices_as_answers(tmp_path, change, answer):
     record = {key: value for key, value in (NEXT_QA | change).items() if value is not None}
     (row,) = questions(tmp_path, "questions", record)
     assert row["answer"] == answer
-    assert "options" not in row or answer in row["options"]
+    assert "options" not in row or answer in [*row["options"], "B"]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +96,24 @@ def test_numbers_and_indices_as_answers(tmp_path, change, answer):
         ("questions", {"a0": None, "a1": None, "answer_index": 1}, "but the options have no entries"),
         ("questions", {"a0": ["x"]}, "the options are .* Give a list of texts"),
         ("questions", {"answer": None}, "`answer` is missing"),
+        ("questions", {"answer": "1"}, "the answer '1' is none of the options .*its index as a number"),
+        ("questions", {"answer": "zz"}, "the answer 'zz' is none of the options"),
+        ("questions", {"answer": True}, "the answer 'yes' is none of the options"),
+        ("questions", {"a1": "A square"}, "the options A and B say the same"),
+        ("questions", {"a1": None, "answer": 0}, "give a list of 2 to 26 texts"),
+        ("questions", {"answer": "a square", "answer_index": 1}, "`answer_index` is 1, 'a circle', but `answer` is"),
+        ("questions", {"answer": 0, "answer_index": 1}, "`answer_index` is 1, 'a circle', but `answer` is 0"),
+        ("questions", {"a0": 1, "a1": 2, "answer": "1", "answer_index": 1}, "`answer_index` is 1, '2', but"),
+        ("questions", {"start": -3, "end": math.nan}, "`start` -3 and `end` nan must be seconds"),
+        ("questions", {"start": 0, "end": math.nan}, "`start` 0 and `end` nan must be seconds"),
+        ("questions", {"answer": math.inf}, "an answer or option is inf"),
+        ("questions", {"a1": math.nan}, "an answer or option is nan"),
+        ("questions", {"a0": None, "a1": None, "answer": -math.inf}, "an answer or option is -inf"),
+        (
+            "llava-video",
+            {"conversations": [{"from": "human", "value": "Which? A. red B. red"}, {"from": "gpt", "value": "A"}]},
+            "the options A and B say the same",
+        ),
         ("questions", {"video": None}, "neither a video nor an image to ask about"),
         ("llava-video", {"conversations": LLAVA_VIDEO["conversations"][:3]}, "a question .human. and its answer"),
         ("llava-video", {"conversations": LLAVA_VIDEO["conversations"][1:3]}, "a question .human. and its answer"),

@@ -149,6 +149,13 @@ def test_mixed_media_load_in_small_chunks(tmp_path):
     assert (dataset[1]["images"], dataset[1]["videos"]) == ([], ["a.mp4", "b.mp4"])
 
 
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv", "out.jsonl.gz", "out", ".jsonl"])
+def test_outputs_are_json_lines(tmp_path, name):
+    with pytest.raises(ImportFormatError, match="the output is JSON lines"):
+        convert("lpoi", write(tmp_path / "in.jsonl", LPOI), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_columns_that_no_row_fills_are_left_out(tmp_path):
     convert("llamafactory", write(tmp_path / "in.jsonl", FACTORY), tmp_path / "out.jsonl")
     columns = {"id", "source", "prompt", "chosen", "rejected", "images"}

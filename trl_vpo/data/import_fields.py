@@ -93,14 +93,13 @@ def clip(record: dict) -> dict[str, list]:
     videos = media(record, "video")
     if start is None and end is None:
         return {"videos": videos}
-    window = {"video_start": start, "video_end": end}
-    if (
-        len(videos) != 1
-        or not isinstance(videos[0], str)
-        or not all(isinstance(s, (int, float)) for s in (start, end))
-    ):
-        raise ValueError(f"`start` {start!r} and `end` {end!r} must be seconds of the one path in `video`.")
-    return {"videos": [{"path": videos[0], **window}]}
+    seconds = all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in (start, end))
+    if len(videos) != 1 or not isinstance(videos[0], str) or not seconds or not 0 <= start < end < 1e9:  # nan is none
+        raise ValueError(
+            f"`start` {start!r} and `end` {end!r} must be seconds of the one path in `video`, from 0 on, and the end "
+            "must come later."
+        )
+    return {"videos": [{"path": videos[0], "video_start": float(start), "video_end": float(end)}]}
 
 
 def _source(item: Any, where: str, picture: bool) -> str | bytes:
@@ -157,7 +156,8 @@ def pair(prompt: list[tuple[str, str]], chosen: str, rejected: str, **sources: l
 def question(asked: str, answer: str, **columns) -> dict:
     """Return an annotated question. Markers of media are taken out: generation puts the media in front.
 
-    `columns`: `images`, `videos` and `options`; empty ones are left out.
+    `columns`: `images`, `videos` and `options`; empty ones are left out. Options, also those that the question lists,
+    must be different, and the answer must name one of the column's.
     """
     plain = [re.sub("|".join(MARKERS), "", value).strip() for value in (asked, answer)]
     for name, value in zip(("question", "answer"), plain):
@@ -166,4 +166,21 @@ def question(asked: str, answer: str, **columns) -> dict:
     row = {"question": plain[0], "answer": plain[1], **{name: items for name, items in columns.items() if items}}
     if not row.keys() & {"images", "videos"}:
         raise ValueError("the record has neither a video nor an image to ask about. Name it in `video` or `image`.")
+    options = columns.get("options")
+    if option_index(row["answer"], row["question"], options) is None and options:
+        raise ValueError(
+            f"the answer {row['answer']!r} is none of the options {options}. Write the text or the letter of one, or "
+            "its index as a number, from 0."
+        )
     return row
+
+
+def option_index(answer: str, asked: str, options: list[str] | None) -> int | None:
+    """Return which option an answer names by its text or letter; None if none. Raise for options that are alike."""
+    from trl_vpo.text.choices import read_choice, read_options  # not needed to list the formats
+
+    letters = read_options(asked, options)  # those of the question without a list of them
+    if options and answer in options:
+        return options.index(answer)
+    named = read_choice(answer, letters).value if options else None
+    return named and [*letters].index(named)

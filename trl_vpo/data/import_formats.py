@@ -114,13 +114,16 @@ def _lpoi(record: dict) -> dict:
     image = text(record, "img_path")
     row = _flat_pair(record, images=[image])
     listed = media(record, "image_list")
-    if not listed:
+    if listed in ([], [image]):  # the image alone is no ranking
         folders = list(PurePosixPath(image).parts)
         at = max((i for i, name in enumerate(folders[:-1]) if name == "images"), default=None)
         copies = [] if at is None else [str(PurePosixPath(*folders[:at], m, *folders[at + 1 :])) for m in _MASKED]
         return row | {MASKED_COPIES: copies}
-    if image in listed[1:]:
-        raise ValueError("`img_path` is not the first of `image_list`, which goes from most to least visible.")
+    if image in listed[1:] or len(set(listed)) < len(listed):
+        raise ValueError(
+            "`img_path` is not the first of `image_list`, or an image is in it twice. It goes from most to least "
+            "visible."
+        )
     return row | {"image_list": listed if listed[0] == image else [image, *listed]}
 
 
@@ -247,13 +250,13 @@ FORMATS = {
     ),
     "llava-hound-qa": _format(
         conversations,
-        "conversations video|image; id",
+        "conversations video|image; start end id",
         "LLaVA-Hound, ShareGPTVideo, video_instruction/train/qa",
         makes="questions",
     ),
     "llava-video": _format(
         conversations,
-        "conversations video|image; id data_source",
+        "conversations video|image; start end id data_source",
         "LLaVA-Video-178K, lmms-lab/LLaVA-Video-178K",
         "conversations video",
         makes="questions",

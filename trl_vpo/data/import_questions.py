@@ -6,7 +6,9 @@ of lmms-lab/LLaVA-Video-178K, both conversations of LLaVA's kind; `ITVidTrainDat
 these projects lets a later question depend on an earlier answer (VideoChat2 shuffles them).
 """
 
-from trl_vpo.data.import_fields import clip, joined, question, text, turns
+import math
+
+from trl_vpo.data.import_fields import clip, joined, option_index, question, text, turns
 
 OPTIONS = ("options", "choices", "candidates")
 NUMBERED = ("a0", "a1", "a2", "a3", "a4")  # of NExT-QA
@@ -51,18 +53,25 @@ def questions(record: dict) -> dict:
 def _answer(record: dict, options: list[str] | None) -> str:
     """Return the answer as a text; of an index, the text of its option."""
     index, answer = record.get("answer_index"), record.get("answer")
+    said = None
+    if index is None or answer not in (None, ""):
+        said = _number(answer) if isinstance(answer, (int, float)) else text(record, "answer")
     if index is None and options and isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        index = answer
-        if _number(answer) in options and options.index(_number(answer)) != answer:
+        if said in options and options.index(said) != answer:
             raise ValueError(
                 f"`answer` is {answer}, which is an option and the index of another ({options}). Write it as text, or "
                 "its index as `answer_index`."
             )
+        index, said = answer, None
     if index is None:
-        return _number(answer) if isinstance(answer, (int, float)) else text(record, "answer")
+        return said
     if not options or isinstance(index, bool) or index not in range(len(options)):
         raise ValueError(f"the answer's index is {index!r}, but the options have {_places(options)}.")
-    return options[int(index)]
+    right = options[int(index)]
+    agrees = said is None or (said == _number(index) and said not in options)
+    if not agrees and option_index(said, record["question"], options) != index:
+        raise ValueError(f"`answer_index` is {index}, {right!r}, but `answer` is {answer!r}. Drop the wrong one.")
+    return right
 
 
 def _places(options: list[str] | None) -> str:
@@ -71,6 +80,8 @@ def _places(options: list[str] | None) -> str:
 
 def _number(value: str | float) -> str:
     """Return a text; of a number, the way people write it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"an answer or option is {value}, not a number that has digits. Write it as text.")
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -22,11 +22,13 @@ from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
 from trl_vpo.data.inputs import portable
 from trl_vpo.data.json_files import parse_record, raw_records
 from trl_vpo.data.messages import drop_none
+from trl_vpo.data.paths import ROWS
 from trl_vpo.errors import DatasetError, ImportFormatError
 from trl_vpo.files import atomic_write
 
 MEDIA_COLUMNS = ("images", "videos", "image_list")
 LIST_COLUMNS = (*MEDIA_COLUMNS, "chosen_phrases", "rejected_phrases", "options")
+PARTS = "parts"  # of videos, in the survey
 
 
 @dataclass
@@ -84,6 +86,8 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     if on_bad not in ("error", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}; it must be 'error' or 'skip'.")
     source, target = Path(in_path), Path(out_path)
+    if ROWS.get(target.suffix.lower()) != "json":
+        raise ImportFormatError(f"{target}: the output is JSON lines. Name a file that ends in .jsonl.")
     if source.exists() and target.exists() and source.samefile(target):
         raise ImportFormatError(f"{target}: input and output are the same file. Name another output.")
     files = _files(fmt, source, media_root)
@@ -103,7 +107,7 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     rows = enumerate(_rows(_read(fmt, files, folder), lambda _: None))
     ordered = chain(front.values(), (row for number, row in rows if number not in front))
     empty = set(LIST_COLUMNS) - set(first)
-    if survey.parts:
+    if PARTS in first:
         ordered = map(_with_parts, ordered)
     _write_lines(target, ({key: value for key, value in row.items() if key not in empty} for row in ordered))
     counts.left_to_do = _left_to_do(fmt, survey, target, media_root, folder)
@@ -115,11 +119,10 @@ class _Survey:
     """What the first reading of a file finds."""
 
     counts: ImportCounts = field(default_factory=ImportCounts)
-    first: dict[str, tuple[int, dict]] = field(default_factory=dict)  # list column -> first (number, row) to fill it
+    first: dict[str, tuple[int, dict]] = field(default_factory=dict)  # list column or PARTS -> first (number, row)
     filled: Counter = field(default_factory=Counter)  # list column -> how many rows fill it
     media: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
-    parts: bool = False  # a row takes a part of a video
 
 
 def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey:
@@ -136,10 +139,11 @@ def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey
         ignored |= set(record) - FORMATS[fmt].fields
         for row in rows:
             survey.media |= {_path(item) for column in MEDIA_COLUMNS for item in row.get(column) or []}
-            survey.parts |= any(isinstance(video, dict) for video in row.get("videos", []))
-            for column in filter(row.get, LIST_COLUMNS):
-                survey.filled[column] += 1
-                survey.first.setdefault(column, (counts.written, row))
+            filled = [*filter(row.get, LIST_COLUMNS)]
+            if any(isinstance(video, dict) for video in row.get("videos", [])):
+                filled.append(PARTS)
+            survey.filled.update(filled)
+            survey.first |= {name: (counts.written, row) for name in filled if name not in survey.first}
             survey.filled["phrases"] += bool(row.get("chosen_phrases") or row.get("rejected_phrases"))
             counts.written += 1
     survey.missing = sorted(path for path in survey.media if not _exists(path))
@@ -279,6 +283,8 @@ def _write_lines(path: Path, rows: Iterable[dict]) -> None:
 
 def _with_parts(row: dict) -> dict:
     """Return a row whose videos have the shape of a part: `load_dataset("json")` takes one shape for all rows."""
+    if not row.get("videos"):
+        return row
     whole = {"video_start": None, "video_end": None}
     return row | {"videos": [v if isinstance(v, dict) else {"path": v, **whole} for v in row["videos"]]}
 

@@ -245,7 +245,7 @@ def _stored(data: bytes, folder: Path) -> str:
             part.write_bytes(data)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be written ({error.strerror or error}). Free space there, then start the same command "
-            "again: it continues where it stopped."
+            f"{path} cannot be written ({error.strerror or error}). Free space there or make its folder writable, "
+            "then start the same command again."
         ) from error
     return str(path)
