@@ -16,6 +16,7 @@ from trl_vpo.data.import_formats import FORMATS
 from trl_vpo.data.importers import import_rows
 from trl_vpo.data.inputs import Inputs, row_ids
 from trl_vpo.data.rows import read_row
+from trl_vpo.doctor.loaded_recipe import method_of
 from trl_vpo.evaluate.rows import read_rows
 from trl_vpo.generate.leanpo import LeanPOGenerateConfig, LeanPOPipeline
 from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
@@ -97,6 +98,15 @@ def test_records_of_other_projects_are_imported(block, tmp_path):
             read_row(row)
         else:
             assert row["question"] and row["answer"]
+
+
+def test_the_tables_of_formats_are_the_importers():
+    shown = re.findall(
+        r"^\| `([\w-]+)` \| .*? \| (.*?) \| ", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.M
+    )
+    fields = [", ".join(one.layout.replace(";", " ;").split()).replace(", ;,", ";") for one in FORMATS.values()]
+    expected = list(zip(FORMATS, [text.replace("|", " or ") for text in fields], strict=True))
+    assert [row for row in shown if row[0] in FORMATS] == expected
 
 
 def test_every_format_has_an_example():
@@ -181,7 +191,16 @@ def test_commands_have_the_options_shown(page, words):
     assert options <= valid, f"{page}: {words}"
     names = [after for word, after in pairwise(words) if word == "--config"]
     names += words[1:2] if words[0] == "doctor" else words[2:3] if words[0] == "recipes" else []
-    assert all(PLACEHOLDER.match(name) or name in recipe_names() for name in names), f"{page}: {names}"
+    named = [name for name in names if name != "mine.yaml" and not PLACEHOLDER.match(name)]
+    assert set(named) <= set(recipe_names()), f"{page}: {named}"
+
+
+def test_a_recipe_of_ones_own_parses(tmp_path):
+    (block,) = blocks("yaml", "recipe: rrpo")
+    (tmp_path / "mine.yaml").write_text(block.text, encoding="utf-8")
+    assert method_of(tmp_path / "mine.yaml") == "rrpo"
+    args = make_parser("rrpo", any_device=True).parse(["--config", str(tmp_path / "mine.yaml")])[1]
+    assert args.output_dir == "outputs/mine" and args.learning_rate == 5e-6
 
 
 # --- the pages themselves -------------------------------------------------------------------------------------------
