@@ -152,6 +152,7 @@ def test_what_is_wrong_or_missing(recipe, argv, check, expected):
     result = status(examine(recipe, argv))
     assert result[check] == expected
     assert "tokens" in result or check != "LoRA"  # the other checks went on
+    assert ("not checked" in result) == (check == "model")
 
 
 def test_full_fine_tuning(recipe):

@@ -201,6 +201,8 @@ def test_paths_start_at_media_root_and_do_not_leave_it(tmp_path, clip):
         for source in (path, [path], {"path": path, "bytes": None}):
             refused(source, "lies outside of media_root", name=name, media_root=root)
     refused_image("in.png", "is not a folder", name="nowhere", media_root=tmp_path / "nowhere")
+    refused_image("root/a.png", "must not repeat", name="root/a.png", media_root=root)
+    refused_image("root/a.png", "the working directory; set media_root", name="root/a.png")
 
 
 def test_importing_needs_neither_torch_nor_transformers():

@@ -59,6 +59,7 @@ def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
     assert facts["pipeline_tag"] == f"{kind}-text-to-text" and facts["datasets"] == ["someone/pairs"]
     assert {"trl-vpo", "rrpo"} <= set(facts["tags"])
     assert "2504.12083" in card and trl_vpo.__version__ in card and "| `alpha` | 0.01 |" in card
+    assert "| `pairs per step` | 1 |" in card and "| `r` | 2 |" in card and "| `lora_alpha` | 8 |" in card
 
 
 def test_the_card_of_a_streamed_run_shows_its_medium(here):

@@ -295,4 +295,7 @@ def _find_image_list(row: Row, example: dict) -> None:
     elif box is not None:
         row.critical_box = box
     else:
-        raise RowError("LPOI needs a `critical_box` [x0, y0, x1, y1] in pixels, or an `image_list`. The row has none.")
+        raise RowError(
+            "LPOI needs a `critical_box` [x0, y0, x1, y1] in pixels, or an `image_list`. The row has none: `trl-vpo "
+            "generate lpoi` finds boxes."
+        )

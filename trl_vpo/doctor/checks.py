@@ -80,6 +80,9 @@ def examine(
     if loaded.config is not None:
         _check_model(loaded, report)
     longest = check_data(loaded, rows, report)
+    if loaded.config is None or loaded.processor is None:
+        text = "LoRA, tokens and memory: they need the model's config and processor, which could not be loaded"
+        report.add("not checked", WARN, text)
     if longest is not None and loaded.model is not None:
         _estimate(loaded, longest, report)
         if measures and not report.stops:

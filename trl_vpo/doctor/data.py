@@ -95,6 +95,7 @@ def _tokenize(recipe: LoadedRecipe, dataset: Dataset, count: int | None, report:
     if longest:
         _show_tokens(recipe, longest[0][2], report)
     text = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on"
+    text = text if count else f"none of the {len(dataset)} rows can be tokenized: each has a problem"
     report.add("tokens", STOP if failed or not count else OK, text)
     if not longest:
         return None

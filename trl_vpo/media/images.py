@@ -78,7 +78,9 @@ def resolve_path(source: str | Path, media_root: str | Path | None = None) -> Pa
         if full.is_dir():
             raise MediaError(f"{name} is a folder, not a file: name the media file itself.")
         if not full.exists():
-            hint = "check the path" if path.is_absolute() else "relative paths start at media_root; check both"
+            start = "the working directory; set media_root if they start elsewhere"
+            start = start if media_root is None else f"media_root ({media_root}), which the path must not repeat"
+            hint = "check the path" if path.is_absolute() else f"relative paths start at {start}"
             raise MediaError(f"{name} does not exist (looked for {full}): {hint}.")
         if full.stat().st_size == 0:
             raise MediaError(f"{name} is empty (0 bytes): fetch or write the file again.")

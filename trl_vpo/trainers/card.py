@@ -52,7 +52,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         sampling=f"fps={args.fps}" if args.fps is not None else f"num_frames={args.num_frames}",
         method=trainer._name,
         paper=trainer._paper,
-        settings=_settings(args),
+        settings=_settings(trainer),
         version=package_version(),
         versions={name: version for name, version in versions().items() if name != "trl_vpo"},
     )
@@ -62,8 +62,12 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     return path
 
 
-def _settings(args: VisualPreferenceConfig) -> dict[str, Any]:
+def _settings(trainer: Any) -> dict[str, Any]:
+    args, model = trainer.args, trainer.model
     common = {f.name for f in fields(VisualPreferenceConfig)}
     own = [f.name for f in fields(args) if f.name not in common]
     idle = "num_train_epochs" if args.max_steps > 0 else "max_steps"
-    return {name: getattr(args, name) for name in (*SETTINGS, *own) if name != idle}
+    settings = {name: getattr(args, name) for name in (*SETTINGS, *own) if name != idle}
+    settings["pairs per step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    adapter = next(iter(model.peft_config.values())) if is_peft_model(model) else None
+    return settings | {name: getattr(adapter, name) for name in ("r", "lora_alpha") if hasattr(adapter, name)}
