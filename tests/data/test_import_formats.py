@@ -89,6 +89,8 @@ def test_ms_swift(tmp_path):
     record = {k: v for k, v in SWIFT.items() if k != "rejected_response"} | {"rejected_images": ["x.jpg"]}
     rejected = [*SWIFT["messages"][:-1], {"role": "assistant", "content": "It sleeps."}]
     assert one(tmp_path, "ms-swift", record | {"rejected_messages": rejected}) == one(tmp_path, "ms-swift", SWIFT)
+    assert one(tmp_path, "ms-swift", SWIFT | {"rejected_messages": rejected}) == one(tmp_path, "ms-swift", SWIFT)
+    assert one(tmp_path, "ms-swift", SWIFT | {"rejected_messages": []}) == one(tmp_path, "ms-swift", SWIFT)
 
 
 def test_llamafactory(tmp_path):
@@ -219,6 +221,7 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("ms-swift", {"rejected_response": None}, "`rejected_response` .*is missing"),
         ("ms-swift", {"rejected_images": ["y.jpg"]}, "`rejected_images` differ from `images`"),
         ("ms-swift", {"rejected_response": None, "rejected_messages": SWIFT["messages"][3:]}, "another prompt"),
+        ("ms-swift", {"rejected_messages": SWIFT["messages"]}, "`rejected_response` is not the response of"),
         ("ms-swift", {"images": []}, r"1 image placeholder\(s\), but the row has 0"),
         ("ms-swift", {"videos": [["1.jpg", "2.jpg"]]}, r"`videos`\[0\] is not a path"),
         ("ms-swift", {"images": [{"bytes": "aGk="}]}, r"`images`\[0\] is not a path"),
@@ -229,6 +232,11 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
             {"conversations": [IMAGE_OF_GPT, *FACTORY["conversations"]]},
             r"not the user's .assistant.. Move",
         ),
+        (
+            "llamafactory",
+            {"system": "Be brief.", "conversations": [{"from": "system", "value": "Hi"}, *FACTORY["conversations"]]},
+            "`system` is not the system's turn",
+        ),
         ("llamafactory", {"chosen": {"from": "gpt"}}, "`chosen` has no text"),
         ("llamafactory", {"conversations": None, "instruction": "?", "history": ["a"]}, "`history` is not a list"),
         ("llava-hound", {"rejected": "A dog runs. "}, "identical"),
@@ -236,6 +244,7 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("videochat2", {"QA_NEG": VIDEOCHAT2["QA"]}, "answers of `QA` and `QA_NEG` are identical"),
         ("videochat2", {"QA_NEG": [VIDEOCHAT2["QA"][0] | {"q": "Why?"}]}, "asks other questions than `QA`"),
         ("videochat2", {"QA_NEG": None}, "`QA_NEG` is missing or not a list of questions"),
+        ("videochat2", {"image": "1.jpg"}, "both `video` and `image`"),
         ("lpoi", {"image_list": ["b.jpg", "b.jpg"]}, "an image is in it twice"),
         *(
             (fmt, {"start": start, "end": end}, f"`start` {start!r} and `end` {end!r} must be seconds")

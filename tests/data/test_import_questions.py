@@ -96,6 +96,8 @@ def test_numbers_and_indices_as_answers(tmp_path, change, answer):
         ("questions", {"a0": None, "a1": None, "answer_index": 1}, "but the options have no entries"),
         ("questions", {"a0": ["x"]}, "the options are .* Give a list of texts"),
         ("questions", {"answer": None}, "`answer` is missing"),
+        ("questions", {"options": ["x", "y"]}, "different lists of options"),
+        ("questions", {"options": ["x", "y"], "choices": ["y", "x"], "a0": None, "a1": None}, "different lists of"),
         ("questions", {"answer": "1"}, "the answer '1' is none of the options .*its index as a number"),
         ("questions", {"answer": "zz"}, "the answer 'zz' is none of the options"),
         ("questions", {"answer": True}, "the answer 'yes' is none of the options"),

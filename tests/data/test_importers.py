@@ -156,6 +156,12 @@ def test_outputs_are_json_lines(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+def test_an_output_that_cannot_be_written(tmp_path):
+    source = write(tmp_path / "in.jsonl", LPOI)
+    with pytest.raises(ImportFormatError, match=r"in\.jsonl/out\.jsonl cannot be written \(.*\)\. Free space"):
+        convert("lpoi", source, source / "out.jsonl")
+
+
 def test_columns_that_no_row_fills_are_left_out(tmp_path):
     convert("llamafactory", write(tmp_path / "in.jsonl", FACTORY), tmp_path / "out.jsonl")
     columns = {"id", "source", "prompt", "chosen", "rejected", "images"}

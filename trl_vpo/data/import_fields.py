@@ -89,6 +89,8 @@ def clip(record: dict) -> dict[str, list]:
     """Return the `videos` or `images` of a record with `video` or `image`; `start` and `end` (seconds) cut a video."""
     if not record.get("video"):
         return {"images": media(record, "image")}
+    if record.get("image"):
+        raise ValueError("the record has both `video` and `image`, of which one is read. Drop the other.")
     start, end = record.get("start"), record.get("end")
     videos = media(record, "video")
     if start is None and end is None:

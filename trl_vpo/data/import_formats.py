@@ -129,10 +129,12 @@ def _lpoi(record: dict) -> dict:
 
 def _ms_swift(record: dict) -> dict:
     prompt, chosen = last_turn(record, "messages")
-    if record.get("rejected_response") is None and record.get("rejected_messages") is not None:
+    if record.get("rejected_messages"):
         others, rejected = last_turn(record, "rejected_messages")
         if others != prompt:
             raise ValueError("`rejected_messages` has another prompt than `messages`; a pair needs the same prompt.")
+        if record.get("rejected_response") not in (None, "", rejected):
+            raise ValueError("`rejected_response` is not the response of `rejected_messages`. Drop the wrong one.")
     else:
         rejected = text(record, "rejected_response", "rejected_messages")
     sources = {"images": media(record, "images"), "videos": media(record, "videos")}
@@ -148,8 +150,12 @@ def _llamafactory(record: dict) -> dict:
         prompt = _history(record)
     else:
         prompt = turns(record, "conversations" if "conversations" in record else "messages")
-    if record.get("system") and (not prompt or prompt[0][0] != "system"):
-        prompt.insert(0, ("system", text(record, "system")))
+    if record.get("system"):
+        system = ("system", text(record, "system"))
+        if not prompt or prompt[0][0] != "system":
+            prompt.insert(0, system)
+        elif prompt[0] != system:
+            raise ValueError("`system` is not the system's turn that the messages begin with. Drop the wrong one.")
     sides = []
     for side in ("chosen", "rejected"):
         value = record.get(side)

@@ -41,9 +41,12 @@ def qa_turns(record: dict, name: str) -> list[dict]:
 
 def questions(record: dict) -> dict:
     """Plain questions: `answer` is a text, a number, or the index of an option, from 0."""
-    options = next((record[name] for name in OPTIONS if record.get(name)), None)
-    options = options or [record[name] for name in NUMBERED if record.get(name) is not None] or None
-    if options is not None:
+    numbered = [record[name] for name in NUMBERED if record.get(name) is not None]
+    listed = [value for value in (*map(record.get, OPTIONS), numbered) if value]
+    options = listed[0] if listed else None
+    if listed:
+        if any(other != options for other in listed):
+            raise ValueError(f"the record has different lists of options: {listed}. Leave one of them.")
         if not isinstance(options, list) or not all(isinstance(o, (str, int, float)) for o in options):
             raise ValueError(f"the options are {options!r:.80}. Give a list of texts.")
         options = [_number(option) for option in options]

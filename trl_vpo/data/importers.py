@@ -96,7 +96,8 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     survey = _survey(fmt, _read(fmt, files, folder), rejects if on_bad == "skip" else None)
     counts, first = survey.counts, survey.first
     rejected_path = target.with_name(target.name + ".rejected.jsonl")
-    rejected_path.unlink(missing_ok=True)  # of an earlier run
+    if rejected_path.exists():  # of an earlier run
+        rejected_path.unlink()
     if rejects:
         counts.rejected, counts.rejected_path = len(rejects), str(rejected_path)
         _write_lines(rejected_path, rejects)
@@ -275,10 +276,16 @@ def _records(path: Path) -> Iterator[tuple]:
 
 
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:
-    # backslashreplace is JSON's own escape
-    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>") + "\n")
+    try:  # backslashreplace is JSON's own escape
+        with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for row in rows:
+                line = json.dumps(row, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>")
+                file.write(line + "\n")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ImportFormatError(
+            f"{path} cannot be written ({reason}). Free space there or name another output."
+        ) from error
 
 
 def _with_parts(row: dict) -> dict:
