@@ -193,7 +193,7 @@ def test_the_doctor_says_what_vllm_takes(keys, status, message, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({}, "In PEFT's layout, which vLLM reads (not"),
+        ({}, "It is in PEFT's layout, which vLLM reads (not"),
         ({"use_dora": True}, "vLLM and this adapter: it is DoRA"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, groupby
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -10,12 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trl_vpo.runs.console import table
+from trl_vpo.runs.console import WIDTH, table
 from trl_vpo.runs.results import encode, write_lines
 
 UP, DOWN = "▲", "▼"
 FEWEST = 30  # rows that a mark needs; intervals of fewer are too narrow
-NAME_WIDTH = 24
+NAME_WIDTH = 20
 _WIDE = Console(width=10_000)  # to measure tables
 
 
@@ -27,6 +28,7 @@ def write_results(results: dict[str, Any], folder: str | Path) -> None:
 def show_results(results: dict[str, Any], folder: str) -> None:
     """Print the table, the number of rows left out, and the paths of the files."""
     console = Console()
+    console.width = max(console.width, WIDTH)
     for part in results_tables(results, console.width):
         console.print(part)
     data = results["data"]
@@ -40,7 +42,8 @@ def show_results(results: dict[str, Any], folder: str) -> None:
 def results_tables(results: dict[str, Any], width: int) -> list[Table]:
     """Return the measures by model, with intervals and marks for paired differences to the base.
 
-    It is one table, or several with fewer models each where one would be too wide: no interval is broken.
+    It is one table, or several with fewer models each where one would be too wide: no interval is broken. The base and
+    one adapter fit 80 columns: the parts of a measure's name stand below each other.
     """
     names = list(results["contestants"])
     for size in range(len(names), 0, -1):
@@ -53,30 +56,36 @@ def results_tables(results: dict[str, Any], width: int) -> list[Table]:
 
 def _table(results: dict[str, Any], names: list[str], *, last: bool) -> Table:
     data, models = results["data"], [results["contestants"][name] for name in names]
-    marks = f"{UP} above, {DOWN} below the base: the interval of the paired difference excludes 0"
+    marks = f"{UP} above, {DOWN} below the base: the interval of the paired\ndifference excludes 0"
+    heads = ((escape("\n".join(wrap(name, NAME_WIDTH))), "") for name in names)  # a mark has a column of its own
     result = table(
         "measure",
         "n",
-        *(escape("\n".join(wrap(name, NAME_WIDTH))) for name in names),
+        *chain.from_iterable(head if model["differences"] else head[:1] for head, model in zip(heads, models)),
         title=f"{data['rows']} held-out rows in {data['clusters']} clusters, "
         f"{results['settings']['level']:.0%} intervals",
-        caption=f"{marks}\n(no marks below n = {FEWEST})" if last else None,
+        caption=f"{marks} (no marks below n = {FEWEST})" if last else None,
     )
-    measures = list(models[0]["measures"])
-    for before, measure in zip([None, *measures], measures):
-        if before and before.split("/")[0] != measure.split("/")[0]:
-            result.add_section()
-        cells = [_cell(model["measures"][measure], model["differences"].get(measure)) for model in models]
-        result.add_row(measure, str(max(model["measures"][measure]["n"] for model in models)), *cells)
+    result.show_edge, result.collapse_padding = False, True
+    for kind, measures in groupby(models[0]["measures"], lambda measure: measure.split("/")[0]):
+        result.add_row(kind)
+        for measure in measures:
+            own = [model["measures"][measure] for model in models]
+            cells = [
+                (_cell(value), *([mark(model["differences"].get(measure))] if model["differences"] else []))
+                for value, model in zip(own, models)
+            ]
+            count = str(max(value["n"] for value in own))
+            result.add_row(f"  {measure.removeprefix(kind + '/')}", count, *chain.from_iterable(cells))
     return result
 
 
-def _cell(measure: dict[str, Any], difference: dict[str, Any] | None) -> str:
-    """Return a text such as `0.640 [0.560, 0.713] ▲`; brackets are escaped for rich."""
+def _cell(measure: dict[str, Any]) -> str:
+    """Return a text such as `0.640 [0.560, 0.713]`; brackets are escaped for rich."""
     text = _number(measure["value"])
     if measure["low"] is not None:
         text += rf" \[{_number(measure['low'])}, {_number(measure['high'])}]"
-    return f"{text} {mark(difference)}"
+    return text
 
 
 def mark(difference: dict[str, Any] | None) -> str:

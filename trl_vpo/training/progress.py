@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import sys
@@ -53,13 +54,16 @@ class TrainingProgress(TrainerCallback):
 
     # --- events -----------------------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if not state.is_world_process_zero:
             return
         if self._start:
             done = f", {state.global_step} of them done" if state.global_step else ""
-            epochs = f"{state.num_train_epochs} epoch{'' if state.num_train_epochs == 1 else 's'}"
-            lines = self._start | {"steps": f"{state.max_steps} ({epochs}){done}"}
+            epochs = ""
+            if has_length(train_dataloader):
+                count = state.max_steps / math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+                epochs = f" ({count:.3g} epoch{'' if count == 1 else 's'})"
+            lines = self._start | {"steps": f"{state.max_steps}{epochs}{done}"}
             self._write("\n".join(f"{name:<12}{text}" for name, text in lines.items()))
         self._bar = tqdm(
             total=state.max_steps,

@@ -192,4 +192,8 @@ def _serving_note(trainer: Any) -> str:
     if not trainer.is_world_process_zero() or not is_peft_model(trainer.model):
         return ""
     problems = " ".join(vllm_problems(trainer.args.output_dir))
-    return f" vLLM and this adapter: {problems}" if problems else " In PEFT's layout, which vLLM reads (not tried)."
+    return (
+        f" vLLM and this adapter: {problems}"
+        if problems
+        else " It is in PEFT's layout, which vLLM reads (not tried here)."
+    )
