@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 
 from trl_vpo.errors import SourceError
-from trl_vpo.runs.recipe_file import read_recipe
+from trl_vpo.runs.recipe_file import read_recipe, split_config
 from trl_vpo.training.launch import check_gpus, launch, launch_options
 
 HELP = {"-h", "--help", "--help-all"}
@@ -31,6 +31,8 @@ def _with_recipe(args: argparse.Namespace, help_page: str, run: str) -> int:
     if HELP & set(args.options):
         print(_imported(help_page)(args.method, "--help-all" in args.options))
         return 0
+    if recipe := split_config(args.options)[0]:
+        _imported("trl_vpo.runs.recipe_list:check_command")(recipe, args.run.__name__, args.method)
     options, launcher = launch_options(args.options)
     _check_paths(options, args.words, launcher)
     if launcher:
@@ -117,6 +119,7 @@ def import_data(args: argparse.Namespace, rest: list[str]) -> int:
 def doctor(args: argparse.Namespace, rest: list[str]) -> int:
     """Check a recipe and its data."""
     read_recipe(args.recipe)  # a wrong name is found before TRL is imported
+    _imported("trl_vpo.runs.recipe_list:check_command")(str(args.recipe), "train", args.method)
     return _imported("trl_vpo.doctor.checks:run_doctor")(
         args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out,
         gpu_memory=args.gpu_memory, measures=args.measure,

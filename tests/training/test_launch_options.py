@@ -67,6 +67,31 @@ def test_what_accelerate_refuses_is_one_message(recipe, tmp_path, capsys):
     assert "error: accelerate launch: " in err and "precision" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("words", "owner"),
+    [
+        ("train rrpo --config leanpo/qwen2_5_vl_7b", "train leanpo"),
+        ("train leanpo --config leanpo/generate", "generate leanpo"),
+        ("generate rrpo --config rrpo/qwen2_5_vl_7b", "train rrpo"),
+        ("doctor lpoi/generate", "generate lpoi"),
+    ],
+)
+def test_a_recipe_of_another_command(words, owner, capsys):
+    assert cli.main(words.split()) == 2
+    assert f"is for `trl-vpo {owner}`" in capsys.readouterr().err
+
+
+def test_an_accelerate_config_is_no_recipe(capsys):
+    assert cli.main(["train", "rrpo", "--config", "accelerate/ddp"]) == 2
+    assert "--accelerate_config ddp" in capsys.readouterr().err
+
+
+def test_gpu_engines_on_cpus_are_refused(recipe):
+    words = ["train", "rrpo", *recipe, "--accelerate_config", "zero3", "--use_cpu"]
+    with pytest.raises(RecipeError, match=r"zero3\.yaml is for GPUs\. On CPUs: --accelerate_config cpu2"):
+        check_gpus(words, launch_options(words)[1])
+
+
 def test_missing_gpus_are_said_before_the_model_is_looked_up(monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     rows = ["--dataset_name", "trl_vpo/testbed"]  # a folder; the model is not in the cache

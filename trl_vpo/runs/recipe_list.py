@@ -118,6 +118,24 @@ def copy_recipe(name: str, place: Path) -> Path:
     return shutil.copyfile(source, target)
 
 
+def check_command(name: str, command: str, method: str | None) -> None:
+    """Refuse a recipe of the package that is for another command or method; with None, any method will do.
+
+    Raises:
+        RecipeError: says what it is for.
+    """
+    if not find_recipe(name).resolve().is_relative_to(recipes_folder().resolve()):
+        return
+    facts = recipe_facts(name)
+    if not facts.command:
+        raise RecipeError(f"{name} is no recipe but an accelerate config: --accelerate_config {Path(name).stem}.")
+    if facts.command != command or method not in (None, facts.method):
+        raise RecipeError(
+            f"the recipe {name} is for `trl-vpo {facts.command} {facts.method}`. For something else make a copy, and "
+            f"change its keys: `trl-vpo recipes copy {name}`."
+        )
+
+
 def run_recipes(action: str, name: str | None, folder: Path, *, as_json: bool = False) -> None:
     """Run `trl-vpo recipes ACTION`."""
     if action == "list":

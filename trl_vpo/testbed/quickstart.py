@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from trl_vpo.data.paths import check_output_dir
 from trl_vpo.report.plot import style
 from trl_vpo.report.plot.curves import training_figure
 from trl_vpo.runs.console import table
@@ -86,6 +87,7 @@ class Result:
 def run_quickstart(out: Path, methods: Sequence[str]) -> None:
     """Train and measure these methods, print the table, and save adapters and curves in a folder."""
     began = time.perf_counter()
+    check_output_dir(str(out))
     held_out = prepare(out / "data")
     bases, results = {}, []
     for method in methods:

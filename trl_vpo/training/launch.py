@@ -75,6 +75,9 @@ def check_gpus(words: list[str], launch: list[str]) -> None:
     options, kept = _taken_out(("use_cpu", "device", "gradient_accumulation_steps", *LAUNCH_KEYS), words)
     values = _recipe_of(kept) | options
     cpu = str(values.get("use_cpu")).lower() in ("true", "1", "yes") or values.get("device") == "cpu"
+    engine = str(config.get("distributed_type")).upper()
+    if cpu and engine in ("DEEPSPEED", "FSDP") and not config.get("use_cpu"):
+        raise RecipeError(f"the accelerate config {file} is for GPUs. On CPUs: --accelerate_config cpu2.")
     if cpu or config.get("use_cpu") or processes <= gpus * machines:
         return
     steps = str(values.get("gradient_accumulation_steps", 1)) if words[0] == "train" else ""
@@ -103,7 +106,6 @@ def launch(options: list[str], words: list[str]) -> int:
     Raises:
         RecipeError: there are not as many GPUs, or DeepSpeed is missing.
     """
-    check_gpus(words, options)
     # Only here: `trl-vpo --help` imports this module.
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -116,6 +118,7 @@ def launch(options: list[str], words: list[str]) -> int:
 
     if launched(options).kind.startswith("zero") and (missing := missing_packages({"deepspeed": True})):
         raise RecipeError(f"accelerate_config: {missing[0]}.")
+    check_gpus(words, options)
     if "--config_file" not in options and not os.path.isfile(default_config_file):
         # accelerate would start one process where it sees no GPU, and lists what it was not given.
         several = ["--multi_gpu"] * (launched(options).processes > 1)
