@@ -179,8 +179,12 @@ def test_frames_are_those_of_the_adapters_training(tmp_path, caplog):
     assert media_settings(fast) == media_settings(fast + "/checkpoint-5") == [None, 2.0, 32, None, None]
     assert media_settings(usual) == [16, None, 64, None, None]
     assert media_settings(window) == [16, None, 64, None, 3.0]
-    assert media_settings(short, str(tmp_path / "unknown")) == [8, None, 64, 1024, None]
     assert media_settings(short, num_frames=8) == [8, None, 64, 1024, None] and not caplog.messages
+    unknown = str(tmp_path / "unknown")  # trained in Python
+    assert media_settings(short, unknown) == [8, None, 64, 1024, None]
+    assert media_settings(unknown) == [None, None, 64, None, None] or media_settings(unknown)[0] == 16
+    assert [f"sampled with num_frames {n}:" in text for n, text in zip((8, 16), caplog.messages)] == [True, True]
+    assert media_settings(unknown, num_frames=4)[0] == 4 and unknown in caplog.messages[0]
     assert media_settings(short, fps=1.0, max_frames=9, max_pixels=512) == [None, 1.0, 9, 512, None]
     assert f"{short} was trained with num_frames 8, and is evaluated with fps 1.0." in caplog.messages
     assert f"{short} was trained with max_pixels 1024, and is evaluated with max_pixels 512." in caplog.messages

@@ -23,8 +23,9 @@ GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",), ("video_start
 def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the media settings of the adapters' training, except those that are given.
 
-    Adapters are folders, their checkpoints, or Hub names; those without a `run.json` are ignored. A given setting
-    that differs from an adapter's causes a warning, adapters that differ where none is given an EvaluateError.
+    Adapters are folders, their checkpoints, or Hub names. A given setting that differs from an adapter's causes a
+    warning, and so does an adapter without a `run.json` where the frames are not given; adapters that differ where
+    none is given cause an EvaluateError.
     """
     recorded = {path: settings for path in adapters if (settings := _recorded(path)) is not None}
     defaults: dict[str, Any] = {}
@@ -45,6 +46,14 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
             )
         elif trained:
             defaults |= next(iter(trained.values()))
+    unknown = [path for path in adapters if path not in recorded]
+    if unknown and not any(given.get(name) is not None for name in GROUPS[0]):
+        usual = VideoOptions(**{name: defaults.get(name) for name in GROUPS[0]})
+        sampling = _text({name: getattr(usual, name) for name in GROUPS[0]})
+        logger.warning(
+            f"{', '.join(unknown)}: no run.json, which `trl-vpo train` writes, so the frames of the training are "
+            f"not known. Videos are sampled with {sampling}: give num_frames or fps if it had others."
+        )
     return defaults
 
 

@@ -240,7 +240,9 @@ class VisualPreferenceTrainer(LoggingTrainer):
         with self.accelerator.autocast():  # also outside the wrapped call: for the reference, and to compare layouts
             return self.scorer.score(model, batch, reference)
 
-    reference_scores = reference_scores  # (batch) -> Scores
+    def reference_scores(self, batch: dict) -> Scores:
+        """Return the scores of `ref_model`, of the frozen copy of a given adapter, or of the base model."""
+        return reference_scores(self, batch)
 
     def compute_ref_log_probs(self, model, inputs):
         """Return the reference's summed log-probs of a batch, chosen and rejected, (B,) each; `model` is unused."""
