@@ -1,5 +1,6 @@
 """No error repeats a token that was given by mistake, or given rightly beside a mistake."""
 
+import json
 import subprocess
 
 import pytest
@@ -57,5 +58,14 @@ def test_a_command_that_fails_in_a_process_of_its_own(monkeypatch, capfd):
         raise subprocess.CalledProcessError(3, ["python", *args.training_script_args])
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
-    assert launch.launch([], ["train", "dpo", "--hub_token", TOKEN]) == 3
+    assert launch.launch([], ["train", "dpo", "--use_cpu", "--hub_token", TOKEN]) == 3
     assert TOKEN not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("token", [TOKEN, SHORT])
+def test_the_command_for_fewer_gpus(token):
+    kwargs = json.dumps({"token": token})
+    words = ["train", "dpo", "--hub_token", token, "--model_init_kwargs", kwargs]
+    with pytest.raises(RecipeError) as refusal:
+        launch.check_gpus(words, ["--num_processes", "64"])
+    assert "--hub_token '***'" in str(refusal.value) and token not in str(refusal.value)

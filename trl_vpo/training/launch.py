@@ -15,6 +15,7 @@ from typing import Any
 from trl_vpo.errors import RecipeError, as_user_errors
 from trl_vpo.runs.named_recipes import find_accelerate_config
 from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_accelerate_config, read_recipe, split_config
+from trl_vpo.runs.secrets import STARS, scrub
 
 
 def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
@@ -82,12 +83,15 @@ def check_gpus(words: list[str], launch: list[str]) -> None:
         return
     steps = str(values.get("gradient_accumulation_steps", 1)) if words[0] == "train" else ""
     fewer = _same_batch(processes * int(steps) if steps.isdecimal() else None, max(gpus, 1), machines)
-    changed = [word for key, value in (options | fewer).items() for word in (f"--{key}", str(value))]
-    command = shlex.join(["trl-vpo", *kept, *changed])
+    token, kept = _taken_out(("hub_token",), kept)
+    changed = options | dict.fromkeys(token, STARS) | fewer
+    command = ["trl-vpo", *kept, *(word for key, value in changed.items() for word in (f"--{key}", str(value)))]
     seen = f"sees {gpus} GPU{'s' * (gpus > 1)} here" if gpus else f"({torch.__version__}) sees no GPU here"
     on_cpus = f" (on CPUs: {'--use_cpu' if steps else '--device cpu'})" if not gpus else ""
     this = f"{'This' if gpus else 'With one GPU, this'} {'keeps the effective batch' if steps else 'does the same'}"
-    raise RecipeError(f"num_processes is {processes}, but torch {seen}{on_cpus}. {this}:\n  {command}")
+    raise RecipeError(
+        f"num_processes is {processes}, but torch {seen}{on_cpus}. {this}:\n  {scrub(shlex.join(command))}"
+    )
 
 
 def _same_batch(micro_batches: int | None, gpus: int, machines: int) -> dict[str, int]:
