@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 from fractions import Fraction
@@ -91,6 +92,8 @@ def write_video(
         container.mux(packets)
         if sound:
             mux_silence(container, sound, audio_seconds)
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):  # it gives its caller real-time priority, as root
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
