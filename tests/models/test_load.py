@@ -42,6 +42,9 @@ def test_an_adapter_answers_as_its_merged_model(adapter):
 def test_adapters_that_do_not_fit(tmp_path, adapter):
     with pytest.raises(ModelError, match=rf"{tmp_path} is not an adapter: its adapter_config\.json"):
         load(adapter=str(tmp_path))
+    (tmp_path / "checkpoint-3").symlink_to(adapter)  # what `train()` alone leaves
+    with pytest.raises(ModelError, match=rf"Name {tmp_path}/checkpoint-3; `trainer\.save_model\(\)`"):
+        load(adapter=str(tmp_path))
     base = load()
     copy = save(base, tmp_path / "another")
     with pytest.raises(ModelError, match=rf"was trained on .*base, but model_name_or_path is {copy}"):

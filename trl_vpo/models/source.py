@@ -42,9 +42,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        remedy = "Name the output_dir of a LoRA training, or one of its checkpoints."
+        if checkpoints := [file.parent for file in folder.glob("checkpoint-*/adapter_config.json")]:
+            newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+            remedy = f"Name {newest}; `trainer.save_model()` after the training saves the result into its output_dir."
         raise AdapterError(
-            f"{folder} is not an adapter: its adapter_config.json cannot be read ({error}). Name the output_dir of a "
-            "LoRA training, or one of its checkpoints."
+            f"{folder} is not an adapter: its adapter_config.json cannot be read ({error}). {remedy}"
         ) from error
     if not (folder / "adapter_model.safetensors").is_file():
         pickled = ", ".join(path.name for path in sorted(folder.glob("adapter_model.*")))
