@@ -10,7 +10,6 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (  # top to bottom; a room imports from lower levels only
     {"__main__"},
     {"cli"},
-    {"commands"},
     {"doctor", "testbed"},
     {"training", "generate", "evaluate", "report"},
     {"trainers"},
@@ -22,7 +21,7 @@ LEVELS = (  # top to bottom; a room imports from lower levels only
     {"losses", "errors", "files"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-LOOSE = {"__init__", "__main__", "cli", "commands", "losses", "errors", "files"}
+LOOSE = {"__init__", "__main__", "cli", "losses", "errors", "files"}
 MOST_LINES = 350
 LONGEST_NAME = 59  # characters of a test's name
 

@@ -1,33 +1,29 @@
-"""`trl-vpo`: the parser of all commands, and how their errors end. The commands are in `trl_vpo.commands`."""
+"""`trl-vpo`: the commands, their parser, and how their errors end.
+
+Each command imports what it runs when it runs, so that `--help` answers at once; only that of a training imports TRL.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trl_vpo import __version__
-from trl_vpo.commands import (
-    doctor,
-    evaluate,
-    generate,
-    import_data,
-    merge,
-    plot,
-    quickstart,
-    recipes,
-    train,
-    view,
-)
 from trl_vpo.data.import_formats import FORMATS, format_list
-from trl_vpo.errors import UserError, as_user_errors, did_you_mean
+from trl_vpo.errors import SourceError, UserError, as_user_errors
 from trl_vpo.generate.pipelines import PIPELINES
+from trl_vpo.runs.parser import Parser
 from trl_vpo.runs.quiet import hide_messages
+from trl_vpo.runs.recipe_file import read_recipe, split_config
 from trl_vpo.runs.secrets import scrub
+from trl_vpo.training.launch import check_gpus, launch, launch_options
 from trl_vpo.training.methods import METHODS
 
+HELP = {"-h", "--help", "--help-all"}
 TRACEBACK = "TRL_VPO_TRACEBACK"
 DESCRIPTION = "LeanPO, RRPO, LPOI and DPO for TRL, on videos and images."
 TRAIN_EXAMPLE = """\
@@ -79,21 +75,6 @@ the processor and the model's config, no weights. Exit code 1: something would
 stop the training."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with examples kept as written, no abbreviations, and the nearest valid value in its errors."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str):
-        super().error(scrub(message))
-
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            message = f"{value!r} is not one of {', '.join(action.choices)}.{did_you_mean(value, action.choices)}"
-            raise argparse.ArgumentError(None, f"{action.metavar or action.dest}: {message}")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 1 for what went wrong, 2 for how it was called."""
     argv = sys.argv[1:] if argv is None else argv
@@ -124,6 +105,124 @@ def _message(error: UserError) -> str:
     return parts[-1].rstrip() if parts[0].startswith("Caught ") else str(error)
 
 
+# --- the commands: parsed arguments -> exit code --------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace, rest: list[str]) -> int:
+    """Train in this process, or in those that accelerate launches."""
+    return _with_recipe(args, "trl_vpo.training.help:method_help", "trl_vpo.training.run:run_training")
+
+
+def generate(args: argparse.Namespace, rest: list[str]) -> int:
+    """Generate in this process, or in those that accelerate launches, and show the run's summary."""
+    return _with_recipe(args, "trl_vpo.generate.pipelines:pipeline_help", "trl_vpo.generate.run:run_generation")
+
+
+def _with_recipe(args: argparse.Namespace, help_page: str, run: str) -> int:
+    """Run a command whose options are a recipe's keys, or show them. `help_page` and `run` are MODULE:FUNCTION."""
+    if HELP & set(args.options):
+        print(_imported(help_page)(args.method, "--help-all" in args.options))
+        return 0
+    if recipe := split_config(args.options)[0]:
+        _imported("trl_vpo.runs.recipe_list:check_command")(recipe, args.run.__name__, args.method)
+    options, launcher = launch_options(args.options)
+    _check_paths(options, args.words, launcher)
+    if launcher:
+        return launch(launcher, args.words)
+    _imported(run)(args.method, options)
+    return 0
+
+
+def _check_paths(options: list[str], words: list[str], launcher: list[str]) -> None:
+    try:
+        _imported("trl_vpo.models.paths:check_paths")(options)
+    except SourceError:
+        if launcher:
+            check_gpus(words, launcher)  # said first: a model would be fetched in vain
+        raise
+
+
+def _imported(name: str) -> Callable:
+    module, function = name.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
+    """Measure the base and its adapters, or run benchmarks of lmms-eval."""
+    options, launcher = launch_options(args.words[1:])  # argparse would tear unknown options from their values
+    if not HELP & set(options):
+        _check_paths(options, args.words, launcher)
+        if launcher:
+            return launch(launcher, args.words)
+    _imported("trl_vpo.evaluate.command:evaluate")(options)
+    return 0
+
+
+def plot(args: argparse.Namespace, rest: list[str]) -> int:
+    """Draw, and say what could not be drawn."""
+    from trl_vpo.report.plot.page import plot_runs
+
+    notes = plot_runs(args.runs, args.out, names=args.names)
+    print("\n".join([str(args.out), *notes]))
+    return 0
+
+
+def merge(args: argparse.Namespace, rest: list[str]) -> int:
+    """Merge, and say what a user should know about the result."""
+    _imported("trl_vpo.models.source:read_config")(args.adapter)  # a wrong path is found before torch is imported
+    from trl_vpo.models.merge import merge as merge_adapter
+
+    notes = merge_adapter(
+        args.adapter, args.out, base=args.base, dtype=args.dtype, revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    print("\n".join([f"Merged into {args.out}.", *notes]))
+    return 0
+
+
+def view(args: argparse.Namespace, rest: list[str]) -> int:
+    """Write the page and say what is in it."""
+    from trl_vpo.report.view.page import write_page
+
+    counts = write_page(
+        args.dataset, args.out, split=args.split, limit=args.limit, media_root=args.media_root,
+        num_frames=args.num_frames,
+    )  # fmt: skip
+    print(f"{args.out}: {counts}")
+    return 0
+
+
+def import_data(args: argparse.Namespace, rest: list[str]) -> int:
+    """Convert a file, and say what came of it."""
+    from trl_vpo.data.importers import convert
+
+    counts = convert(args.format, args.source, args.target, media_root=args.media_root, on_bad=args.on_bad)
+    print(counts.report(args.target))
+    return 0
+
+
+def doctor(args: argparse.Namespace, rest: list[str]) -> int:
+    """Check a recipe and its data."""
+    read_recipe(args.recipe)  # a wrong name is found before TRL is imported
+    _imported("trl_vpo.runs.recipe_list:check_command")(str(args.recipe), "train", args.method)
+    return _imported("trl_vpo.doctor.checks:run_doctor")(
+        args.recipe, rest, method=args.method, rows=None if args.all else args.rows, out=args.out,
+        gpu_memory=args.gpu_memory, measures=args.measure,
+    )  # fmt: skip
+
+
+def recipes(args: argparse.Namespace, rest: list[str]) -> int:
+    """List, show or copy the recipes of the package."""
+    _imported("trl_vpo.runs.recipe_list:run_recipes")(args.action, args.name, args.folder, as_json=args.json)
+    return 0
+
+
+def quickstart(args: argparse.Namespace, rest: list[str]) -> int:
+    """Train and compare the methods on the small world."""
+    _imported("trl_vpo.testbed.quickstart:run_quickstart")(args.out, args.methods)
+    return 0
+
+
 # --- the parser -----------------------------------------------------------------------------------------------------
 
 
@@ -135,13 +234,8 @@ def make_parser() -> Parser:
     _add_method_command(commands, train, "train a model with a method", METHODS, TRAIN_EXAMPLE)
     _add_evaluate(commands)
     _add_method_command(commands, generate, "make preference data with the model itself", PIPELINES, GENERATE_EXAMPLE)
-    _add_plot(commands)
-    _add_merge(commands)
-    _add_view(commands)
-    _add_import(commands)
-    _add_doctor(commands)
-    _add_recipes(commands)
-    _add_quickstart(commands)
+    for add in (_add_plot, _add_merge, _add_view, _add_import, _add_doctor, _add_recipes, _add_quickstart):
+        add(commands)
     return parser
 
 

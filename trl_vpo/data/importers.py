@@ -44,6 +44,16 @@ class ImportCounts:
     rejected_path: str | None = None
     left_to_do: list[str] = field(default_factory=list)  # sentences for the user: what the rows still need
 
+    def report(self, target: Path) -> str:
+        """Return what was written to `target`, what was left out, and what is left to do, line by line."""
+        lines = [f"{target}: {self.written} rows of {self.read} records."]
+        lines.append(f"Media files: {self.media}, {self.missing_media} missing.")
+        if self.rejected:
+            lines.append(f"Left out: {self.rejected}; {self.rejected_path} says why.")
+        if self.ignored_fields:
+            lines.append(f"Fields not carried over: {', '.join(self.ignored_fields)}.")
+        return "\n".join([*lines, *self.left_to_do])
+
 
 def import_rows(
     fmt: str,
