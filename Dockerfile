@@ -1,7 +1,7 @@
 # TRL-VPO for NVIDIA GPUs: CUDA 13, with a compiler for DeepSpeed's and Triton's kernels.
 #   docker build -t trl-vpo .
-#   docker run --gpus all --ipc=host -v "$PWD":/work trl-vpo trl-vpo doctor rrpo/qwen2_5_vl_7b
-#   docker run --gpus all --ipc=host -v "$PWD":/work -v ~/.cache/huggingface:/root/.cache/huggingface trl-vpo \
+#   docker run --gpus all --ipc=host -v "$PWD":/data trl-vpo trl-vpo doctor rrpo/qwen2_5_vl_7b
+#   docker run --gpus all --ipc=host -v "$PWD":/data -v ~/.cache/huggingface:/hub trl-vpo \
 #     trl-vpo train rrpo --config rrpo/qwen2_5_vl_7b --dataset_name data/train.jsonl
 # The driver must run CUDA 13 (`nvidia-smi` shows the newest that it can). --ipc=host: data loaders share memory.
 # Not built by us: there was no Docker where this was written. The commands from `uv pip install` on were run without it.
@@ -20,5 +20,6 @@ COPY trl_vpo trl_vpo
 # The locked versions of what is installed, and nothing else of the lock.
 RUN uv pip install --no-cache -c requirements.lock '.[quantization,deepspeed,judge,smolvlm,tensorboard]'
 
-WORKDIR /work
+ENV HF_HOME=/hub
+WORKDIR /data
 CMD ["trl-vpo", "--help"]
