@@ -25,9 +25,9 @@ LAYOUTS = [
     ({"conversations": TURN, "image": "a.png"}, "has no `chosen`.*`conversations` are not read. Rename"),
     (
         {"conversations": TURN, "video": "a.mp4"},
-        "has no `chosen`.*import llava-video IN OUT`, then `trl-vpo generate`",
+        "has no `chosen`.*`trl-vpo generate` makes pairs.*import llava-video IN OUT` writes",
     ),
-    ({"QA": [{}], "video": "a.mp4"}, "has no `chosen`.*import videochat2-it IN OUT`, then `trl-vpo generate`"),
+    ({"QA": [{}], "video": "a.mp4"}, "has no `chosen`.*`trl-vpo generate`.*import videochat2-it IN OUT`"),
     ({"QA": [{}], "QA_NEG": [{}], "video": "a.mp4"}, "has no `chosen`.*import videochat2 IN OUT` writes"),
     ({"question": "?", "answer": 1, "options": ["A", "B"], "video": "a.mp4"}, "has no `chosen`.*import questions IN"),
     ({"instruction": "What?", "chosen": "A", "rejected": "B"}, "has no `prompt`.*import llamafactory"),

@@ -144,7 +144,7 @@ def refused(monkeypatch, gpus, words):
 @pytest.mark.parametrize(
     ("gpus", "seen", "processes", "steps"),
     [
-        (0, "sees no GPU here (on CPUs: --use_cpu). With one GPU, this keeps the effective batch:", 1, 32),
+        (0, "On a machine with one GPU, this keeps the effective batch:", 1, 32),
         (1, "sees 1 GPU here. This keeps the effective batch:", 1, 32),
         (2, "sees 2 GPUs here. This keeps the effective batch:", 2, 16),
         (3, "sees 3 GPUs here. This keeps the effective batch:", 2, 16),  # 32 micro-batches do not divide by 3
@@ -153,10 +153,15 @@ def refused(monkeypatch, gpus, words):
 def test_fewer_gpus_keep_the_batch(gpus, seen, processes, steps, monkeypatch):
     message, command = refused(monkeypatch, gpus, ["train", "rrpo", *NAMED, "--output_dir", "a b"])
     assert "num_processes is 4" in message and seen in message
+    assert ("sees no GPU here. To run on the CPU: --use_cpu." in message) == (gpus == 0)
     numbers = ["--num_processes", str(processes), "--gradient_accumulation_steps", str(steps)]
     assert command == ["trl-vpo", "train", "rrpo", *NAMED, "--output_dir", "a b", *numbers]
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: max(gpus, 1))
     check_gpus(command[1:], launch_options(command[1:])[1])  # what it proposes runs there
+    if gpus == 0:  # and is not proposed again where there is none
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+        with pytest.raises(RecipeError, match=r"^num_processes is 1, .* on the CPU: --use_cpu\.$"):
+            check_gpus(command[1:], launch_options(command[1:])[1])
 
 
 def test_options_win_and_stay_in_the_command(monkeypatch):

@@ -38,8 +38,8 @@ def another_layout(example: dict) -> str:
     known = next((fmt for fmt, layout in FORMATS.items() if any(marks <= filled for marks in layout.marks)), None)
     if known and FORMATS[known].makes == "questions":
         remedy = (
-            f"It looks like {known}'s layout, which has questions and no pairs: `trl-vpo import {known} IN OUT`, then "
-            "`trl-vpo generate` makes pairs of them."
+            "It looks like a question with its answer, and no pair: `trl-vpo generate` makes pairs of rows with "
+            f"`question` and `answer`, which `trl-vpo import {known} IN OUT` writes."
         )
     elif known:
         remedy = f"It looks like {known}'s layout: `trl-vpo import {known} IN OUT` writes the rows that are read here."

@@ -87,11 +87,14 @@ def check_gpus(words: list[str], launch: list[str]) -> None:
     changed = options | dict.fromkeys(token, STARS) | fewer
     command = ["trl-vpo", *kept, *(word for key, value in changed.items() for word in (f"--{key}", str(value)))]
     seen = f"sees {gpus} GPU{'s' * (gpus > 1)} here" if gpus else f"({torch.__version__}) sees no GPU here"
-    on_cpus = f" (on CPUs: {'--use_cpu' if steps else '--device cpu'})" if not gpus else ""
-    this = f"{'This' if gpus else 'With one GPU, this'} {'keeps the effective batch' if steps else 'does the same'}"
-    raise RecipeError(
-        f"num_processes is {processes}, but torch {seen}{on_cpus}. {this}:\n  {scrub(shlex.join(command))}"
-    )
+    text = f"num_processes is {processes}, but torch {seen}."
+    if not gpus:
+        text += f" To run on the CPU: {'--use_cpu' if steps else '--device cpu'}."
+    if processes > 1:
+        this = "This" if gpus else "On a machine with one GPU, this"
+        does = "keeps the effective batch" if steps else "does the same"
+        text += f" {this} {does}:\n  {scrub(shlex.join(command))}"
+    raise RecipeError(text)
 
 
 def _same_batch(micro_batches: int | None, gpus: int, machines: int) -> dict[str, int]:
