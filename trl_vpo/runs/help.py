@@ -27,7 +27,7 @@ GROUPS = {  # of all commands, in their order; what a command does not have is l
         judge_model dry_run""",
     "run": """output_dir lr_scheduler_type warmup_steps num_train_epochs max_steps
         per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing optim weight_decay
-        bf16 seed dataloader_num_workers""",
+        bf16 use_cpu seed dataloader_num_workers""",
     "logs, evaluation, checkpoints": """logging_steps report_to eval_strategy eval_steps
         per_device_eval_batch_size save_strategy save_steps save_total_limit resume_from_checkpoint push_to_hub
         hub_model_id""",

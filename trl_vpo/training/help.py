@@ -28,6 +28,8 @@ TEXTS = {  # in place of TRL's
     "dtype": "Dtype that the model is loaded in.",
     "eval_steps": "Steps between evaluations.",
     "per_device_eval_batch_size": "Pairs in an evaluation batch of each process.",
+    "bf16": "Compute in bfloat16; on unless fp16 is set, on CPUs, too.",
+    "use_cpu": "Train on the CPU, also where there is a GPU.",
     "seed": "Seed of the order of the rows and of new weights.",
 }
 
