@@ -30,7 +30,7 @@ TEXTS = {  # in place of TRL's
     "per_device_eval_batch_size": "Pairs in an evaluation batch of each process.",
     "bf16": "Compute in bfloat16; on unless fp16 is set, on CPUs, too.",
     "use_cpu": "Train on the CPU, also where there is a GPU.",
-    "seed": "Seed of the order of the rows and of new weights.",
+    "seed": "Seed of row order and new weights.",
 }
 
 
