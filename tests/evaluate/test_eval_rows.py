@@ -27,7 +27,10 @@ def inputs(*rows):
     "rows, why",
     [
         ([{"task": "yesno"}], r"row 0 \(id 'r0'\): `task` is 'yesno': one of preference, yes_no, choice, chair"),
-        ([{"question": "Is it red?"}], r"row 0 \(id 'r0'\): has no `chosen`"),
+        (
+            [{"question": "Is it red?"}],
+            r"row 0 \(id 'r0'\): has a question and no `task`: give one of .*has no `chosen`",
+        ),
         ([{**QUESTION, "answer": "maybe"}], "`answer` is 'maybe': a yes/no question needs yes or no"),
         ([{**QUESTION, "role": "hallucinated"}], "`role` is 'hallucinated' and `answer` 'yes'"),
         ([{**QUESTION, "pair": None}], "has no `pair`"),

@@ -21,11 +21,13 @@ def trained(method, base, processor, rows, folder, peft=LANGUAGE_MODEL, loader=A
     lora = LoraConfig(r=2, target_modules=peft) if peft else None
     more = {"max_steps": 1, "per_device_train_batch_size": 1, "num_frames": 4} | more
     more |= {"peft": None, "peft_config": lora}
-    trainer = trainer_of(method, "tuned", rows, model=loader.from_pretrained(base), processor=processor, **more)
+    trainer = trainer_of(
+        method, "outputs/tuned", rows, model=loader.from_pretrained(base), processor=processor, **more
+    )
     trainer.train()
-    trainer.save_model("tuned")
+    trainer.save_model("outputs/tuned")
     trainer.create_model_card(dataset_name="someone/pairs")
-    return (folder / "tuned" / "README.md").read_text()
+    return (folder / "outputs/tuned" / "README.md").read_text()
 
 
 def base_of(built, folder="base"):

@@ -97,6 +97,16 @@ def test_metrics_that_are_not_logged_are_left_out(start):
     assert run.lines() == ["step 1/20  loss 1.0000  peak 1.5 GiB", "step 1/20  note 3"]
 
 
+def test_steps_after_the_last_window_and_the_end_are_two_lines(start):
+    run = start()
+    run.steps(3, seconds=2.0)
+    run.tell("log", logs=STEP | {"train_runtime": 10.0, "train_loss": 0.6})
+    assert [line.split("  ")[0] for line in run.lines()] == [
+        "step 3/20",
+        "trained to step 3 in 10.0 s, mean loss 0.6000",
+    ]
+
+
 def test_a_terminal_gets_a_bar_and_few_lines(start):
     run = start(out=Terminal(), err=Terminal(), disable_tqdm=False)
     run.steps(5, seconds=2.0)

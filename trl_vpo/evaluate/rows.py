@@ -65,6 +65,10 @@ def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only
             rows.append(EvalRow(place, row.id, name, task, _cluster(row), TASKS[task](row, table)))
         except (RowError, InputError) as error:
             message = str(error).removeprefix(f"{row_name(example)}: ")  # `read_row` does not know the place
+            if "task" not in row.example and "question" in row.example:
+                message = (
+                    f"has a question and no `task`: give one of {', '.join(TASKS)} (without it: preference). {message}"
+                )
             problems.append(f"{name}: {message}")
     if problems := problems or _unpaired(rows):
         listed = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])

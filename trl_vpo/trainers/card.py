@@ -43,6 +43,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     )
     text = environment.get_template("card.md.j2").render(
         name=name,
+        where=model_name or (name if Path(args.output_dir).is_absolute() else args.output_dir),
         base=base,
         local=local,
         peft=peft,

@@ -109,8 +109,10 @@ class TrainingProgress(TrainerCallback):
         step = f"step {state.global_step}/{state.max_steps}"
         if "loss" in logs:
             self._show_step(args, step, logs)
-        elif "train_runtime" in logs:
+        if "train_runtime" in logs:  # with the averages of steps that were not logged yet
             self._write(_summary(state, logs))
+        elif "loss" in logs:
+            return
         elif prefixes := [key.removesuffix("loss") for key in logs if key.endswith("_loss")]:
             for prefix in prefixes:
                 self._write(_evaluation(step, logs, prefix))

@@ -64,6 +64,12 @@ def test_a_run_keeps_its_curve_beside_those_without_reference():
     assert "Δ log-prob of" not in notes
 
 
+def test_a_run_shorter_than_its_first_window_is_drawn():
+    """Its only averages are in the summary at the end."""
+    _, lines, _, _ = drawn(Short=[{"step": 4, "train_runtime": 3.0, "train_loss": 0.7, "loss": 0.6}])
+    assert lines["Loss"] == [[(4, 0.6)]]
+
+
 def test_runs_without_reference_need_no_other_panel():
     panels, lines, notes, _ = drawn(LeanPO=LOG, SimPO=LOG)
     assert not [title for title in panels if "window" in title]

@@ -14,10 +14,13 @@ SMOOTHED_FROM = 40  # logged points; fewer are drawn as they are
 def series(history: History, key: str) -> Series:
     """Return the steps and values of one metric.
 
-    Entries without it are skipped, and the summary at the end, whose averages are over whatever steps were left.
-    Values that are not finite are kept: `finite` leaves them out.
+    Entries without it are skipped. So is the summary at the end, whose averages are over whatever steps were left,
+    unless the training ended before its first logging step. Values that are not finite are kept: `finite` leaves
+    them out.
     """
-    points = [(entry["step"], entry[key]) for entry in history if key in entry and "train_runtime" not in entry]
+    entries = [entry for entry in history if key in entry]
+    windows = [entry for entry in entries if "train_runtime" not in entry] or entries
+    points = [(entry["step"], entry[key]) for entry in windows]
     return [step for step, _ in points], [float(value) for _, value in points]
 
 

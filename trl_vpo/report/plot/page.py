@@ -76,8 +76,10 @@ def final_values(runs: Sequence[Run]) -> dict[str, Rows]:
     for run in runs:
         last.append({})
         for entry in run.history:
-            summary = "train_runtime" in entry
-            last[-1] |= {k: v for k, v in entry.items() if k not in NO_METRICS and (not summary or k[:6] == "train_")}
+            values = {key: value for key, value in entry.items() if key not in NO_METRICS}
+            if "train_runtime" in entry:  # its other averages are over whatever steps were left, see `series`
+                values = {k: v for k, v in values.items() if k.startswith("train_") or k not in last[-1]}
+            last[-1] |= values
     order = {panel.key: place for place, panel in enumerate(curves.PANELS)}
     keys = {key for values in last for key in values}
     sections: dict[str, Rows] = {name: [] for name in SECTIONS.values()}
