@@ -168,7 +168,7 @@ def _check_lora(recipe: LoadedRecipe, peft_config: PeftConfig, report: Report) -
     served = recipe.model.peft_config["default"].to_dict()
     tensors = get_peft_model_state_dict(recipe.model, save_embedding_layers=False)
     refused = vllm_refuses(served, tensors, max_lora_rank=LORA_RANKS[-1])  # such a rank it takes when it is told so
-    text = " ".join(vllm_refuses(served, tensors)) or "serves the adapter as it will be saved"
+    text = " ".join(vllm_refuses(served, tensors)) or "the adapter has nothing that it is known to refuse (not tried)"
     report.add("vLLM", WARN if refused else OK, text)
 
 
