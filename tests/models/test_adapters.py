@@ -175,7 +175,7 @@ def test_what_vllm_does_not_take(keys, message, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "status", "message"),
     [
-        ({"lora_r": 4}, "ok", "nothing that it is known to refuse (not tried)"),
+        ({"lora_r": 4}, "ok", r"nothing that it is known to refuse \(not tried\)"),
         ({"lora_r": 64}, "ok", "its rank is 64, .* start vLLM with --max-lora-rank 64"),
         ({"use_dora": True}, "warning", "it is DoRA"),
         ({"lora_modules_to_save": ["lm_head"]}, "warning", "modules_to_save: lm_head"),
