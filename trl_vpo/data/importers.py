@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -219,7 +219,7 @@ def _meta(path: Path) -> dict[str, dict] | None:
 
 def _read(fmt: str, files: list[tuple[Path, Any]], folder) -> Iterator[tuple[object, list[dict] | ImportFormatError]]:
     """Give (record, rows or error) for each record of the files. Embedded media are written to `folder`."""
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     for path, media_root in files:
         for kind, number, raw in _records(path):
             record = raw
@@ -241,10 +241,17 @@ def _read(fmt: str, files: list[tuple[Path, Any]], folder) -> Iterator[tuple[obj
             yield record, rows
 
 
-def _unique(name: str, seen: set[str]) -> str:
-    """Return a name that was not seen before: the same one, or with a number behind it."""
-    new = next(n for n in chain([name], (f"{name}.{i}" for i in count(2))) if n not in seen)
-    seen.add(new)
+def _unique(name: str, seen: dict[str, int]) -> str:
+    """Return a name that was not seen before: the same one, or with a number behind it.
+
+    `seen`: each name, with the last number that was put behind it.
+    """
+    new, number = name, seen.get(name, 1)
+    while new in seen:
+        number += 1
+        new = f"{name}.{number}"
+    seen[name] = number
+    seen.setdefault(new, 1)
     return new
 
 
