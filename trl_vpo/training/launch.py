@@ -86,15 +86,21 @@ def check_gpus(words: list[str], launch: list[str]) -> None:
     token, kept = _taken_out(("hub_token",), kept)
     changed = options | dict.fromkeys(token, STARS) | fewer
     command = ["trl-vpo", *kept, *(word for key, value in changed.items() for word in (f"--{key}", str(value)))]
+    raise RecipeError(_too_few(processes, gpus, scrub(shlex.join(command)), trains=bool(steps)))
+
+
+def _too_few(processes: int, gpus: int, command: str, *, trains: bool) -> str:
+    """Say that there are fewer GPUs than processes, and which command does the same with those that there are."""
+    import torch
+
     seen = f"sees {gpus} GPU{'s' * (gpus > 1)} here" if gpus else f"({torch.__version__}) sees no GPU here"
     text = f"num_processes is {processes}, but torch {seen}."
     if not gpus:
-        text += f" To run on the CPU: {'--use_cpu' if steps else '--device cpu'}."
+        text += f" To run on the CPU: {'--use_cpu' if trains else '--device cpu'}."
     if processes > 1:
         this = "This" if gpus else "On a machine with one GPU, this"
-        does = "keeps the effective batch" if steps else "does the same"
-        text += f" {this} {does}:\n  {scrub(shlex.join(command))}"
-    raise RecipeError(text)
+        text += f" {this} {'keeps the effective batch' if trains else 'does the same'}:\n  {command}"
+    return text
 
 
 def _same_batch(micro_batches: int | None, gpus: int, machines: int) -> dict[str, int]:
