@@ -9,10 +9,12 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from enum import Enum
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from trl_vpo.runs.fields import annotated_fields, union_members
 
 WIDTH, COLUMN = 80, 27  # of the text; where the descriptions begin
 GROUPS = {  # of all commands, in their order; what a command does not have is left out
@@ -62,12 +64,11 @@ def help_page(
         texts: descriptions in place of those of the classes.
         everything: also the keys that few need, and whole descriptions instead of first sentences.
     """
-    entries: dict[str, tuple[str, str]] = {}
-    for kind in types:
-        hints = get_type_hints(kind)
-        for field in fields(kind):
-            if field.init and field.name not in entries and field.name not in hidden:
-                entries[field.name] = _entry(field, hints[field.name], texts.get(field.name), everything)
+    entries = {
+        name: _entry(field, annotation, texts.get(name), everything)
+        for name, (field, annotation) in annotated_fields(types).items()
+        if name not in hidden
+    }
     title, kind = own
     groups = {name: text.split() for name, text in GROUPS.items()}
     keys = [key for key in inspect.get_annotations(kind) if not any(key in group for group in groups.values())]
@@ -110,9 +111,7 @@ def _shown_default(default: Any) -> str:
 
 
 def _types(annotation: Any) -> list[Any]:
-    if get_origin(annotation) in (Union, UnionType):
-        return [kind for part in get_args(annotation) for kind in _types(part)]
-    return [] if annotation is NoneType else [annotation]
+    return [member for member in union_members(annotation) if member is not NoneType]
 
 
 def _choices(annotation: Any) -> list[Any]:

@@ -3,14 +3,15 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from enum import Enum
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from trl_vpo.errors import RecipeError, did_you_mean
+from trl_vpo.runs.fields import annotated_fields, union_members
 from trl_vpo.runs.secrets import scrub
 
 # Keys that argument classes do not check themselves: outside of these, training does nothing, or something else.
@@ -45,11 +46,7 @@ KINDS = {
 
 def annotations(types: Iterable[type]) -> dict[str, Any]:
     """The annotation of each field of argument classes. Of equal names, the first, as in argparse."""
-    result: dict[str, Any] = {}
-    for kind in types:
-        hints = get_type_hints(kind)
-        result = {field.name: hints[field.name] for field in fields(kind) if field.init} | result
-    return result
+    return {name: annotation for name, (_, annotation) in annotated_fields(types).items()}
 
 
 def checked(key: str, value: Any, annotation: Any, where: str = "") -> Any:
@@ -142,9 +139,7 @@ def _checked_item(key: str, item: Any, kind: type, where: str) -> dict[str, Any]
 
 def _parts(annotation: Any) -> list[Any]:
     """The types of a union, without what stands in brackets."""
-    if get_origin(annotation) in (Union, UnionType):
-        return [part for one in get_args(annotation) for part in _parts(one)]
-    return [get_origin(annotation) or annotation]
+    return [get_origin(member) or member for member in union_members(annotation)]
 
 
 def _described(annotation: Any) -> str:
