@@ -13,9 +13,9 @@ from families import FAMILIES
 from trl import get_peft_config
 
 from trl_vpo.doctor.loaded_recipe import method_of
+from trl_vpo.forward.families import VISION
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.run import make_parser
-from trl_vpo.models.adapters import VISION
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.training.run import parse, quantization_config

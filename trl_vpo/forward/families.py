@@ -15,6 +15,8 @@ adapts are read off the model (`trl_vpo.models.adapters`), and so is what it doe
 A new family also gets a tiny model in `tests/kits/families.py`: all tests of families then run on it.
 """
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,17 @@ from transformers import PreTrainedModel
 VISION_INPUTS = {"pixel_values": "image", "pixel_values_videos": "video"}  # each takes one pass of the vision tower
 FEATURE_METHODS = ("get_image_features", "get_video_features")  # of a backbone: what its tower and projector give
 ROWS_FIRST = "pixel_attention_mask"  # with this input (Idefics, SmolVLM), the media have one entry per row
+
+# Of whole names of modules and parameters: vision tower and projector; the projector alone.
+VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)\.")
+PROJECTOR = re.compile(
+    r"(^|\.)(visual\.(merger|deepstack_merger_list)|multi_modal_projector|vision_resampler|connector)\."
+)
+
+
+def part_of(name: str) -> str:
+    """Return the part of a model that a module or parameter belongs to: "vision", "projector" or "language"."""
+    return "projector" if PROJECTOR.search(name) else "vision" if VISION.search(name) else "language"
 
 
 def vision_inputs(media: list[dict[str, Tensor]]) -> list[str]:

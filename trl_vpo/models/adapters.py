@@ -13,13 +13,10 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from trl_vpo.errors import RecipeError, did_you_mean
+from trl_vpo.forward.families import PROJECTOR, VISION
 from trl_vpo.models.source import read_config
 
 PRESETS = ("language", "language+projector", "all")
-VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)\.")
-PROJECTOR = re.compile(
-    r"(^|\.)(visual\.(merger|deepstack_merger_list)|multi_modal_projector|vision_resampler|connector)\."
-)
 # Ways to begin a LoRA that leave the base's weights as they are; the others (PiSSA, OLoRA, ...) subtract something.
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 MAX_LORA_RANK = 16  # vLLM's default

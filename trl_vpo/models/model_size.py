@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from trl_vpo.models.adapters import VISION, resolve_targets
+from trl_vpo.forward.families import VISION
+from trl_vpo.models.adapters import resolve_targets
 
 
 @dataclass

@@ -16,9 +16,9 @@ from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantiza
 
 from trl_vpo.data.sources import load_splits
 from trl_vpo.errors import RecipeError, UserError, as_user_errors, did_you_mean
+from trl_vpo.forward.families import VISION
 from trl_vpo.models.adapters import check_targets, vllm_problems
 from trl_vpo.models.load import NOT_QUANTIZED
-from trl_vpo.models.model_size import VISION
 from trl_vpo.models.source import check_model
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.runs.recipe import RecipeParser, VisualScriptArguments
