@@ -8,10 +8,11 @@ import transformers as T
 from families import KINDS, build
 from helpers import row, write_clip, write_image
 from memory_plans import TEXT, TOTAL
+from torch._subclasses.fake_tensor import FakeTensor
 from trl.kernels import chunked_divergence, chunked_logprob
 
 from trl_vpo import VisualDPOConfig, VisualDPOTrainer
-from trl_vpo.doctor.activation_estimate import TOKEN_CHUNK, Call, DryStep, tower_features
+from trl_vpo.doctor.activation_estimate import TOKEN_CHUNK, Call, DryStep, FakeWeights, tower_features
 from trl_vpo.doctor.live_bytes import LiveBytes
 from trl_vpo.forward.scoring import VOCAB_CHUNK
 from trl_vpo.models.model_size import empty_model
@@ -54,6 +55,15 @@ def test_live_bytes_are_those_of_the_allocator():
 def test_trl_kernels_have_the_chunks_that_are_counted():
     assert chunked_logprob.TOKEN_CHUNK_SIZE == chunked_divergence.TOKEN_CHUNK_SIZE == TOKEN_CHUNK
     assert chunked_divergence.VOCAB_CHUNK_SIZE == VOCAB_CHUNK  # we choose that of the log-probs
+
+
+def test_nothing_is_computed_on_fake_weights():
+    """Not by the decompositions of bfloat16 either, which allocate float32 in between."""
+    fake = FakeWeights(allow_non_fake_inputs=True)
+    weight, bias, states = (fake.empty(shape, torch.bfloat16) for shape in ((4, 3), (4,), (2, 5, 3)))
+    with fake:
+        assert isinstance(torch.nn.functional.linear(states, weight, bias), FakeTensor)
+        assert not isinstance(torch.arange(3) + 1, FakeTensor)  # grids and masks are
 
 
 def dry(layers=2, **options):

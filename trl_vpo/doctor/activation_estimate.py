@@ -37,10 +37,17 @@ EXTRA_TILES = {"logps": {"cuda": (0, 0), "cpu": (3.25, 7.25)}, "kl": {"cuda": (0
 class FakeWeights(FakeTensorMode):
     """Compute only what depends on real tensors alone: models read grids and masks."""
 
+    _inside = False  # of an operation on fake tensors: what its decomposition allocates is fake, too
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+        outside = not self._inside
+        if outside and not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **(kwargs or {}))
+        self._inside = True
+        try:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        return func(*args, **(kwargs or {}))
+        finally:
+            self._inside = not outside
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor that claims to be in CPU memory."""
