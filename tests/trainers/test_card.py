@@ -51,10 +51,13 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["video", "image"])
 def test_the_snippet_of_an_adapter_runs_without_trl_vpo(kind, here, capsys):
-    processor = base_of(build("Qwen2.5-VL"))
+    built = build("Qwen2.5-VL")
+    built[1].video_processor.size = {"shortest_edge": 3136, "longest_edge": 12845056}  # as published
+    processor = base_of(built)
     source = write_clip(here / "clip.mp4") if kind == "video" else write_image(here / "photo.jpg")
     card = trained("rrpo", "base", processor, [row(kind, [source])], here)
     assert "trl_vpo" not in re.findall(r"```python\n(.*?)```", card, re.S)[0]
+    assert ("size = {'shortest_edge': 100352, 'longest_edge': 602112}" in card) == (kind == "video")
     assert run_snippet(card, capsys).endswith("\n")
     facts = yaml.safe_load(card.split("---")[1])
     assert "base_model" not in facts and facts["library_name"] == "peft"  # the base is a folder, no model of the Hub

@@ -252,6 +252,8 @@ def changed(**recipe):
         (changed(max_length=512), [], ["max_length: its default .* 512 now. It changes no row"]),
         (changed(on_bad_media="skip"), [], ["on_bad_media: its default .* 'skip' now. It changes no row"]),
         (changed(max_pixels=512), ["max_pixels: its default .* 512 now"], []),
+        ({"video_budget": "10 to 99"}, ["pixels of videos: None when it was saved, 10 to 99 now"], []),
+        ({"video_budget": "10 to 99", **changed(max_pixels=9)}, ["max_pixels: its default .* 9 now"], []),
         (changed(eval_steps=10), [], ["eval_steps: its default .* 10 now"]),
         ({"versions": {"torch": "2.16.0"}}, [], ["torch was 2.15.0 and is 2.16.0"]),
     ],

@@ -27,6 +27,7 @@ from trl_vpo.data.raw_rows import CHUNK, number_rows, number_stream, raw_rows
 from trl_vpo.data.rows import Row, read_row
 from trl_vpo.errors import MediaError, RowError, UserError
 from trl_vpo.files import atomic_write
+from trl_vpo.media.budget import PixelBudget, video_budget
 from trl_vpo.media.load import check_video, load_image, load_video
 from trl_vpo.media.masking import check_box
 
@@ -183,7 +184,7 @@ def check_row(
         if processing_class is not None:
             check_accepted(row, processing_class)
         try:
-            blank = check_media(row, args)
+            blank = check_media(row, args, video_budget(processing_class, args.max_pixels))
         except (MediaError, RowError) as error:
             return Problem(index, f"{row.name}: {error}", media=isinstance(error, MediaError))
         if encode is not None and (blank is not row or not (row.images or row.videos)):
@@ -193,7 +194,7 @@ def check_row(
     return None
 
 
-def check_media(row: Row, args: Any) -> Row:
+def check_media(row: Row, args: Any, budget: PixelBudget | None = None) -> Row:
     """Look at all media of a row. Return it with blank media of the same shapes; itself where nothing is looked at.
 
     Raises MediaError or, for a box that does not lie in its image, RowError.
@@ -202,7 +203,8 @@ def check_media(row: Row, args: Any) -> Row:
         return row
     root, options = args.media_root, args.video_options()
     decode = partial(load_video, cache=args.frame_cache) if args.check_media == "decode" else check_video
-    clips = [decode(source, options, media_root=root) for source in row.videos]
+    budget = budget and budget.shared(len(row.videos))
+    clips = [decode(source, options, budget=budget, media_root=root) for source in row.videos]
     boxed = row.critical_box is not None  # the box is in pixels of the image as it is stored
     how = {"max_pixels": None if boxed else args.max_pixels, "limit": args.max_pixels is None, "media_root": root}
     images = [blank_image(load_image(source, **how).size) for source in row.image_list or row.images]

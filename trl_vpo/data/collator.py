@@ -14,6 +14,7 @@ from trl_vpo.data.messages import response_text, with_text
 from trl_vpo.data.rows import Row, read_row
 from trl_vpo.errors import MediaError, PhraseError, RowError
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
+from trl_vpo.media.budget import PixelBudget, video_budget
 from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.text.phrases import Span, spans_to_token_mask
@@ -41,7 +42,8 @@ class PreferenceCollator:
     Args:
         processing_class: processor of a vision-language model, or tokenizer of a text model.
         video: how videos are sampled.
-        max_pixels: larger images are scaled down to this many pixels.
+        max_pixels: larger images are scaled down to this many pixels. None: videos have their model's own budget (see
+            `trl_vpo.media.budget`).
         max_length: prompts with a response longer than this raise an error; nothing is cut.
         phrases: RRPO: mark the tokens of the phrases that differ.
         num_images: LPOI: length of the image list drawn from `critical_box`. None: no list.
@@ -69,6 +71,11 @@ class PreferenceCollator:
     @property
     def is_vlm(self) -> bool:
         return isinstance(self.processing_class, ProcessorMixin)
+
+    @property
+    def budget(self) -> PixelBudget | None:
+        """The pixels of a video; None: its processor, or `max_pixels`, decides."""
+        return video_budget(self.processing_class, self.max_pixels)
 
     def __call__(self, examples: list[dict]) -> dict:
         return tree_batch([self.encode(example) for example in examples], self.tokenizer.pad_token_id)
@@ -173,12 +180,14 @@ class PreferenceCollator:
     def _trunk(self, row: Row, prompt: str, images: list, alone: list[int], tail: int) -> Trunk:
         if not self.is_vlm:
             return Trunk(self._first_tokens(row, prompt) + alone[: len(alone) - tail])
-        where = {"media_root": self.media_root, "cache": self.frame_cache}
-        clips = [v if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
+        budget = self.budget and self.budget.shared(len(row.videos))
+        where = {"budget": budget, "media_root": self.media_root, "cache": self.frame_cache}
+        clips = [v.sized(budget) if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
         kwargs = {"images": [images]} if images else {}
         if clips:
             kwargs["videos"] = [self._frames(clip) for clip in clips]
             kwargs |= {"video_metadata": [video_metadata(clip) for clip in clips], "do_sample_frames": False}
+            kwargs |= {"videos_kwargs": {"do_resize": False}} if budget else {}
         try:
             out = self.processing_class(text=[prompt], return_tensors="pt", text_kwargs=WHOLE, **kwargs)
         except REFUSALS as error:

@@ -27,6 +27,7 @@ from trl_vpo.data.rows import MARKERS, drop_none, media_sources
 from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import InputError, MediaError, RowError, RunError
 from trl_vpo.files import atomic_write, bytes_digest
+from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.images import BYTES, describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.text.responses import is_blank
@@ -179,13 +180,17 @@ def digest(rows: Inputs) -> str:
     return total.hexdigest()
 
 
-def load_media(row: InputRow, options: VideoOptions) -> Media:
-    """Return the decoded media of an input, or raise MediaError. Sampling options next to a video's path win."""
+def load_media(row: InputRow, options: VideoOptions, budget: PixelBudget | None = None) -> Media:
+    """Return the decoded media of an input, or raise MediaError. Sampling options next to a video's path win.
+
+    `budget`: of the model that sees them.
+    """
     if row.problem:
         raise MediaError(row.problem)
+    budget = budget and budget.shared(len(row.videos))
     return Media(
         images=tuple(load_image(source, max_pixels=options.max_pixels) for source in row.images),
-        videos=tuple(load_video(source, options) for source in row.videos),
+        videos=tuple(load_video(source, options, budget=budget) for source in row.videos),
     )
 
 

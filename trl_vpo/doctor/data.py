@@ -21,6 +21,7 @@ from trl_vpo.doctor.loaded_recipe import LoadedRecipe
 from trl_vpo.doctor.report import OK, STOP, WARN, Report
 from trl_vpo.errors import DatasetError, RowError
 from trl_vpo.forward.tree import Tree
+from trl_vpo.training.start import describe_media
 
 STREAMED = 64  # rows of a stream that are looked at
 ENDS = 8  # tokens that are shown of an end
@@ -94,7 +95,8 @@ def _tokenize(recipe: LoadedRecipe, dataset: Dataset, count: int | None, report:
     report.add_problems("train", failed)
     if longest:
         _show_tokens(recipe, longest[0][2], report)
-    text = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on"
+    media = describe_media(recipe.args, recipe.processor, dataset.column_names, recipe.trainer_class.needs_image_list)
+    text = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on; media: {media}"
     text = text if count else f"none of the {len(dataset)} rows can be tokenized: each has a problem"
     report.add("tokens", STOP if failed or not count else OK, text)
     if not longest:

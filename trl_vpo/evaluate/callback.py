@@ -143,7 +143,8 @@ class EvaluationCallback(TrainerCallback):
         for row in rows:
             source = self._inputs[row.place]
             pair = preference_row(source)
-            media = with_first_image(pair, load_media(source, args.video_options()), args.media_root)
+            media = load_media(source, args.video_options(), self._collator.budget)
+            media = with_first_image(pair, media, args.media_root)
             seed = row_seed(self.seed, row.id)
             probes.append(preference_probes(pair, media, seed=seed, damages=self.sensitivity))
         records = []

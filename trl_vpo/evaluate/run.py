@@ -35,6 +35,7 @@ from trl_vpo.evaluate.recipe import parse
 from trl_vpo.evaluate.results import BASE, Report
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.evaluate.table import show_results, write_results
+from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.load import Media
 from trl_vpo.runs.digests import adapter_digest, weights_digest
 from trl_vpo.runs.driver import ctrl_c_says_how_to_continue, work_through
@@ -71,13 +72,15 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     with as_user_errors():  # also of processes that do not find each other
         candidates = load_candidates(config.adapters, **config.model_options())
     settings["evaluated"] = candidates.model.record()
+    if budget := candidates.model.video_budget:
+        settings["video_budget"] = str(budget)
     about = {BASE: candidates.model.record()} | {name: {"adapter": path} for name, path in adapters.items()}
     report = Report(config, about, table)
     summary = work_through(
         config.output_dir,
         settings,
         [row.id for row in rows],
-        load=lambda place: _load(rows[place], inputs, config),
+        load=lambda place: _load(rows[place], inputs, config, budget),
         make=lambda batch: (_skip(outcome, config) for outcome in evaluate_batch(candidates, batch, config)),
         report=report,
         batch_size=config.batch_size,
@@ -115,10 +118,10 @@ def _refuse_skipped(config: EvaluateConfig) -> None:
 # --- the rows -----------------------------------------------------------------------------------------------------
 
 
-def _load(row: EvalRow, inputs: Inputs, config: EvaluateConfig) -> Loaded | Outcome:
+def _load(row: EvalRow, inputs: Inputs, config: EvaluateConfig, budget: PixelBudget | None = None) -> Loaded | Outcome:
     source = inputs[row.place]
     try:
-        return row, source, load_media(source, config.video_options())
+        return row, source, load_media(source, config.video_options(), budget)
     except MediaError as error:
         return _skip(Outcome(row.id, reason=f"{row.name}: {error}", kind="unreadable media"), config)
 

@@ -17,6 +17,7 @@ from trl_vpo.media.load import VideoOptions
 logger = logging.getLogger(__name__)
 
 # If one setting of a group is given, the whole group counts as given.
+AS_LARGE_AS_THEY_ARE = 10**9  # pixels
 GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",), ("video_start", "video_end"))
 
 
@@ -70,7 +71,10 @@ def _recorded(adapter: str) -> dict[str, Any] | None:
             path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
         else:
             path = Path(hf_hub_download(adapter, "run.json"))
-        recipe = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        recipe = record["recipe"]
+        if "video_budget" not in record:  # of a version that left the size of frames to the processor
+            recipe.setdefault("max_pixels", AS_LARGE_AS_THEY_ARE)
         options = VideoOptions(**{name: recipe[name] for name in names if recipe.get(name) is not None})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, HfHubHTTPError):
         return None

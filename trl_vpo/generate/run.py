@@ -21,6 +21,7 @@ from trl_vpo.generate.dry_run import show
 from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.summary import show_summary
+from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.load import Media, VideoOptions
 from trl_vpo.models.load import load_model
 from trl_vpo.models.requests import AnsweringModel
@@ -76,13 +77,15 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
         model, judge = make_models(config, pipeline_class.needs_model(config))
     for key, party in (("answered_by", model), ("judged_by", judge)):
         settings[key] = {k: v for k, v in party.record().items() if k != "server"} if party else None
+    if budget := model and model.video_budget:
+        settings["video_budget"] = str(budget)
     pipeline = pipeline_class(config, model, judge, generated_by(settings))
     inputs = inputs[: config.limit]
     summary = work_through(
         config.output_dir,
         settings,
         inputs.ids,
-        load=partial(_load, pipeline, inputs, config.video_options()),
+        load=partial(_load, pipeline, inputs, config.video_options(), budget),
         make=pipeline.make,
         report=pipeline,
         batch_size=config.batch_size,
@@ -142,11 +145,13 @@ def generated_by(settings: Mapping[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _load(pipeline: Pipeline, inputs: Inputs, options: VideoOptions, place: int) -> tuple[InputRow, Media] | Outcome:
+def _load(
+    pipeline: Pipeline, inputs: Inputs, options: VideoOptions, budget: PixelBudget | None, place: int
+) -> tuple[InputRow, Media] | Outcome:
     """Return an input with its media, or the reason why it is rejected."""
     row = inputs[place]
     try:
-        media = load_media(row, options)
+        media = load_media(row, options, budget)
         pipeline.check(row)
         return row, media
     except (InputError, MediaError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice, takewhile
 from pathlib import Path
@@ -11,9 +11,9 @@ import av
 import numpy as np
 
 from trl_vpo.errors import MediaError
-from trl_vpo.media.images import fit_pixels
 from trl_vpo.media.video import DAMAGED, Container, FrameTable, max_threads, open_video
 
+Fit = Callable[[int, int], tuple[int, int]] | None
 SEEK_COST = 8  # a seek takes about as long as decoding this many frames in one thread
 
 
@@ -23,20 +23,21 @@ def decode(
     indices: np.ndarray,
     name: str,
     *,
-    max_pixels: int | None = None,
+    fit: Fit = None,
     seek: bool | None = None,
 ) -> np.ndarray:
-    """Return the frames numbered ``indices`` (T,) ascending: (T, H, W, 3) uint8 RGB, upright, within ``max_pixels``.
+    """Return the frames numbered ``indices`` (T,) ascending: (T, H, W, 3) uint8 RGB, upright.
 
-    ``seek`` False decodes from the start in several threads; True jumps from keyframe to keyframe in one, because a
-    jump throws away what other threads are working on; None takes what :func:`seeking_pays` says. Should a jump miss
-    its frame, all is decoded from the start. Raises :class:`MediaError` when a frame of the table does not come.
+    ``fit`` gives the (width, height) of a frame for those that it has; None: they stay. ``seek`` False decodes from
+    the start in several threads; True jumps from keyframe to keyframe in one, because a jump throws away what other
+    threads are working on; None takes what :func:`seeking_pays` says. Should a jump miss its frame, all is decoded
+    from the start. Raises :class:`MediaError` when a frame of the table does not come.
     """
     threads = max_threads()
     if table.pts is not None and (seeking_pays(table, indices, threads) if seek is None else seek):
         with suppress(MediaError):  # the decoding from the start says what is wrong, if anything is
-            return decode_once(data, table, indices, name, max_pixels, seek=True)
-    return decode_once(data, table, indices, name, max_pixels, threads=threads)
+            return decode_once(data, table, indices, name, fit, seek=True)
+    return decode_once(data, table, indices, name, fit, threads=threads)
 
 
 def seeking_pays(table: FrameTable, indices: np.ndarray, threads: int = 1) -> bool:
@@ -54,7 +55,7 @@ def decode_once(
     table: FrameTable,
     indices: np.ndarray,
     name: str,
-    max_pixels: int | None = None,
+    fit: Fit = None,
     *,
     seek: bool = False,
     threads: int = 1,
@@ -69,7 +70,8 @@ def decode_once(
             frames = _by_time(container, stream, table, indices, seek)
         for frame in frames:
             first = first or frame
-            picture = _to_rgb(frame, fit_pixels(first.width, first.height, max_pixels))
+            size = first.width, first.height
+            picture = _to_rgb(frame, fit(*size) if fit else size)
             if pictures is None:
                 pictures = np.empty((len(indices), *picture.shape), dtype=np.uint8)
             # A stream may go on in another size, which is scaled to the first; another shape would be squashed.

@@ -19,6 +19,7 @@ import av
 import numpy as np
 
 from trl_vpo.files import atomic_write, bytes_digest
+from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.sampling import VideoOptions
 
 FORMAT = 4  # another number, and older entries are no longer found: change it with what decoding or sampling gives
@@ -32,13 +33,14 @@ _warned = False
 class Entry:
     """The place of one clip in the cache.
 
-    The key holds the file's real path, size and time of change, the sampling, and the version of the decoder. A file
-    that changes within the resolution of its time stamp and keeps its size is not noticed.
+    The key holds the file's real path, size and time of change, the sampling, the pixel budget, and the version of the
+    decoder. A file that changes within the resolution of its time stamp and keeps its size is not noticed.
     """
 
-    def __init__(self, folder: str | Path, video: Path, options: VideoOptions):
+    def __init__(self, folder: str | Path, video: Path, options: VideoOptions, budget: PixelBudget | None = None):
         self._video, self._state = video, _state(video)
         key = [FORMAT, av.__version__, av.library_versions, os.path.realpath(video), self._state, asdict(options)]
+        key += [asdict(budget)] if budget else []
         self._key = json.dumps(key, sort_keys=True, default=lambda number: number.item())  # numpy's numbers
         self.path = Path(folder) / f"{bytes_digest(self._key.encode())}.npz"
 

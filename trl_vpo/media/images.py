@@ -157,7 +157,10 @@ def fit_pixels(width: int, height: int, max_pixels: int | None) -> tuple[int, in
 
 
 def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    size = fit_pixels(*image.size, max_pixels)
+    return resized(image, fit_pixels(*image.size, max_pixels))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 

@@ -25,9 +25,10 @@ import numpy as np
 from PIL import Image
 
 from trl_vpo.errors import MediaError
-from trl_vpo.media.decode import decode
+from trl_vpo.media.budget import PixelBudget
+from trl_vpo.media.decode import Fit, decode
 from trl_vpo.media.frame_cache import FIELDS, Entry
-from trl_vpo.media.images import BYTES, describe, frame_folder, load_image, read_source, shrink
+from trl_vpo.media.images import BYTES, describe, fit_pixels, frame_folder, load_image, read_source, resized
 from trl_vpo.media.sampling import VideoOptions, sample_frames
 from trl_vpo.media.video import scan
 
@@ -45,7 +46,8 @@ class Clip:
     ``frames``: (T, H, W, 3) uint8 RGB, upright. ``timestamps``: (T,) float64 seconds from the first frame of the
     video. Of the whole video: ``fps`` (frames a second on average), ``total_frames``, ``duration`` in seconds.
     ``source``: its name for messages. ``span``: the seconds that the sampled frames stand for, T intervals and not
-    T - 1: T / ``fps`` where they were sampled by ``fps``, else the window; None is the whole video.
+    T - 1: T / ``fps`` where they were sampled by ``fps``, else the window; None is the whole video. ``budget``: what
+    the frames have their size by; None: they still have to be resized for the model.
     """
 
     frames: np.ndarray
@@ -55,6 +57,14 @@ class Clip:
     duration: float
     source: str
     span: float | None = None
+    budget: PixelBudget | None = None
+
+    def sized(self, budget: PixelBudget | None) -> Clip:
+        """Return the clip with frames in their size for the model; without a budget that is left to its processor."""
+        if budget is None or self.budget == budget:
+            return self
+        frames = _resized(self.frames, partial(budget.size, frames=len(self.frames)))
+        return replace(self, frames=frames, budget=budget)
 
     @property
     def sample_fps(self) -> float:
@@ -74,34 +84,42 @@ class Media:
 
 @dataclass
 class _Frames:
-    """All frames of an opened video: ``times`` (N,) in seconds, and ``read(indices)`` -> (T, H, W, 3)."""
+    """All frames of an opened video: ``times`` (N,) in seconds, and ``read(indices, fit=...)`` -> (T, H, W, 3)."""
 
     times: np.ndarray
     duration: float
-    read: Callable[[np.ndarray], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
-def check_video(source: Any, options: VideoOptions, *, media_root: str | Path | None = None) -> Clip:
+def check_video(
+    source: Any,
+    options: VideoOptions,
+    *,
+    budget: PixelBudget | None = None,
+    media_root: str | Path | None = None,
+) -> Clip:
     """Return the clip of :func:`load_video` with its first frame in the place of all: only that is decoded.
 
     Raises :class:`MediaError` for what is wrong with a video as far as that shows. Of a list, every frame that would
     be used is read. Damage in the middle of a file is found only by :func:`load_video`.
     """
-    return load_video(source, options, media_root=media_root, first_only=True)
+    return load_video(source, options, budget=budget, media_root=media_root, first_only=True)
 
 
 def load_video(
     source: Any,
     options: VideoOptions,
     *,
+    budget: PixelBudget | None = None,
     media_root: str | Path | None = None,
     cache: str | Path | None = None,
     first_only: bool = False,
 ) -> Clip:
     """Return the frames of ``source`` that ``options`` ask for. With fewer than asked for, all of them, none twice.
 
-    With ``media_root``, relative paths start there and no path may leave it. ``cache``: a folder that keeps the clips
-    of video files (see :mod:`trl_vpo.media.frame_cache`). ``first_only``: as :func:`check_video` asks for.
+    ``budget``: what gives the frames their size; without one they are scaled down to ``max_pixels``. With
+    ``media_root``, relative paths start there and no path may leave it. ``cache``: a folder that keeps the clips of
+    video files (see :mod:`trl_vpo.media.frame_cache`). ``first_only``: as :func:`check_video` asks for.
     """
     name, entry = describe(source), None
     source, options, frames_fps = _unpack(source, options, name)
@@ -109,22 +127,23 @@ def load_video(
     is_file = isinstance(source, _FILE)
     if is_file:
         data = read_source(source, media_root)
-        entry = Entry(cache, data, options) if cache is not None and isinstance(data, Path) else None
+        entry = Entry(cache, data, options, budget) if cache is not None and isinstance(data, Path) else None
         if entry and (stored := entry.read()):
-            return Clip(**stored, source=name)
+            return Clip(**stored, source=name, budget=budget)
         table = scan(data, name)
-        read = partial(decode, data, table, name=name, max_pixels=options.max_pixels)
-        frames = _Frames(table.times, table.duration, read)
+        frames = _Frames(table.times, table.duration, partial(decode, data, table, name=name))
     elif hasattr(source, "metadata") and hasattr(source, "get_frames_at"):
-        frames = _from_decoder(source, options, name)
+        frames = _from_decoder(source, name)
     else:
         frames = _from_list(source, options, frames_fps, media_root, name)
     indices, span = sample_frames(frames.times, frames.duration, options, name)
-    pixels = frames.read(indices[:1] if is_file and first_only else indices)
+    fit = partial(budget.size, frames=len(indices)) if budget else fit_pixels
+    fit = partial(fit, max_pixels=options.max_pixels)
+    pixels = frames.read(indices[:1] if is_file and first_only else indices, fit=fit)
     pixels = np.broadcast_to(pixels, (len(indices), *pixels.shape[1:])) if len(pixels) < len(indices) else pixels
     # After reading: only then does a torchcodec decoder tell its times.
     times, total = np.maximum(frames.times[indices], options.video_start or 0), len(frames.times)
-    clip = Clip(pixels, times, total / frames.duration, total, frames.duration, name, span)
+    clip = Clip(pixels, times, total / frames.duration, total, frames.duration, name, span, budget)
     if entry:
         entry.write({field: getattr(clip, field) for field in FIELDS})
     return clip
@@ -171,14 +190,14 @@ def _from_list(
             f"{name} has no clock for video_start and video_end: give its `frames_fps`, or leave them out."
         )
 
-    def read(indices: np.ndarray) -> np.ndarray:
+    def read(indices: np.ndarray, fit: Fit) -> np.ndarray:
         pictures: list[np.ndarray] = []
         for index in indices.tolist():
             try:
-                image = load_image(source[index], max_pixels=options.max_pixels, media_root=media_root)
+                image = load_image(source[index], media_root=media_root, limit=options.max_pixels is None)
             except MediaError as error:
                 raise MediaError(f"frame {index} of {name}: {error}") from error
-            pictures.append(np.asarray(image))
+            pictures.append(np.asarray(resized(image, fit(*image.size))))
             if pictures[-1].shape != pictures[0].shape:
                 first, this = (f"{shape[1]}x{shape[0]}" for shape in (pictures[0].shape, pictures[-1].shape))
                 raise MediaError(
@@ -191,7 +210,7 @@ def _from_list(
     return _Frames(np.arange(len(source)) / rate, len(source) / rate, read)
 
 
-def _from_decoder(decoder: Any, options: VideoOptions, name: str) -> _Frames:
+def _from_decoder(decoder: Any, name: str) -> _Frames:
     """Open a torchcodec ``VideoDecoder``, which decodes by itself.
 
     Its metadata knows only the average rate, by which is sampled; the frames come with their real times.
@@ -202,7 +221,7 @@ def _from_decoder(decoder: Any, options: VideoOptions, name: str) -> _Frames:
         raise MediaError(f"{name} knows neither its frames nor their rate: use datasets.Video(decode=False) instead.")
     times = np.arange(total) / rate
 
-    def read(indices: np.ndarray) -> np.ndarray:
+    def read(indices: np.ndarray, fit: Fit) -> np.ndarray:
         try:
             batch = decoder.get_frames_at(indices.tolist())
         except (RuntimeError, ValueError, IndexError) as error:
@@ -211,6 +230,11 @@ def _from_decoder(decoder: Any, options: VideoOptions, name: str) -> _Frames:
         frames = np.asarray(batch.data.cpu())
         if frames.shape[-1] != 3:  # (T, 3, H, W)
             frames = frames.transpose(0, 2, 3, 1)
-        return np.stack([np.asarray(shrink(Image.fromarray(frame), options.max_pixels)) for frame in frames])
+        return _resized(frames, fit)
 
     return _Frames(times, total / rate, read)
+
+
+def _resized(frames: np.ndarray, fit: Fit) -> np.ndarray:
+    size = fit(frames.shape[2], frames.shape[1])
+    return np.stack([np.asarray(resized(Image.fromarray(frame), size)) for frame in frames])

@@ -38,7 +38,7 @@ class AnsweringConfig:
     num_frames: int | None = option(None, "Frames of each video; 16 unless fps is given.")
     fps: float | None = option(None, "Sample this many frames a second instead.")
     max_frames: int = option(64, "Maximum frames of a video if fps is given.")
-    max_pixels: int | None = option(None, "Scale larger images and frames down.")
+    max_pixels: int | None = option(None, "Scale larger images and frames down; see `trl-vpo train`.")
     video_start: float | None = option(None, "Start of the window in every video, in seconds.")
     video_end: float | None = option(None, "End of the window in every video, in seconds.")
     seed: int = option(0, "With a row's id, fixes every random choice about the row.")

@@ -81,7 +81,7 @@ class LocalModel(AnsweringModel):
         processor: ProcessorMixin,
         *,
         batch_size: int = 8,  # sequences in one call, at most; halved when the device runs out of memory
-        max_pixels: int | None = None,  # larger images are scaled down to this many pixels
+        max_pixels: int | None = None,  # see `PreferenceCollator`
         description: dict[str, str | None] | None = None,  # for `record`
     ):
         if getattr(processor, "chat_template", None) is None:
@@ -93,6 +93,7 @@ class LocalModel(AnsweringModel):
         self.processor = processor
         self.batch_size = batch_size
         self._collator = PreferenceCollator(processor, max_pixels=max_pixels)
+        self.video_budget = self._collator.budget
         name = model.config._name_or_path or None
         self._description = description or {"model": name, "adapter": None, "revision": None}
         tokenizer = self._collator.tokenizer

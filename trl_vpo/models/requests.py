@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.load import Media
 from trl_vpo.text.responses import Failure
 
@@ -46,6 +47,7 @@ class AnsweringModel(ABC):
     """A model that answers: in this process (`local.LocalModel`) or behind a server (`server.ServerModel`)."""
 
     can_score: ClassVar[bool] = False
+    video_budget: PixelBudget | None = None  # of the videos of a request; None: whoever answers decides
 
     @abstractmethod
     def answer(self, requests: Sequence[Request], sampling: Sampling) -> list[str | Failure]:

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
 from trl_vpo.data.identity import package_version, versions
+from trl_vpo.media.budget import budget_of_run
 from trl_vpo.models.source import hub_name
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
@@ -29,6 +30,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
     local = Path(base).exists()
     if Path(base).is_absolute() and args.push_to_hub:  # a folder that nobody else has
         base = f"path/to/{Path(base).name}"
+    budget = budget_of_run(trainer)
     name, dataset = model_name or Path(args.output_dir).name, dataset_name or ""
     data = ModelCardData(
         base_model=None if local else base,  # the Hub refuses anything but the name of one of its models
@@ -50,6 +52,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         revision=next(iter(trainer.model.peft_config.values())).revision if peft else None,
         dataset=Path(dataset).name if dataset and Path(dataset).exists() else dataset,
         medium=medium,
+        video_size=budget.processor_size(args.num_frames or args.max_frames) if budget else None,
         sampling=f"fps={args.fps}" if args.fps is not None else f"num_frames={args.num_frames}",
         method=trainer._name,
         paper=trainer._paper,

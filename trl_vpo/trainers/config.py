@@ -62,7 +62,11 @@ class VisualPreferenceConfig(DPOConfig):
     num_frames: int | None = option(None, "Frames sampled uniformly from each video; 16 unless `fps` is given.")
     fps: float | None = option(None, "Sample this many frames a second instead of `num_frames`, at most `max_frames`.")
     max_frames: int = option(64, "Most frames of a video when `fps` is given.")
-    max_pixels: int | None = option(None, "Scale larger images and frames down to this many pixels (width * height).")
+    max_pixels: int | None = option(
+        None,
+        "Scale larger images and frames down to this many pixels (width * height). By default Qwen's videos have the "
+        "size that qwen-vl-utils gives them; else the processor decides.",
+    )
     video_start: float | None = option(
         None,
         "Start of the window in every video, in seconds. A row may set its own: `{path, video_start, video_end}`.",

@@ -15,7 +15,7 @@ from trl_vpo.data.rows import read_row
 from trl_vpo.errors import MediaError, RowError
 from trl_vpo.files import json_digest
 
-FORMAT = 3  # of the keys; raise it with a change to the code that changes log-probs
+FORMAT = 4  # of the keys; raise it with a change to the code that changes log-probs
 MEDIA_SETTINGS = ("video", "max_pixels", "num_images", "visual_prompt", "media_root")  # of the collator
 # Entries of model and adapter configs that say where something came from or how it is run, not what it computes.
 NO_MATTER = {"_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "inference_mode"}

@@ -27,7 +27,8 @@ def padding_row(trainer: Any, vision_input: str | None) -> dict:
     else:
         prompt = getattr(collator.processing_class, f"{kind}_token") if kind else "?"
         row = {"prompt": prompt, "chosen": "yes", "rejected": "no"}
-    plain = replace(collator, video=VideoOptions(num_frames=2), phrases=False, num_images=None, max_length=None)
+    short = {"video": VideoOptions(num_frames=2), "max_pixels": PICTURE.width * PICTURE.height, "max_length": None}
+    plain = replace(collator, **short, phrases=False, num_images=None)
     tree = plain.encode({**row, **MEDIA.get(kind, {}), "id": "padding"})
     short = Tree(tree.name, tree.trunks, [Branch(tree.branches[0].ids[:1])])
     return trainer._prepare_inputs(tree_batch([short], plain.tokenizer.pad_token_id))

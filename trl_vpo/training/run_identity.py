@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from trl_vpo.data.identity import versions
+from trl_vpo.media.budget import budget_of_run
 from trl_vpo.runs.digests import model_files, row_digests
 from trl_vpo.runs.resume_rules import TRAIN_DATA, TRAIN_MODEL, fixed_recipe, warning_of_change
 from trl_vpo.runs.secrets import scrub
@@ -26,6 +27,7 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         "distributed": str(trainer.accelerator.distributed_type),
         "model files": model_files(given["model_name_or_path"], given.get("model_revision")) if compares else {},
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "video_budget": str(budget_of_run(trainer)),
         "versions": versions(),
     }
 
@@ -46,6 +48,10 @@ def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str],
     for key in ("method", "processes", "distributed", "rows per step"):
         if saved[key] != now[key]:
             refused.append(f"{key}: {saved[key]} when it was saved, {now[key]} now")
+    # A checkpoint without the key is of a version that left the size of frames to the processor.
+    before, after = (run.get("video_budget", str(None)) for run in (saved, now))
+    if before != after and saved["recipe"].get("max_pixels") == now["recipe"].get("max_pixels"):
+        refused.append(f"pixels of videos: {before} when it was saved, {after} now (None: the processor's own size)")
     old, new = saved["recipe"], now["recipe"]
     for key in sorted(set(old) | set(new)):
         if old.get(key) == new.get(key) or (same_rows and key in TRAIN_DATA) or key in TRAIN_MODEL:

@@ -10,6 +10,7 @@ import torch
 
 from trl_vpo.data.identity import versions
 from trl_vpo.files import atomic_write
+from trl_vpo.media.budget import budget_of_run
 from trl_vpo.runs.secrets import scrub
 
 
@@ -40,6 +41,7 @@ def write_run_json(
         "processes": trainer.args.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else machine,
         "python": platform.python_version(),
+        "video_budget": str(budget) if (budget := budget_of_run(trainer)) else None,
         "versions": versions(),
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

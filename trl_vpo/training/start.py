@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from trl_vpo.media.budget import video_budget
+
 LAYOUTS = {"auto": "auto: shared if both layouts agree on the first batch", "shared": "shared", "separate": "separate"}
 
 
@@ -26,26 +28,32 @@ def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[st
         "trained": f"{trained:,} of {every:,} parameters ({trained / max(every, 1):.2%})",
         "batch": "{} = {} per device x {} accumulated x {} {}".format(math.prod(sizes), *sizes, processes),
         "layout": LAYOUTS[trainer.scorer.layout],
-        "media": _media(trainer),
+        "media": describe_media(
+            args, trainer.processing_class, trainer.train_dataset.column_names, trainer.needs_image_list
+        ),
         "results": f"{args.output_dir}{f', pushed to {repo}' if repo else ''}",
     }
 
 
-def _media(trainer: Any) -> str:
-    """Say what is read of the media that the rows' columns name."""
-    args, columns = trainer.args, trainer.train_dataset.column_names or ["videos", "images"]
-    parts = []
-    if {"video", "videos"} & set(columns):
+def describe_media(args: Any, processing_class: Any, columns: Iterable[str] | None, image_list: bool) -> str:
+    """Say what is read of the media that the rows' columns name, and how large. None: unknown columns."""
+    columns = set(columns or ("videos", "images"))
+    pixels = f"at most {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
+    sizes: dict[str, list[str]] = {}  # size -> media
+    if {"video", "videos"} & columns:
         frames = (
             f"at most {args.max_frames} frames, {args.fps:g} a second," if args.fps else f"{args.num_frames} frames"
         )
-        parts.append(f"{frames} of a video")
-    if trainer.needs_image_list:
-        parts.append(f"{args.num_images} images of a critical_box")
-    elif {"image", "images"} & set(columns):
-        parts.append("images")
-    pixels = f"at most {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
-    return ", ".join([*parts, pixels]) if parts else "none, the rows are text"
+        size = pixels
+        if budget := video_budget(processing_class, args.max_pixels):
+            most = budget.limits(args.max_frames if args.fps else args.num_frames)[1]
+            size = f"at most {most:,.0f} pixels a frame (the model's own budget)"
+        sizes[size] = [f"{frames} of a video"]
+    if image_list:
+        sizes.setdefault(pixels, []).append(f"{args.num_images} images of a critical_box")
+    elif {"image", "images"} & columns:
+        sizes.setdefault(pixels, []).append("images")
+    return "; ".join(", ".join([*media, size]) for size, media in sizes.items()) or "none, the rows are text"
 
 
 def _rows(trainer: Any, given: Any) -> str:

@@ -19,6 +19,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from trl_vpo.errors import EvaluateError, MediaError
+from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.images import describe, load_image
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models.local import LocalModel
@@ -113,7 +114,7 @@ class BenchmarkModel(lmms):
                 messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
             else:
                 messages = instance.args[1](document)
-            return instance, as_request(messages, self._options, seed)
+            return instance, as_request(messages, self._options, seed, self._model.video_budget)
         # Some tasks leave the interpreter where a video is missing.
         except (MediaError, EvaluateError, FileNotFoundError, SystemExit) as error:
             raise EvaluateError(f"{task}, document {doc_id}: {error}") from error
@@ -145,19 +146,23 @@ class BenchmarkModel(lmms):
         return GenerationResult(text, TokenCounts(output_tokens=answer.tokens))
 
 
-def as_request(messages: Sequence[dict], video_options: VideoOptions, seed: int = 0) -> Request:
+def as_request(
+    messages: Sequence[dict], video_options: VideoOptions, seed: int = 0, budget: PixelBudget | None = None
+) -> Request:
     """Turn lmms-eval's messages, which carry their media, into a request, whose messages have placeholders."""
-    images, videos, turns = [], [], []
+    images, sources, turns = [], [], []
     for message in messages:
         content = message["content"]
         for part in content if not isinstance(content, str) else ():
             if part["type"] == "image":
                 images.append(load_image(part["url"], max_pixels=video_options.max_pixels))
             elif part["type"] == "video":
-                videos.append(load_video(_video_source(part), video_options))
+                sources.append(_video_source(part))
             elif part["type"] != "text":
                 raise EvaluateError(f"it has {part['type']} in it; models here take text, images and videos.")
         turns.append({"role": message["role"], "content": _placeholders(content)})
+    budget = budget and budget.shared(len(sources))
+    videos = [load_video(source, video_options, budget=budget) for source in sources]
     return Request(turns, Media(tuple(images), tuple(videos)), seed)
 
 
