@@ -9,7 +9,8 @@ EXTRAS := --extra quantization --extra deepspeed --extra judge --extra smolvlm -
 # Models of the tests are tiny: a thread for each process is fastest. Four processes at most: each imports TRL.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install quickstart selfmade study study-quick test test-lowest test-newest test-slow docs lint lock dist clean
+.PHONY: help install quickstart selfmade study study-quick test test-lowest test-newest test-slow gpu-check docs lint \
+	lock dist clean
 
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
@@ -20,6 +21,7 @@ help:
 	@echo "make test-lowest  run them in .venv-lowest, with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest  run them in .venv-newest, with the newest versions that pyproject.toml allows"
 	@echo "make test-slow    run the longer ones: FSDP2, ZeRO-2 and ZeRO-3 on two CPU processes, benchmarks, more kills"
+	@echo "make gpu-check    check a CUDA machine: parity, speed, memory, in outputs/gpu_check (eight minutes)"
 	@echo "make docs         build the pages of docs/ in site/, strictly"
 	@echo "make install      install the locked versions into .venv (the other targets do it, too)"
 	@echo "make lint         check style and formatting"
@@ -68,6 +70,9 @@ test-lowest test-newest: test-%: install
 
 test-slow: install
 	$(PYTEST) -m slow
+
+gpu-check: install
+	$(BIN)/python scripts/gpu_check.py
 
 # --clean: a page is rendered anew when its text changes, not when a docstring does that it shows.
 docs: install
