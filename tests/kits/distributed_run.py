@@ -64,6 +64,8 @@ CASES = {
     "vision trained": {"method": "rrpo", "peft_config": lora(target_modules=EVERYWHERE)},
     "vision trained, recomputed": {"method": "dpo", "peft_config": lora(target_modules=EVERYWHERE),
                                    "gradient_checkpointing": True},
+    "projector trained": {"method": "rrpo", "gradient_checkpointing": True,
+                          "peft_config": lora(target_modules=rf"{families.LANGUAGE_MODEL}|.*merger\.mlp\.[02]")},
     "unlike clips": {"method": "dpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "shared"},
     "unlike clips, separate": {"method": "rrpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "separate"},
     "images and clips": {"method": "rrpo", "name": "LLaVA-OneVision", "kind": "both", "num_frames": 4},

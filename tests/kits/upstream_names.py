@@ -155,4 +155,5 @@ SOURCES = [
     ("transformers.Trainer.get_train_dataloader", ["sampler_fn=self._get_train_sampler"], CHANGED_ROWS),
     ("accelerate.commands.launch.simple_launcher", ["subprocess.CalledProcessError("], LAUNCH),
     ("torch.nn.parallel.DistributedDataParallel.__init__", ["_ddp_params_and_buffers_to_ignore"], RUN),
+    ("torch.nn.Module._wrapped_call_impl", ["return self._call_impl(*args, **kwargs)"], VISION),
 ]

@@ -75,7 +75,8 @@ def merge_media(items: list[dict[str, Tensor]], only: tuple[str, ...] | None = N
             tensors = [item.get(name, empty) for item in items]
         sizes = [max(dims) for dims in zip(*(t.shape[:0:-1] for t in tensors))]  # last dimension first, as in F.pad
         missing = [[n for size, own in zip(sizes, t.shape[:0:-1]) for n in (0, size - own)] for t in tensors]
-        merged[name] = torch.cat([F.pad(t, pads) if any(pads) else t for t, pads in zip(tensors, missing)])
+        padded = [F.pad(t, pads) if any(pads) else t for t, pads in zip(tensors, missing)]
+        merged[name] = torch.cat(padded) if len(padded) > 1 else padded[0]  # one alone is not copied
     return merged
 
 

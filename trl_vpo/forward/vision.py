@@ -1,20 +1,61 @@
 """Frozen vision features, computed once per step: the reference pass records them, the policy pass replays them.
 
-Where vision tower and projector are frozen and carry no adapter, both passes of a step see the same features, in the
-same order. Every family computes them in two methods of its backbone (`families.FEATURE_METHODS`; DeepStack features
-included), so those are wrapped.
+Every family computes them in two methods of its backbone (`families.FEATURE_METHODS`; DeepStack features included),
+so those are wrapped. What is reused depends on what trains:
+
+    nothing of tower and projector   the features: nothing of them runs twice
+    the projector                    what the tower hands to it: only the projector runs twice
+    something of the tower           nothing
+
+`_divide` reads off the modules which parts are frozen. In the policy pass the method runs again, but a frozen part of
+a tower only returns tensors of the right shape without contents (nan): the parts that train get their recorded inputs
+instead. So it does not matter whether the projector stands beside its tower, as LLaVA's, or inside, as Qwen's mergers.
+
+Frozen parts need no backward pass. Autograd would run one all the same, because gradient checkpointing makes the
+embeddings of a tower require gradients, like those of the language model.
 """
 
 import contextlib
 import functools
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.utils import ModelOutput
 
-from trl_vpo.forward.families import FEATURE_METHODS
+from trl_vpo.forward.families import FEATURE_METHODS, part_of
+
+logger = get_logger(__name__)
+LISTS = (nn.ModuleList, nn.ModuleDict)  # of layers; never called themselves
+BESIDE = ("last_hidden_state", "hidden_states", "attentions")  # what stands beside the features in a result
+
+
+@dataclass
+class Kept:
+    """How tower and projector are divided, and what the reference pass left, in the order of its calls.
+
+    Attributes:
+        whole: nothing trains.
+        frozen: the outermost modules of which nothing trains.
+        trained: the outermost modules of which something does.
+        projector: what is projector by its name.
+        features: results of the methods, by name; where nothing trains.
+        outputs: results of the frozen modules; of those outside the projector without contents.
+        inputs: arguments of the trained modules.
+    """
+
+    whole: bool = False
+    frozen: list[nn.Module] = field(default_factory=list)
+    trained: list[nn.Module] = field(default_factory=list)
+    projector: set[nn.Module] = field(default_factory=set)
+    features: list[tuple[str, Any]] = field(default_factory=list)
+    outputs: dict[nn.Module, list] = field(default_factory=dict)
+    inputs: dict[nn.Module, list] = field(default_factory=dict)
 
 
 class VisionFeatures:
@@ -22,20 +63,16 @@ class VisionFeatures:
 
     def __init__(self, backbone: nn.Module, language_model: nn.Module):
         text = set(language_model.modules())
-        self._modules = [m for m in backbone.modules() if m not in text]  # no parameters: FSDP replaces those
-        self._dropouts = [m for m in self._modules if isinstance(m, nn.Dropout) and m.p > 0]
-        self._kept: list[tuple[str, Any]] = []
+        self._backbone = backbone
+        self._modules = {m: None for m in backbone.modules() if m not in text}  # no parameters: FSDP replaces those
+        self._kept = Kept()
         self._mode = "off"
-
-    @property
-    def frozen(self) -> bool:
-        """True where tower and projector give the same features in both passes: nothing trains, no dropout."""
-        return not self.trained and not any(m.training for m in self._dropouts)
+        self._checked: set[str] = set()
 
     @property
     def trained(self) -> bool:
         """True where something of tower or projector trains."""
-        return any(p.requires_grad for module in self._modules for p in module.parameters(recurse=False))
+        return _trains(self._modules)
 
     @contextlib.contextmanager
     def _during(self, mode: str) -> Iterator[None]:
@@ -46,13 +83,13 @@ class VisionFeatures:
             self._mode = before
 
     def record(self) -> contextlib.AbstractContextManager:
-        """Keep the features that are computed, if they are frozen; drop those of an earlier step."""
-        self._kept = []
-        return self._during("record" if self.frozen else "off")
+        """Keep what is computed by frozen parts; drop what an earlier step left."""
+        self._kept = self._divide()
+        return self._during("record")
 
     def replay(self) -> contextlib.AbstractContextManager:
-        """Use the kept features, each once, in the order in which they were computed."""
-        return self._during("replay" if self._kept else "off")
+        """Use what was kept, each once, in the order in which it was computed."""
+        return self._during("replay" if self._kept.features or self._kept.inputs else "off")
 
     def paused(self) -> contextlib.AbstractContextManager:
         """Neither keep nor use anything."""
@@ -60,19 +97,141 @@ class VisionFeatures:
 
     def features(self, name: str, compute: Callable[[], Any]) -> Any:
         """Return what `compute` returns, or what was kept of it."""
-        if self._mode == "replay":
-            kept, value = self._kept.pop(0)
-            if kept != name:
-                raise RuntimeError(f"the policy needs {name}, but the reference computed {kept} at this point.")
+        mode = self._mode
+        if mode == "inside" or (mode == "off" and not torch.is_grad_enabled()):  # inside: one method calls the other
+            return compute()
+        kept = self._divide() if mode == "off" else self._kept
+        with self._during("inside"):
+            if kept.whole:
+                return _frozen_features(kept, mode, name, compute)
+            with _boundary(kept, mode):
+                value = compute()
+        if mode != "replay" or name in self._checked:
             return value
-        # Frozen features need no backward pass. Autograd would run one all the same: gradient checkpointing makes the
-        # embeddings of the vision tower require gradients, like those of the language model.
-        without_grad = torch.no_grad() if self.frozen else contextlib.nullcontext()
-        with self.paused(), without_grad:  # paused: one of the methods may call the other
-            value = compute()
-        if self._mode == "record":
-            self._kept.append((name, value))
+        self._checked.add(name)
+        return value if _has_contents(value) else self._give_up(compute)
+
+    def _give_up(self, compute: Callable[[], Any]) -> Any:
+        logger.warning(
+            f"{type(self._backbone).__name__}: its frozen vision tower is computed in the reference pass and again in "
+            "the policy pass, because something of its output goes past the modules that train."
+        )
+        self._kept, self._divide, self._mode = Kept(), Kept, "off"
+        return compute()
+
+    def _divide(self) -> Kept:
+        """Divide tower and projector into frozen and trained parts; nothing is one where dropout is active outside.
+
+        A module that trains in part is trained as a whole: what its frozen layers make may be added to what the others
+        make. But lists are opened, and what holds a whole list of frozen layers is a tower with a projector inside.
+        """
+        projector = {m for name, m in self._backbone.named_modules() if part_of(f"{name}.") == "projector"}
+        kept = Kept(whole=not self.trained, projector=projector)
+
+        def visit(module: nn.Module) -> None:
+            inner = self._inside(module)
+            trains = _trains(inner)
+            layers = [self._inside(m) for m in inner if isinstance(m, LISTS)]
+            around = trains and any(_has_weights(ms) and not _trains(ms) for ms in layers)
+            if around or isinstance(module, LISTS) or module is self._backbone:
+                for child in module.children():
+                    visit(child)
+            elif _has_weights(inner):
+                (kept.trained if trains else kept.frozen).append(module)
+
+        visit(self._backbone)
+        inside = {m for module in kept.trained for m in module.modules()}
+        dropouts = [m for m in self._modules if isinstance(m, nn.Dropout) and m.p > 0 and m not in inside]
+        return Kept() if any(m.training for m in dropouts) else kept
+
+    def _inside(self, module: nn.Module) -> list[nn.Module]:
+        return [m for m in module.modules() if m in self._modules]
+
+
+def _has_weights(modules: list[nn.Module]) -> bool:
+    return any(True for m in modules for _ in m.parameters(recurse=False))
+
+
+def _trains(modules: list[nn.Module]) -> bool:
+    return any(p.requires_grad for m in modules for p in m.parameters(recurse=False))
+
+
+def _frozen_features(kept: Kept, mode: str, name: str, compute: Callable[[], Any]) -> Any:
+    if mode == "replay":
+        method, value = kept.features.pop(0)
+        if method != name:
+            raise RuntimeError(f"the policy needs {name}, but the reference computed {method} at this point.")
         return value
+    with torch.no_grad():
+        value = compute()
+    if mode == "record":
+        kept.features.append((name, _features_alone(value)))
+    return value
+
+
+def _features_alone(value: Any) -> Any:
+    """Return a result without the hidden states of all layers and the like."""
+    if not isinstance(value, ModelOutput) or value.get("pooler_output") is None:
+        return value
+    return type(value)(**{name: part for name, part in value.items() if name not in BESIDE})
+
+
+def _has_contents(value: Any) -> bool:
+    return not any(x.isnan().any() for x in tree_leaves(_features_alone(value)) if isinstance(x, Tensor))
+
+
+@contextlib.contextmanager
+def _boundary(kept: Kept, mode: str) -> Iterator[None]:
+    """Route all calls of frozen and trained parts."""
+    handles = []
+    for module in kept.frozen:
+        # Around its hooks: a replayed call does not gather the weights of FSDP and ZeRO-3.
+        module._call_impl = functools.partial(_call_frozen, kept, mode, module, module._call_impl)
+    for module in kept.trained if mode != "off" else ():
+        hook = functools.partial(_hand_over, kept, mode)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        # Also where an evaluation needs no gradients: what requires them comes from something that trains.
+        with torch.enable_grad() if mode == "replay" else contextlib.nullcontext():
+            yield
+    finally:
+        for module in kept.frozen:
+            del module._call_impl
+        for handle in handles:
+            handle.remove()
+
+
+def _call_frozen(kept: Kept, mode: str, module: nn.Module, call: Callable, *args, **kwargs) -> Any:
+    recorded = kept.outputs[module].pop(0) if mode == "replay" else None
+    if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves((args, kwargs))):
+        return call(*args, **kwargs)  # what trains lies before it
+    if mode == "replay":
+        return recorded
+    module.eval()  # nothing is to be recomputed
+    with torch.no_grad():
+        out = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, call(*args, **kwargs))
+    if mode == "record":
+        kept.outputs.setdefault(module, []).append(
+            out if module in kept.projector else tree_map(_without_contents, out)
+        )
+    return out
+
+
+def _without_contents(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return torch.full((), torch.nan, dtype=x.dtype, device=x.device).expand(x.shape)
+
+
+def _hand_over(kept: Kept, mode: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    if mode == "record":
+        kept.inputs.setdefault(module, []).append((args, kwargs))
+        return args, kwargs
+
+    def replace(now: Any, then: Any) -> Any:
+        return then if isinstance(now, Tensor) and not now.requires_grad else now
+
+    return tree_map(replace, (args, kwargs), kept.inputs[module].pop(0))
 
 
 def _kept(method: Callable) -> Callable:
