@@ -13,6 +13,7 @@ from trl_vpo.data.columns import REF_SUMS
 from trl_vpo.data.messages import response_text, with_text
 from trl_vpo.data.rows import Row, read_row
 from trl_vpo.errors import MediaError, PhraseError, RowError
+from trl_vpo.forward.families import VISION_INPUTS
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 from trl_vpo.media.budget import PixelBudget, video_budget
 from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
@@ -50,6 +51,7 @@ class PreferenceCollator:
         visual_prompt: LPOI: draw the red ellipse.
         media_root: folder of the media.
         frame_cache: folder that keeps decoded clips (see `trl_vpo.media.frame_cache`). None: no cache.
+        pixel_dtype: dtype of pixels; a trainer sets that of its vision tower. None: the processor's.
 
     Raises RowError: a row breaks the contract, does not fit, or its media cannot be read. The message names the row.
     """
@@ -63,6 +65,7 @@ class PreferenceCollator:
     visual_prompt: bool = True
     media_root: str | None = None
     frame_cache: str | None = None
+    pixel_dtype: torch.dtype | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -201,6 +204,8 @@ class PreferenceCollator:
                 "the processor and its tokenizer end the prompt differently: the response has no beginning."
             )
         media = {k: v for k, v in out.items() if torch.is_tensor(v)}
+        pixels = [k for k in VISION_INPUTS if k in media and media[k].is_floating_point()]
+        media |= {k: media[k].to(self.pixel_dtype or media[k].dtype) for k in pixels}
         types = {k: media.pop(k)[0, :end].tolist() for k, v in out.items() if k in media and v.shape == (1, len(ids))}
         return Trunk(first + ids[:end], {k: [0] * len(first) + v for k, v in types.items()}, media)
 

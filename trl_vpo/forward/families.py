@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 VISION_INPUTS = {"pixel_values": "image", "pixel_values_videos": "video"}  # each takes one pass of the vision tower
 FEATURE_METHODS = ("get_image_features", "get_video_features")  # of a backbone: what its tower and projector give
+FLOAT32_PIXELS = ("gemma4_vision", "radio")  # types of towers that compute with pixels before they cast them
 ROWS_FIRST = "pixel_attention_mask"  # with this input (Idefics, SmolVLM), the media have one entry per row
 
 # Of whole names of modules and parameters: vision tower and projector; the projector alone.

@@ -46,6 +46,11 @@ class Scorer:
         if reason:
             self._log_fallback(reason)
 
+    @property
+    def pixel_dtype(self) -> torch.dtype | None:
+        """The dtype in which pixels may be collated, with the same result; None: as the processor gives them."""
+        return self._vision.pixel_dtype
+
     def add_model(self, model: PreTrainedModel) -> None:
         """Prepare a model (the policy, a reference) for being scored."""
         attach_scoring(model)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils import ModelOutput
 
-from trl_vpo.forward.families import FEATURE_METHODS, part_of
+from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, part_of
 
 logger = get_logger(__name__)
 LISTS = (nn.ModuleList, nn.ModuleDict)  # of layers; never called themselves
@@ -73,6 +73,17 @@ class VisionFeatures:
     def trained(self) -> bool:
         """True where something of tower or projector trains."""
         return _trains(self._modules)
+
+    @property
+    def pixel_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype to which the tower casts pixels before all else; None: none, or it does not."""
+        weights = [p for m in self._modules for p in m.parameters(recurse=False) if p.is_floating_point()]
+        base = [p for p in weights if not p.requires_grad] or weights  # adapters may be float32
+        kinds = {p.dtype for p in base}
+        tower = getattr(self._backbone.config, "vision_config", None)
+        if len(kinds) != 1 or getattr(tower, "model_type", None) in FLOAT32_PIXELS:
+            return None
+        return next((kind for kind in kinds if kind in (torch.float16, torch.bfloat16)), None)
 
     @contextlib.contextmanager
     def _during(self, mode: str) -> Iterator[None]:

@@ -173,6 +173,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
         if self.ref_model is not None:
             self.ref_model.eval()  # a copy of a model in training mode is in training mode
             self.scorer.add_model(self._bare(self.ref_model))
+        if isinstance(self.data_collator, PreferenceCollator):  # in its workers: half of what goes to the GPU
+            self.data_collator.pixel_dtype = self.scorer.pixel_dtype
         compat.wrap_existing_layers(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
         self._start_logs()

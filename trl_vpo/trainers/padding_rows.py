@@ -28,6 +28,7 @@ def padding_row(trainer: Any, vision_input: str | None) -> dict:
         prompt = getattr(collator.processing_class, f"{kind}_token") if kind else "?"
         row = {"prompt": prompt, "chosen": "yes", "rejected": "no"}
     short = {"video": VideoOptions(num_frames=2), "max_pixels": PICTURE.width * PICTURE.height, "max_length": None}
+    short["pixel_dtype"] = trainer.scorer.pixel_dtype
     plain = replace(collator, **short, phrases=False, num_images=None)
     tree = plain.encode({**row, **MEDIA.get(kind, {}), "id": "padding"})
     short = Tree(tree.name, tree.trunks, [Branch(tree.branches[0].ids[:1])])
