@@ -8,7 +8,7 @@ def files(room, names):
 BASE, SETUP, COMPAT, CONFIG, CARD, METRICS = files("trainers", "base setup compat config card metrics")
 LOGS, REFERENCE, PRECOMPUTE, FINGERPRINT = files("trainers", "logs reference precompute fingerprint")
 SCORING, HEAD, KL, ATTENTION = files("forward", "scoring head kl attention")
-LAYOUTS, FAMILIES, RANKS, VISION = files("forward", "layouts families ranks vision")
+LAYOUTS, FAMILIES, RANKS, VISION, TOWER = files("forward", "layouts families ranks vision tower")
 RESUME, SIGTERM, CHANGED_ROWS, LAUNCH = files("training", "resume sigterm changed_rows launch")
 RUN, PROGRESS, HUB_REPO = files("training", "run progress hub_repo")
 ATTACH, MERGE, SOURCE = files("models", "attach merge source")
@@ -155,5 +155,10 @@ SOURCES = [
     ("transformers.Trainer.get_train_dataloader", ["sampler_fn=self._get_train_sampler"], CHANGED_ROWS),
     ("accelerate.commands.launch.simple_launcher", ["subprocess.CalledProcessError("], LAUNCH),
     ("torch.nn.parallel.DistributedDataParallel.__init__", ["_ddp_params_and_buffers_to_ignore"], RUN),
+    (
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLVisionAttention.forward",
+        ["torch.split(tensor, lengths.tolist(), dim=2)", "for q, k, v in zip(*splits)"],
+        TOWER,
+    ),
     ("torch.nn.Module._wrapped_call_impl", ["return self._call_impl(*args, **kwargs)"], VISION),
 ]

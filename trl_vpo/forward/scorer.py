@@ -19,6 +19,7 @@ from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, separate, shared
 from trl_vpo.forward.ranks import sync_calls
 from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
+from trl_vpo.forward.tower import use_whole_towers
 from trl_vpo.forward.vision import vision_features
 
 logger = get_logger(__name__)
@@ -54,6 +55,7 @@ class Scorer:
     def add_model(self, model: PreTrainedModel) -> None:
         """Prepare a model (the policy, a reference) for being scored."""
         attach_scoring(model)
+        use_whole_towers(model)
         if self.layout != "separate":
             use_tree_attention(model)
 
