@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from trl_vpo.data.check import check_media
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.inputs import Inputs, load_media
 from trl_vpo.data.rows import read_row
-from trl_vpo.media.budget import video_budget
+from trl_vpo.media.budget import budget_of_run, video_budget
 from trl_vpo.media.load import Clip, VideoOptions, load_video
 from trl_vpo.models.local import LocalModel
+from trl_vpo.training.start import describe_media
 
 PUBLISHED = {  # size of the video processor in the checkpoints on the Hub
     "Qwen2-VL": {"shortest_edge": 3136, "longest_edge": 12845056},
@@ -60,7 +62,7 @@ def test_sizes_are_the_official_ones(family):
     cases += (random.integers([16, 16, 1], [2600, 2600, 90], (2000, 3)) * [1, 1, 2]).tolist()
     for width, height, frames in cases:
         assert budget.size(width, height, frames) == official(width, height, frames, factor, total)
-    assert [budget.limits(n) for n in (1, 15)] == [budget.limits(n) for n in (2, 16)]  # the last frame is repeated
+    assert [budget.limits(n) for n in (1, 63)] == [budget.limits(n) for n in (2, 64)]  # the last frame is repeated
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,8 @@ def test_tokens_of_full_hd(family, frames, before, tokens):
     for width, height in (SHAPES["1080p"], SHAPES["portrait"]):
         wide, high = video_budget(processor).size(width, height, frames)
         assert wide * high // video_budget(processor).factor ** 2 * frames // 2 == tokens
+    processor.video_processor.size = video_budget(processor).processor_size(frames)  # as model cards show it
+    assert processor.video_processor.get_num_of_video_patches(frames, 1080, 1920, {}) == 4 * tokens
 
 
 def test_several_videos_share_the_total():
@@ -97,6 +101,19 @@ def test_who_has_a_budget():
         processor.video_processor.do_resize = False
         assert video_budget(processor) is None
     assert video_budget(build("Qwen2.5-VL")[1].tokenizer) is None
+
+
+def test_what_a_run_says_of_it():
+    processor, args = published("Qwen3-VL"), trl_vpo.VisualDPOConfig("x", use_cpu=True)
+    trainer = SimpleNamespace(processing_class=processor, args=args, train_dataset=Dataset.from_dict({"videos": []}))
+    text = "131,072 to 786,432 pixels a frame, as qwen-vl-utils 0.0.14, and at most 25,165,824 in all"
+    assert str(budget_of_run(trainer)) == text
+    text = "16 frames of a video, at most 786,432 pixels a frame (the model's own budget)"
+    assert describe_media(args, processor, ["videos", "id"], False) == text
+    both = describe_media(args, processor, ["videos", "images"], False)
+    assert both == text + "; images, as large as the processor makes them"
+    trainer.train_dataset = Dataset.from_dict({"images": []})
+    assert budget_of_run(trainer) is None
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------
@@ -136,6 +153,13 @@ def test_frames_are_resized_once_and_as_officially(family, frames, clips, monkey
     got = media_of(PreferenceCollator(processor, video=options), clips["large"])
     assert got["video_grid_thw"].tolist() == want["video_grid_thw"].tolist()
     assert (got["pixel_values_videos"] - want["pixel_values_videos"]).abs().mean() < 0.02  # 1 of 255 is 0.015
+
+
+def test_a_row_of_videos_keeps_to_the_total(clips):
+    processor = published("Qwen3-VL")
+    processor.video_processor.size = {"shortest_edge": 4096, "longest_edge": 768 * 32**2}
+    grids = media_of(PreferenceCollator(processor), clips["large"], clips["other"])["video_grid_thw"]
+    assert 600_000 < sum(math.prod(grid) * 2 * 16**2 for grid in grids.tolist()) <= 768 * 32**2
 
 
 def test_small_frames_are_enlarged_and_images_stay(clips):

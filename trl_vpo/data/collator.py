@@ -190,7 +190,11 @@ class PreferenceCollator:
         if clips:
             kwargs["videos"] = [self._frames(clip) for clip in clips]
             kwargs |= {"video_metadata": [video_metadata(clip) for clip in clips], "do_sample_frames": False}
-            kwargs |= {"videos_kwargs": {"do_resize": False}} if budget else {}
+            if budget:
+                kwargs["videos_kwargs"] = {"do_resize": False}
+                # Without it the processor warns of its sizes, which are not used.
+                if hasattr(self.processing_class.video_processor, "cap_pixels_per_frame"):
+                    kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
         try:
             out = self.processing_class(text=[prompt], return_tensors="pt", text_kwargs=WHOLE, **kwargs)
         except REFUSALS as error:
