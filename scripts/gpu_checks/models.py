@@ -13,6 +13,10 @@ import transformers as T
 from accelerate import init_empty_weights
 from benchmarks import model as bench_model
 from torch import nn
+from transformers import core_model_loading
+
+if not hasattr(core_model_loading, "apply_renamings"):  # transformers 5.17, which a machine may bring, is older than
+    core_model_loading.apply_renamings = None  # the package allows; it is imported for adapters of before 4.52
 
 QWEN_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 LANGUAGE_MODEL = r".*(language_model|text_model)\.(?!.*vision).*\.(q|k|v|o|gate|up|down)_proj"

@@ -64,8 +64,8 @@ def cells(options: Any) -> list[dict]:
 
 
 def rows(cell: dict, made: models.Shape, tiny: bool) -> list[dict]:
-    """The rows of a cell. A picture takes 256 tokens and two marks; sizes of a dry run are a hundredth."""
-    picture, chat, response = (4, 8, 12) if tiny else (256, 8, cell["response"])
+    """The rows of a cell. A picture takes 256 tokens and two marks, the chat five; a dry run has a hundredth."""
+    picture, chat, response = (4, 5, 12) if tiny else (256, 5, cell["response"])
     found = []
     for i, prompt in enumerate(cell["prompts"]):
         prompt = max(20, prompt // 100) if tiny else prompt

@@ -4,6 +4,7 @@ A cell that fails is an answer like any other. After an error of CUDA itself the
 GPU afterwards would work.
 """
 
+import contextlib
 import gc
 import importlib
 import os
@@ -48,6 +49,8 @@ def _answer(what: str, part: str, cell: Any, options: Any) -> tuple[tuple[str, A
     """("ok", result) of a call of the part's module, or ("missing" | "memory" | "error", a line), and "GPU broken"."""
     try:
         if what == "machine":
+            with contextlib.suppress(ImportError):  # the parts say what is missing
+                importlib.import_module("gpu_checks.trainers")
             return ("ok", machine(options.device)), False
         module = importlib.import_module(f"gpu_checks.{part}")
         return ("ok", module.cells(options) if what == "cells" else module.run(cell, options)), False
