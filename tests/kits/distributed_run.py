@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 from trainer_kit import METHODS, PAIRS, fresh, lora, shake, trainable, trainer_of
 from transformers import TrainerCallback
 
+from trl_vpo.forward.families import part_of
 from trl_vpo.models.load import NOT_QUANTIZED
 
 
@@ -61,7 +62,8 @@ CASES = {
        for layout in ("shared", "separate")},
     "seven rows": {"method": "leanpo", "rows": 7},  # the last micro-batch of rank 1 has one row
     "changed loss": {"method": "changed"},
-    "vision trained": {"method": "rrpo", "peft_config": lora(target_modules=EVERYWHERE)},
+    "vision trained": {"method": "rrpo", "peft_config": lora(target_modules="all"),
+                       "vision_learning_rate": 0.5, "projector_learning_rate": 0.25},
     "vision trained, recomputed": {"method": "dpo", "peft_config": lora(target_modules=EVERYWHERE),
                                    "gradient_checkpointing": True},
     "projector trained": {"method": "rrpo", "gradient_checkpointing": True,
@@ -143,8 +145,10 @@ class Watch(TrainerCallback):
             self.grads = {name: whole(p.grad) for name, p in self.params().items()}
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.grads is None:  # DeepSpeed keeps them to itself: plain SGD with learning rate 1 subtracted them
-            self.grads = {name: self.before[name] - whole(p) for name, p in self.params().items()}
+        if self.grads is None:  # DeepSpeed keeps them to itself: plain SGD subtracted them, times the learning rate
+            rates = {"vision": args.vision_learning_rate, "projector": args.projector_learning_rate}
+            steps = {name: self.before[name] - whole(p) for name, p in self.params().items()}
+            self.grads = {name: step / (rates.get(part_of(name)) or 1.0) for name, step in steps.items()}
 
 
 def whole(weight):

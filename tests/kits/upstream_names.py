@@ -6,7 +6,7 @@ def files(room, names):
 
 
 BASE, SETUP, COMPAT, CONFIG, CARD, METRICS = files("trainers", "base setup compat config card metrics")
-LOGS, REFERENCE, PRECOMPUTE, FINGERPRINT = files("trainers", "logs reference precompute fingerprint")
+LOGS, RATES, REFERENCE, PRECOMPUTE, FINGERPRINT = files("trainers", "logs rates reference precompute fingerprint")
 SCORING, HEAD, KL, ATTENTION = files("forward", "scoring head kl attention")
 LAYOUTS, FAMILIES, RANKS, VISION, TOWER = files("forward", "layouts families ranks vision tower")
 RESUME, SIGTERM, CHANGED_ROWS, LAUNCH = files("training", "resume sigterm changed_rows launch")
@@ -33,6 +33,7 @@ CALLED = [
     ("transformers.Trainer._finalize_training", "self trial num_train_samples start_time", f"{LOGS} and {RESUME}"),
     ("transformers.Trainer._load_from_checkpoint", "self resume_from_checkpoint model", BASE),
     ("transformers.Trainer._load_best_model", "self", BASE),
+    ("transformers.Trainer.create_optimizer", "self model", RATES),
     ("accelerate.Accelerator.reduce", "self tensor reduction", LOGS),
     ("torch.distributed.elastic.multiprocessing.errors.record", "fn error_handler", COMPAT),
     ("torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception", "self e", COMPAT),

@@ -6,7 +6,6 @@ row -> collator -> tree batch -> `concatenated_forward` -> per-token scores -> `
 import contextlib
 import copy
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from trl_vpo.trainers.finite import check_losses, check_weights
 from trl_vpo.trainers.logs import LoggingTrainer
 from trl_vpo.trainers.padding_rows import padding_row
 from trl_vpo.trainers.precompute import ReferenceCache
+from trl_vpo.trainers.rates import check_rates
 from trl_vpo.trainers.reference import reference_scores
 
 
@@ -125,11 +125,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         revision = (args.model_init_kwargs or {}).get("revision")
         setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference, revision=revision)
         setup.check_collator(data_collator)
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is required")
-        if not isinstance(train_dataset, (Dataset, IterableDataset)):
-            kind = type(train_dataset).__name__
-            raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{kind}`.")
+        setup.check_dataset(train_dataset)
         return args
 
     @classmethod
@@ -158,9 +154,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
                 compat.copy_whole_adapter(self.model)
             else:
                 self.model.delete_adapter("ref")  # nothing would read it
-        warning = setup.low_rate(self.args, self._name) if is_peft_model(self.model) else None
-        if warning and self.accelerator.is_main_process:
-            warnings.warn(warning, stacklevel=3)
+        setup.warn_of_low_rate(self)
+        check_rates(self)
         compat.keep_4bit_weights_trainable(self.model)
         compat.undo_bfloat16_adapters(self)
         multiple = self.args.pad_to_multiple_of

@@ -59,6 +59,14 @@ class VisualPreferenceConfig(DPOConfig):
         "layouts agree on the first batch; otherwise the log says why not.",
         choices=["auto", "shared", "separate"],
     )
+    vision_learning_rate: float | None = option(
+        None,
+        "Learning rate of what trains in the vision tower, in LoRA or full fine-tuning; `learning_rate` by default. "
+        "The schedule is the same.",
+    )
+    projector_learning_rate: float | None = option(
+        None, "The same for the layers between vision tower and language model."
+    )
     num_frames: int | None = option(None, "Frames sampled uniformly from each video; 16 unless `fps` is given.")
     fps: float | None = option(None, "Sample this many frames a second instead of `num_frames`, at most `max_frames`.")
     max_frames: int = option(64, "Most frames of a video when `fps` is given.")

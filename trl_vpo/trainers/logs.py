@@ -5,18 +5,18 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from trl import DPOTrainer
 
 from trl_vpo.forward.scoring import Scores
 from trl_vpo.losses import PreferenceLoss
 from trl_vpo.trainers.finite import check_losses
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
+from trl_vpo.trainers.rates import RatesTrainer
 
 ADDED = "loss/added"  # to our loss by a subclass's `compute_loss`, in evaluation; never logged by itself
 PAIRWISE = "pairwise "  # the mean over pairs of a metric that is logged as another mean; never logged by itself
 
 
-class LoggingTrainer(DPOTrainer):
+class LoggingTrainer(RatesTrainer):
     """`trl.DPOTrainer` with metrics that are averaged over all pairs since the last log, on all ranks.
 
     `loss` is the exact mean over these pairs of what is trained on, with all that a subclass's `preference_loss`,
@@ -29,6 +29,7 @@ class LoggingTrainer(DPOTrainer):
         self._sums = {mode: MetricSums(self.accelerator, gathers=mode == "eval") for mode in ("train", "eval")}
         self._new_tokens = 0
         self._step: tuple[Tensor, Tensor] | None = None  # Trainer's sum of losses before this step, and its pairs
+        self._step_rates: dict[str, float] = {}  # of this step
         self._own_losses: list[Tensor] = []  # what `compute_loss` itself gave for this batch of an evaluation
         self._own_scores: Scores | None = None  # the same
 
@@ -47,6 +48,7 @@ class LoggingTrainer(DPOTrainer):
         for batch in batches:
             batch["totals"] = totals
         self._step = (self._tr_loss.clone(), totals[0] / self.accelerator.num_processes)
+        self._step_rates = self._part_rates()  # now: the scheduler steps before the log
         return batches, num_items
 
     def _record(self, scores: Scores, reference: Any, out: PreferenceLoss, batch: dict, loss: Tensor) -> None:
@@ -95,6 +97,7 @@ class LoggingTrainer(DPOTrainer):
         self._step = None
         if self.control.should_log:
             self._average_training()
+            self._metrics["train"].update({key: [rate] for key, rate in self._step_rates.items()})
             loss = self._metrics["train"].pop("loss", None)
             if loss is not None:  # Trainer divides it by the number of steps, and `log` gets that
                 tr_loss.fill_(loss[-1] * (self.state.global_step - self._globalstep_last_logged))

@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -86,6 +87,15 @@ def check_collator(data_collator: Any) -> None:
         )
 
 
+def check_dataset(train_dataset: Any) -> None:
+    """Raise ValueError or TypeError for what is no dataset."""
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required")
+    if not isinstance(train_dataset, (Dataset, IterableDataset)):
+        kind = type(train_dataset).__name__
+        raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{kind}`.")
+
+
 def check_class(kind: type, base: type) -> None:
     """Raise TypeError for a subclass whose loss would never be called, or that passes for TRL's own method."""
     for name in ("_name", "_tag_names", "_paper"):
@@ -111,6 +121,13 @@ def low_rate(args: VisualPreferenceConfig, method: str) -> str | None:
         f"learning_rate is {args.learning_rate:g}, as in full fine-tuning: LoRA hardly learns with it. The LoRA "
         f"recipes of {method} have {LORA_RATE:g}."
     )
+
+
+def warn_of_low_rate(trainer: Any) -> None:
+    """Warn whoever made the trainer of such a rate."""
+    warning = low_rate(trainer.args, trainer._name) if is_peft_model(trainer.model) else None
+    if warning and trainer.accelerator.is_main_process:
+        warnings.warn(warning, stacklevel=4)
 
 
 def resolve_target_modules(peft_config: PeftConfig | None, model: Any, args: VisualPreferenceConfig) -> Any:
