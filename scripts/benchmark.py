@@ -7,6 +7,7 @@
     python scripts/benchmark.py decode
     python scripts/benchmark.py growth
     python scripts/benchmark.py memory
+    python scripts/benchmark.py knobs --prompt 1536 --method dpo
 
 Prints a table (medians with minimum and maximum) and, as its last line, one JSON object. Machines are noisy: quote the
 ratios of one run, not the seconds. Memory is measured in a process of its own for each candidate.
@@ -25,6 +26,7 @@ BENCHMARKS = {
     "decode": "16 frames of a long video: ours against other loaders",
     "growth": "seconds and memory against frames, list length and dataset rows",
     "memory": "memory of a training step: what the doctor estimates against what is measured",
+    "knobs": "checkpointing and offloading: what each kind saves and costs",
 }
 
 
@@ -42,8 +44,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--response", type=int, default=96, help="response tokens")
-    parser.add_argument("--batch", type=int, default=1, help="pairs in a batch of `step`")
-    parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of `step` and `phases`")
+    parser.add_argument("--batch", type=int, default=1, help="pairs in a batch")
+    parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of training steps")
     parser.add_argument("--vocabulary", type=int, default=152_000, help="tokens of `kl`'s vocabulary")
     for name, default, text in (
         ("prompt", [512, 1536, 6144], "prompt tokens"),

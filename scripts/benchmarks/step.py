@@ -63,14 +63,17 @@ def build(trainer_class: type, args: object, data: Dataset):
         peft_config=LoraConfig(r=16, target_modules=bench_model.LANGUAGE_MODEL),
     )
     trainer.current_gradient_accumulation_steps = 1
-    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if trainer.args.gradient_checkpointing:
+        options = dict(trainer.args.gradient_checkpointing_kwargs or {})
+        more = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        trainer.model.activation_checkpointing_enable(options or None, **more)
     policy = trainer.accelerator.prepare_model(trainer.model)
     return trainer, policy, next(iter(trainer.get_train_dataloader()))
 
 
-def make_trainer(method: str, layout: str, data: Dataset, response: int, device: str):
+def make_trainer(method: str, layout: str, data: Dataset, response: int, device: str, **options: object):
     """(trainer, a function that takes one training step on all rows, the number of prompt tokens of each row)."""
-    args = settings(device) | {"per_device_train_batch_size": len(data)}
+    args = settings(device) | {"per_device_train_batch_size": len(data)} | options
     config, trainer_class = (trl.DPOConfig, trl.DPOTrainer) if method == "trl" else method_classes(method)
     if method != "trl":
         args |= {"layout": layout, "num_frames": 1024}  # all frames that a clip has

@@ -34,6 +34,11 @@ CALLED = [
     ("transformers.Trainer._load_from_checkpoint", "self resume_from_checkpoint model", BASE),
     ("transformers.Trainer._load_best_model", "self", BASE),
     ("transformers.Trainer.create_optimizer", "self model", RATES),
+    (
+        "transformers.PreTrainedModel.activation_checkpointing_enable",
+        "self activation_checkpointing_kwargs every_n_layers offload",
+        COMPAT,
+    ),
     ("accelerate.Accelerator.reduce", "self tensor reduction", LOGS),
     ("torch.distributed.elastic.multiprocessing.errors.record", "fn error_handler", COMPAT),
     ("torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception", "self e", COMPAT),
@@ -121,6 +126,7 @@ SOURCES = [
         ],
         f"`_finish_init` in {BASE}",
     ),
+    ("trl.DPOTrainer.training_step", ["with self.maybe_activation_offload_context:"], LOGS),
     ("trl.DPOTrainer.log", ["self._metrics[mode]", "logs.update(metrics)"], f"`_average_training` in {LOGS}"),
     (
         "transformers.Trainer._run_epoch",

@@ -71,6 +71,17 @@ def test_phases(rows_of):
 
 
 @pytest.mark.slow
+def test_knobs(rows_of):
+    rows = rows_of("knobs", "--prompt", "300", "--response", "8", "--method", "dpo")
+    kept = {row["knob"]: row["kept_vs_nothing"] for row in rows}
+    assert kept.pop("nothing") == 1 > max(kept.values()) and min(kept.values()) > 0
+    assert {row["knob"] for row in rows if row["host_mib"]} == {knob for knob in kept if "offload" in knob}
+    assert {row["knob"] for row in rows if "time_vs_nothing" not in row} == {
+        knob for knob in kept if "offload" in knob
+    }
+
+
+@pytest.mark.slow
 def test_lpoi(rows_of):
     rows = rows_of("lpoi", "--lists", "2", "--response", "8")
     assert [row["method"] for row in rows] == ["official", "separate", "shared", "precomputed"]

@@ -37,6 +37,9 @@ class LiveBytes(TorchDispatchMode):
         if self.now > self.peak:
             self.restart()
 
+    def holds(self, tensor: Tensor) -> bool:
+        return id(tensor.untyped_storage()) in self._storages
+
     def restart(self) -> None:
         """Start a new peak from the present."""
         self.peak, self.gradients_at_peak = self.now, self.gradients

@@ -125,6 +125,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         revision = (args.model_init_kwargs or {}).get("revision")
         setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference, revision=revision)
         setup.check_collator(data_collator)
+        setup.check_memory(args, adapted=peft_config is not None or isinstance(model, PeftModel))
         setup.check_dataset(train_dataset)
         return args
 
@@ -157,6 +158,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         setup.warn_of_low_rate(self)
         check_rates(self)
         compat.keep_4bit_weights_trainable(self.model)
+        compat.keep_attention(self._bare(self.model))
         compat.undo_bfloat16_adapters(self)
         multiple = self.args.pad_to_multiple_of
         self.scorer = Scorer(

@@ -5,6 +5,7 @@ when an upgrade moves what they lean on.
 """
 
 import os
+import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -19,7 +20,8 @@ from datasets import Dataset, IterableDataset
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
-from transformers import ProcessorMixin
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel, ProcessorMixin
 from trl.trainer import dpo_trainer
 
 logger = get_logger(__name__)
@@ -70,6 +72,30 @@ def copy_whole_adapter(policy: nn.Module) -> None:
         twin = tensors.get(".".join("ref" if part == "default" else part for part in name.split(".")))
         if twin is not None and twin is not tensor:
             twin.copy_(tensor)
+
+
+def keep_attention(model: PreTrainedModel) -> None:
+    """Let `gradient_checkpointing_kwargs` have the key `selective`, as in `trl.SFTTrainer`.
+
+    The backward pass then uses what attention computed, and computes the rest of a layer again. `DPOTrainer` hands the
+    key to torch, which refuses it. TRL's `enable_selective_activation_checkpointing` does nothing for a `PeftModel`,
+    and does not know torch's kernel for packed rows. Can go when `DPOTrainer` has the key and both are mended.
+    """
+    model.activation_checkpointing_enable = types.MethodType(_enable_checkpointing, model)
+
+
+def _enable_checkpointing(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+    options = dict(activation_checkpointing_kwargs or {})
+    if options.pop("selective", False):
+        contexts = partial(create_selective_checkpoint_contexts, _saves_attention)
+        options |= {"use_reentrant": False, "context_fn": contexts}
+    type(self).activation_checkpointing_enable(self, options or None, **kwargs)
+
+
+def _saves_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Know attention by its name, such as `torch_attn._varlen_attn` and `aten._scaled_dot_product_flash_attention`."""
+    named = "attention" in str(op) or "attn" in str(op)
+    return CheckpointPolicy.MUST_SAVE if named else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def undo_bfloat16_adapters(trainer: Any) -> None:

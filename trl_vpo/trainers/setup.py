@@ -4,6 +4,7 @@ import copy
 import warnings
 from typing import Any
 
+import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
@@ -111,6 +112,23 @@ def check_class(kind: type, base: type) -> None:
                 f"{kind.__name__}.{name} would never be called: override `preference_loss(scores, reference, batch)`, "
                 "or `compute_loss`."
             )
+
+
+def check_memory(args: VisualPreferenceConfig, *, adapted: bool) -> None:
+    """Raise ValueError for ways to save memory that would fail in the first step, with an error of torch."""
+    if args.activation_offloading and not torch.accelerator.is_available():
+        raise ValueError("activation_offloading: torch sees no GPU whose memory it would free. Leave it out.")
+    options = args.gradient_checkpointing_kwargs or {}
+    if not options.get("selective"):
+        return
+    if not args.gradient_checkpointing:
+        raise ValueError("gradient_checkpointing_kwargs: `selective` needs gradient_checkpointing: true.")
+    plugin = args.deepspeed_plugin
+    if options.get("use_reentrant") or (adapted and plugin is not None and plugin.zero_stage == 3):
+        raise ValueError(
+            "gradient_checkpointing_kwargs: `selective` needs use_reentrant: false, which adapters cannot have under "
+            "ZeRO-3. Leave `selective` out, or use ZeRO-2 or FSDP 2."
+        )
 
 
 def low_rate(args: VisualPreferenceConfig, method: str) -> str | None:
