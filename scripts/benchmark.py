@@ -1,6 +1,7 @@
 """Benchmarks: one question each, all candidates in turn in the same run.
 
     python scripts/benchmark.py step --prompt 512,1536,6144
+    python scripts/benchmark.py uneven --uneven 4000,300,300,300 --processes 2
     python scripts/benchmark.py phases --prompt 1536
     python scripts/benchmark.py kl
     python scripts/benchmark.py lpoi
@@ -20,6 +21,7 @@ from pathlib import Path
 
 BENCHMARKS = {
     "step": "a training step: stock trl.DPOTrainer against ours, shared and separate layout",
+    "uneven": "a micro-batch of unlike prompts: one call of all rows against a call for each row",
     "phases": "where a step's time goes: vision, reference, policy, backward",
     "kl": "RRPO's KL with a 152,000-token vocabulary: chunked against plain logits",
     "lpoi": "LPOI's step for lists of 2, 5 and 9 images: ours against the official scheme",
@@ -46,9 +48,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--response", type=int, default=96, help="response tokens")
     parser.add_argument("--batch", type=int, default=1, help="pairs in a batch")
     parser.add_argument("--method", default="dpo,leanpo,rrpo", metavar="M,M", help="methods of training steps")
+    parser.add_argument("--processes", type=int, default=1, help="processes of `uneven`")
     parser.add_argument("--vocabulary", type=int, default=152_000, help="tokens of `kl`'s vocabulary")
     for name, default, text in (
         ("prompt", [512, 1536, 6144], "prompt tokens"),
+        ("uneven", [4000, 300, 300, 300], "prompt tokens of the rows of `uneven`"),
         ("tokens", [128, 512, 2048], "responses of `kl`"),
         ("lists", [2, 5, 9], "images of a list, for `lpoi` and `growth`"),
         ("seconds", [60, 600], "lengths of `decode`'s clips"),

@@ -39,7 +39,7 @@ def make(method: str, images: int, args: Namespace):
     trainer, policy, batch = build(LPOITrainer, config, bench_model.rows(280, args.response, box=True))
 
     def ours() -> None:
-        trainer.training_step(policy, {k: v for k, v in batch.items() if k != "layouts"}, None)
+        trainer.training_step(policy, {k: v for k, v in batch.items() if k != "layout"}, None)
         policy.zero_grad(set_to_none=True)
 
     # The list, then the pair again: branches 0, 2 .. N, and 0, 1.

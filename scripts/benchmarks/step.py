@@ -80,7 +80,7 @@ def make_trainer(method: str, layout: str, data: Dataset, response: int, device:
     trainer, policy, batch = build(trainer_class, config(**args), data)
 
     def step() -> None:
-        trainer.training_step(policy, {key: value for key, value in batch.items() if key != "layouts"}, None)
+        trainer.training_step(policy, {key: value for key, value in batch.items() if key != "layout"}, None)
         policy.zero_grad(set_to_none=True)
 
     # TRL's first sequences are the chosen ones.

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.errors import RowError
-from trl_vpo.forward.layouts import separate
+from trl_vpo.forward.layouts import padded
 from trl_vpo.media.load import VideoOptions, load_image
 from trl_vpo.media.masking import masked_image_list
 
@@ -135,11 +135,11 @@ def test_lpoi_draws_its_list_and_repeats_the_chosen_response(qwen, picture):
         assert torch.equal(batch["media"][k]["pixel_values"], want)
 
 
-def test_separate_sequences_read_as_prompt_then_response(qwen, clip):
+def test_padded_rows_read_as_prompt_then_response(qwen, clip):
     batch = PreferenceCollator(qwen, video=EIGHT)(
         [row("video", [clip]), row(None, chosen="yes", rejected="no, never")]
     )
-    (layout,) = separate(batch, pad_token_id=qwen.tokenizer.pad_token_id, pad_to_multiple_of=32)
+    layout = padded(batch, pad_token_id=qwen.tokenizer.pad_token_id, pad_to_multiple_of=32)
     ids, mask = layout.inputs["input_ids"], layout.inputs["attention_mask"]
     assert ids.size(1) % 32 == 0
     for s, (trunk, branch) in enumerate(zip(batch["branch_trunk"], batch["branch_ids"])):

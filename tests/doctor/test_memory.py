@@ -122,9 +122,9 @@ def test_what_four_processes_split(kind, weights, gradients, states, communicati
 
 def test_remedies_in_their_order(monkeypatch):
     monkeypatch.setattr(DryStep, "run_tower", lambda self, media: Activations(1000))  # the model is one of text
-    videos = [{"pixel_values_videos": torch.zeros(1)}]
-    load = Workload([Call(8, 400, 400, 60, features=1600)], inputs=10_000, laid_out=10_000, media=videos)
-    pair = Workload([Call(2, 400, 400, 15, features=400)], inputs=2500, laid_out=2500, media=videos)
+    videos = {"pixel_values_videos": torch.zeros(1)}
+    load = Workload(Call(8, 400, True, 60, features=1600), inputs=10_000, laid_out=10_000, media=videos)
+    pair = Workload(Call(2, 400, True, 15, features=400), inputs=2500, laid_out=2500, media=videos)
     args = args_of(per_device_train_batch_size=4, gradient_checkpointing=False, num_frames=8, max_pixels=4096)
     planned, model = plan(args, ModelConfig(use_peft=True, dtype="bfloat16"), load=load)
     report = check_fit(replace(planned, pair=pair), model, args, GIB // 2)
@@ -139,7 +139,7 @@ def test_remedies_in_their_order(monkeypatch):
     *alone, together = [remedy.total for remedy in report.remedies]
     assert all(total < report.estimate.total for total in alone[:3])  # there is too little in this model to quantize
     assert together < min(alone)
-    assert load.halved().calls == [Call(8, 300, 300, 60, features=800)]
+    assert load.halved().call == Call(8, 300, True, 60, features=800)
 
 
 def test_remedies_of_full_fine_tuning():

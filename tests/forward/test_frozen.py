@@ -96,7 +96,7 @@ def test_what_a_frozen_layer_needs_for_training_stays(tmp_path):
     config = lora(text=True, target_modules=r".*layers\.1\.self_attn\.q_proj", lora_dropout=0.5)
     more = {"peft": None, "peft_config": config, "gradient_checkpointing": True, "max_steps": 1}
     more |= {"disable_dropout": False, "neftune_noise_alpha": 5.0}
-    trainer = trainer_of("leanpo", tmp_path, text_rows(2), layout="separate", **more)
+    trainer = trainer_of("leanpo", tmp_path, text_rows(2), layout="shared", **more)
     layer, calls, modes = trainer.model.get_base_model().model.layers[0], [], []
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     dropouts = [m for m in trainer.model.modules() if isinstance(m, nn.Dropout) and m.p == 0.5]

@@ -1,8 +1,10 @@
-"""The shared layout against the separate one, its attention against a dense mask, and when "auto" refuses it."""
+"""Packed rows against branches alone and padded rows, their attention against a dense mask, and when they are refused.
+
+The slow twin of all layouts is the model's own forward pass over one branch at a time, with full logits.
+"""
 
 import functools
 import logging
-import re
 
 import pytest
 import torch
@@ -16,10 +18,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from trl_standins import text_standin
 from vlm_standins import VISION_MODELS
 
-import trl_vpo
-from trl_vpo.forward import layouts
-from trl_vpo.forward.attention import tree_attention, use_tree_attention
-from trl_vpo.forward.layouts import PADDING, TRUNK, shared
+from trl_vpo.forward.attention import Segments, segment_attention, use_segments
 
 
 def ragged_rows(kind, media, box=False):
@@ -53,13 +52,69 @@ def assert_same_step(got, want):
     assert got[2].shape == want[2].shape and (got[2] - want[2]).norm() <= 1e-5 * want[2].norm()
 
 
+def alone(model, batch):
+    """(S, T) log-probs: every branch in a call of its own behind its prompt, nothing padded, full logits."""
+    out = torch.zeros(batch["branch_mask"].shape)
+    for s, t in enumerate(batch["branch_trunk"].tolist()):
+        prompt, response = batch["trunk_mask"][t], batch["branch_mask"][s]
+        n = int(response.sum())
+        ids = torch.cat([batch["trunk_ids"][t][prompt], batch["branch_ids"][s][response]]).unsqueeze(0)
+        types = {k: F.pad(v[t][prompt], (0, n)).unsqueeze(0) for k, v in batch["trunk_types"].items()}
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **batch["media"][t]).logits
+        logps = logits[0, -n - 1 : -1].float().log_softmax(-1).gather(1, ids[0, -n:].unsqueeze(1)).squeeze(1)
+        out = out.index_put((torch.tensor(s), torch.arange(n)), logps)
+    return out
+
+
+def gradient(trainer, logps):
+    """Of a loss that weighs every token differently."""
+    trainer.model.zero_grad()
+    weights = torch.randn(logps.shape, generator=torch.Generator().manual_seed(0))
+    (logps * weights).sum().backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def assert_branches_alone(trainer, shared=True):
+    """Shared and separate, packed and padded, give the log-probs and gradients of branches alone."""
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    want = alone(trainer.model, batch)
+    grads = gradient(trainer, want)
+    for layout, packs in [*([("shared", True)] if shared else []), ("separate", True), ("separate", False)]:
+        trainer.scorer.layout, trainer.scorer.packs = layout, packs
+        use_segments(trainer.model.get_base_model())
+        got = trainer.concatenated_forward(trainer.model, batch).logps
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, msg=f"{layout}, packed: {packs}")
+        assert (gradient(trainer, got) - grads).norm() <= 1e-5 * grads.norm(), (layout, packs)
+
+
 TOWER = ("Qwen2.5-VL", "image", "all-linear")
 
 
-SHARING = [kind for kind in KINDS if kind[0] != "Idefics2"]  # Mistral: a sliding window
+@pytest.mark.parametrize(("name", "kind", "target"), [(*k, LANGUAGE_MODEL) for k in KINDS] + [TOWER])
+def test_layouts_are_branches_alone(name, kind, target, media, tmp_path):
+    """Images or clips of unlike sizes and lengths, beside a row of text."""
+    assert_branches_alone(trainer_of("dpo", "auto", tmp_path, ragged_rows(kind, media), name, target))
 
 
-@pytest.mark.parametrize(("name", "kind", "target"), [(*k, LANGUAGE_MODEL) for k in SHARING] + [TOWER])
+WINDOWS = {
+    "Idefics2": {},
+    "OLMo-3": {},
+    "Cohere2": {},
+    "Qwen2-MoE": {"use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_sliding_windows_shorter_than_the_prompt(name, tmp_path):
+    """Qwen2-MoE has its window in the masks only, and in one of its two layers."""
+    built = build(name) if name in FAMILIES else text_standin(name, sliding_window=5, **WINDOWS[name])
+    built[0].config.get_text_config().sliding_window = 5
+    data = [row(None, (), "a square.", "two circles are in the picture."), row(None, (), "left.", "right.")]
+    more = {"target": "all-linear", "built": built, "router_aux_loss_coef": 0.0}
+    assert_branches_alone(trainer_of("dpo", "auto", tmp_path, data, **more))
+
+
+@pytest.mark.parametrize(("name", "kind", "target"), [(*k, LANGUAGE_MODEL) for k in KINDS] + [TOWER])
 def test_both_layouts_give_the_same_step(name, kind, target, media, tmp_path):
     """With adapters in the tower, its features differ between policy and reference: they must not be reused."""
     data = ragged_rows(kind, media)
@@ -67,57 +122,42 @@ def test_both_layouts_give_the_same_step(name, kind, target, media, tmp_path):
     assert_same_step(step(trainer_of("rrpo", "shared", tmp_path, data, name, target)), want)
 
 
-@pytest.mark.parametrize("queries", [256, 7, 3, 1])
-def test_tree_attention_is_attention_under_a_dense_mask(queries, monkeypatch):
-    """Two rows, trunks of 5 and 3 tokens, branches of 2 and 3 and of 4 tokens; grouped heads; so many queries a call,
-    which leave some over or do not."""
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+@pytest.mark.parametrize("queries", [256, 3, 1])
+def test_segments_are_attention_under_a_dense_mask(queries, window, monkeypatch):
+    """Trunks of 5, 3 and 1 tokens (the last of each is in the branches); grouped heads; values of another size."""
     monkeypatch.setattr("trl_vpo.forward.attention.QUERIES", queries)
-    owner = torch.tensor([[TRUNK] * 5 + [0] * 2 + [1] * 3, [TRUNK] * 3 + [2] * 4 + [PADDING] * 3])
-    length = owner.size(1)
-    dense = torch.zeros(2, length, length, dtype=torch.bool)
-    for r in range(2):
-        for q in range(length):
-            for k in range(q + 1):
-                dense[r, q, k] = owner[r, k] == TRUNK or owner[r, k] == owner[r, q]
+    spans = [(0, 7, 0, 0), (7, 11, 0, 4), (11, 17, 11, 11), (17, 20, 11, 13), (20, 23, 20, 20), (23, 25, 20, 20)]
+    segments, length = Segments.of(spans), 25
+    dense = torch.zeros(length, length, dtype=torch.bool)
+    for begin, end, prefix_begin, prefix_end in spans:
+        keys = [*range(prefix_begin, prefix_end), *range(begin, end)]
+        for q in range(begin, end):
+            seen = keys[: keys.index(q) + 1]
+            dense[q, seen[-window:] if window else seen] = True
     torch.manual_seed(0)
-    query = torch.randn(2, 4, length, 8, requires_grad=True)
-    key, value = torch.randn(2, 2, 2, length, 8).unbind(0)
-    key.requires_grad_(), value.requires_grad_()
-    mask = layouts._tree_mask(owner, 3)
-    assert mask.shape == (2, 1, length - 3, length) and torch.equal(mask[:, 0], dense[:, 3:])
-    want = F.scaled_dot_product_attention(
-        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), dense[:, None]
-    )
-    got = tree_attention(query, key, value, mask)
-    torch.testing.assert_close(got, want.transpose(1, 2))
+    query, key = torch.randn(1, 4, length, 8, requires_grad=True), torch.randn(1, 2, length, 8, requires_grad=True)
+    value = torch.randn(1, 2, length, 6, requires_grad=True)
+    repeated = [states.repeat_interleave(2, 1) for states in (key, value)]
+    want = F.scaled_dot_product_attention(query, *repeated, dense).transpose(1, 2)
+    got = segment_attention(torch.nn.Module(), query, key, value, segments, sliding_window=window)
+    torch.testing.assert_close(got, want)
     weights = torch.randn_like(got)
-    grads = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (got, want.transpose(1, 2))]
+    grads = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (got, want)]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
 
 
-def test_rows_of_unlike_length_get_calls_of_their_own(media, monkeypatch):
-    model, processor = build("Qwen2-VL")
-    batch = trl_vpo.PreferenceCollator(processor)([row(None), row("image", [media["image"][1]]), row(None)])
-    assert len(shared(batch, model.base_model, pad_token_id=0)) == 1
-    monkeypatch.setattr(layouts, "CALL_TOKENS", 1)
-    calls = shared(batch, model.base_model, pad_token_id=0)
-    assert [call.branches.tolist() for call in calls] == [[2, 3], [0, 1, 4, 5]]
-
-
-@pytest.mark.parametrize("lengths", [[472, 375, 375, 375, 375], [6000, 30, 5990, 40], [500, 490, 480], [10]])
-def test_the_split_into_calls_computes_least(lengths):
-    """Against all ways to cut the rows, sorted by length, into runs."""
-
-    def cost(groups):
-        return sum(max(lengths[t] for t in group) * len(group) + layouts.CALL_TOKENS for group in groups)
-
-    order = sorted(range(len(lengths)), key=lambda t: -lengths[t])
-    cuts = [[c for c in range(1, len(order)) if bits >> (c - 1) & 1] for bits in range(2 ** (len(order) - 1))]
-    runs = [[order[a:b] for a, b in zip([0, *cut], [*cut, len(order)])] for cut in cuts]
-    groups = layouts._calls(list(range(len(lengths))), lengths)
-    assert sorted(t for group in groups for t in group) == list(range(len(lengths)))
-    assert cost(groups) == min(map(cost, runs))
+def test_a_packed_row_has_no_padding_and_no_mask(media, tmp_path):
+    data = ragged_rows("video", media)
+    trainer = trainer_of("dpo", "shared", tmp_path, data, "LLaVA-OneVision")
+    batch, calls = trainer.data_collator(data), []
+    trainer.model.register_forward_pre_hook(lambda model, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    trainer.concatenated_forward(trainer.model, batch)
+    (call,) = calls
+    prompts, responses = (int(batch[f"{part}_mask"].sum()) for part in ("trunk", "branch"))
+    assert call["input_ids"].shape == (1, prompts - 3 + responses + 6) and not call["attention_mask"].numel()
+    assert len(call["score"].segments.spans) == 6 and call["score"].segments.cu_q[-1] == call["input_ids"].numel()
 
 
 def test_other_calls_of_the_model_run_as_before(media):
@@ -125,14 +165,14 @@ def test_other_calls_of_the_model_run_as_before(media):
     inputs = processor(text=["a red square"], return_tensors="pt")
     with torch.no_grad():
         before = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        use_tree_attention(model)
-        use_tree_attention(model)  # twice is once
+        use_segments(model)
+        use_segments(model)  # twice is once
         after = model(**inputs).logits, model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert model.config.get_text_config()._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "Idefics2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_auto_shares_where_it_can(name, media, tmp_path):
     trainer = trainer_of("dpo", "auto", tmp_path, ragged_rows("image", media), name)
     assert trainer.scorer.layout == "auto"
@@ -149,38 +189,35 @@ def test_auto_shares_in_bfloat16_autocast(name, method, media, tmp_path):
     assert trainer.scorer.layout == "shared"
 
 
-def test_auto_proves_itself_and_falls_back_with_the_difference(media, tmp_path, monkeypatch, caplog):
-    """An attention that lets branches see their siblings: the first batch shows it."""
-    whole = layouts._tree_mask
-    monkeypatch.setattr(layouts, "_tree_mask", lambda owner, trunk: whole(torch.full_like(owner, TRUNK), trunk))
-    trainer = trainer_of("dpo", "auto", tmp_path, ragged_rows("image", media))
-    with caplog.at_level(logging.WARNING):
+@pytest.mark.parametrize("layout", ["auto", "separate"])
+def test_packing_proves_itself_or_pads(layout, media, tmp_path, monkeypatch, caplog):
+    """An attention that lets tokens see what comes after them: the first batch shows it."""
+    attend = F.scaled_dot_product_attention
+    broken = lambda *args, is_causal=False, **more: attend(*args, **more)  # noqa: E731
+    trainer = trainer_of("dpo", layout, tmp_path, ragged_rows("image", media))
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+        patch.setattr("trl_vpo.forward.attention.F", type("F", (), {"scaled_dot_product_attention": broken}))
         got = step(trainer)
-    assert trainer.scorer.layout == "separate"
-    assert "Qwen2_5_VLModel is trained with the separate layout, because its log-probs differ" in caplog.text
+    assert (trainer.scorer.layout, trainer.scorer.packs) == ("separate", False)
+    assert "Qwen2_5_VLModel is trained with padded rows and the separate layout, because its log-probs" in caplog.text
     assert_same_step(got, step(trainer_of("dpo", "separate", tmp_path, ragged_rows("image", media))))
 
 
-SEPARATE = {  # models that cannot have the shared layout
-    "Idefics2": r"sliding window \(4096 tokens\)",
-    "OLMo-3": "sliding window",
-    "Cohere2": "sliding window",
-    "LFM2": "pass a state along",
-    "Gemma 3": "both directions",
-}
+PADDED = {"LFM2": "pass a state along", "Gemma 3": "both directions", "GPT-OSS": "attention sinks"}
 
 
-@pytest.mark.parametrize("name", SEPARATE)
-def test_kinds_that_fall_back_without_trying(name, tmp_path, caplog):
-    maker = build if name == "Idefics2" else text_standin
-    build_model = VISION_MODELS.get(name) or functools.partial(maker, name)
+@pytest.mark.parametrize("name", PADDED)
+def test_kinds_that_are_padded(name, tmp_path, caplog):
+    """GPT-OSS is tried: its attention sinks need FlashAttention."""
+    build_model = VISION_MODELS.get(name) or functools.partial(text_standin, name)
     data = [row(None), row(None, "a square.", "two circles.")]
+    more = {"target": r".*(q|k|v)_proj", "router_aux_loss_coef": 0.0}
     with caplog.at_level(logging.WARNING):
-        trainer = trainer_of("dpo", "auto", tmp_path, data, target="all-linear", built=build_model())
-    assert trainer.scorer.layout == "separate" and re.search(SEPARATE[name], caplog.text)
-    with pytest.raises(ValueError, match=SEPARATE[name]):
-        trainer_of("dpo", "shared", tmp_path, data, target="all-linear", built=build_model())
-    assert torch.isfinite(step(trainer)[1])
+        trainer = trainer_of("dpo", "auto", tmp_path, data, **more, built=build_model())
+        assert torch.isfinite(step(trainer)[1])
+    assert (trainer.scorer.layout, trainer.scorer.packs) == ("separate", False) and PADDED[name] in caplog.text
+    with pytest.raises(ValueError, match=PADDED[name]):
+        step(trainer_of("dpo", "shared", tmp_path, data, **more, built=build_model()))
 
 
 def towers(trainer):
@@ -194,7 +231,7 @@ def towers(trainer):
     return len(calls)
 
 
-@pytest.mark.parametrize(("name", "kind", "target"), [(*k, LANGUAGE_MODEL) for k in SHARING] + [TOWER])
+@pytest.mark.parametrize(("name", "kind", "target"), [(*k, LANGUAGE_MODEL) for k in KINDS] + [TOWER])
 def test_frozen_features_are_computed_once_per_step(name, kind, target, media, tmp_path):
     """An adapted tower runs in both passes."""
     trainer = trainer_of("dpo", "shared", tmp_path, [row(kind, [media[kind][0]])], name, target)

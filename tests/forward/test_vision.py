@@ -27,7 +27,7 @@ def make(name, kind, media, folder, method="rrpo", target=None, saved=None, **mo
     targets = target or target_modules(model, "language" if saved else "language+projector")
     config = LoraConfig(r=4, target_modules=targets, modules_to_save=saved)
     data = [row(kind, [media[kind][0]]), row(kind, [media[kind][1]], "a square.", "two circles are here."), row(None)]
-    more = {"num_frames": 6, "peft": None, "peft_config": config, "layout": "separate", **more}
+    more = {"num_frames": 6, "peft": None, "peft_config": config, "layout": "shared", **more}
     trainer = trainer_of(method, folder, data, model=model, processor=processor, **more)
     draw_lora(trainer.model, std=0.05)
     with torch.no_grad():

@@ -24,7 +24,7 @@ LAYER = 4 * 64 + 3 * 8 + 3 * 8 * 16 + 2 * 8  # attention with biases of q, k, v;
 LINEAR = 2 * (4 * 64 + 3 * 8 * 16)
 TOTAL = 2 * LAYER + 2 * 32 * 8 + 8
 ADAPTER = 2 * 2 * (8 + 8)  # rank 2 on q_proj of two layers
-LOAD = Workload([Call(rows=2, length=10, masked=0, scored=12)], inputs=100)
+LOAD = Workload(Call(rows=2, length=10, masked=False, scored=12), inputs=100)
 ROW = Tree("row", [Trunk([1, 2, 3])], [Branch([4]), Branch([5])])
 
 

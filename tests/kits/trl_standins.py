@@ -22,6 +22,11 @@ TOOLS_TEMPLATE = (
 )
 TEXT_MODELS = {  # name -> classes of config and model, fields of the config
     "Qwen2.5": (T.Qwen2Config, T.Qwen2ForCausalLM, {}),
+    "Qwen2-MoE": (
+        T.Qwen2MoeConfig,
+        T.Qwen2MoeForCausalLM,
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16},
+    ),
     "Qwen3-MoE": (T.Qwen3MoeConfig, T.Qwen3MoeForCausalLM, {**EXPERTS, "num_experts": 4}),
     "Cohere2": (T.Cohere2Config, T.Cohere2ForCausalLM, {"sliding_window": 64}),
     "GLM-4-MoE": (T.Glm4MoeConfig, T.Glm4MoeForCausalLM, {**EXPERTS, "n_routed_experts": 4}),

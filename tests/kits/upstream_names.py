@@ -86,6 +86,13 @@ CALLED = [
     ("transformers.AttentionMaskInterface.register", "key value", ACTIVATIONS),
     ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get", "key default", ATTENTION),
     ("transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface", "attn_implementation default", ATTENTION),
+    ("torch.nn.attention.varlen.varlen_attn", "query key value cu_seq_q cu_seq_k max_q max_k", ATTENTION),
+    ("transformers.integrations.flash_attention.get_target_dtype", "query module", ATTENTION),
+    (
+        "transformers.utils.generic.is_flash_attention_requested",
+        "config requested_attention_implementation",
+        ATTENTION,
+    ),
     ("transformers.PreTrainedModel._supports_attention_backend", ..., FAMILIES),
     ("transformers.Qwen2VLModel.get_rope_index", "self input_ids", LAYOUTS),
     ("transformers.Qwen2VLModel.get_image_features", "self pixel_values", FAMILIES),

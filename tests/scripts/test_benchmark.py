@@ -59,6 +59,16 @@ def test_step(rows_of, prompt, method, pairs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_uneven(rows_of, processes):
+    rows = rows_of(
+        "uneven", "--uneven", "600,300", "--response", "8", "--method", "dpo", "--processes", str(processes)
+    )
+    assert [(row["processes"], row["calls"]) for row in rows] == [(processes, 1), (processes, 2)]
+    assert rows[1]["ratio_vs_single"] == 1 and rows[0]["ratio_vs_single"] > 0
+
+
+@pytest.mark.slow
 def test_phases(rows_of):
     rows = rows_of("phases", "--prompt", "300", "--response", "8", "--method", "dpo,leanpo")
     assert [(r["method"], r["layout"]) for r in rows] == list(product(("dpo", "leanpo"), ("shared", "separate")))

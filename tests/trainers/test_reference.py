@@ -151,7 +151,7 @@ def test_leanpo_builds_and_runs_no_reference(kind, method, on_disk, tmp_path, mo
     before = new_models()
     peft = "new" if "lora" in kind else None
     more = {"eval_dataset": Dataset.from_list(text_rows(2)), "eval_strategy": "steps", "eval_steps": 2}
-    more["layout"] = "separate"  # "auto" would compare both layouts first
+    more["layout"] = "shared"  # "auto" would compare packed with padded rows first
     trainer = trainer_of(method, tmp_path, model=model, processor=tokenizer, peft=peft, **more)
     lean, copied = method == "leanpo", method == "dpo" and kind in ("path", "memory")
     gc.collect()

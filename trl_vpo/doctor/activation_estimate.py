@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_vpo.doctor.live_bytes import LiveBytes
-from trl_vpo.forward.attention import TREE, use_tree_attention
+from trl_vpo.forward.attention import SEGMENTS, Segments, use_segments
 from trl_vpo.forward.families import FEATURE_METHODS, VISION_INPUTS, vision_inputs
+from trl_vpo.forward.layouts import spans_of
 from trl_vpo.forward.scoring import VOCAB_CHUNK
 
 CAUSAL = "trl_vpo_causal_sdpa"
@@ -56,14 +57,15 @@ class FakeWeights(FakeTensorMode):
 
 @dataclass
 class Call:
-    """The shapes of one model call."""
+    """The shapes of a model call."""
 
     rows: int  # of its input ids ...
     length: int  # ... and their tokens
-    masked: int  # rows of its mask: `length`, fewer for the branches of a shared layout, 0 where it is plain causal
+    masked: bool  # it has a mask; not if it is plain causal, or packed
     scored: int  # response tokens whose log-probabilities are computed
     compared: int = 0  # those of them whose KL needs a gradient (RRPO)
     features: int = 0  # vision features among its tokens
+    trunks: list[tuple[int, list[int]]] = field(default_factory=list)  # of a packed row, see `spans_of`
 
 
 @dataclass
@@ -132,34 +134,34 @@ class DryStep:
             for name, old in module._buffers.items():
                 module._buffers[name] = old if old is None else self._fake.empty(old.shape, old.dtype)
 
-    def run(self, calls: list[Call], inputs: int = 0) -> Activations:
-        """Run the language model over the calls of a micro-batch, forward, then backward.
+    def run(self, call: Call, inputs: int = 0) -> Activations:
+        """Run the language model over the call of a micro-batch, forward, then backward.
 
-        `inputs` are the bytes of the calls' inputs, which are gone before the backward pass.
+        `inputs` are the bytes of the call's inputs, which are gone before the backward pass.
         """
-        with self._attention(calls), self._counting() as live:
+        with self._attention(call), self._counting() as live:
             held = live.now
             laid_out = self._fake.empty([inputs], torch.uint8)
             width = self._base.config.get_text_config().hidden_size
             dtype = self._autocast or self._embed.weight.dtype
-            features = [self._fake.empty((call.features, width), dtype) for call in calls]  # before the first call
-            loss = sum(map(self._call, calls, features))
+            features = self._fake.empty((call.features, width), dtype)
+            loss = self._call(call, features)
             del features
             del laid_out
             kept = live.now - held
             loss.backward()
         return Activations(live.peak - held, live.gradients_at_peak, kept)
 
-    def run_tower(self, media: list[dict[str, Tensor]]) -> Activations:
-        """Run vision tower and projector over the real inputs of several calls: forward, and backward if trained."""
+    def run_tower(self, media: dict[str, Tensor]) -> Activations:
+        """Run vision tower and projector over the real inputs of a call: forward, and backward if trained."""
         backbone, text = self._base.base_model, {id(p) for p in self._base.get_decoder().parameters()}
         tower = [p for p in backbone.parameters() if id(p) not in text and p is not self._embed.weight]
         trained = any(p.requires_grad for p in tower)
-        if not vision_inputs(media):
+        if not vision_inputs([media]):
             return Activations()
         with torch.set_grad_enabled(trained), self._counting(tree_leaves(media)) as live:
             held = live.now
-            features = [tower_features(backbone, call) for call in media]
+            features = tower_features(backbone, media)
             kept = live.now - held
             if trained:
                 sum(x.sum() for x in tree_leaves(features)).backward()
@@ -193,13 +195,13 @@ class DryStep:
                 p.grad = None
 
     @contextlib.contextmanager
-    def _attention(self, calls: list[Call]) -> Iterator[None]:
-        """SDPA under a mask, over a shared layout, or plain causal: models would make a mask for fake tensors."""
+    def _attention(self, call: Call) -> Iterator[None]:
+        """SDPA under a mask, over a packed row, or plain causal: models would make a mask for fake tensors."""
         config = self._base.config.get_text_config()
         saved_implementation = config._attn_implementation
-        if any(call.masked not in (0, call.length) for call in calls):
-            use_tree_attention(self._base)
-        elif not any(call.masked for call in calls):
+        if call.trunks:
+            use_segments(self._base)
+        elif not call.masked:
             AttentionInterface.register(CAUSAL, ALL_ATTENTION_FUNCTIONS["sdpa"])
             AttentionMaskInterface.register(CAUSAL, lambda *args, **kwargs: None)
             config._attn_implementation = CAUSAL
@@ -216,8 +218,9 @@ class DryStep:
         if call.features:
             where = self._fake.empty((call.rows, call.length, 1), torch.bool).expand_as(states)
             states = states.masked_scatter(where, features.to(states.dtype))
-        mask = self._fake.empty((call.rows, 1, call.masked, call.length), torch.bool) if call.masked else None
-        tree = {TREE: mask} if call.masked not in (0, call.length) else {}
+        size = (1, 1, 0, 0) if call.trunks else (call.rows, 1, call.length, call.length)
+        mask = self._fake.empty(size, torch.bool) if call.trunks or call.masked else None
+        tree = {SEGMENTS: Segments.of(spans_of(call.trunks))} if call.trunks else {}
         decoder = self._base.get_decoder()
         hidden = decoder(inputs_embeds=states, attention_mask=mask, use_cache=False, **tree).last_hidden_state
         place = self._fake.empty([call.scored], torch.long)

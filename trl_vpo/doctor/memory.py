@@ -144,7 +144,7 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
     tower = plan.tower or step.run_tower(plan.load.media)
     trains_tower = tower.kept > 0  # and keeps its inputs for its backward pass
     load, share = (plan.load.halved(), 0.5) if plan.half_media else (plan.load, 1)
-    text = step.run(load.calls, 0 if trains_tower else load.laid_out)
+    text = step.run(load.call, 0 if trains_tower else load.laid_out)
     inputs = {"inputs": load.inputs * plan.accumulation}
     trained = plan.sizes.trained * plan.trained_dtype.itemsize
     gradients = int(trained / (plan.sharding.processes if plan.sharding.splits_gradients else 1))

@@ -75,9 +75,9 @@ def remedies(plan: Plan, args: Any, model: nn.Module) -> dict[str, dict[str, Any
     """Return the possible changes: settings of the recipe, and the fields of the plan that they change."""
     changes: dict[str, dict[str, Any]] = {}
     sharding, pairs = plan.sharding, args.per_device_train_batch_size
-    if any(call.features for call in plan.load.calls):
+    if plan.load.call.features:
         settings = [f"max_pixels: {args.max_pixels // 2}" if args.max_pixels else "max_pixels"]
-        if any("pixel_values_videos" in inputs for inputs in plan.load.media):
+        if "pixel_values_videos" in plan.load.media:
             key = "num_frames" if args.num_frames else "max_frames"
             settings.append(f"{key}: {max(1, getattr(args, key) // 2)}")
         changes[f"half as many tokens of media ({' or '.join(settings)})"] = {"half_media": True}

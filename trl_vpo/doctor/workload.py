@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from trl_vpo.doctor.activation_estimate import Call
 from trl_vpo.doctor.loaded_recipe import LoadedRecipe
-from trl_vpo.forward.families import separate_layout_reason, stackable
-from trl_vpo.forward.layouts import Layout, separate, shared
+from trl_vpo.forward.families import padded_layout_reason
+from trl_vpo.forward.layouts import Layout, packed, padded
 from trl_vpo.forward.tree import Tree, tree_batch
 
 
@@ -21,54 +21,64 @@ class Workload:
     """One micro-batch.
 
     Attributes:
-        calls: its model calls.
-        inputs: bytes of the batch; `laid_out`: of the calls' inputs, which are gone before the backward pass.
-        media: inputs of each call, with its pixels and what else the vision tower takes.
+        call: its model call.
+        inputs: bytes of the batch; `laid_out`: of the call's inputs, which are gone before the backward pass.
+        media: inputs of the call, with its pixels and what else the vision tower takes.
     """
 
-    calls: list[Call]
+    call: Call
     inputs: int
     laid_out: int = 0
-    media: list[dict[str, Tensor]] = field(default_factory=list)
+    media: dict[str, Tensor] = field(default_factory=dict)
 
     def halved(self) -> Workload:
         """Return it with half as many tokens of media. `media` itself stays as it is."""
-        calls = []
-        for call in self.calls:
-            less = call.features // call.rows // 2
-            masked = call.masked - less if call.masked == call.length else call.masked
-            calls.append(replace(call, length=call.length - less, masked=masked, features=call.features // 2))
-        return replace(self, calls=calls, inputs=self.inputs // 2, laid_out=self.laid_out // 2)
+        call = self.call
+        less = call.features // max(len(call.trunks) or call.rows, 1) // 2
+        halved = replace(
+            call,
+            length=call.length - less * (len(call.trunks) or 1),
+            features=call.features // 2,
+            trunks=[(prompt - less, responses) for prompt, responses in call.trunks],
+        )
+        return replace(self, call=halved, inputs=self.inputs // 2, laid_out=self.laid_out // 2)
 
 
 def workload_of(trees: list[Tree], recipe: LoadedRecipe) -> Workload:
-    """Lay encoded rows out as the recipe's trainer would; `layout: auto` is taken for shared where the model may."""
+    """Lay encoded rows out as the recipe's trainer would; rows are taken for packed where the model may."""
     args, tokenizer = recipe.args, recipe.tokenizer
     batch = tree_batch(trees, tokenizer.pad_token_id)
-    if recipe.sharding.processes > 1:  # they make one call where one process may make two
-        batch["calls"] = stackable(batch["media"])
     multiple = args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None
-    padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
-    if args.layout != "separate" and separate_layout_reason(recipe.base) is None:
-        layouts = shared(batch, recipe.base.base_model, **padding)
+    if padded_layout_reason(recipe.base) is None:
+        layout = packed(batch, recipe.base.base_model, shared=args.layout != "separate")
     else:
-        layouts = separate(batch, **padding)
+        layout = padded(batch, pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple)
     masks = not str(recipe.model_args.attn_implementation).startswith("flash")  # which takes lengths instead
     compared = batch["chosen"] if recipe.trainer_class.needs_kl else batch["chosen"][:0]
     media_ids = torch.tensor(sorted(recipe.media_tokens), dtype=torch.long)
-    inputs = [laid_out.inputs for laid_out in layouts]
-    return Workload(
-        [_call(laid_out, media_ids, compared, masks) for laid_out in layouts], _bytes(batch), _bytes(inputs), inputs
-    )
+    call = _call(layout, media_ids, compared, masks)
+    if layout.segments is not None:
+        call.trunks = _trunks(batch, shared=args.layout != "separate")
+    held = {id(x) for x in tree_leaves(batch["media"])}  # alone, they are the call's inputs themselves
+    own = [x for x in tree_leaves(layout.inputs) if id(x) not in held]
+    return Workload(call, _bytes(batch), _bytes(own), layout.inputs)
+
+
+def _trunks(batch: dict, *, shared: bool) -> list[tuple[int, list[int]]]:
+    """Return the lengths of the prompts of a packed row, each with those of its responses."""
+    prompts, responses = (batch[f"{part}_mask"].sum(-1).tolist() for part in ("trunk", "branch"))
+    owners = batch["branch_trunk"].tolist()
+    if not shared:
+        return [(prompts[t], [responses[s]]) for s, t in enumerate(owners)]
+    return [(prompts[t], [responses[s] for s, owner in enumerate(owners) if owner == t]) for t in range(len(prompts))]
 
 
 def _call(layout: Layout, media_ids: Tensor, compared: Tensor, masks: bool) -> Call:
     ids, mask = layout.inputs["input_ids"], layout.inputs["attention_mask"]
-    masked = mask.size(2) if mask.dim() == 4 else 0 if mask.all() or not masks else ids.size(1)
     return Call(
         rows=ids.size(0),
         length=ids.size(1),
-        masked=masked,
+        masked=layout.segments is None and masks and not bool(mask.all()),
         scored=int(layout.mask.sum()),
         compared=int(layout.mask[torch.isin(layout.branches, compared)].sum()),
         features=int(torch.isin(ids, media_ids).sum()),

@@ -1,13 +1,14 @@
-"""Attention over a shared layout: a trunk, then branches that see the trunk and themselves but not each other.
+"""Attention over a packed row: one variable-length call, in which a branch sees its trunk and itself.
 
-The trunk is plain causal attention without a mask, so the flash kernel of SDPA serves it. The branches' rows attend
-under a mask of their own; it has a row for each branch token and never one for a trunk token. They do so some hundred
-at a time, to the keys up to the last of them: what lies behind is masked for all, and long branches hold much of it.
+The row holds all branches of a micro-batch side by side, without padding (see `trl_vpo.forward.layouts`). `Segments`
+says which columns each branch attends to. It travels as one keyword argument of the language model (`SEGMENTS`):
+transformers passes it on to every attention function, also when gradient checkpointing runs a layer again. The
+attention function that the model uses is wrapped, under its own name, to read it. Every other call goes to that
+function unchanged, so that generation, evaluation and towers run on whatever the user named.
 
-The mask of a shared layout travels as a keyword argument of the language model (`TREE`). transformers passes it on to
-every attention function, also when gradient checkpointing runs a layer again. The attention function that the model
-uses is wrapped, under its own name, to read it. Every other call goes to that function unchanged, so that generation,
-evaluation and towers run on flash attention, or whatever the user named.
+    FlashAttention 2, 3, 4    transformers' own variable-length call, where the model asks for it
+    CUDA, 16 bits             torch's variable-length FlashAttention (torch >= 2.11)
+    all else                  a call of SDPA per branch, the first branch of each trunk without a mask
 """
 
 import contextlib
@@ -16,88 +17,108 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
 
-TREE = "tree_mask"
-QUERIES = 256  # branch tokens to one call of SDPA
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
+SEGMENTS = "tree_segments"
+QUERIES = 256  # of one SDPA call that needs a mask
 
 
-def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None, dropout: float = 0.0
-) -> Tensor:
-    """Compute the attention of a shared layout.
+@dataclass
+class Segments:
+    """Who attends to what in a packed row of L columns: S segments of queries, one for each branch.
 
-    Args:
-        query: (R, H, L, D).
-        key, value: (R, G, L, D), H a multiple of G.
-        mask: (R, 1, Q, L) bool, true where a branch token may look. The first L - Q columns are trunk in every row.
-        scaling: of the scores; None: 1 / sqrt(D).
+    The keys of a segment are its prompt and its response, in order, so that its last query meets its last key: causal
+    attention, aligned at the bottom right. A sliding window therefore counts the keys of a separate sequence.
 
-    Returns:
-        (R, L, H, D).
+    Attributes:
+        spans: S tuples (begin, end, prefix_begin, prefix_end) of columns, on the host. A segment's queries are
+            `begin:end`, its keys those of the prefix and the queries' own. The first branch of a trunk takes the trunk
+            along, which lies before it, and has no prefix.
+        kv_index: (K,) int64, the column of each key, segment after segment.
+        cu_q, cu_k: (S + 1,) int32, where segments begin in the row and in `kv_index`.
+        max_q, max_k: the most queries and keys of a segment.
     """
-    groups = query.size(1) // key.size(1)
-    trunk = query.size(2) - mask.size(2)
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    options = {"scale": scaling, "dropout_p": dropout}
-    parts = []
-    if trunk:
-        prompt = (x[:, :, :trunk] for x in (query, key, value))
-        parts = [F.scaled_dot_product_attention(*prompt, is_causal=True, **options)]
-    for begin in range(trunk, query.size(2), QUERIES):
-        end = min(begin + QUERIES, query.size(2))
-        seen = mask[:, :, begin - trunk : end - trunk, :end]
-        queries, keys, values = query[:, :, begin:end], key[:, :, :end], value[:, :, :end]
-        parts.append(F.scaled_dot_product_attention(queries, keys, values, seen, **options))
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+    spans: list[tuple[int, int, int, int]]
+    kv_index: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    @classmethod
+    def of(cls, spans: list[tuple[int, int, int, int]], device: torch.device | str = "cpu") -> "Segments":
+        """Return the segments of some spans, which cover the row in order."""
+        keys = [torch.cat([torch.arange(*span[2:]), torch.arange(*span[:2])]) for span in spans]
+        queries = [end - begin for begin, end, *_ in spans]
+        # Two tensors, although they may be equal: torch hands self-attention to cuDNN where they are one.
+        cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (queries, [len(k) for k in keys]))
+        return cls(spans, torch.cat(keys).to(device), cu_q, cu_k, max(queries), max(map(len, keys)))
+
+    def to(self, device: Any, **options: Any) -> "Segments":
+        """Move the tensors: accelerate does so with each argument of a layer, in models split over devices."""
+        moved = {name: getattr(self, name).to(device, **options) for name in ("kv_index", "cu_q", "cu_k")}
+        return replace(self, **moved)
 
 
-class TreeMask:
-    """The mask of the call that a language model computes now; None: an ordinary call."""
+class PackedCall:
+    """The segments of the call that a language model computes now; None: an ordinary call."""
 
     def __init__(self):
-        self._mask: Tensor | None = None
+        self._segments: Segments | None = None
 
     @contextlib.contextmanager
-    def during(self, mask: Tensor | None) -> Iterator[None]:
-        """Hold the mask while a model is called with it; only that of a shared layout has four dimensions."""
-        self._mask = mask if mask is not None and mask.dim() == 4 else None
+    def during(self, segments: Segments | None) -> Iterator[None]:
+        """Hold the segments while a model is called with them."""
+        self._segments = segments
         try:
             yield
         finally:
-            self._mask = None
+            self._segments = None
 
     def hand_on(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Add the mask to a call of the language model. (Given to the whole model, it would reach the tower.)"""
-        return None if self._mask is None else (args, kwargs | {TREE: self._mask})
+        """Add the segments to a call of the language model. (Given to the whole model, they would reach the tower.)"""
+        return None if self._segments is None else (args, kwargs | {SEGMENTS: self._segments})
 
 
-def use_tree_attention(model: PreTrainedModel) -> None:
-    """Let the language model of `model` understand shared layouts; all other calls run as before.
+def use_segments(model: PreTrainedModel) -> None:
+    """Let the language model of `model` understand packed rows; all other calls run as before.
 
     `del ALL_ATTENTION_FUNCTIONS[name]` undoes the wrapping of an attention: the global table is unchanged.
     """
-    if not hasattr(model, "_trl_vpo_tree"):
-        model._trl_vpo_tree = TreeMask()  # a deep copy of the model, and of its hook, has one of its own
-        model.base_model.get_decoder().register_forward_pre_hook(model._trl_vpo_tree.hand_on, with_kwargs=True)
+    if not hasattr(model, "_trl_vpo_packed"):
+        model._trl_vpo_packed = PackedCall()  # a deep copy of the model, and of its hook, has one of its own
+        model.base_model.get_decoder().register_forward_pre_hook(model._trl_vpo_packed.hand_on, with_kwargs=True)
     name = model.config.get_text_config()._attn_implementation
     plain = ALL_ATTENTION_FUNCTIONS.get(name)
-    if getattr(plain, "reads_tree", False):
+    if getattr(plain, "reads_segments", False):
         return
+    flash = is_flash_attention_requested(requested_attention_implementation=name)
 
     def attention(module, query, key, value, attention_mask, *args, **kwargs):
-        mask = kwargs.pop(TREE, None)
-        if mask is not None:
-            return tree_attention(query, key, value, mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0)), None
-        return (plain or _eager(type(module)))(module, query, key, value, attention_mask, *args, **kwargs)
+        segments = kwargs.pop(SEGMENTS, None)
+        if segments is None:
+            return (plain or _eager(type(module)))(module, query, key, value, attention_mask, *args, **kwargs)
+        kwargs["sliding_window"] = _window(module, kwargs.get("sliding_window"))
+        if flash:
+            return _flash(plain, module, query, key, value, segments, **kwargs)
+        return segment_attention(module, query, key, value, segments, **kwargs), None
 
-    attention.reads_tree = True
+    attention.reads_segments = True
     ALL_ATTENTION_FUNCTIONS[name] = attention
 
 
@@ -106,3 +127,130 @@ def _eager(kind: type) -> Callable:
     """Return the eager attention of a module's own file: the default that its `forward` names."""
     named = re.search(r"get_interface\([^,]+,\s*(\w+)", inspect.getsource(kind.forward))
     return getattr(sys.modules[kind.__module__], named.group(1) if named else "eager_attention_forward")
+
+
+def _window(module: nn.Module, given: int | None) -> int | None:
+    """Return the sliding window of a layer. Some models (Qwen2-MoE) have it in their masks only."""
+    kinds = getattr(module.config, "layer_types", None)
+    if given is None and kinds and kinds[module.layer_idx] == "sliding_attention":
+        return module.config.sliding_window
+    return given
+
+
+@torch.compiler.disable
+def _flash(plain, module, query, key, value, segments: Segments, **kwargs):
+    """Call FlashAttention through transformers, with its casts and options."""
+    key, value = (states.index_select(2, segments.kv_index) for states in (key, value))
+    where = {"cu_seq_lens_q": segments.cu_q, "cu_seq_lens_k": segments.cu_k}
+    longest = {"max_length_q": segments.max_q, "max_length_k": segments.max_k}
+    return plain(module, query, key, value, None, **kwargs, **where, **longest)
+
+
+@torch.compiler.disable
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Compute the attention of a packed row.
+
+    Args:
+        module: the attention layer; it tells the dtype of quantized weights.
+        query: (1, H, L, D).
+        key, value: (1, G, L, D), H a multiple of G.
+        scaling: of the scores; None: 1 / sqrt(D).
+        sliding_window: how many keys a query sees, its own one included; None: all before it.
+
+    Returns:
+        (1, L, H, D).
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("capped scores and attention sinks need attn_implementation='flash_attention_2' or later.")
+    if _varlen_takes(module, query, value, dropout):
+        return _varlen(module, query, key, value, segments, scaling, sliding_window)
+    return _sdpa(query, key, value, segments, scaling, dropout, sliding_window)
+
+
+# --- torch's variable-length kernel ---------------------------------------------------------------------------------
+
+
+def _varlen_takes(module: nn.Module, query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Tell whether torch's kernel runs here (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp)."""
+    if not (query.is_cuda and _varlen_runs_on(query.device.index) and torch.backends.cuda.flash_sdp_enabled()):
+        return False
+    sizes_fit = query.size(-1) == value.size(-1) and query.size(-1) % 8 == 0 and query.size(-1) <= 256
+    return sizes_fit and not dropout and _dtype(module, query) in (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _varlen_runs_on(device: int) -> bool:
+    known = varlen_attn is not None and "window_size" in inspect.signature(varlen_attn).parameters  # torch >= 2.11
+    return known and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _grouped_heads() -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.12
+
+
+def _dtype(module: nn.Module, query: Tensor) -> torch.dtype:
+    """Return the dtype to compute in. Rotary embeddings leave queries in float32 under autocast."""
+    return get_target_dtype(query, module) or query.dtype
+
+
+def _varlen(module, query, key, value, segments: Segments, scaling, window) -> Tensor:
+    dtype, groups = _dtype(module, query), query.size(1) // key.size(1)
+    query, key, value = (states.transpose(1, 2)[0].to(dtype) for states in (query, key, value))  # (L, H, D)
+    key, value = (states.index_select(0, segments.kv_index) for states in (key, value))  # (K, G, D)
+    options = {"enable_gqa": True} if _grouped_heads() and groups > 1 else {}
+    if groups > 1 and not options:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    where = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
+    seen = (window - 1 if window else -1, 0)  # keys before and behind the own one; (-1, 0) is causal
+    return varlen_attn(query, key, value, *where, scale=scaling, window_size=seen, **options).unsqueeze(0)
+
+
+# --- SDPA -----------------------------------------------------------------------------------------------------------
+
+
+def _sdpa(query, key, value, segments: Segments, scaling, dropout, window) -> Tensor:
+    """Call SDPA per segment: without a mask where it is a whole sequence, else for some queries at a time."""
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, dropout_p=dropout)
+    groups = query.size(1) // key.size(1)
+    if query.is_cpu:  # elsewhere grouped heads under a mask take the slowest kernel
+        attend = functools.partial(attend, enable_gqa=groups > 1)
+    elif groups > 1:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    lengths = [end - begin for begin, end, *_ in segments.spans]
+    parts, first = [], ()
+    for queries, *own, span in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), segments.spans):
+        prefix = span[3] - span[2]
+        if prefix:
+            keys = [torch.cat([states[:, :, :prefix], rest], dim=2) for states, rest in zip(first, own)]
+        else:
+            keys = first = own  # a branch with its trunk: those after it begin with the same keys
+        if prefix or (window and queries.size(2) > window):
+            parts += _masked(attend, queries, *keys, window)
+        else:
+            parts.append(attend(queries, *keys, is_causal=True))
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _masked(attend: Callable, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Iterator[Tensor]:
+    """Attend under a mask, some queries at a time, to the keys that any of them sees."""
+    before = key.size(2) - query.size(2)  # keys of the prompt
+    for begin in range(0, query.size(2), QUERIES):
+        end = min(begin + QUERIES, query.size(2))
+        first, last = max(0, before + begin + 1 - window) if window else 0, before + end
+        own = torch.arange(before + begin, last, device=query.device).unsqueeze(1)
+        keys = torch.arange(first, last, device=query.device)
+        seen = keys <= own
+        if window:
+            seen &= keys > own - window
+        yield attend(query[:, :, begin:end], key[:, :, first:last], value[:, :, first:last], seen)

@@ -2,7 +2,7 @@
 
 Most of a family needs no entry. Processor, chat template and model class come from transformers; the modules that LoRA
 adapts are read off the model (`trl_vpo.models.adapters`), and so is what it does with its logits
-(`trl_vpo.forward.head`). What is left is how its media are batched, and whether its attention can share a prompt:
+(`trl_vpo.forward.head`). What is left is how its media are batched, and whether its attention can be packed:
 
     family                    images (`pixel_values`)       videos
     Qwen2-VL, 2.5-VL, 3-VL    (patches, D)                  `pixel_values_videos` (patches, D)
@@ -15,7 +15,10 @@ adapts are read off the model (`trl_vpo.models.adapters`), and so is what it doe
 A new family also gets a tiny model in `tests/kits/families.py`: all tests of families then run on it.
 """
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,33 +47,21 @@ def vision_inputs(media: list[dict[str, Tensor]]) -> list[str]:
     return [name for name in VISION_INPUTS if any(name in tensors for tensors in media)]
 
 
-def stackable(media: list[dict[str, Tensor]]) -> list[list[int]]:
-    """Group trunks whose media fit into one model call; trunks without videos go with the first group.
-
-    Families that take videos as (N, frames, C, H, W) need them in one shape.
-    """
-    shapes: dict[tuple | None, list[int]] = {}
-    for trunk, tensors in enumerate(media):
-        video = tensors.get("pixel_values_videos")
-        shape = tuple(video.shape[1:]) if video is not None and video.dim() == 5 else None
-        shapes.setdefault(shape, []).append(trunk)
-    rest = shapes.pop(None, [])
-    groups = list(shapes.values()) or [[]]
-    groups[0] = sorted(groups[0] + rest)
-    return groups
-
-
 def merge_media(items: list[dict[str, Tensor]], only: tuple[str, ...] | None = None) -> dict[str, Tensor]:
     """Merge the media of several sequences into one set of model inputs, in the order of the sequences.
 
     Where the first dimension counts patches or images, a sequence without media adds nothing; where it counts rows, it
     adds a row without images. Other dimensions are padded with zeros on the right, which every family takes for "no
-    image here". `only` names the tensors to keep; None: all.
+    image here". Videos of (N, frames, C, H, W) that differ in shape become a list, see [`take_video_list`]. `only` is
+    the tensors to keep; None: all.
     """
     names = list(dict.fromkeys(name for item in items for name in item if only is None or name in only))
     merged = {}
     for name in names:
         tensors = [item[name] for item in items if name in item]
+        if name == "pixel_values_videos" and len({t.shape[1:] for t in tensors}) > 1 and tensors[0].dim() == 5:
+            merged[name] = [video for tensor in tensors for video in tensor]
+            continue
         if ROWS_FIRST in names:
             empty = tensors[0].new_zeros((1, 0, *tensors[0].shape[2:]))
             tensors = [item.get(name, empty) for item in items]
@@ -81,19 +72,50 @@ def merge_media(items: list[dict[str, Tensor]], only: tuple[str, ...] | None = N
     return merged
 
 
-def separate_layout_reason(model: PreTrainedModel) -> str | None:
-    """Return why a model cannot have the shared layout, as far as its config tells; None if it may."""
+def take_video_list(method: Callable) -> Callable:
+    """Let a family's `get_video_features` take a list of (frames, C, H, W): one pass of the tower for all lengths.
+
+    LLaVA's videos pass the tower frame by frame, and only their end differs: LLaVA-OneVision puts a newline behind
+    each. So every frame goes in as a video of its own, and the newlines of all but the last of a video are left out.
+    """
+
+    @functools.wraps(method)
+    def features(self, pixel_values_videos, *args, **kwargs):
+        if not isinstance(pixel_values_videos, list):
+            return method(self, pixel_values_videos, *args, **kwargs)
+        frames = torch.cat(pixel_values_videos).unsqueeze(1)  # (frames of all, 1, C, H, W)
+        out = method(self, frames, *args, **kwargs)
+        tokens = out.pooler_output  # (frames of all, tokens of one, H)
+        keep = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if self.config.model_type == "llava_onevision":
+            last = torch.tensor([len(video) for video in pixel_values_videos], device=tokens.device).cumsum(0) - 1
+            keep[:, -1] = False
+            keep[last, -1] = True
+        out.pooler_output = tokens[keep].unsqueeze(0)
+        return out
+
+    return features
+
+
+def padded_layout_reason(model: PreTrainedModel) -> str | None:
+    """Return why a model cannot have packed rows, as far as its code and config tell; None if it may."""
     config = model.config.get_text_config()
     if getattr(config, "use_bidirectional_attention", None) or "gemma3" in config.model_type:
         return "its image tokens see each other in both directions"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(config, "layer_types", None) or [])
     if kinds - {"full_attention", "sliding_attention"}:
         return f"its layers are {', '.join(sorted(kinds))}, some of which pass a state along the sequence"
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None or "sliding_attention" in kinds:
-        return f"its attention has a sliding window ({window} tokens), which would cut branches off their prompt"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps its logits, which fused attention kernels do not"
     if not model._supports_attention_backend:
         return "its attention is not taken from transformers' AttentionInterface"
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and not kinds and not _hands_window(model):
+        return f"its sliding window ({window} tokens) is in its mask only"
     return None
+
+
+def _hands_window(model: PreTrainedModel) -> bool:
+    """Tell whether the attention layers hand their window to the attention function."""
+    layers = {type(m) for m in model.base_model.get_decoder().modules() if hasattr(m, "layer_idx")}
+    return any("sliding_window" in inspect.getsource(layer.forward) for layer in layers)

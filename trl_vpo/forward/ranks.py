@@ -1,12 +1,12 @@
-"""The ranks of a step agree on how many model calls they make, and which of them pass the vision tower.
+"""The ranks of a step agree on whether their model calls pass the vision tower.
 
-Several processes meet inside a model call. FSDP and ZeRO-3 gather the weights of every module that is called, so all
-ranks have to call the same modules in the same order: a rank whose rows hold no image would leave the others waiting
-in the vision tower. DDP and ZeRO-2 meet in the backward pass, where they wait for every weight that is trained.
+Several processes meet inside a model call; each makes one for a micro-batch. FSDP and ZeRO-3 gather the weights of
+every module that is called, so all ranks have to call the same modules in the same order: a rank whose rows hold no
+image would leave the others waiting in the vision tower. DDP and ZeRO-2 meet in the backward pass, where they wait for
+every weight that is trained.
 
-So the ranks with less to do get padding rows: a text, an image or a video of a few tokens, which joins a call as a
-row of its own, or makes up a call of its own. It is computed like every row, and then dropped. It belongs to no
-pair, so all gradients that come from it are zero.
+So a rank with less to do gets padding rows: an image or a video of a few tokens. It is computed like every row, and
+then dropped. It belongs to no pair, so all gradients that come from it are zero.
 """
 
 from collections.abc import Callable
@@ -16,39 +16,28 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from trl_vpo.forward.families import VISION_INPUTS, stackable, vision_inputs
+from trl_vpo.forward.families import VISION_INPUTS, vision_inputs
 
 
 def sync_calls(
     batch: dict, padding_row: Callable[[str | None], dict], *, sharding: str | None, trains_vision: bool
 ) -> None:
-    """Decide on the model calls of a tree batch. All ranks call this, each with its own batch.
+    """Give a tree batch the padding rows that its model call needs. All ranks call this, each with its own batch.
 
     Args:
-        batch: a tree batch. It gets `calls`, the trunks of each call, and `padded`, the batch with its padding rows;
-            `Scorer` reads both.
-        padding_row: returns a tree batch of one short row with the given vision input (None: text), on the batch's
-            device.
+        batch: a tree batch. It gets `padded`, the batch with its padding rows, which `Scorer` reads.
+        padding_row: returns a tree batch of one short row with the given vision input, on the batch's device.
         sharding: what gathers weights in the forward pass: "fsdp", "zero3", or None.
         trains_vision: something of vision tower or projector is trained.
     """
     if PartialState().num_processes == 1:
         return
-
-    def inputs(trunks: list[int]) -> list[str]:
-        return vision_inputs([batch["media"][trunk] for trunk in trunks])
-
-    calls = sorted(stackable(batch["media"]), key=lambda trunks: -len(inputs(trunks)))
-    ranks = gather_object([[inputs(trunks) for trunks in calls]])  # of each call of each rank
+    present = vision_inputs(batch["media"])
+    ranks = gather_object([present]) if sharding else [present]
     padded = batch
-    for i in range(max(map(len, ranks))):
-        trunks = calls[i] if i < len(calls) else []
-        missing = _missing(inputs(trunks), [rank[i] for rank in ranks if i < len(rank)], sharding, trains_vision)
-        for name in missing if trunks or missing else [None]:
-            trunks = [*trunks, len(padded["trunk_ids"])]
-            padded = _joined(padded, padding_row(name))
-        calls[i : i + 1] = [trunks]
-    batch |= {"calls": calls, "padded": padded}
+    for name in _missing(present, ranks, sharding, trains_vision):
+        padded = _joined(padded, padding_row(name))
+    batch["padded"] = padded
 
 
 def _missing(present: list[str], ranks: list[list[str]], sharding: str | None, trains_vision: bool) -> list[str]:

@@ -8,7 +8,7 @@ chunk. The call goes through the model's own `forward`, so that DDP, FSDP, DeepS
 import contextlib
 import functools
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from trl_vpo.forward.attention import Segments
 from trl_vpo.forward.head import Head, check_head, lm_head
 from trl_vpo.forward.kl import partly_differentiable_kl
 
@@ -31,6 +32,7 @@ class ScoreRequest:
     positions: Tensor  # (R, T) column whose hidden state predicts each token
     mask: Tensor  # (R, T) true on real tokens
     labels: Tensor  # (R, T) the tokens
+    segments: Segments | None = None  # the attention of a packed row; None: padded rows
     ref_hidden: Tensor | None = None  # (N, H) the reference's hidden states at the same places; gives the KL
     ref_head: Head | None = None  # the reference's LM head; None: the model's own
     kl_rows: Tensor | None = None  # (R,) rows whose KL needs gradients; the others' is a metric
@@ -60,7 +62,7 @@ class Scores:
     chosen: Tensor  # (B,) the branches of each pair ...
     rejected: Tensor  # ... and these
     kl: Tensor | None = None  # KL(reference || model) over the whole vocabulary, nats; only where it was asked for
-    hidden: list[Tensor] = field(default_factory=list)  # (N, H) states that predict the response tokens, by model call
+    hidden: Tensor | None = None  # (N, H) states that predict the response tokens, in the order of the call
     head: Head | None = None  # the LM head that made the scores, where they are a reference's
 
     @property
@@ -102,9 +104,9 @@ def attach_scoring(model: PreTrainedModel) -> None:
         if score is None:
             return self._trl_vpo_plain(*args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
-        tree = getattr(self, "_trl_vpo_tree", None)  # of models that know shared layouts
+        packed = getattr(self, "_trl_vpo_packed", None)  # of models that know packed rows
         # Both are looked up at each call: FSDP and PEFT replace modules after this patch.
-        with tree.during(kwargs.get("attention_mask")) if tree else contextlib.nullcontext():
+        with packed.during(score.segments) if packed else contextlib.nullcontext():
             hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state  # (R, L, H)
         return _score(hidden, lm_head(self), score)
 

@@ -13,7 +13,7 @@ A collator makes it from rows with [`tree_batch`]; `trl_vpo.forward.layouts` lay
     media                    R dicts of the tensors that the processor made of a trunk's images and videos
     names                    B strings for messages
     totals                   (2,) pairs and chosen tokens of the whole optimizer step, in training
-    calls, padded            what the ranks of a step agreed on, see `trl_vpo.forward.ranks`
+    padded                   the batch with the padding rows of its rank, see `trl_vpo.forward.ranks`
 """
 
 from dataclasses import dataclass, field

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils import ModelOutput
 
-from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, part_of
+from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, part_of, take_video_list
 
 logger = get_logger(__name__)
 LISTS = (nn.ModuleList, nn.ModuleDict)  # of layers; never called themselves
@@ -261,5 +261,7 @@ def vision_features(backbone: nn.Module) -> VisionFeatures:
     names = [name for name in FEATURE_METHODS if decoder is not backbone and hasattr(backbone, name)]
     backbone._trl_vpo_vision = VisionFeatures(backbone, decoder if names else backbone)
     for name in names:
-        setattr(backbone, name, types.MethodType(_kept(getattr(type(backbone), name)), backbone))
+        method = getattr(type(backbone), name)
+        method = take_video_list(method) if name == "get_video_features" else method
+        setattr(backbone, name, types.MethodType(_kept(method), backbone))
     return backbone._trl_vpo_vision

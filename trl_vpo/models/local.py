@@ -17,7 +17,7 @@ from trl_vpo.data.chat import stop_token
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import Row, place_media
 from trl_vpo.errors import ModelError, RowError
-from trl_vpo.forward.families import merge_media, stackable
+from trl_vpo.forward.families import merge_media
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.models.requests import Answer, AnsweringModel, Request, Sampling
 from trl_vpo.text.responses import Failure, opens_thoughts, unusable, without_reasoning
@@ -203,7 +203,7 @@ class LocalModel(AnsweringModel):
     def in_batches(self, trees: Mapping[Key, Tree], run: Callable[[list[Key]], list[Result]]) -> dict[Key, Result]:
         """Return what `run` gives for each tree. It gets the keys of as many as `batch_size` and memory allow."""
         results: dict[Key, Result] = {}
-        for group in stackable([tree.trunks[0].media for tree in trees.values()]):
+        for group in _stackable([tree.trunks[0].media for tree in trees.values()]):
             keys = [list(trees)[i] for i in group]
             while keys:
                 batch = keys[: self.batch_size]
@@ -248,6 +248,22 @@ class LocalModel(AnsweringModel):
             return self.encode(row)
         row.chosen = [{"role": "assistant", "content": [{"type": "text", "text": response}]}]
         return self.encode(row, ("chosen",))
+
+
+def _stackable(media: list[dict[str, Tensor]]) -> list[list[int]]:
+    """Group trunks whose media fit into one model call; trunks without videos go with the first group.
+
+    Families that take videos as (N, frames, C, H, W) need them in one shape.
+    """
+    shapes: dict[tuple | None, list[int]] = {}
+    for trunk, tensors in enumerate(media):
+        video = tensors.get("pixel_values_videos")
+        shape = tuple(video.shape[1:]) if video is not None and video.dim() == 5 else None
+        shapes.setdefault(shape, []).append(trunk)
+    rest = shapes.pop(None, [])
+    groups = list(shapes.values()) or [[]]
+    groups[0] = sorted(groups[0] + rest)
+    return groups
 
 
 def _left_padded(trunks: list[Trunk], pad_token_id: int) -> dict[str, Tensor]:

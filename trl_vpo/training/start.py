@@ -10,7 +10,11 @@ from torch import nn
 
 from trl_vpo.media.budget import video_budget
 
-LAYOUTS = {"auto": "auto: shared if both layouts agree on the first batch", "shared": "shared", "separate": "separate"}
+LAYOUTS = {
+    None: "{}, one row without padding if that agrees with padded rows on the first batch",
+    True: "{}, one row without padding",
+    False: "{}, padded rows",
+}
 
 
 def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[str, str]:
@@ -27,7 +31,7 @@ def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[st
         "rows": _rows(trainer, given),
         "trained": f"{trained:,} of {every:,} parameters ({trained / max(every, 1):.2%})",
         "batch": "{} = {} per device x {} accumulated x {} {}".format(math.prod(sizes), *sizes, processes),
-        "layout": LAYOUTS[trainer.scorer.layout],
+        "layout": LAYOUTS[trainer.scorer.packs].format(trainer.scorer.layout),
         "media": describe_media(
             args, trainer.processing_class, trainer.train_dataset.column_names, trainer.needs_image_list
         ),
