@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from gpu_checks import models
-from gpu_checks.trainers import free, lora, make_trainer, preference_row, synchronize, table
+from gpu_checks.trainers import attention_kernels, free, lora, make_trainer, preference_row, synchronize, table
 
 LIMITS = {"logps_error": 1e-5, "gradient_error": 1e-5}  # float32
 ROUNDING = 1.5  # times the error of the branches alone in bfloat16
@@ -128,17 +128,3 @@ def errors(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> dict[str,
     logps, gradients = (float((a - b).norm() / b.norm()) for a, b in zip(got, want))
     nats = float((got[0] - want[0]).abs().max())
     return {"logps_error": logps, "gradient_error": gradients, "logps_nats": nats}
-
-
-def attention_kernels(call: Any) -> list[str] | None:
-    """Return the names of the attention kernels that a call runs on the GPU; None where the profiler cannot tell."""
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            torch.cuda.synchronize()
-        names = {event.key for event in profile.key_averages()}
-    except Exception as error:  # CUPTI is missing, or not allowed
-        print(f"profiler: {type(error).__name__}: {error}")
-        return None
-    wanted = ("flash", "fmha", "attention", "softmax", "cudnn")
-    return sorted({name[:60] for name in names if any(word in name.lower() for word in wanted)})

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_checks import models
 from gpu_checks.trainers import (
+    attention_kernels,
     free,
     held_mib,
     make_trainer,
@@ -101,6 +102,8 @@ def run(cell: dict, options: Any) -> list[dict]:
     tensors = [*policy.parameters(), *policy.buffers(), *(x for x in held if isinstance(x, torch.Tensor))]
     row["peak_mib"] = peak_mib(step, device, tensors) - before
     row["activations_mib"] = row["peak_mib"] - sum(p.nbytes for p in policy.parameters()) / MIB
+    if device == "cuda" and cell["prompts"] == [4096]:
+        row["kernels"] = attention_kernels(step)
     return [row | ({"left_over_mib": before} if before > 1 else {})]
 
 

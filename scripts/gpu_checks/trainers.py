@@ -163,3 +163,17 @@ def peak_mib(run: Callable[[], Any], device: str, tensors: Any = ()) -> float:
     with LiveBytes(tensors) as live:
         run()
     return live.peak / MIB
+
+
+def attention_kernels(call: Any) -> list[str] | None:
+    """Return the names of the attention kernels that a call runs on the GPU; None where the profiler cannot tell."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        names = {event.key for event in profile.key_averages()}
+    except Exception as error:  # CUPTI is missing, or not allowed
+        print(f"profiler: {type(error).__name__}: {error}")
+        return None
+    wanted = ("flash", "fmha", "attention", "softmax", "cudnn")
+    return sorted({name[:60] for name in names if any(word in name.lower() for word in wanted)})
