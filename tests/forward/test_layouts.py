@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from trl_standins import text_standin
 from vlm_standins import VISION_MODELS
 
+from trl_vpo.forward import attention
 from trl_vpo.forward.attention import Segments, segment_attention, use_segments
 
 
@@ -122,15 +123,17 @@ def test_both_layouts_give_the_same_step(name, kind, target, media, tmp_path):
     assert_same_step(step(trainer_of("rrpo", "shared", tmp_path, data, name, target)), want)
 
 
+SPANS = [(0, 7, 0, 0), (7, 11, 0, 4), (11, 17, 11, 11), (17, 20, 11, 13), (20, 23, 20, 20), (23, 25, 20, 20)]
+
+
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
 @pytest.mark.parametrize("queries", [256, 3, 1])
 def test_segments_are_attention_under_a_dense_mask(queries, window, monkeypatch):
     """Trunks of 5, 3 and 1 tokens (the last of each is in the branches); grouped heads; values of another size."""
     monkeypatch.setattr("trl_vpo.forward.attention.QUERIES", queries)
-    spans = [(0, 7, 0, 0), (7, 11, 0, 4), (11, 17, 11, 11), (17, 20, 11, 13), (20, 23, 20, 20), (23, 25, 20, 20)]
-    segments, length = Segments.of(spans), 25
+    segments, length = Segments.of(SPANS), 25
     dense = torch.zeros(length, length, dtype=torch.bool)
-    for begin, end, prefix_begin, prefix_end in spans:
+    for begin, end, prefix_begin, prefix_end in SPANS:
         keys = [*range(prefix_begin, prefix_end), *range(begin, end)]
         for q in range(begin, end):
             seen = keys[: keys.index(q) + 1]
@@ -146,6 +149,45 @@ def test_segments_are_attention_under_a_dense_mask(queries, window, monkeypatch)
     grads = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (got, want)]
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
+
+
+def varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """(L, H, D), (K, H, D) twice -> (L, H, D); windows are aligned at the bottom right, as in FlashAttention."""
+    assert cu_seq_q is not cu_seq_k and window_size[1] == 0 and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
+    parts = []
+    for q, k, v in zip(*(x.tensor_split(c[1:-1]) for x, c in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k)))):
+        place = torch.arange(len(k) - len(q), len(k)).unsqueeze(1)
+        seen = torch.arange(len(k)) <= place
+        if window_size[0] >= 0:
+            seen &= torch.arange(len(k)) >= place - window_size[0]
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def varlen_of_torch_2_12(query, key, value, *args, enable_gqa=False, **kwargs):
+    assert enable_gqa and key.size(1) < query.size(1)
+    repeated = (x.repeat_interleave(query.size(1) // key.size(1), 1) for x in (key, value))
+    return varlen_of_torch_2_11(query, *repeated, *args, **kwargs)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kernel", [varlen_of_torch_2_11, varlen_of_torch_2_12])
+def test_the_variable_length_call(kernel, window, monkeypatch):
+    """What CUDA would be given; here plain functions with the kernel's signatures stand in for it."""
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_grouped_heads", attention._grouped_heads.__wrapped__)
+    segments = Segments.of(SPANS)
+    torch.manual_seed(0)
+    sizes = {"dtype": torch.float64, "requires_grad": True}
+    query, key, value = (torch.randn(1, heads, 25, 8, **sizes) for heads in (4, 2, 2))
+    got = attention._varlen(torch.nn.Module(), query, key, value, segments, 0.5, window)
+    want = attention._sdpa(query, key, value, segments, 0.5, 0.0, window)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(got)
+    grads = [torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (got, want)]
+    torch.testing.assert_close(*grads)
 
 
 def test_a_packed_row_has_no_padding_and_no_mask(media, tmp_path):

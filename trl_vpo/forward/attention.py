@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,13 +49,11 @@ class Segments:
         spans: S tuples (begin, end, prefix_begin, prefix_end) of columns, on the host. A segment's queries are
             `begin:end`, its keys those of the prefix and the queries' own. The first branch of a trunk takes the trunk
             along, which lies before it, and has no prefix.
-        kv_index: (K,) int64, the column of each key, segment after segment.
-        cu_q, cu_k: (S + 1,) int32, where segments begin in the row and in `kv_index`.
+        cu_q, cu_k: (S + 1,) int32, where segments begin among all queries, and among the keys of all segments.
         max_q, max_k: the most queries and keys of a segment.
     """
 
     spans: list[tuple[int, int, int, int]]
-    kv_index: Tensor
     cu_q: Tensor
     cu_k: Tensor
     max_q: int
@@ -63,16 +62,30 @@ class Segments:
     @classmethod
     def of(cls, spans: list[tuple[int, int, int, int]], device: torch.device | str = "cpu") -> "Segments":
         """Return the segments of some spans, which cover the row in order."""
-        keys = [torch.cat([torch.arange(*span[2:]), torch.arange(*span[:2])]) for span in spans]
         queries = [end - begin for begin, end, *_ in spans]
+        keys = [end - begin + prefix_end - prefix_begin for begin, end, prefix_begin, prefix_end in spans]
         # Two tensors, although they may be equal: torch hands self-attention to cuDNN where they are one.
-        cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (queries, [len(k) for k in keys]))
-        return cls(spans, torch.cat(keys).to(device), cu_q, cu_k, max(queries), max(map(len, keys)))
+        cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (queries, keys))
+        return cls(spans, cu_q, cu_k, max(queries), max(keys))
 
     def to(self, device: Any, **options: Any) -> "Segments":
         """Move the tensors: accelerate does so with each argument of a layer, in models split over devices."""
-        moved = {name: getattr(self, name).to(device, **options) for name in ("kv_index", "cu_q", "cu_k")}
-        return replace(self, **moved)
+        return replace(self, cu_q=self.cu_q.to(device, **options), cu_k=self.cu_k.to(device, **options))
+
+    def keys(self, states: Tensor, dim: int) -> list[list[Tensor]]:
+        """Return the keys (or values) of each segment in one or two pieces, out of those of the row.
+
+        Views, whose gradients are added in a fixed order; `index_select` would add 16-bit numbers in any.
+        """
+        pieces, first = [], states
+        for own, span in zip(states.split([end - begin for begin, end, *_ in self.spans], dim), self.spans):
+            prefix = span[3] - span[2]
+            if prefix:
+                pieces.append([first.narrow(dim, 0, prefix), own])
+            else:
+                pieces.append([own])
+                first = own  # a branch with its trunk: those after it begin with the same keys
+        return pieces
 
 
 class PackedCall:
@@ -140,7 +153,7 @@ def _window(module: nn.Module, given: int | None) -> int | None:
 @torch.compiler.disable
 def _flash(plain, module, query, key, value, segments: Segments, **kwargs):
     """Call FlashAttention through transformers, with its casts and options."""
-    key, value = (states.index_select(2, segments.kv_index) for states in (key, value))
+    key, value = (torch.cat([*chain(*segments.keys(states, 2))], dim=2) for states in (key, value))
     where = {"cu_seq_lens_q": segments.cu_q, "cu_seq_lens_k": segments.cu_k}
     longest = {"max_length_q": segments.max_q, "max_length_k": segments.max_k}
     return plain(module, query, key, value, None, **kwargs, **where, **longest)
@@ -184,7 +197,9 @@ def _varlen_takes(module: nn.Module, query: Tensor, value: Tensor, dropout: floa
     """Tell whether torch's kernel runs here (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp)."""
     if not (query.is_cuda and _varlen_runs_on(query.device.index) and torch.backends.cuda.flash_sdp_enabled()):
         return False
-    sizes_fit = query.size(-1) == value.size(-1) and query.size(-1) % 8 == 0 and query.size(-1) <= 256
+    size = query.size(-1)
+    largest = 256 if torch.cuda.get_device_capability(query.device)[1] == 0 else 192  # sm_86, 89: of the backward pass
+    sizes_fit = size == value.size(-1) and size % 8 == 0 and size <= largest
     return sizes_fit and not dropout and _dtype(module, query) in (torch.float16, torch.bfloat16)
 
 
@@ -201,13 +216,16 @@ def _grouped_heads() -> bool:
 
 def _dtype(module: nn.Module, query: Tensor) -> torch.dtype:
     """Return the dtype to compute in. Rotary embeddings leave queries in float32 under autocast."""
-    return get_target_dtype(query, module) or query.dtype
+    try:
+        return get_target_dtype(query, module) or query.dtype
+    except StopIteration:  # it looks for a linear layer, and not every attention has one
+        return query.dtype
 
 
 def _varlen(module, query, key, value, segments: Segments, scaling, window) -> Tensor:
     dtype, groups = _dtype(module, query), query.size(1) // key.size(1)
     query, key, value = (states.transpose(1, 2)[0].to(dtype) for states in (query, key, value))  # (L, H, D)
-    key, value = (states.index_select(0, segments.kv_index) for states in (key, value))  # (K, G, D)
+    key, value = (torch.cat([*chain(*segments.keys(states, 0))]) for states in (key, value))  # (K, G, D)
     options = {"enable_gqa": True} if _grouped_heads() and groups > 1 else {}
     if groups > 1 and not options:
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
@@ -227,18 +245,15 @@ def _sdpa(query, key, value, segments: Segments, scaling, dropout, window) -> Te
         attend = functools.partial(attend, enable_gqa=groups > 1)
     elif groups > 1:
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    lengths = [end - begin for begin, end, *_ in segments.spans]
-    parts, first = [], ()
-    for queries, *own, span in zip(*(states.split(lengths, dim=2) for states in (query, key, value)), segments.spans):
-        prefix = span[3] - span[2]
-        if prefix:
-            keys = [torch.cat([states[:, :, :prefix], rest], dim=2) for states, rest in zip(first, own)]
+    all_queries = query.split([end - begin for begin, end, *_ in segments.spans], dim=2)
+    parts = []
+    for queries, keys, values in zip(all_queries, segments.keys(key, 2), segments.keys(value, 2)):
+        whole = len(keys) == 1 and not (window and queries.size(2) > window)
+        keys, values = (torch.cat(x, dim=2) if len(x) > 1 else x[0] for x in (keys, values))
+        if whole:
+            parts.append(attend(queries, keys, values, is_causal=True))
         else:
-            keys = first = own  # a branch with its trunk: those after it begin with the same keys
-        if prefix or (window and queries.size(2) > window):
-            parts += _masked(attend, queries, *keys, window)
-        else:
-            parts.append(attend(queries, *keys, is_causal=True))
+            parts += _masked(attend, queries, keys, values, window)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
