@@ -156,7 +156,9 @@ def varlen_of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
     assert cu_seq_q is not cu_seq_k and window_size[1] == 0 and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (max_q, max_k) == (cu_seq_q.diff().max(), cu_seq_k.diff().max())
     parts = []
-    for q, k, v in zip(*(x.tensor_split(c[1:-1]) for x, c in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k)))):
+    for q, k, v in zip(
+        *(x.tensor_split(c[1:-1].tolist()) for x, c in ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k)))
+    ):
         place = torch.arange(len(k) - len(q), len(k)).unsqueeze(1)
         seen = torch.arange(len(k)) <= place
         if window_size[0] >= 0:
