@@ -68,6 +68,7 @@ def settings(method: str, device: str, **options: Any) -> Any:
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "bf16": device == "cuda",
         "use_cpu": device == "cpu",
+        "train_sampling_strategy": "sequential",  # rows are compared
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": "none",
