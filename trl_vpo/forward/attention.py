@@ -131,6 +131,7 @@ def use_segments(model: PreTrainedModel) -> None:
             return _flash(plain, module, query, key, value, segments, **kwargs)
         return segment_attention(module, query, key, value, segments, **kwargs), None
 
+    attention.__dict__ |= vars(plain) if plain else {}  # the marks of other wrappers
     attention.reads_segments = True
     ALL_ATTENTION_FUNCTIONS[name] = attention
 

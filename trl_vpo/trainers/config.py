@@ -20,7 +20,7 @@ REFUSED = {
     "f_alpha_divergence_coef": "the methods are defined for the reverse KL only",
     "use_weighting": "WPO weighting is not implemented here",
     "discopop_tau": "it belongs to a loss type that is not implemented here",
-    "padding_free": "visual inputs are padded; a branch of the batch is a sequence of its own",
+    "padding_free": "rows are packed without padding wherever the model can; it is not an option",
     "truncation_mode": "sequences are never truncated: cutting one may cut its video or its response",
     "label_smoothing_factor": "it belongs to a cross-entropy; the smoothing of preferences is `label_smoothing`",
     "include_num_input_tokens_seen": "every log line has `num_tokens`",
@@ -55,8 +55,8 @@ class VisualPreferenceConfig(DPOConfig):
     )
     layout: str = option(
         "auto",
-        "Share one copy of the prompt between the responses of a pair. `auto` does if the model allows it and both "
-        "layouts agree on the first batch; otherwise the log says why not.",
+        "Share one copy of the prompt between the responses of a pair. `auto` does if the model can be packed, which "
+        "the first batch proves; otherwise the log says why not.",
         choices=["auto", "shared", "separate"],
     )
     vision_learning_rate: float | None = option(
