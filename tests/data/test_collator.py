@@ -1,5 +1,7 @@
 """Rows -> tree batch, against literal tokens and against the processor's own output."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import build, text_model, tokenizer
@@ -139,7 +141,8 @@ def test_padded_rows_read_as_prompt_then_response(qwen, clip):
     batch = PreferenceCollator(qwen, video=EIGHT)(
         [row("video", [clip]), row(None, chosen="yes", rejected="no, never")]
     )
-    layout = padded(batch, pad_token_id=qwen.tokenizer.pad_token_id, pad_to_multiple_of=32)
+    backbone = SimpleNamespace(config=None)
+    layout = padded(batch, backbone, pad_token_id=qwen.tokenizer.pad_token_id, pad_to_multiple_of=32)
     ids, mask = layout.inputs["input_ids"], layout.inputs["attention_mask"]
     assert ids.size(1) % 32 == 0
     for s, (trunk, branch) in enumerate(zip(batch["branch_trunk"], batch["branch_ids"])):

@@ -4,14 +4,16 @@ import logging
 
 import pytest
 import torch
-from families import KINDS, build
+from families import FAMILIES, build
 from helpers import row
 from peft import LoraConfig
 from step_kit import assert_same_gradients
+from torch.utils._pytree import tree_leaves
 from trainer_kit import collated, draw_lora, trainable, trainer_of
 from transformers import LlavaModel
 
-from trl_vpo.forward.families import merge_media, part_of
+from trl_vpo.forward import layouts
+from trl_vpo.forward.families import VISION_INPUTS, merge_media, part_of
 from trl_vpo.forward.vision import VisionFeatures
 from trl_vpo.models.adapters import target_modules
 
@@ -25,14 +27,17 @@ def make(name, kind, media, folder, method="rrpo", target=None, saved=None, **mo
     """A trainer that trains the projector too, and whose policy is not its reference."""
     model, processor = build(name)
     targets = target or target_modules(model, "language" if saved else "language+projector")
-    config = LoraConfig(r=4, target_modules=targets, modules_to_save=saved)
-    data = [row(kind, [media[kind][0]]), row(kind, [media[kind][1]], "a square.", "two circles are here."), row(None)]
+    config = LoraConfig(r=4, target_modules=targets, modules_to_save=saved) if target != "full" else None
+    own = {"critical_box": [4, 8, 30, 40]} if kind == "list" else {}
+    kind = "image" if kind == "list" else kind
+    second = row(kind, [media[kind][1]], "a square.", "two circles are here.", **own)
+    data = [row(kind, [media[kind][0]], **own), second, *([] if own else [row(None)])]
     more = {"num_frames": 6, "peft": None, "peft_config": config, "layout": "shared", **more}
     trainer = trainer_of(method, folder, data, model=model, processor=processor, **more)
     draw_lora(trainer.model, std=0.05)
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
-            if "modules_to_save" in name:
+            if "modules_to_save" in name or target == "full":
                 weight.add_(0.05)
     trainer.model.train()
     if trainer.args.gradient_checkpointing:  # as `train` does
@@ -42,7 +47,7 @@ def make(name, kind, media, folder, method="rrpo", target=None, saved=None, **mo
 
 def watch(trainer):
     """A list for each layer of the tower: whether autograd was on, at each of its runs."""
-    modules = {f"{name}.": module for name, module in trainer.model.get_base_model().named_modules()}
+    modules = {f"{name}.": module for name, module in trainer._bare(trainer.model).named_modules()}
     runs = []
     for name, module in modules.items():
         if part_of(name) == "vision" and name[-2:-1].isdigit() and list(module.parameters()):
@@ -53,10 +58,10 @@ def watch(trainer):
     return runs
 
 
-def step(trainer):
+def step(trainer, batch=None):
     """Log-probs, gradients, and the runs of the tower's layers."""
     runs = watch(trainer)
-    loss, scores = trainer.compute_loss(trainer.model, collated(trainer), return_outputs=True)
+    loss, scores = trainer.compute_loss(trainer.model, batch or collated(trainer), return_outputs=True)
     loss.backward()
     grads = {name: p.grad for name, p in trainable(trainer.model).items() if p.grad is not None}
     return scores.logps.detach(), grads, runs
@@ -71,7 +76,7 @@ def compute_all(monkeypatch):
     monkeypatch.setattr(VisionFeatures, "features", lambda self, name, compute: compute())
 
 
-PROJECTORS = [(name, kind, "not reentrant", {}) for name, kind in KINDS] + [
+PROJECTORS = [(name, "image", "not reentrant", {}) for name in FAMILIES] + [
     ("LLaVA-OneVision", "video", "reentrant", {}),
     ("Qwen3-VL", "video", "reentrant", {}),
     ("Qwen3-VL", "image", "not reentrant", {"saved": ["merger"]}),
@@ -129,6 +134,33 @@ def test_features_that_pass_the_projector_by(media, tmp_path, monkeypatch, caplo
     assert "goes past the modules that train" in caplog.text and all(len(runs) == 2 for runs in got[2])
     compute_all(monkeypatch)
     assert_same_step(got, step(make("LLaVA-1.5", "image", media, tmp_path)))
+
+
+SEPARATE = [("Qwen3-VL", "video", False), ("LLaVA-OneVision", "video", False), ("Idefics2", "image", False)]
+SEPARATE += [("LLaVA-NeXT-Video", "video", True), ("SmolVLM", "video", True), ("InternVL", "image", True)]
+SEPARATE += [("Qwen2.5-VL", "image", True), ("LLaVA-OneVision", "video", True), ("Qwen3-VL", "list", True)]
+
+
+@pytest.mark.parametrize(("name", "kind", "packs"), SEPARATE)
+def test_branches_share_the_features_of_their_trunk(name, kind, packs, media, tmp_path, monkeypatch):
+    """Each response has a prompt of its own, but not its media; everything trains. The twin repeats the media. In full
+    fine-tuning, the reference is a model of its own."""
+    more = {"target": target_modules(build(name)[0], "all") if packs else "full", "layout": "separate"}
+    steps, pixels = [], []
+    for twin in (False, True):
+        if twin:
+            monkeypatch.setattr(layouts, "placeholders", lambda *_: None)
+        trainer = make(name, kind, media, tmp_path, "lpoi" if kind == "list" else "dpo", **more)
+        trainer.scorer.packs = packs
+        batch = collated(trainer)
+        steps.append(step(trainer, batch))
+        call = batch["layout"][1]
+        assert (call.segments is not None) == packs and (call.copies is None) == twin
+        values = [call.inputs[name] for name in VISION_INPUTS if name in call.inputs]
+        pixels.append(sum(int((x != 0).sum()) for x in tree_leaves(values)))
+    assert pixels[1] >= 1.2 * pixels[0] > 0
+    assert_same_step(*steps)
+    assert any(part_of(name) == "vision" and grad.any() for name, grad in steps[0][1].items())
 
 
 def test_a_tensor_alone_is_not_copied():

@@ -52,7 +52,8 @@ def workload_of(trees: list[Tree], recipe: LoadedRecipe) -> Workload:
     if padded_layout_reason(recipe.base) is None:
         layout = packed(batch, recipe.base.base_model, shared=args.layout != "separate")
     else:
-        layout = padded(batch, pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=multiple)
+        padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
+        layout = padded(batch, recipe.base.base_model, **padding)
     masks = not str(recipe.model_args.attn_implementation).startswith("flash")  # which takes lengths instead
     compared = batch["chosen"] if recipe.trainer_class.needs_kl else batch["chosen"][:0]
     media_ids = torch.tensor(sorted(recipe.media_tokens), dtype=torch.long)

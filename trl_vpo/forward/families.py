@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 VISION_INPUTS = {"pixel_values": "image", "pixel_values_videos": "video"}  # each takes one pass of the vision tower
@@ -45,6 +45,19 @@ def part_of(name: str) -> str:
 def vision_inputs(media: list[dict[str, Tensor]]) -> list[str]:
     """Return which inputs of the vision tower the media of some trunks make."""
     return [name for name in VISION_INPUTS if any(name in tensors for tensors in media)]
+
+
+def placeholders(batch: dict, backbone: nn.Module) -> dict[str, list[int]] | None:
+    """Return how many features each trunk of a batch takes, by the method that computes them; None: not known."""
+    counts = {}
+    for method, (name, kind) in zip(FEATURE_METHODS, VISION_INPUTS.items()):
+        if any(name in tensors for tensors in batch["media"]):
+            ids = [getattr(backbone.config, f"{kind}_token_{end}", None) for end in ("id", "index")]
+            token = next((i for i in ids if i is not None), None)
+            if token is None or not hasattr(backbone, method):
+                return None
+            counts[method] = ((batch["trunk_ids"] == token) & batch["trunk_mask"]).sum(-1).tolist()
+    return counts
 
 
 def merge_media(items: list[dict[str, Tensor]], only: tuple[str, ...] | None = None) -> dict[str, Tensor]:

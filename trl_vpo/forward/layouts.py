@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trl_vpo.forward.attention import Segments
-from trl_vpo.forward.families import merge_media
+from trl_vpo.forward.families import merge_media, placeholders
+from trl_vpo.forward.vision import Copies
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Layout:
     labels: Tensor  # (S, T) response tokens
     tokens: int  # how many the call computes, padding not counted
     segments: Segments | None = None  # the attention of a packed row
+    copies: Copies | None = None  # sequences that read the same media
 
 
 def packed(batch: dict, backbone: nn.Module, *, shared: bool) -> Layout:
@@ -55,13 +57,13 @@ def packed(batch: dict, backbone: nn.Module, *, shared: bool) -> Layout:
     device = batch["trunk_ids"].device
     source, trunk, place = torch.cat(columns, dim=1).to(device)  # (L,) each
     inputs = tokens.inputs(source.unsqueeze(0))
-    inputs["position_ids"] = _positions(batch, backbone, trunk, place)
+    inputs["position_ids"] = _positions(batch, backbone, trunk.unsqueeze(0), place.unsqueeze(0))
     # Four dimensions: the model passes it on and builds none. Empty: attention that does not get its segments fails,
     # where a mask that fits, or none, would let branches see each other without a word.
     inputs["attention_mask"] = torch.zeros(1, 1, 0, 0, dtype=torch.bool, device=device)
-    inputs |= merge_media([batch["media"][t] for t, _ in groups])
-    layout = _layout(batch, inputs, order, [0] * len(order), starts, spans[-1][1])
-    layout.segments = Segments.of(spans, device)
+    media, copies = _media(batch, backbone, [t for t, _ in groups])
+    layout = _layout(batch, inputs | media, order, [0] * len(order), starts, spans[-1][1])
+    layout.segments, layout.copies = Segments.of(spans, device), copies
     return layout
 
 
@@ -77,7 +79,7 @@ def spans_of(trunks: list[tuple[int, list[int]]]) -> list[tuple[int, int, int, i
     return spans
 
 
-def padded(batch: dict, *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> Layout:
+def padded(batch: dict, backbone: nn.Module, *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> Layout:
     """Every branch behind its own copy of its trunk: S rows of prompt and response, padded on the right."""
     tokens, owners = _Tokens(batch), batch["branch_trunk"].tolist()
     rows = [torch.cat([tokens.trunk(t), tokens.branch(s, t)], dim=1) for s, t in enumerate(owners)]
@@ -85,18 +87,30 @@ def padded(batch: dict, *, pad_token_id: int, pad_to_multiple_of: int | None = N
     length = -(-length // multiple) * multiple
     fill = torch.tensor([[tokens.padding], [0], [0]])
     columns = torch.stack([torch.cat([r, fill.expand(3, length - r.size(1))], dim=1) for r in rows], dim=1)
-    source = columns[0].to(batch["trunk_ids"].device)  # (S, L)
+    source, trunk, place = columns.to(batch["trunk_ids"].device)  # (S, L) each
     inputs = tokens.inputs(source, pad_token_id) | {"attention_mask": (source != tokens.padding).long()}
-    inputs |= merge_media([batch["media"][t] for t in owners])
+    if hasattr(backbone, "get_rope_index"):  # the model would look for the grids of every row
+        inputs["position_ids"] = _positions(batch, backbone, trunk, place)
+    media, copies = _media(batch, backbone, owners)
     starts = [tokens.prompts[t] - 1 for t in owners]
     branches = list(range(len(owners)))
-    return _layout(batch, inputs, branches, branches, starts, sum(row.size(1) for row in rows))
+    layout = _layout(batch, inputs | media, branches, branches, starts, sum(row.size(1) for row in rows))
+    layout.copies = copies
+    return layout
+
+
+def _media(batch: dict, backbone: nn.Module, trunks: list[int]) -> tuple[dict, Copies | None]:
+    """Return the media of the sequences of a call, which read those of `trunks`: each trunk's once, if it can be."""
+    counts = None if len(set(trunks)) == len(trunks) else placeholders(batch, backbone)
+    if counts is None:
+        return merge_media([batch["media"][t] for t in trunks]), None
+    return merge_media(batch["media"]), Copies(trunks, counts)
 
 
 def _positions(batch: dict, backbone: nn.Module, trunk: Tensor, place: Tensor) -> Tensor:
-    """Return position ids, (1, L), or (3, 1, L) for M-RoPE, of columns at a place (L,) behind the begin of a trunk."""
+    """Return position ids, (R, L), or (3, R, L) for M-RoPE, of columns at places (R, L) behind the begin of trunks."""
     if not hasattr(backbone, "get_rope_index"):
-        return place.unsqueeze(0)
+        return place
     # One token of text behind each prompt stands for its responses, which count on from there.
     prompts = batch["trunk_mask"].sum(-1)  # (R,)
     inputs = {"input_ids": batch["trunk_ids"], "attention_mask": batch["trunk_mask"].long(), **batch["trunk_types"]}
@@ -106,7 +120,7 @@ def _positions(batch: dict, backbone: nn.Module, trunk: Tensor, place: Tensor) -
     inputs |= merge_media(batch["media"], wanted)
     table, _ = backbone.get_rope_index(**{k: v for k, v in inputs.items() if k in wanted})  # (3, R, P + 1)
     end = prompts[trunk]
-    return (table[:, trunk, place.minimum(end)] + (place - end).clamp(min=0)).unsqueeze(1)
+    return table[:, trunk, place.minimum(end)] + (place - end).clamp(min=0)
 
 
 class _Tokens:

@@ -75,6 +75,7 @@ class Scorer:
             layout.mask,
             layout.labels,
             layout.segments,
+            layout.copies,
             ref_hidden=None if reference is None else reference.hidden,
             ref_head=None if reference is None else reference.head,
             kl_rows=torch.isin(layout.branches, batch["chosen"]),
@@ -98,7 +99,7 @@ class Scorer:
             if self.packs:
                 layout = packed(rows, self._backbone, shared=self.layout == "shared")
             else:
-                layout = padded(rows, **self._padding)
+                layout = padded(rows, self._backbone, **self._padding)
             batch["layout"] = (kind, layout)
         return batch["layout"][1]
 

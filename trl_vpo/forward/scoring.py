@@ -20,6 +20,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from trl_vpo.forward.attention import Segments
 from trl_vpo.forward.head import Head, check_head, lm_head
 from trl_vpo.forward.kl import partly_differentiable_kl
+from trl_vpo.forward.vision import Copies, vision_features
 
 VOCAB_CHUNK = 32768
 
@@ -33,6 +34,7 @@ class ScoreRequest:
     mask: Tensor  # (R, T) true on real tokens
     labels: Tensor  # (R, T) the tokens
     segments: Segments | None = None  # the attention of a packed row; None: padded rows
+    copies: Copies | None = None  # sequences that read the same media; None: each has its own
     ref_hidden: Tensor | None = None  # (N, H) the reference's hidden states at the same places; gives the KL
     ref_head: Head | None = None  # the reference's LM head; None: the model's own
     kl_rows: Tensor | None = None  # (R,) rows whose KL needs gradients; the others' is a metric
@@ -97,6 +99,8 @@ def attach_scoring(model: PreTrainedModel) -> None:
     if getattr(model, "_trl_vpo_scoring", False):
         return
     lm_head(model)  # refuses what is not supported
+    if not hasattr(model.base_model, "_trl_vpo_vision"):
+        vision_features(model.base_model)
     model._trl_vpo_plain = model.forward  # on the model: a deep copy then has its own
 
     @functools.wraps(type(model).forward)  # `generate` validates its arguments against the signature
@@ -106,7 +110,8 @@ def attach_scoring(model: PreTrainedModel) -> None:
         kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
         packed = getattr(self, "_trl_vpo_packed", None)  # of models that know packed rows
         # Both are looked up at each call: FSDP and PEFT replace modules after this patch.
-        with packed.during(score.segments) if packed else contextlib.nullcontext():
+        vision = self.base_model._trl_vpo_vision
+        with packed.during(score.segments) if packed else contextlib.nullcontext(), vision.repeated(score.copies):
             hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state  # (R, L, H)
         return _score(hidden, lm_head(self), score)
 

@@ -36,6 +36,36 @@ BESIDE = ("last_hidden_state", "hidden_states", "attentions")  # what stands bes
 
 
 @dataclass
+class Copies:
+    """Sequences of a call that read the media of the same trunks.
+
+    Attributes:
+        trunks: for each sequence of the call, the trunk whose media it reads.
+        counts: features of each trunk, by the method that computes them.
+    """
+
+    trunks: list[int]
+    counts: dict[str, list[int]]
+
+    def of(self, method: str, value: Any) -> Any:
+        """Return a method's result with the features of each sequence in place of those of each trunk."""
+
+        def repeat(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor | list[Tensor]:
+            parts = [features] if isinstance(features, Tensor) else features
+            flat = torch.cat([x.flatten(0, -2) for x in parts])  # (features of all trunks, H)
+            of_trunk = flat.split(self.counts[method])
+            repeated = torch.cat([of_trunk[trunk] for trunk in self.trunks])
+            repeated = repeated.view(*(1,) * (parts[0].dim() - 2), *repeated.shape)  # some models flatten it again
+            return repeated if isinstance(features, Tensor) else [repeated]
+
+        if not isinstance(value, ModelOutput):
+            return repeat(value)
+        deep = value.get("deepstack_features")
+        more = {} if deep is None else {"deepstack_features": [repeat(layer) for layer in deep]}
+        return type(value)(**dict(value) | more | {"pooler_output": repeat(value["pooler_output"])})
+
+
+@dataclass
 class Kept:
     """How tower and projector are divided, and what the reference pass left, in the order of its calls.
 
@@ -68,6 +98,7 @@ class VisionFeatures:
         self._kept = Kept()
         self._mode = "off"
         self._checked: set[str] = set()
+        self._copies: Copies | None = None
 
     @property
     def trained(self) -> bool:
@@ -106,17 +137,32 @@ class VisionFeatures:
         """Neither keep nor use anything."""
         return self._during("off")
 
+    @contextlib.contextmanager
+    def repeated(self, copies: Copies | None) -> Iterator[None]:
+        """Compute each trunk's features once, and give them to each sequence of a call that reads them."""
+        self._copies = copies
+        try:
+            yield
+        finally:
+            self._copies = None
+
     def features(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Return what `compute` returns, or what was kept of it."""
+        """Return what `compute` returns, or what was kept of it; for each sequence, where trunks have several."""
         mode = self._mode
-        if mode == "inside" or (mode == "off" and not torch.is_grad_enabled()):  # inside: one method calls the other
+        if mode == "inside":  # one of the methods calls the other
+            return compute()
+        with self._during("inside"):
+            value = self._once(mode, name, compute)
+        return value if self._copies is None else self._copies.of(name, value)
+
+    def _once(self, mode: str, name: str, compute: Callable[[], Any]) -> Any:
+        if mode == "off" and not torch.is_grad_enabled():
             return compute()
         kept = self._divide() if mode == "off" else self._kept
-        with self._during("inside"):
-            if kept.whole:
-                return _frozen_features(kept, mode, name, compute)
-            with _boundary(kept, mode):
-                value = compute()
+        if kept.whole:
+            return _frozen_features(kept, mode, name, compute)
+        with _boundary(kept, mode):
+            value = compute()
         if mode != "replay" or name in self._checked:
             return value
         self._checked.add(name)
@@ -127,7 +173,7 @@ class VisionFeatures:
             f"{type(self._backbone).__name__}: its frozen vision tower is computed in the reference pass and again in "
             "the policy pass, because something of its output goes past the modules that train."
         )
-        self._kept, self._divide, self._mode = Kept(), Kept, "off"
+        self._kept, self._divide = Kept(), Kept
         return compute()
 
     def _divide(self) -> Kept:
