@@ -11,6 +11,7 @@ from transformers import AutoModel, Exaone4_5_VisionConfig, Glm4vVisionConfig
 from transformers.models.exaone4_5.modeling_exaone4_5 import Exaone4_5_VisionModel
 from transformers.models.qwen2_5_omni import configuration_qwen2_5_omni, modeling_qwen2_5_omni
 
+from trl_vpo.forward import attention
 from trl_vpo.forward.tower import parts_of, use_whole_towers
 
 WINDOWS = {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
@@ -67,6 +68,26 @@ def test_one_call_gives_what_many_gave(name, recomputed, monkeypatch):
 
 def test_one_call_under_autocast(monkeypatch):
     assert_same(tower_of("Qwen2.5-VL"), monkeypatch, CALLS["Qwen2.5-VL"], autocast=True)
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "Exaone 4.5"])
+def test_the_variable_length_kernel_gets_the_windows(name, monkeypatch):
+    """No GPU is here: a loop in the place of torch's kernel says whether it is asked for the right thing."""
+    asked = []
+
+    def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale):
+        assert cu_q is not cu_k and torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32
+        lengths = cu_q.diff().tolist()
+        assert max_q == max_k == max(lengths) and query.shape == key.shape == value.shape
+        asked.append(1)
+        parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)))
+        return torch.cat([F.scaled_dot_product_attention(*x, scale=scale) for x in parts], dim=1).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "varlen_takes", lambda *_: True)
+    tower = tower_of(name)
+    windows = run(copy.deepcopy(tower), monkeypatch)[2]
+    assert assert_same(tower, monkeypatch, windows) == windows and len(asked) == 2
 
 
 def test_eager_attention_is_left_alone(monkeypatch):

@@ -186,7 +186,7 @@ def segment_attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("capped scores and attention sinks need attn_implementation='flash_attention_2' or later.")
-    if _varlen_takes(module, query, value, dropout):
+    if varlen_takes(module, query, value, dropout):
         return _varlen(module, query, key, value, segments, scaling, sliding_window)
     return _sdpa(query, key, value, segments, scaling, dropout, sliding_window)
 
@@ -194,14 +194,14 @@ def segment_attention(
 # --- torch's variable-length kernel ---------------------------------------------------------------------------------
 
 
-def _varlen_takes(module: nn.Module, query: Tensor, value: Tensor, dropout: float) -> bool:
+def varlen_takes(module: nn.Module, query: Tensor, value: Tensor, dropout: float) -> bool:
     """Tell whether torch's kernel runs here (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp)."""
     if not (query.is_cuda and _varlen_runs_on(query.device.index) and torch.backends.cuda.flash_sdp_enabled()):
         return False
     size = query.size(-1)
     largest = 256 if torch.cuda.get_device_capability(query.device)[1] == 0 else 192  # sm_86, 89: of the backward pass
     sizes_fit = size == value.size(-1) and size % 8 == 0 and size <= largest
-    return sizes_fit and not dropout and _dtype(module, query) in (torch.float16, torch.bfloat16)
+    return sizes_fit and not dropout and dtype_of(module, query) in (torch.float16, torch.bfloat16)
 
 
 @functools.cache
@@ -215,7 +215,7 @@ def _grouped_heads() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch >= 2.12
 
 
-def _dtype(module: nn.Module, query: Tensor) -> torch.dtype:
+def dtype_of(module: nn.Module, query: Tensor) -> torch.dtype:
     """Return the dtype to compute in. Rotary embeddings leave queries in float32 under autocast."""
     try:
         return get_target_dtype(query, module) or query.dtype
@@ -224,7 +224,7 @@ def _dtype(module: nn.Module, query: Tensor) -> torch.dtype:
 
 
 def _varlen(module, query, key, value, segments: Segments, scaling, window) -> Tensor:
-    dtype, groups = _dtype(module, query), query.size(1) // key.size(1)
+    dtype, groups = dtype_of(module, query), query.size(1) // key.size(1)
     query, key, value = (states.transpose(1, 2)[0].to(dtype) for states in (query, key, value))  # (L, H, D)
     key, value = (torch.cat([*chain(*segments.keys(states, 0))]) for states in (key, value))  # (K, G, D)
     options = {"enable_gqa": True} if _grouped_heads() and groups > 1 else {}

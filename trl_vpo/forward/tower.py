@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trl_vpo.forward import attention
+
 PARTS = "tower_parts"
 ATTENTION = "sdpa"  # eager attention is for looking at the weights, and FlashAttention takes `cu_seqlens` itself
 SPLIT = "torch.split(tensor, lengths.tolist(), dim=2)"  # the line of an attention module that this replaces
@@ -28,13 +30,14 @@ class Parts:
     """The parts of a sequence of L columns that attend within themselves.
 
     Attributes:
-        bounds: (N + 1,) int32, where they begin and end: the `cu_seqlens` of transformers.
+        bounds: (N + 1,) int32, where they begin and end: the `cu_seqlens` of transformers. Twice, because torch hands
+            attention to cuDNN where queries and keys have one tensor.
         longest: the most columns of a part.
         runs: how many parts of how many columns lie side by side once the columns are in `order`.
         order: (L,) the columns such that parts of one length lie side by side; None: they do.
     """
 
-    bounds: Tensor
+    bounds: tuple[Tensor, Tensor]
     longest: int
     runs: list[tuple[int, int]]
     order: Tensor | None
@@ -50,7 +53,8 @@ def parts_of(bounds: Tensor) -> Parts:
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
         order = torch.cat([torch.arange(ends[i], ends[i + 1]) for i in by_length]).to(bounds.device)
         runs = _runs(sorted(lengths))
-    return Parts(bounds, max(lengths), runs, order)
+    bounds = bounds.int()
+    return Parts((bounds, bounds.clone()), max(lengths), runs, order)
 
 
 def _runs(lengths: list[int]) -> list[tuple[int, int]]:
@@ -94,14 +98,14 @@ def use_whole_towers(model: PreTrainedModel) -> None:
         return
 
     @functools.wraps(plain)
-    def attention(module, query, key, value, attention_mask=None, *args, **kwargs):
+    def reading(module, query, key, value, attention_mask=None, *args, **kwargs):
         parts = kwargs.pop(PARTS, None)
         if parts is None:
             return plain(module, query, key, value, attention_mask, *args, **kwargs)
         return part_attention(plain, module, query, key, value, parts, **kwargs), None
 
-    attention.reads_parts = True
-    ALL_ATTENTION_FUNCTIONS[ATTENTION] = attention
+    reading.reads_parts = True
+    ALL_ATTENTION_FUNCTIONS[ATTENTION] = reading
 
 
 @functools.cache
@@ -127,6 +131,8 @@ def part_attention(
     Returns:
         (B, L, H, D).
     """
+    if len(query) == 1 and attention.varlen_takes(module, query, value, kwargs.get("dropout", 0.0)):
+        return _varlen(module, query, key, value, parts, kwargs.get("scaling"))
     states, outputs, begin = [query, key, value], [], 0
     if parts.order is not None:
         states = [x.index_select(2, parts.order) for x in states]
@@ -138,3 +144,12 @@ def part_attention(
         begin = end
     whole = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
     return whole if parts.order is None else whole.index_select(1, parts.order.argsort())
+
+
+def _varlen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, parts: Parts, scale: float | None) -> Tensor:
+    """Call torch's variable-length kernel once."""
+    groups, dtype = query.size(1) // key.size(1), attention.dtype_of(module, query)
+    query, key, value = (states.transpose(1, 2)[0].to(dtype) for states in (query, key, value))  # (L, H, D)
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    longest = (parts.longest, parts.longest)
+    return attention.varlen_attn(query, key, value, *parts.bounds, *longest, scale=scale).unsqueeze(0)
