@@ -4,6 +4,7 @@ Each function says what upstream does, links where it is discussed, and when it 
 when an upgrade moves what they lean on.
 """
 
+import inspect
 import os
 import types
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from datasets import Dataset, IterableDataset
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler, record
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel, ProcessorMixin
 from trl.trainer import dpo_trainer
 
@@ -78,8 +79,8 @@ def keep_attention(model: PreTrainedModel) -> None:
     """Let `gradient_checkpointing_kwargs` have the key `selective`, as in `trl.SFTTrainer`.
 
     The backward pass then uses what attention computed, and computes the rest of a layer again. `DPOTrainer` hands the
-    key to torch, which refuses it. TRL's `enable_selective_activation_checkpointing` does nothing for a `PeftModel`,
-    and does not know torch's kernel for packed rows. Can go when `DPOTrainer` has the key and both are mended.
+    key to torch, which refuses it. TRL's own function for it does nothing for a `PeftModel`, and does not know torch's
+    kernel for packed rows. Can go when `DPOTrainer` has the key and both are mended.
     """
     model.activation_checkpointing_enable = types.MethodType(_enable_checkpointing, model)
 
@@ -89,6 +90,10 @@ def _enable_checkpointing(self, activation_checkpointing_kwargs: dict | None = N
     if options.pop("selective", False):
         contexts = partial(create_selective_checkpoint_contexts, _saves_attention)
         options |= {"use_reentrant": False, "context_fn": contexts}
+        # To offload what is kept, too, fails: it comes back in other strides, and other operators follow. torch is to
+        # insist on the choice: https://github.com/pytorch/pytorch/issues/191236
+        if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters:
+            options["respect_saved_tensors_hooks"] = False
     type(self).activation_checkpointing_enable(self, options or None, **kwargs)
 
 
