@@ -114,8 +114,8 @@ def test_rows_without_tokens_score_zero_and_stay_connected():
     attach_scoring(model)
     ids, mask = torch.randint(0, 97, (2, 5)), torch.zeros(2, 3).bool()
     nothing = torch.zeros(2, 3).long()
-    reference = torch.zeros(0, 32), lm_head(model), torch.tensor([True, False])
-    request = ScoreRequest(torch.arange(2), nothing, mask, nothing, *reference)
+    reference = {"ref_hidden": torch.zeros(0, 32), "ref_head": lm_head(model), "kl_rows": torch.tensor([True, False])}
+    request = ScoreRequest(torch.arange(2), nothing, mask, nothing, **reference)
     out = model(ids, score=request)
     assert out.logps.abs().sum() == 0 and out.kl.shape == (2, 3)
     (out.logps.sum() + out.kl.sum()).backward()

@@ -36,7 +36,7 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path):
 
     model.get_input_embeddings().register_forward_hook(kill)
     with pytest.raises(Killed):
-        ahead("dpo", tmp_path, model=model, processor=tokenizer, layout="separate")
+        ahead("dpo", tmp_path, model=model, processor=tokenizer, layout="shared")
     assert len(lines(tmp_path / "cache")) == 4  # two batches of two
     trainer = ahead("dpo", tmp_path)
     assert len(lines(tmp_path / "cache")) == 8 and len({e["row"] for e in lines(tmp_path / "cache")}) == 8

@@ -12,7 +12,7 @@ from trl_training import assert_same_as_trl, steps, trainer_on, trains_adapter, 
 
 from trl_vpo.errors import RowError
 
-EXPERTS = ["Qwen3-MoE", "GPT-OSS"]  # those whose configs set a coefficient for the load-balancing loss
+EXPERTS = ["Qwen2-MoE", "Qwen3-MoE", "GPT-OSS"]  # those whose configs set a coefficient for the load-balancing loss
 
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
