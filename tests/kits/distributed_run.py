@@ -32,7 +32,7 @@ import time
 import families
 import torch
 import transformers as T
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from datasets import Dataset
 from helpers import message, row, write_clip, write_image
 from safetensors.torch import load_file
@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 from trainer_kit import METHODS, PAIRS, fresh, lora, shake, trainable, trainer_of
 from transformers import TrainerCallback
 
+from trl_vpo.evaluate.callback import EvaluationCallback
 from trl_vpo.forward.families import part_of
 from trl_vpo.models.load import NOT_QUANTIZED
 
@@ -73,9 +74,22 @@ CASES = {
     "images and clips": {"method": "rrpo", "name": "LLaVA-OneVision", "kind": "both", "num_frames": 4},
     "unlike prompts": {"method": "dpo", "name": "text", "kind": "prompts", "layout": "shared", "scale": 0.3,
                        "peft_config": lora(text=True)},
+    # The two processes compute each row together: they accumulate as often as one.
+    "sp, Qwen2.5": {"method": "rrpo", "name": "Qwen2.5-VL", "kind": "both", "sp_size": 2,
+                    "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True},
+                    "ddp_find_unused_parameters": False},
+    "sp, Qwen3": {"method": "lpoi", "name": "Qwen3-VL", "sp_size": 2, "max_steps": 3,
+                  "peft_config": lora(target_modules=EVERYWHERE),
+                  "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "unlike prompts, auto": {"method": "dpo", "name": "text", "kind": "prompts", "scale": 0.3,
                              "peft_config": lora(text=True)},
 }  # fmt: skip
+SEQUENCES = {  # on two processes for each family, and on four
+    **{f"sp, {name}": {"method": "dpo", "name": name, "sp_size": 2} for name in families.FAMILIES},
+    "sp, separate": {"method": "leanpo", "name": "Qwen2.5-VL", "layout": "separate", "sp_size": 2},
+    "sp 2 of 4": {"method": "rrpo", "name": "Qwen3-VL", "kind": "both", "sp_size": 2, "measures": True},
+    "sp 4 of 4": {"method": "dpo", "name": "Qwen2.5-VL", "sp_size": 4, "precompute_ref_log_probs": True},
+}  # two heads have keys of their own: four ranks share them
 QUANTIZED = {f"{m}, 4 bits": {"method": m, "four_bits": True} for m in ("dpo", "rrpo")}
 
 
@@ -136,7 +150,7 @@ class Watch(TrainerCallback):
         return {name: p for name, p in self.trainer.model.named_parameters() if name in self.names}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.before = {name: whole(p).clone() for name, p in self.params().items()}
+        self.before, self.grads = {name: whole(p).clone() for name, p in self.params().items()}, None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -169,17 +183,30 @@ def engine_options():
     return {"use_cpu": True, "deepspeed": zero | dict.fromkeys(sizes, "auto")}
 
 
-def run_case(method, name="Qwen2-VL", kind=None, rows=8, processes=1, four_bits=False, scale=0.05, **more):
+def run_case(
+    method,
+    name="Qwen2-VL",
+    kind=None,
+    rows=8,
+    processes=1,
+    sp_size=1,
+    four_bits=False,
+    scale=0.05,
+    measures=False,
+    **more,
+):
     """The log of the step, the metrics of the evaluation, gradients and saved adapter by name, layout and wrapper."""
     if method == "changed":
         method, more = "dpo", {**more, "kind": ChangedTrainer}
     with tempfile.TemporaryDirectory() as folder:
         data = rows_of(kind or ("list" if method == "lpoi" else "images"), rows, Path(folder))
         options = {
-            "max_steps": 1, "gradient_accumulation_steps": 4 // processes, "optim": "sgd",
+            "max_steps": 1, "gradient_accumulation_steps": 4 // max(processes // sp_size, 1), "optim": "sgd",
             "learning_rate": 1.0, "max_grad_norm": 1e9, "train_sampling_strategy": "sequential",
             "eval_dataset": Dataset.from_list(data[:5]), **engine_options(), **more,
         }  # fmt: skip
+        if processes > 1 and sp_size > 1:
+            options["parallelism_config"] = ParallelismConfig(sp_size=sp_size)
         model, processor = copy.deepcopy(four_bit_model()) if four_bits else (None, None)
         options = {"model": model, "processor": processor, "peft_config": lora(), "peft": None, **options}
         trainer = trainer_of(method, folder, data, name=name, **options)
@@ -195,13 +222,14 @@ def run_case(method, name="Qwen2-VL", kind=None, rows=8, processes=1, four_bits=
             loader = DataLoader(trainer.train_dataset, batch_sampler=mine, collate_fn=trainer.data_collator)
             trainer.get_train_dataloader = lambda: loader
         trainer.train()
-        (logged,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
         assert ("alone" in trainer.state.log_history[0]) == trainer.is_world_process_zero()
         trainer.save_model(f"{folder}/saved")
         scores = trainer.evaluate()
         trainer.accelerator.wait_for_everyone()
         saved = f"{folder}/saved/adapter_model.safetensors"
         return {
+            "measures": measures_of(trainer, trainer.train_dataset.select(range(3))) if measures else {},
             "logged": logged,
             "eval": {k: v for k, v in scores.items() if not k.endswith(("runtime", "per_second", "time"))},
             "grads": watch.grads,
@@ -209,6 +237,12 @@ def run_case(method, name="Qwen2-VL", kind=None, rows=8, processes=1, four_bits=
             "layout": trainer.scorer.layout,
             "wrapper": type(trainer.model_wrapped).__name__,
         }
+
+
+def measures_of(trainer, rows):
+    """What `EvaluationCallback` measures, and what `compute_metrics` would get: every row once."""
+    chosen, _ = trainer.predict(rows).predictions
+    return EvaluationCallback(trainer, rows, sensitivity=()).measure() | dict(enumerate(chosen.tolist()))
 
 
 def meet_bad_row(when):
@@ -246,7 +280,7 @@ def main():
     for case in cases:
         if case == "bad row":
             meet_bad_row(out.with_suffix(".failed"))
-        done[case] = run_case(**(CASES | QUANTIZED)[case], processes=dist.get_world_size())
+        done[case] = run_case(**(CASES | QUANTIZED | SEQUENCES)[case], processes=dist.get_world_size())
         # In one piece: both ranks write to the same pipe.
         sys.stdout.write(f"rank {dist.get_rank()} of {dist.get_world_size()}: {ENGINE}, {case}\n")
         sys.stdout.flush()

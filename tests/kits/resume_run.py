@@ -2,7 +2,7 @@
 
 It does one job after the other, in processes of their own, and says how they ended:
     {"method": "rrpo", "argv": [...], "output_dir": FOLDER, "log": FILE, "processes": 1, "rank": 0, "kill": null,
-     "file_limit": null}  ->  [exit code of each process]
+     "file_limit": null, "env": {}}  ->  [exit code of each process]
 `kill` is how the run ends:
     ["seconds", 0.7]         SIGKILL after so long
     ["file", PATH]           SIGKILL as soon as this file is there
@@ -86,6 +86,7 @@ def train(job, rank, port):
         size = str(job["processes"])
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= job["env"]
     record_order(job["log"])
     kind, *at = job["kill"] or [""]
     if kind.startswith("SIG") and rank == job["rank"]:

@@ -43,14 +43,14 @@ class Runs(Server):
             write_jsonl(write_preferences(kind, 10, 3, folder / name)[1], folder / f"{name}.jsonl")
         super().__init__("resume_run.py")
 
-    def __call__(self, name, kill=None, *, method="rrpo", processes=1, file_limit=None, rank=0, **recipe):
+    def __call__(self, name, kill=None, *, method="rrpo", processes=1, file_limit=None, rank=0, env=None, **recipe):
         """Run once. The exit codes of the processes, and what the first one printed."""
         data = self.folder / ("scenes.jsonl" if method == "lpoi" else "clips.jsonl")
         recipe = RECIPE | {"dataset_name": data, "output_dir": self.folder / name} | recipe
         argv = [part for key, value in recipe.items() if value is not None for part in (f"--{key}", str(value))]
         log = self.folder / f"{name.replace('/', '_')}.log"
         job = {"method": method, "argv": argv, "log": str(log), "processes": processes, "kill": kill, "rank": rank}
-        codes = self.ask(job | {"file_limit": file_limit, "output_dir": recipe["output_dir"]})
+        codes = self.ask(job | {"file_limit": file_limit, "env": env or {}, "output_dir": recipe["output_dir"]})
         return codes, Path(f"{log}.0.txt").read_text(errors="replace")
 
     def finish(self, name, **options):

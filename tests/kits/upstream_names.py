@@ -6,9 +6,11 @@ def files(room, names):
 
 
 BASE, SETUP, COMPAT, CONFIG, CARD, METRICS = files("trainers", "base setup compat config card metrics")
-LOGS, RATES, REFERENCE, PRECOMPUTE, FINGERPRINT = files("trainers", "logs rates reference precompute fingerprint")
+LOGS, RATES, REFERENCE, PRECOMPUTE = files("trainers", "logs rates reference precompute")
+FINGERPRINT, GROUPS = files("trainers", "fingerprint row_groups")
 SCORING, HEAD, KL, ATTENTION = files("forward", "scoring head kl attention")
-LAYOUTS, FAMILIES, RANKS, VISION, TOWER = files("forward", "layouts families ranks vision tower")
+LAYOUTS, FAMILIES, RANKS, VISION = files("forward", "layouts families ranks vision")
+TOWER, SEQUENCES = files("forward", "tower sequence_parallel")
 RESUME, SIGTERM, CHANGED_ROWS, LAUNCH = files("training", "resume sigterm changed_rows launch")
 RUN, PROGRESS, HUB_REPO = files("training", "run progress hub_repo")
 ATTACH, MERGE, SOURCE = files("models", "attach merge source")
@@ -40,6 +42,17 @@ CALLED = [
         COMPAT,
     ),
     ("accelerate.Accelerator.reduce", "self tensor reduction", LOGS),
+    ("accelerate.Accelerator.gather", "self tensor", GROUPS),
+    ("accelerate.utils.recursively_apply", "func data", GROUPS),
+    ("transformers.Trainer.create_accelerator_and_postprocess", "self", GROUPS),
+    ("transformers.Trainer._get_dataloader", "self dataset description batch_size", GROUPS),
+    ("transformers.Trainer.get_total_train_batch_size", "self args", GROUPS),
+    (
+        "transformers.Qwen3VLTextModel.forward",
+        "self input_ids attention_mask position_ids past_key_values inputs_embeds use_cache visual_pos_masks "
+        "deepstack_visual_embeds",
+        SEQUENCES,
+    ),
     ("torch.distributed.elastic.multiprocessing.errors.record", "fn error_handler", COMPAT),
     ("torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception", "self e", COMPAT),
     ("trl.DPOTrainer.create_model_card", "self model_name dataset_name tags", BASE),
@@ -165,6 +178,34 @@ SOURCES = [
         "accelerate.data_loader.prepare_data_loader",
         ["if isinstance(sampler, RandomSampler) and use_seedable_sampler:"],
         CHANGED_ROWS,
+    ),
+    (
+        "accelerate.data_loader.prepare_data_loader",
+        [
+            'submesh_tp_size = torch_device_mesh["tp"].size()',
+            'submesh_dp_size = torch_device_mesh["dp_replicate"].size()',
+            "process_index = process_index // (submesh_tp_size * submesh_cp_size)",
+            "num_processes = num_processes // submesh_tp_size",
+        ],
+        f"`share_rows` in {GROUPS}",
+    ),
+    ("accelerate.Accelerator._prepare_device_mesh", ["return self.torch_device_mesh"], f"`share_rows` in {GROUPS}"),
+    ("accelerate.Accelerator.torch_device_mesh.fget", ["self.state.device_mesh"], f"`share_rows` in {GROUPS}"),
+    ("accelerate.Accelerator.gather_for_metrics", ["data = self.gather(input_data)"], f"`_gather` in {GROUPS}"),
+    (
+        "accelerate.Accelerator.__init__",
+        ['elif os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":'],
+        f"`sp_size` in {GROUPS}",
+    ),
+    (
+        "accelerate.utils.launch.prepare_extend_env_parallelism_config",
+        ['current_env["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"', 'current_env[prefix + "SP_SIZE"] = str('],
+        f"`sp_size` in {GROUPS}",
+    ),
+    (
+        "transformers.Trainer._build_accelerator_args",
+        ["if self.args.parallelism_config is not None:"],
+        f"`create_accelerator_and_postprocess` in {GROUPS}",
     ),
     ("transformers.Trainer.get_train_dataloader", ["sampler_fn=self._get_train_sampler"], CHANGED_ROWS),
     ("accelerate.commands.launch.simple_launcher", ["subprocess.CalledProcessError("], LAUNCH),

@@ -31,12 +31,13 @@ WRAPPERS |= {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModel"}
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_HOME": "/nonexistent", "PATH": "/usr/bin:/bin"}
 
 
-def torchrun(*args, timeout=550):
-    """Two processes of distributed_run.py, and when they had ended."""
+def torchrun(*args, timeout=550, processes=2):
+    """Processes of distributed_run.py, and when they had ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--master_port", port]
     script = KITS / "distributed_run.py"
     done = subprocess.run([*command, str(script), *args], capture_output=True, text=True, env=ENV, timeout=timeout)
     return done, time.time()
@@ -45,7 +46,7 @@ def torchrun(*args, timeout=550):
 @functools.cache
 def alone(case):
     """The results of one process, with as many rows a step."""
-    return distributed_run.run_case(**distributed_run.CASES[case])
+    return distributed_run.run_case(**(distributed_run.CASES | distributed_run.SEQUENCES)[case])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def assert_same_step(got, want):
     """Every logged metric, every gradient, and the adapter that is saved after the step."""
     assert set(got["logged"]) == set(want["logged"]) >= {"loss", "grad_norm", "num_tokens", "rewards/margins"}
     assert set(got["eval"]) == set(want["eval"]) >= {"eval_loss", "eval_rewards/accuracies", "eval_entropy"}
-    for part in ("logged", "eval"):
+    for part in ("logged", "eval", "measures"):
         for key, value in want[part].items():  # some are differences of log-probs of a hundred nats, in float32
             assert got[part][key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
     assert_close({name.removeprefix("module."): grad for name, grad in got["grads"].items()}, want["grads"])
@@ -101,6 +102,18 @@ def test_sharded_engines_do_the_step_of_one(engine, tmp_path):
         assert got["wrapper"] == WRAPPERS[engine]
         assert_same_step(got, alone(case))
     assert all(f"rank {rank} of 2: {engine}, {case}\n" in done.stdout for rank in (0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_share_rows(processes, tmp_path):
+    """Two share each row, for every family; of four, two and two do, or all four."""
+    cases = [case for case in distributed_run.SEQUENCES if case.endswith("of 4") == (processes == 4)]
+    done, _ = torchrun("ddp", str(tmp_path / "out.pt"), *cases, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, got in torch.load(tmp_path / "out.pt").items():
+        assert_same_step(got, alone(case))
 
 
 def test_the_cases_can_tell():
@@ -145,7 +158,7 @@ def test_the_launcher_never_reads_half_an_error(tmp_path, monkeypatch):
 
 def test_there_is_a_config_for_everything_that_is_promised():
     names = {path.stem for path in CONFIGS}
-    assert names == {"single_gpu", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "multi_node", "cpu2"}
+    assert names == {"single_gpu", "ddp", "zero2", "zero3", "zero3_offload", "fsdp2", "sp2", "multi_node", "cpu2"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -158,7 +171,8 @@ def test_accelerate_takes_the_config(path):
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "script.py"]))
     assert not args.cpu  # it would start one process, whatever num_processes says
     engine = [args.multi_gpu, args.use_deepspeed, args.use_fsdp]
-    assert engine == [path.stem in ("ddp", "multi_node", "cpu2"), path.stem.startswith("zero"), path.stem == "fsdp2"]
+    ddp = path.stem in ("ddp", "sp2", "multi_node", "cpu2")
+    assert engine == [ddp, path.stem.startswith("zero"), path.stem == "fsdp2"]
     for section in sections.values():
         for key, value in section.items():
             assert str(getattr(args, key)).lower() == str(value).lower(), key
@@ -167,16 +181,21 @@ def test_accelerate_takes_the_config(path):
 
 
 @pytest.mark.distributed
-def test_trl_vpo_train_in_two_processes(tmp_path):
-    """`--accelerate_config cpu2` really runs two, and what they print and save comes from one of them."""
+@pytest.mark.parametrize(
+    ("config", "unit"),
+    [("cpu2", "2 processes"), pytest.param("sp2", "1 group of 2 processes", marks=pytest.mark.slow)],
+)
+def test_trl_vpo_train_in_two_processes(config, unit, tmp_path):
+    """The config really runs two, and what they print and save comes from one of them."""
     recipe, method = recipe_of(tmp_path / "out", method="leanpo", per_device_train_batch_size=1)
     command = [sys.executable, "-m", "trl_vpo", "train", method, "--config", str(recipe)]
-    command += ["--accelerate_config", "cpu2"]
+    command += ["--accelerate_config", config, "--num_processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Training completed.") == done.stdout.count("Saved to") == 1
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (record["processes"], record["steps"]) == (2, 2)
+    assert f"per device x 1 accumulated x {unit}\n" in done.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 

@@ -29,25 +29,25 @@ def without(*positions):
 
 
 def test_the_rows_that_were_trained_on_are_known(args):
-    assert trained_rows(args, Rows(DIGESTS), 3) == order(args)[:6]
-    assert trained_rows(args, Rows(DIGESTS), 6) == list(range(12))
+    assert trained_rows(args, Rows(DIGESTS), 6) == order(args)[:6]
+    assert trained_rows(args, Rows(DIGESTS), 12) == list(range(12))
     args.train_sampling_strategy = "sequential"
-    assert trained_rows(args, Rows(DIGESTS), 2) == [0, 1, 2, 3]
+    assert trained_rows(args, Rows(DIGESTS), 4) == [0, 1, 2, 3]
 
 
 def test_a_row_that_was_not_reached_may_go(args):
     """The others keep the order of the whole, and what is left of it is remembered."""
     shuffled = order(args)
     out = shuffled[8]
-    rows, refused, note = compare_rows(Rows(DIGESTS), without(out), trained_rows(args, Rows(DIGESTS), 3))
+    rows, refused, note = compare_rows(Rows(DIGESTS), without(out), trained_rows(args, Rows(DIGESTS), 6))
     assert refused is None and f"1 of 12 rows were taken out (counted from 0: {out})" in note
     sampler = RemainingRows(args, rows)
     left = rows.left()
     assert [left[i] for i in sampler] == [i for i in shuffled if i != out]
     assert len(sampler) == 11 and len(BatchSampler(sampler, 2, False)) == 6
     again = Rows(rows.digests, rows.removed)
-    assert compare_rows(again, without(out), trained_rows(args, again, 5))[1:] == (None, None)
-    later = trained_rows(args, again, 5)
+    assert compare_rows(again, without(out), trained_rows(args, again, 10))[1:] == (None, None)
+    later = trained_rows(args, again, 10)
     assert later == [i for i in shuffled if i != out][:10]
     assert "trained on before" in compare_rows(again, without(out, later[9]), later)[1]
     assert compare_rows(again, without(out, shuffled[11]), later)[0].removed == sorted([out, shuffled[11]])
@@ -55,7 +55,7 @@ def test_a_row_that_was_not_reached_may_go(args):
 
 
 def test_what_was_trained_on_may_not_change(args):
-    trained = trained_rows(args, Rows(DIGESTS), 3)
+    trained = trained_rows(args, Rows(DIGESTS), 6)
     for now in (without(trained[0]), np.where(np.arange(12) == trained[5], 7, DIGESTS).astype(np.uint64)):
         assert "were trained on before" in compare_rows(Rows(DIGESTS), now, trained)[1]
     assert "and more has changed than that" in compare_rows(Rows(DIGESTS), without(0)[::-1], trained)[1]
@@ -63,7 +63,7 @@ def test_what_was_trained_on_may_not_change(args):
 
 
 def test_a_row_that_was_not_reached_may_be_mended(args):
-    trained = trained_rows(args, Rows(DIGESTS), 3)
+    trained = trained_rows(args, Rows(DIGESTS), 6)
     mended = order(args)[11]
     now = np.where(np.arange(12) == mended, 7, DIGESTS).astype(np.uint64)
     rows, refused, note = compare_rows(Rows(DIGESTS), now, trained)

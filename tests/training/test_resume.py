@@ -15,6 +15,7 @@ from resume_runs import batches_of, history, printed
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2, "test_split_size": 0.4}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch", "gradient_accumulation_steps": 2}
+SHARED_ROWS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "2"}
 FULL = {"use_peft": False, "freeze_vision": True, "learning_rate": 1e-3}
 
 
@@ -41,16 +42,17 @@ def test_ten_kills(runs):
     assert kept == ["checkpoint-11", "checkpoint-12"]
 
 
-def test_two_processes(runs):
-    recipe = {"processes": 2, "save_total_limit": 1}
-    runs.finish("two-straight", **recipe)
+@pytest.mark.parametrize(("name", "env"), [("two", None), pytest.param("shared", SHARED_ROWS, marks=pytest.mark.slow)])
+def test_two_processes(runs, name, env):
+    recipe = {"processes": 2, "save_total_limit": 1, "env": env}
+    runs.finish(f"{name}-straight", **recipe)
     moments = [("SIGKILL", 9, "checkpoint-4"), ("SIGKILL", 1, "checkpoint-4"), ("seconds", 0.5)]
     moments += [("SIGKILL", 15, "checkpoint-6")]
     for moment, rank in zip(moments, (0, 1, 0, 0)):
-        codes, text = runs("two", moment, rank=rank, **recipe)
+        codes, text = runs(name, moment, rank=rank, **recipe)
         assert -9 in codes and 0 not in codes, text  # the other one may have failed before it was killed
-    runs.finish("two", **recipe)
-    runs.assert_same("two", "two-straight")
+    runs.finish(name, **recipe)
+    runs.assert_same(name, f"{name}-straight")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def test_shipped_configs():
         "zero3": Sharding("zero3", 8),
         "zero3_offload": Sharding("zero3", 2, frozenset({"weights", "optimizer"})),
         "fsdp2": Sharding("fsdp", 8),
+        "sp2": Sharding("ddp", 8),
     }
 
 

@@ -127,14 +127,15 @@ class EvaluationCallback(TrainerCallback):
         """Return a record of each row for the policy, and for the reference where there is one; see `measure`."""
         trainer = self.trainer
         shared = sharding(trainer) is None
-        rank, ranks = (trainer.accelerator.process_index, trainer.accelerator.num_processes) if shared else (0, 1)
+        groups = trainer.row_groups
+        rank, ranks = (groups.index, groups.count) if shared else (0, 1)
         mine, size = self._rows[rank::ranks], trainer.args.per_device_eval_batch_size
         records: list[dict[str, Any]] = []
         with torch.no_grad(), evaluating(trainer.model):
             for start in range(0, len(mine), size):
                 records += self._batch_records(mine[start : start + size])
         if shared:
-            records = sorted(gather_object(records), key=lambda record: record["place"])
+            records = sorted(gather_object(records if groups.speaks else []), key=lambda record: record["place"])
         policy, reference = ([r[side] for r in records if side in r] for side in (POLICY, REFERENCE))
         return policy, reference
 

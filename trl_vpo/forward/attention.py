@@ -29,6 +29,8 @@ from transformers.integrations.flash_attention import get_target_dtype
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
+from trl_vpo.forward.sequence_parallel import SequenceRanks
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
@@ -51,6 +53,7 @@ class Segments:
             along, which lies before it, and has no prefix.
         cu_q, cu_k: (S + 1,) int32, where segments begin among all queries, and among the keys of all segments.
         max_q, max_k: the most queries and keys of a segment.
+        ranks: those that compute the row together; None: this one does alone.
     """
 
     spans: list[tuple[int, int, int, int]]
@@ -58,6 +61,7 @@ class Segments:
     cu_k: Tensor
     max_q: int
     max_k: int
+    ranks: SequenceRanks | None = None
 
     @classmethod
     def of(cls, spans: list[tuple[int, int, int, int]], device: torch.device | str = "cpu") -> "Segments":
@@ -67,6 +71,11 @@ class Segments:
         # Two tensors, although they may be equal: torch hands self-attention to cuDNN where they are one.
         cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (queries, keys))
         return cls(spans, cu_q, cu_k, max(queries), max(keys))
+
+    @property
+    def length(self) -> int:
+        """L, the columns of the row."""
+        return self.spans[-1][1]
 
     def to(self, device: Any, **options: Any) -> "Segments":
         """Move the tensors: accelerate does so with each argument of a layer, in models split over devices."""
@@ -105,7 +114,11 @@ class PackedCall:
 
     def hand_on(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Add the segments to a call of the language model. (Given to the whole model, they would reach the tower.)"""
-        return None if self._segments is None else (args, kwargs | {SEGMENTS: self._segments})
+        segments = self._segments
+        if segments is None:
+            return None
+        kwargs = kwargs if segments.ranks is None else segments.ranks.cut(kwargs)
+        return args, kwargs | {SEGMENTS: segments}
 
 
 def use_segments(model: PreTrainedModel) -> None:
@@ -127,9 +140,15 @@ def use_segments(model: PreTrainedModel) -> None:
         if segments is None:
             return (plain or _eager(type(module)))(module, query, key, value, attention_mask, *args, **kwargs)
         kwargs["sliding_window"] = _window(module, kwargs.get("sliding_window"))
-        if flash:
-            return _flash(plain, module, query, key, value, segments, **kwargs)
-        return segment_attention(module, query, key, value, segments, **kwargs), None
+
+        def attend(*states):
+            if flash:
+                return _flash(plain, module, *states, segments, **kwargs)[0]
+            return segment_attention(module, *states, segments, **kwargs)
+
+        if segments.ranks is not None:
+            attend = functools.partial(segments.ranks.attend, attend, segments.length)
+        return attend(query, key, value), None
 
     attention.__dict__ |= vars(plain) if plain else {}  # the marks of other wrappers
     attention.reads_segments = True

@@ -20,6 +20,7 @@ from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, packed, padded
 from trl_vpo.forward.ranks import sync_calls
 from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
+from trl_vpo.forward.sequence_parallel import SequenceRanks, check_heads
 from trl_vpo.forward.tower import use_whole_towers
 from trl_vpo.forward.vision import vision_features
 
@@ -38,12 +39,21 @@ class Scorer:
     """
 
     def __init__(
-        self, policy: PreTrainedModel, *, layout: str, pad_token_id: int, pad_to_multiple_of: int | None = None
+        self,
+        policy: PreTrainedModel,
+        *,
+        layout: str,
+        pad_token_id: int,
+        pad_to_multiple_of: int | None = None,
+        ranks: SequenceRanks | None = None,
     ):
         self._backbone = policy.base_model
         self._padding = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
         self._vision = vision_features(self._backbone)
         self._frozen = FrozenModules(policy)
+        self._ranks = ranks
+        if ranks is not None:
+            check_heads(policy, ranks.size)
         self.layout, self.packs = layout, True if layout == "shared" else None
         if reason := padded_layout_reason(policy):
             if layout == "shared":
@@ -98,6 +108,7 @@ class Scorer:
             rows = batch.get("padded", batch)
             if self.packs:
                 layout = packed(rows, self._backbone, shared=self.layout == "shared")
+                layout.segments.ranks = self._ranks
             else:
                 layout = padded(rows, self._backbone, **self._padding)
             batch["layout"] = (kind, layout)
@@ -141,8 +152,10 @@ class Scorer:
             self._pad_rows(problems[0])
 
     def _pad_rows(self, reason: str) -> None:
-        self.layout, self.packs = "separate", False
         name = type(self._backbone).__name__
+        if self._ranks is not None:
+            raise ValueError(f"sp_size splits packed rows, and {name} cannot have them: {reason}. Leave sp_size out.")
+        self.layout, self.packs = "separate", False
         logger.warning(f"{name} is trained with padded rows and the separate layout, because {reason}.")
 
     def _disagreement(self, padded_logps: Tensor, packed_logps: Tensor, mask: Tensor) -> str | None:

@@ -124,14 +124,23 @@ def _score(hidden: Tensor, head: Head, request: ScoreRequest) -> ScoreOutput:
     mask = request.mask.to(device)
     rows, positions, labels = (x.to(device) for x in (request.rows, request.positions, request.labels))
     rows = rows.unsqueeze(1).expand_as(mask)[mask]  # (N,)
-    hidden = hidden.to(device)[rows, positions[mask]]  # (N, H)
+    labels, with_grad = labels[mask], torch.ones_like(mask)[mask]  # (N,) each
+    if request.kl_rows is not None:
+        with_grad = request.kl_rows.to(device).unsqueeze(1).expand_as(mask)[mask]
+    ranks = request.segments.ranks if request.segments is not None else None
+    if ranks is None:
+        hidden = hidden.to(device)[rows, positions[mask]]  # (N, H)
+    else:  # from here on N is this rank's share
+        hidden = ranks.hand_out(hidden[0].to(device), positions[mask], request.segments.length)
+        labels, with_grad = ranks.share(labels), ranks.share(with_grad)
     with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 shards the head; the KL's kernel gathers by itself
-        per_token = dict(zip(("logps", "entropy", "mean_logits", "is_top1"), token_scores(hidden, head, labels[mask])))
+        per_token = dict(zip(("logps", "entropy", "mean_logits", "is_top1"), token_scores(hidden, head, labels)))
     if request.ref_hidden is not None:
-        with_grad = request.kl_rows.to(device) if request.kl_rows is not None else torch.ones_like(mask[:, 0])  # (R,)
-        with_grad = with_grad.unsqueeze(1).expand_as(mask)[mask]  # (N,)
         ref_head = request.ref_head or head
         per_token["kl"] = partly_differentiable_kl(hidden, head, request.ref_hidden, ref_head, with_grad)
+    if ranks is not None:
+        together = ranks.collect(torch.stack([x.float() for x in per_token.values()], dim=1), int(mask.sum()))
+        per_token = dict(zip(per_token, together.unbind(1)))
     # `masked_scatter` rather than indexing: the result stays connected to the model even where nothing is scored.
     spread = {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in per_token.items()}
     return ScoreOutput(**{name: x.to(request.mask.device) for name, x in spread.items()}, hidden=hidden)

@@ -145,11 +145,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         )
 
     def _finish_init(self) -> None:
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "the load-balancing loss of mixture-of-experts models is not implemented here. Set "
-                "router_aux_loss_coef=0.0 to train without it."
-            )
+        setup.check_router(self)
         if is_peft_model(self.model) and "ref" in self.model.peft_config:  # DPOTrainer copies a given adapter
             if self.needs_reference:
                 compat.copy_whole_adapter(self.model)
@@ -166,6 +162,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             layout=self.args.layout,
             pad_token_id=self._tokenizer.pad_token_id,
             pad_to_multiple_of=None if multiple == "auto" else multiple,
+            ranks=self.row_groups.ranks,
         )
         if self.ref_model is not None:
             self.ref_model.eval()  # a copy of a model in training mode is in training mode

@@ -72,6 +72,6 @@ def _settings(trainer: Any) -> dict[str, Any]:
     own = [f.name for f in fields(args) if f.name not in common]
     idle = "num_train_epochs" if args.max_steps > 0 else "max_steps"
     settings = {name: getattr(args, name) for name in (*SETTINGS, *own) if name != idle}
-    settings["pairs per step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings["pairs per step"] = trainer.get_total_train_batch_size(args)
     adapter = next(iter(model.peft_config.values())) if is_peft_model(model) else None
     return settings | {name: getattr(adapter, name) for name in ("r", "lora_alpha") if hasattr(adapter, name)}

@@ -10,6 +10,7 @@ from trl import DPOConfig
 from trl_vpo.media.load import VideoOptions
 from trl_vpo.models.config import option
 from trl_vpo.runs.secrets import scrub
+from trl_vpo.trainers.row_groups import sp_size
 
 # Options of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.
 REFUSED = {
@@ -137,6 +138,7 @@ class VisualPreferenceConfig(DPOConfig):
                 "waiting. Leave it out; rows that are repeated to fill a last batch count once when a Dataset is "
                 "evaluated (of a stream, twice)."
             )
+        sp_size(self)  # refuses what cannot be
         self.accelerator_config.dispatch_batches = False  # the default for streams would be True
         if self.on_bad_media == "skip":
             self.check_media = "decode"  # rows can only be left out up front if every file was read

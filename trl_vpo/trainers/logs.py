@@ -11,12 +11,13 @@ from trl_vpo.losses import PreferenceLoss
 from trl_vpo.trainers.finite import check_losses
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
 from trl_vpo.trainers.rates import RatesTrainer
+from trl_vpo.trainers.row_groups import RowGroupsTrainer
 
 ADDED = "loss/added"  # to our loss by a subclass's `compute_loss`, in evaluation; never logged by itself
 PAIRWISE = "pairwise "  # the mean over pairs of a metric that is logged as another mean; never logged by itself
 
 
-class LoggingTrainer(RatesTrainer):
+class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
     """`trl.DPOTrainer` with metrics that are averaged over all pairs since the last log, on all ranks.
 
     `loss` is the exact mean over these pairs of what is trained on, with all that a subclass's `preference_loss`,
@@ -26,7 +27,8 @@ class LoggingTrainer(RatesTrainer):
 
     def _start_logs(self) -> None:
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        self._sums = {mode: MetricSums(self.accelerator, gathers=mode == "eval") for mode in ("train", "eval")}
+        of = (self.accelerator, self.row_groups)
+        self._sums = {mode: MetricSums(*of, gathers=mode == "eval") for mode in ("train", "eval")}
         self._new_tokens = 0
         self._step: tuple[Tensor, Tensor] | None = None  # Trainer's sum of losses before this step, and its pairs
         self._step_rates: dict[str, float] = {}  # of this step
@@ -77,7 +79,7 @@ class LoggingTrainer(RatesTrainer):
         if "loss" in averages:  # not where a batch was scored without a step
             averages["loss"] = self._exact_loss(averages) + averages.pop(ADDED, 0.0)
         averages = {key: value for key, value in averages.items() if not key.startswith(PAIRWISE)}
-        self._total_train_tokens += sum(gather_object([self._new_tokens]))
+        self._total_train_tokens += sum(gather_object([self._new_tokens])) // self.row_groups.size
         self._new_tokens = 0
         return averages | {"num_tokens": self._total_train_tokens} if averages else {}
 
@@ -135,7 +137,7 @@ class LoggingTrainer(RatesTrainer):
 
     def floating_point_ops(self, inputs):
         """Count 6 operations per parameter and token, as transformers does, over both branches of a pair."""
-        return 6 * self._parameters * _tokens(inputs)
+        return 6 * self._parameters * _tokens(inputs) // self.row_groups.size
 
 
 def _tokens(batch: dict) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trl_vpo.forward.scoring import Scores
 from trl_vpo.losses import PreferenceLoss
+from trl_vpo.trainers.row_groups import RowGroups
 
 Metric = Tensor | tuple[Tensor, Tensor]  # (B,) values; or (B,) values and weights, for a mean over tokens
 
@@ -46,8 +47,8 @@ class MetricSums:
     last batch. Otherwise each rank sums for itself, and the sums meet in `averages`.
     """
 
-    def __init__(self, accelerator: Accelerator, *, gathers: bool):
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, groups: RowGroups, *, gathers: bool):
+        self._accelerator, self._groups = accelerator, groups
         self._gathers = gathers
         self._sums: dict[str, list[float]] = {}
 
@@ -60,7 +61,7 @@ class MetricSums:
             _add(self._sums, dict(zip(metrics, sums.sum(-1).tolist())))
             return
         rows = [dict(zip(metrics, row)) for row in sums.permute(2, 0, 1).tolist()]
-        for row in self._accelerator.gather_for_metrics(rows, use_gather_object=True):
+        for row in self._accelerator.gather_for_metrics(rows if self._groups.speaks else [], use_gather_object=True):
             _add(self._sums, row)
 
     def averages(self) -> dict[str, float]:

@@ -67,7 +67,8 @@ class ReferenceCache:
         missing = sorted(set(gather_object(list(missing.values()))))
         if missing:
             # Every rank runs a batch, however few rows there are: on the first one they agree on the layout.
-            mine = missing[process.process_index :: process.num_processes] or missing[:1]
+            groups = self._trainer.row_groups
+            mine = missing[groups.index :: groups.count] or missing[:1]
             self._compute(dataset, {index: keys[index] for index in mine}, name, batch_size)
             process.wait_for_everyone()
             sums = self._read()

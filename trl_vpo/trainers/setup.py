@@ -131,6 +131,15 @@ def check_memory(args: VisualPreferenceConfig, *, adapted: bool) -> None:
         )
 
 
+def check_router(trainer: Any) -> None:
+    """Raise ValueError for a router's loss, which is not ours."""
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "the load-balancing loss of mixture-of-experts models is not implemented here. Set "
+            "router_aux_loss_coef=0.0 to train without it."
+        )
+
+
 def low_rate(args: VisualPreferenceConfig, method: str) -> str | None:
     """Return a warning about a learning rate that is too low for LoRA, or None."""
     if args.learning_rate > LOWEST_LORA_RATE:

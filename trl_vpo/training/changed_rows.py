@@ -75,9 +75,8 @@ def compare_rows(saved: Rows, now: np.ndarray, trained: Sequence[int]) -> tuple[
     return rows, None, f"{text}. None of them was trained on yet, and the others keep their order."
 
 
-def trained_rows(args: Any, rows: Rows, steps: int) -> list[int]:
-    """The positions of the rows that the first steps of a run were on; after its first epoch, of all."""
-    count = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+def trained_rows(args: Any, rows: Rows, count: int) -> list[int]:
+    """The positions of the rows that a run was on, of which there were `count`; after its first epoch, of all."""
     left = rows.left()
     if count >= len(left) or not args.accelerator_config.use_seedable_sampler:
         return left

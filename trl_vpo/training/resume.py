@@ -139,7 +139,8 @@ def _check_same_run(checkpoint: Path, marker: dict, run: dict, digests: Any, arg
     rows = Rows(digests)
     if known:
         saved = Rows(np.load(checkpoint / FILE, allow_pickle=False), marker["gone"])
-        trained = trained_rows(args, saved, checkpoints.step_of(checkpoint))
+        count = checkpoints.step_of(checkpoint) * marker["run"]["rows per step"]
+        trained = trained_rows(args, saved, count)
         rows, problem, note = compare_rows(saved, digests, trained)
         refused += [problem] if problem else []
         if note and rows.removed != saved.removed and args.max_steps <= 0:

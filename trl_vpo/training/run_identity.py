@@ -23,7 +23,7 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         "method": method,
         "recipe": fixed_recipe(json.loads(json.dumps(scrub(given), default=str))),
         "processes": args.world_size,
-        "rows per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "rows per step": trainer.get_total_train_batch_size(args),
         "distributed": str(trainer.accelerator.distributed_type),
         "model files": model_files(given["model_name_or_path"], given.get("model_revision")) if compares else {},
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),

@@ -24,13 +24,16 @@ def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[st
     """
     args, model = trainer.args, trainer.model
     trained, every = _size(p for p in model.parameters() if p.requires_grad), _size(model.parameters())
-    sizes = [args.per_device_train_batch_size, args.gradient_accumulation_steps, trainer.accelerator.num_processes]
-    processes = "process" if sizes[2] == 1 else "processes"
+    groups = trainer.row_groups
+    sizes = [args.per_device_train_batch_size, args.gradient_accumulation_steps, groups.count]
+    unit = "process" if groups.count == 1 else "processes"
+    if groups.size > 1:
+        unit = f"group{'s' * (groups.count > 1)} of {groups.size} processes"
     return {
         "method": f"{trainer._name} on {model.config.name_or_path or type(model).__name__}",
         "rows": _rows(trainer, given),
         "trained": f"{trained:,} of {every:,} parameters ({trained / max(every, 1):.2%})",
-        "batch": "{} = {} per device x {} accumulated x {} {}".format(math.prod(sizes), *sizes, processes),
+        "batch": "{} = {} per device x {} accumulated x {} {}".format(math.prod(sizes), *sizes, unit),
         "layout": LAYOUTS[trainer.scorer.packs].format(trainer.scorer.layout),
         "media": describe_media(
             args, trainer.processing_class, trainer.train_dataset.column_names, trainer.needs_image_list
