@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from trainer_kit import collated, draw_lora, trainable, trainer_of
 from transformers import LlavaModel
 
+from trl_vpo import PreferenceCollator
 from trl_vpo.forward import layouts
-from trl_vpo.forward.families import VISION_INPUTS, merge_media, part_of
+from trl_vpo.forward.families import VISION_INPUTS, merge_media, part_of, placeholders
 from trl_vpo.forward.vision import VisionFeatures
 from trl_vpo.models.adapters import target_modules
 
@@ -167,3 +168,12 @@ def test_a_tensor_alone_is_not_copied():
     one, other = {"pixel_values": torch.rand(3, 2)}, {"pixel_values": torch.rand(1, 2)}
     assert merge_media([one])["pixel_values"] is one["pixel_values"]
     assert len(merge_media([one, {}, other])["pixel_values"]) == 4
+
+
+def test_features_under_another_token_are_not_counted(media):
+    """GLM-4V has frames of videos under the token of images: then media are repeated."""
+    model, processor = build("Qwen2-VL")
+    batch = PreferenceCollator(processor)([row("video", media["video"][:1]), row(None)])
+    assert placeholders(batch, model.base_model)["get_video_features"][0] > 0
+    model.config.video_token_id = model.config.image_token_id
+    assert placeholders(batch, model.base_model) is None

@@ -57,6 +57,8 @@ def placeholders(batch: dict, backbone: nn.Module) -> dict[str, list[int]] | Non
             if token is None or not hasattr(backbone, method):
                 return None
             counts[method] = ((batch["trunk_ids"] == token) & batch["trunk_mask"]).sum(-1).tolist()
+            if [name in tensors for tensors in batch["media"]] != [count > 0 for count in counts[method]]:
+                return None  # GLM-4V has frames of videos under the token of images
     return counts
 
 
