@@ -142,6 +142,7 @@ def estimated(case: Case) -> Estimate:
     elif case.frozen:
         freeze_vision(recipe.model)
     collator = recipe.trainer_class.make_collator(recipe.processor, recipe.args)
+    collator.pixel_dtype = torch.bfloat16 if case.numbers in ("bfloat16", "4bit") else None  # as the trainer's
     trees = [collator.encode(row) for row in rows(case)]
     return estimate(plan_of(recipe, trees, device="cpu"), recipe.model)
 
