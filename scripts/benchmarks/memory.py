@@ -23,7 +23,7 @@ from trl_vpo.doctor.live_bytes import LiveBytes
 from trl_vpo.doctor.loaded_recipe import LoadedRecipe
 from trl_vpo.doctor.measure import STEPS, measure_training
 from trl_vpo.doctor.memory import Estimate, estimate, plan_of
-from trl_vpo.models.model_size import adapt, empty_model
+from trl_vpo.models.model_size import adapt
 from trl_vpo.training.methods import method_classes
 from trl_vpo.training.run import freeze_vision, quantization_config
 
@@ -136,14 +136,12 @@ def rows(case: Case):
 
 def estimated(case: Case) -> Estimate:
     recipe = recipe_of(case)
-    recipe.base = recipe.model = empty_model(recipe.config)
+    recipe.build()
     if not case.full:
         recipe.model, _ = adapt(recipe.model, lora(case))
     elif case.frozen:
         freeze_vision(recipe.model)
-    collator = recipe.trainer_class.make_collator(recipe.processor, recipe.args)
-    collator.pixel_dtype = torch.bfloat16 if case.numbers in ("bfloat16", "4bit") else None  # as the trainer's
-    trees = [collator.encode(row) for row in rows(case)]
+    trees = list(map(recipe.collator().encode, rows(case)))
     return estimate(plan_of(recipe, trees, device="cpu"), recipe.model)
 
 

@@ -15,7 +15,7 @@ from gpu_checks import models, step
 from gpu_checks.trainers import lora, settings
 from trl_vpo.doctor.loaded_recipe import LoadedRecipe
 from trl_vpo.doctor.memory import estimate, plan_of
-from trl_vpo.models.model_size import adapt, empty_model
+from trl_vpo.models.model_size import adapt
 
 NOT_ALLOCATED = "CUDA context, fragmentation"
 WITHIN = 0.15
@@ -40,10 +40,10 @@ def run(cell: dict, options: Any) -> list[dict]:
     dtype = str(made.config.dtype).removeprefix("torch.")
     model_args = ModelConfig(use_peft=True, dtype=dtype, attn_implementation=cell["attention"])
     recipe = LoadedRecipe(cell["method"], None, args, model_args, None, config=made.config, processor=made.processor)
-    recipe.base = empty_model(recipe.config)
+    recipe.build()
     recipe.model, _ = adapt(recipe.base, lora())
-    collator = recipe.trainer_class.make_collator(recipe.processor, recipe.args)
-    made_estimate = estimate(plan_of(recipe, [collator.encode(row) for row in data], device=device), recipe.model)
+    trees = list(map(recipe.collator().encode, data))
+    made_estimate = estimate(plan_of(recipe, trees, device=device), recipe.model)
     estimated = (made_estimate.total - made_estimate.parts.get(NOT_ALLOCATED, 0)) / MIB
     ratio = estimated / cell["peak_mib"]
     row = {"estimated_mib": estimated, "ratio": ratio, "within": abs(ratio - 1) <= WITHIN}

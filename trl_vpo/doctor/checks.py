@@ -22,7 +22,7 @@ from trl_vpo.doctor.report import OK, STOP, WARN, Report, show
 from trl_vpo.errors import RecipeError, SourceError, UserError
 from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses
-from trl_vpo.models.model_size import adapt, empty_model
+from trl_vpo.models.model_size import adapt
 from trl_vpo.models.source import check_model
 from trl_vpo.runs.packages import missing_packages
 from trl_vpo.trainers.setup import low_rate, set_pad_token
@@ -133,7 +133,7 @@ def _load_pretrained(recipe: LoadedRecipe, report: Report) -> None:
 def _check_model(recipe: LoadedRecipe, report: Report) -> None:
     """Build the empty model and the empty adapter."""
     try:
-        recipe.base = recipe.model = empty_model(recipe.config)
+        recipe.build()
     except Exception as error:  # model code of any origin; the other checks go on
         report.add("model", WARN, f"cannot be built without weights, so LoRA and memory are unchecked: {error}")
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -139,8 +138,7 @@ def _stop_tokens(recipe: LoadedRecipe) -> set[int]:
 
 
 def _trees(recipe: LoadedRecipe, dataset: Dataset, indices: list[int]) -> Iterator[tuple[int, Tree | RowError]]:
-    """Encode rows with the trainer's own collator, without its limit on length."""
-    collator = replace(recipe.trainer_class.make_collator(recipe.processor, recipe.args), max_length=None)
+    collator = recipe.collator()
     rows = zip(indices, raw_rows(dataset.select(indices)))
     for index, row in track(rows, "Tokenizing", total=len(indices), transient=True, disable=not indices):
         try:

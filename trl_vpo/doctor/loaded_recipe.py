@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trl_vpo.errors import RecipeError
+from trl_vpo.forward.vision import vision_features
+from trl_vpo.models.model_size import empty_model
 from trl_vpo.runs.recipe_file import recipe_text
 from trl_vpo.training.launch import launch_options
 from trl_vpo.training.methods import METHODS, method_classes
 from trl_vpo.training.run import parse
 from trl_vpo.training.sharding import Sharding, launched
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEDIA_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -42,6 +45,23 @@ class LoadedRecipe:
     @property
     def tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights as loaded."""
+        return DTYPES.get(self.model_args.dtype) or getattr(self.config, "dtype", None) or torch.float32
+
+    def build(self) -> None:
+        """Build the model without weights and without adapter."""
+        self.config.dtype = self.dtype
+        self.base = self.model = empty_model(self.config)
+
+    def collator(self) -> Any:
+        """Return the trainer's own collator, without its limit on length."""
+        collator = replace(self.trainer_class.make_collator(self.processor, self.args), max_length=None)
+        if self.base is not None:
+            collator.pixel_dtype = vision_features(self.base.base_model).pixel_dtype
+        return collator
 
     @property
     def media_tokens(self) -> set[int]:

@@ -27,7 +27,6 @@ FRAGMENTATION = 0.1  # of the memory that is freed within a step
 BUCKET = 2 * 500_000_000  # DeepSpeed's reduce_bucket_size by default, bytes
 LIVE_WEIGHTS = 1_050_000_000  # ZeRO-3's max_live_parameters and prefetch bucket by default, numbers
 NF4_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / 64 / 256}  # of a weight, without and with nested scales
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPIES_A_STATE = {"adamw_torch", "stable_adamw", "rmsprop", "adagrad"}  # on GPUs: all weights at once, not fused
 OPTIMIZER_STATES = {  # states of a weight; all others are Adam's kin, with two
     "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "schedule_free_sgd": 1, "sgd": 0, "adafactor": 0, "lomo": 0,
@@ -94,7 +93,7 @@ def plan_of(recipe: LoadedRecipe, longest: list[Tree], device: str = "cuda") -> 
         sizes=model_sizes(recipe.model, quantized=quantized, skip=NOT_QUANTIZED),
         load=workload_of(longest, recipe),
         pair=workload_of(longest[:1], recipe),
-        dtype=DTYPES.get(model_args.dtype) or getattr(recipe.config, "dtype", None) or torch.float32,
+        dtype=recipe.dtype,
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         weight_bytes=in_bits if quantized else None,
         adapter=model_args.use_peft,

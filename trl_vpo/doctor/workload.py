@@ -58,20 +58,9 @@ def workload_of(trees: list[Tree], recipe: LoadedRecipe) -> Workload:
     compared = batch["chosen"] if recipe.trainer_class.needs_kl else batch["chosen"][:0]
     media_ids = torch.tensor(sorted(recipe.media_tokens), dtype=torch.long)
     call = _call(layout, media_ids, compared, masks)
-    if layout.segments is not None:
-        call.trunks = _trunks(batch, shared=args.layout != "separate")
     held = {id(x) for x in tree_leaves(batch["media"])}  # alone, they are the call's inputs themselves
     own = [x for x in tree_leaves(layout.inputs) if id(x) not in held]
     return Workload(call, _bytes(batch), _bytes(own), layout.inputs)
-
-
-def _trunks(batch: dict, *, shared: bool) -> list[tuple[int, list[int]]]:
-    """Return the lengths of the prompts of a packed row, each with those of its responses."""
-    prompts, responses = (batch[f"{part}_mask"].sum(-1).tolist() for part in ("trunk", "branch"))
-    owners = batch["branch_trunk"].tolist()
-    if not shared:
-        return [(prompts[t], [responses[s]]) for s, t in enumerate(owners)]
-    return [(prompts[t], [responses[s] for s, owner in enumerate(owners) if owner == t]) for t in range(len(prompts))]
 
 
 def _call(layout: Layout, media_ids: Tensor, compared: Tensor, masks: bool) -> Call:
@@ -83,6 +72,7 @@ def _call(layout: Layout, media_ids: Tensor, compared: Tensor, masks: bool) -> C
         scored=int(layout.mask.sum()),
         compared=int(layout.mask[torch.isin(layout.branches, compared)].sum()),
         features=int(torch.isin(ids, media_ids).sum()),
+        trunks=layout.lengths,
     )
 
 

@@ -10,7 +10,7 @@ padded   every branch behind its own copy of its trunk: S rows, padded on the ri
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class Layout:
     positions: Tensor  # (S, T) column whose hidden state predicts each token; 0 where `mask` is false
     mask: Tensor  # (S, T) true on response tokens
     labels: Tensor  # (S, T) response tokens
-    tokens: int  # how many the call computes, padding not counted
+    lengths: list[tuple[int, list[int]]] = field(default_factory=list)  # of a packed row, see [`spans_of`]
     segments: Segments | None = None  # the attention of a packed row
     copies: Copies | None = None  # sequences that read the same media
 
@@ -52,7 +52,8 @@ def packed(batch: dict, backbone: nn.Module, *, shared: bool) -> Layout:
         for branch in branches:
             columns += [tokens.trunk(trunk)[:, -1:], tokens.branch(branch, trunk)]
     order = [s for _, branches in groups for s in branches]
-    spans = spans_of([(tokens.prompts[t], [tokens.responses[s] for s in branches]) for t, branches in groups])
+    lengths = [(tokens.prompts[t], [tokens.responses[s] for s in branches]) for t, branches in groups]
+    spans = spans_of(lengths)
     starts = [end - 1 - tokens.responses[s] for s, (_, end, *_) in zip(order, spans)]
     device = batch["trunk_ids"].device
     source, trunk, place = torch.cat(columns, dim=1).to(device)  # (L,) each
@@ -62,8 +63,8 @@ def packed(batch: dict, backbone: nn.Module, *, shared: bool) -> Layout:
     # where a mask that fits, or none, would let branches see each other without a word.
     inputs["attention_mask"] = torch.zeros(1, 1, 0, 0, dtype=torch.bool, device=device)
     media, copies = _media(batch, backbone, [t for t, _ in groups])
-    layout = _layout(batch, inputs | media, order, [0] * len(order), starts, spans[-1][1])
-    layout.segments, layout.copies = Segments.of(spans, device), copies
+    layout = _layout(batch, inputs | media, order, [0] * len(order), starts)
+    layout.lengths, layout.segments, layout.copies = lengths, Segments.of(spans, device), copies
     return layout
 
 
@@ -94,7 +95,7 @@ def padded(batch: dict, backbone: nn.Module, *, pad_token_id: int, pad_to_multip
     media, copies = _media(batch, backbone, owners)
     starts = [tokens.prompts[t] - 1 for t in owners]
     branches = list(range(len(owners)))
-    layout = _layout(batch, inputs | media, branches, branches, starts, sum(row.size(1) for row in rows))
+    layout = _layout(batch, inputs | media, branches, branches, starts)
     layout.copies = copies
     return layout
 
@@ -160,7 +161,7 @@ class _Tokens:
         return torch.stack([source + steps, torch.full_like(steps, trunk), place + steps])
 
 
-def _layout(batch: dict, inputs: dict, branches: list[int], rows: list[int], starts: list[int], tokens: int) -> Layout:
+def _layout(batch: dict, inputs: dict, branches: list[int], rows: list[int], starts: list[int]) -> Layout:
     device = batch["branch_ids"].device
     index = torch.tensor(branches, device=device)
     mask = batch["branch_mask"][index]
@@ -172,5 +173,4 @@ def _layout(batch: dict, inputs: dict, branches: list[int], rows: list[int], sta
         positions=(begin + torch.arange(mask.size(1), device=device)).masked_fill(~mask, 0),
         mask=mask,
         labels=batch["branch_ids"][index],
-        tokens=tokens,
     )
