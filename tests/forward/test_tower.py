@@ -84,6 +84,7 @@ def test_the_variable_length_kernel_gets_the_windows(name, monkeypatch):
         return torch.cat([F.scaled_dot_product_attention(*x, scale=scale) for x in parts], dim=1).transpose(0, 1)
 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_grouped_heads", attention._grouped_heads.__wrapped__)
     monkeypatch.setattr(attention, "varlen_takes", lambda *_: True)
     tower = tower_of(name)
     windows = run(copy.deepcopy(tower), monkeypatch)[2]

@@ -96,6 +96,10 @@ class Segments:
                 first = own  # a branch with its trunk: those after it begin with the same keys
         return pieces
 
+    def gather(self, states: Tensor, dim: int) -> Tensor:
+        """Return the keys (or values) of all segments, one behind the other."""
+        return torch.cat([*chain(*self.keys(states, dim))], dim=dim)
+
 
 class PackedCall:
     """The segments of the call that a language model computes now; None: an ordinary call."""
@@ -173,7 +177,7 @@ def _window(module: nn.Module, given: int | None) -> int | None:
 @torch.compiler.disable
 def _flash(plain, module, query, key, value, segments: Segments, **kwargs):
     """Call FlashAttention through transformers, with its casts and options."""
-    key, value = (torch.cat([*chain(*segments.keys(states, 2))], dim=2) for states in (key, value))
+    key, value = (segments.gather(states, dim=2) for states in (key, value))
     where = {"cu_seq_lens_q": segments.cu_q, "cu_seq_lens_k": segments.cu_k}
     longest = {"max_length_q": segments.max_q, "max_length_k": segments.max_k}
     return plain(module, query, key, value, None, **kwargs, **where, **longest)
@@ -243,15 +247,25 @@ def dtype_of(module: nn.Module, query: Tensor) -> torch.dtype:
 
 
 def _varlen(module, query, key, value, segments: Segments, scaling, window) -> Tensor:
-    dtype, groups = dtype_of(module, query), query.size(1) // key.size(1)
-    query, key, value = (states.transpose(1, 2)[0].to(dtype) for states in (query, key, value))  # (L, H, D)
-    key, value = (torch.cat([*chain(*segments.keys(states, 0))]) for states in (key, value))  # (K, G, D)
-    options = {"enable_gqa": True} if _grouped_heads() and groups > 1 else {}
-    if groups > 1 and not options:
-        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     where = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
     seen = (window - 1 if window else -1, 0)  # keys before and behind the own one; (-1, 0) is causal
-    return varlen_attn(query, key, value, *where, scale=scaling, window_size=seen, **options).unsqueeze(0)
+    gather = functools.partial(segments.gather, dim=0)
+    return varlen(module, query, key, value, *where, gather, scale=scaling, window_size=seen)
+
+
+def varlen(module, query, key, value, cu_q, cu_k, max_q, max_k, gather: Callable | None = None, **options) -> Tensor:
+    """Call torch's kernel with (1, H, L, D) queries and (1, G, L, D) keys and values; returns (1, L, H, D).
+
+    `gather` makes the keys (K, G, D) of all sequences out of those of the row, (L, G, D).
+    """
+    dtype, groups = dtype_of(module, query), query.size(1) // key.size(1)
+    query, key, value = (states.transpose(1, 2)[0].to(dtype) for states in (query, key, value))  # (L, H, D)
+    key, value = (gather(states) if gather else states for states in (key, value))
+    if groups > 1 and _grouped_heads():
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    return varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, **options).unsqueeze(0)
 
 
 # --- SDPA -----------------------------------------------------------------------------------------------------------

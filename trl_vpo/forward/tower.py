@@ -132,7 +132,8 @@ def part_attention(
         (B, L, H, D).
     """
     if len(query) == 1 and attention.varlen_takes(module, query, value, kwargs.get("dropout", 0.0)):
-        return _varlen(module, query, key, value, parts, kwargs.get("scaling"))
+        where = (*parts.bounds, parts.longest, parts.longest)
+        return attention.varlen(module, query, key, value, *where, scale=kwargs.get("scaling"))
     states, outputs, begin = [query, key, value], [], 0
     if parts.order is not None:
         states = [x.index_select(2, parts.order) for x in states]
@@ -144,12 +145,3 @@ def part_attention(
         begin = end
     whole = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
     return whole if parts.order is None else whole.index_select(1, parts.order.argsort())
-
-
-def _varlen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, parts: Parts, scale: float | None) -> Tensor:
-    """Call torch's variable-length kernel once."""
-    groups, dtype = query.size(1) // key.size(1), attention.dtype_of(module, query)
-    query, key, value = (states.transpose(1, 2)[0].to(dtype) for states in (query, key, value))  # (L, H, D)
-    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
-    longest = (parts.longest, parts.longest)
-    return attention.varlen_attn(query, key, value, *parts.bounds, *longest, scale=scale).unsqueeze(0)
