@@ -13,7 +13,6 @@ from trl_vpo.data.columns import REF_SUMS
 from trl_vpo.data.messages import response_text, with_text
 from trl_vpo.data.rows import Row, read_row
 from trl_vpo.errors import MediaError, PhraseError, RowError
-from trl_vpo.forward.families import VISION_INPUTS
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 from trl_vpo.media.budget import PixelBudget, video_budget
 from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
@@ -208,7 +207,7 @@ class PreferenceCollator:
                 "the processor and its tokenizer end the prompt differently: the response has no beginning."
             )
         media = {k: v for k, v in out.items() if torch.is_tensor(v)}
-        pixels = [k for k in VISION_INPUTS if k in media and media[k].is_floating_point()]
+        pixels = [k for k, v in media.items() if k.startswith("pixel_values") and v.is_floating_point()]  # not times
         media |= {k: media[k].to(self.pixel_dtype or media[k].dtype) for k in pixels}
         types = {k: media.pop(k)[0, :end].tolist() for k, v in out.items() if k in media and v.shape == (1, len(ids))}
         return Trunk(first + ids[:end], {k: [0] * len(first) + v for k, v in types.items()}, media)

@@ -95,6 +95,7 @@ class VisionFeatures:
         text = set(language_model.modules())
         self._backbone = backbone
         self._modules = {m: None for m in backbone.modules() if m not in text}  # no parameters: FSDP replaces those
+        self._projector = {m for name, m in backbone.named_modules() if part_of(f"{name}.") == "projector"}
         self._kept = Kept()
         self._mode = "off"
         self._checked: set[str] = set()
@@ -182,8 +183,7 @@ class VisionFeatures:
         A module that trains in part is trained as a whole: what its frozen layers make may be added to what the others
         make. But lists are opened, and what holds a whole list of frozen layers is a tower with a projector inside.
         """
-        projector = {m for name, m in self._backbone.named_modules() if part_of(f"{name}.") == "projector"}
-        kept = Kept(whole=not self.trained, projector=projector)
+        kept = Kept(whole=not self.trained, projector=self._projector)
 
         def visit(module: nn.Module) -> None:
             inner = self._inside(module)

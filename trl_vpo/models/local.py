@@ -92,7 +92,8 @@ class LocalModel(AnsweringModel):
         self.model = model.eval()
         self.processor = processor
         self.batch_size = batch_size
-        self._collator = PreferenceCollator(processor, max_pixels=max_pixels)
+        # Not all models bring pixels into their own dtype.
+        self._collator = PreferenceCollator(processor, max_pixels=max_pixels, pixel_dtype=model.dtype)
         self.video_budget = self._collator.budget
         name = model.config._name_or_path or None
         self._description = description or {"model": name, "adapter": None, "revision": None}
@@ -229,11 +230,7 @@ class LocalModel(AnsweringModel):
 
     def encode(self, row: Row, sides: tuple[str, ...] = ()) -> Tree:
         """Encode a row with decoded media and some of its responses. Raises RowError, naming the row."""
-        tree = self._collator.encode_row(row, sides)
-        for trunk in tree.trunks:  # not all models bring pixels into their own dtype; times stay exact
-            floats = [k for k, v in trunk.media.items() if k.startswith("pixel_values") and v.is_floating_point()]
-            trunk.media |= {key: trunk.media[key].to(self.model.dtype) for key in floats}
-        return tree
+        return self._collator.encode_row(row, sides)
 
     def _encode_request(self, request: Request, response: str | None = None) -> Tree:
         """Encode a request, as the prompt of a response if there is one. Raises RowError and ModelError."""
