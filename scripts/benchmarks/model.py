@@ -88,8 +88,8 @@ def rows(
     count = images or (1 if box else max(1, (prompt - 16) // 258))
     table = []
     for _ in range(pairs):
-        paths = _pictures(rng, count, side)
-        row = _row(rng, [{"type": "image"}] * count, max(1, prompt - 258 * count - 5), response)
+        paths = pictures(rng, count, side)
+        row = text_row(rng, [{"type": "image"}] * count, max(1, prompt - 258 * count - 5), response)
         table.append(row | {"images": paths} | ({"critical_box": [100, 100, 300, 300]} if box else {}))
     return Dataset.from_list(table)
 
@@ -97,21 +97,23 @@ def rows(
 def clip_row(frames: int, response: int, side: int) -> Dataset:
     """One row with a clip of `frames` frames of `side` pixels, kept as images: no codec in the measurement."""
     rng = np.random.default_rng(0)
-    paths = _pictures(rng, frames, side)
-    return Dataset.from_list([_row(rng, [{"type": "video"}], 8, response) | {"videos": [paths]}])
+    paths = pictures(rng, frames, side)
+    return Dataset.from_list([text_row(rng, [{"type": "video"}], 8, response) | {"videos": [paths]}])
 
 
-def _pictures(rng: np.random.Generator, count: int, side: int) -> list[str]:
+def pictures(rng: np.random.Generator, count: int, side: int, **options: int) -> list[str]:
+    """Write pictures of noise, as PNG files with Pillow's options; returns their paths."""
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     paths = [str(folder / f"{i:03d}.png") for i in range(count)]
     for path in paths:
-        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(path, **options)
     return paths
 
 
-def _row(rng: np.random.Generator, media: list[dict], words: int, response: int) -> dict:
+def text_row(rng: np.random.Generator, media: list[dict], words: int, response: int) -> dict:
+    """Return a row without its media; the responses have `response` tokens, with the end of the turn."""
     row = {"prompt": [{"role": "user", "content": [*media, _text(rng, words)]}]}
-    sides = ("chosen", "rejected")  # and <|im_end|>
+    sides = ("chosen", "rejected")
     return row | {side: [{"role": "assistant", "content": [_text(rng, response - 1)]}] for side in sides}
 
 

@@ -4,7 +4,6 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,10 +11,9 @@ import numpy as np
 import torch
 import trl
 from benchmarks.common import MIB
-from benchmarks.model import WORDS
+from benchmarks.model import pictures, text_row
 from datasets import Dataset
 from peft import LoraConfig
-from PIL import Image
 
 from gpu_checks.models import LANGUAGE_MODEL, Shape
 from trl_vpo.doctor.live_bytes import LiveBytes
@@ -30,14 +28,9 @@ def preference_row(
     The responses have `response` tokens, with the end of the turn. `box`: a critical box, for LPOI.
     """
     rng = np.random.default_rng(seed)
-
-    def text(count: int) -> dict:
-        return {"type": "text", "text": " ".join(f"w{i}" for i in rng.integers(0, WORDS, count))}
-
     media = [{"type": "image"}] * images + [{"type": "video"}] * bool(frames)
-    row: dict = {"prompt": [{"role": "user", "content": [*media, text(words)]}]}
-    row |= {name: [{"role": "assistant", "content": [text(response - 1)]}] for name in ("chosen", "rejected")}
-    paths = _pictures(rng, images + frames, side)
+    row = text_row(rng, media, words, response)
+    paths = pictures(rng, images + frames, side, compress_level=0)
     row |= {"images": paths} if images else {"videos": [paths]} if frames else {}
     return row | ({"critical_box": [side // 4, side // 4, side // 2, side // 2]} if box else {})
 
@@ -46,14 +39,6 @@ def table(rows: list[dict]) -> Dataset:
     """Return rows of unlike columns as a dataset: a row has no media in the columns of others."""
     columns = dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_list([{name: row.get(name, []) for name in columns} for row in rows])
-
-
-def _pictures(rng: np.random.Generator, count: int, side: int) -> list[str]:
-    folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
-    paths = [str(folder / f"{i:03d}.png") for i in range(count)]
-    for path in paths:
-        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(path, compress_level=0)
-    return paths
 
 
 def settings(method: str, device: str, **options: Any) -> Any:
