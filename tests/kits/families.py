@@ -53,7 +53,7 @@ def template(image="", video=""):
 
 
 def ids(tok, **more):
-    start = tok.convert_tokens_to_ids("<|im_start|>")
+    start = tok.convert_tokens_to_ids(tok.bos_token or "<|im_start|>")
     return {"pad_token_id": tok.pad_token_id, "eos_token_id": tok.eos_token_id, "bos_token_id": start, **more}
 
 

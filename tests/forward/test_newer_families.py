@@ -1,0 +1,186 @@
+"""Newer families: our log-probs and gradients are those of the model's own call on its processor's output.
+
+The slow twin shares only the decoding of files with the package. For each response it calls the model once, on what
+its processor makes of the whole conversation: nothing padded, full logits.
+"""
+
+import functools
+import gc
+
+import pytest
+import torch
+from accelerate import PartialState
+from families_newer import NEWER, build
+from helpers import message, row
+from PIL import ImageOps
+from transformers.utils import is_timm_available
+
+from trl_vpo.data.collator import PreferenceCollator, video_metadata
+from trl_vpo.forward.scorer import Scorer
+from trl_vpo.media.load import VideoOptions, load_image, load_video
+
+FRAMES = VideoOptions(num_frames=6)
+SIDES = ("chosen", "rejected")
+# Rows of each batch; "+" is two rows.
+KINDS = ["text", "image", "images", "video", "both", "text+image", "image+images", "image+video", "text+video+both"]
+STATE, BOTH_WAYS = "pass a state along", "both directions"
+PADDED = {  # families that are trained with padded rows, and why
+    **dict.fromkeys(["Gemma 3", "Gemma 3, short windows", "Gemma 3n", "Gemma 4 MoE", "Gemma 4 unified"], BOTH_WAYS),
+    **dict.fromkeys(["Qwen3.5", "Qwen3.5 MoE", "Qwen4-exp", "LFM2-VL", "LFM3-VL"], STATE),
+    **dict.fromkeys(["MiniCPM-V 4.6", "MiniCPM-V 4.7", "Llama 4", "Llama 4, short chunks"], STATE),
+    **dict.fromkeys(["DeepSeek-VL", "DeepSeek-VL hybrid", "Janus"], "AttentionInterface"),
+    "PaliGemma": "log-probs",
+    "PaliGemma 2": "caps its logits",
+    "Mllama": "packed rows fail",
+    "Molmo2": "log-probs differ",
+}
+IMAGES, VIDEOS = [k for k in KINDS if "image" in k], [k for k in KINDS if "video" in k or "both" in k]
+FAILS = [  # families, kinds of batches, why
+    (["PaliGemma", "PaliGemma 2"], IMAGES, "responses get the token type of prompts"),
+    (["Mllama"], IMAGES, "cross-attention masks end with the prompt"),
+    (["Mllama", "Molmo2"], ["text"], "a first batch of text lets rows be packed"),
+    (["Llama 4", "Llama 4, short chunks"], KINDS, "the backbone is looked for as `base_model`"),
+    (["Perception LM"], ["image+images"], "tiles of padding are counted as features"),
+    (["Perception LM"], ["text+video+both"], "videos of unlike lengths become a list"),
+    (["Qwen2.5-Omni thinker", "Qwen3-Omni MoE thinker"], VIDEOS, "seconds per grid are lost"),
+    (["LFM2-VL"], ["text+image"], "rows of text add a row to the media"),
+    (["MiniCPM-V 4.6", "MiniCPM-V 4.7"], ["image+images", "text+video+both"], "patches lie in the last dimension"),
+    (["Molmo2"], ["image+images"], "indices of pooling count from the row's first image"),
+    (["Molmo2", "GLM-4.1V", "GLM-4.5V", "GLM-4.6V"], ["image+video"], "the model takes one kind of media in a call"),
+    (["Phi-4-multimodal"], IMAGES, "media of shared trunks are computed once"),
+    (["VideoLLaMA 3"], VIDEOS, "compression masks are not repeated"),
+]
+
+
+def why(name, kind):
+    return next((reason for names, kinds, reason in FAILS if name in names and kind in kinds), None)
+
+
+def has(family, kind):
+    needs = {"text": family.text, "images": family.images, "video": family.video, "both": family.both}
+    return all(needs.get(part, True) for part in kind.split("+"))
+
+
+def cases():
+    for name, family in NEWER.items():
+        for kind in filter(functools.partial(has, family), KINDS):
+            marks = [pytest.mark.slow] * family.slow
+            if reason := why(name, kind):
+                marks.append(pytest.mark.xfail(strict=True, reason=reason))
+            yield pytest.param(name, kind, marks=marks)
+
+
+@functools.lru_cache(maxsize=1)
+def world(name):
+    """A family's model as it comes, the same one for the package, its processor, and the results of the slow twin."""
+    if NEWER[name].needs == "timm" and not is_timm_available():
+        pytest.skip("timm is not installed")
+    gc.collect()
+    PartialState(cpu=True)
+    (plain, processor), (model, _) = build(name), build(name)
+    return plain, model, processor, {}
+
+
+def example(family, kind, media):
+    """A row whose responses differ in length."""
+    square, wide = media["image"]
+    several = [square, square if family.alike else wide]
+    sources = {"text": (None, ()), "image": ("image", [wide]), "images": ("image", several)}
+    clip = media["video"][1 if kind == "both" else 0]
+    made = row(*sources.get(kind, ("video", [clip])), "a red square.", "left.")
+    if kind == "both":
+        made["prompt"] = message("user", "<image>", "<video>", "What is in the picture?")
+        made["images"] = media["image"][:1]
+    if not family.chat:
+        made |= {part: made[part][0]["content"][-1]["text"] for part in ("prompt", *SIDES)}
+    return made
+
+
+def weight(model):
+    """One of the decoder's weights, the only one that trains."""
+    name = next(n for n, p in model.get_decoder().named_parameters() if ".0." in f".{n}" and p.dim() > 1)
+    found = model.get_decoder().get_parameter(name)
+    model.requires_grad_(False)
+    return found.requires_grad_()
+
+
+def loss(logps):
+    """(T,) -> a loss that weighs each token differently."""
+    return (logps * torch.arange(1.0, len(logps) + 1).cos()).sum()
+
+
+def official(family, processor, made, side, invert=False):
+    """(what the processor makes of prompt and response, tokens of the response)."""
+    images = [load_image(source) for source in made.get("images", ())]
+    clips = [load_video(source, FRAMES) for source in made.get("videos", ())]
+    frames = [255 - clip.frames if invert else clip.frames for clip in clips]
+    media = {"images": [[ImageOps.invert(image) if invert else image for image in images]]} if images else {}
+    if clips:
+        media |= {"videos": frames, "video_metadata": [video_metadata(c) for c in clips], "do_sample_frames": False}
+    if not family.chat:
+        text = "".join(["<image>"] * len(images)) + made["prompt"]
+        out = processor(text=[text], suffix=[made[side]], return_tensors="pt", **media)
+        return out, int(out["token_type_ids"].sum())
+    write = functools.partial(processor.apply_chat_template, tokenize=False, chat_template=processor.chat_template)
+    whole, prompt = write(made["prompt"] + made[side]), write(made["prompt"], add_generation_prompt=True)
+    assert whole.startswith(prompt)
+    count = len(processor.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
+    bos = processor.tokenizer.bos_token
+    special = {"add_special_tokens": False} if bos and whole.startswith(bos) else {}  # as `apply_chat_template` does
+    return processor(text=[whole], return_tensors="pt", **special, **media), count
+
+
+def slow(name, kind, media, invert=False):
+    """For both responses (ids of prompt and response, log-probs of the response); and the gradient."""
+    plain, _, processor, results = world(name)
+    if (kind, invert) in results:
+        return results[kind, invert]
+    trained, pairs = weight(plain), []
+    trained.grad = None
+    for side in SIDES:
+        inputs, count = official(NEWER[name], processor, example(NEWER[name], kind, media), side, invert)
+        ids = inputs["input_ids"][0]
+        logits = plain(**inputs, use_cache=False).logits[0]
+        logps = logits[-count - 1 : -1].log_softmax(-1).gather(1, ids[-count:, None])[:, 0]
+        loss(logps).backward()
+        pairs.append((ids.tolist(), logps.detach()))
+    results[kind, invert] = pairs, trained.grad.clone()
+    return results[kind, invert]
+
+
+@pytest.mark.parametrize(("name", "kind"), cases())
+def test_the_model_s_own_call(name, kind, media, caplog):
+    """In the layout that the scorer chooses, and with padded rows."""
+    _, model, processor, _ = world(name)
+    rows = kind.split("+")
+    want = [slow(name, part, media) for part in rows]
+    batch = PreferenceCollator(processor, video=FRAMES)([example(NEWER[name], part, media) for part in rows])
+    pairs = [pair for both, _ in want for pair in both]
+    for branch, (ids, _) in enumerate(pairs):
+        trunk = batch["branch_trunk"][branch]
+        prompt, response = (
+            batch[f"{k}_ids"][i][batch[f"{k}_mask"][i]] for k, i in (("trunk", trunk), ("branch", branch))
+        )
+        assert prompt.tolist() + response.tolist() == ids
+    grads = sum(grad for _, grad in want)
+    scorer = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id)
+    trained, packs = weight(model), False
+    while True:
+        trained.grad = None
+        scores = scorer.score(model, batch)
+        logps = [row[mask] for row, mask in zip(scores.logps, scores.mask)]
+        sum(map(loss, logps)).backward()
+        where = "packed" if scorer.packs else "padded"
+        for got, (_, expected) in zip(logps, pairs):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=where)
+        assert (trained.grad - grads).norm() <= 1e-5 * grads.norm(), where
+        if not scorer.packs:
+            break
+        packs, scorer.layout, scorer.packs = True, "separate", False
+    assert packs == (name not in PADDED) and PADDED.get(name, "") in caplog.text, caplog.messages
+
+
+@pytest.mark.parametrize(("name", "kind"), [p.values for p in cases() if p.values[1] in ("image", "video")])
+def test_another_picture_gives_other_log_probs(name, kind, media):
+    (same, _), (other, _) = (slow(name, kind, media, invert) for invert in (False, True))
+    assert (same[0][1] - other[0][1]).abs().max() > 1e-3

@@ -1,0 +1,29 @@
+"""Tiny models of the newer families, beside those of `families`: the same fields and more, see `Family`."""
+
+import torch
+from families_gemma import GEMMA
+from families_grids import GRIDS
+from families_llama import LLAMA
+from families_qwen import QWEN
+from families_squares import SQUARES
+from families_tiles import TILES
+
+NEWER = {**GEMMA, **LLAMA, **QWEN, **TILES, **GRIDS, **SQUARES}
+
+
+def build(name, seed=0):
+    """(model, processor) of a newer family, its weights as in `families.build`.
+
+    What is zero at initialisation is drawn: no picture would pass Gemma 3's projector or Mllama's gates.
+    """
+    torch.manual_seed(seed)
+    model, processor = NEWER[name].build()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not weight.any():
+                weight.normal_(std=0.1)
+            elif weight.dim() == 4:  # towers of many convolutions would lose the picture
+                torch.nn.init.kaiming_normal_(weight)
+            elif weight.dim() > 1:
+                weight.mul_(NEWER[name].scale)
+    return model.eval(), processor
