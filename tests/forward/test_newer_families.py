@@ -28,6 +28,7 @@ PADDED = {  # families that are trained with padded rows, and why
     **dict.fromkeys(["Gemma 3", "Gemma 3, short windows", "Gemma 3n", "Gemma 4 MoE", "Gemma 4 unified"], BOTH_WAYS),
     **dict.fromkeys(["Qwen3.5", "Qwen3.5 MoE", "Qwen4-exp", "LFM2-VL", "LFM3-VL"], STATE),
     **dict.fromkeys(["MiniCPM-V 4.6", "MiniCPM-V 4.7", "Llama 4", "Llama 4, short chunks"], STATE),
+    **dict.fromkeys(["Mistral Large 4", "MiniMax-M3-VL", "Nemotron-H Omni"], STATE),
     **dict.fromkeys(["DeepSeek-VL", "DeepSeek-VL hybrid", "Janus"], "AttentionInterface"),
     "PaliGemma": "log-probs",
     "PaliGemma 2": "caps its logits",
@@ -39,7 +40,7 @@ FAILS = [  # families, kinds of batches, why
     (["PaliGemma", "PaliGemma 2"], IMAGES, "responses get the token type of prompts"),
     (["Mllama"], IMAGES, "cross-attention masks end with the prompt"),
     (["Mllama", "Molmo2"], ["text"], "a first batch of text lets rows be packed"),
-    (["Llama 4", "Llama 4, short chunks"], KINDS, "the backbone is looked for as `base_model`"),
+    (["Llama 4", "Llama 4, short chunks", "Nemotron-H Omni"], KINDS, "the backbone is looked for as `base_model`"),
     (["Perception LM"], ["image+images"], "tiles of padding are counted as features"),
     (["Perception LM"], ["text+video+both"], "videos of unlike lengths become a list"),
     (["Qwen2.5-Omni thinker", "Qwen3-Omni MoE thinker"], VIDEOS, "seconds per grid are lost"),
@@ -49,6 +50,8 @@ FAILS = [  # families, kinds of batches, why
     (["Molmo2", "GLM-4.1V", "GLM-4.5V", "GLM-4.6V"], ["image+video"], "the model takes one kind of media in a call"),
     (["Phi-4-multimodal"], IMAGES, "media of shared trunks are computed once"),
     (["VideoLLaMA 3"], VIDEOS, "compression masks are not repeated"),
+    (["Granite 4 Vision"], IMAGES, "features are pairs of a layer and its features"),
+    (["Hunyuan-VL"], ["image+images"], "positions count the images of all rows"),
 ]
 
 
@@ -171,9 +174,10 @@ def test_the_model_s_own_call(name, kind, media, caplog):
         logps = [row[mask] for row, mask in zip(scores.logps, scores.mask)]
         sum(map(loss, logps)).backward()
         where = "packed" if scorer.packs else "padded"
-        for got, (_, expected) in zip(logps, pairs):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=where)
-        assert (trained.grad - grads).norm() <= 1e-5 * grads.norm(), where
+        off = max((got - expected).abs().max() for got, (_, expected) in zip(logps, pairs))
+        assert off < 1e-5, f"{where}: log-probs differ by {off:.2g}"
+        off = (trained.grad - grads).norm() / grads.norm()
+        assert off < 1e-5, f"{where}: gradients differ by {off:.2g}"
         if not scorer.packs:
             break
         packs, scorer.layout, scorer.packs = True, "separate", False

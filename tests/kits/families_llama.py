@@ -106,16 +106,13 @@ def fast_vlm():
     return T.FastVlmForConditionalGeneration(config), processor
 
 
-def _pixtral(kind, merge):
-    """A model of Mistral's: rows of an image end with a token of their own, each image has its own size."""
-    marks = {"image": "[IMG]", "break": "[IMG_BREAK]", "end": "[IMG_END]"}
-    tok = bos_tokenizer(marks.values())
+def pixtral_parts(kind, merge, text, **more):
+    """A model of Mistral's: each image has its own size, its rows end with a token of their own."""
+    tok = bos_tokenizer(["[IMG]", "[IMG_BREAK]", "[IMG_END]"])
     images = T.PixtralImageProcessor(size={"longest_edge": 56}, patch_size={"height": 14, "width": 14})
-    vision = tower("pixtral", hidden_size=32, head_dim=8)
-    more = {"spatial_merge_size": 2} if kind == "Mistral3" else {"vision_feature_select_strategy": "full"}
     config = getattr(T, f"{kind}Config")(
-        vision_config=vision,
-        text_config=text_of(tok, "mistral", sliding_window=None, head_dim=8),
+        vision_config=tower("pixtral", hidden_size=32, head_dim=8),
+        text_config=text_of(tok, **text),
         vision_feature_layer=-1,
         **numbers(tok, "index", image="[IMG]"),
         **more,
@@ -125,12 +122,15 @@ def _pixtral(kind, merge):
     return getattr(T, f"{kind}ForConditionalGeneration")(config), processor
 
 
+MISTRAL = {"model_type": "mistral", "sliding_window": None, "head_dim": 8}
+
+
 def pixtral():
-    return _pixtral("Llava", 1)
+    return pixtral_parts("Llava", 1, MISTRAL, vision_feature_select_strategy="full")
 
 
 def mistral3():
-    return _pixtral("Mistral3", 2)
+    return pixtral_parts("Mistral3", 2, MISTRAL, spatial_merge_size=2)
 
 
 LLAMA = {

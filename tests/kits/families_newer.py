@@ -5,10 +5,11 @@ from families_gemma import GEMMA
 from families_grids import GRIDS
 from families_llama import LLAMA
 from families_qwen import QWEN
+from families_rarer import RARER
 from families_squares import SQUARES
 from families_tiles import TILES
 
-NEWER = {**GEMMA, **LLAMA, **QWEN, **TILES, **GRIDS, **SQUARES}
+NEWER = {**GEMMA, **LLAMA, **QWEN, **TILES, **GRIDS, **SQUARES, **RARER}
 
 
 def build(name, seed=0):
