@@ -50,6 +50,8 @@ class Case:
     pairs: int = 1  # in the micro-batch
     layout: str = "shared"
     checkpointing: bool = True
+    every: int = 1  # the layers that are checkpointed
+    selective: bool = False  # checkpointing keeps what attention computed
     full: bool = False  # full fine-tuning, else LoRA
     numbers: str = "float32"  # or autocast (bfloat16 on float32 weights), bfloat16 (both), 4bit (QLoRA)
     dropout: float = 0.0  # of LoRA
@@ -66,6 +68,8 @@ CASES = [
     Case(),
     Case(layout="separate"),
     Case(checkpointing=False),
+    Case(every=2),
+    Case(prompt=2048, selective=True),
     Case(layout="separate", checkpointing=False, pairs=2),
     Case(hidden=512, layers=8, prompt=1024),
     Case(layers=8, prompt=2048),
@@ -102,6 +106,7 @@ def recipe_of(case: Case) -> LoadedRecipe:
         per_device_train_batch_size=case.pairs,
         gradient_accumulation_steps=2 if case.accumulates else 1,
         gradient_checkpointing=case.checkpointing,
+        gradient_checkpointing_kwargs={"selective": case.selective, "every_n_layers": case.every},
         max_steps=STEPS,
         save_strategy="no",
         logging_strategy="no",

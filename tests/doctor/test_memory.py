@@ -21,6 +21,8 @@ SMALL = {"hidden": 128, "layers": 2, "vocabulary": 2000, "prompt": 300, "respons
 CASES = [
     Case(**SMALL),
     Case(**SMALL, layout="separate", checkpointing=False, pairs=2),
+    Case(**SMALL | {"layers": 4}, every=2),
+    Case(**SMALL, selective=True),
     Case(**SMALL, numbers="autocast", dropout=0.05, checkpointing=False),
     Case(**SMALL, numbers="bfloat16", method="rrpo"),
     Case(**SMALL, full=True, method="leanpo", accumulates=True),

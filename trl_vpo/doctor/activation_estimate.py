@@ -6,14 +6,15 @@ and the bytes of the tensors that are alive at the same time are counted.
 
 A GPU's kernels do not run. That TRL's Triton kernels work in place is followed; SDPA's fused kernels keep the same on
 both. Not followed: dropout (a byte per number on a GPU, a number on a CPU), SDPA's math kernel (it keeps all attention
-weights, where no fused one fits), eager attention, flash-attention 2's unpadding, torch.compile, cuBLAS' workspaces.
+weights, where no fused one fits), eager attention, flash-attention 2's unpadding, torch.compile, cuBLAS' workspaces,
+and what is offloaded to the host, which counts here.
 """
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from trl_vpo.forward.attention import SEGMENTS, Segments, use_segments
 from trl_vpo.forward.families import FEATURE_METHODS, VISION_INPUTS, vision_inputs
 from trl_vpo.forward.layouts import spans_of
 from trl_vpo.forward.scoring import VOCAB_CHUNK
+from trl_vpo.trainers.compat import keep_attention
 
 CAUSAL = "trl_vpo_causal_sdpa"
 TOKEN_CHUNK = 4096  # tokens that TRL's kernels take at a time
@@ -85,7 +87,7 @@ class DryStep:
         weights, adapter: dtypes of its weights and of its adapter's.
         autocast: dtype of autocast; None: none.
         dropout: whether it is on; TRL turns it off (`disable_dropout`).
-        checkpointing: gradient checkpointing.
+        checkpointing: gradient checkpointing; `options`: its `gradient_checkpointing_kwargs`.
         gradients: "kept" if they exist before the step (accumulation), "grown" if it makes them, "dropped" if they
             are freed as soon as they are made (ZeRO-2 and -3, FSDP).
         device: "cuda" or "cpu", where the step would run: kernels differ.
@@ -102,6 +104,7 @@ class DryStep:
         autocast: torch.dtype | None = None,
         dropout: bool = False,
         checkpointing: bool = True,
+        options: dict[str, Any] | None = None,
         gradients: str = "grown",
         device: str = "cuda",
     ):
@@ -114,11 +117,12 @@ class DryStep:
         for module in () if dropout else self._base.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename both
-            self._base.gradient_checkpointing_disable()
-            if checkpointing:
-                self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._base.activation_checkpointing_disable()
+        if checkpointing:
+            kinds = {**(options or {}), "use_reentrant": False}
+            kinds.pop("offload", None)
+            keep_attention(self._base)
+            self._base.activation_checkpointing_enable(kinds, every_n_layers=kinds.pop("every_n_layers", 1))
         self._base.disable_input_require_grads()
         if checkpointing and self._base is not model:
             self._base.enable_input_require_grads()

@@ -51,6 +51,7 @@ class Plan:
     optimizer: str
     checkpointing: bool
     accumulation: int  # micro-batches to a step
+    options: dict | None = None  # of checkpointing
     dropout: bool = False
     sharding: Sharding = field(default_factory=Sharding)
     half_media: bool = False  # half as many tokens of media
@@ -100,6 +101,7 @@ def plan_of(recipe: LoadedRecipe, longest: list[Tree], device: str = "cuda") -> 
         copies=2 if needs_reference and not model_args.use_peft else 1,
         optimizer=str(getattr(args.optim, "value", args.optim)),
         checkpointing=args.gradient_checkpointing,
+        options=args.gradient_checkpointing_kwargs,
         accumulation=args.gradient_accumulation_steps,
         dropout=not args.disable_dropout,
         sharding=recipe.sharding,
@@ -137,6 +139,7 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
         autocast=plan.autocast,
         dropout=plan.dropout,
         checkpointing=plan.checkpointing,
+        options=plan.options,
         gradients=plan.gradients,
         device=plan.device,
     )
