@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from benchmarks.memory import Case, compare
-from memory_plans import ADAPTER, LAYER, LINEAR, TOTAL, args_of, plan, qwen
+from memory_plans import ADAPTER, LAYER, LINEAR, TOTAL, args_of, plan
+from published_models import PARAMETERS, PUBLISHED
 from trl import ModelConfig
 
 from trl_vpo import LeanPOConfig, RRPOConfig
@@ -90,10 +91,9 @@ def test_optimizer_states(name, dtype, size):
     assert memory.optimizer_bytes(name, 100, dtype) == size
 
 
-@pytest.mark.parametrize(("billions", "total"), [(7, 8_292_166_656), (3, 3_754_622_976)])
-def test_known_models(billions, total):
-    """Their repositories say so many parameters, and twice as many bytes in bfloat16."""
-    sizes = model_sizes(empty_model(qwen(billions)), quantized=False, skip=[])
+@pytest.mark.parametrize(("name", "total"), PARAMETERS.items())
+def test_published_models(name, total):
+    sizes = model_sizes(empty_model(PUBLISHED[name]()[0]), quantized=False, skip=[])
     assert sizes.total == total
     planned = replace(plan(args_of(LeanPOConfig), ModelConfig(dtype="bfloat16"))[0], adapter=True)
     assert memory.fixed(replace(planned, sizes=replace(sizes, trained=0)))["weights"] == 2 * total

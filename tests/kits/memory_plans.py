@@ -1,10 +1,11 @@
-"""A text model whose weights can be counted by hand, plans for it, and Qwen2.5-VL configs of known size."""
+"""A text model whose weights can be counted by hand, and plans for it."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 
 import transformers as T
 from peft import LoraConfig
+from published_models import KEYS
 
 from trl_vpo import LeanPOConfig, RRPOConfig, VisualDPOConfig
 from trl_vpo.doctor.activation_estimate import Call
@@ -16,10 +17,7 @@ from trl_vpo.models.model_size import adapt, empty_model
 from trl_vpo.training.sharding import Sharding
 
 METHODS = {VisualDPOConfig: "dpo", LeanPOConfig: "leanpo", RRPOConfig: "rrpo"}
-KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-KEYS += ("vocab_size", "tie_word_embeddings")
 TEXT = dict(zip(KEYS, (8, 16, 2, 2, 2, 32, False))) | {"architectures": ["Qwen2ForCausalLM"]}
-QWEN = {7: (3584, 18944, 28, 28, 4, 152064, False), 3: (2048, 11008, 36, 16, 2, 151936, True)}  # by billions
 LAYER = 4 * 64 + 3 * 8 + 3 * 8 * 16 + 2 * 8  # attention with biases of q, k, v; MLP; norms
 LINEAR = 2 * (4 * 64 + 3 * 8 * 16)
 TOTAL = 2 * LAYER + 2 * 32 * 8 + 8
@@ -41,16 +39,3 @@ def plan(args, model_args, *, sharding=None, load=LOAD):
     if model_args.use_peft:
         recipe.model, _ = adapt(recipe.model, LoraConfig(r=2, target_modules=["q_proj"]))
     return replace(plan_of(recipe, [ROW]), load=load, pair=load), recipe.model
-
-
-def qwen(billions):
-    """The config of Qwen2.5-VL in a size; all have the same tower."""
-    text = dict(zip(KEYS, QWEN[billions]))
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14}
-    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-    return T.Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": rope},
-        vision_config={**vision, "out_hidden_size": text["hidden_size"]},
-        tie_word_embeddings=text["tie_word_embeddings"],
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-    )
