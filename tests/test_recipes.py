@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from families import FAMILIES
+from recipe_memory import GIB, card_of, recipe_memory
 from trl import get_peft_config
 
 from trl_vpo.doctor.loaded_recipe import method_of
@@ -18,6 +19,7 @@ from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.run import make_parser
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.model_size import adapt, empty_model, model_sizes
+from trl_vpo.runs.recipe_list import MEMORY
 from trl_vpo.training.run import parse, quantization_config
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +38,7 @@ MODELS = {
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "LLaVA-OneVision",
     "HuggingFaceM4/idefics2-8b": "Idefics2",
 }
+QUICK = ("leanpo/qwen2_5_vl_3b_lora_24gb", "lpoi/llava_1_5_7b")
 COMMON = ("# Hardware: written for", "# Source: ", "# Run: ", "dataset_name is a placeholder")
 
 
@@ -57,7 +60,8 @@ def config_of(family):
 def test_there_is_a_recipe_for_everything_that_is_promised():
     names = set(map(name, FILES))
     for method in ("dpo", "leanpo", "rrpo", "lpoi"):
-        assert {f"{method}/qwen2_5_vl_3b_qlora_24gb", f"quickstart/{method}"} <= names
+        small = ("qwen2_5_vl_3b_lora_24gb", "qwen2_5_vl_7b_qlora_24gb")
+        assert {f"quickstart/{method}", *(f"{method}/{name}" for name in small)} <= names
     for method in PIPELINES:
         assert {f"{method}/generate", f"quickstart/{method}-generate"} <= names
 
@@ -107,6 +111,23 @@ def test_qlora_keeps_the_vision_tower_in_full_precision(path):
     quantized = model_sizes(model, quantized=True, skip=NOT_QUANTIZED).quantized
     assert quantized == sum(p.numel() for p in language)
     assert training_args.gradient_checkpointing
+
+
+@pytest.mark.parametrize("path", BIG, ids=name)
+def test_recipe_leaves_room_on_its_gpu(path):
+    stated = re.search(MEMORY, path.read_text(), re.MULTILINE)
+    assert stated, f"python tests/kits/recipe_memory.py {path}"
+    assert float(stated[1].split()[0]) * GIB <= 0.9 * card_of(path)
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[] if name(path) in QUICK else pytest.mark.slow, id=name(path)) for path in BIG]
+)
+def test_header_states_what_the_doctor_computes(path):
+    memory, stated = recipe_memory(path), re.search(MEMORY, path.read_text(), re.MULTILINE)
+    assert memory.total / GIB == pytest.approx(float(stated[1].split()[0]), rel=0.02), memory.line
+    rest = memory.line.partition(" GiB")[2]
+    assert stated[0].endswith(rest)
 
 
 @pytest.mark.parametrize("path", GENERATION, ids=name)

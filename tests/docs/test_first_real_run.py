@@ -66,9 +66,9 @@ def test_the_recipe_for_one_gpu_trains(tmp_path, monkeypatch):
     (imported,) = shown("runs: hound")
     assert cli.main(imported) == 0
     (tmp_path / "data/pairs.jsonl").rename("data/train.jsonl")
-    (train,) = [words for words in shown() if words[0] == "train" and "qlora" in words[3]]
+    (train,) = [words for words in shown() if words[0] == "train" and "24gb" in words[3]]
     assert cli.main([*train, *SMALL, *STEPS]) == 0
-    assert (tmp_path / "outputs/leanpo-qwen2_5_vl_3b_qlora_24gb/adapter_model.safetensors").is_file()
+    assert (tmp_path / "outputs/leanpo-qwen2_5_vl_3b_lora_24gb/adapter_model.safetensors").is_file()
 
 
 def test_the_page_says_what_was_not_run():

@@ -46,7 +46,7 @@ def test_a_file_of_ones_own_wins(tmp_path):
     ("name", "message"),
     [
         (f"recipes/{NAME}.yaml", rf"does not exist in .*\. The package has it under the name {NAME}\.$"),
-        ("rrpo/qwen2_5_vl_8b", rf"Did you mean {NAME}.* There are rrpo/generate, .*, {NAME}\.$"),
+        ("rrpo/qwen2_5_vl_8b", rf"Did you mean {NAME}.* There are rrpo/generate, .*, {NAME}, .*\.$"),
         ("qwen2_vl_7b", r"Did you mean leanpo/qwen2_vl_7b\? `trl-vpo recipes` lists"),
         ("zero2", r"Did you mean accelerate/zero2\?"),
         ("mine.yaml", r"no such file from .* `trl-vpo recipes` lists the names\.$"),

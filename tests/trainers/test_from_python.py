@@ -179,5 +179,5 @@ def test_a_rate_of_full_fine_tuning_for_lora_is_named(rate, peft, warnings, tmp_
 
 def test_the_rates_of_the_recipes_are_as_told():
     for method in METHODS:
-        recipe = yaml.safe_load(Path(f"recipes/{method}/qwen2_5_vl_3b_qlora_24gb.yaml").read_text())
+        recipe = yaml.safe_load(Path(f"recipes/{method}/qwen2_5_vl_3b_lora_24gb.yaml").read_text())
         assert recipe["learning_rate"] == pytest.approx(setup.LORA_RATE)

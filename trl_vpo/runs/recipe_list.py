@@ -19,6 +19,7 @@ from trl_vpo.runs.recipe_file import read_recipe, recipe_text
 NOT_RUN = "not run"
 COMMAND = r"^#   trl-vpo (train|generate) (\w+) --config "
 HARDWARE = r"^# Hardware: written for ([^.,:;]+)[.,:;]"
+MEMORY = r"^# Memory: the doctor computes ([\d.]+ GiB) for .*$"
 RUN = r"^# Run: (.+)\.$"
 
 
@@ -33,6 +34,7 @@ class RecipeFacts:
         method: of that command.
         model: that it names.
         hardware: that it is written for, up to the first comma.
+        memory: of a GPU, as the doctor computes it; empty where it was not computed.
         run: where it was run, the time, the peak memory and the result; `("not run",)` where it was not.
     """
 
@@ -42,6 +44,7 @@ class RecipeFacts:
     method: str
     model: str
     hardware: str
+    memory: str
     run: tuple[str, ...]
 
 
@@ -69,6 +72,7 @@ def recipe_facts(name: str) -> RecipeFacts:
         method=method,
         model=values.get("model_name_or_path") or values.get("detector", ""),
         hardware=fact(HARDWARE, "`# Hardware: written for ...`")[1],
+        memory=(re.search(MEMORY, text, re.MULTILINE) or ["", ""])[1],
         run=tuple(fact(RUN, "`# Run: ...`")[1].split("; ")),
     )
 
@@ -100,7 +104,8 @@ def recipes_table(facts: list[RecipeFacts]) -> Table:
         for one in facts:
             if (one.command, one.method) == group:
                 model = one.model if one.model.startswith("trl_vpo/") else one.model.split("/")[-1]
-                table.add_row(one.name, model, one.hardware, one.run[min(1, len(one.run) - 1)])
+                hardware = f"{one.hardware}\n{one.memory}".strip()
+                table.add_row(one.name, model, hardware, one.run[min(1, len(one.run) - 1)])
     return table
 
 
