@@ -36,27 +36,25 @@ PADDED = {  # families that are trained with padded rows, and why
     "Molmo2": "log-probs differ",
 }
 IMAGES, VIDEOS = [k for k in KINDS if "image" in k], [k for k in KINDS if "video" in k or "both" in k]
-FAILS = [  # families, kinds of batches, why
+WRONG = [  # families, kinds of batches, why their log-probs are wrong or their rows packed
     (["PaliGemma", "PaliGemma 2"], IMAGES, "responses get the token type of prompts"),
-    (["Mllama"], IMAGES, "cross-attention masks end with the prompt"),
     (["Mllama", "Molmo2"], ["text"], "a first batch of text lets rows be packed"),
+    (["Molmo2"], ["image+images"], "indices of pooling count from the row's first image"),
+    (["Hunyuan-VL"], ["image+images"], "positions count the images of all rows"),
+]
+CRASHES = [  # why they cannot be scored
+    (["Mllama"], IMAGES, "cross-attention masks end with the prompt"),
     (["Llama 4", "Llama 4, short chunks", "Nemotron-H Omni"], KINDS, "the backbone is looked for as `base_model`"),
     (["Perception LM"], ["image+images"], "tiles of padding are counted as features"),
     (["Perception LM"], ["text+video+both"], "videos of unlike lengths become a list"),
     (["Qwen2.5-Omni thinker", "Qwen3-Omni MoE thinker"], VIDEOS, "seconds per grid are lost"),
     (["LFM2-VL"], ["text+image"], "rows of text add a row to the media"),
     (["MiniCPM-V 4.6", "MiniCPM-V 4.7"], ["image+images", "text+video+both"], "patches lie in the last dimension"),
-    (["Molmo2"], ["image+images"], "indices of pooling count from the row's first image"),
     (["Molmo2", "GLM-4.1V", "GLM-4.5V", "GLM-4.6V"], ["image+video"], "the model takes one kind of media in a call"),
     (["Phi-4-multimodal"], IMAGES, "media of shared trunks are computed once"),
     (["VideoLLaMA 3"], VIDEOS, "compression masks are not repeated"),
     (["Granite 4 Vision"], IMAGES, "features are pairs of a layer and its features"),
-    (["Hunyuan-VL"], ["image+images"], "positions count the images of all rows"),
 ]
-
-
-def why(name, kind):
-    return next((reason for names, kinds, reason in FAILS if name in names and kind in kinds), None)
 
 
 def has(family, kind):
@@ -64,11 +62,11 @@ def has(family, kind):
     return all(needs.get(part, True) for part in kind.split("+"))
 
 
-def cases():
+def cases(kinds, fails):
     for name, family in NEWER.items():
-        for kind in filter(functools.partial(has, family), KINDS):
+        for kind in filter(functools.partial(has, family), kinds):
             marks = [pytest.mark.slow] * family.slow
-            if reason := why(name, kind):
+            if reason := next((why for names, which, why in fails if name in names and kind in which), None):
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))
             yield pytest.param(name, kind, marks=marks)
 
@@ -151,7 +149,7 @@ def slow(name, kind, media, invert=False):
     return results[kind, invert]
 
 
-@pytest.mark.parametrize(("name", "kind"), cases())
+@pytest.mark.parametrize(("name", "kind"), cases(KINDS, [*WRONG, *CRASHES]))
 def test_the_model_s_own_call(name, kind, media, caplog):
     """In the layout that the scorer chooses, and with padded rows."""
     _, model, processor, _ = world(name)
@@ -184,7 +182,33 @@ def test_the_model_s_own_call(name, kind, media, caplog):
     assert packs == (name not in PADDED) and PADDED.get(name, "") in caplog.text, caplog.messages
 
 
-@pytest.mark.parametrize(("name", "kind"), [p.values for p in cases() if p.values[1] in ("image", "video")])
+@pytest.mark.parametrize(("name", "kind"), cases(["image", "video"], []))
 def test_another_picture_gives_other_log_probs(name, kind, media):
     (same, _), (other, _) = (slow(name, kind, media, invert) for invert in (False, True))
     assert (same[0][1] - other[0][1]).abs().max() > 1e-3
+
+
+TIMM = (["Gemma 3n", "Perception LM", "FastVLM"], ["image", "video"], "outputs of timm's towers are not rebuilt")
+TOWERS = ("vision_tower", "vision_model", "visual", "img_processor", "embed_vision")
+
+
+@pytest.mark.parametrize(("name", "kind"), cases(["image", "video"], [*CRASHES, TIMM]))
+def test_frozen_towers_run_once_a_step(name, kind, media):
+    """In the reference pass; the policy pass replays what they gave."""
+    _, model, processor, _ = world(name)
+    weight(model)
+    batch = PreferenceCollator(processor, video=FRAMES)([example(NEWER[name], kind, media)])
+    scorer, runs = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id), []
+    want = scorer.score(model, batch).logps
+    towers = [module for path, module in model.named_modules() if path.endswith(TOWERS)]
+    hooks = [tower.register_forward_hook(lambda *_: runs.append(1)) for tower in towers]
+    try:
+        with scorer.record_vision(), torch.no_grad():
+            recorded, first = scorer.score(model, batch).logps, len(runs)
+        with scorer.replay_vision():
+            replayed = scorer.score(model, batch).logps
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(recorded, want) and torch.equal(replayed, want)
+    assert len(runs) == first > 0
