@@ -96,7 +96,7 @@ def recipes_table(facts: list[RecipeFacts]) -> Table:
     """Return one line for each recipe, in groups by command and method."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)  # so that it fits 80 columns
     table.add_column("name", no_wrap=True)
-    for heading, width in (("model", 22), ("hardware", 15), ("run", 9)):
+    for heading, width in (("model", 22), ("hardware, needs", 15), ("run", 9)):
         table.add_column(heading, overflow="fold", width=width)
     for group in dict.fromkeys((one.command, one.method) for one in facts):
         table.add_section()
