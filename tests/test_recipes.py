@@ -14,7 +14,7 @@ from recipe_memory import GIB, card_of, recipe_memory
 from trl import get_peft_config
 
 from trl_vpo.doctor.loaded_recipe import method_of
-from trl_vpo.forward.families import VISION
+from trl_vpo.forward.parts import part_of
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.run import make_parser
 from trl_vpo.models.load import NOT_QUANTIZED
@@ -77,7 +77,7 @@ def test_recipe_parses_and_its_lora_fits_its_model(path):
     if peft_config is None:
         assert "full" in path.stem
         return
-    linear = {n for n, m in model.named_modules() if n.endswith("_proj") and not VISION.search(n + ".")}
+    linear = {n for n, m in model.named_modules() if n.endswith("_proj") and part_of(n) == "language"}
     _, adapted = adapt(model, peft_config)
     assert set(adapted.modules) == linear  # q, k, v, o, gate, up, down of every layer of the language model
     assert not adapted.vision and training_args.max_length is None

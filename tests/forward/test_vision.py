@@ -14,7 +14,8 @@ from transformers import LlavaModel
 
 from trl_vpo import PreferenceCollator
 from trl_vpo.forward import layouts
-from trl_vpo.forward.families import VISION_INPUTS, merge_media, part_of, placeholders
+from trl_vpo.forward.families import VISION_INPUTS, merge_media, placeholders
+from trl_vpo.forward.parts import part_of
 from trl_vpo.forward.vision import VisionFeatures
 from trl_vpo.models.adapters import target_modules
 

@@ -41,7 +41,7 @@ from trainer_kit import METHODS, PAIRS, fresh, lora, shake, trainable, trainer_o
 from transformers import TrainerCallback
 
 from trl_vpo.evaluate.callback import EvaluationCallback
-from trl_vpo.forward.families import part_of
+from trl_vpo.forward.parts import part_of
 from trl_vpo.models.load import NOT_QUANTIZED
 
 

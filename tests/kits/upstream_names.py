@@ -13,7 +13,7 @@ LAYOUTS, FAMILIES, RANKS, VISION = files("forward", "layouts families ranks visi
 TOWER, SEQUENCES = files("forward", "tower sequence_parallel")
 RESUME, SIGTERM, CHANGED_ROWS, LAUNCH = files("training", "resume sigterm changed_rows launch")
 RUN, PROGRESS, HUB_REPO = files("training", "run progress hub_repo")
-ATTACH, MERGE, SOURCE = files("models", "attach merge source")
+ADAPTERS, ATTACH, MERGE, SOURCE = files("models", "adapters attach merge source")
 CHECKS, ACTIVATIONS = files("doctor", "checks activation_estimate")
 CANDIDATES, CALLBACK = files("evaluate", "candidates callback")
 (RECIPE,) = files("runs", "recipe")
@@ -52,6 +52,11 @@ CALLED = [
         "self input_ids attention_mask position_ids past_key_values inputs_embeds use_cache visual_pos_masks "
         "deepstack_visual_embeds",
         SEQUENCES,
+    ),
+    (
+        "peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers",
+        "peft_config model conversions",
+        ADAPTERS,
     ),
     ("torch.distributed.elastic.multiprocessing.errors.record", "fn error_handler", COMPAT),
     ("torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception", "self e", COMPAT),

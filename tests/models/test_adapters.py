@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers as T
 from adapter_kit import adapted_modules, changed, pickled, recipe_of, train, trained
 from families import FAMILIES, text_model
 from peft import LoraConfig, get_peft_model
@@ -115,11 +116,62 @@ class Odd(nn.Module):
     def get_decoder(self):
         return self.text
 
+    def get_output_embeddings(self):
+        return None
+
 
 def test_presets_of_an_odd_model():
     with pytest.warns(UserWarning, match=r"1 parameters such as layers\.1\.experts\.up .*lora_target_parameters"):
         config = LoraConfig(target_modules=target_modules(Odd(), "all"))
     assert adapted_modules(get_peft_model(Odd(), config)) == {"text.layers.0.mix", "connector", "vision_model.out"}
+
+
+def glm_moe():
+    tower = {"depth": 1, "hidden_size": 24, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    text = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "n_routed_experts": 4}
+    text |= {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "pad_token_id": 0}
+    return T.Glm4vMoeForConditionalGeneration(T.Glm4vMoeConfig(text_config=text, vision_config=tower))
+
+
+def test_names_that_peft_takes_for_experts(tmp_path):
+    """PEFT turns a regular expression into leaf names there, and MLPs into experts, both in training and loading."""
+    with pytest.warns(UserWarning, match=r"6 linear layers such as .*layers\.0\.mlp\.down_proj are not adapted"):
+        targets = target_modules(glm_moe(), "language")
+    expected = layers("model.language_model.layers", " ".join(SEVEN.split()[:4]))
+    config = LoraConfig(r=2, target_modules=targets)
+    for again in (config, config.save_pretrained(tmp_path) or LoraConfig.from_pretrained(tmp_path)):
+        assert set(map(by_name, lora_parameters(get_peft_model(glm_moe(), again)))) == expected
+
+
+def lora_parameters(model):
+    return [name for name, _ in model.named_parameters() if ".lora_A." in name]
+
+
+def by_name(parameter):
+    return parameter.removeprefix("base_model.model.").split(".lora_A.")[0]
+
+
+def inner_llama():
+    text = {"hidden_size": 32, "intermediate_size": 16, "intermediate_size_mlp": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "pad_token_id": 0}
+    text |= {"num_local_experts": 2, "moe_layers": [1], "layer_types": ["chunked_attention", "full_attention"]}
+    tower = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"image_size": 56, "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24}
+    return T.Llama4ForConditionalGeneration(T.Llama4Config(text_config=text, vision_config=tower))
+
+
+def test_heads_and_routers_inside_a_decoder_are_left_out():
+    """Llama 4 holds a whole language model, whose head and routers are linear layers."""
+    with pytest.warns(UserWarning, match=r"2 parameters such as .*feed_forward\.experts\.gate_up_proj"):
+        config = LoraConfig(target_modules=target_modules(inner_llama(), "language"))
+    names = adapted_modules(get_peft_model(inner_llama(), config))
+    dense = layers("language_model.model.layers", " ".join(SEVEN.split()[:4])) | {
+        f"language_model.model.layers.{layer}.{leaf}_proj"
+        for layer in ("0.feed_forward", "1.feed_forward.shared_expert")
+        for leaf in ("gate", "up", "down")
+    }
+    assert names == dense
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from step_kit import Gradients, losses_of, snapshot
 from trainer_kit import image_rows, shake, text_rows, trainable, trainer_of
 
 from trl_vpo.errors import RecipeError
-from trl_vpo.forward.families import part_of
+from trl_vpo.forward.parts import part_of
 from trl_vpo.trainers.rates import check_rates, set_rates
 
 RATES = {"learning_rate": 1e-2, "vision_learning_rate": 1e-3, "projector_learning_rate": 4e-3}

@@ -27,6 +27,7 @@ from trl_vpo.doctor.live_bytes import LiveBytes
 from trl_vpo.forward.attention import SEGMENTS, Segments, use_segments
 from trl_vpo.forward.families import FEATURE_METHODS, VISION_INPUTS, vision_inputs
 from trl_vpo.forward.layouts import spans_of
+from trl_vpo.forward.parts import output_head
 from trl_vpo.forward.scoring import VOCAB_CHUNK
 from trl_vpo.trainers.compat import keep_attention
 
@@ -216,7 +217,7 @@ class DryStep:
 
     def _call(self, call: Call, features: Tensor) -> Tensor:
         """Return the sum of everything that is scored."""
-        head = self._base.get_output_embeddings().weight
+        head = output_head(self._base).weight
         ids = self._fake.empty((call.rows, call.length), torch.long)
         states = self._embed(ids)  # (R, L, H)
         if call.features:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trl_vpo.errors import AdapterError, EvaluateError, ModelError
 from trl_vpo.evaluate.results import BASE
 from trl_vpo.forward.head import lm_head
+from trl_vpo.forward.parts import output_head
 from trl_vpo.forward.tree import Tree
 from trl_vpo.models.adapters import loses_base
 from trl_vpo.models.attach import attach_adapter
@@ -131,7 +132,7 @@ def _attached(model: PreTrainedModel, adapters: list[tuple[str, str]]) -> PeftMo
             wrapped = attach_adapter(model, path, config=config, name=name, wrapped=wrapped)
         except AdapterError as error:
             raise EvaluateError(str(error)) from error
-        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        if isinstance(output_head(model), BaseTunerLayer):
             raise EvaluateError(
                 f"adapter {path} adapts the LM head by low-rank layers, which log-probs do not pass. Merge it with "
                 "its base, and evaluate the merged model as a base of its own."

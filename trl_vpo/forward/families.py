@@ -17,7 +17,6 @@ A new family also gets a tiny model in `tests/kits/families.py`: all tests of fa
 
 import functools
 import inspect
-import re
 from collections.abc import Callable
 
 import torch
@@ -29,17 +28,6 @@ VISION_INPUTS = {"pixel_values": "image", "pixel_values_videos": "video"}  # eac
 FEATURE_METHODS = ("get_image_features", "get_video_features")  # of a backbone: what its tower and projector give
 FLOAT32_PIXELS = ("gemma4_vision", "radio")  # types of towers that compute with pixels before they cast them
 ROWS_FIRST = "pixel_attention_mask"  # with this input (Idefics, SmolVLM), the media have one entry per row
-
-# Of whole names of modules and parameters: vision tower and projector; the projector alone.
-VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)\.")
-PROJECTOR = re.compile(
-    r"(^|\.)(visual\.(merger|deepstack_merger_list)|multi_modal_projector|vision_resampler|connector)\."
-)
-
-
-def part_of(name: str) -> str:
-    """Return the part of a model that a module or parameter belongs to: "vision", "projector" or "language"."""
-    return "projector" if PROJECTOR.search(name) else "vision" if VISION.search(name) else "language"
 
 
 def vision_inputs(media: list[dict[str, Tensor]]) -> list[str]:

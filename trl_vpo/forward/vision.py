@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils import ModelOutput
 
-from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, part_of, take_video_list
+from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, take_video_list
+from trl_vpo.forward.parts import part_of
 
 logger = get_logger(__name__)
 LISTS = (nn.ModuleList, nn.ModuleDict)  # of layers; never called themselves
@@ -95,7 +96,7 @@ class VisionFeatures:
         text = set(language_model.modules())
         self._backbone = backbone
         self._modules = {m: None for m in backbone.modules() if m not in text}  # no parameters: FSDP replaces those
-        self._projector = {m for name, m in backbone.named_modules() if part_of(f"{name}.") == "projector"}
+        self._projector = {m for name, m in backbone.named_modules() if part_of(name) == "projector"}
         self._kept = Kept()
         self._mode = "off"
         self._checked: set[str] = set()

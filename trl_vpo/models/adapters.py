@@ -7,18 +7,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 
 from trl_vpo.errors import RecipeError, did_you_mean
-from trl_vpo.forward.families import PROJECTOR, VISION
+from trl_vpo.forward.parts import CHOOSERS, named, output_head, part_of
 from trl_vpo.models.source import read_config
 
 PRESETS = ("language", "language+projector", "all")
 # Ways to begin a LoRA that leave the base's weights as they are; the others (PiSSA, OLoRA, ...) subtract something.
 KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+PEFT_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")  # PEFT's names of experts and routers
 MAX_LORA_RANK = 16  # vLLM's default
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
 
@@ -41,37 +44,68 @@ def check_targets(targets: str | Iterable[str] | None) -> None:
         )
 
 
-def target_modules(model: nn.Module, preset: str) -> str:
+def target_modules(model: PreTrainedModel, preset: str) -> str | list[str]:
     r"""Return a preset of a model as a regular expression of whole module names, which loads without `trl_vpo`.
 
     - `language`: the linear layers of the language model (attention and MLP of its decoder layers). Not the
-      embeddings, not the LM head. Experts that are stored as one fused parameter are no linear layers; a warning names
-      them, `lora_target_parameters` adapts them.
+      embeddings, not the LM head, no routers. Experts that are stored as one fused parameter are no linear layers; a
+      warning names them, `lora_target_parameters` adapts them.
     - `language+projector`: those, and the linear layers between vision tower and language model: Qwen's mergers with
       those of DeepStack, the multi-modal projector of LLaVA and InternVL, the connector of Idefics and SmolVLM with
       the perceiver of Idefics2.
     - `all`: those, and the linear layers of the vision tower. Not its convolutions and embeddings. Layers behind
       `vision_feature_layer` are adapted too, and learn nothing.
 
-    The model may be empty, and has no adapter. Without a projector or vision tower that is known: RecipeError.
+    Where PEFT would rewrite the expression, it is a list of names. The model may be empty, and has no adapter. Without
+    a projector or vision tower that is known: RecipeError.
     """
     modules = dict(model.named_modules())
+    text, head = model.get_decoder(), output_head(model)
+    prefix = next(name for name, module in modules.items() if module is text) + "."
     # `nn.MultiheadAttention` reads the weight of its own kind of linear layer and never calls it: LoRA would not act.
     uncalled = NonDynamicallyQuantizableLinear
     linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and not isinstance(m, uncalled)]
-    text = model.get_decoder()
-    prefix = next(name for name, module in modules.items() if module is text) + "."
-    names = {name for name in linear if name.startswith(prefix) and not VISION.search(f"{name}.")}
+    names = {
+        name
+        for name in linear
+        if name.startswith(prefix) and part_of(name) == "language" and not named(CHOOSERS).search(name)
+    } - {name for name in linear if modules[name] is head}
     _warn_of_fused(text)
-    for what, pattern in [("projector", PROJECTOR), ("vision tower", VISION)][: PRESETS.index(preset)]:
-        matches = {name for name in linear if pattern.search(f"{name}.")}
+    for what, part in [("projector", "projector"), ("vision tower", "vision")][: PRESETS.index(preset)]:
+        matches = {name for name in linear if part_of(name) == part}
         if not matches:
+            weights = [name for name, _ in model.named_parameters() if part_of(name) == part]
+            known = f"no linear layer in its {what} ({weights[0]} is none)" if weights else f"no {what} that is known"
             raise RecipeError(
-                f"lora_target_modules: {preset}: {type(model).__name__} has no {what} that is known. Use language, or "
-                "a regular expression of whole module names."
+                f"lora_target_modules: {preset}: {type(model).__name__} has {known}. Use language, or a regular "
+                "expression of whole module names."
             )
         names |= matches
-    return _pattern(names, set(modules))
+    pattern = _pattern(names, set(modules))
+    return pattern if _as_peft_reads(pattern, model) == pattern else _kept_names(names, model)
+
+
+def _as_peft_reads(targets: str | list[str], model: PreTrainedModel) -> str | set[str]:
+    """Return what PEFT makes of some targets, which it takes for those of an older transformers in some MoE models."""
+    config = LoraConfig(target_modules=targets)
+    convert_peft_config_for_transformers(config, model, None)
+    return config.target_modules
+
+
+def _kept_names(names: set[str], model: PreTrainedModel) -> list[str]:
+    """Return the names that PEFT does not turn into names of fused experts, and warn of the others.
+
+    See `_convert_peft_config_moe` of peft/utils/transformers_weight_conversion.py (0.21): there is no way to name an
+    MLP beside the experts. To be deleted when there is.
+    """
+    kept = {name for name in names if name.rpartition(".")[2] not in PEFT_EXPERTS}
+    left = sorted(names - kept)
+    warnings.warn(
+        f"{len(left)} linear layers such as {left[0]} are not adapted: PEFT takes their names in a "
+        f"{model.config.model_type} for those of the experts.",
+        stacklevel=3,
+    )
+    return sorted(kept)
 
 
 def resolve_targets(peft_config: Any, model: nn.Module) -> None:
@@ -83,12 +117,7 @@ def resolve_targets(peft_config: Any, model: nn.Module) -> None:
 
 
 def _warn_of_fused(text: nn.Module) -> None:
-    fused = [
-        f"{name}.{own}"
-        for name, module in text.named_modules()
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and not isinstance(module, _ConvNd)
-    ]
+    fused = [name for name, parameter in text.named_parameters() if parameter.dim() == 3 and "expert" in name]
     if fused:
         warnings.warn(
             f"{len(fused)} parameters such as {fused[0]} hold the weights of several experts; no preset adapts them. "
@@ -164,7 +193,7 @@ def vllm_refuses(config: dict[str, Any], tensors: Iterable[str], *, max_lora_ran
         remedy = f"start vLLM with --max-lora-rank {enough}" if enough else f"vLLM takes {LORA_RANKS[-1]} at most"
         problems.append(f"its rank is {rank}, vLLM's max_lora_rank {max_lora_rank}: {remedy}.")
     modules = {match[1] for match in matches.values() if match}
-    if vision := sorted(name for name in modules if VISION.search(f"{name}.")):
+    if vision := sorted(name for name in modules if part_of(name) != "language"):
         problems.append(
             f"{len(vision)} of its {len(modules)} modules are in vision tower or projector, such as {vision[0]}: vLLM "
             "ignores them unless it is started with --enable-tower-connector-lora, which some models do not have."

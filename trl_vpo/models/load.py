@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from trl_vpo.errors import AdapterError, ModelError, SourceError
+from trl_vpo.forward.parts import IDLE, PROJECTORS, TOWERS
 from trl_vpo.runs.packages import missing_packages
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safeten
 # Kept in full precision under 4-bit and 8-bit weights: they are small, and nothing in them is trained. Patterns as
 # transformers matches them; a bare "visual" would match nothing, module names begin with "model.".
 NOT_QUANTIZED = [
-    r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector|vision_resampler|connector)",
+    rf"(.*\.)?({TOWERS}|{PROJECTORS}|{IDLE})",
     "lm_head",
 ]
 OWN_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal, and `yes |` answers

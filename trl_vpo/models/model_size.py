@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from trl_vpo.forward.families import VISION
+from trl_vpo.forward.parts import output_head, part_of
 from trl_vpo.models.adapters import resolve_targets
 
 
@@ -48,7 +48,7 @@ def adapt(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module, Adapted]
     resolve_targets(peft_config, model)
     adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     names = [n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")]
-    return adapted, Adapted(names, [name for name in names if VISION.search(name)])
+    return adapted, Adapted(names, [name for name in names if part_of(name) != "language"])
 
 
 def model_sizes(model: nn.Module, *, quantized: bool, skip: list[str]) -> Sizes:
@@ -61,10 +61,10 @@ def model_sizes(model: nn.Module, *, quantized: bool, skip: list[str]) -> Sizes:
     converted = [n for n in linear if should_convert_module(n.removesuffix(".base_layer"), skip)]
     in_bits = [linear[name].weight.numel() for name in converted]
     units = [module for module in base.modules() if type(module).__name__ in (base._no_split_modules or [])]
-    head = base.get_output_embeddings()
+    head = output_head(base)
     return Sizes(
         total=sum(p.numel() for p in base.parameters()),
-        vision=sum(p.numel() for name, p in base.named_parameters() if VISION.search(name)),
+        vision=sum(p.numel() for name, p in base.named_parameters() if part_of(name) != "language"),
         trained=sum(p.numel() for p in base.parameters() if p.requires_grad),
         quantized=sum(in_bits),
         largest_quantized=max(in_bits, default=0),

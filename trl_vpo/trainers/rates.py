@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from trl import DPOTrainer
 
 from trl_vpo.errors import RecipeError
-from trl_vpo.forward.families import part_of
+from trl_vpo.forward.parts import part_of
 
 KEYS = {"vision": "vision_learning_rate", "projector": "projector_learning_rate"}  # part -> field of the config
 

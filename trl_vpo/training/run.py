@@ -16,7 +16,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantiza
 
 from trl_vpo.data.sources import load_splits
 from trl_vpo.errors import RecipeError, UserError, as_user_errors, did_you_mean
-from trl_vpo.forward.families import VISION
+from trl_vpo.forward.parts import part_of
 from trl_vpo.models.adapters import check_targets, vllm_problems
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.source import check_model
@@ -175,12 +175,12 @@ def quantization_config(model_args: Any) -> Any:
 
 
 def freeze_vision(model: Any) -> None:
-    """Train nothing in vision tower and projector.
+    """Train nothing but the language model.
 
     Raises:
         UserError: the model has none that is known.
     """
-    parameters = [parameter for name, parameter in model.named_parameters() if VISION.search(name)]
+    parameters = [p for name, p in model.named_parameters() if part_of(name) != "language"]
     if not parameters:
         raise UserError(f"freeze_vision: {type(model).__name__} has no vision tower that is known. Leave it out.")
     for parameter in parameters:
