@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as T
 
+from trl_vpo.errors import ModelError
 from trl_vpo.forward.head import lm_head
 from trl_vpo.forward.scoring import ScoreRequest, attach_scoring
 
@@ -62,6 +63,35 @@ def test_the_head_gives_the_models_own_logits(kind):
         scores = model(ids, score=ScoreRequest(torch.arange(2), positions, torch.ones(2, 8).bool(), ids[:, 1:]))
         want = out.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         torch.testing.assert_close(scores.logps, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_a_language_model_inside():
+    """Llama 4 has no backbone: it holds a whole language model, and hands on its logits."""
+    torch.manual_seed(0)
+    text = {**TINY, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": [1]}
+    text |= {"layer_types": ["full_attention"] * 2, "pad_token_id": 0}
+    tower = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"image_size": 56, "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24}
+    model = T.Llama4ForConditionalGeneration(T.Llama4Config(text_config=text, vision_config=tower)).eval()
+    ids = torch.randint(1, 97, (2, 9))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.2 * torch.randn_like(p))
+        want = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        attach_scoring(model)
+        positions = torch.arange(8).expand(2, -1)
+        scores = model(ids, score=ScoreRequest(torch.arange(2), positions, torch.ones(2, 8).bool(), ids[:, 1:]))
+        torch.testing.assert_close(scores.logps, want, rtol=1e-5, atol=1e-5)
+        assert model(ids).logits.shape == (2, 9, 97)  # other calls compute the head
+
+    class Doubled(T.Llama4ForConditionalGeneration):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 2 * out.logits
+            return out
+
+    with pytest.raises(ModelError, match="Doubled changes the logits of its language model"):
+        attach_scoring(Doubled(model.config))
 
 
 def test_a_head_that_is_not_known_is_refused():

@@ -4,6 +4,8 @@ Config fields do not tell. Cohere's text model multiplies by its `logit_scale`; 
 does not. So the model's own `forward` is run, with known numbers in the place of what its backbone and head compute.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -12,7 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from trl_vpo.errors import ModelError
+from trl_vpo.forward.parts import output_head
 
 PROBES = (1.0, -1.0, 2.0**-20, -3.0, 20.0, 1e6)  # logits; the last one is far beyond every cap
 
@@ -36,7 +41,7 @@ def lm_head(model: PreTrainedModel) -> Head:
     """Return the LM head of `model`; what its `forward` does with the logits is probed at the first call."""
     if not hasattr(model, "_trl_vpo_logits"):
         model._trl_vpo_logits = logit_transform(model)
-    head = model.get_output_embeddings()
+    head = output_head(model)
     bias = getattr(head, "bias", None)  # PEFT's layer for single tokens has none
     weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (head.weight, bias))
     return Head(weight, bias, *model._trl_vpo_logits)
@@ -47,7 +52,7 @@ def check_head(model: nn.Module) -> None:
 
     A fully trained copy (`modules_to_save`) and single trained tokens (`trainable_token_indices`) are supported.
     """
-    head = model.get_output_embeddings()
+    head = output_head(model)
     if isinstance(head, BaseTunerLayer):
         raise ValueError(
             "an adapter on the LM head is not supported: log-probs are computed from the head's weight, and the "
@@ -61,12 +66,20 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-class _Hidden(BaseModelOutputWithPast):
-    """A backbone's output that has every optional field."""
+class _AllFields:
+    """Gives an output every optional field."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+class _Hidden(_AllFields, BaseModelOutputWithPast):
+    """What a backbone returns."""
+
+
+class _Logits(_AllFields, CausalLMOutputWithPast):
+    """What a language model returns."""
 
 
 @torch.no_grad()
@@ -74,12 +87,16 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     """Return (scale, cap) of a model whose logits are `cap * tanh(scale * head(hidden) / cap)`; cap None: not capped.
 
     Raises:
-        ValueError: the model's `forward` does something else.
+        ModelError: the model's `forward` does something else.
     """
-    backbone, head, config = model.base_model, model.get_output_embeddings(), model.config.get_text_config()
+    backbone, head, config = model.base_model, output_head(model), model.config.get_text_config()
     name = type(model).__name__
+    if backbone is model:
+        if model.get_decoder() is not model:
+            return _inner_transform(model)
+        backbone = getattr(model, "model", model)  # of a text model without a prefix of its own
     if backbone is model or head is None:
-        raise ValueError(f"{name} has no backbone apart from its LM head; its log-probs cannot be computed here.")
+        raise ModelError(f"{name} has no backbone apart from its LM head; its log-probs cannot be computed here.")
     probes = torch.tensor(PROBES, dtype=torch.float64)
     hidden = (torch.arange(len(PROBES) * config.hidden_size) % 3 + 1.0).reshape(1, len(PROBES), -1)  # (1, N, H)
     logits = probes.reshape(1, -1, 1).expand(1, len(PROBES), config.vocab_size)
@@ -91,17 +108,44 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
         out = type(model).forward(model, input_ids=torch.zeros(1, len(PROBES), dtype=torch.long)).logits
     problem = f"{name} computes its logits from its hidden states in a way that is not supported: "
     if not head_inputs:
-        raise ValueError(problem + "it does not call its output embeddings.")
+        raise ModelError(problem + "it does not call its output embeddings.")
     before = (head_inputs[-1].double() / hidden).unique()
     if before.numel() != 1 or (before.item() != 1 and getattr(head, "bias", None) is not None):
-        raise ValueError(problem + "its head does not take the backbone's output.")
+        raise ModelError(problem + "its head does not take the backbone's output.")
     if not torch.equal(out, out[..., :1].expand_as(out)):
-        raise ValueError(problem + "some tokens of the vocabulary are treated differently from the others.")
+        raise ModelError(problem + "some tokens of the vocabulary are treated differently from the others.")
     result = out[0, :, 0].double()  # (N,)
     scale, end = result[2].item() / PROBES[2], result[-1].item()
     cap = None if end > 1e4 * scale else end
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale  # (x / cap) * cap is rounded
     want = probes * scale if cap is None else cap * torch.tanh(probes * scale / cap)
     if not torch.allclose(result, want, rtol=16 * torch.finfo(out.dtype).eps, atol=0):
-        raise ValueError(problem + f"logits {probes.tolist()} became {result.tolist()}.")
+        raise ModelError(problem + f"logits {probes.tolist()} became {result.tolist()}.")
     return scale * before.item(), cap
+
+
+def _inner_transform(model: PreTrainedModel) -> tuple[float, float | None]:
+    """Return the transform of a model that hands on the logits of a whole language model inside, as Llama 4 does."""
+    inner, config = model.get_decoder(), model.config.get_text_config()
+    logits = torch.arange(2.0 * config.vocab_size).reshape(1, 2, -1)
+    states = torch.zeros(1, 2, config.hidden_size)
+    with (
+        patch.object(inner, "forward", lambda *args, **kwargs: _Logits(logits=logits)),
+        patch.object(model.get_input_embeddings(), "forward", lambda ids: states),
+    ):
+        out = type(model).forward(model, input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
+    if not torch.equal(out, logits):
+        raise ModelError(f"{type(model).__name__} changes the logits of its language model, which is not supported.")
+    return logit_transform(inner)
+
+
+@contextlib.contextmanager
+def head_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Give what a model's calls hand to its LM head, (R, L, H) each; the head itself is not computed."""
+    head, states = output_head(model), []
+    # Around its hooks: weights that FSDP and ZeRO-3 shard are not gathered.
+    head._call_impl = lambda hidden: states.append(hidden) or hidden[..., :1]
+    try:
+        yield states
+    finally:
+        del head._call_impl

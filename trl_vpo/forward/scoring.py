@@ -18,7 +18,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from trl_vpo.forward.attention import Segments
-from trl_vpo.forward.head import Head, check_head, lm_head
+from trl_vpo.forward.head import Head, check_head, head_inputs, lm_head
 from trl_vpo.forward.kl import partly_differentiable_kl
 from trl_vpo.forward.vision import Copies, vision_features
 
@@ -112,11 +112,20 @@ def attach_scoring(model: PreTrainedModel) -> None:
         # Both are looked up at each call: FSDP and PEFT replace modules after this patch.
         vision = self.base_model._trl_vpo_vision
         with packed.during(score.segments) if packed else contextlib.nullcontext(), vision.repeated(score.copies):
-            hidden = self.base_model(*args, **kwargs, use_cache=False).last_hidden_state  # (R, L, H)
+            hidden = _hidden_states(self, *args, **kwargs, use_cache=False)  # (R, L, H)
         return _score(hidden, lm_head(self), score)
 
     model.forward = types.MethodType(forward, model)
     model._trl_vpo_scoring = True
+
+
+def _hidden_states(model: PreTrainedModel, *args, **kwargs) -> Tensor:
+    """Return what the LM head would be given."""
+    if model.base_model is not model:
+        return model.base_model(*args, **kwargs).last_hidden_state
+    with head_inputs(model) as states:  # a whole language model lies inside, with its head
+        model._trl_vpo_plain(*args, **kwargs)
+    return states[-1]
 
 
 def _score(hidden: Tensor, head: Head, request: ScoreRequest) -> ScoreOutput:
