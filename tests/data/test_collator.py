@@ -141,7 +141,7 @@ def test_padded_rows_read_as_prompt_then_response(qwen, clip):
     batch = PreferenceCollator(qwen, video=EIGHT)(
         [row("video", [clip]), row(None, chosen="yes", rejected="no, never")]
     )
-    backbone = SimpleNamespace(config=None)
+    backbone = SimpleNamespace(config=SimpleNamespace(model_type="qwen2_vl"))
     layout = padded(batch, backbone, pad_token_id=qwen.tokenizer.pad_token_id, pad_to_multiple_of=32)
     ids, mask = layout.inputs["input_ids"], layout.inputs["attention_mask"]
     assert ids.size(1) % 32 == 0

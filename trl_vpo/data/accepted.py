@@ -6,6 +6,7 @@ from trl_vpo.data.chat import place_in_string
 from trl_vpo.data.messages import MARKERS, response_text
 from trl_vpo.data.rows import Row
 from trl_vpo.errors import RowError
+from trl_vpo.forward.families import UPSTREAM
 
 
 def check_accepted(row: Row, processing_class: Any) -> None:
@@ -34,6 +35,12 @@ def _check_media(row: Row, processing_class: Any) -> None:
             raise RowError(
                 f"has images and videos, but {name} takes one kind in a prompt: it gives both as "
                 f"{', '.join(sorted(image & video))}. Give the image as a video of one frame, or leave the row out."
+            )
+    for what in (*kinds, " and ".join(kinds)):
+        if reason := UPSTREAM.get((name, what)):
+            raise RowError(
+                f"has {what}s in its prompt, on which the model's own code in transformers fails: {reason}. Leave the "
+                "row out."
             )
     if row.forgotten and not text_model:
         kind = MARKERS[row.forgotten]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
@@ -13,6 +14,7 @@ from trl_vpo.data.columns import REF_SUMS
 from trl_vpo.data.messages import response_text, with_text
 from trl_vpo.data.rows import Row, read_row
 from trl_vpo.errors import MediaError, PhraseError, RowError
+from trl_vpo.forward.families import PROMPT_MASKS
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 from trl_vpo.media.budget import PixelBudget, video_budget
 from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
@@ -189,11 +191,15 @@ class PreferenceCollator:
         if clips:
             kwargs["videos"] = [self._frames(clip) for clip in clips]
             kwargs |= {"video_metadata": [video_metadata(clip) for clip in clips], "do_sample_frames": False}
-            if budget:
-                kwargs["videos_kwargs"] = {"do_resize": False}
-                # Without it the processor warns of its sizes, which are not used.
-                if hasattr(self.processing_class.video_processor, "cap_pixels_per_frame"):
-                    kwargs["videos_kwargs"]["cap_pixels_per_frame"] = False
+            videos_kwargs = {"do_resize": False} if budget else {}
+            # Without it the processor warns of its sizes, which are not used.
+            if budget and hasattr(self.processing_class.video_processor, "cap_pixels_per_frame"):
+                videos_kwargs["cap_pixels_per_frame"] = False
+            # Muse writes times into its prompts, and does not ask for them.
+            if type(self.processing_class).__call__ is ProcessorMixin.__call__:
+                videos_kwargs["return_metadata"] = True
+            if videos_kwargs:
+                kwargs["videos_kwargs"] = videos_kwargs
         try:
             out = self.processing_class(text=[prompt], return_tensors="pt", text_kwargs=WHOLE, **kwargs)
         except REFUSALS as error:
@@ -209,7 +215,10 @@ class PreferenceCollator:
         media = {k: v for k, v in out.items() if torch.is_tensor(v)}
         pixels = [k for k, v in media.items() if k.startswith("pixel_values") and v.is_floating_point()]  # not times
         media |= {k: media[k].to(self.pixel_dtype or media[k].dtype) for k in pixels}
-        types = {k: media.pop(k)[0, :end].tolist() for k, v in out.items() if k in media and v.shape == (1, len(ids))}
+        for name in PROMPT_MASKS & media.keys():
+            media[name] = F.pad(media[name][:, :end].transpose(1, -1), (len(first), 0)).transpose(1, -1)
+        media.pop("labels", None)  # PaliGemma's
+        types = {k: media.pop(k)[0, :end].tolist() for k in [*media] if k.endswith("token_type_ids")}
         return Trunk(first + ids[:end], {k: [0] * len(first) + v for k, v in types.items()}, media)
 
     def _frames(self, clip: Clip) -> np.ndarray:

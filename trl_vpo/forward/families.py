@@ -1,8 +1,9 @@
 """The differences between model families: the one place where a new family is made known.
 
 Most of a family needs no entry. Processor, chat template and model class come from transformers; the modules that LoRA
-adapts are read off the model (`trl_vpo.models.adapters`), and so is what it does with its logits
-(`trl_vpo.forward.head`). What is left is how its media are batched, and whether its attention can be packed:
+adapts go by their names (`trl_vpo.forward.parts`), and what a model does with its logits is tried
+(`trl_vpo.forward.head`). What is left stands in the table below: how media are batched, what a response adds to the
+inputs of its prompt, and what a call of the model does not take.
 
     family                    images (`pixel_values`)       videos
     Qwen2-VL, 2.5-VL, 3-VL    (patches, D)                  `pixel_values_videos` (patches, D)
@@ -12,22 +13,113 @@ adapts are read off the model (`trl_vpo.models.adapters`), and so is what it doe
     Idefics2, Idefics3        (rows, images, C, H, W)       none
     SmolVLM                   (rows, images, C, H, W)       frames are images
 
-A new family also gets a tiny model in `tests/kits/families.py`: all tests of families then run on it.
+A new family also gets a tiny model in `tests/kits`: all tests of families then run on it.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-VISION_INPUTS = {"pixel_values": "image", "pixel_values_videos": "video"}  # each takes one pass of the vision tower
+from trl_vpo.errors import RowError
+
+PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
+# Each takes one pass of the vision tower. The last is Phi-4-multimodal's, which computes its features in its decoder.
+VISION_INPUTS = {**PIXELS, "image_pixel_values": "image"}
 FEATURE_METHODS = ("get_image_features", "get_video_features")  # of a backbone: what its tower and projector give
 FLOAT32_PIXELS = ("gemma4_vision", "radio")  # types of towers that compute with pixels before they cast them
-ROWS_FIRST = "pixel_attention_mask"  # with this input (Idefics, SmolVLM), the media have one entry per row
+OTHER_NAMES = {"second_per_grids": "video_second_per_grid"}  # of arguments of `get_rope_index`: what processors say
+STATE = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding")  # kinds of layers
+
+
+@dataclass(frozen=True)
+class Join:
+    """How the tensors of several sequences become one.
+
+    Attributes:
+        dim: the dimension along which they are joined.
+        flat: the first two dimensions count the same; they become one behind a 1.
+        rows: the first dimension counts sequences, and one without media has a row without images.
+        into: the tensor whose first two dimensions these numbers count; they move on by those of the sequences before.
+    """
+
+    dim: int = 0
+    flat: bool = False
+    rows: bool = False
+    into: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What cannot be read off a model.
+
+    Attributes:
+        joins: media tensors that are not just joined along their first dimension.
+        response_types: token types of responses that are not 0.
+        masks: media tensors that have an entry for each token of a prompt, (1, P, ...); a response repeats the last.
+        one_token: images and videos have the same placeholder, and the model takes one kind in a call.
+        same_images: all sequences of a call need the same number of images, for this reason.
+        repeats: its methods give one feature for each placeholder, which may be repeated for several sequences.
+        padded: why rows are not packed.
+    """
+
+    joins: dict[str, Join] = field(default_factory=dict)
+    response_types: dict[str, int] = field(default_factory=dict)
+    masks: tuple[str, ...] = ()
+    one_token: bool = False
+    same_images: str | None = None
+    repeats: bool = True
+    padded: str | None = None
+
+
+BOTH_WAYS = "its image tokens see each other in both directions"
+LAST = Join(dim=-1)
+TILES = Join(dim=1, flat=True)
+ROWS = Join(rows=True)
+IDEFICS = Family(joins={"pixel_values": ROWS, "pixel_attention_mask": ROWS})
+MINICPM = Family(joins={"pixel_values": LAST, "pixel_values_videos": LAST})
+ONE_TOKEN = Family(one_token=True)
+
+FAMILIES = {  # by `config.model_type`
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm", "granite_docling"), IDEFICS),
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), MINICPM),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "nemotron_h_omni"), ONE_TOKEN),
+    **dict.fromkeys(("gemma3", "shieldgemma2"), Family(padded=BOTH_WAYS)),
+    "paligemma": Family(response_types={"token_type_ids": 1}, padded=BOTH_WAYS),
+    "mllama": Family(
+        joins=dict.fromkeys(("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"), ROWS),
+        masks=("cross_attention_mask",),
+        same_images="tokens that see no image would attend to the padding of the others",
+        padded="it reads its images by cross-attention",
+    ),
+    "molmo2": Family(
+        joins={f"{kind}_token_pooling": Join(into=name) for name, kind in PIXELS.items()},
+        one_token=True,
+        padded=BOTH_WAYS,
+    ),
+    "perception_lm": Family(joins={"pixel_values": TILES, "pixel_values_videos": TILES}),
+    # More features than placeholders; features with numbers of layers.
+    **dict.fromkeys(("video_llama_3", "granite4_vision"), Family(repeats=False)),
+}
+PROMPT_MASKS = {name for family in FAMILIES.values() for name in family.masks}
+# Processors whose models fail in transformers itself: (processor, kinds of media in a prompt) -> why.
+UPSTREAM = {
+    ("Kimi_K25Processor", "video"): "Kimi K2.5 splits the features of a video as if no frames were pooled",
+    **{
+        (f"{name}Processor", "image and video"): "the model takes images and videos for the same"
+        for name in ("Glm4v", "Glm46V", "Molmo2", "NemotronH_Omni_Reasoning_V3")
+    },
+}
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the entry of a model or backbone."""
+    return FAMILIES.get(model.config.model_type, Family())
 
 
 def vision_inputs(media: list[dict[str, Tensor]]) -> list[str]:
@@ -37,6 +129,8 @@ def vision_inputs(media: list[dict[str, Tensor]]) -> list[str]:
 
 def placeholders(batch: dict, backbone: nn.Module) -> dict[str, list[int]] | None:
     """Return how many features each trunk of a batch takes, by the method that computes them; None: not known."""
+    if not family_of(backbone).repeats:
+        return None
     counts = {}
     for method, (name, kind) in zip(FEATURE_METHODS, VISION_INPUTS.items()):
         if any(name in tensors for tensors in batch["media"]):
@@ -47,32 +141,66 @@ def placeholders(batch: dict, backbone: nn.Module) -> dict[str, list[int]] | Non
             counts[method] = ((batch["trunk_ids"] == token) & batch["trunk_mask"]).sum(-1).tolist()
             if [name in tensors for tensors in batch["media"]] != [count > 0 for count in counts[method]]:
                 return None  # GLM-4V has frames of videos under the token of images
-    return counts
+    return counts if counts or not any(batch["media"]) else None
 
 
-def merge_media(items: list[dict[str, Tensor]], only: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+def merge_media(
+    items: list[dict[str, Tensor]],
+    backbone: nn.Module | None = None,
+    only: tuple[str, ...] | None = None,
+    length: int | None = None,
+) -> dict[str, Tensor]:
     """Merge the media of several sequences into one set of model inputs, in the order of the sequences.
 
     Where the first dimension counts patches or images, a sequence without media adds nothing; where it counts rows, it
     adds a row without images. Other dimensions are padded with zeros on the right, which every family takes for "no
     image here". Videos of (N, frames, C, H, W) that differ in shape become a list, see [`take_video_list`]. `only` is
-    the tensors to keep; None: all.
+    the tensors to keep; None: all. `length` is that of the sequences, for masks over prompts.
     """
-    names = list(dict.fromkeys(name for item in items for name in item if only is None or name in only))
+    family = Family() if backbone is None else family_of(backbone)
     merged = {}
-    for name in names:
+    for name in dict.fromkeys(name for item in items for name in item if only is None or name in only):
+        join = family.joins.get(name, Join())
         tensors = [item[name] for item in items if name in item]
-        if name == "pixel_values_videos" and len({t.shape[1:] for t in tensors}) > 1 and tensors[0].dim() == 5:
+        ragged = len({t.shape[1:] for t in tensors}) > 1
+        if name == "pixel_values_videos" and name not in family.joins and ragged and tensors[0].dim() == 5:
             merged[name] = [video for tensor in tensors for video in tensor]
             continue
-        if ROWS_FIRST in names:
+        if join.rows:
             empty = tensors[0].new_zeros((1, 0, *tensors[0].shape[2:]))
             tensors = [item.get(name, empty) for item in items]
-        sizes = [max(dims) for dims in zip(*(t.shape[:0:-1] for t in tensors))]  # last dimension first, as in F.pad
-        missing = [[n for size, own in zip(sizes, t.shape[:0:-1]) for n in (0, size - own)] for t in tensors]
-        padded = [F.pad(t, pads) if any(pads) else t for t, pads in zip(tensors, missing)]
-        merged[name] = torch.cat(padded) if len(padded) > 1 else padded[0]  # one alone is not copied
+        if join.flat:
+            tensors = [t.flatten(0, 1).unsqueeze(0) for t in tensors]
+        if join.into:
+            counts = [item[join.into].shape[:2].numel() for item in items if name in item]
+            tensors = [torch.where(t < 0, t, t + sum(counts[:i])) for i, t in enumerate(tensors)]
+        if name in family.masks and length:
+            tensors = [torch.cat([t, t[:, -1:].repeat_interleave(length - t.size(1), 1)], dim=1) for t in tensors]
+        merged[name] = _cat(tensors, join.dim)
     return merged
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    """Join tensors along a dimension, the others padded with zeros on the right."""
+    if len(tensors) == 1:  # is not copied
+        return tensors[0]
+    sizes = [max(dims) for dims in zip(*(t.shape for t in tensors))]
+    sizes[dim] = None
+    missing = [[0 if size is None else size - n for size, n in zip(sizes, t.shape)] for t in tensors]
+    pads = [[n for size in reversed(sizes) for n in (0, size)] for sizes in missing]  # the last dimension first
+    return torch.cat([F.pad(t, p) if any(p) else t for t, p in zip(tensors, pads)], dim=dim)
+
+
+def check_call(media: list[dict[str, Tensor]], backbone: nn.Module) -> None:
+    """Raise RowError for media of several sequences that the model does not take in one call."""
+    reason = family_of(backbone).same_images
+    counts = {tensors["pixel_values"].size(1) if "pixel_values" in tensors else 0 for tensors in media}
+    if reason and len(counts) > 1:
+        raise RowError(
+            f"{type(backbone).__name__} takes prompts with the same number of images in a batch, because {reason}; "
+            f"these have {' and '.join(map(str, sorted(counts)))}. Set per_device_train_batch_size and "
+            "per_device_eval_batch_size to 1, or train on rows with the same number of images."
+        )
 
 
 def take_video_list(method: Callable) -> Callable:
@@ -102,15 +230,22 @@ def take_video_list(method: Callable) -> Callable:
 
 def padded_layout_reason(model: PreTrainedModel) -> str | None:
     """Return why a model cannot have packed rows, as far as its code and config tell; None if it may."""
-    config = model.config.get_text_config()
-    if getattr(config, "use_bidirectional_attention", None) or "gemma3" in config.model_type:
-        return "its image tokens see each other in both directions"
+    if reason := family_of(model).padded:
+        return reason
+    config, decoder = model.config.get_text_config(), model.get_decoder()
+    if getattr(config, "use_bidirectional_attention", None):
+        return BOTH_WAYS
     kinds = set(getattr(config, "layer_types", None) or [])
-    if kinds - {"full_attention", "sliding_attention"}:
+    if "chunked_attention" in kinds:
+        return f"its attention stays within chunks of {config.attention_chunk_size} tokens"
+    if kinds & set(STATE):
         return f"its layers are {', '.join(sorted(kinds))}, some of which pass a state along the sequence"
+    indexers = [name for name, _ in decoder.named_modules() if name.endswith(".indexer")]
+    if indexers or kinds - {"full_attention", "sliding_attention"}:
+        return "its attention chooses the tokens that it sees"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps its logits, which fused attention kernels do not"
-    if not model._supports_attention_backend:
+    if not decoder._supports_attention_backend:
         return "its attention is not taken from transformers' AttentionInterface"
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and not kinds and not _hands_window(model):
@@ -120,5 +255,5 @@ def padded_layout_reason(model: PreTrainedModel) -> str | None:
 
 def _hands_window(model: PreTrainedModel) -> bool:
     """Tell whether the attention layers hand their window to the attention function."""
-    layers = {type(m) for m in model.base_model.get_decoder().modules() if hasattr(m, "layer_idx")}
+    layers = {type(m) for m in model.get_decoder().modules() if hasattr(m, "layer_idx")}
     return any("sliding_window" in inspect.getsource(layer.forward) for layer in layers)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trl_vpo.forward.attention import Segments
-from trl_vpo.forward.families import merge_media, placeholders
+from trl_vpo.forward.families import OTHER_NAMES, check_call, family_of, merge_media, placeholders
+from trl_vpo.forward.mixed import Mixed, mixed_kinds
 from trl_vpo.forward.vision import Copies
 
 
@@ -33,7 +34,7 @@ class Layout:
     labels: Tensor  # (S, T) response tokens
     lengths: list[tuple[int, list[int]]] = field(default_factory=list)  # of a packed row, see [`spans_of`]
     segments: Segments | None = None  # the attention of a packed row
-    copies: Copies | None = None  # sequences that read the same media
+    copies: Copies | Mixed | None = None  # sequences that read the same media, or images and videos as one
 
 
 def packed(batch: dict, backbone: nn.Module, *, shared: bool) -> Layout:
@@ -41,7 +42,7 @@ def packed(batch: dict, backbone: nn.Module, *, shared: bool) -> Layout:
 
     A branch has the positions that it would have alone behind its prompt.
     """
-    tokens = _Tokens(batch)
+    tokens = _Tokens(batch, backbone)
     owners = batch["branch_trunk"].tolist()
     groups = [(trunk, [branch]) for branch, trunk in enumerate(owners)]
     if shared:
@@ -82,7 +83,7 @@ def spans_of(trunks: list[tuple[int, list[int]]]) -> list[tuple[int, int, int, i
 
 def padded(batch: dict, backbone: nn.Module, *, pad_token_id: int, pad_to_multiple_of: int | None = None) -> Layout:
     """Every branch behind its own copy of its trunk: S rows of prompt and response, padded on the right."""
-    tokens, owners = _Tokens(batch), batch["branch_trunk"].tolist()
+    tokens, owners = _Tokens(batch, backbone), batch["branch_trunk"].tolist()
     rows = [torch.cat([tokens.trunk(t), tokens.branch(s, t)], dim=1) for s, t in enumerate(owners)]
     length, multiple = max(row.size(1) for row in rows), pad_to_multiple_of or 1
     length = -(-length // multiple) * multiple
@@ -92,7 +93,7 @@ def padded(batch: dict, backbone: nn.Module, *, pad_token_id: int, pad_to_multip
     inputs = tokens.inputs(source, pad_token_id) | {"attention_mask": (source != tokens.padding).long()}
     if hasattr(backbone, "get_rope_index"):  # the model would look for the grids of every row
         inputs["position_ids"] = _positions(batch, backbone, trunk, place)
-    media, copies = _media(batch, backbone, owners)
+    media, copies = _media(batch, backbone, owners, length)
     starts = [tokens.prompts[t] - 1 for t in owners]
     branches = list(range(len(owners)))
     layout = _layout(batch, inputs | media, branches, branches, starts)
@@ -100,26 +101,36 @@ def padded(batch: dict, backbone: nn.Module, *, pad_token_id: int, pad_to_multip
     return layout
 
 
-def _media(batch: dict, backbone: nn.Module, trunks: list[int]) -> tuple[dict, Copies | None]:
+def _media(
+    batch: dict, backbone: nn.Module, trunks: list[int], length: int | None = None
+) -> tuple[dict, Copies | Mixed | None]:
     """Return the media of the sequences of a call, which read those of `trunks`: each trunk's once, if it can be."""
+    check_call(batch["media"], backbone)
+    if mixed := mixed_kinds(batch, backbone, trunks):
+        return merge_media(batch["media"], backbone), mixed
     counts = None if len(set(trunks)) == len(trunks) else placeholders(batch, backbone)
     if counts is None:
-        return merge_media([batch["media"][t] for t in trunks]), None
-    return merge_media(batch["media"]), Copies(trunks, counts)
+        return merge_media([batch["media"][t] for t in trunks], backbone, length=length), None
+    return merge_media(batch["media"], backbone), Copies(trunks, counts)
 
 
 def _positions(batch: dict, backbone: nn.Module, trunk: Tensor, place: Tensor) -> Tensor:
     """Return position ids, (R, L), or (3, R, L) for M-RoPE, of columns at places (R, L) behind the begin of trunks."""
     if not hasattr(backbone, "get_rope_index"):
         return place
-    # One token of text behind each prompt stands for its responses, which count on from there.
+    # One token of text behind each prompt stands for its responses, which count on from there. Each trunk in a call of
+    # its own: Hunyuan-VL numbers the images of all rows.
     prompts = batch["trunk_mask"].sum(-1)  # (R,)
-    inputs = {"input_ids": batch["trunk_ids"], "attention_mask": batch["trunk_mask"].long(), **batch["trunk_types"]}
-    inputs = {name: F.pad(values, (0, 1)) for name, values in inputs.items()}
-    inputs["attention_mask"].scatter_(1, prompts.unsqueeze(1), 1)
-    wanted = tuple(inspect.signature(backbone.get_rope_index).parameters)
-    inputs |= merge_media(batch["media"], wanted)
-    table, _ = backbone.get_rope_index(**{k: v for k, v in inputs.items() if k in wanted})  # (3, R, P + 1)
+    tokens = {"input_ids": batch["trunk_ids"], "attention_mask": batch["trunk_mask"].long(), **batch["trunk_types"]}
+    wanted = inspect.signature(backbone.get_rope_index).parameters
+    tables, width = [], batch["trunk_ids"].size(1)
+    for row, (length, media) in enumerate(zip(prompts.tolist(), batch["media"])):
+        inputs = {name: F.pad(values[row : row + 1, :length], (0, 1)) for name, values in tokens.items()} | media
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        named = {name: inputs.get(OTHER_NAMES.get(name, name)) for name in wanted}
+        positions, _ = backbone.get_rope_index(**{k: v for k, v in named.items() if v is not None})  # (3, 1, P + 1)
+        tables.append(F.pad(positions, (0, width - length)))
+    table = torch.cat(tables, dim=1)  # (3, R, longest P + 1)
     end = prompts[trunk]
     return table[:, trunk, place.minimum(end)] + (place - end).clamp(min=0)
 
@@ -131,8 +142,9 @@ class _Tokens:
     its place behind the begin of that trunk.
     """
 
-    def __init__(self, batch: dict):
+    def __init__(self, batch: dict, backbone: nn.Module):
         self._batch = batch
+        self._response_types = family_of(backbone).response_types
         self.prompts, self.responses = (batch[f"{part}_mask"].sum(-1).tolist() for part in ("trunk", "branch"))
         self.padding = batch["trunk_ids"].numel() + batch["branch_ids"].numel()
 
@@ -151,8 +163,11 @@ class _Tokens:
             flat = torch.cat([trunk_values.flatten(), branch_values.flatten(), trunk_values.new_tensor([padding])])
             return flat[source]
 
-        zeros = torch.zeros_like(batch["branch_ids"])
-        types = {name: read(values, zeros) for name, values in batch["trunk_types"].items()}
+        def read_types(name: str, values: Tensor) -> Tensor:
+            own = self._response_types.get(name, 0)
+            return read(values, torch.full_like(batch["branch_ids"], own), own)
+
+        types = {name: read_types(name, values) for name, values in batch["trunk_types"].items()}
         return {"input_ids": read(batch["trunk_ids"], batch["branch_ids"], pad_token_id), **types}
 
     @staticmethod

@@ -26,9 +26,9 @@ PROJECTORS = (
     "sub_img_feature_extensor|image_newline|view_separator|vision_final_layernorm"
 )
 IDLE = "audio_tower|audio_embed|embed_audio|vqmodel|generation_embeddings|generation_aligner|generation_head"
-# Layers of a decoder that choose, whose gradient is nothing or one number for a token: routers, indexers of sparse
-# attention.
-CHOOSERS = "router|shared_expert_gate|indexer"
+# Layers of a decoder that weigh or choose: routers, indexers of sparse attention, Gemma 3n's mixing of streams, whose
+# weights it reads past an adapter.
+CHOOSERS = "router|shared_expert_gate|indexer|altup"
 
 
 def named(names: str) -> re.Pattern:

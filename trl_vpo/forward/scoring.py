@@ -17,9 +17,11 @@ from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from trl_vpo.errors import ModelError
 from trl_vpo.forward.attention import Segments
 from trl_vpo.forward.head import Head, check_head, head_inputs, lm_head
 from trl_vpo.forward.kl import partly_differentiable_kl
+from trl_vpo.forward.mixed import Mixed
 from trl_vpo.forward.vision import Copies, vision_features
 
 VOCAB_CHUNK = 32768
@@ -34,7 +36,7 @@ class ScoreRequest:
     mask: Tensor  # (R, T) true on real tokens
     labels: Tensor  # (R, T) the tokens
     segments: Segments | None = None  # the attention of a packed row; None: padded rows
-    copies: Copies | None = None  # sequences that read the same media; None: each has its own
+    copies: Copies | Mixed | None = None  # sequences that read the same media; None: each has its own
     ref_hidden: Tensor | None = None  # (N, H) the reference's hidden states at the same places; gives the KL
     ref_head: Head | None = None  # the reference's LM head; None: the model's own
     kl_rows: Tensor | None = None  # (R,) rows whose KL needs gradients; the others' is a metric
@@ -95,6 +97,11 @@ def token_scores(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Te
 
 def attach_scoring(model: PreTrainedModel) -> None:
     """Let `model(..., score=ScoreRequest(...))` return a `ScoreOutput`. Other calls behave as before."""
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(model).__name__} is not supported: it has an encoder for prompts and a decoder for responses, and "
+            "these trainers score responses behind their prompts."
+        )
     check_head(model)
     if getattr(model, "_trl_vpo_scoring", False):
         return
@@ -110,8 +117,10 @@ def attach_scoring(model: PreTrainedModel) -> None:
         kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
         packed = getattr(self, "_trl_vpo_packed", None)  # of models that know packed rows
         # Both are looked up at each call: FSDP and PEFT replace modules after this patch.
-        vision = self.base_model._trl_vpo_vision
-        with packed.during(score.segments) if packed else contextlib.nullcontext(), vision.repeated(score.copies):
+        vision, copies = self.base_model._trl_vpo_vision, score.copies
+        if isinstance(copies, Mixed):
+            kwargs, copies = copies.in_order(self.base_model, kwargs), None
+        with packed.during(score.segments) if packed else contextlib.nullcontext(), vision.repeated(copies):
             hidden = _hidden_states(self, *args, **kwargs, use_cache=False)  # (R, L, H)
         return _score(hidden, lm_head(self), score)
 

@@ -72,7 +72,10 @@ def tree_batch(trees: list[Tree], pad_token_id: int) -> dict:
         "rejected": torch.tensor(first_branch) + 1,
         "trunk_ids": _pad([t.ids for t in trunks], pad_token_id),
         "trunk_mask": _mask([t.ids for t in trunks]),
-        "trunk_types": {k: _pad([t.types[k] for t in trunks]) for k in trunks[0].types},
+        "trunk_types": {
+            k: _pad([t.types.get(k, [0] * len(t.ids)) for t in trunks])
+            for k in dict.fromkeys(k for t in trunks for k in t.types)
+        },
         "branch_ids": _pad([b.ids for b in branches], pad_token_id),
         "branch_mask": _mask([b.ids for b in branches]),
         "branch_trunk": torch.tensor([first + b.trunk for first, b in zip(owner, branches)]),

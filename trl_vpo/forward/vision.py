@@ -63,7 +63,9 @@ class Copies:
             return repeat(value)
         deep = value.get("deepstack_features")
         more = {} if deep is None else {"deepstack_features": [repeat(layer) for layer in deep]}
-        return type(value)(**dict(value) | more | {"pooler_output": repeat(value["pooler_output"])})
+        # Llama 4 projects its features later.
+        name = "last_hidden_state" if value.get("pooler_output") is None else "pooler_output"
+        return type(value)(**dict(value) | more | {name: repeat(value[name])})
 
 
 @dataclass

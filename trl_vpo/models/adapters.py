@@ -71,10 +71,11 @@ def target_modules(model: PreTrainedModel, preset: str) -> str | list[str]:
         if name.startswith(prefix) and part_of(name) == "language" and not named(CHOOSERS).search(name)
     } - {name for name in linear if modules[name] is head}
     _warn_of_fused(text)
-    for what, part in [("projector", "projector"), ("vision tower", "vision")][: PRESETS.index(preset)]:
+    parts = [("projector", "projector"), ("vision tower", "vision")][: PRESETS.index(preset)]
+    for what, part in parts:
         matches = {name for name in linear if part_of(name) == part}
-        if not matches:
-            weights = [name for name, _ in model.named_parameters() if part_of(name) == part]
+        weights = [name for name, _ in model.named_parameters() if part_of(name) == part]
+        if not matches and (not weights or part == parts[-1][1]):
             known = f"no linear layer in its {what} ({weights[0]} is none)" if weights else f"no {what} that is known"
             raise RecipeError(
                 f"lora_target_modules: {preset}: {type(model).__name__} has {known}. Use language, or a regular "
@@ -99,12 +100,12 @@ def _kept_names(names: set[str], model: PreTrainedModel) -> list[str]:
     MLP beside the experts. To be deleted when there is.
     """
     kept = {name for name in names if name.rpartition(".")[2] not in PEFT_EXPERTS}
-    left = sorted(names - kept)
-    warnings.warn(
-        f"{len(left)} linear layers such as {left[0]} are not adapted: PEFT takes their names in a "
-        f"{model.config.model_type} for those of the experts.",
-        stacklevel=3,
-    )
+    if left := sorted(names - kept):
+        warnings.warn(
+            f"{len(left)} linear layers such as {left[0]} are not adapted: PEFT takes their names in a "
+            f"{model.config.model_type} for those of the experts.",
+            stacklevel=3,
+        )
     return sorted(kept)
 
 

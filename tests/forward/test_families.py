@@ -1,0 +1,126 @@
+"""How media of several sequences become one call, what a response adds to its prompt, and what no call takes."""
+
+from types import SimpleNamespace
+
+import families
+import pytest
+import torch
+import transformers as T
+from families_newer import NEWER, build
+from helpers import row
+
+from trl_vpo import PreferenceCollator
+from trl_vpo.data.accepted import check_accepted
+from trl_vpo.data.rows import read_row
+from trl_vpo.errors import ModelError, RowError
+from trl_vpo.forward import families as table
+from trl_vpo.forward.families import merge_media
+from trl_vpo.forward.layouts import padded
+from trl_vpo.forward.scoring import attach_scoring
+
+
+def backbone(model_type):
+    return SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+
+
+def numbers(*shape, start=0):
+    return torch.arange(start, start + torch.Size(shape).numel()).reshape(shape)
+
+
+def test_patches_in_the_last_dimension_are_joined_there():
+    first, second = numbers(1, 2, 1, 2), numbers(1, 2, 1, 3, start=4)
+    merged = merge_media([{"pixel_values": first}, {}, {"pixel_values": second}], backbone("minicpmv4_6"))
+    assert merged["pixel_values"].tolist() == [[[[0, 1, 4, 5, 6]], [[2, 3, 7, 8, 9]]]]
+
+
+def test_tiles_are_joined_without_padding():
+    """Perception LM makes features of every tile."""
+    first, second = numbers(1, 2, 1), numbers(2, 3, 1, start=2)
+    merged = merge_media([{"pixel_values": first}, {"pixel_values": second}], backbone("perception_lm"))
+    assert merged["pixel_values"].tolist() == [[[0], [1], [2], [3], [4], [5], [6], [7]]]
+
+
+def test_indices_count_from_the_own_media():
+    """Molmo2's pooling: crops of two patches; -1 is no patch."""
+    items = [
+        {"pixel_values": numbers(2, 2, 1), "image_token_pooling": torch.tensor([[0, 3]])},
+        {},
+        {"pixel_values": numbers(1, 2, 1), "image_token_pooling": torch.tensor([[1, -1]])},
+        {"pixel_values": numbers(1, 2, 1), "image_token_pooling": torch.tensor([[0, 1]])},
+    ]
+    merged = merge_media(items, backbone("molmo2"))
+    assert merged["image_token_pooling"].tolist() == [[0, 3], [5, -1], [6, 7]]
+
+
+@pytest.mark.parametrize(("family", "rows"), [("idefics3", 2), ("smolvlm", 2), ("lfm2_vl", 1)])
+def test_only_idefics_has_a_row_for_each_sequence(family, rows):
+    shape = (1, 1, 3, 4, 4) if rows == 2 else (1, 4, 8)
+    media = {"pixel_values": numbers(*shape), "pixel_attention_mask": torch.ones(shape[:2])}
+    assert len(merge_media([{}, media], backbone(family))["pixel_values"]) == rows
+
+
+def test_a_response_sees_the_images_of_its_prompt():
+    """Mllama's mask (1, tokens, images, tiles) repeats its last entry, in sequences of unlike lengths, too."""
+    masks = [{"cross_attention_mask": torch.tensor(x).reshape(1, -1, 1, 1)} for x in ([0, 1], [0, 1, 1])]
+    merged = merge_media(masks, backbone("mllama"), length=5)
+    assert merged["cross_attention_mask"].flatten(1).tolist() == [[0, 1, 1, 1, 1]] * 2
+
+
+def test_images_of_a_call_that_must_be_as_many():
+    one, two = ({"pixel_values": torch.zeros(1, n, 4, 3, 2, 2)} for n in (1, 2))
+    table.check_call([one, one], backbone("mllama"))
+    table.check_call([one, {}], backbone("qwen2_vl"))
+    for other, counts in ((two, "1 and 2"), ({}, "0 and 1")):
+        with pytest.raises(RowError, match=f"these have {counts}. Set per_device_train_batch_size"):
+            table.check_call([one, other], backbone("mllama"))
+
+
+def test_responses_are_no_prefix(media):
+    """PaliGemma's tokens of type 0 see each other in both directions."""
+    model, processor = build("PaliGemma")
+    made = {"images": media["image"][:1], "prompt": "<image>What is it?", "chosen": "a red square.", "rejected": "a."}
+    batch = PreferenceCollator(processor)([made])
+    assert list(batch["trunk_types"]) == ["token_type_ids"]  # not its labels
+    layout = padded(batch, model.base_model, pad_token_id=0)
+    prompt = int(batch["trunk_mask"].sum())
+    assert not layout.inputs["token_type_ids"][:, :prompt].any() and layout.inputs["token_type_ids"][:, prompt:].all()
+
+
+def test_a_prompt_mask_follows_the_tokens_in_front(media):
+    """A prompt that is a string gets its BOS from us: the mask begins with a token that sees no image."""
+    _, processor = build("Mllama")
+    made = {
+        "images": media["image"][:1],
+        "prompt": "<|image|>What is it?",
+        "chosen": "a red square.",
+        "rejected": "a.",
+    }
+    trunk = PreferenceCollator(processor).encode(made).trunks[0]
+    assert trunk.ids[0] == processor.tokenizer.bos_token_id
+    mask = trunk.media["cross_attention_mask"]
+    assert mask.size(1) == len(trunk.ids) and not mask[0, 0].any() and mask[0, -1].any()
+
+
+PROMPTS = {"Kimi K2.5": ["video"], "GLM-4.6V": ["image", "video"], "Molmo2": ["image", "video"]}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_that_fail_upstream_are_refused(name, media):
+    made = row(PROMPTS[name][-1], media[PROMPTS[name][-1]][:1])
+    if len(PROMPTS[name]) == 2:
+        made |= {"images": media["image"][:1]}
+        made["prompt"][0]["content"].insert(0, {"type": "image"})
+    with pytest.raises(RowError, match="the model's own code in transformers fails"):
+        check_accepted(read_row(made), NEWER[name].build()[1])
+
+
+def test_encoder_decoders_are_refused():
+    config = T.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8, decoder_start_token_id=0)
+    with pytest.raises(ModelError, match="T5ForConditionalGeneration is not supported: it has an encoder"):
+        attach_scoring(T.T5ForConditionalGeneration(config))
+
+
+def test_every_entry_is_a_type_of_transformers():
+    assert set(table.FAMILIES) <= set(T.CONFIG_MAPPING)
+    assert {processor for processor, _ in table.UPSTREAM} <= set(dir(T))
+    assert families.FAMILIES.keys().isdisjoint(NEWER)
