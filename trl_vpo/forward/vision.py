@@ -233,7 +233,7 @@ def _features_alone(value: Any) -> Any:
     """Return a result without the hidden states of all layers and the like."""
     if not isinstance(value, ModelOutput) or value.get("pooler_output") is None:
         return value
-    return type(value)(**{name: part for name, part in value.items() if name not in BESIDE})
+    return type(value)(**{name: None if name in BESIDE else part for name, part in value.items()})
 
 
 def _has_contents(value: Any) -> bool:
