@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 import transformers as T
+from accelerate import init_empty_weights
 from families_newer import NEWER, build
 from helpers import row
 
@@ -16,7 +17,7 @@ from trl_vpo.errors import ModelError, RowError
 from trl_vpo.forward import families as table
 from trl_vpo.forward.families import merge_media
 from trl_vpo.forward.layouts import padded
-from trl_vpo.forward.scoring import attach_scoring
+from trl_vpo.forward.scoring import ScoreRequest, attach_scoring
 
 
 def backbone(model_type):
@@ -118,6 +119,27 @@ def test_encoder_decoders_are_refused():
     config = T.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8, decoder_start_token_id=0)
     with pytest.raises(ModelError, match="T5ForConditionalGeneration is not supported: it has an encoder"):
         attach_scoring(T.T5ForConditionalGeneration(config))
+
+
+def test_models_that_prepend_their_images_are_refused():
+    """GIT puts images in front of the tokens: all scores would be those of other places."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    vision = sizes | {"image_size": 8, "patch_size": 4}
+    model = T.GitForCausalLM(T.GitConfig(vision_config=vision, vocab_size=16, **sizes, pad_token_id=0))
+    attach_scoring(model)
+    ids, mask = torch.ones(1, 4).long(), torch.ones(1, 1).bool()
+    request = ScoreRequest(torch.zeros(1).long(), torch.zeros(1, 1).long(), mask, torch.zeros(1, 1).long())
+    with pytest.raises(ModelError, match="GitForCausalLM is not supported: it computes 9 positions for 4 tokens"):
+        model(input_ids=ids, pixel_values=torch.zeros(1, 3, 8, 8), score=request)
+
+
+def test_models_that_need_images_are_refused():
+    text = {"model_type": "opt", "hidden_size": 8, "num_hidden_layers": 1, "ffn_dim": 8, "num_attention_heads": 1}
+    config = T.Blip2Config(text_config=text)
+    with init_empty_weights():
+        model = T.Blip2ForConditionalGeneration(config)
+    with pytest.raises(ModelError, match=r"Blip2ForConditionalGeneration is not supported: .*pixel_values"):
+        attach_scoring(model)
 
 
 def test_every_entry_is_a_type_of_transformers():

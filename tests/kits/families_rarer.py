@@ -27,11 +27,11 @@ def mistral_large4():
 def granite4_vision():
     """Features of several layers of the tower, added at several layers of the decoder."""
     tok = tokenizer(["<image>"], named={"image_token": "<image>"})
-    layers = {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [0, 1, 2, 3], "downsample_rate": "1/2"}
+    layers = {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1, 2, 3, 4], "downsample_rate": "1/2"}
     scales = {"embedding_multiplier": 2.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}
     config = T.Granite4VisionConfig(
         vision_config=tower("siglip_vision_model", hidden_size=64, vision_use_head=False),
-        text_config=text_of(tok, num_hidden_layers=4, **scales, attention_multiplier=0.25),
+        text_config=text_of(tok, num_hidden_layers=5, **scales, attention_multiplier=0.25),
         qformer_config={"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48}
         | {"cross_attention_frequency": 1, "use_qformer_text_input": False},
         vision_feature_select_strategy="full",

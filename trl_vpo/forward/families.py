@@ -141,7 +141,9 @@ def placeholders(batch: dict, backbone: nn.Module) -> dict[str, list[int]] | Non
             counts[method] = ((batch["trunk_ids"] == token) & batch["trunk_mask"]).sum(-1).tolist()
             if [name in tensors for tensors in batch["media"]] != [count > 0 for count in counts[method]]:
                 return None  # GLM-4V has frames of videos under the token of images
-    return counts if counts or not any(batch["media"]) else None
+    if any(media and not PIXELS.keys() & media.keys() for media in batch["media"]):
+        return None  # Phi-4-multimodal's tower lies in its decoder
+    return counts
 
 
 def merge_media(
@@ -240,9 +242,10 @@ def padded_layout_reason(model: PreTrainedModel) -> str | None:
         return f"its attention stays within chunks of {config.attention_chunk_size} tokens"
     if kinds & set(STATE):
         return f"its layers are {', '.join(sorted(kinds))}, some of which pass a state along the sequence"
-    indexers = [name for name, _ in decoder.named_modules() if name.endswith(".indexer")]
-    if indexers or kinds - {"full_attention", "sliding_attention"}:
+    if any(name.endswith(".indexer") for name, _ in decoder.named_modules()):
         return "its attention chooses the tokens that it sees"
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"its layers are {', '.join(sorted(kinds))}, and packed rows have full and sliding attention"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention caps its logits, which fused attention kernels do not"
     if not decoder._supports_attention_backend:

@@ -100,16 +100,17 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     probes = torch.tensor(PROBES, dtype=torch.float64)
     hidden = (torch.arange(len(PROBES) * config.hidden_size) % 3 + 1.0).reshape(1, len(PROBES), -1)  # (1, N, H)
     logits = probes.reshape(1, -1, 1).expand(1, len(PROBES), config.vocab_size)
-    head_inputs: list[Tensor] = []
+    given: list[Tensor] = []
+    problem = f"{name} computes its logits from its hidden states in a way that is not supported: "
     with (
+        _as_model_error(problem),
         patch.object(backbone, "forward", lambda *args, **kwargs: _Hidden(last_hidden_state=hidden)),
-        patch.object(head, "forward", lambda states: head_inputs.append(states) or logits.clone()),
+        patch.object(head, "forward", lambda states: given.append(states) or logits.clone()),
     ):
         out = type(model).forward(model, input_ids=torch.zeros(1, len(PROBES), dtype=torch.long)).logits
-    problem = f"{name} computes its logits from its hidden states in a way that is not supported: "
-    if not head_inputs:
+    if not given:
         raise ModelError(problem + "it does not call its output embeddings.")
-    before = (head_inputs[-1].double() / hidden).unique()
+    before = (given[-1].double() / hidden).unique()
     if before.numel() != 1 or (before.item() != 1 and getattr(head, "bias", None) is not None):
         raise ModelError(problem + "its head does not take the backbone's output.")
     if not torch.equal(out, out[..., :1].expand_as(out)):
@@ -130,6 +131,7 @@ def _inner_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     logits = torch.arange(2.0 * config.vocab_size).reshape(1, 2, -1)
     states = torch.zeros(1, 2, config.hidden_size)
     with (
+        _as_model_error(f"{type(model).__name__} is not supported: "),
         patch.object(inner, "forward", lambda *args, **kwargs: _Logits(logits=logits)),
         patch.object(model.get_input_embeddings(), "forward", lambda ids: states),
     ):
@@ -137,6 +139,15 @@ def _inner_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     if not torch.equal(out, logits):
         raise ModelError(f"{type(model).__name__} changes the logits of its language model, which is not supported.")
     return logit_transform(inner)
+
+
+@contextlib.contextmanager
+def _as_model_error(problem: str) -> Iterator[None]:
+    """Name the model whose `forward` does not take ids alone, such as BLIP's."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{problem}{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOWERS = (
-    "visual|vision_tower|vision_model|image_tower|video_tower|high_res_vision_model|image_encoder|embed_tokens_extend"
+    "visual|vision_tower|vision_model|image_tower|video_tower|high_res_vision_model|image_encoder|vision_encoder|"
+    "embed_tokens_extend"
 )
 # Between tower and language model: layers, and single parameters such as LLaVA-NeXT's newline.
 PROJECTORS = (

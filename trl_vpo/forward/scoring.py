@@ -122,6 +122,12 @@ def attach_scoring(model: PreTrainedModel) -> None:
             kwargs, copies = copies.in_order(self.base_model, kwargs), None
         with packed.during(score.segments) if packed else contextlib.nullcontext(), vision.repeated(copies):
             hidden = _hidden_states(self, *args, **kwargs, use_cache=False)  # (R, L, H)
+        tokens = (args[0] if args else kwargs["input_ids"]).size(1)
+        if hidden.size(1) != tokens and getattr(score.segments, "ranks", None) is None:
+            raise ModelError(
+                f"{type(self).__name__} is not supported: it computes {hidden.size(1)} positions for {tokens} tokens, "
+                "as if images stood in front of the prompt."
+            )
         return _score(hidden, lm_head(self), score)
 
     model.forward = types.MethodType(forward, model)
