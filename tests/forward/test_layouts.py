@@ -238,12 +238,15 @@ def test_packing_proves_itself_or_pads(layout, media, tmp_path, monkeypatch, cap
     """An attention that lets tokens see what comes after them: the first batch shows it."""
     attend = F.scaled_dot_product_attention
     broken = lambda *args, is_causal=False, **more: attend(*args, **more)  # noqa: E731
-    trainer = trainer_of("dpo", layout, tmp_path, ragged_rows("image", media))
+    trainer = trainer_of("dpo", layout, tmp_path, ragged_rows("image", media), proves=True)
     with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
         patch.setattr("trl_vpo.forward.attention.F", type("F", (), {"scaled_dot_product_attention": broken}))
         got = step(trainer)
     assert (trainer.scorer.layout, trainer.scorer.packs) == ("separate", False)
-    assert "Qwen2_5_VLModel is trained with padded rows and the separate layout, because its log-probs" in caplog.text
+    assert (
+        "Qwen2_5_VLForConditionalGeneration is trained with padded rows and the separate layout, because its log-probs"
+        in caplog.text
+    )
     assert_same_step(got, step(trainer_of("dpo", "separate", tmp_path, ragged_rows("image", media))))
 
 

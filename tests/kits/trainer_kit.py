@@ -9,6 +9,7 @@ from families import LANGUAGE_MODEL, build, text_model
 from helpers import row
 from peft import LoraConfig
 
+from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.training import methods
 
 METHODS = {method: methods.method_classes(method) for method in methods.METHODS}  # (config, trainer)
@@ -70,8 +71,13 @@ def config(method, folder, **more):
     return METHODS[method][0](str(folder), **{**QUIET, **more})
 
 
-def trainer_of(method, folder, rows=None, name="text", model=None, processor=None, peft="new", args=None, **more):
-    """A trainer of a tiny model. `more`: its class (`kind`), its arguments where it knows them, or config fields."""
+def trainer_of(
+    method, folder, rows=None, name="text", model=None, processor=None, peft="new", args=None, proves=False, **more
+):
+    """A trainer of a tiny model, which is proven where its layout is "auto", or with `proves`.
+
+    `more`: its class (`kind`), its arguments where it knows them, or config fields.
+    """
     if model is None:
         model, own = fresh(name)
         processor = processor or own
@@ -83,7 +89,18 @@ def trainer_of(method, folder, rows=None, name="text", model=None, processor=Non
         init["peft_config"] = lora(text=name == "text")
     data = Dataset.from_list(rows or text_rows()) if not hasattr(rows, "map") else rows
     args = args or config(method, folder, **more)
-    return kind(model, args=args, train_dataset=data, processing_class=processor, **init)
+    trainer = kind(model, args=args, train_dataset=data, processing_class=processor, **init)
+    if args.layout != "auto" and not proves:
+        take_for_proven(trainer)
+    return trainer
+
+
+def take_for_proven(trainer):
+    """Spare a trainer the proof of its model, whose calls tests would count, and the time."""
+    trainer.scorer.to_prove.clear()
+    trainer.scorer.packs = trainer.scorer.packs is not False
+    if isinstance(trainer.data_collator, PreferenceCollator):
+        trainer.data_collator.proven = None
 
 
 INIT = ("eval_dataset", "ref_model", "data_collator", "compute_metrics", "callbacks", "optimizers", "peft_config")

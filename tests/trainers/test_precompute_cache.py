@@ -27,11 +27,9 @@ class Killed(Exception):
 
 def test_an_interrupted_run_continues_where_it_stopped(tmp_path):
     model, tokenizer = fresh()
-    passes = []
 
     def kill(*_):
-        passes.append(1)
-        if len(passes) == 3:
+        if (tmp_path / "cache").exists() and len(lines(tmp_path / "cache")) == 4:
             raise Killed
 
     model.get_input_embeddings().register_forward_hook(kill)

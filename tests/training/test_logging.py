@@ -98,12 +98,13 @@ def test_the_start_is_one_block(run):
     start = printed[printed.index("method") : printed.index("step 1/2")].splitlines()
     assert [line[:12].strip() for line in start] == [
         "method", "rows", "trained", "batch", "layout", "media", "results", "steps",
+        "proven",
     ]  # fmt: skip
     texts = [line[12:] for line in start]
     assert texts[0].startswith("RRPO on ") and texts[1] == "4, 2 to evaluate on"
     assert re.fullmatch(r"[\d,]+ of [\d,]+ parameters \(\d+\.\d\d%\)", texts[2])
     assert texts[3] == "2 = 2 per device x 1 accumulated x 1 process" and texts[6] == str(folder / "out")
-    assert texts[7] == "2 (1 epoch)"
+    assert texts[7] == "2 (1 epoch)" and texts[8].startswith("packed rows give")
 
 
 def test_its_folder_can_be_plotted(run, tmp_path):

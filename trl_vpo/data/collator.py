@@ -12,6 +12,7 @@ from trl_vpo.data.accepted import check_accepted
 from trl_vpo.data.chat import WHOLE, WORD, ended, place_in_string, render_chat, same_start
 from trl_vpo.data.columns import REF_SUMS
 from trl_vpo.data.messages import response_text, with_text
+from trl_vpo.data.proof_rows import proof_rows
 from trl_vpo.data.rows import Row, read_row
 from trl_vpo.errors import MediaError, PhraseError, RowError
 from trl_vpo.forward.families import PROMPT_MASKS
@@ -53,6 +54,7 @@ class PreferenceCollator:
         media_root: folder of the media.
         frame_cache: folder that keeps decoded clips (see `trl_vpo.media.frame_cache`). None: no cache.
         pixel_dtype: dtype of pixels; a trainer sets that of its vision tower. None: the processor's.
+        proven: kinds of rows of which it gave a short row for the proof of the model. None: none are wanted.
 
     Raises RowError: a row breaks the contract, does not fit, or its media cannot be read. The message names the row.
     """
@@ -67,6 +69,7 @@ class PreferenceCollator:
     media_root: str | None = None
     frame_cache: str | None = None
     pixel_dtype: torch.dtype | None = None
+    proven: set[str] | None = field(default_factory=set)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -82,7 +85,10 @@ class PreferenceCollator:
         return video_budget(self.processing_class, self.max_pixels)
 
     def __call__(self, examples: list[dict]) -> dict:
-        return tree_batch([self.encode(example) for example in examples], self.tokenizer.pad_token_id)
+        batch = tree_batch([self.encode(example) for example in examples], self.tokenizer.pad_token_id)
+        if self.proven is not None:
+            batch["proof_rows"] = proof_rows(self, examples)
+        return batch
 
     def encode(self, example: dict) -> Tree:
         """Return a row's tree: trunks of the image list's items; branches chosen, rejected, chosen on the others."""
@@ -184,6 +190,23 @@ class PreferenceCollator:
     def _trunk(self, row: Row, prompt: str, images: list, alone: list[int], tail: int) -> Trunk:
         if not self.is_vlm:
             return Trunk(self._first_tokens(row, prompt) + alone[: len(alone) - tail])
+        out = self._processed(row, prompt, images)
+        ids, first = out.pop("input_ids")[0].tolist(), self._first_tokens(row, prompt)
+        out.pop("attention_mask", None)
+        end = len(ids) - tail
+        if len(ids) < len(alone) or ids[end:] != alone[len(alone) - tail :]:
+            raise RowError(
+                "the processor and its tokenizer end the prompt differently: the response has no beginning."
+            )
+        media = {k: v for k, v in out.items() if torch.is_tensor(v)}
+        for name in PROMPT_MASKS & media.keys():
+            media[name] = F.pad(media[name][:, :end].transpose(1, -1), (len(first), 0)).transpose(1, -1)
+        media.pop("labels", None)  # PaliGemma's
+        types = {k: media.pop(k)[0, :end].tolist() for k in [*media] if k.endswith("token_type_ids")}
+        return Trunk(first + ids[:end], {k: [0] * len(first) + v for k, v in types.items()}, media)
+
+    def _processed(self, row: Row, text: str, images: list) -> dict:
+        """Return what the processor makes of a text with the row's videos and one item of its image lists."""
         budget = self.budget and self.budget.shared(len(row.videos))
         where = {"budget": budget, "media_root": self.media_root, "cache": self.frame_cache}
         clips = [v.sized(budget) if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
@@ -195,33 +218,35 @@ class PreferenceCollator:
             # Without it the processor warns of its sizes, which are not used.
             if budget and hasattr(self.processing_class.video_processor, "cap_pixels_per_frame"):
                 videos_kwargs["cap_pixels_per_frame"] = False
-            if getattr(type(self.processing_class), "videos_kwargs", {}).get("do_resize") is False:
-                videos_kwargs["do_resize"] = True  # MiniMax-M3 leaves it to others, and fails on other sizes
             # Muse writes times into its prompts, and does not ask for them.
             if type(self.processing_class).__call__ is ProcessorMixin.__call__:
                 videos_kwargs["return_metadata"] = True
             if videos_kwargs:
                 kwargs["videos_kwargs"] = videos_kwargs
         try:
-            out = self.processing_class(text=[prompt], return_tensors="pt", text_kwargs=WHOLE, **kwargs)
+            out = self.processing_class(text=[text], return_tensors="pt", text_kwargs=WHOLE, **kwargs)
         except REFUSALS as error:
             name = type(self.processing_class).__name__
             raise RowError(f"{name} refuses its prompt and media: {type(error).__name__}: {error}") from error
-        ids, first = out.pop("input_ids")[0].tolist(), self._first_tokens(row, prompt)
-        out.pop("attention_mask", None)
-        end = len(ids) - tail
-        if len(ids) < len(alone) or ids[end:] != alone[len(alone) - tail :]:
-            raise RowError(
-                "the processor and its tokenizer end the prompt differently: the response has no beginning."
-            )
-        media = {k: v for k, v in out.items() if torch.is_tensor(v)}
-        pixels = [k for k, v in media.items() if k.startswith("pixel_values") and v.is_floating_point()]  # not times
-        media |= {k: media[k].to(self.pixel_dtype or media[k].dtype) for k in pixels}
-        for name in PROMPT_MASKS & media.keys():
-            media[name] = F.pad(media[name][:, :end].transpose(1, -1), (len(first), 0)).transpose(1, -1)
-        media.pop("labels", None)  # PaliGemma's
-        types = {k: media.pop(k)[0, :end].tolist() for k in [*media] if k.endswith("token_type_ids")}
-        return Trunk(first + ids[:end], {k: [0] * len(first) + v for k, v in types.items()}, media)
+        pixels = [k for k, v in out.items() if k.startswith("pixel_values") and torch.is_tensor(v)]
+        floats = {k: out[k].to(self.pixel_dtype or out[k].dtype) for k in pixels if out[k].is_floating_point()}
+        return {**out, **floats}
+
+    def whole(self, row: Row) -> dict[str, torch.Tensor]:
+        """Return what the processor makes of the prompt and the chosen response together, as inputs of the model."""
+        prompt, (chosen,) = self._render(row, ("chosen",))
+        first = self._first_tokens(row, prompt)
+        if self.is_vlm:
+            out = self._processed(row, prompt + chosen, self._image_lists(row)[0])
+        else:
+            out = self.tokenizer(prompt + chosen, return_tensors="pt", **WHOLE)
+        out = {name: value for name, value in out.items() if torch.is_tensor(value) and name != "labels"}
+        shape = out["input_ids"].shape
+        for name, value in out.items() if first else ():
+            if value.shape[:2] == shape:
+                out[name] = torch.cat([value[:, :1].repeat_interleave(len(first), dim=1), value], dim=1)
+        out["input_ids"][0, : len(first)] = torch.tensor(first, dtype=torch.long)
+        return out
 
     def _frames(self, clip: Clip) -> np.ndarray:
         """Return a clip's frames; one alone is repeated for towers that take two at a time: Qwen3-VL refuses it."""

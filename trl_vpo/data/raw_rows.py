@@ -16,7 +16,7 @@ CHUNK = 128  # rows in memory at a time
 def number_rows(dataset: Dataset, args: Any) -> Dataset:
     """Return a dataset with the rows' numbers and raw media; columns of these names that others made are dropped."""
     dataset = dataset.remove_columns([c for c in (ROW_INDEX, REF_SUMS) if c in dataset.column_names])
-    transform = _transform(dataset)
+    transform = transform_of(dataset)
     if transform and args.remove_unused_columns:  # as the trainer will
         dataset = dataset.select_columns([c for c in dataset.column_names if c in COLUMNS])
     columns = [*dataset.format["columns"], ROW_INDEX]
@@ -32,7 +32,7 @@ def number_stream(dataset: IterableDataset, args: Any) -> IterableDataset:
     return undecoded(dataset.with_format(None), args).map(numbered, with_indices=True)
 
 
-def _transform(dataset: Dataset) -> Callable | None:
+def transform_of(dataset: Dataset) -> Callable | None:
     """Return the transform that `with_transform` or `set_transform` was given."""
     transform = dataset.format["format_kwargs"].get("transform") if dataset.format["type"] == "custom" else None
     return transform.transform if isinstance(transform, _Numbering) else transform
@@ -66,7 +66,7 @@ def raw_rows(dataset: Dataset, start: int = 0, stop: int | None = None) -> Itera
     Columns that hold media and are not read are left out. The others tell which layout a row has.
     """
     stop = len(dataset) if stop is None else stop
-    if _transform(dataset):
+    if transform_of(dataset):
         for index in range(start, stop):
             yield dataset[index]
         return

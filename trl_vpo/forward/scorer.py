@@ -1,12 +1,13 @@
 """The forward pass over a tree batch: choose the layout, call the model once, score all branches.
 
-Packed rows are checked on the first batch (unless `layout="shared"` asks for them): it is scored without gradients
-packed, and as padded rows, which need no attention of ours. Where the two agree, rows are packed; where the model
-cannot be packed, or they do not agree, rows are padded, and the log says why.
+Before its first call a model is proven on a short row of each kind, see `trl_vpo.forward.proof`. Where packed and
+padded rows agree, rows are packed; where the model cannot be packed, or they do not agree, rows are padded, and the
+log says why.
 """
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from accelerate.logging import get_logger
@@ -18,6 +19,7 @@ from trl_vpo.forward.attention import use_segments
 from trl_vpo.forward.families import padded_layout_reason
 from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, packed, padded
+from trl_vpo.forward.proof import Proof, ProofRow, row_of
 from trl_vpo.forward.ranks import sync_calls
 from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
 from trl_vpo.forward.sequence_parallel import SequenceRanks, check_heads
@@ -26,9 +28,6 @@ from trl_vpo.forward.vision import vision_features
 
 logger = get_logger(__name__)
 
-# How far the log-probs of a token may differ between the layouts, by dtype of the computation: mean, maximum (nats).
-TOLERANCES = {torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 0.2), torch.bfloat16: (0.05, 1.0)}
-
 
 class Scorer:
     """Score tree batches with a policy (without PEFT or a distributed wrapper around it) and its reference.
@@ -36,6 +35,8 @@ class Scorer:
     Attributes:
         layout: "shared" or "separate" (one copy of a prompt, or one for each response); "auto" until it is known.
         packs: whether rows are packed; None until it is known.
+        proven: the kinds of rows on which the model was proven.
+        to_prove: rows on which it is to be proven before the next call.
     """
 
     def __init__(
@@ -46,18 +47,20 @@ class Scorer:
         pad_token_id: int,
         pad_to_multiple_of: int | None = None,
         ranks: SequenceRanks | None = None,
+        trains: bool = True,
     ):
-        self._backbone = policy.base_model
+        self._policy, self._backbone = policy, policy.base_model
         self._padding = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
         self._vision = vision_features(self._backbone)
         self._frozen = FrozenModules(policy)
-        self._ranks = ranks
+        self._ranks, self.trains = ranks, trains
         if ranks is not None:
             check_heads(policy, ranks.size)
         self.layout, self.packs = layout, True if layout == "shared" else None
+        self.proven: list[str] = []
+        self.to_prove: list[ProofRow] = []
+        self._asked = layout
         if reason := padded_layout_reason(policy):
-            if layout == "shared":
-                raise ValueError(f"layout='shared' does not fit {type(policy).__name__}: {reason}. Use 'auto'.")
             self._pad_rows(reason)
         self.add_model(policy)
 
@@ -75,8 +78,10 @@ class Scorer:
 
     def score(self, model: nn.Module, batch: dict, reference: Scores | None = None) -> Scores:
         """Return the scores of all S branches; with `reference` also the KL. The first call decides on packing."""
-        if self.packs is None:
-            self._compare_layouts(model, batch)
+        self._prove(model, batch)
+        return self._score(model, batch, reference)
+
+    def _score(self, model: nn.Module, batch: dict, reference: Scores | None = None) -> Scores:
         self._frozen.keep_in_eval()
         layout = self._layout(batch)
         request = ScoreRequest(
@@ -128,46 +133,59 @@ class Scorer:
         """Replay the recorded features during the policy pass."""
         return self._vision.replay()
 
-    @torch.no_grad()
-    def _compare_layouts(self, model: nn.Module, batch: dict) -> None:
-        """Score a batch as packed and as padded rows, and keep the packed ones if they agree on every rank."""
-        logps, problem = {}, None
+    def _prove(self, model: nn.Module, batch: dict) -> None:
+        """Prove the rows that wait for it, and those that came with a batch, see `trl_vpo.forward.proof`.
+
+        Every rank proves the rows of all ranks, and all keep the same layout. Raises ProofError.
+        """
+        rows, self.to_prove = self.to_prove, []
+        if "proof_rows" in batch:  # what the ranks carry differs
+            rows = rows + [row for carried in gather_object([batch["proof_rows"]]) for row in carried]
+        if not rows and self.packs is None:
+            rows = [row_of(batch)]
+        rows = [row for row in rows if row.kind not in self.proven]
+        if not rows:
+            return
         training = model.training
         model.eval()
+        packs = self.packs
         if self.layout == "auto":
             self.layout = "shared"
         try:
             with self._vision.paused():
-                for self.packs in (False, True):
-                    logps[self.packs] = self.score(model, batch).logps
-        except Exception as error:  # whatever a model's code may raise on inputs that it was not written for
-            if not self.packs:
-                raise
-            problem = f"packed rows fail: {type(error).__name__}: {error}"
-        else:
-            problem = self._disagreement(logps[False], logps[True], batch["branch_mask"])
+                for row in {row.kind: row for row in rows}.values():
+                    score, pad = partial(self._logps, model), self._padding["pad_token_id"]
+                    proof = Proof(row, score, model, pad, trains=self.trains, ranks=self._ranks)
+                    proof.check_scores()
+                    problem = proof.disagreement() if packs is not False else None
+                    if problems := [p for p in gather_object([problem]) if p]:
+                        packs = False
+                        self._pad_rows(problems[0])
+                    self.proven.append(row.kind)
         finally:
             model.train(training)
-        if problems := [p for p in gather_object([problem]) if p]:
-            self._pad_rows(problems[0])
+        if packs is not False:
+            self.packs = True
+        logger.info(f"{type(self._policy).__name__} is proven: {self}.")
+
+    def __str__(self) -> str:
+        """What was proven."""
+        kinds = ", ".join(kind.removeprefix("rows with ") for kind in self.proven)
+        return f"{'packed' if self.packs else 'padded'} rows give the model's own log-probs ({kinds})"
+
+    def _logps(self, model: nn.Module, batch: dict, *, packs: bool) -> Tensor:
+        """Return the log-probs of a batch, in packed or in padded rows."""
+        before, self.packs = self.packs, packs
+        try:
+            return self._score(model, batch).logps
+        finally:
+            self.packs = before
 
     def _pad_rows(self, reason: str) -> None:
-        name = type(self._backbone).__name__
+        name = type(self._policy).__name__
+        if self._asked == "shared":
+            raise ValueError(f"layout='shared' does not fit {name}: {reason}. Use 'auto'.")
         if self._ranks is not None:
             raise ValueError(f"sp_size splits packed rows, and {name} cannot have them: {reason}. Leave sp_size out.")
         self.layout, self.packs = "separate", False
         logger.warning(f"{name} is trained with padded rows and the separate layout, because {reason}.")
-
-    def _disagreement(self, padded_logps: Tensor, packed_logps: Tensor, mask: Tensor) -> str | None:
-        """Return why packed and padded rows do not agree, or None."""
-        difference = (padded_logps - packed_logps)[mask].abs()  # (N,)
-        device = mask.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._backbone.dtype
-        mean, maximum = difference.mean().item(), difference.max().item()
-        mean_limit, limit = TOLERANCES.get(dtype, TOLERANCES[torch.bfloat16])
-        if mean <= mean_limit and maximum <= limit:  # nan fails
-            return None
-        return (
-            f"its log-probs differ between packed and padded rows by {maximum:.2g} nats at most and {mean:.2g} on "
-            f"average ({dtype} allows {limit:g} and {mean_limit:g})"
-        )

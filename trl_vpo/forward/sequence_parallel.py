@@ -129,6 +129,11 @@ class SequenceRanks:
         copies = scores.repeat(self.size, 1)
         return _Exchange.apply(copies, [len(scores)] * self.size, self._shares(count), self.group)
 
+    def mean(self, gradient: Tensor) -> Tensor:
+        """Return the mean of a gradient over the ranks, as their optimizer takes it."""
+        dist.all_reduce(gradient, group=self.group)
+        return gradient / self.size
+
     # --- shares ---------------------------------------------------------------------------------------------------
 
     def _shares(self, count: int) -> list[int]:

@@ -198,7 +198,7 @@ class LocalModel(AnsweringModel):
             from trl_vpo.forward.scorer import Scorer  # imports TRL
 
             # Not the shared layout: it would put another attention into the model that also answers.
-            self._scorer = Scorer(self.model, layout="separate", pad_token_id=self._pad)
+            self._scorer = Scorer(self.model, layout="separate", pad_token_id=self._pad, trains=False)
         return self._scorer.score(self.model, batch, reference)
 
     def in_batches(self, trees: Mapping[Key, Tree], run: Callable[[list[Key]], list[Result]]) -> dict[Key, Result]:

@@ -169,6 +169,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             self.scorer.add_model(self._bare(self.ref_model))
         if isinstance(self.data_collator, PreferenceCollator):  # in its workers: half of what goes to the GPU
             self.data_collator.pixel_dtype = self.scorer.pixel_dtype
+        setup.add_proof_rows(self, list(self._prepared))
         compat.wrap_existing_layers(self)
         self._is_vision_dataset = False  # `evaluate` then prepares its dataset as `__init__` did
         self._start_logs()
@@ -203,6 +204,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
         )
         dataset = compat.drop_empty_media_columns(dataset, processing_class)
         self._prepared.add(dataset)
+        if hasattr(self, "scorer"):
+            setup.add_proof_rows(self, [dataset])
         return dataset
 
     def _prepare_eval(self, eval_dataset, processing_class, args):

@@ -57,7 +57,7 @@ class VisualPreferenceConfig(DPOConfig):
     layout: str = option(
         "auto",
         "Share one copy of the prompt between the responses of a pair. `auto` does if the model can be packed, which "
-        "the first batch proves; otherwise the log says why not.",
+        "is proven before the first step; otherwise the log says why not.",
         choices=["auto", "shared", "separate"],
     )
     vision_learning_rate: float | None = option(

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 from trl.trainer.utils import get_config_model_id
 
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.proof_rows import first_of_kinds, proof_rows
 from trl_vpo.errors import RecipeError
 from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import PRESETS, check_targets, loses_base, resolve_targets
@@ -216,3 +218,20 @@ def sharding(trainer: Any) -> str | None:
         return "fsdp"
     plugin = trainer.args.deepspeed_plugin
     return "zero3" if trainer.is_deepspeed_enabled and plugin is not None and plugin.zero_stage == 3 else None
+
+
+def add_proof_rows(trainer: Any, datasets: list[Any]) -> None:
+    """Let the scorer prove the model on a row of each kind in new datasets, before its next call.
+
+    What only reading all rows would tell (streams, transforms) comes with the batches instead, from the collator.
+    """
+    collator, scorer = trainer.data_collator, trainer.scorer
+    if not isinstance(collator, PreferenceCollator):  # of the user's own
+        collator = trainer.make_collator(trainer.processing_class, trainer.args)
+    collator.proven = {*scorer.proven, *(row.kind for row in scorer.to_prove)}
+    maps = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
+    found = [first_of_kinds(dataset, collator) for dataset in maps]
+    for rows in filter(None, found):
+        scorer.to_prove += proof_rows(collator, rows)
+    if len(maps) == len(datasets) and None not in found:
+        collator.proven = None

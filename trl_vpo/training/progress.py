@@ -36,7 +36,7 @@ def show_progress(trainer: Any, start: Mapping[str, str] = MappingProxyType({}))
     `start`: what is printed when training starts, besides the steps, as name -> text.
     """
     if any(map(trainer.pop_callback, (TrainingProgress, ProgressCallback, PrinterCallback))):
-        trainer.add_callback(TrainingProgress(start))
+        trainer.add_callback(TrainingProgress(start, getattr(trainer, "scorer", None)))
 
 
 class TrainingProgress(TrainerCallback):
@@ -47,8 +47,8 @@ class TrainingProgress(TrainerCallback):
     without the time of evaluations and checkpoints.
     """
 
-    def __init__(self, start: Mapping[str, str] = MappingProxyType({})):
-        self._start = start
+    def __init__(self, start: Mapping[str, str] = MappingProxyType({}), scorer: Any = None):
+        self._start, self._scorer = start, scorer
         self._bar: tqdm | None = None
         self._eval_bar: tqdm | None = None
 
@@ -82,6 +82,9 @@ class TrainingProgress(TrainerCallback):
         self._mark = time.monotonic()
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
+        if self._start and self._scorer and self._scorer.proven and state.is_world_process_zero:
+            self._write(f"{'proven':<12}{self._scorer}")
+            self._start = {}
 
     def on_save(self, args, state, control, **kwargs):
         """Count the time since the step ended, or since the last such pause, as none of training."""

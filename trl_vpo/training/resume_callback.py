@@ -56,8 +56,9 @@ class ResumeCallback(TrainerCallback):
             for name, attribute in COUNTERS.items():
                 setattr(trainer, attribute, saved[name])
             _follow_schedule(trainer, json.loads((self._checkpoint / "trainer_state.json").read_bytes())["max_steps"])
-            if trainer.scorer.packs is None:  # then it goes on as the first batch proved it
+            if trainer.scorer.packs is None:  # then it goes on as its rows proved it
                 trainer.scorer.layout, trainer.scorer.packs = self._marker["layout"], self._marker.get("packs")
+                trainer.scorer.proven = list(self._marker.get("proven", ()))
         self.request.listen()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -96,7 +97,8 @@ class ResumeCallback(TrainerCallback):
             if self._rows.digests is not None:
                 np.save(folder / FILE, self._rows.digests)
             what = {"step": state.global_step, "run": self._run, "gone": self._rows.removed, "counters": counters}
-            mark_complete(folder, layout=trainer.scorer.layout, packs=trainer.scorer.packs, **what)
+            scorer = trainer.scorer
+            mark_complete(folder, layout=scorer.layout, packs=scorer.packs, proven=scorer.proven, **what)
         best = state.best_model_checkpoint
         delete_older(trainer.args.output_dir, self._limit, folder, best=best, in_use=self._in_use())
 

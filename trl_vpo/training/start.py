@@ -11,7 +11,7 @@ from torch import nn
 from trl_vpo.media.budget import video_budget
 
 LAYOUTS = {
-    None: "{}, one row without padding if that agrees with padded rows on the first batch",
+    None: "{}, one row without padding if that agrees with padded rows",
     True: "{}, one row without padding",
     False: "{}, padded rows",
 }

@@ -1,0 +1,83 @@
+"""Short rows of each kind, for the proof of a model (see `trl_vpo.forward.proof`).
+
+A kind is what media a row has. Model, processor and collator treat the rows of one kind alike, so one short row of it
+shows what they do: a few small frames in the place of a film.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from trl_vpo.data.raw_rows import raw_rows, transform_of
+from trl_vpo.data.rows import media_sources, read_row
+from trl_vpo.forward.proof import ProofRow
+
+FRAMES, PIXELS = 4, 448 * 448  # at most, of a proof row
+CHUNK = 10_000
+
+
+def kind_of(images: int, videos: int) -> str:
+    """Return the kind of a row in words, by how many images and videos it has."""
+    parts = {"an image": images == 1, "images": images > 1, "a video": videos == 1, "videos": videos > 1}
+    return "rows with " + (" and ".join(part for part, has in parts.items() if has) or "text alone")
+
+
+def kind_of_row(example: dict, collator: Any) -> str:
+    """Return the kind of an example; LPOI's prompts have an image of the list each."""
+    images = 1 if collator.num_images is not None else len(media_sources(example, "image"))
+    return kind_of(images, len(media_sources(example, "video")))
+
+
+def first_of_kinds(dataset: Dataset, collator: Any) -> list[dict] | None:
+    """Return the first row of each kind in a dataset; None if it transforms its rows, and only reading would tell."""
+    if transform_of(dataset):
+        return None
+    names = [name for name in ("images", "image", "videos", "video") if name in dataset.column_names]
+    first: dict[tuple, int] = {}
+    if names:
+        for start, batch in enumerate(dataset.select_columns(names).with_format("arrow").iter(CHUNK)):
+            counts = zip(*(_counts(batch.column(name), many=name.endswith("s")) for name in names))
+            for i, key in enumerate(counts):
+                first.setdefault(key, start * CHUNK + i)
+    rows = [next(raw_rows(dataset, i, i + 1)) for i in first.values() or (0,)]
+    return list(_by_kind(rows, collator).values())
+
+
+def _by_kind(examples: Iterable[dict], collator: Any) -> dict[str, dict]:
+    kinds: dict[str, dict] = {}
+    for example in examples:
+        kinds.setdefault(kind_of_row(example, collator), example)
+    return kinds
+
+
+def _counts(column, *, many: bool) -> list[int]:
+    listed = many and not pa.types.is_null(column.type)
+    counts = pc.list_value_length(column) if listed else pc.cast(pc.is_valid(column), "int32")
+    return pc.fill_null(counts, 0).to_pylist()
+
+
+def proof_rows(collator: Any, examples: Iterable[dict]) -> list[ProofRow]:
+    """Return a proof row of each kind in `examples` that the collator has not given before."""
+    new = {kind: row for kind, row in _by_kind(examples, collator).items() if kind not in collator.proven}
+    collator.proven |= set(new)
+    return [_proof_row(kind, example, collator) for kind, example in new.items()]
+
+
+def _proof_row(kind: str, example: dict, collator: Any) -> ProofRow:
+    row = read_row(example, image_list=collator.num_images is not None)
+    video = replace(collator.video, num_frames=min(collator.video.num_frames or FRAMES, FRAMES), fps=None)
+    small = {"max_pixels": min(collator.max_pixels or PIXELS, PIXELS), "max_length": None, "frame_cache": None}
+    short = replace(collator, video=video, phrases=False, **small)
+    tree = short.encode_row(row)
+    trunk, (chosen, rejected, *_) = tree.trunks[0], tree.branches
+    inputs = short.whole(row)
+    ids = inputs["input_ids"][0].tolist()
+    if ids[: len(trunk.ids)] == trunk.ids and len(ids) > len(trunk.ids):
+        chosen = replace(chosen, ids=ids[len(trunk.ids) :])
+    else:  # tokens merge across the end of the prompt, where the collator keeps them apart
+        inputs = None
+    return ProofRow(kind, replace(tree, trunks=[trunk], branches=[chosen, rejected], ref_sums=None), inputs)
