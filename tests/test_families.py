@@ -1,9 +1,8 @@
 """Every family of docs/models.md: right log-probs, and steps of every method that move LoRA and nothing else."""
 
 import math
-import re
-from pathlib import Path
 
+import model_table
 import pytest
 import torch
 from families import FAMILIES, KINDS, LANGUAGE_MODEL, build
@@ -14,6 +13,7 @@ from step_kit import losses_of, snapshot
 from trainer_kit import METHODS, collated, trainable, trainer_of
 
 from trl_vpo.data.rows import response_text
+from trl_vpo.forward.families import LISTED
 
 
 def dataset(kind, media, **more):
@@ -77,11 +77,14 @@ def test_mixed_text_image_and_video_rows(name, media, tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_the_table_in_the_docs_is_this_table():
-    page = (Path(__file__).parent.parent / "docs/models.md").read_text()
-    cells = re.findall(r"^\| ([\w.\-]+) \| (yes|no) \| (yes|no) \|", page, re.M)
-    table = {name: (image == "yes", video == "yes") for name, image, video in cells}
-    assert table == {name: (True, video) for name, (_, video) in FAMILIES.items()}
+def test_the_table_in_the_docs_is_what_the_models_give():
+    """tests/kits/model_table.py writes it."""
+    lines, types = [], set()
+    for name, model, processor in model_table.built():
+        lines.append(model_table.line(name, model, processor))
+        types.add(model.config.model_type)
+    assert model_table.page_with(lines) == model_table.PAGE.read_text(encoding="utf-8")
+    assert types == LISTED
 
 
 def test_the_response_text_is_what_is_trained(media, tmp_path):

@@ -15,7 +15,7 @@ from trl_vpo.forward.sequence_parallel import SequenceRanks
         (
             2,
             "linear_attention",
-            r"sp_size splits packed rows, and \w+ cannot have them: its layers are",
+            r"sp_size splits packed rows, and \w+ cannot have them: some of its layers",
         ),
     ],
 )
