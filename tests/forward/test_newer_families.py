@@ -13,7 +13,6 @@ from accelerate import PartialState
 from families_newer import NEWER, build
 from helpers import message, row
 from PIL import ImageOps
-from transformers.utils import is_timm_available
 
 from trl_vpo.data.collator import PreferenceCollator, video_metadata
 from trl_vpo.forward.scorer import Scorer
@@ -56,8 +55,6 @@ def cases(kinds, fails):
 @functools.lru_cache(maxsize=1)
 def world(name):
     """A family's model as it comes, the same one for the package, its processor, and the results of the slow twin."""
-    if NEWER[name].needs == "timm" and not is_timm_available():
-        pytest.skip("timm is not installed")
     gc.collect()
     PartialState(cpu=True)
     (plain, processor), (model, _) = build(name), build(name)

@@ -149,7 +149,7 @@ def paligemma2():
 GEMMA = {
     "Gemma 3": Family(gemma3),
     "Gemma 3, short windows": Family(lambda: gemma3(window=8)),
-    "Gemma 3n": Family(gemma3n, needs="timm"),
+    "Gemma 3n": Family(gemma3n),
     "Gemma 4": Family(gemma4, video=True, both=True),
     "Gemma 4 MoE": Family(gemma4_moe, video=True, both=True),
     "Gemma 4 unified": Family(gemma4_unified, video=True, both=True, slow=True),

@@ -137,9 +137,9 @@ LLAMA = {
     "Mllama": Family(mllama),
     "Llama 4": Family(llama4),
     "Llama 4, short chunks": Family(lambda: llama4(chunk=16)),
-    "Perception LM": Family(perception_lm, video=True, both=True, alike=True, needs="timm"),
+    "Perception LM": Family(perception_lm, video=True, both=True, alike=True),
     "LLaVA-NeXT": Family(llava_next),
-    "FastVLM": Family(fast_vlm, needs="timm", slow=True),
+    "FastVLM": Family(fast_vlm, slow=True),
     "Pixtral": Family(pixtral),
     "Mistral 3": Family(mistral3),
 }

@@ -24,7 +24,6 @@ class Family(NamedTuple):
         alike: the images of a prompt must have one shape.
         chat: has a chat template; without one, prompts are strings, and the processor gets the response as `suffix`.
         scale: of fresh weights, see `families_newer.build`.
-        needs: a package that it needs.
         slow: one of the rarer ones.
     """
 
@@ -36,7 +35,6 @@ class Family(NamedTuple):
     alike: bool = False
     chat: bool = True
     scale: float = 4
-    needs: str | None = None
     slow: bool = False
 
 
