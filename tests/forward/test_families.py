@@ -12,6 +12,7 @@ from helpers import row
 
 from trl_vpo import PreferenceCollator
 from trl_vpo.data.accepted import check_accepted
+from trl_vpo.data.blank import blank_encoder
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import ModelError, RowError
 from trl_vpo.forward import families as table
@@ -102,7 +103,24 @@ def test_a_prompt_mask_follows_the_tokens_in_front(media):
     assert mask.size(1) == len(trunk.ids) and not mask[0, 0].any() and mask[0, -1].any()
 
 
-PROMPTS = {"Kimi K2.5": ["video"], "GLM-4.6V": ["image", "video"], "Molmo2": ["image", "video"]}
+def test_blank_rows_of_a_processor_that_names_its_images(media):
+    """Nemotron-H-Omni's calls its image processor by keyword."""
+    collator, made = PreferenceCollator(build("Nemotron-H Omni")[1]), read_row(row("image", media["image"][:1]))
+    assert blank_encoder(collator)(made).trunks[0].ids == collator.encode_row(made).trunks[0].ids
+
+
+def test_frames_get_the_size_of_their_model(media):
+    """MiniMax-M3's processor resizes none by itself, and its patches need sides that are multiples of 28."""
+    trunk = PreferenceCollator(build("MiniMax-M3-VL")[1]).encode(row("video", media["video"][:1])).trunks[0]
+    assert not (trunk.media["video_grid_thw"][:, 1:] % 2).any()
+
+
+PROMPTS = {
+    "Kimi K2.5": ["video"],
+    "Nemotron-H Omni": ["video"],
+    "GLM-4.6V": ["image", "video"],
+    "Molmo2": ["image", "video"],
+}
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -56,7 +56,8 @@ class _Remembering:
             raise AttributeError(name)
         return getattr(self._inner, name)
 
-    def __call__(self, media: Any, **kwargs) -> BatchFeature:
+    def __call__(self, media: Any = None, **kwargs) -> BatchFeature:
+        media = kwargs.pop("images", kwargs.pop("videos", media))  # Nemotron-H-Omni's processor names them
         metadata = kwargs.get("video_metadata")
         key = repr([_shape(media), sorted((k, repr(v)) for k, v in kwargs.items() if k != "video_metadata")])
         if key not in self._known:

@@ -146,6 +146,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     def _finish_init(self) -> None:
         setup.check_router(self)
+        setup.check_recomputing(self)
         if is_peft_model(self.model) and "ref" in self.model.peft_config:  # DPOTrainer copies a given adapter
             if self.needs_reference:
                 compat.copy_whole_adapter(self.model)

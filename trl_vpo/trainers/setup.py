@@ -142,6 +142,19 @@ def check_router(trainer: Any) -> None:
         )
 
 
+def check_recomputing(trainer: Any) -> None:
+    """Raise RecipeError where recomputed layers would get wrong gradients, in transformers, too."""
+    options = trainer.args.gradient_checkpointing_kwargs or {}
+    shared = getattr(trainer.model.config.get_text_config(), "num_kv_shared_layers", 0)
+    if trainer.args.gradient_checkpointing and options.get("use_reentrant") and shared:
+        raise RecipeError(
+            f"gradient_checkpointing: {shared} layers of this model share keys and values with others, and the "
+            "gradients of these are lost with use_reentrant: true. Set gradient_checkpointing_kwargs: "
+            "{use_reentrant: false}, or gradient_checkpointing: false. Adapters under ZeRO-3 force it to be true: use "
+            "ZeRO-2 or FSDP 2."
+        )
+
+
 def low_rate(args: VisualPreferenceConfig, method: str) -> str | None:
     """Return a warning about a learning rate that is too low for LoRA, or None."""
     if args.learning_rate > LOWEST_LORA_RATE:
