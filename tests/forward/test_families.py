@@ -18,6 +18,7 @@ from trl_vpo.errors import ModelError, RowError
 from trl_vpo.forward import families as table
 from trl_vpo.forward.families import merge_media
 from trl_vpo.forward.layouts import padded
+from trl_vpo.forward.mixed import unlike_images
 from trl_vpo.forward.scoring import ScoreRequest, attach_scoring
 
 
@@ -68,13 +69,27 @@ def test_a_response_sees_the_images_of_its_prompt():
     assert merged["cross_attention_mask"].flatten(1).tolist() == [[0, 1, 1, 1, 1]] * 2
 
 
-def test_images_of_a_call_that_must_be_as_many():
+def test_unlike_images_are_computed_apart():
     one, two = ({"pixel_values": torch.zeros(1, n, 4, 3, 2, 2)} for n in (1, 2))
-    table.check_call([one, one], backbone("mllama"))
-    table.check_call([one, {}], backbone("qwen2_vl"))
-    for other, counts in ((two, "1 and 2"), ({}, "0 and 1")):
-        with pytest.raises(RowError, match=f"these have {counts}. Set per_device_train_batch_size"):
-            table.check_call([one, other], backbone("mllama"))
+    assert unlike_images([one, one], backbone("mllama")) is unlike_images([one, {}], backbone("qwen2_vl")) is None
+    split, calls = unlike_images([two, {}, one, {}], backbone("mllama")), []
+
+    def compute(**kwargs):
+        calls.append({name: values.flatten().tolist() for name, values in kwargs.items()})
+        return kwargs["input_ids"].unsqueeze(-1)
+
+    ids, pixels = torch.tensor([[1], [2], [3], [4]]), numbers(4, 2)
+    hidden = split.in_parts(torch.nn.Linear(1, 1), compute, input_ids=ids, pixel_values=pixels)
+    assert hidden.flatten().tolist() == [1, 2, 3, 4]
+    assert calls == [
+        {"input_ids": [2, 4]},
+        {"input_ids": [3], "pixel_values": [4]},
+        {"input_ids": [1], "pixel_values": [0, 1]},
+    ]
+    sharded = torch.nn.Linear(1, 1)
+    sharded.weight.ds_id = 0
+    with pytest.raises(RowError, match=r"these have \[0, 1, 2\]. Set per_device_train_batch_size"):
+        split.in_parts(sharded, compute, input_ids=ids)
 
 
 def test_responses_are_no_prefix(media):

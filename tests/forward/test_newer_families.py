@@ -37,7 +37,6 @@ PADDED = {  # families that are trained with padded rows, and why
     **dict.fromkeys(["Llama 4", "Llama 4, short chunks"], "within chunks of"),
     "Mllama": "cross-attention",
 }
-REFUSED = {("Mllama", "text+image"), ("Mllama", "image+images")}  # prompts of a call need as many images
 
 
 def has(family, kind):
@@ -49,8 +48,6 @@ def cases(kinds, fails=()):
     for name, family in NEWER.items():
         for kind in filter(functools.partial(has, family), kinds):
             marks = [pytest.mark.slow] * family.slow
-            if (name, kind) in REFUSED:
-                continue
             if reason := next((why for names, which, why in fails if name in names and kind in which), None):
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))
             yield pytest.param(name, kind, marks=marks)

@@ -218,6 +218,8 @@ class PreferenceCollator:
             # Without it the processor warns of its sizes, which are not used.
             if budget and hasattr(self.processing_class.video_processor, "cap_pixels_per_frame"):
                 videos_kwargs["cap_pixels_per_frame"] = False
+            if getattr(type(self.processing_class), "videos_kwargs", {}).get("do_resize") is False:
+                videos_kwargs["do_resize"] = True  # MiniMax-M3 leaves it to others, and fails on other sizes
             # Muse writes times into its prompts, and does not ask for them.
             if type(self.processing_class).__call__ is ProcessorMixin.__call__:
                 videos_kwargs["return_metadata"] = True

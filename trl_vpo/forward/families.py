@@ -26,8 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl_vpo.errors import RowError
-
 PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
 # Each takes one pass of the vision tower. The last is Phi-4-multimodal's, which computes its features in its decoder.
 VISION_INPUTS = {**PIXELS, "image_pixel_values": "image"}
@@ -63,7 +61,7 @@ class Family:
         response_types: token types of responses that are not 0.
         masks: media tensors that have an entry for each token of a prompt, (1, P, ...); a response repeats the last.
         one_token: images and videos have the same placeholder, and the model takes one kind in a call.
-        same_images: all sequences of a call need the same number of images, for this reason.
+        same_images: all sequences of a call need the same number of images.
         repeats: its methods give one feature for each placeholder, which may be repeated for several sequences.
         padded: why rows are not packed.
     """
@@ -72,7 +70,7 @@ class Family:
     response_types: dict[str, int] = field(default_factory=dict)
     masks: tuple[str, ...] = ()
     one_token: bool = False
-    same_images: str | None = None
+    same_images: bool = False
     repeats: bool = True
     padded: str | None = None
 
@@ -88,13 +86,13 @@ ONE_TOKEN = Family(one_token=True)
 FAMILIES = {  # by `config.model_type`
     **dict.fromkeys(("idefics2", "idefics3", "smolvlm", "granite_docling"), IDEFICS),
     **dict.fromkeys(("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"), MINICPM),
-    **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr", "nemotron_h_omni"), ONE_TOKEN),
+    **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"), ONE_TOKEN),
     **dict.fromkeys(("gemma3", "shieldgemma2"), Family(padded=BOTH_WAYS)),
     "paligemma": Family(response_types={"token_type_ids": 1}, padded=BOTH_WAYS),
     "mllama": Family(
         joins=dict.fromkeys(("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"), ROWS),
         masks=("cross_attention_mask",),
-        same_images="tokens that see no image would attend to the padding of the others",
+        same_images=True,  # tokens that see no image attend to all, the padding of other sequences too
         padded="it reads its images by cross-attention",
     ),
     "molmo2": Family(
@@ -119,9 +117,10 @@ PROMPT_MASKS = {name for family in FAMILIES.values() for name in family.masks}
 # Processors whose models fail in transformers itself: (processor, kinds of media in a prompt) -> why.
 UPSTREAM = {
     ("Kimi_K25Processor", "video"): "Kimi K2.5 splits the features of a video as if no frames were pooled",
+    ("NemotronH_Omni_Reasoning_V3Processor", "video"): "it takes the features of a video for a list of features",
     **{
         (f"{name}Processor", "image and video"): "the model takes images and videos for the same"
-        for name in ("Glm4v", "Glm46V", "Molmo2", "NemotronH_Omni_Reasoning_V3")
+        for name in ("Glm4v", "Glm46V", "Molmo2")
     },
 }
 
@@ -200,18 +199,6 @@ def _cat(tensors: list[Tensor], dim: int) -> Tensor:
     missing = [[0 if size is None else size - n for size, n in zip(sizes, t.shape)] for t in tensors]
     pads = [[n for size in reversed(sizes) for n in (0, size)] for sizes in missing]  # the last dimension first
     return torch.cat([F.pad(t, p) if any(p) else t for t, p in zip(tensors, pads)], dim=dim)
-
-
-def check_call(media: list[dict[str, Tensor]], backbone: nn.Module) -> None:
-    """Raise RowError for media of several sequences that the model does not take in one call."""
-    reason = family_of(backbone).same_images
-    counts = {tensors["pixel_values"].size(1) if "pixel_values" in tensors else 0 for tensors in media}
-    if reason and len(counts) > 1:
-        raise RowError(
-            f"{type(backbone).__name__} takes prompts with the same number of images in a batch, because {reason}; "
-            f"these have {' and '.join(map(str, sorted(counts)))}. Set per_device_train_batch_size and "
-            "per_device_eval_batch_size to 1, or train on rows with the same number of images."
-        )
 
 
 def take_video_list(method: Callable) -> Callable:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trl_vpo.forward.attention import Segments
-from trl_vpo.forward.families import OTHER_NAMES, check_call, family_of, merge_media, placeholders
-from trl_vpo.forward.mixed import Mixed, mixed_kinds
+from trl_vpo.forward.families import OTHER_NAMES, family_of, merge_media, placeholders
+from trl_vpo.forward.mixed import Mixed, Split, mixed_kinds, unlike_images
 from trl_vpo.forward.vision import Copies
 
 
@@ -34,7 +34,7 @@ class Layout:
     labels: Tensor  # (S, T) response tokens
     lengths: list[tuple[int, list[int]]] = field(default_factory=list)  # of a packed row, see [`spans_of`]
     segments: Segments | None = None  # the attention of a packed row
-    copies: Copies | Mixed | None = None  # sequences that read the same media, or images and videos as one
+    copies: Copies | Mixed | Split | None = None  # sequences that read the same media, or media of unlike kinds
 
 
 def packed(batch: dict, backbone: nn.Module, *, shared: bool) -> Layout:
@@ -103,9 +103,10 @@ def padded(batch: dict, backbone: nn.Module, *, pad_token_id: int, pad_to_multip
 
 def _media(
     batch: dict, backbone: nn.Module, trunks: list[int], length: int | None = None
-) -> tuple[dict, Copies | Mixed | None]:
+) -> tuple[dict, Copies | Mixed | Split | None]:
     """Return the media of the sequences of a call, which read those of `trunks`: each trunk's once, if it can be."""
-    check_call(batch["media"], backbone)
+    if split := unlike_images([batch["media"][t] for t in trunks], backbone):
+        return merge_media([batch["media"][t] for t in trunks], backbone, length=length), split
     if mixed := mixed_kinds(batch, backbone, trunks):
         return merge_media(batch["media"], backbone), mixed
     counts = None if len(set(trunks)) == len(trunks) else placeholders(batch, backbone)

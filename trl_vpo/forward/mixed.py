@@ -1,17 +1,22 @@
-"""Images and videos in one call of a model that has one placeholder for both: their features, in the order of prompts.
+"""Calls that a model does not take as they are, because their sequences have unlike media.
 
-Such a model scatters the features of images over all placeholders, and those of videos again. Here both are computed
-before the call, each trunk's once, and handed over as if they were images.
+Mixed    images and videos, where the model has one placeholder for both: it scatters the features of images over all
+         placeholders, and those of videos again. Both are computed before the call, each trunk's once, and handed
+         over in the order of the prompts, as if they were images.
+Split    sequences with unlike numbers of images, which are computed in several calls.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from trl_vpo.errors import RowError
 from trl_vpo.forward.families import FEATURE_METHODS, VISION_INPUTS, family_of
 
 
@@ -51,3 +56,44 @@ def mixed_kinds(batch: dict, backbone: nn.Module, trunks: list[int]) -> Mixed | 
         return None
     counts = ((batch["trunk_ids"] == backbone.config.image_token_id) & batch["trunk_mask"]).sum(-1).tolist()
     return Mixed(trunks, inputs, counts)
+
+
+@dataclass
+class Split:
+    """Sequences of a call with unlike numbers of images.
+
+    Attributes:
+        images: of each sequence.
+        inputs: the media inputs, (sequences, images, ...) each, and the dimension of their images.
+    """
+
+    images: list[int]
+    inputs: dict[str, int]
+
+    def in_parts(self, model: nn.Module, compute: Callable[..., Tensor], **kwargs: Any) -> Tensor:
+        """Return the (R, L, H) hidden states of a call, computed for sequences with as many images together."""
+        if any(
+            isinstance(p, DTensor) or hasattr(p, "ds_id") or "Flat" in type(p).__name__ for p in model.parameters()
+        ):
+            raise RowError(
+                f"{type(model).__name__} takes prompts with the same number of images in a call, and under FSDP and "
+                f"ZeRO-3 all processes make the same calls; these have {sorted(set(self.images))}. Set "
+                "per_device_train_batch_size and per_device_eval_batch_size to 1, or use DDP or ZeRO-2."
+            )
+        rows, parts = [], []
+        for count in sorted(set(self.images)):
+            own = [row for row, images in enumerate(self.images) if images == count]
+            call = {k: v[own] if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            media = {k: call[k].narrow(dim, 0, count) for k, dim in self.inputs.items() if count and k in call}
+            parts.append(compute(**{k: v for k, v in call.items() if k not in self.inputs} | media))
+            rows += own
+        return torch.cat(parts)[torch.tensor(rows).argsort().to(parts[0].device)]
+
+
+def unlike_images(media: list[dict[str, Tensor]], backbone: nn.Module) -> Split | None:
+    """Return how to split a call over such sequences; None: they have as many images, or the model takes them."""
+    family = family_of(backbone)
+    images = [tensors["pixel_values"].size(1) if "pixel_values" in tensors else 0 for tensors in media]
+    if not family.same_images or len(set(images)) == 1:
+        return None
+    return Split(images, {name: 2 if name in family.masks else 1 for name in family.joins})

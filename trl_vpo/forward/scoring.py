@@ -21,7 +21,7 @@ from trl_vpo.errors import ModelError
 from trl_vpo.forward.attention import Segments
 from trl_vpo.forward.head import Head, check_head, head_inputs, lm_head
 from trl_vpo.forward.kl import partly_differentiable_kl
-from trl_vpo.forward.mixed import Mixed
+from trl_vpo.forward.mixed import Mixed, Split
 from trl_vpo.forward.vision import Copies, vision_features
 
 VOCAB_CHUNK = 32768
@@ -36,7 +36,7 @@ class ScoreRequest:
     mask: Tensor  # (R, T) true on real tokens
     labels: Tensor  # (R, T) the tokens
     segments: Segments | None = None  # the attention of a packed row; None: padded rows
-    copies: Copies | Mixed | None = None  # sequences that read the same media; None: each has its own
+    copies: Copies | Mixed | Split | None = None  # sequences that read the same media; None: each has its own
     ref_hidden: Tensor | None = None  # (N, H) the reference's hidden states at the same places; gives the KL
     ref_head: Head | None = None  # the reference's LM head; None: the model's own
     kl_rows: Tensor | None = None  # (R,) rows whose KL needs gradients; the others' is a metric
@@ -120,8 +120,11 @@ def attach_scoring(model: PreTrainedModel) -> None:
         vision, copies = self.base_model._trl_vpo_vision, score.copies
         if isinstance(copies, Mixed):
             kwargs, copies = copies.in_order(self.base_model, kwargs), None
+        compute = functools.partial(_hidden_states, self)
+        if isinstance(copies, Split):
+            compute, copies = functools.partial(copies.in_parts, self, compute), None
         with packed.during(score.segments) if packed else contextlib.nullcontext(), vision.repeated(copies):
-            hidden = _hidden_states(self, *args, **kwargs, use_cache=False)  # (R, L, H)
+            hidden = compute(*args, **kwargs, use_cache=False)  # (R, L, H)
         tokens = (args[0] if args else kwargs["input_ids"]).size(1)
         if hidden.size(1) != tokens and getattr(score.segments, "ranks", None) is None:
             raise ModelError(
