@@ -1,1 +1,1 @@
-"""The trainers, a file for each method; a new one also needs a loss (losses.py) and a name (training/methods.py)."""
+"""The trainers, a file for each method; a new one also needs a loss (losses/) and a name (training/methods.py)."""
