@@ -67,7 +67,7 @@ def hunyuan_vl():
 
 
 def minimax_m3_vl():
-    """One of its layers attends to the blocks of keys that an indexer chooses. Its processor resizes no videos."""
+    """One of its layers attends to the blocks of keys that an indexer chooses."""
     marks = ["]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>["]
     tok = tokenizer(marks)
     chat = template(*marks[:2])
@@ -139,7 +139,7 @@ RARER = {
     "Mistral Large 4": Family(mistral_large4, slow=True),
     "Granite 4 Vision": Family(granite4_vision),
     "Hunyuan-VL": Family(hunyuan_vl),
-    "MiniMax-M3-VL": Family(minimax_m3_vl, slow=True),
+    "MiniMax-M3-VL": Family(minimax_m3_vl, video=True, both=True, slow=True),
     "Nemotron-H Omni": Family(nemotron_h_omni, slow=True),
     "Step-3.7": Family(step3p7),
 }
