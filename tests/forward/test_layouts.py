@@ -111,7 +111,7 @@ def test_sliding_windows_shorter_than_the_prompt(name, tmp_path):
     built = build(name) if name in FAMILIES else text_standin(name, sliding_window=5, **WINDOWS[name])
     built[0].config.get_text_config().sliding_window = 5
     data = [row(None, (), "a square.", "two circles are in the picture."), row(None, (), "left.", "right.")]
-    more = {"target": "all-linear", "built": built, "router_aux_loss_coef": 0.0}
+    more = {"target": "all-linear", "built": built}
     assert_branches_alone(trainer_of("dpo", "auto", tmp_path, data, **more))
 
 
@@ -258,7 +258,7 @@ def test_kinds_that_are_padded(name, tmp_path, caplog):
     """GPT-OSS is tried: its attention sinks need FlashAttention."""
     build_model = VISION_MODELS.get(name) or functools.partial(text_standin, name)
     data = [row(None), row(None, "a square.", "two circles.")]
-    more = {"target": r".*(q|k|v)_proj", "router_aux_loss_coef": 0.0}
+    more = {"target": r".*(q|k|v)_proj"}
     with caplog.at_level(logging.WARNING):
         trainer = trainer_of("dpo", "auto", tmp_path, data, **more, built=build_model())
         assert torch.isfinite(step(trainer)[1])

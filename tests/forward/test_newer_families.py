@@ -17,9 +17,11 @@ from peft import LoraConfig
 from PIL import ImageOps
 from step_kit import losses_of, snapshot
 from trainer_kit import trainer_of
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import disable_dropout_in_model
 
 from trl_vpo.data.collator import PreferenceCollator, video_metadata
+from trl_vpo.forward.router import router_logits
 from trl_vpo.forward.scorer import Scorer
 from trl_vpo.media.load import VideoOptions, load_image, load_video
 
@@ -202,10 +204,33 @@ def test_frozen_towers_run_once_a_step(name, kind, media):
 def test_a_step_moves_the_adapter_and_nothing_else(name, kind, media, tmp_path):
     """Layers that a family never calls do not move (keys and values that Gemma's share)."""
     model, processor = build(name)
-    more = {"peft": None, "peft_config": LoraConfig(r=4, target_modules="language"), "router_aux_loss_coef": 0.0}
+    more = {"peft": None, "peft_config": LoraConfig(r=4, target_modules="language")}
     made = [example(NEWER[name], kind, media)] * 2
     trainer = trainer_of("dpo", tmp_path, made, model=model, processor=processor, max_steps=1, **more)
     before = snapshot(trainer.model)
     trainer.train()
     moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])}
     assert math.isfinite(losses_of(trainer)[0]) and moved and all("lora_B" in key for key in moved)
+
+
+EXPERTS = ["Llama 4", "Qwen3-VL MoE", "Qwen3-Omni MoE thinker", "GLM-4.5V", "ERNIE 4.5 VL", "Kimi K2.5", "Mistral 4"]
+EXPERTS += ["Qwen3.5 MoE", "Qwen4-exp", "Mistral Large 4", "MiniMax-M3-VL", "Nemotron-H Omni", "Step-3.7"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * NEWER[n].slow) for n in EXPERTS])
+def test_the_load_balancing_loss(name, media):
+    """Over the tokens of the model's own calls, each response behind its own prompt."""
+    plain, model, processor, _ = world(name)
+    rows = [example(NEWER[name], kind, media) for kind in ("image", "text")]
+    config = model.config.get_text_config()
+    with router_logits(plain) as kept:
+        for made in rows:
+            for side in SIDES:
+                plain(**official(NEWER[name], processor, made, side)[0], use_cache=False)
+    layers = [torch.cat(kept[i :: len(kept) // 4]) for i in range(len(kept) // 4)]
+    want = load_balancing_loss_func(tuple(layers), layers[0].size(-1), config.num_experts_per_tok)
+    scorer = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id, balances=True)
+    batch = PreferenceCollator(processor, video=FRAMES)(rows)
+    for _ in ("as it chooses", "padded"):
+        torch.testing.assert_close(scorer.score(model, batch).aux_loss, want, rtol=1e-5, atol=0)
+        scorer.layout, scorer.packs = "separate", False

@@ -3,9 +3,10 @@
 import copy
 import functools
 
+import families_newer
 import torch
 from datasets import Dataset
-from families import LANGUAGE_MODEL, build, text_model
+from families import FAMILIES, LANGUAGE_MODEL, build, text_model
 from helpers import row
 from peft import LoraConfig
 
@@ -59,7 +60,9 @@ def lora(text=False, **more):
 @functools.cache
 def _built(name):
     torch.manual_seed(0)
-    return text_model() if name == "text" else build(name)
+    if name == "text":
+        return text_model()
+    return build(name) if name in FAMILIES else families_newer.build(name)
 
 
 def fresh(name="text"):

@@ -21,6 +21,7 @@ from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, packed, padded
 from trl_vpo.forward.proof import Proof, ProofRow, row_of
 from trl_vpo.forward.ranks import sync_calls
+from trl_vpo.forward.router import column_counts
 from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
 from trl_vpo.forward.sequence_parallel import SequenceRanks, check_heads
 from trl_vpo.forward.tower import use_whole_towers
@@ -37,6 +38,7 @@ class Scorer:
         packs: whether rows are packed; None until it is known.
         proven: the kinds of rows on which the model was proven.
         to_prove: rows on which it is to be proven before the next call.
+        balances: whether scores have the load-balancing loss of a model with experts.
     """
 
     def __init__(
@@ -48,12 +50,13 @@ class Scorer:
         pad_to_multiple_of: int | None = None,
         ranks: SequenceRanks | None = None,
         trains: bool = True,
+        balances: bool = False,
     ):
         self._policy, self._backbone = policy, policy.base_model
         self._padding = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
         self._vision = vision_features(self._backbone)
         self._frozen = FrozenModules(policy)
-        self._ranks, self.trains = ranks, trains
+        self._ranks, self.trains, self.balances = ranks, trains, balances
         if ranks is not None:
             check_heads(policy, ranks.size)
         self.layout, self.packs = layout, True if layout == "shared" else None
@@ -100,6 +103,7 @@ class Scorer:
             ref_hidden=None if reference is None else reference.hidden,
             ref_head=None if reference is None else reference.head,
             kl_rows=torch.isin(layout.branches, batch["chosen"]),
+            column_counts=column_counts(layout, len(batch["branch_mask"])) if self.balances else None,
         )
         output = model(**layout.inputs, score=request)
         order = layout.branches.argsort()[: len(batch["branch_mask"])]  # padding rows are the last ones
@@ -110,6 +114,7 @@ class Scorer:
             chosen=batch["chosen"],
             rejected=batch["rejected"],
             hidden=output.hidden,
+            aux_loss=output.aux_loss,
         )
 
     def _layout(self, batch: dict) -> Layout:

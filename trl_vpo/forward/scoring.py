@@ -22,6 +22,7 @@ from trl_vpo.forward.attention import Segments
 from trl_vpo.forward.head import Head, check_head, head_inputs, lm_head
 from trl_vpo.forward.kl import partly_differentiable_kl
 from trl_vpo.forward.mixed import Mixed, Split
+from trl_vpo.forward.router import load_balancing_loss, router_logits
 from trl_vpo.forward.vision import Copies, vision_features
 
 VOCAB_CHUNK = 32768
@@ -40,11 +41,12 @@ class ScoreRequest:
     ref_hidden: Tensor | None = None  # (N, H) the reference's hidden states at the same places; gives the KL
     ref_head: Head | None = None  # the reference's LM head; None: the model's own
     kl_rows: Tensor | None = None  # (R,) rows whose KL needs gradients; the others' is a metric
+    column_counts: Tensor | None = None  # (R, L) of the load-balancing loss; None: it is not computed
 
 
 @dataclass
 class ScoreOutput(ModelOutput):
-    """(R, T) float32 each, zero where the request's mask is false; `hidden` is (N, H)."""
+    """(R, T) float32 each, zero where the request's mask is false; `hidden` is (N, H), `aux_loss` a number."""
 
     logps: Tensor | None = None
     entropy: Tensor | None = None
@@ -52,6 +54,7 @@ class ScoreOutput(ModelOutput):
     is_top1: Tensor | None = None
     kl: Tensor | None = None
     hidden: Tensor | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Scores:
     kl: Tensor | None = None  # KL(reference || model) over the whole vocabulary, nats; only where it was asked for
     hidden: Tensor | None = None  # (N, H) states that predict the response tokens, in the order of the call
     head: Head | None = None  # the LM head that made the scores, where they are a reference's
+    aux_loss: Tensor | None = None  # () the load-balancing loss of a policy with experts, before its coefficient
 
     @property
     def sums(self) -> Tensor:
@@ -123,7 +127,12 @@ def attach_scoring(model: PreTrainedModel) -> None:
         compute = functools.partial(_hidden_states, self)
         if isinstance(copies, Split):
             compute, copies = functools.partial(copies.in_parts, self, compute), None
-        with packed.during(score.segments) if packed else contextlib.nullcontext(), vision.repeated(copies):
+        counts = score.column_counts
+        with (
+            packed.during(score.segments) if packed else contextlib.nullcontext(),
+            vision.repeated(copies),
+            contextlib.nullcontext() if counts is None else router_logits(self) as logits,
+        ):
             hidden = compute(*args, **kwargs, use_cache=False)  # (R, L, H)
         tokens = (args[0] if args else kwargs["input_ids"]).size(1)
         if hidden.size(1) != tokens and getattr(score.segments, "ranks", None) is None:
@@ -131,7 +140,10 @@ def attach_scoring(model: PreTrainedModel) -> None:
                 f"{type(self).__name__} is not supported: it computes {hidden.size(1)} positions for {tokens} tokens, "
                 "as if images stood in front of the prompt."
             )
-        return _score(hidden, lm_head(self), score)
+        output = _score(hidden, lm_head(self), score)
+        if counts is not None:
+            output.aux_loss = load_balancing_loss(self, logits, counts, getattr(score.segments, "ranks", None))
+        return output
 
     model.forward = types.MethodType(forward, model)
     model._trl_vpo_scoring = True

@@ -164,6 +164,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             pad_to_multiple_of=None if multiple == "auto" else multiple,
             ranks=self.row_groups.ranks,
+            balances=self.aux_loss_enabled,
         )
         if self.ref_model is not None:
             self.ref_model.eval()  # a copy of a model in training mode is in training mode
@@ -322,6 +323,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
         with self.scorer.replay_vision():
             scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
         out = self.preference_loss(scores, reference, inputs)
+        if self.aux_loss_enabled:
+            out.losses = out.losses + self.router_aux_loss_coef * scores.aux_loss
         check_losses(out.losses, inputs["names"], self.state.global_step)
         if inputs.get("totals") is None:
             loss = out.losses.mean()

@@ -32,6 +32,8 @@ def preference_metrics(scores: Scores, reference: Scores | None, out: Preference
         "logps/rejected": scores.sums[rejected],
     }
     metrics |= {f"loss/{name}": term for name, term in out.terms.items()}
+    if scores.aux_loss is not None:
+        metrics["aux_loss"] = scores.aux_loss.expand_as(out.losses)
     if reference is not None:
         moved = scores.sums - reference.sums  # (S,)
         metrics |= {"displacement/chosen": moved[chosen], "displacement/rejected": moved[rejected]}

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import is_peft_model
@@ -31,7 +32,7 @@ def reference_scores(trainer: Any, batch: dict) -> Scores:
     else:
         problem = f"{trainer._name} has no reference model at this point"
         raise ValueError(f"{problem}. A `ref_model` brings one, and so does training an adapter.")
-    with switch:
+    with switch, patch.object(trainer.scorer, "balances", False):
         scores = trainer.concatenated_forward(reference, batch)
         scores.head = lm_head(trainer._bare(reference))
         return scores

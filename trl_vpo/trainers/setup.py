@@ -134,11 +134,14 @@ def check_memory(args: VisualPreferenceConfig, *, adapted: bool) -> None:
 
 
 def check_router(trainer: Any) -> None:
-    """Raise ValueError for a router's loss, which is not ours."""
-    if trainer.aux_loss_enabled:
+    """Raise ValueError for a load-balancing loss whose gradient would be missing, without a word."""
+    args = trainer.args
+    reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+    if trainer.aux_loss_enabled and reentrant:
         raise ValueError(
-            "the load-balancing loss of mixture-of-experts models is not implemented here. Set "
-            "router_aux_loss_coef=0.0 to train without it."
+            "the load-balancing loss of the experts gets no gradient under gradient checkpointing with use_reentrant, "
+            "which adapters need under ZeRO-3. Set router_aux_loss_coef to 0.0 to train without it, or use ZeRO-2, "
+            "FSDP 2 or gradient_checkpointing: false."
         )
 
 

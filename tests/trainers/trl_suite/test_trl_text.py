@@ -12,14 +12,11 @@ from trl_training import assert_same_as_trl, steps, trainer_on, trains_adapter, 
 
 from trl_vpo.errors import RowError
 
-EXPERTS = ["Qwen2-MoE", "Qwen3-MoE", "GPT-OSS"]  # those whose configs set a coefficient for the load-balancing loss
-
 
 @pytest.mark.parametrize("name", TEXT_MODELS)
 def test_full_fine_tuning(name, hub, tmp_path):
-    rows, more = conversations(), {"router_aux_loss_coef": 0.0} if name in EXPERTS else {}
-    trainer = trainer_on(hub(name), rows, tmp_path / "ours", **more)
-    assert_same_as_trl(trainer, rows, tmp_path / "theirs", **more)
+    trainer = trainer_on(hub(name), conversations(), tmp_path / "ours")
+    assert_same_as_trl(trainer, conversations(), tmp_path / "theirs")
     assert steps(trainer) == set(dict(trainer.model.named_parameters()))
 
 
@@ -53,16 +50,13 @@ def test_trust_remote_code(tmp_path):
 @pytest.mark.parametrize("name", ["Qwen2.5", "Qwen3-MoE"])
 def test_a_new_adapter(name, checkpointing, hub, tmp_path):
     lora = LoraConfig(target_modules=["q_proj", "v_proj"])
-    more = {"router_aux_loss_coef": 0.0} if name in EXPERTS else {}
-    trains_adapter(
-        hub(name), conversations(), tmp_path, peft_config=lora, gradient_checkpointing=checkpointing, **more
-    )
+    trains_adapter(hub(name), conversations(), tmp_path, peft_config=lora, gradient_checkpointing=checkpointing)
 
 
 def test_an_adapter_on_the_experts(hub, tmp_path):
     """Experts are tensors, not layers: `target_parameters` names them."""
     lora = LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    trains_adapter(hub("Qwen3-MoE"), conversations(), tmp_path, peft_config=lora, router_aux_loss_coef=0.0)
+    trains_adapter(hub("Qwen3-MoE"), conversations(), tmp_path, peft_config=lora)
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig()], ids=["full", "adapter"])
