@@ -157,12 +157,11 @@ class VisualPreferenceTrainer(LoggingTrainer):
         compat.keep_4bit_weights_trainable(self.model)
         compat.keep_attention(self._bare(self.model))
         compat.undo_bfloat16_adapters(self)
-        multiple = self.args.pad_to_multiple_of
         self.scorer = Scorer(
             self._bare(self.model),
             layout=self.args.layout,
             pad_token_id=self._tokenizer.pad_token_id,
-            pad_to_multiple_of=None if multiple == "auto" else multiple,
+            pad_to_multiple_of=None if (multiple := self.args.pad_to_multiple_of) == "auto" else multiple,
             ranks=self.row_groups.ranks,
             balances=self.aux_loss_enabled,
         )
