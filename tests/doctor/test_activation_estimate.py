@@ -2,6 +2,7 @@
 
 import itertools
 
+import families_newer
 import pytest
 import torch
 import transformers as T
@@ -11,7 +12,7 @@ from memory_plans import TEXT, TOTAL
 from torch._subclasses.fake_tensor import FakeTensor
 from trl.kernels import chunked_divergence, chunked_logprob
 
-from trl_vpo import VisualDPOConfig, VisualDPOTrainer
+from trl_vpo import PreferenceCollator, VisualDPOConfig, VisualDPOTrainer
 from trl_vpo.doctor.activation_estimate import TOKEN_CHUNK, Call, DryStep, FakeWeights, tower_features
 from trl_vpo.doctor.live_bytes import LiveBytes
 from trl_vpo.forward.scoring import VOCAB_CHUNK
@@ -114,6 +115,18 @@ def test_every_family_runs_dry(family, kind, media, tmp_path):
     options = {"weights": torch.bfloat16, "autocast": torch.bfloat16}
     lean, rich = (DryStep(empty, **options, checkpointing=on).run(call) for on in (True, False))
     assert 0 < lean.kept < rich.kept < rich.peak
+
+
+def test_features_of_newer_towers(media):
+    """Llama 4 projects later, Perception LM has one method for both kinds, Phi-4-multimodal none: not too little."""
+    for family, kind in (("Llama 4", "image"), ("Perception LM", "video"), ("Phi-4-multimodal", "image")):
+        model, processor = families_newer.build(family)
+        (trunk,) = PreferenceCollator(processor).encode(row(kind, [media[kind]])).trunks
+        if family == "Phi-4-multimodal":
+            with pytest.raises(ValueError, match="Phi4MultimodalModel has no method of its own"):
+                tower_features(model.base_model, trunk.media)
+        else:
+            assert tower_features(model.base_model, trunk.media)
 
 
 def real_tower(model, media, checkpointing, trained):

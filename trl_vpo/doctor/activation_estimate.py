@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_vpo.doctor.live_bytes import LiveBytes
 from trl_vpo.forward.attention import SEGMENTS, Segments, use_segments
-from trl_vpo.forward.families import FEATURE_METHODS, VISION_INPUTS, vision_inputs
+from trl_vpo.forward.families import FEATURE_METHODS, PIXELS, vision_inputs
 from trl_vpo.forward.layouts import spans_of
 from trl_vpo.forward.parts import output_head
 from trl_vpo.forward.scoring import VOCAB_CHUNK
@@ -240,12 +240,15 @@ class DryStep:
 def tower_features(backbone: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Return the vision features of one call, computed the way the model's `forward` does."""
     features = []
-    for name, pixels in zip(FEATURE_METHODS, VISION_INPUTS):
+    for name, pixels in zip(FEATURE_METHODS, PIXELS):
         if pixels in inputs:
-            method = getattr(backbone, name)
+            method = getattr(backbone, name, None) or backbone.get_image_features  # Perception LM has one for both
             _, *others = inspect.signature(method).parameters
             output = method(inputs[pixels], **{key: inputs[key] for key in others if key in inputs})
-            features += tree_leaves([output.pooler_output, getattr(output, "deepstack_features", None)])
+            own = output.last_hidden_state if output.pooler_output is None else output.pooler_output  # Llama 4's
+            features += tree_leaves([own, getattr(output, "deepstack_features", None)])
+    if not features:
+        raise ValueError(f"{type(backbone).__name__} has no method of its own for the features of {', '.join(inputs)}")
     return [x for x in features if isinstance(x, Tensor) and x.is_floating_point()]
 
 
