@@ -9,6 +9,7 @@ import transformers as T
 from accelerate import init_empty_weights
 from families_newer import NEWER, build
 from helpers import row
+from peft import LoraConfig, get_peft_model
 
 from trl_vpo import PreferenceCollator
 from trl_vpo.data.accepted import check_accepted
@@ -20,6 +21,8 @@ from trl_vpo.forward.families import merge_media
 from trl_vpo.forward.layouts import padded
 from trl_vpo.forward.mixed import unlike_images
 from trl_vpo.forward.scoring import ScoreRequest, attach_scoring
+from trl_vpo.forward.vision import vision_features
+from trl_vpo.models.adapters import target_modules
 
 
 def backbone(model_type):
@@ -146,6 +149,23 @@ def test_prompts_that_fail_upstream_are_refused(name, media):
         made["prompt"][0]["content"].insert(0, {"type": "image"})
     with pytest.raises(RowError, match="the model's own code in transformers fails"):
         check_accepted(read_row(made), NEWER[name].build()[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "trained"),
+    [
+        ("Mllama", "language", True),
+        ("Phi-4-multimodal", "language", False),
+        ("Phi-4-multimodal", "language+projector", True),
+        ("Llama 4", "language", False),
+        ("Llama 4", "language+projector", True),
+    ],
+)
+def test_what_rows_without_images_do_not_pass(name, preset, trained):
+    """Ranks whose rows have no images are given one, where others would wait for its gradients."""
+    model, _ = build(name)
+    get_peft_model(model, LoraConfig(target_modules=target_modules(model, preset)))
+    assert vision_features(model.base_model).trained == trained
 
 
 def test_encoder_decoders_are_refused():

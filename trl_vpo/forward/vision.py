@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils import ModelOutput
 
-from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, take_video_list
+from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, family_of, take_video_list
 from trl_vpo.forward.parts import part_of
 
 logger = get_logger(__name__)
@@ -99,6 +99,10 @@ class VisionFeatures:
         self._backbone = backbone
         self._modules = {m: None for m in backbone.modules() if m not in text}  # no parameters: FSDP replaces those
         self._projector = {m for name, m in backbone.named_modules() if part_of(name) == "projector"}
+        # What rows without media do not pass. Phi-4-multimodal's tower lies in the decoder, and so does the
+        # cross-attention of Mllama.
+        inside = {m for name, m in backbone.named_modules() if part_of(name) in ("projector", "vision")}
+        self._passed = [*self._modules, *inside, *(text if family_of(backbone).same_images else ())]
         self._kept = Kept()
         self._mode = "off"
         self._checked: set[str] = set()
@@ -106,8 +110,8 @@ class VisionFeatures:
 
     @property
     def trained(self) -> bool:
-        """True where something of tower or projector trains."""
-        return _trains(self._modules)
+        """True where something trains that only rows with media pass."""
+        return _trains(self._passed)
 
     @property
     def pixel_dtype(self) -> torch.dtype | None:
