@@ -2,18 +2,25 @@
 
 import logging
 
+import families_newer
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from families import FAMILIES, build
+from families_newer import NEWER
 from helpers import row
 from trainer_kit import fresh, shake, text_rows, trainer_of
+from transformers import PreTrainedConfig
 from vlm_standins import VISION_MODELS
 
+from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.proof_rows import first_of_kinds
 from trl_vpo.forward import layouts, scorer
+from trl_vpo.forward.families import padded_layout_reason
 from trl_vpo.forward.proof import ProofError
+from trl_vpo.forward.scorer import Scorer
+from trl_vpo.media.load import VideoOptions
 
 
 def rows_of(media, *kinds):
@@ -168,3 +175,19 @@ def test_first_of_kinds(media, tmp_path):
     assert found == [{"image": None, "video": "a.mp4"}, {"image": "a.png", "video": None}]
     assert first_of_kinds(Dataset.from_list([{"id": "a"}, {"id": "b"}]), made.data_collator) == [{"id": "a"}]
     assert first_of_kinds(data.with_transform(lambda batch: batch), made.data_collator) is None
+
+
+@pytest.mark.parametrize("name", [name for name, family in NEWER.items() if family.chat])
+def test_rounding_refuses_nobody(name, media):
+    """In bfloat16 the rows of all families are proven, and packed where they are in float32."""
+    model, processor = families_newer.build(name)
+    with torch.no_grad():
+        model = model.bfloat16()
+    for config in [model.config, *(c for c in vars(model.config).values() if isinstance(c, PreTrainedConfig))]:
+        config.dtype = torch.bfloat16
+    collator = PreferenceCollator(processor, video=VideoOptions(num_frames=4))
+    scorer = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id)
+    collator.pixel_dtype = scorer.pixel_dtype
+    with torch.no_grad():
+        scorer.score(model, collator([row("image", media["image"][:1])]))
+    assert scorer.proven == ["rows with an image"] and scorer.packs == (padded_layout_reason(model) is None)

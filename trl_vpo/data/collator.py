@@ -230,7 +230,7 @@ class PreferenceCollator:
         except REFUSALS as error:
             name = type(self.processing_class).__name__
             raise RowError(f"{name} refuses its prompt and media: {type(error).__name__}: {error}") from error
-        pixels = [k for k, v in out.items() if k.startswith("pixel_values") and torch.is_tensor(v)]
+        pixels = [k for k, v in out.items() if "pixel_values" in k and torch.is_tensor(v)]
         floats = {k: out[k].to(self.pixel_dtype or out[k].dtype) for k in pixels if out[k].is_floating_point()}
         return {**out, **floats}
 

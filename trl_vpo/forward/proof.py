@@ -51,7 +51,7 @@ class ProofRow:
     def batch(self, pad_token_id: int) -> dict:
         """Return the tree batch of the decoy and the row."""
         trunk = self.tree.trunks[0]
-        media = {k: -v if v.is_floating_point() and k.startswith("pixel") else v for k, v in trunk.media.items()}
+        media = {k: -v if v.is_floating_point() and "pixel_values" in k else v for k, v in trunk.media.items()}
         decoy = replace(self.tree, trunks=[replace(trunk, media=media)])
         return tree_batch([decoy, self.tree], pad_token_id)
 

@@ -163,7 +163,7 @@ class Scorer:
         if self.layout == "auto":
             self.layout = "shared"
         try:
-            with self._vision.paused():
+            with self._vision.paused(), torch.compiler.set_stance("force_eager"):  # its shapes come but once
                 for row in {row.kind: row for row in rows}.values():
                     score, pad = partial(self._logps, model), self._padding["pad_token_id"]
                     proof = Proof(row, score, model, pad, trains=self.trains, ranks=self._ranks)
