@@ -29,6 +29,7 @@ FRAMES = VideoOptions(num_frames=6)
 SIDES = ("chosen", "rejected")
 # Rows of each batch; "+" is two rows.
 KINDS = ["text", "image", "images", "video", "both", "text+image", "image+images", "image+video", "text+video+both"]
+KINDS += ["string"]  # with an image; the others have messages
 STATE, BOTH_WAYS = "pass a state along", "both directions"
 PADDED = {  # families that are trained with padded rows, and why
     **dict.fromkeys(["Gemma 3", "Gemma 3, short windows", "Gemma 4 MoE", "Gemma 4 unified", "PaliGemma"], BOTH_WAYS),
@@ -43,6 +44,7 @@ PADDED = {  # families that are trained with padded rows, and why
 
 def has(family, kind):
     needs = {"text": family.text, "images": family.images, "video": family.video, "both": family.both}
+    needs["string"] = family.chat  # what has no template has only strings
     return all(needs.get(part, True) for part in kind.split("+"))
 
 
@@ -70,12 +72,13 @@ def example(family, kind, media):
     square, wide = media["image"]
     several = [square, square if family.alike else wide]
     sources = {"text": (None, ()), "image": ("image", [wide]), "images": ("image", several)}
+    sources["string"] = sources["image"]
     clip = media["video"][1 if kind == "both" else 0]
     made = row(*sources.get(kind, ("video", [clip])), "a red square.", "left.")
     if kind == "both":
         made["prompt"] = message("user", "<image>", "<video>", "What is in the picture?")
         made["images"] = media["image"][:1]
-    if not family.chat:
+    if kind == "string" or not family.chat:
         made |= {part: made[part][0]["content"][-1]["text"] for part in ("prompt", *SIDES)}
     return made
 
@@ -108,7 +111,12 @@ def official(family, processor, made, side, invert=False):
         out = processor(text=[text], suffix=[made[side]], return_tensors="pt", **media)
         return out, int(out["token_type_ids"].sum())
     write = functools.partial(processor.apply_chat_template, tokenize=False, chat_template=processor.chat_template)
-    whole, prompt = write(made["prompt"] + made[side]), write(made["prompt"], add_generation_prompt=True)
+    if isinstance(made["prompt"], str):
+        shown = write(message("user", "<image>", made["prompt"]))
+        prompt = shown.partition("user\n")[2].partition(made["prompt"])[0] + made["prompt"]
+        whole = prompt + made[side] + processor.tokenizer.eos_token
+    else:
+        whole, prompt = write(made["prompt"] + made[side]), write(made["prompt"], add_generation_prompt=True)
     assert whole.startswith(prompt)
     count = len(processor.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
     bos = processor.tokenizer.bos_token
@@ -134,7 +142,13 @@ def slow(name, kind, media, invert=False):
     return results[kind, invert]
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(KINDS))
+STRINGS = [
+    (["Mllama"], ["string"], "the proof's BOS sees the image"),
+    (["LFM2-VL"], ["string"], "its processor adds no BOS, its tokenizer does"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), cases(KINDS, STRINGS))
 def test_the_model_s_own_call(name, kind, media, caplog):
     """In the layout that the scorer chooses, and with padded rows."""
     _, model, processor, _ = world(name)
@@ -149,8 +163,8 @@ def test_the_model_s_own_call(name, kind, media, caplog):
         )
         assert prompt.tolist() + response.tolist() == ids
     grads = sum(grad for _, grad in want)
-    scorer = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id)
     trained, packs = weight(model), False
+    scorer = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id)
     while True:
         trained.grad = None
         scores = scorer.score(model, batch)
