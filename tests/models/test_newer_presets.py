@@ -122,3 +122,13 @@ def test_a_projector_without_linear_layers(name):
         target_modules(model, "language+projector")
     everything = names_of(get_peft_model(model, LoraConfig(target_modules=target_modules(model, "all"))))
     assert any("vision_tower" in name for name in everything)
+
+
+@pytest.mark.filterwarnings("ignore:.*(experts|are not adapted)")
+@pytest.mark.parametrize("name", ["Qwen2.5-Omni thinker", "Qwen3-Omni MoE thinker", "Janus", "Phi-4-multimodal"])
+def test_all_is_what_rows_reach(name):
+    """Not the towers of audio, nor what makes pictures."""
+    model, _ = built(name)
+    names = names_of(get_peft_model(model, LoraConfig(target_modules=target_modules(model, "all"))))
+    assert any(re.search(r"visual\.|vision_model\.|img_processor\.", name) for name in names)
+    assert not any(re.search("audio|generation|vqmodel", name) for name in names)
