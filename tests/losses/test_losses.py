@@ -1,43 +1,17 @@
 """Losses against the authors' arithmetic, hand-worked values, a float64 loop, identities and extremes."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from loss_kit import assert_golden, golden, grads, length_mask, logsigmoid, ragged
 
 from trl_vpo.losses import dpo_loss, leanpo_loss, lpoi_loss, rrpo_loss
 
-GOLDEN = Path(__file__).parent / "golden"
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 LEANPO = {"beta": 2.0, "target_margin": 0.5, "label_smoothing": 0.1}
 
 
-def golden(name):
-    return json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def length_mask(lengths, width):
-    return torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-
-
-def logsigmoid(x):
-    return -math.log1p(math.exp(-x)) if x > -700 else x
-
-
-def grads(losses, *inputs):
-    return torch.autograd.grad(losses.mean(), inputs)
-
-
 # --- the authors' arithmetic ------------------------------------------------------------------------------------
-
-
-def assert_golden(case, **values):
-    """Values by their names in the case's `expected`, all of which are compared."""
-    assert set(values) == set(case["expected"])
-    for name, value in values.items():
-        torch.testing.assert_close(value, torch.tensor(case["expected"][name]), **CLOSE, msg=lambda m, n=name: n + m)
 
 
 @pytest.mark.parametrize("case", golden("leanpo"), ids=str)
@@ -159,11 +133,6 @@ def slow_lpoi(images, rejected, beta):
         total += sum(math.log(sum(math.exp(x) for x in s[k:])) - s[k] for k in range(len(s) - 1))
         total += -logsigmoid(s[0] - beta * loser) - logsigmoid(s[0])
     return total / len(images)
-
-
-def ragged(rows, width, fill=float("nan")):
-    """Pad rows with nan: padding must have no influence at all."""
-    return torch.tensor([r + [fill] * (width - len(r)) for r in rows], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
