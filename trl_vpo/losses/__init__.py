@@ -9,12 +9,45 @@ float32 (float64 stays float64), because sums of hundreds of log-probabilities d
     `leanpo_loss`   arXiv 2506.05260                     beta * lp / tokens
     `rrpo_loss`     arXiv 2504.12083                     beta * sum over its phrases of (lp - lp_ref)
     `lpoi_loss`     arXiv 2505.21061                     beta * (lp - lp_ref), one per image
+    `simpo_loss`    arXiv 2405.14734                     beta * lp / tokens
+    `tdpo_loss`     arXiv 2404.11999                     beta * (lp - lp_ref + KL summed over its tokens)
+    `ddpo_loss`     arXiv 2312.00849                     beta * weighted sum of (lp - lp_ref)
+    `dpa_loss`      arXiv 2405.18654                     sum over its phrases of lp
+    `mdpo_loss`     arXiv 2406.11839                     beta * (lp - lp_ref)
+    `dpop_loss`     arXiv 2402.13228                     beta * (lp - lp_ref)
+    `mpo_loss`      arXiv 2411.10442                     beta * (lp - lp_ref)
+    `mmdpo_loss`    arXiv 2502.10391                     beta * (lp - lp_ref)
+    `symmpo_loss`   arXiv 2506.11712                     beta * (lp - lp_ref)
 """
 
 from trl_vpo.losses.common import PreferenceLoss
+from trl_vpo.losses.ddpo import ddpo_loss
+from trl_vpo.losses.dpa import dpa_loss
 from trl_vpo.losses.dpo import dpo_loss
+from trl_vpo.losses.dpop import dpop_loss
 from trl_vpo.losses.leanpo import leanpo_loss
 from trl_vpo.losses.lpoi import lpoi_loss
+from trl_vpo.losses.mdpo import mdpo_loss
+from trl_vpo.losses.mmdpo import mmdpo_loss
+from trl_vpo.losses.mpo import mpo_loss
 from trl_vpo.losses.rrpo import rrpo_loss
+from trl_vpo.losses.simpo import simpo_loss
+from trl_vpo.losses.symmpo import symmpo_loss
+from trl_vpo.losses.tdpo import tdpo_loss
 
-__all__ = ["PreferenceLoss", "dpo_loss", "leanpo_loss", "lpoi_loss", "rrpo_loss"]
+__all__ = [
+    "PreferenceLoss",
+    "ddpo_loss",
+    "dpa_loss",
+    "dpo_loss",
+    "dpop_loss",
+    "leanpo_loss",
+    "lpoi_loss",
+    "mdpo_loss",
+    "mmdpo_loss",
+    "mpo_loss",
+    "rrpo_loss",
+    "simpo_loss",
+    "symmpo_loss",
+    "tdpo_loss",
+]

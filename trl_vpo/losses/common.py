@@ -32,3 +32,13 @@ def tokens_of(mask: Tensor, side: str) -> Tensor:
         rows = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"{side} responses {rows} of the batch have no tokens: every response needs at least one.")
     return counts
+
+
+def nll_per_pair(sums: Tensor, tokens: Tensor, tokens_per_pair: Tensor | float | None) -> Tensor:
+    """(B,) negative log-likelihoods whose mean over a batch is the mean over all of the batch's chosen tokens.
+
+    `tokens_per_pair`: mean length of the chosen responses of the whole batch. None: these B pairs are the batch.
+    """
+    if tokens_per_pair is None:
+        tokens_per_pair = tokens.sum().to(sums) / len(tokens)
+    return -sums / tokens_per_pair

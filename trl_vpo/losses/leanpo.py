@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from trl_vpo.losses.common import PreferenceLoss, as_float, masked_sum, tokens_of
+from trl_vpo.losses.common import PreferenceLoss, as_float, masked_sum, nll_per_pair, tokens_of
 
 
 def leanpo_loss(
@@ -59,9 +59,7 @@ def leanpo_loss(
     preference = -(1 - smoothing) * F.logsigmoid(beta * margin - target_margin)
     preference = preference - smoothing * F.logsigmoid(-beta * margin + swapped_margin)
 
-    if tokens_per_pair is None:
-        tokens_per_pair = chosen_tokens.sum().to(chosen_sums) / len(chosen_tokens)
-    nll = -chosen_sums / tokens_per_pair  # (B,), its mean over a batch is the mean over all of the batch's tokens
+    nll = nll_per_pair(chosen_sums, chosen_tokens, tokens_per_pair)
     return PreferenceLoss(
         losses=preference + nll_weight * nll,
         chosen_rewards=beta * chosen_avg.detach(),
