@@ -9,7 +9,6 @@ from families_newer import NEWER
 from helpers import row
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers.utils import is_timm_available
 
 from trl_vpo import PreferenceCollator
 from trl_vpo.errors import RecipeError
@@ -66,12 +65,6 @@ LEFT_OUT = {  # linear layers of a decoder that are no attention and no MLP
 NO_LAYERS = ["Gemma 3", "Gemma 3, short windows"]  # the projector is a parameter
 
 
-def built(name):
-    if NEWER[name].needs == "timm" and not is_timm_available():
-        pytest.skip("timm is not installed")
-    return NEWER[name].build()
-
-
 def names_of(model):
     return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
 
@@ -85,7 +78,7 @@ def cases(names):
 def test_presets_adapt_layers_that_are_reached(name, media):
     """One step over an image and a video, with padded rows: no adapter is left without a gradient."""
     torch.manual_seed(0)
-    model, processor = built(name)
+    model, processor = NEWER[name].build()
     PartialState(cpu=True)
     decoder = {*model.get_decoder().modules()}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -115,7 +108,7 @@ def test_presets_adapt_layers_that_are_reached(name, media):
 
 @pytest.mark.parametrize("name", cases(NO_LAYERS))
 def test_a_projector_without_linear_layers(name):
-    model, _ = built(name)
+    model, _ = NEWER[name].build()
     with pytest.raises(
         RecipeError, match=r"no linear layer in its projector \(model\.multi_modal_projector\.mm_input"
     ):
@@ -128,7 +121,7 @@ def test_a_projector_without_linear_layers(name):
 @pytest.mark.parametrize("name", ["Qwen2.5-Omni thinker", "Qwen3-Omni MoE thinker", "Janus", "Phi-4-multimodal"])
 def test_all_is_what_rows_reach(name):
     """Not the towers of audio, nor what makes pictures."""
-    model, _ = built(name)
+    model, _ = NEWER[name].build()
     names = names_of(get_peft_model(model, LoraConfig(target_modules=target_modules(model, "all"))))
     assert any(re.search(r"visual\.|vision_model\.|img_processor\.", name) for name in names)
     assert not any(re.search("audio|generation|vqmodel", name) for name in names)
