@@ -143,7 +143,6 @@ def slow(name, kind, media, invert=False):
 
 
 STRINGS = [
-    (["Mllama"], ["string"], "the proof's BOS sees the image"),
     (["LFM2-VL"], ["string"], "its processor adds no BOS, its tokenizer does"),
 ]
 

@@ -244,9 +244,10 @@ class PreferenceCollator:
             out = self.tokenizer(prompt + chosen, return_tensors="pt", **WHOLE)
         out = {name: value for name, value in out.items() if torch.is_tensor(value) and name != "labels"}
         shape = out["input_ids"].shape
-        for name, value in out.items() if first else ():
+        for name, value in out.items() if first else ():  # as in a trunk
             if value.shape[:2] == shape:
-                out[name] = torch.cat([value[:, :1].repeat_interleave(len(first), dim=1), value], dim=1)
+                front = value.new_zeros(1, len(first), *value.shape[2:]) + (name == "attention_mask")
+                out[name] = torch.cat([front, value], dim=1)
         out["input_ids"][0, : len(first)] = torch.tensor(first, dtype=torch.long)
         return out
 
