@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+import transformers as T
 import trl
+from adapter_kit import recipe_of
 from datasets import Dataset
+from families import write_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from step_kit import Gradients, assert_same_gradients, losses_of
-from trainer_kit import METHODS, QUIET, collated, image_rows, lora, shake, text_rows, trainer_of
+from trainer_kit import METHODS, QUIET, collated, fresh, image_rows, lora, shake, text_rows, trainable, trainer_of
 from trl_standins import conversations, text_standin
 
+from trl_vpo.errors import RecipeError
 from trl_vpo.forward.ranks import _joined
+from trl_vpo.models.merge import merge
+from trl_vpo.training.run import run_training
 
 VLM = "Qwen3-VL MoE"
 
@@ -101,3 +108,69 @@ def test_reentrant_checkpointing_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"use_reentrant.*Set router_aux_loss_coef to 0\.0"):
         text_trainer(tmp_path, **more)
     text_trainer(tmp_path, router_aux_loss_coef=0.0, max_steps=1, **more).train()
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("base"), *fresh(VLM))
+
+
+def test_a_recipe_adapts_the_experts(base, tmp_path):
+    """Beside a preset; what is saved is the adapter, for PEFT alone and for `trl-vpo merge`."""
+    keys = {"model_name_or_path": base, "lora_target_parameters": EXPERTS, "learning_rate": 0.1}
+    path, method = recipe_of(tmp_path / "out", **keys)
+    model = run_training(method, ["--config", str(path)]).model.eval()
+    experts = {name: p for name, p in trainable(model).items() if ".experts." in name and "lora_B" in name}
+    assert len(experts) == 4 and all(p.any() for p in experts.values())
+    saved = PeftModel.from_pretrained(T.AutoModelForImageTextToText.from_pretrained(base), tmp_path / "out")
+    merge(tmp_path / "out", tmp_path / "merged")
+    merged = T.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    ids = {"input_ids": torch.arange(10, 30)[None]}
+    with torch.no_grad():
+        want, got, whole = (m(**ids).logits for m in (model, saved, merged))
+        with saved.disable_adapter():
+            assert (saved(**ids).logits - want).abs().max() > 0.01
+    assert torch.equal(got, want)
+    torch.testing.assert_close(whole, want)
+
+
+def test_a_given_adapter_of_experts_is_the_reference(base, tmp_path):
+    def model():
+        return T.AutoModelForImageTextToText.from_pretrained(base)
+
+    adapter = get_peft_model(model(), LoraConfig(target_modules=["q_proj"], target_parameters=EXPERTS))
+    shake(adapter)
+    adapter.save_pretrained(tmp_path / "adapter")
+    given = PeftModel.from_pretrained(model(), tmp_path / "adapter", is_trainable=True)
+    trainer = trainer_of("dpo", tmp_path / "out", model=given, processor=fresh(VLM)[1], peft=None)
+    batch = collated(trainer, 2)
+    trainer.scorer.add_model(adapter.get_base_model())
+    want = trainer.concatenated_forward(adapter.get_base_model(), batch).logps
+    torch.testing.assert_close(trainer.reference_scores(batch).logps, want)
+    trainer.train()
+    torch.testing.assert_close(trainer.reference_scores(batch).logps, want)
+    assert (trainer.concatenated_forward(trainer.model, batch).logps - want).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"lora_dropout": 0.1}, r"lora_dropout: PEFT .* Set lora_dropout: 0\.0, or"),
+        (
+            {"lora_dropout": 0.1, "use_dora": True},
+            r"lora_dropout and use_dora: .* 0\.0, use_dora: false",
+        ),
+    ],
+    ids=["dropout", "dropout and DoRA"],
+)
+def test_what_peft_cannot_do_to_parameters(options, remedy, base, tmp_path):
+    """In a recipe it is said before data are looked for, in Python before the model is loaded."""
+    path, method = recipe_of(tmp_path, model_name_or_path=base, lora_target_parameters=EXPERTS, **options)
+    with pytest.raises(RecipeError, match=remedy):
+        run_training(method, ["--config", str(path), "--dataset_name", "is/missing"])
+    config = LoraConfig(target_modules="language", target_parameters=EXPERTS, **options)
+    with pytest.raises(RecipeError, match=remedy):
+        trainer_of("dpo", tmp_path, model=base, processor=fresh(VLM)[1], peft=None, peft_config=config)

@@ -44,6 +44,17 @@ def check_targets(targets: str | Iterable[str] | None) -> None:
         )
 
 
+def check_parameters(config: Any) -> None:
+    """Raise RecipeError for what PEFT does not do to single parameters (`target_parameters`), as those of experts."""
+    remedies = {"lora_dropout": "0.0", "use_dora": "false", "lora_bias": "false"}
+    given = [name for name in remedies if getattr(config, name, None)]
+    if given and getattr(config, "target_parameters", None):
+        raise RecipeError(
+            f"{' and '.join(given)}: PEFT has that for layers, not for lora_target_parameters. Set "
+            f"{', '.join(f'{name}: {remedies[name]}' for name in given)}, or leave lora_target_parameters out."
+        )
+
+
 def target_modules(model: PreTrainedModel, preset: str) -> str | list[str]:
     r"""Return a preset of a model as a regular expression of whole module names, which loads without `trl_vpo`.
 

@@ -17,7 +17,7 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.proof_rows import first_of_kinds, proof_rows
 from trl_vpo.errors import RecipeError
 from trl_vpo.forward.head import check_head
-from trl_vpo.models.adapters import PRESETS, check_targets, loses_base, resolve_targets
+from trl_vpo.models.adapters import PRESETS, check_parameters, check_targets, loses_base, resolve_targets
 from trl_vpo.models.model_size import empty_model
 from trl_vpo.models.source import check_model as check_source
 from trl_vpo.trainers.config import VisualPreferenceConfig
@@ -178,10 +178,12 @@ def warn_of_low_rate(trainer: Any) -> None:
 def resolve_target_modules(peft_config: PeftConfig | None, model: Any, args: VisualPreferenceConfig) -> Any:
     """Return a new adapter's config with a preset of `target_modules` resolved for the model; the given one stays.
 
-    Weights of a model that is given by name are not loaded. Targets that match nothing raise RecipeError.
+    Weights of a model that is given by name are not loaded. Raises RecipeError for targets that match
+    nothing, or that PEFT cannot adapt as told.
     """
     targets = getattr(peft_config, "target_modules", None)
     check_targets(targets)
+    check_parameters(peft_config)
     if isinstance(peft_config, LoraConfig) and not (targets or peft_config.target_parameters):
         config = AutoConfig.from_pretrained(model, **_source(args)) if isinstance(model, str) else model.config
         if config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:

@@ -17,7 +17,7 @@ from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantiza
 from trl_vpo.data.sources import load_splits
 from trl_vpo.errors import RecipeError, UserError, as_user_errors, did_you_mean
 from trl_vpo.forward.parts import part_of
-from trl_vpo.models.adapters import check_targets, vllm_problems
+from trl_vpo.models.adapters import check_parameters, check_targets, vllm_problems
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.source import check_model
 from trl_vpo.runs.quiet import quiet_libraries
@@ -158,11 +158,12 @@ def peft_config(model_args: Any) -> Any:
     """TRL's LoRA config, or None without LoRA. The trainer resolves a preset of `lora_target_modules`.
 
     Raises:
-        RecipeError: there is no such preset; raised before data are loaded.
+        RecipeError: there is no such preset, or PEFT has no such option; raised before data are loaded.
     """
     config = get_peft_config(model_args)
     if config is not None:
         check_targets(config.target_modules)
+        check_parameters(config)
     return config
 
 
