@@ -6,17 +6,13 @@ its processor makes of the whole conversation: nothing padded, full logits.
 
 import functools
 import gc
-import math
 
 import pytest
 import torch
 from accelerate import PartialState
-from families_newer import NEWER, build
-from helpers import message, row
-from peft import LoraConfig
+from families_newer import NEWER, SIDES, build, example
+from helpers import message
 from PIL import ImageOps
-from step_kit import losses_of, snapshot
-from trainer_kit import trainer_of
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -26,7 +22,6 @@ from trl_vpo.forward.scorer import Scorer
 from trl_vpo.media.load import VideoOptions, load_image, load_video
 
 FRAMES = VideoOptions(num_frames=6)
-SIDES = ("chosen", "rejected")
 # Rows of each batch; "+" is two rows.
 KINDS = ["text", "image", "images", "video", "both", "text+image", "image+images", "image+video", "text+video+both"]
 KINDS += ["string"]  # with an image; the others have messages
@@ -65,22 +60,6 @@ def world(name):
     (plain, processor), (model, _) = build(name), build(name)
     disable_dropout_in_model(model)
     return plain, model.train(), processor, {}
-
-
-def example(family, kind, media):
-    """A row whose responses differ in length."""
-    square, wide = media["image"]
-    several = [square, square if family.alike else wide]
-    sources = {"text": (None, ()), "image": ("image", [wide]), "images": ("image", several)}
-    sources["string"] = sources["image"]
-    clip = media["video"][1 if kind == "both" else 0]
-    made = row(*sources.get(kind, ("video", [clip])), "a red square.", "left.")
-    if kind == "both":
-        made["prompt"] = message("user", "<image>", "<video>", "What is in the picture?")
-        made["images"] = media["image"][:1]
-    if kind == "string" or not family.chat:
-        made |= {part: made[part][0]["content"][-1]["text"] for part in ("prompt", *SIDES)}
-    return made
 
 
 def weight(model):
@@ -211,19 +190,6 @@ def test_frozen_towers_run_once_a_step(name, kind, media):
             hook.remove()
     assert torch.equal(recorded, want) and torch.equal(replayed, want)
     assert len(runs) == first > 0
-
-
-@pytest.mark.parametrize(("name", "kind"), cases(["image"]))
-def test_a_step_moves_the_adapter_and_nothing_else(name, kind, media, tmp_path):
-    """Layers that a family never calls do not move (keys and values that Gemma's share)."""
-    model, processor = build(name)
-    more = {"peft": None, "peft_config": LoraConfig(r=4, target_modules="language")}
-    made = [example(NEWER[name], kind, media)] * 2
-    trainer = trainer_of("dpo", tmp_path, made, model=model, processor=processor, max_steps=1, **more)
-    before = snapshot(trainer.model)
-    trainer.train()
-    moved = {key for key, value in trainer.model.state_dict().items() if not torch.equal(value, before[key])}
-    assert math.isfinite(losses_of(trainer)[0]) and moved and all("lora_B" in key for key in moved)
 
 
 EXPERTS = ["Llama 4", "Qwen3-VL MoE", "Qwen3-Omni MoE thinker", "GLM-4.5V", "ERNIE 4.5 VL", "Kimi K2.5", "Mistral 4"]

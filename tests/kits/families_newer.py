@@ -8,7 +8,9 @@ from families_qwen import QWEN
 from families_rarer import RARER
 from families_squares import SQUARES
 from families_tiles import TILES
+from helpers import message, row
 
+SIDES = ("chosen", "rejected")
 NEWER = {**GEMMA, **LLAMA, **QWEN, **TILES, **GRIDS, **SQUARES, **RARER}
 
 
@@ -28,3 +30,19 @@ def build(name, seed=0):
             elif weight.dim() > 1:
                 weight.mul_(NEWER[name].scale)
     return model.eval(), processor
+
+
+def example(family, kind, media):
+    """A row whose responses differ in length."""
+    square, wide = media["image"]
+    several = [square, square if family.alike else wide]
+    sources = {"text": (None, ()), "image": ("image", [wide]), "images": ("image", several)}
+    sources["string"] = sources["image"]
+    clip = media["video"][1 if kind == "both" else 0]
+    made = row(*sources.get(kind, ("video", [clip])), "a red square.", "left.")
+    if kind == "both":
+        made["prompt"] = message("user", "<image>", "<video>", "What is in the picture?")
+        made["images"] = media["image"][:1]
+    if kind == "string" or not family.chat:
+        made |= {part: made[part][0]["content"][-1]["text"] for part in ("prompt", *SIDES)}
+    return made
