@@ -121,6 +121,13 @@ def test_a_prompt_mask_follows_the_tokens_in_front(media):
     assert mask.size(1) == len(trunk.ids) and not mask[0, 0].any() and mask[0, -1].any()
 
 
+def test_no_bos_where_the_processor_asks_for_none(media):
+    _, processor = build("LFM2-VL")
+    made = {"images": media["image"][:1], "prompt": "<image>What is it?", "chosen": "a red square.", "rejected": "a."}
+    trunk = PreferenceCollator(processor).encode(made).trunks[0]
+    assert processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id not in trunk.ids
+
+
 def test_blank_rows_of_a_processor_that_names_its_images(media):
     """Nemotron-H-Omni's calls its image processor by keyword."""
     collator, made = PreferenceCollator(build("Nemotron-H Omni")[1]), read_row(row("image", media["image"][:1]))

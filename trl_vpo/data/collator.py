@@ -152,9 +152,12 @@ class PreferenceCollator:
     def _first_tokens(self, row: Row, prompt: str) -> list[int]:
         """Return what the tokenizer puts in front, as in generation; not what it puts behind (EOS), to end the prompt.
 
-        That is nothing where a text model's template is complete, or where the prompt begins with BOS.
+        That is nothing where a text model's template is complete, where the prompt begins with BOS, or where the
+        processor asks for nothing (LFM2-VL, Hunyuan-VL).
         """
-        bos = self.tokenizer.bos_token
+        bos, defaults = self.tokenizer.bos_token, getattr(type(self.processing_class), "text_kwargs", {})
+        if not defaults.get("add_special_tokens", True):
+            return []
         if (row.conversational and not self.is_vlm) or (bos and prompt.startswith(bos)):
             return []
         ids = self.tokenizer("a", **WHOLE | {"add_special_tokens": True})["input_ids"]
