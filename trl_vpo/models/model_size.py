@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from trl_vpo.forward.parts import output_head, part_of
-from trl_vpo.models.adapters import resolve_targets
+from trl_vpo.models.adapters import check_parameters, resolve_targets
 
 
 @dataclass
@@ -45,6 +45,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 def adapt(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module, Adapted]:
     """Put empty LoRA weights into an empty model. Targets that match no module raise ValueError."""
+    check_parameters(peft_config)
     resolve_targets(peft_config, model)
     adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     names = [n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")]
