@@ -121,12 +121,7 @@ def slow(name, kind, media, invert=False):
     return results[kind, invert]
 
 
-STRINGS = [
-    (["LFM2-VL"], ["string"], "its processor adds no BOS, its tokenizer does"),
-]
-
-
-@pytest.mark.parametrize(("name", "kind"), cases(KINDS, STRINGS))
+@pytest.mark.parametrize(("name", "kind"), cases(KINDS))
 def test_the_model_s_own_call(name, kind, media, caplog):
     """In the layout that the scorer chooses, and with padded rows."""
     _, model, processor, _ = world(name)
