@@ -10,7 +10,7 @@ LOGS, RATES, REFERENCE, PRECOMPUTE = files("trainers", "logs rates reference pre
 FINGERPRINT, GROUPS = files("trainers", "fingerprint row_groups")
 SCORING, HEAD, KL, ATTENTION = files("forward", "scoring head kl attention")
 LAYOUTS, FAMILIES, RANKS, VISION = files("forward", "layouts families ranks vision")
-TOWER, SEQUENCES = files("forward", "tower sequence_parallel")
+TOWER, SEQUENCES, PROOF = files("forward", "tower sequence_parallel proof")
 RESUME, SIGTERM, CHANGED_ROWS, LAUNCH = files("training", "resume sigterm changed_rows launch")
 RUN, PROGRESS, HUB_REPO = files("training", "run progress hub_repo")
 ADAPTERS, ATTACH, MERGE, SOURCE = files("models", "adapters attach merge source")
@@ -41,6 +41,7 @@ CALLED = [
         "self activation_checkpointing_kwargs every_n_layers offload",
         COMPAT,
     ),
+    ("transformers.modeling_layers.GradientCheckpointingLayer.gradient_checkpointing", ..., PROOF),
     ("accelerate.Accelerator.reduce", "self tensor reduction", LOGS),
     ("accelerate.Accelerator.gather", "self tensor", GROUPS),
     ("accelerate.utils.recursively_apply", "func data", GROUPS),

@@ -16,7 +16,7 @@ from trl_vpo.data.raw_rows import raw_rows, transform_of
 from trl_vpo.data.rows import media_sources, read_row
 from trl_vpo.forward.proof import ProofRow
 
-FRAMES, PIXELS = 4, 448 * 448  # at most, of a proof row
+FRAMES, PIXELS = 4, 224 * 224  # at most, of a proof row
 CHUNK = 10_000
 
 

@@ -94,6 +94,9 @@ def measure_training(trainer: Any, meter: Meter) -> Measured:
     models = [m for m in (trainer.model, trainer.ref_model) if m is not None]
     tensors = [t for m in models for t in (*m.parameters(), *m.buffers())]
     tensors += [t.quant_state.absmax for t in tensors if getattr(t, "quant_state", None) is not None]
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    with torch.no_grad():
+        trainer.concatenated_forward(trainer.model, batch)  # and with it the proof of the model, which is no step
     with meter(tensors) as peak:
         trainer.train()
     return Measured(peak.peak, getattr(peak, "reserved", None))

@@ -14,11 +14,14 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from trl_vpo.errors import UserError
 from trl_vpo.forward.families import family_of
@@ -52,7 +55,7 @@ class ProofRow:
         """Return the tree batch of the decoy and the row."""
         trunk = self.tree.trunks[0]
         media = {k: -v if v.is_floating_point() and "pixel_values" in k else v for k, v in trunk.media.items()}
-        decoy = replace(self.tree, trunks=[replace(trunk, media=media)])
+        decoy = replace(self.tree, trunks=[replace(trunk, media=media)], branches=self.tree.branches[:1])
         return tree_batch([decoy, self.tree], pad_token_id)
 
     def alone(self, pad_token_id: int, last: int | None = None) -> dict:
@@ -232,19 +235,18 @@ def _layers(policy: PreTrainedModel) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def _multiplied(layers: list[nn.Module], factors: Tensor) -> Iterator[None]:
-    """Multiply the features that enter each layer."""
+    """Multiply the features that enter each layer, of which only these are kept for the backward pass."""
 
     def multiply(factor: Tensor, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         states = args[0] if args else kwargs.pop("hidden_states")
         factor = factor.repeat(states.size(-1) // len(factor))  # of several streams, as Qwen4-exp's
         return ((states.float() * factor.to(states.device)).to(states.dtype), *args[1:]), kwargs
 
-    handles = [
-        layer.register_forward_pre_hook(partial(multiply, factor), with_kwargs=True)
-        for layer, factor in zip(layers, factors)
-    ]
-    try:
+    recomputed = {"training": True, "gradient_checkpointing": True}
+    recomputed["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
+    with contextlib.ExitStack() as stack:
+        for layer, factor in zip(layers, factors):
+            stack.callback(layer.register_forward_pre_hook(partial(multiply, factor), with_kwargs=True).remove)
+            if isinstance(layer, GradientCheckpointingLayer):
+                stack.enter_context(patch.multiple(layer, create=True, **recomputed))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
