@@ -18,9 +18,11 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.proof_rows import first_of_kinds
 from trl_vpo.forward import layouts, scorer
 from trl_vpo.forward.families import padded_layout_reason
-from trl_vpo.forward.proof import ProofError
+from trl_vpo.forward.proof import ProofError, ProofRow
 from trl_vpo.forward.scorer import Scorer
+from trl_vpo.forward.tree import Branch, Tree, Trunk
 from trl_vpo.media.load import VideoOptions
+from trl_vpo.trainers import setup
 
 
 def rows_of(media, *kinds):
@@ -191,3 +193,26 @@ def test_rounding_refuses_nobody(name, media):
     with torch.no_grad():
         scorer.score(model, collator([row("image", media["image"][:1])]))
     assert scorer.proven == ["rows with an image"] and scorer.packs == (padded_layout_reason(model) is None)
+
+
+def test_the_policy_is_proven_not_its_reference(tmp_path, monkeypatch):
+    """With a reference of its own, which is right, and comes first."""
+    model, tokenizer = fresh()
+    made = trainer_of("dpo", tmp_path, text_rows(2), model=model, processor=tokenizer, ref_model=fresh()[0], peft=None)
+    made.scorer.to_prove.clear()
+    made.evaluate(Dataset.from_list(text_rows(2)))
+    for layer in made.model.model.layers:
+        layer.self_attn.register_forward_hook(
+            lambda module, args, out: (out[0] + out[0].mean(1, keepdim=True), *out[1:])
+        )
+    made.scorer.proven.clear()
+    setup.add_proof_rows(made, [made.train_dataset])
+    with pytest.raises(ProofError, match="its tokens see those behind them"):
+        made.compute_loss(made.model, made._prepare_inputs(made.data_collator([made.train_dataset[0]])))
+
+
+def test_pixels_that_are_whole_numbers_have_a_decoy():
+    tree = Tree("row", [Trunk([1], media={"pixel_values_videos": torch.tensor([3, 250], dtype=torch.uint8)})],
+                [Branch([2]), Branch([3])])  # fmt: skip
+    decoy, own = ProofRow("a", tree).batch(0)["media"]
+    assert decoy["pixel_values_videos"].tolist() == [247, 0] and own["pixel_values_videos"].tolist() == [3, 250]

@@ -1,12 +1,13 @@
 """`vision_learning_rate` and `projector_learning_rate`; several processes: test_distributed.py."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from step_kit import Gradients, losses_of, snapshot
-from trainer_kit import image_rows, shake, text_rows, trainable, trainer_of
+from trainer_kit import config, image_rows, shake, text_rows, trainable, trainer_of
 
 from trl_vpo.errors import RecipeError
 from trl_vpo.forward.parts import part_of
@@ -106,3 +107,9 @@ def test_an_optimizer_without_groups():
     args = SimpleNamespace(optim="galore_adamw_layerwise", vision_learning_rate=1e-3, projector_learning_rate=None)
     with pytest.raises(RecipeError, match="galore_adamw_layerwise has no groups of parameters"):
         set_rates(optimizer, torch.nn.ModuleDict({"visual": torch.nn.Linear(2, 2)}), args)
+
+
+@pytest.mark.parametrize("rate", [-1e-3, math.nan, math.inf, "1e-5"])
+def test_rates_that_are_none(rate, tmp_path):
+    with pytest.raises(ValueError, match=r"vision_learning_rate is .*: give a number that is not negative"):
+        config("dpo", tmp_path, vision_learning_rate=rate)

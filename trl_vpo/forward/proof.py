@@ -29,7 +29,8 @@ from trl_vpo.forward.parts import part_of
 from trl_vpo.forward.sequence_parallel import SequenceRanks
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 
-MARGIN = 4  # how many times the measured noise two ways may differ
+# How many times the measured noise two ways may differ: packed and padded rows; a model and itself, or it is refused.
+PACKED, REFUSED = 4, 8
 
 
 class ProofError(UserError):
@@ -54,7 +55,8 @@ class ProofRow:
     def batch(self, pad_token_id: int) -> dict:
         """Return the tree batch of the decoy and the row."""
         trunk = self.tree.trunks[0]
-        media = {k: -v if v.is_floating_point() and "pixel_values" in k else v for k, v in trunk.media.items()}
+        other = lambda pixels: -pixels if pixels.is_floating_point() else pixels.max() - pixels  # noqa: E731
+        media = {k: other(v) if "pixel_values" in k else v for k, v in trunk.media.items()}
         decoy = replace(self.tree, trunks=[replace(trunk, media=media)], branches=self.tree.branches[:1])
         return tree_batch([decoy, self.tree], pad_token_id)
 
@@ -135,9 +137,10 @@ class Proof:
         except Exception as error:
             return f"packed rows fail: {type(error).__name__}: {error}"
         where = f"differ between packed and padded rows, on {self._row.kind}, by"
-        if problem := self._difference(logps, self._logps) or self._difference(logps, self._logps, torch.max):
-            return f"its log-probs {where} {problem}"
-        off, limit = _distance(gradient, self._gradient), MARGIN * self._gradient_noise
+        for of in (torch.mean, torch.max):
+            if problem := self._difference(logps, self._logps, PACKED, of):
+                return f"its log-probs {where} {problem}"
+        off, limit = _distance(gradient, self._gradient), PACKED * self._gradient_noise
         return None if off <= limit else f"its gradients {where} {off:.1%} (rounding explains {limit:.1%})"
 
     # --- calls ----------------------------------------------------------------------------------------------------
@@ -186,11 +189,11 @@ class Proof:
         self._noisy, gradient = self._run(self._batch, noise=torch.finfo(autocast).eps)
         self._gradient_noise = _distance(gradient, self._gradient)
 
-    def _difference(self, got: Tensor, want: Tensor, of: Callable = torch.mean) -> str | None:
+    def _difference(self, got: Tensor, want: Tensor, margin: int, of: Callable = torch.mean) -> str | None:
         """Return how far log-probs are apart, where that is more than noise; nan is."""
         mask = self._batch["branch_mask"]
         noise, largest = (self._noisy - self._logps)[mask].abs(), self._logps.abs().max()
-        limit = MARGIN * (of(noise) + torch.finfo(torch.float32).eps * largest).item()
+        limit = margin * (of(noise) + torch.finfo(torch.float32).eps * largest).item()
         off = of((got - want)[want != 0].abs()).item()
         return None if off <= limit else f"{off:.2g} nats (rounding explains {limit:.2g})"
 
@@ -200,7 +203,7 @@ class Proof:
         logits = self._own()
         labels = torch.tensor(self._row.tree.branches[0].ids, device=logits.device)
         own = logits.log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)  # (T,)
-        if problem := self._difference(self._logps[self._chosen, : len(own)], own):
+        if problem := self._difference(self._logps[self._chosen, : len(own)], own, REFUSED):
             return f"the scores of its responses and the model's own logits differ by {problem} a token"
         return None
 
@@ -211,7 +214,7 @@ class Proof:
         if last is None or len(ids) == 1:
             return None
         before = self._logps[self._chosen, : len(ids) - 1]
-        if problem := self._difference(self._alone(last)[:-1], before):
+        if problem := self._difference(self._alone(last)[:-1], before, REFUSED):
             return f"its tokens see those behind them: another last token of a response moves the others by {problem}"
         return None
 
@@ -229,8 +232,8 @@ def _distance(got: Tensor, want: Tensor) -> float:
 def _layers(policy: PreTrainedModel) -> list[nn.Module]:
     """Return the decoder layers of a model."""
     count, modules = policy.config.get_text_config().num_hidden_layers, policy.get_decoder().named_modules()
-    lists = (m for name, m in modules if isinstance(m, nn.ModuleList) and part_of(name) == "language")
-    return list(next(m for m in lists if len(m) == count))
+    lists = [m for name, m in modules if isinstance(m, nn.ModuleList) and part_of(name) == "language"]
+    return list(next((m for m in lists if len(m) == count), lists[0]))  # an adapter may repeat layers
 
 
 @contextlib.contextmanager

@@ -87,7 +87,7 @@ class Scorer:
 
     def score(self, model: nn.Module, batch: dict, reference: Scores | None = None) -> Scores:
         """Return the scores of all S branches; with `reference` also the KL. The first call decides on packing."""
-        self._prove(model, batch)
+        self.prove(model, batch)
         return self._score(model, batch, reference)
 
     def _score(self, model: nn.Module, batch: dict, reference: Scores | None = None) -> Scores:
@@ -144,8 +144,8 @@ class Scorer:
         """Replay the recorded features during the policy pass."""
         return self._vision.replay()
 
-    def _prove(self, model: nn.Module, batch: dict) -> None:
-        """Prove the rows that wait for it, and those that came with a batch, see `trl_vpo.forward.proof`.
+    def prove(self, model: nn.Module, batch: dict) -> None:
+        """Prove a model on the rows that wait for it, and those that came with a batch, see `trl_vpo.forward.proof`.
 
         Every rank proves the rows of all ranks, and all keep the same layout. Raises ProofError.
         """

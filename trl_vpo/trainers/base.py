@@ -314,10 +314,11 @@ class VisualPreferenceTrainer(LoggingTrainer):
         pairs in a micro-batch of the step instead of their own number. `Trainer` averages over micro-batches and
         ranks, so the step is that of one big batch, however unequal its parts are. `num_items_in_batch` is not used.
 
-        Raises:
-            NonFiniteLossError: the loss is nan or infinite.
+        Raises NonFiniteLossError: the loss is nan or infinite.
         """
         self.scorer.sync_calls(inputs, self._padding_rows, setup.sharding(self))
+        with self.accelerator.autocast():  # the policy: its reference comes first, and may be another model
+            self.scorer.prove(model, inputs)
         reference = self._reference(inputs)
         with self.scorer.replay_vision():
             scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
@@ -345,6 +346,5 @@ class VisualPreferenceTrainer(LoggingTrainer):
                 return loss, None, None
             if scores is None:  # a subclass has a loss of its own
                 scores = self.concatenated_forward(model, inputs)
-        sides = (scores.chosen, scores.rejected)
-        tokens = scores.mask.sum(-1)  # (S,)
+        sides, tokens = (scores.chosen, scores.rejected), scores.mask.sum(-1)  # (B,) each, (S,)
         return loss, tuple(scores.sums[s] for s in sides), tuple(tokens[s] for s in sides)

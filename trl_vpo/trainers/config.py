@@ -1,6 +1,7 @@
 """The config under those of all methods: how media are read, and which of TRL's options are refused."""
 
 import copy
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -138,6 +139,10 @@ class VisualPreferenceConfig(DPOConfig):
                 "waiting. Leave it out; rows that are repeated to fill a last batch count once when a Dataset is "
                 "evaluated (of a stream, twice)."
             )
+        for key in ("vision_learning_rate", "projector_learning_rate"):
+            rate = getattr(self, key)
+            if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
+                raise ValueError(f"{key} is {rate!r}: give a number that is not negative.")
         sp_size(self)  # refuses what cannot be
         self.accelerator_config.dispatch_batches = False  # the default for streams would be True
         if self.on_bad_media == "skip":

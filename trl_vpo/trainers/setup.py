@@ -41,6 +41,8 @@ def check_model(
     for config in configs:
         if isinstance(config, PromptLearningConfig):
             raise ValueError(f"{type(config).__name__} prepends virtual tokens, which moves every response. Use LoRA.")
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError("alora_invocation_tokens: PEFT looks for them once in a row of several responses.")
         # DPOTrainer begins a second adapter in a given PeftModel, whatever the method, and so changes its base again.
         if ref_model is None and (needs_reference or isinstance(model, PeftModel)) and (why := loses_base(config)):
             raise ValueError(
