@@ -77,7 +77,12 @@ ZERO3 = SimpleNamespace(zero_stage=3)
     [
         ({"activation_offloading": True}, "torch sees no GPU"),
         ({"gradient_checkpointing": False}, "needs gradient_checkpointing: true"),
-        ({"gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": True}}, "use_reentrant: false"),
+        ({"gradient_checkpointing_kwargs": {"selective": True, "use_reentrant": True}}, "Leave `use_reentrant: true`"),
+        ({"gradient_checkpointing_kwargs": {"selective": "maybe"}}, "_kwargs: selective is 'maybe': give true or"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": 0}}, "every_n_layers is 0: give a whole number of at l"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layer": 2}}, "`every_n_layer`. Did you mean every_n_layers"),
+        ({"gradient_checkpointing_kwargs": {"x": 2}}, "_kwargs: unknown key `x`. It takes every_n_layers, offload"),
+        ({"gradient_checkpointing_kwargs": "every_n_layers: 2"}, "give a mapping, such as {every_n_layers: 2}"),
         ({"deepspeed_plugin": ZERO3}, "ZeRO-3"),
     ],
 )

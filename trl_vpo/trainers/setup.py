@@ -1,6 +1,7 @@
 """Checks and preparations before `DPOTrainer.__init__` runs."""
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -10,12 +11,13 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel, PromptLearningConfig
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor
 from trl.trainer.utils import get_config_model_id
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.proof_rows import first_of_kinds, proof_rows
-from trl_vpo.errors import RecipeError
+from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import PRESETS, check_parameters, check_targets, loses_base, resolve_targets
 from trl_vpo.models.model_size import empty_model
@@ -119,20 +121,42 @@ def check_class(kind: type, base: type) -> None:
 
 
 def check_memory(args: VisualPreferenceConfig, *, adapted: bool) -> None:
-    """Raise ValueError for ways to save memory that would fail in the first step, with an error of torch."""
+    """Raise RecipeError for ways to save memory that would fail in the first step, with an error of torch."""
     if args.activation_offloading and not torch.accelerator.is_available():
-        raise ValueError("activation_offloading: torch sees no GPU whose memory it would free. Leave it out.")
-    options = args.gradient_checkpointing_kwargs or {}
+        raise RecipeError("activation_offloading: torch sees no GPU whose memory it would free. Leave it out.")
+    plugin = args.deepspeed_plugin
+    check_checkpointing(args, forced=adapted and plugin is not None and plugin.zero_stage == 3)
+
+
+def check_checkpointing(args: VisualPreferenceConfig, *, forced: bool) -> None:
+    """Raise RecipeError for `gradient_checkpointing_kwargs` that nothing takes.
+
+    `forced`: TRL sets `use_reentrant: true`, which it does for adapters under ZeRO-3.
+    """
+    options, where = args.gradient_checkpointing_kwargs or {}, "gradient_checkpointing_kwargs"
+    if not isinstance(options, dict):
+        raise RecipeError(f"{where} is {options!r}: give a mapping, such as {{every_n_layers: 2}}.")
+    takes = [name for name, p in inspect.signature(checkpoint).parameters.items() if p.kind == p.KEYWORD_ONLY]
+    takes = ["every_n_layers", "offload", "selective", *takes]
+    for key, value in options.items():
+        if key not in takes:
+            hint = did_you_mean(key, takes) or f" It takes {', '.join(takes)}."
+            raise RecipeError(f"{where}: unknown key `{key}`.{hint}")
+        if key == "every_n_layers" and (type(value) is not int or value < 1):
+            raise RecipeError(f"{where}: every_n_layers is {value!r}: give a whole number of at least 1.")
+        if key in ("offload", "selective", "use_reentrant", "preserve_rng_state") and type(value) is not bool:
+            raise RecipeError(f"{where}: {key} is {value!r}: give true or false.")
     if not options.get("selective"):
         return
     if not args.gradient_checkpointing:
-        raise ValueError("gradient_checkpointing_kwargs: `selective` needs gradient_checkpointing: true.")
-    plugin = args.deepspeed_plugin
-    if options.get("use_reentrant") or (adapted and plugin is not None and plugin.zero_stage == 3):
-        raise ValueError(
-            "gradient_checkpointing_kwargs: `selective` needs use_reentrant: false, which adapters cannot have under "
-            "ZeRO-3. Leave `selective` out, or use ZeRO-2 or FSDP 2."
+        raise RecipeError(f"{where}: `selective` needs gradient_checkpointing: true.")
+    if forced:
+        raise RecipeError(
+            f"{where}: `selective` needs use_reentrant: false, which adapters cannot have under ZeRO-3. Leave "
+            "`selective` out, or use ZeRO-2 or FSDP 2."
         )
+    if options.get("use_reentrant"):
+        raise RecipeError(f"{where}: `selective` needs use_reentrant: false. Leave `use_reentrant: true` out.")
 
 
 def check_router(trainer: Any) -> None:

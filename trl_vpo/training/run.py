@@ -23,6 +23,7 @@ from trl_vpo.models.source import check_model
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.runs.recipe import RecipeParser, VisualScriptArguments
 from trl_vpo.trainers.base import VisualPreferenceTrainer
+from trl_vpo.trainers.setup import check_memory
 from trl_vpo.training import hub, resume
 from trl_vpo.training.failed_saves import explain_failed_save
 from trl_vpo.training.main_process import on_main_process
@@ -112,7 +113,7 @@ def _check_arguments(training_args: Any, model_args: Any) -> None:
     """Refuse what can be refused before data and model are loaded."""
     if not model_args.model_name_or_path:
         raise RecipeError("there is no model: set `model_name_or_path` to a Hub model or a folder.")
-    peft_config(model_args)
+    check_memory(training_args, adapted=peft_config(model_args) is not None)
     if training_args.enable_jit_checkpoint:
         raise RecipeError(
             "enable_jit_checkpoint: leave it out. A checkpoint is always saved at the end of the step when SIGTERM "
