@@ -145,6 +145,8 @@ def test_rows_over_max_length(recipe):
         (["--lora_target_modules", "query"], "LoRA", STOP),
         (["--model_name_or_path", "nowhere/nothing"], "model", STOP),
         (["--dataset_name", "nowhere.jsonl"], "data", STOP),
+        (["--vision_learning_rate", "1e-5"], "learning rate", STOP),  # of a tower that does not train
+        (["--gradient_checkpointing_kwargs", '{"every_n_layers": 0}'], "gradient checkpointing", STOP),
         (["--eval_strategy", "steps"], "data", STOP),  # there is no test split
     ],
 )
@@ -202,6 +204,9 @@ def test_several_gpus(recipe, monkeypatch):
     assert parts(ddp)["communication"] == 4 * 2 * 2 * (32 + 32 + 32 + 16)  # float32, 2 layers, rank 2, q and v
     with pytest.raises(RecipeError, match="accelerate_config"):
         examine(recipe, ["--accelerate_config", "zero4"])
+    shared = examine(recipe, ["--accelerate_config", "sp2", "--num_processes", "3"], rows=1)
+    assert status(shared)["processes"] == STOP
+    assert "sp2.yaml: sp_size is 2, so num_processes has to be a multiple" in texts(shared)["processes"]
 
 
 def test_fewer_gpus_than_processes(recipe, monkeypatch):

@@ -68,6 +68,22 @@ def test_what_accelerate_refuses_is_one_message(recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("sp_size: 3", "sp_size is 3, so num_proc"),
+        ("cp_size: 2", "cp_size is 2: "),
+        ("sp_size: two", "sp_size is 'two'"),
+    ],
+)
+def test_groups_that_cannot_be(section, message, recipe, tmp_path, capsys):
+    """The file of the value is named, not the recipe, and nothing is launched."""
+    own = tmp_path / "own.yaml"
+    own.write_text(f"num_processes: 2\nparallelism_config:\n  parallelism_config_{section}\n")
+    assert cli.main(["train", "rrpo", *recipe, "--accelerate_config", str(own)]) == 2
+    assert f"error: {own}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "owner"),
     [
         ("train rrpo --config leanpo/qwen2_5_vl_7b", "train leanpo"),

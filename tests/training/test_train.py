@@ -130,6 +130,8 @@ def test_options_win_over_the_recipe(method, work):
     ("options", "message"),
     [
         (["--model_name_or_path", ""], "model_name_or_path"),
+        (["--gradient_checkpointing_kwargs", '{"every_n_layer": 2}'], "Did you mean every_n_layers"),
+        (["--gradient_checkpointing_kwargs", "{every_n_layers: 2}"], "^--gradient_checkpointing_kwargs: .* is JSON"),
         (["--enable_jit_checkpoint", "True"], "enable_jit_checkpoint: leave it out"),
         (["--output_dir", "/sys/kernel/run"], "output_dir /sys/kernel/run cannot be written"),
     ],

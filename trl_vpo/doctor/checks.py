@@ -25,9 +25,11 @@ from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses
 from trl_vpo.models.model_size import adapt
 from trl_vpo.models.source import check_model
 from trl_vpo.runs.packages import missing_packages
-from trl_vpo.trainers.setup import low_rate, set_pad_token
+from trl_vpo.trainers.rates import check_trained_parts
+from trl_vpo.trainers.setup import check_checkpointing, low_rate, set_pad_token
 from trl_vpo.training.launch import check_gpus, launch_options
 from trl_vpo.training.run import freeze_vision
+from trl_vpo.training.sharding import check_groups
 
 
 def run_doctor(
@@ -70,12 +72,7 @@ def examine(
         check_can_measure(loaded)
     report = Report()
     report.add("recipe", OK, f"{recipe} parses for {loaded.method}")
-    if torch.accelerator.device_count():  # without any, training is meant for another machine
-        words = ["train", loaded.method, "--config", str(recipe), *overrides]
-        try:
-            check_gpus(words, launch_options(words)[1])
-        except RecipeError as error:
-            report.add("GPUs", WARN, str(error))
+    _check_launch(loaded, ["train", loaded.method, "--config", str(recipe), *overrides], report)
     _load_pretrained(loaded, report)
     if loaded.config is not None:
         _check_model(loaded, report)
@@ -97,6 +94,24 @@ def examine(
             text = f"two steps took {tensors:.2f} GiB in tensors, {reserved:.2f} GiB in all"
             report.add("measured memory", OK, text)
     return report
+
+
+def _check_launch(recipe: LoadedRecipe, words: list[str], report: Report) -> None:
+    """Check what is refused before anything is loaded; `words` are the command that trains."""
+    launch = launch_options(words)[1]
+    if torch.accelerator.device_count():  # without any, training is meant for another machine
+        try:
+            check_gpus(words, launch)
+        except RecipeError as error:
+            report.add("GPUs", WARN, str(error))
+    try:
+        check_groups(launch)
+    except RecipeError as error:
+        report.add("processes", STOP, str(error))
+    try:
+        check_checkpointing(recipe.args, forced=recipe.model_args.use_peft and recipe.sharding.kind == "zero3")
+    except RecipeError as error:
+        report.add("gradient checkpointing", STOP, str(error))
 
 
 # --- model --------------------------------------------------------------------------------------------------------
@@ -137,6 +152,15 @@ def _check_model(recipe: LoadedRecipe, report: Report) -> None:
     except Exception as error:  # model code of any origin; the other checks go on
         report.add("model", WARN, f"cannot be built without weights, so LoRA and memory are unchecked: {error}")
         return
+    _check_trained(recipe, report)
+    if recipe.model is not None:
+        try:
+            check_trained_parts(recipe.args, recipe.model)
+        except RecipeError as error:
+            report.add("learning rate", STOP, str(error))
+
+
+def _check_trained(recipe: LoadedRecipe, report: Report) -> None:
     if (peft_config := get_peft_config(recipe.model_args)) is not None:
         _check_lora(recipe, peft_config, report)
     elif not recipe.script_args.freeze_vision:

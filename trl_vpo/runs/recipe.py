@@ -17,7 +17,7 @@ from trl_vpo.runs.named_recipes import shipped_model
 from trl_vpo.runs.packages import missing_packages
 from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe, split_config
 from trl_vpo.runs.secrets import scrub
-from trl_vpo.runs.values import annotations, check_bounds, checked, environment
+from trl_vpo.runs.values import annotations, check_bounds, check_json, checked, environment
 
 
 @dataclass
@@ -86,8 +86,10 @@ class RecipeParser(TrlParser):
             raise RecipeError(self._unknown(rest, args))
         if model := getattr(namespace, "model_name_or_path", None):
             namespace.model_name_or_path = shipped_model(model)
+        known = annotations(self.dataclass_types)
         for option in {arg.split("=")[0] for arg in args or () if arg.startswith("--")}:
             key = option[2:].replace("-", "_")
+            check_json(key, getattr(namespace, key, None), known.get(key))
             check_bounds(key, getattr(namespace, key, None), "--")
         if problem := _useless_data_key(vars(namespace)):
             raise RecipeError(f"{self.recipe_path}: {problem}" if self.recipe_path else problem)

@@ -41,7 +41,7 @@ def read_accelerate_config(path: Path | str) -> dict[str, Any]:
         value = config.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise RecipeError(f"the accelerate config {path}: {key} is {value!r}: give a whole number of at least 1.")
-    for key in ("deepspeed_config", "fsdp_config"):
+    for key in ("deepspeed_config", "fsdp_config", "parallelism_config"):
         if not isinstance(config.get(key) or {}, dict):
             raise RecipeError(f"the accelerate config {path}: {key} is not a mapping.")
     return config

@@ -1,5 +1,6 @@
 """The values of a recipe, checked against their keys: of the right type, finite, and within bounds."""
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -110,6 +111,40 @@ def check_bounds(key: str, value: Any, where: str = "") -> None:
             re.compile(pattern)
         except re.error as error:
             raise RecipeError(f"{where}{key}: {pattern!r} is not a regular expression ({error}).") from error
+
+
+def check_json(key: str, value: Any, annotation: Any) -> None:
+    """Refuse an option for a mapping that is not JSON, without its value: a token may be in it.
+
+    Raises:
+        RecipeError: names the option.
+    """
+    if isinstance(value, str) and value.startswith("{") and dict in _parts(annotation):
+        try:
+            json.loads(value)
+        except ValueError as error:
+            raise RecipeError(
+                f"--{key}: as an option a mapping is JSON, such as '{{\"key\": 2}}'; in a recipe it is YAML ({error})."
+            ) from None
+
+
+def group_size(sizes: dict[str, int], processes: int) -> int:
+    """Return how many processes share a row, from the sizes "sp", "cp" and "tp" of accelerate's parallelism.
+
+    Raises:
+        RecipeError: the processes cannot be grouped so.
+    """
+    size = sizes["sp"]
+    if sizes["cp"] > 1:
+        raise RecipeError(
+            f"cp_size is {sizes['cp']}: context parallelism (ring attention) knows one causal sequence only, not a "
+            "prompt with several responses. Leave cp_size out and set sp_size, which splits the same rows by heads."
+        )
+    if size > 1 and sizes["tp"] > 1:
+        raise RecipeError(f"sp_size is {size} and tp_size {sizes['tp']}: one of them has to be 1.")
+    if processes % size:
+        raise RecipeError(f"sp_size is {size}, so num_processes has to be a multiple of {size}; it is {processes}.")
+    return size
 
 
 def _check_type(key: str, value: Any, annotation: Any, where: str) -> Any:

@@ -43,6 +43,7 @@ def check_rates(trainer: Any) -> None:
     rates = _rates(args)
     if not rates:
         return
+    check_trained_parts(args, trainer.model)
     deepspeed = args.deepspeed_plugin.hf_ds_config.config if args.deepspeed_plugin else {}
     fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     flat = fsdp is not None and fsdp.fsdp_version == 1 and not fsdp.use_orig_params
@@ -52,16 +53,22 @@ def check_rates(trainer: Any) -> None:
         ("scheduler" in deepspeed, "`scheduler` of the DeepSpeed config has one rate for all. Leave it out there"),
         (flat, "FSDP 1 mixes the parts in flat parameters. Use FSDP 2, or fsdp_use_orig_params: true"),
     ]
-    trained = set(_parts(trainer.model).values())
     for part, rate in rates.items():
-        preset = "all" if part == "vision" else "language+projector"
-        nothing = (
-            f"nothing of the {'vision tower' if part == 'vision' else part} trains. Leave it out, or train that: with "
-            f"lora_target_modules: {preset}, or all weights without freeze_vision"
-        )
-        for applies, problem in [(part not in trained, nothing), *elsewhere]:
+        for applies, problem in elsewhere:
             if applies:
                 raise RecipeError(f"{KEYS[part]}={rate:g}: {problem}.")
+
+
+def check_trained_parts(args: Any, model: nn.Module) -> None:
+    """Raise RecipeError where nothing trains of a part that has a learning rate."""
+    trained = set(_parts(model).values())
+    for part, rate in _rates(args).items():
+        if part not in trained:
+            preset = "all" if part == "vision" else "language+projector"
+            raise RecipeError(
+                f"{KEYS[part]}={rate:g}: nothing of the {'vision tower' if part == 'vision' else part} trains. Leave "
+                f"it out, or train that: with lora_target_modules: {preset}, or all weights without freeze_vision."
+            )
 
 
 def set_rates(optimizer: Optimizer, model: nn.Module, args: Any) -> dict[str, int]:

@@ -19,28 +19,16 @@ from transformers import TrainingArguments
 from trl import DPOTrainer
 
 from trl_vpo.forward.sequence_parallel import SequenceRanks
+from trl_vpo.runs.values import group_size
 
 
 def sp_size(args: TrainingArguments) -> int:
     """Return how many processes share a row, by `parallelism_config` or the launcher's; 1: each has rows of its own.
 
     Raises:
-        ValueError: the processes cannot be grouped so.
+        RecipeError: the processes cannot be grouped so.
     """
-    sizes = {name: _size(args, name) for name in ("sp", "cp", "tp")}
-    if sizes["cp"] > 1:
-        raise ValueError(
-            f"cp_size is {sizes['cp']}: context parallelism (ring attention) knows one causal sequence only, not a "
-            "prompt with several responses. Leave cp_size out and set sp_size, which splits the same rows by heads."
-        )
-    size = sizes["sp"]
-    if size > 1 and sizes["tp"] > 1:
-        raise ValueError(f"sp_size is {size} and tp_size {sizes['tp']}: one of them has to be 1.")
-    if args.world_size % size:
-        raise ValueError(
-            f"sp_size is {size}, so num_processes has to be a multiple of {size}; it is {args.world_size}."
-        )
-    return size
+    return group_size({name: _size(args, name) for name in ("sp", "cp", "tp")}, args.world_size)
 
 
 def _size(args: TrainingArguments, name: str) -> int:

@@ -126,11 +126,13 @@ def launch(options: list[str], words: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from trl_vpo.runs.packages import missing_packages
-    from trl_vpo.training.sharding import launched
+    from trl_vpo.training.sharding import check_groups, launched
     from trl_vpo.training.sigterm import STOPPED
 
     if launched(options).kind.startswith("zero") and (missing := missing_packages({"deepspeed": True})):
         raise RecipeError(f"accelerate_config: {missing[0]}.")
+    if words[0] == "train":
+        check_groups(options)
     check_gpus(words, options)
     if "--config_file" not in options and not os.path.isfile(default_config_file):
         # accelerate would start one process where it sees no GPU, and lists what it was not given.

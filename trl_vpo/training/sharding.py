@@ -1,4 +1,4 @@
-"""Read from an accelerate config which states the processes share."""
+"""Read from an accelerate config what the processes share: states of the training, rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from trl_vpo.errors import UserError
+from trl_vpo.errors import RecipeError, UserError
 from trl_vpo.runs.recipe_file import read_accelerate_config
+from trl_vpo.runs.values import group_size
 
 
 @dataclass
@@ -61,6 +62,24 @@ def launched(options: list[str]) -> Sharding:
         offload = frozenset({"weights", "optimizer"} if fsdp.get("fsdp_offload_params") else ())
         return Sharding("fsdp", processes, offload, gathers_once=reshard in ("false", "shard_grad_op"))
     return Sharding("ddp", processes) if processes > 1 else Sharding()
+
+
+def check_groups(options: list[str]) -> None:
+    """Refuse an accelerate config whose processes cannot share rows as it says, by the options of the launcher.
+
+    Raises:
+        RecipeError: names the file.
+    """
+    file = dict(zip(options[::2], options[1::2])).get("--config_file")
+    section = read_accelerate_config(file).get("parallelism_config") if file else None
+    sizes = {name: (section or {}).get(f"parallelism_config_{name}_size", 1) for name in ("sp", "cp", "tp")}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise RecipeError(f"{file}: {name}_size is {size!r}: give a whole number of at least 1.")
+    try:
+        group_size(sizes, launched(options).processes)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from None
 
 
 def _read_deepspeed(options: dict, processes: int) -> Sharding:
