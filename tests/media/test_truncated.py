@@ -137,7 +137,8 @@ def test_a_stream_that_ends_inside_a_picture(corpus, tmp_path):
     starts = [at for at in range(0, len(data), 188) if data[at + 1 : at + 3] == b"\x41\x00"]  # of video, each frame's
     (tmp_path / "half.ts").write_bytes(data[: starts[20] + 188])
     for options in (ALL, VideoOptions(num_frames=2, video_end=0.2)):  # also where the end is not wanted
-        refused(tmp_path / "half.ts", "ends in a broken picture", options=options)
+        # Which of the two says it depends on the threads of the decoder.
+        refused(tmp_path / "half.ts", "ends in a broken picture|breaks off: frame 20", options=options)
 
 
 @pytest.mark.parametrize("name, most", [("h264.mp4", 13), ("h264.mkv", 13), ("mpeg4.mp4", 15)])

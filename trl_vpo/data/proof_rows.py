@@ -69,9 +69,10 @@ def proof_rows(collator: Any, examples: Iterable[dict]) -> list[ProofRow]:
 
 def _proof_row(kind: str, example: dict, collator: Any) -> ProofRow:
     row = read_row(example, image_list=collator.num_images is not None)
-    video = replace(collator.video, num_frames=min(collator.video.num_frames or FRAMES, FRAMES), fps=None)
-    small = {"max_pixels": min(collator.max_pixels or PIXELS, PIXELS), "max_length": None, "frame_cache": None}
-    short = replace(collator, video=video, phrases=False, **small)
+    short = replace(collator, max_length=None, phrases=False)
+    if collator.frame_cache is None:  # else a video is read as it lies there: its file may be gone
+        video = replace(collator.video, num_frames=min(collator.video.num_frames or FRAMES, FRAMES), fps=None)
+        short = replace(short, video=video, max_pixels=min(collator.max_pixels or PIXELS, PIXELS))
     tree = short.encode_row(row)
     trunk, (chosen, rejected, *_) = tree.trunks[0], tree.branches
     inputs = short.whole(row)
