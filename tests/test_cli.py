@@ -101,10 +101,16 @@ def test_help_of_a_method(method, capsys):
         pages.append(capsys.readouterr().out)
     short, whole = pages
     assert short.count("\n") <= 120 and max(map(len, short.splitlines())) <= 80
-    own = {"dpo": "beta", "leanpo": "nll_weight", "rrpo": "alpha", "lpoi": "list_weight"}[method]
+    own = {"dpo": "beta", "leanpo": "nll_weight", "rrpo": "alpha", "lpoi": "list_weight", "simpo": "target_margin"}
+    own |= {"tdpo": "variant", "ddpo": "phrase_weight"}
     titles = [f"\n{name}:\n" for name in (method, "data", "media", "model", "LoRA and quantization", "run")]
     assert sorted(titles, key=short.index) == titles
-    assert short.index("--config") < short.index(f"--{own} ") < short.index("--num_frames") < short.index("--lora_r ")
+    assert (
+        short.index("--config")
+        < short.index(f"--{own[method]} ")
+        < short.index("--num_frames")
+        < short.index("--lora_r ")
+    )
     config, _ = method_classes(method)
     offered = set(re.findall(r"^  --(\w+)", whole, re.M))
     known = {field.name for kind in make_parser(method, any_device=True).dataclass_types for field in fields(kind)}
@@ -124,7 +130,7 @@ def test_help_of_generation(method, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "rpo"], "'rpo' is not one of dpo, leanpo, rrpo, lpoi. Did you mean rrpo"),
+        (["train", "rpo"], "'rpo' is not one of dpo, leanpo, rrpo, lpoi, simpo, tdpo, ddpo. Did you mean rrpo"),
         (["import", "lpo", "a", "b"], "'lpo' is not one of rrpo, lpoi, ms-swift, llamafactory, llava-hound, "),
         (["trian"], "import, doctor, recipes, quickstart. Did you mean train?"),
         (["doctor", "r.yaml", "--method", "leanp"], "Did you mean leanpo?"),

@@ -20,6 +20,7 @@ from trl_vpo.generate.run import make_parser
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.runs.recipe_list import MEMORY
+from trl_vpo.training.methods import METHODS
 from trl_vpo.training.run import parse, quantization_config
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,7 @@ def test_there_is_a_recipe_for_everything_that_is_promised():
     for method in ("dpo", "leanpo", "rrpo", "lpoi"):
         small = ("qwen2_5_vl_3b_lora_24gb", "qwen2_5_vl_7b_qlora_24gb")
         assert {f"quickstart/{method}", *(f"{method}/{name}" for name in small)} <= names
+    assert {f"quickstart/{method}" for method in METHODS} <= names
     for method in PIPELINES:
         assert {f"{method}/generate", f"quickstart/{method}-generate"} <= names
 

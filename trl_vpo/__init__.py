@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from trl_vpo.data.collator import PreferenceCollator
     from trl_vpo.data.identity import versions
     from trl_vpo.evaluate.callback import EvaluationCallback
+    from trl_vpo.trainers.ddpo import DDPOConfig, DDPOTrainer
     from trl_vpo.trainers.dpo import VisualDPOConfig, VisualDPOTrainer
     from trl_vpo.trainers.leanpo import LeanPOConfig, LeanPOTrainer
     from trl_vpo.trainers.lpoi import LPOIConfig, LPOITrainer
     from trl_vpo.trainers.rrpo import RRPOConfig, RRPOTrainer
+    from trl_vpo.trainers.simpo import SimPOConfig, SimPOTrainer
+    from trl_vpo.trainers.tdpo import TDPOConfig, TDPOTrainer
 
 try:
     __version__ = version("trl-vpo")
@@ -27,11 +30,16 @@ _HOMES = {
     "trl_vpo.trainers.leanpo": ("LeanPOConfig", "LeanPOTrainer"),
     "trl_vpo.trainers.rrpo": ("RRPOConfig", "RRPOTrainer"),
     "trl_vpo.trainers.lpoi": ("LPOIConfig", "LPOITrainer"),
+    "trl_vpo.trainers.simpo": ("SimPOConfig", "SimPOTrainer"),
+    "trl_vpo.trainers.tdpo": ("TDPOConfig", "TDPOTrainer"),
+    "trl_vpo.trainers.ddpo": ("DDPOConfig", "DDPOTrainer"),
     "trl_vpo.data.collator": ("PreferenceCollator",),
     "trl_vpo.evaluate.callback": ("EvaluationCallback",),
     "trl_vpo.data.identity": ("versions",),
 }
 __all__ = [
+    "DDPOConfig",
+    "DDPOTrainer",
     "EvaluationCallback",
     "LPOIConfig",
     "LPOITrainer",
@@ -40,6 +48,10 @@ __all__ = [
     "PreferenceCollator",
     "RRPOConfig",
     "RRPOTrainer",
+    "SimPOConfig",
+    "SimPOTrainer",
+    "TDPOConfig",
+    "TDPOTrainer",
     "VisualDPOConfig",
     "VisualDPOTrainer",
     "__version__",

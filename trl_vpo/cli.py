@@ -343,4 +343,6 @@ def _add_recipes(commands) -> None:
 def _add_quickstart(commands) -> None:
     parser = _add(commands, "quickstart", quickstart, "train all methods on a small world, on a CPU, in minutes")
     parser.add_argument("--out", metavar="DIR", type=Path, default="outputs/quickstart", help="folder to write")
-    parser.add_argument("--methods", metavar="METHOD", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument(
+        "--methods", metavar="METHOD", nargs="+", choices=METHODS, default=["dpo", "leanpo", "rrpo", "lpoi"]
+    )

@@ -9,23 +9,23 @@ from peft import LoraConfig
 
 import trl_vpo
 from trl_vpo.testbed import rows, tiny_vlm
+from trl_vpo.training.methods import METHODS
 
 PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 EXPLAINED = set(re.findall(r"`([\w/<>]+)`", PAGE))
 DAMAGES = ("shuffled", "masked", "blank")
-CLASSES = {"dpo": "VisualDPO", "leanpo": "LeanPO", "rrpo": "RRPO", "lpoi": "LPOI"}
 
 
-@pytest.mark.parametrize("method", CLASSES)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_logged_name_is_explained(method, tmp_path):
     kind = "scene" if method == "lpoi" else "clip"
     _, pairs = rows.write_preferences(kind, 4, 1, tmp_path / "media")
     dataset = Dataset.from_list(pairs)
-    args = getattr(trl_vpo, f"{CLASSES[method]}Config")(
+    args = getattr(trl_vpo, METHODS[method][0])(
         str(tmp_path / "out"), num_frames=8, max_steps=1, logging_steps=1, eval_strategy="steps", eval_steps=1,
         per_device_train_batch_size=2, save_strategy="no", report_to="none", use_cpu=True, learning_rate=1e-4,
     )  # fmt: skip
-    trainer = getattr(trl_vpo, f"{CLASSES[method]}Trainer")(
+    trainer = getattr(trl_vpo, METHODS[method][1])(
         str(tiny_vlm.BASE), args=args, train_dataset=dataset, eval_dataset=dataset,
         peft_config=LoraConfig(target_modules="language"),
     )  # fmt: skip

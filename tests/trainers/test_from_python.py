@@ -174,10 +174,12 @@ def test_a_rate_of_full_fine_tuning_for_lora_is_named(rate, peft, warnings, tmp_
     args = METHODS["leanpo"][0](str(tmp_path), use_cpu=True, bf16=False, report_to="none", **more)
     trainer_of("leanpo", tmp_path, model=model, processor=processor, args=args, peft=peft)
     warned = [str(w.message) for w in recwarn if "learning_rate is 5e-07" in str(w.message)]
-    assert len(warned) == warnings and all("The LoRA recipes of LeanPO have 5e-06." in text for text in warned)
+    assert len(warned) == warnings and all("The LoRA recipes have 5e-06." in text for text in warned)
 
 
 def test_the_rates_of_the_recipes_are_as_told():
-    for method in METHODS:
-        recipe = yaml.safe_load(Path(f"recipes/{method}/qwen2_5_vl_3b_lora_24gb.yaml").read_text())
+    paths = list(Path("recipes").glob("*/qwen2_5_vl_3b_lora_24gb.yaml"))
+    assert {"dpo", "leanpo", "rrpo", "lpoi"} <= {path.parent.name for path in paths} <= set(METHODS)
+    for path in paths:
+        recipe = yaml.safe_load(path.read_text())
         assert recipe["learning_rate"] == pytest.approx(setup.LORA_RATE)

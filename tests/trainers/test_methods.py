@@ -55,6 +55,31 @@ def rrpo(rows, args):
     return sum(losses) / len(losses)
 
 
+def simpo(rows, args):
+    losses, tokens = [], torch.cat([row[0][0] for row in rows])
+    for (w, *_), (y, *_) in rows:
+        u = args.beta * (w.mean() - y.mean()) - args.target_margin
+        losses.append(-(1 - args.label_smoothing) * logsigmoid(u) - args.label_smoothing * logsigmoid(-u))
+    return sum(losses) / len(losses) - args.nll_weight * tokens.mean()
+
+
+def tdpo(rows, args):
+    losses = []
+    for (w, rw, kw, _), (y, ry, ky, _) in rows:
+        gap = ky.sum() - kw.sum() if args.variant == "tdpo1" else args.alpha * (ky.sum() - kw.sum().detach())
+        losses.append(-logsigmoid(args.beta * ((w - rw).sum() - (y - ry).sum() - gap)))
+    return sum(losses) / len(losses)
+
+
+def ddpo(rows, args):
+    losses = []
+    for pair in rows:
+        weights = [torch.where(phrase, args.phrase_weight, 1.0) for *_, phrase in pair]
+        s = [((p - r) * w).sum() / (w.sum() if args.normalize else 1) for (p, r, *_), w in zip(pair, weights)]
+        losses.append(-logsigmoid(args.beta * (s[0] - s[1])))
+    return sum(losses) / len(losses)
+
+
 def lpoi(rows, args):
     losses = []
     for first, (y, ry, *_), *others in rows:
@@ -85,6 +110,12 @@ CASES = {
     ),
     "RRPO": ("rrpo", rrpo, {"alpha": 0.5, "beta": 0.9}),
     "RRPO, published": ("rrpo", rrpo, {}),
+    "SimPO": ("simpo", simpo, {}),
+    "SimPO, smoothed": ("simpo", simpo, {"label_smoothing": 0.2, "nll_weight": 0.3, "target_margin": 1.5}),
+    "TDPO1": ("tdpo", tdpo, {"variant": "tdpo1", "beta": 0.9}),
+    "TDPO2": ("tdpo", tdpo, {"alpha": 0.8, "beta": 0.9}),
+    "DDPO": ("ddpo", ddpo, {"phrase_weight": 3.0, "beta": 0.9}),
+    "DDPO, the paper's": ("ddpo", ddpo, {"phrase_weight": 5.0, "beta": 0.5, "normalize": True}),
 }
 
 
@@ -105,7 +136,7 @@ def test_loss_and_gradients_by_hand(case, name, layout, images, tmp_path):
     trainer = trainer_of(method, tmp_path, rows, name=name, layout=layout, **more)
     shake(trainer.model)
     batch = collated(trainer)
-    if method == "rrpo":  # phrases are a part of the response, on some side
+    if method in ("rrpo", "ddpo"):  # phrases are a part of the response, on some side
         assert (batch["phrase_mask"] != batch["branch_mask"]).any() and batch["phrase_mask"].any()
     assert_same_loss(trainer, batch, formula)
 

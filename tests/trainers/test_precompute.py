@@ -213,9 +213,12 @@ def test_what_cannot_be_precomputed(tmp_path):
         trainer.predict(Dataset.from_list(text_rows(2)))
 
 
-@pytest.mark.parametrize("method", ["leanpo", "rrpo"])
-def test_methods_that_cannot(method, tmp_path):
-    reason = {"leanpo": "no reference model", "rrpo": "whole next-token distributions"}[method]
+CANNOT = dict.fromkeys(["leanpo", "simpo"], "no reference model") | {"ddpo": "log-probs of each token"}
+CANNOT |= dict.fromkeys(["rrpo", "tdpo"], "whole next-token distributions")
+
+
+@pytest.mark.parametrize(("method", "reason"), CANNOT.items())
+def test_methods_that_cannot(method, reason, tmp_path):
     for options in (AHEAD, {"precompute_ref_batch_size": 2}, {"precompute_cache_dir": "x"}):
         with pytest.raises(ValueError, match=reason):
             config(method, tmp_path, **options)

@@ -183,7 +183,7 @@ def _check_lora(recipe: LoadedRecipe, peft_config: PeftConfig, report: Report) -
         report.add("LoRA", STOP, str(error).split(". Please check")[0])
         recipe.model = None
         return
-    if wrong := low_rate(recipe.args, recipe.trainer_class._name):
+    if wrong := low_rate(recipe.args):
         report.add("learning rate", WARN, wrong)
     text = f"{len(adapted.modules)} modules adapted, {len(adapted.vision)} of them in vision tower or projector"
     if adapted.vision:

@@ -55,7 +55,8 @@ def workload_of(trees: list[Tree], recipe: LoadedRecipe) -> Workload:
         padding = {"pad_token_id": tokenizer.pad_token_id, "pad_to_multiple_of": multiple}
         layout = padded(batch, recipe.base.base_model, **padding)
     masks = not str(recipe.model_args.attn_implementation).startswith("flash")  # which takes lengths instead
-    compared = batch["chosen"] if recipe.trainer_class.needs_kl else batch["chosen"][:0]
+    sides = args.kl_sides if recipe.trainer_class.needs_kl else ()
+    compared = torch.cat([batch["chosen"][:0], *(batch[side] for side in sides)])
     media_ids = torch.tensor(sorted(recipe.media_tokens), dtype=torch.long)
     call = _call(layout, media_ids, compared, masks)
     held = {id(x) for x in tree_leaves(batch["media"])}  # alone, they are the call's inputs themselves

@@ -46,7 +46,7 @@ class EvaluationCallback(TrainerCallback):
     sharded (FSDP, ZeRO-3), every process works on all rows: they must meet in every call.
 
     Args:
-        trainer: of any of the four methods; rows are read with its media settings.
+        trainer: of any method; rows are read with its media settings.
         data: a `Dataset`, or what `dataset_name` may be. Rows with a `task` of their own are for `trl-vpo evaluate`;
             a warning counts them.
         every: "eval", at every evaluation of the trainer; or a number of steps.

@@ -51,12 +51,13 @@ class Scorer:
         ranks: SequenceRanks | None = None,
         trains: bool = True,
         balances: bool = False,
+        kl_sides: tuple[str, ...] = ("chosen",),
     ):
         self._policy, self._backbone = policy, policy.base_model
         self._padding = {"pad_token_id": pad_token_id, "pad_to_multiple_of": pad_to_multiple_of}
         self._vision = vision_features(self._backbone)
         self._frozen = FrozenModules(policy)
-        self._ranks, self.trains, self.balances = ranks, trains, balances
+        self._ranks, self.trains, self.balances, self._kl_sides = ranks, trains, balances, kl_sides
         if ranks is not None:
             check_heads(policy, ranks.size)
         self.layout, self.packs = layout, True if layout == "shared" else None
@@ -102,7 +103,7 @@ class Scorer:
             layout.copies,
             ref_hidden=None if reference is None else reference.hidden,
             ref_head=None if reference is None else reference.head,
-            kl_rows=torch.isin(layout.branches, batch["chosen"]),
+            kl_rows=torch.isin(layout.branches, torch.cat([batch[side] for side in self._kl_sides])),
             column_counts=column_counts(layout, len(batch["branch_mask"])) if self.balances else None,
         )
         output = model(**layout.inputs, score=request)

@@ -1,4 +1,4 @@
-"""All four methods on the small world, in a few minutes on two CPU cores: `trl-vpo quickstart`.
+"""The methods on the small world, in a few minutes on two CPU cores: `trl-vpo quickstart`.
 
 It writes clips and scenes, builds preference rows, trains with the recipes `quickstart/METHOD` through the entry
 point of `trl-vpo train`, and compares each method with the base model on held-out samples, all drawn without habits.
@@ -28,6 +28,7 @@ from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.testbed import language, rows, world
 
 METHODS = {"dpo": ("DPO", "clip"), "leanpo": ("LeanPO", "clip"), "rrpo": ("RRPO", "clip"), "lpoi": ("LPOI", "scene")}
+METHODS |= {"simpo": ("SimPO", "clip"), "tdpo": ("TDPO", "clip"), "ddpo": ("DDPO", "clip")}  # where they are named
 TRAIN_ROWS, HELD_OUT_ROWS = 320, 150
 TRAIN_SEED, HELD_OUT_SEED = 11, 12
 CAPTION_TOKENS = 32

@@ -37,15 +37,14 @@ from trl_vpo.trainers.reference import reference_scores
 
 
 class VisualPreferenceTrainer(LoggingTrainer):
-    """The base of the four methods. It takes what [`trl.DPOTrainer`] takes; rows follow `trl_vpo.data.rows`.
+    """The base of all methods. It takes what [`trl.DPOTrainer`] takes; rows follow `trl_vpo.data.rows`.
 
     A method sets `config_class`, `_name`, `_tag_names`, `_paper` and what it needs (`needs_*`), and defines
     `preference_loss`. Differences from `trl.DPOTrainer`:
     - videos, images, text and mixtures of them go through one collator and one code path;
     - nothing is truncated, and rows that cannot be trained on are refused before the first step;
     - log-probs are computed at response tokens only;
-    - `compute_metrics` gets the summed log-probs (chosen, rejected) as predictions and the numbers of response
-      tokens (chosen, rejected) as label ids, instead of logits.
+    - `compute_metrics` gets summed log-probs as predictions and numbers of tokens as label ids, (chosen, rejected).
 
     Raises:
         RowError: rows break the contract or their media cannot be read.
@@ -164,6 +163,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             pad_to_multiple_of=None if (multiple := self.args.pad_to_multiple_of) == "auto" else multiple,
             ranks=self.row_groups.ranks,
             balances=self.aux_loss_enabled,
+            kl_sides=self.args.kl_sides,
         )
         if self.ref_model is not None:
             self.ref_model.eval()  # a copy of a model in training mode is in training mode
@@ -232,7 +232,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         Args:
             model: the policy or the reference, wrapped or not.
             batch: from the collator (see `trl_vpo.forward.tree`), on the model's device.
-            reference: the reference's scores of the same batch; adds `Scores.kl`, with gradients for chosen branches.
+            reference: the reference's scores of the same batch; adds `Scores.kl`, with gradients for `args.kl_sides`.
 
         Returns:
             `Scores` of all S branches, (S, T) each.

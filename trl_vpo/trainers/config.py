@@ -13,9 +13,10 @@ from trl_vpo.models.config import option
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.trainers.row_groups import sp_size
 
+WHOLE = "the KL needs the reference's whole next-token distributions, not log-probs only"
 # Options of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.
 REFUSED = {
-    "loss_type": "each trainer has one loss; choose the method by its trainer (dpo, leanpo, rrpo, lpoi)",
+    "loss_type": "each trainer has one loss; choose the method by its trainer",
     "loss_weights": "each trainer has one loss, with weights of its own",
     "ld_alpha": "length-desensitised DPO is a variant of the DPO loss that is not implemented here",
     "f_divergence_type": "the methods are defined for the reverse KL only",
@@ -28,6 +29,18 @@ REFUSED = {
     "include_num_input_tokens_seen": "every log line has `num_tokens`",
 }
 _TRL_FIELDS = fields(DPOConfig)
+_PRECOMPUTING = ("precompute_ref_log_probs", "precompute_ref_batch_size")
+_REFERENCE = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", *_PRECOMPUTING)
+
+
+def without_reference(method: str) -> dict[str, str]:
+    """Return the options that a method without a reference refuses, with the reason."""
+    return dict.fromkeys(_REFERENCE, f"{method} has no reference model")
+
+
+def without_precomputing(reason: str = WHOLE) -> dict[str, str]:
+    """Return the options that a method refuses for which summed log-probs of the reference are not enough."""
+    return dict.fromkeys(_PRECOMPUTING, reason)
 
 
 @dataclass(repr=False)
@@ -104,6 +117,7 @@ class VisualPreferenceConfig(DPOConfig):
     )
 
     refused = REFUSED  # no annotation: not a field
+    kl_sides = ("chosen",)  # the responses whose KL is trained, where a method needs one; the others' is a metric
 
     def __post_init__(self):
         super().__post_init__()

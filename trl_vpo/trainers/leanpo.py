@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from trl_vpo.losses import PreferenceLoss, leanpo_loss
 from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, without_reference
 from trl_vpo.trainers.logs import PAIRWISE
-
-REASON = "LeanPO has no reference model"
 
 
 @dataclass(repr=False)
@@ -39,16 +37,7 @@ class LeanPOConfig(VisualPreferenceConfig):
     nll_weight: float = option(0.5, "Weight of the negative log-likelihood of the chosen responses.")
     symmetric_margin: bool = option(False, "SimPO's sign of the margin in the swapped term.")
 
-    refused = REFUSED | dict.fromkeys(
-        (
-            "sync_ref_model",
-            "ref_model_mixup_alpha",
-            "ref_model_sync_steps",
-            "precompute_ref_log_probs",
-            "precompute_ref_batch_size",
-        ),
-        REASON,
-    )
+    refused = REFUSED | without_reference("LeanPO")
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from trl_vpo.losses import PreferenceLoss, rrpo_loss
 from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
-
-WHOLE = "the KL needs the reference's whole next-token distributions, not log-probs only"
+from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, without_precomputing
 
 
 @dataclass(repr=False)
@@ -26,11 +24,7 @@ class RRPOConfig(VisualPreferenceConfig):
     learning_rate: float = option(5e-6, "Initial learning rate; the paper's, with LoRA.")
     alpha: float = option(0.01, "Weight of the KL to the reference, summed over the chosen response's tokens.")
 
-    refused = REFUSED | {
-        "label_smoothing": "RRPO has no label smoothing",
-        "precompute_ref_log_probs": WHOLE,
-        "precompute_ref_batch_size": WHOLE,
-    }
+    refused = REFUSED | without_precomputing() | {"label_smoothing": "RRPO has no label smoothing"}
 
 
 class RRPOTrainer(VisualPreferenceTrainer):

@@ -184,19 +184,19 @@ def check_recomputing(trainer: Any) -> None:
         )
 
 
-def low_rate(args: VisualPreferenceConfig, method: str) -> str | None:
+def low_rate(args: VisualPreferenceConfig) -> str | None:
     """Return a warning about a learning rate that is too low for LoRA, or None."""
     if args.learning_rate > LOWEST_LORA_RATE:
         return None
     return (
         f"learning_rate is {args.learning_rate:g}, as in full fine-tuning: LoRA hardly learns with it. The LoRA "
-        f"recipes of {method} have {LORA_RATE:g}."
+        f"recipes have {LORA_RATE:g}."
     )
 
 
 def warn_of_low_rate(trainer: Any) -> None:
     """Warn whoever made the trainer of such a rate."""
-    warning = low_rate(trainer.args, trainer._name) if is_peft_model(trainer.model) else None
+    warning = low_rate(trainer.args) if is_peft_model(trainer.model) else None
     if warning and trainer.accelerator.is_main_process:
         warnings.warn(warning, stacklevel=4)
 

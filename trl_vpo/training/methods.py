@@ -7,6 +7,9 @@ METHODS = {  # method: the names of its config and its trainer in `trl_vpo.train
     "leanpo": ("LeanPOConfig", "LeanPOTrainer"),
     "rrpo": ("RRPOConfig", "RRPOTrainer"),
     "lpoi": ("LPOIConfig", "LPOITrainer"),
+    "simpo": ("SimPOConfig", "SimPOTrainer"),
+    "tdpo": ("TDPOConfig", "TDPOTrainer"),
+    "ddpo": ("DDPOConfig", "DDPOTrainer"),
 }
 
 

@@ -17,7 +17,8 @@ from trl_vpo.errors import PlotError
 from trl_vpo.report.plot.history import History
 
 STATE = "trainer_state.json"
-METHOD_NAMES = {"dpo": "DPO", "leanpo": "LeanPO", "rrpo": "RRPO", "lpoi": "LPOI"}
+METHOD_NAMES = {"dpo": "DPO", "leanpo": "LeanPO", "rrpo": "RRPO", "lpoi": "LPOI", "simpo": "SimPO", "tdpo": "TDPO"}
+METHOD_NAMES |= {"ddpo": "DDPO"}
 
 
 @dataclass
