@@ -55,8 +55,8 @@ def test_the_media_matter(name, kind, media, tmp_path):
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_two_steps_move_the_adapter_and_nothing_else(method, name, kind, media, tmp_path):
-    if method == "lpoi" and kind == "video":
-        pytest.skip("LPOI ranks images")
+    if METHODS[method][1].needs_image_list and kind == "video":
+        pytest.skip("images are ranked")
     more = {"critical_box": [4, 8, 30, 40]} if method == "lpoi" else {}
     trainer = trainer_on(method, name, dataset(kind, media, **more), tmp_path)
     before, adapter = snapshot(trainer.model), trainable(trainer.model)

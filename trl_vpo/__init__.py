@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from trl_vpo.data.identity import versions
     from trl_vpo.evaluate.callback import EvaluationCallback
     from trl_vpo.trainers.ddpo import DDPOConfig, DDPOTrainer
+    from trl_vpo.trainers.dpa import DPAConfig, DPATrainer
     from trl_vpo.trainers.dpo import VisualDPOConfig, VisualDPOTrainer
     from trl_vpo.trainers.leanpo import LeanPOConfig, LeanPOTrainer
     from trl_vpo.trainers.lpoi import LPOIConfig, LPOITrainer
+    from trl_vpo.trainers.mdpo import MDPOConfig, MDPOTrainer
     from trl_vpo.trainers.rrpo import RRPOConfig, RRPOTrainer
     from trl_vpo.trainers.simpo import SimPOConfig, SimPOTrainer
     from trl_vpo.trainers.tdpo import TDPOConfig, TDPOTrainer
@@ -33,6 +35,8 @@ _HOMES = {
     "trl_vpo.trainers.simpo": ("SimPOConfig", "SimPOTrainer"),
     "trl_vpo.trainers.tdpo": ("TDPOConfig", "TDPOTrainer"),
     "trl_vpo.trainers.ddpo": ("DDPOConfig", "DDPOTrainer"),
+    "trl_vpo.trainers.mdpo": ("MDPOConfig", "MDPOTrainer"),
+    "trl_vpo.trainers.dpa": ("DPAConfig", "DPATrainer"),
     "trl_vpo.data.collator": ("PreferenceCollator",),
     "trl_vpo.evaluate.callback": ("EvaluationCallback",),
     "trl_vpo.data.identity": ("versions",),
@@ -40,11 +44,15 @@ _HOMES = {
 __all__ = [
     "DDPOConfig",
     "DDPOTrainer",
+    "DPAConfig",
+    "DPATrainer",
     "EvaluationCallback",
     "LPOIConfig",
     "LPOITrainer",
     "LeanPOConfig",
     "LeanPOTrainer",
+    "MDPOConfig",
+    "MDPOTrainer",
     "PreferenceCollator",
     "RRPOConfig",
     "RRPOTrainer",

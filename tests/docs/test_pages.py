@@ -33,7 +33,8 @@ GENERATE = {
     "rrpo": (RRPOPipeline, RRPOGenerateConfig),
     "lpoi": (LPOIPipeline, LPOIGenerateConfig),
 }
-BATCHES = {"dpo": 64, "leanpo": 8, "rrpo": 32, "lpoi": 64, "simpo": 128, "tdpo": 64, "ddpo": 32}  # of the papers
+BATCHES = {"dpo": 64, "leanpo": 8, "rrpo": 32, "lpoi": 64, "simpo": 128, "tdpo": 64, "ddpo": 32}
+BATCHES |= {"mdpo": 32, "dpa": 64}  # of the papers
 LAUNCH = {"--accelerate_config", "--num_processes", "--config", "--help", "--help-all"}
 PLACEHOLDER = re.compile(r"^[A-Z_]+(\.\w+)?$|^\.\.\.$|^OUT|^URL$")
 
@@ -55,7 +56,7 @@ def inputs_of(block):
 
 @marked("reads: row")
 def test_rows_are_read(block):
-    needs = {"phrases": "rrpo" in block.mark, "image_list": "lpoi" in block.mark}
+    needs = {"phrases": "rrpo" in block.mark and "paired", "image_list": "lpoi" in block.mark}
     for example in objects(block):
         row = read_row(example, **needs)
         assert row.images or row.videos or "<" not in str(row.prompt)
@@ -136,7 +137,7 @@ def test_the_papers_settings_are_a_config(block):
     assert type(args).__name__ == METHODS[method][0]
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == BATCHES[method]
     own = {field.name for field in fields(type(args))} & {"beta", "alpha", "num_images", "target_margin"}
-    assert own <= set(re.findall(r"^    (\w+)=", block.text, re.M))
+    assert own - args.refused.keys() <= set(re.findall(r"^    (\w+)=", block.text, re.M))
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

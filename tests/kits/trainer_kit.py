@@ -15,14 +15,14 @@ from trl_vpo.training import methods
 
 METHODS = {method: methods.method_classes(method) for method in methods.METHODS}  # (config, trainer)
 TEXT_METHODS = [method for method, (_, trainer) in METHODS.items() if not trainer.needs_image_list]
-PAIRS = [  # responses of different lengths, so that every batch is ragged
+PAIRS = [  # responses of different lengths, so that every batch is ragged; some words are replaced in each
     ("a red square moves left.", "a blue circle moves left."),
-    ("a square.", "two red circles and a blue square move to the right."),
+    ("a square.", "two red circles and a blue circle move to the right."),
     ("the red circle moves right and then left again.", "nothing."),
     ("What is in the picture? a red square.", "a blue square."),
     ("a blue circle moves right.", "a red circle moves right, and so does a square."),
     ("left.", "right."),
-    ("it moves left, then right, then left.", "it moves."),
+    ("it moves left, then right, then left.", "a picture."),
     ("blue.", "a circle that is red."),
 ]
 QUIET = {

@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from trl_vpo.text.phrases import PhraseError, spans_to_token_mask, split_words
+from trl_vpo.text.phrases import PhraseError, spans_to_token_ids, split_words
 
 TEXTS = [
     "A red car 🚗 turns left, then stops.",
@@ -98,7 +98,7 @@ def check_every_phrase(tokenizer, size_of, with_text=False):
                 end = words[j][1]
                 phrase = set(range(len(prompt) + start, len(prompt) + end))
                 more = {"text": text} if with_text else {}
-                mask = spans_to_token_mask([(start, end)], offsets, shift=len(prompt), **more)
+                mask = spans_to_token_ids([(start, end)], offsets, shift=len(prompt), **more)
                 assert mask == [int(bool(owns & phrase)) for owns in owned], (response[start:end], tokens)
 
 
@@ -120,37 +120,37 @@ def test_tokens_of_sentencepiece_unigram_need_the_text():
     check_every_phrase(tokenizer, token_size, with_text=True)
     encoding = tokenizer.encode("🙂🙃")
     assert set(encoding.offsets) == {(0, 2)}  # the reason for `text`: all eight byte tokens claim both characters
-    assert sum(spans_to_token_mask([(0, 1)], encoding.offsets)) == 8
-    assert spans_to_token_mask([(0, 1)], encoding.offsets, text="🙂🙃") == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert sum(spans_to_token_ids([(0, 1)], encoding.offsets)) == 8
+    assert spans_to_token_ids([(0, 1)], encoding.offsets, text="🙂🙃") == [1, 1, 1, 1, 0, 0, 0, 0]
 
 
 def test_space_before_a_phrase(sentencepiece):
     text = "the 汽 red"  # a lone ▁ before the character that is not in the vocabulary
     encoding = sentencepiece.encode(text, add_special_tokens=False)
     assert encoding.tokens == ["▁the", "▁", "<0xE6>", "<0xB1>", "<0xBD>", "▁red"]
-    assert spans_to_token_mask([(4, 5)], encoding.offsets) == [0, 0, 1, 1, 1, 0]
-    assert spans_to_token_mask([(6, 9)], encoding.offsets) == [0, 0, 0, 0, 0, 1]
-    assert spans_to_token_mask([(0, 5)], encoding.offsets) == [1, 1, 1, 1, 1, 0]
+    assert spans_to_token_ids([(4, 5)], encoding.offsets) == [0, 0, 1, 1, 1, 0]
+    assert spans_to_token_ids([(6, 9)], encoding.offsets) == [0, 0, 0, 0, 0, 1]
+    assert spans_to_token_ids([(0, 5)], encoding.offsets) == [1, 1, 1, 1, 1, 0]
     # documented: the dummy prefix claims the first character
     encoding = sentencepiece.encode("汽 red", add_special_tokens=False)
-    assert spans_to_token_mask([(0, 1)], encoding.offsets) == [1, 1, 1, 1, 0]
+    assert spans_to_token_ids([(0, 1)], encoding.offsets) == [1, 1, 1, 1, 0]
 
 
 def test_nfc_normalizer_keeps_the_character_together():
     """Qwen's tokenizers compose characters first; the combining mark then has no token of its own."""
     tokenizer = byte_level(False, normalizers.NFC())
     encoding = tokenizer.encode("x e\u0301 y")
-    assert spans_to_token_mask([(2, 4)], encoding.offsets) == [0, 0, 1, 1, 0, 0]
+    assert spans_to_token_ids([(2, 4)], encoding.offsets) == [0, 0, 1, 1, 0, 0]
     with pytest.raises(PhraseError, match=r"\[3, 4\) has no token"):
-        spans_to_token_mask([(3, 4)], encoding.offsets)
+        spans_to_token_ids([(3, 4)], encoding.offsets)
 
 
 def test_special_and_cut_tokens():
     offsets = [(0, 0), (0, 3), (3, 7), (7, 7), (0, 0)]
-    assert spans_to_token_mask([(0, 3)], offsets) == [0, 1, 0, 0, 0]
-    assert spans_to_token_mask([(0, 1), (5, 6)], offsets) == [0, 1, 1, 0, 0]
-    assert spans_to_token_mask([], offsets) == [0] * 5
+    assert spans_to_token_ids([(0, 3)], offsets) == [0, 1, 0, 0, 0]
+    assert spans_to_token_ids([(0, 1), (5, 6)], offsets) == [0, 1, 2, 0, 0]
+    assert spans_to_token_ids([], offsets) == [0] * 5
     with pytest.raises(PhraseError, match=r"characters \[2, 6\) has no token"):
-        spans_to_token_mask([(2, 6)], offsets, shift=5)
+        spans_to_token_ids([(2, 6)], offsets, shift=5)
     with pytest.raises(PhraseError, match="has no token"):
-        spans_to_token_mask([(2, 3)], [(0, 0), (1, 2)])
+        spans_to_token_ids([(2, 3)], [(0, 0), (1, 2)])

@@ -143,7 +143,7 @@ def test_offsets_come_before_tags_before_the_diff():
     tagged = phrase_spans("a <MASK> red car </MASK>", "a blue car")
     assert tagged == ("a red car", "a blue car", [(2, 9)], [])
     given = phrase_spans("a <MASK> red </MASK> car", "a blue car", [[6, 9]], [[7, 10], [0, 1]])
-    assert given == ("a red car", "a blue car", [(6, 9)], [(0, 1), (7, 10)])
+    assert given == ("a red car", "a blue car", [(6, 9)], [(7, 10), (0, 1)])
     assert phrase_spans("a red car", "a blue car", [(2, 5)])[2:] == ([(2, 5)], [])
     assert phrase_spans("a car", "a red car")[2:] == ([], [(2, 5)])
 
@@ -167,6 +167,19 @@ def test_unusable_phrases(arguments, message):
         phrase_spans(*arguments)
 
 
-def test_check_spans_sorts_and_keeps_neighbours():
-    assert check_spans([[5, 10], (0, 5)], "0123456789", "chosen") == [(0, 5), (5, 10)]
+def test_check_spans_keeps_order_and_neighbours():
+    assert check_spans([[5, 10], (0, 5)], "0123456789", "chosen") == [(5, 10), (0, 5)]
     assert check_spans(None, "text", "chosen") == []
+
+
+def test_paired_phrases():
+    """DPA: of a word diff what was replaced; of what is given as many on both sides, in the given order."""
+    texts = ("a big red car stops", "a blue car stops now")
+    assert phrase_spans(*texts)[2:] == ([(2, 9)], [(2, 6), (17, 20)])
+    assert phrase_spans(*texts, paired=True)[2:] == ([(2, 9)], [(2, 6)])
+    given = phrase_spans(*texts, [[10, 13], [2, 9]], [[2, 6], [7, 10]], paired=True)
+    assert given[2:] == ([(10, 13), (2, 9)], [(2, 6), (7, 10)])
+    with pytest.raises(PhraseError, match="1 phrases in the chosen and 2 in the rejected response"):
+        phrase_spans(*texts, [[2, 9]], [[2, 6], [7, 10]], paired=True)
+    with pytest.raises(PhraseError, match="no phrase on either side: no words of one response stand in the place of"):
+        phrase_spans("a car", "a red car", paired=True)

@@ -7,17 +7,19 @@ from step_kit import assert_same_gradients, gradients
 from torch.nn.functional import logsigmoid
 from trainer_kit import METHODS, collated, image_rows, shake, text_rows, trainer_of
 
+from trl_vpo.errors import UserError
+
 
 def by_hand(trainer):
-    """Rows of (chosen, rejected, chosen on images 2..N): log-probs, the reference's, KL, phrase tokens of each."""
+    """Rows of (chosen, rejected, chosen on images 2..N): log-probs, the reference's, KL, phrase numbers of each."""
     policy = slow_scores(trainer)
     with torch.no_grad(), trainer.model.disable_adapter():
         reference = slow_scores(trainer)
     parts = zip(of_tokens(policy), of_tokens(reference), slow_kl(policy, reference))
     rows = []
     for tree in (trainer.data_collator.encode(example) for example in trainer.train_dataset):
-        masks = [torch.tensor(branch.phrases or [0] * len(branch.ids)).bool() for branch in tree.branches]
-        rows.append([(*next(parts), mask) for mask in masks])
+        numbers = [torch.tensor(branch.phrases or [0] * len(branch.ids)) for branch in tree.branches]
+        rows.append([(*next(parts), number) for number in numbers])
     return rows
 
 
@@ -50,7 +52,7 @@ def leanpo(rows, args):
 def rrpo(rows, args):
     losses = []
     for (w, rw, kl, pw), (y, ry, _, py) in rows:
-        u = args.beta * ((w - rw)[pw].sum() - (y - ry)[py].sum())
+        u = args.beta * ((w - rw)[pw > 0].sum() - (y - ry)[py > 0].sum())
         losses.append(-logsigmoid(u) + args.alpha * kl.sum())
     return sum(losses) / len(losses)
 
@@ -74,9 +76,17 @@ def tdpo(rows, args):
 def ddpo(rows, args):
     losses = []
     for pair in rows:
-        weights = [torch.where(phrase, args.phrase_weight, 1.0) for *_, phrase in pair]
+        weights = [torch.where(number > 0, args.phrase_weight, 1.0) for *_, number in pair]
         s = [((p - r) * w).sum() / (w.sum() if args.normalize else 1) for (p, r, *_), w in zip(pair, weights)]
         losses.append(-logsigmoid(args.beta * (s[0] - s[1])))
+    return sum(losses) / len(losses)
+
+
+def dpa(rows, args):
+    losses = []
+    for (w, _, kl, pw), (y, _, _, py) in rows:
+        pairs = [(w[pw == i].sum(), y[py == i].sum()) for i in range(1, int(pw.max()) + 1)]
+        losses.append(sum(-logsigmoid(a - b) for a, b in pairs) / len(pairs) + args.alpha * kl.sum())
     return sum(losses) / len(losses)
 
 
@@ -114,14 +124,26 @@ CASES = {
     "SimPO, smoothed": ("simpo", simpo, {"label_smoothing": 0.2, "nll_weight": 0.3, "target_margin": 1.5}),
     "TDPO1": ("tdpo", tdpo, {"variant": "tdpo1", "beta": 0.9}),
     "TDPO2": ("tdpo", tdpo, {"alpha": 0.8, "beta": 0.9}),
+    "DPA": ("dpa", dpa, {"alpha": 0.3}),
     "DDPO": ("ddpo", ddpo, {"phrase_weight": 3.0, "beta": 0.9}),
     "DDPO, the paper's": ("ddpo", ddpo, {"phrase_weight": 5.0, "beta": 0.5, "normalize": True}),
 }
 
 
 def test_every_method_has_a_case():
-    missing = set(METHODS) - {method for method, *_ in CASES.values()} - {"lpoi"}  # has a test of its own
+    missing = set(METHODS) - {method for method, *_ in CASES.values()} - {"lpoi", "mdpo"}  # have tests of their own
     assert not missing, f"write the loss of {sorted(missing)} as a slow loop here, and enter it in CASES"
+
+
+def mdpo(rows, args):
+    losses = []
+    for chosen, rejected, crop in rows:
+        a, b, c = (args.beta * (p.sum() - r.sum()) for p, r, *_ in (chosen, rejected, crop))
+        conditional, anchor = -logsigmoid(a - c), -logsigmoid(a - args.anchor_margin)
+        losses.append(
+            -args.dpo_weight * logsigmoid(a - b) + args.conditional_weight * conditional + args.anchor_weight * anchor
+        )
+    return sum(losses) / len(losses)
 
 
 LAYOUTS = pytest.mark.parametrize("layout", ["separate", "shared"])
@@ -136,7 +158,7 @@ def test_loss_and_gradients_by_hand(case, name, layout, images, tmp_path):
     trainer = trainer_of(method, tmp_path, rows, name=name, layout=layout, **more)
     shake(trainer.model)
     batch = collated(trainer)
-    if method in ("rrpo", "ddpo"):  # phrases are a part of the response, on some side
+    if method in ("rrpo", "ddpo", "dpa"):  # phrases are a part of the response, on some side
         assert (batch["phrase_mask"] != batch["branch_mask"]).any() and batch["phrase_mask"].any()
     assert_same_loss(trainer, batch, formula)
 
@@ -158,6 +180,43 @@ def test_lpoi_by_hand_with_lists_of_different_lengths(name, layout, images, tmp_
         assert logs[f"rewards/image/{k + 1}"] == pytest.approx(reward, rel=1e-4, abs=1e-5), k
 
 
+@LAYOUTS
+@pytest.mark.parametrize("name", ["Qwen2-VL", "LLaVA-1.5"])
+def test_mdpo_by_hand(name, layout, images, tmp_path):
+    """A crop of its own for each row, the same for policy and reference; one row brings its second image."""
+    rows = image_rows(images[:1], 3, critical_box=None, image_list=None)
+    rows[2] |= {"images": None, "image_list": images[:2]}
+    more = {"conditional_weight": 0.7, "anchor_weight": 0.4, "anchor_margin": 0.2, "beta": 0.9, "layout": layout}
+    trainer = trainer_of("mdpo", tmp_path, rows, name=name, **more)
+    shake(trainer.model)
+    hand = assert_same_loss(trainer, collated(trainer), mdpo)
+    logs = trainer._averages("train")
+    for k, branch in ((1, 0), (2, 2)):
+        reward = sum(trainer.beta * (row[branch][0] - row[branch][1]).sum().item() for row in hand) / 3
+        assert logs[f"rewards/image/{k}"] == pytest.approx(reward, rel=1e-4, abs=1e-5)
+    trees = [trainer.data_collator.encode(example) for example in trainer.train_dataset]
+    pixels = [[next(iter(trunk.media.values())) for trunk in tree.trunks] for tree in trees]
+    assert torch.equal(pixels[0][0], pixels[1][0]) and not torch.equal(pixels[0][1], pixels[1][1])
+    assert all(not torch.equal(whole, crop) for whole, crop in pixels)
+
+
+def test_dpa_with_several_pairs_in_a_row(tmp_path):
+    """Phrases that are given out of order, and rows with different numbers of them."""
+    rows = text_rows(3)
+    numbers = ([[[0, 1], [2, 5]], [[7, 11], [0, 1]]], [[[2, 8]], [[0, 3]]], [[[0, 3], [4, 7]], [[0, 4], [4, 7]]])
+    for r, (chosen, rejected) in zip(rows, numbers):
+        r |= {"chosen_phrases": chosen, "rejected_phrases": rejected}
+    trainer = trainer_of("dpa", tmp_path, rows, alpha=0.2)
+    shake(trainer.model)
+    hand = assert_same_loss(trainer, collated(trainer), dpa)
+    assert [int(side[3].max()) for pair in hand for side in pair] == [2, 2, 1, 1, 2, 2]
+    first = hand[0][1][3]
+    assert (first == 1).nonzero().min() > (first == 2).nonzero().max()
+    rows[1]["rejected_phrases"] = [[0, 1], [1, 3]]
+    with pytest.raises(UserError, match="1 phrases in the chosen and 2 in the rejected"):
+        trainer_of("dpa", tmp_path, rows)
+
+
 def test_rrpo_rewards_nothing_outside_the_phrases(images, tmp_path):
     """Phrases that are given count, and only they: the rest of a response reaches the loss through the KL alone."""
     rows = text_rows(2)
@@ -166,7 +225,7 @@ def test_rrpo_rewards_nothing_outside_the_phrases(images, tmp_path):
     trainer = trainer_of("rrpo", tmp_path, rows, alpha=0.0, beta=1.0)
     shake(trainer.model)
     hand = by_hand(trainer)
-    masks = [chosen[3] for chosen, _ in hand]
+    masks = [chosen[3] > 0 for chosen, _ in hand]
     assert all(0 < m.sum() < len(m) for m in masks) and not any(rejected[3].any() for _, rejected in hand)
-    want = sum(-logsigmoid((w - rw)[p].sum()) for (w, rw, _, p), _ in hand) / 2
+    want = sum(-logsigmoid((w - rw)[p > 0].sum()) for (w, rw, _, p), _ in hand) / 2
     torch.testing.assert_close(trainer.compute_loss(trainer.model, collated(trainer)), want, rtol=1e-5, atol=0)

@@ -15,11 +15,11 @@ def entries(trainer, key="entropy"):
 
 
 def rows_for(method, images):
-    if method != "lpoi":
+    if not METHODS[method][1].needs_image_list:
         return "text", text_rows(8)
     rows = image_rows(images, 8)
     for i, r in enumerate(rows):
-        r |= {"image_list": images[: 2 + i % 2], "images": None, "critical_box": None}
+        r |= {"image_list": images[: 2 + i % 2 * (method == "lpoi")], "images": None, "critical_box": None}
     return "Qwen2-VL", rows
 
 

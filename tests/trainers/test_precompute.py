@@ -214,7 +214,7 @@ def test_what_cannot_be_precomputed(tmp_path):
 
 
 CANNOT = dict.fromkeys(["leanpo", "simpo"], "no reference model") | {"ddpo": "log-probs of each token"}
-CANNOT |= dict.fromkeys(["rrpo", "tdpo"], "whole next-token distributions")
+CANNOT |= dict.fromkeys(["rrpo", "tdpo", "dpa"], "whole next-token distributions")
 
 
 @pytest.mark.parametrize(("method", "reason"), CANNOT.items())

@@ -25,6 +25,7 @@ OTHER = {  # a value that is not TRL's default, for every option that some metho
     "precompute_ref_log_probs": True,
     "precompute_ref_batch_size": 4,
     "label_smoothing": 0.1,
+    "beta": 0.3,
     "sync_ref_model": True,
     "ref_model_mixup_alpha": 0.9,
     "ref_model_sync_steps": 7,

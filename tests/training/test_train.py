@@ -113,15 +113,16 @@ def test_full_fine_tuning_with_a_frozen_tower(work, tmp_path):
 
 
 def test_unknown_method():
-    with pytest.raises(RecipeError, match=r"one of dpo, .*, ddpo\. Did you mean rrpo"):
+    with pytest.raises(RecipeError, match=r"one of dpo, .*, dpa\. Did you mean rrpo"):
         parse("rpo", [])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_options_win_over_the_recipe(method, work):
-    argv = [f"--config={work / 'recipe.yaml'}", "--beta", "0.7", "--no_remove_unused_columns"]
+    own = "alpha" if method == "dpa" else "beta"
+    argv = [f"--config={work / 'recipe.yaml'}", f"--{own}", "0.7", "--no_remove_unused_columns"]
     script_args, training_args, model_args, _ = parse(method, argv)
-    assert (training_args.beta, training_args.learning_rate) == (0.7, 0.01)
+    assert (getattr(training_args, own), training_args.learning_rate) == (0.7, 0.01)
     assert script_args.dataset_name == str(work / "data")
     assert model_args.lora_target_modules == LORA  # a string stays a regular expression
 

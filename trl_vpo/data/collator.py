@@ -1,6 +1,7 @@
 """Rows -> tree batch: chat template, tokens, phrases, frames. Runs in the data-loader workers."""
 
 from dataclasses import dataclass, field, replace
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -18,9 +19,10 @@ from trl_vpo.errors import MediaError, PhraseError, RowError
 from trl_vpo.forward.families import PROMPT_MASKS
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 from trl_vpo.media.budget import PixelBudget, video_budget
+from trl_vpo.media.corruptions import random_crop
 from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
 from trl_vpo.media.masking import masked_image_list
-from trl_vpo.text.phrases import Span, spans_to_token_mask
+from trl_vpo.text.phrases import Span, spans_to_token_ids
 
 SIDES = ("chosen", "rejected")
 REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
@@ -48,8 +50,9 @@ class PreferenceCollator:
         max_pixels: larger images are scaled down to this many pixels. None: videos have their model's own budget (see
             `trl_vpo.media.budget`).
         max_length: prompts with a response longer than this raise an error; nothing is cut.
-        phrases: RRPO: mark the tokens of the phrases that differ.
-        num_images: LPOI: length of the image list drawn from `critical_box`. None: no list.
+        phrases: RRPO: mark the tokens of the phrases that differ. "paired": DPA's, as many on both sides.
+        num_images: LPOI: length of the image list drawn from `critical_box`. "crop": mDPO's image and a random crop of
+            it. None: no list.
         visual_prompt: LPOI: draw the red ellipse.
         media_root: folder of the media.
         frame_cache: folder that keeps decoded clips (see `trl_vpo.media.frame_cache`). None: no cache.
@@ -63,8 +66,8 @@ class PreferenceCollator:
     video: VideoOptions = field(default_factory=VideoOptions)
     max_pixels: int | None = None
     max_length: int | None = None
-    phrases: bool = False
-    num_images: int | None = None
+    phrases: bool | str = False
+    num_images: int | str | None = None
     visual_prompt: bool = True
     media_root: str | None = None
     frame_cache: str | None = None
@@ -92,7 +95,7 @@ class PreferenceCollator:
 
     def encode(self, example: dict) -> Tree:
         """Return a row's tree: trunks of the image list's items; branches chosen, rejected, chosen on the others."""
-        row = read_row(example, phrases=self.phrases, image_list=self.num_images is not None)
+        row = read_row(example, phrases=self.phrases, image_list=self.num_images)
         return replace(self.encode_row(row), ref_sums=example.get(REF_SUMS))
 
     def encode_row(self, row: Row, sides: tuple[str, ...] = SIDES) -> Tree:
@@ -147,7 +150,7 @@ class PreferenceCollator:
         return prompt, [ended(response, self.processing_class) for response in responses]
 
     def _tokens(self, text: str) -> dict:
-        return self.tokenizer(text, **WHOLE, return_offsets_mapping=self.phrases)
+        return self.tokenizer(text, **WHOLE, return_offsets_mapping=bool(self.phrases))
 
     def _first_tokens(self, row: Row, prompt: str) -> list[int]:
         """Return what the tokenizer puts in front, as in generation; not what it puts behind (EOS), to end the prompt.
@@ -176,15 +179,21 @@ class PreferenceCollator:
         tail = self._render(replace(row, **{side: with_text(getattr(row, side), WORD)}), (side,))[1][0]
         spans, moved = _spans_in(response, row, side, tail.rpartition(WORD)[2].strip())
         offsets = whole["offset_mapping"][skip:]
-        return Branch(ids, phrases=spans_to_token_mask(spans, offsets, shift=shift + moved, text=text))
+        numbers = spans_to_token_ids(spans, offsets, shift=shift + moved, text=text)
+        if self.phrases == "paired" and set(numbers) - {0} != set(range(1, len(spans) + 1)):
+            raise PhraseError(f"two phrases of the {side} response share a token. Make them one, on both sides.")
+        return Branch(ids, phrases=numbers)
 
     def _image_lists(self, row: Row) -> list[list]:
-        """Return the images of each trunk: the row's own, or for LPOI one image of the list each."""
+        """Return the images of each trunk: the row's own, or for LPOI and mDPO one image of the list each."""
         load = lambda source: load_image(source, max_pixels=self.max_pixels, media_root=self.media_root)  # noqa: E731
         if self.num_images is None:
             return [[load(source) for source in row.images]]
         if row.image_list is not None:
             return [[load(source)] for source in row.image_list]
+        if self.num_images == "crop":
+            image = load(row.images[0])
+            return [[image], [random_crop(image, crc32(repr([row.prompt, row.chosen, row.rejected]).encode()))]]
         # The box is in pixels of the image as stored, so the list is drawn before anything is scaled.
         image = load_image(row.images[0], media_root=self.media_root, limit=self.max_pixels is None)
         items = masked_image_list(image, row.critical_box, self.num_images, visual_prompt=self.visual_prompt)

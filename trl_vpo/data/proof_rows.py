@@ -68,7 +68,7 @@ def proof_rows(collator: Any, examples: Iterable[dict]) -> list[ProofRow]:
 
 
 def _proof_row(kind: str, example: dict, collator: Any) -> ProofRow:
-    row = read_row(example, image_list=collator.num_images is not None)
+    row = read_row(example, image_list=collator.num_images)
     short = replace(collator, max_length=None, phrases=False)
     if collator.frame_cache is None:  # else a video is read as it lies there: its file may be gone
         video = replace(collator.video, num_frames=min(collator.video.num_frames or FRAMES, FRAMES), fps=None)

@@ -5,7 +5,7 @@
 | `prompt`, `chosen`, `rejected` | message lists (TRL conversational) or strings | all |
 | `videos` (or `video`) | list of: path, `file://` URL, bytes, datasets `Video`, or a list of frames | all |
 | `images` (or `image`) | list of: PIL, path, `file://` URL, bytes, datasets `Image` | all |
-| `chosen_phrases`, `rejected_phrases` | lists of [start, end) character offsets into the response | RRPO |
+| `chosen_phrases`, `rejected_phrases` | lists of [start, end) character offsets into the response | RRPO, DDPO, DPA |
 | `critical_box` | [x0, y0, x1, y1] pixels in `images[0]`; or `image_list`: images, most visible first | LPOI |
 | `id`, `source` | strings, carried into every error message and report | optional |
 """
@@ -67,11 +67,12 @@ def row_name(example: dict, index: int | None = None) -> str:
     return f"{name} ({', '.join(tags)})" if tags else name
 
 
-def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) -> Row:
+def read_row(example: dict, *, phrases: bool | str = False, image_list: bool | int | str | None = False) -> Row:
     """Check an example against the contract and bring it into one shape. No media file is opened.
 
-    `phrases` (RRPO): find the phrases that differ; `<MASK>` tags are taken out of the responses either way.
-    `image_list` (LPOI): require `image_list`, or `critical_box` with an image.
+    `phrases` (RRPO): find the phrases that differ; `<MASK>` tags are taken out of the responses either way. "paired"
+    (DPA): as many on both sides. `image_list` (LPOI): require `image_list`, or `critical_box` with an image. "crop"
+    (mDPO): require an image, or an `image_list` of two.
     """
     name = row_name(example)
     example = {key: value if key in MEDIA else _plain(value) for key, value in example.items()}
@@ -87,7 +88,7 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
         row.prompt = place_media(row.prompt, len(row.images), len(row.videos), words=True)
         _check_prompt(row)
         if phrases:
-            _find_phrases(row, example)
+            _find_phrases(row, example, paired=phrases == "paired")
         # A lone `<MASK>`, in a row where no tag is closed, is a word (BERT's, say).
         elif any(CLOSE in response_text(response) for response in (row.chosen, row.rejected)):
             for side in ("chosen", "rejected"):
@@ -97,7 +98,7 @@ def read_row(example: dict, *, phrases: bool = False, image_list: bool = False) 
                     raise RowError(f"the {side} response: {error}") from error
         _check_responses(row)
         if image_list:
-            _find_image_list(row, example)
+            _find_image_list(row, example, crop=image_list == "crop")
     except (RowError, PhraseError) as error:
         raise RowError(f"{name}: {error}") from error
     return row
@@ -259,7 +260,7 @@ def _visible(text: str) -> bool:
     return any(unicodedata.category(c)[0] in "LNPS" and c not in BLANK for c in text)
 
 
-def _find_phrases(row: Row, example: dict) -> None:
+def _find_phrases(row: Row, example: dict, *, paired: bool) -> None:
     """Fill the phrases and take tags out of the texts."""
     for side in ("chosen", "rejected"):
         response = getattr(row, side)
@@ -267,19 +268,22 @@ def _find_phrases(row: Row, example: dict) -> None:
             raise RowError(f"`{side}` has {len(response)} messages; phrases need exactly one response message.")
     texts = response_text(row.chosen), response_text(row.rejected)
     given = _list(example, "chosen_phrases"), _list(example, "rejected_phrases")
-    chosen, rejected, row.chosen_phrases, row.rejected_phrases = phrase_spans(*texts, *given)
+    chosen, rejected, row.chosen_phrases, row.rejected_phrases = phrase_spans(*texts, *given, paired=paired)
     row.chosen, row.rejected = with_text(row.chosen, chosen), with_text(row.rejected, rejected)
 
 
-def _find_image_list(row: Row, example: dict) -> None:
+def _find_image_list(row: Row, example: dict, *, crop: bool) -> None:
+    method = "mDPO" if crop else "LPOI"
     listed, box = _list(example, "image_list"), _list(example, "critical_box")
     if row.videos:
-        raise RowError("LPOI ranks images, but the row has videos. Train it with LeanPO, RRPO or DPO.")
+        raise RowError(f"{method} ranks images, but the row has videos. Train it with LeanPO, RRPO or DPO.")
     if len(row.images) != 1 and listed != []:
-        raise RowError(f"LPOI needs exactly one image in `images`, the row has {len(row.images)}.")
+        raise RowError(f"{method} needs exactly one image in `images`, the row has {len(row.images)}.")
     if listed is not None:
         if len(listed) < 2:
             raise RowError(f"`image_list` has {len(listed)} image(s); a ranking needs at least two.")
+        if crop and len(listed) > 2:
+            raise RowError(f"`image_list` has {len(listed)} images; mDPO compares two, the image and a corrupted one.")
         image, first = row.images[0], listed[0]
         arrays = isinstance(image, np.ndarray) or isinstance(first, np.ndarray)
         # The same object is not compared: an image would read its pixels, and no file is opened here.
@@ -292,6 +296,8 @@ def _find_image_list(row: Row, example: dict) -> None:
                 "Drop one of the two columns, or put the image first into the list."
             )
         row.image_list = listed
+    elif crop:
+        return  # the collator draws it
     elif box is not None:
         row.critical_box = box
     else:

@@ -6,7 +6,8 @@ A collator makes it from rows with [`tree_batch`]; `trl_vpo.forward.layouts` lay
     trunk_types              dict of (R, P): mm_token_type_ids and the like, where the processor gives them
     branch_ids, branch_mask  (S, T)   responses, padded on the right
     branch_trunk             (S,)     the trunk of each branch
-    phrase_mask              (S, T)   tokens of the phrases that differ (RRPO)
+    phrase_ids               (S, T)   k on the tokens of phrase k, 0 outside of the phrases that differ (DPA)
+    phrase_mask              (S, T)   true on the tokens of any phrase (RRPO)
     chosen, rejected         (B,)     their branches, one pair a row
     image_branches           (B, N)   the branch of y_w on each image, most visible first, -1 where none is (LPOI)
     ref_sums                 (S,)     precomputed summed log-probs of the reference, where the rows carry them
@@ -34,7 +35,7 @@ class Trunk:
 
 @dataclass
 class Branch:
-    """A response: T token ids behind trunk number `trunk` of its row; `phrases` marks phrase tokens."""
+    """A response: T token ids behind trunk number `trunk` of its row; `phrases` has their phrase numbers, or 0."""
 
     ids: list[int]
     trunk: int = 0
@@ -83,7 +84,8 @@ def tree_batch(trees: list[Tree], pad_token_id: int) -> dict:
         "names": [tree.name for tree in trees],
     }
     if branches[0].phrases is not None:
-        batch["phrase_mask"] = _pad([b.phrases for b in branches]).bool()
+        batch["phrase_ids"] = _pad([b.phrases for b in branches])
+        batch["phrase_mask"] = batch["phrase_ids"].bool()
     if trees[0].ref_sums is not None:
         batch["ref_sums"] = torch.tensor([value for tree in trees for value in tree.ref_sums])
     if any(len(tree.trunks) > 1 for tree in trees):

@@ -110,6 +110,16 @@ def apply_damage(frames: np.ndarray, drawn: Damage) -> np.ndarray:
     return picked.permute(0, 2, 3, 1).contiguous().numpy()
 
 
+CROP = DamageSettings(area=(0.01, 0.2))  # mDPO's
+
+
+def random_crop(image: Image.Image, seed: int) -> Image.Image:
+    """Return 1-20 % of an image scaled back to its size: mDPO's corrupted image (arXiv 2406.11839)."""
+    top, left, height, width = draw_damage(np.random.default_rng(seed), 1, image.size[::-1], CROP).crop
+    box = (left, top, left + width, top + height)
+    return image.convert("RGB").resize(image.size, Image.Resampling.BICUBIC, box=box)
+
+
 # --- perturbation -----------------------------------------------------------------------------------------------
 
 FILL = (245, 245, 245)

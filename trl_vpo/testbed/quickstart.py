@@ -28,7 +28,8 @@ from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.testbed import language, rows, world
 
 METHODS = {"dpo": ("DPO", "clip"), "leanpo": ("LeanPO", "clip"), "rrpo": ("RRPO", "clip"), "lpoi": ("LPOI", "scene")}
-METHODS |= {"simpo": ("SimPO", "clip"), "tdpo": ("TDPO", "clip"), "ddpo": ("DDPO", "clip")}  # where they are named
+METHODS |= {"simpo": ("SimPO", "clip"), "tdpo": ("TDPO", "clip"), "ddpo": ("DDPO", "clip")}
+METHODS |= {"mdpo": ("mDPO", "scene"), "dpa": ("DPA", "clip")}  # of these only those that are named
 TRAIN_ROWS, HELD_OUT_ROWS = 320, 150
 TRAIN_SEED, HELD_OUT_SEED = 11, 12
 CAPTION_TOKENS = 32

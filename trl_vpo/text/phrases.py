@@ -31,12 +31,13 @@ _ENDS_WORD, _STARTS_WORD = regex.compile(rf"{_LETTER}$"), regex.compile(_LETTER)
 
 
 def phrase_spans(
-    chosen: str, rejected: str, chosen_phrases=None, rejected_phrases=None
+    chosen: str, rejected: str, chosen_phrases=None, rejected_phrases=None, *, paired: bool = False
 ) -> tuple[str, str, list[Span], list[Span]]:
     """Return both plain responses, without `<MASK>` tags, and the phrases in which they differ.
 
-    One side may have no phrase: words only added or left out, or offsets given for the other side alone. Raises
-    PhraseError for bad offsets or tags, or no phrase on either side.
+    One side may have no phrase: words only added or left out, or offsets given for the other side alone. `paired`:
+    phrase i of one side belongs to phrase i of the other; of a word diff only replaced words count. Raises PhraseError
+    for bad offsets or tags, no phrase on either side, or phrases that should be paired and are not.
     """
     tagged = any(tag in text for tag in (OPEN, CLOSE) for text in (chosen, rejected))
     chosen, chosen_tagged = strip_mask_tags(chosen)
@@ -48,12 +49,19 @@ def phrase_spans(
         spans = chosen_tagged, rejected_tagged
         reason = f"the {OPEN} tags of both responses are empty"
     else:
-        spans = word_diff(chosen, rejected)
+        spans = word_diff(chosen, rejected, replaced=paired)
         reason = "the responses are identical" if chosen == rejected else "the responses differ in white space only"
+        if paired and chosen != rejected:
+            reason = "no words of one response stand in the place of others"
     if not any(spans):
         raise PhraseError(
             f"no phrase on either side: {reason}, so there is nothing to prefer. Drop the row, or mark what differs "
             "with chosen_phrases and rejected_phrases ([start, end) character offsets)."
+        )
+    if paired and len(spans[0]) != len(spans[1]):
+        raise PhraseError(
+            f"{len(spans[0])} phrases in the chosen and {len(spans[1])} in the rejected response: they are compared "
+            "pair by pair, in their order. Mark as many on both sides."
         )
     return chosen, rejected, *spans
 
@@ -62,7 +70,7 @@ def phrase_spans(
 
 
 def check_spans(spans, text: str, side: str) -> list[Span]:
-    """Return given phrases as sorted tuples; None means no phrases. `side`, "chosen" or "rejected", is for messages.
+    """Return given phrases as tuples, in their order; None means no phrases. `side`: chosen or rejected, for messages.
 
     Raises PhraseError: not pairs of integers, empty, inverted, outside the text, or overlapping.
     """
@@ -79,8 +87,7 @@ def check_spans(spans, text: str, side: str) -> list[Span]:
                 f"Offsets count characters (not bytes or tokens) of the plain text without {OPEN} tags."
             )
         checked.append((start, end))
-    checked.sort()
-    for left, right in pairwise(checked):
+    for left, right in pairwise(sorted(checked)):
         if right[0] < left[1]:
             raise PhraseError(f"{side}_phrases overlap: {list(left)} and {list(right)}. Merge or shorten them.")
     return checked
@@ -154,11 +161,12 @@ def split_words(text: str) -> list[Span]:
     return [match.span() for match in _WORD.finditer(text) if not match.group().isspace()]
 
 
-def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
+def word_diff(chosen: str, rejected: str, *, replaced: bool = False) -> tuple[list[Span], list[Span]]:
     """Return the spans in which two responses differ, word by word.
 
     Adjacent differing words make one phrase, with the white space between them. White space by itself is not a
-    difference, nor are two encodings of the same character (é composed or not); case is.
+    difference, nor are two encodings of the same character (é composed or not); case is. `replaced`: words that only
+    one response has, with nothing in their place in the other, do not count.
     """
     words = split_words(chosen), split_words(rejected)
     keys = [
@@ -166,10 +174,11 @@ def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
         for text, spans in zip((chosen, rejected), words)
     ]
     phrases: tuple[list[Span], list[Span]] = ([], [])
+    kinds = {"replace"} if replaced else {"replace", "insert", "delete"}
     # autojunk would ignore every word that makes up more than 1 % of a long response
     for kind, *cuts in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
         for side, (first, last) in enumerate((cuts[:2], cuts[2:])):
-            if kind != "equal" and first < last:
+            if kind in kinds and first < last:
                 phrases[side].append((words[side][first][0], words[side][last - 1][1]))
     return phrases
 
@@ -177,10 +186,12 @@ def word_diff(chosen: str, rejected: str) -> tuple[list[Span], list[Span]]:
 # --- tokens -----------------------------------------------------------------------------------------------------
 
 
-def spans_to_token_mask(
+def spans_to_token_ids(
     spans: Sequence[Span], offsets: Sequence[Span], *, shift: int = 0, text: str | None = None
 ) -> list[int]:
-    """Return 1 for every token that overlaps a phrase, 0 for the others. Raises PhraseError: a phrase without a token.
+    """Return k for every token that overlaps phrase k, from 1, and 0 for the others; of two phrases, the later.
+
+    Raises PhraseError: a phrase without a token.
 
     `offsets`: [start, end) of each token as the fast tokenizer gives them, in characters of the `text` that it was
     given, where the response begins at `shift`. All byte tokens of a character carry the character's offsets, so they
@@ -194,8 +205,8 @@ def spans_to_token_mask(
     """
     if text is not None:
         offsets = _split_byte_runs(offsets, text)
-    mask = [0] * len(offsets)
-    for start, end in spans:
+    ids = [0] * len(offsets)
+    for number, (start, end) in enumerate(spans, 1):
         first, last = start + shift, end + shift
         hits = [i for i, (left, right) in enumerate(offsets) if left < last and first < right]
         if not any(offsets[i][0] < offsets[i][1] for i in hits):
@@ -204,8 +215,8 @@ def spans_to_token_mask(
                 "the tokenizer drops these characters: move the phrase to whole words, or leave it out."
             )
         for i in hits:
-            mask[i] = 1
-    return mask
+            ids[i] = number
+    return ids
 
 
 def _split_byte_runs(offsets: Sequence[Span], text: str) -> list[Span]:

@@ -54,8 +54,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
     config_class: type[VisualPreferenceConfig]
     needs_reference = True  # the loss compares with a reference model
     needs_kl = False  # ... token by token, over the whole vocabulary: `scores.kl`
-    needs_phrases = False  # rows mark the phrases that differ: `batch["phrase_mask"]`
-    needs_image_list = False  # rows have several images, the more visible first: `batch["image_branches"]`
+    needs_phrases = False  # rows mark the phrases that differ: `batch["phrase_mask"]`; "paired": `batch["phrase_ids"]`
+    needs_image_list = False  # rows have several images: `batch["image_branches"]`; "crop": an image and a crop of it
 
     def __init__(
         self,

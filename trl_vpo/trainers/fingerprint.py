@@ -24,7 +24,7 @@ NO_MATTER |= {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 def row_key(example: dict, collator: PreferenceCollator) -> str:
     """Return the digest of a row's own content. Media files are known by path, size and time of the last change."""
-    row = read_row(example, image_list=collator.num_images is not None)
+    row = read_row(example, image_list=collator.num_images)
     sources = (row.images, row.videos, row.image_list or [])
     try:
         media = [[source_identity(source, collator.media_root, _size_and_time) for source in kind] for kind in sources]

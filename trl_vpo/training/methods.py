@@ -10,6 +10,8 @@ METHODS = {  # method: the names of its config and its trainer in `trl_vpo.train
     "simpo": ("SimPOConfig", "SimPOTrainer"),
     "tdpo": ("TDPOConfig", "TDPOTrainer"),
     "ddpo": ("DDPOConfig", "DDPOTrainer"),
+    "mdpo": ("MDPOConfig", "MDPOTrainer"),
+    "dpa": ("DPAConfig", "DPATrainer"),
 }
 
 

@@ -42,7 +42,7 @@ def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[st
     }
 
 
-def describe_media(args: Any, processing_class: Any, columns: Iterable[str] | None, image_list: bool) -> str:
+def describe_media(args: Any, processing_class: Any, columns: Iterable[str] | None, image_list: bool | str) -> str:
     """Say what is read of the media that the rows' columns name, and how large. None: unknown columns."""
     columns = set(columns or ("videos", "images"))
     pixels = f"at most {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
@@ -56,7 +56,9 @@ def describe_media(args: Any, processing_class: Any, columns: Iterable[str] | No
             most = budget.limits(args.max_frames if args.fps else args.num_frames)[1]
             size = f"at most {most:,.0f} pixels a frame (the model's own budget)"
         sizes[size] = [f"{frames} of a video"]
-    if image_list:
+    if image_list == "crop":
+        sizes.setdefault(pixels, []).append("images, and a random crop of each")
+    elif image_list:
         sizes.setdefault(pixels, []).append(f"{args.num_images} images of a critical_box")
     elif {"image", "images"} & columns:
         sizes.setdefault(pixels, []).append("images")

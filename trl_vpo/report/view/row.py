@@ -73,7 +73,7 @@ def show_row(index: int, example: dict | Unreadable, look: Look) -> tuple[dict, 
         response = getattr(row, side)
         text, phrases = response_text(response), getattr(row, f"{side}_phrases") or []
         # Offsets would not do: they count code points here, and UTF-16 units in a browser.
-        cuts = [0, *(offset for span in phrases for offset in span), len(text)]
+        cuts = [0, *(offset for span in sorted(phrases) for offset in span), len(text)]
         record[side] = [text[start:end] for start, end in pairwise(cuts)]
         if not isinstance(response, str) and (len(response) > 1 or set(response[0]) - {"role", "content"}):
             record[f"{side}_messages"] = as_json(response)
