@@ -89,7 +89,7 @@ class Check:
         self._options, self._parts, self._folder, self._command = options, parts, folder, command
         self._end = time.monotonic() + seconds
         self.rows: list[dict] = []
-        self._machine: dict[str, str] = {}
+        self._machine: dict[str, object] = {"device": options.device, "tiny": options.tiny}
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "gpu_check.log"
         log.unlink(missing_ok=True)
@@ -99,7 +99,7 @@ class Check:
         """Run all parts, and return the two files."""
         try:
             kind, answer = self._worker.ask("machine", "", None, [], self._end - time.monotonic())
-            self._machine = answer if kind == "ok" else {"problem": answer}
+            self._machine |= answer if kind == "ok" else {"problem": answer}
             print("; ".join(f"{name} {value}" for name, value in self._machine.items()), flush=True)
             deadline = time.monotonic()  # what the imports took is nobody's share
             second = (self._end - deadline) / sum(SHARES[part] for part in self._parts)

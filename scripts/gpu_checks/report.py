@@ -88,12 +88,13 @@ def with_ratios(rows: list[dict]) -> list[dict]:
     return found
 
 
-def write(folder: Path, rows: list[dict], machine: dict[str, str], command: str) -> tuple[Path, Path]:
+def write(folder: Path, rows: list[dict], machine: dict[str, object], command: str) -> tuple[Path, Path]:
     """Write both files whole, in the place of those of before."""
     rows = with_ratios(rows)
+    facts = {"command": command, "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"} | machine
     texts = {
-        folder / "gpu_check.json": json.dumps(rows, indent=1) + "\n",
-        folder / "gpu_check.md": page(rows, machine, command),
+        folder / "gpu_check.json": json.dumps([{"part": "machine"} | facts, *rows], indent=1) + "\n",
+        folder / "gpu_check.md": page(rows, facts),
     }
     for path, text in texts.items():
         part = path.with_suffix(f"{path.suffix}.part")
@@ -102,10 +103,12 @@ def write(folder: Path, rows: list[dict], machine: dict[str, str], command: str)
     return tuple(texts)
 
 
-def page(rows: list[dict], machine: dict[str, str], command: str) -> str:
+def page(rows: list[dict], facts: dict[str, object]) -> str:
     """Return the tables as Markdown."""
-    facts = {"command": f"`{command}`", "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"} | machine
-    lines = ["# GPU check", "", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())]
+    dry = ["", "**A dry run on tiny models (`--tiny`): its figures mean nothing.**"] if facts["tiny"] else []
+    facts = facts | {"command": f"`{facts['command']}`"}
+    lines = ["# GPU check", *dry, "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
     for part in dict.fromkeys(row["part"] for row in rows):
         columns = COLUMNS[part]
         mine = [row for row in rows if row["part"] == part]

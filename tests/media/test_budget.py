@@ -116,6 +116,15 @@ def test_what_a_run_says_of_it():
     assert budget_of_run(trainer) is None
 
 
+def test_what_a_run_says_of_max_pixels():
+    processor, args = published("Qwen2.5-VL"), trl_vpo.VisualDPOConfig("x", use_cpu=True, max_pixels=150528)
+    rounded = "16 frames of a video, images, at most about 150,528 pixels each"
+    assert describe_media(args, processor, ["videos", "images"], False) == rounded
+    args.max_pixels, least = 1000, processor.video_processor.size["shortest_edge"]
+    text = f"16 frames of a video, about {least:,} pixels each: the processor makes none smaller"
+    assert describe_media(args, processor, ["videos"], False).startswith(text)
+
+
 # --- pixels ---------------------------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,9 @@ def check(capsys, tmp_path):
         status = gpu_check.main(["--device", "cpu", "--tiny", "--output", str(tmp_path), *options])
         printed = capsys.readouterr().out.splitlines()
         assert printed[-1] == f"gpu_check: {files[0]} {files[1]}"
-        rows = json.loads(files[0].read_text())
+        machine, *rows = json.loads(files[0].read_text())
+        assert (machine["part"], machine["device"], machine["tiny"]) == ("machine", "cpu", True)
+        assert machine["card"].startswith("no GPU") and {"torch", "trl", "date"} < set(machine)
         parts = {part: [row for row in rows if row["part"] == part] for part in dict.fromkeys(r["part"] for r in rows)}
         return status, parts, printed, files[1].read_text()
 
@@ -60,7 +62,12 @@ def test_dry_run(check):
     (trained,) = parts["qlora"]
     assert trained["numbers"] == ("4bit" if find_spec("bitsandbytes") else "bfloat16") and trained["steps"] == 2
     assert trained["losses"][0] == pytest.approx(0.6931, abs=1e-3)
-    assert "| dpo | sdpa | " in page and "## RRPO on video files" in page and page.count("\n## ") == 5
+    assert (
+        "its figures mean nothing" in page
+        and "| dpo | sdpa | " in page
+        and "## RRPO on video files" in page
+        and page.count("\n## ") == 5
+    )
     assert sum(line.startswith("part=") for line in printed) == sum(map(len, parts.values()))
 
 

@@ -1,16 +1,20 @@
 """The quickstart's table and sentences follow from the numbers; its recipes train what it says they do."""
 
+import signal
+
 import pytest
 from datasets import Dataset
 from held_out_kit import LANGUAGE, processor
 from peft import LoraConfig
 from rich.console import Console
+from trl import DPOTrainer
 
 from studies.testbed.base import answer
 from trl_vpo import LeanPOConfig, LeanPOTrainer, cli
 from trl_vpo.testbed import language, quickstart, rows, tiny_vlm
 from trl_vpo.testbed.language import CaptionCheck
 from trl_vpo.testbed.quickstart import Measured, Result
+from trl_vpo.training.sigterm import STOP_SIGNALS, TrainingStopped
 
 TRUE, FALSE = CaptionCheck(True, True, ()), CaptionCheck(True, False, ("red square",))
 GARBLED = CaptionCheck(False, False, ())
@@ -83,3 +87,24 @@ def test_captions_are_the_models_own_greedy_answers(kind, tmp_path):
     model = trainer.model.eval()
     expected = answer(model, processor(), samples, [language.PROMPTS[kind]] * 3)
     assert quickstart.answer_prompts(trainer, dataset) == expected
+
+
+def test_a_stopped_one_names_no_option_that_it_does_not_have(tmp_path, monkeypatch, capsys):
+    _, written = rows.write_preferences("clip", 32, seed=21, folder=tmp_path / "media")
+    step = DPOTrainer.training_step
+
+    def signalled(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(DPOTrainer, "training_step", signalled)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with pytest.raises(TrainingStopped):
+            quickstart.run_method("dpo", tmp_path, None, None, data=rows.write_jsonl(written, tmp_path / "rows.jsonl"))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    text = capsys.readouterr().out
+    assert "stopped after step 1 of" in text and "same command starts it from scratch" in text
+    assert "--resume_from_checkpoint" not in text

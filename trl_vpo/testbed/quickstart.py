@@ -157,7 +157,7 @@ def run_method(
     options["--disable_tqdm"] = "false"
     argv = [str(word) for option in options.items() for word in option]
     began = time.perf_counter()
-    trainer = run_training(method, argv)
+    trainer = run_training(method, argv, left=lambda folder: "The same command starts it from scratch.")
     seconds = time.perf_counter() - began
     with console.status(f"measuring {name} on {len(held_out.samples)} held-out {kind}s ..."):
         policy, reference = EvaluationCallback(trainer, held_out.dataset, sensitivity=()).records()

@@ -66,11 +66,13 @@ def train(
     digests: Any = None,
     *,
     in_use: Callable[[], Collection[Path]] = tuple,
+    left: Callable[[str], str] = what_is_left,
 ) -> Any:
     """Run `trainer.train()` from a checkpoint, or from the start. Returns its `TrainOutput`. All ranks call this.
 
     Each checkpoint keeps `run` (from `describe_run`) and the `digests` of its rows (from `digest_rows`, on the main
-    process). Checkpoints that `in_use` returns after a save are not deleted.
+    process). Checkpoints that `in_use` returns after a save are not deleted. `left` says how to go on after
+    an interruption.
 
     Raises:
         CheckpointError: the checkpoint is another run's. Names each difference.
@@ -94,7 +96,7 @@ def train(
     for name in LOADS if checkpoint else ():
         setattr(trainer, name, checkpoints.explain_failed_load(checkpoint)(getattr(trainer, name)))
     try:
-        with shield_data_workers(), _explain(trainer):
+        with shield_data_workers(), _explain(trainer, left):
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except NothingLeft:
         # Another `train` would take one more step: transformers looks at the number of steps after each one.
@@ -106,20 +108,20 @@ def train(
         trainer.accelerator.wait_for_everyone()  # a launcher gives the others little time once one has ended
         print_main(
             f"{callback.request.name}: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}. "
-            f"{what_is_left(trainer.args.output_dir)}"
+            f"{left(trainer.args.output_dir)}"
         )
         raise TrainingStopped
     return result
 
 
 @contextmanager
-def _explain(trainer: Any) -> Iterator[None]:
+def _explain(trainer: Any, left: Callable[[str], str]) -> Iterator[None]:
     """Say what is left where a training ends early, and turn the errors of libraries into `UserError`."""
     try:
         with as_user_errors():
             yield
     except (KeyboardInterrupt, RowError, MediaError):
-        print_main(f"interrupted after step {trainer.state.global_step}. {what_is_left(trainer.args.output_dir)}")
+        print_main(f"interrupted after step {trainer.state.global_step}. {left(trainer.args.output_dir)}")
         raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
@@ -128,7 +130,7 @@ def _explain(trainer: Any) -> Iterator[None]:
         raise UserError(
             f"{what}, after step {trainer.state.global_step}. It loads rows; most often the machine or the container "
             "had no more memory (`dmesg` tells). Lower dataloader_num_workers or dataloader_prefetch_factor. "
-            f"{what_is_left(trainer.args.output_dir)}"
+            f"{left(trainer.args.output_dir)}"
         ) from error
 
 

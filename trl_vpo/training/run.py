@@ -5,6 +5,7 @@ TRL's parser and conventions (see its scripts/dpo.py). Relative paths in a recip
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from trl_vpo.runs.recipe import RecipeParser, VisualScriptArguments
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.setup import check_memory
 from trl_vpo.training import hub, resume
+from trl_vpo.training.checkpoints import what_is_left
 from trl_vpo.training.failed_saves import explain_failed_save
 from trl_vpo.training.main_process import on_main_process
 from trl_vpo.training.methods import METHODS, method_classes
@@ -59,10 +61,13 @@ def parse(method: str, argv: list[str], *, any_device: bool = False) -> tuple:
     return make_parser(method, any_device=any_device).parse(argv)
 
 
-def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
+def run_training(
+    method: str, argv: list[str], *, left: Callable[[str], str] = what_is_left
+) -> VisualPreferenceTrainer:
     """Train with a method; save adapter (or model), processor, model card and `run.json` into `output_dir`.
 
-    `argv` are the options of `trl-vpo train METHOD`, such as `["--config", "recipe.yaml"]`.
+    `argv` are the options of `trl-vpo train METHOD`, such as `["--config", "recipe.yaml"]`. `left` says of an
+    `output_dir` how to go on after an interruption.
 
     Raises:
         UserError: the recipe, the model, the data, the disk or the Hub; training diverged, or cannot continue from the
@@ -92,7 +97,7 @@ def run_training(method: str, argv: list[str]) -> VisualPreferenceTrainer:
         show_progress(trainer, describe_start(trainer, train, push.repo.name if push else None))
         run = describe_run(trainer, method, parser.given)
         in_use = push.in_use if push else tuple
-        result = resume.train(trainer, checkpoint, run, digest_rows(trainer), in_use=in_use)
+        result = resume.train(trainer, checkpoint, run, digest_rows(trainer), in_use=in_use, left=left)
         trainer.accelerator.print("Training completed.")
         with explain_failed_save(trainer, Path(training_args.output_dir)):
             trainer.save_model(training_args.output_dir)  # with the processor

@@ -45,15 +45,22 @@ def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[st
 def describe_media(args: Any, processing_class: Any, columns: Iterable[str] | None, image_list: bool | str) -> str:
     """Say what is read of the media that the rows' columns name, and how large. None: unknown columns."""
     columns = set(columns or ("videos", "images"))
-    pixels = f"at most {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
+    pixels = (
+        f"at most about {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
+    )
     sizes: dict[str, list[str]] = {}  # size -> media
     if {"video", "videos"} & columns:
         frames = (
             f"at most {args.max_frames} frames, {args.fps:g} a second," if args.fps else f"{args.num_frames} frames"
         )
-        size = pixels
+        size, count = pixels, args.max_frames if args.fps else args.num_frames
+        own = video_budget(processing_class) if args.max_pixels else None
+        if own and (least := own.limits(count, args.max_pixels)[0]) > args.max_pixels:
+            size = (
+                f"about {least:,.0f} pixels each: the processor makes none smaller, so max_pixels saves nothing more"
+            )
         if budget := video_budget(processing_class, args.max_pixels):
-            most = budget.limits(args.max_frames if args.fps else args.num_frames)[1]
+            most = budget.limits(count)[1]
             size = f"at most {most:,.0f} pixels a frame (the model's own budget)"
         sizes[size] = [f"{frames} of a video"]
     if image_list == "crop":
