@@ -210,3 +210,27 @@ def test_a_broken_row_is_refused_by_name(needs, example, says):
     with pytest.raises(RowError, match=says) as caught:
         read_row(example | {"_row_index": 3, "id": "x9"}, **needs)
     assert str(caught.value).startswith("row 3 (id 'x9'): ")
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (row("video", ["a.mp4"]), "mDPO ranks images, but the row has videos"),
+        (row("image", ["a.png", "b.png"]), "mDPO needs exactly one image in `images`, the row has 2"),
+        (
+            row("image", (), image_list=["a.png", "b.png", "c.png"]) | {"images": None},
+            "has 3 images; mDPO compares two",
+        ),
+    ],
+)
+def test_rows_that_mdpo_refuses(example, message):
+    with pytest.raises(RowError, match=message):
+        read_row(example, image_list="crop")
+
+
+def test_rows_of_mdpo():
+    """One image, with or without a box, which is not read; or two."""
+    boxed = read_row(row("image", ["a.png"], critical_box=[0, 0, 1, 1]), image_list="crop")
+    assert (boxed.images, boxed.critical_box, boxed.image_list) == (["a.png"], None, None)
+    listed = read_row(row("image", ["a"], image_list=["a", "b"]), image_list="crop")
+    assert listed.image_list == ["a", "b"]

@@ -20,6 +20,7 @@ from trl_vpo.media.corruptions import (
     effective_mode,
     mask_size,
     perturb,
+    random_crop,
 )
 from trl_vpo.media.load import Clip, Media
 
@@ -321,3 +322,18 @@ def test_what_cannot_be_shuffled(clip, scene):
 def test_settings_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
         PerturbSettings(**change)
+
+
+def test_mdpos_crop_shows_a_small_part_of_the_image():
+    """Pixels that say where they lie: the crop's corners give its area, which is drawn anew by each seed."""
+    y, x = np.mgrid[:200, :240]
+    image = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    areas = []
+    for seed in range(200):
+        crop = random_crop(image, seed)
+        assert crop.size == image.size
+        left, top, _ = np.asarray(crop)[0, 0].astype(int)
+        right, bottom, _ = np.asarray(crop)[-1, -1].astype(int)
+        areas.append((right - left + 1) * (bottom - top + 1) / (200 * 240))
+    assert 0.005 < min(areas) < 0.03 and 0.17 < max(areas) < 0.22
+    assert np.array_equal(random_crop(image, 3), random_crop(image, 3))

@@ -43,7 +43,8 @@ def rows_of(kind, images, folder):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [("dpo", "text"), ("dpo", "image"), ("dpo", "video"), ("dpo", "mixed"), ("lpoi", "lists")]
+    ("method", "kind"),
+    [("dpo", "text"), ("dpo", "image"), ("dpo", "video"), ("dpo", "mixed"), ("lpoi", "lists"), ("mdpo", "image")],
 )
 def test_a_run_is_that_with_a_pass_on_the_fly(method, kind, images, tmp_path):
     rows = rows_of(kind, images, tmp_path)
