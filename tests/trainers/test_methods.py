@@ -215,6 +215,10 @@ def test_dpa_with_several_pairs_in_a_row(tmp_path):
     rows[1]["rejected_phrases"] = [[0, 1], [1, 3]]
     with pytest.raises(UserError, match="1 phrases in the chosen and 2 in the rejected"):
         trainer_of("dpa", tmp_path, rows)
+    trainer.data_collator.encode(trainer.train_dataset[1] | {"chosen_phrases": [[2, 8]]})
+    halves = {"chosen_phrases": [[2, 5], [5, 8]], "rejected_phrases": [[0, 3], [4, 7]]}  # of "square"
+    with pytest.raises(UserError, match=r"t1.*two phrases of the chosen response share a token"):
+        trainer.data_collator.encode(trainer.train_dataset[1] | halves)
 
 
 def test_rrpo_rewards_nothing_outside_the_phrases(images, tmp_path):
