@@ -8,10 +8,11 @@ import av
 import pytest
 import torch
 from datasets import Dataset
-from families import build, text_model
+from families import SQUARE, build, text_model, tokenizer
 from helpers import message, row, write_image
 from media_files import cut, needs_pyav, write_video
 from prepared import prepare
+from transformers import Blip2Processor, BlipImageProcessor
 
 import trl_vpo
 from trl_vpo.data.check import CHUNK, Problem, check_rows
@@ -145,6 +146,15 @@ def test_placeholder_tokens_in_texts_are_refused(family, tmp_path):
     plain = {"prompt": "What is red?", "chosen": f"the {token}", "rejected": "nothing"}
     with pytest.raises(RowError, match="row 0: the chosen response holds"):
         prepare([plain], processor, tmp_path)
+
+
+def test_a_placeholder_token_may_be_no_string(tmp_path):
+    """BLIP's processors add theirs to the tokenizer themselves."""
+    processor = Blip2Processor(BlipImageProcessor(size=SQUARE), tokenizer(), num_query_tokens=4)
+    base = {"prompt": "What?", "rejected": "left", "images": [write_image(tmp_path / "a.png")]}
+    rows = [base | {"chosen": "up"}, base | {"chosen": "<image>"}]
+    with pytest.raises(RowError, match=r"1 of 2 .*\n.*row 1: the chosen response holds '<image>'"):
+        prepare(rows, processor, tmp_path)
 
 
 def test_markers_are_words_to_a_text_model(processor, tmp_path):

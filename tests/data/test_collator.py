@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import build, text_model, tokenizer
+from families import QWEN_TEMPLATE, QWEN_TOKENS, build, text_model, tokenizer
 from helpers import message, row, write_clip, write_image
 from tokenizers.processors import TemplateProcessing
+from transformers import Cosmos3EdgeImageProcessor, Cosmos3EdgeProcessor, Cosmos3EdgeVideoProcessor
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.errors import RowError
@@ -115,6 +116,17 @@ def test_phrases_end_where_a_stripped_response_does(stripping):
     for span in ([0, 2], [16, 18]):
         with pytest.raises(RowError, match=rf"phrase at characters \[{span[0]}, {span[1]}\) of the chosen"):
             collator.encode(example | {"chosen_phrases": [span]})
+
+
+def test_token_types_are_asked_for(picture):
+    """Where a processor names them among its outputs, and gives them only then."""
+    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    images, videos = Cosmos3EdgeImageProcessor(size=size), Cosmos3EdgeVideoProcessor(size=size)
+    tok = tokenizer(QWEN_TOKENS.values())
+    processor = Cosmos3EdgeProcessor(images, tok, videos, chat_template=QWEN_TEMPLATE)
+    batch = PreferenceCollator(processor)([row("image", [picture])])
+    types = (batch["trunk_ids"] == processor.image_token_id).long()
+    assert types.any() and torch.equal(batch["trunk_types"]["mm_token_type_ids"], types)
 
 
 def test_images_are_scaled_to_max_pixels(qwen, picture):

@@ -31,6 +31,7 @@ NAMES = {
         "model.resampler_model.spatial_linear.fc1",  # ERNIE 4.5 VL
         "model.layerwise_projectors.0.qformer.layers.0.mlp.fc1",  # Granite 4 Vision
         "model.image_newline",
+        "query_tokens",  # BLIP-2
         "model.embed_tokens_extend.image_embed.img_projection_up",  # Phi-4-multimodal
         "model.merger.mlp.0.linear_1",  # MiniCPM-V
     ],

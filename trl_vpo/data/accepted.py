@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trl_vpo.data.chat import place_in_string
+from trl_vpo.data.chat import place_in_string, placeholder_token
 from trl_vpo.data.messages import MARKERS, response_text
 from trl_vpo.data.rows import Row
 from trl_vpo.errors import RowError
@@ -56,7 +56,7 @@ def _check_tokens(row: Row, processing_class: Any) -> None:
         place_in_string(processing_class, texts.pop("prompt"), {"image": len(row.images), "video": len(row.videos)})
     for side, text in texts.items():
         for kind in MARKERS.values():
-            token = getattr(processing_class, f"{kind}_token", None)
+            token = placeholder_token(processing_class, kind)
             if token and token in text:
                 where = "the prompt" if side == "prompt" else f"the {side} response"
                 raise RowError(

@@ -171,6 +171,12 @@ def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return body + end + space
 
 
+def placeholder_token(processing_class: Any, kind: str) -> str | None:
+    """Return the text of a processor's token of images or videos; BLIP's have it as an `AddedToken`."""
+    token = getattr(processing_class, f"{kind}_token", None)
+    return token and str(token)
+
+
 def place_in_string(processing_class: Any, prompt: str, counts: dict[str, int]) -> str:
     """Return a string prompt with the model's own placeholder for every image and video (`counts` by kind).
 
@@ -180,7 +186,7 @@ def place_in_string(processing_class: Any, prompt: str, counts: dict[str, int]) 
     front = ""
     for marker, kind in MARKERS.items():
         count = counts[kind]
-        own = [text for text in (getattr(processing_class, f"{kind}_token", None),) if text]
+        own = [text for text in (placeholder_token(processing_class, kind),) if text]
         if count:
             own.append(_placeholder(processing_class, kind))
         placed = max((prompt.count(text) for text in own), default=0)
@@ -199,7 +205,7 @@ def place_in_string(processing_class: Any, prompt: str, counts: dict[str, int]) 
 
 def _placeholder(processing_class: Any, kind: str) -> str:
     """Return the text of one image or video in a prompt, as the chat template writes it; without one, its token."""
-    token = getattr(processing_class, f"{kind}_token", None)
+    token = placeholder_token(processing_class, kind)
     template = chat_template(processing_class)
     if template is None and token:
         return token

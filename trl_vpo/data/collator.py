@@ -223,6 +223,8 @@ class PreferenceCollator:
         where = {"budget": budget, "media_root": self.media_root, "cache": self.frame_cache}
         clips = [v.sized(budget) if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
         kwargs = {"images": [images]} if images else {}
+        if "mm_token_type_ids" in self.processing_class.model_input_names:  # Cosmos3-Edge does not ask for them
+            kwargs["return_mm_token_type_ids"] = True
         if clips:
             kwargs["videos"] = [self._frames(clip) for clip in clips]
             kwargs |= {"video_metadata": [video_metadata(clip) for clip in clips], "do_sample_frames": False}

@@ -23,7 +23,7 @@ PROJECTORS = (
     "aligner|resampler_model|vision_resampler|perceiver_resampler|qformer|vision_adapter|vision_projection|"
     "visual_projection|language_projection|image_to_text_projection|embed_vision|vision_embed_tokens|"
     "layerwise_projectors|spatial_projectors|high_res_vision_neck|high_res_vision_proj|high_res_vision_alpha|"
-    "visual_embeddings_table|head_linear|img_projection_up|img_projection_down|global_img_feature_extensor|"
+    "visual_embeddings_table|head_linear|query_tokens|img_projection_up|img_projection_down|global_img_feature_extensor|"
     "sub_img_feature_extensor|image_newline|view_separator|vision_final_layernorm"
 )
 IDLE = "audio_tower|audio_embed|embed_audio|vqmodel|generation_embeddings|generation_aligner|generation_head"
