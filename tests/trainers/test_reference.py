@@ -256,6 +256,16 @@ NOISE = {
 }
 
 
+@pytest.mark.parametrize("off", [True, False])
+def test_dropout_of_attention_is_turned_off(off, tmp_path):
+    model = fresh()[0]
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # a number, as of Emu3
+    trainer = trainer_of("dpo", tmp_path, text_rows(2), model=model, max_steps=1, disable_dropout=off)
+    trainer.train()
+    assert (trainer.state.log_history[0]["loss"] == LOG2) == off  # of a policy that is its reference
+
+
 @pytest.mark.parametrize("kind", NOISE)
 def test_training_noise_does_not_reach_the_reference(kind, tmp_path):
     """NEFTune and LoRA's dropout are the policy's. The reference is the same in every pass, and as in evaluation."""

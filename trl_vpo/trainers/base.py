@@ -153,6 +153,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
                 self.model.delete_adapter("ref")  # nothing would read it
         setup.warn_of_low_rate(self)
         check_rates(self)
+        if self.args.disable_dropout:
+            compat.turn_off_dropout(self.model)
         compat.keep_4bit_weights_trainable(self.model)
         compat.keep_attention(self._bare(self.model))
         compat.undo_bfloat16_adapters(self)
@@ -212,9 +214,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
     def _prepare_eval(self, eval_dataset, processing_class, args):
         if isinstance(eval_dataset, dict):
             return {k: self._prepare_dataset(d, processing_class, args, k) for k, d in eval_dataset.items()}
-        if eval_dataset is None:
-            return None
-        return self._prepare_dataset(eval_dataset, processing_class, args, "eval")
+        return None if eval_dataset is None else self._prepare_dataset(eval_dataset, processing_class, args, "eval")
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:

@@ -75,6 +75,16 @@ def copy_whole_adapter(policy: nn.Module) -> None:
             twin.copy_(tensor)
 
 
+def turn_off_dropout(model: nn.Module) -> None:
+    """Turn off the dropout that modules have as a number, as Emu3's attention has.
+
+    `disable_dropout` turns off that of `nn.Dropout` alone, so the policy would not begin as its reference. Can go when
+    TRL's `disable_dropout_in_model` does this.
+    """
+    for module in model.modules():
+        module.__dict__.update({k: 0.0 for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)})
+
+
 def keep_attention(model: PreTrainedModel) -> None:
     """Let `gradient_checkpointing_kwargs` have the key `selective`, as in `trl.SFTTrainer`.
 
