@@ -4,10 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from families import QWEN_TEMPLATE, QWEN_TOKENS, build, text_model, tokenizer
+from families import QWEN_TEMPLATE, QWEN_TOKENS, build, template, text_model, tokenizer
 from helpers import message, row, write_clip, write_image
 from tokenizers.processors import TemplateProcessing
-from transformers import Cosmos3EdgeImageProcessor, Cosmos3EdgeProcessor, Cosmos3EdgeVideoProcessor
+from transformers import (
+    Cosmos3EdgeImageProcessor,
+    Cosmos3EdgeProcessor,
+    Cosmos3EdgeVideoProcessor,
+    UnlimitedOcrImageProcessor,
+    UnlimitedOcrProcessor,
+)
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.errors import RowError
@@ -77,8 +83,8 @@ def test_a_bos_token_is_added_as_in_generation(picture):
     tok.bos_token = "<|im_start|>"  # the template begins with it: it must not come twice
     single = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", tok.bos_token_id)])
     tok.backend_tokenizer.post_processor = single
-    for template in (processor.chat_template, processor.chat_template.replace("<|im_start|>", "#")):
-        processor.chat_template = template
+    for written in (processor.chat_template, processor.chat_template.replace("<|im_start|>", "#")):
+        processor.chat_template = written
         tree = PreferenceCollator(processor).encode(row("image", [picture]))
         messages = message("user", "<image>", "What is in the picture?")
         messages[0]["content"][0]["image"] = load_image(picture)
@@ -127,6 +133,13 @@ def test_token_types_are_asked_for(picture):
     batch = PreferenceCollator(processor)([row("image", [picture])])
     types = (batch["trunk_ids"] == processor.image_token_id).long()
     assert types.any() and torch.equal(batch["trunk_types"]["mm_token_type_ids"], types)
+
+
+def test_media_in_lists_are_refused(picture):
+    tok = tokenizer(["<image>"])
+    processor = UnlimitedOcrProcessor(UnlimitedOcrImageProcessor(), tok, chat_template=template("<image>"))
+    with pytest.raises(RowError, match="gives num_local_patches, patches_grid as lists"):
+        PreferenceCollator(processor)([row("image", [picture])])
 
 
 def test_images_are_scaled_to_max_pixels(qwen, picture):

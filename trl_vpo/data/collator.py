@@ -244,6 +244,10 @@ class PreferenceCollator:
         except REFUSALS as error:
             name = type(self.processing_class).__name__
             raise RowError(f"{name} refuses its prompt and media: {type(error).__name__}: {error}") from error
+        skipped = getattr(getattr(self.processing_class, "image_processor", None), "skip_tensor_conversion", None)
+        if lists := [name for name in skipped or () if name in out]:  # of Unlimited-OCR, and no batch could hold them
+            name = type(self.processing_class).__name__
+            raise RowError(f"{name} gives {', '.join(lists)} as lists, and only tensors reach the model.")
         pixels = [k for k, v in out.items() if "pixel_values" in k and torch.is_tensor(v)]
         floats = {k: out[k].to(self.pixel_dtype or out[k].dtype) for k in pixels if out[k].is_floating_point()}
         return {**out, **floats}
