@@ -4,6 +4,7 @@ import copy
 import functools
 
 import families_newer
+import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES, LANGUAGE_MODEL, build, text_model
@@ -14,6 +15,8 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.training import methods
 
 METHODS = {method: methods.method_classes(method) for method in methods.METHODS}  # (config, trainer)
+QUICK = ("dpo", "leanpo", "rrpo", "lpoi")  # of the default job, where a test goes through many models
+BY_SPEED = [pytest.param(method, marks=[pytest.mark.slow] * (method not in QUICK)) for method in METHODS]
 TEXT_METHODS = [method for method, (_, trainer) in METHODS.items() if not trainer.needs_image_list]
 PAIRS = [  # responses of different lengths, so that every batch is ragged; some words are replaced in each
     ("a red square moves left.", "a blue circle moves left."),

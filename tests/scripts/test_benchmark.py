@@ -22,6 +22,7 @@ def rows_of(capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_kl(rows_of):
     rows = rows_of("kl", "--vocabulary", "1000", "--tokens", "8", repeats=2)
     assert [(row["method"], row["response"]) for row in rows] == [("plain", 8), ("chunked", 8)]

@@ -8,7 +8,7 @@ from benchmarks.knobs import KNOBS, cpu_as_accelerator, measure
 from families_newer import build
 from step_kit import Gradients, assert_same_gradients
 from torch.utils.checkpoint import CheckpointPolicy
-from trainer_kit import METHODS, image_rows, shake, text_rows, trainer_of
+from trainer_kit import BY_SPEED, image_rows, shake, text_rows, trainer_of
 
 from trl_vpo.errors import RecipeError
 from trl_vpo.trainers.compat import _saves_attention
@@ -19,10 +19,11 @@ REENTRANT |= {"use_reentrant, offload": {"gradient_checkpointing_kwargs": {"use_
 VISUAL = {"critical_box": [4, 4, 40, 30]}
 
 
-@pytest.mark.parametrize(("method", "peft"), [*((method, "new") for method in METHODS), ("rrpo", None)])
-def test_less_memory_and_the_same_step(method, peft, images, tmp_path):
+@pytest.mark.parametrize("method", [*BY_SPEED, "rrpo, full"])
+def test_less_memory_and_the_same_step(method, images, tmp_path):
     """The metrics and gradients of a step, the reference pass included, and what it keeps for its backward pass."""
-    steps, kept = {}, {}
+    method, full, _ = method.partition(", full")
+    steps, kept, peft = {}, {}, None if full else "new"
     for knob, options in (KNOBS | REENTRANT).items():
         with cpu_as_accelerator() if "activation_offloading" in options else nullcontext():
             more = {"name": "Qwen2-VL", "peft": peft, "max_steps": 1, "gradient_checkpointing": True, **options}
