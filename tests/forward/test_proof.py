@@ -136,6 +136,9 @@ def test_streams_bring_their_kinds_with_their_batches(media, tmp_path, monkeypat
     first, second = (made._prepare_inputs(made.data_collator([example])) for example in data)
     made.concatenated_forward(made.model, first)
     assert made.scorer.packs and made.scorer.proven == ["rows with text alone"]
+    assert "proof_rows" not in first  # the other passes of the step need not gather them again
+    made.evaluate(Dataset.from_list(rows_of(media, "text")))
+    assert made.data_collator.proven is not None  # what comes with the stream is still to be proven
     made.concatenated_forward(made.model, second)
     assert not made.scorer.packs and made.scorer.proven == ["rows with text alone", "rows with an image"]
 

@@ -151,8 +151,8 @@ class Scorer:
         Every rank proves the rows of all ranks, and all keep the same layout. Raises ProofError.
         """
         rows, self.to_prove = self.to_prove, []
-        if "proof_rows" in batch:  # what the ranks carry differs
-            rows = rows + [row for carried in gather_object([batch["proof_rows"]]) for row in carried]
+        if "proof_rows" in batch:  # what the ranks carry differs; once for all passes of a step
+            rows = rows + [row for carried in gather_object([batch.pop("proof_rows")]) for row in carried]
         if not rows and self.packs is None:
             rows = [row_of(batch)]
         rows = [row for row in rows if row.kind not in self.proven]

@@ -17,6 +17,7 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.proof_rows import first_of_kinds, proof_rows
+from trl_vpo.data.raw_rows import transform_of
 from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import PRESETS, check_parameters, check_targets, loses_base, resolve_targets
@@ -273,9 +274,8 @@ def add_proof_rows(trainer: Any, datasets: list[Any]) -> None:
     if not isinstance(collator, PreferenceCollator):  # of the user's own
         collator = trainer.make_collator(trainer.processing_class, trainer.args)
     collator.proven = {*scorer.proven, *(row.kind for row in scorer.to_prove)}
-    maps = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
-    found = [first_of_kinds(dataset, collator) for dataset in maps]
-    for rows in filter(None, found):
-        scorer.to_prove += proof_rows(collator, rows)
-    if len(maps) == len(datasets) and None not in found:
+    for dataset in datasets:
+        if isinstance(dataset, Dataset) and (rows := first_of_kinds(dataset, collator)):
+            scorer.to_prove += proof_rows(collator, rows)
+    if all(isinstance(dataset, Dataset) and not transform_of(dataset) for dataset in trainer._prepared):
         collator.proven = None
