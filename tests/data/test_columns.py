@@ -58,11 +58,12 @@ NEAR = {
     "vidoes": "videos",
     "promt": "prompt",
     "tool": "tools",
+    "Weights": "weight",
     "chat-template-kwargs": "chat_template_kwargs",
 }
 FAR = """
 ids sources image_id video_id video_path prompt_id score_chosen question chosen_model answer options split image_path
-idx data_source rejected_score critical trust list
+idx data_source rejected_score critical trust list height
 """
 
 

@@ -135,7 +135,7 @@ def rows_of(kind, count, folder):
     rows = []
     for i in range(count):
         of_kind, sources = media[i % len(media)]
-        more, prompt = {"id": f"row{i}", "images": None, "videos": None}, {}
+        more, prompt = {"id": f"row{i}", "images": None, "videos": None, "weight": (1.0, 0.5, None, 2.0)[i % 4]}, {}
         if kind == "list":
             more |= {"image_list": images[: 2 + i % 2], "critical_box": None}
         if kind == "prompts" and i % 4 == 0:  # rank 0 would make two calls of its micro-batches, rank 1 one

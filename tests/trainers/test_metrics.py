@@ -9,6 +9,8 @@ from trainer_kit import METHODS, TEXT_METHODS, collated, image_rows, shake, text
 
 TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos"}
 
+WEIGHTS = (1.0, 0.5, None, 2.0, 0.0, 3.0, None, 1.5)  # of the rows
+
 
 def entries(trainer, key="entropy"):
     return [entry for entry in trainer.state.log_history if key in entry]
@@ -16,10 +18,11 @@ def entries(trainer, key="entropy"):
 
 def rows_for(method, images):
     if not METHODS[method][1].needs_image_list:
-        return "text", text_rows(8)
+        return "text", [r | {"weight": WEIGHTS[i]} for i, r in enumerate(text_rows(8))]
     rows = image_rows(images, 8)
     for i, r in enumerate(rows):
         r |= {"image_list": images[: 2 + i % 2 * (method == "lpoi")], "images": None, "critical_box": None}
+        r |= {"weight": WEIGHTS[i]}
     return "Qwen2-VL", rows
 
 

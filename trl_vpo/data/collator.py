@@ -126,7 +126,7 @@ class PreferenceCollator:
                     f"max_length={self.max_length} (media: {shapes or 'none'}). Nothing is cut: raise max_length, or "
                     "lower num_frames or max_pixels."
                 )
-        return Tree(row.name, trunks, branches)
+        return Tree(row.name, trunks, branches, weight=row.weight)
 
     def _tokenize(self, row: Row, sides: tuple[str, ...]) -> tuple[list[Trunk], list[Branch]]:
         prompt, responses = self._render(row, sides)

@@ -8,7 +8,7 @@ from trl_vpo.data.import_formats import FORMATS
 
 COLUMNS = (
     "prompt", "chosen", "rejected", "videos", "video", "images", "image", "chosen_phrases", "rejected_phrases",
-    "critical_box", "image_list", "id", "source", "tools", "chat_template_kwargs",
+    "critical_box", "image_list", "weight", "id", "source", "tools", "chat_template_kwargs",
 )  # fmt: skip
 ROW_INDEX = "_row_index"  # added by the trainer, so that a message can name a row that has no id
 REF_SUMS = "_ref_sums"  # added by the trainer: precomputed reference log-probs, one for each branch of the row
@@ -28,6 +28,8 @@ def nearest_column(name: str, meant: tuple[str, ...] = COLUMNS) -> str | None:
     # Of `videos` and `video` the first; `id` and `source` only label.
     columns = {_plain(column): column for column in reversed(meant) if column not in ("id", "source")}
     close = get_close_matches(plain, columns, n=1, cutoff=0.8)
+    if close == ["weight"] and plain != "weight":  # images have a height
+        return None
     return columns[close[0]] if close and abs(len(close[0]) - len(plain)) <= 1 else None
 
 

@@ -7,6 +7,7 @@
 | `images` (or `image`) | list of: PIL, path, `file://` URL, bytes, datasets `Image` | all |
 | `chosen_phrases`, `rejected_phrases` | lists of [start, end) character offsets into the response | RRPO, DDPO, DPA |
 | `critical_box` | [x0, y0, x1, y1] pixels in `images[0]`; or `image_list`: images, most visible first | LPOI |
+| `weight` | number >= 0 that multiplies the row's loss, 1 by default | optional |
 | `id`, `source` | strings, carried into every error message and report | optional |
 """
 
@@ -30,6 +31,7 @@ from trl_vpo.data.messages import (
     with_text,
     without_tags,
 )
+from trl_vpo.data.numbers import row_weight
 from trl_vpo.errors import PhraseError, RowError
 from trl_vpo.text.phrases import CLOSE, Span, phrase_spans
 
@@ -51,6 +53,7 @@ class Row:
     rejected_phrases: list[Span] | None = None
     critical_box: list[float] | None = None
     image_list: list | None = None
+    weight: float = 1.0
     template_kwargs: dict = field(default_factory=dict)
     forgotten: str | None = None  # a marker in the words of a row without media
 
@@ -82,7 +85,8 @@ def read_row(example: dict, *, phrases: bool | str = False, image_list: bool | i
         prompt, chosen, rejected = _texts(example)
         listed = _list(example, "image_list") or []
         images, videos = media_sources(example, "image") or listed[:1], media_sources(example, "video")
-        row = Row(name, prompt, chosen, rejected, images, videos, template_kwargs=_template_kwargs(example))
+        row = Row(name, prompt, chosen, rejected, images, videos, weight=row_weight(example))
+        row.template_kwargs = _template_kwargs(example)
         if not row.images and not row.videos:
             row.forgotten = forgotten_media(row.prompt)
         row.prompt = place_media(row.prompt, len(row.images), len(row.videos), words=True)

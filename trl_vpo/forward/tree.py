@@ -9,6 +9,7 @@ A collator makes it from rows with [`tree_batch`]; `trl_vpo.forward.layouts` lay
     phrase_ids               (S, T)   k on the tokens of phrase k, 0 outside of the phrases that differ (DPA)
     phrase_mask              (S, T)   true on the tokens of any phrase (RRPO)
     chosen, rejected         (B,)     their branches, one pair a row
+    weights                  (B,)     of the pairs' losses
     image_branches           (B, N)   the branch of y_w on each image, most visible first, -1 where none is (LPOI)
     ref_sums                 (S,)     precomputed summed log-probs of the reference, where the rows carry them
     media                    R dicts of the tensors that the processor made of a trunk's images and videos
@@ -50,6 +51,7 @@ class Tree:
     trunks: list[Trunk]
     branches: list[Branch]
     ref_sums: list[float] | None = None
+    weight: float = 1.0
 
 
 def _pad(rows: list[list[int]], value: int = 0) -> Tensor:
@@ -71,6 +73,7 @@ def tree_batch(trees: list[Tree], pad_token_id: int) -> dict:
     batch = {
         "chosen": torch.tensor(first_branch),
         "rejected": torch.tensor(first_branch) + 1,
+        "weights": torch.tensor([tree.weight for tree in trees]),
         "trunk_ids": _pad([t.ids for t in trunks], pad_token_id),
         "trunk_mask": _mask([t.ids for t in trunks]),
         "trunk_types": {

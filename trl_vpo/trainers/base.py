@@ -310,9 +310,9 @@ class VisualPreferenceTrainer(LoggingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean loss of the batch's pairs; with `return_outputs` also its `Scores`. All ranks call this.
 
-        A training batch carries the `totals` of its optimizer step. Its losses are then divided by the mean number of
-        pairs in a micro-batch of the step instead of their own number. `Trainer` averages over micro-batches and
-        ranks, so the step is that of one big batch, however unequal its parts are. `num_items_in_batch` is not used.
+        The `weights` of rows multiply their losses, not the number of pairs that divides the sum. With the `totals` of
+        an optimizer step that is the mean number in its micro-batches: `Trainer` averages over these and the ranks, so
+        the step is that of one big batch, however unequal its parts are. `num_items_in_batch` is not used.
 
         Raises NonFiniteLossError: the loss is nan or infinite.
         """
@@ -323,14 +323,14 @@ class VisualPreferenceTrainer(LoggingTrainer):
         with self.scorer.replay_vision():
             scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
         out = self.preference_loss(scores, reference, inputs)
+        out.losses = out.losses * inputs["weights"]
         if self.aux_loss_enabled:
             out.losses = out.losses + self.router_aux_loss_coef * scores.aux_loss
         check_losses(out.losses, inputs["names"], self.state.global_step)
-        if inputs.get("totals") is None:
-            loss = out.losses.mean()
-        else:
-            parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-            loss = out.losses.sum() / (inputs["totals"][0] / parts)
+        pairs = len(out.losses)
+        if inputs.get("totals") is not None:
+            pairs = inputs["totals"][0] / self.current_gradient_accumulation_steps / self.accelerator.num_processes
+        loss = out.losses.sum() / pairs
         self._record(scores, reference, out, inputs, loss)
         return (loss, scores) if return_outputs else loss
 

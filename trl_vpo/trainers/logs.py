@@ -14,7 +14,8 @@ from trl_vpo.trainers.rates import RatesTrainer
 from trl_vpo.trainers.row_groups import RowGroupsTrainer
 
 ADDED = "loss/added"  # to our loss by a subclass's `compute_loss`, in evaluation; never logged by itself
-PAIRWISE = "pairwise "  # the mean over pairs of a metric that is logged as another mean; never logged by itself
+PAIRWISE = "pairwise "  # the weighted mean over pairs of a metric that is logged as another mean; never logged itself
+WEIGHTED = "weighted "  # a metric times the rows' weights; never logged by itself
 
 
 class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
@@ -53,10 +54,17 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
         self._step_rates = self._part_rates()  # now: the scheduler steps before the log
         return batches, num_items
 
+    def _prepare_input(self, data):
+        """Leave the numbers of rows in float32: `Trainer` would round them to DeepSpeed's dtype."""
+        if isinstance(data, Tensor) and data.dim() == 1:
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
     def _record(self, scores: Scores, reference: Any, out: PreferenceLoss, batch: dict, loss: Tensor) -> None:
         metrics = preference_metrics(scores, reference, out)
         extra = self.extra_metrics(scores, reference, batch)
-        metrics |= {PAIRWISE + key: metrics[key] for key in metrics.keys() & extra.keys()} | extra
+        shared = metrics.keys() & extra.keys()
+        metrics |= {PAIRWISE + key: batch["weights"] * metrics[key] for key in shared} | extra
         if self.model.training:
             del metrics["loss"]  # taken from Trainer, which has what a subclass made of it
             self._new_tokens += _tokens(batch)
@@ -78,7 +86,7 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
         averages = self._sums[mode].averages()
         if "loss" in averages:  # not where a batch was scored without a step
             averages["loss"] = self._exact_loss(averages) + averages.pop(ADDED, 0.0)
-        averages = {key: value for key, value in averages.items() if not key.startswith(PAIRWISE)}
+        averages = {key: value for key, value in averages.items() if not key.startswith((PAIRWISE, WEIGHTED))}
         self._total_train_tokens += sum(gather_object([self._new_tokens])) // self.row_groups.size
         self._new_tokens = 0
         return averages | {"num_tokens": self._total_train_tokens} if averages else {}

@@ -1,0 +1,36 @@
+"""Numbers of a row: its weight in the loss, and the margin of the scores that its responses have."""
+
+import math
+from typing import Any
+
+from trl_vpo.errors import RowError
+
+
+def row_weight(example: dict) -> float:
+    """Return the weight of a row's loss; 1 where it has none."""
+    weight = example.get("weight")
+    if weight is None:
+        return 1.0
+    if not _finite(weight) or weight < 0:
+        raise RowError(
+            f"`weight` is {weight!r:.80}, but it multiplies the row's loss: give a finite number of at least 0 (1 is "
+            "that of a row without a weight), or rename the column if it means something else."
+        )
+    return float(weight)
+
+
+def score_margin(example: dict, kind: str) -> float:
+    """Return the score of the chosen response minus that of the rejected one; `kind`: "score" or "trust"."""
+    scores = {name: example.get(name) for name in (f"chosen_{kind}", f"rejected_{kind}")}
+    for name, score in scores.items():
+        if not _finite(score):
+            raise RowError(
+                f"`{name}` is {score!r:.80}, but score_scale_weight scales beta by the margin of the two scores: give "
+                "a finite number, name the columns that the rows have (score_columns), or set score_scale_weight to 0."
+            )
+    chosen, rejected = scores.values()
+    return float(chosen - rejected)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
