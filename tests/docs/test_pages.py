@@ -57,6 +57,7 @@ def inputs_of(block):
 @marked("reads: row")
 def test_rows_are_read(block):
     needs = {"phrases": "rrpo" in block.mark and "paired", "image_list": "lpoi" in block.mark}
+    needs["scores"] = "score" if "scores" in block.mark else None
     for example in objects(block):
         row = read_row(example, **needs)
         assert row.images or row.videos or "<" not in str(row.prompt)

@@ -180,7 +180,7 @@ def check_row(
     """Return the first problem of a row, or None; `encode` encodes a row with blank media."""
     index = example[ROW_INDEX]
     try:
-        row = read_row(example, phrases=phrases, image_list=image_list)
+        row = read_row(example, phrases=phrases, image_list=image_list, scores=args.scores)
         if processing_class is not None:
             check_accepted(row, processing_class)
         try:

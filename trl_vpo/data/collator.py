@@ -54,6 +54,7 @@ class PreferenceCollator:
         num_images: LPOI: length of the image list drawn from `critical_box`. "crop": mDPO's image and a random crop of
             it. None: no list.
         visual_prompt: LPOI: draw the red ellipse.
+        scores: the columns of scores that rows must have, "score" or "trust". None: none.
         media_root: folder of the media.
         frame_cache: folder that keeps decoded clips (see `trl_vpo.media.frame_cache`). None: no cache.
         pixel_dtype: dtype of pixels; a trainer sets that of its vision tower. None: the processor's.
@@ -69,6 +70,7 @@ class PreferenceCollator:
     phrases: bool | str = False
     num_images: int | str | None = None
     visual_prompt: bool = True
+    scores: str | None = None
     media_root: str | None = None
     frame_cache: str | None = None
     pixel_dtype: torch.dtype | None = None
@@ -95,7 +97,7 @@ class PreferenceCollator:
 
     def encode(self, example: dict) -> Tree:
         """Return a row's tree: trunks of the image list's items; branches chosen, rejected, chosen on the others."""
-        row = read_row(example, phrases=self.phrases, image_list=self.num_images)
+        row = read_row(example, phrases=self.phrases, image_list=self.num_images, scores=self.scores)
         return replace(self.encode_row(row), ref_sums=example.get(REF_SUMS))
 
     def encode_row(self, row: Row, sides: tuple[str, ...] = SIDES) -> Tree:
@@ -126,7 +128,7 @@ class PreferenceCollator:
                     f"max_length={self.max_length} (media: {shapes or 'none'}). Nothing is cut: raise max_length, or "
                     "lower num_frames or max_pixels."
                 )
-        return Tree(row.name, trunks, branches, weight=row.weight)
+        return Tree(row.name, trunks, branches, weight=row.weight, score_margin=row.score_margin)
 
     def _tokenize(self, row: Row, sides: tuple[str, ...]) -> tuple[list[Trunk], list[Branch]]:
         prompt, responses = self._render(row, sides)

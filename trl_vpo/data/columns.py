@@ -8,7 +8,8 @@ from trl_vpo.data.import_formats import FORMATS
 
 COLUMNS = (
     "prompt", "chosen", "rejected", "videos", "video", "images", "image", "chosen_phrases", "rejected_phrases",
-    "critical_box", "image_list", "weight", "id", "source", "tools", "chat_template_kwargs",
+    "critical_box", "image_list", "weight", "chosen_score", "rejected_score", "chosen_trust", "rejected_trust",
+    "id", "source", "tools", "chat_template_kwargs",
 )  # fmt: skip
 ROW_INDEX = "_row_index"  # added by the trainer, so that a message can name a row that has no id
 REF_SUMS = "_ref_sums"  # added by the trainer: precomputed reference log-probs, one for each branch of the row

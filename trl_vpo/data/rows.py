@@ -7,6 +7,7 @@
 | `images` (or `image`) | list of: PIL, path, `file://` URL, bytes, datasets `Image` | all |
 | `chosen_phrases`, `rejected_phrases` | lists of [start, end) character offsets into the response | RRPO, DDPO, DPA |
 | `critical_box` | [x0, y0, x1, y1] pixels in `images[0]`; or `image_list`: images, most visible first | LPOI |
+| `chosen_score`, `rejected_score` | numbers; or LeanPO's `chosen_trust`, `rejected_trust` | score_scale_weight |
 | `weight` | number >= 0 that multiplies the row's loss, 1 by default | optional |
 | `id`, `source` | strings, carried into every error message and report | optional |
 """
@@ -31,7 +32,7 @@ from trl_vpo.data.messages import (
     with_text,
     without_tags,
 )
-from trl_vpo.data.numbers import row_weight
+from trl_vpo.data.numbers import row_weight, score_margin
 from trl_vpo.errors import PhraseError, RowError
 from trl_vpo.text.phrases import CLOSE, Span, phrase_spans
 
@@ -54,6 +55,7 @@ class Row:
     critical_box: list[float] | None = None
     image_list: list | None = None
     weight: float = 1.0
+    score_margin: float | None = None
     template_kwargs: dict = field(default_factory=dict)
     forgotten: str | None = None  # a marker in the words of a row without media
 
@@ -70,12 +72,19 @@ def row_name(example: dict, index: int | None = None) -> str:
     return f"{name} ({', '.join(tags)})" if tags else name
 
 
-def read_row(example: dict, *, phrases: bool | str = False, image_list: bool | int | str | None = False) -> Row:
+def read_row(
+    example: dict,
+    *,
+    phrases: bool | str = False,
+    image_list: bool | int | str | None = False,
+    scores: str | None = None,
+) -> Row:
     """Check an example against the contract and bring it into one shape. No media file is opened.
 
     `phrases` (RRPO): find the phrases that differ; `<MASK>` tags are taken out of the responses either way. "paired"
     (DPA): as many on both sides. `image_list` (LPOI): require `image_list`, or `critical_box` with an image. "crop"
-    (mDPO): require an image, or an `image_list` of two.
+    (mDPO): require an image, or an `image_list` of two. `scores`: require `chosen_score` and `rejected_score`
+    ("score"), or `chosen_trust` and `rejected_trust` ("trust").
     """
     name = row_name(example)
     example = {key: value if key in MEDIA else _plain(value) for key, value in example.items()}
@@ -87,6 +96,7 @@ def read_row(example: dict, *, phrases: bool | str = False, image_list: bool | i
         images, videos = media_sources(example, "image") or listed[:1], media_sources(example, "video")
         row = Row(name, prompt, chosen, rejected, images, videos, weight=row_weight(example))
         row.template_kwargs = _template_kwargs(example)
+        row.score_margin = score_margin(example, scores) if scores else None
         if not row.images and not row.videos:
             row.forgotten = forgotten_media(row.prompt)
         row.prompt = place_media(row.prompt, len(row.images), len(row.videos), words=True)

@@ -11,6 +11,7 @@ A collator makes it from rows with [`tree_batch`]; `trl_vpo.forward.layouts` lay
     chosen, rejected         (B,)     their branches, one pair a row
     weights                  (B,)     of the pairs' losses
     image_branches           (B, N)   the branch of y_w on each image, most visible first, -1 where none is (LPOI)
+    score_margins            (B,)     score of y_w minus that of y_l, where the rows have scores
     ref_sums                 (S,)     precomputed summed log-probs of the reference, where the rows carry them
     media                    R dicts of the tensors that the processor made of a trunk's images and videos
     names                    B strings for messages
@@ -52,6 +53,7 @@ class Tree:
     branches: list[Branch]
     ref_sums: list[float] | None = None
     weight: float = 1.0
+    score_margin: float | None = None
 
 
 def _pad(rows: list[list[int]], value: int = 0) -> Tensor:
@@ -89,6 +91,8 @@ def tree_batch(trees: list[Tree], pad_token_id: int) -> dict:
     if branches[0].phrases is not None:
         batch["phrase_ids"] = _pad([b.phrases for b in branches])
         batch["phrase_mask"] = batch["phrase_ids"].bool()
+    if trees[0].score_margin is not None:
+        batch["score_margins"] = torch.tensor([tree.score_margin for tree in trees])
     if trees[0].ref_sums is not None:
         batch["ref_sums"] = torch.tensor([value for tree in trees for value in tree.ref_sums])
     if any(len(tree.trunks) > 1 for tree in trees):

@@ -19,6 +19,7 @@ def leanpo_loss(
     nll_weight: float = 0.0,
     symmetric_margin: bool = False,
     tokens_per_pair: Tensor | float | None = None,
+    betas: Tensor | None = None,
 ) -> PreferenceLoss:
     """LeanPO: the reward is the average log-likelihood, no reference (Wang et al. 2025, arXiv 2506.05260).
 
@@ -43,6 +44,7 @@ def leanpo_loss(
         nll_weight: weight of the negative log-likelihood of the chosen responses.
         symmetric_margin: `+ target_margin` in the swapped term (SimPO's form). The author's code keeps the minus.
         tokens_per_pair: mean length of the chosen responses of the whole batch. None: the B pairs are the batch.
+        betas: (B,) the place of `beta` in `pref`, for each pair. None: all have `beta`, which the rewards have anyway.
 
     Raises:
         ValueError: if a response has no tokens.
@@ -56,13 +58,15 @@ def leanpo_loss(
 
     smoothing = label_smoothing * (margin.detach() < smoothing_threshold).to(margin)  # (B,)
     swapped_margin = target_margin if symmetric_margin else -target_margin
-    preference = -(1 - smoothing) * F.logsigmoid(beta * margin - target_margin)
-    preference = preference - smoothing * F.logsigmoid(-beta * margin + swapped_margin)
+    scaled = (beta if betas is None else betas) * margin
+    preference = -(1 - smoothing) * F.logsigmoid(scaled - target_margin)
+    preference = preference - smoothing * F.logsigmoid(-scaled + swapped_margin)
 
     nll = nll_per_pair(chosen_sums, chosen_tokens, tokens_per_pair)
     return PreferenceLoss(
         losses=preference + nll_weight * nll,
         chosen_rewards=beta * chosen_avg.detach(),
         rejected_rewards=beta * rejected_avg.detach(),
-        terms={"preference": preference.detach(), "nll": nll.detach(), "smoothing": smoothing},
+        terms={"preference": preference.detach(), "nll": nll.detach(), "smoothing": smoothing}
+        | ({} if betas is None else {"beta": betas}),
     )

@@ -7,6 +7,19 @@ from torch import Tensor
 from trl_vpo.losses.common import PreferenceLoss, as_float, masked_sum, nll_per_pair, tokens_of
 
 
+def dynamic_beta(score_margins: Tensor, *, beta: float, scale_weight: float, sensitivity: float) -> Tensor:
+    """Return beta_i, (B,), of [`mmdpo_loss`], without gradient.
+
+    Raises:
+        ValueError: if a score margin is not finite.
+    """
+    (margins,) = as_float(score_margins.detach())
+    odd = ~margins.isfinite()
+    if odd.any():
+        raise ValueError(f"the scores of pairs {odd.nonzero().flatten().tolist()} of the batch are not finite.")
+    return beta * (1 - scale_weight * torch.expm1(-sensitivity * margins.clamp(min=0)))
+
+
 def mmdpo_loss(
     chosen_logratios: Tensor,
     rejected_logratios: Tensor,
@@ -46,12 +59,8 @@ def mmdpo_loss(
 
     Source: Kwai-YuanQi/MM-RLHF (7c8af1d), and the paper's formula (Zhang et al., ICML 2025).
     """
-    values = as_float(chosen_logratios, rejected_logratios, score_margins, chosen_logps)
-    chosen, rejected, margins, chosen_logps = values
-    odd = ~margins.isfinite()
-    if odd.any():
-        raise ValueError(f"the scores of pairs {odd.nonzero().flatten().tolist()} of the batch are not finite.")
-    betas = beta * (1 - scale_weight * torch.expm1(-sensitivity * margins.detach().clamp(min=0)))  # (B,)
+    chosen, rejected, chosen_logps = as_float(chosen_logratios, rejected_logratios, chosen_logps)
+    betas = dynamic_beta(score_margins, beta=beta, scale_weight=scale_weight, sensitivity=sensitivity)  # (B,)
     preference = -F.logsigmoid(betas * (chosen - rejected))
     nll = nll_per_pair(masked_sum(chosen_logps, chosen_mask), tokens_of(chosen_mask, "chosen"), tokens_per_pair)
     return PreferenceLoss(

@@ -139,6 +139,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
             phrases=cls.needs_phrases,
             num_images=args.num_images if cls.needs_image_list else None,
             visual_prompt=getattr(args, "visual_prompt", True),
+            scores=args.scores,
             media_root=args.media_root,
             frame_cache=args.frame_cache,
         )
@@ -310,9 +311,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean loss of the batch's pairs; with `return_outputs` also its `Scores`. All ranks call this.
 
-        The `weights` of rows multiply their losses, not the number of pairs that divides the sum. With the `totals` of
-        an optimizer step that is the mean number in its micro-batches: `Trainer` averages over these and the ranks, so
-        the step is that of one big batch, however unequal its parts are. `num_items_in_batch` is not used.
+        The `weights` of rows multiply their losses. The sum is divided by the number of pairs: with the `totals` of an
+        optimizer step by the mean number in its micro-batches, over which, as over ranks, `Trainer` averages.
 
         Raises NonFiniteLossError: the loss is nan or infinite.
         """

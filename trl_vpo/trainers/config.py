@@ -117,6 +117,7 @@ class VisualPreferenceConfig(DPOConfig):
     )
 
     refused = REFUSED  # no annotation: not a field
+    scores = None  # columns that rows must have, see `ScoreMarginConfig`
     kl_sides = ("chosen",)  # the responses whose KL is trained, where a method needs one; the others' is a metric
 
     def __post_init__(self):

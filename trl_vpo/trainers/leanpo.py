@@ -4,7 +4,7 @@ The paper's code was never released. From the first author's public trainer: the
 margin, the weight of the smoothing carries no gradient, NLL is a mean over chosen tokens and not over pairs, and the
 defaults of beta, margin, smoothing and NLL weight. Different from it:
 
-- the symmetric margin is an option;
+- the symmetric margin is an option, and so is a beta that grows with the margin of a pair's scores;
 - the recipes train LoRA (the paper trains the whole language model);
 - NLL is averaged over the tokens of all micro-batches and ranks of an optimizer step, where the author's trainer takes
   those of a micro-batch. So a run does not depend on how its batch is cut; on one device with one micro-batch a step,
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from trl_vpo.losses import PreferenceLoss, leanpo_loss
 from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, without_reference
+from trl_vpo.trainers.config import REFUSED, without_reference
 from trl_vpo.trainers.logs import PAIRWISE, WEIGHTED
+from trl_vpo.trainers.score_margins import ScoreMarginConfig
 
 
 @dataclass(repr=False)
-class LeanPOConfig(VisualPreferenceConfig):
+class LeanPOConfig(ScoreMarginConfig):
     """Config of [`LeanPOTrainer`].
 
     Example:
@@ -88,6 +89,7 @@ class LeanPOTrainer(VisualPreferenceTrainer):
             nll_weight=self.args.nll_weight,
             symmetric_margin=self.args.symmetric_margin,
             tokens_per_pair=None if totals is None else totals[1] / totals[0],
+            betas=self.args.betas(batch),
         )
 
     def extra_metrics(self, scores, reference, batch) -> dict:
