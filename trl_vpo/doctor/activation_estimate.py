@@ -2,7 +2,8 @@
 
 What autograd keeps between the passes depends on a model's code, on its adapters and on autocast. So vision tower and
 language model run layer by layer on fake tensors (`torch._subclasses`), in seconds on a CPU whatever the model's size,
-and the bytes of the tensors that are alive at the same time are counted.
+and the bytes of the tensors that are alive at the same time are counted. A model whose tower and decoder cannot be run
+apart is run as a whole, over the ids and media of real rows. Experts are taken to be chosen equally often.
 
 A GPU's kernels do not run. That TRL's Triton kernels work in place is followed; SDPA's fused kernels keep the same on
 both. Not followed: dropout (a byte per number on a GPU, a number on a CPU), SDPA's math kernel (it keeps all attention
@@ -26,9 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl_vpo.doctor.live_bytes import LiveBytes
 from trl_vpo.forward.attention import SEGMENTS, Segments, use_segments
 from trl_vpo.forward.families import FEATURE_METHODS, PIXELS, vision_inputs
-from trl_vpo.forward.layouts import spans_of
+from trl_vpo.forward.layouts import Layout, spans_of
 from trl_vpo.forward.parts import output_head
-from trl_vpo.forward.scoring import VOCAB_CHUNK
+from trl_vpo.forward.scoring import VOCAB_CHUNK, ScoreRequest, hidden_states
+from trl_vpo.forward.vision import vision_features
 from trl_vpo.trainers.compat import keep_attention
 
 CAUSAL = "trl_vpo_causal_sdpa"
@@ -36,6 +38,19 @@ TOKEN_CHUNK = 4096  # tokens that TRL's kernels take at a time
 # Tiles of (tokens, VOCAB_CHUNK) float32 numbers that a kernel holds besides its buffers, forward and backward: Triton
 # folds a tile in place, the torch fallback on a CPU does not (`trl.kernels`).
 EXTRA_TILES = {"logps": {"cuda": (0, 0), "cpu": (3.25, 7.25)}, "kl": {"cuda": (0, 0), "cpu": (6, 8)}}
+EXPERTS = 1024  # the most among which a router chooses; those among keys are more
+INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
+def _as_numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Return indices with the places of real masks, whose number a fake operation would not know."""
+    masks = (torch.bool, torch.uint8)
+    known = [
+        [index] if index is None or isinstance(index, FakeTensor) or index.dtype not in masks
+        else index.nonzero().unbind(1)
+        for index in indices
+    ]  # fmt: skip
+    return [index for several in known for index in several]
 
 
 class FakeWeights(FakeTensorMode):
@@ -47,11 +62,20 @@ class FakeWeights(FakeTensorMode):
         outside = not self._inside
         if outside and not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
             return func(*args, **(kwargs or {}))
+        if outside and func.overloadpacket in INDEXING:
+            args = (args[0], _as_numbers(args[1]), *args[2:])
+        if outside and func is torch.ops.aten.topk.default and args[0].size(-1) <= EXPERTS:
+            return self._even_choice(func, *args, **(kwargs or {}))
         self._inside = True
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
         finally:
             self._inside = not outside
+
+    def _even_choice(self, topk: Any, scores: Tensor, count: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Choose all experts equally often, as real numbers: models count the tokens of each."""
+        values, indices = super().__torch_dispatch__(topk, (), (scores, count, *args), kwargs)
+        return values, torch.arange(indices.numel()).view(indices.shape) % scores.size(-1)
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         """Return a tensor that claims to be in CPU memory."""
@@ -157,6 +181,24 @@ class DryStep:
             loss.backward()
         return Activations(live.peak - held, live.gradients_at_peak, kept)
 
+    def run_whole(self, layout: Layout, call: Call) -> Activations:
+        """Run the whole model over a micro-batch: one whose decoder or tower cannot be run apart."""
+        if not hasattr(self._base.base_model, "_trl_vpo_vision"):
+            vision_features(self._base.base_model)
+        if layout.segments is not None:
+            use_segments(self._base)
+        request = ScoreRequest(
+            layout.rows, layout.positions, layout.mask, layout.labels, layout.segments, layout.copies
+        )
+        with self._counting(tree_leaves(layout.inputs)) as live:
+            held = live.now
+            hidden = hidden_states(self._base, request, **layout.inputs)
+            loss = self._scores(hidden, call)
+            del hidden
+            kept = live.now - held
+            loss.backward()
+        return Activations(live.peak - held, live.gradients_at_peak, kept)
+
     def run_tower(self, media: dict[str, Tensor]) -> Activations:
         """Run vision tower and projector over the real inputs of a call: forward, and backward if trained."""
         backbone, text = self._base.base_model, {id(p) for p in self._base.get_decoder().parameters()}
@@ -217,7 +259,6 @@ class DryStep:
 
     def _call(self, call: Call, features: Tensor) -> Tensor:
         """Return the sum of everything that is scored."""
-        head = output_head(self._base).weight
         ids = self._fake.empty((call.rows, call.length), torch.long)
         states = self._embed(ids)  # (R, L, H)
         if call.features:
@@ -228,7 +269,11 @@ class DryStep:
         tree = {SEGMENTS: Segments.of(spans_of(call.trunks))} if call.trunks else {}
         decoder = self._base.get_decoder()
         hidden = decoder(inputs_embeds=states, attention_mask=mask, use_cache=False, **tree).last_hidden_state
-        place = self._fake.empty([call.scored], torch.long)
+        return self._scores(hidden, call)
+
+    def _scores(self, hidden: Tensor, call: Call) -> Tensor:
+        """Return the sum of everything that is scored from the (R, L, H) states of a call."""
+        head, place = output_head(self._base).weight, self._fake.empty([call.scored], torch.long)
         hidden = hidden[place, place]  # (N, H)
         scores = _Head.apply(hidden, head, "logps", self._device, self._autocast).sum()
         if call.compared:

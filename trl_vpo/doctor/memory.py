@@ -118,7 +118,7 @@ class Estimate:
 
     moment: str
     parts: dict[str, int]
-    tower: Activations
+    tower: Activations | None  # None: it cannot be run apart from the language model
 
     @property
     def total(self) -> int:
@@ -143,10 +143,10 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
         gradients=plan.gradients,
         device=plan.device,
     )
-    tower = plan.tower or step.run_tower(plan.load.media)
-    trains_tower = tower.kept > 0  # and keeps its inputs for its backward pass
     load, share = (plan.load.halved(), 0.5) if plan.half_media else (plan.load, 1)
-    text = step.run(load.call, 0 if trains_tower else load.laid_out)
+    known, text = _passes(step, plan, load)
+    tower = known or Activations()
+    keeps_inputs = known is None or tower.kept > 0  # for the backward pass of what reads them
     inputs = {"inputs": load.inputs * plan.accumulation}
     trained = plan.sizes.trained * plan.trained_dtype.itemsize
     gradients = int(trained / (plan.sharding.processes if plan.sharding.splits_gradients else 1))
@@ -155,12 +155,12 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
     dequantized = plan.sizes.largest_quantized * (plan.autocast or plan.dtype).itemsize
     moments = {
         "the vision tower's pass": {
-            "gradients": gradients * (plan.accumulation > 1 or trains_tower),
+            "gradients": gradients * (plan.accumulation > 1 or tower.kept > 0),
             "working memory": load.laid_out + (tower.peak - tower.gradients) * share,
         },
         "the backward pass": {
             "gradients": text.gradients if plan.gradients == "grown" else gradients,
-            "activations": kept + tower.kept * share + load.laid_out * trains_tower,
+            "activations": kept + tower.kept * share + load.laid_out * keeps_inputs,
             "working memory": text.peak - text.gradients - kept + dequantized,
         },
         "the optimizer's step": {
@@ -174,7 +174,19 @@ def estimate(plan: Plan, model: nn.Module) -> Estimate:
             transient = sum(size for name, size in parts.items() if name != "gradients")
             parts["CUDA context, fragmentation"] = CONTEXT + int(FRAGMENTATION * transient)
     moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
-    return Estimate(moment, {name: int(size) for name, size in (fixed(plan) | inputs | parts).items() if size}, tower)
+    return Estimate(moment, {name: int(size) for name, size in (fixed(plan) | inputs | parts).items() if size}, known)
+
+
+def _passes(step: DryStep, plan: Plan, load: Workload) -> tuple[Activations | None, Activations]:
+    """Return the passes of the vision tower and of the language model; None and the whole model's, if that is one."""
+    try:
+        tower = plan.tower or step.run_tower(plan.load.media)
+        return tower, step.run(load.call, 0 if tower.kept else load.laid_out)
+    except Exception:  # model code of any origin: its tower or decoder cannot be run apart
+        if plan.load.layout is None:
+            raise
+    whole, share = step.run_whole(plan.load.layout, plan.load.call), load.call.length / plan.load.call.length
+    return None, Activations(int(whole.peak * share), whole.gradients, int(whole.kept * share))
 
 
 def fixed(plan: Plan) -> dict[str, float]:

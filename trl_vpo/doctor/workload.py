@@ -24,12 +24,14 @@ class Workload:
         call: its model call.
         inputs: bytes of the batch; `laid_out`: of the call's inputs, which are gone before the backward pass.
         media: inputs of the call, with its pixels and what else the vision tower takes.
+        layout: the call itself.
     """
 
     call: Call
     inputs: int
     laid_out: int = 0
     media: dict[str, Tensor] = field(default_factory=dict)
+    layout: Layout | None = None
 
     def halved(self) -> Workload:
         """Return it with half as many tokens of media. `media` itself stays as it is."""
@@ -61,7 +63,7 @@ def workload_of(trees: list[Tree], recipe: LoadedRecipe) -> Workload:
     call = _call(layout, media_ids, compared, masks)
     held = {id(x) for x in tree_leaves(batch["media"])}  # alone, they are the call's inputs themselves
     own = [x for x in tree_leaves(layout.inputs) if id(x) not in held]
-    return Workload(call, _bytes(batch), _bytes(own), layout.inputs)
+    return Workload(call, _bytes(batch), _bytes(own), layout.inputs, layout)
 
 
 def _call(layout: Layout, media_ids: Tensor, compared: Tensor, masks: bool) -> Call:

@@ -119,21 +119,9 @@ def attach_scoring(model: PreTrainedModel) -> None:
         if score is None:
             return self._trl_vpo_plain(*args, **kwargs)
         kwargs = {k: v for k, v in kwargs.items() if v is not None}  # PEFT passes labels=None and the like
-        packed = getattr(self, "_trl_vpo_packed", None)  # of models that know packed rows
-        # Both are looked up at each call: FSDP and PEFT replace modules after this patch.
-        vision, copies = self.base_model._trl_vpo_vision, score.copies
-        if isinstance(copies, Mixed):
-            kwargs, copies = copies.in_order(self.base_model, kwargs), None
-        compute = functools.partial(_hidden_states, self)
-        if isinstance(copies, Split):
-            compute, copies = functools.partial(copies.in_parts, self, compute), None
         counts = score.column_counts
-        with (
-            packed.during(score.segments) if packed else contextlib.nullcontext(),
-            vision.repeated(copies),
-            contextlib.nullcontext() if counts is None else router_logits(self) as logits,
-        ):
-            hidden = compute(*args, **kwargs, use_cache=False)  # (R, L, H)
+        with contextlib.nullcontext() if counts is None else router_logits(self) as logits:
+            hidden = hidden_states(self, score, *args, **kwargs)
         tokens = (args[0] if args else kwargs["input_ids"]).size(1)
         if hidden.size(1) != tokens and getattr(score.segments, "ranks", None) is None:
             raise ModelError(
@@ -149,12 +137,26 @@ def attach_scoring(model: PreTrainedModel) -> None:
     model._trl_vpo_scoring = True
 
 
+def hidden_states(model: PreTrainedModel, request: ScoreRequest, *args, **kwargs) -> Tensor:
+    """Return the (R, L, H) states that the LM head would be given, of a call with the layout of a request."""
+    packed = getattr(model, "_trl_vpo_packed", None)  # of models that know packed rows
+    # Both are looked up at each call: FSDP and PEFT replace modules after `attach_scoring`.
+    vision, copies = model.base_model._trl_vpo_vision, request.copies
+    if isinstance(copies, Mixed):
+        kwargs, copies = copies.in_order(model.base_model, kwargs), None
+    compute = functools.partial(_hidden_states, model)
+    if isinstance(copies, Split):
+        compute, copies = functools.partial(copies.in_parts, model, compute), None
+    with packed.during(request.segments) if packed else contextlib.nullcontext(), vision.repeated(copies):
+        return compute(*args, **kwargs, use_cache=False)
+
+
 def _hidden_states(model: PreTrainedModel, *args, **kwargs) -> Tensor:
     """Return what the LM head would be given."""
     if model.base_model is not model:
         return model.base_model(*args, **kwargs).last_hidden_state
     with head_inputs(model) as states:  # a whole language model lies inside, with its head
-        model._trl_vpo_plain(*args, **kwargs)
+        getattr(model, "_trl_vpo_plain", model)(*args, **kwargs)
     return states[-1]
 
 
