@@ -22,7 +22,7 @@ from trl_vpo.forward.layouts import padded
 from trl_vpo.forward.mixed import unlike_images
 from trl_vpo.forward.scoring import ScoreRequest, attach_scoring
 from trl_vpo.forward.vision import vision_features
-from trl_vpo.models.adapters import target_modules
+from trl_vpo.models.adapters import preset_targets
 
 
 def backbone(model_type):
@@ -171,7 +171,7 @@ def test_prompts_that_fail_upstream_are_refused(name, media):
 def test_what_rows_without_images_do_not_pass(name, preset, trained):
     """Ranks whose rows have no images are given one, where others would wait for its gradients."""
     model, _ = build(name)
-    get_peft_model(model, LoraConfig(target_modules=target_modules(model, preset)))
+    get_peft_model(model, LoraConfig(target_modules=preset_targets(model, preset)[0]))
     assert vision_features(model.base_model).trained == trained
 
 

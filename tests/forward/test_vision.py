@@ -17,7 +17,7 @@ from trl_vpo.forward import layouts
 from trl_vpo.forward.families import VISION_INPUTS, merge_media, placeholders
 from trl_vpo.forward.parts import part_of
 from trl_vpo.forward.vision import VisionFeatures
-from trl_vpo.models.adapters import target_modules
+from trl_vpo.models.adapters import preset_targets
 
 RECOMPUTED = {
     kind: {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": kind == "reentrant"}}
@@ -28,7 +28,7 @@ RECOMPUTED = {
 def make(name, kind, media, folder, method="rrpo", target=None, saved=None, **more):
     """A trainer that trains the projector too, and whose policy is not its reference."""
     model, processor = build(name)
-    targets = target or target_modules(model, "language" if saved else "language+projector")
+    targets = target or preset_targets(model, "language" if saved else "language+projector")[0]
     config = LoraConfig(r=4, target_modules=targets, modules_to_save=saved) if target != "full" else None
     own = {"critical_box": [4, 8, 30, 40]} if kind == "list" else {}
     kind = "image" if kind == "list" else kind
@@ -147,7 +147,7 @@ SEPARATE += [("Qwen2.5-VL", "image", True), ("LLaVA-OneVision", "video", True), 
 def test_branches_share_the_features_of_their_trunk(name, kind, packs, media, tmp_path, monkeypatch):
     """Each response has a prompt of its own, but not its media; everything trains. The twin repeats the media. In full
     fine-tuning, the reference is a model of its own."""
-    more = {"target": target_modules(build(name)[0], "all") if packs else "full", "layout": "separate"}
+    more = {"target": preset_targets(build(name)[0], "all")[0] if packs else "full", "layout": "separate"}
     steps, pixels = [], []
     for twin in (False, True):
         if twin:

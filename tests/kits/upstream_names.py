@@ -92,9 +92,9 @@ CALLED = [
     (
         "transformers.conversion_mapping.get_model_conversion_mapping",
         "model key_mapping hf_quantizer add_legacy",
-        ATTACH,
+        ADAPTERS,
     ),
-    ("transformers.core_model_loading.apply_renamings", "source_key weight_renamings", ATTACH),
+    ("transformers.core_model_loading.apply_renamings", "source_key weight_renamings", ADAPTERS),
     ("transformers.TrainingArguments.to_dict", "self", CONFIG),
     ("torch.distributed.launcher.api.LaunchConfig.signals_to_handle", ..., LAUNCH),
     ("accelerate.commands.launch.launch_command", "args", LAUNCH),

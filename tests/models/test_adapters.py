@@ -16,7 +16,7 @@ from torch import nn
 from trl_vpo.doctor import checks as doctor
 from trl_vpo.errors import AdapterError, RecipeError
 from trl_vpo.models import model_size as footprint
-from trl_vpo.models.adapters import PRESETS, target_modules, vllm_problems
+from trl_vpo.models.adapters import PRESETS, preset_targets, resolve_targets, vllm_problems
 
 
 def findings(folder, **keys):
@@ -94,7 +94,7 @@ def test_presets_of_text_models():
     assert set(what.modules) == layers("model.layers", SEVEN)
     for preset in ("language+projector", "all"):
         with pytest.raises(RecipeError, match=f"{re.escape(preset)}: Qwen2ForCausalLM has no projector"):
-            target_modules(model, preset)
+            preset_targets(model, preset)[0]
 
 
 class Odd(nn.Module):
@@ -122,7 +122,7 @@ class Odd(nn.Module):
 
 def test_presets_of_an_odd_model():
     with pytest.warns(UserWarning, match=r"1 parameters such as layers\.1\.experts\.up .*lora_target_parameters"):
-        config = LoraConfig(target_modules=target_modules(Odd(), "all"))
+        config = LoraConfig(target_modules=preset_targets(Odd(), "all")[0])
     assert adapted_modules(get_peft_model(Odd(), config)) == {"text.layers.0.mix", "connector", "vision_model.out"}
 
 
@@ -136,10 +136,11 @@ def glm_moe():
 
 def test_names_that_peft_takes_for_experts(tmp_path):
     """PEFT turns a regular expression into leaf names there, and MLPs into experts, both in training and loading."""
-    with pytest.warns(UserWarning, match=r"6 linear layers such as .*layers\.0\.mlp\.down_proj are not adapted"):
-        targets = target_modules(glm_moe(), "language")
-    expected = layers("model.language_model.layers", " ".join(SEVEN.split()[:4]))
-    config = LoraConfig(r=2, target_modules=targets)
+    config, model = LoraConfig(r=2, target_modules="language"), glm_moe()
+    with pytest.warns(UserWarning, match="hold the weights of several experts"):
+        resolve_targets(config, model)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    expected = {name for name in linear if name.startswith("model.language_model.")}
     for again in (config, config.save_pretrained(tmp_path) or LoraConfig.from_pretrained(tmp_path)):
         assert set(map(by_name, lora_parameters(get_peft_model(glm_moe(), again)))) == expected
 
@@ -164,7 +165,7 @@ def inner_llama():
 def test_heads_and_routers_inside_a_decoder_are_left_out():
     """Llama 4 holds a whole language model, whose head and routers are linear layers."""
     with pytest.warns(UserWarning, match=r"2 parameters such as .*feed_forward\.experts\.gate_up_proj"):
-        config = LoraConfig(target_modules=target_modules(inner_llama(), "language"))
+        config = LoraConfig(target_modules=preset_targets(inner_llama(), "language")[0])
     names = adapted_modules(get_peft_model(inner_llama(), config))
     dense = layers("language_model.model.layers", " ".join(SEVEN.split()[:4])) | {
         f"language_model.model.layers.{layer}.{leaf}_proj"

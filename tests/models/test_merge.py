@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from trl_vpo.errors import AdapterError
-from trl_vpo.models.adapters import target_modules
+from trl_vpo.models.adapters import preset_targets
 from trl_vpo.models.merge import merge
 
 LAYERS = 2  # of the models here, each with seven linear layers
@@ -139,7 +139,7 @@ def test_the_revision_of_the_base_is_kept(tmp_path, monkeypatch):
 def test_a_text_model_merges(tmp_path):
     model, tokenizer = text_model()
     base = write_model(tmp_path / "base", model, tokenizer)
-    config = LoraConfig(target_modules=target_modules(model, "language"), init_lora_weights=False)
+    config = LoraConfig(target_modules=preset_targets(model, "language")[0], init_lora_weights=False)
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(tmp_path / "adapter")
     assert merge(tmp_path / "adapter", tmp_path / "out", base=base) == []

@@ -5,16 +5,17 @@ import re
 import pytest
 import torch
 from accelerate import PartialState
-from families_newer import NEWER
+from families_newer import NEWER, build
 from helpers import row
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from slow_kit import slow_logits
 from torch import nn
 
 from trl_vpo import PreferenceCollator
 from trl_vpo.errors import RecipeError
 from trl_vpo.forward.scorer import Scorer
 from trl_vpo.media.load import VideoOptions
-from trl_vpo.models.adapters import target_modules
+from trl_vpo.models.adapters import resolve_targets
 
 LINEAR = r"model\.multi_modal_projector\.linear_\d"
 MISTRAL = rf"{LINEAR}|model\.multi_modal_projector\.patch_merger\.merging_layer"
@@ -38,8 +39,7 @@ PROJECTORS = {  # whole names of linear layers; the others have `LINEAR`
     **dict.fromkeys(["MiniCPM-V 4.6", "MiniCPM-V 4.7"], r"model\.merger\.mlp\.\d\.linear_\d"),
     "Molmo2": r"model\.multi_modal_projector\.(image_pooling_2d\.[qkvo]_proj|image_projector\.(gate|up|down)_proj)",
     "Phi-4-multimodal": r"model\.embed_tokens_extend\.image_embed\.img_projection_(up|down)",
-    **dict.fromkeys(["GLM-4.1V", "GLM-4.6V"], GLM),
-    "GLM-4.5V": r"model\.visual\.merger\.proj",
+    **dict.fromkeys(["GLM-4.1V", "GLM-4.5V", "GLM-4.6V"], GLM),
     "ERNIE 4.5 VL": r"model\.resampler_model\.(mlp|(spatial|temporal)_linear\.fc\d)",
     "VideoLLaMA 3": r"model\.projector\.readout\.\d",
     "Kimi K2.5": r"model\.mm_projector\.(in|out)_proj",
@@ -58,15 +58,21 @@ LEFT_OUT = {  # linear layers of a decoder that are no attention and no MLP
     "Nemotron-H Omni": r".*\.lm_head",
     "Qwen3.5 MoE": r".*\.shared_expert_gate",
     "Qwen4-exp": r".*\.(shared_expert_gate|indexer\..*)",
-    **dict.fromkeys(["Mistral Large 4", "MiniMax-M3-VL"], r".*\.indexer\..*"),
+    "MiniMax-M3-VL": r".*\.indexer\..*",
+    "Mistral Large 4": r".*\.(indexer|shared_experts)\..*",  # PEFT loads adapters of the latter elsewhere
     "Phi-4-multimodal": r".*\.embed_tokens_extend\..*",
-    "GLM-4.5V": r".*\.mlp\..*",  # PEFT takes them for experts
 }
-NO_LAYERS = ["Gemma 3", "Gemma 3, short windows"]  # the projector is a parameter
+PARAMETERS = {name: {"model.multi_modal_projector"} for name in ("Gemma 3", "Gemma 3, short windows")}  # holds one
 
 
 def names_of(model):
     return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def adapt(model, preset, **more):
+    config = LoraConfig(r=2, target_modules=preset, **more)
+    resolve_targets(config, model)
+    return get_peft_model(model, config)
 
 
 def cases(names):
@@ -83,11 +89,8 @@ def test_presets_adapt_layers_that_are_reached(name, media):
     decoder = {*model.get_decoder().modules()}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     want = {n for n, m in linear.items() if m in decoder and not re.fullmatch(LEFT_OUT.get(name, ""), n)}
-    preset = "language"
-    if name not in NO_LAYERS:
-        preset = "language+projector"
-        want |= {n for n in linear if re.fullmatch(PROJECTORS.get(name, LINEAR), n)}
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=target_modules(model, preset)))
+    want |= {n for n in linear if re.fullmatch(PROJECTORS.get(name, LINEAR), n)} | PARAMETERS.get(name, set())
+    adapted = adapt(model, "language+projector")
     assert names_of(adapted) == want
     lora = [p for n, p in adapted.named_parameters() if "lora_B" in n]
     for weight in (p for p in adapted.parameters() if not p.any()):  # gates of Mllama, and lora_B
@@ -106,22 +109,35 @@ def test_presets_adapt_layers_that_are_reached(name, media):
     assert all(p.grad is not None for p in lora)
 
 
-@pytest.mark.parametrize("name", cases(NO_LAYERS))
-def test_a_projector_without_linear_layers(name):
-    model, _ = NEWER[name].build()
-    with pytest.raises(
-        RecipeError, match=r"no linear layer in its projector \(model\.multi_modal_projector\.mm_input"
-    ):
-        target_modules(model, "language+projector")
-    everything = names_of(get_peft_model(model, LoraConfig(target_modules=target_modules(model, "all"))))
-    assert any("vision_tower" in name for name in everything)
+@pytest.mark.filterwarnings("ignore:.*experts")
+@pytest.mark.parametrize("name", ["Gemma 3", "GLM-4.5V"])
+def test_parameters_of_a_preset_load_and_merge(name, media, tmp_path):
+    """Gemma 3's projector, and the MLPs that PEFT takes for experts; in PEFT alone."""
+    model, processor = build(name)
+    tree = PreferenceCollator(processor).encode(row("image", media["image"][:1]))
+    trunk, branch = tree.trunks[0], tree.branches[0]
+    plain = slow_logits(model, trunk, branch)
+    adapted = adapt(model, "language+projector")
+    moved = [n for n, p in adapted.named_parameters() if ".lora_B." in n and ("mlp" in n or "projector.lora" in n)]
+    for key in moved:
+        torch.nn.init.normal_(adapted.get_parameter(key), std=0.1)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(name)[0], tmp_path)
+    with torch.no_grad():
+        want, got = (slow_logits(m.eval(), trunk, branch) for m in (adapted, loaded))
+        assert moved and torch.equal(got, want) and (want - plain).abs().max() > 0.01
+        torch.testing.assert_close(slow_logits(loaded.merge_and_unload(), trunk, branch), want, rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_of_a_preset_have_no_dropout():
+    with pytest.raises(RecipeError, match=r"Set lora_dropout: 0\.0, or name modules in the place of 'language\+proj"):
+        adapt(build("Gemma 3")[0], "language+projector", lora_dropout=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:.*(experts|are not adapted)")
 @pytest.mark.parametrize("name", ["Qwen2.5-Omni thinker", "Qwen3-Omni MoE thinker", "Janus", "Phi-4-multimodal"])
 def test_all_is_what_rows_reach(name):
     """Not the towers of audio, nor what makes pictures."""
-    model, _ = NEWER[name].build()
-    names = names_of(get_peft_model(model, LoraConfig(target_modules=target_modules(model, "all"))))
+    names = names_of(adapt(NEWER[name].build()[0], "all"))
     assert any(re.search(r"visual\.|vision_model\.|img_processor\.", name) for name in names)
     assert not any(re.search("audio|generation|vqmodel", name) for name in names)

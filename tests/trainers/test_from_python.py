@@ -15,7 +15,7 @@ from step_kit import Gradients
 from trainer_kit import METHODS, config, fresh, image_rows, lora, trainable, trainer_of
 
 from trl_vpo.errors import RecipeError
-from trl_vpo.models.adapters import PRESETS, target_modules
+from trl_vpo.models.adapters import PRESETS, preset_targets
 from trl_vpo.trainers import setup
 
 TOKEN = "hf_" + "a" * 30
@@ -26,7 +26,7 @@ TOKEN = "hf_" + "a" * 30
 def test_a_preset_is_resolved(preset, loaded, images, tmp_path):
     """For a model in memory and for one that is named; the config of the user stays as it is."""
     model, processor = fresh("Qwen2-VL")
-    want = adapted_modules(get_peft_model(model, LoraConfig(r=2, target_modules=target_modules(model, preset))))
+    want = adapted_modules(get_peft_model(model, LoraConfig(r=2, target_modules=preset_targets(model, preset)[0])))
     model, _ = fresh("Qwen2-VL")
     if not loaded:
         families.write_model(tmp_path / "base", model, processor)

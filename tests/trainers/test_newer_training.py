@@ -10,15 +10,13 @@ from step_kit import losses_of, snapshot
 from trainer_kit import METHODS, trainer_of
 
 QUICK = ("dpo", "rrpo")
-RENAMED = "transformers moves the weights of its shared experts to another place when PEFT loads an adapter"
 
 
 def cases():
     for name, family in NEWER.items():
-        lost = [pytest.mark.xfail(strict=True, reason=RENAMED)] * (name == "Mistral Large 4")
         for method in METHODS:
             kind = "video" if family.video and method in ("rrpo", "leanpo") else "image"
-            marks = [*lost, *[pytest.mark.slow] * (family.slow or method not in QUICK)]
+            marks = [pytest.mark.slow] * (family.slow or method not in QUICK)
             yield pytest.param(name, method, kind, marks=marks, id=f"{name}-{method}")
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -52,6 +53,11 @@ def check_head(model: nn.Module) -> None:
 
     A fully trained copy (`modules_to_save`) and single trained tokens (`trainable_token_indices`) are supported.
     """
+    if any(isinstance(m, ParamWrapper) and m.get_param().dtype.itemsize == 1 for m in model.modules()):
+        raise ValueError(
+            "LoRA on parameters (target_parameters, which the presets of some models have) cannot adapt quantized "
+            "weights. Name modules in target_modules alone, or load the model unquantized."
+        )
     head = output_head(model)
     if isinstance(head, BaseTunerLayer):
         raise ValueError(

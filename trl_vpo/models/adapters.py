@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.forward.parts import CHOOSERS, named, output_head, part_of
@@ -44,31 +46,33 @@ def check_targets(targets: str | Iterable[str] | None) -> None:
         )
 
 
-def check_parameters(config: Any) -> None:
+def check_parameters(config: Any, remedy: str = "leave lora_target_parameters out") -> None:
     """Raise RecipeError for what PEFT does not do to single parameters (`target_parameters`), as those of experts."""
     remedies = {"lora_dropout": "0.0", "use_dora": "false", "lora_bias": "false"}
     given = [name for name in remedies if getattr(config, name, None)]
     if given and getattr(config, "target_parameters", None):
         raise RecipeError(
             f"{' and '.join(given)}: PEFT has that for layers, not for lora_target_parameters. Set "
-            f"{', '.join(f'{name}: {remedies[name]}' for name in given)}, or leave lora_target_parameters out."
+            f"{', '.join(f'{name}: {remedies[name]}' for name in given)}, or {remedy}."
         )
 
 
-def target_modules(model: PreTrainedModel, preset: str) -> str | list[str]:
-    r"""Return a preset of a model as a regular expression of whole module names, which loads without `trl_vpo`.
+def preset_targets(model: PreTrainedModel, preset: str) -> tuple[str | list[str], list[str]]:
+    r"""Return the modules of a preset as a regular expression of whole names, and parameters beside them.
+
+    Both load without `trl_vpo`. The model may be empty, and has no adapter.
 
     - `language`: the linear layers of the language model (attention and MLP of its decoder layers). Not the
       embeddings, not the LM head, no routers. Experts that are stored as one fused parameter are no linear layers; a
       warning names them, `lora_target_parameters` adapts them.
     - `language+projector`: those, and the linear layers between vision tower and language model: Qwen's mergers with
       those of DeepStack, the multi-modal projector of LLaVA and InternVL, the connector of Idefics and SmolVLM with
-      the perceiver of Idefics2.
+      the perceiver of Idefics2; Gemma 3's projector is a parameter.
     - `all`: those, and the linear layers of the vision tower. Not its convolutions and embeddings. Layers behind
       `vision_feature_layer` are adapted too, and learn nothing.
 
-    Where PEFT would rewrite the expression, it is a list of names. The model may be empty, and has no adapter. Without
-    a projector or vision tower that is known: RecipeError.
+    Where PEFT would rewrite the expression, it is a list of names, and what it takes for experts goes by its weights.
+    Without a projector or vision tower that is known: RecipeError.
     """
     modules = dict(model.named_modules())
     text, head = model.get_decoder(), output_head(model)
@@ -82,19 +86,49 @@ def target_modules(model: PreTrainedModel, preset: str) -> str | list[str]:
         if name.startswith(prefix) and part_of(name) == "language" and not named(CHOOSERS).search(name)
     } - {name for name in linear if modules[name] is head}
     _warn_of_fused(text)
-    parts = [("projector", "projector"), ("vision tower", "vision")][: PRESETS.index(preset)]
-    for what, part in parts:
+    parameters = []
+    for what, part in [("projector", "projector"), ("vision tower", "vision")][: PRESETS.index(preset)]:
         matches = {name for name in linear if part_of(name) == part}
-        weights = [name for name, _ in model.named_parameters() if part_of(name) == part]
-        if not matches and (not weights or part == parts[-1][1]):
-            known = f"no linear layer in its {what} ({weights[0]} is none)" if weights else f"no {what} that is known"
+        weights = [name for name, p in model.named_parameters() if part_of(name) == part and p.dim() == 2]
+        if not matches and (part == "vision" or not weights):
             raise RecipeError(
-                f"lora_target_modules: {preset}: {type(model).__name__} has {known}. Use language, or a regular "
-                "expression of whole module names."
+                f"lora_target_modules: {preset}: {type(model).__name__} has no {what} that is known. Use language, or "
+                "a regular expression of whole module names."
             )
         names |= matches
+        parameters += [] if matches else weights
+    names -= _misplaced(names, model)
     pattern = _pattern(names, set(modules))
-    return pattern if _as_peft_reads(pattern, model) == pattern else _kept_names(names, model)
+    if _as_peft_reads(pattern, model) == pattern:
+        return pattern, parameters
+    # `_convert_peft_config_moe` of peft/utils/transformers_weight_conversion.py (0.21): there is no way to name an
+    # MLP beside the experts as a module.
+    kept = {name for name in names if name.rpartition(".")[2] not in PEFT_EXPERTS}
+    return sorted(kept), parameters + [f"{name}.weight" for name in sorted(names - kept)]
+
+
+def _misplaced(names: set[str], model: PreTrainedModel) -> set[str]:
+    """Return the layers whose adapter PEFT would look for in another place when it loads it, and warn of them.
+
+    See `convert_peft_adapter_state_dict_for_transformers` of peft/utils/transformers_weight_conversion.py (0.21),
+    which renames an adapter's weights as those of the base's checkpoints. To be deleted when it does not.
+    """
+    rename = translator(model)
+    renamed = {name: rename(f"{name}.weight").removesuffix(".weight") for name in names}
+    lost = sorted(name for name, new in renamed.items() if not name.endswith(new))
+    if lost:
+        warnings.warn(
+            f"{len(lost)} linear layers such as {lost[0]} are not adapted: PEFT would load their adapter as that of "
+            f"{renamed[lost[0]]}.",
+            stacklevel=3,
+        )
+    return set(lost)
+
+
+def translator(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return a function from what an older transformers called a module or weight to its name today."""
+    renamings = [t for t in get_model_conversion_mapping(model, add_legacy=False) if isinstance(t, WeightRenaming)]
+    return lambda name: apply_renamings(name, renamings)
 
 
 def _as_peft_reads(targets: str | list[str], model: PreTrainedModel) -> str | set[str]:
@@ -104,28 +138,15 @@ def _as_peft_reads(targets: str | list[str], model: PreTrainedModel) -> str | se
     return config.target_modules
 
 
-def _kept_names(names: set[str], model: PreTrainedModel) -> list[str]:
-    """Return the names that PEFT does not turn into names of fused experts, and warn of the others.
-
-    See `_convert_peft_config_moe` of peft/utils/transformers_weight_conversion.py (0.21): there is no way to name an
-    MLP beside the experts. To be deleted when there is.
-    """
-    kept = {name for name in names if name.rpartition(".")[2] not in PEFT_EXPERTS}
-    if left := sorted(names - kept):
-        warnings.warn(
-            f"{len(left)} linear layers such as {left[0]} are not adapted: PEFT takes their names in a "
-            f"{model.config.model_type} for those of the experts.",
-            stacklevel=3,
-        )
-    return sorted(kept)
-
-
 def resolve_targets(peft_config: Any, model: nn.Module) -> None:
-    """Replace the preset of a LoRA config by a model's module names, in place. Other targets stay as they are."""
+    """Replace the preset of a LoRA config by names of a model, in place. Other targets stay as they are."""
     targets = getattr(peft_config, "target_modules", None)
     check_targets(targets)
     if targets in PRESETS:
-        peft_config.target_modules = target_modules(model, targets)
+        peft_config.target_modules, more = preset_targets(model, targets)
+        if more:
+            peft_config.target_parameters = [*(peft_config.target_parameters or []), *more]
+            check_parameters(peft_config, f"name modules in the place of {targets!r}, which adapts {more[0]} here")
 
 
 def _warn_of_fused(text: nn.Module) -> None:
