@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from families_newer import NEWER, build
 from helpers import row
 from peft import LoraConfig, get_peft_model
+from trainer_kit import trainer_of
 
 from trl_vpo import PreferenceCollator
 from trl_vpo.data.accepted import check_accepted
@@ -179,6 +180,14 @@ def test_encoder_decoders_are_refused():
     config = T.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8, decoder_start_token_id=0)
     with pytest.raises(ModelError, match="T5ForConditionalGeneration is not supported: it has an encoder"):
         attach_scoring(T.T5ForConditionalGeneration(config))
+
+
+def test_models_that_write_nothing_are_refused(tmp_path):
+    """Before TRL is called, which fails at their missing `generation_config`."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = T.Qwen2ForSequenceClassification(T.Qwen2Config(vocab_size=360, **sizes, pad_token_id=0))
+    with pytest.raises(ModelError, match="Qwen2ForSequenceClassification is not supported: it generates no text"):
+        trainer_of("dpo", tmp_path, model=model, processor=families.tokenizer())
 
 
 def test_models_that_prepend_their_images_are_refused():

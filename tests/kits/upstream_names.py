@@ -59,6 +59,11 @@ CALLED = [
         "peft_config model conversions",
         ADAPTERS,
     ),
+    (
+        "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers",
+        "model peft_config adapter_state_dict adapter_name",
+        ADAPTERS,
+    ),
     ("torch.distributed.elastic.multiprocessing.errors.record", "fn error_handler", COMPAT),
     ("torch.distributed.elastic.multiprocessing.errors.ErrorHandler.record_exception", "self e", COMPAT),
     ("trl.DPOTrainer.create_model_card", "self model_name dataset_name tags", BASE),
@@ -92,9 +97,9 @@ CALLED = [
     (
         "transformers.conversion_mapping.get_model_conversion_mapping",
         "model key_mapping hf_quantizer add_legacy",
-        ADAPTERS,
+        ATTACH,
     ),
-    ("transformers.core_model_loading.apply_renamings", "source_key weight_renamings", ADAPTERS),
+    ("transformers.core_model_loading.apply_renamings", "source_key weight_renamings", ATTACH),
     ("transformers.TrainingArguments.to_dict", "self", CONFIG),
     ("torch.distributed.launcher.api.LaunchConfig.signals_to_handle", ..., LAUNCH),
     ("accelerate.commands.launch.launch_command", "args", LAUNCH),

@@ -8,8 +8,10 @@ from accelerate import PartialState
 from families_newer import NEWER, build
 from helpers import row
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import transformers_weight_conversion
 from slow_kit import slow_logits
 from torch import nn
+from transformers.core_model_loading import WeightRenaming
 
 from trl_vpo import PreferenceCollator
 from trl_vpo.errors import RecipeError
@@ -127,6 +129,15 @@ def test_parameters_of_a_preset_load_and_merge(name, media, tmp_path):
         want, got = (slow_logits(m.eval(), trunk, branch) for m in (adapted, loaded))
         assert moved and torch.equal(got, want) and (want - plain).abs().max() > 0.01
         torch.testing.assert_close(slow_logits(loaded.merge_and_unload(), trunk, branch), want, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_would_not_load_is_refused(monkeypatch):
+    """As one of Unlimited-OCR, whose weights PEFT renames as those of its checkpoints."""
+    moved = {"^model.language_model.layers": "model.language_model.model.layers"}
+    rule = [WeightRenaming(*item) for item in moved.items()]
+    monkeypatch.setattr(transformers_weight_conversion, "get_model_conversion_mapping", lambda model: rule)
+    with pytest.raises(RecipeError, match=r"an adapter of Glm4vMoeFor\w+ would not load: PEFT looks for its weights"):
+        adapt(build("GLM-4.5V")[0], "language")
 
 
 def test_parameters_of_a_preset_have_no_dropout():

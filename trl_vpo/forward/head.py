@@ -48,6 +48,18 @@ def lm_head(model: PreTrainedModel) -> Head:
     return Head(weight, bias, *model._trl_vpo_logits)
 
 
+def check_model_class(model: PreTrainedModel) -> None:
+    """Raise ModelError for models that do not write responses behind prompts."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"{name} is not supported: it has an encoder for prompts and a decoder for responses, and these trainers "
+            "score responses behind their prompts."
+        )
+    if not model.can_generate():
+        raise ModelError(f"{name} is not supported: it generates no text.")
+
+
 def check_head(model: nn.Module) -> None:
     """Raise ValueError for an adapter on the LM head, or quantized weights: scores would silently ignore them.
 

@@ -19,7 +19,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from trl_vpo.errors import ModelError
 from trl_vpo.forward.attention import Segments
-from trl_vpo.forward.head import Head, check_head, head_inputs, lm_head
+from trl_vpo.forward.head import Head, check_head, check_model_class, head_inputs, lm_head
 from trl_vpo.forward.kl import partly_differentiable_kl
 from trl_vpo.forward.mixed import Mixed, Split
 from trl_vpo.forward.router import load_balancing_loss, router_logits
@@ -101,11 +101,7 @@ def token_scores(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Te
 
 def attach_scoring(model: PreTrainedModel) -> None:
     """Let `model(..., score=ScoreRequest(...))` return a `ScoreOutput`. Other calls behave as before."""
-    if model.config.is_encoder_decoder:
-        raise ModelError(
-            f"{type(model).__name__} is not supported: it has an encoder for prompts and a decoder for responses, and "
-            "these trainers score responses behind their prompts."
-        )
+    check_model_class(model)
     check_head(model)
     if getattr(model, "_trl_vpo_scoring", False):
         return

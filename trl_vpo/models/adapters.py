@@ -3,18 +3,20 @@
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.forward.parts import CHOOSERS, named, output_head, part_of
@@ -108,27 +110,25 @@ def preset_targets(model: PreTrainedModel, preset: str) -> tuple[str | list[str]
 
 
 def _misplaced(names: set[str], model: PreTrainedModel) -> set[str]:
-    """Return the layers whose adapter PEFT would look for in another place when it loads it, and warn of them.
+    """Return the layers whose adapter PEFT would load in another place, and warn of them. All of them: RecipeError.
 
-    See `convert_peft_adapter_state_dict_for_transformers` of peft/utils/transformers_weight_conversion.py (0.21),
-    which renames an adapter's weights as those of the base's checkpoints. To be deleted when it does not.
+    PEFT 0.21 renames the weights of a saved adapter as those of its base's checkpoints. To be deleted when it stops.
     """
-    rename = translator(model)
-    renamed = {name: rename(f"{name}.weight").removesuffix(".weight") for name in names}
-    lost = sorted(name for name, new in renamed.items() if not name.endswith(new))
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict.fromkeys(keys, torch.zeros(1)))
+    lost = sorted(name for key, name in keys.items() if key not in loaded)
+    if lost == sorted(names):
+        raise RecipeError(
+            f"an adapter of {type(model).__name__} would not load: PEFT looks for its weights in other places. "
+            "use_peft: false trains the whole model."
+        )
     if lost:
         warnings.warn(
-            f"{len(lost)} linear layers such as {lost[0]} are not adapted: PEFT would load their adapter as that of "
-            f"{renamed[lost[0]]}.",
+            f"{len(lost)} linear layers such as {lost[0]} are not adapted: PEFT would load their adapter in another "
+            "place.",
             stacklevel=3,
         )
     return set(lost)
-
-
-def translator(model: PreTrainedModel) -> Callable[[str], str]:
-    """Return a function from what an older transformers called a module or weight to its name today."""
-    renamings = [t for t in get_model_conversion_mapping(model, add_legacy=False) if isinstance(t, WeightRenaming)]
-    return lambda name: apply_renamings(name, renamings)
 
 
 def _as_peft_reads(targets: str | list[str], model: PreTrainedModel) -> str | set[str]:

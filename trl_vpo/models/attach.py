@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TrainableTokensWrapper
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from trl_vpo.errors import AdapterError
-from trl_vpo.models.adapters import saved_names, translator
+from trl_vpo.models.adapters import saved_names
 
 PREFIX = "base_model.model."  # of the names in an adapter's file
 SHOWN = 3  # names in a message
@@ -114,6 +116,12 @@ def _key_mapping(wrapped: PeftModel, own: set[str], saved: set[str], misfit: str
         if PREFIX + new in own - saved:
             mapping[f"^{re.escape(old)}$"] = new.replace("\\", r"\\")
     return mapping
+
+
+def translator(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return a function from what an older transformers called a module or weight to its name today."""
+    renamings = [t for t in get_model_conversion_mapping(model, add_legacy=False) if isinstance(t, WeightRenaming)]
+    return lambda name: apply_renamings(name, renamings)
 
 
 def _translate_patterns(config: PeftConfig, model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.proof_rows import first_of_kinds, proof_rows
 from trl_vpo.data.raw_rows import transform_of
 from trl_vpo.errors import RecipeError, did_you_mean
-from trl_vpo.forward.head import check_head
+from trl_vpo.forward.head import check_head, check_model_class
 from trl_vpo.models.adapters import PRESETS, check_parameters, check_targets, loses_base, resolve_targets
 from trl_vpo.models.model_size import empty_model
 from trl_vpo.models.source import check_model as check_source
@@ -36,6 +36,7 @@ def check_model(
         check_source(model, key="model", revision=revision)
     for module in (model, ref_model):
         if isinstance(module, nn.Module):
+            check_model_class(module.get_base_model() if isinstance(module, PeftModel) else module)
             check_head(module)
     configs = [peft_config] if peft_config is not None else []
     if isinstance(model, PeftModel):
