@@ -33,7 +33,7 @@ def inputs(*rows):
         ),
         ([{**QUESTION, "answer": "maybe"}], "`answer` is 'maybe': a yes/no question needs yes or no"),
         ([{**QUESTION, "role": "hallucinated"}], "`role` is 'hallucinated' and `answer` 'yes'"),
-        ([{**QUESTION, "pair": None}], "has no `pair`"),
+        ([{**QUESTION, "pair": None, "sets": "3_1"}], "`sets` is '3_1': give the id of a set for each kind"),
         ([QUESTION, QUESTION], r"pair 'p' needs one .* it has row 0 \(id 'r0'\): yes, row 1 \(id 'r1'\): yes"),
         ([{**QUESTION, "question": "<video> Is it red?"}], "holds the marker <video>"),
         ([{**CHOICE, "answer": "C"}], r"`answer` is 'C': give the letter of the right option \(A, B\)"),
@@ -81,6 +81,15 @@ def test_clusters_are_media_unless_the_row_says_otherwise():
     assert clusters[6] == clusters[7] != clusters[8]
     assert rows[1].facts == {"question": "Is it red?", "expected": "no", "pair": "p"}
     assert rows[2].facts == {"question": "Which?", "expected": "B", "options": ["red", "blue"]}
+
+
+def test_single_questions_have_groups_and_sets():
+    sets = {"figure": 3, "question": "a", "unused": None}
+    rows = read_rows(inputs(*({**QUESTION, "pair": None, "group": 7, "sets": sets}, {**CHOICE, "group": "b"})))
+    assert rows[0].facts == {
+        "question": "Is it red?", "expected": "yes", "group": "7", "sets": {"figure": "3", "question": "a"}
+    }  # fmt: skip
+    assert rows[1].facts["group"] == "b"
 
 
 def test_clusters_stay_where_media_move(tmp_path):

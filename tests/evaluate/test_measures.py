@@ -49,6 +49,11 @@ ANSWER_ROWS = [
 ]  # fmt: skip
 
 
+def single(said, expected, **columns) -> list[dict]:
+    """Records of yes/no rows without a pair: responses as words, their right answers, and further columns."""
+    return answered("yes_no", list(said), expected=list(expected), **columns)
+
+
 def figures(records, base=None) -> dict[str, tuple[float, int]]:
     """The figures and numbers of rows of all measures."""
     kinds = evidence(records, base or records, table=TABLE).values()
@@ -122,6 +127,67 @@ def test_yes_no():
     assert evidence(questions(["yes"], ["no"])[:1], []) == {}  # half of a pair
 
 
+# Said and true: yes/yes, yes/no, no/yes, no/no, yes/yes, neither/no, no/no. By group: a has the first three.
+SAID = ["Yes.", "Yes", "no", "No.", "yes", "A dog.", "No"]
+TRUE = ["yes", "no", "yes", "no", "yes", "no", "no"]
+
+
+def test_single_questions():
+    values = of_room("binary", single(SAID, TRUE))
+    # Yes: 2 right of 3 said, of 3 true ones. No: 2 right of 3 said, of 4 true ones. An unread answer finds nothing.
+    assert values == {
+        "accuracy": 4 / 7, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3,
+        "precision_no": 2 / 3, "recall_no": 2 / 4, "f1_no": pytest.approx(2 * (2 / 3 * 1 / 2) / (2 / 3 + 1 / 2)),
+        "yes_rate": 3 / 7, "unparsed": 1 / 7, "cut_off": 0,
+    }  # fmt: skip
+    same = figures([*single(SAID, TRUE), *questions(["yes"], ["no"])])  # pairs stand apart
+    assert {name.removeprefix("binary/"): same[name][0] for name in same if name.startswith("binary/")} == values
+    assert same["yes_no/overall"] == (1, 1) and same["binary/precision"] == (2 / 3, 3)
+    assert math.isnan(of_room("binary", single(["no"], ["no"]))["precision"])  # nothing of that kind was said
+
+
+def test_groups_of_questions():
+    records = single(SAID, TRUE, group=["a"] * 3 + ["b"] * 4)
+    everything, first, second = (of_room(f"binary{end}", records) for end in ("", "[a]", "[b]"))
+    assert everything == of_room("binary", single(SAID, TRUE))
+    assert first == of_room("binary", single(SAID[:3], TRUE[:3]))
+    assert (second["accuracy"], second["recall_no"], second["f1"]) == (3 / 4, 2 / 3, 1)
+    choices = [row | {"group": str(i % 2)} for i, row in enumerate(ANSWER_ROWS[:4])]  # right, unread; wrong, right
+    values = figures(choices)
+    assert [values[f"choice{end}/letter"] for end in ("", "[0]", "[1]")] == [(2 / 4, 4), (1 / 2, 2), (1 / 2, 2)]
+
+
+def test_sets_of_questions():
+    """HallusionBench: a question over all figures, and a figure over all of its questions; one has no figure."""
+    said = ["yes", "no", "yes", "no", "no"]
+    true = ["yes", "no", "yes", "yes", "no"]
+    sets = [
+        {"question": "0", "figure": "0"},
+        {"question": "1", "figure": "0"},
+        {"question": "0", "figure": "1"},
+        {"question": "1", "figure": "1"},  # the wrong one
+        {"question": "2"},
+    ]
+    values = figures(single(said, true, sets=sets))
+    assert values["binary/accuracy"] == (4 / 5, 5)
+    assert values["sets/question"] == (2 / 3, 3) and values["sets/figure"] == (1 / 2, 2)
+    _, clusters = evidence(single(said, true, sets=sets), [])["sets/question"]
+    assert clusters == ["0", "1", "4"]  # rows 0 and 2, 1 and 3, 4
+    _, clusters = evidence([row | {"cluster": row["sets"].get("figure", "")} for row in single(said, true, sets=sets)],
+                           [])["sets/question"]  # fmt: skip
+    assert len(set(clusters)) == 2  # the figures are connected by their questions
+
+
+def test_what_is_not_in_the_video_is_easier():
+    """ELV-Halluc: a true caption, one with what comes elsewhere in the video, one with what does not come."""
+    said = [("yes", "no", "no"), ("yes", "yes", "no"), ("no", "no", "no"), ("yes", "yes", "yes")]
+    triplet = [("in_video", "out_video"), ("in_video",), ("out_video",)]
+    sets = [{kind: str(i) for kind in kinds} for i in range(4) for kinds in triplet]
+    records = single([one for three in said for one in three], ["yes", "no", "no"] * 4, sets=sets)
+    values = of_room("sets", records)
+    assert values == {"in_video": 1 / 4, "out_video": 2 / 4, "sah_ratio": pytest.approx((2 / 4 - 1 / 4) / (1 - 1 / 4))}
+
+
 def test_estimate_passes_clusters_and_settings_on():
     rows = {"length/words": np.array([1.0, 2.0, 0.0])}
     assert estimate(rows, ["a", "a", "b"], level=0.98) == {"length/words": Measure(1.0, 0.0, 1.5, 3)}
@@ -146,7 +212,9 @@ def test_the_documentation_names_every_measure():
     named = set(re.findall(r"^\| (.*?) \|", section, re.M)) - {"name", "---"}
     named = {name.strip("`") for names in named for name in names.split(", ")}
     more = {"damaged_logps": [{"<damage>": -1.0}] * 4, "image_logps": [[-1.0, -2.0]] * 4}
-    assert named == set(figures([*pairs([0.0] * 4, [0.0] * 4, **more), *ANSWER_ROWS]))
+    sets = [{"<kind>": "0", "in_video": "0", "out_video": "0"}]
+    rows = [*pairs([0.0] * 4, [0.0] * 4, **more), *ANSWER_ROWS, *single(["yes"], ["yes"], sets=sets)]
+    assert named == set(figures(rows)) - {"sets/in_video", "sets/out_video"}
 
 
 def test_scorers_import_without_torch():

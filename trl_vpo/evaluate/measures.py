@@ -11,7 +11,7 @@ accuracy, options that tie share the point, and no share "above 0" or of falls c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,8 +82,12 @@ def evidence(
         rows = yes_no(*zip(*([read_answer(record, rule) for record in pair] for pair in pairs)))
         cut_off = [1 - (yes["response_ended"] + no["response_ended"]) / 2 for yes, no in pairs]
         kinds["yes_no"] = rows | {"yes_no/cut_off": np.array(cut_off)}, _joined([_clusters(pair) for pair in pairs])
-    if choices:
-        kinds["choice"] = choice(choices), _clusters(choices)
+    single = [r for r in _of_task(records, "yes_no") if "pair" not in r]
+    for name, group in _by_group("binary", single):
+        kinds[name] = _named(name, binary(group, [read_answer(r, rule) for r in group])), _clusters(group)
+    kinds |= question_sets(_of_task(records, "yes_no"), rule)
+    for name, group in _by_group("choice", choices):
+        kinds[name] = _named(name, choice(group)), _clusters(group)
     if captions:
         objects = [read_response(r["response"], r["objects"], table) for r in captions]
         kinds["chair"] = chair(objects), _clusters(captions)
@@ -177,6 +181,53 @@ def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> R
     }
 
 
+def binary(records: Records, said: Sequence[str | None]) -> Rows:
+    """Return POPE's measures of single yes/no questions, and AMBER's, for which "no" is the positive answer.
+
+    `said` is what was answered to each: "yes", "no" or neither, which is wrong, and not found by any recall. POPE: Li et
+    al. 2023, arXiv 2305.10355, RUCAIBox/POPE@3df3ba1, evaluate.py. AMBER: Wang et al. 2023, arXiv 2311.07397,
+    junyangwang0410/AMBER@534babf, inference.py.
+    """
+    rows = {"binary/accuracy": np.array([one == r["expected"] for one, r in zip(said, records, strict=True)])}
+    for positive, end in (("yes", ""), ("no", "_no")):
+        answered = np.array([one == positive for one in said])
+        true = np.array([r["expected"] == positive for r in records])
+        rows[f"binary/precision{end}"] = _ratio(answered & true, answered)
+        rows[f"binary/recall{end}"] = _ratio(answered & true, true)
+        rows[f"binary/f1{end}"] = _ratio(2 * (answered & true), answered.astype(int) + true)
+    return rows | {
+        "binary/yes_rate": np.array([one == "yes" for one in said]),
+        "binary/unparsed": np.array([one is None for one in said]),
+        "binary/cut_off": _cut_off(records),
+    }
+
+
+def question_sets(records: Records, rule: str) -> Evidence:
+    """Return for each kind of sets which of them are right: all of their rows are.
+
+    Where questions are in sets of the kinds "in_video" and "out_video", as in ELV-Halluc, also its SAH ratio: how many
+    of those that fail within the video pass with what is not in it (Lu et al. 2025, arXiv 2508.21496,
+    hlsv02/ELV-Halluc@be7ff84, eval.py); both kinds then have the same names.
+    """
+    kinds: dict[str, dict[str, list[Mapping]]] = {}
+    for record in records:
+        for kind, name in record.get("sets", {}).items():
+            kinds.setdefault(kind, {}).setdefault(name, []).append(record)
+    right = {
+        kind: {name: all(read_answer(r, rule) == r["expected"] for r in rows) for name, rows in sets.items()}
+        for kind, sets in kinds.items()
+    }
+    result: Evidence = {
+        f"sets/{kind}": ({f"sets/{kind}": np.array([*right[kind].values()])}, _joined(map(_clusters, sets.values())))
+        for kind, sets in kinds.items()
+    }
+    if names := [name for name in right.get("in_video", ()) if name in right.get("out_video", ())]:
+        inside, outside = (np.array([right[kind][name] for name in names], int) for kind in ("in_video", "out_video"))
+        clusters = _joined([_clusters(kinds["in_video"][name] + kinds["out_video"][name]) for name in names])
+        result["sets/sah_ratio"] = {"sets/sah_ratio": _ratio(outside - inside, 1 - inside)}, clusters
+    return result
+
+
 def choice(records: Records) -> Rows:
     """Multiple choice from free text and by log-prob; an unread letter is wrong."""
     right = [by_letter(r["response"], r["options"], option_index(r)) for r in records]
@@ -214,8 +265,23 @@ def question_pairs(records: Records) -> dict[str, dict[str, Mapping]]:
     """pair -> expected answer -> record, of yes/no rows. A skipped row leaves its pair incomplete."""
     pairs: dict[str, dict[str, Mapping]] = {}
     for record in _of_task(records, "yes_no"):
-        pairs.setdefault(record["pair"], {})[record["expected"]] = record
+        if "pair" in record:
+            pairs.setdefault(record["pair"], {})[record["expected"]] = record
     return pairs
+
+
+def _by_group(kind: str, records: Records) -> list[tuple[str, list[Mapping]]]:
+    """All records under their kind, then those of each group under a name such as `choice[counting]`."""
+    groups: dict[str, list[Mapping]] = {kind: list(records)} if records else {}
+    for record in records:
+        if "group" in record:
+            groups.setdefault(f"{kind}[{record['group']}]", []).append(record)
+    return list(groups.items())
+
+
+def _named(kind: str, rows: Rows) -> Rows:
+    """Name the measures of a group after it."""
+    return {f"{kind}/{name.split('/', 1)[1]}": values for name, values in rows.items()}
 
 
 def _of_task(records: Records, task: str) -> list[Mapping]:
@@ -236,8 +302,8 @@ def _clusters(records: Records) -> list[str]:
     return [record["cluster"] for record in records]
 
 
-def _joined(pairs: Sequence[Sequence[str]]) -> list[str]:
-    """One cluster for each pair: those of its two rows, and all that other pairs connect with them, become one.
+def _joined(sets: Iterable[Sequence[str]]) -> list[str]:
+    """One cluster for each pair or set: those of its rows, and all that other sets connect with them, become one.
 
     What is drawn together must hold all that depends on it.
     """
@@ -249,9 +315,11 @@ def _joined(pairs: Sequence[Sequence[str]]) -> list[str]:
             cluster = above[cluster]
         return cluster
 
-    for first, second in pairs:
-        above[top(second)] = top(first)
-    return [top(first) for first, _ in pairs]
+    sets = list(sets)
+    for first, *others in sets:
+        for other in others:
+            above[top(other)] = top(first)
+    return [top(first) for first, *_ in sets]
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------

@@ -26,10 +26,17 @@ class Report:
     """The figures of a run: `trl_vpo.runs.results` calls `select`, then `summarize`.
 
     `about` is what `results.json` says of each candidate, the base first; the table is of objects, for captions.
+    `sets` are those of each row's id.
     """
 
-    def __init__(self, config: EvaluateConfig, about: dict[str, dict], table: ObjectTable | None = None):
-        self._config, self._about, self._table = config, about, table
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        about: dict[str, dict],
+        table: ObjectTable | None = None,
+        sets: Mapping[str, dict[str, str]] | None = None,
+    ):
+        self._config, self._about, self._table, self._sets = config, about, table, sets or {}
         self.results: dict[str, Any] = {}  # what `results.json` holds, once `summarize` was called
 
     def select(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -49,19 +56,25 @@ class Report:
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Fill `results` and return the counts that `summary.json` also holds."""
         records: dict[str, list[dict]] = {name: [] for name in self._about}
+        skipped = [outcome.id for outcome in outcomes if not outcome.rows]
+        broken = {named for name in skipped for named in self._sets.get(name, {}).items()}
         for outcome in outcomes:
             for record in outcome.rows:
+                if "sets" in record:  # what is left of a set that lacks a row is not the set
+                    whole = {kind: name for kind, name in record["sets"].items() if (kind, name) not in broken}
+                    record = record | {"sets": whole}
                 records[record["contestant"]].append(record)
         base = records[BASE]
         counts = {
             "tasks": dict(Counter(record["task"] for record in base)),
             "clusters": len({record["cluster"] for record in base}),
             "incomplete_pairs": sum(len(pair) < 2 for pair in question_pairs(base).values()),
+            "incomplete_sets": len(broken),
         }
         self.results = {
             "trl_vpo": package_version(),
             "settings": asdict(self._config),
-            "data": {"rows": len(base), "skipped": sum(not outcome.rows for outcome in outcomes), **counts},
+            "data": {"rows": len(base), "skipped": len(skipped), **counts},
             "contestants": self._compare(records),
         }
         return counts

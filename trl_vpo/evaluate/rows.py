@@ -3,7 +3,7 @@
 | `task` | columns | measured |
 | --- | --- | --- |
 | none, or "preference" | a training row: `prompt`, `chosen`, `rejected`; `critical_box` or `image_list` | log-probs |
-| "yes_no" | `question`, `answer` (yes or no), `pair`: an id that two rows share, one for each answer | the answer |
+| "yes_no" | `question`, `answer` (yes or no); `pair`: an id that two rows share, one for each answer; `sets` | the answer |
 | "choice" | `question`, `options` (texts), `answer` (a letter, A for the first) | the answer, the options' log-probs |
 | "chair" | `question`, `objects`: names of all objects that are there; may be empty | the answer |
 
@@ -12,6 +12,10 @@ Without it, a row's cluster is its first video or image, as the row names it, an
 pairs that have one in common are in one together. A yes/no row may say `role` ("basic" for yes, "hallucinated" for
 no), which then has to agree with its `answer`. Questions are asked as they are; options that a multiple-choice
 question does not list itself are listed behind it.
+
+Yes/no rows without a `pair` are measured one by one, as in POPE and AMBER, and those of a set together: `sets` names
+the sets of a row by kind, {"figure": "VD_0_1", "question": "VD_0_0"}, as in HallusionBench. A set is right where all of
+its rows are. Questions may have a `group`, such as "existence", whose measures then stand beside those of all rows.
 """
 
 from __future__ import annotations
@@ -62,7 +66,10 @@ def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only
         try:
             if task not in TASKS:
                 raise RowError(f"`task` is {task!r}: one of {', '.join(TASKS)}; without it, a preference row.")
-            rows.append(EvalRow(place, row.id, name, task, _cluster(row), TASKS[task](row, table)))
+            facts = TASKS[task](row, table)
+            if task != "preference" and row.example.get("group") is not None:
+                facts["group"] = str(row.example["group"])
+            rows.append(EvalRow(place, row.id, name, task, _cluster(row), facts))
         except (RowError, InputError) as error:
             message = str(error).removeprefix(f"{row_name(example)}: ")  # `read_row` does not know the place
             if "task" not in row.example and "question" in row.example:
@@ -98,9 +105,14 @@ def _yes_no(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
         raise RowError(f"`answer` is {given!r}: a yes/no question needs yes or no.")
     if role is not None and ROLES.get(role) != answer:
         raise RowError(f'`role` is {role!r} and `answer` {answer!r}: "basic" goes with yes, "hallucinated" with no.')
-    if row.example.get("pair") is None:
-        raise RowError("has no `pair`: give both questions of a pair the same id.")
-    return {"question": question, "expected": answer, "pair": str(row.example["pair"])}
+    facts = {"question": question, "expected": answer}
+    if row.example.get("pair") is not None:
+        facts["pair"] = str(row.example["pair"])
+    if (sets := row.example.get("sets")) is not None:
+        if not isinstance(sets, dict):
+            raise RowError(f'`sets` is {sets!r}: give the id of a set for each kind, such as {{"figure": "3_1"}}.')
+        facts["sets"] = {kind: str(name) for kind, name in sets.items() if name is not None}
+    return facts
 
 
 def _choice(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
@@ -149,7 +161,7 @@ def _unpaired(rows: list[EvalRow]) -> list[str]:
     """The problems of pairs of yes/no questions."""
     pairs: dict[str, dict[str, str]] = {}  # pair -> name of a row -> its right answer
     for row in rows:
-        if row.task == "yes_no":
+        if "pair" in row.facts:
             pairs.setdefault(row.facts["pair"], {})[row.name] = row.facts["expected"]
     return [
         f"pair {pair!r} needs one question with yes and one with no; it has "

@@ -75,7 +75,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     if budget := candidates.model.video_budget:
         settings["video_budget"] = str(budget)
     about = {BASE: candidates.model.record()} | {name: {"adapter": path} for name, path in adapters.items()}
-    report = Report(config, about, table)
+    report = Report(config, about, table, {row.id: row.facts["sets"] for row in rows if "sets" in row.facts})
     summary = work_through(
         config.output_dir,
         settings,

@@ -34,8 +34,9 @@ def show_results(results: dict[str, Any], folder: str) -> None:
     data = results["data"]
     if data["skipped"]:
         text = f"[bold red]{data['skipped']} rows were left out[/]: {escape(folder)}/rejected.jsonl says why"
-        pairs = data["incomplete_pairs"]
-        console.print(text + (f"; {pairs} pairs of questions are incomplete and not measured." if pairs else "."))
+        pairs = data["incomplete_pairs"] + data["incomplete_sets"]
+        text += f"; {pairs} pairs and sets of questions are incomplete and not measured." if pairs else "."
+        console.print(text)
     console.print(f"Numbers: {folder}/results.json\nRows:    {folder}/rows.jsonl", highlight=False, soft_wrap=True)
 
 
