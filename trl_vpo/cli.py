@@ -289,10 +289,12 @@ def _add_view(commands) -> None:
 
 
 def _add_import(commands) -> None:
-    text = "data of another project -> a .jsonl file to train on, or to generate pairs from"
+    text = "data of another project -> a .jsonl file to train on, to generate pairs from, or to evaluate on"
     parser = _add(commands, "import", import_data, text, epilog=IMPORT_EXAMPLE)
     parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
-    parser.add_argument("source", metavar="IN", type=Path, help="a .json, .jsonl or .parquet file")
+    parser.add_argument(
+        "source", metavar="IN", type=Path, help="a .json, .jsonl or .parquet file; of benchmarks also a folder"
+    )
     parser.add_argument("target", metavar="OUT", type=Path, help="the .jsonl file to write")
     shown = "show every format with its fields, and exit"
     parser.add_argument("--list", action="version", version=format_list(), help=shown)

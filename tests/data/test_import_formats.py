@@ -34,7 +34,7 @@ def contents(tmp_path, text, **media):
 
 
 def test_rrpo(tmp_path):
-    assert set(RECORDS) == set(FORMATS)
+    assert set(RECORDS) == {name for name, fmt in FORMATS.items() if fmt.makes != "held-out rows"}
     row = one(tmp_path, "rrpo", RRPO)
     assert row == {
         "id": "0",

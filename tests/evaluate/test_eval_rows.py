@@ -26,7 +26,10 @@ def inputs(*rows):
 @pytest.mark.parametrize(
     "rows, why",
     [
-        ([{"task": "yesno"}], r"row 0 \(id 'r0'\): `task` is 'yesno': one of preference, yes_no, choice, chair"),
+        (
+            [{"task": "yesno"}],
+            r"row 0 \(id 'r0'\): `task` is 'yesno': one of preference, yes_no, choice, letters",
+        ),
         (
             [{"question": "Is it red?"}],
             r"row 0 \(id 'r0'\): has a question and no `task`: give one of .*has no `chosen`",
@@ -39,6 +42,8 @@ def inputs(*rows):
         ([{**CHOICE, "answer": "C"}], r"`answer` is 'C': give the letter of the right option \(A, B\)"),
         ([{**CHOICE, "options": None}], "there are no options"),
         ([{**CHOICE, "options": ["red", "Red."]}], "say the same"),
+        ([{**CHOICE, "task": "letters", "answer": "B, A"}], "`answer` is 'B, A': give all right letters"),
+        ([{**CHOICE, "task": "rated", "answer": " "}], "`answer` is ' ': give a person's answer"),
         ([{**CAPTION, "objects": None}], "`objects` is None"),
         ([{**CAPTION, "objects": ["unicorn"]}], "'unicorn' is not in the table"),
         ([{**CAPTION, "question": " "}], "`question` is ' '"),

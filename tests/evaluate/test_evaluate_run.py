@@ -192,7 +192,7 @@ def test_results_follow_from_the_rows(folder, run):
     assert json.loads((folder / "run" / "results.json").read_text()) == results
     assert results["data"] == {
         "rows": 17, "skipped": 0, "tasks": {"preference": 5, "yes_no": 6, "choice": 3, "chair": 3}, "clusters": 5,
-        "incomplete_pairs": 0,
+        "incomplete_pairs": 0, "incomplete_sets": 0,
     }  # fmt: skip
     assert list(results["contestants"]) == ["base", "words", "eyes", "idle"]
     for contestant in results["contestants"].values():

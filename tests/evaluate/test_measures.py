@@ -188,6 +188,24 @@ def test_what_is_not_in_the_video_is_easier():
     assert values == {"in_video": 1 / 4, "out_video": 2 / 4, "sah_ratio": pytest.approx((2 / 4 - 1 / 4) / (1 - 1 / 4))}
 
 
+def test_several_letters():
+    responses = ["B, A", "AB", "The answers are A and D.", "A dog runs.", "BD, since A dog runs"]
+    values = figures(answered("letters", responses, expected=["AB", "AB", "AD", "A", "B"], ordered=[False] * 5))
+    assert (values["letters/accuracy"], values["letters/unparsed"]) == ((3 / 5, 5), (1 / 5, 5))
+    responses = ["BA", "B then A", "Action A, then Action B", "A after B", "A"]
+    values = figures(answered("letters", responses, expected=["BA", "BA", "BA", "BA", "A"], ordered=[True] * 5))
+    assert (values["letters/accuracy"], values["letters/unparsed"]) == ((3 / 5, 5), (1 / 5, 5))
+
+
+def test_rated_answers():
+    replies = ["Fine. Rating: 6", "rating: 3", "**Rating**: 2", "Rating: 0", "Rating: 6 or rating: 5", "no idea"]
+    values = of_room("rated", answered("rated", ["x"] * 6, judgement=replies))
+    assert values == {
+        "score": 11 / 6, "hallucination": 4 / 6, "informativeness": pytest.approx((3 + 0 + 2) / 3 / 6),
+        "unread": 2 / 6, "cut_off": 0,
+    }  # fmt: skip
+
+
 def test_estimate_passes_clusters_and_settings_on():
     rows = {"length/words": np.array([1.0, 2.0, 0.0])}
     assert estimate(rows, ["a", "a", "b"], level=0.98) == {"length/words": Measure(1.0, 0.0, 1.5, 3)}
@@ -214,6 +232,9 @@ def test_the_documentation_names_every_measure():
     more = {"damaged_logps": [{"<damage>": -1.0}] * 4, "image_logps": [[-1.0, -2.0]] * 4}
     sets = [{"<kind>": "0", "in_video": "0", "out_video": "0"}]
     rows = [*pairs([0.0] * 4, [0.0] * 4, **more), *ANSWER_ROWS, *single(["yes"], ["yes"], sets=sets)]
+    rows += answered("letters", ["A"], expected=["A"], ordered=[True]) + answered(
+        "rated", ["x"], judgement=["Rating: 1"]
+    )
     assert named == set(figures(rows)) - {"sets/in_video", "sets/out_video"}
 
 

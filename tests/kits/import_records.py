@@ -75,6 +75,12 @@ RLAIF_V = {  # the columns of openbmb/RLAIF-V-Dataset
     "image_path": "images/1.jpg",
 }
 MMPR = {"image": "1.png", "question": "<image>\nWhat is it?", "chosen": "A dog.", "rejected": "A cat.", "id": 5}
+ELV_HALLUC_DPO = {  # no record of the authors' file was at hand: what their paper says a pair is
+    "video": "videos/1.mp4",
+    "prompt": "Describe 00:10-00:20.",
+    "chosen": "A man holds a cup.",
+    "rejected": "A man holds a flag.",
+}
 PAIRS = {
     "rrpo": RRPO,
     "lpoi": LPOI,
@@ -85,6 +91,7 @@ PAIRS = {
     "rlhf-v": RLHF_V,
     "rlaif-v": RLAIF_V,
     "mmpr": MMPR,
+    "elv-halluc-dpo": ELV_HALLUC_DPO,
 }
 
 HOUND_QA = {

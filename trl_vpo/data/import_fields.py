@@ -8,6 +8,9 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.messages import MARKERS, place_media, typed_content
@@ -16,6 +19,29 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 EMPTY_SYSTEM = ({"role": "system", "content": ""}, {"from": "system", "value": ""})  # left by other converters
 _DATA_URL = re.compile(r"data:[\w.+/-]+;base64,")
 _PICTURE = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/]{250}")  # base64 of JPEG, PNG, GIF, WebP
+
+
+@dataclass(frozen=True)
+class Format:
+    """The way in which one project writes a pair, a question, or an item of a benchmark."""
+
+    read: Callable[[dict], dict | list[dict]]  # record -> rows without id and source, media as they stand
+    layout: str  # the fields that are looked at, as `--list` shows them; what is optional behind a semicolon
+    published: str
+    marks: tuple[frozenset[str], ...] = ()  # fields that only this format has together
+    makes: str = "pairs"
+    folder: str = ""  # the files that are read of a folder
+    keyed: bool = False  # the records stand by keys in one JSON object
+    beside: Callable[[Path], dict] = lambda path: {}  # a file -> fields that it adds to each of its records
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """All fields that are looked at. The others are reported."""
+        return frozenset(re.findall(r"\w+", self.layout))
+
+
+def layout(read: Callable, fields: str, published: str, *marks: str, **options: Any) -> Format:
+    return Format(read, fields, published, tuple(frozenset(names.split()) for names in marks), **options)
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------

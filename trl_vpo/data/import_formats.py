@@ -7,13 +7,11 @@ documented: LLaMA-Factory's data/README.md, the dataset cards of RLHF-V and RLAI
 """
 
 import json
-import re
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from trl_vpo.data.import_fields import clip, joined, last_turn, media, pair, text, turn, turns
+from trl_vpo.data.import_benchmarks import BENCHMARKS
+from trl_vpo.data.import_fields import clip, joined, last_turn, layout, media, pair, text, turn, turns
 from trl_vpo.data.import_questions import conversations, qa_turns, questions, videochat2_it
 from trl_vpo.text.phrases import CLOSE, OPEN, masked_spans
 
@@ -22,22 +20,6 @@ IDS = ("id", "sample_id", "idx", "qid")
 SOURCES = ("src", "origin_dataset", "data_source")
 MASKED_COPIES = "masked_copies"  # of LPOI's release: paths that the importer looks for
 _MASKED = [f"ours_cmask_until_list5/ours_cmask_until{share}" for share in (25, 50, 75, 100)]  # most visible first
-
-
-@dataclass(frozen=True)
-class Format:
-    """The way in which one project writes a pair, or a question."""
-
-    read: Callable[[dict], dict | list[dict]]  # record -> rows without id and source, media as they stand
-    layout: str  # the fields that are looked at, as `--list` shows them; what is optional behind a semicolon
-    published: str
-    marks: tuple[frozenset[str], ...] = ()  # fields that only this format has together
-    makes: str = "pairs"
-
-    @property
-    def fields(self) -> frozenset[str]:
-        """All fields that are looked at. The others are reported."""
-        return frozenset(re.findall(r"\w+", self.layout))
 
 
 def read_record(fmt: str, record) -> list[dict]:
@@ -60,7 +42,8 @@ def read_record(fmt: str, record) -> list[dict]:
 def format_list(width: int = 80) -> str:
     """Return what `trl-vpo import` reads: for each format its fields and where it is published."""
     lines = ["Fields behind a semicolon are optional; a|b is either.", ""]
-    for makes, title in (("pairs", "Preference pairs:"), ("questions", "Questions for `trl-vpo generate`:")):
+    titles = {"pairs": "Preference pairs:", "questions": "Questions for `trl-vpo generate`:"}
+    for makes, title in (titles | {"held-out rows": "Benchmarks for `trl-vpo evaluate`:"}).items():
         lines.append(title)
         for name, fmt in FORMATS.items():
             if fmt.makes == makes:
@@ -191,31 +174,35 @@ def _rlhf_v(record: dict) -> dict:
     return _flat_pair(record, "question", images=images)
 
 
-def _format(read: Callable, layout: str, published: str, *marks: str, makes: str = "pairs") -> Format:
-    return Format(read, layout, published, tuple(frozenset(names.split()) for names in marks), makes)
+def _elv_halluc_dpo(record: dict) -> dict:
+    """Read a caption of one event and the same with what is not there: plain fields, or turns of either naming."""
+    if not any(record.get(name) for name in ("messages", "conversations")):
+        return _flat_pair(record, "prompt" if record.get("prompt") else "question", videos=media(record, "video"))
+    record = {"videos": media(record, "video")} | record
+    return _ms_swift(record) if record.get("rejected_response") else _llamafactory(record)
 
 
 FORMATS = {
-    "rrpo": _format(
+    "rrpo": layout(
         _rrpo,
         "question answer pred video|media_path; answer_masked pred_masked sample_id id src",
         "RRPO, pritamqu/RRPO, docs/DATA.md",
         "question answer pred",
     ),
-    "lpoi": _format(
+    "lpoi": layout(
         _lpoi,
         "img_path prompt chosen rejected; image_list id",
         "LPOI, fatemehpesaran310/lpoi",
         "img_path chosen rejected",
     ),
-    "ms-swift": _format(
+    "ms-swift": layout(
         _ms_swift,
         "messages rejected_response|rejected_messages; images videos rejected_images rejected_videos id",
         "ms-swift, RLHF JSONL",
         "messages rejected_response",
         "messages rejected_messages",
     ),
-    "llamafactory": _format(
+    "llamafactory": layout(
         _llamafactory,
         "conversations|messages|instruction chosen rejected; input history system images videos id",
         "LLaMA-Factory, ShareGPT and Alpaca preference forms",
@@ -223,51 +210,56 @@ FORMATS = {
         "messages chosen rejected",
         "instruction chosen rejected",
     ),
-    "llava-hound": _format(
+    "llava-hound": layout(
         lambda record: _flat_pair(record, videos=[text(record, "video")]),
         "prompt chosen rejected video; id",
         "LLaVA-Hound, ShareGPTVideo, sft_dpo_17k.jsonl",
     ),
-    "videochat2": _format(
+    "videochat2": layout(
         _videochat2,
         "QA QA_NEG video|image; start end sample_id id",
         "RRPO's data for VideoChat2, pritamqu/self-alignment",
         "QA QA_NEG",
     ),
-    "rlhf-v": _format(
+    "rlhf-v": layout(
         _rlhf_v,
         "text image|image_path; idx origin_dataset question chosen rejected",
         "RLHF-V, openbmb/RLHF-V-Dataset",
         "text image ds_name",
         "text image_path ds_name",
     ),
-    "rlaif-v": _format(
+    "rlaif-v": layout(
         _rlhf_v,
         "question chosen rejected image|image_path; idx origin_dataset",
         "RLAIF-V, openbmb/RLAIF-V-Dataset",
         "question chosen rejected image ds_name",
         "question chosen rejected image_path ds_name",
     ),
-    "mmpr": _format(
+    "mmpr": layout(
         lambda record: _flat_pair(record, "question", images=media(record, "image"), videos=media(record, "video")),
         "question chosen rejected; image video",
         "MMPR, OpenGVLab/MMPR: a .jsonl, or meta.json for all of them",
         "question chosen rejected image",
     ),
-    "llava-hound-qa": _format(
+    "elv-halluc-dpo": layout(
+        _elv_halluc_dpo,
+        "video|videos prompt|question|messages|conversations chosen rejected|rejected_response; id",
+        "ELV-Halluc, hlsv02/ELV-Halluc, data/dpo_data.jsonl",
+    ),
+    "llava-hound-qa": layout(
         conversations,
         "conversations video|image; start end id",
         "LLaVA-Hound, ShareGPTVideo, video_instruction/train/qa",
         makes="questions",
     ),
-    "llava-video": _format(
+    "llava-video": layout(
         conversations,
         "conversations video|image; start end id data_source",
         "LLaVA-Video-178K, lmms-lab/LLaVA-Video-178K",
         "conversations video",
         makes="questions",
     ),
-    "videochat2-it": _format(
+    "videochat2-it": layout(
         videochat2_it,
         "QA video|image; start end id",
         "VideoChat2-IT, OpenGVLab/VideoChat2-IT",
@@ -275,7 +267,7 @@ FORMATS = {
         "QA image",
         makes="questions",
     ),
-    "questions": _format(
+    "questions": layout(
         questions,
         "question answer|answer_index video|image; options|choices|candidates a0 a1 a2 a3 a4 start end id qid",
         "any other; the index of an option counts from 0",
@@ -283,4 +275,5 @@ FORMATS = {
         "question answer image",
         makes="questions",
     ),
+    **BENCHMARKS,
 }

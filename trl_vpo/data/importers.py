@@ -15,19 +15,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from trl_vpo.data.import_benchmarks import PLACE
+from trl_vpo.data.import_files import import_files, read_records
 from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
 from trl_vpo.data.inputs import portable
-from trl_vpo.data.json_files import parse_record, raw_records
-from trl_vpo.data.messages import drop_none
+from trl_vpo.data.json_files import parse_record
 from trl_vpo.data.paths import ROWS
-from trl_vpo.errors import DatasetError, ImportFormatError
+from trl_vpo.errors import ImportFormatError
 from trl_vpo.files import atomic_write
 
 MEDIA_COLUMNS = ("images", "videos", "image_list")
-LIST_COLUMNS = (*MEDIA_COLUMNS, "chosen_phrases", "rejected_phrases", "options")
+LIST_COLUMNS = (*MEDIA_COLUMNS, "chosen_phrases", "rejected_phrases", "options", "contents")
 PARTS = "parts"  # of videos, in the survey
 
 
@@ -70,7 +68,7 @@ def import_rows(
     left out; without it the error is raised. Raises ImportFormatError, at once for an unknown format or a file that
     does not exist.
     """
-    files = _files(fmt, Path(path), media_root)
+    files = import_files(fmt, Path(path), media_root)
     return _rows(_read(fmt, files, media_folder), on_reject)
 
 
@@ -100,7 +98,7 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
         raise ImportFormatError(f"{target}: the output is JSON lines. Name a file that ends in .jsonl.")
     if source.exists() and target.exists() and source.samefile(target):
         raise ImportFormatError(f"{target}: input and output are the same file. Name another output.")
-    files = _files(fmt, source, media_root)
+    files = import_files(fmt, source, media_root)
     folder = target.absolute().with_name(f"{target.stem}_media")
     rejects: list[dict] = []
     survey = _survey(fmt, _read(fmt, files, folder), rejects if on_bad == "skip" else None)
@@ -171,6 +169,8 @@ def _left_to_do(fmt: str, survey: _Survey, target: Path, media_root, folder: Pat
         start = "Paths start here; --media_root FOLDER lets them start elsewhere." if media_root is None else ""
         notes.append(f"Missing media, for example {survey.missing[0]}. {start}".rstrip())
     makes = f"`trl-vpo generate {'lpoi' if fmt == 'lpoi' else 'METHOD'} --dataset_name {target}`"
+    if FORMATS[fmt].makes == "held-out rows":
+        notes.append(f"These are held-out rows: `trl-vpo evaluate --data {target}` measures a model on them.")
     if FORMATS[fmt].makes == "questions":
         notes.append(f"These are questions: {makes} makes pairs of them.")
     if fmt == "lpoi" and (boxless := rows - survey.filled["image_list"]):
@@ -183,50 +183,17 @@ def _left_to_do(fmt: str, survey: _Survey, target: Path, media_root, folder: Pat
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
-    """Return the files to read, each with its media root: one, or all that a meta.json of MMPR names."""
-    if fmt not in FORMATS:
-        raise ImportFormatError(f"unknown format {fmt!r}. Formats: {', '.join(FORMATS)}.")
-    if not path.is_file():
-        raise ImportFormatError(f"{path}: no such file. Name a .json, .jsonl or .parquet file.")
-    parts = _meta(path) if fmt == "mmpr" and path.name.endswith("meta.json") else None
-    if parts is None:
-        return [(path, media_root)]
-    # The paths begin with the dataset's own folder, in which meta.json lies.
-    bases = [Path(media_root)] if media_root is not None else [Path(), path.parent, path.parent.parent]
-    files = []
-    for name, part in parts.items():
-        base = next((base for base in bases if (base / part["annotation"]).is_file()), None)
-        if base is None:
-            raise ImportFormatError(
-                f"{path}: `{name}` names {part['annotation']}, which is not in {' or '.join(map(str, bases))}. Unpack "
-                "the annotations, and name the folder where these paths start as media_root."
-            )
-        files.append((base / part["annotation"], base / part["root"]))
-    return files
-
-
-def _meta(path: Path) -> dict[str, dict] | None:
-    """Return the annotation files that a meta.json lists, by name; None for a file of records."""
-    try:
-        parts = json.loads(path.read_bytes())
-    except ValueError:  # JSON lines
-        return None
-    entries = parts.values() if isinstance(parts, dict) else [None]
-    listed = all(isinstance(entry, dict) and {"root", "annotation"} <= entry.keys() for entry in entries)
-    return parts if listed else None
-
-
 def _read(fmt: str, files: list[tuple[Path, Any]], folder) -> Iterator[tuple[object, list[dict] | ImportFormatError]]:
     """Give (record, rows or error) for each record of the files. Embedded media are written to `folder`."""
     seen: dict[str, int] = {}
     for path, media_root in files:
-        for kind, number, raw in _records(path):
+        beside = FORMATS[fmt].beside(path)
+        for place, (kind, number, raw) in enumerate(read_records(fmt, path)):
             record = raw
             where = f"{path}, {kind} {number}"
             try:
                 record = parse_record(raw)
-                rows = read_record(fmt, record)
+                rows = read_record(fmt, record | beside | ({PLACE: place} if beside else {}))
                 # half a surrogate pair is in JSON, but in no text
                 json.dumps(rows, ensure_ascii=False, default=lambda data: "").encode()
             except ValueError as error:
@@ -235,7 +202,7 @@ def _read(fmt: str, files: list[tuple[Path, Any]], folder) -> Iterator[tuple[obj
                 continue
             for n, row in enumerate(rows, 1):
                 row["id"] = row["id"] or f"{path.stem}-{number}" + (f"-{n}" if len(rows) > 1 else "")
-                if FORMATS[fmt].makes == "questions":  # a run tells its inputs apart by their ids
+                if FORMATS[fmt].makes != "pairs":  # a run tells its inputs apart by their ids
                     row["id"] = _unique(row["id"], seen)
                 _place(row, media_root, folder, where)
             yield record, rows
@@ -272,21 +239,6 @@ def _place(row: dict, media_root, folder, where: str) -> None:
     copies = [placed(item) for item in row.pop(MASKED_COPIES, ())]
     if copies and all(os.path.exists(copy) for copy in copies):
         row["image_list"] = [*row["images"], *copies]
-
-
-def _records(path: Path) -> Iterator[tuple]:
-    """Give (kind, number, record) of a file, as `raw_records` does; of parquet the rows, numbered from 0."""
-    try:
-        if path.suffix.lower() != ".parquet":
-            yield from raw_records(path)
-            return
-        batches = pq.ParquetFile(path).iter_batches(batch_size=100)
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from (("row", number, drop_none(row)) for number, row in enumerate(rows))
-    except DatasetError as error:
-        raise ImportFormatError(str(error)) from error
-    except (OSError, pa.ArrowException) as error:
-        raise ImportFormatError(f"{path} cannot be read as a parquet file ({error}). Fetch it again.") from error
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

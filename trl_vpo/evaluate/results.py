@@ -13,11 +13,12 @@ from typing import Any
 
 from trl_vpo.data.identity import package_version
 from trl_vpo.evaluate.config import EvaluateConfig
-from trl_vpo.evaluate.measures import Measure, difference, estimate, evidence, question_pairs, read_answer
+from trl_vpo.evaluate.measures import Measure, difference, estimate, evidence
+from trl_vpo.evaluate.questions import question_pairs, read_answer, read_rating
 from trl_vpo.evaluate.rows import option_index
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.text.chair import ObjectTable, read_response
-from trl_vpo.text.choices import by_letter
+from trl_vpo.text.choices import by_letter, read_letters
 
 BASE = "base"
 
@@ -48,6 +49,10 @@ class Report:
             return {"said": read_answer(record, self._config.yes_no_rule)}
         if record["task"] == "choice":
             return {"right": by_letter(record["response"], record["options"], option_index(record))}
+        if record["task"] == "letters":
+            return {"said": read_letters(record["response"], record["ordered"])}
+        if record["task"] == "rated":
+            return {"rating": read_rating(record["judgement"])}
         if record["task"] == "chair":
             objects = read_response(record["response"], record["objects"], self._table)
             return {key: [m.words for m in getattr(objects, key)] for key in ("mentioned", "hallucinated")}

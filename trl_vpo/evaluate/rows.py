@@ -3,8 +3,10 @@
 | `task` | columns | measured |
 | --- | --- | --- |
 | none, or "preference" | a training row: `prompt`, `chosen`, `rejected`; `critical_box` or `image_list` | log-probs |
-| "yes_no" | `question`, `answer` (yes or no); `pair`: an id that two rows share, one for each answer; `sets` | the answer |
+| "yes_no" | `question`, `answer` (yes or no); `pair`: an id that two rows share, one for each; `sets` | the answer |
 | "choice" | `question`, `options` (texts), `answer` (a letter, A for the first) | the answer, the options' log-probs |
+| "letters" | `question`, `answer`: all right letters; `ordered`: true where their order matters | the answer |
+| "rated" | `question`, `answer`: a person's; `contents`: what the image shows, a list | a judge's rating |
 | "chair" | `question`, `objects`: names of all objects that are there; may be empty | the answer |
 
 All may have `id`, media (`videos`, `video`, `images`, `image`) and `cluster`: rows of one cluster are not independent.
@@ -14,8 +16,8 @@ no), which then has to agree with its `answer`. Questions are asked as they are;
 question does not list itself are listed behind it.
 
 Yes/no rows without a `pair` are measured one by one, as in POPE and AMBER, and those of a set together: `sets` names
-the sets of a row by kind, {"figure": "VD_0_1", "question": "VD_0_0"}, as in HallusionBench. A set is right where all of
-its rows are. Questions may have a `group`, such as "existence", whose measures then stand beside those of all rows.
+the sets of a row by kind, {"figure": "VD_0_1", "question": "VD_0_0"}, as in HallusionBench. A set is right where all
+of its rows are. Questions may have a `group`, such as "existence", whose measures stand beside those of all rows.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from trl_vpo.data.rows import MARKERS, Row, read_row, row_name
 from trl_vpo.errors import EvaluateError, InputError, RowError
 from trl_vpo.files import bytes_digest
 from trl_vpo.text.chair import ObjectTable
-from trl_vpo.text.choices import read_choice, read_options
+from trl_vpo.text.choices import read_choice, read_letters, read_options
 from trl_vpo.text.yes_no import yes_or_no
 
 ROLES = {"basic": "yes", "hallucinated": "no"}
@@ -139,7 +141,28 @@ def _chair(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
     return {"question": question, "objects": objects}
 
 
-TASKS = {"preference": _preference, "yes_no": _yes_no, "choice": _choice, "chair": _chair}
+def _letters(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
+    question, answer, ordered = _question(row), row.example.get("answer"), bool(row.example.get("ordered"))
+    if not isinstance(answer, str) or read_letters(answer, ordered=True) != answer:
+        raise RowError(f"`answer` is {answer!r}: give all right letters, each once, such as BD.")
+    return {"question": question, "expected": answer if ordered else "".join(sorted(answer)), "ordered": ordered}
+
+
+def _rated(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
+    question, answer, contents = _question(row), row.example.get("answer"), row.example.get("contents") or []
+    if not isinstance(answer, str) or not answer.strip():
+        raise RowError(f"`answer` is {answer!r}: give a person's answer, which the judge compares.")
+    return {"question": question, "reference": answer, "contents": ", ".join(contents)}
+
+
+TASKS = {
+    "preference": _preference,
+    "yes_no": _yes_no,
+    "choice": _choice,
+    "letters": _letters,
+    "rated": _rated,
+    "chair": _chair,
+}
 
 
 def option_index(facts: dict[str, Any]) -> int:

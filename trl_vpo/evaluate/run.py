@@ -13,7 +13,7 @@ results are computed again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_input
 from trl_vpo.errors import EvaluateError, MediaError, RowError, as_user_errors
 from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
 from trl_vpo.evaluate.config import EvaluateConfig
+from trl_vpo.evaluate.judge import judgements, make_judge, read_prompt
 from trl_vpo.evaluate.probes import (
     Probe,
     image_list,
@@ -37,6 +38,7 @@ from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.evaluate.table import show_results, write_results
 from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.load import Media
+from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.runs.digests import adapter_digest, weights_digest
 from trl_vpo.runs.driver import ctrl_c_says_how_to_continue, work_through
 from trl_vpo.runs.outcome import Outcome
@@ -44,6 +46,7 @@ from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.runs.resume_rules import fixed_settings
 from trl_vpo.runs.store import check_settings, read_outcomes
 from trl_vpo.text.chair import ObjectTable, read_synonyms
+from trl_vpo.text.responses import Failure
 
 Loaded = tuple[EvalRow, InputRow, Media]
 
@@ -69,19 +72,25 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     settings = run_settings(config, adapters, inputs)
     check_settings(config.output_dir, settings)
     _refuse_skipped(config)
+    judge = make_judge(config.judge_url, config.judge_model, config.judge_api_key_env)
+    if judge is None and (rated := [row.name for row in rows if row.task == "rated"]):
+        raise EvaluateError(f"{rated[0]} and {len(rated) - 1} more need a judge: set judge_url and judge_model.")
     with as_user_errors():  # also of processes that do not find each other
         candidates = load_candidates(config.adapters, **config.model_options())
     settings["evaluated"] = candidates.model.record()
     if budget := candidates.model.video_budget:
         settings["video_budget"] = str(budget)
     about = {BASE: candidates.model.record()} | {name: {"adapter": path} for name, path in adapters.items()}
+    prompt = settings["judge_prompt"]
     report = Report(config, about, table, {row.id: row.facts["sets"] for row in rows if "sets" in row.facts})
     summary = work_through(
         config.output_dir,
         settings,
         [row.id for row in rows],
         load=lambda place: _load(rows[place], inputs, config, budget),
-        make=lambda batch: (_skip(outcome, config) for outcome in evaluate_batch(candidates, batch, config)),
+        make=lambda batch: (
+            _skip(_judged(outcome, judge, prompt), config) for outcome in evaluate_batch(candidates, batch, config)
+        ),
         report=report,
         batch_size=config.batch_size,
     )
@@ -99,6 +108,7 @@ def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Input
         "weights": weights_digest(base) if base.is_dir() else None,
         "adapters": {name: adapter_digest(path) for name, path in adapters.items()},
         "inputs": {"count": len(inputs), "fingerprint": digest(inputs)},
+        "judge_prompt": read_prompt(config.judge_prompt) if config.judge_model else None,
     }
 
 
@@ -156,6 +166,16 @@ def evaluate_batch(candidates: ModelSet, batch: Sequence[Loaded], config: Evalua
         records = [about | {"contestant": n} | row.facts | numbers(result[n]) for n in candidates.names]
         outcomes.append(Outcome(row.id, records))
     return outcomes
+
+
+def _judged(outcome: Outcome, judge: AnsweringModel | None, prompt: str) -> Outcome:
+    """Return an outcome whose answers are judged, if its row is one for the judge."""
+    if not outcome.rows or outcome.rows[0]["task"] != "rated":
+        return outcome
+    replies = judgements(judge, outcome.rows, prompt)
+    if failed := [reply.reason for reply in replies if isinstance(reply, Failure)]:
+        return Outcome(outcome.id, reason=f"{outcome.id}: the judge gives no reply: {failed[0]}", kind="no judgement")
+    return replace(outcome, rows=[row | {"judgement": reply} for row, reply in zip(outcome.rows, replies)])
 
 
 def _probes(row: EvalRow, source: InputRow, media: Media, config: EvaluateConfig) -> list[Probe]:

@@ -26,7 +26,7 @@ GROUPS = {  # of all commands, in their order; what a command does not have is l
     "LoRA and quantization": """use_peft lora_r lora_alpha lora_dropout lora_target_modules load_in_4bit
         load_in_8bit""",
     "answers and servers": """batch_size max_new_tokens temperature top_p server_url server_media judge_url
-        judge_model dry_run""",
+        judge_model judge_prompt dry_run""",
     "run": """output_dir lr_scheduler_type warmup_steps num_train_epochs max_steps
         per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing optim weight_decay
         bf16 use_cpu seed dataloader_num_workers""",

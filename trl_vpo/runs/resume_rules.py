@@ -12,7 +12,7 @@ RESUME_MAY_CHANGE = {
     | {"dry_run", "timeout", "max_retries", "max_requests", "api_key_env", "judge_api_key_env"}
     | {"server_url", "judge_url"},  # who answers there is compared, not the address
     "evaluate": _INPUTS
-    | {"media_root", "on_bad"}
+    | {"media_root", "on_bad", "judge_url", "judge_api_key_env"}
     | {"adapters"}  # compared by their contents
     | {"yes_no_rule", "synonyms", "level", "resamples"},  # the answers stay, the results are computed again
     "train": {"output_dir", "run_name", "resume_from_checkpoint", "project", "disable_tqdm", "push_to_hub"}

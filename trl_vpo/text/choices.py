@@ -126,6 +126,19 @@ def by_logprob(option_logps: Sequence[float], answer_index: int, lengths: Sequen
     return float(best[answer_index] / best.sum())
 
 
+def read_letters(response: str, ordered: bool = False) -> str | None:
+    """Return all letters from A to D that a response names, in alphabetical order or as they stand; None if none.
+
+    Capitals that are a word count, `B, D` and `BD` alike, but not the article of `A dog`. Where the order matters, a
+    response with the word `after` is not read: it names the later one first.
+    """
+    words = re.findall(r"\b(?!A (?!and\b|or\b|then\b|before\b)[a-z])[A-D]+\b", response)
+    letters = "".join(dict.fromkeys("".join(words)))
+    if ordered:
+        return None if re.search(r"\bafter\b", response, re.IGNORECASE) else letters or None
+    return "".join(sorted(letters)) or None
+
+
 def read_choice(response: str, options: Mapping[str, str]) -> Reading:
     """Read the letter of the option that a response names.
 

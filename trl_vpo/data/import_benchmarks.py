@@ -1,0 +1,279 @@
+"""Benchmarks of which the user has a copy: one record of theirs -> held-out rows for `trl-vpo evaluate`.
+
+Fields, prompts and groups are those of the authors' code: RUCAIBox/POPE@3df3ba1; junyangwang0410/AMBER@534babf;
+tianyi-lab/HallusionBench@4e75e5d; daniel-cores/tvbench@c354322; Stevetich/EventHallusion@7396e04;
+Vid-Halluc/VidHalluc@936fb3c; hlsv02/ELV-Halluc@be7ff84 (its eval.py: the data were not at hand); the Video-MME and
+MMHal-Bench files as lmms-eval 0.7.3 and RLHF-V/RLAIF-V@83d917b read them; Object HalBench of the latter. What asks for
+the letter of an option, and stands before subtitles, is ours.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from trl_vpo.data.import_fields import Format, clip, layout, media, text
+from trl_vpo.data.messages import MARKERS
+from trl_vpo.errors import ImportFormatError
+
+PLACE = "place"  # of a record in its file, from 0
+LETTER = "Answer with the letter of the right option."
+AMBER_GROUPS = {  # type -> dimension
+    "discriminative-hallucination": "existence",
+    **{f"discriminative-attribute-{kind}": "attribute" for kind in ("state", "number", "action")},
+    "discriminative-relation": "relation",
+    "relation": "relation",
+}
+TVBENCH_CUT = ("action_sequence", "action_localization")  # of the others the whole video is shown
+SORT = (
+    "Sort these two actions in the order they occur in the video, and return the order you detect (i.e., AB or BA). "
+    "If you only detect one action of these two in the video, return that action."
+)
+SCENES = (
+    "Watch the given video and determine if a scene change occurs. If no change occurs, respond: 'Scene change: No, "
+    "Locations: None'. If there is a scene change, respond in the format: 'Scene change: Yes, Locations: from "
+    "[location1] to [location2].'"
+)
+ELV_SETS = {"ground_truth": ("in_video", "out_video"), "in_video": ("in_video",), "out_video": ("out_video",)}
+
+
+def held_out(task: str, asked: str, answer: str | None = None, **columns: Any) -> dict:
+    """Return a held-out row; markers of media are taken out, and columns without a value left out."""
+    if task == "yes_no":
+        from trl_vpo.text.yes_no import yes_or_no  # not needed to list the formats
+
+        if (read := yes_or_no(answer)) is None:
+            raise ValueError(f"the answer {answer!r} says neither yes nor no.")
+        answer = read
+    if not (question := re.sub("|".join(MARKERS), "", asked).strip()):
+        raise ValueError("the question has no text. Fill it in or leave the record out.")
+    return {k: v for k, v in {"task": task, "question": question, "answer": answer, **columns}.items() if v}
+
+
+def choice(asked: str, options: list, answer: str, **columns: Any) -> dict:
+    """Return a held-out row with the options in its question; the answer is a letter or the text of an option."""
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError(f"the options are {options!r:.80}. Give a list of texts.")
+    options = [re.sub(rf"^{letter}[.):]\s*", "", option) for letter, option in zip(ascii_uppercase, options)]
+    letter = ascii_uppercase[options.index(answer)] if answer in options else answer
+    if letter not in ascii_uppercase[: len(options)]:
+        raise ValueError(f"the answer {answer!r} is none of the options {options}.")
+    lines = [asked, *(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options)), LETTER]
+    return held_out("choice", "\n".join(lines), letter, options=options, **columns)
+
+
+# --- one function for each benchmark --------------------------------------------------------------------------------
+
+
+def _pope(record: dict) -> dict:
+    name, about = record["file"], {"images": media(record, "image"), "group": record["file"].rsplit("_", 1)[-1]}
+    return held_out("yes_no", text(record, "text"), text(record, "label"), id=f"{name}-{record[PLACE]}", **about)
+
+
+def _amber(record: dict) -> dict:
+    about = record["annotations"].get(record.get("id"))
+    if about is None or about["type"] not in AMBER_GROUPS:
+        raise ValueError(
+            f"`id` {record.get('id')!r} is not a discriminative question. Name query_discriminative.json."
+        )
+    sources = {"images": media(record, "image"), "group": AMBER_GROUPS[about["type"]]}
+    return held_out("yes_no", text(record, "query"), about["truth"], **sources)
+
+
+def _hallusion(record: dict) -> dict:
+    """Questions of a set are asked about each of its figures; those of VS also without any, as figure 0."""
+    kind, place, figure, asked = (str(record.get(name)) for name in ("category", "set_id", "figure_id", "question_id"))
+    topic = f"{kind}_{text(record, 'subcategory')}_{place}"
+    seen = str(record.get("visual_input")) != "0"
+    sets = {"question": f"{topic}_q{asked}", "figure": None if kind == "VS" and figure == "0" else f"{topic}_{figure}"}
+    answer = {"0": "no", "1": "yes"}.get(str(record.get("gt_answer")), "")
+    about = {"images": media(record, "filename") if seen else [], "group": kind, "sets": sets}
+    return held_out("yes_no", text(record, "question"), answer, id=f"{topic}_{figure}_{asked}", **about)
+
+
+def _tvbench(record: dict) -> dict:
+    group, video = record["file"], f"{record['file']}/{text(record, 'video')}"
+    window = {name: record.get(name) for name in ("start", "end")} if group in TVBENCH_CUT else {}
+    about = {"id": f"{group}-{record[PLACE]}", "group": group, **clip({"video": video, **window})}
+    return choice(text(record, "question"), record.get("candidates"), text(record, "answer"), **about)
+
+
+def _event_hallusion(record: dict) -> list[dict]:
+    name = text(record, "id")
+    about = {"videos": [f"{name.rsplit('_', 1)[0]}/{name}.mp4"], "group": name.rsplit("_", 1)[0]}
+    return [
+        held_out("yes_no", f"{text(asked, 'question')}\nPlease answer yes or no:", text(asked, "answer"), **about)
+        for asked in record.get("questions") or []
+    ]
+
+
+def _vidhalluc(record: dict) -> list[dict]:
+    """Return the rows of one of its four tasks, told by their fields: BQA, MCQ, TSH and STH."""
+    key, value = record["key"], record["value"]
+    if isinstance(value, list):  # each question about several clips, right where it is for all of them
+        return [
+            held_out(
+                "yes_no", f"{one['q']} Only answer with a single word 'Yes' or 'No'.", answer,
+                videos=[f"{clip}.mp4"], group="bqa", cluster=key, sets={"question": f"{key}-{n}"},
+            )
+            for n, one in enumerate(value)
+            for clip, answer in one["a"].items()
+        ]  # fmt: skip
+    if "Scene change" in value:
+        return [held_out("yes_no", SCENES, value["Scene change"], videos=[f"{key}.mp4"], group="sth")]
+    if "video" in value:
+        about = {"videos": [f"{value['video']}.mp4"], "group": "tsh", "ordered": True}
+        return [held_out("letters", value["Question"] + SORT, value["Correct Answer"], **about)]
+    lines = (
+        " Please select the correct answer (one or more options), only return your answer(s). (e.g., ABCD)\nChoices:"
+    )
+    return [
+        held_out(
+            "letters", "\n".join([one["Question"] + lines, *(f"{k}. {v}" for k, v in one["Choices"].items())]),
+            "".join(re.findall("[A-D]", one["Correct Answer"])), videos=[f"{clip}.mp4"], group="mcq", cluster=key,
+        )
+        for clip, one in value.items()
+    ]  # fmt: skip
+
+
+def _elv_halluc(record: dict) -> dict:
+    """Three captions of an event stand behind each other: true, with what comes elsewhere, with what never comes."""
+    kind, triplet = text(record, "caption_type"), str(record[PLACE] // 3)
+    if kind not in ELV_SETS:
+        raise ValueError(f"`caption_type` is {kind!r}: it is one of {', '.join(ELV_SETS)}.")
+    sets = {name: triplet if name in ELV_SETS[kind] else None for name in ("in_video", "out_video")}
+    about = {"id": f"{triplet}-{kind}", "videos": media(record, "video"), "group": record.get("aspect"), "sets": sets}
+    return held_out("yes_no", text(record, "question"), text(record, "ref_answer"), **about)
+
+
+def _video_mme(record: dict, subtitles: bool = False) -> dict:
+    name, asked = text(record, "videoID"), text(record, "question")
+    if subtitles:
+        path = record["subtitles"] / f"{name}.srt"
+        asked = f"{_spoken(path) if path.is_file() else 'The video has no subtitles.'}\n\n{asked}"
+    about = {"id": record.get("question_id"), "videos": [f"{name}.mp4"], "group": record.get("duration")}
+    return choice(asked, record.get("options"), text(record, "answer"), **about)
+
+
+def _spoken(path: Path) -> str:
+    """Return the text of a subtitle file, a line for each that is shown."""
+    lines = (re.sub("<.*?>", "", line).strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    spoken = [line for line in lines if line and not line.isdigit() and "-->" not in line]
+    return "\n".join(["The subtitles of the video:", *spoken])
+
+
+def _mmhal(record: dict) -> dict:
+    picture = media(record, "image") or [text(record, "image_src").rsplit("/", 1)[-1]]
+    about = {"images": picture, "contents": record.get("image_content"), "group": record.get("question_type")}
+    return held_out("rated", text(record, "question"), text(record, "gt_answer"), id=str(record[PLACE]), **about)
+
+
+def _object_halbench(record: dict) -> dict:
+    picture, number = media(record, "image") or media(record, "image_path"), int(record["image_id"])
+    row = held_out("chair", text(record, "question"), id=f"{number}-{record[PLACE]}", images=picture)
+    return row | {"objects": sorted(record["coco"](number))}
+
+
+# --- what lies beside a file ----------------------------------------------------------------------------------------
+
+
+def _named(path: Path) -> dict:
+    return {"file": path.name.split(".")[0]}
+
+
+def _near(path: Path, name: str) -> Path:
+    """Return a file or folder that lies beside a file or one folder above."""
+    found = next((place for place in (path.parent / name, path.parent.parent / name) if place.exists()), None)
+    if found is None:
+        raise ImportFormatError(f"{path}: {name} lies neither beside it nor in the folder above. Put it there.")
+    return found
+
+
+def _amber_truth(path: Path) -> dict:
+    entries = json.loads(_near(path, "annotations.json").read_bytes())
+    return {"annotations": {entry["id"]: entry for entry in entries}}
+
+
+def _coco(path: Path) -> dict:
+    """Give the objects of an image of COCO 2014: those that are outlined, and those that its captions mention."""
+    from trl_vpo.text.chair import ObjectTable, read_synonyms
+
+    table, folder = ObjectTable(read_synonyms(_near(path, "synonyms_refine.txt"))), _near(path, "annotations")
+    found: dict[int, set[str]] = {}
+    captions: dict[int, list[str]] = {}
+    for part in ("train", "val"):
+        outlined = json.loads((folder / f"instances_{part}2014.json").read_bytes())
+        names = {category["id"]: table.name(category["name"]) for category in outlined["categories"]}
+        for one in outlined["annotations"]:
+            found.setdefault(one["image_id"], set()).add(names[one["category_id"]])
+        for one in json.loads((folder / f"captions_{part}2014.json").read_bytes())["annotations"]:
+            captions.setdefault(one["image_id"], []).append(one["caption"])
+
+    def objects(number: int) -> set[str]:
+        if number not in captions:
+            raise ValueError(f"`image_id` {number} is not an image of COCO 2014's captions.")
+        said = (mention.object for caption in captions[number] for mention in table.mentions(caption))
+        return found.get(number, set()) | set(said)
+
+    return {"coco": objects}
+
+
+def _held_out(read: Callable, fields: str, published: str, **options: Any) -> Format:
+    """Return a benchmark's format; a record with other fields is an error that says so."""
+
+    def strictly(record: dict) -> dict | list[dict]:
+        try:
+            return read(record)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the record has another layout ({error!r}). Name the authors' file as it is.") from error
+
+    return layout(strictly, fields, published, makes="held-out rows", **{"beside": _named, **options})
+
+
+BENCHMARKS: dict[str, Format] = {
+    "pope": _held_out(_pope, "text label image", "POPE, RUCAIBox/POPE, output/coco", folder="*_pope_*.json"),
+    "amber": _held_out(
+        _amber, "id query image", "AMBER, junyangwang0410/AMBER, data/query", beside=_amber_truth
+    ),
+    "hallusionbench": _held_out(
+        _hallusion,
+        "category subcategory set_id figure_id question_id visual_input question gt_answer filename",
+        "HallusionBench, tianyi-lab, HallusionBench.json",
+    ),
+    "tvbench": _held_out(
+        _tvbench, "question candidates answer video; start end", "TVBench, FunAILab/TVBench, json/", folder="*.json"
+    ),
+    "eventhallusion": _held_out(
+        _event_hallusion, "id questions", "EventHallusion, Stevetich/EventHallusion, questions/",
+        folder="*_questions.json",
+    ),
+    "vidhalluc": _held_out(
+        _vidhalluc, "key value", "VidHalluc, Vid-Halluc/VidHalluc: one JSON of each task", keyed=True, folder="*.json"
+    ),
+    "elv-halluc": _held_out(
+        _elv_halluc, "video question ref_answer caption_type; aspect",
+        "ELV-Halluc, hlsv02/ELV-Halluc, data/ELV_Halluc.jsonl",
+    ),
+    "video-mme": _held_out(
+        _video_mme, "videoID question options answer; question_id duration", "Video-MME, lmms-lab/Video-MME, .parquet"
+    ),
+    "video-mme-subtitles": _held_out(
+        partial(_video_mme, subtitles=True),
+        "videoID question options answer; question_id duration",
+        "the same with subtitle/*.srt in the prompts",
+        beside=lambda path: {"subtitles": _near(path, "subtitle")},
+    ),
+    "mmhal-bench": _held_out(
+        _mmhal, "question gt_answer image|image_src; image_content question_type",
+        "MMHal-Bench, Shengcao1006/MMHal-Bench",
+    ),
+    "object-halbench": _held_out(
+        _object_halbench,
+        "question image_id image|image_path",
+        "Object HalBench, RLHF-V/RLAIF-V, eval/data, and COCO",
+        beside=_coco,
+    ),
+}  # fmt: skip

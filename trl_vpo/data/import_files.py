@@ -1,0 +1,86 @@
+"""The files that `trl-vpo import` reads: one, those of a folder, or all that an index names, record by record."""
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trl_vpo.data.import_formats import FORMATS
+from trl_vpo.data.json_files import raw_records
+from trl_vpo.data.messages import drop_none
+from trl_vpo.errors import DatasetError, ImportFormatError
+
+
+def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
+    """Return the files to read, each with its media root. Raises ImportFormatError.
+
+    It is the file itself, all files of a folder that the format takes, or all that a meta.json of MMPR names.
+    """
+    if fmt not in FORMATS:
+        raise ImportFormatError(f"unknown format {fmt!r}. Formats: {', '.join(FORMATS)}.")
+    pattern = FORMATS[fmt].folder
+    if path.is_dir() and pattern:
+        if files := sorted(path.glob(pattern)):
+            return [(file, media_root) for file in files]
+        raise ImportFormatError(f"{path}: no {pattern} lies in this folder. Name the folder that has them, or a file.")
+    if not path.is_file():
+        raise ImportFormatError(f"{path}: no such file. Name a .json, .jsonl or .parquet file.")
+    parts = _meta(path) if fmt == "mmpr" and path.name.endswith("meta.json") else None
+    if parts is None:
+        return [(path, media_root)]
+    # The paths begin with the dataset's own folder, in which meta.json lies.
+    bases = [Path(media_root)] if media_root is not None else [Path(), path.parent, path.parent.parent]
+    files = []
+    for name, part in parts.items():
+        base = next((base for base in bases if (base / part["annotation"]).is_file()), None)
+        if base is None:
+            raise ImportFormatError(
+                f"{path}: `{name}` names {part['annotation']}, which is not in {' or '.join(map(str, bases))}. Unpack "
+                "the annotations, and name the folder where these paths start as media_root."
+            )
+        files.append((base / part["annotation"], base / part["root"]))
+    return files
+
+
+def _meta(path: Path) -> dict[str, dict] | None:
+    """Return the annotation files that a meta.json lists, by name; None for a file of records."""
+    parts = _object(path)
+    entries = parts.values() if isinstance(parts, dict) else [None]
+    listed = all(isinstance(entry, dict) and {"root", "annotation"} <= entry.keys() for entry in entries)
+    return parts if listed else None
+
+
+def _object(path: Path) -> Any:
+    """Return what a file holds if it is one JSON value; None for JSON lines."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def read_records(fmt: str, path: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Give (kind, number or key, record) of a file, as `raw_records` does; of parquet the rows, numbered from 0.
+
+    A format whose records stand by keys in one JSON object has records with the fields `key` and `value`.
+    """
+    try:
+        if FORMATS[fmt].keyed:
+            entries = _object(path)
+            if not isinstance(entries, dict):
+                raise ImportFormatError(f"{path} is not one JSON object. Name the authors' file as it is.")
+            yield from (("entry", key, {"key": key, "value": value}) for key, value in entries.items())
+            return
+        if path.suffix.lower() != ".parquet":
+            yield from raw_records(path)
+            return
+        batches = pq.ParquetFile(path).iter_batches(batch_size=100)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from (("row", number, drop_none(row)) for number, row in enumerate(rows))
+    except DatasetError as error:
+        raise ImportFormatError(str(error)) from error
+    except (OSError, pa.ArrowException) as error:
+        raise ImportFormatError(f"{path} cannot be read as a parquet file ({error}). Fetch it again.") from error

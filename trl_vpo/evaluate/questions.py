@@ -1,0 +1,208 @@
+"""Measures of questions, a function for each kind, from the records of answers. No model in here.
+
+Rows are (N,) where the measure is their mean, or (N, 2), numerators and denominators, where it is a ratio of sums.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trl_vpo.evaluate.rows import option_index
+from trl_vpo.text.chair import ResponseObjects
+from trl_vpo.text.choices import by_letter, by_logprob, read_letters
+from trl_vpo.text.yes_no import read_yes_no
+
+Records = Sequence[Mapping[str, Any]]
+Rows = dict[str, np.ndarray]
+Evidence = dict[str, tuple[Rows, list[str]]]  # kind -> rows of measures, and the cluster of each row
+
+_RATING = re.compile(r"rating\W*([0-6])\b", re.IGNORECASE)
+
+
+def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> Rows:
+    """VideoHallucer's measures; a row is a pair of questions.
+
+    `basic` and `hallucinated` are what was answered to the two questions of each pair: "yes", "no" or neither. The
+    first is right with yes, the second with no.
+
+    Its total is the mean over its five kinds of hallucination, which are of equal size: the same as over all pairs.
+    The bias figures follow their definitions (HallusionBench, arXiv 2310.14566, Eq. 6 and 7); VideoHallucer's
+    `evaluation_bias.py` differs where the hallucinated question is answered wrongly.
+    """
+    basic_yes, basic_no, false_yes, false_no = (
+        np.array([answer == word for answer in side]) for side in (basic, hallucinated) for word in ("yes", "no")
+    )
+    yes, right = basic_yes.astype(int) + false_yes, basic_yes.astype(int) + false_no  # of two answers
+    return {
+        "yes_no/basic": basic_yes,
+        "yes_no/hallucinated": false_no,
+        "yes_no/overall": basic_yes & false_no,
+        "yes_no/yes_rate": yes / 2,
+        "yes_no/pct_diff": (yes - 1) / 2,
+        "yes_no/fp_ratio": ratio(false_yes, 2 - right),
+        "yes_no/unparsed": (2 - yes - basic_no - false_no) / 2,
+    }
+
+
+def binary(records: Records, said: Sequence[str | None]) -> Rows:
+    """Return POPE's measures of single yes/no questions, and AMBER's, for which "no" is the positive answer.
+
+    `said` is what was answered to each: "yes", "no" or neither, which is wrong, and not found by any recall. POPE: Li
+    et al. 2023, arXiv 2305.10355, RUCAIBox/POPE@3df3ba1, evaluate.py, which takes all but a no for a yes. AMBER: Wang
+    et al. 2023, arXiv 2311.07397, junyangwang0410/AMBER@534babf, inference.py.
+    """
+    rows = {"binary/accuracy": np.array([one == r["expected"] for one, r in zip(said, records, strict=True)])}
+    for positive, end in (("yes", ""), ("no", "_no")):
+        answered = np.array([one == positive for one in said])
+        true = np.array([r["expected"] == positive for r in records])
+        rows[f"binary/precision{end}"] = ratio(answered & true, answered)
+        rows[f"binary/recall{end}"] = ratio(answered & true, true)
+        rows[f"binary/f1{end}"] = ratio(2 * (answered & true), answered.astype(int) + true)
+    return rows | {
+        "binary/yes_rate": np.array([one == "yes" for one in said]),
+        "binary/unparsed": np.array([one is None for one in said]),
+        "binary/cut_off": were_cut_off(records),
+    }
+
+
+def question_sets(records: Records, rule: str) -> Evidence:
+    """Return for each kind of sets which of them are right: all of their rows are.
+
+    Where questions are in sets of the kinds "in_video" and "out_video", as in ELV-Halluc, also its SAH ratio: how many
+    of those that fail within the video pass with what is not in it (Lu et al. 2025, arXiv 2508.21496,
+    hlsv02/ELV-Halluc@be7ff84, eval.py); both kinds then have the same names.
+    """
+    kinds: dict[str, dict[str, list[Mapping]]] = {}
+    for record in records:
+        for kind, name in record.get("sets", {}).items():
+            kinds.setdefault(kind, {}).setdefault(name, []).append(record)
+    right = {
+        kind: {name: all(read_answer(r, rule) == r["expected"] for r in rows) for name, rows in sets.items()}
+        for kind, sets in kinds.items()
+    }
+    result: Evidence = {
+        f"sets/{kind}": (
+            {f"sets/{kind}": np.array([*right[kind].values()])},
+            join_clusters(map(row_clusters, sets.values())),
+        )
+        for kind, sets in kinds.items()
+    }
+    if names := [name for name in right.get("in_video", ()) if name in right.get("out_video", ())]:
+        inside, outside = (np.array([right[kind][name] for name in names], int) for kind in ("in_video", "out_video"))
+        clusters = join_clusters([row_clusters(kinds["in_video"][name] + kinds["out_video"][name]) for name in names])
+        result["sets/sah_ratio"] = {"sets/sah_ratio": ratio(outside - inside, 1 - inside)}, clusters
+    return result
+
+
+def choice(records: Records) -> Rows:
+    """Multiple choice from free text and by log-prob; an unread letter is wrong."""
+    right = [by_letter(r["response"], r["options"], option_index(r)) for r in records]
+    rows = {
+        "choice/letter": np.array([bool(row) for row in right]),
+        "choice/unparsed": np.array([row is None for row in right]),
+        "choice/cut_off": were_cut_off(records),
+    }
+    if all("option_logps" in r for r in records):  # a template that opens a thought has no place for an option
+        for name, lengths in (("choice/logp", "none"), ("choice/logp_average", "option_tokens")):
+            rows[name] = np.array([by_logprob(r["option_logps"], option_index(r), r.get(lengths)) for r in records])
+    return rows
+
+
+def letters(records: Records) -> Rows:
+    """Questions with several right letters, or with letters in order: VidHalluc's MCQ and TSH."""
+    said = [read_letters(r["response"], r["ordered"]) for r in records]
+    return {
+        "letters/accuracy": np.array([one == r["expected"] for one, r in zip(said, records)]),
+        "letters/unparsed": np.array([one is None for one in said]),
+        "letters/cut_off": were_cut_off(records),
+    }
+
+
+def rated(records: Records) -> Rows:
+    """MMHal-Bench's measures of a judge's ratings; one that cannot be read counts as 0, as in its code."""
+    read = [read_rating(r["judgement"]) for r in records]
+    ratings = np.array([rating or 0 for rating in read], dtype=float)
+    return {
+        "rated/score": ratings,
+        "rated/hallucination": ratings < 3,
+        "rated/informativeness": np.where(ratings < 3, ratings, ratings - 3) / 3,
+        "rated/unread": np.array([rating is None for rating in read]),
+        "rated/cut_off": were_cut_off(records),
+    }
+
+
+def chair(responses: Sequence[ResponseObjects]) -> Rows:
+    """CHAIR and Cover. Responses that mention nothing, empty ones too, count in `chair/s` and `chair/cover` alone."""
+    mentioned, hallucinated, covered, truth = (
+        np.array([len(getattr(response, name)) for response in responses])
+        for name in ("mentioned", "hallucinated", "covered", "truth")
+    )
+    return {
+        "chair/i": ratio(hallucinated, mentioned),
+        "chair/s": hallucinated > 0,
+        "chair/s_mentioning": ratio(hallucinated > 0, mentioned > 0),
+        "chair/cover": ratio(covered, truth),
+    }
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def read_rating(reply: str) -> int | None:
+    """Return the rating from 0 to 6 that a judge's reply gives; None if it gives none, or two different ones."""
+    ratings = set(_RATING.findall(reply))
+    return int(ratings.pop()) if len(ratings) == 1 else None
+
+
+def read_answer(record: Mapping[str, Any], rule: str) -> str | None:
+    """Return what a yes/no row's response says."""
+    return read_yes_no(record["response"], rule=rule, expected=record["expected"]).value
+
+
+def question_pairs(records: Records) -> dict[str, dict[str, Mapping]]:
+    """pair -> expected answer -> record, of yes/no rows. A skipped row leaves its pair incomplete."""
+    pairs: dict[str, dict[str, Mapping]] = {}
+    for record in of_task(records, "yes_no"):
+        if "pair" in record:
+            pairs.setdefault(record["pair"], {})[record["expected"]] = record
+    return pairs
+
+
+def of_task(records: Records, task: str) -> list[Mapping]:
+    return [record for record in records if record["task"] == task]
+
+
+def were_cut_off(records: Records) -> np.ndarray:
+    return np.array([not record["response_ended"] for record in records])
+
+
+def row_clusters(records: Records) -> list[str]:
+    return [record["cluster"] for record in records]
+
+
+def join_clusters(sets: Iterable[Sequence[str]]) -> list[str]:
+    """One cluster for each pair or set: those of its rows, and all that other sets connect with them, become one.
+
+    What is drawn together must hold all that depends on it.
+    """
+    above: dict[str, str] = {}
+
+    def top(cluster: str) -> str:
+        while above.setdefault(cluster, cluster) != cluster:
+            above[cluster] = above[above[cluster]]
+            cluster = above[cluster]
+        return cluster
+
+    sets = list(sets)
+    for first, *others in sets:
+        for other in others:
+            above[top(other)] = top(first)
+    return [top(first) for first, *_ in sets]
+
+
+def ratio(numerators: Any, denominators: Any) -> np.ndarray:
+    return np.stack([numerators, denominators], axis=1).astype(np.float64)  # (N, 2)
