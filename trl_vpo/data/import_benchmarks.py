@@ -1,7 +1,7 @@
 """Benchmarks of which the user has a copy: one record of theirs -> held-out rows for `trl-vpo evaluate`.
 
 Fields, prompts and groups are those of the authors' code: RUCAIBox/POPE@3df3ba1; junyangwang0410/AMBER@534babf;
-tianyi-lab/HallusionBench@4e75e5d; daniel-cores/tvbench@c354322; Stevetich/EventHallusion@7396e04;
+tianyi-lab/HallusionBench@744007c; daniel-cores/tvbench@c354322; Stevetich/EventHallusion@7396e04;
 Vid-Halluc/VidHalluc@936fb3c; hlsv02/ELV-Halluc@be7ff84 (its eval.py: the data were not at hand); the Video-MME and
 MMHal-Bench files as lmms-eval 0.7.3 and RLHF-V/RLAIF-V@83d917b read them; Object HalBench of the latter. What asks for
 the letter of an option, and stands before subtitles, is ours.
