@@ -1,5 +1,6 @@
 """Surroundings of every test: no Hub, few threads, and a few media files."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -7,6 +8,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from helpers import write_clip, write_image
+
+
+def pytest_collection_finish():
+    """Leave the objects of imported packages out of garbage collections: each `Trainer.train` begins with one."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
