@@ -4,8 +4,8 @@ The slow twin shares only the decoding of files with the package. For each respo
 its processor makes of the whole conversation: nothing padded, full logits.
 """
 
+import copy
 import functools
-import gc
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ FRAMES = VideoOptions(num_frames=6)
 # Rows of each batch; "+" is two rows.
 KINDS = ["text", "image", "images", "video", "both", "text+image", "image+images", "image+video", "text+video+both"]
 KINDS += ["string"]  # with an image; the others have messages
+SLOW = ["text", "image"]  # first of a batch of two kinds, too
 STATE, BOTH_WAYS = "pass a state along", "both directions"
 PADDED = {  # families that are trained with padded rows, and why
     **dict.fromkeys(["Gemma 3", "Gemma 3, short windows", "Gemma 4 MoE", "Gemma 4 unified", "PaliGemma"], BOTH_WAYS),
@@ -43,23 +44,23 @@ def has(family, kind):
     return all(needs.get(part, True) for part in kind.split("+"))
 
 
-def cases(kinds, fails=()):
+def cases(kinds, fails=(), slow=()):
     for name, family in NEWER.items():
         for kind in filter(functools.partial(has, family), kinds):
-            marks = [pytest.mark.slow] * family.slow
+            marks = [pytest.mark.slow] * (family.slow or kind in slow)
             if reason := next((why for names, which, why in fails if name in names and kind in which), None):
                 marks.append(pytest.mark.xfail(strict=True, reason=reason))
             yield pytest.param(name, kind, marks=marks)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def world(name):
     """A family's model as it comes, the same one in training, its processor, and the results of the slow twin."""
-    gc.collect()
     PartialState(cpu=True)
-    (plain, processor), (model, _) = build(name), build(name)
+    plain, processor = build(name)
+    model = copy.deepcopy(plain).train()
     disable_dropout_in_model(model)
-    return plain, model.train(), processor, {}
+    return plain, model, processor, {}
 
 
 def weight(model):
@@ -68,6 +69,15 @@ def weight(model):
     found = model.get_decoder().get_parameter(name)
     model.requires_grad_(False)
     return found.requires_grad_()
+
+
+def scorer_of(name, kind):
+    """A scorer that chooses its layout. Rows of a kind are proven once; of several in a batch, the first would be."""
+    _, model, processor, results = world(name)
+    scorer = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id)
+    if results.get(f"{kind.split('+')[0]} is packed"):
+        scorer.layout, scorer.packs = "shared", True
+    return scorer
 
 
 def loss(logps):
@@ -121,10 +131,10 @@ def slow(name, kind, media, invert=False):
     return results[kind, invert]
 
 
-@pytest.mark.parametrize(("name", "kind"), cases(KINDS))
+@pytest.mark.parametrize(("name", "kind"), cases(KINDS, slow=SLOW))
 def test_the_model_s_own_call(name, kind, media, caplog):
     """In the layout that the scorer chooses, and with padded rows."""
-    _, model, processor, _ = world(name)
+    _, model, processor, results = world(name)
     rows = kind.split("+")
     want = [slow(name, part, media) for part in rows]
     batch = PreferenceCollator(processor, video=FRAMES)([example(NEWER[name], part, media) for part in rows])
@@ -137,7 +147,7 @@ def test_the_model_s_own_call(name, kind, media, caplog):
         assert prompt.tolist() + response.tolist() == ids
     grads = sum(grad for _, grad in want)
     trained, packs = weight(model), False
-    scorer = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id)
+    scorer = scorer_of(name, kind)
     while True:
         trained.grad = None
         scores = scorer.score(model, batch)
@@ -150,7 +160,8 @@ def test_the_model_s_own_call(name, kind, media, caplog):
         assert off < 1e-5, f"{where}: gradients differ by {off:.2g}"
         if not scorer.packs:
             break
-        packs, scorer.layout, scorer.packs = True, "separate", False
+        packs = results[f"{rows[0]} is packed"] = True
+        scorer.layout, scorer.packs = "separate", False
     assert packs == (name not in PADDED) and PADDED.get(name, "") in caplog.text, caplog.messages
 
 
@@ -170,7 +181,7 @@ def test_frozen_towers_run_once_a_step(name, kind, media):
     _, model, processor, _ = world(name)
     weight(model)
     batch = PreferenceCollator(processor, video=FRAMES)([example(NEWER[name], kind, media)])
-    scorer, runs = Scorer(model, layout="auto", pad_token_id=processor.tokenizer.pad_token_id), []
+    scorer, runs = scorer_of(name, kind), []
     want = scorer.score(model, batch).logps
     towers = [module for path, module in model.named_modules() if path.endswith(TOWERS)]
     towers = towers or [model.base_model.embed_vision]  # Gemma 4 unified has no more
