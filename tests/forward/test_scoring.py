@@ -113,3 +113,21 @@ def test_bf16_weights_give_float32_log_probs(tmp_path):
     scores = trainer.concatenated_forward(trainer.model, batch, reference)
     assert {scores.logps.dtype, scores.kl.dtype, scores.entropy.dtype} == {torch.float32}
     assert_rows_close(scores.logps, of_tokens(slow_scores(trainer)), scores.mask, 2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("limit", [32, 4096])
+def test_positions_that_depend_on_the_batch_are_named(limit, tmp_path, caplog):
+    """Dynamic RoPE: a row's scores change beside a longer one, which the log says once."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": limit}
+    model, tokenizer = fresh()
+    config = type(model.config)(**model.config.to_dict() | {"rope_parameters": rope, "max_position_embeddings": limit})
+    model = type(model)(config)
+    long = row(None, (), "a red square moves left. " * 8, "a blue circle.", id="long")
+    trainer = trainer_of("dpo", tmp_path, [*text_rows(1), long], model=model, processor=tokenizer)
+    alone = trainer.concatenated_forward(trainer.model, collated(trainer, 1)).logps[0]
+    assert "rotary" not in caplog.text
+    for _ in ("once", "again"):
+        beside = trainer.concatenated_forward(trainer.model, collated(trainer)).logps[0]
+    same = torch.allclose(alone, beside[: len(alone)], atol=1e-5)
+    assert same == (limit == 4096)
+    assert caplog.text.count(f"in batches beyond {limit} tokens the scores of a row depend") == (limit == 32)

@@ -252,6 +252,16 @@ def padded_layout_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
+def rope_limit(model: PreTrainedModel) -> int | None:
+    """Return the length beyond which positions depend on the longest sequence of a call; None: they never do."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *rope.values()):  # one for all layers, or one for each type of layer
+        if isinstance(kind, dict) and kind.get("rope_type") in ("dynamic", "longrope"):
+            return kind.get("original_max_position_embeddings") or config.max_position_embeddings
+    return None
+
+
 def _hands_window(model: PreTrainedModel) -> bool:
     """Tell whether the attention layers hand their window to the attention function."""
     layers = {type(m) for m in model.get_decoder().modules() if hasattr(m, "layer_idx")}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_vpo.forward.attention import use_segments
-from trl_vpo.forward.families import LISTED, padded_layout_reason
+from trl_vpo.forward.families import LISTED, padded_layout_reason, rope_limit
 from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, packed, padded
 from trl_vpo.forward.proof import Proof, ProofRow, row_of
@@ -61,6 +61,7 @@ class Scorer:
         if ranks is not None:
             check_heads(policy, ranks.size)
         self.layout, self.packs = layout, True if layout == "shared" else None
+        self._rope_limit = rope_limit(policy)
         self.proven: list[str] = []
         self.to_prove: list[ProofRow] = []
         self._asked = layout
@@ -123,6 +124,7 @@ class Scorer:
         kind = (self.layout, self.packs)
         if batch.get("layout", (None,))[0] != kind:
             rows = batch.get("padded", batch)
+            self._warn_of_length(rows)
             if self.packs:
                 layout = packed(rows, self._backbone, shared=self.layout == "shared")
                 layout.segments.ranks = self._ranks
@@ -192,6 +194,17 @@ class Scorer:
             return self._score(model, batch).logps
         finally:
             self.packs = before
+
+    def _warn_of_length(self, rows: dict) -> None:
+        length = rows["trunk_ids"].size(1) + rows["branch_ids"].size(1)
+        if self._rope_limit is None or length <= self._rope_limit:
+            return
+        logger.warning(
+            f"{type(self._policy).__name__} chooses its rotary embeddings by the longest sequence of a call: in "
+            f"batches beyond {self._rope_limit} tokens the scores of a row depend on the rows beside it. max_length: "
+            f"{self._rope_limit} keeps them apart."
+        )
+        self._rope_limit = None  # said once
 
     def _pad_rows(self, reason: str) -> None:
         name = type(self._policy).__name__
