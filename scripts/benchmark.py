@@ -5,6 +5,7 @@
     python scripts/benchmark.py phases --prompt 1536
     python scripts/benchmark.py kl
     python scripts/benchmark.py lpoi
+    python scripts/benchmark.py methods --prompt 280,1536
     python scripts/benchmark.py decode
     python scripts/benchmark.py growth
     python scripts/benchmark.py memory
@@ -25,6 +26,7 @@ BENCHMARKS = {
     "phases": "where a step's time goes: vision, reference, policy, backward",
     "kl": "RRPO's KL with a 152,000-token vocabulary: chunked against plain logits",
     "lpoi": "LPOI's step for lists of 2, 5 and 9 images: ours against the official scheme",
+    "methods": "a training step of every method against DPO's",
     "decode": "16 frames of a long video: ours against other loaders",
     "growth": "seconds and memory against frames, list length and dataset rows",
     "memory": "memory of a training step: what the doctor estimates against what is measured",

@@ -13,14 +13,13 @@ from families import FAMILIES
 from recipe_memory import GIB, card_of, recipe_memory
 from trl import get_peft_config
 
-from trl_vpo.doctor.loaded_recipe import method_of
 from trl_vpo.forward.parts import part_of
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.run import make_parser
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.runs.recipe_list import MEMORY
-from trl_vpo.training.methods import METHODS
+from trl_vpo.training.methods import METHODS, method_of
 from trl_vpo.training.run import parse, quantization_config
 
 ROOT = Path(__file__).parent.parent

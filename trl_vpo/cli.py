@@ -16,6 +16,7 @@ from trl_vpo import __version__
 from trl_vpo.data.import_formats import FORMATS, format_list
 from trl_vpo.errors import SourceError, UserError, as_user_errors
 from trl_vpo.generate.pipelines import PIPELINES
+from trl_vpo.runs import examples
 from trl_vpo.runs.parser import Parser
 from trl_vpo.runs.quiet import hide_messages
 from trl_vpo.runs.recipe_file import read_recipe, split_config
@@ -26,53 +27,6 @@ from trl_vpo.training.methods import METHODS
 HELP = {"-h", "--help", "--help-all"}
 TRACEBACK = "TRL_VPO_TRACEBACK"
 DESCRIPTION = "LeanPO, RRPO, LPOI and DPO for TRL, on videos and images."
-TRAIN_EXAMPLE = """\
-example:
-  trl-vpo train rrpo --config rrpo/qwen2_5_vl_7b --dataset_name train.jsonl
-
---config takes a file, or a name that `trl-vpo recipes` lists. Every key of a
-recipe is also an option and wins over it: `trl-vpo train rrpo --help` lists
-them. Paths start from the working directory. On several GPUs:
-
-  trl-vpo train rrpo --config RECIPE --accelerate_config zero2 --num_processes 8
-  accelerate launch --num_processes 8 -m trl_vpo train rrpo --config RECIPE
-
---accelerate_config takes a file, or a name: ddp, zero2, zero3, zero3_offload,
-fsdp2, multi_node, single_gpu, cpu2, or one of TRL's. Both launch options may
-also stand in the recipe."""
-GENERATE_EXAMPLE = """\
-example:
-  trl-vpo generate leanpo --config leanpo/generate --dataset_name in.jsonl
-  trl-vpo train leanpo --config leanpo/qwen2_5_vl_7b \\
-    --dataset_name outputs/leanpo-data/rows.jsonl
-
---dry-run shows the first requests and loads no weights. Every key of a recipe
-is also an option: `trl-vpo generate leanpo --help` lists them. An interrupted
-run continues where it stopped when the same command is given again.
---num_processes 8 gives each of 8 GPUs a copy of the model."""
-PLOT_EXAMPLE = """\
-example:
-  trl-vpo plot outputs/dpo outputs/leanpo -o curves.html"""
-MERGE_EXAMPLE = """\
-example:
-  trl-vpo merge outputs/rrpo merged/rrpo --dtype bfloat16"""
-VIEW_EXAMPLE = """\
-example:
-  trl-vpo view data/train.jsonl -o page.html
-  trl-vpo view outputs/leanpo-data -o page.html --limit 500
-
-DATASET is what a recipe's `dataset_name` is, or the folder of a run of
-`trl-vpo generate`."""
-IMPORT_EXAMPLE = """\
-example:
-  trl-vpo import rrpo self_alignment.json train.jsonl --media_root /data/videos"""
-DOCTOR_EXAMPLE = """\
-example:
-  trl-vpo doctor rrpo/qwen2_5_vl_7b --dataset_name train.jsonl --out bad.jsonl
-
-Recipe keys given as options win over the recipe, as in `trl-vpo train`. Loads
-the processor and the model's config, no weights. Exit code 1: something would
-stop the training."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if "run" not in args:
         parser.print_help()
         return 2
-    if rest and args.run not in (doctor, evaluate):
+    if rest and args.run not in (doctor, evaluate, compare):
         args.parser.error(f"unknown option {rest[0]}. `{args.parser.prog} --help` lists the options.")
     hide_messages()
     try:
@@ -158,6 +112,15 @@ def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def compare(args: argparse.Namespace, rest: list[str]) -> int:
+    """Train recipes and compare what comes of them; each training and the evaluation is a command of its own."""
+    for recipe in args.config:
+        read_recipe(recipe)  # a wrong name is found before TRL is imported
+    plan = _imported("trl_vpo.compare.plan:read_plan")(args.config, args.held_out, args.out, rest)
+    _imported("trl_vpo.compare.run:run_compare")(plan, main)
+    return 0
+
+
 def plot(args: argparse.Namespace, rest: list[str]) -> int:
     """Draw, and say what could not be drawn."""
     from trl_vpo.report.plot.page import plot_runs
@@ -219,7 +182,7 @@ def recipes(args: argparse.Namespace, rest: list[str]) -> int:
 
 def quickstart(args: argparse.Namespace, rest: list[str]) -> int:
     """Train and compare the methods on the small world."""
-    _imported("trl_vpo.testbed.quickstart:run_quickstart")(args.out, args.methods)
+    _imported("trl_vpo.testbed.quickstart:run_quickstart")(args.out, args.methods, main, data_only=args.data_only)
     return 0
 
 
@@ -228,12 +191,15 @@ def quickstart(args: argparse.Namespace, rest: list[str]) -> int:
 
 def make_parser() -> Parser:
     """Return the parser of all commands."""
-    parser = Parser(prog="trl-vpo", description=DESCRIPTION, epilog=TRAIN_EXAMPLE.split("\n\n")[0])
+    parser = Parser(prog="trl-vpo", description=DESCRIPTION, epilog=examples.TRAIN_EXAMPLE.split("\n\n")[0])
     parser.add_argument("--version", action="version", version=f"trl-vpo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add_method_command(commands, train, "train a model with a method", METHODS, TRAIN_EXAMPLE)
+    _add_method_command(commands, train, "train a model with a method", METHODS, examples.TRAIN_EXAMPLE)
     _add_evaluate(commands)
-    _add_method_command(commands, generate, "make preference data with the model itself", PIPELINES, GENERATE_EXAMPLE)
+    _add_compare(commands)
+    _add_method_command(
+        commands, generate, "make preference data with the model itself", PIPELINES, examples.GENERATE_EXAMPLE
+    )
     for add in (_add_plot, _add_merge, _add_view, _add_import, _add_doctor, _add_recipes, _add_quickstart):
         add(commands)
     return parser
@@ -259,9 +225,23 @@ def _add_evaluate(commands) -> None:
     parser.add_argument("options", nargs=argparse.REMAINDER, help="--config RECIPE and its keys")
 
 
+def _add_compare(commands) -> None:
+    usage = (
+        "trl-vpo compare --config RECIPE [RECIPE ...] --held_out FILE [--out DIR]\n"
+        "                       [--accelerate_config FILE] [--num_processes N] [--key value ...]"
+    )
+    text = "train recipes and compare them on held-out rows: a table, a figure"
+    parser = _add(commands, "compare", compare, text, epilog=examples.COMPARE_EXAMPLE, usage=usage)
+    several = "recipes of trainings, or one of a comparison"
+    parser.add_argument("--config", metavar="RECIPE", nargs="+", required=True, help=several)
+    parser.add_argument("--held_out", "--dataset", metavar="FILE", help="rows as `trl-vpo evaluate` takes them")
+    out = "folder to write (default: outputs/compare)"
+    parser.add_argument("--out", "--output_dir", metavar="DIR", help=out)
+
+
 def _add_plot(commands) -> None:
     text = "the curves of training runs in one figure or page"
-    parser = _add(commands, "plot", plot, text, epilog=PLOT_EXAMPLE)
+    parser = _add(commands, "plot", plot, text, epilog=examples.PLOT_EXAMPLE)
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="an output_dir, or a checkpoint")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help=".html, .png, .svg or .pdf")
     parser.add_argument("--names", metavar="NAME", nargs="+", help="what the legend says, one for each run")
@@ -269,7 +249,7 @@ def _add_plot(commands) -> None:
 
 def _add_merge(commands) -> None:
     text = "an adapter and its base -> a model that loads without PEFT"
-    parser = _add(commands, "merge", merge, text, epilog=MERGE_EXAMPLE)
+    parser = _add(commands, "merge", merge, text, epilog=examples.MERGE_EXAMPLE)
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of the adapter")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write, new or empty")
     parser.add_argument("--base", metavar="MODEL", help="default: the base that the adapter names")
@@ -279,7 +259,7 @@ def _add_merge(commands) -> None:
 
 
 def _add_view(commands) -> None:
-    parser = _add(commands, "view", view, "preference data as one HTML page to look at", epilog=VIEW_EXAMPLE)
+    parser = _add(commands, "view", view, "preference data as one HTML page to look at", epilog=examples.VIEW_EXAMPLE)
     parser.add_argument("dataset", metavar="DATASET", help="a dataset, a file, or the folder of a run")
     parser.add_argument("-o", "--out", metavar="FILE", type=Path, required=True, help="the page to write")
     parser.add_argument("--split", default="train", help="split of the dataset (default: train)")
@@ -290,7 +270,7 @@ def _add_view(commands) -> None:
 
 def _add_import(commands) -> None:
     text = "data of another project -> a .jsonl file to train on, to generate pairs from, or to evaluate on"
-    parser = _add(commands, "import", import_data, text, epilog=IMPORT_EXAMPLE)
+    parser = _add(commands, "import", import_data, text, epilog=examples.IMPORT_EXAMPLE)
     parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
     parser.add_argument(
         "source", metavar="IN", type=Path, help="a .json, .jsonl or .parquet file; of benchmarks also a folder"
@@ -310,7 +290,7 @@ def _add_doctor(commands) -> None:
         "                      [--num_processes N] [--key value ...]"
     )
     text = "check a recipe and its whole dataset before training"
-    parser = _add(commands, "doctor", doctor, text, epilog=DOCTOR_EXAMPLE, usage=usage)
+    parser = _add(commands, "doctor", doctor, text, epilog=examples.DOCTOR_EXAMPLE, usage=usage)
     parser.add_argument("recipe", metavar="RECIPE", type=Path, help="a recipe's .yaml file, or its name")
     method = "default: what the recipe's header or path says"
     parser.add_argument("--method", metavar="METHOD", choices=METHODS, help=method)
@@ -348,3 +328,4 @@ def _add_quickstart(commands) -> None:
     parser.add_argument(
         "--methods", metavar="METHOD", nargs="+", choices=METHODS, default=["dpo", "leanpo", "rrpo", "lpoi"]
     )
+    parser.add_argument("--data_only", action="store_true", help="write the rows, and train nothing")

@@ -16,7 +16,6 @@ from trl_vpo.data.import_formats import FORMATS
 from trl_vpo.data.importers import import_rows
 from trl_vpo.data.inputs import Inputs, row_ids
 from trl_vpo.data.rows import read_row
-from trl_vpo.doctor.loaded_recipe import method_of
 from trl_vpo.evaluate.rows import read_rows
 from trl_vpo.generate.leanpo import LeanPOGenerateConfig, LeanPOPipeline
 from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
@@ -25,7 +24,7 @@ from trl_vpo.generate.rrpo import RRPOGenerateConfig, RRPOPipeline
 from trl_vpo.runs.named_recipes import recipe_names
 from trl_vpo.runs.recipe_list import recipe_facts
 from trl_vpo.text.chair import ObjectTable
-from trl_vpo.training.methods import METHODS
+from trl_vpo.training.methods import METHODS, method_of
 from trl_vpo.training.run import make_parser
 
 GENERATE = {

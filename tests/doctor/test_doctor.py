@@ -16,12 +16,13 @@ from trl_vpo.cli import main
 from trl_vpo.doctor import checks
 from trl_vpo.doctor.checks import examine, run_doctor
 from trl_vpo.doctor.live_bytes import LiveBytes
-from trl_vpo.doctor.loaded_recipe import method_of, parse_recipe
+from trl_vpo.doctor.loaded_recipe import parse_recipe
 from trl_vpo.doctor.measure import check_can_measure, measure
 from trl_vpo.doctor.report import OK, STOP, WARN, show
 from trl_vpo.errors import RecipeError
 from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.testbed.rows import write_jsonl
+from trl_vpo.training.methods import method_of
 from trl_vpo.training.sharding import Sharding
 
 BOX = [8, 8, 40, 40]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trl_vpo.errors import RecipeError
 from trl_vpo.forward.vision import vision_features
 from trl_vpo.models.model_size import empty_model
-from trl_vpo.runs.recipe_file import recipe_text
 from trl_vpo.training.launch import launch_options
-from trl_vpo.training.methods import METHODS, method_classes
+from trl_vpo.training.methods import method_classes, method_of
 from trl_vpo.training.run import parse
 from trl_vpo.training.sharding import Sharding, launched
 
@@ -87,16 +84,3 @@ def parse_recipe(
     else:
         size = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     return LoadedRecipe(method, *parse(method, options, any_device=True), launched(launch), size)
-
-
-def method_of(recipe: Path) -> str:
-    """Return the method of a recipe: its header's `trl-vpo train METHOD`, else its file name or folder.
-
-    Raises:
-        RecipeError: none of them names a method.
-    """
-    header = re.findall(r"^#.*\btrain(?:\.py)?\s+(\w+)", recipe_text(recipe), re.MULTILINE)
-    for name in [*header, recipe.stem, *reversed(recipe.parent.parts)]:
-        if name in METHODS:
-            return name
-    raise RecipeError(f"{recipe} does not say which method it is for. Add --method {'|'.join(METHODS)}.")

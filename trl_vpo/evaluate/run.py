@@ -65,7 +65,7 @@ def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
 def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """Check all that can be checked without weights before they are loaded."""
     quiet_libraries()
-    table = ObjectTable(read_synonyms(config.synonyms)) if config.synonyms else None
+    table = object_table(config)
     inputs = read_inputs(**config.input_options())
     rows = read_rows(inputs[: config.limit], table)
     adapters = dict(zip(candidate_names(config.adapters), config.adapters))
@@ -99,6 +99,11 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     write_results(report.results, config.output_dir)
     show_results(report.results, config.output_dir)
     return report.results
+
+
+def object_table(config: EvaluateConfig) -> ObjectTable | None:
+    """Return the table of objects for captions, if one is named."""
+    return ObjectTable(read_synonyms(config.synonyms)) if config.synonyms else None
 
 
 def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Inputs) -> dict[str, Any]:

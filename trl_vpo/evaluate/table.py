@@ -73,7 +73,7 @@ def _table(results: dict[str, Any], names: list[str], *, last: bool) -> Table:
         for measure in measures:
             own = [model["measures"][measure] for model in models]
             cells = [
-                (_cell(value), *([mark(model["differences"].get(measure))] if model["differences"] else []))
+                (cell(value), *([mark(model["differences"].get(measure))] if model["differences"] else []))
                 for value, model in zip(own, models)
             ]
             count = str(max(value["n"] for value in own))
@@ -81,7 +81,7 @@ def _table(results: dict[str, Any], names: list[str], *, last: bool) -> Table:
     return result
 
 
-def _cell(measure: dict[str, Any]) -> str:
+def cell(measure: dict[str, Any]) -> str:
     """Return a text such as `0.640 [0.560, 0.713]`; brackets are escaped for rich."""
     text = _number(measure["value"])
     if measure["low"] is not None:

@@ -29,6 +29,24 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
     none is given cause an EvaluateError.
     """
     recorded = {path: settings for path in adapters if (settings := _recorded(path)) is not None}
+    defaults = agreed_media(recorded, given)
+    unknown = [path for path in adapters if path not in recorded]
+    if unknown and not any(given.get(name) is not None for name in GROUPS[0]):
+        usual = VideoOptions(**{name: defaults.get(name) for name in GROUPS[0]})
+        sampling = _text({name: getattr(usual, name) for name in GROUPS[0]})
+        logger.warning(
+            f"{', '.join(unknown)}: no run.json, which `trl-vpo train` writes, so the frames of the training are "
+            f"not known. Videos are sampled with {sampling}: give num_frames or fps if it had others."
+        )
+    return defaults
+
+
+def agreed_media(recorded: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the media settings that all trainings have, by their names, except those that are given.
+
+    Raises:
+        EvaluateError: they differ where none is given.
+    """
     defaults: dict[str, Any] = {}
     for names in GROUPS:
         trained = {path: {name: settings[name] for name in names} for path, settings in recorded.items()}
@@ -42,19 +60,11 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
         elif len({tuple(values.items()) for values in trained.values()}) > 1:
             by_adapter = "; ".join(f"{path}: {_text(values)}" for path, values in trained.items())
             raise EvaluateError(
-                f"the adapters were trained with different settings ({by_adapter}). Give {names[0]} to evaluate all "
+                f"the adapters' trainings have different settings ({by_adapter}). Give {names[0]} to evaluate all "
                 "of them alike, or evaluate each in a run of its own."
             )
         elif trained:
             defaults |= next(iter(trained.values()))
-    unknown = [path for path in adapters if path not in recorded]
-    if unknown and not any(given.get(name) is not None for name in GROUPS[0]):
-        usual = VideoOptions(**{name: defaults.get(name) for name in GROUPS[0]})
-        sampling = _text({name: getattr(usual, name) for name in GROUPS[0]})
-        logger.warning(
-            f"{', '.join(unknown)}: no run.json, which `trl-vpo train` writes, so the frames of the training are "
-            f"not known. Videos are sampled with {sampling}: give num_frames or fps if it had others."
-        )
     return defaults
 
 

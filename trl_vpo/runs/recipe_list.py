@@ -17,7 +17,7 @@ from trl_vpo.runs.named_recipes import find_recipe, recipe_names, recipes_folder
 from trl_vpo.runs.recipe_file import read_recipe, recipe_text
 
 NOT_RUN = "not run"
-COMMAND = r"^#   trl-vpo (train|generate) (\w+) --config "
+COMMAND = r"^#   trl-vpo (train|generate|compare) (?:(\w+) )?--config "
 HARDWARE = r"^# Hardware: written for ([^.,:;]+)[.,:;]"
 MEMORY = r"^# Memory: the doctor computes ([\d.]+ GiB) for .*$"
 RUN = r"^# Run: (.+)\.$"
@@ -30,8 +30,8 @@ class RecipeFacts:
     Attributes:
         name: as `--config` takes it; `accelerate/NAME` is for `--accelerate_config NAME`.
         title: the first sentence.
-        command: `train` or `generate`; empty for an accelerate config, which goes with both.
-        method: of that command.
+        command: `train`, `generate` or `compare`; empty for an accelerate config, which goes with all of them.
+        method: of that command; `compare` has none.
         model: that it names.
         hardware: that it is written for, up to the first comma.
         memory: of a GPU, as the doctor computes it; empty where it was not computed.
@@ -69,7 +69,7 @@ def recipe_facts(name: str) -> RecipeFacts:
         name=name,
         title=re.search(r"(.+?\.)(\s|$)", text.replace("\n# ", " "))[1].removeprefix("# "),
         command=command,
-        method=method,
+        method=method or "",
         model=values.get("model_name_or_path") or values.get("detector", ""),
         hardware=fact(HARDWARE, "`# Hardware: written for ...`")[1],
         memory=(re.search(MEMORY, text, re.MULTILINE) or ["", ""])[1],
@@ -135,9 +135,10 @@ def check_command(name: str, command: str, method: str | None) -> None:
     if not facts.command:
         raise RecipeError(f"{name} is no recipe but an accelerate config: --accelerate_config {Path(name).stem}.")
     if facts.command != command or method not in (None, facts.method):
+        its_own = " ".join(filter(None, [facts.command, facts.method]))
         raise RecipeError(
-            f"the recipe {name} is for `trl-vpo {facts.command} {facts.method}`. For something else make a copy, and "
-            f"change its keys: `trl-vpo recipes copy {name}`."
+            f"the recipe {name} is for `trl-vpo {its_own}`. For something else make a copy, and change its keys: "
+            f"`trl-vpo recipes copy {name}`."
         )
 
 
@@ -153,4 +154,5 @@ def run_recipes(action: str, name: str | None, folder: Path, *, as_json: bool = 
         return
     facts, target = recipe_facts(name), copy_recipe(name, folder)
     launch = f"train METHOD --config NAME --accelerate_config {target}"
-    print(f"{target}\ntrl-vpo {f'{facts.command} {facts.method} --config {target}' if facts.command else launch}")
+    command = " ".join(filter(None, [facts.command, facts.method, f"--config {target}"]))
+    print(f"{target}\ntrl-vpo {command if facts.command else launch}")

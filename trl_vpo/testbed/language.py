@@ -108,6 +108,16 @@ class CaptionCheck:
         return bool(self.false_words)
 
 
+def objects_of(things: tuple[Thing, ...]) -> list[str]:
+    """Return what a caption may mention: `red square`, and of a clip `moves left`."""
+    return [name for t in things for name in (t.name, f"moves {t.motion}" if t.motion else None) if name]
+
+
+def all_objects() -> list[str]:
+    """Return everything that captions of the world can mention."""
+    return [f"{c} {s}" for c in COLOURS for s in SHAPES] + [f"moves {motion}" for motion in MOTIONS]
+
+
 def check_caption(text: str, things: tuple[Thing, ...]) -> CaptionCheck:
     """Check a caption, also one outside the grammar: every `colour shape (moves motion)` needs a thing of its own."""
     text = " ".join(text.split())

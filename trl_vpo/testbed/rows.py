@@ -34,6 +34,13 @@ def preference_row(sample: world.Sample, path: Path, rng: np.random.Generator, *
     return row
 
 
+def caption_row(sample: world.Sample, row: dict) -> dict:
+    """Return a held-out row that asks for a caption of a preference row's sample (see `trl_vpo.evaluate.rows`)."""
+    media = {name: row[name] for name in ("videos", "images") if name in row}
+    asked = {"id": f"{row['id']}-caption", "task": "chair", "question": language.PROMPTS[sample.kind]}
+    return asked | {"objects": language.objects_of(sample.things)} | media
+
+
 def write_preferences(kind: str, count: int, seed: int, folder: Path, *, progress=iter):
     """Draw `count` samples, write their files below `folder` and return (samples, rows).
 

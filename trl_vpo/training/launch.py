@@ -144,7 +144,7 @@ def launch(options: list[str], words: list[str]) -> int:
     args.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
     try:
         # ValueError is about keys of the config that accelerate does not know, or that contradict each other.
-        with _signals_passed_on(), as_user_errors("accelerate launch", kinds=(ValueError,)):
+        with signals_passed_on(), as_user_errors("accelerate launch", kinds=(ValueError,)):
             launch_command(args)
     except ChildFailedError as error:  # the failing process has said what happened; the launcher's trace adds nothing
         if {failure.exitcode for failure in error.failures.values()} <= {STOPPED, -signal.SIGTERM}:
@@ -159,7 +159,7 @@ def launch(options: list[str], words: list[str]) -> int:
 
 
 @contextmanager
-def _signals_passed_on() -> Iterator[None]:
+def signals_passed_on() -> Iterator[None]:
     """Pass signals on to the processes that this one has started, and not to those that they started.
 
     With several processes torch handles SIGINT itself, from their start on.

@@ -9,7 +9,8 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from trl_vpo.errors import PlotError
 from trl_vpo.report.plot import style
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 HOLLOW = {"linestyle": "", "markersize": 6.5, "markerfacecolor": "white", "markeredgewidth": 1.4}
 NATS = "nats per response"
+Measured = Mapping[str, Any]  # value, low and high; a limit may be None
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,17 @@ PANELS = (
 Curves = Mapping[Panel, Mapping[str, Series]]  # of each run
 
 
-def training_figure(runs: Mapping[str, History], *, captioned: bool = True) -> tuple[Figure, list[str]]:
+def training_figure(
+    runs: Mapping[str, History],
+    *,
+    captioned: bool = True,
+    held_out: Mapping[str, Mapping[str, Measured]] = MappingProxyType({}),
+    base: str = "base",
+) -> tuple[Figure, list[str]]:
     """Draw loss, margin, accuracy, displacement, KL and gradient norm of named runs.
 
     Return the figure and notes on what it shows, which are also written below the axes if it is `captioned`.
+    `held_out` adds measures of the runs and of their `base`: title -> name -> value, with the limits of its interval.
 
     Raises:
         PlotError: no run, or none that logged anything to draw.
@@ -88,7 +97,7 @@ def training_figure(runs: Mapping[str, History], *, captioned: bool = True) -> t
         raise PlotError(f"{', '.join(runs)}: no metric that could be drawn was logged")
     notes = _notes(runs, curves, half_life)
     with style.drawing():
-        figure, grid = _grid(len(drawn))
+        figure, grid = _grid(len(drawn), len(held_out))
         for axes, panel in zip(grid, drawn):
             for index, (name, history) in enumerate(runs.items()):
                 few = len(curves[panel][name][0]) <= SMOOTHED_FROM  # exact as it is, whatever the other runs are
@@ -101,6 +110,9 @@ def training_figure(runs: Mapping[str, History], *, captioned: bool = True) -> t
                 axes.axhline(panel.guide, **style.GUIDE)
             axes.set_title(panel.title)
             axes.set_ylabel(panel.unit)
+        for axes, (title, measures) in zip(grid[len(drawn) :], held_out.items()):
+            draw_measures(axes, measures, list(runs), base)
+            axes.set_title(title)
         add_legend(figure, runs, evaluated=any(map(eval_prefixes, runs.values())))
         if captioned:
             add_caption(figure, notes)
@@ -115,22 +127,23 @@ def is_mixed(runs: Mapping[str, History]) -> bool:
 # --- parts of figures ---------------------------------------------------------------------------------------------
 
 
-def _grid(count: int) -> tuple[Figure, Sequence]:
-    """Make a figure with so many axes, in two rows if there are four or more; whole steps stand below each."""
+def _grid(curves: int, others: int = 0) -> tuple[Figure, Sequence]:
+    """Make a figure with so many axes, in two rows or more if there are four; whole steps stand below curves."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    columns = count if count < 4 else math.ceil(count / 2)
+    count = curves + others
+    columns = count if count < 4 else min(math.ceil(count / 2), 5)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.0), layout="constrained")
-    grid = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
-    for axes in grid[:count]:
+    grid: list = []
+    for place in range(1, count + 1):
+        shared = grid[0] if 1 < place <= curves else None
+        grid.append(figure.add_subplot(rows, columns, place, sharex=shared))
+    for axes in grid[:curves]:
         axes.set_xlabel("optimizer step")
-        axes.xaxis.set_tick_params(labelbottom=True)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    for axes in grid[count:]:
-        axes.set_axis_off()
-    return figure, grid[:count]
+    return figure, grid
 
 
 def draw_line(axes, values: Series, index: int, half_life: float, marked: int | None = 6) -> None:
@@ -142,6 +155,20 @@ def draw_line(axes, values: Series, index: int, half_life: float, marked: int | 
         values = smooth(values, half_life)
     every = max(1, len(values[0]) // marked) if marked else 1
     axes.plot(*values, **look, linewidth=1.6, markersize=3.5 if marked else 5, markevery=(every // 2, every))
+
+
+def draw_measures(axes, measures: Mapping[str, Measured], names: Sequence[str], base: str) -> None:
+    """Draw a measure of each run as a point with its interval, one below the other; the base's is a line."""
+    for index, name in enumerate(names):
+        value, low, high = (measures[name][key] for key in ("value", "low", "high"))
+        look = style.look(index)
+        axes.plot(value, index, color=look["color"], marker=look["marker"], markersize=5)
+        if low is not None and high is not None:
+            axes.plot([low, high], [index, index], color=look["color"], linewidth=1.6)
+    axes.axvline(measures[base]["value"], **style.GUIDE)
+    axes.set_yticks([])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("grey: the base")
 
 
 def add_legend(figure: Figure, names: Iterable[str], *, evaluated: bool) -> None:

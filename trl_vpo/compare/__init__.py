@@ -1,0 +1,1 @@
+"""Methods compared: each recipe trained, all of them measured on the same held-out rows."""

@@ -1,0 +1,82 @@
+"""A comparison: each training and the evaluation is a `trl-vpo` command of its own, in its own process.
+
+    NAME/          a training's output_dir; with its run.json it is finished
+    evaluation/    of the base and all adapters, as `trl-vpo evaluate` writes it
+    table.md, compare.png
+
+The same command continues: what is finished is kept, a training resumes from its newest complete checkpoint, the
+evaluation with its next row.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing import get_context
+
+import torch
+from rich.console import Console
+
+from trl_vpo.compare.figure import write_figure
+from trl_vpo.compare.plan import Plan, check_plan
+from trl_vpo.compare.table import print_table, write_table
+from trl_vpo.errors import UserError
+from trl_vpo.training.launch import signals_passed_on
+from trl_vpo.training.sigterm import STOPPED
+
+Command = Callable[[list[str]], int]  # the words of a `trl-vpo` command -> its exit code
+
+
+def run_compare(plan: Plan, command: Command) -> None:
+    """Train what is not finished, evaluate, and write and print the comparison.
+
+    `command` runs a `trl-vpo` command; it is called in a process of its own.
+
+    Raises:
+        UserError: as `check_plan`; or a training or the evaluation failed, which is named.
+        SystemExit: it was stopped by Ctrl-C or a signal, with the exit code.
+    """
+    finished, console = check_plan(plan), Console()
+    for place, training in enumerate(plan.trainings, 1):
+        what = f"{place} of {len(plan.trainings)}: {training.name}"
+        if training.name in finished:
+            console.print(f"{what} is finished.")
+            continue
+        console.rule(what)
+        options = [*training.options(plan.folder(training)), "--resume_from_checkpoint", "true"]
+        _run(["train", training.method, *options], f"the training of {training.name}", command)
+    console.rule(f"held-out rows: {plan.held_out}")
+    _run(["evaluate", *plan.evaluation_options(), *plan.adapter_options()], "the evaluation", command)
+    results = json.loads((plan.evaluation / "results.json").read_text(encoding="utf-8"))
+    folders = {training.name: plan.folder(training) for training in plan.trainings}
+    print_table(results, folders)
+    table, figure = write_table(results, folders, plan.out / "table.md"), plan.out / "compare.png"
+    notes = write_figure(results, folders, figure)
+    console.print("\n".join([*notes, f"Table:  {table}", f"Figure: {figure}"]), highlight=False, soft_wrap=True)
+
+
+def _run(words: list[str], what: str, command: Command) -> None:
+    """Run a command in a process of its own.
+
+    It is forked, with everything imported, where there is no accelerator; on one, a fork could not use it.
+    """
+    if torch.accelerator.is_available():
+        process = subprocess.Popen([sys.executable, "-m", "trl_vpo", *words])
+        with signals_passed_on():
+            code = process.wait()
+    else:
+        process = get_context("fork").Process(target=lambda: sys.exit(command(words)))
+        process.start()
+        with signals_passed_on():
+            process.join()
+        code = process.exitcode
+    if code in (130, STOPPED):
+        print("Stopped. The same command continues.", file=sys.stderr)
+        raise SystemExit(code)
+    if code:
+        raise UserError(
+            f"{what} failed with exit code {code}; what it printed is above. Once that is corrected, the same command "
+            "continues: what is finished is kept."
+        )

@@ -1,0 +1,93 @@
+"""The table of a comparison: a line for each model, on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trl_vpo.evaluate.results import BASE
+from trl_vpo.evaluate.table import FEWEST, cell, mark
+from trl_vpo.files import atomic_write
+from trl_vpo.runs.console import WIDTH, table
+
+MEASURES = {  # of `trl-vpo evaluate`: their headings, and whether they are of differences to the base
+    "preference/accuracy": ("preference accuracy", False),
+    "reward/margin": ("margin, nats", True),
+    "displacement/chosen": ("Δ logp chosen, nats", True),
+    "displacement/rejected": ("Δ logp rejected, nats", True),
+    "kl/chosen": ("KL from base, nats", True),
+    "chair/s": ("CHAIRs", False),
+    "chair/i": ("CHAIRi", False),
+    "yes_no/overall": ("yes/no pairs right", False),
+    "choice/letter": ("choices right", False),
+    "visibility/tau": ("visibility tau", False),
+}
+NOTE = f"▲ above, ▼ below the base: the interval of the paired difference excludes 0 (no marks below n = {FEWEST})"
+Folders = Mapping[str, Path]  # of the trainings, by name
+
+
+def measured(results: dict[str, Any]) -> list[str]:
+    """Return those of `MEASURES` that the held-out rows gave."""
+    return [name for name in MEASURES if name in results["contestants"][BASE]["measures"]]
+
+
+def lines(results: dict[str, Any], folders: Folders, names: list[str]) -> list[list[str]]:
+    """Return a line for each model: its name, its measures with intervals and marks, the seconds of its training."""
+    made = []
+    for model, own in results["contestants"].items():
+        cells = [model]
+        for name in names:
+            compares = MEASURES[name][1]
+            arrow = "" if compares else mark(own["differences"].get(name)).strip()
+            cells.append("-" if compares and model == BASE else cell(own["measures"][name]) + arrow)
+        made.append([*cells, "-" if model == BASE else f"{seconds(folders[model]):.0f}"])
+    return made
+
+
+def seconds(folder: Path) -> float:
+    """Return how long a training took, of an interrupted one its last part."""
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))["metrics"]["train"]["train_runtime"]
+
+
+def title(results: dict[str, Any]) -> str:
+    data = results["data"]
+    return f"{data['rows']} held-out rows in {data['clusters']} clusters, {results['settings']['level']:.0%} intervals"
+
+
+def print_table(results: dict[str, Any], folders: Folders) -> None:
+    """Print the table, its columns in several parts where the terminal is narrow."""
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    names = measured(results)
+    for size in range(len(names), 0, -1):
+        parts = [names[start : start + size] for start in range(0, len(names), size)]
+        tables = [_table(results, folders, part) for part in parts]
+        if size == 1 or max(Console(width=10_000).measure(part).maximum for part in tables) <= console.width:
+            break
+    for part in tables:
+        console.print(part)
+    console.print(NOTE, style="italic", highlight=False)
+
+
+def _table(results: dict[str, Any], folders: Folders, names: list[str]) -> Table:
+    headings = [MEASURES[name][0].replace(" ", "\n", 1) for name in names]
+    result = table("model", *headings, "seconds", title=title(results))
+    for model, *cells in lines(results, folders, names):
+        result.add_row(model, *(text.replace(" ", "\n", 1) for text in cells))  # the interval below its value
+    return result
+
+
+def write_table(results: dict[str, Any], folders: Folders, path: Path) -> Path:
+    """Write the table as Markdown, whole or not at all."""
+    names = measured(results)
+    rows = [["model", *(MEASURES[name][0] for name in names), "seconds"]]
+    rows += [["---"] * len(rows[0]), *lines(results, folders, names)]
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows).replace("\\[", "[")
+    with atomic_write(path) as part:
+        part.write_text(f"{title(results)}\n\n{text}\n{NOTE}\n", encoding="utf-8")
+    return path
