@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (  # top to bottom; a room imports from lower levels only
     {"__main__"},
     {"cli"},
-    {"doctor", "testbed"},
+    {"testbed"},
+    {"doctor", "compare"},
     {"training", "generate", "evaluate", "report"},
     {"trainers"},
     {"models"},

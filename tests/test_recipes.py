@@ -1,6 +1,7 @@
 """Every recipe in the tree: it parses for its method, its header says what a reader needs, its LoRA fits its model.
 
-Recipes named `generate...` or `...-generate` make data (`trl-vpo generate`); all others train.
+Recipes named `generate...` or `...-generate` make data (`trl-vpo generate`), those in `compare/` or named `compare...`
+list trainings (`trl-vpo compare`); all others train.
 """
 
 import re
@@ -13,19 +14,23 @@ from families import FAMILIES
 from recipe_memory import GIB, card_of, recipe_memory
 from trl import get_peft_config
 
+from trl_vpo.compare.plan import read_plan
+from trl_vpo.evaluate.recipe import parse as parse_evaluation
 from trl_vpo.forward.parts import part_of
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.run import make_parser
 from trl_vpo.models.load import NOT_QUANTIZED
 from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.runs.recipe_list import MEMORY
+from trl_vpo.training.launch import launch_options
 from trl_vpo.training.methods import METHODS, method_of
 from trl_vpo.training.run import parse, quantization_config
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for path in sorted((ROOT / "recipes").glob("*/*.yaml")) if path.parent.name != "accelerate"]
 GENERATION = [path for path in FILES if path.stem.startswith("generate") or path.stem.endswith("-generate")]
-RECIPES = [path for path in FILES if path not in GENERATION]
+COMPARISONS = [path for path in FILES if path.parent.name == "compare" or path.stem.startswith("compare")]
+RECIPES = [path for path in FILES if path not in (*GENERATION, *COMPARISONS)]
 BIG = [path for path in RECIPES if path.parent.name != "quickstart"]
 MODELS = {
     "trl_vpo/testbed/base": "Qwen2-VL",
@@ -129,6 +134,21 @@ def test_header_states_what_the_doctor_computes(path):
     assert memory.total / GIB == pytest.approx(float(stated[1].split()[0]), rel=0.02), memory.line
     rest = memory.line.partition(" GiB")[2]
     assert stated[0].endswith(rest)
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=name)
+def test_comparison(path):
+    """Every training parses, on one base; the papers' tables have the methods that they are named after."""
+    plan = read_plan([str(path)], None, None, [])
+    assert f"#   trl-vpo compare --config {name(path)}\n" in path.read_text()
+    for training in plan.trainings:
+        options, _ = launch_options(training.options(plan.folder(training)))
+        _, args, model_args, _ = parse(training.method, options, any_device=True)
+        assert model_args.use_peft and args.output_dir == str(plan.folder(training))
+    assert len({training.values()["model_name_or_path"] for training in plan.trainings}) == 1
+    if path.parent.name == "compare":
+        assert {"dpo", path.stem} <= {training.method for training in plan.trainings}
+    assert parse_evaluation(launch_options(plan.evaluation_options())[0]).dataset_name == plan.held_out
 
 
 @pytest.mark.parametrize("path", GENERATION, ids=name)

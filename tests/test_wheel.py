@@ -86,10 +86,12 @@ def test_metadata_and_links(wheel):
 def test_quickstart(installed, tmp_path):
     """Its figures are the documented ones, from an empty folder."""
     out = run(installed / "trl-vpo", "quickstart", "--methods", "rrpo", cwd=tmp_path)
-    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
-    assert table["base"] == ["(clips)", "67.3%", "32.7%"]
-    assert table["RRPO"][:2] == ["100.0%", "0.0%"]
-    assert "trl-vpo doctor rrpo/qwen2_5_vl_7b" in out and (tmp_path / "outputs/quickstart/curves.png").is_file()
+    folder = tmp_path / "outputs/quickstart/clips"
+    results = json.loads((folder / "evaluation/results.json").read_text())["contestants"]
+    names = ("preference/accuracy", "chair/s")
+    shares = {model: [own["measures"][name]["value"] for name in names] for model, own in results.items()}
+    assert shares == {"base": [pytest.approx(0.673, abs=1e-3), pytest.approx(0.327, abs=1e-3)], "rrpo": [1, 0]}
+    assert "trl-vpo doctor rrpo/qwen2_5_vl_7b" in out and (folder / "compare.png").is_file()
 
 
 def test_training_from_a_named_recipe(installed, tmp_path):

@@ -12,8 +12,9 @@ import json
 import re
 from pathlib import Path
 
+from trl_vpo import cli
 from trl_vpo.testbed import language, quickstart, rows, world
-from trl_vpo.testbed.quickstart import METHODS, console
+from trl_vpo.testbed.quickstart import console
 
 INPUT_CLIPS, INPUT_SCENES, INPUT_SEED = 320, 320, 13
 PIPELINES = ("leanpo", "rrpo", "lpoi")
@@ -24,19 +25,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/selfmade"), help="default: outputs/selfmade")
     parser.add_argument("--methods", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     args = parser.parse_args()
-    held_out = quickstart.prepare(args.out / "data")
-    inputs = write_inputs(args.out / "data")
-    bases, results = {}, []
+    quickstart.prepare(args.out / "data")
+    inputs, data = write_inputs(args.out / "data"), {}
     for method in args.methods:
-        kind = METHODS[method][1]
-        data = generate(method, inputs[method], args.out)
-        if kind == "clip":
-            console.print(f"{true_rejections(data)} of the rejected responses are true by the world's own facts.")
-        recipe = f"quickstart/{method}-selfmade"
-        result = quickstart.run_method(method, args.out, held_out[kind], bases.get(kind), recipe, data)
-        bases[kind] = result.before
-        results.append(result)
-    quickstart.show_results(results)
+        data[method] = generate(method, inputs[method], args.out)
+        if quickstart.kind_of(method) == "clip":
+            true = true_rejections(data[method])
+            console.print(f"{true} of the rejected responses are true by the world's own facts.")
+    for kind in ("clip", "scene"):
+        recipes = {m: f"quickstart/{m}-selfmade" for m in args.methods if quickstart.kind_of(m) == kind}
+        if recipes:
+            quickstart.compare_on(kind, recipes, args.out, cli.main, data)
 
 
 def write_inputs(folder: Path) -> dict[str, Path]:
@@ -55,7 +54,7 @@ def generate(method: str, inputs: Path, out: Path) -> Path:
     """Run (or continue) a method's pipeline; return the file of the rows."""
     from trl_vpo.generate.run import run_generation
 
-    console.rule(f"{METHODS[method][0]}: making preference data")
+    console.rule(f"{method}: making preference data")
     run = out / f"{method}-data"
     options = ["--config", f"quickstart/{method}-generate", "--dataset_name", inputs, "--output_dir", run]
     run_generation(method, [str(word) for word in options])

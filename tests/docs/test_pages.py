@@ -165,6 +165,10 @@ def options_of(command, method):
     """The options that a command takes besides those that argparse checks itself."""
     if command == "generate":
         from trl_vpo.generate.run import make_parser as parser
+    elif command == "compare":
+        from trl_vpo.evaluate.recipe import make_parser as evaluate
+
+        return {*make_parser(method)._option_string_actions, *evaluate()._option_string_actions}
     elif command in ("train", "doctor"):
         parser = make_parser
     else:
@@ -184,7 +188,7 @@ def test_commands_have_the_options_shown(page, words):
     assert command, f"{page}: trl-vpo {words[0]} is no command"
     methods = [word for word in words if word in METHODS] or ["rrpo"]
     valid = LAUNCH | set(command._option_string_actions)
-    if words[0] in ("train", "generate", "doctor", "evaluate"):
+    if words[0] in ("train", "generate", "doctor", "evaluate", "compare"):
         valid |= options_of(words[0], methods[0])
     options = {word.split("=")[0] for word in words if word.startswith("--")}
     assert options <= valid, f"{page}: {words}"

@@ -87,6 +87,8 @@ def test_every_header_states_the_facts(name):
     assert facts.run == ("not run",) or len(facts.run) == (2 if folder == "accelerate" else 4)
     if folder == "accelerate":
         assert (facts.command, facts.method, facts.model) == ("", "", "")
+    elif facts.command == "compare":
+        assert facts.method == "" and "compare" in name
     else:
         assert facts.command == ("generate" if "generate" in stem else "train") and facts.model
         assert facts.method == (stem.split("-")[0] if folder == "quickstart" else folder)

@@ -1,75 +1,20 @@
-"""The quickstart's table and sentences follow from the numbers; its recipes train what it says they do."""
+"""The quickstart: what it writes can be trained on and checked; the next steps that it names are commands."""
 
-import signal
+import json
 
 import pytest
-from datasets import Dataset
-from held_out_kit import LANGUAGE, processor
-from peft import LoraConfig
-from rich.console import Console
-from trl import DPOTrainer
 
-from studies.testbed.base import answer
-from trl_vpo import LeanPOConfig, LeanPOTrainer, cli
-from trl_vpo.testbed import language, quickstart, rows, tiny_vlm
-from trl_vpo.testbed.language import CaptionCheck
-from trl_vpo.testbed.quickstart import Measured, Result
-from trl_vpo.training.sigterm import STOP_SIGNALS, TrainingStopped
-
-TRUE, FALSE = CaptionCheck(True, True, ()), CaptionCheck(True, False, ("red square",))
-GARBLED = CaptionCheck(False, False, ())
-
-
-def measured(captions, accuracy=0.5, chosen=-5.0, rejected=-4.0, kl=0.0):
-    preferences = {"preference/accuracy": accuracy, "preference/accuracy_average": accuracy}
-    preferences |= {"logps/chosen": chosen, "logps/rejected": rejected, "kl/chosen": kl}
-    return Measured(preferences, captions)
-
-
-BEFORE = measured([FALSE] * 40 + [TRUE] * 60)
-
-
-@pytest.mark.parametrize(
-    ("after", "words"),
-    [
-        (
-            measured([FALSE] * 10 + [TRUE] * 90, accuracy=0.9, chosen=-4.0),
-            "30 of 100 captions fixed, 0 newly wrong; it hallucinates less than the base.",
-        ),
-        (  # 5 against 2: within two standard deviations (5.3) of nothing
-            measured([FALSE] * 35 + [TRUE] * 63 + [FALSE] * 2, accuracy=0.9, chosen=-4.0),
-            "5 of 100 captions fixed, 2 newly wrong; it does not help here: no clear change in hallucination.",
-        ),
-        (
-            measured([FALSE] * 40 + [FALSE] * 30 + [GARBLED] * 30, accuracy=0.5, chosen=-7.5),
-            "0 of 100 captions fixed, 30 newly wrong; it does not help here: it hallucinates more than the base; "
-            "it does not prefer the true captions more often than the base does; it makes the true captions "
-            "themselves less likely (-2.50 nats); 30 of its captions are outside the world's grammar (base: 0).",
-        ),
-    ],
-)
-def test_words_follow_from_the_numbers(after, words):
-    assert quickstart.in_words(Result("DPO", "clip", BEFORE, after, 10.0, [])) == words
-
-
-def test_the_table_compares_each_kind_with_its_own_base():
-    scenes = measured([FALSE] * 20 + [TRUE] * 80)
-    results = [
-        Result("DPO", "clip", BEFORE, measured([TRUE] * 100, 0.99, -3.0, -9.0, 1.25), 21.0, []),
-        Result("LPOI", "scene", scenes, measured([TRUE] * 100, 0.75, -6.0, -5.0, 0.5), 33.0, []),
-    ]
-    console = Console(width=140)
-    with console.capture() as capture:
-        console.print(quickstart.results_table(results))
-    lines = [line.replace("│", " ").split() for line in capture.get().splitlines()]
-    assert ["base", "(clips)", "50.0%", "40.0%"] in lines
-    assert ["DPO", "99.0%", "0.0%", "+2.00", "-5.00", "1.250", "21"] in lines
-    assert ["base", "(scenes)", "50.0%", "20.0%"] in lines
-    assert ["LPOI", "75.0%", "0.0%", "-1.00", "-1.00", "0.500", "33"] in lines
+from trl_vpo import cli
+from trl_vpo.data.inputs import read_inputs
+from trl_vpo.evaluate.measures import chair
+from trl_vpo.evaluate.rows import read_rows
+from trl_vpo.testbed import language, quickstart, world
+from trl_vpo.text.chair import ObjectTable, read_response
+from trl_vpo.training.methods import METHODS, method_classes
 
 
 def test_the_next_steps_are_commands():
-    text = quickstart.NEXT.format(out="out", kind="clip", runs="out/dpo out/lpoi")
+    text = quickstart.NEXT.format(data="out/data", kind="clip", runs="out/clips/dpo out/scenes/lpoi")
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("  trl-vpo ")]
     assert [words[0] for words in commands] == ["view", "plot", "recipes", "doctor", "train"]
     for words in commands:
@@ -79,32 +24,32 @@ def test_the_next_steps_are_commands():
 
 
 @pytest.mark.parametrize("kind", ["clip", "scene"])
-def test_captions_are_the_models_own_greedy_answers(kind, tmp_path):
-    samples, written = rows.write_preferences(kind, 3, seed=21, folder=tmp_path / "media")
-    args = LeanPOConfig(str(tmp_path / "out"), use_cpu=True, bf16=False, report_to=[], num_frames=8)
-    dataset, lora = Dataset.from_list(written), LoraConfig(target_modules=LANGUAGE)
-    trainer = LeanPOTrainer(str(tiny_vlm.BASE), args=args, train_dataset=dataset, peft_config=lora)
-    model = trainer.model.eval()
-    expected = answer(model, processor(), samples, [language.PROMPTS[kind]] * 3)
-    assert quickstart.answer_prompts(trainer, dataset) == expected
+def test_captions_are_checked_as_the_world_does(kind):
+    """CHAIRs of true, usual and broken captions is the share that the world's own check calls hallucinated."""
+    table, responses, hallucinated = ObjectTable({name: [] for name in language.all_objects()}), [], []
+    for sample in world.draw_samples(kind, 40, 5, habits=False):
+        usual = language.caption(world.as_usual(sample.things))
+        for text in (language.caption(sample.things), usual, "It is a red square, I think.", "nothing"):
+            responses.append(read_response(text, language.objects_of(sample.things), table))
+            hallucinated.append(language.check_caption(text, sample.things).hallucinated)
+    assert list(chair(responses)["chair/s"]) == hallucinated and 0.2 < sum(hallucinated) / len(hallucinated) < 0.8
 
 
-def test_a_stopped_one_names_no_option_that_it_does_not_have(tmp_path, monkeypatch, capsys):
-    _, written = rows.write_preferences("clip", 32, seed=21, folder=tmp_path / "media")
-    step = DPOTrainer.training_step
+def test_the_data_are_rows_to_train_on_and_held_out_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "TRAIN_ROWS", 3)
+    monkeypatch.setattr(quickstart, "HELD_OUT_ROWS", 2)
+    assert cli.main(["quickstart", "--out", str(tmp_path), "--data_only"]) == 0
+    table = ObjectTable({name: [] for name in (tmp_path / "data/objects.txt").read_text().splitlines()})
+    for kind in ("clip", "scene"):
+        inputs = read_inputs(str(tmp_path / f"data/{kind}s_held_out.jsonl"))
+        held_out = read_rows(inputs, table)
+        assert [row.task for row in held_out] == ["preference"] * 2 + ["chair"] * 2
+        assert [row.cluster for row in held_out[:2]] == [row.cluster for row in held_out[2:]]
+        train = (tmp_path / f"data/{kind}s_train.jsonl").read_text().splitlines()
+        assert [json.loads(line)["id"] for line in train] == [f"{kind}s_train-{n:04d}" for n in range(3)]
 
-    def signalled(*args, **kwargs):
-        signal.raise_signal(signal.SIGTERM)
-        return step(*args, **kwargs)
 
-    monkeypatch.setattr(DPOTrainer, "training_step", signalled)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        with pytest.raises(TrainingStopped):
-            quickstart.run_method("dpo", tmp_path, None, None, data=rows.write_jsonl(written, tmp_path / "rows.jsonl"))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    text = capsys.readouterr().out
-    assert "stopped after step 1 of" in text and "same command starts it from scratch" in text
-    assert "--resume_from_checkpoint" not in text
+def test_each_method_trains_on_samples_that_it_takes():
+    on_scenes = {method for method in METHODS if quickstart.kind_of(method) == "scene"}
+    needs = {method for method in METHODS if method_classes(method)[1].needs_image_list}
+    assert on_scenes == needs

@@ -10,10 +10,12 @@ evaluation with its next row.
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from multiprocessing import get_context
 
 import torch
@@ -48,7 +50,8 @@ def run_compare(plan: Plan, command: Command) -> None:
         options = [*training.options(plan.folder(training)), "--resume_from_checkpoint", "true"]
         _run(["train", training.method, *options], f"the training of {training.name}", command)
     console.rule(f"held-out rows: {plan.held_out}")
-    _run(["evaluate", *plan.evaluation_options(), *plan.adapter_options()], "the evaluation", command)
+    words = ["evaluate", *plan.evaluation_options(), *plan.adapter_options()]
+    _run(words, "the evaluation", command, printed=False)  # its table has every measure
     results = json.loads((plan.evaluation / "results.json").read_text(encoding="utf-8"))
     folders = {training.name: plan.folder(training) for training in plan.trainings}
     print_table(results, folders)
@@ -57,17 +60,18 @@ def run_compare(plan: Plan, command: Command) -> None:
     console.print("\n".join([*notes, f"Table:  {table}", f"Figure: {figure}"]), highlight=False, soft_wrap=True)
 
 
-def _run(words: list[str], what: str, command: Command) -> None:
-    """Run a command in a process of its own.
+def _run(words: list[str], what: str, command: Command, *, printed: bool = True) -> None:
+    """Run a command in a process of its own; errors and progress are always shown.
 
     It is forked, with everything imported, where there is no accelerator; on one, a fork could not use it.
     """
     if torch.accelerator.is_available():
-        process = subprocess.Popen([sys.executable, "-m", "trl_vpo", *words])
+        output = None if printed else subprocess.DEVNULL
+        process = subprocess.Popen([sys.executable, "-m", "trl_vpo", *words], stdout=output)
         with signals_passed_on():
             code = process.wait()
     else:
-        process = get_context("fork").Process(target=lambda: sys.exit(command(words)))
+        process = get_context("fork").Process(target=_forked, args=(command, words, printed))
         process.start()
         with signals_passed_on():
             process.join()
@@ -80,3 +84,9 @@ def _run(words: list[str], what: str, command: Command) -> None:
             f"{what} failed with exit code {code}; what it printed is above. Once that is corrected, the same command "
             "continues: what is finished is kept."
         )
+
+
+def _forked(command: Command, words: list[str], printed: bool) -> None:
+    with nullcontext() if printed else redirect_stdout(io.StringIO()):
+        code = command(words)
+    sys.exit(code)

@@ -15,20 +15,24 @@ from trl_vpo.evaluate.table import FEWEST, cell, mark
 from trl_vpo.files import atomic_write
 from trl_vpo.runs.console import WIDTH, table
 
-MEASURES = {  # of `trl-vpo evaluate`: their headings, and whether they are of differences to the base
-    "preference/accuracy": ("preference accuracy", False),
-    "reward/margin": ("margin, nats", True),
-    "displacement/chosen": ("Δ logp chosen, nats", True),
-    "displacement/rejected": ("Δ logp rejected, nats", True),
-    "kl/chosen": ("KL from base, nats", True),
+MEASURES = {  # of `trl-vpo evaluate`: their headings, and whether they compare with the base already
+    "preference/accuracy": ("preference\naccuracy", False),
+    "reward/margin": ("reward\nmargin", True),
+    "displacement/chosen": ("Δ logp\nchosen", True),
+    "displacement/rejected": ("Δ logp\nrejected", True),
+    "kl/chosen": ("KL from\nbase", True),
     "chair/s": ("CHAIRs", False),
     "chair/i": ("CHAIRi", False),
-    "yes_no/overall": ("yes/no pairs right", False),
-    "choice/letter": ("choices right", False),
-    "visibility/tau": ("visibility tau", False),
+    "yes_no/overall": ("yes/no\npairs", False),
+    "choice/letter": ("choices", False),
+    "visibility/tau": ("visibility\ntau", False),
 }
 NOTE = f"▲ above, ▼ below the base: the interval of the paired difference excludes 0 (no marks below n = {FEWEST})"
 Folders = Mapping[str, Path]  # of the trainings, by name
+
+
+def heading(measure: str) -> str:
+    return MEASURES[measure][0].replace("\n", " ")
 
 
 def measured(results: dict[str, Any]) -> list[str]:
@@ -55,8 +59,8 @@ def seconds(folder: Path) -> float:
 
 
 def title(results: dict[str, Any]) -> str:
-    data = results["data"]
-    return f"{data['rows']} held-out rows in {data['clusters']} clusters, {results['settings']['level']:.0%} intervals"
+    data, level = results["data"], results["settings"]["level"]
+    return f"{data['rows']} held-out rows in {data['clusters']} clusters, {level:.0%} intervals; logp and KL in nats"
 
 
 def print_table(results: dict[str, Any], folders: Folders) -> None:
@@ -75,8 +79,7 @@ def print_table(results: dict[str, Any], folders: Folders) -> None:
 
 
 def _table(results: dict[str, Any], folders: Folders, names: list[str]) -> Table:
-    headings = [MEASURES[name][0].replace(" ", "\n", 1) for name in names]
-    result = table("model", *headings, "seconds", title=title(results))
+    result = table("model", *(MEASURES[name][0] for name in names), "seconds", title=title(results))
     for model, *cells in lines(results, folders, names):
         result.add_row(model, *(text.replace(" ", "\n", 1) for text in cells))  # the interval below its value
     return result
@@ -85,7 +88,7 @@ def _table(results: dict[str, Any], folders: Folders, names: list[str]) -> Table
 def write_table(results: dict[str, Any], folders: Folders, path: Path) -> Path:
     """Write the table as Markdown, whole or not at all."""
     names = measured(results)
-    rows = [["model", *(MEASURES[name][0] for name in names), "seconds"]]
+    rows = [["model", *map(heading, names), "seconds"]]
     rows += [["---"] * len(rows[0]), *lines(results, folders, names)]
     text = "".join(f"| {' | '.join(row)} |\n" for row in rows).replace("\\[", "[")
     with atomic_write(path) as part:

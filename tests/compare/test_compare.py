@@ -1,0 +1,165 @@
+"""`trl-vpo compare`: real trainings of the small world's base, of which one is killed and continued."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import yaml
+from resume_run import watch_changes
+from resume_runs import RECIPE
+
+from trl_vpo import cli
+from trl_vpo.compare.plan import check_plan, read_plan
+from trl_vpo.compare.run import run_compare
+from trl_vpo.errors import EvaluateError, RecipeError, UserError
+from trl_vpo.testbed import language, rows
+
+SHARED = {key: value for key, value in RECIPE.items() if key != "resume_from_checkpoint"}
+SHARED = {**SHARED, "model_name_or_path": str(RECIPE["model_name_or_path"]), "max_steps": 4, "logging_steps": 1}
+EVALUATION = {"max_new_tokens": 16, "sensitivity": "none", "resamples": 200, "batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with rows, the table of objects, recipes of two methods, and a recipe that compares them."""
+    folder = tmp_path_factory.mktemp("compare")
+    rows.write_jsonl(rows.write_preferences("clip", 8, 3, folder / "train")[1], folder / "train.jsonl")
+    samples, pairs = rows.write_preferences("clip", 4, 4, folder / "held_out")
+    captions = [rows.caption_row(sample, row) for sample, row in zip(samples, pairs)]
+    rows.write_jsonl([*pairs, *captions], folder / "held_out.jsonl")
+    rows.write_jsonl(pairs, folder / "pairs.jsonl")
+    (folder / "objects.txt").write_text("\n".join(language.all_objects()))
+    for method in ("dpo", "simpo"):
+        recipe = SHARED | {"dataset_name": str(folder / "train.jsonl")}
+        (folder / f"{method}.yaml").write_text(yaml.safe_dump(recipe))
+    own = {"recipes": [str(folder / f"{method}.yaml") for method in ("dpo", "simpo")]}
+    own |= {"held_out": str(folder / "held_out.jsonl"), "synonyms": str(folder / "objects.txt")}
+    (folder / "both.yaml").write_text(yaml.safe_dump(own | EVALUATION))
+    return folder
+
+
+def plan(world, *words, configs=("both.yaml",)):
+    return read_plan([str(world / config) for config in configs], None, str(world / "out"), words)
+
+
+def test_a_killed_training_is_named_and_continued(world, capfd):
+    """The table's figures follow from the rows; the weights are those of a training without interruption."""
+    out = world / "out"
+
+    def dying(words):
+        if words[:2] == ["train", "simpo"]:
+            watch_changes(lambda n: n == 1 and os.kill(os.getpid(), signal.SIGKILL), out / "simpo", "checkpoint-4")
+        return cli.main(words)
+
+    with pytest.raises(UserError, match=r"the training of simpo failed with exit code -9"):
+        run_compare(plan(world), dying)
+    assert (out / "simpo/checkpoint-2/complete.json").is_file() and not (out / "evaluation").exists()
+    first = (out / "dpo/run.json").read_bytes()
+    capfd.readouterr()
+    assert cli.main(["compare", "--config", str(world / "both.yaml"), "--out", str(out)]) == 0
+    printed = capfd.readouterr().out
+    assert "1 of 2: dpo is finished." in printed and f"Continuing from {out}/simpo/checkpoint-2" in printed
+    assert (out / "dpo/run.json").read_bytes() == first
+
+    whole = world / "whole"
+    assert cli.main(["train", "simpo", "--config", str(world / "simpo.yaml"), "--output_dir", str(whole)]) == 0
+    weights = "adapter_model.safetensors"
+    assert (out / "simpo" / weights).read_bytes() == (whole / weights).read_bytes()
+
+    records = [json.loads(line) for line in (out / "evaluation/rows.jsonl").read_text().splitlines()]
+    table = [line.split(" | ") for line in (out / "table.md").read_text().splitlines() if line.startswith("| ")]
+    cells = {row[0].strip("| "): row[1:] for row in table}
+    assert list(cells) == ["model", "---", "base", "dpo", "simpo"]
+    for model in ("base", "dpo", "simpo"):
+        pairs = [r for r in records if r["contestant"] == model and r["task"] == "preference"]
+        right = sum(r["chosen_logp"] > r["rejected_logp"] for r in pairs) / 4
+        assert float(cells[model][0].split()[0]) == pytest.approx(right, abs=1e-3)
+        captions = [r for r in records if r["contestant"] == model and r["task"] == "chair"]
+        false = sum(bool(r["hallucinated"]) for r in captions) / 4
+        assert float(cells[model][cells["model"].index("CHAIRs")].split()[0]) == pytest.approx(false, abs=1e-3)
+    moved = [
+        {r["id"]: r["chosen_logp"] for r in records if r["contestant"] == model and r["task"] == "preference"}
+        for model in ("base", "simpo")
+    ]
+    mean = sum(moved[1][row] - moved[0][row] for row in moved[0]) / 4
+    shown = cells["simpo"][cells["model"].index("Δ logp chosen")]
+    assert float(shown.split()[0]) == pytest.approx(mean, abs=1e-3) and re.search(r"\[-?\d.*, -?\d.*\]", shown)
+    assert cells["base"][1:5] == ["-"] * 4 and int(cells["dpo"][-1].strip("| ")) >= 0
+    assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (["--betta", "1"], RecipeError, "unknown option --betta. Did you mean --beta"),
+        (["--use_peft", "false"], RecipeError, "dpo: it trains all weights"),
+        (["--lora_target_modules", "language", "--init_lora_weights", "x"], RecipeError, "init_lora_weights"),
+        (["--dataset_name", "no.jsonl"], UserError, "no.jsonl does not exist"),
+        (["--synonyms", "no.txt"], UserError, "no.txt"),
+        (["--limit", "0"], UserError, "limit is 0"),
+    ],
+)
+def test_nothing_is_trained_with_a_wrong_option(world, words, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        check_plan(plan(world, *words))
+
+
+def recipe(world, name, **values):
+    own = yaml.safe_load((world / "dpo.yaml").read_text()) | values
+    (world / name).write_text(yaml.safe_dump(own))
+    return name
+
+
+def test_recipes_of_different_bases_are_refused(world, tmp_path):
+    configs = ("dpo.yaml", recipe(world, "leanpo.yaml", model_name_or_path="Qwen/Qwen2-VL-2B-Instruct"))
+    held_out = str(world / "pairs.jsonl")
+    two = read_plan([str(world / config) for config in configs], held_out, str(tmp_path), [])
+    with pytest.raises(RecipeError, match=r"different bases.*\n.*dpo: .*testbed/base.*\n.*leanpo: .*Qwen2-VL-2B"):
+        check_plan(two)
+    same = [*(str(world / config) for config in configs)]
+    base = SHARED["model_name_or_path"]
+    assert check_plan(read_plan(same, held_out, str(tmp_path), ["--model_name_or_path", base])) == set()
+
+
+def test_trainings_on_other_frames_are_refused(world, tmp_path):
+    configs = [str(world / name) for name in ("dpo.yaml", recipe(world, "rrpo.yaml", num_frames=4))]
+    held_out = str(world / "pairs.jsonl")
+    with pytest.raises(EvaluateError, match=r"different settings .*dpo: num_frames 2; rrpo: num_frames 4"):
+        check_plan(read_plan(configs, held_out, str(tmp_path), []))
+    check_plan(read_plan(configs, held_out, str(tmp_path), ["--num_frames", "4"]))
+
+
+def test_a_finished_training_of_other_settings_is_refused(world, tmp_path):
+    configs, held_out = [str(world / "dpo.yaml")], str(world / "pairs.jsonl")
+    (tmp_path / "dpo").mkdir()
+    record = {"method": "dpo", "recipe": yaml.safe_load((world / "dpo.yaml").read_text()) | {"output_dir": "x"}}
+    (tmp_path / "dpo/run.json").write_text(json.dumps(record))
+    assert check_plan(read_plan(configs, held_out, str(tmp_path), ["--save_steps", "1"])) == {"dpo"}
+    with pytest.raises(RecipeError, match=r"other settings .*\n  beta: was None, is 0.3\n"):
+        check_plan(read_plan(configs, held_out, str(tmp_path), ["--beta", "0.3"]))
+
+
+def test_methods_share_keys_and_options_win(world):
+    """Keys of the evaluation alone go to it, those of both to both, but for the seed and the trainings' data."""
+    own = {"methods": {"dpo": None, "leanpo": {"beta": 1.5, "max_steps": 3}}, "held_out": "h.jsonl", "beta": 0.2}
+    own |= {"num_frames": 4, "synonyms": "s.txt", "seed": 7, "sensitivity": ["masked", "blank"], "num_processes": 2}
+    (world / "methods.yaml").write_text(yaml.safe_dump(own))
+    made = read_plan([str(world / "methods.yaml")], None, None, ["--max_steps=9", "--dataset_name", "d.jsonl"])
+    dpo, leanpo = made.trainings
+    assert (dpo.name, leanpo.name, str(made.out)) == ("dpo", "leanpo", "outputs/compare")
+    shared = {"num_frames": 4, "seed": 7, "num_processes": 2, "max_steps": "9", "dataset_name": "d.jsonl"}
+    assert dpo.keys == shared | {"beta": 0.2} and leanpo.keys == shared | {"beta": 1.5}
+    assert made.keys == {"num_frames": 4, "synonyms": "s.txt", "sensitivity": ["masked", "blank"], "num_processes": 2}
+    assert leanpo.options(made.folder(leanpo))[-2:] == ["--output_dir", "outputs/compare/leanpo"]
+
+
+def test_what_cannot_be_compared_is_refused(world):
+    with pytest.raises(RecipeError, match="`held_out` is not set"):
+        read_plan([str(world / "dpo.yaml")], None, None, [])
+    twice = [str(world / "dpo.yaml")] * 2
+    with pytest.raises(RecipeError, match="two trainings are named dpo-dpo"):
+        read_plan(twice, "h.jsonl", None, [])
+    with pytest.raises(RecipeError, match="is for `trl-vpo generate rrpo`"):
+        read_plan(["rrpo/generate"], "h.jsonl", None, [])
