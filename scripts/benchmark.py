@@ -5,7 +5,7 @@
     python scripts/benchmark.py phases --prompt 1536
     python scripts/benchmark.py kl
     python scripts/benchmark.py lpoi
-    python scripts/benchmark.py methods --prompt 280,1536
+    python scripts/benchmark.py methods --prompt 512
     python scripts/benchmark.py decode
     python scripts/benchmark.py growth
     python scripts/benchmark.py memory

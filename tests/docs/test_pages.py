@@ -12,6 +12,7 @@ from pages import PAGES, ROOT, blocks, commands, objects
 from PIL import Image
 
 from trl_vpo import cli
+from trl_vpo.compare.plan import read_plan
 from trl_vpo.data.import_formats import FORMATS
 from trl_vpo.data.importers import import_rows
 from trl_vpo.data.inputs import Inputs, row_ids
@@ -21,10 +22,11 @@ from trl_vpo.generate.leanpo import LeanPOGenerateConfig, LeanPOPipeline
 from trl_vpo.generate.lpoi import LPOIGenerateConfig, LPOIPipeline
 from trl_vpo.generate.objects.boxes import annotated
 from trl_vpo.generate.rrpo import RRPOGenerateConfig, RRPOPipeline
+from trl_vpo.report.plot.runs import METHOD_NAMES
 from trl_vpo.runs.named_recipes import recipe_names
 from trl_vpo.runs.recipe_list import recipe_facts
 from trl_vpo.text.chair import ObjectTable
-from trl_vpo.training.methods import METHODS, method_of
+from trl_vpo.training.methods import METHODS, method_classes, method_of
 from trl_vpo.training.run import make_parser
 
 GENERATE = {
@@ -206,6 +208,15 @@ def test_a_recipe_of_ones_own_parses(tmp_path):
     assert args.output_dir == "outputs/mine" and args.learning_rate == 5e-6
 
 
+def test_a_recipe_of_a_comparison_parses(tmp_path):
+    (block,) = blocks("yaml", "recipe: compare")
+    (tmp_path / "mine.yaml").write_text(block.text, encoding="utf-8")
+    plan = read_plan([str(tmp_path / "mine.yaml")], None, None, [])
+    assert [training.method for training in plan.trainings] == ["leanpo", "dpo", "simpo"]
+    for training in plan.trainings:
+        make_parser(training.method, any_device=True).parse(training.options(plan.folder(training)))
+
+
 # --- the pages themselves -------------------------------------------------------------------------------------------
 
 
@@ -224,6 +235,17 @@ def test_the_table_of_recipes_says_what_their_headers_say():
         run = one.run if len(one.run) == 4 else one.run * 4
         lines.append(f"| {' | '.join([f'`{one.name}`', one.hardware, one.memory or '-', *run])} |")
     assert "\n".join(lines) in (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_methods_has_papers_and_equations():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| \[(\w+)\]\(#(\w+)\) \|.* \[([\d.]+)\]\((.*)\) \|$", text, re.M)
+    papers = [method_classes(method)[1]._paper["id"] for method in METHODS]
+    names = [METHOD_NAMES[method] for method in METHODS]
+    assert table == [(n, n.lower(), id, f"https://arxiv.org/abs/{id}") for n, id in zip(names, papers, strict=True)]
+    for name in names:
+        section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        assert re.search(r"^```\n(.*\n)*?L +=", section, re.M), name
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():

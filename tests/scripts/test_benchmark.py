@@ -6,6 +6,8 @@ from itertools import product
 import benchmark
 import pytest
 
+from trl_vpo.training.methods import METHODS
+
 
 @pytest.fixture
 def rows_of(capsys, tmp_path):
@@ -90,6 +92,14 @@ def test_knobs(rows_of):
     assert {row["knob"] for row in rows if "time_vs_nothing" not in row} == {
         knob for knob in kept if "offload" in knob
     }
+
+
+@pytest.mark.slow
+def test_methods(rows_of):
+    rows = rows_of("methods", "--prompt", "280", "--response", "8")
+    assert [row["method"] for row in rows] == list(METHODS)
+    ratios = {row["method"]: row["time_vs_dpo"] for row in rows}
+    assert ratios["dpo"] == 1 and ratios["lpoi"] > ratios["mdpo"] > 0
 
 
 @pytest.mark.slow
