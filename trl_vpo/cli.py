@@ -228,7 +228,8 @@ def _add_evaluate(commands) -> None:
 def _add_compare(commands) -> None:
     usage = (
         "trl-vpo compare --config RECIPE [RECIPE ...] --held_out FILE [--out DIR]\n"
-        "                       [--accelerate_config FILE] [--num_processes N] [--key value ...]"
+        "                       [--accelerate_config FILE] [--num_processes N]\n"
+        "                       [--key value ...]"
     )
     text = "train recipes and compare them on held-out rows: a table, a figure"
     parser = _add(commands, "compare", compare, text, epilog=examples.COMPARE_EXAMPLE, usage=usage)
@@ -269,7 +270,7 @@ def _add_view(commands) -> None:
 
 
 def _add_import(commands) -> None:
-    text = "data of another project -> a .jsonl file to train on, to generate pairs from, or to evaluate on"
+    text = "data of another project -> rows to train on, generate pairs from or evaluate on"
     parser = _add(commands, "import", import_data, text, epilog=examples.IMPORT_EXAMPLE)
     parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
     parser.add_argument(

@@ -131,6 +131,13 @@ def test_trainings_on_other_frames_are_refused(world, tmp_path):
     check_plan(read_plan(configs, held_out, str(tmp_path), ["--num_frames", "4"]))
 
 
+def test_checking_leaves_the_environment_alone(world, tmp_path):
+    """Else the variables of one recipe would reach the next training; bf16 would count as launched already."""
+    name, before = recipe(world, "leanpo.yaml", env={"TRL_VPO_TRIED": 1}, bf16=True), dict(os.environ)
+    check_plan(read_plan([str(world / name)], str(world / "pairs.jsonl"), str(tmp_path), ["--num_processes", "2"]))
+    assert dict(os.environ) == before
+
+
 def test_a_finished_training_of_other_settings_is_refused(world, tmp_path):
     configs, held_out = [str(world / "dpo.yaml")], str(world / "pairs.jsonl")
     (tmp_path / "dpo").mkdir()

@@ -8,18 +8,17 @@ have are for the evaluation.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.data.inputs import read_inputs
 from trl_vpo.errors import RecipeError
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.recipe import parse as parse_evaluation
-from trl_vpo.evaluate.rows import read_rows
-from trl_vpo.evaluate.run import object_table
+from trl_vpo.evaluate.run import held_out_rows
 from trl_vpo.evaluate.trained import agreed_media
 from trl_vpo.models.adapters import loses_base
 from trl_vpo.models.paths import check_paths
@@ -35,12 +34,8 @@ from trl_vpo.training.run import make_parser, peft_config
 
 DEFAULT_OUT = "outputs/compare"
 BASE = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code")
-OF_TRAINING = {
-    "seed",
-    "dataset_name",
-    "dataset_config",
-    "output_dir",
-}  # keys that evaluations have with another meaning
+# Keys that an evaluation has, too, with another meaning.
+OF_TRAINING = {"seed", "dataset_name", "dataset_config", "output_dir"}
 
 
 @dataclass
@@ -132,22 +127,29 @@ def check_plan(plan: Plan) -> set[str]:
     _check_bases(plan.trainings)
     finished, media = set(), {}
     for training in plan.trainings:
-        options, _ = launch_options(training.options(plan.folder(training)))
-        check_paths(options)
-        parser = make_parser(training.method, any_device=True)
-        # On the CPU: this process keeps no memory of a GPU.
-        _, args, model_args, _ = parser.parse([*options, "--use_cpu", "true"])
-        adapter = peft_config(model_args)
-        why = "it trains all weights" if adapter is None else loses_base(adapter)
-        if why:
-            raise RecipeError(f"{training.name}: {why}, and a comparison needs LoRA adapters on one base.")
-        media[training.name] = vars(args.video_options())
-        if _is_finished(plan.folder(training), training.method, parser.given):
+        media[training.name], given = _check_training(training, plan.folder(training))
+        if _is_finished(plan.folder(training), training.method, given):
             finished.add(training.name)
     config = parse_evaluation(launch_options(plan.evaluation_options())[0])
     agreed_media(media, {key: getattr(config, key) for key in plan.keys if hasattr(config, key)})
-    read_rows(read_inputs(**config.input_options())[: config.limit], object_table(config))
+    held_out_rows(config)
     return finished
+
+
+def _check_training(training: Training, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the media settings of a training, and its arguments that are not defaults."""
+    options, _ = launch_options(training.options(folder))
+    check_paths(options)
+    parser, before = make_parser(training.method, any_device=True), dict(os.environ)
+    try:  # on the CPU: this process keeps no memory of a GPU
+        _, args, model_args, _ = parser.parse([*options, "--use_cpu", "true"])
+    finally:  # recipes set variables, and so do the argument classes, which the other commands must not see
+        os.environ.clear()
+        os.environ.update(before)
+    adapter = peft_config(model_args)
+    if why := "it trains all weights" if adapter is None else loses_base(adapter):
+        raise RecipeError(f"{training.name}: {why}, and a comparison needs LoRA adapters on one base.")
+    return vars(args.video_options()), parser.given
 
 
 def option_words(keys: Mapping[str, Any]) -> list[str]:

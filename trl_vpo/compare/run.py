@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,9 +77,9 @@ def _run(words: list[str], what: str, command: Command, *, printed: bool = True)
         with signals_passed_on():
             process.join()
         code = process.exitcode
-    if code in (130, STOPPED):
+    if code in (130, STOPPED, -signal.SIGTERM):
         print("Stopped. The same command continues.", file=sys.stderr)
-        raise SystemExit(code)
+        raise SystemExit(STOPPED if code < 0 else code)
     if code:
         raise UserError(
             f"{what} failed with exit code {code}; what it printed is above. Once that is corrected, the same command "

@@ -24,7 +24,10 @@ MEASURES = {  # of `trl-vpo evaluate`: their headings, and whether they compare 
     "chair/s": ("CHAIRs", False),
     "chair/i": ("CHAIRi", False),
     "yes_no/overall": ("yes/no\npairs", False),
+    "binary/accuracy": ("yes/no", False),
     "choice/letter": ("choices", False),
+    "letters/accuracy": ("letters", False),
+    "rated/hallucination": ("rated\nfalse", False),
     "visibility/tau": ("visibility\ntau", False),
 }
 NOTE = f"▲ above, ▼ below the base: the interval of the paired difference excludes 0 (no marks below n = {FEWEST})"

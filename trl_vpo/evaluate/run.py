@@ -65,16 +65,12 @@ def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
 def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     """Check all that can be checked without weights before they are loaded."""
     quiet_libraries()
-    table = object_table(config)
-    inputs = read_inputs(**config.input_options())
-    rows = read_rows(inputs[: config.limit], table)
+    inputs, rows, table = held_out_rows(config)
     adapters = dict(zip(candidate_names(config.adapters), config.adapters))
     settings = run_settings(config, adapters, inputs)
     check_settings(config.output_dir, settings)
     _refuse_skipped(config)
     judge = make_judge(config.judge_url, config.judge_model, config.judge_api_key_env)
-    if judge is None and (rated := [row.name for row in rows if row.task == "rated"]):
-        raise EvaluateError(f"{rated[0]} and {len(rated) - 1} more need a judge: set judge_url and judge_model.")
     with as_user_errors():  # also of processes that do not find each other
         candidates = load_candidates(config.adapters, **config.model_options())
     settings["evaluated"] = candidates.model.record()
@@ -101,9 +97,18 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     return report.results
 
 
-def object_table(config: EvaluateConfig) -> ObjectTable | None:
-    """Return the table of objects for captions, if one is named."""
-    return ObjectTable(read_synonyms(config.synonyms)) if config.synonyms else None
+def held_out_rows(config: EvaluateConfig) -> tuple[Inputs, list[EvalRow], ObjectTable | None]:
+    """Return the inputs and their checked rows, with the table of objects for captions, if one is named.
+
+    Raises:
+        UserError: rows that cannot be used, or not with these settings.
+    """
+    table = ObjectTable(read_synonyms(config.synonyms)) if config.synonyms else None
+    inputs = read_inputs(**config.input_options())
+    rows = read_rows(inputs[: config.limit], table)
+    if not config.judge_model and (rated := [row.name for row in rows if row.task == "rated"]):
+        raise EvaluateError(f"{rated[0]} and {len(rated) - 1} more need a judge: set judge_url and judge_model.")
+    return inputs, rows, table
 
 
 def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Inputs) -> dict[str, Any]:
