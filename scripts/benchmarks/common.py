@@ -16,17 +16,22 @@ from rich.table import Table
 MIB = 2**20
 
 
-def in_turn(candidates: dict[str, Callable[[], None]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+def in_turn(
+    candidates: dict[str, Callable[[], None]],
+    repeats: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each candidate, (repeats,), run A B C A B C ... after one uncounted round."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
         for name, run in candidates.items():
-            begin = time.perf_counter()
+            begin = clock()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
             if repeat:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 
