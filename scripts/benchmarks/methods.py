@@ -1,8 +1,8 @@
 """A training step of each method against DPO's, on the same row: one image with a box, and two responses.
 
 Timed on a CPU is what the process used of it, on a GPU what went by: other work on the machine then counts little.
-The vocabulary is small, as the model is: the head has 7 % of the weights, as in a 7B model, so the exact KL of RRPO,
-TDPO and DPA weighs about as much as there.
+The vocabulary is as small as the model is: the head, which the exact KL of RRPO, TDPO and DPA passes again, has 7 % of
+the weights, as in a 7B model.
 """
 
 import statistics
