@@ -117,13 +117,10 @@ def test_full_fine_tuning_holds_one_model(tmp_path):
     model, tokenizer = fresh()
     gc.collect()
     gc.freeze()
-    try:
-        got = ahead("dpo", tmp_path, model=model, processor=tokenizer, peft=None, max_steps=3, learning_rate=1e-3)
-        gc.collect()
-        assert got.ref_model is None and got.model is model
-        assert not any(type(o) is T.Qwen2ForCausalLM for o in gc.get_objects())  # none but the one from before
-    finally:
-        gc.unfreeze()
+    got = ahead("dpo", tmp_path, model=model, processor=tokenizer, peft=None, max_steps=3, learning_rate=1e-3)
+    gc.collect()
+    assert got.ref_model is None and got.model is model
+    assert not any(type(o) is T.Qwen2ForCausalLM for o in gc.get_objects())  # none but the one from before
     want = on_the_fly("dpo", tmp_path, peft=None, max_steps=3, learning_rate=1e-3)
     got.train(), want.train()
     assert losses_of(got)[0] == LOG2 and losses_of(got)[2] != LOG2

@@ -131,8 +131,7 @@ def test_a_model_by_its_path(name, peft, on_disk, images, tmp_path):
 def new_models():
     """Counts the models that came to life in this test."""
     gc.freeze()  # what was there before is not counted
-    yield lambda: sum(type(o) is T.Qwen2ForCausalLM for o in gc.get_objects())
-    gc.unfreeze()
+    return lambda: sum(type(o) is T.Qwen2ForCausalLM for o in gc.get_objects())
 
 
 @pytest.mark.parametrize("method", ["leanpo", "dpo"])
