@@ -170,8 +170,10 @@ def media_settings(*adapters, **given):
     return [config.num_frames, config.fps, config.max_frames, config.max_pixels, config.video_end]
 
 
-def test_frames_are_those_of_the_adapters_training(tmp_path, caplog):
+def test_frames_are_those_of_the_adapters_training(tmp_path, caplog, capsys):
     short = trained(tmp_path / "short", num_frames=8, max_pixels=1024)
+    assert media_settings(short, num_frames=8)[3] == 1024
+    assert capsys.readouterr().err == "Videos as in the training, by run.json: max_frames 64, max_pixels 1024.\n"
     fast = trained(tmp_path / "fast", fps=2.0, max_frames=32)
     usual = trained(tmp_path / "usual")
     window = trained(tmp_path / "window", video_start=1.0, video_end=3.0)

@@ -57,6 +57,28 @@ def test_the_judge_rates_each_answer(held_out, serve, tmp_path):
         evaluate(held_out, tmp_path / "other", data=options["data"])
 
 
+def test_single_questions_and_letters_of_a_run(held_out, tmp_path):
+    images = next(row["images"] for row in held_out.rows.values() if row.get("images"))
+    asked = {"yes": "Is there a square?", "no": "Is there no shape?"}
+    rows = [
+        {"id": f"{side}{i}", "task": "yes_no", "question": question, "answer": side, "images": images, "group": side,
+         "sets": {"figure": str(i)}}
+        for i in range(2)
+        for side, question in asked.items()
+    ]  # fmt: skip
+    rows.append(
+        {"id": "l", "task": "letters", "question": "Which?\nA. red\nB. blue", "answer": "BA", "images": images}
+    )
+    results = evaluate(held_out, tmp_path / "run", data=write_jsonl(rows, tmp_path / "rows.jsonl"))
+    made = records(tmp_path / "run")
+    right = {side: made[f"{side}0", "base"]["said"] == side for side in asked}
+    figures = {name: one["value"] for name, one in results["contestants"]["base"]["measures"].items()}
+    assert figures["binary/accuracy"] == sum(right.values()) / 2
+    assert [figures[f"binary[{side}]/accuracy"] for side in asked] == [*right.values()]
+    assert figures["sets/figure"] == all(right.values()) and results["data"]["clusters"] == 1
+    assert figures["letters/accuracy"] == (made["l", "base"]["said"] == "AB")
+
+
 def test_a_judge_that_refuses(held_out, serve, tmp_path):
     server = serve(behave=lambda number, request: refused(400, "too long") if number == 1 else said("Rating: 3"))
     options = {"data": rated_rows(held_out, tmp_path), "judge_url": server.url, "judge_model": "j", "batch_size": 1}

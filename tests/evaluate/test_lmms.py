@@ -5,6 +5,7 @@ than the locked ones: `pip install -e .[lmms] pytest pytest-timeout`, then `pyte
 """
 
 import dataclasses
+import json
 import shutil
 import sys
 
@@ -15,13 +16,15 @@ from held_out_kit import write_adapter
 from lmms_kit import CAPTION, CODE, COLOUR, FRAMES, about, answers, needs_lmms_eval
 from local_kit import GREEDY, load
 
-from trl_vpo.errors import EvaluateError
+from trl_vpo.errors import EvaluateError, RunError
 from trl_vpo.evaluate import command
 from trl_vpo.evaluate.lmms import run as lmms
+from trl_vpo.evaluate.lmms.answers import StoredAnswers
 from trl_vpo.evaluate.lmms.tasks import videohallucer
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media
 from trl_vpo.models.config import AnsweringConfig
+from trl_vpo.models.local import LocalModel
 from trl_vpo.models.requests import Request, Sampling, stream_seed
 from trl_vpo.testbed.tiny_vlm import BASE
 
@@ -165,6 +168,47 @@ def test_finished_benchmarks_are_read(benchmark, tmp_path, no_weights):
     assert benchmark("tiny_colour", out=tmp_path, limit=2)[0] == first
     with pytest.raises(EvaluateError, match="results with another limit, num_frames"):
         benchmark("tiny_colour", out=tmp_path, limit=3, num_frames=2)
+
+
+def test_answers_are_kept_as_they_come(tmp_path):
+    """Needs no lmms-eval."""
+    settings = {"model": "m", "fps": None}
+    with StoredAnswers(tmp_path, settings) as answers:
+        answers["a/0: answer 1"] = ("red", 1)
+    with StoredAnswers(tmp_path, settings, rank=1, world_size=2) as answers:
+        answers["a/1: answer 1"] = (0.1 + 0.2, True)
+        assert answers == {"a/0: answer 1": ["red", 1], "a/1: answer 1": (0.1 + 0.2, True)}
+    with (tmp_path / "shards" / "00000-of-00001.jsonl").open("a") as file:
+        file.write('{"id": "torn')
+    with StoredAnswers(tmp_path, settings) as answers:
+        assert answers == {"a/0: answer 1": ["red", 1], "a/1: answer 1": [0.1 + 0.2, True]}
+    with pytest.raises(RunError, match="fps: was null, is 2"):
+        StoredAnswers(tmp_path, settings | {"fps": 2.0})
+
+
+@needs_lmms_eval
+@pytest.mark.parametrize("task", ["tiny_hot", "tiny_choice"])
+def test_a_killed_benchmark_continues(benchmark, tmp_path, monkeypatch, task):
+    whole, rows = benchmark(task, batch_size=2)
+    complete, asked = LocalModel.complete, []
+
+    def until_killed(self, requests, sampling):
+        if len(asked) == 4:
+            raise RuntimeError("killed")
+        asked.extend(requests)
+        return complete(self, requests, sampling)
+
+    monkeypatch.setattr(LocalModel, "complete", until_killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        benchmark(task, batch_size=2, out=tmp_path)
+    assert not (tmp_path / task / "results.json").exists()
+    monkeypatch.setattr(LocalModel, "complete", lambda *args: asked.extend(args[1]) or complete(*args))
+    again, rows_again = benchmark(task, batch_size=2, out=tmp_path)
+    requests = {"tiny_hot": 6 * 2, "tiny_choice": 6 * 3}[task]
+    assert again == whole and len(asked) == requests
+    assert [row["resps"] for row in rows_again[task]] == [row["resps"] for row in rows[task]]
+    settings = json.loads((tmp_path / task / "results.json").read_text())["settings"]
+    assert "video_budget" in settings and settings["num_frames"] == 4
 
 
 @needs_lmms_eval

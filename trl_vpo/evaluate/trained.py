@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from trl_vpo.errors import EvaluateError
 from trl_vpo.media.load import VideoOptions
+from trl_vpo.runs.driver import rank
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +28,12 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
 
     Adapters are folders, their checkpoints, or Hub names. A given setting that differs from an adapter's causes a
     warning, and so does an adapter without a `run.json` where the frames are not given; adapters that differ where
-    none is given cause an EvaluateError.
+    none is given cause an EvaluateError. What is returned is printed.
     """
     recorded = {path: settings for path in adapters if (settings := _recorded(path)) is not None}
     defaults = agreed_media(recorded, given)
+    if defaults and rank() == 0:
+        print(f"Videos as in the training, by run.json: {_text(defaults)}.", file=sys.stderr)
     unknown = [path for path in adapters if path not in recorded]
     if unknown and not any(given.get(name) is not None for name in GROUPS[0]):
         usual = VideoOptions(**{name: defaults.get(name) for name in GROUPS[0]})

@@ -46,6 +46,11 @@ class BenchmarkModel(lmms):
         super().__init__()
         self._model, self._options = model, video_options
         self._max_new_tokens, self._seed = max_new_tokens, seed
+        self.begin({})
+
+    def begin(self, answers: dict[str, Any]) -> None:
+        """Begin a benchmark. `answers`: those known, text and tokens, or loss and whether it is the greedy answer."""
+        self._answers, self._times = answers, Counter()
 
     @property
     def device(self) -> Any:  # of what several processes exchange
@@ -54,20 +59,17 @@ class BenchmarkModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Return one answer to each request, cut before the first of the task's stop strings."""
         _warn_of_unread_settings(requests)
-        times: Counter = Counter()
-        jobs = []
-        for instance in requests:
-            *_, doc_id, task, _ = instance.args
-            times[task, doc_id] += 1  # a request that is to be repeated comes several times
-            jobs.append((instance, stream_seed(self._seed, f"{task}/{doc_id}", f"answer {times[task, doc_id]}")))
-        results = []
-        with tqdm(total=len(jobs), desc="Answering", disable=self.rank != 0) as bar:
+        names = self._names(requests)
+        jobs = [job for job in zip(requests, names) if job[1] not in self._answers]
+        with tqdm(total=len(names), initial=len(names) - len(jobs), desc="Answering", disable=self.rank != 0) as bar:
             for sampling, group in groupby(jobs, key=lambda job: self._sampling(job[0])):
                 for batch in self._loaded(list(group)):
-                    answers = self._model.complete([request for _, request in batch], sampling)
-                    results += [self._result(instance, answer) for (instance, _), answer in zip(batch, answers)]
+                    answers = self._model.complete([request for *_, request in batch], sampling)
+                    for (instance, name, _), answer in zip(batch, answers):
+                        self._answers[name] = self._answer(instance, answer)
                     bar.update(len(batch))
-        return results
+        answers = [self._answers[name] for name in names]
+        return [GenerationResult(text, TokenCounts(output_tokens=tokens)) for text, tokens in answers]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Return how likely each continuation is, and whether it is the greedy answer; both with its end of turn.
@@ -76,36 +78,45 @@ class BenchmarkModel(lmms):
         in the place of a text, because lmms-eval 0.7.3 makes a string of a bare pair (`unwrap_generation_output`), on
         which its scoring fails.
         """
-        results = []
-        with tqdm(total=len(requests), desc="Scoring", disable=self.rank != 0) as bar:
-            for batch in self._loaded([(instance, 0) for instance in requests]):
-                texts, asked = [], [request for _, request in batch]
-                for instance, _ in batch:
+        names = self._names(requests)
+        jobs = [job for job in zip(requests, names) if job[1] not in self._answers]
+        with tqdm(total=len(names), initial=len(names) - len(jobs), desc="Scoring", disable=self.rank != 0) as bar:
+            for batch in self._loaded(jobs):
+                texts, asked = [], [request for *_, request in batch]
+                for instance, *_ in batch:
                     _, text, *_, doc_id, task, split = instance.args
                     texts.append((text(self.task_dict[task][split][doc_id]) if callable(text) else text).strip())
                 averages = self._model.average_logps(asked, texts)
                 # One token more than the longest has: an answer that goes on is longer than its text.
                 tokens = max(len(self._model.processor.tokenizer(text)["input_ids"]) for text in texts) + 1
                 greedy = self._model.complete(asked, Sampling(max_new_tokens=tokens, temperature=0))
-                results += [
-                    GenerationResult((-average, isinstance(answer, Answer) and answer.text == text))
-                    for average, answer, text in zip(averages, greedy, texts, strict=True)
-                ]
+                for (_, name, _), average, answer, text in zip(batch, averages, greedy, texts, strict=True):
+                    self._answers[name] = -average, isinstance(answer, Answer) and answer.text == text
                 bar.update(len(batch))
-        return results
+        return [GenerationResult(tuple(self._answers[name])) for name in names]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise EvaluateError("tasks of several rounds are not supported.")  # refused before anything is loaded
 
+    def _names(self, requests: Sequence[Instance]) -> list[str]:
+        """Name each request by task, document and, as some come again, also in a later round, which time it is."""
+        names = []
+        for instance in requests:
+            *_, doc_id, task, _ = instance.args
+            self._times[task, doc_id] += 1
+            names.append(f"{task}/{doc_id}: answer {self._times[task, doc_id]}")
+        return names
+
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _loaded(self, jobs: list[tuple[Instance, int]]) -> Iterator[list[tuple[Instance, Request]]]:
-        """The instances with their requests, in batches; the media of the next batch are decoded ahead."""
+    def _loaded(self, jobs: list[tuple[Instance, str]]) -> Iterator[list[tuple[Instance, str, Request]]]:
+        """The instances with their names and requests, in batches; the next batch's media are decoded ahead."""
         with ThreadPoolExecutor(DECODERS) as pool:
             yield from decoded_ahead(pool, lambda i: self._request(*jobs[i]), range(len(jobs)), self._model.batch_size)
 
-    def _request(self, instance: Instance, seed: int) -> tuple[Instance, Request]:
+    def _request(self, instance: Instance, name: str) -> tuple[Instance, str, Request]:
         *_, doc_id, task, split = instance.args
+        seed = stream_seed(self._seed, *name.split(": "))
         try:
             document = self.task_dict[task][split][doc_id]
             if self.is_simple:
@@ -114,7 +125,7 @@ class BenchmarkModel(lmms):
                 messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
             else:
                 messages = instance.args[1](document)
-            return instance, as_request(messages, self._options, seed, self._model.video_budget)
+            return instance, name, as_request(messages, self._options, seed, self._model.video_budget)
         # Some tasks leave the interpreter where a video is missing.
         except (MediaError, EvaluateError, FileNotFoundError, SystemExit) as error:
             raise EvaluateError(f"{task}, document {doc_id}: {error}") from error
@@ -136,14 +147,14 @@ class BenchmarkModel(lmms):
             top_p=(settings.get("top_p") or 1.0) if temperature else 1.0,
         )
 
-    def _result(self, instance: Instance, answer: Answer | Failure) -> GenerationResult:
+    def _answer(self, instance: Instance, answer: Answer | Failure) -> tuple[str, int]:
         *_, doc_id, task, _ = instance.args
         if isinstance(answer, Failure):
             raise EvaluateError(f"{task}, document {doc_id} cannot be asked: {answer.reason}")
         stops, text = self._settings(instance).get("until") or [], answer.text
         for stop in [stops] if isinstance(stops, str) else stops:
             text = text.split(stop)[0] if stop else text
-        return GenerationResult(text, TokenCounts(output_tokens=answer.tokens))
+        return text, answer.tokens
 
 
 def as_request(

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trl_vpo.errors import EvaluateError
+from trl_vpo.evaluate.lmms.answers import StoredAnswers
 from trl_vpo.evaluate.lmms.tasks import videohallucer
 from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.files import atomic_write
@@ -65,10 +66,10 @@ def run_benchmarks(
 ) -> dict[str, Table]:
     """Run tasks or groups of lmms-eval on a base model, with an adapter if one is given.
 
-    Each benchmark gets a folder in `output_dir` as soon as it is finished: `results.json` with its metrics and
-    settings, `samples_TASK.jsonl` with every answer, and what the task itself writes (submission files). Called again
-    with the same settings, finished benchmarks are read, not run. Under `accelerate launch` every process answers its
-    share.
+    Each benchmark has a folder in `output_dir`: `results.json` with its metrics and settings, `samples_TASK.jsonl`
+    with every answer, and what the task itself writes (submission files). Called again with the same settings,
+    finished benchmarks are read, not run, and one that was killed continues: its answers so far are in `shards`. Under
+    `accelerate launch` every process answers its share.
 
     Args:
         benchmarks: names of lmms-eval's tasks or groups, of those here (`videohallucer`), or in `include_path`, a
@@ -103,11 +104,12 @@ def run_benchmarks(
     from trl_vpo.evaluate.lmms.model import BenchmarkModel  # needs lmms-eval
 
     base, options = load_model(**config.model_options(), adapter=adapter), config.video_options()
+    budget = {"video_budget": str(base.video_budget) if base.video_budget else None}
     answering = BenchmarkModel(base, options, max_new_tokens=config.max_new_tokens, seed=config.seed)
     for name, table in tables.items():
         if table is None:
             answering.is_simple = simple[name]
-            tables[name] = _run(name, answering, manager, folders[name], records[name])
+            tables[name] = _run(name, answering, manager, folders[name], records[name] | budget)
     return {name: table for name, table in tables.items() if table is not None}
 
 
@@ -226,15 +228,18 @@ def _finished(folder: Path, record: dict[str, Any]) -> Table | None:
 def _run(name: str, model: BenchmarkModel, manager: TaskManager, folder: Path, record: dict[str, Any]) -> Table | None:
     from lmms_eval.evaluator import simple_evaluate
 
-    results = simple_evaluate(
-        model=model,
-        tasks=[name],
-        task_manager=manager,
-        limit=record["limit"],
-        verbosity="WARNING",
-        # Scoring reads from here where a task may write, and that it gets documents without their images.
-        cli_args=SimpleNamespace(output_path=str(folder), process_with_media=False),
-    )
+    settings = {key: value for key, value in record.items() if key != "limit"}  # no answer depends on it
+    with StoredAnswers(folder, settings, rank=model.rank, world_size=model.world_size) as answers:
+        model.begin(answers)
+        results = simple_evaluate(
+            model=model,
+            tasks=[name],
+            task_manager=manager,
+            limit=record["limit"],
+            verbosity="WARNING",
+            # Scoring reads from here where a task may write, and that it gets documents without their images.
+            cli_args=SimpleNamespace(output_path=str(folder), process_with_media=False),
+        )
     return _write(results, folder, record) if results is not None else None
 
 
