@@ -10,13 +10,12 @@ evaluation with its next row.
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
 from multiprocessing import get_context
 
 import torch
@@ -88,6 +87,6 @@ def _run(words: list[str], what: str, command: Command, *, printed: bool = True)
 
 
 def _forked(command: Command, words: list[str], printed: bool) -> None:
-    with nullcontext() if printed else redirect_stdout(io.StringIO()):
-        code = command(words)
-    sys.exit(code)
+    if not printed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # also of the processes that a launcher starts
+    sys.exit(command(words))
