@@ -78,6 +78,8 @@ def test_movement_and_divergence():
     # Chosen moved by +1, -1, -1, 0; rejected by 0, -1, -3, -11; both fell in the second and third pair.
     assert of_room("reward", MODEL, BASE) == {"accuracy": 3.5 / 4, "margin": 14 / 4}
     assert of_room("displacement", MODEL, BASE) == {"chosen": -1 / 4, "rejected": -15 / 4, "both_fall": 2 / 4}
+    near = pairs([-6.05, -4.2, -9.05, -5.2], [-8.2, -4.2, -6.05, -20.05])  # less than 0.1 nat is rounding
+    assert of_room("displacement", near, MODEL)["both_fall"] == 1 / 4
     assert of_room("kl", MODEL, BASE) == {"chosen": 8 / 4, "chosen_per_token": 8 / 19}
     assert of_room("reward", MODEL) == {"accuracy": 0.5, "margin": 0}
     assert not set(of_room("displacement", MODEL).values()) - {0}

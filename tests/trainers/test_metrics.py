@@ -172,6 +172,8 @@ def test_compute_metrics_gets_summed_log_probs_and_token_counts(tmp_path):
         torch.testing.assert_close(torch.tensor(got), scores.sums[side], rtol=1e-5, atol=1e-5)
     for got, side in zip(prediction.label_ids, (scores.chosen, scores.rejected)):
         assert got.tolist() == scores.mask[side].sum(-1).tolist()
+    average = scores.sums[scores.chosen] / scores.mask[scores.chosen].sum(-1)
+    assert metrics["eval_logps/chosen_average"] == pytest.approx(average.mean().item(), rel=1e-5)
     assert metrics["eval_avg_margin"] == pytest.approx(metrics["eval_rewards/margins"] / trainer.beta, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a row: its weight in the loss, and the margin of the scores that its responses have."""
+"""Numbers of a row: its weight in the loss, the margin of its scores, and whether both its responses fell."""
 
 import math
 from typing import Any
@@ -30,6 +30,11 @@ def score_margin(example: dict, kind: str) -> float:
             )
     chosen, rejected = scores.values()
     return float(chosen - rejected)
+
+
+def both_fall(chosen: Any, rejected: Any) -> Any:
+    """Return whether both responses lost log-prob, (B,) of what they gained in nats: more than rounding makes."""
+    return (chosen < -0.1) & (rejected < -0.1)
 
 
 def _finite(value: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_vpo.data.numbers import both_fall
 from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
 from trl_vpo.evaluate.questions import (
     Evidence,
@@ -140,7 +141,7 @@ def preference_evidence(records: Records, base: Records | None) -> Evidence:
             "reward/margin": gain - rejected_gain,
             "displacement/chosen": gain,
             "displacement/rejected": rejected_gain,
-            "displacement/both_fall": (gain < 0) & (rejected_gain < 0),
+            "displacement/both_fall": both_fall(gain, rejected_gain),
             "kl/chosen": kl,
             "kl/chosen_per_token": ratio(kl, tokens),
         }

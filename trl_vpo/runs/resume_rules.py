@@ -17,7 +17,8 @@ RESUME_MAY_CHANGE = {
     | {"yes_no_rule", "synonyms", "level", "resamples"},  # the answers stay, the results are computed again
     "train": {"output_dir", "run_name", "resume_from_checkpoint", "project", "disable_tqdm", "push_to_hub"}
     | {"frame_cache", "precompute_cache_dir", "check_media", "media_root", "ddp_timeout", "skip_memory_metrics"}
-    | {"include_num_input_tokens_seen", "dataset_num_proc", "restore_callback_states_from_checkpoint"},
+    | {"include_num_input_tokens_seen", "dataset_num_proc", "restore_callback_states_from_checkpoint"}
+    | {"displacement_warning"},
 }
 
 

@@ -103,6 +103,9 @@ class VisualPreferenceConfig(DPOConfig):
         "Folder that keeps the sampled frames of video files, uncompressed, so that later epochs and runs decode "
         "nothing. It may be deleted at any time.",
     )
+    displacement_warning: float | None = option(
+        10.0, "Warn once when chosen responses have lost this many nats of log-prob, at a good accuracy. null: never."
+    )
     check_media: str = option(
         "header",
         "Check of the media before training: `header` opens every file, `decode` reads it as training will (exact, "
@@ -158,6 +161,10 @@ class VisualPreferenceConfig(DPOConfig):
             rate = getattr(self, key)
             if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
                 raise ValueError(f"{key} is {rate!r}: give a number that is not negative.")
+        if self.displacement_warning is not None and not self.displacement_warning > 0:
+            raise ValueError(
+                f"displacement_warning={self.displacement_warning}: give nats above 0, or null for never."
+            )
         sp_size(self)  # refuses what cannot be
         self.accelerator_config.dispatch_batches = False  # the default for streams would be True
         if self.on_bad_media == "skip":

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trl_vpo.forward.scoring import Scores
 from trl_vpo.losses import PreferenceLoss
+from trl_vpo.trainers.alarms import Alarms
 from trl_vpo.trainers.finite import check_losses
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
 from trl_vpo.trainers.rates import RatesTrainer
@@ -30,6 +31,7 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         of = (self.accelerator, self.row_groups)
         self._sums = {mode: MetricSums(*of, gathers=mode == "eval") for mode in ("train", "eval")}
+        self.add_callback(Alarms(self.args.displacement_warning))
         self._new_tokens = 0
         self._step: tuple[Tensor, Tensor] | None = None  # Trainer's sum of losses before this step, and its pairs
         self._step_rates: dict[str, float] = {}  # of this step

@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from trl_vpo.data.numbers import both_fall
 from trl_vpo.forward.scoring import Scores
 from trl_vpo.losses import PreferenceLoss
 from trl_vpo.trainers.row_groups import RowGroups
@@ -30,6 +31,8 @@ def preference_metrics(scores: Scores, reference: Scores | None, out: Preference
         "rewards/margins": out.chosen_rewards - out.rejected_rewards,
         "logps/chosen": scores.sums[chosen],
         "logps/rejected": scores.sums[rejected],
+        "logps/chosen_average": scores.sums[chosen] / tokens[chosen],
+        "logps/rejected_average": scores.sums[rejected] / tokens[rejected],
     }
     metrics |= {f"loss/{name}": term for name, term in out.terms.items()}
     if scores.aux_loss is not None:
@@ -37,6 +40,7 @@ def preference_metrics(scores: Scores, reference: Scores | None, out: Preference
     if reference is not None:
         moved = scores.sums - reference.sums  # (S,)
         metrics |= {"displacement/chosen": moved[chosen], "displacement/rejected": moved[rejected]}
+        metrics["displacement/both_fall"] = both_fall(moved[chosen], moved[rejected]).float()
     if scores.kl is not None:
         metrics |= {"kl/chosen": scores.kl[chosen].sum(-1), "kl/rejected": scores.kl[rejected].sum(-1)}
     return metrics
