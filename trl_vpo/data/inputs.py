@@ -23,7 +23,8 @@ from datasets import Audio, Dataset, Image, Video
 from trl_vpo.data.columns import nearest_column
 from trl_vpo.data.identity import PAYLOAD
 from trl_vpo.data.raw_rows import raw_media
-from trl_vpo.data.rows import MARKERS, drop_none, media_sources
+from trl_vpo.data.row_media import media_sources
+from trl_vpo.data.rows import MARKERS, drop_none
 from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import InputError, MediaError, RowError, RunError
 from trl_vpo.files import atomic_write, bytes_digest

@@ -12,7 +12,7 @@ import PIL.ImageFile
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.columns import ROW_INDEX
 from trl_vpo.data.identity import cache_folder, processor_identity, source_identity, versions
-from trl_vpo.data.rows import MEDIA
+from trl_vpo.data.row_media import MEDIA
 from trl_vpo.errors import MediaError
 from trl_vpo.files import bytes_digest, json_digest
 

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from trl_vpo.data.raw_rows import raw_rows, transform_of
-from trl_vpo.data.rows import media_sources, read_row
+from trl_vpo.data.row_media import media_sources
+from trl_vpo.data.rows import read_row
 from trl_vpo.forward.proof import ProofRow
 
 FRAMES, PIXELS = 4, 224 * 224  # at most, of a proof row

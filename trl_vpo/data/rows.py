@@ -33,10 +33,10 @@ from trl_vpo.data.messages import (
     without_tags,
 )
 from trl_vpo.data.numbers import row_weight, score_margin
+from trl_vpo.data.row_media import MEDIA, column_list, find_image_list, media_sources
 from trl_vpo.errors import PhraseError, RowError
 from trl_vpo.text.phrases import CLOSE, Span, phrase_spans
 
-MEDIA = ("videos", "video", "images", "image", "image_list")
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
 
 
@@ -92,7 +92,7 @@ def read_row(
         for column, meant in misspelt(example).items():
             raise RowError(f"has a column `{column}`, which is not read. Did you mean `{meant}`? Rename or drop it.")
         prompt, chosen, rejected = _texts(example)
-        listed = _list(example, "image_list") or []
+        listed = column_list(example, "image_list") or []
         images, videos = media_sources(example, "image") or listed[:1], media_sources(example, "video")
         row = Row(name, prompt, chosen, rejected, images, videos, weight=row_weight(example))
         row.template_kwargs = _template_kwargs(example)
@@ -112,7 +112,7 @@ def read_row(
                     raise RowError(f"the {side} response: {error}") from error
         _check_responses(row)
         if image_list:
-            _find_image_list(row, example, crop=image_list == "crop")
+            find_image_list(row, example, crop=image_list == "crop")
     except (RowError, PhraseError) as error:
         raise RowError(f"{name}: {error}") from error
     return row
@@ -191,27 +191,6 @@ def _implicit_prompt(texts: dict, example: dict) -> dict:
     return texts
 
 
-def media_sources(example: dict, kind: str) -> list:
-    """Return the images or videos of a row, from the column of the plural or of the singular."""
-    many, one = _list(example, f"{kind}s"), example.get(kind)
-    if many is not None and one is not None:
-        raise RowError(f"both `{kind}s` and `{kind}` are filled. Keep one of them.")
-    return many if many is not None else [] if one is None else [one]
-
-
-def _list(example: dict, column: str) -> list | None:
-    value = example.get(column)
-    if isinstance(value, np.ndarray) and value.ndim == 1:  # a column of a dataset with NumPy's format
-        value = list(value)
-    if not isinstance(value, (list, tuple, NoneType)):
-        hint = f" One item goes into `{column[:-1]}`." if column in ("images", "videos") else ""
-        raise RowError(f"`{column}` must be a list, got {type(value).__name__}.{hint}")
-    missing = [i for i, item in enumerate(value or ()) if item is None]
-    if missing:
-        raise RowError(f"`{column}` has nothing at position {missing}. Give every item or shorten the list.")
-    return None if value is None else list(value)
-
-
 def _template_kwargs(example: dict) -> dict:
     kwargs, tools = drop_none(example.get("chat_template_kwargs") or {}), example.get("tools")
     if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
@@ -281,41 +260,6 @@ def _find_phrases(row: Row, example: dict, *, paired: bool) -> None:
         if not isinstance(response, str) and len(response) != 1:
             raise RowError(f"`{side}` has {len(response)} messages; phrases need exactly one response message.")
     texts = response_text(row.chosen), response_text(row.rejected)
-    given = _list(example, "chosen_phrases"), _list(example, "rejected_phrases")
+    given = column_list(example, "chosen_phrases"), column_list(example, "rejected_phrases")
     chosen, rejected, row.chosen_phrases, row.rejected_phrases = phrase_spans(*texts, *given, paired=paired)
     row.chosen, row.rejected = with_text(row.chosen, chosen), with_text(row.rejected, rejected)
-
-
-def _find_image_list(row: Row, example: dict, *, crop: bool) -> None:
-    method = "mDPO" if crop else "LPOI"
-    listed, box = _list(example, "image_list"), _list(example, "critical_box")
-    if row.videos:
-        raise RowError(f"{method} ranks images, but the row has videos. Train it with LeanPO, RRPO or DPO.")
-    if len(row.images) != 1 and listed != []:
-        raise RowError(f"{method} needs exactly one image in `images`, the row has {len(row.images)}.")
-    if listed is not None:
-        if len(listed) < 2:
-            raise RowError(f"`image_list` has {len(listed)} image(s); a ranking needs at least two.")
-        if crop and len(listed) > 2:
-            raise RowError(f"`image_list` has {len(listed)} images; mDPO compares two, the image and a corrupted one.")
-        image, first = row.images[0], listed[0]
-        arrays = isinstance(image, np.ndarray) or isinstance(first, np.ndarray)
-        # The same object is not compared: an image would read its pixels, and no file is opened here.
-        same = image is first or (
-            np.array_equal(image, first) if arrays else drop_none(image) == drop_none(first)
-        )  # `datasets` adds `None`
-        if not same:
-            raise RowError(
-                "has an image beside its `image_list`, which is not the list's first: only the list would be used. "
-                "Drop one of the two columns, or put the image first into the list."
-            )
-        row.image_list = listed
-    elif crop:
-        return  # the collator draws it
-    elif box is not None:
-        row.critical_box = box
-    else:
-        raise RowError(
-            "LPOI needs a `critical_box` [x0, y0, x1, y1] in pixels, or an `image_list`. The row has none: `trl-vpo "
-            "generate lpoi` finds boxes."
-        )

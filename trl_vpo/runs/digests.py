@@ -12,7 +12,8 @@ import numpy as np
 from datasets import Dataset
 from huggingface_hub import snapshot_download
 
-from trl_vpo.data.rows import COLUMNS, MEDIA
+from trl_vpo.data.columns import COLUMNS
+from trl_vpo.data.row_media import MEDIA
 from trl_vpo.errors import MediaError
 from trl_vpo.files import ENDS, THREADS, bytes_digest, ends_digest, file_digest, file_digests, json_digest
 from trl_vpo.media.images import frame_folder, resolve_path
