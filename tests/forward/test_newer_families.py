@@ -16,7 +16,8 @@ from PIL import ImageOps
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import disable_dropout_in_model
 
-from trl_vpo.data.collator import PreferenceCollator, video_metadata
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.trunk_media import video_metadata
 from trl_vpo.forward.router import router_logits
 from trl_vpo.forward.scorer import Scorer
 from trl_vpo.media.load import VideoOptions, load_image, load_video

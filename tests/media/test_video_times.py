@@ -11,7 +11,8 @@ from media_files import numbers, picture, write_video
 from PIL import Image
 from transformers.video_utils import VideoMetadata
 
-from trl_vpo.data.collator import PreferenceCollator, video_metadata
+from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.trunk_media import video_metadata
 from trl_vpo.media.load import Clip, VideoOptions, load_video
 
 VIDEO_FAMILIES = [name for name, (_, video) in FAMILIES.items() if video]

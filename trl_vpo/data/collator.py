@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.video_utils import VideoMetadata
 
 from trl_vpo.data.accepted import check_accepted
 from trl_vpo.data.chat import WHOLE, WORD, ended, place_in_string, render_chat, same_start
@@ -15,6 +14,7 @@ from trl_vpo.data.columns import REF_SUMS
 from trl_vpo.data.messages import response_text, with_text
 from trl_vpo.data.proof_rows import proof_rows
 from trl_vpo.data.rows import Row, read_row
+from trl_vpo.data.trunk_media import video_metadata
 from trl_vpo.errors import MediaError, PhraseError, RowError
 from trl_vpo.forward.families import PROMPT_MASKS
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
@@ -303,30 +303,3 @@ def _spans_in(response: str, row: Row, side: str, tail: str) -> tuple[list[Span]
                 "template strips. Leave it out."
             )
     return [(max(start, low), min(end, high)) for start, end in spans], moved
-
-
-def video_metadata(clip: Clip) -> VideoMetadata:
-    """Return the clip's real times in the processors' terms: `frames_indices / fps` are its timestamps in seconds.
-
-    At a constant rate that is a whole number or NTSC's, `fps` is that rate, as if the processor had sampled the
-    frames itself; otherwise the indices count milliseconds. `total_num_frames / fps` is the time that the frames stand
-    for: Qwen2.5-VL divides it by their number, and rounds positions down, so that it has to be exact.
-    """
-
-    def off(rate: float) -> float:
-        return float(np.abs(clip.timestamps - np.round(clip.timestamps * rate) / rate).max())
-
-    rate = min((max(1, round(clip.fps)), max(1, round(clip.fps * 1.001)) / 1.001), key=off)
-    if off(rate) > 1e-3:  # more than containers round
-        rate = 1000
-    total = round((clip.duration if clip.span is None else clip.span) * rate, 6)
-    height, width = clip.frames.shape[1:3]
-    return VideoMetadata(
-        total_num_frames=int(total) if total == int(total) else total,
-        fps=rate,
-        frames_indices=np.round(clip.timestamps * rate).astype(int).tolist(),
-        duration=round(clip.duration, 3),
-        height=height,
-        width=width,
-        video_backend="pyav",
-    )
