@@ -10,7 +10,7 @@ from helpers import row
 from peft import LoraConfig
 from slow_kit import of_tokens, slow_scores
 from step_kit import losses_of, snapshot
-from trainer_kit import BY_SPEED, METHODS, collated, trainable, trainer_of
+from trainer_kit import BY_SPEED, collated, trainable, trainer_of
 
 from trl_vpo.data.rows import response_text
 from trl_vpo.forward.families import LISTED
@@ -55,8 +55,6 @@ def test_the_media_matter(name, kind, media, tmp_path):
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 @pytest.mark.parametrize("method", BY_SPEED)
 def test_two_steps_move_the_adapter_and_nothing_else(method, name, kind, media, tmp_path):
-    if METHODS[method][1].needs_image_list and kind == "video":
-        pytest.skip("images are ranked")
     more = {"critical_box": [4, 8, 30, 40]} if method == "lpoi" else {}
     trainer = trainer_on(method, name, dataset(kind, media, **more), tmp_path)
     before, adapter = snapshot(trainer.model), trainable(trainer.model)

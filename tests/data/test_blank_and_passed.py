@@ -47,7 +47,7 @@ def test_lists_of_images_are_as_long_as_themselves(images):
     for more in ({"critical_box": [5, 5, 100, 50]}, {"image_list": images}):
         example = row("image", [images[1]], **more) | ({"images": None} if "image_list" in more else {})
         want = collator.encode(example)
-        got = blank_encoder(collator)(check_media(read_row(example, image_list=True), args))
+        got = blank_encoder(collator)(check_media(read_row(example, media_form="ranking"), args))
         assert len(got.trunks) == 3 and [t.ids for t in got.trunks] == [t.ids for t in want.trunks]
 
 
@@ -62,7 +62,8 @@ def test_rows_that_passed_are_not_checked_again(good, processor, tmp_path, monke
 
     def looked_at(**changes):
         seen.clear()
-        passed = PassedRows(args, trl_vpo.PreferenceCollator(processor, **{"video": args.video_options()} | changes))
+        own = {"video": args.video_options(), "media_form": args.media_form}
+        passed = PassedRows(args, trl_vpo.PreferenceCollator(processor, **own | changes))
         data = Dataset.from_list(rows).add_column(ROW_INDEX, range(3))
         check_rows(data, check, "test", passed=passed)
         return sorted(seen)

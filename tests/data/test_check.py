@@ -52,7 +52,7 @@ def test_bad_images_and_boxes_are_named(processor, tmp_path):
     path = write_image(tmp_path / "b.png", (56, 56))
     for box in ([10, 10, 10, 20], [10, 10, 90, 20], [1, 2, 3]):
         with pytest.raises(RowError, match=r"row 0: .*56"):
-            prepare([row("image", [path], critical_box=box)], processor, tmp_path, image_list=True)
+            prepare([row("image", [path], critical_box=box)], processor, tmp_path, config=trl_vpo.LPOIConfig)
 
 
 def test_many_bad_rows_are_counted_and_the_first_are_shown(processor, tmp_path):

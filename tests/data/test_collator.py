@@ -149,7 +149,7 @@ def test_images_are_scaled_to_max_pixels(qwen, picture):
 
 
 def test_lpoi_draws_its_list_and_repeats_the_chosen_response(qwen, picture):
-    collator = PreferenceCollator(qwen, num_images=4)
+    collator = PreferenceCollator(qwen, media_form="ranking", num_images=4)
     box = [10, 20, 60, 50]
     listed = row("image", [], image_list=[picture, picture]) | {"prompt": message("user", "<image>", "What?")}
     batch = collator([row("image", [picture], critical_box=box), listed])

@@ -5,9 +5,24 @@ import math
 import re
 
 import pytest
-from import_records import ALPACA, FACTORY, HOUND, LPOI, MMPR, RECORDS, RLAIF_V, RLHF_V, RRPO, SWIFT, VIDEOCHAT2
+from datasets import load_dataset
+from import_records import (
+    ALPACA,
+    FACTORY,
+    HOUND,
+    LPOI,
+    MMPR,
+    RECORDS,
+    RLAIF_V,
+    RLHF_V,
+    RRPO,
+    SWIFT,
+    SYMMPO,
+    VIDEOCHAT2,
+)
 
 from trl_vpo.data.importers import FORMATS, convert, import_rows
+from trl_vpo.data.rows import read_row
 from trl_vpo.errors import ImportFormatError
 from trl_vpo.testbed.rows import write_jsonl
 
@@ -91,6 +106,32 @@ def test_ms_swift(tmp_path):
     assert one(tmp_path, "ms-swift", record | {"rejected_messages": rejected}) == one(tmp_path, "ms-swift", SWIFT)
     assert one(tmp_path, "ms-swift", SWIFT | {"rejected_messages": rejected}) == one(tmp_path, "ms-swift", SWIFT)
     assert one(tmp_path, "ms-swift", SWIFT | {"rejected_messages": []}) == one(tmp_path, "ms-swift", SWIFT)
+
+
+def test_ms_swift_rejected_media(tmp_path):
+    """What is not given is the chosen side's; a missing response stays missing."""
+    row = one(tmp_path, "ms-swift", SWIFT | {"rejected_images": ["y.jpg"], "rejected_response": None})
+    assert row["rejected_images"] == ["y.jpg"] and not row.keys() & {"rejected", "rejected_videos"}
+    read = read_row(row, media_form="pair")
+    assert read.media_list == [(["x.jpg"], ["x.mp4"]), (["y.jpg"], ["x.mp4"])] and read.rejected == read.chosen
+    videos = {"rejected_videos": ["y.mp4"], "rejected_images": ["x.jpg"]}
+    row = one(tmp_path, "ms-swift", SWIFT | videos)
+    assert row["rejected"] == [says("It sleeps.")] and row["rejected_videos"] == ["y.mp4"]
+    plain, contrast = SWIFT, {k: v for k, v in SWIFT.items() if k != "rejected_response"} | videos
+    counts = convert("ms-swift", write_jsonl([plain, contrast], tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert (counts.written, counts.media) == (2, 3)
+    files = {"data_files": str(tmp_path / "out.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    first, second = sorted(load_dataset("json", split="train", **files), key=lambda row: row["id"])
+    assert (first["rejected_videos"], second["rejected"]) == (None, None)
+
+
+def test_symmpo(tmp_path):
+    row = one(tmp_path, "symmpo", SYMMPO)
+    read = read_row(row, media_form="symmetric")
+    assert read.media_list == [(["1.jpg"], []), (["2.jpg"], [])] and row["prompt"] == [user("image", "What is it?")]
+    assert [row[side] for side in read.sides] == [[says(t)] for t in ("A dog.", "A cat.", "A fox.")]
+    counts = convert("symmpo", write_jsonl([SYMMPO], tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
+    assert counts.ignored_fields == ["resp_2_l"]
 
 
 def test_llamafactory(tmp_path):
@@ -219,7 +260,8 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("ms-swift", {"messages": ["hello"]}, r"`messages`\[0\] is not a message"),
         ("ms-swift", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"`messages`\[0\] has no text"),
         ("ms-swift", {"rejected_response": None}, "`rejected_response` .*is missing"),
-        ("ms-swift", {"rejected_images": ["y.jpg"]}, "`rejected_images` differ from `images`"),
+        ("ms-swift", {"rejected_images": ["y.jpg", "z.jpg"]}, "`rejected_images` has 2 items, and `images` 1"),
+        ("ms-swift", {"rejected_images": ["x.jpg"], "rejected_response": None}, "and so is the response"),
         ("ms-swift", {"rejected_response": None, "rejected_messages": SWIFT["messages"][3:]}, "another prompt"),
         ("ms-swift", {"rejected_messages": SWIFT["messages"]}, "`rejected_response` is not the response of"),
         ("ms-swift", {"images": []}, r"1 image placeholder\(s\), but the row has 0"),
@@ -255,6 +297,9 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("rlhf-v", {"text": "[]"}, "`text` is not an object"),
         ("rlhf-v", {"image": None, "image_path": None}, "has 0 images"),
         ("rlaif-v", {"image": {"bytes": "aGk="}}, r"`image`\[0\] is not a path, and not the bytes of a medium"),
+        ("symmpo", {"image_2": []}, "`image_2` has 0 images"),
+        ("symmpo", {"resp_2_w": None}, "`resp_2_w` is missing"),
+        ("symmpo", {"resp_2_w": "A dog."}, "chosen and other_chosen responses are identical"),
         ("mmpr", {"image": []}, r"1 image placeholder\(s\), but the row has 0"),
     ],
 )

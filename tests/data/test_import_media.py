@@ -115,7 +115,7 @@ def test_lpoi_keeps_a_list(tmp_path):
     counts = convert("lpoi", write_jsonl(records, tmp_path / "in.jsonl"), tmp_path / "out.jsonl", media_root="/d")
     for row in rows_of(tmp_path / "out.jsonl"):
         assert row["image_list"] == ["/d/data/images/1.jpg", "/d/data/m/1.jpg", "/d/data/m/2.jpg"]
-        assert read_row(row, image_list=True).image_list == row["image_list"]
+        assert read_row(row, media_form="ranking").media_list == [([item], []) for item in row["image_list"]]
     assert (counts.media, counts.missing_media, counts.ignored_fields) == (3, 3, [])
 
 
@@ -130,7 +130,7 @@ def test_lpoi_finds_the_masked_images_of_the_release(tmp_path):
     counts = convert("lpoi", path, tmp_path / "out.jsonl", media_root=tmp_path)
     first, second = rows_of(tmp_path / "out.jsonl")
     assert first["image_list"] == [str(tmp_path / "data" / folder / "1.jpg") for folder in folders]
-    assert len(read_row(first, image_list=True).image_list) == 5
+    assert len(read_row(first, media_form="ranking").media_list) == 5
     assert second["image_list"] is None
     (note,) = counts.left_to_do
     out = tmp_path / "out.jsonl"

@@ -71,12 +71,12 @@ def test_phrases_come_from_offsets_tags_or_the_diff():
 
 def test_an_image_list_brings_or_repeats_its_first_image():
     asked = {"prompt": message("user", "<image>", "What?")}
-    read = read_row(row("image", [], image_list=["a.png", "b.png"]) | asked, image_list=True)
-    assert read.images == ["a.png"] and read.image_list == ["a.png", "b.png"]
-    assert len(read_row(row("image", ["a.png"], image_list=["a.png", "b.png"]), image_list=True).image_list) == 2
+    read = read_row(row("image", [], image_list=["a.png", "b.png"]) | asked, media_form="ranking")
+    assert read.images == ["a.png"] and read.media_list == [(["a.png"], []), (["b.png"], [])]
+    assert len(read_row(row("image", ["a.png"], image_list=["a.png", "b.png"]), media_form="ranking").media_list) == 2
     listed = [{"path": "a.png"}, {"path": "b.png"}]
     example = row("image", [{"path": "a.png", "bytes": None}], image_list=listed)
-    assert read_row(example, image_list=True).image_list == listed
+    assert read_row(example, media_form="ranking").media_list == [([item], []) for item in listed]
 
 
 def test_reading_a_row_reads_no_pixels(tmp_path):
@@ -84,7 +84,8 @@ def test_reading_a_row_reads_no_pixels(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.bmp")
     (tmp_path / "cut.bmp").write_bytes((tmp_path / "a.bmp").read_bytes()[:2000])
     listed = [Image.open(tmp_path / name) for name in ("cut.bmp", "a.bmp")]
-    assert read_row(row("image", listed[:1], image_list=listed), image_list=True).image_list == listed
+    read = read_row(row("image", listed[:1], image_list=listed), media_form="ranking")
+    assert [item for (item,), _ in read.media_list] == listed
 
 
 def test_nulls_that_a_tools_call_gives_are_kept():
@@ -122,7 +123,7 @@ def test_columns_of_numpy():
     read = read_row(row(None, chosen="a red car", chosen_phrases=np.array([[2, 5]])), phrases=True)
     assert read.chosen_phrases == [(2, 5)]
     example = row("image", ["a.png"], critical_box=np.array([1, 2, 3, 4]))
-    assert read_row(example, image_list=True).critical_box == [1, 2, 3, 4]
+    assert read_row(example, media_form="ranking").critical_box == [1, 2, 3, 4]
 
 
 def ask(content, role="user"):
@@ -197,16 +198,16 @@ RRPO = [
 LPOI = [
     (image(), "needs a `critical_box`"),
     (image(image_list=["a.png"]), r"1 image\(s\); a ranking needs at least two"),
-    (row("video", ["a.mp4"], critical_box=[0, 0, 1, 1]), "LPOI ranks images"),
+    (row("video", ["a.mp4"]), "needs a `critical_box`"),
     (row("image", ["a.png", "b.png"], critical_box=[0, 0, 1, 1]), "exactly one image"),
     (image(critical_box=5), "`critical_box` must be a list, got int"),
     (image(critical_box="0,0,5,5"), "`critical_box` must be a list, got str"),
     (image(image_list="a.png"), "`image_list` must be a list, got str"),
     (image(image_list=["a.png", None]), r"`image_list` has nothing at position \[1\]"),
-    (image(image_list=["b.png", "c.png"]), "an image beside its `image_list`"),
+    (image(image_list=["b.png", "c.png"]), "beside its `image_list`"),
 ]
 BROKEN = [({}, *case) for case in ANYBODY] + [({"phrases": True}, *case) for case in RRPO]
-BROKEN += [({"image_list": True}, *case) for case in LPOI]
+BROKEN += [({"media_form": "ranking"}, *case) for case in LPOI]
 
 
 @pytest.mark.parametrize(("needs", "example", "says"), BROKEN, ids=[says[:40] for *_, says in BROKEN])
@@ -214,24 +215,3 @@ def test_a_broken_row_is_refused_by_name(needs, example, says):
     with pytest.raises(RowError, match=says) as caught:
         read_row(example | {"_row_index": 3, "id": "x9"}, **needs)
     assert str(caught.value).startswith("row 3 (id 'x9'): ")
-
-
-@pytest.mark.parametrize(
-    ("example", "message"),
-    [
-        (row("video", ["a.mp4"]), "mDPO ranks images, but the row has videos"),
-        (row("image", ["a.png", "b.png"]), "mDPO needs exactly one image in `images`, the row has 2"),
-        (row("image", ["a"], image_list=["a", "b", "c"]), "has 3 images; mDPO compares two"),
-    ],
-)
-def test_rows_that_mdpo_refuses(example, message):
-    with pytest.raises(RowError, match=message):
-        read_row(example, image_list="crop")
-
-
-def test_rows_of_mdpo():
-    """One image, with or without a box, which is not read; or two."""
-    boxed = read_row(row("image", ["a.png"], critical_box=[0, 0, 1, 1]), image_list="crop")
-    assert (boxed.images, boxed.critical_box, boxed.image_list) == (["a.png"], None, None)
-    listed = read_row(row("image", ["a"], image_list=["a", "b"]), image_list="crop")
-    assert listed.image_list == ["a", "b"]

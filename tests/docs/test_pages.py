@@ -55,9 +55,13 @@ def inputs_of(block):
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
+FORMS = {"dpo": "pair", "mdpo": "contrast", "lpoi": "ranking", "symmpo": "symmetric"}
+
+
 @marked("reads: row")
 def test_rows_are_read(block):
-    needs = {"phrases": "rrpo" in block.mark and "paired", "image_list": "lpoi" in block.mark}
+    form = next((form for method, form in FORMS.items() if method in block.mark.split()), None)
+    needs = {"phrases": "rrpo" in block.mark and "paired", "media_form": form}
     needs["scores"] = "score" if "scores" in block.mark else None
     for example in objects(block):
         row = read_row(example, **needs)

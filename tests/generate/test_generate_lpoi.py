@@ -164,11 +164,11 @@ def test_a_detector_and_a_mask_model_by_name(tmp_path, scenes):
         row = made_row(outcome)
         assert row["box_source"] == "detector" and 0 < row["box_score"] <= 1
         assert row["critical_object"].split()[-1] in [thing["label"] for thing in scene.example["objects"]]
-        read = read_row(row, image_list=True)
-        assert read.image_list == row["image_list"] and len(read.image_list) == 3
-        assert read.image_list[0] == scene.images[0]
+        read = read_row(row, media_form="ranking")
+        assert read.media_list == [([item], []) for item in row["image_list"]] and len(read.media_list) == 3
+        assert read.images == [scene.images[0]]
         x0, y0, x1, y1 = row["critical_box"]
-        first, *_, last = (np.asarray(load_image(path)) for path in read.image_list)
+        first, *_, last = (np.asarray(load_image(path)) for (path,), _ in read.media_list)
         assert ((last != first).any(-1) & (last == 0).all(-1))[y0:y1, x0:x1].any()
     assert outcomes == run(pipeline(**settings), *scenes[:4])
     assert outcomes[1:2] == run(pipeline(**settings), scenes[1])

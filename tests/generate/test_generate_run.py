@@ -70,7 +70,7 @@ def test_rows_of_every_method(method, runs, inputs):
     who = json.loads(who)
     assert re.fullmatch("[0-9a-f]{16}", who.pop("settings")) and who == WHO | {"pipeline": method, "judge": None}
     for row in rows:
-        read = read_row(row, phrases=method == "rrpo", image_list=method == "lpoi")
+        read = read_row(row, phrases=method == "rrpo", media_form="ranking" if method == "lpoi" else None)
         assert row["id"] in read.name
         assert [Path(p).is_absolute() and Path(p).exists() for p in (*read.images, *read.videos)] == [True]
         if method != "lpoi":  # the training prompt is the plain question about the untouched media
@@ -79,7 +79,9 @@ def test_rows_of_every_method(method, runs, inputs):
             assert row["videos"] == [asked[row["id"]]["video"]]
 
 
-@pytest.mark.parametrize("method, options", [("leanpo", {}), ("rrpo", {"phrases": True}), ("lpoi", {"num_images": 5})])
+@pytest.mark.parametrize(
+    "method, options", [("leanpo", {}), ("rrpo", {"phrases": True}), ("lpoi", {"media_form": "ranking"})]
+)
 def test_rows_are_collated_as_in_training(method, options, runs):
     processor = AutoProcessor.from_pretrained(BASE)
     rows = load_dataset("json", data_files=str(runs(method)[0] / "rows.jsonl"), split="train")

@@ -81,6 +81,15 @@ ELV_HALLUC_DPO = {  # no record of the authors' file was at hand: what their pap
     "chosen": "A man holds a cup.",
     "rejected": "A man holds a flag.",
 }
+SYMMPO = {  # the columns of Liuwq-bit/SymMPO
+    "image_1": "1.jpg",
+    "image_2": "2.jpg",
+    "question": "What is it?",
+    "resp_1_w": "A dog.",
+    "resp_1_l": "A cat.",
+    "resp_2_w": "A fox.",
+    "resp_2_l": "A hen.",
+}
 PAIRS = {
     "rrpo": RRPO,
     "lpoi": LPOI,
@@ -92,6 +101,7 @@ PAIRS = {
     "rlaif-v": RLAIF_V,
     "mmpr": MMPR,
     "elv-halluc-dpo": ELV_HALLUC_DPO,
+    "symmpo": SYMMPO,
 }
 
 HOUND_QA = {

@@ -68,7 +68,7 @@ def made_row(outcome):
     """The row of an outcome, which training can read."""
     assert outcome.reason is None, outcome.reason
     (made,) = outcome.rows
-    read = read_row(made, image_list=True)
+    read = read_row(made, media_form="ranking")
     if read.critical_box is not None:
         check_box(read.critical_box, load_image(made["images"][0]).size)
     json.dumps(made), json.dumps(outcome.notes)

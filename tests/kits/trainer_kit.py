@@ -17,7 +17,7 @@ from trl_vpo.training import methods
 METHODS = {method: methods.method_classes(method) for method in methods.METHODS}  # (config, trainer)
 QUICK = ("dpo", "leanpo", "rrpo", "lpoi")  # of the default job, where a test goes through many models
 BY_SPEED = [pytest.param(method, marks=[pytest.mark.slow] * (method not in QUICK)) for method in METHODS]
-TEXT_METHODS = [method for method, (_, trainer) in METHODS.items() if not trainer.needs_image_list]
+TEXT_METHODS = [method for method, (config, _) in METHODS.items() if config.media_form in (None, "pair")]
 PAIRS = [  # responses of different lengths, so that every batch is ragged; some words are replaced in each
     ("a red square moves left.", "a blue circle moves left."),
     ("a square.", "two red circles and a blue circle move to the right."),

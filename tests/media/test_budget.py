@@ -109,8 +109,8 @@ def test_what_a_run_says_of_it():
     text = "131,072 to 786,432 pixels a frame, as qwen-vl-utils 0.0.14, and at most 25,165,824 in all"
     assert str(budget_of_run(trainer)) == text
     text = "16 frames of a video, at most 786,432 pixels a frame (the model's own budget)"
-    assert describe_media(args, processor, ["videos", "id"], False) == text
-    both = describe_media(args, processor, ["videos", "images"], False)
+    assert describe_media(args, processor, ["videos", "id"]) == text
+    both = describe_media(args, processor, ["videos", "images"])
     assert both == text + "; images, as large as the processor makes them"
     trainer.train_dataset = Dataset.from_dict({"images": []})
     assert budget_of_run(trainer) is None
@@ -119,10 +119,10 @@ def test_what_a_run_says_of_it():
 def test_what_a_run_says_of_max_pixels():
     processor, args = published("Qwen2.5-VL"), trl_vpo.VisualDPOConfig("x", use_cpu=True, max_pixels=150528)
     rounded = "16 frames of a video, images, at most about 150,528 pixels each"
-    assert describe_media(args, processor, ["videos", "images"], False) == rounded
+    assert describe_media(args, processor, ["videos", "images"]) == rounded
     args.max_pixels, least = 1000, processor.video_processor.size["shortest_edge"]
     text = f"16 frames of a video, about {least:,} pixels each: the processor makes none smaller"
-    assert describe_media(args, processor, ["videos"], False).startswith(text)
+    assert describe_media(args, processor, ["videos"]).startswith(text)
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------

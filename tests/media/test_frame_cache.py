@@ -205,7 +205,7 @@ def test_check_media_decode_fills_what_the_collator_reads(qwen, tmp_path, cache)
     kept = {"num_frames": 4, "check_media": "decode", "frame_cache": str(cache)}
     args = trl_vpo.VisualDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **kept)
     data = Dataset.from_list([row("video", [str(path)]) for path in paths])
-    kwargs = {"name": "train", "processing_class": qwen, "phrases": False, "image_list": False}
+    kwargs = {"name": "train", "processing_class": qwen, "phrases": False}
     rows = prepare_dataset(data, args, **kwargs)
     assert len(entries(cache)) == 2
     want = PreferenceCollator(qwen, video=args.video_options())(list(rows))

@@ -1,12 +1,22 @@
 """LPOI's masked images, pixel by pixel on small pictures."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from trl_vpo.media.masking import check_box, hidden_box, masked_image_list
+from trl_vpo.errors import RowError
+from trl_vpo.media.load import Clip
+from trl_vpo.media.masking import (
+    blanked_clips,
+    check_box,
+    check_span,
+    hidden_box,
+    masked_clips,
+    masked_image_list,
+)
 
 SIGNS = {(200, 200, 200): ".", (0, 0, 0): "#", (255, 0, 0): "R"}
 
@@ -129,3 +139,64 @@ def test_a_bad_box_is_refused_with_box_size_and_remedy(box, reason):
 @pytest.mark.parametrize("box", [[0, 0, 20, 10], (3, 4, 5, 6), np.array([0.5, 0.5, 19.5, 9.5]), [0, 0, 1, 1]])
 def test_good_boxes_pass(box):
     check_box(box, (20, 10))
+
+
+# --- clips --------------------------------------------------------------------------------------------------------
+
+
+def white(count, size=(30, 40), step=0.5):
+    """A white clip whose frames are `step` seconds apart; (height, width)."""
+    frames = np.full((count, *size, 3), 255, np.uint8)
+    return Clip(frames, np.arange(count) * step, 1 / step, count, count * step, "clip.mp4")
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_a_clip_of_the_stored_size_is_masked_frame_by_frame(prompt):
+    clip = white(3)
+    clip.frames[:] = np.random.default_rng(0).integers(0, 255, clip.frames.shape)
+    got = masked_clips(clip, [5, 4, 31, 22], (40, 30), 4, visual_prompt=prompt)
+    for t, frame in enumerate(clip.frames):
+        items = masked_image_list(Image.fromarray(frame), [5, 4, 31, 22], 4, visual_prompt=prompt)
+        assert all(np.array_equal(np.asarray(item), shown.frames[t]) for item, shown in zip(items, got))
+    assert np.array_equal(got[0].frames, clip.frames) and got[2].timestamps is clip.timestamps
+
+
+def test_the_box_of_a_clip_is_in_pixels_of_the_stored_frames():
+    """Of frames that are stored at 80x60 and read at half of it, rounded outwards."""
+    *_, last = masked_clips(white(2), [11, 8, 63, 45], (80, 60), 3, visual_prompt=False)
+    want = np.full((30, 40), 255)
+    want[4:23, 5:32] = 0
+    assert np.array_equal(last.frames[1, ..., 0], want)
+    tiny = masked_clips(white(1, (2, 2)), [0, 0, 1, 1], (100, 100), 2, visual_prompt=False)[-1]
+    assert (tiny.frames[0, ..., 0] == [[0, 255], [255, 255]]).all()
+    with pytest.raises(RowError, match=r"critical_box .* in an image of 80x60 pixels reaches outside"):
+        masked_clips(white(1), [0, 0, 81, 60], (80, 60), 2)
+
+
+def test_frames_of_a_span_go_dark_evenly_and_stay_dark():
+    clip = white(10)
+    got = blanked_clips(clip, [1, 4.5], 5)  # frames 2 to 9
+    dark = [np.flatnonzero(~item.frames.any((1, 2, 3))).tolist() for item in got]
+    assert dark == [[], [2, 6], [2, 4, 6, 8], [2, 3, 4, 6, 7, 8], [2, 3, 4, 5, 6, 7, 8, 9]]
+    assert all(set(np.unique(item.frames)) <= {0, 255} for item in got) and clip.frames.all()
+    five = [int((~item.frames.any((1, 2, 3))).sum()) for item in blanked_clips(clip, [0, 2], 4)]
+    assert five == [0, 2, 4, 5]  # ceil(k * 5 / 3)
+    one = [int((~item.frames.any((1, 2, 3))).sum()) for item in blanked_clips(clip, [0.9, 1.1], 3)]
+    assert one == [0, 1, 1]  # with more items than frames, neighbours are equal
+
+
+@pytest.mark.parametrize(
+    ("span", "says"),
+    [
+        ([1], "is not .start, end. in seconds"),
+        ([2, 1], "is not .start, end. in seconds"),
+        ([-1, 1], "is not .start, end. in seconds"),
+        ([0, math.nan], "is not .start, end. in seconds"),
+        (["0", "1"], "is not .start, end. in seconds"),
+        ([1, 5.5], "ends behind the video, which is 5.00 s long"),
+        ([1.1, 1.4], "holds none of the 10 sampled frames, which are from 0.00 to 4.50 s. Raise num_frames"),
+    ],
+)
+def test_spans_that_hide_nothing_are_named(span, says):
+    with pytest.raises(RowError, match=rf"critical_span .* of clip.mp4 {says}"):
+        check_span(span, white(10))

@@ -9,7 +9,19 @@ from datasets import Dataset
 from families import write_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from step_kit import Gradients, assert_same_gradients, losses_of
-from trainer_kit import METHODS, QUIET, collated, fresh, image_rows, lora, shake, text_rows, trainable, trainer_of
+from trainer_kit import (
+    METHODS,
+    QUIET,
+    TEXT_METHODS,
+    collated,
+    fresh,
+    image_rows,
+    lora,
+    shake,
+    text_rows,
+    trainable,
+    trainer_of,
+)
 from trl_standins import conversations, text_standin
 
 from trl_vpo.errors import RecipeError
@@ -65,7 +77,7 @@ def test_the_same_as_trl(name, layout, checkpointing, tmp_path):
 def test_every_method_adds_it(method, images, tmp_path):
     """A method's own losses have no part in it: LPOI's lists are read whole, the others' pairs."""
     rows = image_rows(images, 2)
-    for row in rows if METHODS[method][1].needs_image_list else ():
+    for row in rows if method not in TEXT_METHODS else ():
         row |= {"image_list": images[:2]}
         del row["images"]
     trainer = trainer_of(method, tmp_path, rows, name=VLM, router_aux_loss_coef=0.5)

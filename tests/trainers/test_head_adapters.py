@@ -13,7 +13,7 @@ from families import text_model
 from peft import get_peft_model, inject_adapter_in_model
 from slow_kit import of_tokens, slow_kl, slow_scores
 from step_kit import assert_same_gradients, gradients
-from trainer_kit import METHODS, collated, fresh, image_rows, lora, shake, text_rows, trainer_of
+from trainer_kit import METHODS, TEXT_METHODS, collated, fresh, image_rows, lora, shake, text_rows, trainer_of
 from transformers import BitsAndBytesConfig
 from trl.trainer.utils import use_adapter
 
@@ -98,7 +98,7 @@ def adapted_trainer(method, folder, peft_config, kind="untied", given=False, lay
 def test_a_trained_copy_of_the_head(method, layout, images, tmp_path):
     """`modules_to_save`: under every method, in both layouts; the reference has the base's head."""
     rows, name = image_rows(images, 3), "Qwen2-VL"
-    if METHODS[method][1].needs_image_list:
+    if method not in TEXT_METHODS:
         longer = method == "lpoi"  # mDPO's lists have two images
         rows = [{**row, "image_list": images[: 2 + i % 2 * longer], "images": None} for i, row in enumerate(rows)]
     trainer = adapted_trainer(method, tmp_path, lora(**HEAD), layout=layout, rows=rows, name=name)

@@ -1,11 +1,14 @@
 """Each method's loss and gradients by hand: one full call per response and image, and the paper's formula on top."""
 
+import itertools
+
 import pytest
 import torch
+from helpers import message, row
 from slow_kit import of_tokens, slow_kl, slow_scores
 from step_kit import assert_same_gradients, gradients
 from torch.nn.functional import logsigmoid
-from trainer_kit import METHODS, collated, image_rows, shake, text_rows, trainer_of
+from trainer_kit import METHODS, PAIRS, collated, image_rows, shake, text_rows, trainer_of
 
 from trl_vpo.errors import UserError
 
@@ -101,6 +104,19 @@ def lpoi(rows, args):
     return sum(losses) / len(losses)
 
 
+def clips(media):
+    """Clips with a box, a span, and a list of two, and an image with a box."""
+    one, two, three, four = PAIRS[:4]
+    rows = [
+        row("video", media["video"][:1], *one, critical_box=[4, 8, 40, 44]),
+        row("video", media["video"][:1], *two, critical_span=[0.2, 0.9]),
+        row("video", [], *three, video_list=media["video"], prompt=message("user", "<video>", "What moves?")),
+        row("image", media["image"][:1], *four, critical_box=[5, 5, 40, 50]),
+    ]
+    names = ("images", "videos", "critical_box", "critical_span", "video_list")
+    return [dict.fromkeys(names) | {k: v for k, v in r.items() if v != []} for r in rows]
+
+
 def lists(images):
     """Image lists of different lengths: two and three images given, and four drawn from a box."""
     rows = image_rows(images, 3)
@@ -175,9 +191,24 @@ def test_lpoi_by_hand_with_lists_of_different_lengths(name, layout, images, tmp_
     # Its rewards per image, averaged over the rows that have that many images.
     logs = trainer._averages("train")
     for k in range(4):
-        row = [r[k + 1 if k else 0] for r in rows if len(r) > k + 1]
-        reward = sum(trainer.beta * (w.sum() - rw.sum()).item() for w, rw, *_ in row) / len(row)
+        of_rows = [r[k + 1 if k else 0] for r in rows if len(r) > k + 1]
+        reward = sum(trainer.beta * (w.sum() - rw.sum()).item() for w, rw, *_ in of_rows) / len(of_rows)
         assert logs[f"rewards/image/{k + 1}"] == pytest.approx(reward, rel=1e-4, abs=1e-5), k
+
+
+@LAYOUTS
+@pytest.mark.parametrize("name", ["Qwen2-VL", "LLaVA-OneVision"])
+def test_lpoi_by_hand_on_clips(name, layout, media, tmp_path):
+    trainer = trainer_of("lpoi", tmp_path, clips(media), name=name, layout=layout, num_images=3, num_frames=6)
+    shake(trainer.model)
+    batch = collated(trainer)
+    assert (batch["image_branches"] >= 0).sum(-1).tolist() == [3, 3, 2, 3]
+    assert_same_loss(trainer, batch, lpoi)
+    first = [trainer.data_collator.encode(example).trunks for example in trainer.train_dataset]
+    for trunks in first:
+        (name,) = (name for name in trunks[0].media if name.startswith("pixel_values"))
+        pixels = [trunk.media[name] for trunk in trunks]
+        assert all(a.shape != b.shape or not torch.equal(a, b) for a, b in itertools.pairwise(pixels))
 
 
 @LAYOUTS
@@ -198,6 +229,27 @@ def test_mdpo_by_hand(name, layout, images, tmp_path):
     pixels = [[next(iter(trunk.media.values())) for trunk in tree.trunks] for tree in trees]
     assert torch.equal(pixels[0][0], pixels[1][0]) and not torch.equal(pixels[0][1], pixels[1][1])
     assert all(not torch.equal(whole, crop) for whole, crop in pixels)
+
+
+@LAYOUTS
+def test_mdpo_on_clips_and_several_images(layout, media, images, tmp_path):
+    """Crops of all images of a row, one crop for all frames of a clip, and a row with second media of its own."""
+    rows = [
+        row("image", images[:2], *PAIRS[0]),
+        row("video", media["video"][:1], *PAIRS[1]),
+        row("video", media["video"][1:], *PAIRS[2], rejected_videos=media["video"][:1]),
+    ]
+    filled = {"images": None, "videos": None, "rejected_videos": None}
+    more = {"layout": layout, "num_frames": 4, "conditional_weight": 0.7, "anchor_margin": 0.2}
+    trainer = trainer_of("mdpo", tmp_path, [filled | r for r in rows], name="Qwen2-VL", **more)
+    shake(trainer.model)
+    batch = collated(trainer)
+    assert batch["image_branches"].tolist() == [[0, 2], [3, 5], [6, 8]]
+    assert_same_loss(trainer, batch, mdpo)
+    for example in trainer.train_dataset:
+        own, other = trainer.data_collator.encode(example).trunks
+        (name,) = (name for name in own.media if name.startswith("pixel_values"))
+        assert own.media[name].shape != other.media[name].shape or not torch.equal(own.media[name], other.media[name])
 
 
 def test_dpa_with_several_pairs_in_a_row(tmp_path):

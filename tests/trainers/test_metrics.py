@@ -17,7 +17,7 @@ def entries(trainer, key="entropy"):
 
 
 def rows_for(method, images):
-    if not METHODS[method][1].needs_image_list:
+    if method in TEXT_METHODS:
         return "text", [r | {"weight": WEIGHTS[i]} for i, r in enumerate(text_rows(8))]
     rows = image_rows(images, 8)
     for i, r in enumerate(rows):

@@ -5,11 +5,11 @@ import types
 import pytest
 import torch
 from step_kit import assert_same_gradients, gradients
-from trainer_kit import METHODS, image_rows, shake, text_rows, trainer_of
+from trainer_kit import METHODS, TEXT_METHODS, image_rows, shake, text_rows, trainer_of
 
 
 def rows_for(method, images, order, weights):
-    listed = METHODS[method][1].needs_image_list
+    listed = method not in TEXT_METHODS
     rows = image_rows(images, 4) if listed else text_rows(4)
     for i, r in enumerate(rows if listed else ()):
         r |= {"image_list": images[: 2 + i % 2 * (method == "lpoi")], "images": None}
@@ -20,7 +20,7 @@ def rows_for(method, images, order, weights):
 def test_a_weight_counts_a_row_so_often(method, images, tmp_path):
     """Row 1 with weight 2 is that row twice, row 2 with weight 0 is none, two halves of row 3 are one. The divisor and
     the tokens per pair are in both cases those of all five rows: a weight changes neither."""
-    name = "Qwen2-VL" if METHODS[method][1].needs_image_list else "text"
+    name = "text" if method in TEXT_METHODS else "Qwen2-VL"
     results = []
     for order, weights in (((0, 1, 2, 3, 3), (1, 2, 0, 0.5, 0.5)), ((0, 1, 1, 3), (1, 1.0, None, 1))):
         trainer = trainer_of(method, tmp_path, rows_for(method, images, order, weights), name=name)

@@ -51,7 +51,7 @@ def _check_media(row: Row, processing_class: Any) -> None:
 
 
 def _check_tokens(row: Row, processing_class: Any) -> None:
-    texts = {side: response_text(getattr(row, side)) for side in ("prompt", "chosen", "rejected")}
+    texts = {side: response_text(getattr(row, side)) for side in ("prompt", *row.sides)}
     if not row.conversational:
         place_in_string(processing_class, texts.pop("prompt"), {"image": len(row.images), "video": len(row.videos)})
     for side, text in texts.items():

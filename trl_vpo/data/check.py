@@ -24,12 +24,14 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.columns import COLUMNS, ROW_INDEX, nearest_column
 from trl_vpo.data.passed_rows import PassedRows
 from trl_vpo.data.raw_rows import CHUNK, number_rows, number_stream, raw_rows
+from trl_vpo.data.row_media import Sources
 from trl_vpo.data.rows import Row, read_row
 from trl_vpo.errors import MediaError, RowError, UserError
 from trl_vpo.files import atomic_write
 from trl_vpo.media.budget import PixelBudget, video_budget
-from trl_vpo.media.load import check_video, load_image, load_video
-from trl_vpo.media.masking import check_box
+from trl_vpo.media.corruptions import check_contrast, kept_frames
+from trl_vpo.media.load import Media, check_video, frame_size, load_image, load_video
+from trl_vpo.media.masking import check_box, check_span
 
 SHOWN = 5
 
@@ -49,7 +51,6 @@ def prepare_dataset(
     name: str,
     processing_class: Any,
     phrases: bool,
-    image_list: bool,
     collator: PreferenceCollator | None = None,
 ) -> Dataset | IterableDataset:
     """Number the rows of a dataset and check them; leave out rows with bad media if `args.on_bad_media` is "skip".
@@ -59,8 +60,7 @@ def prepare_dataset(
     go unchecked. Raises RowError, which names up to five rows and says how many there are.
     """
     encode = blank_encoder(collator) if collator is not None else None
-    needs = {"phrases": phrases, "image_list": image_list}
-    check = partial(check_row, args=args, processing_class=processing_class, encode=encode, **needs)
+    check = partial(check_row, args=args, processing_class=processing_class, encode=encode, phrases=phrases)
     if isinstance(dataset, IterableDataset):
         if args.on_bad_media == "skip":
             raise UserError("on_bad_media='skip' needs a dataset that can be read up front, not an IterableDataset.")
@@ -174,13 +174,13 @@ def check_row(
     args: Any,
     processing_class: Any,
     phrases: bool,
-    image_list: bool,
     encode: Callable[[Row], Any] | None = None,
 ) -> Problem | None:
     """Return the first problem of a row, or None; `encode` encodes a row with blank media."""
     index = example[ROW_INDEX]
     try:
-        row = read_row(example, phrases=phrases, image_list=image_list, scores=args.scores)
+        how = {"media_form": args.media_form, "drawn": args.media_contrast is not None, "scores": args.scores}
+        row = read_row(example, phrases=phrases, **how)
         if processing_class is not None:
             check_accepted(row, processing_class)
         try:
@@ -197,19 +197,34 @@ def check_row(
 def check_media(row: Row, args: Any, budget: PixelBudget | None = None) -> Row:
     """Look at all media of a row. Return it with blank media of the same shapes; itself where nothing is looked at.
 
-    Raises MediaError or, for a box that does not lie in its image, RowError.
+    Raises MediaError or, for a box, span or corruption that does not fit the media, RowError.
     """
     if args.check_media == "off":
         return row
+    given = [_blank(row, sources, args, budget) for sources in row.media_list or [(row.images, row.videos)]]
+    own = given[0]
+    if row.critical_box is not None:
+        size = own.images[0].size if row.images else frame_size(row.videos[0], media_root=args.media_root)
+        check_box(row.critical_box, size)
+        given *= args.num_images
+    elif row.critical_span is not None:
+        check_span(row.critical_span, own.videos[0])
+        given *= args.num_images
+    elif args.media_contrast is not None and row.media_list is None and (row.images or row.videos):
+        check_contrast(own, args.media_contrast)
+        given.append(kept_frames(own, args.media_contrast))
+    listed = [(list(media.images), list(media.videos)) for media in given]
+    blank = {"images": listed[0][0], "videos": listed[0][1], "media_list": listed if len(listed) > 1 else None}
+    return replace(row, **blank, critical_box=None, critical_span=None)
+
+
+def _blank(row: Row, sources: Sources, args: Any, budget: PixelBudget | None) -> Media:
+    """Open images and videos, and return blank ones of the same shapes."""
+    images, videos = sources
     root, options = args.media_root, args.video_options()
     decode = partial(load_video, cache=args.frame_cache) if args.check_media == "decode" else check_video
-    budget = budget and budget.shared(len(row.videos))
-    clips = [decode(source, options, budget=budget, media_root=root) for source in row.videos]
+    budget = budget and budget.shared(len(videos))
+    clips = [decode(source, options, budget=budget, media_root=root) for source in videos]
     boxed = row.critical_box is not None  # the box is in pixels of the image as it is stored
     how = {"max_pixels": None if boxed else args.max_pixels, "limit": args.max_pixels is None, "media_root": root}
-    images = [blank_image(load_image(source, **how).size) for source in row.image_list or row.images]
-    if boxed:
-        check_box(row.critical_box, images[0].size)
-    listed = images if row.image_list else None
-    clips = list(map(blank_clip, clips))
-    return replace(row, videos=clips, images=images[:1] if listed else images, image_list=listed)
+    return Media(tuple(blank_image(load_image(s, **how).size) for s in images), tuple(map(blank_clip, clips)))

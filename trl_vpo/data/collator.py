@@ -1,7 +1,6 @@
 """Rows -> tree batch: chat template, tokens, phrases, frames. Runs in the data-loader workers."""
 
 from dataclasses import dataclass, field, replace
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -14,17 +13,14 @@ from trl_vpo.data.columns import REF_SUMS
 from trl_vpo.data.messages import response_text, with_text
 from trl_vpo.data.proof_rows import proof_rows
 from trl_vpo.data.rows import Row, read_row
-from trl_vpo.data.trunk_media import video_metadata
+from trl_vpo.data.trunk_media import trunk_media, video_metadata
 from trl_vpo.errors import MediaError, PhraseError, RowError
 from trl_vpo.forward.families import PROMPT_MASKS
 from trl_vpo.forward.tree import Branch, Tree, Trunk, tree_batch
 from trl_vpo.media.budget import PixelBudget, video_budget
-from trl_vpo.media.corruptions import random_crop
-from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
-from trl_vpo.media.masking import masked_image_list
+from trl_vpo.media.load import Clip, Media, VideoOptions
 from trl_vpo.text.phrases import Span, spans_to_token_ids
 
-SIDES = ("chosen", "rejected")
 REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
 
 
@@ -32,9 +28,9 @@ REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, Ar
 class PreferenceCollator:
     """Turns rows of preference data into a tree batch (see `trl_vpo.forward.tree`).
 
-    The prompt goes through the processor once per image list item, not once per response: each video is decoded
-    and preprocessed once per pair. Responses are tokenized behind their prompt, so that tokens merge as they would
-    in generation, and never carry tags or new special tokens.
+    The prompt goes through the processor once for each of the media that a row compares, not once per response: each
+    video is decoded and preprocessed once per pair. Responses are tokenized behind their prompt, so that tokens merge
+    as they would in generation, and never carry tags or new special tokens.
 
     Example:
         >>> collator = PreferenceCollator(AutoProcessor.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct"))
@@ -51,8 +47,10 @@ class PreferenceCollator:
             `trl_vpo.media.budget`).
         max_length: prompts with a response longer than this raise an error; nothing is cut.
         phrases: RRPO: mark the tokens of the phrases that differ. "paired": DPA's, as many on both sides.
-        num_images: LPOI: length of the image list drawn from `critical_box`. "crop": mDPO's image and a random crop of
-            it. None: no list.
+        media_form: what else responses are scored behind, see `trl_vpo.data.row_media`. None: the row's own media.
+        media_contrast: corruption that is the second of the media where a row gives none, of
+            `trl_vpo.media.corruptions.CONTRASTS`.
+        num_images: LPOI: length of the list drawn from `critical_box` or `critical_span`.
         visual_prompt: LPOI: draw the red ellipse.
         scores: the columns of scores that rows must have, "score" or "trust". None: none.
         media_root: folder of the media.
@@ -68,7 +66,9 @@ class PreferenceCollator:
     max_pixels: int | None = None
     max_length: int | None = None
     phrases: bool | str = False
-    num_images: int | str | None = None
+    media_form: str | None = None
+    media_contrast: str | None = None
+    num_images: int = 5
     visual_prompt: bool = True
     scores: str | None = None
     media_root: str | None = None
@@ -96,12 +96,17 @@ class PreferenceCollator:
         return batch
 
     def encode(self, example: dict) -> Tree:
-        """Return a row's tree: trunks of the image list's items; branches chosen, rejected, chosen on the others."""
-        row = read_row(example, phrases=self.phrases, image_list=self.num_images, scores=self.scores)
-        return replace(self.encode_row(row), ref_sums=example.get(REF_SUMS))
+        """Return a row's tree: a trunk for each of its media; branches chosen, rejected, then those on the others."""
+        return replace(self.encode_row(self.read(example)), ref_sums=example.get(REF_SUMS))
 
-    def encode_row(self, row: Row, sides: tuple[str, ...] = SIDES) -> Tree:
+    def read(self, example: dict) -> Row:
+        """Return a row as its method reads it."""
+        how = {"media_form": self.media_form, "drawn": self.media_contrast is not None, "scores": self.scores}
+        return read_row(example, phrases=self.phrases, **how)
+
+    def encode_row(self, row: Row, sides: tuple[str, ...] | None = None) -> Tree:
         """Return the tree of a row with some of its responses. `sides=()`: the prompt alone, as for generation."""
+        sides = row.sides if sides is None else sides
         check_accepted(row, self.processing_class)
         try:
             trunks, branches = self._tokenize(row, sides)
@@ -111,14 +116,14 @@ class PreferenceCollator:
             raise RowError(
                 f"{row.name}: the prompt has no token of its own. It merges with the responses, or is empty."
             )
-        if len(branches) == 2 and branches[0].ids == branches[1].ids:
+        compared = [(b.ids, b.trunk) for b in branches[: len(sides)]] if len(sides) == 2 or sides == row.sides else []
+        if compared[:1] and compared[0] in compared[1:]:
             raise RowError(
-                f"{row.name}: chosen and rejected have the same tokens, so there is no preference in them: "
+                f"{row.name}: {' and '.join(sides)} have the same tokens, so there is no preference in them: "
                 f"{self.tokenizer.decode(branches[0].ids)[:300]!r}. The chat template or the tokenizer leaves out "
                 "what differs (white space, an end of turn, tool calls, thoughts). Choose a template that writes it "
                 "(`processing_class.chat_template`), or drop the row."
             )
-        branches += [replace(branches[0], trunk=k) for k in range(1, len(trunks))]
         for branch in branches:
             prompt, media = len(trunks[branch.trunk].ids), trunks[branch.trunk].media
             if self.max_length is not None and prompt + len(branch.ids) > self.max_length:
@@ -140,8 +145,19 @@ class PreferenceCollator:
             merged = [same_start(alone, self._tokens(prompt + response)["input_ids"]) for response in responses]
             start = alone[: min(merged, default=len(alone))]
         tail = len(alone) - len(start)
-        trunks = [self._trunk(row, prompt, images, alone, tail) for images in self._image_lists(row)]
-        return trunks, [self._branch(row, side, prompt, start, r) for side, r in zip(sides, responses)]
+        trunks = [self._trunk(row, prompt, media, alone, tail) for media in trunk_media(row, self)]
+        branches = [self._branch(row, side, prompt, start, r) for side, r in zip(sides, responses)]
+        return trunks, self._placed(branches, len(trunks))
+
+    def _placed(self, branches: list[Branch], trunks: int) -> list[Branch]:
+        """Return the branches with their copies on the second trunk and those behind it."""
+        if not branches or trunks == 1:
+            return branches
+        chosen, *others = branches
+        if self.media_form == "pair":
+            return [chosen, *(replace(branch, trunk=1) for branch in others)]
+        repeated = [chosen, *others[1:]]  # `other_chosen` is scored on both
+        return branches + [replace(branch, trunk=k) for k in range(1, trunks) for branch in repeated]
 
     def _render(self, row: Row, sides: tuple[str, ...]) -> tuple[str, list[str]]:
         responses = [getattr(row, side) for side in sides]
@@ -177,34 +193,19 @@ class PreferenceCollator:
         if not ids:
             raise RowError(f"the {side} response has no tokens of its own after the prompt. Drop the row.")
         if not self.phrases:
-            return Branch(ids)
+            return Branch(ids, side=side)
         tail = self._render(replace(row, **{side: with_text(getattr(row, side), WORD)}), (side,))[1][0]
         spans, moved = _spans_in(response, row, side, tail.rpartition(WORD)[2].strip())
         offsets = whole["offset_mapping"][skip:]
         numbers = spans_to_token_ids(spans, offsets, shift=shift + moved, text=text)
         if self.phrases == "paired" and set(numbers) - {0} != set(range(1, len(spans) + 1)):
             raise PhraseError(f"two phrases of the {side} response share a token. Make them one, on both sides.")
-        return Branch(ids, phrases=numbers)
+        return Branch(ids, phrases=numbers, side=side)
 
-    def _image_lists(self, row: Row) -> list[list]:
-        """Return the images of each trunk: the row's own, or for LPOI and mDPO one image of the list each."""
-        load = lambda source: load_image(source, max_pixels=self.max_pixels, media_root=self.media_root)  # noqa: E731
-        if self.num_images is None:
-            return [[load(source) for source in row.images]]
-        if row.image_list is not None:
-            return [[load(source)] for source in row.image_list]
-        if self.num_images == "crop":
-            image = load(row.images[0])
-            return [[image], [random_crop(image, crc32(repr([row.prompt, row.chosen, row.rejected]).encode()))]]
-        # The box is in pixels of the image as stored, so the list is drawn before anything is scaled.
-        image = load_image(row.images[0], media_root=self.media_root, limit=self.max_pixels is None)
-        items = masked_image_list(image, row.critical_box, self.num_images, visual_prompt=self.visual_prompt)
-        return [[load(item)] for item in items]
-
-    def _trunk(self, row: Row, prompt: str, images: list, alone: list[int], tail: int) -> Trunk:
+    def _trunk(self, row: Row, prompt: str, media: Media, alone: list[int], tail: int) -> Trunk:
         if not self.is_vlm:
             return Trunk(self._first_tokens(row, prompt) + alone[: len(alone) - tail])
-        out = self._processed(row, prompt, images)
+        out = self._processed(prompt, media)
         ids, first = out.pop("input_ids")[0].tolist(), self._first_tokens(row, prompt)
         out.pop("attention_mask", None)
         end = len(ids) - tail
@@ -212,19 +213,17 @@ class PreferenceCollator:
             raise RowError(
                 "the processor and its tokenizer end the prompt differently: the response has no beginning."
             )
-        media = {k: v for k, v in out.items() if torch.is_tensor(v)}
-        for name in PROMPT_MASKS & media.keys():
-            media[name] = F.pad(media[name][:, :end].transpose(1, -1), (len(first), 0)).transpose(1, -1)
-        media.pop("labels", None)  # PaliGemma's
-        types = {k: media.pop(k)[0, :end].tolist() for k in [*media] if k.endswith("token_type_ids")}
-        return Trunk(first + ids[:end], {k: [0] * len(first) + v for k, v in types.items()}, media)
+        tensors = {k: v for k, v in out.items() if torch.is_tensor(v)}
+        for name in PROMPT_MASKS & tensors.keys():
+            tensors[name] = F.pad(tensors[name][:, :end].transpose(1, -1), (len(first), 0)).transpose(1, -1)
+        tensors.pop("labels", None)  # PaliGemma's
+        types = {k: tensors.pop(k)[0, :end].tolist() for k in [*tensors] if k.endswith("token_type_ids")}
+        return Trunk(first + ids[:end], {k: [0] * len(first) + v for k, v in types.items()}, tensors)
 
-    def _processed(self, row: Row, text: str, images: list) -> dict:
-        """Return what the processor makes of a text with the row's videos and one item of its image lists."""
-        budget = self.budget and self.budget.shared(len(row.videos))
-        where = {"budget": budget, "media_root": self.media_root, "cache": self.frame_cache}
-        clips = [v.sized(budget) if isinstance(v, Clip) else load_video(v, self.video, **where) for v in row.videos]
-        kwargs = {"images": [images]} if images else {}
+    def _processed(self, text: str, media: Media) -> dict:
+        """Return what the processor makes of a text with its media."""
+        budget, clips = self.budget, media.videos
+        kwargs = {"images": [list(media.images)]} if media.images else {}
         if "mm_token_type_ids" in self.processing_class.model_input_names:  # Cosmos3-Edge does not ask for them
             kwargs["return_mm_token_type_ids"] = True
         if clips:
@@ -259,7 +258,7 @@ class PreferenceCollator:
         prompt, (chosen,) = self._render(row, ("chosen",))
         first = self._first_tokens(row, prompt)
         if self.is_vlm:
-            out = self._processed(row, prompt + chosen, self._image_lists(row)[0])
+            out = self._processed(prompt + chosen, trunk_media(row, self)[0])
         else:
             out = self.tokenizer(prompt + chosen, return_tensors="pt", **WHOLE)
         out = {name: value for name, value in out.items() if torch.is_tensor(value) and name != "labels"}

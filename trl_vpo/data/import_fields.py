@@ -108,7 +108,7 @@ def media(record: dict, name: str) -> list[str | bytes]:
     items = [items] if isinstance(items, (str, dict, bytes)) else items
     if not isinstance(items, list):
         raise ValueError(f"`{name}` is {type(items).__name__}, not a list of paths.")
-    return [_source(item, f"`{name}`[{i}]", picture=name.startswith("image")) for i, item in enumerate(items)]
+    return [_source(item, f"`{name}`[{i}]", picture="image" in name) for i, item in enumerate(items)]
 
 
 def clip(record: dict) -> dict[str, list]:
@@ -163,17 +163,29 @@ def _is_picture(data: bytes) -> bool:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def pair(prompt: list[tuple[str, str]], chosen: str, rejected: str, **sources: list) -> dict:
-    """Return a row with typed contents. `sources`: the columns that this format can have, with the row's sources."""
-    for role, said in [*prompt, ("chosen", chosen), ("rejected", rejected)]:
+def pair(
+    prompt: list[tuple[str, str]],
+    chosen: str,
+    rejected: str | None,
+    *,
+    other_chosen: str | None = None,
+    **sources: list,
+) -> dict:
+    """Return a row with typed contents. `sources`: the columns that this format can have, with the row's sources.
+
+    `rejected`: None where the rejected media are compared under the chosen response.
+    """
+    responses = {"chosen": chosen, "rejected": rejected, "other_chosen": other_chosen}
+    responses = {side: said for side, said in responses.items() if said is not None}
+    for role, said in [*prompt, *responses.items()]:
         if role != "user" and any(marker in said for marker in MARKERS):
             raise ValueError(f"<image> or <video> stands in a text that is not the user's ({role}). Move or drop it.")
-    if chosen.strip() == rejected.strip():
-        raise ValueError(f"the chosen and rejected responses are identical: {chosen.strip()[:80]!r}.")
+    for side in responses.keys() - {"chosen"}:
+        if chosen.strip() == responses[side].strip():
+            raise ValueError(f"the chosen and {side} responses are identical: {chosen.strip()[:80]!r}.")
     if not prompt or prompt[-1][0] != "user":
         raise ValueError("the prompt does not end with the user's turn, so there is nothing to respond to.")
     messages = [{"role": role, "content": said} for role, said in prompt]
-    responses = {"chosen": chosen, "rejected": rejected}
     return {
         "prompt": place_media(messages, len(sources.get("images", [])), len(sources.get("videos", []))),
         **{side: [{"role": "assistant", "content": typed_content(said, None)}] for side, said in responses.items()},

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from trl_vpo.data.import_benchmarks import BENCHMARKS
 from trl_vpo.data.import_fields import clip, joined, last_turn, layout, media, pair, text, turn, turns
 from trl_vpo.data.import_questions import conversations, qa_turns, questions, videochat2_it
+from trl_vpo.data.messages import REJECTED
 from trl_vpo.text.phrases import CLOSE, OPEN, masked_spans
 
 REFUSED = ("audios", "tools", "objects")  # they change what the text means
@@ -118,13 +119,21 @@ def _ms_swift(record: dict) -> dict:
             raise ValueError("`rejected_messages` has another prompt than `messages`; a pair needs the same prompt.")
         if record.get("rejected_response") not in (None, "", rejected):
             raise ValueError("`rejected_response` is not the response of `rejected_messages`. Drop the wrong one.")
+    elif any(record.get(name) for name in REJECTED) and record.get("rejected_response") is None:
+        rejected = None  # the media differ, not the responses
     else:
         rejected = text(record, "rejected_response", "rejected_messages")
     sources = {"images": media(record, "images"), "videos": media(record, "videos")}
-    for name, items in sources.items():
-        if record.get(f"rejected_{name}") and media(record, f"rejected_{name}") != items:
-            raise ValueError(f"`rejected_{name}` differ from `{name}`; a pair needs the same media.")
-    return pair(prompt, chosen, rejected, **sources)
+    others = {name: items for name in REJECTED if (items := media(record, name))}
+    for name, items in others.items():
+        own = sources[name.removeprefix("rejected_")]
+        if len(items) != len(own):
+            raise ValueError(f"`{name}` has {len(items)} items, and `{name.removeprefix('rejected_')}` {len(own)}.")
+    if all(items == sources[name.removeprefix("rejected_")] for name, items in others.items()):
+        if rejected is None:
+            raise ValueError("the rejected media are those of the chosen response, and so is the response.")
+        others = {}
+    return pair(prompt, chosen, rejected, **sources, **others)
 
 
 def _llamafactory(record: dict) -> dict:
@@ -182,6 +191,15 @@ def _elv_halluc_dpo(record: dict) -> dict:
     return _ms_swift(record) if record.get("rejected_response") else _llamafactory(record)
 
 
+def _symmpo(record: dict) -> dict:
+    sides = [text(record, name) for name in ("resp_1_w", "resp_1_l")]
+    sources = {"images": media(record, "image_1"), "other_images": media(record, "image_2")}
+    for name, items in zip(("image_1", "image_2"), sources.values()):
+        if len(items) != 1:
+            raise ValueError(f"`{name}` has {len(items)} images; a record has one of each.")
+    return pair([("user", text(record, "question"))], *sides, other_chosen=text(record, "resp_2_w"), **sources)
+
+
 FORMATS = {
     "rrpo": layout(
         _rrpo,
@@ -197,10 +215,12 @@ FORMATS = {
     ),
     "ms-swift": layout(
         _ms_swift,
-        "messages rejected_response|rejected_messages; images videos rejected_images rejected_videos id",
+        "messages; rejected_response|rejected_messages images videos rejected_images rejected_videos id",
         "ms-swift, RLHF JSONL",
         "messages rejected_response",
         "messages rejected_messages",
+        "messages rejected_images",
+        "messages rejected_videos",
     ),
     "llamafactory": layout(
         _llamafactory,
@@ -245,6 +265,12 @@ FORMATS = {
         _elv_halluc_dpo,
         "video|videos prompt|question|messages|conversations chosen rejected|rejected_response; id",
         "ELV-Halluc, hlsv02/ELV-Halluc, data/dpo_data.jsonl",
+    ),
+    "symmpo": layout(
+        _symmpo,
+        "image_1 image_2 question resp_1_w resp_1_l resp_2_w; id",
+        "SymMPO, Liuwq-bit/SymMPO",
+        "image_1 image_2 resp_1_w",
     ),
     "llava-hound-qa": layout(
         conversations,

@@ -20,12 +20,13 @@ from trl_vpo.data.import_files import import_files, read_records
 from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
 from trl_vpo.data.inputs import portable
 from trl_vpo.data.json_files import parse_record
+from trl_vpo.data.messages import OTHER, REJECTED
 from trl_vpo.data.paths import ROWS
 from trl_vpo.errors import ImportFormatError
 from trl_vpo.files import atomic_write
 
-MEDIA_COLUMNS = ("images", "videos", "image_list")
-LIST_COLUMNS = (*MEDIA_COLUMNS, "chosen_phrases", "rejected_phrases", "options", "contents")
+MEDIA_COLUMNS = ("images", "videos", "image_list", *REJECTED, *OTHER)
+LIST_COLUMNS = (*MEDIA_COLUMNS, "rejected", "chosen_phrases", "rejected_phrases", "options", "contents")
 PARTS = "parts"  # of videos, in the survey
 
 
@@ -112,7 +113,8 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     if not counts.written:
         why = f"; {rejected_path} says why." if rejects else ". Is it the right file?"
         raise ImportFormatError(f"{source}: none of its {counts.read} records can be imported as {fmt}{why}")
-    front = dict(sorted(first.values(), key=lambda item: item[0]))  # by number: one row may fill several columns
+    partly = [first[name] for name in first if survey.filled[name] < counts.written]
+    front = dict(sorted(partly, key=lambda item: item[0]))  # by number: one row may fill several columns
     rows = enumerate(_rows(_read(fmt, files, folder), lambda _: None))
     ordered = chain(front.values(), (row for number, row in rows if number not in front))
     empty = set(LIST_COLUMNS) - set(first)

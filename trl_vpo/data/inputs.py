@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 # The columns that generation and evaluation read, besides those that a setting names.
 COLUMNS = (
     "question", "answer", "options", "answer_kind", "images", "image", "videos", "video", "prompt", "chosen",
-    "rejected", "objects", "critical_box", "image_list", "task", "pair", "role", "cluster", "source",
-    "group", "sets", "ordered", "contents",
+    "rejected", "objects", "critical_box", "critical_span", "image_list", "video_list", "rejected_images",
+    "rejected_videos", "task", "pair", "role", "cluster", "source", "group", "sets", "ordered", "contents",
 )  # fmt: skip
 CHUNK = 16  # rows read at once for the digest; they may hold whole videos
 _MAGIC = (  # (offset, bytes, suffix): for people and web pages; the readers here check the contents

@@ -7,6 +7,8 @@ from trl_vpo.errors import RowError
 from trl_vpo.text.phrases import CLOSE, OPEN, strip_mask_tags
 
 MARKERS = {"<image>": "image", "<video>": "video"}
+KINDS = tuple(MARKERS.values())
+REJECTED, OTHER = (tuple(f"{prefix}_{kind}s" for kind in KINDS) for prefix in ("rejected", "other"))  # columns
 
 
 def drop_none(value: Any, keep: dict[str, set[str]] | None = None) -> Any:

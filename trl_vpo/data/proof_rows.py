@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from trl_vpo.data.messages import KINDS
 from trl_vpo.data.raw_rows import raw_rows, transform_of
-from trl_vpo.data.row_media import media_sources
-from trl_vpo.data.rows import read_row
+from trl_vpo.data.row_media import LISTS, own_sources
 from trl_vpo.forward.proof import ProofRow
 
 FRAMES, PIXELS = 4, 224 * 224  # at most, of a proof row
@@ -27,31 +27,30 @@ def kind_of(images: int, videos: int) -> str:
     return "rows with " + (" and ".join(part for part, has in parts.items() if has) or "text alone")
 
 
-def kind_of_row(example: dict, collator: Any) -> str:
-    """Return the kind of an example; LPOI's prompts have an image of the list each."""
-    images = 1 if collator.num_images is not None else len(media_sources(example, "image"))
-    return kind_of(images, len(media_sources(example, "video")))
+def kind_of_row(example: dict) -> str:
+    """Return the kind of an example; the media that it is compared on are as many, and of the same kinds."""
+    return kind_of(*map(len, own_sources(example)))
 
 
 def first_of_kinds(dataset: Dataset, collator: Any) -> list[dict] | None:
     """Return the first row of each kind in a dataset; None if it transforms its rows, and only reading would tell."""
     if transform_of(dataset):
         return None
-    names = [name for name in ("images", "image", "videos", "video") if name in dataset.column_names]
+    names = [name for name in ("images", "image", "videos", "video", *LISTS) if name in dataset.column_names]
     first: dict[tuple, int] = {}
     if names:
         for start, batch in enumerate(dataset.select_columns(names).with_format("arrow").iter(CHUNK)):
-            counts = zip(*(_counts(batch.column(name), many=name.endswith("s")) for name in names))
+            counts = zip(*(_counts(batch.column(name), many=name not in KINDS) for name in names))
             for i, key in enumerate(counts):
                 first.setdefault(key, start * CHUNK + i)
     rows = [next(raw_rows(dataset, i, i + 1)) for i in first.values() or (0,)]
-    return list(_by_kind(rows, collator).values())
+    return list(_by_kind(rows).values())
 
 
-def _by_kind(examples: Iterable[dict], collator: Any) -> dict[str, dict]:
+def _by_kind(examples: Iterable[dict]) -> dict[str, dict]:
     kinds: dict[str, dict] = {}
     for example in examples:
-        kinds.setdefault(kind_of_row(example, collator), example)
+        kinds.setdefault(kind_of_row(example), example)
     return kinds
 
 
@@ -63,19 +62,20 @@ def _counts(column, *, many: bool) -> list[int]:
 
 def proof_rows(collator: Any, examples: Iterable[dict]) -> list[ProofRow]:
     """Return a proof row of each kind in `examples` that the collator has not given before."""
-    new = {kind: row for kind, row in _by_kind(examples, collator).items() if kind not in collator.proven}
+    new = {kind: row for kind, row in _by_kind(examples).items() if kind not in collator.proven}
     collator.proven |= set(new)
     return [_proof_row(kind, example, collator) for kind, example in new.items()]
 
 
 def _proof_row(kind: str, example: dict, collator: Any) -> ProofRow:
-    row = read_row(example, image_list=collator.num_images)
-    short = replace(collator, max_length=None, phrases=False)
+    short = replace(collator, max_length=None, phrases=False, scores=None)
+    row = short.read(example)
     if collator.frame_cache is None:  # else a video is read as it lies there: its file may be gone
         video = replace(collator.video, num_frames=min(collator.video.num_frames or FRAMES, FRAMES), fps=None)
         short = replace(short, video=video, max_pixels=min(collator.max_pixels or PIXELS, PIXELS))
     tree = short.encode_row(row)
     trunk, (chosen, rejected, *_) = tree.trunks[0], tree.branches
+    rejected = replace(rejected, trunk=0)
     inputs = short.whole(row)
     ids = inputs["input_ids"][0].tolist()
     if ids[: len(trunk.ids)] == trunk.ids and len(ids) > len(trunk.ids):

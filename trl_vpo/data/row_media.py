@@ -1,14 +1,27 @@
-"""The media of a row: its own, and those that a method scores responses behind besides."""
+"""The media of a row: its own, and others that a method scores responses behind.
+
+A config's `media_form` says what a method does with them:
+
+| form | method | second media |
+| --- | --- | --- |
+| None | most | none |
+| "pair" | DPO | of the rejected response: `rejected_images`, `rejected_videos`; or a drawn corruption |
+| "contrast" | mDPO | of the chosen response again: as DPO's, or the second of an `image_list` or `video_list` |
+| "ranking" | LPOI | `image_list` or `video_list`, most visible first; or drawn by `critical_box` or `critical_span` |
+| "symmetric" | SymMPO | `other_images`, `other_videos`, with a good response of their own, `other_chosen` |
+"""
 
 from types import NoneType
 from typing import Any
 
 import numpy as np
 
-from trl_vpo.data.messages import drop_none
+from trl_vpo.data.messages import KINDS, OTHER, REJECTED, drop_none
 from trl_vpo.errors import RowError
 
-MEDIA = ("videos", "video", "images", "image", "image_list")
+LISTS = ("image_list", "video_list")
+MEDIA = ("videos", "video", "images", "image", *LISTS, *REJECTED, *OTHER)
+Sources = tuple[list, list]  # images and videos
 
 
 def media_sources(example: dict, kind: str) -> list:
@@ -17,6 +30,12 @@ def media_sources(example: dict, kind: str) -> list:
     if many is not None and one is not None:
         raise RowError(f"both `{kind}s` and `{kind}` are filled. Keep one of them.")
     return many if many is not None else [] if one is None else [one]
+
+
+def own_sources(example: dict) -> Sources:
+    """Return the images and videos of a row; a list brings its first item."""
+    firsts = [(column_list(example, name) or [])[:1] for name in LISTS]
+    return tuple(media_sources(example, kind) or first for kind, first in zip(KINDS, firsts))
 
 
 def column_list(example: dict, column: str) -> list | None:
@@ -32,36 +51,113 @@ def column_list(example: dict, column: str) -> list | None:
     return None if value is None else list(value)
 
 
-def find_image_list(row: Any, example: dict, *, crop: bool) -> None:
-    method = "mDPO" if crop else "LPOI"
-    listed, box = column_list(example, "image_list"), column_list(example, "critical_box")
-    if row.videos:
-        raise RowError(f"{method} ranks images, but the row has videos. Train it with LeanPO, RRPO or DPO.")
-    if len(row.images) != 1 and listed != []:
-        raise RowError(f"{method} needs exactly one image in `images`, the row has {len(row.images)}.")
-    if listed is not None:
-        if len(listed) < 2:
-            raise RowError(f"`image_list` has {len(listed)} image(s); a ranking needs at least two.")
-        if crop and len(listed) > 2:
-            raise RowError(f"`image_list` has {len(listed)} images; mDPO compares two, the image and a corrupted one.")
-        image, first = row.images[0], listed[0]
-        arrays = isinstance(image, np.ndarray) or isinstance(first, np.ndarray)
-        # The same object is not compared: an image would read its pixels, and no file is opened here.
-        same = image is first or (
-            np.array_equal(image, first) if arrays else drop_none(image) == drop_none(first)
-        )  # `datasets` adds `None`
-        if not same:
-            raise RowError(
-                "has an image beside its `image_list`, which is not the list's first: only the list would be used. "
-                "Drop one of the two columns, or put the image first into the list."
-            )
-        row.image_list = listed
-    elif crop:
-        return  # the collator draws it
-    elif box is not None:
-        row.critical_box = box
-    else:
+def has_rejected_media(example: dict, form: str | None) -> bool:
+    """Return whether a row gives media of the rejected response. Raises RowError where the form reads none."""
+    given = any(column_list(example, column) for column in REJECTED)
+    if given and form not in ("pair", "contrast"):
         raise RowError(
-            "LPOI needs a `critical_box` [x0, y0, x1, y1] in pixels, or an `image_list`. The row has none: `trl-vpo "
-            "generate lpoi` finds boxes."
+            "has media of its own for the rejected response (`rejected_images` or `rejected_videos`), which only DPO "
+            "and mDPO read. Train it with one of them, or drop the columns."
         )
+    return given
+
+
+def find_media(row: Any, example: dict, form: str | None) -> None:
+    """Fill what `row` has of the form's second media; `row.images` and `row.videos` are its own. Raises RowError."""
+    if has_rejected_media(example, form):
+        second = _second(row, example, REJECTED)
+        row.media_list = [(row.images, row.videos), second]
+        if form == "pair" and _same(row.media_list[0], second):
+            row.media_list = None
+    elif form == "contrast":
+        _find_contrast(row, example)
+    elif form == "ranking":
+        _find_ranking(row, example)
+    elif form == "symmetric":
+        if not any(column_list(example, column) for column in OTHER):
+            raise RowError("SymMPO needs the other media of the pair in `other_images` or `other_videos`.")
+        row.media_list = [(row.images, row.videos), _second(row, example, OTHER)]
+
+
+def _second(row: Any, example: dict, columns: tuple[str, str]) -> Sources:
+    """Return the second media of a row; the kind that is not given is the row's own."""
+    second = []
+    for column, kind, own in zip(columns, KINDS, (row.images, row.videos)):
+        given = column_list(example, column) or own
+        if len(given) != len(own):
+            raise RowError(
+                f"`{column}` has {len(given)} item(s), but the row has {len(own)} {kind}(s). Both prompts have the "
+                f"same placeholders: give one item for each of `{kind}s`."
+            )
+        second.append(given)
+    return tuple(second)
+
+
+def _find_contrast(row: Any, example: dict) -> None:
+    if not row.images and not row.videos:
+        raise RowError("mDPO needs an image or a video, of which it sees a corrupted copy. Leave the row out.")
+    row.media_list = _given_list(row, example)
+    if row.media_list is not None and len(row.media_list) > 2:
+        raise RowError(
+            f"its list has {len(row.media_list)} items; mDPO compares two, the image or video and a corrupted one."
+        )
+
+
+def _find_ranking(row: Any, example: dict) -> None:
+    box, span = column_list(example, "critical_box"), column_list(example, "critical_span")
+    row.media_list = _given_list(row, example)
+    if row.media_list is not None:
+        return
+    if len(row.images) + len(row.videos) != 1:
+        raise RowError(
+            "LPOI needs exactly one image in `images` or one video in `videos`, the row has "
+            f"{len(row.images)} and {len(row.videos)}."
+        )
+    if box is not None and span is not None:
+        raise RowError("has a `critical_box` and a `critical_span`; one of them says what is hidden. Drop the other.")
+    if span is not None and row.images:
+        raise RowError("has a `critical_span`, the seconds of a video, but an image. Give a `critical_box`.")
+    if box is None and span is None:
+        raise RowError(
+            "LPOI needs a `critical_box` [x0, y0, x1, y1] in pixels, a `critical_span` [start, end] in seconds of a "
+            "video, an `image_list` or a `video_list`. The row has none: `trl-vpo generate lpoi` finds boxes."
+        )
+    row.critical_box, row.critical_span = box, span
+
+
+def _given_list(row: Any, example: dict) -> list[Sources] | None:
+    """Return the media of the row's `image_list` or `video_list`, one item each."""
+    lists = {name: listed for name in LISTS if (listed := column_list(example, name)) is not None}
+    if not lists:
+        return None
+    if len(lists) > 1 or len(row.images) + len(row.videos) > 1:
+        raise RowError(
+            f"has {' and '.join(f'`{name}`' for name in lists)}, {len(row.images)} image(s) and {len(row.videos)} "
+            "video(s). A list is of the row's one image or video: drop what does not belong to it."
+        )
+    ((name, listed),) = lists.items()
+    kind = name.removesuffix("_list")
+    if len(listed) < 2:
+        raise RowError(f"`{name}` has {len(listed)} {kind}(s); a ranking needs at least two.")
+    items = [([item], []) if kind == "image" else ([], [item]) for item in listed]
+    if not _same((row.images, row.videos), items[0]):
+        raise RowError(
+            f"has an image or a video beside its `{name}`, which is not the list's first: only the list would be "
+            "used. Drop one of the two columns, or put it first into the list."
+        )
+    return items
+
+
+def _same(first: Sources, second: Sources) -> bool:
+    """Return whether sources are equal, as far as they tell. No file is opened."""
+    if list(map(len, first)) != list(map(len, second)):
+        return False
+    return all(_equal(a, b) for ours, theirs in zip(first, second) for a, b in zip(ours, theirs))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if first is second:  # not compared: an image would read its pixels
+        return True
+    if isinstance(first, np.ndarray) or isinstance(second, np.ndarray):
+        return np.array_equal(first, second)
+    return drop_none(first) == drop_none(second)  # `datasets` adds `None`

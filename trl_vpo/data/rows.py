@@ -3,10 +3,13 @@
 | column | type | who |
 | --- | --- | --- |
 | `prompt`, `chosen`, `rejected` | message lists (TRL conversational) or strings | all |
+| `other_chosen` | the good response of `other_images` or `other_videos` | SymMPO |
 | `videos` (or `video`) | list of: path, `file://` URL, bytes, datasets `Video`, or a list of frames | all |
 | `images` (or `image`) | list of: PIL, path, `file://` URL, bytes, datasets `Image` | all |
 | `chosen_phrases`, `rejected_phrases` | lists of [start, end) character offsets into the response | RRPO, DDPO, DPA |
-| `critical_box` | [x0, y0, x1, y1] pixels in `images[0]`; or `image_list`: images, most visible first | LPOI |
+| `rejected_images`, `rejected_videos` | the media that the rejected response is about | DPO, mDPO |
+| `critical_box`, `critical_span` | [x0, y0, x1, y1] pixels in the image or video; [start, end] seconds of it | LPOI |
+| `image_list`, `video_list` | images or videos, most visible first | LPOI; mDPO with two |
 | `chosen_score`, `rejected_score` | numbers; or LeanPO's `chosen_trust`, `rejected_trust` | score_scale_weight |
 | `weight` | number >= 0 that multiplies the row's loss, 1 by default | optional |
 | `id`, `source` | strings, carried into every error message and report | optional |
@@ -33,10 +36,11 @@ from trl_vpo.data.messages import (
     without_tags,
 )
 from trl_vpo.data.numbers import row_weight, score_margin
-from trl_vpo.data.row_media import MEDIA, column_list, find_image_list, media_sources
+from trl_vpo.data.row_media import MEDIA, Sources, column_list, find_media, has_rejected_media, own_sources
 from trl_vpo.errors import PhraseError, RowError
 from trl_vpo.text.phrases import CLOSE, Span, phrase_spans
 
+SIDES = ("chosen", "rejected")
 BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols that show nothing
 
 
@@ -52,12 +56,19 @@ class Row:
     videos: list = field(default_factory=list)
     chosen_phrases: list[Span] | None = None
     rejected_phrases: list[Span] | None = None
+    media_list: list[Sources] | None = None  # its own media and those that it is compared on, where they are given
     critical_box: list[float] | None = None
-    image_list: list | None = None
+    critical_span: list[float] | None = None
+    other_chosen: list[dict] | str | None = None
     weight: float = 1.0
     score_margin: float | None = None
     template_kwargs: dict = field(default_factory=dict)
     forgotten: str | None = None  # a marker in the words of a row without media
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The responses, by the names of their attributes."""
+        return SIDES if self.other_chosen is None else (*SIDES, "other_chosen")
 
     @property
     def conversational(self) -> bool:
@@ -76,43 +87,45 @@ def read_row(
     example: dict,
     *,
     phrases: bool | str = False,
-    image_list: bool | int | str | None = False,
+    media_form: str | None = None,
+    drawn: bool = False,
     scores: str | None = None,
 ) -> Row:
     """Check an example against the contract and bring it into one shape. No media file is opened.
 
     `phrases` (RRPO): find the phrases that differ; `<MASK>` tags are taken out of the responses either way. "paired"
-    (DPA): as many on both sides. `image_list` (LPOI): require `image_list`, or `critical_box` with an image. "crop"
-    (mDPO): require an image, or an `image_list` of two. `scores`: require `chosen_score` and `rejected_score`
-    ("score"), or `chosen_trust` and `rejected_trust` ("trust").
+    (DPA): as many on both sides. `media_form`: what else a method scores responses behind, see
+    `trl_vpo.data.row_media`. `drawn`: where a row gives no second media, the collator draws them. `scores`: require
+    `chosen_score` and `rejected_score` ("score"), or `chosen_trust` and `rejected_trust` ("trust").
     """
     name = row_name(example)
     example = {key: value if key in MEDIA else _plain(value) for key, value in example.items()}
     try:
         for column, meant in misspelt(example).items():
             raise RowError(f"has a column `{column}`, which is not read. Did you mean `{meant}`? Rename or drop it.")
-        prompt, chosen, rejected = _texts(example)
-        listed = column_list(example, "image_list") or []
-        images, videos = media_sources(example, "image") or listed[:1], media_sources(example, "video")
-        row = Row(name, prompt, chosen, rejected, images, videos, weight=row_weight(example))
+        images, videos = own_sources(example)
+        contrast = has_rejected_media(example, media_form) or (drawn and bool(images or videos))
+        contrast = contrast and media_form == "pair"
+        prompt, *responses = _texts(example, alone=contrast, other=media_form == "symmetric")
+        row = Row(name, prompt, *responses[:2], images, videos, weight=row_weight(example))
         row.template_kwargs = _template_kwargs(example)
         row.score_margin = score_margin(example, scores) if scores else None
+        row.other_chosen = responses[2] if media_form == "symmetric" else None
         if not row.images and not row.videos:
             row.forgotten = forgotten_media(row.prompt)
+        find_media(row, example, media_form)
         row.prompt = place_media(row.prompt, len(row.images), len(row.videos), words=True)
         _check_prompt(row)
         if phrases:
             _find_phrases(row, example, paired=phrases == "paired")
         # A lone `<MASK>`, in a row where no tag is closed, is a word (BERT's, say).
-        elif any(CLOSE in response_text(response) for response in (row.chosen, row.rejected)):
-            for side in ("chosen", "rejected"):
+        elif any(CLOSE in response_text(getattr(row, side)) for side in row.sides):
+            for side in row.sides:
                 try:
                     setattr(row, side, without_tags(getattr(row, side)))
                 except PhraseError as error:
                     raise RowError(f"the {side} response: {error}") from error
-        _check_responses(row)
-        if image_list:
-            find_image_list(row, example, crop=image_list == "crop")
+        _check_responses(row, contrast and (drawn or row.media_list is not None))
     except (RowError, PhraseError) as error:
         raise RowError(f"{name}: {error}") from error
     return row
@@ -127,14 +140,21 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _texts(example: dict) -> tuple:
-    """Return prompt, chosen and rejected; the prompt may be implicit in the responses, as TRL allows."""
-    for key in ("chosen", "rejected"):
+def _texts(example: dict, *, alone: bool, other: bool) -> tuple:
+    """Return prompt, chosen and rejected, and with `other` that of the other media.
+
+    The prompt may be implicit in the responses, as TRL allows. `alone`: without `rejected`, it is the chosen response.
+    """
+    sides = SIDES + ("other_chosen",) * other
+    if alone and example.get("rejected") is None:
+        if example.get("prompt") is None:
+            raise RowError("has neither `prompt` nor `rejected`: nothing tells where the response begins.")
+        example = {**example, "rejected": example.get("chosen")}
+    for key in sides:
         if example.get(key) is None:
-            raise RowError(
-                f"has no `{key}`. Every row needs `prompt`, `chosen` and `rejected`. {another_layout(example)}"
-            )
-    texts = {key: example.get(key) for key in ("prompt", "chosen", "rejected") if example.get(key) is not None}
+            needed = ", ".join(f"`{name}`" for name in ("prompt", *sides[:-1]))
+            raise RowError(f"has no `{key}`. Every row needs {needed} and `{sides[-1]}`. {another_layout(example)}")
+    texts = {key: example.get(key) for key in ("prompt", *sides) if example.get(key) is not None}
     for key, text in texts.items():
         _check_type(key, text, example)
     if len({isinstance(text, str) for text in texts.values()}) > 1:
@@ -143,19 +163,21 @@ def _texts(example: dict) -> tuple:
             "begin with the prompt's turns, leave `prompt` out."
         )
     if "prompt" not in texts:
+        if other:
+            raise RowError(f"has no `prompt`. {another_layout(example)}")
         texts = _implicit_prompt(texts, example)
     for key, text in texts.items():
         if key != "prompt" and isinstance(text, list) and any(m["role"] not in ("assistant", "tool") for m in text):
             raise RowError(f"`{key}` has a message that is not the assistant's. Move the user's turns into `prompt`.")
     nulls = null_arguments(_template_kwargs(example).get("tools"))
-    prompt, *responses = (drop_none(texts[key], nulls) for key in ("prompt", "chosen", "rejected"))
+    prompt, *responses = (drop_none(texts[key], nulls) for key in ("prompt", *sides))
     try:
         json.dumps(texts, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
         raise RowError("holds half a surrogate pair in its text, which no tokenizer takes. Take it out.") from error
     if not prompt or (isinstance(prompt, str) and not _visible(prompt)):
         raise RowError("has an empty prompt. Give the model a question or an instruction.")
-    return prompt, *(_typed_response(side, text) for side, text in zip(("chosen", "rejected"), responses))
+    return prompt, *(_typed_response(side, text) for side, text in zip(sides, responses))
 
 
 def _check_type(key: str, text: Any, example: dict) -> None:
@@ -237,15 +259,19 @@ def _typed_response(side: str, response: list[dict] | str) -> list[dict] | str:
     return typed
 
 
-def _check_responses(row: Row) -> None:
-    texts = {side: response_text(getattr(row, side)) for side in ("chosen", "rejected")}
+def _check_responses(row: Row, contrast: bool) -> None:
+    """Refuse empty responses and, unless their media differ, identical ones."""
+    texts = {side: response_text(getattr(row, side)) for side in row.sides}
     for side, text in texts.items():
         tool_calls = not isinstance(getattr(row, side), str) and any("tool_calls" in m for m in getattr(row, side))
         if not _visible(text) and not tool_calls:
             unseen = ", of characters that show nothing" if text.strip() else ""
             raise RowError(f"the {side} response is empty{unseen}. Drop the row or write a response.")
-    if row.chosen == row.rejected:
-        raise RowError(f"chosen and rejected are identical ({texts['chosen'][:80]!r}): there is no preference in it.")
+    pairs = [("rejected", "chosen")] * (not contrast) + [("other_chosen", "chosen")] * (row.other_chosen is not None)
+    for side, chosen in pairs:
+        if getattr(row, side) == row.chosen:
+            shown = f"({texts[chosen][:80]!r}): there is no preference in it."
+            raise RowError(f"{chosen} and {side} are identical {shown}")
 
 
 def _visible(text: str) -> bool:

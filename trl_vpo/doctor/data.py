@@ -38,8 +38,7 @@ def check_data(recipe: LoadedRecipe, count: int | None, report: Report) -> Longe
     """Check all rows, tokenize `count` of them (None: all); None if nothing could be, as without a processor."""
     datasets = _load_data(recipe, report)
     trainer_class, args = recipe.trainer_class, recipe.args
-    needs = {"phrases": trainer_class.needs_phrases, "image_list": trainer_class.needs_image_list}
-    check = partial(check_row, args=args, processing_class=recipe.processor, **needs)
+    check = partial(check_row, args=args, processing_class=recipe.processor, phrases=trainer_class.needs_phrases)
     for name, dataset in datasets.items():  # every row against the contract, every medium as `check_media` says
         problems = check_rows(dataset, check, desc=f"Checking {name} rows")
         report.add_problems(name, problems)
@@ -94,7 +93,7 @@ def _tokenize(recipe: LoadedRecipe, dataset: Dataset, count: int | None, report:
     report.add_problems("train", failed)
     if longest:
         _show_tokens(recipe, longest[0][2], report)
-    media = describe_media(recipe.args, recipe.processor, dataset.column_names, recipe.trainer_class.needs_image_list)
+    media = describe_media(recipe.args, recipe.processor, dataset.column_names)
     text = f"{count} of {len(dataset)} rows tokenized, {len(failed)} of them cannot be trained on; media: {media}"
     text = text if count else f"none of the {len(dataset)} rows can be tokenized: each has a problem"
     report.add("tokens", STOP if failed or not count else OK, text)

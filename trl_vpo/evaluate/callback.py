@@ -16,7 +16,7 @@ from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import EvaluateError, MediaError, RowError
 from trl_vpo.evaluate.config import DAMAGES
 from trl_vpo.evaluate.measures import estimate, preference_evidence
-from trl_vpo.evaluate.probes import numbers, preference_probes, row_seed, run_probes, with_first_image
+from trl_vpo.evaluate.probes import numbers, own_media, preference_probes, row_seed, run_probes
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.forward.tree import Tree, tree_batch
 from trl_vpo.media.load import Media, check_video, load_image
@@ -145,7 +145,7 @@ class EvaluationCallback(TrainerCallback):
             source = self._inputs[row.place]
             pair = preference_row(source)
             media = load_media(source, args.video_options(), self._collator.budget)
-            media = with_first_image(pair, media, args.media_root)
+            media = own_media(pair, media, args.video_options(), args.media_root)
             seed = row_seed(self.seed, row.id)
             probes.append(preference_probes(pair, media, seed=seed, damages=self.sensitivity))
         records = []
@@ -194,7 +194,7 @@ class EvaluationCallback(TrainerCallback):
                     check_video(video, args.video_options())
                 for image in source.images:
                     load_image(image, max_pixels=args.max_pixels)
-                with_first_image(pair, Media(images=source.images), args.media_root)
+                own_media(pair, Media(source.images, source.videos), args.video_options(), args.media_root)
             except ValueError as error:
                 raise EvaluateError(f"held-out {row.name}: {error}") from error
         return inputs, rows[:limit]

@@ -1,7 +1,7 @@
 """The probes of a row: prompts to answer and responses to score; and the numbers of `rows.jsonl` that come of them.
 
 A row becomes probes: a prompt with its media and the responses behind it. A preference row has one with both
-responses, one with the chosen response for each kind of damaged media, and one for each image of its list; a question
+responses, one with the chosen response for each kind of damaged media, and one for each item of its list; a question
 has one that is answered and, for multiple choice, one with its options. `candidates` runs them on the command line,
 `callback` in training.
 """
@@ -12,19 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from trl_vpo.data.chat import SeamError
 from trl_vpo.data.inputs import InputRow
+from trl_vpo.data.row_media import Sources
 from trl_vpo.data.rows import Row
+from trl_vpo.data.trunk_media import ranked
 from trl_vpo.errors import InputError, MediaError, RowError
 from trl_vpo.evaluate.rows import EvalRow
 from trl_vpo.forward.tree import Tree
-from trl_vpo.media.corruptions import PerturbSettings, perturb
+from trl_vpo.media.corruptions import PerturbSettings, blanked, perturb
 from trl_vpo.media.images import load_image
-from trl_vpo.media.load import Media
-from trl_vpo.media.masking import masked_image_list
+from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models.requests import Answer, stream_seed
 from trl_vpo.models.scoring import Scored
 from trl_vpo.text.choices import read_options, with_options
@@ -132,24 +130,25 @@ def preference_probes(
     *,
     seed: int,
     damages: Sequence[str],
-    images: Sequence[Image.Image] = (),
+    listed: Sequence[Media] = (),
     answered: bool = False,
 ) -> list[Probe]:
     """Return the probes of a preference row, whose media are taken from `media`.
 
-    `images` is its image list, most visible first. Media that cannot be damaged in one of the ways are left out.
+    `listed` is its list, most visible first. Media that cannot be damaged in one of the ways are left out.
     """
     row = _with_media(row, media)
     probes = [Probe(PAIR, row, ("chosen", "rejected"))]
     for kind in damages:
         if (changed := damaged(media, kind, seed)) is not None:
             probes.append(Probe(kind, _with_media(row, changed), ("chosen",)))
-    probes += [Probe(f"{IMAGE}{k}", replace(row, images=[image]), ("chosen",)) for k, image in enumerate(images)]
+    probes += [Probe(f"{IMAGE}{k}", _with_media(row, item), ("chosen",)) for k, item in enumerate(listed)]
     return [*probes, Probe(ANSWER, row)] if answered else probes
 
 
 def _with_media(row: Row, media: Media) -> Row:
-    return replace(row, images=list(media.images), videos=list(media.videos))
+    alone = {"media_list": None, "critical_box": None, "critical_span": None}
+    return replace(row, images=list(media.images), videos=list(media.videos), **alone)
 
 
 def row_seed(seed: int, row_id: str) -> int:
@@ -167,34 +166,40 @@ def damaged(media: Media, kind: str, seed: int) -> Media | None:
     if not media.images and not media.videos:
         return None
     if kind == "blank":
-        images = tuple(Image.new("RGB", image.size) for image in media.images)
-        return Media(images, tuple(replace(clip, frames=np.zeros_like(clip.frames)) for clip in media.videos))
+        return blanked(media)
     try:
         return perturb(media, seed, PerturbSettings(mode=MODES[kind]))
     except InputError:  # only of shuffling: nothing moves
         return None
 
 
-def with_first_image(row: Row, media: Media, media_root: str | None) -> Media:
-    """Return the media of a row; one that has only an `image_list` is asked about the first of it. Raises RowError."""
-    if row.image_list is None or media.images:
+def own_media(row: Row, media: Media, video: VideoOptions, media_root: str | None) -> Media:
+    """Return the media of a row; one that has only a list is asked about the first of it. Raises RowError."""
+    if row.media_list is None or media.images or media.videos:
         return media
+    return _loaded(row, row.media_list[0], video, media_root)
+
+
+def ranked_media(
+    row: Row, media: Media, *, video: VideoOptions, num_images: int, visual_prompt: bool, media_root: str | None
+) -> list[Media]:
+    """Return the media of a row's list, the one with the whole object first, as LPOI trains on them. Or RowError."""
+    if row.media_list is not None:
+        return [_loaded(row, sources, video, media_root) for sources in row.media_list]
+    if row.critical_box is None and row.critical_span is None:
+        return []
+    if row.images:  # as stored: the box is in its pixels
+        media = _loaded(row, (row.images, []), video, media_root)
     try:
-        return replace(media, images=(load_image(row.image_list[0], media_root=media_root, limit=False),))
-    except MediaError as error:
+        return ranked(row, media, num_images, visual_prompt, media_root)
+    except ValueError as error:
         raise RowError(f"{row.name}: {error}") from error
 
 
-def image_list(
-    row: Row, input_row: InputRow, *, num_images: int, visual_prompt: bool, media_root: str | None
-) -> list[Image.Image]:
-    """Return the images of a row's list, the one with the whole object first, as LPOI trains on them. Or RowError."""
+def _loaded(row: Row, sources: Sources, video: VideoOptions, media_root: str | None) -> Media:
+    images, videos = sources
     try:
-        if row.image_list is not None:
-            return [load_image(source, media_root=media_root, limit=False) for source in row.image_list]
-        if row.critical_box is None:
-            return []
-        image = load_image(input_row.images[0], limit=False)  # as stored: the box is in its pixels
-        return masked_image_list(image, row.critical_box, num_images, visual_prompt=visual_prompt)
-    except (MediaError, ValueError) as error:
+        pictures = tuple(load_image(source, media_root=media_root, limit=False) for source in images)
+        return Media(pictures, tuple(load_video(source, video, media_root=media_root) for source in videos))
+    except MediaError as error:
         raise RowError(f"{row.name}: {error}") from error

@@ -2,7 +2,7 @@
 
 | `task` | columns | measured |
 | --- | --- | --- |
-| none, or "preference" | a training row: `prompt`, `chosen`, `rejected`; `critical_box` or `image_list` | log-probs |
+| none, or "preference" | a training row: `prompt`, `chosen`, `rejected`; LPOI's box, span or list | log-probs |
 | "yes_no" | `question`, `answer` (yes or no); `pair`: an id that two rows share, one for each; `sets` | the answer |
 | "choice" | `question`, `options` (texts), `answer` (a letter, A for the first) | the answer, the options' log-probs |
 | "letters" | `question`, `answer`: all right letters; `ordered`: true where their order matters | the answer |
@@ -29,6 +29,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow
+from trl_vpo.data.row_media import LISTS
 from trl_vpo.data.rows import MARKERS, Row, read_row, row_name
 from trl_vpo.errors import EvaluateError, InputError, RowError
 from trl_vpo.files import bytes_digest
@@ -87,9 +88,9 @@ def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only
 
 
 def preference_row(row: InputRow) -> Row:
-    """Return a preference row in one shape; its `image_list` or `critical_box` is checked, too. Raises RowError."""
-    ranks = any(row.example.get(key) is not None for key in ("critical_box", "image_list"))
-    return read_row({**row.example, "id": row.id}, image_list=ranks)
+    """Return a preference row in one shape; its list, box or span is checked, too. Raises RowError."""
+    ranks = any(row.example.get(key) is not None for key in ("critical_box", "critical_span", *LISTS))
+    return read_row({**row.example, "id": row.id}, media_form="ranking" if ranks else None)
 
 
 # --- the facts of each task, or RowError ----------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def _cluster(row: InputRow) -> str:
     """The row's own cluster, or its first medium as the row names it, so that another `media_root` changes none."""
     if row.example.get("cluster") is not None:
         return str(row.example["cluster"])
-    columns = (row.example.get(key) for key in ("videos", "video", "images", "image", "image_list"))
+    columns = (row.example.get(key) for key in ("videos", "video", "images", "image", *LISTS))
     source = next((column for column in columns if column), None)
     while isinstance(source, (dict, list)):  # options beside a path; a list of frames
         if isinstance(source, dict):

@@ -24,13 +24,13 @@ from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.judge import judgements, make_judge, read_prompt
 from trl_vpo.evaluate.probes import (
     Probe,
-    image_list,
     numbers,
+    own_media,
     preference_probes,
     question_probes,
+    ranked_media,
     row_seed,
     run_probes,
-    with_first_image,
 )
 from trl_vpo.evaluate.recipe import parse
 from trl_vpo.evaluate.results import BASE, Report
@@ -192,12 +192,13 @@ def _probes(row: EvalRow, source: InputRow, media: Media, config: EvaluateConfig
     if row.task != "preference":
         return question_probes(row, source, media)
     pair = preference_row(source)
-    lists = {"num_images": config.num_images, "visual_prompt": config.visual_prompt, "media_root": config.media_root}
+    where = {"video": config.video_options(), "media_root": config.media_root}
+    media = own_media(pair, media, **where)
     return preference_probes(
         pair,
-        with_first_image(pair, media, config.media_root),
+        media,
         seed=row_seed(config.seed, row.id),
         damages=config.damages(),
-        images=image_list(pair, source, **lists),
+        listed=ranked_media(pair, media, num_images=config.num_images, visual_prompt=config.visual_prompt, **where),
         answered=config.answer_preferences,
     )

@@ -10,7 +10,9 @@ A collator makes it from rows with [`tree_batch`]; `trl_vpo.forward.layouts` lay
     phrase_mask              (S, T)   true on the tokens of any phrase (RRPO)
     chosen, rejected         (B,)     their branches, one pair a row
     weights                  (B,)     of the pairs' losses
-    image_branches           (B, N)   the branch of y_w on each image, most visible first, -1 where none is (LPOI)
+    image_branches           (B, N)   the branch of y_w behind each of a row's media, most visible first, -1 where
+                                      none is (LPOI, mDPO, SymMPO)
+    other_branches           (B, 2)   the branch of y' behind each of them (SymMPO)
     score_margins            (B,)     score of y_w minus that of y_l, where the rows have scores
     ref_sums                 (S,)     precomputed summed log-probs of the reference, where the rows carry them
     media                    R dicts of the tensors that the processor made of a trunk's images and videos
@@ -37,16 +39,20 @@ class Trunk:
 
 @dataclass
 class Branch:
-    """A response: T token ids behind trunk number `trunk` of its row; `phrases` has their phrase numbers, or 0."""
+    """A response: T token ids behind trunk number `trunk` of its row; `phrases` has their phrase numbers, or 0.
+
+    `side`: which of the row's responses it is.
+    """
 
     ids: list[int]
     trunk: int = 0
     phrases: list[int] | None = None
+    side: str | None = None
 
 
 @dataclass
 class Tree:
-    """One row: its trunks, and its branches as chosen, rejected, then the chosen response on images 2 to N."""
+    """One row: its trunks, and its branches as chosen, rejected, then the responses behind its other media."""
 
     name: str
     trunks: list[Trunk]
@@ -95,7 +101,8 @@ def tree_batch(trees: list[Tree], pad_token_id: int) -> dict:
         batch["score_margins"] = torch.tensor([tree.score_margin for tree in trees])
     if trees[0].ref_sums is not None:
         batch["ref_sums"] = torch.tensor([value for tree in trees for value in tree.ref_sums])
-    if any(len(tree.trunks) > 1 for tree in trees):
-        lists = [[s, *range(s + 2, s + len(t.branches))] for s, t in zip(first_branch, trees)]
-        batch["image_branches"] = _pad(lists, -1)
+    for name, side in (("image_branches", "chosen"), ("other_branches", "other_chosen")):
+        lists = [[s + i for i, b in enumerate(t.branches) if b.side == side] for s, t in zip(first_branch, trees)]
+        if any(len(listed) > 1 for listed in lists):
+            batch[name] = _pad(lists, -1)
     return batch

@@ -8,6 +8,8 @@ Perturbation, for RRPO's mistakes (arXiv 2504.12083, section 3.1): one square, a
 clip, covers 25-50 % of the area with a light grey; and the frames change places within short windows ("local") or over
 the whole clip ("global"). The timestamps stay, so nothing tells the model. The paper found masking with
 local shuffling to work best. It gives neither the windows nor the kind of permutation: both are ours, see `_shuffled`.
+
+Contrasts, for media that a response is compared on (mDPO, visual contrast): one of `CONTRASTS`, see `corrupted`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from trl_vpo.errors import InputError
-from trl_vpo.media.load import Media
+from trl_vpo.errors import InputError, RowError
+from trl_vpo.media.load import Clip, Media
 
 # --- damage -----------------------------------------------------------------------------------------------------
 
@@ -108,16 +110,6 @@ def apply_damage(frames: np.ndarray, drawn: Damage) -> np.ndarray:
     if drawn.flip:
         picked = F.horizontal_flip(picked)
     return picked.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-CROP = DamageSettings(area=(0.01, 0.2))  # mDPO's
-
-
-def random_crop(image: Image.Image, seed: int) -> Image.Image:
-    """Return 1-20 % of an image scaled back to its size: mDPO's corrupted image (arXiv 2406.11839)."""
-    top, left, height, width = draw_damage(np.random.default_rng(seed), 1, image.size[::-1], CROP).crop
-    box = (left, top, left + width, top + height)
-    return image.convert("RGB").resize(image.size, Image.Resampling.BICUBIC, box=box)
 
 
 # --- perturbation -----------------------------------------------------------------------------------------------
@@ -223,3 +215,86 @@ def _shuffled(windows: list[tuple[int, int]], rng: np.random.Generator) -> np.nd
             other = int(rng.integers(start, place))
             order[[place, other]] = order[[other, place]]
     return order
+
+
+# --- contrasts --------------------------------------------------------------------------------------------------
+
+TIMED = ("shuffle", "reverse", "drop")
+CONTRASTS = ("crop", "mask", "blank", *TIMED)
+CROP = DamageSettings(area=(0.01, 0.2))  # mDPO's
+KEPT = DamageSettings.num_frames  # frames of a clip that `drop` leaves
+
+
+def check_contrast(media: Media, name: str) -> None:
+    """Raise RowError for media that a corruption of `CONTRASTS` does not change."""
+    if name not in TIMED:
+        return
+    if media.images:
+        raise RowError(
+            f"media_contrast {name!r} changes the order or number of frames, and the row has an image, which has no "
+            "time. Take crop, mask or blank, or leave the row out."
+        )
+    least = KEPT + 1 if name == "drop" else 2
+    for clip in media.videos:
+        if len(clip.frames) < least:
+            raise RowError(
+                f"media_contrast {name!r} needs at least {least} frames, and {clip.source} is sampled at "
+                f"{len(clip.frames)}. Raise num_frames, take crop, mask or blank, or leave the row out."
+            )
+
+
+def kept_frames(media: Media, name: str) -> Media:
+    """Return media of the shapes that a corruption gives: `drop` leaves few frames, the others leave all."""
+    if name != "drop":
+        return media
+    clips = (replace(clip, frames=clip.frames[:KEPT], timestamps=clip.timestamps[:KEPT]) for clip in media.videos)
+    return replace(media, videos=tuple(clips))
+
+
+def corrupted(media: Media, name: str, seed: int) -> Media:
+    """Return corrupted copies of all images and clips. Sizes stay, and timestamps, so nothing tells the model.
+
+    crop: 1-20 % of the area, scaled back; the same for all frames of a clip (mDPO, arXiv 2406.11839). mask: RRPO's
+    light-grey box. blank: black. shuffle: the frames change places over the whole clip, none stays. reverse: they
+    come from last to first. drop: 2 frames are kept, with their times. Raises RowError as `check_contrast` does.
+    """
+    check_contrast(media, name)
+    rng = np.random.default_rng(seed)
+    if name == "mask":
+        return perturb(media, seed, PerturbSettings(mode="mask"))
+    if name == "crop":
+        images = tuple(_cropped(image.convert("RGB"), _crop_box(rng, image.size)) for image in media.images)
+        return Media(images, tuple(_cropped_clip(clip, rng) for clip in media.videos))
+    if name == "blank":
+        return blanked(media)
+    return replace(media, videos=tuple(_reordered(clip, name, rng) for clip in media.videos))
+
+
+def blanked(media: Media) -> Media:
+    """Return black images and clips of the same sizes."""
+    images = tuple(Image.new("RGB", image.size) for image in media.images)
+    return Media(images, tuple(replace(clip, frames=np.zeros_like(clip.frames)) for clip in media.videos))
+
+
+def _crop_box(rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Draw the (left, top, right, bottom) of a crop of an image of (width, height)."""
+    top, left, height, width = draw_damage(rng, 1, size[::-1], CROP).crop
+    return left, top, left + width, top + height
+
+
+def _cropped(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
+
+
+def _cropped_clip(clip: Clip, rng: np.random.Generator) -> Clip:
+    box = _crop_box(rng, clip.frames.shape[2:0:-1])
+    return replace(clip, frames=np.stack([np.asarray(_cropped(Image.fromarray(f), box)) for f in clip.frames]))
+
+
+def _reordered(clip: Clip, name: str, rng: np.random.Generator) -> Clip:
+    count = len(clip.frames)
+    if name == "drop":
+        kept = np.sort(rng.choice(count, size=KEPT, replace=False))
+        return replace(clip, frames=clip.frames[kept], timestamps=clip.timestamps[kept])
+    order = np.arange(count)[::-1] if name == "reverse" else _shuffled([(0, count)], rng)
+    return replace(clip, frames=clip.frames[order])

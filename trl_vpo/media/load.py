@@ -149,6 +149,13 @@ def load_video(
     return clip
 
 
+def frame_size(source: Any, *, media_root: str | Path | None = None) -> tuple[int, int]:
+    """Return (width, height) of the frames of a video as they are stored, upright."""
+    source = {**source, "max_pixels": None} if isinstance(source, dict) else source
+    frames = check_video(source, VideoOptions(num_frames=1), media_root=media_root).frames
+    return frames.shape[2], frames.shape[1]
+
+
 def _unpack(source: Any, options: VideoOptions, name: str) -> tuple[Any, VideoOptions, float | None]:
     """Return what holds the video, the options with a dict's own put over them, and frames_fps."""
     if not isinstance(source, dict):

@@ -1,21 +1,31 @@
-"""LPOI's image list: one image with its critical object more and more hidden, drawn from a stored box.
+"""LPOI's list: an image or a clip with its critical object or moment more and more hidden, drawn from a box or span.
 
 Pixel rules, all in integers. A box [x0, y0, x1, y1] covers the pixels x0 <= x < x1 and y0 <= y < y1; fractions are
 rounded outwards, so that the object is covered whole. The black rectangle grows from the side of the box that is
 nearest to the border of the image (left: x0, right: W - x1, top: y0, bottom: H - y1 pixels away); of equally near
 sides the first of left, right, top, bottom is taken. Of a box that is L pixels long in that direction, item k of N
 hides ceil((k - 1) * L / (N - 1)) pixels. With more items than pixels, some neighbours are equal.
+
+In a clip the same rectangle is hidden in every frame. Its box is in pixels of the frames as they are stored; it is
+scaled with them, and rounded outwards.
+
+A span [start, end] covers the sampled frames at start <= t <= end seconds. Of M such frames, item k of N blacks out
+ceil((k - 1) * M / (N - 1)), spread evenly: numbered 0 to M - 1 in time, they go in the order of their numbers' bits
+read backwards (of 8 frames 0, 4, 2, 6, 1, 5, 3, 7), so every item hides what the one before hides, and more. With more
+items than frames, some neighbours are equal.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from trl_vpo.errors import RowError
+from trl_vpo.media.load import Clip
 
 
 def check_box(box: Sequence[float], size: tuple[int, int]) -> None:
@@ -91,3 +101,58 @@ def hidden_box(box: Sequence[float], size: tuple[int, int], k: int, n: int) -> t
         "top": (x0, y0, x1, y0 + depth),
         "bottom": (x0, y1 - depth, x1, y1),
     }[side]
+
+
+# --- clips --------------------------------------------------------------------------------------------------------
+
+
+def masked_clips(
+    clip: Clip, box: Sequence[float], size: tuple[int, int], n: int, *, visual_prompt: bool = True
+) -> list[Clip]:
+    """Return N clips from fully visible to fully masked, each frame as `masked_image_list` draws it.
+
+    `size`: (width, height) of the stored frames, in whose pixels the box is.
+    """
+    check_box(box, size)
+    height, width = clip.frames.shape[1:3]
+    across, down = width / size[0], height / size[1]
+    scaled = math.floor(box[0] * across), math.floor(box[1] * down)
+    scaled += min(width, math.ceil(box[2] * across)), min(height, math.ceil(box[3] * down))
+    frames = [masked_image_list(Image.fromarray(f), scaled, n, visual_prompt=visual_prompt) for f in clip.frames]
+    return [replace(clip, frames=np.stack([np.asarray(items[k]) for items in frames])) for k in range(n)]
+
+
+def check_span(span: Sequence[float], clip: Clip) -> None:
+    """Raise RowError, naming the span, the clip and the remedy, unless it covers sampled frames of the clip."""
+    numbers = len(span) == 2 and all(isinstance(t, (int, float)) and not isinstance(t, bool) for t in span)
+    times = clip.timestamps
+    if not numbers or not 0 <= span[0] < span[1] < math.inf:
+        problem = "is not [start, end] in seconds with 0 <= start < end. Write both ends as numbers"
+    elif span[1] > clip.duration + 0.01:
+        problem = f"ends behind the video, which is {clip.duration:.2f} s long. Clip it, or check the video"
+    elif not len(_frames_in(span, clip)):
+        problem = (
+            f"holds none of the {len(times)} sampled frames, which are from {times[0]:.2f} to {times[-1]:.2f} s. "
+            "Raise num_frames or fps, or widen the span"
+        )
+    else:
+        return
+    raise RowError(f"critical_span {list(span)} of {clip.source} {problem}.")
+
+
+def blanked_clips(clip: Clip, span: Sequence[float], n: int) -> list[Clip]:
+    """Return N clips in which more and more frames of the span are black: none in the first, all in the last."""
+    check_span(span, clip)
+    inside = _frames_in(span, clip)
+    bits = (len(inside) - 1).bit_length()
+    order = inside[sorted(range(len(inside)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))]
+    clips = [clip]
+    for k in range(1, n):
+        frames = clip.frames.copy()
+        frames[order[: -(-k * len(order) // (n - 1))]] = 0
+        clips.append(replace(clip, frames=frames))
+    return clips
+
+
+def _frames_in(span: Sequence[float], clip: Clip) -> np.ndarray:
+    return np.flatnonzero((clip.timestamps >= span[0]) & (clip.timestamps <= span[1]))

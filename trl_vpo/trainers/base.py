@@ -55,7 +55,6 @@ class VisualPreferenceTrainer(LoggingTrainer):
     needs_reference = True  # the loss compares with a reference model
     needs_kl = False  # ... token by token, over the whole vocabulary: `scores.kl`
     needs_phrases = False  # rows mark the phrases that differ: `batch["phrase_mask"]`; "paired": `batch["phrase_ids"]`
-    needs_image_list = False  # rows have several images: `batch["image_branches"]`; "crop": an image and a crop of it
 
     def __init__(
         self,
@@ -137,8 +136,10 @@ class VisualPreferenceTrainer(LoggingTrainer):
             max_pixels=args.max_pixels,
             max_length=args.max_length,
             phrases=cls.needs_phrases,
-            num_images=args.num_images if cls.needs_image_list else None,
-            visual_prompt=getattr(args, "visual_prompt", True),
+            media_form=args.media_form,
+            media_contrast=args.media_contrast,
+            num_images=args.num_images,
+            visual_prompt=args.visual_prompt,
             scores=args.scores,
             media_root=args.media_root,
             frame_cache=args.frame_cache,
@@ -203,7 +204,6 @@ class VisualPreferenceTrainer(LoggingTrainer):
             name=dataset_name,
             processing_class=processing_class,
             phrases=self.needs_phrases,
-            image_list=self.needs_image_list,
             collator=collator,
         )
         dataset = compat.drop_empty_media_columns(dataset, processing_class)

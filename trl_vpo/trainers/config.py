@@ -119,8 +119,11 @@ class VisualPreferenceConfig(DPOConfig):
         choices=["error", "skip"],
     )
 
-    refused = REFUSED  # no annotation: not a field
+    # No annotations: these are no fields.
+    refused = REFUSED
     scores = None  # columns that rows must have, see `ScoreMarginConfig`
+    media_form = None  # what else responses are scored behind, see `trl_vpo.data.row_media`
+    media_contrast, num_images, visual_prompt = None, 5, True  # of the media that the collator draws
     kl_sides = ("chosen",)  # the responses whose KL is trained, where a method needs one; the others' is a metric
 
     def __post_init__(self):
@@ -132,9 +135,9 @@ class VisualPreferenceConfig(DPOConfig):
                     f"{type(self).__name__} does not take {name}={getattr(self, name)!r}: {reason}. "
                     f"Leave `{name}` out of the recipe."
                 )
-        for own in fields(VisualPreferenceConfig):
-            choices = own.metadata.get("choices")
-            if own.name in ("layout", "check_media", "on_bad_media") and getattr(self, own.name) not in choices:
+        for own in fields(self):
+            choices = () if own.name in defaults else own.metadata.get("choices") or ()
+            if choices and getattr(self, own.name) not in (own.default, *choices):
                 raise ValueError(f"{own.name}={getattr(self, own.name)!r} is not one of {', '.join(choices)}.")
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise ValueError("use_liger_kernel=True needs the package liger-kernel: `pip install liger-kernel`.")

@@ -1,6 +1,7 @@
 """Keys of precomputed log-probs: digests of all that a row's reference log-probs depend on."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.identity import processor_identity, source_identity
-from trl_vpo.data.rows import read_row
 from trl_vpo.errors import MediaError, RowError
 from trl_vpo.files import json_digest
 
-FORMAT = 4  # of the keys; raise it with a change to the code that changes log-probs
-MEDIA_SETTINGS = ("video", "max_pixels", "num_images", "visual_prompt", "media_root")  # of the collator
+FORMAT = 5  # of the keys; raise it with a change to the code that changes log-probs
+MEDIA_SETTINGS = (  # of the collator
+    "video", "max_pixels", "media_form", "media_contrast", "num_images", "visual_prompt", "media_root",
+)  # fmt: skip
 # Entries of model and adapter configs that say where something came from or how it is run, not what it computes.
 NO_MATTER = {"_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "inference_mode"}
 NO_MATTER |= {"pad_token_id", "bos_token_id", "eos_token_id"}
@@ -24,13 +26,14 @@ NO_MATTER |= {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 def row_key(example: dict, collator: PreferenceCollator) -> str:
     """Return the digest of a row's own content. Media files are known by path, size and time of the last change."""
-    row = read_row(example, image_list=collator.num_images)
-    sources = (row.images, row.videos, row.image_list or [])
+    row = replace(collator, phrases=False, scores=None).read(example)
+    sources = [kind for sources in row.media_list or [(row.images, row.videos)] for kind in sources]
     try:
         media = [[source_identity(source, collator.media_root, _size_and_time) for source in kind] for kind in sources]
     except MediaError as error:
         raise RowError(f"{row.name}: {error}") from error
-    return json_digest([row.prompt, row.chosen, row.rejected, row.template_kwargs, row.critical_box, media])
+    texts = [row.prompt, *(getattr(row, side) for side in row.sides)]
+    return json_digest([texts, row.template_kwargs, row.critical_box, row.critical_span, media])
 
 
 def _size_and_time(file: Path) -> list:  # st_mtime: st_ctime differs on a disk that is new with every job

@@ -1,7 +1,8 @@
 """LPOI: a listwise ranking of images in which the critical object is more and more hidden (arXiv 2505.21061).
 
 Different from DPO: a row has a list of images that show less and less of an object. The chosen response is scored on
-each of them, and the more visible image should win; the rejected response is scored on the first.
+each of them, and the more visible image should win; the rejected response is scored on the first. Different from the
+paper: the list may be of clips, in which an object or a moment is hidden.
 """
 
 import textwrap
@@ -26,14 +27,15 @@ class LPOIConfig(VisualPreferenceConfig):
     )
     num_images: int = option(
         5,
-        "Length of the list drawn from `critical_box`, the clean image included; at least 2. Rows with their own "
-        "`image_list` keep its length.",
+        "Length of the list drawn from `critical_box` or `critical_span`, the clean image or clip included; at least "
+        "2. Rows with their own `image_list` or `video_list` keep its length.",
     )
     visual_prompt: bool = option(True, "Draw a red ellipse around the hidden part.")
     list_weight: float = option(1.0, "Weight of the ranking of the images.")
     dpo_weight: float = option(1.0, "Weight of the DPO term on the clean image.")
     anchor_weight: float = option(1.0, "Weight of the anchor of the chosen response.")
 
+    media_form = "ranking"
     refused = REFUSED | {"label_smoothing": "LPOI has no label smoothing"}
 
     def __post_init__(self):
@@ -56,7 +58,6 @@ class LPOITrainer(VisualPreferenceTrainer):
     """
 
     config_class = LPOIConfig
-    needs_image_list = True
     _tag_names = ["trl", "trl-vpo", "lpoi"]
     _name = "LPOI"
     _paper = {

@@ -2,13 +2,15 @@
 
 Different from the authors' code: policy and reference see the same corrupted image. It is drawn from the row's texts,
 so it is the same in every epoch, on any machine and after a resume. The weights and the anchor's margin are options.
-Different from LPOI: the second image is a random crop of the first, no box is needed, and the list has two images.
+Different from LPOI: the second image is a random crop of the first, or another corruption, no box is needed, and the
+list has two items. A row may have several images, and videos.
 """
 
 import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, mdpo_loss
+from trl_vpo.media.corruptions import CONTRASTS
 from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
@@ -24,17 +26,23 @@ class MDPOConfig(VisualPreferenceConfig):
     """
 
     learning_rate: float = option(1e-5, "Initial learning rate; the paper's for Bunny-3B, with LoRA.")
-    dpo_weight: float = option(1.0, "Weight of the DPO term on the image itself.")
-    conditional_weight: float = option(1.0, "Weight of the contrast between the image and its corrupted copy.")
+    media_contrast: str = option(
+        "crop",
+        "Corruption of all images and clips of a row that brings no second media; `shuffle`, `reverse` and `drop` are "
+        "of frames, for rows with videos only.",
+        choices=CONTRASTS,
+    )
+    dpo_weight: float = option(1.0, "Weight of the DPO term on the media themselves.")
+    conditional_weight: float = option(1.0, "Weight of the contrast between the media and their corrupted copy.")
     anchor_weight: float = option(1.0, "Weight of the anchor of the chosen response.")
     anchor_margin: float = option(0.0, "What the chosen reward should exceed, in units of the reward.")
 
+    media_form = "contrast"
     refused = REFUSED | {"label_smoothing": "mDPO has no label smoothing"}
-    num_images = "crop"  # of the collator; no annotation: not a field
 
 
 class MDPOTrainer(VisualPreferenceTrainer):
-    """DPO on the image, the chosen response on the image against the same on a crop of it, and an anchor.
+    """DPO, the chosen response on the media against the same on a corrupted copy of them, and an anchor.
 
     Example:
         >>> trainer = MDPOTrainer(
@@ -47,7 +55,6 @@ class MDPOTrainer(VisualPreferenceTrainer):
     """
 
     config_class = MDPOConfig
-    needs_image_list = "crop"
     _tag_names = ["trl", "trl-vpo", "mdpo"]
     _name = "mDPO"
     _paper = {

@@ -29,7 +29,7 @@ def padding_row(trainer: Any, vision_input: str | None) -> dict:
         row = {"prompt": prompt, "chosen": "yes", "rejected": "no"}
     short = {"video": VideoOptions(num_frames=2), "max_pixels": PICTURE.width * PICTURE.height, "max_length": None}
     short["pixel_dtype"] = trainer.scorer.pixel_dtype
-    plain = replace(collator, **short, phrases=False, num_images=None, scores=None)
+    plain = replace(collator, **short, phrases=False, media_form=None, media_contrast=None, scores=None)
     tree = plain.encode({**row, **MEDIA.get(kind, {}), "id": "padding"})
     short = Tree(tree.name, tree.trunks, [Branch(tree.branches[0].ids[:1])])
     return trainer._prepare_inputs(tree_batch([short], plain.tokenizer.pad_token_id))

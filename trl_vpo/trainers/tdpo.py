@@ -31,11 +31,6 @@ class TDPOConfig(VisualPreferenceConfig):
 
     refused = REFUSED | without_precomputing() | {"label_smoothing": "TDPO has no label smoothing"}
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.variant not in KL_SIDES:
-            raise ValueError(f"variant={self.variant!r} is not one of {', '.join(KL_SIDES)}.")
-
     @property
     def kl_sides(self) -> tuple[str, ...]:
         return KL_SIDES[self.variant]

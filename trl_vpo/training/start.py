@@ -35,21 +35,19 @@ def describe_start(trainer: Any, given: Any, repo: str | None = None) -> dict[st
         "trained": f"{trained:,} of {every:,} parameters ({trained / max(every, 1):.2%})",
         "batch": "{} = {} per device x {} accumulated x {} {}".format(math.prod(sizes), *sizes, unit),
         "layout": LAYOUTS[trainer.scorer.packs].format(trainer.scorer.layout),
-        "media": describe_media(
-            args, trainer.processing_class, trainer.train_dataset.column_names, trainer.needs_image_list
-        ),
+        "media": describe_media(args, trainer.processing_class, trainer.train_dataset.column_names),
         "results": f"{args.output_dir}{f', pushed to {repo}' if repo else ''}",
     }
 
 
-def describe_media(args: Any, processing_class: Any, columns: Iterable[str] | None, image_list: bool | str) -> str:
+def describe_media(args: Any, processing_class: Any, columns: Iterable[str] | None) -> str:
     """Say what is read of the media that the rows' columns name, and how large. None: unknown columns."""
     columns = set(columns or ("videos", "images"))
     pixels = (
         f"at most about {args.max_pixels:,} pixels each" if args.max_pixels else "as large as the processor makes them"
     )
     sizes: dict[str, list[str]] = {}  # size -> media
-    if {"video", "videos"} & columns:
+    if {"video", "videos", "video_list"} & columns:
         frames = (
             f"at most {args.max_frames} frames, {args.fps:g} a second," if args.fps else f"{args.num_frames} frames"
         )
@@ -63,13 +61,14 @@ def describe_media(args: Any, processing_class: Any, columns: Iterable[str] | No
             most = budget.limits(count)[1]
             size = f"at most {most:,.0f} pixels a frame (the model's own budget)"
         sizes[size] = [f"{frames} of a video"]
-    if image_list == "crop":
-        sizes.setdefault(pixels, []).append("images, and a random crop of each")
-    elif image_list:
-        sizes.setdefault(pixels, []).append(f"{args.num_images} images of a critical_box")
-    elif {"image", "images"} & columns:
+    if {"image", "images", "image_list"} & columns:
         sizes.setdefault(pixels, []).append("images")
-    return "; ".join(", ".join([*media, size]) for size, media in sizes.items()) or "none, the rows are text"
+    kinds = [", ".join([*media, size]) for size, media in sizes.items()]
+    if kinds and args.media_form == "ranking":
+        kinds.append(f"{args.num_images} of each by its box or span")
+    elif kinds and args.media_contrast is not None:
+        kinds.append(f"where a row gives no second media, of each a copy with {args.media_contrast}")
+    return "; ".join(kinds) or "none, the rows are text"
 
 
 def _rows(trainer: Any, given: Any) -> str:

@@ -26,7 +26,8 @@ function drawRow(pictures) {
     if (row.media?.length) article.append(make("div", { class: "media" }, ...row.media.map((group) => drawGroup(group, urls, row))));
     if (row.prompt) article.append(drawPrompt(row.prompt));
     if (row.chosen) {
-      article.append(make("div", { class: "sides" }, drawSide(row, "chosen", "Chosen"), drawSide(row, "rejected", "Rejected")));
+      article.append(make("div", { class: "sides" }, drawSide(row, "chosen", "Chosen"), drawSide(row, "rejected", "Rejected"),
+        ...(row.other_chosen ? [drawSide(row, "other_chosen", "Chosen for the other media")] : [])));
     }
     if (row.notes.length) article.append(make("ul", { class: "notes soft" }, ...row.notes.map((note) => make("li", {}, note))));
     const sided = row.chosen ? /^(chosen|rejected)_/ : /^$/;

@@ -5,7 +5,7 @@ A record holds JSON values only:
 - `n`, the row's position from 0, as in error messages; `id` and `source` where the row has them;
 - `problems`, breaches of the row contract; `notes`, what only some methods would mind;
 - `prompt`, a list of [role, parts], a part being a text, or ["image", 1] for a placeholder;
-- `chosen`, `rejected`: the response as [plain, phrase, plain, phrase, ...], from `trl_vpo.data.rows.read_row`;
+- `chosen`, `rejected`, `other_chosen`: the response as [plain, phrase, plain, ...], from `trl_vpo.data.rows.read_row`;
   `chosen_messages`, `rejected_messages`: JSON text, where a response is more than one plain message;
 - `media`, groups of pictures: `title`, `what`, and `pictures` [[width, height, caption], ...] or `error`;
 - `columns`, [name, scalar] of all other columns; `more`, [name, JSON text] of those that hold no scalar;
@@ -17,7 +17,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,17 +26,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trl_vpo.data.rows import COLUMNS, ROW_INDEX, Row, read_row, response_text, row_name
+from trl_vpo.data.messages import OTHER, REJECTED
+from trl_vpo.data.row_media import LISTS
+from trl_vpo.data.rows import COLUMNS, ROW_INDEX, SIDES, Row, read_row, response_text, row_name
+from trl_vpo.data.trunk_media import ranked
 from trl_vpo.media.images import describe, shrink
-from trl_vpo.media.load import VideoOptions, load_image, load_video
-from trl_vpo.media.masking import masked_image_list
+from trl_vpo.media.load import Clip, Media, VideoOptions, load_image, load_video
 from trl_vpo.report.view.data import Unreadable
 from trl_vpo.report.view.values import as_json, is_scalar, plain
 from trl_vpo.text.phrases import CLOSE, OPEN
 
 IMAGE_FACTOR = 4  # an image may have so many times the pixels of a frame: it is looked at alone
 SHOWN_COLUMNS = set(COLUMNS) - {"tools", "chat_template_kwargs"}  # these two count as other columns
-SIDES = ("chosen", "rejected")
+FORMS = {  # form of a row's media -> the columns that it reads
+    "pair": REJECTED,
+    "symmetric": OTHER,
+    "ranking": ("critical_box", "critical_span", *LISTS),
+}
 Pictures = list[tuple[Image.Image, str]]  # with captions
 Loader = Callable[[], tuple[str, Pictures]]  # gives figures about the source, too
 
@@ -48,7 +54,7 @@ class Look:
     media_root: str | Path | None = None  # the folder that relative paths start from
     num_frames: int = 8  # most of a clip
     thumb_pixels: int = 192 * 192  # most of a frame, or of an item of an image list
-    num_images: int = 5  # of the image list drawn from a `critical_box`, as in `LPOIConfig`
+    num_images: int = 5  # of the list drawn from a `critical_box` or `critical_span`, as in `LPOIConfig`
     visual_prompt: bool = True  # of that list, too
 
 
@@ -64,12 +70,12 @@ def show_row(index: int, example: dict | Unreadable, look: Look) -> tuple[dict, 
     others = {key: value for key, value in example.items() if key not in SHOWN_COLUMNS and value is not None}
     record["columns"] = [[key, plain(value)] for key, value in others.items() if is_scalar(value)]
     record["more"] = [[key, as_json(value)] for key, value in others.items() if not is_scalar(value)]
-    row = _read(example, index, record)
+    row, form = _read(example, index, record)
     if row is None:
         record["raw"] = as_json(example)
         return record, []
     record["prompt"] = _prompt(row.prompt)
-    for side in SIDES:
+    for side in row.sides:
         response = getattr(row, side)
         text, phrases = response_text(response), getattr(row, f"{side}_phrases") or []
         # Offsets would not do: they count code points here, and UTF-16 units in a browser.
@@ -78,7 +84,7 @@ def show_row(index: int, example: dict | Unreadable, look: Look) -> tuple[dict, 
         if not isinstance(response, str) and (len(response) > 1 or set(response[0]) - {"role", "content"}):
             record[f"{side}_messages"] = as_json(response)
     record["media"], urls = [], []
-    for title, what, load in _sources(row, look):
+    for title, what, load in _sources(row, form, look):
         try:
             figures, pictures = load()
         except Exception as error:  # as for rows: whatever a file does, the page says so and continues
@@ -90,8 +96,8 @@ def show_row(index: int, example: dict | Unreadable, look: Look) -> tuple[dict, 
     return record, urls
 
 
-def _read(example: dict, index: int, record: dict) -> Row | None:
-    """Read the row, with phrases and image list where it has them, and note in the record what is wrong."""
+def _read(example: dict, index: int, record: dict) -> tuple[Row | None, str | None]:
+    """Read the row with its phrases and second media; note what is wrong. Return the form of the media, too."""
     example = {**example, ROW_INDEX: index}
 
     def read(kind: str, about: str, **parts: bool) -> Row | None:
@@ -101,17 +107,19 @@ def _read(example: dict, index: int, record: dict) -> Row | None:
             record[kind].append(about + _message(error, f"{row_name(example)}: "))
             return None
 
-    row = read("problems", "")
+    form = next((form for form, columns in FORMS.items() if any(example.get(c) is not None for c in columns)), None)
+    row = read("problems", "", media_form="pair" if form == "pair" else None)
     if row is None:
-        return None
+        return None, form
     given = any(example.get(f"{side}_phrases") is not None for side in SIDES)
     tagged = any(tag in response_text(text) for tag in (OPEN, CLOSE) for text in (row.chosen, row.rejected))
-    row = read("problems" if given or tagged else "notes", "Phrases (RRPO): ", phrases=True) or row
-    if example.get("critical_box") is not None or example.get("image_list") is not None:
-        ranked = read("problems", "Image list (LPOI): ", image_list=True)
-        if ranked is not None:
-            row.critical_box, row.image_list = ranked.critical_box, ranked.image_list
-    return row
+    if form != "pair":
+        row = read("problems" if given or tagged else "notes", "Phrases (RRPO): ", phrases=True) or row
+        about = "Other media (SymMPO): " if form == "symmetric" else "List (LPOI): "
+        if form is not None and (more := read("problems", about, media_form=form)) is not None:
+            for name in ("critical_box", "critical_span", "media_list", "other_chosen"):
+                setattr(row, name, getattr(more, name))
+    return row, form
 
 
 def _message(error: Exception, row: str = "") -> str:
@@ -137,28 +145,40 @@ def _prompt(prompt: list[dict] | str) -> list[list]:
     return messages
 
 
-def _sources(row: Row, look: Look) -> Iterator[tuple[str, str, Loader]]:
+def _sources(row: Row, form: str | None, look: Look) -> Iterator[tuple[str, str, Loader]]:
     """Yield (title, name, loader) of each group of pictures."""
     for number, source in enumerate(row.videos, 1):
         yield f"Video {number}", describe(source), partial(_clip, source, look)
     for number, source in enumerate(row.images, 1):
         yield f"Image {number}", describe(source), partial(_image, source, look)
-    if row.critical_box is not None:
-        yield "Image list", f"drawn from critical_box {as_json(row.critical_box)}", partial(_drawn_list, row, look)
-    if row.image_list is not None:
-        yield "Image list", "as the row gives it", partial(_given_list, row, look)
+    for name in ("critical_box", "critical_span"):
+        if (where := getattr(row, name)) is not None:
+            kind = "Image" if row.images else "Video"
+            yield f"{kind} list", f"drawn from {name} {as_json(where)}", partial(_drawn_list, row, look)
+    if row.media_list and form == "ranking":
+        yield f"{'Image' if row.images else 'Video'} list", "as the row gives it", partial(_given_list, row, look)
+    elif row.media_list:
+        images, videos = row.media_list[1]
+        second = replace(row, images=images, videos=videos, media_list=None)
+        yield from ((f"Second {title.lower()}", *rest) for title, *rest in _sources(second, None, look))
+
+
+def _options(look: Look) -> VideoOptions:
+    return VideoOptions(num_frames=look.num_frames, max_frames=look.num_frames, max_pixels=look.thumb_pixels)
 
 
 def _clip(source: Any, look: Look) -> tuple[str, Pictures]:
-    options = VideoOptions(num_frames=look.num_frames, max_frames=look.num_frames, max_pixels=look.thumb_pixels)
-    clip = load_video(source, options, media_root=look.media_root)
+    clip = load_video(source, _options(look), media_root=look.media_root)
+    rate = f"{clip.fps:.2f}".rstrip("0").rstrip(".")
+    return f" · {clip.duration:.2f} s · {clip.total_frames} frames · {rate} a second", _frames(clip, look)
+
+
+def _frames(clip: Clip, look: Look) -> Pictures:
     # A row may ask for other frames than these options; then fewer of the frames that it asks for are shown.
     count = min(len(clip.frames), look.num_frames)
     chosen = np.linspace(0, len(clip.frames) - 1, count).round().astype(int)
     frames = [shrink(Image.fromarray(np.ascontiguousarray(clip.frames[i])), look.thumb_pixels) for i in chosen]
-    rate = f"{clip.fps:.2f}".rstrip("0").rstrip(".")
-    figures = f" · {clip.duration:.2f} s · {clip.total_frames} frames · {rate} a second"
-    return figures, [(frame, f"{clip.timestamps[i]:.2f} s") for frame, i in zip(frames, chosen)]
+    return [(frame, f"{clip.timestamps[i]:.2f} s") for frame, i in zip(frames, chosen)]
 
 
 def _image(source: Any, look: Look) -> tuple[str, Pictures]:
@@ -167,15 +187,31 @@ def _image(source: Any, look: Look) -> tuple[str, Pictures]:
 
 
 def _drawn_list(row: Row, look: Look) -> tuple[str, Pictures]:
-    image = load_image(row.images[0], media_root=look.media_root, limit=False)
-    items = masked_image_list(image, row.critical_box, look.num_images, visual_prompt=look.visual_prompt)
-    last = len(items) - 1
-    return "", [(shrink(item, look.thumb_pixels), f"{100 * k / last:.0f} % hidden") for k, item in enumerate(items)]
+    if row.images:
+        own = Media((load_image(row.images[0], media_root=look.media_root, limit=False),))
+    else:
+        own = Media((), (load_video(row.videos[0], _options(look), media_root=look.media_root),))
+    items = ranked(row, own, look.num_images, look.visual_prompt, look.media_root)
+    return "", _listed(items, look, lambda k: f"{100 * k / (len(items) - 1):.0f} % hidden")
 
 
 def _given_list(row: Row, look: Look) -> tuple[str, Pictures]:
-    items = [load_image(item, max_pixels=look.thumb_pixels, media_root=look.media_root) for item in row.image_list]
-    return "", [(item, f"rank {k}") for k, item in enumerate(items, 1)]
+    items = [
+        Media(
+            tuple(load_image(item, max_pixels=look.thumb_pixels, media_root=look.media_root) for item in images),
+            tuple(load_video(item, _options(look), media_root=look.media_root) for item in videos),
+        )
+        for images, videos in row.media_list
+    ]
+    return "", _listed(items, look, lambda k: f"rank {k + 1}")
+
+
+def _listed(items: list[Media], look: Look, name: Callable[[int], str]) -> Pictures:
+    """Return the images of a list, or the frames of its clips with their times."""
+    pictures = [(shrink(image, look.thumb_pixels), name(k)) for k, item in enumerate(items) for image in item.images]
+    for k, item in enumerate(items):
+        pictures += [(frame, f"{name(k)}, {time}") for clip in item.videos for frame, time in _frames(clip, look)]
+    return pictures
 
 
 def _data_url(image: Image.Image) -> str:
