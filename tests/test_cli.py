@@ -103,7 +103,13 @@ def test_help_of_a_method(method, capsys):
     short, whole = pages
     assert short.count("\n") <= 120 and max(map(len, short.splitlines())) <= 80
     own = {"dpo": "beta", "leanpo": "nll_weight", "rrpo": "alpha", "lpoi": "list_weight", "simpo": "target_margin"}
-    own |= {"tdpo": "variant", "ddpo": "phrase_weight", "mdpo": "conditional_weight", "dpa": "alpha"}
+    own |= {
+        "tdpo": "variant",
+        "ddpo": "phrase_weight",
+        "mdpo": "conditional_weight",
+        "dpa": "alpha",
+        "symmpo": "pair_weight",
+    }
     titles = [f"\n{name}:\n" for name in (method, "data", "media", "model", "LoRA and quantization", "run")]
     assert sorted(titles, key=short.index) == titles
     assert (
@@ -133,7 +139,7 @@ def test_help_of_generation(method, capsys):
     [
         (
             ["train", "rpo"],
-            "'rpo' is not one of dpo, leanpo, rrpo, lpoi, simpo, tdpo, ddpo, mdpo, dpa. Did",
+            "'rpo' is not one of dpo, leanpo, rrpo, lpoi, simpo, tdpo, ddpo, mdpo, dpa, symmpo. Did",
         ),
         (["import", "lpo", "a", "b"], "'lpo' is not one of rrpo, lpoi, ms-swift, llamafactory, llava-hound, "),
         (["trian"], "import, doctor, recipes, quickstart. Did you mean train?"),

@@ -6,7 +6,7 @@ import model_table
 import pytest
 import torch
 from families import FAMILIES, KINDS, LANGUAGE_MODEL, build
-from helpers import row
+from helpers import message, row
 from peft import LoraConfig
 from slow_kit import of_tokens, slow_scores
 from step_kit import losses_of, snapshot
@@ -56,6 +56,8 @@ def test_the_media_matter(name, kind, media, tmp_path):
 @pytest.mark.parametrize("method", BY_SPEED)
 def test_two_steps_move_the_adapter_and_nothing_else(method, name, kind, media, tmp_path):
     more = {"critical_box": [4, 8, 30, 40]} if method == "lpoi" else {}
+    if method == "symmpo":
+        more = {f"other_{kind}s": media[kind][:1], "other_chosen": message("assistant", "nothing moves.")}
     trainer = trainer_on(method, name, dataset(kind, media, **more), tmp_path)
     before, adapter = snapshot(trainer.model), trainable(trainer.model)
     assert all("lora_" in k and "vision" not in k and "visual" not in k for k in adapter) and adapter

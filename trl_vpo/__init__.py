@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trl_vpo.trainers.mdpo import MDPOConfig, MDPOTrainer
     from trl_vpo.trainers.rrpo import RRPOConfig, RRPOTrainer
     from trl_vpo.trainers.simpo import SimPOConfig, SimPOTrainer
+    from trl_vpo.trainers.symmpo import SymMPOConfig, SymMPOTrainer
     from trl_vpo.trainers.tdpo import TDPOConfig, TDPOTrainer
 
 try:
@@ -37,6 +38,7 @@ _HOMES = {
     "trl_vpo.trainers.ddpo": ("DDPOConfig", "DDPOTrainer"),
     "trl_vpo.trainers.mdpo": ("MDPOConfig", "MDPOTrainer"),
     "trl_vpo.trainers.dpa": ("DPAConfig", "DPATrainer"),
+    "trl_vpo.trainers.symmpo": ("SymMPOConfig", "SymMPOTrainer"),
     "trl_vpo.data.collator": ("PreferenceCollator",),
     "trl_vpo.evaluate.callback": ("EvaluationCallback",),
     "trl_vpo.data.identity": ("versions",),
@@ -58,6 +60,8 @@ __all__ = [
     "RRPOTrainer",
     "SimPOConfig",
     "SimPOTrainer",
+    "SymMPOConfig",
+    "SymMPOTrainer",
     "TDPOConfig",
     "TDPOTrainer",
     "VisualDPOConfig",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import SQUARE, build, text_model, tokenizer
-from helpers import message, row, write_image
+from helpers import message, row, write_clip, write_image
 from media_files import cut, needs_pyav, write_video
 from prepared import prepare
 from transformers import Blip2Processor, BlipImageProcessor
@@ -53,6 +53,20 @@ def test_bad_images_and_boxes_are_named(processor, tmp_path):
     for box in ([10, 10, 10, 20], [10, 10, 90, 20], [1, 2, 3]):
         with pytest.raises(RowError, match=r"row 0: .*56"):
             prepare([row("image", [path], critical_box=box)], processor, tmp_path, config=trl_vpo.LPOIConfig)
+
+
+def test_spans_and_boxes_of_clips_are_named(processor, tmp_path):
+    clip = write_clip(tmp_path / "a.mp4", frames=12, fps=10)
+    for more, says in (
+        ({"critical_span": [1, 3]}, "a.mp4 ends behind the video, which is 1.20 s long"),
+        ({"critical_span": [0.01, 0.02]}, "a.mp4 holds none of the 8 sampled frames"),
+        ({"critical_box": [0, 0, 90, 20]}, "in an image of 64x64 pixels reaches outside"),
+    ):
+        with pytest.raises(RowError, match=rf"row 0: critical_.*{says}"):
+            prepare([row("video", [clip], **more)], processor, tmp_path, config=trl_vpo.LPOIConfig, max_pixels=1000)
+    good = [row("video", [clip], critical_span=[0.5, 1.2]), row("video", [clip], critical_box=[0, 0, 60, 20])]
+    good = [{"critical_span": None, "critical_box": None} | r for r in good]
+    assert len(prepare(good, processor, tmp_path, config=trl_vpo.LPOIConfig, max_pixels=1000)) == 2
 
 
 def test_many_bad_rows_are_counted_and_the_first_are_shown(processor, tmp_path):

@@ -18,7 +18,7 @@ DAMAGES = ("shuffled", "masked", "blank")
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_logged_name_is_explained(method, tmp_path):
-    kind = "scene" if method in ("lpoi", "mdpo") else "clip"
+    kind = "scene" if method in ("lpoi", "mdpo", "symmpo") else "clip"
     _, pairs = rows.write_preferences(kind, 4, 1, tmp_path / "media")
     dataset = Dataset.from_list(pairs)
     args = getattr(trl_vpo, METHODS[method][0])(

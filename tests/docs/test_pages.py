@@ -35,7 +35,7 @@ GENERATE = {
     "lpoi": (LPOIPipeline, LPOIGenerateConfig),
 }
 BATCHES = {"dpo": 64, "leanpo": 8, "rrpo": 32, "lpoi": 64, "simpo": 128, "tdpo": 64, "ddpo": 32}
-BATCHES |= {"mdpo": 32, "dpa": 64}  # of the papers
+BATCHES |= {"mdpo": 32, "dpa": 64, "symmpo": 64}  # of the papers
 LAUNCH = {"--accelerate_config", "--num_processes", "--config", "--help", "--help-all"}
 PLACEHOLDER = re.compile(r"^[A-Z_]+(\.\w+)?$|^\.\.\.$|^OUT|^URL$")
 

@@ -71,6 +71,8 @@ CASES = {
                           "peft_config": lora(target_modules=rf"{families.LANGUAGE_MODEL}|.*merger\.mlp\.[02]")},
     "unlike clips": {"method": "dpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "shared"},
     "unlike clips, separate": {"method": "rrpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "separate"},
+    "contrast": {"method": "dpo", "kind": "contrast", "anchor_weight": 0.5},
+    "symmpo": {"method": "symmpo", "kind": "others"},
     "images and clips": {"method": "rrpo", "name": "LLaVA-OneVision", "kind": "both", "num_frames": 4},
     "unlike prompts": {"method": "dpo", "name": "text", "kind": "prompts", "layout": "shared", "scale": 0.3,
                        "peft_config": lora(text=True)},
@@ -131,6 +133,8 @@ def rows_of(kind, count, folder):
         "unlike": [text, text, ("video", [long]), ("video", [short])],  # rank 1 makes two calls of its micro-batches
         "both": [picture, ("video", [long]), ("video", [short]), ("video", [long])],
         "prompts": [text],
+        "contrast": [picture, text, text, picture],  # rank 0 has contrasts and text, rank 1 text and a pair
+        "others": [picture, ("image", images[1:2])],
     }[kind]
     rows = []
     for i in range(count):
@@ -140,6 +144,11 @@ def rows_of(kind, count, folder):
             more |= {"image_list": images[: 2 + i % 2], "critical_box": None}
         if kind == "prompts" and i % 4 == 0:  # rank 0 would make two calls of its micro-batches, rank 1 one
             prompt = {"prompt": message("user", "a red square moves left. " * 60)}
+        if kind == "contrast":
+            more |= {"rejected_images": images[1:2] if i % 4 == 0 else None}
+            prompt = {"rejected": None} if i % 4 == 0 else {}
+        if kind == "others":
+            more |= {"other_images": images[2:], "other_chosen": message("assistant", PAIRS[i - 1][0])}
         rows.append(more | row(of_kind, sources, *PAIRS[i % len(PAIRS)], **prompt))
     return rows
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES, LANGUAGE_MODEL, build, text_model
-from helpers import row
+from helpers import message, row
 from peft import LoraConfig
 
 from trl_vpo.data.collator import PreferenceCollator
@@ -51,8 +51,13 @@ def text_rows(n=8, start=0):
 
 
 def image_rows(images, n=4, **more):
-    pairs = PAIRS[:n]
-    return [row("image", [images[i % len(images)]], c, r, id=f"i{i}", **more) for i, (c, r) in enumerate(pairs)]
+    """Rows that every method takes, but for LPOI's box or list."""
+    rows = []
+    for i, pair in enumerate(PAIRS[:n]):
+        image, other = ([images[k % len(images)]] for k in (i, i + 1))
+        symmetric = {"other_images": other, "other_chosen": message("assistant", PAIRS[i - 1][0])}
+        rows.append(row("image", image, *pair, id=f"i{i}", **symmetric | more))
+    return rows
 
 
 def lora(text=False, **more):

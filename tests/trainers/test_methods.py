@@ -147,7 +147,8 @@ CASES = {
 
 
 def test_every_method_has_a_case():
-    missing = set(METHODS) - {method for method, *_ in CASES.values()} - {"lpoi", "mdpo"}  # have tests of their own
+    own = {"lpoi", "mdpo", "symmpo"}  # have tests of their own
+    missing = set(METHODS) - {method for method, *_ in CASES.values()} - own
     assert not missing, f"write the loss of {sorted(missing)} as a slow loop here, and enter it in CASES"
 
 
@@ -229,6 +230,43 @@ def test_mdpo_by_hand(name, layout, images, tmp_path):
     pixels = [[next(iter(trunk.media.values())) for trunk in tree.trunks] for tree in trees]
     assert torch.equal(pixels[0][0], pixels[1][0]) and not torch.equal(pixels[0][1], pixels[1][1])
     assert all(not torch.equal(whole, crop) for whole, crop in pixels)
+
+
+def symmpo(rows, args):
+    losses = []
+    for branches in rows:
+        chosen, rejected, other, chosen_there, other_there = (p.sum() - r.sum() for p, r, *_ in branches)
+        a, b = chosen - other, other_there - chosen_there
+        pair = -logsigmoid(args.beta * a) - logsigmoid(args.beta * b)
+        anchor = -logsigmoid(args.beta * chosen) - logsigmoid(args.beta * other_there)
+        dpo = -logsigmoid(args.beta * (chosen - rejected))
+        losses.append(dpo + args.pair_weight * pair + args.anchor_weight * anchor + args.margin_weight * (a - b) ** 2)
+    return sum(losses) / len(losses)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("name", ["Qwen2-VL", "LLaVA-OneVision"])
+def test_symmpo_by_hand(name, layout, media, tmp_path):
+    """An image row and a video row: y_w, y_l and y' on m, y_w and y' on m'."""
+    kinds = ("images", "videos", "other_images", "other_videos")
+    rows = [
+        row(kind, media[kind][:1], *PAIRS[i], **{f"other_{kind}s": media[kind][1:2]})
+        | {"other_chosen": message("assistant", PAIRS[i + 2][0])}
+        for i, kind in enumerate(("image", "video"))
+    ]
+    more = {"pair_weight": 0.7, "anchor_weight": 0.4, "margin_weight": 0.01, "beta": 0.9, "num_frames": 4}
+    trainer = trainer_of(
+        "symmpo", tmp_path, [dict.fromkeys(kinds) | r for r in rows], name=name, layout=layout, **more
+    )
+    shake(trainer.model)
+    batch = collated(trainer)
+    assert batch["branch_trunk"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert (batch["image_branches"].tolist(), batch["other_branches"].tolist()) == ([[0, 3], [5, 8]], [[2, 4], [7, 9]])
+    hand = assert_same_loss(trainer, batch, symmpo)
+    logs = trainer._averages("train")
+    for key, branch in (("image/1", 0), ("image/2", 3), ("other/1", 2), ("other/2", 4)):
+        reward = sum(trainer.beta * (r[branch][0] - r[branch][1]).sum().item() for r in hand) / 2
+        assert logs[f"rewards/{key}"] == pytest.approx(reward, rel=1e-4, abs=1e-5), key
 
 
 @LAYOUTS

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from families_newer import NEWER, build, example
+from helpers import message
 from peft import LoraConfig, PeftModel
 from step_kit import losses_of, snapshot
 from trainer_kit import METHODS, trainer_of
@@ -24,7 +25,11 @@ def cases():
 def test_a_step_and_its_adapter(name, method, kind, media, tmp_path):
     """It moves the adapter and nothing else; of layers that a family calls, not keys and values that Gemma's share."""
     model, processor = build(name)
-    made = example(NEWER[name], kind, media) | ({"critical_box": [4, 8, 30, 40]} if method == "lpoi" else {})
+    made = example(NEWER[name], kind, media)
+    if method == "lpoi":
+        made["critical_box"] = [4, 8, 30, 40]
+    if method == "symmpo":
+        made |= {"other_images": media["image"][:1], "other_chosen": message("assistant", "nothing moves.")}
     more = {"peft": None, "peft_config": LoraConfig(r=4, target_modules="language"), "num_frames": 6}
     more |= {"max_steps": 1, "layout": "auto"}
     trainer = trainer_of(method, tmp_path / "out", [made] * 2, model=model, processor=processor, **more)

@@ -44,7 +44,15 @@ def rows_of(kind, images, folder):
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("dpo", "text"), ("dpo", "image"), ("dpo", "video"), ("dpo", "mixed"), ("lpoi", "lists"), ("mdpo", "image")],
+    [
+        ("dpo", "text"),
+        ("dpo", "image"),
+        ("dpo", "video"),
+        ("dpo", "mixed"),
+        ("lpoi", "lists"),
+        ("mdpo", "image"),
+        ("symmpo", "image"),
+    ],
 )
 def test_a_run_is_that_with_a_pass_on_the_fly(method, kind, images, tmp_path):
     rows = rows_of(kind, images, tmp_path)

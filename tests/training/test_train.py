@@ -113,7 +113,7 @@ def test_full_fine_tuning_with_a_frozen_tower(work, tmp_path):
 
 
 def test_unknown_method():
-    with pytest.raises(RecipeError, match=r"one of dpo, .*, dpa\. Did you mean rrpo"):
+    with pytest.raises(RecipeError, match=r"one of dpo, .*, symmpo\. Did you mean rrpo"):
         parse("rpo", [])
 
 

@@ -49,7 +49,18 @@ def write_preferences(kind: str, count: int, seed: int, folder: Path, *, progres
     samples = world.draw_samples(kind, count, seed, habits=False)
     rng = np.random.default_rng([seed, 7])
     written = _write(progress(samples), folder)
-    return samples, [preference_row(sample, path, rng, row_id=row_id) for sample, path, row_id in written]
+    found = [preference_row(sample, path, rng, row_id=row_id) for sample, path, row_id in written]
+    if kind == "scene":
+        _add_others(found)
+    return samples, found
+
+
+def _add_others(rows: list[dict]) -> None:
+    """Give each row the image and caption of the next one with another caption, for SymMPO."""
+    for place, row in enumerate(rows):
+        others = (other for other in rows[place + 1 :] + rows[:place] if other["chosen"] != row["chosen"])
+        if other := next(others, None):
+            row |= {"other_images": other["images"], "other_chosen": other["chosen"]}
 
 
 def write_inputs(kind: str, count: int, seed: int, folder: Path) -> list[dict]:

@@ -17,6 +17,7 @@ METHODS = {  # method: the names of its config and its trainer in `trl_vpo.train
     "ddpo": ("DDPOConfig", "DDPOTrainer"),
     "mdpo": ("MDPOConfig", "MDPOTrainer"),
     "dpa": ("DPAConfig", "DPATrainer"),
+    "symmpo": ("SymMPOConfig", "SymMPOTrainer"),
 }
 
 

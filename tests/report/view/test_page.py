@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, List
 from datasets import Image as ImageFeature
-from helpers import row, write_clip, write_image
+from helpers import message, row, write_clip, write_image
 from PIL import Image
 
 from trl_vpo.data.rows import read_row, response_text
@@ -142,6 +142,28 @@ def test_the_image_list_is_that_of_training(tmp_path, world):
     assert np.asarray(listed[2])[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3].mean() < 16
     assert [(g["title"], len(g["pictures"])) for g in page.rows[1]["media"]] == [("Image 1", 1), ("Image list", 3)]
     assert page.rows[1]["problems"] == []
+
+
+def test_second_media_are_shown_beside_the_rows_own(tmp_path):
+    paths = [write_image(tmp_path / f"{n}.png", (40, 20), n) for n in range(2)]
+    clips = [write_clip(tmp_path / f"{n}.mp4", 8, seed=n) for n in range(2)]
+    rows = [
+        row("image", paths[:1], rejected_images=paths[1:]) | {"rejected": None},
+        row("image", paths[:1], other_images=paths[1:], other_chosen=message("assistant", "a dog.")),
+        row("video", clips[:1], critical_span=[0.0, 0.8]),
+        row("video", clips[:1], video_list=clips),
+        row("image", paths[:1], rejected_images=paths),
+    ]
+    names = {name for r in rows for name in r}
+    page = page_of(tmp_path, [dict.fromkeys(names) | r for r in rows], num_images=2, num_frames=4)
+    titles = [[group["title"] for group in record.get("media", [])] for record in page.rows]
+    assert titles[:2] == [["Image 1", "Second image 1"]] * 2 and titles[2:4] == [["Video 1", "Video list"]] * 2
+    assert page.rows[0]["rejected"] == page.rows[0]["chosen"] and page.rows[1]["other_chosen"] == ["a dog."]
+    captions = [caption for *_, caption in page.rows[2]["media"][1]["pictures"]]
+    assert captions[0] == "0 % hidden, 0.00 s" and captions[-1].startswith("100 % hidden") and len(captions) == 8
+    assert np.asarray(page.images(2)[1][-1]).max() < 20 < np.asarray(page.images(2)[1][0]).max()
+    assert [len(record["problems"]) for record in page.rows] == [0, 0, 0, 0, 1]
+    assert "has 2 item(s), but the row has 1 image(s)" in page.rows[4]["problems"][0]
 
 
 def test_the_same_data_make_the_same_bytes(tmp_path, world, monkeypatch):

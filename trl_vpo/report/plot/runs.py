@@ -18,7 +18,7 @@ from trl_vpo.report.plot.history import History
 
 STATE = "trainer_state.json"
 METHOD_NAMES = {"dpo": "DPO", "leanpo": "LeanPO", "rrpo": "RRPO", "lpoi": "LPOI", "simpo": "SimPO", "tdpo": "TDPO"}
-METHOD_NAMES |= {"ddpo": "DDPO", "mdpo": "mDPO", "dpa": "DPA"}
+METHOD_NAMES |= {"ddpo": "DDPO", "mdpo": "mDPO", "dpa": "DPA", "symmpo": "SymMPO"}
 
 
 @dataclass
