@@ -66,9 +66,9 @@ def find_media(row: Any, example: dict, form: str | None) -> None:
     """Fill what `row` has of the form's second media; `row.images` and `row.videos` are its own. Raises RowError."""
     if has_rejected_media(example, form):
         second = _second(row, example, REJECTED)
-        row.media_list = [(row.images, row.videos), second]
-        if form == "pair" and _same(row.media_list[0], second):
-            row.media_list = None
+        named = all(isinstance(item, (str, dict)) for items in second for item in items)  # others hold pixels
+        if not (named and _same((row.images, row.videos), second)):
+            row.media_list = [(row.images, row.videos), second]
     elif form == "contrast":
         _find_contrast(row, example)
     elif form == "ranking":
