@@ -74,8 +74,8 @@ def test_a_run_is_shown_whole(tmp_path, world):
     out = tmp_path / "new" / "page.html"
     counts = write_page(tmp_path, out)
     page = Page(out)
-    assert counts.pictures == 9 * 8 + 10 * (1 + 5) == sum(map(len, page.pictures.values()))
-    shown = "20 rows; 1 with problems; 30 media, 1 of which cannot be shown; 132 pictures; 3 left out by the run; "
+    assert counts.pictures == 9 * 8 + 10 * (2 + 5) == sum(map(len, page.pictures.values()))
+    shown = "20 rows; 1 with problems; 40 media, 1 of which cannot be shown; 142 pictures; 3 left out by the run; "
     assert str(counts).startswith(shown) and not counts.limited
     assert counts.file_bytes == out.stat().st_size and page.counts == {**vars(counts), "file_bytes": 0}
     assert [(row["n"], row["id"]) for row in page.rows] == [(n, row["id"]) for n, row in enumerate(rows)]
@@ -131,10 +131,10 @@ def test_the_image_list_is_that_of_training(tmp_path, world):
     del given["images"]
     page = page_of(tmp_path, [scene, given], num_images=3, visual_prompt=False, thumb_pixels=10_000)
     image = Image.open(scene["images"][0])
-    whole, listed = page.images(0)
+    whole, _, listed = page.images(0)
     expected = masked_image_list(image, scene["critical_box"], 3, visual_prompt=False)
-    assert [group["title"] for group in page.rows[0]["media"]] == ["Image 1", "Image list"]
-    captions = [caption for *_, caption in page.rows[0]["media"][1]["pictures"]]
+    assert [group["title"] for group in page.rows[0]["media"]] == ["Image 1", "Other image 1", "Image list"]
+    captions = [caption for *_, caption in page.rows[0]["media"][2]["pictures"]]
     assert captions == ["0 % hidden", "50 % hidden", "100 % hidden"]
     assert whole[0].size == (112, 56) and alike(whole[0], image)
     assert [alike(shown, item) for shown, item in zip(listed, expected)] == [True] * 3
@@ -157,7 +157,10 @@ def test_second_media_are_shown_beside_the_rows_own(tmp_path):
     names = {name for r in rows for name in r}
     page = page_of(tmp_path, [dict.fromkeys(names) | r for r in rows], num_images=2, num_frames=4)
     titles = [[group["title"] for group in record.get("media", [])] for record in page.rows]
-    assert titles[:2] == [["Image 1", "Second image 1"]] * 2 and titles[2:4] == [["Video 1", "Video list"]] * 2
+    assert (
+        titles[:2] == [["Image 1", "Rejected image 1"], ["Image 1", "Other image 1"]]
+        and titles[2:4] == [["Video 1", "Video list"]] * 2
+    )
     assert page.rows[0]["rejected"] == page.rows[0]["chosen"] and page.rows[1]["other_chosen"] == ["a dog."]
     captions = [caption for *_, caption in page.rows[2]["media"][1]["pictures"]]
     assert captions[0] == "0 % hidden, 0.00 s" and captions[-1].startswith("100 % hidden") and len(captions) == 8
@@ -185,7 +188,7 @@ def test_no_row_is_skipped(tmp_path, world):
         (row(None, chosen="same", rejected="same"), "identical"),
         (row(None, chosen_phrases=[[0, 400]]), "Phrases (RRPO): chosen_phrases[0]"),
         (row(None, chosen="a <MASK> b", rejected="c"), "Phrases (RRPO): the last <MASK>"),
-        ({**world[0], "critical_box": [0, 0, 5, 5]}, "Image list (LPOI): LPOI ranks images"),
+        ({**world[10], "critical_span": [0, 1]}, "List (LPOI): has a `critical_box` and a `critical_span`"),
     ]
     rows = [item for item, _ in bad] + [{**world[10], "critical_box": [0, 0, 500, 5]}]
     rows.append(row(None, chosen="a b", rejected="a  b"))
@@ -198,7 +201,7 @@ def test_no_row_is_skipped(tmp_path, world):
     assert page.rows[0]["raw"] == '{"id": "cut off"' and '"chosen": "yes"' in page.rows[3]["raw"]
     assert page.rows[3]["id"] == "lonely" and page.rows[3]["columns"] == [["score", 2]]
     assert page.rows[6]["chosen"] == ["a red square moves left."] and "raw" not in page.rows[6]
-    assert "reaches outside" in page.rows[9]["media"][1]["error"] and page.rows[9]["problems"] == []
+    assert "reaches outside" in page.rows[9]["media"][2]["error"] and page.rows[9]["problems"] == []
     assert "white space only" in page.rows[10]["notes"][0] and page.rows[10]["problems"] == []
     assert (counts.rows, counts.problem_rows, counts.media_failures) == (11, 10, 1)
 

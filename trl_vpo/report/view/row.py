@@ -17,7 +17,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -38,11 +38,12 @@ from trl_vpo.text.phrases import CLOSE, OPEN
 
 IMAGE_FACTOR = 4  # an image may have so many times the pixels of a frame: it is looked at alone
 SHOWN_COLUMNS = set(COLUMNS) - {"tools", "chat_template_kwargs"}  # these two count as other columns
-FORMS = {  # form of a row's media -> the columns that it reads
-    "pair": REJECTED,
-    "symmetric": OTHER,
-    "ranking": ("critical_box", "critical_span", *LISTS),
+FORMS = {  # form of a row's media -> the columns that it reads, and how its problems begin
+    "pair": (REJECTED, ""),
+    "symmetric": (OTHER, "Other media (SymMPO): "),
+    "ranking": (("critical_box", "critical_span", *LISTS), "List (LPOI): "),
 }
+Compared = list[tuple[str, Row]]  # the row as each form reads it
 Pictures = list[tuple[Image.Image, str]]  # with captions
 Loader = Callable[[], tuple[str, Pictures]]  # gives figures about the source, too
 
@@ -70,21 +71,21 @@ def show_row(index: int, example: dict | Unreadable, look: Look) -> tuple[dict, 
     others = {key: value for key, value in example.items() if key not in SHOWN_COLUMNS and value is not None}
     record["columns"] = [[key, plain(value)] for key, value in others.items() if is_scalar(value)]
     record["more"] = [[key, as_json(value)] for key, value in others.items() if not is_scalar(value)]
-    row, form = _read(example, index, record)
+    row, compared = _read(example, index, record)
     if row is None:
         record["raw"] = as_json(example)
         return record, []
     record["prompt"] = _prompt(row.prompt)
     for side in row.sides:
         response = getattr(row, side)
-        text, phrases = response_text(response), getattr(row, f"{side}_phrases") or []
+        text, phrases = response_text(response), getattr(row, f"{side}_phrases", None) or []
         # Offsets would not do: they count code points here, and UTF-16 units in a browser.
         cuts = [0, *(offset for span in sorted(phrases) for offset in span), len(text)]
         record[side] = [text[start:end] for start, end in pairwise(cuts)]
         if not isinstance(response, str) and (len(response) > 1 or set(response[0]) - {"role", "content"}):
             record[f"{side}_messages"] = as_json(response)
     record["media"], urls = [], []
-    for title, what, load in _sources(row, form, look):
+    for title, what, load in _sources(row, compared, look):
         try:
             figures, pictures = load()
         except Exception as error:  # as for rows: whatever a file does, the page says so and continues
@@ -96,8 +97,8 @@ def show_row(index: int, example: dict | Unreadable, look: Look) -> tuple[dict, 
     return record, urls
 
 
-def _read(example: dict, index: int, record: dict) -> tuple[Row | None, str | None]:
-    """Read the row with its phrases and second media; note what is wrong. Return the form of the media, too."""
+def _read(example: dict, index: int, record: dict) -> tuple[Row | None, Compared]:
+    """Read the row with its phrases, and as each form of its media reads it; note in the record what is wrong."""
     example = {**example, ROW_INDEX: index}
 
     def read(kind: str, about: str, **parts: bool) -> Row | None:
@@ -107,19 +108,21 @@ def _read(example: dict, index: int, record: dict) -> tuple[Row | None, str | No
             record[kind].append(about + _message(error, f"{row_name(example)}: "))
             return None
 
-    form = next((form for form, columns in FORMS.items() if any(example.get(c) is not None for c in columns)), None)
-    row = read("problems", "", media_form="pair" if form == "pair" else None)
+    filled = [form for form, (names, _) in FORMS.items() if any(example.get(name) is not None for name in names)]
+    pair = "pair" in filled
+    row = read("problems", "", media_form="pair" if pair else None)
     if row is None:
-        return None, form
+        return None, []
     given = any(example.get(f"{side}_phrases") is not None for side in SIDES)
     tagged = any(tag in response_text(text) for tag in (OPEN, CLOSE) for text in (row.chosen, row.rejected))
-    if form != "pair":
+    if not pair:
         row = read("problems" if given or tagged else "notes", "Phrases (RRPO): ", phrases=True) or row
-        about = "Other media (SymMPO): " if form == "symmetric" else "List (LPOI): "
-        if form is not None and (more := read("problems", about, media_form=form)) is not None:
-            for name in ("critical_box", "critical_span", "media_list", "other_chosen"):
-                setattr(row, name, getattr(more, name))
-    return row, form
+    compared = [("pair", row)] * pair
+    for form in filled[pair:]:
+        if (other := read("problems", FORMS[form][1], media_form=form)) is not None:
+            compared.append((form, other))
+            row.other_chosen = row.other_chosen or other.other_chosen
+    return row, compared
 
 
 def _message(error: Exception, row: str = "") -> str:
@@ -145,22 +148,25 @@ def _prompt(prompt: list[dict] | str) -> list[list]:
     return messages
 
 
-def _sources(row: Row, form: str | None, look: Look) -> Iterator[tuple[str, str, Loader]]:
+def _sources(row: Row, compared: Compared, look: Look) -> Iterator[tuple[str, str, Loader]]:
     """Yield (title, name, loader) of each group of pictures."""
-    for number, source in enumerate(row.videos, 1):
-        yield f"Video {number}", describe(source), partial(_clip, source, look)
-    for number, source in enumerate(row.images, 1):
-        yield f"Image {number}", describe(source), partial(_image, source, look)
-    for name in ("critical_box", "critical_span"):
-        if (where := getattr(row, name)) is not None:
-            kind = "Image" if row.images else "Video"
-            yield f"{kind} list", f"drawn from {name} {as_json(where)}", partial(_drawn_list, row, look)
-    if row.media_list and form == "ranking":
-        yield f"{'Image' if row.images else 'Video'} list", "as the row gives it", partial(_given_list, row, look)
-    elif row.media_list:
-        images, videos = row.media_list[1]
-        second = replace(row, images=images, videos=videos, media_list=None)
-        yield from ((f"Second {title.lower()}", *rest) for title, *rest in _sources(second, None, look))
+    yield from _named("", row.videos, row.images, look)
+    for form, other in compared:
+        kind = "Image list" if other.images else "Video list"
+        for name in ("critical_box", "critical_span"):
+            if (where := getattr(other, name)) is not None:
+                yield kind, f"drawn from {name} {as_json(where)}", partial(_drawn_list, other, look)
+        if other.media_list and form == "ranking":
+            yield kind, "as the row gives it", partial(_given_list, other, look)
+        elif other.media_list:
+            images, videos = other.media_list[1]
+            yield from _named("Rejected " if form == "pair" else "Other ", videos, images, look)
+
+
+def _named(what: str, videos: list, images: list, look: Look) -> Iterator[tuple[str, str, Loader]]:
+    for kind, sources, load in (("video", videos, _clip), ("image", images, _image)):
+        for number, source in enumerate(sources, 1):
+            yield f"{what}{kind} {number}".capitalize(), describe(source), partial(load, source, look)
 
 
 def _options(look: Look) -> VideoOptions:
