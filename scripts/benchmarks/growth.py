@@ -88,7 +88,7 @@ def loader_numbers(folder: str, args: Namespace) -> dict:
         batches()
     data = load_from_disk(folder)
     data = data.select(range(min(len(data), PREPARED)))
-    kwargs = {"name": "train", "processing_class": processor, "phrases": False, "image_list": False}
+    kwargs = {"name": "train", "processing_class": processor, "phrases": False}
     begin, before = time.perf_counter(), status_kib("RssAnon")
     numbers["prepare_peak_mib"] = peak_mib(lambda: prepare_dataset(data, config, **kwargs), "cpu")
     numbers["prepare_seconds_per_1000"] = (time.perf_counter() - begin) / len(data) * 1000

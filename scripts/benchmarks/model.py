@@ -90,7 +90,8 @@ def rows(
     for _ in range(pairs):
         paths = pictures(rng, count, side)
         row = text_row(rng, [{"type": "image"}] * count, max(1, prompt - 258 * count - 5), response)
-        table.append(row | {"images": paths} | ({"critical_box": [100, 100, 300, 300]} if box else {}))
+        more = {"critical_box": [100, 100, 300, 300], "other_images": paths, "other_chosen": row["rejected"]}
+        table.append(row | {"images": paths} | (more if box else {}))
     return Dataset.from_list(table)
 
 
