@@ -27,8 +27,8 @@ class LPOIConfig(VisualPreferenceConfig):
     )
     num_images: int = option(
         5,
-        "Length of the list drawn from `critical_box` or `critical_span`, the clean image or clip included; at least "
-        "2. Rows with their own `image_list` or `video_list` keep its length.",
+        "Length of the list drawn from a box or span, the clean image or clip included; at least 2. Rows with a list "
+        "of their own keep its length.",
     )
     visual_prompt: bool = option(True, "Draw a red ellipse around the hidden part.")
     list_weight: float = option(1.0, "Weight of the ranking of the images.")

@@ -28,14 +28,13 @@ class MDPOConfig(VisualPreferenceConfig):
     learning_rate: float = option(1e-5, "Initial learning rate; the paper's for Bunny-3B, with LoRA.")
     media_contrast: str = option(
         "crop",
-        "Corruption of all images and clips of a row that brings no second media; `shuffle`, `reverse` and `drop` are "
-        "of frames, for rows with videos only.",
+        "Drawn second media. Rows may bring their own; `shuffle`, `reverse`, `drop`: videos.",
         choices=CONTRASTS,
     )
     dpo_weight: float = option(1.0, "Weight of the DPO term on the media themselves.")
-    conditional_weight: float = option(1.0, "Weight of the contrast between the media and their corrupted copy.")
+    conditional_weight: float = option(1.0, "Weight of the contrast with corrupted media.")
     anchor_weight: float = option(1.0, "Weight of the anchor of the chosen response.")
-    anchor_margin: float = option(0.0, "What the chosen reward should exceed, in units of the reward.")
+    anchor_margin: float = option(0.0, "What the chosen reward should exceed.")
 
     media_form = "contrast"
     refused = REFUSED | {"label_smoothing": "mDPO has no label smoothing"}
