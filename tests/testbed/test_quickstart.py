@@ -10,7 +10,6 @@ from trl_vpo.evaluate.measures import chair
 from trl_vpo.evaluate.rows import read_rows
 from trl_vpo.testbed import language, quickstart, world
 from trl_vpo.text.chair import ObjectTable, read_response
-from trl_vpo.training.methods import METHODS, method_classes
 
 
 def test_the_next_steps_are_commands():
@@ -47,9 +46,3 @@ def test_the_data_are_rows_to_train_on_and_held_out_ones(tmp_path, monkeypatch):
         assert [row.cluster for row in held_out[:2]] == [row.cluster for row in held_out[2:]]
         train = (tmp_path / f"data/{kind}s_train.jsonl").read_text().splitlines()
         assert [json.loads(line)["id"] for line in train] == [f"{kind}s_train-{n:04d}" for n in range(3)]
-
-
-def test_each_method_trains_on_samples_that_it_takes():
-    on_scenes = {method for method in METHODS if quickstart.kind_of(method) == "scene"}
-    needs = {method for method in METHODS if method_classes(method)[1].needs_image_list}
-    assert on_scenes == needs

@@ -1,7 +1,7 @@
 """The methods on the small world, in a few minutes on two CPU cores: `trl-vpo quickstart`.
 
 It writes clips and scenes with rows to train on and held-out ones, balanced and drawn without habits, and compares the
-methods as `trl-vpo compare` does, with the recipes `quickstart/METHOD`; those that need an image, on scenes.
+methods as `trl-vpo compare` does, with the recipes `quickstart/METHOD`; those for images, on scenes.
 """
 
 from __future__ import annotations
