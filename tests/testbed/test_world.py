@@ -27,6 +27,8 @@ def test_a_seed_fixes_facts_pixels_text_and_files(kind, tmp_path):
         assert np.array_equal(first.frames, second.frames)
         path, repeated = (r.pop("videos" if kind == "clip" else "images")[0] for r in (row, other))
         assert Path(path).read_bytes() == Path(repeated).read_bytes()
+        name, repeated = (Path(r.pop("other_images", [""])[0]).name for r in (row, other))
+        assert name == repeated and bool(name) == (kind == "scene")
         assert row == other
     different = world.draw_samples(kind, 6, seed=4, habits=False)
     assert any(a.things != b.things for a, b in zip(samples, different))
