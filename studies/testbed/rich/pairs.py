@@ -1,0 +1,98 @@
+"""Preference data of the richer world: training pairs of each kind, and held-out pairs, with their media on disk.
+
+    near      the rejected response is the chosen one with one fact wrong
+    wording   it is that in another wording
+    flip20    as near, and 20 % of the pairs have changed places; flip40 likewise
+    policy    it is what the base said, sampled, where that is wrong
+
+The chosen response is true, in a wording that was drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from studies.testbed.rich import language, world
+from trl_vpo.testbed.rows import SUFFIXES, write_jsonl
+from trl_vpo.testbed.world import write_sample
+
+FLIPPED = {"flip20": 0.2, "flip40": 0.4}  # those of the smaller share are among those of the larger one
+PAIRS = ("near", "wording", *FLIPPED, "policy")
+Sampler = Callable[[Sequence[dict]], list[str]]  # prompts with media, as rows -> a sampled response to each
+
+
+def training_rows(pairs: str, kind: str, count: int, seed: int, folder: Path, sampler: Sampler | None = None) -> Path:
+    """Write the rows of a run, unless they are there: without habits, and without combinations that are held out.
+
+    Raises:
+        ValueError: a base that says so little that is wrong that there are too few pairs.
+    """
+    path = folder / f"{pairs}-{kind}-{seed}-{count}.jsonl"
+    if path.is_file():
+        return path
+    drawn = 3 * count if pairs == "policy" else count
+    samples = world.draw_samples(kind, drawn, seed, habits=False)
+    rows = write_rows(samples, seed, folder / f"{kind}s-{seed}", reworded=pairs == "wording")
+    if pairs == "policy":
+        rows = _sampled(rows, samples, count, sampler)
+    for number in np.random.default_rng([seed, 21]).permutation(count)[: round(FLIPPED.get(pairs, 0) * count)]:
+        rows[number]["chosen"], rows[number]["rejected"] = rows[number]["rejected"], rows[number]["chosen"]
+    return write_jsonl(rows, path)
+
+
+def with_whole_phrases(path: Path) -> Path:
+    """Write the rows anew with whole responses as their phrases."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            row[f"{side}_phrases"] = [[0, len(row[side][0]["content"][0]["text"])]]
+    return write_jsonl(rows, path.with_name(f"whole-{path.name}"))
+
+
+def write_rows(samples: Sequence[world.Sample], seed: int, folder: Path, *, reworded: bool = False) -> list[dict]:
+    """Write the media of samples and return a row for each: the truth is chosen, the truth but for a fact rejected.
+
+    A scene's `critical_box` is that of the thing whose fact is wrong, or beside which something is invented.
+    """
+    rng, rows = np.random.default_rng([seed, 7]), []
+    for number, sample in enumerate(samples):
+        path = folder / f"{number:04d}{SUFFIXES[sample.kind]}"
+        if not path.is_file():
+            write_sample(sample, path)
+        wording, other = language.draw_wording(rng), language.draw_wording(rng)
+        wrong, thing = language.one_fact_wrong(sample.things, rng)
+        media = {"type": "video" if sample.kind == "clip" else "image"}
+        row = {
+            "id": f"{folder.name}-{number:04d}",
+            "prompt": [{"role": "user", "content": [media, _text(language.PROMPTS[sample.kind])]}],
+            "chosen": _said(language.caption(sample.things, wording)),
+            "rejected": _said(language.caption(wrong, other if reworded else wording)),
+            f"{media['type']}s": [str(path.resolve())],
+        }
+        rows.append(row | ({"critical_box": list(thing.box)} if sample.kind == "scene" else {}))
+    return rows
+
+
+def _sampled(rows: list[dict], samples: Sequence[world.Sample], count: int, sampler: Sampler) -> list[dict]:
+    """Return the first `count` rows to which the base responds wrongly, with that response as the rejected one."""
+    kept = []
+    for start in range(0, len(rows), count):
+        batch = rows[start : start + count]
+        for row, sample, said in zip(batch, samples[start:], sampler(batch)):
+            if not language.check_caption(said, sample.things).true:
+                kept.append(row | {"rejected": _said(said)})
+        if len(kept) >= count:
+            return kept[:count]
+    raise ValueError(f"of {len(rows)} samples the base describes only {len(kept)} wrongly, and {count} are needed.")
+
+
+def _said(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": [_text(text)]}]
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
