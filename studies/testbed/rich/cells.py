@@ -1,0 +1,199 @@
+"""A run of the comparison, trained as by `trl-vpo train`, and its rows: a row for each checkpoint.
+
+All that is measured of a checkpoint is in its row, under `samples` also of each held-out sample, so that tables and
+intervals are made from the rows alone. Log-probs, KL (base || model, along the chosen response) and log masses are in
+nats per caption; masses are shares of a sentence's probability (`mass`), means over the sentences of a caption.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from studies.testbed.rich import language, pairs, plan, world
+from studies.testbed.rich.plan import BASE
+from trl_vpo.testbed.rows import write_jsonl
+
+CAPTION_TOKENS, AT_ONCE = 72, 64
+FELL = 0.1  # nats: a chosen response that loses more has fallen
+Row = dict[str, Any]
+
+
+def run_cells(run: plan.Run, out: Path) -> list[Row]:
+    """Train a run, measure its checkpoints, and return their rows."""
+    import torch
+
+    torch.set_num_threads(1)  # so small a model gains nothing from a second thread
+    began = time.process_time()
+    folder = out / "runs" / f"{run.method}-{run.pairs}-{run.rate:g}-{run.seed}"
+    if run.method != "base":
+        train(run, folder, out)
+    trained = time.process_time()
+    candidates = {steps: str(folder / f"checkpoint-{steps}") for steps in run.steps if steps}
+    measured = measure(candidates, out)
+    spent = {"training": trained - began, "measuring": time.process_time() - trained}
+    rows = [
+        dict(zip(plan.KEYS, cell)) | summary(measured[cell[3]], measured[0]) | {"cpu_seconds": spent, "base": digest()}
+        for cell in run.cells()
+    ]
+    shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+@cache
+def digest() -> str:
+    from studies.testbed.plan import base_digest
+
+    return base_digest(BASE)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def train(run: plan.Run, folder: Path, out: Path) -> None:
+    """Train with a constant rate, so that a shorter run is the beginning of a longer one."""
+    from trl_vpo.training.run import run_training
+
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    method = plan.ALL[run.method]
+    data = pairs.training_rows(run.pairs, "clip", plan.ROWS, plan.TRAIN_SEED + run.seed, out / "data", sampled)
+    if method.whole:
+        data = pairs.with_whole_phrases(data)
+    options = {
+        "config": f"quickstart/{method.recipe}",
+        "model_name_or_path": BASE,
+        "dataset_name": data,
+        "output_dir": folder,
+        "learning_rate": run.rate,
+        "lr_scheduler_type": "constant",
+        "max_steps": max(run.steps),
+        "per_device_train_batch_size": plan.BATCH,
+        "save_strategy": "steps",
+        "save_steps": int(np.gcd.reduce(run.steps)),
+        "save_only_model": True,
+        "seed": run.seed,
+        "frame_cache": out / "frames",
+        **method.options,
+    }
+    run_training(method.recipe, [word for key, value in options.items() for word in (f"--{key}", str(value))])
+
+
+def sampled(rows: Sequence[Row]) -> list[str]:
+    """Return a response that the base samples for each row, with a random stream for each."""
+    from datasets import Dataset
+
+    from trl_vpo.data.inputs import Inputs, load_media, row_ids
+    from trl_vpo.models.load import load_model
+    from trl_vpo.models.requests import Request, Sampling
+
+    model, dataset = load_model(str(BASE), device="cpu", batch_size=AT_ONCE), Dataset.from_list(rows)
+    inputs, options = Inputs(dataset, row_ids(dataset), None, None), _config("").video_options()
+    requests = [
+        Request(row.example["prompt"], load_media(row, options), seed=int(row.id.rsplit("-", 1)[1])) for row in inputs
+    ]
+    answers = model.complete(requests, Sampling(max_new_tokens=CAPTION_TOKENS, temperature=1.0, top_p=1.0))
+    return [answer.text for answer in answers]
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def measure(adapters: Mapping[int, str], out: Path) -> dict[int, Row]:
+    """Return what each adapter comes to on each held-out sample, by its steps; the base's is at 0."""
+    from trl_vpo.data.inputs import load_media, read_inputs
+    from trl_vpo.evaluate.candidates import load_candidates
+    from trl_vpo.evaluate.rows import read_rows
+    from trl_vpo.evaluate.run import evaluate_batch
+
+    samples, path = held_out(out)
+    config = _config(path, list(adapters.values()))
+    models, inputs = load_candidates(config.adapters, **config.model_options()), read_inputs(**config.input_options())
+    batch = [
+        (row, inputs[row.place], load_media(inputs[row.place], config.video_options())) for row in read_rows(inputs)
+    ]
+    outcomes = evaluate_batch(models, batch, config)
+    found = {}
+    for number, (steps, name) in enumerate(zip((0, *adapters), models.names)):
+        records = [outcome.rows[number] for outcome in outcomes]
+        with models.use(name):
+            found[steps] = of_samples(records, samples, masses(models.model.model, samples))
+    return found
+
+
+@cache
+def held_out(out: Path) -> tuple[list[world.Sample], Path]:
+    """Write the held-out pairs; a fifth of their things have combinations that are in no training set."""
+    samples = world.draw_samples("clip", plan.TEST, plan.TEST_SEED, habits=False, unseen=True)
+    rows = pairs.write_rows(samples, plan.TEST_SEED, out / "data" / "held-out")
+    return samples, write_jsonl(rows, out / "data" / f"held-out-{plan.TEST}.jsonl")
+
+
+def _config(path: Path | str, adapters: Sequence[str] = ()):
+    from trl_vpo.evaluate.config import EvaluateConfig
+
+    return EvaluateConfig(
+        model_name_or_path=str(BASE), adapters=list(adapters), dataset_name=str(path), device="cpu",
+        batch_size=AT_ONCE, max_new_tokens=CAPTION_TOKENS, num_frames=world.NUM_FRAMES, sensitivity=["none"],
+        answer_preferences=True,
+    )  # fmt: skip
+
+
+_TRUE: dict[int, Any] = {}
+
+
+def masses(model, samples: Sequence[world.Sample]) -> list[Any]:
+    from transformers import AutoProcessor
+
+    from studies.testbed.rich.mass import TrueCaption
+
+    if not _TRUE:
+        processor, rng = AutoProcessor.from_pretrained(BASE), np.random.default_rng(plan.TEST_SEED)
+        for number, sample in enumerate(samples):
+            _TRUE[number] = TrueCaption(processor, sample, language.draw_wording(rng))
+    return [_TRUE[number].measure(model) for number in range(len(samples))]
+
+
+def of_samples(records: Sequence[Row], samples: Sequence[world.Sample], found: Sequence[Any]) -> dict[str, list]:
+    """Return each measure's values, one for each sample."""
+    checks = [language.check_caption(record["response"], s.things) for record, s in zip(records, samples)]
+    return {
+        "chosen_logp": [record["chosen_logp"] for record in records],
+        "rejected_logp": [record["rejected_logp"] for record in records],
+        "kl": [record["chosen_kl"] for record in records],
+        "log_true": [mass.log_true for mass in found],
+        "true_mass": [float(mass.true.mean()) for mass in found],
+        "false_mass": [float(mass.false.mean()) for mass in found],
+        "outside_mass": [float(mass.outside.mean()) for mass in found],
+        "hallucination": [float(check.hallucinated) for check in checks],
+        "ungrammatical": [float(not check.parsed) for check in checks],
+    }
+
+
+def summary(own: Mapping[str, list], base: Mapping[str, list]) -> Row:
+    """Return a row's numbers: means over samples, changes against the base, and the values of each sample.
+
+    `chosen_change_right` and `fell_right` are of pairs that the base ranks rightly: what a method has no reason to
+    lower there.
+    """
+    now, was = ({name: np.array(values) for name, values in of.items()} for of in (own, base))
+    change = now["chosen_logp"] - was["chosen_logp"]
+    right = was["chosen_logp"] > was["rejected_logp"]
+    means = ("kl", "log_true", "true_mass", "false_mass", "outside_mass", "hallucination", "ungrammatical")
+    row = {
+        "accuracy": (now["chosen_logp"] > now["rejected_logp"]).mean(),
+        "margin": (now["chosen_logp"] - now["rejected_logp"]).mean(),
+        "chosen_change": change.mean(),
+        "chosen_change_right": change[right].mean(),
+        "fell_right": (change[right] < -FELL).mean(),
+        "rejected_change": (now["rejected_logp"] - was["rejected_logp"]).mean(),
+        **{name: now[name].mean() for name in means},
+    }
+    row = {name: round(float(value), 5) for name, value in row.items()}
+    samples = now | {"chosen_change": change, "right": right}
+    return row | {"samples": {name: [round(float(value), 4) for value in of] for name, of in samples.items()}}

@@ -1,0 +1,100 @@
+"""`python -m studies.testbed`: the comparison of the methods on the richer world.
+
+run [--full | --quick] [--workers N]     make the rows that are missing; the same command continues
+cell --method dpo --pairs near --rate 3e-3 --steps 60 --seed 0
+                                         make one row anew, and compare it with the stored one
+tables                                   the tables of the rows that there are
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from studies.testbed.rich import plan
+from studies.testbed.rich.pairs import PAIRS
+
+RESULTS, OUT = Path("studies/testbed/results.jsonl"), Path("outputs/testbed")
+TOLERANCE = 1e-3  # between a row and the same one made anew
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m studies.testbed", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"data and runs; default: {OUT}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="make the rows that are missing")
+    run.add_argument("--full", action="store_true", help="also the controls and the other kinds of pairs")
+    run.add_argument("--quick", action="store_true", help="one seed, one rate, one checkpoint")
+    run.add_argument("--workers", type=int, default=2, help="processes of one thread each; default: 2")
+    cell = commands.add_parser("cell", help="make one row anew")
+    cell.add_argument("--method", required=True, choices=["base", *plan.ALL])
+    cell.add_argument("--pairs", default="near", choices=PAIRS)
+    cell.add_argument("--rate", type=float, required=True)
+    cell.add_argument("--steps", type=int, required=True)
+    cell.add_argument("--seed", type=int, required=True)
+    commands.add_parser("tables", help="print the tables")
+    args = parser.parse_args(argv)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if args.command != "tables" and not plan.BASE.is_dir():
+        how = f"python -m studies.testbed.rich.pretraining --out {plan.BASE}"
+        raise SystemExit(f"{plan.BASE} is not here, in the root of the repository: {how} trains the base.")
+    if args.command == "run":
+        runs = plan.full_runs() if args.full else plan.quick_runs() if args.quick else plan.main_runs()
+        make_rows(runs, args.results, args.out, args.workers)
+    elif args.command == "cell":
+        make_cell(plan.Run(args.method, args.pairs, args.rate, args.seed, (args.steps,)), args.results, args.out)
+    else:
+        from studies.testbed.rich import tables
+
+        print(tables.report(read_rows(args.results)))
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int) -> None:
+    """Make the missing rows, so many runs at a time, and append those of a run as soon as it is finished."""
+    waiting, began = plan.missing(runs, read_rows(results)), time.time()
+    print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(waiting)) or 1) as pool:
+        for done, rows in enumerate(pool.imap_unordered(partial(_cells, out=out), waiting), start=1):
+            with results.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            spent = (time.time() - began) / 60
+            left = spent / done * (len(waiting) - done)
+            print(f"{rows[0]['method']} at {rows[0]['rate']:g}, seed {rows[0]['seed']}: "
+                  f"{done} of {len(waiting)} runs after {spent:.0f} min, {left:.0f} left", flush=True)  # fmt: skip
+
+
+def _cells(run: plan.Run, out: Path) -> list[dict]:
+    from studies.testbed.rich.cells import run_cells
+
+    return run_cells(run, out)
+
+
+def make_cell(run: plan.Run, results: Path, out: Path) -> None:
+    """Print a row anew.
+
+    Raises:
+        SystemExit: its numbers are not those of the stored row.
+    """
+    (row,) = _cells(run, out)
+    print(json.dumps({name: value for name, value in row.items() if name != "samples"}))
+    stored = [old for old in read_rows(results) if tuple(old[key] for key in plan.KEYS) == run.cells()[0]]
+    if not stored:
+        print("There is no such row among the stored ones.", file=sys.stderr)
+        return
+    numbers = [name for name, value in row.items() if isinstance(value, float)]
+    off = {name: (row[name], stored[0][name]) for name in numbers if abs(row[name] - stored[0][name]) > TOLERANCE}
+    if off:
+        raise SystemExit(f"The stored row has other numbers (anew, stored): {off}")
+    print(f"All {len(numbers)} numbers are those of the stored row, within {TOLERANCE:g}.", file=sys.stderr)

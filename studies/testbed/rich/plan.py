@@ -1,0 +1,86 @@
+"""The plan of the comparison: methods, rates, checkpoints and seeds. No torch in here.
+
+A run is one training; it is measured at several checkpoints, and each of them is a cell: a row of the results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BASE = Path("studies/testbed/rich/base")
+TEST_SEED, TRAIN_SEED = 902, 1000  # of the world's draws; a run's own seed is added to the latter
+ROWS, BATCH, TEST = 320, 16, 64  # training pairs, pairs of a step, held-out samples
+RATES = (3e-4, 1e-3, 3e-3)
+STEPS = (60, 120, 240)
+KEYS = ("method", "pairs", "rate", "steps", "seed")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as it is trained here: a recipe of `recipes/quickstart/`, and what differs from it."""
+
+    name: str
+    recipe: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    whole: bool = False  # the phrases are the whole responses
+
+
+METHODS = {
+    "dpo": Method("DPO", "dpo"),
+    "simpo": Method("SimPO", "simpo"),
+    "leanpo": Method("LeanPO", "leanpo"),
+    "rrpo": Method("RRPO", "rrpo"),
+}
+CONTROLS = {
+    "sft": Method("SFT", "leanpo", {"beta": 0, "target_margin": 0, "label_smoothing": 0, "nll_weight": 1}),
+    "simpo_nll": Method("SimPO + NLL", "simpo", {"nll_weight": 0.5}),
+    "dpo_kl": Method("DPO + KL (RRPO without phrases)", "rrpo", whole=True),
+    "rrpo_no_kl": Method("RRPO without KL", "rrpo", {"alpha": 0}),
+    "tdpo": Method("TDPO", "tdpo"),
+    "ddpo": Method("DDPO", "ddpo"),
+}
+ALL = METHODS | CONTROLS
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. Its cells are its checkpoints at `steps`; the base, untrained, has one at 0 steps."""
+
+    method: str
+    pairs: str
+    rate: float
+    seed: int
+    steps: tuple[int, ...] = STEPS
+
+    def cells(self) -> list[tuple]:
+        return [(self.method, self.pairs, self.rate, steps, self.seed) for steps in self.steps]
+
+
+BASE_RUN = Run("base", "near", 0.0, 0, (0,))
+
+
+def main_runs(rates: Sequence[float] = RATES, seeds: Sequence[int] = (0, 1, 2)) -> list[Run]:
+    """The four methods at all rates, on near-duplicate pairs; seeds outermost, so that half a study is one seed."""
+    return [BASE_RUN, *(Run(m, "near", rate, seed) for seed in seeds for rate in rates for m in METHODS)]
+
+
+def full_runs() -> list[Run]:
+    """Also the controls, and the four methods on the other kinds of pairs, at the middle rate with two seeds."""
+    controls = [Run(method, "near", RATES[1], seed) for seed in (0, 1) for method in CONTROLS]
+    pairs = ("wording", "flip20", "flip40", "policy")
+    others = [Run(method, kind, RATES[1], seed) for seed in (0, 1) for kind in pairs for method in METHODS]
+    return [*main_runs(), *controls, *others]
+
+
+def quick_runs() -> list[Run]:
+    """One seed, at the rate and the steps where the methods are furthest apart."""
+    return [BASE_RUN, *(Run(method, "near", RATES[-1], 0, (120,)) for method in METHODS)]
+
+
+def missing(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """Return the runs of which a cell has no row."""
+    there = {tuple(row[key] for key in KEYS) for row in rows}
+    return [run for run in runs if not there.issuperset(run.cells())]

@@ -1,0 +1,154 @@
+"""Tables of the comparison, from its rows alone: every cell, and differences between methods with intervals.
+
+Two methods are compared where they are equally far: after as many steps at one rate, or where their own trade-off
+curves (a measure against KL or margin, over all rates and checkpoints) reach the same KL or margin. Intervals are 95 %
+over seeds and held-out samples, which are drawn with replacement, independently of each other (pigeonhole bootstrap).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from studies.testbed.rich import plan
+
+Rows = Sequence[Mapping[str, Any]]
+DRAWS, LEVEL = 1000, 0.95
+SHOWN = {
+    "accuracy": "preference accuracy",
+    "chosen_change": "Δ log p chosen",
+    "chosen_change_right": "where the base was right",
+    "fell_right": "of these fell",
+    "rejected_change": "Δ rejected",
+    "kl": "KL",
+    "true_mass": "true",
+    "false_mass": "false",
+    "outside_mass": "outside",
+    "hallucination": "false captions",
+    "ungrammatical": "no caption",
+}
+SHARES = ("accuracy", "fell_right", "true_mass", "false_mass", "outside_mass", "hallucination", "ungrammatical")
+MATCHED = {"kl": (1.0, 2.0, 4.0), "margin": (4.0, 8.0, 16.0)}  # nats
+COMPARED = ("chosen_change_right", "true_mass", "false_mass", "outside_mass", "hallucination")
+
+
+def report(rows: Rows) -> str:
+    """Return all tables as Markdown."""
+    parts = [_cells([row for row in rows if row["pairs"] == pairs], pairs) for pairs in _values(rows, "pairs")]
+    near = [row for row in rows if row["pairs"] == "near"]
+    methods = [method for method in plan.METHODS if any(row["method"] == method for row in near)]
+    if "dpo" in methods:
+        for other in methods:
+            if other != "dpo":
+                parts.append(_differences(near, other, "dpo"))
+    return "\n\n".join(parts)
+
+
+def _cells(rows: Rows, pairs: str) -> str:
+    """Return a line for each method, rate and checkpoint: means over seeds."""
+    lines = []
+    for method in _values(rows, "method"):
+        for rate in _values(rows, "rate"):
+            for steps in _values(rows, "steps"):
+                own = [r for r in rows if (r["method"], r["rate"], r["steps"]) == (method, rate, steps)]
+                if own:
+                    name = plan.ALL[method].name if method in plan.ALL else "base"
+                    means = [_text(name_, np.mean([row[name_] for row in own])) for name_ in SHOWN]
+                    lines.append([name, f"{rate:g}", str(steps), str(len(own)), *means])
+    return f"### Pairs: {pairs}\n\n" + markdown(["method", "rate", "steps", "seeds", *SHOWN.values()], lines)
+
+
+def _differences(rows: Rows, method: str, other: str) -> str:
+    """Return a line for each place where two methods are equally far."""
+    ours, theirs = (Curves([row for row in rows if row["method"] == name]) for name in (method, other))
+    lines = []
+    for rate, steps in ours.cells:
+        if (rate, steps) in theirs.cells:
+            place = (rate, steps)
+            found = [difference(ours.at(place, name), theirs.at(place, name)) for name in COMPARED]
+            lines.append([f"rate {rate:g}, {steps} steps", *map(_interval, COMPARED, found)])
+    for axis, values in MATCHED.items():
+        for value in values:
+            found = [difference(ours.where(axis, value, n), theirs.where(axis, value, n)) for n in COMPARED]
+            lines.append([f"{axis} {value:g}", *map(_interval, COMPARED, found)])
+    title = f"### {plan.ALL[method].name} minus {plan.ALL[other].name}"
+    return f"{title}\n\n" + markdown(["at", *(SHOWN[name] for name in COMPARED)], lines)
+
+
+class Curves:
+    """The cells of one method under 1,000 draws of seeds and samples; the first draw is the data as they are.
+
+    Two methods meet the same draws, so that their differences are paired by seed and sample.
+    """
+
+    def __init__(self, rows: Rows):
+        self.cells = sorted({(row["rate"], row["steps"]) for row in rows})
+        seeds = sorted({row["seed"] for row in rows})
+        by_cell = {((row["rate"], row["steps"]), row["seed"]): row for row in rows}
+        self.cells = [cell for cell in self.cells if all((cell, seed) in by_cell for seed in seeds)]
+        self._rows = {cell: [by_cell[cell, seed] for seed in seeds] for cell in self.cells}
+        self._seeds, self._samples = len(seeds), len(rows[0]["samples"]["kl"])
+
+    def at(self, cell: tuple[float, int], measure: str) -> np.ndarray:
+        """Return a measure of a cell (draws,)."""
+        values, counted = (np.array(side) for side in zip(*(_of(row, measure) for row in self._rows[cell])))
+        random = np.random.default_rng(0)
+        seeds = random.multinomial(self._seeds, [1 / self._seeds] * self._seeds, size=DRAWS)
+        samples = random.multinomial(self._samples, [1 / self._samples] * self._samples, size=DRAWS)
+        seeds[0], samples[0] = 1, 1
+        above = np.einsum("ds,sn,dn->d", seeds, values * counted, samples)
+        return above / np.einsum("ds,sn,dn->d", seeds, counted, samples)
+
+    def where(self, axis: str, value: float, measure: str) -> np.ndarray:
+        """Return a measure where the curve over all cells reaches a value on an axis (draws,); nan beyond its ends."""
+        places = np.stack([self.at(cell, axis) for cell in self.cells])  # (cells, draws)
+        values = np.stack([self.at(cell, measure) for cell in self.cells])
+        order = places.argsort(axis=0)
+        places, values = np.take_along_axis(places, order, 0), np.take_along_axis(values, order, 0)
+        drawn = range(places.shape[1])
+        return np.array([np.interp(value, places[:, d], values[:, d], left=np.nan, right=np.nan) for d in drawn])
+
+
+def _of(row: Mapping[str, Any], measure: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a measure's values for each sample, and the samples that count."""
+    values = {name: np.array(of) for name, of in row["samples"].items()}
+    ones = np.ones(len(values["kl"]))
+    if measure == "margin":
+        return values["chosen_logp"] - values["rejected_logp"], ones
+    if measure == "chosen_change_right":
+        return values["chosen_change"], values["right"]
+    return values[measure], ones
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """Return the difference with its interval; nan where a curve does not reach the place."""
+    draws = ours - theirs
+    if not np.isfinite(draws[0]) or np.isfinite(draws).mean() < LEVEL:
+        return (float("nan"),) * 3
+    low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(draws[0]), float(low), float(high)
+
+
+def _interval(name: str, found: tuple[float, float, float]) -> str:
+    if not np.isfinite(found[0]):
+        return "not reached"
+    scale, digits = (100, 1) if name in SHARES else (1, 2)
+    value, low, high = (f"{scale * one:+.{digits}f}" for one in found)
+    return f"{value} [{low}, {high}]"
+
+
+def _text(name: str, value: float) -> str:
+    if name in SHARES:
+        return f"{100 * value:.1f} %"
+    return f"{value:.2f}" if name == "kl" else f"{value:+.2f}"
+
+
+def _values(rows: Rows, key: str) -> list:
+    found = dict.fromkeys(row[key] for row in rows)
+    return sorted(found) if key in ("rate", "steps") else list(found)
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *lines])

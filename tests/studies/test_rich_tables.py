@@ -1,0 +1,131 @@
+"""The comparison's plan, rows and tables: what is left to do, what a row holds, and differences of known data."""
+
+import json
+
+import numpy as np
+import pytest
+
+from studies.testbed.rich import cells, command, plan, tables
+
+SAMPLES, RIGHT = 40, 30
+
+
+def row(method, rate, steps, seed, kl, false_mass, noise=0.0):
+    """A row whose samples scatter around the given KL and false mass."""
+    random = np.random.default_rng([seed, steps])
+    base = of_samples(np.zeros(SAMPLES), np.zeros(SAMPLES))
+    own = of_samples(kl + noise * random.normal(size=SAMPLES), false_mass + noise * random.normal(size=SAMPLES))
+    own["chosen_logp"] = base["chosen_logp"] - 2 * kl * (np.arange(SAMPLES) < RIGHT)
+    return dict(zip(plan.KEYS, (method, "near", rate, steps, seed))) | cells.summary(own, base)
+
+
+def of_samples(kl, false):
+    zeros = np.zeros(SAMPLES)
+    names = ("log_true", "true_mass", "outside_mass", "hallucination", "ungrammatical")
+    logps = {"chosen_logp": zeros - 10, "rejected_logp": zeros - np.where(np.arange(SAMPLES) < RIGHT, 12, 8)}
+    return dict.fromkeys(names, zeros) | logps | {"kl": kl, "false_mass": false}
+
+
+def curve(method, slope, noise=0.0):
+    """A method whose false mass is a line in its KL, at two rates and three checkpoints, with two seeds."""
+    return [
+        row(method, rate, steps, seed, kl, 0.5 - slope * kl, noise)
+        for rate, steps, kl in ((1e-3, 60, 0.5), (1e-3, 120, 1.0), (1e-3, 240, 1.5), (3e-3, 60, 2.0), (3e-3, 120, 4.0))
+        for seed in (0, 1)
+    ]
+
+
+def test_the_issue_of_36_runs_and_what_is_missing():
+    runs = plan.main_runs()
+    assert len(runs) == 37 and len({run.method for run in runs}) == 5
+    assert sum(len(run.cells()) for run in runs) == 1 + 36 * 3
+    assert set(plan.main_runs()) <= set(plan.full_runs())
+    rows = [dict(zip(plan.KEYS, cell)) for run in runs[:3] for cell in run.cells()]
+    assert plan.missing(runs, rows) == runs[3:]
+    assert plan.missing(runs, rows[:-1]) == runs[2:]  # a run with a cell too few is made again
+
+
+def test_a_summary_tells_pairs_that_the_base_ranks_rightly():
+    found = row("dpo", 1e-3, 60, 0, 0.5, 0.2)
+    assert found["chosen_change"] == pytest.approx(-1.0 * RIGHT / SAMPLES)
+    assert found["chosen_change_right"] == pytest.approx(-1.0) and found["fell_right"] == 1
+    assert found["accuracy"] == pytest.approx(RIGHT / SAMPLES) and found["false_mass"] == pytest.approx(0.2)
+    assert sum(found["samples"]["right"]) == RIGHT
+
+
+def test_differences_at_matched_steps_and_kl_of_known_lines():
+    ours, theirs = tables.Curves(curve("rrpo", 0.1)), tables.Curves(curve("dpo", 0.05))
+    at = tables.difference(ours.at((3e-3, 120), "false_mass"), theirs.at((3e-3, 120), "false_mass"))
+    assert at == pytest.approx((-0.2,) * 3)
+    matched = tables.difference(ours.where("kl", 3.0, "false_mass"), theirs.where("kl", 3.0, "false_mass"))
+    assert matched == pytest.approx((-0.15,) * 3)
+    beyond = tables.difference(ours.where("kl", 9.0, "false_mass"), theirs.where("kl", 9.0, "false_mass"))
+    assert np.isnan(beyond).all()
+
+
+def test_intervals_hold_the_scatter_of_samples():
+    ours, theirs = tables.Curves(curve("rrpo", 0.1, 0.2)), tables.Curves(curve("dpo", 0.1))
+    value, low, high = tables.difference(ours.at((1e-3, 60), "false_mass"), theirs.at((1e-3, 60), "false_mass"))
+    assert low < value < high and low < 0 < high
+    assert high - low == pytest.approx(4 * 0.2 / np.sqrt(2 * SAMPLES), rel=0.6)
+
+
+def test_tables_name_every_method_and_what_is_not_reached(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in curve("dpo", 0.05) + curve("rrpo", 0.1)))
+    command.main(["--results", str(path), "tables"])
+    text = capsys.readouterr().out
+    assert "| DPO | 0.001 | 60 | 2 |" in text and "### RRPO minus DPO" in text
+    assert "| kl 2 |" in text and "not reached" in text
+
+
+def test_a_cell_that_differs_from_its_row_is_an_error(tmp_path, monkeypatch):
+    stored = row("dpo", 1e-3, 60, 0, 0.5, 0.2)
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(stored) + "\n")
+    monkeypatch.setattr(plan, "BASE", tmp_path)
+    words = ["--results", str(path), "cell", *["--method", "dpo", "--rate", "1e-3", "--steps", "60", "--seed", "0"]]
+    for false_mass, wrong in ((0.2005, False), (0.22, True)):
+        monkeypatch.setattr(command, "_cells", lambda run, out, f=false_mass: [stored | {"false_mass": f}])
+        if wrong:
+            with pytest.raises(SystemExit, match=r"false_mass.*0\.22.*0\.2"):
+                command.main(words)
+        else:
+            command.main(words)
+
+
+def test_without_a_base_the_command_says_how_to_make_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "BASE", tmp_path / "base")
+    with pytest.raises(SystemExit, match=r"pretraining --out .*base trains the base"):
+        command.main(["run"])
+
+
+def test_runs_are_continued_and_each_row_is_written_once(tmp_path, monkeypatch):
+    path, made = tmp_path / "results.jsonl", []
+    runs = plan.quick_runs()
+
+    class Pool:  # in this process
+        def __init__(self, workers):
+            assert workers == 2
+
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+        def imap_unordered(self, work, waiting):
+            return map(work, waiting)
+
+    monkeypatch.setattr(command.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
+
+    def cells_of(run, out):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(run)
+        return [dict(zip(plan.KEYS, cell)) for cell in run.cells()]
+
+    monkeypatch.setattr(command, "_cells", cells_of)
+    with pytest.raises(KeyboardInterrupt):
+        command.make_rows(runs, path, tmp_path, 2)
+    assert len(command.read_rows(path)) == 2
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):
+        command.make_rows(runs, path, tmp_path, 2)
+    assert made == runs[2:4] and len(command.read_rows(path)) == 4
