@@ -51,7 +51,7 @@ def run(cell: dict, options: Any) -> list[dict]:
         states = hidden.clone().requires_grad_()
         call = {
             ("logps", "plain"): lambda s=states: _plain_logps(s, head, labels),
-            ("logps", "chunked"): lambda s=states: token_scores(s, head, labels)[0],
+            ("logps", "chunked"): lambda s=states: token_scores(s, head, labels)["logps"],
             ("kl", "plain"): lambda s=states: plain_kl(s, head, reference, head),
             ("kl", "chunked"): lambda s=states: token_kl(s, head, reference, head),
         }[cell["method"], name]

@@ -35,11 +35,16 @@ def heads(kind, dtype=torch.float32, n=50, width=16, vocab=301):
 
 
 def plain_scores(hidden, head, labels):
-    """Log-probs, entropy, mean logit and "is the most likely", through the full logits."""
+    """The scores through the full logits."""
     logits = head.logits(hidden)  # (N, V)
     logps = logits.log_softmax(-1)
-    token_logps = logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return token_logps, -(logps.exp() * logps).sum(-1), logits.mean(-1), logits.argmax(-1) == labels
+    return {
+        "logps": logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1),
+        "entropy": -(logps.exp() * logps).sum(-1),
+        "log_sum_sq_probs": (logits.softmax(-1) ** 2).sum(-1).log(),
+        "mean_logits": logits.mean(-1),
+        "is_top1": logits.argmax(-1) == labels,
+    }
 
 
 def plain_kl(hidden, head, ref_hidden, ref_head, dtype=torch.float32):
@@ -60,12 +65,14 @@ def test_chunked_scores_are_the_plain_ones(kind, dtype, rtol):
     hidden, head, _, _ = heads(kind, dtype)
     labels = torch.randint(0, 301, (50,))
     labels[:10] = head.logits(hidden)[:10].argmax(-1)  # some tokens are the most likely ones
-    got, want = token_scores(hidden, head, labels), plain_scores(hidden, head, labels)
-    for name, a, b in zip(("logps", "entropy", "mean_logits"), got, want):
+    got, want = token_scores(hidden, head, labels, squares=True), plain_scores(hidden, head, labels)
+    assert set(got) == set(want) and set(token_scores(hidden, head, labels)) == set(want) - {"log_sum_sq_probs"}
+    top = got.pop("is_top1")
+    for name, a in got.items():
         assert a.dtype == torch.float32, name
-        torch.testing.assert_close(a, b, rtol=rtol, atol=20 * rtol if dtype is torch.bfloat16 else rtol)
-    assert torch.equal(got[3], want[3]) and got[3][:10].all() and not got[3].all()
-    assert_same_backward(got[0], want[0], hidden, head, rtol)
+        torch.testing.assert_close(a, want[name], rtol=rtol, atol=20 * rtol if dtype is torch.bfloat16 else rtol)
+    assert torch.equal(top, want["is_top1"]) and top[:10].all() and not top.all()
+    assert_same_backward(got["logps"], want["logps"], hidden, head, rtol)
 
 
 @DTYPES

@@ -37,8 +37,13 @@ def test_concatenated_forward_scores_as_full_calls(name, layout, tmp_path, image
     """Ragged prompts, responses and images, and a row without an image: values and LoRA gradients."""
     trainer = moved("dpo", name, tmp_path, images, layout=layout)
     batch = collated(trainer)
+    assert trainer.concatenated_forward(trainer.model, batch).log_sum_sq_probs is None
+    trainer.scorer.squares = True
+    assert trainer.reference_scores(batch).log_sum_sq_probs is None
     scores = trainer.concatenated_forward(trainer.model, batch)
     slow = slow_scores(trainer)
+    squares = [(p.exp() ** 2).sum(-1).log() for p, _ in slow]
+    assert_rows_close(scores.log_sum_sq_probs, squares, scores.mask, 1e-5)
     logps = of_tokens(slow)
     assert len({len(x) for x in logps}) > 3
     assert_rows_close(scores.logps, logps, scores.mask, 1e-5)
@@ -96,10 +101,13 @@ def test_pad_to_multiple_of_changes_the_width_only(tmp_path, images):
     widths, logps = [], []
     for multiple in (32, None):
         trainer = moved("dpo", "Qwen2-VL", tmp_path, images, layout="separate", pad_to_multiple_of=multiple)
-        trainer.scorer.packs = False
+        trainer.scorer.packs, trainer.scorer.squares = False, True
         seen = lambda model, args, kwargs: widths.append(kwargs["input_ids"].size(1))  # noqa: E731
         trainer.model.register_forward_pre_hook(seen, with_kwargs=True)
-        logps.append(trainer.concatenated_forward(trainer.model, collated(trainer)).logps)
+        scores = trainer.concatenated_forward(trainer.model, collated(trainer))
+        logps.append(scores.logps)
+        squares = [(p.exp() ** 2).sum(-1).log() for p, _ in slow_scores(trainer)]
+        assert_rows_close(scores.log_sum_sq_probs, squares, scores.mask, 1e-5)
     torch.testing.assert_close(*logps, rtol=1e-5, atol=1e-5)
     assert widths[0] % 32 == 0 and widths[1] % 32 and widths[1] < widths[0]
 

@@ -75,7 +75,7 @@ CASES = {
     "symmpo": {"method": "symmpo", "kind": "others"},
     "images and clips": {"method": "rrpo", "name": "LLaVA-OneVision", "kind": "both", "num_frames": 4},
     "unlike prompts": {"method": "dpo", "name": "text", "kind": "prompts", "layout": "shared", "scale": 0.3,
-                       "peft_config": lora(text=True)},
+                       "peft_config": lora(text=True), "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 2.0]},
     # The two processes compute each row together: they accumulate as often as one.
     "sp, Qwen2.5": {"method": "rrpo", "name": "Qwen2.5-VL", "kind": "both", "sp_size": 2,
                     "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True},
@@ -91,7 +91,10 @@ CASES = {
                              "peft_config": lora(text=True)},
 }  # fmt: skip
 SEQUENCES = {  # on two processes for each family, and on four
-    **{f"sp, {name}": {"method": "dpo", "name": name, "sp_size": 2} for name in families.FAMILIES},
+    **{
+        f"sp, {name}": {"method": "dpo", "name": name, "sp_size": 2, "use_weighting": True}
+        for name in families.FAMILIES
+    },
     "sp, separate": {"method": "leanpo", "name": "Qwen2.5-VL", "layout": "separate", "sp_size": 2},
     "sp 2 of 4": {"method": "rrpo", "name": "Qwen3-VL", "kind": "both", "sp_size": 2, "measures": True},
     "sp 4 of 4": {"method": "dpo", "name": "Qwen2.5-VL", "sp_size": 4, "precompute_ref_log_probs": True},

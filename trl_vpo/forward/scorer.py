@@ -39,6 +39,7 @@ class Scorer:
         proven: the kinds of rows on which the model was proven.
         to_prove: rows on which it is to be proven before the next call.
         balances: whether scores have the load-balancing loss of a model with experts.
+        squares: whether they have `log_sum_sq_probs`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Scorer:
         self._ranks, self.trains, self.balances, self._kl_sides = ranks, trains, balances, kl_sides
         if ranks is not None:
             check_heads(policy, ranks.size)
+        self.squares = False
         self.layout, self.packs = layout, True if layout == "shared" else None
         self._rope_limit = rope_limit(policy)
         self.proven: list[str] = []
@@ -106,10 +108,12 @@ class Scorer:
             ref_head=None if reference is None else reference.head,
             kl_rows=torch.isin(layout.branches, torch.cat([batch[side] for side in self._kl_sides])),
             column_counts=column_counts(layout, len(batch["branch_mask"])) if self.balances else None,
+            squares=self.squares,
         )
         output = model(**layout.inputs, score=request)
         order = layout.branches.argsort()[: len(batch["branch_mask"])]  # padding rows are the last ones
-        scores = {name: getattr(output, name) for name in ("logps", "entropy", "mean_logits", "is_top1", "kl")}
+        names = ("logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "kl")
+        scores = {name: getattr(output, name) for name in names}
         return Scores(
             **{name: None if values is None else values[order] for name, values in scores.items()},
             mask=batch["branch_mask"],

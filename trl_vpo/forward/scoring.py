@@ -42,6 +42,7 @@ class ScoreRequest:
     ref_head: Head | None = None  # the reference's LM head; None: the model's own
     kl_rows: Tensor | None = None  # (R,) rows whose KL needs gradients; the others' is a metric
     column_counts: Tensor | None = None  # (R, L) of the load-balancing loss; None: it is not computed
+    squares: bool = False  # whether `log_sum_sq_probs` is computed, too
 
 
 @dataclass
@@ -52,6 +53,7 @@ class ScoreOutput(ModelOutput):
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
     kl: Tensor | None = None
     hidden: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -68,6 +70,7 @@ class Scores:
     is_top1: Tensor  # whether the token is the most likely one
     chosen: Tensor  # (B,) the branches of each pair ...
     rejected: Tensor  # ... and these
+    log_sum_sq_probs: Tensor | None = None  # log of the sum over the vocabulary of p^2; only where it was asked for
     kl: Tensor | None = None  # KL(reference || model) over the whole vocabulary, nats; only where it was asked for
     hidden: Tensor | None = None  # (N, H) states that predict the response tokens, in the order of the call
     head: Head | None = None  # the LM head that made the scores, where they are a reference's
@@ -86,17 +89,18 @@ class ReferenceSums:
     sums: Tensor  # (S,) log-probability of each response
 
 
-def token_scores(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return log-probs, entropy, mean logit and "is the most likely" of N tokens, (N,) each, from (N, H) states.
+def token_scores(hidden: Tensor, head: Head, labels: Tensor, squares: bool = False) -> dict[str, Tensor]:
+    """Return the scores of N tokens, (N,) each, from (N, H) states: `ScoreOutput`'s, without the KL.
 
     TRL's chunked kernel: the (N, V) logits never exist in full.
     """
-    names = ("entropy", "mean_logits", "is_top1")
+    names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    wanted = [name for name in names if squares or name != "log_sum_sq_probs"]
     chunk = min(VOCAB_CHUNK, head.weight.size(0))
-    logps, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
-        hidden, head.weight, head.bias, labels, 1.0, chunk, head.softcap, head.scale, names
+    logps, *others = ChunkedLogProbFunction.apply(
+        hidden, head.weight, head.bias, labels, 1.0, chunk, head.softcap, head.scale, wanted
     )
-    return logps, entropy, mean_logits, is_top1
+    return {"logps": logps} | {name: values for name, values in zip(names, others) if name in wanted}
 
 
 def attach_scoring(model: PreTrainedModel) -> None:
@@ -171,7 +175,7 @@ def _score(hidden: Tensor, head: Head, request: ScoreRequest) -> ScoreOutput:
         hidden = ranks.hand_out(hidden[0].to(device), positions[mask], request.segments.length)
         labels, with_grad = ranks.share(labels), ranks.share(with_grad)
     with maybe_gather_lm_head_ctx(head.weight, head.bias):  # ZeRO-3 shards the head; the KL's kernel gathers by itself
-        per_token = dict(zip(("logps", "entropy", "mean_logits", "is_top1"), token_scores(hidden, head, labels)))
+        per_token = token_scores(hidden, head, labels, request.squares)
     if request.ref_hidden is not None:
         ref_head = request.ref_head or head
         per_token["kl"] = partly_differentiable_kl(hidden, head, request.ref_hidden, ref_head, with_grad)

@@ -32,7 +32,7 @@ def reference_scores(trainer: Any, batch: dict) -> Scores:
     else:
         problem = f"{trainer._name} has no reference model at this point"
         raise ValueError(f"{problem}. A `ref_model` brings one, and so does training an adapter.")
-    with switch, patch.object(trainer.scorer, "balances", False):
+    with switch, patch.multiple(trainer.scorer, balances=False, squares=False):
         scores = trainer.concatenated_forward(reference, batch)
         scores.head = lm_head(trainer._bare(reference))
         return scores
