@@ -6,6 +6,7 @@ float32 (float64 stays float64), because sums of hundreds of log-probabilities d
 
     function        paper                                reward of a response
     `dpo_loss`      arXiv 2305.18290, eq. 7              beta * (lp - lp_ref)
+    `dpo_sum_loss`  those of `dpo_variants`, by name     beta * (lp - lp_ref)
     `leanpo_loss`   arXiv 2506.05260                     beta * lp / tokens
     `rrpo_loss`     arXiv 2504.12083                     beta * sum over its phrases of (lp - lp_ref)
     `lpoi_loss`     arXiv 2505.21061                     beta * (lp - lp_ref), one per image
@@ -24,6 +25,7 @@ from trl_vpo.losses.common import PreferenceLoss
 from trl_vpo.losses.ddpo import ddpo_loss
 from trl_vpo.losses.dpa import dpa_loss
 from trl_vpo.losses.dpo import dpo_loss
+from trl_vpo.losses.dpo_sum import dpo_sum_loss
 from trl_vpo.losses.dpop import dpop_loss
 from trl_vpo.losses.leanpo import leanpo_loss
 from trl_vpo.losses.lpoi import lpoi_loss
@@ -40,6 +42,7 @@ __all__ = [
     "ddpo_loss",
     "dpa_loss",
     "dpo_loss",
+    "dpo_sum_loss",
     "dpop_loss",
     "leanpo_loss",
     "lpoi_loss",
