@@ -163,7 +163,7 @@ def test_wrong_words_name_the_right_ones(argv, message, capsys):
     [
         (["train", "dpo", "--config", "nowhere.yaml"], 2, "the recipe nowhere.yaml does not exist"),
         (["train", "dpo", "--use_cpu", "--betta", "1"], 2, "unknown option --betta. Did you mean --beta"),
-        (["train", "dpo", "--use_cpu", "--loss_type", "ipo"], 1, "does not take loss_type"),
+        (["train", "leanpo", "--use_cpu", "--loss_type", "ipo"], 1, "does not take loss_type"),
         (["train", "dpo", "--accelerate_config", "zero4"], 2, "Did you mean zero"),
         (["doctor", "nowhere.yaml"], 2, "the recipe nowhere.yaml does not exist"),
         (["import", "rrpo", "nowhere.json", "out.jsonl"], 1, "nowhere.json: no such file"),

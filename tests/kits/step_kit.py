@@ -11,13 +11,13 @@ def gradients(trainer, loss):
     return {name: g for name, g in zip(params, grads) if g is not None}
 
 
-def assert_same_gradients(got, want, rtol=1e-5):
+def assert_same_gradients(got, want, rtol=1e-5, of=""):
     """Relative to the largest gradient of each tensor's kind: single entries may cancel to nothing."""
     assert set(got) == set(want) and want
     norm = torch.cat([g.flatten() for g in want.values()]).norm()
     assert norm > 0
     difference = torch.cat([(got[k] - want[k]).flatten() for k in want]).norm()
-    assert difference <= rtol * norm, f"gradients differ by {difference / norm:.1e} of their norm"
+    assert difference <= rtol * norm, f"gradients {of} differ by {difference / norm:.1e} of their norm"
 
 
 def names_of(trainer):

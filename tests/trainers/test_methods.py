@@ -42,6 +42,25 @@ def dpo(rows, args):
     return sum(losses) / len(losses)
 
 
+def mpo(rows, args):
+    preference, quality, tokens = args.loss_weights
+    total = -tokens * torch.cat([row[0][0] for row in rows]).mean()
+    for (w, rw, *_), (y, ry, *_) in rows:
+        a, b = args.beta * (w - rw).sum(), args.beta * (y - ry).sum()
+        total += (-preference * logsigmoid(a - b) - quality * (logsigmoid(a) + logsigmoid(-b))) / len(rows)
+    return total
+
+
+def dpop(rows, args):
+    """Length-desensitized, too: what a response has more than the other counts `ld_alpha`."""
+    losses = []
+    for (w, rw, *_), (y, ry, *_) in rows:
+        n = min(len(w), len(y))
+        a, b = ((p - r)[:n].sum() + args.ld_alpha * (p - r)[n:].sum() for p, r in ((w, rw), (y, ry)))
+        losses.append(-logsigmoid(args.beta * (a - b - args.penalty_weight * torch.relu(-a))))
+    return sum(losses) / len(losses)
+
+
 def leanpo(rows, args):
     losses, tokens = [], torch.cat([row[0][0] for row in rows])
     for (w, *_), (y, *_) in rows:
@@ -128,6 +147,8 @@ def lists(images):
 
 CASES = {
     "DPO": ("dpo", dpo, {"beta": 0.7}),
+    "MPO": ("dpo", mpo, {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
+    "DPOP, LD": ("dpo", dpop, {"loss_type": ["dpop"], "penalty_weight": 5.0, "ld_alpha": 0.4}),
     "LeanPO": ("leanpo", leanpo, {}),
     "LeanPO, all smoothed": (
         "leanpo",

@@ -48,7 +48,8 @@ def test_options_without_effect(method, option, reason, tmp_path):
 
 USED = "model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout max_length pad_to_multiple_of beta "
 USED += "activation_offloading sync_ref_model ref_model_mixup_alpha ref_model_sync_steps precompute_ref_log_probs "
-USED += "precompute_ref_batch_size pad_token dataset_num_proc"
+USED += "precompute_ref_batch_size pad_token dataset_num_proc loss_type loss_weights label_smoothing ld_alpha "
+USED += "f_divergence_type f_alpha_divergence_coef use_weighting discopop_tau"
 
 
 def test_every_option_of_trl_is_used_or_refused():

@@ -15,18 +15,18 @@ from trl_vpo.trainers.row_groups import sp_size
 
 WHOLE = "the KL needs the reference's whole next-token distributions, not log-probs only"
 # Options of trl.DPOConfig that none of the methods has. A value other than TRL's default is refused with the reason.
-REFUSED = {
-    "loss_type": "each trainer has one loss; choose the method by its trainer",
-    "loss_weights": "each trainer has one loss, with weights of its own",
-    "ld_alpha": "length-desensitised DPO is a variant of the DPO loss that is not implemented here",
-    "f_divergence_type": "the methods are defined for the reverse KL only",
-    "f_alpha_divergence_coef": "the methods are defined for the reverse KL only",
-    "use_weighting": "WPO weighting is not implemented here",
-    "discopop_tau": "it belongs to a loss type that is not implemented here",
+NEVER = {
     "padding_free": "rows are packed without padding wherever the model can; it is not an option",
     "truncation_mode": "sequences are never truncated: cutting one may cut its video or its response",
     "label_smoothing_factor": "it belongs to a cross-entropy; the smoothing of preferences is `label_smoothing`",
     "include_num_input_tokens_seen": "every log line has `num_tokens`",
+}
+DPO_ONLY = "it belongs to the losses of `VisualDPOTrainer`"
+REFUSED = NEVER | {  # by all methods but DPO
+    "loss_type": f"{DPO_ONLY}; each other trainer has one loss, and is chosen by its name",
+    "loss_weights": f"{DPO_ONLY}; each other trainer has one loss, with weights of its own",
+    "f_divergence_type": f"{DPO_ONLY}; the other methods are defined for the reverse KL",
+    **dict.fromkeys(("ld_alpha", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"), DPO_ONLY),
 }
 _TRL_FIELDS = fields(DPOConfig)
 _PRECOMPUTING = ("precompute_ref_log_probs", "precompute_ref_batch_size")
