@@ -3,7 +3,7 @@
 Different from `trl.DPOTrainer`:
 
 - rows may hold videos, and mixed text, image and video datasets train together;
-- a rejected response may have media of its own (visual contrast): given in the row, or a corruption of the chosen ones;
+- a rejected response may have media of its own (visual contrast): given in the row, or a corruption of the others;
 - `sft` is a mean over the tokens of all micro-batches and ranks of an optimizer step, where TRL takes those of a
   micro-batch; of one batch both are the same;
 - `logps/chosen` and `logps/rejected` are plain sums with `ld_alpha`, too;
