@@ -80,7 +80,7 @@ def test_given_media_are_those_of_two_plain_pairs(name, layout, images, media, t
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     assert_same_gradients(gradients(trainer, got), gradients(trainer, want))
     logs = trainer._averages("train")
-    assert got.item() == pytest.approx(logs["loss/preference"] + 0.3 * logs["loss/anchor"], rel=1e-5)
+    assert got.item() == pytest.approx(logs["loss/sigmoid"] + 0.3 * logs["loss/anchor"], rel=1e-5)
 
 
 def drawn_rows(media, images):
