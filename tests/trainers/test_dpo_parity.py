@@ -7,7 +7,8 @@ from step_kit import assert_same_gradients, gradients
 from trainer_kit import trainable
 
 NOT_COMPARED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
-OURS = {"loss/sigmoid", "displacement/chosen", "displacement/rejected"}
+OURS = {"loss/sigmoid", "displacement/chosen", "displacement/rejected", "displacement/both_fall"}
+OURS |= {"logps/chosen_average", "logps/rejected_average"}
 NOT_COMPARED |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 
 KINDS = ["Qwen2-VL", "LLaVA-1.5", "one image", "messages", "messages, BOS", "strings", "strings, BOS", "implicit"]

@@ -35,6 +35,11 @@ GROUPS = {  # of all commands, in their order; what a command does not have is l
         hub_model_id""",
 }
 SHARED = "learning_rate beta precompute_ref_log_probs precompute_cache_dir layout"  # of all methods that take them
+# Shown by --help-all only.
+RARE = {
+    "dataset_config", "video_start", "video_end", "precompute_cache_dir", "f_alpha_divergence_coef", "discopop_tau",
+    "penalty_weight",
+}  # fmt: skip
 CONFIG = ("--config RECIPE", "Recipe: a file, or a name that `trl-vpo recipes` lists. Options win over it.")
 LAUNCH = (
     ("--num_processes N", "Start this many processes, one for each GPU."),
@@ -78,7 +83,7 @@ def help_page(
         groups["everything else"] = [key for key in entries if key not in shown]
     parts = [f"usage: {usage}", _lines(first)]
     for name, group in groups.items():
-        if lines := [entries[key] for key in group if key in entries]:
+        if lines := [entries[key] for key in group if key in entries and (everything or key not in RARE)]:
             parts.append(f"{name}:\n{_lines(lines)}")
     return "\n\n".join([*parts, epilog] if epilog else parts)
 

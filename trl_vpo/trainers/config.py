@@ -100,15 +100,15 @@ class VisualPreferenceConfig(DPOConfig):
     )
     frame_cache: str | None = option(
         None,
-        "Folder that keeps the sampled frames of video files, uncompressed, so that later epochs and runs decode "
-        "nothing. It may be deleted at any time.",
+        "Folder that keeps the sampled frames of video files. They are not compressed, later epochs and runs decode "
+        "nothing, and it may be deleted at any time.",
     )
     displacement_warning: float | None = option(
         10.0, "Warn once when chosen responses have lost this many nats of log-prob, at a good accuracy. null: never."
     )
     check_media: str = option(
         "header",
-        "Check of the media before training: `header` opens every file, `decode` reads it as training will (exact, "
+        "Check of the media before training. `header` opens every file, `decode` reads it as training will (exact, "
         "and as slow as one epoch of loading), `off` skips it.",
         choices=["header", "decode", "off"],
     )

@@ -46,20 +46,20 @@ class VisualDPOConfig(VisualPreferenceConfig):
         default_factory=lambda: ["sigmoid"],
         metadata={"help": f"One or several losses, which are added up: {', '.join(LOSS_TYPES)}."},
     )
-    loss_weights: list[float] | None = option(None, "A weight for each of several losses; all 1 by default.")
-    label_smoothing: float = option(0.0, "Smoothing of robust and exo_pair (0.1 and 0.001 in the papers), and of aot.")
+    loss_weights: list[float] | None = option(None, "Weights of several losses; all 1 by default.")
+    label_smoothing: float = option(0.0, "Smoothing of robust, exo_pair and aot. Robust's paper has 0.1, EXO's 0.001.")
     ld_alpha: float | None = option(
         None, "LD-DPO: weight in [0, 1] of the tokens by which a response is longer than the other."
     )
     f_divergence_type: str = option("reverse_kl", "f-DPO: divergence to the reference.", choices=list(DIVERGENCES))
     f_alpha_divergence_coef: float = option(0.5, "Alpha of `alpha_divergence`: 0 is forward_kl, 1 is reverse_kl.")
-    use_weighting: bool = option(False, "WPO: pairs count the more, the likelier they are under the policy.")
+    use_weighting: bool = option(False, "WPO: pairs that the policy finds likely weigh more.")
     discopop_tau: float = option(OPTIONS["discopop_tau"], "Temperature of discopop.")
     penalty_weight: float = option(OPTIONS["penalty_weight"], "Weight of the penalty of dpop.")
     media_contrast: str | None = option(
         None,
-        "Score rejected responses behind a corruption of the row's media, where the row gives no `rejected_images` or "
-        "`rejected_videos`. A row without `rejected` then compares the chosen response with itself. `shuffle`, "
+        "Corruption of the media of rejected responses, where a row gives none. Rows give them as `rejected_images` "
+        "or `rejected_videos`. A row without `rejected` then compares the chosen response with itself. `shuffle`, "
         "`reverse` and `drop` are of frames, for rows with videos only.",
         choices=CONTRASTS,
     )
