@@ -27,6 +27,7 @@ from trl_standins import conversations, text_standin
 from trl_vpo.errors import RecipeError
 from trl_vpo.forward.ranks import _joined
 from trl_vpo.models.merge import merge
+from trl_vpo.trainers.reference import loss_reference
 from trl_vpo.training.run import run_training
 
 VLM = "Qwen3-VL MoE"
@@ -87,7 +88,7 @@ def test_every_method_adds_it(method, images, tmp_path):
     trainer.router_aux_loss_coef = 0.0
     torch.testing.assert_close(loss, trainer.compute_loss(trainer.model, batch) + 0.5 * scores.aux_loss)
     assert scores.aux_loss > 1
-    assert trainer._reference(batch) is None or trainer._reference(batch).aux_loss is None
+    assert loss_reference(trainer, batch) is None or loss_reference(trainer, batch).aux_loss is None
 
 
 @pytest.mark.parametrize("layout", ["shared", "auto"])

@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 from trainer_kit import PAIRS, collated, config, fresh, image_rows, lora, shake, text_rows
 
 from trl_vpo.forward.scoring import ReferenceSums
+from trl_vpo.trainers.reference import loss_reference
 
 LOG2 = pytest.approx(math.log(2), abs=1e-6)
 
@@ -107,7 +108,7 @@ def test_the_reference_never_runs_while_training(images, tmp_path):
     trainer.reference_scores = None
     trainer.train()
     assert len(passes) == 3  # two steps and one batch of evaluation
-    assert isinstance(trainer._reference(collated(trainer)), ReferenceSums)
+    assert isinstance(loss_reference(trainer, collated(trainer)), ReferenceSums)
 
 
 @pytest.mark.parametrize("method", ["dpo", "leanpo"])

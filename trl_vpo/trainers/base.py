@@ -22,7 +22,7 @@ from trl_vpo.data.check import prepare_dataset
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.forward.scorer import Scorer
-from trl_vpo.forward.scoring import ReferenceSums, Scores
+from trl_vpo.forward.scoring import Scores
 from trl_vpo.losses import PreferenceLoss
 from trl_vpo.models.attach import check_checkpoint
 from trl_vpo.trainers import compat, setup
@@ -33,7 +33,7 @@ from trl_vpo.trainers.logs import LoggingTrainer
 from trl_vpo.trainers.padding_rows import padding_row
 from trl_vpo.trainers.precompute import ReferenceCache
 from trl_vpo.trainers.rates import check_rates
-from trl_vpo.trainers.reference import reference_scores
+from trl_vpo.trainers.reference import loss_reference, reference_scores
 
 
 class VisualPreferenceTrainer(LoggingTrainer):
@@ -121,7 +121,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
         if not self.needs_reference and ref_model is not None:
             raise ValueError(f"{self._name} has no reference model. Leave `ref_model` out.")
         revision = (args.model_init_kwargs or {}).get("revision")
-        setup.check_model(model, ref_model, peft_config, needs_reference=self.needs_reference, revision=revision)
+        compares = self.needs_reference or args.eval_divergence
+        setup.check_model(model, ref_model, peft_config, needs_reference=compares, revision=revision)
         setup.check_collator(data_collator)
         setup.check_memory(args, adapted=peft_config is not None or isinstance(model, PeftModel))
         setup.check_dataset(train_dataset)
@@ -148,8 +149,9 @@ class VisualPreferenceTrainer(LoggingTrainer):
     def _finish_init(self) -> None:
         setup.check_router(self)
         setup.check_recomputing(self)
+        setup.check_divergence(self)
         if is_peft_model(self.model) and "ref" in self.model.peft_config:  # DPOTrainer copies a given adapter
-            if self.needs_reference:
+            if self.needs_reference or self.args.eval_divergence:
                 compat.copy_whole_adapter(self.model)
             else:
                 self.model.delete_adapter("ref")  # nothing would read it
@@ -250,21 +252,6 @@ class VisualPreferenceTrainer(LoggingTrainer):
         sums = self.reference_scores(inputs).sums  # (S,)
         return sums[inputs["chosen"]], sums[inputs["rejected"]]
 
-    def _reference(self, batch: dict) -> Scores | ReferenceSums | None:
-        """Return what the loss compares with: nothing, what was precomputed, or a pass of the reference."""
-        if not self.needs_reference:
-            return None
-        if not self.precompute_ref_logps:
-            # Around all of it: PEFT freezes an adapter while it is off, and then everything looks frozen.
-            with self.scorer.record_vision():
-                return self.reference_scores(batch)
-        if "ref_sums" not in batch:
-            raise ValueError(
-                "these rows carry no precomputed reference log-probs. Give them to the trainer as `train_dataset` or "
-                "`eval_dataset`, or call `evaluate` with them."
-            )
-        return ReferenceSums(batch["ref_sums"])
-
     # --- training and saving --------------------------------------------------------------------------------------
 
     @compat.record_error  # a launcher stops all ranks when one fails; it then ends with that one's error
@@ -319,9 +306,12 @@ class VisualPreferenceTrainer(LoggingTrainer):
         self.scorer.sync_calls(inputs, self._padding_rows, setup.sharding(self))
         with self.accelerator.autocast():  # the policy: its reference comes first, and may be another model
             self.scorer.prove(model, inputs)
-        reference = self._reference(inputs)
+        reference = compared = loss_reference(self, inputs)
+        measures = self.args.eval_divergence and not self.model.training
+        if measures and not isinstance(reference, Scores):
+            compared = self.reference_scores(inputs)
         with self.scorer.replay_vision():
-            scores = self.concatenated_forward(model, inputs, reference if self.needs_kl else None)
+            scores = self.concatenated_forward(model, inputs, compared if self.needs_kl or measures else None)
         out = self.preference_loss(scores, reference, inputs)
         out.losses = out.losses * inputs["weights"]
         if self.aux_loss_enabled:
@@ -331,7 +321,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         if inputs.get("totals") is not None:
             pairs = inputs["totals"][0] / self.current_gradient_accumulation_steps / self.accelerator.num_processes
         loss = out.losses.sum() / pairs
-        self._record(scores, reference, out, inputs, loss)
+        self._record(scores, compared, out, inputs, loss)
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

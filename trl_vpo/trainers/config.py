@@ -106,6 +106,11 @@ class VisualPreferenceConfig(DPOConfig):
     displacement_warning: float | None = option(
         10.0, "Warn once when chosen responses have lost this many nats of log-prob, at a good accuracy. null: never."
     )
+    eval_divergence: bool = option(
+        False,
+        "Evaluations also log displacement and exact KL, whatever the method, so that runs compare. It takes one more "
+        "pass, of the model without its adapter.",
+    )
     check_media: str = option(
         "header",
         "Check of the media before training. `header` opens every file, `decode` reads it as training will (exact, "

@@ -11,8 +11,24 @@ from torch import nn
 from trl.trainer.utils import use_adapter
 
 from trl_vpo.forward.head import lm_head
-from trl_vpo.forward.scoring import Scores
+from trl_vpo.forward.scoring import ReferenceSums, Scores
 from trl_vpo.trainers.compat import keep_frozen
+
+
+def loss_reference(trainer: Any, batch: dict) -> Scores | ReferenceSums | None:
+    """Return what a method's loss compares with: nothing, what was precomputed, or a pass of the reference."""
+    if not trainer.needs_reference:
+        return None
+    if not trainer.precompute_ref_logps:
+        # Around all of it: PEFT freezes an adapter while it is off, and then everything looks frozen.
+        with trainer.scorer.record_vision():
+            return trainer.reference_scores(batch)
+    if "ref_sums" not in batch:
+        raise ValueError(
+            "these rows carry no precomputed reference log-probs. Give them to the trainer as `train_dataset` or "
+            "`eval_dataset`, or call `evaluate` with them."
+        )
+    return ReferenceSums(batch["ref_sums"])
 
 
 @torch.no_grad()

@@ -173,6 +173,15 @@ def check_router(trainer: Any) -> None:
         )
 
 
+def check_divergence(trainer: Any) -> None:
+    """Raise RecipeError where evaluations would find no reference to compare with."""
+    if trainer.args.eval_divergence and trainer.ref_model is None and not is_peft_model(trainer.model):
+        raise RecipeError(
+            "eval_divergence: no reference is held in this full fine-tuning. Train an adapter, which is switched off "
+            "for it, or leave eval_divergence out; DPO's methods hold one without precompute_ref_log_probs."
+        )
+
+
 def check_recomputing(trainer: Any) -> None:
     """Raise RecipeError where recomputed layers would get wrong gradients, in transformers, too."""
     options = trainer.args.gradient_checkpointing_kwargs or {}
