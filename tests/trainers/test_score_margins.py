@@ -11,7 +11,7 @@ from trainer_kit import collated, config, shake, text_rows, trainer_of
 from trl_vpo.errors import RowError
 
 MARGINS = (3.0, 0.0, -2.0, 0.5)
-SCORED = ("leanpo",)
+SCORED = ("leanpo", "dpo")
 
 
 def scored(kind="score", rows=4):
@@ -78,6 +78,8 @@ def test_a_row_without_scores_is_named_before_any_step(method, change, says, tmp
 def test_options_that_have_no_meaning(option, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         config("leanpo", tmp_path, **option)
+    with pytest.raises(ValueError, match="loss_type aot sorts the pairs"):
+        config("dpo", tmp_path, loss_type=["aot"], score_scale_weight=0.5)
 
 
 def test_padding_and_proof_rows_need_no_scores(tmp_path):

@@ -62,6 +62,7 @@ def dpo_sum_loss(
     f_alpha_divergence_coef: float = 0.5,
     pair_weights: Tensor | None = None,
     tokens_per_pair: Tensor | float | None = None,
+    betas: Tensor | None = None,
     **options: float,
 ) -> PreferenceLoss:
     """Sum of losses by name, each times its weight: `dpo_loss`, `dpop_loss` and those of `dpo_variants`.
@@ -82,6 +83,7 @@ def dpo_sum_loss(
         f_alpha_divergence_coef: alpha of the alpha-divergence.
         pair_weights: (B,) factors of the summed loss, as WPO's.
         tokens_per_pair: mean length of the chosen responses of the whole batch. None: the B pairs are the batch.
+        betas: (B,) the place of `beta` in the types, for each pair. None: all have `beta`, as the rewards have anyway.
         options: `beta`, and what the types take.
 
     Returns:
@@ -95,15 +97,15 @@ def dpo_sum_loss(
         "margins": [side[0] - side[1] for side in (as_float(*policy), as_float(*reference))],
         "chosen": [*as_float(chosen_sums), tokens[0], tokens_per_pair],
     }
-    terms = {}
+    terms, given = {}, options if betas is None else options | {"beta": betas}
     for name in loss_type:
         kind = LOSS_TYPES[name]
-        out = kind.compute(*inputs[kind.of], **{option: options[option] for option in kind.options})
+        out = kind.compute(*inputs[kind.of], **{option: given[option] for option in kind.options})
         terms[name] = out.losses if isinstance(out, PreferenceLoss) else out
     losses = sum(weight * term for weight, term in zip(loss_weights or [1.0] * len(terms), terms.values()))
     return PreferenceLoss(
         losses=losses if pair_weights is None else pair_weights * losses,
         chosen_rewards=options["beta"] * ratios[0].detach(),
         rejected_rewards=options["beta"] * ratios[1].detach(),
-        terms={name: term.detach() for name, term in terms.items()},
+        terms={name: term.detach() for name, term in terms.items()} | ({} if betas is None else {"beta": betas}),
     )

@@ -25,8 +25,9 @@ from trl_vpo.losses.dpo_variants import DIVERGENCES, ld_sums, wpo_weights
 from trl_vpo.media.corruptions import CONTRASTS
 from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
-from trl_vpo.trainers.config import NEVER, VisualPreferenceConfig
+from trl_vpo.trainers.config import NEVER
 from trl_vpo.trainers.logs import PAIRWISE, WEIGHTED
+from trl_vpo.trainers.score_margins import ScoreMarginConfig
 
 OPTIONS = {"label_smoothing": 0.0, "discopop_tau": 0.05, "penalty_weight": 50.0}  # of some types, and their defaults
 SORTING = {"aot", "aot_unpaired"}
@@ -34,7 +35,7 @@ NOT_WEIGHTED = dict.fromkeys(SORTING, "sorts the pairs") | {"sft": "is a mean ov
 
 
 @dataclass(repr=False)
-class VisualDPOConfig(VisualPreferenceConfig):
+class VisualDPOConfig(ScoreMarginConfig):
     """Config of [`VisualDPOTrainer`]. `beta` (0.1) is TRL's.
 
     Example:
@@ -77,6 +78,8 @@ class VisualDPOConfig(VisualPreferenceConfig):
             raise ValueError(f"loss_type is empty: give some of {', '.join(LOSS_TYPES)}.")
         self._check_options()
         self._check_divergence()
+        if self.score_scale_weight and SORTING & set(types):
+            raise ValueError("score_scale_weight gives each pair a beta, but loss_type aot sorts the pairs. Drop one.")
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
             raise ValueError(f"ld_alpha={self.ld_alpha} is not in [0, 1].")
         if self.ld_alpha is not None and self.precompute_ref_log_probs:
@@ -164,6 +167,7 @@ class VisualDPOTrainer(VisualPreferenceTrainer):
             f_alpha_divergence_coef=args.f_alpha_divergence_coef,
             pair_weights=self._pair_weights(scores, sides) if args.use_weighting else None,
             tokens_per_pair=None if totals is None else totals[1] / totals[0],
+            betas=args.betas(batch),
             beta=self.beta,
             **{name: getattr(args, name) for name in OPTIONS},
         )
