@@ -72,7 +72,7 @@ def test_a_row_without_scores_is_named_before_any_step(method, change, says, tmp
     [
         ({"score_scale_weight": -0.1}, "score_scale_weight is -0.1"),
         ({"score_sensitivity": math.nan}, "score_sensitivity is nan"),
-        ({"score_columns": "reward"}, "'reward' is neither score nor trust"),
+        ({"score_columns": "reward"}, "'reward' is not one of score, trust"),
     ],
 )
 def test_options_that_have_no_meaning(option, says, tmp_path):

@@ -28,8 +28,6 @@ class ScoreMarginConfig(VisualPreferenceConfig):
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
                 raise ValueError(f"{name} is {value!r}: give a finite number that is not negative.")
-        if self.score_columns not in ("score", "trust"):
-            raise ValueError(f"score_columns={self.score_columns!r} is neither score nor trust.")
 
     @property
     def scores(self) -> str | None:
