@@ -73,7 +73,10 @@ def test_masses_are_those_of_all_sentences_one_by_one(base, kind, monkeypatch):
         said.append(next(option.tag for option in options if option.truth))
         before = f"{before} {spoken.rstrip('.')}.".strip()
     assert mass.true[-1] == pytest.approx(np.exp(logp_of(model, processor, sample, before, "")), rel=1e-3)
-    assert mass.false[-1] == 0 and (mass.outside >= 0).all()
+    more = [words for option in language.next_sentences(sample.things, said) for words in product(*option.words)]
+    false = sum(np.exp(logp_of(model, processor, sample, before, language.sentence(words))) for words in more)
+    assert mass.false[-1] == pytest.approx(false, rel=1e-3) and len(more) == {"clip": 2, "scene": 0}[kind]
+    assert (mass.outside >= 0).all()
     assert mass.log_true == pytest.approx(np.log(mass.true).sum())
 
 

@@ -142,6 +142,8 @@ def test_all_paraphrases_are_true_and_a_wrong_fact_is_not(kind):
         ("the left one is a small plain red square. red red red.", False, 1),
         ("the left one is a large plain red square. the middle one is a small striped blue circle. "
          "first the circle falls, then the square rises.", True, 2),  # and the right one is left out
+        ("the left one is a large plain red square. the right one is a small striped blue circle. "
+         "first the circle falls, then the square rises. the cross stays still.", True, 1),
         ("", False, 0),
     ],
 )  # fmt: skip

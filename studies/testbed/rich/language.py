@@ -113,7 +113,7 @@ class Item:
 
 
 def next_sentences(things: Things, said: Sequence[str]) -> list[Wording]:
-    """Return all sentences that the grammar has after sentences with these tags; none if the caption is over.
+    """Return all sentences that the grammar has after sentences with these tags.
 
     A sentence is true if it says truly what a true caption would say next: the leftmost thing that is left, the order,
     the thing that stays still.
@@ -138,7 +138,7 @@ def _next_tags(clip: bool, said: Sequence[str]) -> tuple[str, ...]:
     if not clip:
         return () if "stop" in said else ("object",) * (len(said) < 4) + ("stop",) * (len(said) >= 3)
     if "order" in said:
-        return ("still",) if len(said) == 4 else ()
+        return ("still",) if "still" not in said else ()
     right_of = PLACES.index(said[-1]) + 1 if said else 0
     places = PLACES[right_of : 3 if said else 2]
     return (*places, "order") if len(said) >= 2 else places
@@ -148,11 +148,12 @@ def _true_next(things: Things, said: Sequence[str]) -> tuple[str | None, list[st
     """Return the tag of what is true next, with the words that fill its blanks."""
     if things[0].motion is None:
         if len(said) >= len(things):
-            return "stop", []
+            return "stop" if "stop" not in said else None, []
         thing = things[len(said)]
         return "object", [thing.size, thing.colour, thing.shape]
     if "order" in said:
-        return "still", [thing.shape for thing in things if not thing.turn]
+        still = [thing.shape for thing in things if not thing.turn and "still" not in said]
+        return "still" if still else None, still
     right_of = PLACES.index(said[-1]) + 1 if said else 0
     left = [thing for thing in things if thing.place >= right_of]
     if left:
@@ -168,9 +169,9 @@ def sentence(words: Sequence[str]) -> str:
 def true_sentences(things: Things) -> list[list[Wording]]:
     """Return the true wordings of each sentence of a caption."""
     found, said = [], []
-    while options := next_sentences(things, said):
-        found.append([option for option in options if option.truth])
-        said.append(found[-1][0].tag)
+    while true := [option for option in next_sentences(things, said) if option.truth]:
+        found.append(true)
+        said.append(true[0].tag)
     return found
 
 
@@ -201,7 +202,8 @@ def check_caption(text: str, things: Things) -> CaptionCheck:
         if words not in [option.truth for option in fits]:
             false.append(sentence(words))
         said.append(fits[0].tag)
-    return CaptionCheck(bool(said) and not next_sentences(things, said), tuple(false))
+    over = "stop" in said or ("order" in said and ("still" in said or len(said) == 3))
+    return CaptionCheck(over, tuple(false))
 
 
 # --- what is false ------------------------------------------------------------------------------------------------

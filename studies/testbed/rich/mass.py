@@ -1,8 +1,8 @@
 """The exact probability of truth: for each sentence of a caption, behind a true beginning, where the model's mass is.
 
 After a prompt and true sentences, the grammar has finitely many next sentences (`language.next_sentences`), each with
-its full stop, and after the last one the end of the turn. Their probabilities are the model's own, word by word. With
-the sum over the true ones T, over the other sentences of the grammar F, and O = 1 - T - F, all that is left,
+its full stop, and after the last one the end of the turn is true. Their probabilities are the model's own, word by
+word. With the sum over the true ones T, over the other sentences of the grammar F, and O = 1 - T - F, all the rest,
 
     T + F + O = 1
 
@@ -26,7 +26,7 @@ Edges = list[tuple[np.ndarray, np.ndarray]]  # level by level: the parent of eac
 
 @dataclass(frozen=True)
 class Mass:
-    """One entry for each sentence of a caption, the end of the turn last."""
+    """One entry for each sentence of a caption, the end of the turn last: there, one more sentence is false."""
 
     true: np.ndarray
     false: np.ndarray
@@ -102,12 +102,10 @@ class TrueCaption:
         text = int((self.inputs["labels"][0] != -100).nonzero()[0])
         for sentence in caption.split(". "):
             options = language.next_sentences(sample.things, said)
-            self.forests.append(forest := Forest(text))
-            for option in options:
-                forest.add(*_columns(tokenizer, option, first=not said))
+            self.forests.append(_forest(tokenizer, options, text, first=not said))
             said.append(next(option.tag for option in options if option.truth))
             text += len(tokenizer(sentence.rstrip(".") + ".", add_special_tokens=False)["input_ids"])
-        self.forests.append(Forest(text))
+        self.forests.append(_forest(tokenizer, language.next_sentences(sample.things, said), text))
         self.forests[-1].add([[tokenizer.eos_token_id]], 0)
 
     @torch.no_grad()
@@ -135,6 +133,13 @@ class TrueCaption:
             logps = model.lm_head(states[0]).double().log_softmax(-1)[forest.text - 1 :]
             found.append(forest.masses(logps.numpy()))
         return Mass(*(np.array(side) for side in zip(*found)))
+
+
+def _forest(tokenizer, options: Sequence[language.Wording], text: int, *, first: bool = False) -> Forest:
+    forest = Forest(text)
+    for option in options:
+        forest.add(*_columns(tokenizer, option, first=first))
+    return forest
 
 
 def _columns(tokenizer, option: language.Wording, *, first: bool) -> tuple[list[list[int]], int | None]:
