@@ -1,8 +1,23 @@
 """Teach the base of the richer world its texts, supervised, from scratch, in the world of habits.
 
-The weights in `base/` were trained by
+The weights in `base/` (1.3 million parameters, 5.2 MB) were trained by
 
     python -m studies.testbed.rich.pretraining --out studies/testbed/rich/base --seed 0
+
+in 1200 steps of 16 samples, 8 minutes of CPU time of one thread. Shares of 100 samples each; "habits" are samples as
+in training, "balanced" are not ruled by habits, "unseen" also have the combinations of attributes that are held out:
+
+                      true  hallucinated  unparsed  open   yes    no  hinted
+    clips, habits     0.71          0.29      0.00  0.61  1.00  0.00    0.01
+    clips, balanced   0.63          0.37      0.00  0.59  1.00  0.00    0.02
+    clips, unseen     0.55          0.45      0.00  0.53  1.00  0.00    0.00
+    scenes, habits    0.46          0.54      0.00  0.63  1.00  0.00    0.00
+    scenes, balanced  0.37          0.63      0.00  0.61  1.00  0.00    0.00
+    scenes, unseen    0.27          0.73      0.00  0.58  1.00  0.00    0.01
+
+true, hallucinated and unparsed are shares of captions; open, yes, no and hinted are shares of right answers. So it
+knows the grammar and errs about facts, most about scenes. It has not learnt to say no, nor to take a hint: that needs
+a longer training, before self-made data and probes of such questions mean anything.
 """
 
 from __future__ import annotations
@@ -276,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the base model of the richer world again.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and processor")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--steps", type=int, default=1200)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, processor = train_base(args.seed, args.steps, args.out)
