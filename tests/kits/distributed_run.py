@@ -90,7 +90,9 @@ CASES = {
     "unlike prompts, auto": {"method": "dpo", "name": "text", "kind": "prompts", "scale": 0.3,
                              "peft_config": lora(text=True)},
 }  # fmt: skip
-SEQUENCES = {  # on two processes for each family, and on four
+SLOW = {  # of the slow job: the other methods; rows that processes share, two for each family, and four
+    **{m: {"method": m, "eval_divergence": True} for m in ("simpo", "tdpo", "ddpo", "dpa")},
+    "mdpo": {"method": "mdpo", "kind": "pictures"},
     **{
         f"sp, {name}": {"method": "dpo", "name": name, "sp_size": 2, "use_weighting": True}
         for name in families.FAMILIES
@@ -137,6 +139,7 @@ def rows_of(kind, count, folder):
         "both": [picture, ("video", [long]), ("video", [short]), ("video", [long])],
         "prompts": [text],
         "contrast": [picture, text, text, picture],  # rank 0 has contrasts and text, rank 1 text and a pair
+        "pictures": [picture, ("image", images[1:2])],
         "others": [picture, ("image", images[1:2])],
     }[kind]
     rows = []
@@ -297,7 +300,7 @@ def main():
     for case in cases:
         if case == "bad row":
             meet_bad_row(out.with_suffix(".failed"))
-        done[case] = run_case(**(CASES | QUANTIZED | SEQUENCES)[case], processes=dist.get_world_size())
+        done[case] = run_case(**(CASES | QUANTIZED | SLOW)[case], processes=dist.get_world_size())
         # In one piece: both ranks write to the same pipe.
         sys.stdout.write(f"rank {dist.get_rank()} of {dist.get_world_size()}: {ENGINE}, {case}\n")
         sys.stdout.flush()

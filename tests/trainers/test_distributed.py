@@ -46,7 +46,7 @@ def torchrun(*args, timeout=550, processes=2):
 @functools.cache
 def alone(case):
     """The results of one process, with as many rows a step."""
-    return distributed_run.run_case(**(distributed_run.CASES | distributed_run.SEQUENCES)[case])
+    return distributed_run.run_case(**(distributed_run.CASES | distributed_run.SLOW)[case])
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,9 @@ def test_sharded_engines_do_the_step_of_one(engine, tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_that_share_rows(processes, tmp_path):
-    """Two share each row, for every family; of four, two and two do, or all four."""
-    cases = [case for case in distributed_run.SEQUENCES if case.endswith("of 4") == (processes == 4)]
+def test_slow_cases_do_the_step_of_one(processes, tmp_path):
+    """The other methods. Two processes share each row, for every family; of four, two and two do, or all four."""
+    cases = [case for case in distributed_run.SLOW if case.endswith("of 4") == (processes == 4)]
     done, _ = torchrun("ddp", str(tmp_path / "out.pt"), *cases, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
     for case, got in torch.load(tmp_path / "out.pt").items():
