@@ -16,7 +16,7 @@ from torch import nn
 from trl_vpo.doctor import checks as doctor
 from trl_vpo.errors import AdapterError, RecipeError
 from trl_vpo.models import model_size as footprint
-from trl_vpo.models.adapters import PRESETS, preset_targets, resolve_targets, vllm_problems
+from trl_vpo.models.adapters import PRESETS, check_adapted, preset_targets, resolve_targets, vllm_problems
 
 
 def findings(folder, **keys):
@@ -187,6 +187,37 @@ def test_heads_and_routers_inside_a_decoder_are_left_out():
 def test_targets_that_match_nothing_are_refused(tmp_path, targets, message):
     with pytest.raises(RecipeError, match=message):
         train(tmp_path, lora_target_modules=targets, dataset_name="nowhere")  # before data and model are loaded
+
+
+NOWHERE = [
+    ({"target_modules": ["q_proj", "gate_prj"]}, "lora_target_modules: .* called gate_prj, and PEFT"),
+    (
+        {"target_parameters": ["experts.gate_up_proj", "experts.up"]},
+        r"called experts\.up, .*feed_forward\.experts\.down",
+    ),
+    (
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head", "haed"]},
+        "lora_modules_to_save: .* called haed,",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), NOWHERE)
+def test_names_beside_others_that_match_nothing(keys, message):
+    """PEFT says nothing where another name of the list matches."""
+    with pytest.raises(RecipeError, match=message):
+        check_adapted(get_peft_model(inner_llama(), LoraConfig(r=2, **keys)))
+
+
+def test_names_that_match_are_not_refused():
+    parameters = ["experts.gate_up_proj", "feed_forward.experts.down_proj"]
+    keys = {"target_modules": ["q_proj", "fc1"], "target_parameters": parameters, "modules_to_save": ["head"]}
+    check_adapted(get_peft_model(inner_llama(), LoraConfig(r=2, **keys)))
+
+
+def test_the_doctor_names_what_matches_nothing(tmp_path):
+    found = findings(tmp_path, lora_target_modules=["q_proj", "gate_prj"])
+    assert ("LoRA", "stop") in [finding[:2] for finding in found if "gate_prj" in finding[2]]
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,13 @@ def for_inference(folder):
     return {"model": PeftModel.from_pretrained(fresh()[0], folder / "adapter")}
 
 
+def bert(folder):
+    """The name of a model that fills gaps."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    T.BertForMaskedLM(T.BertConfig(vocab_size=64, **sizes)).save_pretrained(folder / "bert")
+    return {"model": str(folder / "bert")}
+
+
 PROMPTS = [kind(task_type="CAUSAL_LM", num_virtual_tokens=4) for kind in (PromptTuningConfig, PrefixTuningConfig)]
 VIRTUAL = r"virtual tokens.*LoRA"
 MODELS = {  # method, arguments made in a folder, message
@@ -136,6 +143,12 @@ MODELS = {  # method, arguments made in a folder, message
     "given prefixes": ("dpo", lambda _: {"model": adapted(PROMPTS[1])}, VIRTUAL),
     "nothing to train": ("dpo", lambda _: {"model": fresh()[0].requires_grad_(False)}, "frozen"),
     "a reference of LeanPO": ("leanpo", lambda _: {"ref_model": fresh()[0]}, "LeanPO has no reference model"),
+    "no text": ("leanpo", bert, "BertForMaskedLM is not supported: it generates no text"),
+    "a name that is nowhere": (
+        "leanpo",
+        lambda _: {"peft_config": LoraConfig(target_modules=["q_proj", "q_prj"])},
+        "has nothing to adapt that is called q_prj",
+    ),
     "a pad token": ("dpo", lambda _: {"pad_token": "<|nothing|>"}, r"'<\|nothing\|>' is not a token"),
 }
 

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from trl_vpo.errors import ModelError
@@ -48,16 +48,15 @@ def lm_head(model: PreTrainedModel) -> Head:
     return Head(weight, bias, *model._trl_vpo_logits)
 
 
-def check_model_class(model: PreTrainedModel) -> None:
-    """Raise ModelError for models that do not write responses behind prompts."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
+def check_model_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Raise ModelError for classes of models that do not write responses behind prompts."""
+    if config.is_encoder_decoder:
         raise ModelError(
-            f"{name} is not supported: it has an encoder for prompts and a decoder for responses, and these trainers "
-            "score responses behind their prompts."
+            f"{kind.__name__} is not supported: it has an encoder for prompts and a decoder for responses, and these "
+            "trainers score responses behind their prompts."
         )
-    if not model.can_generate():
-        raise ModelError(f"{name} is not supported: it generates no text.")
+    if not kind.can_generate():
+        raise ModelError(f"{kind.__name__} is not supported: it generates no text.")
 
 
 def check_head(model: nn.Module) -> None:

@@ -105,7 +105,7 @@ def token_scores(hidden: Tensor, head: Head, labels: Tensor, squares: bool = Fal
 
 def attach_scoring(model: PreTrainedModel) -> None:
     """Let `model(..., score=ScoreRequest(...))` return a `ScoreOutput`. Other calls behave as before."""
-    check_model_class(model)
+    check_model_class(type(model), model.config)
     check_head(model)
     if getattr(model, "_trl_vpo_scoring", False):
         return

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -149,9 +150,36 @@ def resolve_targets(peft_config: Any, model: nn.Module) -> None:
             check_parameters(peft_config, f"name modules in the place of {targets!r}, which adapts {more[0]} here")
 
 
+def check_adapted(model: PeftModel) -> None:
+    """Raise RecipeError for names in the lists of a new adapter that match nothing: PEFT would leave them out."""
+    tuner, config = model.base_model, model.peft_config[model.active_adapter]
+    saved = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    there = {
+        "target_modules": tuner.targeted_module_names,
+        "target_parameters": tuner.targeted_parameter_names,
+        "modules_to_save": saved,
+    }
+    for key, matched in there.items():
+        names = getattr(config, key, None) or ()
+        names = () if isinstance(names, str) else sorted(names)
+        ends = "" if key == "modules_to_save" else "."  # as PEFT compares
+        lost = [name for name in names if not any(f".{one}".endswith(ends + name) for one in matched)]
+        if lost:
+            experts = {".".join(name.replace(".base_layer", "").split(".")[-3:]) for name in _fused(model)}
+            hint = f" lora_target_parameters takes its experts: [{', '.join(sorted(experts))}]." if experts else ""
+            raise RecipeError(
+                f"lora_{key}: {type(model.get_base_model()).__name__} has nothing to adapt that is called "
+                f"{', '.join(lost)}, and PEFT would leave that out. Correct or drop it.{hint}"
+            )
+
+
+def _fused(model: nn.Module) -> list[str]:
+    """Return the parameters that hold the weights of several experts."""
+    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+
+
 def _warn_of_fused(text: nn.Module) -> None:
-    fused = [name for name, parameter in text.named_parameters() if parameter.dim() == 3 and "expert" in name]
-    if fused:
+    if fused := _fused(text):
         warnings.warn(
             f"{len(fused)} parameters such as {fused[0]} hold the weights of several experts; no preset adapts them. "
             "Name them in lora_target_parameters to do so.",

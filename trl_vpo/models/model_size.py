@@ -10,8 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from trl_vpo.forward.head import check_model_class
 from trl_vpo.forward.parts import output_head, part_of
-from trl_vpo.models.adapters import check_parameters, resolve_targets
+from trl_vpo.models.adapters import check_adapted, check_parameters, resolve_targets
 
 
 @dataclass
@@ -35,9 +36,17 @@ class Sizes:
     layer: int = 0  # of the largest layer that is sharded as a unit
 
 
+def own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class of transformers that a config's model was saved as. It writes no responses: ModelError."""
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is not None:
+        check_model_class(kind, config)
+    return kind
+
+
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a config's model on the meta device, of the class that TRL would load."""
-    architecture = getattr(transformers, (config.architectures or [""])[0], None) or AutoModelForCausalLM
+    architecture = own_class(config) or AutoModelForCausalLM
     build = architecture.from_config if hasattr(architecture, "from_config") else architecture._from_config
     with init_empty_weights(include_buffers=True):
         return build(config)
@@ -48,6 +57,7 @@ def adapt(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module, Adapted]
     check_parameters(peft_config)
     resolve_targets(peft_config, model)
     adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
+    check_adapted(adapted)
     names = [n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")]
     return adapted, Adapted(names, [name for name in names if part_of(name) != "language"])
 

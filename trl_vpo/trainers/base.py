@@ -24,6 +24,7 @@ from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.forward.scorer import Scorer
 from trl_vpo.forward.scoring import Scores
 from trl_vpo.losses import PreferenceLoss
+from trl_vpo.models.adapters import check_adapted
 from trl_vpo.models.attach import check_checkpoint
 from trl_vpo.trainers import compat, setup
 from trl_vpo.trainers.card import write_model_card
@@ -72,6 +73,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         peft_config: "PeftConfig | None" = None,
     ):
         args = self._checked_args(model, ref_model, args, data_collator, train_dataset, peft_config)
+        setup.check_named_class(model, args)
         peft_config = setup.resolve_target_modules(peft_config, model, args)
         if processing_class is None:
             processing_class = setup.load_processing_class(model, args)
@@ -103,6 +105,8 @@ class VisualPreferenceTrainer(LoggingTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        if peft_config is not None:
+            check_adapted(self.model)
         self._finish_init()
 
     # --- construction ---------------------------------------------------------------------------------------------

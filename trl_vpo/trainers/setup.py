@@ -21,7 +21,7 @@ from trl_vpo.data.raw_rows import transform_of
 from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.forward.head import check_head, check_model_class
 from trl_vpo.models.adapters import PRESETS, check_parameters, check_targets, loses_base, resolve_targets
-from trl_vpo.models.model_size import empty_model
+from trl_vpo.models.model_size import empty_model, own_class
 from trl_vpo.models.source import check_model as check_source
 from trl_vpo.trainers.config import VisualPreferenceConfig
 
@@ -36,7 +36,8 @@ def check_model(
         check_source(model, key="model", revision=revision)
     for module in (model, ref_model):
         if isinstance(module, nn.Module):
-            check_model_class(module.get_base_model() if isinstance(module, PeftModel) else module)
+            base = module.get_base_model() if isinstance(module, PeftModel) else module
+            check_model_class(type(base), base.config)
             check_head(module)
     configs = [peft_config] if peft_config is not None else []
     if isinstance(model, PeftModel):
@@ -210,6 +211,12 @@ def warn_of_low_rate(trainer: Any) -> None:
     warning = low_rate(trainer.args) if is_peft_model(trainer.model) else None
     if warning and trainer.accelerator.is_main_process:
         warnings.warn(warning, stacklevel=4)
+
+
+def check_named_class(model: Any, args: VisualPreferenceConfig) -> None:
+    """Raise ModelError for the name of a model that does not write responses behind prompts."""
+    if isinstance(model, str):
+        own_class(AutoConfig.from_pretrained(model, **_source(args)))
 
 
 def resolve_target_modules(peft_config: PeftConfig | None, model: Any, args: VisualPreferenceConfig) -> Any:
