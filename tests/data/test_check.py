@@ -205,10 +205,10 @@ def test_what_would_stop_a_step_is_found_before(good, processor, tmp_path):
 
 def test_what_a_template_refuses_is_found_before(tmp_path):
     tok = text_model()[1]
-    tok.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    tok.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role.') }}{% endif %}"
     tok.chat_template += "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     bad = row(None) | {"prompt": message("system", "Be brief.") + message("user", "What?")}
-    with pytest.raises(RowError, match=r"1 of 2 .*\n.*row 1: .*no system role"):
+    with pytest.raises(RowError, match=r"1 of 2 .*\n.*row 1: .*no system role\. Rewrite"):
         prepare([row(None), bad], tok, tmp_path)
     with pytest.raises(RowError, match="no system role"):  # whatever is known of media
         prepare([row(None), bad], tok, tmp_path, check_media="off")

@@ -61,8 +61,9 @@ def render_chat(
     template = chat_template(processing_class, template_kwargs.get("tools"))
     if template is None:
         raise RowError(
-            f"has messages, but {type(processing_class).__name__} has no chat template. Set "
-            "`processing_class.chat_template`, or give prompt and responses as strings."
+            f"has messages, but {type(processing_class).__name__} has no chat template. Put a "
+            "chat_template.jinja into the model's folder (in Python: `processing_class.chat_template`), or give "
+            "prompt and responses as strings."
         )
     if reserved := RESERVED & set(template_kwargs):
         raise RowError(f"`chat_template_kwargs` sets {', '.join(sorted(reserved))}: training sets that. Take it out.")
@@ -135,7 +136,9 @@ def _refusal(refusals: list[Exception]) -> RowError:
     error = min(refusals, key=lambda error: order.index(type(error)) if type(error) in order else len(order))
     if isinstance(error, RowError):
         return error
-    return RowError(f"the chat template refuses its messages: {error}. Rewrite them, or drop the row.")
+    return RowError(
+        f"the chat template refuses its messages: {str(error).rstrip('.')}. Rewrite them, or drop the row."
+    )
 
 
 def _formed(messages: list[dict], as_text: Callable[[dict], bool]) -> list[dict]:
