@@ -11,6 +11,7 @@ from families import FAMILIES, build, text_model, write_model
 from helpers import row, write_clip, write_image
 from peft import LoraConfig
 from rich.console import Console
+from transformers import BertConfig, BertForMaskedLM
 
 from trl_vpo.cli import main
 from trl_vpo.doctor import checks
@@ -156,6 +157,13 @@ def test_what_is_wrong_or_missing(recipe, argv, check, expected):
     assert result[check] == expected
     assert "tokens" in result or check != "LoRA"  # the other checks went on
     assert ("not checked" in result) == (check == "model")
+
+
+def test_a_model_that_generates_no_text(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = BertForMaskedLM(BertConfig(vocab_size=400, **sizes))
+    report = examine(write_recipe(tmp_path, "dpo", model, text_model()[1], [row(None)]), [])
+    assert status(report)["model"] == STOP and "it generates no text" in texts(report)["model"]
 
 
 def test_full_fine_tuning(recipe):

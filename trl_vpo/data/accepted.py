@@ -39,8 +39,8 @@ def _check_media(row: Row, processing_class: Any) -> None:
     for what in (*kinds, " and ".join(kinds)):
         if reason := UPSTREAM.get((name, what)):
             raise RowError(
-                f"has {what.replace(' ', 's ', 1)}s in its prompt, on which the model's own code in transformers fails: "
-                f"{reason}. Leave the row out."
+                f"has {what.replace(' ', 's ', 1)}s in its prompt, on which the model's own code in transformers "
+                f"fails: {reason}. Leave the row out."
             )
     if row.forgotten and not text_model:
         kind = MARKERS[row.forgotten]

@@ -19,7 +19,7 @@ from trl_vpo.doctor.measure import check_can_measure, measure
 from trl_vpo.doctor.memory import GIB, plan_of
 from trl_vpo.doctor.memory_report import check_fit
 from trl_vpo.doctor.report import OK, STOP, WARN, Report, show
-from trl_vpo.errors import RecipeError, SourceError, UserError
+from trl_vpo.errors import ModelError, RecipeError, SourceError, UserError
 from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses
 from trl_vpo.models.model_size import adapt
@@ -149,6 +149,9 @@ def _check_model(recipe: LoadedRecipe, report: Report) -> None:
     """Build the empty model and the empty adapter."""
     try:
         recipe.build()
+    except ModelError as error:
+        report.add("model", STOP, str(error))
+        return
     except Exception as error:  # model code of any origin; the other checks go on
         report.add("model", WARN, f"cannot be built without weights, so LoRA and memory are unchecked: {error}")
         return
