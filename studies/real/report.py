@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from studies.real.model import ANSWER_TOKENS
-from studies.real.runs import CHECKPOINTS, METHODS, RATES, SEEDS, missing
+from studies.real.runs import CHECKPOINTS, METHODS, RATES, SEEDS, Cell, cells, missing
 from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
 from trl_vpo.files import atomic_write
 
@@ -106,12 +106,12 @@ def write_report(results: Sequence[Result], pairs: Mapping[str, Sequence[Result]
 
 def opening(results: Sequence[Result], pairs: Mapping[str, Sequence[Result]], study: Study) -> str:
     left = missing(results)
-    total, done = len(METHODS) * len(RATES) * len(SEEDS), len(METHODS) * len(RATES) * len(SEEDS) - len(left)
+    total = len(cells())
+    done = total - len(left)
     wrong = {split: np.mean([p["base"][1] > p["base"][0] for p in rows]) for split, rows in pairs.items()}
     lines = [
         "`make study-real` wrote this file from results.jsonl; what follows from it is in README.md.",
-        f"Runs: {done} of {total}."
-        + (f" Missing: {'; '.join(f'{c.method} at {c.rate:g}, seed {c.seed}' for c in left)}." if left else ""),
+        f"Runs: {done} of {total}." + (f" Missing: {_named(left)}." if left else ""),
         f"Pairs: {len(pairs['train'])} for training, {len(pairs['held-out'])} held out, on other topics. The base "
         f"finds the swapped answer likelier in {100 * wrong['train']:.0f} % and {100 * wrong['held-out']:.0f} %.",
     ]
@@ -127,6 +127,14 @@ def opening(results: Sequence[Result], pairs: Mapping[str, Sequence[Result]], st
         spent = [sum(row["cpu_seconds"].values()) for row in study.runs]
         lines.append(f"CPU time: {sum(spent) / max(done, 1):.0f} s a run, of one thread.")
     return "\n\n".join(lines)
+
+
+def _named(left: Sequence[Cell]) -> str:
+    """The runs that are missing, by rate and seed."""
+    groups: dict[str, list[str]] = {}
+    for cell in left:
+        groups.setdefault(f"at {cell.rate:g}, seed {cell.seed}", []).append(cell.method)
+    return "; ".join(f"{where}: {'all' if len(g) == len(METHODS) else ' and '.join(g)}" for where, g in groups.items())
 
 
 def overview(study: Study, steps: int) -> str:
