@@ -15,7 +15,7 @@ from trl_vpo.files import atomic_write
 
 Result = Mapping[str, Any]
 FELL = 0.1  # nats; less is the noise of bfloat16
-MARGINS = (2, 5, 10, 20, 40)  # of the frontier, nats
+MARGINS = (0.5, 1, 2, 4, 8)  # of the frontier, nats
 MAIN_RATE = 1e-3  # of the differences and of the texts that are shown
 MEASURES: dict[str, tuple[str, Callable[[Result, Result], Sequence[float]]]] = {
     # heading -> what its rows are, and their values from a result and the base's
