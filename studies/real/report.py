@@ -231,6 +231,7 @@ def frontier_figure(study: Study, path: Path) -> None:
             if points:
                 axes.plot(*zip(*points), label=method, markersize=5, linewidth=1.2, **style.look(index))
         axes.set(xlabel="margin gained on held-out pairs, nats", ylabel="KL from the base, nats a response")
-        axes.set_yscale("log")
+        axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+        axes.set_ylim(bottom=0)
         figure.legend(loc="outside upper left", ncols=5)
     style.save(figure, path)

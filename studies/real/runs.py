@@ -184,8 +184,9 @@ def make_trainer(cell: Cell, model: Any, tokenizer: Any, pairs: Sequence[Mapping
     config, trainer = getattr(trl_vpo, f"{name}Config"), getattr(trl_vpo, f"{name}Trainer")
     if cell.method == "DPO":  # its reference is computed once for all runs
         options = options | {"precompute_ref_log_probs": True, "precompute_cache_dir": str(out / "reference")}
+    folder = out / "-".join([cell.method.replace(", ", "-").replace(" ", "-"), f"{cell.rate:g}", str(cell.seed)])
     args = config(
-        str(out / "trainer"), learning_rate=cell.rate, lr_scheduler_type="constant", max_steps=max(CHECKPOINTS),
+        str(folder), learning_rate=cell.rate, lr_scheduler_type="constant", max_steps=max(CHECKPOINTS),
         per_device_train_batch_size=BATCH, seed=cell.seed, bf16=True, use_cpu=True, gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip

@@ -1,13 +1,14 @@
 """What the methods do to a real language model: `make study-real`, or `python -m studies.real.study` in .venv-real.
 
 Trains SmolLM2-135M-Instruct on preferences over its own answers, 30 runs, and appends a line to results.jsonl for
-each checkpoint. The same command continues after an interruption; RESULTS.md is written anew after every run.
+each checkpoint. The same command continues after an interruption. At the end it writes RESULTS.md from all lines.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 HERE = Path(__file__).parent
 PAIRS, RESULTS = HERE / "pairs.jsonl", HERE / "results.jsonl"
 OUT = Path("outputs/study-real")
+WORKERS = 2  # processes of one thread
 
 
 def main() -> None:
+    """Make what is missing, by `WORKERS` processes, and write the report; a worker is told its part."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
     from transformers.utils import logging
@@ -30,21 +33,38 @@ def main() -> None:
     torch.set_num_threads(1)  # two spin more than they help
     logging.disable_progress_bar()
     folder = real_model.language_model(OUT / "model")
-    results = read_results(RESULTS)
-    waiting = runs.missing(results)
-    if waiting or not PAIRS.is_file():
-        model, tokenizer = real_model.load(folder)
-        pairs = real_pairs.read_pairs(PAIRS if PAIRS.is_file() else real_pairs.write_pairs(model, tokenizer, PAIRS))
-        base = runs.measure_base(model, tokenizer, pairs["held-out"])
-        if not any(row["method"] == "base" for row in results):
-            append(RESULTS, runs.base_result(model, tokenizer, base))
-        del model
-        for number, cell in enumerate(waiting, 1):
-            print(f"{number} of {len(waiting)}: {cell}", flush=True)
-            for result in runs.run(cell, folder, pairs["train"], base, OUT):
-                append(RESULTS, result)
-                print(f"  {result['steps']} steps: {result['cpu_seconds']}", flush=True)
+    if len(sys.argv) > 1:
+        work(folder, int(sys.argv[1]))
+        return
+    if not PAIRS.is_file():
+        real_pairs.write_pairs(*real_model.load(folder), PAIRS)
+    if runs.missing(read_results(RESULTS)):
+        command = [sys.executable, "-m", "studies.real.study"]
+        workers = [subprocess.Popen([*command, str(part)]) for part in range(WORKERS)]
+        codes = [worker.wait() for worker in workers]
+        if any(codes):
+            raise SystemExit("A worker failed; its message is above. Give the same command again to continue.")
     print("Report:", report.write_report(read_results(RESULTS), real_pairs.read_pairs(PAIRS), HERE))
+
+
+def work(folder: Path, part: int) -> None:
+    """Do every `WORKERS`th of the runs that are missing; the first worker also writes the base's line."""
+    from studies.real import model as real_model
+    from studies.real import pairs as real_pairs
+    from studies.real import runs
+
+    results, pairs = read_results(RESULTS), real_pairs.read_pairs(PAIRS)
+    waiting = runs.missing(results)[part::WORKERS]
+    model, tokenizer = real_model.load(folder)
+    base = runs.measure_base(model, tokenizer, pairs["held-out"])
+    if part == 0 and not any(row["method"] == "base" for row in results):
+        append(RESULTS, runs.base_result(model, tokenizer, base))
+    del model
+    for number, cell in enumerate(waiting, 1):
+        print(f"worker {part}, {number} of {len(waiting)}: {cell}", flush=True)
+        for result in runs.run(cell, folder, pairs["train"], base, OUT):
+            append(RESULTS, result)
+            print(f"  {result['steps']} steps: {result['cpu_seconds']}", flush=True)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -52,8 +72,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, result: Mapping[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    """Add a line, whole: two workers write."""
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The study on real weights, on a tiny text model: pairs, measures, and a run that leaves a result."""
 
+import json
 import random
 
 import families
@@ -8,7 +9,7 @@ import torch
 
 from studies.real import model as real_model
 from studies.real import pairs as real_pairs
-from studies.real import runs
+from studies.real import runs, study
 from studies.real.prompts import SHORT, questions, rule_rows
 
 
@@ -127,3 +128,20 @@ def test_a_run_leaves_a_result_for_each_checkpoint(method, folder, tmp_path, mon
     own = runs.base_result(model, tokenizer, base)
     assert len(own["base_logp"]) == len(last["base_logp"]) == 4
     assert all(value < 0 for value in own["base_logp"]) and list(own["said"]) == list(last["said"])
+
+
+def test_a_worker_does_its_part_and_no_more(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "CHECKPOINTS", (1,))
+    monkeypatch.setattr(real_model, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(runs, "cells", lambda: [runs.Cell("SimPO", 1e-3, seed) for seed in (0, 1, 2)])
+    for name in ("PAIRS", "RESULTS", "OUT"):
+        monkeypatch.setattr(study, name, tmp_path / name)
+    pair = {"prompt": "Describe 1", "chosen": "a red square.", "rejected": "a red circle."}
+    rows = [pair | {"split": split} for split in ("train", "held-out") for _ in range(4)]
+    study.PAIRS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    study.work(folder, 0)
+    done = study.read_results(study.RESULTS)
+    assert [(row["method"], row["seed"]) for row in done] == [("base", 0), ("SimPO", 0), ("SimPO", 2)]
+    assert [cell.seed for cell in runs.missing(done)] == [1]
+    study.work(folder, 0)  # goes on with what is left
+    assert len(study.read_results(study.RESULTS)) == 4 and not runs.missing(study.read_results(study.RESULTS))
