@@ -152,10 +152,11 @@ def rows_of(kind, count, folder):
             prompt = {"prompt": message("user", "a red square moves left. " * 60)}
         if kind == "contrast":
             more |= {"rejected_images": images[1:2] if i % 4 == 0 else None}
-            prompt = {"rejected": None} if i % 4 == 0 else {}
         if kind == "others":
             more |= {"other_images": images[2:], "other_chosen": message("assistant", PAIRS[i - 1][0])}
         rows.append(more | row(of_kind, sources, *PAIRS[i % len(PAIRS)], **prompt))
+        if more.get("rejected_images"):
+            rows[-1]["rejected"] = None
     return rows
 
 
