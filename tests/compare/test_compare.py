@@ -170,3 +170,12 @@ def test_what_cannot_be_compared_is_refused(world):
         read_plan(twice, "h.jsonl", None, [])
     with pytest.raises(RecipeError, match="is for `trl-vpo generate rrpo`"):
         read_plan(["rrpo/generate"], "h.jsonl", None, [])
+    for text, message in (
+        ("methods: {dpo: 0.2}", "`methods` a mapping of methods to keys"),
+        ("methods: [dpo]", "`methods` a mapping of methods to keys"),
+        ("recipes: [3]", "`recipes` is a list of recipes"),
+        ("methods: {dpo: {output_dir: mine}}", "a method has an `output_dir`"),
+    ):
+        (world / "methods.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            read_plan([str(world / "methods.yaml")], "h.jsonl", None, [])

@@ -98,8 +98,7 @@ def read_plan(configs: Sequence[str], held_out: str | None, out: str | None, wor
     if len(configs) == 1 and {"recipes", "methods"} & (values := read_recipe(configs[0])).keys():
         check_command(configs[0], "compare", None)
         recipes, methods = values.pop("recipes", None) or [], values.pop("methods", None) or {}
-        if not isinstance(recipes, list) or not isinstance(methods, dict):
-            raise RecipeError(f"{configs[0]}: `recipes` is a list of recipes, `methods` a mapping of methods to keys.")
+        _check_lists(configs[0], recipes, methods)
         own_rows, own_folder = values.pop("held_out", None), values.pop("output_dir", None)
         held_out, out, given = held_out or own_rows, out or own_folder, values
     if not held_out:
@@ -115,6 +114,17 @@ def read_plan(configs: Sequence[str], held_out: str | None, out: str | None, wor
         win = {key: value for key, value in of_trainings.items() if key in options}
         training.keys = of_trainings | training.keys | win
     return Plan(trainings, held_out, Path(out or DEFAULT_OUT), of_evaluation)
+
+
+def _check_lists(config: str, recipes: Any, methods: Any) -> None:
+    names = recipes if isinstance(recipes, list) else [None]
+    of_methods = list(methods.values()) if isinstance(methods, dict) else [methods]
+    if not all(isinstance(name, str) for name in names) or not all(
+        isinstance(keys or {}, dict) for keys in of_methods
+    ):
+        raise RecipeError(f"{config}: `recipes` is a list of recipes, `methods` a mapping of methods to keys.")
+    if any("output_dir" in (keys or {}) for keys in of_methods):
+        raise RecipeError(f"{config}: a method has an `output_dir`, but its folder is in the comparison's. Drop it.")
 
 
 def check_plan(plan: Plan) -> set[str]:
