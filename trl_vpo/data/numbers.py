@@ -1,9 +1,10 @@
 """Numbers of a row: its weight in the loss, the margin of its scores, and whether both its responses fell."""
 
-import math
 from typing import Any
 
 from trl_vpo.errors import RowError
+
+LARGEST = 1e38
 
 
 def row_weight(example: dict) -> float:
@@ -38,4 +39,5 @@ def both_fall(chosen: Any, rejected: Any) -> Any:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether a value is a number, of which a difference is finite in float32, too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
