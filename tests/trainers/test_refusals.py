@@ -1,6 +1,7 @@
 """Refusals, with the reason, before anything is trained."""
 
 import dataclasses
+import math
 
 import pytest
 import transformers as T
@@ -72,8 +73,13 @@ UNCOLLATED = "the length of a row is known only once it is collated"
         ("rrpo", {"num_frames": 0}, "num_frames"),
         ("rrpo", {"fps": -1.0}, "fps"),
         ("rrpo", {"video_start": 5.0, "video_end": 2.0}, "video_"),
-        ("leanpo", {"label_smoothing": -0.1}, r"not in \[0, 1\)"),
-        ("leanpo", {"label_smoothing": 1.0}, r"not in \[0, 1\)"),
+        ("leanpo", {"label_smoothing": -0.1}, "label_smoothing is -0.1: give at least 0 and below 1"),
+        ("leanpo", {"label_smoothing": 1.0}, "label_smoothing is 1.0: give at least 0 and below 1"),
+        ("dpo", {"beta": 0.0}, "beta is 0.0: give a number above 0"),
+        ("rrpo", {"alpha": math.nan}, "alpha is nan: give a finite number"),
+        ("tdpo", {"variant": "tdpo1", "alpha": 0.3}, "alpha=0.3 does nothing with variant tdpo1"),
+        ("ddpo", {"phrase_weight": -1.0}, "phrase_weight is -1.0: give at least 0"),
+        ("mdpo", {"conditional_weight": -1.0}, "conditional_weight is -1.0: give at least 0"),
         ("dpo", {"train_sampling_strategy": "group_by_length"}, f"'group_by_length': {UNCOLLATED}"),
         ("dpo", {"train_sampling_strategy": "batch_rebalance"}, f"'batch_rebalance': {UNCOLLATED}"),
         ("dpo", {"include_for_metrics": ["inputs"]}, "include_for_metrics"),

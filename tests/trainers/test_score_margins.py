@@ -52,6 +52,7 @@ def test_the_mean_beta_is_logged(method, tmp_path):
 
 
 BAD = [({"rejected_score": None}, "`rejected_score` is None"), ({"chosen_score": math.inf}, "`chosen_score` is inf")]
+BAD += [({"chosen_score": 1e39}, "`chosen_score` is 1e\\+39")]  # infinite in float32
 
 
 @pytest.mark.parametrize(("change", "says"), BAD)
@@ -72,6 +73,8 @@ def test_a_row_without_scores_is_named_before_any_step(method, change, says, tmp
     [
         ({"score_scale_weight": -0.1}, "score_scale_weight is -0.1"),
         ({"score_sensitivity": math.nan}, "score_sensitivity is nan"),
+        ({"score_sensitivity": 2.0}, "do nothing without score_scale_weight"),
+        ({"score_columns": "trust"}, "do nothing without score_scale_weight"),
         ({"score_columns": "reward"}, "'reward' is not one of score, trust"),
     ],
 )

@@ -24,13 +24,14 @@ BOUNDS = [
         "ddp_timeout", "pad_to_multiple_of",
     }),
     ("at least 0", lambda value: value >= 0, {
-        "alpha", "nll_weight", "list_weight", "dpo_weight", "anchor_weight", "weight_decay", "max_grad_norm",
-        "warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers", "neftune_noise_alpha",
-        "router_aux_loss_coef",
+        "alpha", "nll_weight", "list_weight", "dpo_weight", "anchor_weight", "conditional_weight", "pair_weight",
+        "margin_weight", "penalty_weight", "phrase_weight", "loss_weights", "score_scale_weight", "score_sensitivity",
+        "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers",
+        "neftune_noise_alpha", "router_aux_loss_coef",
     }),
     ("a number above 0", lambda value: value > 0, {
         "learning_rate", "beta", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps",
-        "test_split_size",
+        "test_split_size", "discopop_tau",
     }),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, {
         "lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2",
@@ -98,13 +99,12 @@ def check_bounds(key: str, value: Any, where: str = "") -> None:
     """
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value):
         value = int(value)  # an option that also takes texts
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        limits = [("a finite number", math.isfinite)] + [(text, test) for text, test, keys in BOUNDS if key in keys]
-        for text, test in limits:
-            if not test(value):
-                raise RecipeError(f"{where}{key} is {value}: give {text}.")
-    if isinstance(value, list) and any(isinstance(item, float) and not math.isfinite(item) for item in value):
-        raise RecipeError(f"{where}{key} is {value}: give finite numbers.")
+    limits = [("a finite number", math.isfinite)] + [(text, test) for text, test, keys in BOUNDS if key in keys]
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            for text, test in limits:
+                if not test(number):
+                    raise RecipeError(f"{where}{key} is {value}: give {text}.")
     if key == "lora_target_modules" and (isinstance(value, str) or (isinstance(value, list) and len(value) == 1)):
         pattern = value if isinstance(value, str) else value[0]
         try:

@@ -11,6 +11,7 @@ from trl import DPOConfig
 from trl_vpo.media.load import VideoOptions
 from trl_vpo.models.config import option
 from trl_vpo.runs.secrets import scrub
+from trl_vpo.runs.values import check_bounds
 from trl_vpo.trainers.row_groups import sp_size
 
 WHOLE = "the KL needs the reference's whole next-token distributions, not log-probs only"
@@ -29,6 +30,7 @@ REFUSED = NEVER | {  # by all methods but DPO
     **dict.fromkeys(("ld_alpha", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"), DPO_ONLY),
 }
 _TRL_FIELDS = fields(DPOConfig)
+_OF_LOSSES = {"beta", "label_smoothing", "loss_weights", "discopop_tau", "f_alpha_divergence_coef"}
 _PRECOMPUTING = ("precompute_ref_log_probs", "precompute_ref_batch_size")
 _REFERENCE = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", *_PRECOMPUTING)
 
@@ -141,6 +143,8 @@ class VisualPreferenceConfig(DPOConfig):
                     f"Leave `{name}` out of the recipe."
                 )
         for own in fields(self):
+            if own.name not in defaults or own.name in _OF_LOSSES:
+                check_bounds(own.name, getattr(self, own.name))
             choices = () if own.name in defaults else own.metadata.get("choices") or ()
             if choices and getattr(self, own.name) not in (own.default, *choices):
                 raise ValueError(f"{own.name}={getattr(self, own.name)!r} is not one of {', '.join(choices)}.")

@@ -102,15 +102,11 @@ class VisualDPOConfig(ScoreMarginConfig):
                     f"{name}={getattr(self, name)} does nothing with loss_type {', '.join(self.loss_type)}: it "
                     f"belongs to {', '.join(takers)}. Leave `{name}` out, or choose one of these."
                 )
-        smoothing, tau, penalty = (getattr(self, name) for name in OPTIONS)
-        if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"label_smoothing={smoothing} is not in [0, 1).")
+        smoothing = self.label_smoothing
         if "robust" in self.loss_type and smoothing >= 0.5:
             raise ValueError(f"label_smoothing={smoothing}: loss_type 'robust' needs it below 0.5.")
         if "exo_pair" in self.loss_type and smoothing == 0.0:
             raise ValueError("loss_type 'exo_pair' is infinite without smoothing. Set label_smoothing: 0.001.")
-        if tau <= 0.0 or penalty < 0.0:
-            raise ValueError(f"discopop_tau={tau} has to be above 0, and penalty_weight={penalty} at least 0.")
 
     def _check_divergence(self) -> None:
         kind, alpha = self.f_divergence_type, self.f_alpha_divergence_coef

@@ -40,11 +40,6 @@ class LeanPOConfig(ScoreMarginConfig):
 
     refused = REFUSED | without_reference("LeanPO")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={self.label_smoothing} is not in [0, 1).")
-
 
 class LeanPOTrainer(VisualPreferenceTrainer):
     """Reward `beta * average log-likelihood`, smoothing of wrongly ranked pairs, no reference model at all.

@@ -1,6 +1,5 @@
 """A beta for each pair, which grows with the margin of the scores that its row has: MM-DPO (arXiv 2502.10391)."""
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,10 +23,8 @@ class ScoreMarginConfig(VisualPreferenceConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("score_scale_weight", "score_sensitivity"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ValueError(f"{name} is {value!r}: give a finite number that is not negative.")
+        if not self.score_scale_weight and (self.score_sensitivity != 0.5 or self.score_columns != "score"):
+            raise ValueError("score_sensitivity and score_columns do nothing without score_scale_weight: set it, too.")
 
     @property
     def scores(self) -> str | None:

@@ -32,11 +32,6 @@ class SimPOConfig(VisualPreferenceConfig):
 
     refused = REFUSED | without_reference("SimPO")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing={self.label_smoothing} is not in [0, 1).")
-
 
 class SimPOTrainer(VisualPreferenceTrainer):
     """Reward `beta * average log-likelihood`, a target margin between the responses, no reference model at all.

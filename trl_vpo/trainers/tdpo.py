@@ -31,6 +31,13 @@ class TDPOConfig(VisualPreferenceConfig):
 
     refused = REFUSED | without_precomputing() | {"label_smoothing": "TDPO has no label smoothing"}
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.variant == "tdpo1" and self.alpha != 0.5:
+            raise ValueError(
+                f"alpha={self.alpha} does nothing with variant tdpo1, whose KLs have no weight. Leave it out."
+            )
+
     @property
     def kl_sides(self) -> tuple[str, ...]:
         return KL_SIDES[self.variant]
