@@ -26,7 +26,7 @@ from trl_vpo.training.methods import METHODS
 
 HELP = {"-h", "--help", "--help-all"}
 TRACEBACK = "TRL_VPO_TRACEBACK"
-DESCRIPTION = "LeanPO, RRPO, LPOI and DPO for TRL, on videos and images."
+DESCRIPTION = "Preference optimization on TRL of models that see videos and images."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -324,7 +324,7 @@ def _add_recipes(commands) -> None:
 
 
 def _add_quickstart(commands) -> None:
-    parser = _add(commands, "quickstart", quickstart, "train all methods on a small world, on a CPU, in minutes")
+    parser = _add(commands, "quickstart", quickstart, "train four methods, or those named, on a small world, on a CPU")
     parser.add_argument("--out", metavar="DIR", type=Path, default="outputs/quickstart", help="folder to write")
     parser.add_argument(
         "--methods", metavar="METHOD", nargs="+", choices=METHODS, default=["dpo", "leanpo", "rrpo", "lpoi"]
