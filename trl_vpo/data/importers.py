@@ -113,8 +113,9 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     if not counts.written:
         why = f"; {rejected_path} says why." if rejects else ". Is it the right file?"
         raise ImportFormatError(f"{source}: none of its {counts.read} records can be imported as {fmt}{why}")
-    partly = [first[name] for name in first if survey.filled[name] < counts.written]
-    front = dict(sorted(partly, key=lambda item: item[0]))  # by number: one row may fill several columns
+    missing = survey.filled["rejected"] < counts.written  # else its type is known from any row
+    named = [item for name, item in first.items() if missing or name != "rejected"]
+    front = dict(sorted(named, key=lambda item: item[0]))  # by number: one row may fill several columns
     rows = enumerate(_rows(_read(fmt, files, folder), lambda _: None))
     ordered = chain(front.values(), (row for number, row in rows if number not in front))
     empty = set(LIST_COLUMNS) - set(first)
