@@ -27,7 +27,7 @@ def numbers(browser):
 
 
 def test_first_page(shown):
-    assert shown.text("#counts") == "14 rows · 2 with problems · 16 media · 1 of them cannot be shown"
+    assert shown.text("#counts") == "14 rows · 2 with problems · 20 media · 1 of them cannot be shown"
     assert shown.text("#status") == "1–10 of 14 rows"
     assert numbers(shown) == list(range(10))
     first = "article:first-child "

@@ -37,7 +37,8 @@ from trl_vpo.report.view.values import as_json, is_scalar, plain
 from trl_vpo.text.phrases import CLOSE, OPEN
 
 IMAGE_FACTOR = 4  # an image may have so many times the pixels of a frame: it is looked at alone
-SHOWN_COLUMNS = set(COLUMNS) - {"tools", "chat_template_kwargs"}  # these two count as other columns
+NUMBERS = {"weight", *(f"{side}_{kind}" for side in SIDES for kind in ("score", "trust"))}
+SHOWN_COLUMNS = set(COLUMNS) - {"tools", "chat_template_kwargs"} - NUMBERS  # these count as other columns
 FORMS = {  # form of a row's media -> the columns that it reads, and how its problems begin
     "pair": (REJECTED, ""),
     "symmetric": (OTHER, "Other media (SymMPO): "),
