@@ -26,7 +26,6 @@ from trl_vpo.media.corruptions import CONTRASTS
 from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import NEVER
-from trl_vpo.trainers.logs import PAIRWISE, WEIGHTED
 from trl_vpo.trainers.score_margins import ScoreMarginConfig
 
 OPTIONS = {"label_smoothing": 0.0, "discopop_tau": 0.05, "penalty_weight": 50.0}  # of some types, and their defaults
@@ -186,18 +185,9 @@ class VisualDPOTrainer(VisualPreferenceTrainer):
         chosen, rejected = (wpo_weights(scores.logps[s], scores.log_sum_sq_probs[s], scores.mask[s]) for s in sides)
         return chosen * rejected
 
-    def extra_metrics(self, scores, reference, batch) -> dict:
-        """Return the NLL per token, so that the logs average over all tokens, whatever the micro-batches."""
-        if "sft" not in self.args.loss_type:
-            return {}
-        tokens = scores.mask[scores.chosen].sum(-1)  # (B,)
-        nll = -scores.sums[scores.chosen] / tokens
-        return {"loss/sft": (nll, tokens), WEIGHTED + "loss/sft": (batch["weights"] * nll, tokens)}
-
-    def _exact_loss(self, averages: dict[str, float]) -> float:
-        """Replace the mean NLL over pairs, which each step weighs for itself, by that over all tokens."""
-        loss, pairwise, types = averages["loss"], averages.get(PAIRWISE + "loss/sft"), self.args.loss_type
-        if pairwise is None:
-            return loss
-        weight = (self.args.loss_weights or [1.0] * len(types))[types.index("sft")]
-        return loss + weight * (averages[WEIGHTED + "loss/sft"] - pairwise)
+    @property
+    def nll_term(self) -> tuple[str, float] | None:
+        types = self.args.loss_type
+        if "sft" not in types:
+            return None
+        return "loss/sft", (self.args.loss_weights or [1.0] * len(types))[types.index("sft")]

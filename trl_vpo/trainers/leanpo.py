@@ -18,7 +18,6 @@ from trl_vpo.losses import PreferenceLoss, leanpo_loss
 from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import REFUSED, without_reference
-from trl_vpo.trainers.logs import PAIRWISE, WEIGHTED
 from trl_vpo.trainers.score_margins import ScoreMarginConfig
 
 
@@ -87,13 +86,6 @@ class LeanPOTrainer(VisualPreferenceTrainer):
             betas=self.args.betas(batch),
         )
 
-    def extra_metrics(self, scores, reference, batch) -> dict:
-        """Return the NLL per token, so that the logs average over all tokens, whatever the micro-batches."""
-        tokens = scores.mask[scores.chosen].sum(-1)  # (B,)
-        nll = -scores.sums[scores.chosen] / tokens
-        return {"loss/nll": (nll, tokens), WEIGHTED + "loss/nll": (batch["weights"] * nll, tokens)}
-
-    def _exact_loss(self, averages: dict[str, float]) -> float:
-        """Replace the mean NLL over pairs, which each step weighs for itself, by that over all tokens."""
-        loss, pairwise = averages["loss"], averages.get(PAIRWISE + "loss/nll")
-        return loss if pairwise is None else loss + self.args.nll_weight * (averages[WEIGHTED + "loss/nll"] - pairwise)
+    @property
+    def nll_term(self) -> tuple[str, float]:
+        return "loss/nll", self.args.nll_weight

@@ -15,8 +15,8 @@ from trl_vpo.trainers.rates import RatesTrainer
 from trl_vpo.trainers.row_groups import RowGroupsTrainer
 
 ADDED = "loss/added"  # to our loss by a subclass's `compute_loss`, in evaluation; never logged by itself
-PAIRWISE = "pairwise "  # the weighted mean over pairs of a metric that is logged as another mean; never logged itself
-WEIGHTED = "weighted "  # a metric times the rows' weights; never logged by itself
+PAIRWISE = "pairwise "  # the weighted mean over pairs of the method's NLL; never logged by itself
+WEIGHTED = "weighted "  # the NLL per token times the rows' weights; never logged by itself
 
 
 class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
@@ -42,6 +42,11 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
         """Return the method's own metrics: name -> (values, weights), (B,) each."""
         return {}
 
+    @property
+    def nll_term(self) -> tuple[str, float] | None:
+        """The metric and the weight of a negative log-likelihood of chosen tokens that the method's loss has."""
+        return None
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of an optimizer step, each with the step's `totals`. All ranks call this."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -64,9 +69,9 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
 
     def _record(self, scores: Scores, reference: Any, out: PreferenceLoss, batch: dict, loss: Tensor) -> None:
         metrics = preference_metrics(scores, reference, out)
-        extra = self.extra_metrics(scores, reference, batch)
-        shared = metrics.keys() & extra.keys()
-        metrics |= {PAIRWISE + key: batch["weights"] * metrics[key] for key in shared} | extra
+        if self.nll_term is not None:
+            metrics |= _token_mean(self.nll_term[0], metrics, scores, batch)
+        metrics |= self.extra_metrics(scores, reference, batch)
         if self.model.training:
             del metrics["loss"]  # taken from Trainer, which has what a subclass made of it
             self._new_tokens += _tokens(batch)
@@ -94,8 +99,14 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
         return averages | {"num_tokens": self._total_train_tokens} if averages else {}
 
     def _exact_loss(self, averages: dict[str, float]) -> float:
-        """Return the loss, given its mean over pairs as `loss`, and all other averages."""
-        return averages["loss"]
+        """Return the loss, given its mean over pairs as `loss`, with the NLL's mean over all tokens of the interval.
+
+        Each step weighs it for itself, by its own number of tokens.
+        """
+        name, weight = self.nll_term or ("", 0.0)
+        if (pairwise := averages.get(PAIRWISE + name)) is None:
+            return averages["loss"]
+        return averages["loss"] + weight * (averages[WEIGHTED + name] - pairwise)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -148,6 +159,14 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
     def floating_point_ops(self, inputs):
         """Count 6 operations per parameter and token, as transformers does, over both branches of a pair."""
         return 6 * self._parameters * _tokens(inputs) // self.row_groups.size
+
+
+def _token_mean(name: str, metrics: dict, scores: Scores, batch: dict) -> dict:
+    """Return an NLL per token, so that the logs average over all tokens, whatever the micro-batches."""
+    tokens = scores.mask[scores.chosen].sum(-1)  # (B,)
+    nll, weights = -scores.sums[scores.chosen] / tokens, batch["weights"]
+    pairwise = {PAIRWISE + name: weights * metrics[name]} if name in metrics else {}  # not in a subclass's own loss
+    return pairwise | {name: (nll, tokens), WEIGHTED + name: (weights * nll, tokens)}
 
 
 def _tokens(batch: dict) -> int:

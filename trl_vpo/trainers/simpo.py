@@ -11,7 +11,6 @@ from trl_vpo.losses import PreferenceLoss, simpo_loss
 from trl_vpo.models.config import option
 from trl_vpo.trainers.base import VisualPreferenceTrainer
 from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, without_reference
-from trl_vpo.trainers.leanpo import LeanPOTrainer
 
 
 @dataclass(repr=False)
@@ -76,5 +75,6 @@ class SimPOTrainer(VisualPreferenceTrainer):
             tokens_per_pair=None if totals is None else totals[1] / totals[0],
         )
 
-    extra_metrics = LeanPOTrainer.extra_metrics
-    _exact_loss = LeanPOTrainer._exact_loss
+    @property
+    def nll_term(self) -> tuple[str, float]:
+        return "loss/nll", self.args.nll_weight
