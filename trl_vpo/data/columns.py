@@ -6,10 +6,11 @@ from functools import lru_cache
 
 from trl_vpo.data.import_formats import FORMATS
 
+NUMBERS = ("weight", "chosen_score", "rejected_score", "chosen_trust", "rejected_trust")
 COLUMNS = (
     "prompt", "chosen", "rejected", "videos", "video", "images", "image", "chosen_phrases", "rejected_phrases",
     "critical_box", "critical_span", "image_list", "video_list", "rejected_images", "rejected_videos", "other_images",
-    "other_videos", "other_chosen", "weight", "chosen_score", "rejected_score", "chosen_trust", "rejected_trust",
+    "other_videos", "other_chosen", *NUMBERS,
     "id", "source", "tools", "chat_template_kwargs",
 )  # fmt: skip
 ROW_INDEX = "_row_index"  # added by the trainer, so that a message can name a row that has no id

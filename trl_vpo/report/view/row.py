@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from trl_vpo.data.columns import NUMBERS
 from trl_vpo.data.messages import OTHER, REJECTED
 from trl_vpo.data.row_media import LISTS
 from trl_vpo.data.rows import COLUMNS, ROW_INDEX, SIDES, Row, read_row, response_text, row_name
@@ -37,8 +38,7 @@ from trl_vpo.report.view.values import as_json, is_scalar, plain
 from trl_vpo.text.phrases import CLOSE, OPEN
 
 IMAGE_FACTOR = 4  # an image may have so many times the pixels of a frame: it is looked at alone
-NUMBERS = {"weight", *(f"{side}_{kind}" for side in SIDES for kind in ("score", "trust"))}
-SHOWN_COLUMNS = set(COLUMNS) - {"tools", "chat_template_kwargs"} - NUMBERS  # these count as other columns
+SHOWN_COLUMNS = set(COLUMNS) - {"tools", "chat_template_kwargs", *NUMBERS}  # these count as other columns
 FORMS = {  # form of a row's media -> the columns that it reads, and how its problems begin
     "pair": (REJECTED, ""),
     "symmetric": (OTHER, "Other media (SymMPO): "),
