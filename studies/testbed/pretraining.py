@@ -51,7 +51,7 @@ class VisionProbe(torch.nn.Module):
         """Return the cross-entropies of the batch that the model has just seen: its images first, then its videos."""
         ordered = sorted(samples, key=lambda sample: sample.kind == "clip")
         labels = torch.from_numpy(np.concatenate([self._labels(sample) for sample in ordered]))  # (tokens, 3)
-        logits = self.head(torch.cat(self.features)).split([len(values) for values in self.VALUES], dim=-1)
+        logits = self.head(torch.cat(self.features).float()).split([len(values) for values in self.VALUES], dim=-1)
         self.features.clear()
         return sum(torch.nn.functional.cross_entropy(part, labels[:, k]) for k, part in enumerate(logits))
 

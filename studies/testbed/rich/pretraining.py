@@ -39,6 +39,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from studies.testbed import pretraining
 from studies.testbed.rich import language, world
 from trl_vpo.testbed.tiny_vlm import BASE as TEMPLATE_HOME
 
@@ -141,11 +142,8 @@ def _answer_labels(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-class VisionProbe(torch.nn.Module):
-    """A linear reader of the vision tower, thrown away after training.
-
-    It learns what is in each vision token's 28x28 pixels, always truthfully: only the language is biased.
-    """
+class VisionProbe(pretraining.VisionProbe):
+    """The probe of the smaller world's base; here a vision token has 28x28 pixels, and its things more facts."""
 
     VALUES = (
         world.SIZES,
@@ -154,20 +152,6 @@ class VisionProbe(torch.nn.Module):
         (*world.SHAPES, *world.OBJECTS),
         (*world.MOTIONS, world.STILL),
     )
-
-    def __init__(self, model: Qwen2VLForConditionalGeneration):
-        super().__init__()
-        self.head = torch.nn.Linear(WIDTH, sum(map(len, self.VALUES)))
-        self.features: list[torch.Tensor] = []  # (tokens, width) of each call of the vision tower
-        model.model.visual.register_forward_hook(lambda _, __, output: self.features.append(output.pooler_output))
-
-    def loss(self, samples: Sequence[world.Sample]) -> torch.Tensor:
-        """Return the cross-entropies of the batch that the model has just seen: its images first, then its videos."""
-        ordered = sorted(samples, key=lambda sample: sample.kind == "clip")
-        labels = torch.from_numpy(np.concatenate([self._labels(sample) for sample in ordered]))  # (tokens, K)
-        logits = self.head(torch.cat(self.features).float()).split([len(values) for values in self.VALUES], dim=-1)
-        self.features.clear()
-        return sum(torch.nn.functional.cross_entropy(part, labels[:, k]) for k, part in enumerate(logits))
 
     def _labels(self, sample: world.Sample) -> np.ndarray:
         """Return (tokens, K) indices of the facts; -100 where there is no thing, or no such fact."""

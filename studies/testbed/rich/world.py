@@ -18,17 +18,10 @@ from itertools import product
 
 import numpy as np
 
-COLOURS = {
-    "red": (215, 35, 35),
-    "green": (40, 180, 60),
-    "blue": (45, 75, 230),
-    "yellow": (235, 220, 50),
-    "white": (240, 240, 240),
-    "purple": (165, 50, 205),
-}
+from trl_vpo.testbed.world import COLOURS, SHAPES
+
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped")
-SHAPES = ("square", "circle", "triangle", "cross")
 MOTIONS = ("rises", "falls", "flashes")
 STILL = "stays still"
 PLACES = ("left", "middle", "right")
