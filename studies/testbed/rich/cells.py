@@ -81,7 +81,12 @@ def train(run: plan.Run, folder: Path, out: Path) -> None:
         "frame_cache": out / "frames",
         **method.options,
     }
-    run_training(method.recipe, [word for key, value in options.items() for word in (f"--{key}", str(value))])
+    if method.recipe == "dpo":  # once for all rates
+        options |= {"precompute_ref_log_probs": True, "precompute_cache_dir": out / "reference"}
+    words = []
+    for key, value in options.items():
+        words += [f"--{key}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    run_training(method.recipe, words)
 
 
 def sampled(rows: Sequence[Row]) -> list[str]:
@@ -118,11 +123,14 @@ def measure(adapters: Mapping[int, str], out: Path) -> dict[int, Row]:
         (row, inputs[row.place], load_media(inputs[row.place], config.video_options())) for row in read_rows(inputs)
     ]
     outcomes = evaluate_batch(models, batch, config)
-    found = {}
+    found = dict(_BASES)
     for number, (steps, name) in enumerate(zip((0, *adapters), models.names)):
-        records = [outcome.rows[number] for outcome in outcomes]
-        with models.use(name):
-            found[steps] = of_samples(records, samples, masses(models.model.model, samples))
+        if steps not in found:
+            records = [outcome.rows[number] for outcome in outcomes]
+            with models.use(name):
+                model = models.model.model
+                found[steps] = of_samples(records, samples, masses(model, samples)) | retained(model, samples)
+    _BASES[0] = found[0]
     return found
 
 
@@ -145,18 +153,48 @@ def _config(path: Path | str, adapters: Sequence[str] = ()):
 
 
 _TRUE: dict[int, Any] = {}
+_BASES: dict[int, Row] = {}  # the base's own values: all runs of a process share them
 
 
 def masses(model, samples: Sequence[world.Sample]) -> list[Any]:
-    from transformers import AutoProcessor
-
     from studies.testbed.rich.mass import TrueCaption
 
     if not _TRUE:
-        processor, rng = AutoProcessor.from_pretrained(BASE), np.random.default_rng(plan.TEST_SEED)
+        processor, rng = _processor(), np.random.default_rng(plan.TEST_SEED)
         for number, sample in enumerate(samples):
             _TRUE[number] = TrueCaption(processor, sample, language.draw_wording(rng))
     return [_TRUE[number].measure(model) for number in range(len(samples))]
+
+
+def retained(model, samples: Sequence[world.Sample]) -> dict[str, list[float]]:
+    """Return what is left of abilities that are not trained: short answers about the clips, captions of scenes."""
+    from studies.testbed.rich.pretraining import answer
+
+    processor, rng = _processor(), np.random.default_rng(plan.TEST_SEED)
+    pairs_asked = [language.yes_no_pair(sample.things, rng) for sample in samples]
+    opens = [language.open_items(sample.things) for sample in samples]
+    asked = {
+        "open_right": [items[rng.integers(len(items))] for items in opens],
+        "yes_right": [yes for yes, _ in pairs_asked],
+        "no_right": [no for _, no in pairs_asked],
+    }
+    found = {}
+    for name, items in asked.items():
+        said = answer(model, processor, samples, [item.question for item in items], max_new_tokens=8)
+        found[name] = [float(text == item.answer) for text, item in zip(said, items)]
+    scenes = world.draw_samples("scene", len(samples), plan.TEST_SEED, habits=False)
+    said = answer(model, processor, scenes, [language.PROMPTS["scene"]] * len(scenes))
+    checks = [language.check_caption(text, scene.things) for text, scene in zip(said, scenes)]
+    found["scene_hallucination"] = [float(check.hallucinated) for check in checks]
+    found["scene_ungrammatical"] = [float(not check.parsed) for check in checks]
+    return found
+
+
+@cache
+def _processor():
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(BASE)
 
 
 def of_samples(records: Sequence[Row], samples: Sequence[world.Sample], found: Sequence[Any]) -> dict[str, list]:
@@ -184,7 +222,7 @@ def summary(own: Mapping[str, list], base: Mapping[str, list]) -> Row:
     now, was = ({name: np.array(values) for name, values in of.items()} for of in (own, base))
     change = now["chosen_logp"] - was["chosen_logp"]
     right = was["chosen_logp"] > was["rejected_logp"]
-    means = ("kl", "log_true", "true_mass", "false_mass", "outside_mass", "hallucination", "ungrammatical")
+    means = [name for name in now if name not in ("chosen_logp", "rejected_logp")]
     row = {
         "accuracy": (now["chosen_logp"] > now["rejected_logp"]).mean(),
         "margin": (now["chosen_logp"] - now["rejected_logp"]).mean(),

@@ -36,11 +36,14 @@ METHODS = {
 }
 CONTROLS = {
     "sft": Method("SFT", "leanpo", {"beta": 0, "target_margin": 0, "label_smoothing": 0, "nll_weight": 1}),
+    "dpo_nll": Method("DPO + NLL", "dpo", {"loss_type": ["sigmoid", "sft"]}),
+    "dpop": Method("DPOP", "dpo", {"loss_type": "dpop"}),
     "simpo_nll": Method("SimPO + NLL", "simpo", {"nll_weight": 0.5}),
     "dpo_kl": Method("DPO + KL (RRPO without phrases)", "rrpo", whole=True),
     "rrpo_no_kl": Method("RRPO without KL", "rrpo", {"alpha": 0}),
     "tdpo": Method("TDPO", "tdpo"),
     "ddpo": Method("DDPO", "ddpo"),
+    "dpa": Method("DPA", "dpa"),
 }
 ALL = METHODS | CONTROLS
 
