@@ -1,6 +1,7 @@
 """The comparison's plan, rows and tables: what is left to do, what a row holds, and differences of known data."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def row(method, rate, steps, seed, kl, false_mass, noise=0.0):
     base = of_samples(np.zeros(SAMPLES), np.zeros(SAMPLES))
     own = of_samples(kl + noise * random.normal(size=SAMPLES), false_mass + noise * random.normal(size=SAMPLES))
     own["chosen_logp"] = base["chosen_logp"] - 2 * kl * (np.arange(SAMPLES) < RIGHT)
-    return dict(zip(plan.KEYS, (method, "near", rate, steps, seed))) | cells.summary(own, base)
+    return dict(zip(plan.KEYS, (method, "near", rate, steps, seed))) | cells.summary(own, base) | {"cpu_seconds": {}}
 
 
 def of_samples(kl, false):
@@ -70,13 +71,23 @@ def test_intervals_hold_the_scatter_of_samples():
     assert high - low == pytest.approx(4 * 0.2 / np.sqrt(2 * SAMPLES), rel=0.6)
 
 
-def test_tables_name_every_method_and_what_is_not_reached(tmp_path, capsys):
+def test_the_report_has_every_method_and_what_is_not_reached(tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in curve("dpo", 0.05) + curve("rrpo", 0.1)))
+    rows = curve("dpo", 0.05) + curve("rrpo", 0.1) + [row("dpo", 1e-3, 60, 2, 9.0, 0.1)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
     command.main(["--results", str(path), "tables"])
-    text = capsys.readouterr().out
-    assert "| DPO | 0.001 | 60 | 2 |" in text and "### RRPO minus DPO" in text
-    assert "| kl 2 |" in text and "not reached" in text
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| DPO | 0.001 | 60 | 3 |" in text and "| RRPO | 0.001 | 60 | 2 |" in text
+    (table,) = re.findall(r"### RRPO minus DPO\n\nSeeds: 2.\n\n(.*?)\n\n", text, re.DOTALL)  # those that both have
+    lines = {line.split(" | ")[0]: line for line in table.splitlines()}
+    assert "-5.0 [-5.0, -5.0]" in lines["| rate 0.001, 120 steps"]  # false mass, points
+    assert "-10.0 [-10.0, -10.0]" in lines["| kl 2"] and "not reached" in lines["| margin 16"]
+    assert (tmp_path / "frontier.svg").read_text().count("<svg") == 1
+
+
+def test_without_rows_there_is_no_report(tmp_path):
+    with pytest.raises(SystemExit, match="no rows"):
+        command.main(["--results", str(tmp_path / "none.jsonl"), "tables"])
 
 
 def test_a_cell_that_differs_from_its_row_is_an_error(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 run [--full | --quick] [--workers N]     make the rows that are missing; the same command continues
 cell --method dpo --pairs near --rate 3e-3 --steps 60 --seed 0
                                          make one row anew, and compare it with the stored one
-tables                                   the tables of the rows that there are
+tables                                   RESULTS.md and its figure, of the rows that there are
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cell.add_argument("--rate", type=float, required=True)
     cell.add_argument("--steps", type=int, required=True)
     cell.add_argument("--seed", type=int, required=True)
-    commands.add_parser("tables", help="print the tables")
+    commands.add_parser("tables", help="write RESULTS.md and its figure beside the results")
     args = parser.parse_args(argv)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     if args.command != "tables" and not plan.BASE.is_dir():
@@ -49,12 +49,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "run":
         runs = plan.full_runs() if args.full else plan.quick_runs() if args.quick else plan.main_runs()
         make_rows(runs, args.results, args.out, args.workers)
+        write_report(args.results)
     elif args.command == "cell":
         make_cell(plan.Run(args.method, args.pairs, args.rate, args.seed, (args.steps,)), args.results, args.out)
     else:
-        from studies.testbed.rich import tables
+        write_report(args.results)
 
-        print(tables.report(read_rows(args.results)))
+
+def write_report(results: Path) -> None:
+    """Write the tables and the figure of all rows beside them.
+
+    Raises:
+        SystemExit: there are no rows.
+    """
+    from studies.testbed.rich import report
+
+    if not (rows := read_rows(results)):
+        raise SystemExit(f"{results} has no rows: `python -m studies.testbed run` makes them.")
+    print("Report:", report.write_report(rows, results.parent))
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -29,25 +29,43 @@ SHOWN = {
     "hallucination": "false captions",
     "ungrammatical": "no caption",
 }
-SHARES = ("accuracy", "fell_right", "true_mass", "false_mass", "outside_mass", "hallucination", "ungrammatical")
+RETAINED = {
+    "open_right": "short answers right",
+    "yes_right": "yes is right",
+    "no_right": "no is right",
+    "scene_hallucination": "false captions of scenes",
+    "scene_ungrammatical": "no caption of a scene",
+}
+SIGNED = ("chosen_change", "chosen_change_right", "rejected_change")  # nats
+NATS = (*SIGNED, "kl")
 MATCHED = {"kl": (1.0, 2.0, 4.0), "margin": (4.0, 8.0, 16.0)}  # nats
-COMPARED = ("chosen_change_right", "true_mass", "false_mass", "outside_mass", "hallucination")
+COMPARED = ("chosen_change_right", "kl", "true_mass", "false_mass", "outside_mass", "hallucination")
+CONTRASTS = (
+    *((method, "dpo") for method in (*plan.METHODS, *plan.CONTROLS) if method != "dpo"),
+    ("leanpo", "simpo"),
+    ("simpo_nll", "simpo"),
+    ("leanpo", "simpo_nll"),
+    ("rrpo", "rrpo_no_kl"),
+    ("rrpo", "dpo_kl"),
+)
 
 
 def report(rows: Rows) -> str:
     """Return all tables as Markdown."""
-    parts = [_cells([row for row in rows if row["pairs"] == pairs], pairs) for pairs in _values(rows, "pairs")]
-    near = [row for row in rows if row["pairs"] == "near"]
-    methods = [method for method in plan.METHODS if any(row["method"] == method for row in near)]
-    if "dpo" in methods:
-        for other in methods:
-            if other != "dpo":
-                parts.append(_differences(near, other, "dpo"))
+    groups = {pairs: [row for row in rows if row["pairs"] == pairs] for pairs in _values(rows, "pairs")}
+    parts = [f"## Every cell, pairs: {pairs}\n\n{cells(group, SHOWN)}" for pairs, group in groups.items()]
+    near = groups.get("near", [])
+    there = {row["method"] for row in near}
+    found = [differences(near, *both) for both in CONTRASTS if there.issuperset(both)]
+    if found:
+        parts.append("## Differences on near pairs\n\n" + "\n\n".join(found))
+    parts.append(f"## What is left of other abilities\n\n{cells(near, RETAINED)}")
     return "\n\n".join(parts)
 
 
-def _cells(rows: Rows, pairs: str) -> str:
-    """Return a line for each method, rate and checkpoint: means over seeds."""
+def cells(rows: Rows, shown: Mapping[str, str]) -> str:
+    """Return a line for each method, rate and checkpoint: means over seeds of what these rows have."""
+    shown = {name: title for name, title in shown.items() if all(name in row for row in rows)}
     lines = []
     for method in _values(rows, "method"):
         for rate in _values(rows, "rate"):
@@ -55,14 +73,16 @@ def _cells(rows: Rows, pairs: str) -> str:
                 own = [r for r in rows if (r["method"], r["rate"], r["steps"]) == (method, rate, steps)]
                 if own:
                     name = plan.ALL[method].name if method in plan.ALL else "base"
-                    means = [_text(name_, np.mean([row[name_] for row in own])) for name_ in SHOWN]
+                    means = [_text(name_, np.mean([row[name_] for row in own])) for name_ in shown]
                     lines.append([name, f"{rate:g}", str(steps), str(len(own)), *means])
-    return f"### Pairs: {pairs}\n\n" + markdown(["method", "rate", "steps", "seeds", *SHOWN.values()], lines)
+    return markdown(["method", "rate", "steps", "seeds", *shown.values()], lines)
 
 
-def _differences(rows: Rows, method: str, other: str) -> str:
-    """Return a line for each place where two methods are equally far."""
-    ours, theirs = (Curves([row for row in rows if row["method"] == name]) for name in (method, other))
+def differences(rows: Rows, method: str, other: str) -> str:
+    """Return a line for each place where two methods are equally far, over the seeds that both have."""
+    own = {name: [row for row in rows if row["method"] == name] for name in (method, other)}
+    seeds = set.intersection(*({row["seed"] for row in of} for of in own.values()))
+    ours, theirs = (Curves([row for row in of if row["seed"] in seeds]) for of in own.values())
     lines = []
     for rate, steps in ours.cells:
         if (rate, steps) in theirs.cells:
@@ -74,7 +94,7 @@ def _differences(rows: Rows, method: str, other: str) -> str:
             found = [difference(ours.where(axis, value, n), theirs.where(axis, value, n)) for n in COMPARED]
             lines.append([f"{axis} {value:g}", *map(_interval, COMPARED, found)])
     title = f"### {plan.ALL[method].name} minus {plan.ALL[other].name}"
-    return f"{title}\n\n" + markdown(["at", *(SHOWN[name] for name in COMPARED)], lines)
+    return f"{title}\n\nSeeds: {len(seeds)}.\n\n" + markdown(["at", *(SHOWN[name] for name in COMPARED)], lines)
 
 
 class Curves:
@@ -134,15 +154,15 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, floa
 def _interval(name: str, found: tuple[float, float, float]) -> str:
     if not np.isfinite(found[0]):
         return "not reached"
-    scale, digits = (100, 1) if name in SHARES else (1, 2)
+    scale, digits = (1, 2) if name in NATS else (100, 1)
     value, low, high = (f"{scale * one:+.{digits}f}" for one in found)
     return f"{value} [{low}, {high}]"
 
 
 def _text(name: str, value: float) -> str:
-    if name in SHARES:
+    if name not in NATS:
         return f"{100 * value:.1f} %"
-    return f"{value:.2f}" if name == "kl" else f"{value:+.2f}"
+    return f"{value:+.2f}" if name in SIGNED else f"{value:.2f}"
 
 
 def _values(rows: Rows, key: str) -> list:
