@@ -94,6 +94,7 @@ BROKEN = [
     ("ranking", IMAGE | {"video_list": ["a.mp4", "b"]}, "does not belong|placeholder"),
     ("symmetric", IMAGE, "has no `other_chosen`"),
     ("symmetric", IMAGE | {"other_chosen": IMAGE["rejected"]}, "needs the other media of the pair"),
+    ("symmetric", IMAGE | {"other_chosen": IMAGE["rejected"], "other_images": IMAGE["images"]}, "are its own media"),
     ("symmetric", IMAGE | {"other_chosen": IMAGE["chosen"], "other_images": ["b"]}, "chosen and other_chosen are id"),
     ("symmetric", IMAGE | {"other_chosen": message("assistant", " "), "other_images": ["b"]}, "other_chosen .* empty"),
     ("symmetric", IMAGE | {"other_chosen": message("user", "x"), "other_images": ["b"]}, "is not the assistant's"),

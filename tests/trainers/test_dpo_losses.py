@@ -155,6 +155,7 @@ def test_sums_of_the_reference_are_enough(tmp_path):
         ({"loss_type": "robust", "label_smoothing": 0.5}, "loss_type 'robust' needs it below 0.5"),
         ({"loss_type": "aot", "label_smoothing": 1.0}, "label_smoothing is 1.0: give at least 0 and below 1"),
         ({"loss_type": ["ipo", "sft"], "loss_weights": [1.0, -0.5]}, "loss_weights is .*-0.5.: give at least 0"),
+        ({"loss_type": ["ipo", "sft"], "loss_weights": [0.0, 0.0]}, "trains nothing: give a weight above 0"),
         ({"loss_type": "exo_pair"}, "infinite without smoothing. Set label_smoothing: 0.001"),
         ({"f_divergence_type": "kl"}, "'kl' is not one of reverse_kl, forward_kl"),
         ({"f_alpha_divergence_coef": 0.3}, "does nothing with f_divergence_type='reverse_kl'"),

@@ -66,8 +66,7 @@ def find_media(row: Any, example: dict, form: str | None) -> None:
     """Fill what `row` has of the form's second media; `row.images` and `row.videos` are its own. Raises RowError."""
     if has_rejected_media(example, form):
         second = _second(row, example, REJECTED)
-        named = all(isinstance(item, (str, dict)) for items in second for item in items)  # others hold pixels
-        if not (named and _same((row.images, row.videos), second)):
+        if not _same_names((row.images, row.videos), second):
             row.media_list = [(row.images, row.videos), second]
     elif form == "contrast":
         _find_contrast(row, example)
@@ -76,7 +75,10 @@ def find_media(row: Any, example: dict, form: str | None) -> None:
     elif form == "symmetric":
         if not any(column_list(example, column) for column in OTHER):
             raise RowError("SymMPO needs the other media of the pair in `other_images` or `other_videos`.")
-        row.media_list = [(row.images, row.videos), _second(row, example, OTHER)]
+        second = _second(row, example, OTHER)
+        if _same_names((row.images, row.videos), second):
+            raise RowError("`other_images` and `other_videos` are its own media: SymMPO compares two. Give others.")
+        row.media_list = [(row.images, row.videos), second]
 
 
 def _second(row: Any, example: dict, columns: tuple[str, str]) -> Sources:
@@ -146,6 +148,11 @@ def _given_list(row: Any, example: dict) -> list[Sources] | None:
             "used. Drop one of the two columns, or put it first into the list."
         )
     return items
+
+
+def _same_names(first: Sources, second: Sources) -> bool:
+    """Return whether sources are the same files. Others hold pixels, and are not compared."""
+    return all(isinstance(item, (str, dict)) for items in second for item in items) and _same(first, second)
 
 
 def _same(first: Sources, second: Sources) -> bool:

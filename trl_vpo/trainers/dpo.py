@@ -75,6 +75,8 @@ class VisualDPOConfig(ScoreMarginConfig):
             raise ValueError(f"loss_type has {bad[0]!r}: give some of {', '.join(LOSS_TYPES)}, each once.")
         if not types:
             raise ValueError(f"loss_type is empty: give some of {', '.join(LOSS_TYPES)}.")
+        if self.loss_weights and not any(self.loss_weights):
+            raise ValueError(f"loss_weights={self.loss_weights} trains nothing: give a weight above 0.")
         self._check_options()
         self._check_divergence()
         if self.score_scale_weight and SORTING & set(types):
