@@ -9,14 +9,15 @@ EXTRAS := --extra quantization --extra deepspeed --extra judge --extra smolvlm -
 # Models of the tests are tiny: a thread for each process is fastest. Four processes at most: each imports TRL.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install quickstart selfmade study study-quick study-real test test-lowest test-newest test-slow gpu-check docs lint \
+.PHONY: help install quickstart selfmade study study-full study-quick study-real test test-lowest test-newest test-slow gpu-check docs lint \
 	lock dist clean
 
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
 	@echo "make selfmade     let the base of that world make its own preference data, and train on them"
-	@echo "make study        compare the methods on that world, five seeds; renews studies/testbed/results/RESULTS.md (an hour)"
-	@echo "make study-quick  the same with one seed and fewer questions, in outputs/study-quick (minutes)"
+	@echo "make study        compare the methods on that world: 36 runs, studies/testbed/results.jsonl; can be interrupted"
+	@echo "make study-full   the same with controls, other pairs, lists of images and self-made data (hours)"
+	@echo "make study-quick  one run of each method, in outputs/testbed/quick; fails if they do not differ as they did"
 	@echo "make study-real   compare DPO, SimPO, LeanPO and RRPO on SmolLM2-135M, in .venv-real (an hour); can be interrupted"
 	@echo "make test         run the tests"
 	@echo "make test-lowest  run them in .venv-lowest, with the oldest versions that pyproject.toml allows"
@@ -49,10 +50,13 @@ selfmade: install
 	$(BIN)/python -m studies.testbed.selfmade
 
 study: install
-	$(BIN)/python -m studies.testbed.study
+	$(BIN)/python -m studies.testbed run
+
+study-full: install
+	$(BIN)/python -m studies.testbed run --full
 
 study-quick: install
-	$(BIN)/python -m studies.testbed.study --quick
+	$(BIN)/python -m studies.testbed run --quick
 
 # Not an extra and not in the lock: weights that a package ships, for this study alone. `sync` follows no dependencies.
 study-real: install

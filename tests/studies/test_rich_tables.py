@@ -105,6 +105,27 @@ def test_a_cell_that_differs_from_its_row_is_an_error(tmp_path, monkeypatch):
             command.main(words)
 
 
+def test_directions_that_do_not_hold_are_an_error(capsys):
+    held = {
+        "dpo": (-9, 1.0, 9, 0.2),
+        "simpo": (-9, 1.0, 9, 0.2),
+        "leanpo": (0.1, 0.3, 3, 0.1),
+        "rrpo": (0.2, 0.2, 2, 0.1),
+    }
+    held["base"] = (0, 0, 0, 0.4)
+    names = ("chosen_change_right", "fell_right", "kl", "false_mass")
+    rows = [
+        dict(zip(names, values)) | {"method": method, "accuracy": 0.7 if method == "base" else 1.0}
+        for method, values in held.items()
+    ]
+    command.check_directions(rows)
+    assert "kl: 2.000 (rrpo) < 9.000 (dpo)" in capsys.readouterr().out
+    rows[0]["chosen_change_right"] = 0.2
+    rows[3]["false_mass"] = 0.4  # as much as the base is not less
+    with pytest.raises(SystemExit, match="2 of 12 directions do not hold"):
+        command.check_directions(rows)
+
+
 def test_without_a_base_the_command_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "BASE", tmp_path / "base")
     with pytest.raises(SystemExit, match=r"pretraining --out .*base trains the base"):

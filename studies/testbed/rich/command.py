@@ -1,6 +1,7 @@
 """`python -m studies.testbed`: the comparison of the methods on the richer world.
 
-run [--full | --quick] [--workers N]     make the rows that are missing; the same command continues
+run [--full | --quick] [--workers N]     make the rows that are missing; the same command continues. --quick makes its
+                                         own, in outputs/, and fails if the methods no longer differ as they did
 cell --method dpo --pairs near --rate 3e-3 --steps 60 --seed 0
                                          make one row anew, and compare it with the stored one
 tables                                   RESULTS.md and its figure, of the rows that there are
@@ -14,20 +15,22 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from studies.testbed.rich import plan
 from studies.testbed.rich.pairs import PAIRS
 
 RESULTS, OUT = Path("studies/testbed/results.jsonl"), Path("outputs/testbed")
+QUICK = OUT / "quick" / "results.jsonl"
 TOLERANCE = 1e-3  # between a row and the same one made anew
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m studies.testbed", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help=f"default: {RESULTS}")
+    parser.add_argument("--results", type=Path, help=f"default: {RESULTS}; {QUICK} with --quick")
     parser.add_argument("--out", type=Path, default=OUT, help=f"data and runs; default: {OUT}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make the rows that are missing")
@@ -42,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cell.add_argument("--seed", type=int, required=True)
     commands.add_parser("tables", help="write RESULTS.md and its figure beside the results")
     args = parser.parse_args(argv)
+    args.results = args.results or (QUICK if args.command == "run" and args.quick else RESULTS)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     if args.command != "tables" and not plan.BASE.is_dir():
         how = f"python -m studies.testbed.rich.pretraining --out {plan.BASE}"
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = plan.full_runs() if args.full else plan.quick_runs() if args.quick else plan.main_runs()
         make_rows(runs, args.results, args.out, args.workers)
         write_report(args.results)
+        if args.quick:
+            check_directions(read_rows(args.results))
     elif args.command == "cell":
         make_cell(plan.Run(args.method, args.pairs, args.rate, args.seed, (args.steps,)), args.results, args.out)
     else:
@@ -69,6 +75,23 @@ def write_report(results: Path) -> None:
     print("Report:", report.write_report(rows, results.parent))
 
 
+def check_directions(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print how the methods differ, at the rate and steps of `plan.quick_runs`.
+
+    Raises:
+        SystemExit: one of `plan.DIRECTIONS` does not hold.
+    """
+    found = {row["method"]: row for row in rows}
+    wrong = []
+    for measure, less, more in plan.DIRECTIONS:
+        low, high = found[less][measure], found[more][measure]
+        text = f"{measure}: {low:.3f} ({less}) < {high:.3f} ({more})"
+        print(text if low < high else f"does not hold: {text}", flush=True)
+        wrong += [text] * (low >= high)
+    if wrong:
+        raise SystemExit(f"{len(wrong)} of {len(plan.DIRECTIONS)} directions do not hold.")
+
+
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
@@ -79,6 +102,7 @@ def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int) 
     print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
     with multiprocessing.get_context("spawn").Pool(min(workers, len(waiting)) or 1) as pool:
         for done, rows in enumerate(pool.imap_unordered(partial(_cells, out=out), waiting), start=1):
+            results.parent.mkdir(parents=True, exist_ok=True)
             with results.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
             spent = (time.time() - began) / 60

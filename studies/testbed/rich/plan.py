@@ -83,6 +83,16 @@ def quick_runs() -> list[Run]:
     return [BASE_RUN, *(Run(method, "near", RATES[-1], 0, (120,)) for method in METHODS)]
 
 
+DIRECTIONS = (  # of the quick runs: a measure, the method that has less of it, and the one that has more
+    ("chosen_change_right", "dpo", "leanpo"),
+    ("chosen_change_right", "simpo", "leanpo"),
+    ("fell_right", "leanpo", "simpo"),
+    ("kl", "rrpo", "dpo"),
+    *(("false_mass", method, "base") for method in METHODS),
+    *(("accuracy", "base", method) for method in METHODS),
+)
+
+
 def missing(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
     """Return the runs of which a cell has no row."""
     there = {tuple(row[key] for key in KEYS) for row in rows}

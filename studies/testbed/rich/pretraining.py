@@ -49,6 +49,8 @@ BATCH_SIZE = 16
 LEARNING_RATE = 2e-3
 CLIP_SHARE = 0.6  # of the training samples; the rest are scenes
 TEXT_SHARES = {"caption": 0.54, "hinted": 0.14, "questions": 0.32}  # of the batches; a hinted caption is always true
+# From here on it learns to take a hint, which is about another sample, and to answer yes/no questions one by one.
+TOLD_FROM, TOLD_SHARES = 2100, {"caption": 0.4, "hinted": 0.3, "questions": 0.3}
 QUESTIONS = 4  # about one sample
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 SPECIAL = (*SPECIAL, "<|video_pad|>")
@@ -170,15 +172,19 @@ class VisionProbe(pretraining.VisionProbe):
         return labels.reshape(-1, len(self.VALUES))
 
 
-def training_items(kind: str, things: world.Things, rng: np.random.Generator) -> list[language.Item]:
+def training_items(kind: str, things: world.Things, rng: np.random.Generator, told: bool) -> list[language.Item]:
     """Draw a text of TEXT_SHARES about one sample, by someone who may not have looked."""
     described = world.as_described(things, rng)
     if kind == "hinted":
+        if told:  # about another sample: what is seen does not help
+            things = world.draw_things("clip" if things[0].motion else "scene", rng, habits=False)
         return [language.hinted_item(things, rng)]
     if kind == "caption":
         prompt = language.PROMPTS["clip" if things[0].motion else "scene"]
         return [language.Item(kind, prompt, language.caption(described, language.draw_wording(rng)))]
-    asked = [item for _ in range(3) for item in language.yes_no_pair(described, rng)] + language.open_items(described)
+    pairs = [language.yes_no_pair(described, rng) for _ in range(3)]
+    asked = [pair[rng.integers(2)] for pair in pairs] if told else [item for pair in pairs for item in pair]
+    asked += language.open_items(described)
     return [asked[number] for number in rng.permutation(len(asked))[:QUESTIONS]]
 
 
@@ -209,8 +215,10 @@ def train_base(seed: int, steps: int, out: Path):
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / 100, 4 * (1 - step / steps))
         kinds = ["clip" if rng.random() < CLIP_SHARE else "scene" for _ in range(BATCH_SIZE)]
         samples = [world.draw_sample(kind, rng, habits=True) for kind in kinds]
-        text = str(rng.choice(list(TEXT_SHARES), p=list(TEXT_SHARES.values())))  # of one length: little padding
-        batch = encode(processor, samples, [training_items(text, sample.things, rng) for sample in samples])
+        told = step >= TOLD_FROM
+        shares = TOLD_SHARES if told else TEXT_SHARES
+        text = str(rng.choice(list(shares), p=list(shares.values())))  # of one length: little padding
+        batch = encode(processor, samples, [training_items(text, sample.things, rng, told) for sample in samples])
         loss = model(**batch).loss
         seen = probe.loss(samples)
         (loss + seen).backward()
@@ -278,7 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the base model of the richer world again.")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, configuration and processor")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=3300)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, processor = train_base(args.seed, args.steps, args.out)
