@@ -18,9 +18,9 @@ import numpy as np
 
 from studies.testbed.rich import language, pairs, plan, world
 from studies.testbed.rich.plan import BASE
+from studies.testbed.rich.training import AT_ONCE, CAPTION_TOKENS, sampled, train
 from trl_vpo.testbed.rows import write_jsonl
 
-CAPTION_TOKENS, AT_ONCE = 72, 64
 FELL = 0.1  # nats: a chosen response that loses more has fallen
 Row = dict[str, Any]
 
@@ -33,7 +33,7 @@ def run_cells(run: plan.Run, out: Path) -> list[Row]:
     began = time.process_time()
     folder = out / "runs" / f"{run.method}-{run.pairs}-{run.rate:g}-{run.seed}"
     if run.method != "base":
-        train(run, folder, out)
+        train(run, training_data(run, out), folder, out)
     trained = time.process_time()
     candidates = {steps: str(folder / f"checkpoint-{steps}") for steps in run.steps if steps}
     measured = measure(candidates, out)
@@ -53,57 +53,10 @@ def digest() -> str:
     return base_digest(BASE)
 
 
-# --- training -----------------------------------------------------------------------------------------------------
-
-
-def train(run: plan.Run, folder: Path, out: Path) -> None:
-    """Train with a constant rate, so that a shorter run is the beginning of a longer one."""
-    from trl_vpo.training.run import run_training
-
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    method = plan.ALL[run.method]
+def training_data(run: plan.Run, out: Path) -> Path:
+    """Return the rows of a run."""
     data = pairs.training_rows(run.pairs, "clip", plan.ROWS, plan.TRAIN_SEED + run.seed, out / "data", sampled)
-    if method.whole:
-        data = pairs.with_whole_phrases(data)
-    options = {
-        "config": f"quickstart/{method.recipe}",
-        "model_name_or_path": BASE,
-        "dataset_name": data,
-        "output_dir": folder,
-        "learning_rate": run.rate,
-        "lr_scheduler_type": "constant",
-        "max_steps": max(run.steps),
-        "per_device_train_batch_size": plan.BATCH,
-        "save_strategy": "steps",
-        "save_steps": int(np.gcd.reduce(run.steps)),
-        "save_only_model": True,
-        "seed": run.seed,
-        "frame_cache": out / "frames",
-        **method.options,
-    }
-    if method.recipe == "dpo":  # once for all rates
-        options |= {"precompute_ref_log_probs": True, "precompute_cache_dir": out / "reference"}
-    words = []
-    for key, value in options.items():
-        words += [f"--{key}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    run_training(method.recipe, words)
-
-
-def sampled(rows: Sequence[Row]) -> list[str]:
-    """Return a response that the base samples for each row, with a random stream for each."""
-    from datasets import Dataset
-
-    from trl_vpo.data.inputs import Inputs, load_media, row_ids
-    from trl_vpo.models.load import load_model
-    from trl_vpo.models.requests import Request, Sampling
-
-    model, dataset = load_model(str(BASE), device="cpu", batch_size=AT_ONCE), Dataset.from_list(rows)
-    inputs, options = Inputs(dataset, row_ids(dataset), None, None), _config("").video_options()
-    requests = [
-        Request(row.example["prompt"], load_media(row, options), seed=int(row.id.rsplit("-", 1)[1])) for row in inputs
-    ]
-    answers = model.complete(requests, Sampling(max_new_tokens=CAPTION_TOKENS, temperature=1.0, top_p=1.0))
-    return [answer.text for answer in answers]
+    return pairs.with_whole_phrases(data) if plan.ALL[run.method].whole else data
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
