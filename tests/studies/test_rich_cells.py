@@ -43,23 +43,42 @@ def test_the_base_knows_the_grammar_and_says_what_is_false(base):
         assert mass.log_true < 0 and len(mass.true) == len(language.true_sentences(sample.things)) + 1
 
 
-@pytest.mark.slow
-def test_a_shorter_run_is_the_beginning_of_a_longer_one(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def tiny(monkeypatch):
+    """Runs of a few pairs and samples."""
+    threads = torch.get_num_threads()
     for name, value in (("ROWS", 8), ("BATCH", 4), ("TEST", 3)):
         monkeypatch.setattr(plan, name, value)
-    monkeypatch.setattr(cells, "_TRUE", {})
-    threads = torch.get_num_threads()
-    try:
-        rows = cells.run_cells(plan.Run("dpo", "near", 3e-3, 0, (1, 2)), tmp_path)
-        assert [row["steps"] for row in rows] == [1, 2] and rows[0]["margin"] != rows[1]["margin"]
-        for row in rows:
-            masses = [row[f"{name}_mass"] for name in ("true", "false", "outside")]
-            assert sum(masses) == pytest.approx(1, abs=1e-4) and row["kl"] > 0
-            assert {len(values) for values in row["samples"].values()} == {3}
-        results = tmp_path / "results.jsonl"
-        results.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        words = ["cell", "--method", "dpo", "--rate", "3e-3", "--steps", "1", "--seed", "0"]
-        command.main(["--results", str(results), "--out", str(tmp_path), *words])
-        assert "are those of the stored row" in capsys.readouterr().err
-    finally:
-        torch.set_num_threads(threads)
+    for name in ("_TRUE", "_BASES"):
+        monkeypatch.setattr(cells, name, {})
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_a_shorter_run_is_the_beginning_of_a_longer_one(tiny, tmp_path, capsys):
+    rows = cells.run_cells(plan.Run("dpo", "near", 3e-3, 0, (1, 2)), tmp_path)
+    assert [row["steps"] for row in rows] == [1, 2] and rows[0]["margin"] != rows[1]["margin"]
+    for row in rows:
+        masses = [row[f"{name}_mass"] for name in ("true", "false", "outside")]
+        assert sum(masses) == pytest.approx(1, abs=1e-4) and row["kl"] > 0
+        assert {len(values) for values in row["samples"].values()} == {3}
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["cell", "--method", "dpo", "--rate", "3e-3", "--steps", "1", "--seed", "0"]
+    command.main(["--results", str(results), "--out", str(tmp_path), *words])
+    assert "are those of the stored row" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_on_scenes_has_what_clips_have_and_more(tiny, tmp_path):
+    (clips,) = cells.run_cells(plan.Run("lpoi_clip", "near", 3e-3, 0, (1,)), tmp_path)
+    (row,) = cells.run_cells(plan.Run("lpoi_3", "scenes", 3e-3, 0, (1,)), tmp_path)
+    names = {name.replace("scene_", "clip_") for name in clips}
+    assert set(row) - names == {"visibility", "habit_objects", "absent_yes", "present_yes"} and names < set(row)
+    assert {len(values) for values in row["samples"].values()} == {3}
+    assert -1 <= row["visibility"] <= 1 and row["kl"] > 0
+    (before,) = cells.run_cells(plan.BASE_ON_SCENES, tmp_path)
+    assert before["kl"] == 0 and before["margin"] == pytest.approx(
+        row["margin"] - row["chosen_change"] + row["rejected_change"], abs=1e-4
+    )

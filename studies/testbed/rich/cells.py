@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from studies.testbed.rich import language, pairs, plan, world
+from studies.testbed.rich import habits, language, pairs, plan, world
 from studies.testbed.rich.plan import BASE
 from studies.testbed.rich.training import AT_ONCE, CAPTION_TOKENS, sampled, train
 from trl_vpo.testbed.rows import write_jsonl
 
+OTHER = {"clip": "scene", "scene": "clip"}
 FELL = 0.1  # nats: a chosen response that loses more has fallen
 Row = dict[str, Any]
 
@@ -36,12 +37,10 @@ def run_cells(run: plan.Run, out: Path) -> list[Row]:
         train(run, training_data(run, out), folder, out)
     trained = time.process_time()
     candidates = {steps: str(folder / f"checkpoint-{steps}") for steps in run.steps if steps}
-    measured = measure(candidates, out)
+    measured = measure(candidates, out, run.kind)
     spent = {"training": trained - began, "measuring": time.process_time() - trained}
-    rows = [
-        dict(zip(plan.KEYS, cell)) | summary(measured[cell[3]], measured[0]) | {"cpu_seconds": spent, "base": digest()}
-        for cell in run.cells()
-    ]
+    about = {"cpu_seconds": spent, "base": digest()}
+    rows = [dict(zip(plan.KEYS, cell)) | summary(measured[cell[3]], measured[0]) | about for cell in run.cells()]
     shutil.rmtree(folder, ignore_errors=True)
     return rows
 
@@ -55,44 +54,49 @@ def digest() -> str:
 
 def training_data(run: plan.Run, out: Path) -> Path:
     """Return the rows of a run."""
-    data = pairs.training_rows(run.pairs, "clip", plan.ROWS, plan.TRAIN_SEED + run.seed, out / "data", sampled)
-    return pairs.with_whole_phrases(data) if plan.ALL[run.method].whole else data
+    method, pairs_of = plan.ALL[run.method], "near" if run.pairs == "scenes" else run.pairs
+    where = plan.ROWS, plan.TRAIN_SEED + run.seed, out / "data"
+    data = pairs.training_rows(pairs_of, run.kind, *where, sampled, boxed=method.boxed)
+    return pairs.with_whole_phrases(data) if method.whole else data
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
-def measure(adapters: Mapping[int, str], out: Path) -> dict[int, Row]:
-    """Return what each adapter comes to on each held-out sample, by its steps; the base's is at 0."""
+def measure(adapters: Mapping[int, str], out: Path, kind: str) -> dict[int, Row]:
+    """Return what each adapter comes to on each held-out clip or scene, by its steps; the base's is at 0."""
     from trl_vpo.data.inputs import load_media, read_inputs
     from trl_vpo.evaluate.candidates import load_candidates
     from trl_vpo.evaluate.rows import read_rows
     from trl_vpo.evaluate.run import evaluate_batch
 
-    samples, path = held_out(out)
+    samples, path = held_out(out, kind)
     config = _config(path, list(adapters.values()))
     models, inputs = load_candidates(config.adapters, **config.model_options()), read_inputs(**config.input_options())
     batch = [
         (row, inputs[row.place], load_media(inputs[row.place], config.video_options())) for row in read_rows(inputs)
     ]
     outcomes = evaluate_batch(models, batch, config)
-    found = dict(_BASES)
+    found = {0: _BASES[kind]} if kind in _BASES else {}
     for number, (steps, name) in enumerate(zip((0, *adapters), models.names)):
         if steps not in found:
             records = [outcome.rows[number] for outcome in outcomes]
             with models.use(name):
                 model = models.model.model
                 found[steps] = of_samples(records, samples, masses(model, samples)) | retained(model, samples)
-    _BASES[0] = found[0]
+                if kind == "scene":
+                    found[steps] |= habits.measured(model, _processor(), habits.scenes(len(samples)))
+    _BASES[kind] = found[0]
     return found
 
 
 @cache
-def held_out(out: Path) -> tuple[list[world.Sample], Path]:
+def held_out(out: Path, kind: str) -> tuple[list[world.Sample], Path]:
     """Write the held-out pairs; a fifth of their things have combinations that are in no training set."""
-    samples = world.draw_samples("clip", plan.TEST, plan.TEST_SEED, habits=False, unseen=True)
-    rows = pairs.write_rows(samples, plan.TEST_SEED, out / "data" / "held-out")
-    return samples, write_jsonl(rows, out / "data" / f"held-out-{plan.TEST}.jsonl")
+    samples = world.draw_samples(kind, plan.TEST, plan.TEST_SEED, habits=False, unseen=True)
+    name = "held-out" if kind == "clip" else "held-out-scenes"
+    rows = pairs.write_rows(samples, plan.TEST_SEED, out / "data" / name)
+    return samples, write_jsonl(rows, out / "data" / f"{name}-{plan.TEST}.jsonl")
 
 
 def _config(path: Path | str, adapters: Sequence[str] = ()):
@@ -101,26 +105,27 @@ def _config(path: Path | str, adapters: Sequence[str] = ()):
     return EvaluateConfig(
         model_name_or_path=str(BASE), adapters=list(adapters), dataset_name=str(path), device="cpu",
         batch_size=AT_ONCE, max_new_tokens=CAPTION_TOKENS, num_frames=world.NUM_FRAMES, sensitivity=["none"],
-        answer_preferences=True,
+        answer_preferences=True, visual_prompt=False,
     )  # fmt: skip
 
 
-_TRUE: dict[int, Any] = {}
-_BASES: dict[int, Row] = {}  # the base's own values: all runs of a process share them
+_TRUE: dict[tuple[str, int], Any] = {}  # by kind and number of the held-out sample
+_BASES: dict[str, Row] = {}  # the base's own values by kind of samples: all runs of a process share them
 
 
 def masses(model, samples: Sequence[world.Sample]) -> list[Any]:
     from studies.testbed.rich.mass import TrueCaption
 
-    if not _TRUE:
+    kind = samples[0].kind
+    if (kind, 0) not in _TRUE:
         processor, rng = _processor(), np.random.default_rng(plan.TEST_SEED)
         for number, sample in enumerate(samples):
-            _TRUE[number] = TrueCaption(processor, sample, language.draw_wording(rng))
-    return [_TRUE[number].measure(model) for number in range(len(samples))]
+            _TRUE[kind, number] = TrueCaption(processor, sample, language.draw_wording(rng))
+    return [_TRUE[kind, number].measure(model) for number in range(len(samples))]
 
 
 def retained(model, samples: Sequence[world.Sample]) -> dict[str, list[float]]:
-    """Return what is left of abilities that are not trained: short answers about the clips, captions of scenes."""
+    """Return what is left of abilities that are not trained: short answers, and captions of the other kind."""
     from studies.testbed.rich.pretraining import answer
 
     processor, rng = _processor(), np.random.default_rng(plan.TEST_SEED)
@@ -135,11 +140,12 @@ def retained(model, samples: Sequence[world.Sample]) -> dict[str, list[float]]:
     for name, items in asked.items():
         said = answer(model, processor, samples, [item.question for item in items], max_new_tokens=8)
         found[name] = [float(text == item.answer) for text, item in zip(said, items)]
-    scenes = world.draw_samples("scene", len(samples), plan.TEST_SEED, habits=False)
-    said = answer(model, processor, scenes, [language.PROMPTS["scene"]] * len(scenes))
-    checks = [language.check_caption(text, scene.things) for text, scene in zip(said, scenes)]
-    found["scene_hallucination"] = [float(check.hallucinated) for check in checks]
-    found["scene_ungrammatical"] = [float(not check.parsed) for check in checks]
+    other = OTHER[samples[0].kind]
+    others = world.draw_samples(other, len(samples), plan.TEST_SEED, habits=False)
+    said = answer(model, processor, others, [language.PROMPTS[other]] * len(others))
+    checks = [language.check_caption(text, sample.things) for text, sample in zip(said, others)]
+    found[f"{other}_hallucination"] = [float(check.hallucinated) for check in checks]
+    found[f"{other}_ungrammatical"] = [float(not check.parsed) for check in checks]
     return found
 
 
@@ -151,9 +157,14 @@ def _processor():
 
 
 def of_samples(records: Sequence[Row], samples: Sequence[world.Sample], found: Sequence[Any]) -> dict[str, list]:
-    """Return each measure's values, one for each sample."""
+    """Return each measure's values, one for each sample.
+
+    `visibility`, of scenes, is Kendall's tau of the chosen response's log-prob and how much of the object is visible.
+    """
+    from trl_vpo.evaluate.measures import visibility
+
     checks = [language.check_caption(record["response"], s.things) for record, s in zip(records, samples)]
-    return {
+    values = {
         "chosen_logp": [record["chosen_logp"] for record in records],
         "rejected_logp": [record["rejected_logp"] for record in records],
         "kl": [record["chosen_kl"] for record in records],
@@ -164,6 +175,10 @@ def of_samples(records: Sequence[Row], samples: Sequence[world.Sample], found: S
         "hallucination": [float(check.hallucinated) for check in checks],
         "ungrammatical": [float(not check.parsed) for check in checks],
     }
+    if samples[0].kind == "scene":
+        taus = visibility([record["image_logps"] for record in records])["visibility/tau"]  # (N, 2)
+        values["visibility"] = taus[:, 0].tolist()
+    return values
 
 
 def summary(own: Mapping[str, list], base: Mapping[str, list]) -> Row:

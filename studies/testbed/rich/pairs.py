@@ -4,6 +4,7 @@
     wording   it is that in another wording
     flip20    as near, and 20 % of the pairs have changed places; flip40 likewise
     policy    it is what the base said, sampled, where that is wrong
+    scenes    as near, about scenes; all others are about clips
 
 The chosen response is true, in a wording that was drawn.
 """
@@ -21,22 +22,24 @@ from trl_vpo.testbed.rows import SUFFIXES, write_jsonl
 from trl_vpo.testbed.world import write_sample
 
 FLIPPED = {"flip20": 0.2, "flip40": 0.4}  # those of the smaller share are among those of the larger one
-PAIRS = ("near", "wording", *FLIPPED, "policy")
+PAIRS = ("near", "wording", *FLIPPED, "policy", "scenes")
 Sampler = Callable[[Sequence[dict]], list[str]]  # prompts with media, as rows -> a sampled response to each
 
 
-def training_rows(pairs: str, kind: str, count: int, seed: int, folder: Path, sampler: Sampler | None = None) -> Path:
+def training_rows(
+    pairs: str, kind: str, count: int, seed: int, folder: Path, sampler: Sampler | None = None, *, boxed: bool = False
+) -> Path:
     """Write the rows of a run, unless they are there: without habits, and without combinations that are held out.
 
     Raises:
         ValueError: a base that says so little that is wrong that there are too few pairs.
     """
-    path = folder / f"{pairs}-{kind}-{seed}-{count}.jsonl"
+    path = folder / f"{'boxed-' if boxed else ''}{pairs}-{kind}-{seed}-{count}.jsonl"
     if path.is_file():
         return path
     drawn = 3 * count if pairs == "policy" else count
     samples = world.draw_samples(kind, drawn, seed, habits=False)
-    rows = write_rows(samples, seed, folder / f"{kind}s-{seed}", reworded=pairs == "wording")
+    rows = write_rows(samples, seed, folder / f"{kind}s-{seed}", reworded=pairs == "wording", boxed=boxed)
     if pairs == "policy":
         rows = _sampled(rows, samples, count, sampler)
     for number in np.random.default_rng([seed, 21]).permutation(count)[: round(FLIPPED.get(pairs, 0) * count)]:
@@ -53,10 +56,13 @@ def with_whole_phrases(path: Path) -> Path:
     return write_jsonl(rows, path.with_name(f"whole-{path.name}"))
 
 
-def write_rows(samples: Sequence[world.Sample], seed: int, folder: Path, *, reworded: bool = False) -> list[dict]:
+def write_rows(
+    samples: Sequence[world.Sample], seed: int, folder: Path, *, reworded: bool = False, boxed: bool = False
+) -> list[dict]:
     """Write the media of samples and return a row for each: the truth is chosen, the truth but for a fact rejected.
 
-    A scene's `critical_box` is that of the thing whose fact is wrong, or beside which something is invented.
+    A scene's `critical_box` is that of the thing whose fact is wrong, or beside which something is invented. With
+    `boxed` clips have one too: the thing's whole lane, in which it moves.
     """
     rng, rows = np.random.default_rng([seed, 7]), []
     for number, sample in enumerate(samples):
@@ -73,7 +79,11 @@ def write_rows(samples: Sequence[world.Sample], seed: int, folder: Path, *, rewo
             "rejected": _said(language.caption(wrong, other if reworded else wording)),
             f"{media['type']}s": [str(path.resolve())],
         }
-        rows.append(row | ({"critical_box": list(thing.box)} if sample.kind == "scene" else {}))
+        if sample.kind == "scene":
+            row["critical_box"] = list(thing.box)
+        elif boxed:
+            row["critical_box"] = [thing.place * world.LANE, 0, (thing.place + 1) * world.LANE, world.HEIGHT]
+        rows.append(row)
     return rows
 
 

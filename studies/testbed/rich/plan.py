@@ -26,6 +26,7 @@ class Method:
     recipe: str
     options: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False  # the phrases are the whole responses
+    boxed: bool = False  # its rows of clips have boxes
 
 
 METHODS = {
@@ -45,7 +46,13 @@ CONTROLS = {
     "ddpo": Method("DDPO", "ddpo"),
     "dpa": Method("DPA", "dpa"),
 }
-ALL = METHODS | CONTROLS
+ON_SCENES = {
+    "mdpo": Method("mDPO", "mdpo"),
+    **{f"lpoi_{count}": Method(f"LPOI, {count} images", "lpoi", {"num_images": count}) for count in (2, 3, 5, 9)},
+    "lpoi_5_plain": Method("LPOI, 5 images without ellipse", "lpoi", {"num_images": 5, "visual_prompt": False}),
+}
+ON_CLIPS = {"lpoi_clip": Method("LPOI, 5 clips", "lpoi", {"num_images": 5, "num_frames": 8}, boxed=True)}
+ALL = METHODS | CONTROLS | ON_SCENES | ON_CLIPS
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,16 @@ class Run:
     seed: int
     steps: tuple[int, ...] = STEPS
 
+    @property
+    def kind(self) -> str:
+        return "scene" if self.pairs == "scenes" else "clip"
+
     def cells(self) -> list[tuple]:
         return [(self.method, self.pairs, self.rate, steps, self.seed) for steps in self.steps]
 
 
 BASE_RUN = Run("base", "near", 0.0, 0, (0,))
+BASE_ON_SCENES = Run("base", "scenes", 0.0, 0, (0,))
 
 
 def main_runs(rates: Sequence[float] = RATES, seeds: Sequence[int] = (0, 1, 2)) -> list[Run]:
@@ -71,11 +83,18 @@ def main_runs(rates: Sequence[float] = RATES, seeds: Sequence[int] = (0, 1, 2)) 
 
 
 def full_runs() -> list[Run]:
-    """Also the controls, and the four methods on the other kinds of pairs, at the middle rate with two seeds."""
-    controls = [Run(method, "near", RATES[1], seed) for seed in (0, 1) for method in CONTROLS]
-    pairs = ("wording", "flip20", "flip40", "policy")
-    others = [Run(method, kind, RATES[1], seed) for seed in (0, 1) for kind in pairs for method in METHODS]
-    return [*main_runs(), *controls, *others]
+    """Also the controls, other kinds of pairs, and scenes, at the middle rate with two seeds.
+
+    Seeds are outermost, and of a seed the cheapest runs are first.
+    """
+    runs = [*main_runs(), BASE_ON_SCENES]
+    for seed in (0, 1):
+        asked = [(method, "near") for method in CONTROLS]
+        asked += [(method, pairs) for pairs in ("wording", "flip20", "flip40", "policy") for method in METHODS]
+        asked += [(method, "scenes") for method in ("dpo", *ON_SCENES)]
+        asked += [(method, "near") for method in ON_CLIPS]
+        runs += [Run(method, pairs, RATES[1], seed) for method, pairs in asked]
+    return runs
 
 
 def quick_runs() -> list[Run]:

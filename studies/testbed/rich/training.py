@@ -12,6 +12,7 @@ import numpy as np
 from studies.testbed.rich import plan, world
 
 CAPTION_TOKENS, AT_ONCE = 72, 64
+PRECOMPUTED = ("dpo", "mdpo", "lpoi")  # recipes whose reference log-probs are computed once, for all rates
 
 
 def train(run: plan.Run, data: Path, folder: Path, out: Path) -> None:
@@ -36,7 +37,7 @@ def train(run: plan.Run, data: Path, folder: Path, out: Path) -> None:
         "frame_cache": out / "frames",
         **method.options,
     }
-    if method.recipe == "dpo":  # once for all rates
+    if method.recipe in PRECOMPUTED:
         options |= {"precompute_ref_log_probs": True, "precompute_cache_dir": out / "reference"}
     run_training(method.recipe, as_words(options))
 

@@ -1,0 +1,83 @@
+"""Scenes of the richer world: what habit adds to them; boxes over clips."""
+
+import json
+
+import numpy as np
+
+from studies.testbed.rich import habits, pairs, plan, world
+from studies.testbed.rich.world import Thing
+
+
+def scene(*nouns):
+    things = tuple(Thing("large", None, "green", noun, lane) for lane, noun in enumerate(nouns))
+    return world.Sample("scene", things, np.zeros((1, 56, 112, 3), dtype=np.uint8))
+
+
+# --- habits -------------------------------------------------------------------------------------------------------
+
+
+def test_every_scene_asked_about_misses_a_companion():
+    found = habits.scenes(12)
+    assert len(found) == 12
+    for sample in found:
+        companion, owner = habits.objects(sample)
+        shown = {thing.shape for thing in sample.things}
+        assert (owner, companion) in (("table", "cup"), ("tree", "bird"))
+        assert owner in shown and companion not in shown
+    assert {habits.objects(sample)[1] for sample in found} == {"table", "tree"}
+
+
+def test_habit_objects_and_answers_are_counted():
+    samples = [scene("table", "car", "lamp"), scene("lamp", "tree", "cup"), scene("ball", "table", "bird")]
+    assert [habits.objects(sample) for sample in samples] == [("cup", "table"), ("bird", "tree"), ("cup", "table")]
+    captions = [
+        "there is a large green table. there is a small white cup. that is all.",
+        "there is a large green lamp. there is a large green tree. that is all.",  # the cup is another's companion
+        "there is a cupboard.",
+    ]
+    found = habits.of_answers(samples, captions, ["yes.", "no.", "yes."], ["yes.", "yes.", "yes"])
+    assert found == {"habit_objects": [1, 0, 0], "absent_yes": [1, 0, 1], "present_yes": [1, 1, 0]}
+
+
+# --- boxes --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_boxes_of_clips_hold_the_thing_in_every_frame(tmp_path):
+    near = rows_of(pairs.training_rows("near", "clip", 8, 5, tmp_path))
+    boxed = rows_of(pairs.training_rows("near", "clip", 8, 5, tmp_path, boxed=True))
+    assert [row | {"critical_box": box["critical_box"]} for row, box in zip(near, boxed)] == boxed
+    assert not any("critical_box" in row for row in near)
+    for sample, row in zip(world.draw_samples("clip", 8, 5, habits=False), boxed):
+        x0, y0, x1, y1 = row["critical_box"]
+        inside = [thing for thing in sample.things if x0 <= thing.box[0] and thing.box[2] <= x1]
+        assert len(inside) == 1  # and no other thing
+        ink = (sample.frames.max(-1) > world.BACKGROUND_MAX).any(0)  # in any frame
+        hidden = ink.copy()
+        hidden[y0:y1, x0:x1] = False
+        others = [thing for thing in sample.things if thing not in inside]
+        left = {int(x) // world.LANE for x in np.nonzero(hidden.any(0))[0]}
+        assert left == {thing.place for thing in others}
+        facts = [f" {value}" for value in (inside[0].shape, world.PLACES[inside[0].place])]
+        assert all(fact in row["chosen"][0]["content"][0]["text"] for fact in facts)
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+def test_the_full_plan_adds_to_the_main_one():
+    runs, main = plan.full_runs(), plan.main_runs()
+    assert runs[: len(main)] == main and len(set(runs)) == len(runs) == 37 + 1 + 2 * (9 + 16 + 7 + 1)
+    cells = [cell for run in runs for cell in run.cells()]
+    assert len(set(cells)) == len(cells)
+    added = runs[len(main) :]
+    assert [run.seed for run in added] == sorted(run.seed for run in added)
+    assert all(run.method in plan.ALL and run.pairs in pairs.PAIRS for run in runs if run.method != "base")
+    assert all((run.rate, run.steps) == (1e-3, (60, 120, 240)) for run in added if run.method != "base")
+    assert {run.pairs for run in added if run.kind == "scene"} == {"scenes"}
+    assert sorted(run.method for run in added if run.kind == "scene" and run.seed) == [
+        "dpo", "lpoi_2", "lpoi_3", "lpoi_5", "lpoi_5_plain", "lpoi_9", "mdpo"
+    ]  # fmt: skip
