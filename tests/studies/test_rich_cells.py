@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from studies.testbed.rich import cells, command, language, plan, pretraining, world
+from studies.testbed.rich import cells, command, language, made, plan, pretraining, world
 from studies.testbed.rich.mass import TrueCaption
 
 
@@ -82,3 +82,13 @@ def test_a_run_on_scenes_has_what_clips_have_and_more(tiny, tmp_path):
     assert before["kl"] == 0 and before["margin"] == pytest.approx(
         row["margin"] - row["chosen_change"] + row["rejected_change"], abs=1e-4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["leanpo", "rrpo"])
+def test_the_base_makes_pairs_in_two_rounds(method, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(made, "FIRST_STEPS", 1)
+    (row,) = cells.run_cells(plan.Run(method, "made_again", 3e-3, 0, (1,)), tmp_path)
+    assert 4 <= row["pairs_made"] <= 8 and 0 <= row["rejected_true"] < 1
+    assert row["chosen_true"] == 1 or method == "leanpo"
+    assert len(list((tmp_path / "data").glob("made*.jsonl"))) == 2 and not list((tmp_path / "runs").iterdir())

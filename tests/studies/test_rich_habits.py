@@ -1,10 +1,11 @@
-"""Scenes of the richer world: what habit adds to them; boxes over clips."""
+"""Scenes of the richer world: what habit adds to them; boxes over clips, and pairs that the base makes."""
 
 import json
 
 import numpy as np
+import pytest
 
-from studies.testbed.rich import habits, pairs, plan, world
+from studies.testbed.rich import habits, language, made, pairs, plan, world
 from studies.testbed.rich.world import Thing
 
 
@@ -65,12 +66,47 @@ def test_boxes_of_clips_hold_the_thing_in_every_frame(tmp_path):
         assert all(fact in row["chosen"][0]["content"][0]["text"] for fact in facts)
 
 
+# --- self-made pairs ----------------------------------------------------------------------------------------------
+
+
+def test_the_second_round_leaves_out_what_is_true(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "ROWS", 4)
+    asked = []
+
+    def generate(method, inputs, path, seed, adapter):  # two rejected responses are true, in another wording
+        asked.append((method, adapter))
+        rows = rows_of(inputs)
+        samples = world.draw_samples("clip", 4, plan.TRAIN_SEED + made.FURTHER, habits=False)
+        rng = np.random.default_rng(0)
+        for number, (row, sample) in enumerate(zip(rows, samples)):
+            assert language.check_caption(row["answer"], sample.things).true
+            wrong = language.caption(language.one_fact_wrong(sample.things, rng)[0], (0,) * 6)
+            other = next(text for text in language.captions(sample.things) if text != row["answer"])
+            row["chosen"] = [{"role": "assistant", "content": [{"text": row["answer"] if number else wrong}]}]
+            row["rejected"] = [{"role": "assistant", "content": [{"text": other if number in (1, 2) else wrong}]}]
+        pairs.write_jsonl(rows[::-1], path)  # in any order
+
+    monkeypatch.setattr(made, "generate", generate)
+    monkeypatch.setattr(made, "first_adapter", lambda run, folder, out: folder / "checkpoint")
+    path, figures = made.training_rows(plan.Run("rrpo", "made_again", 1e-3, 0), tmp_path)
+    assert asked == [("rrpo", tmp_path / "runs/first-rrpo-0.001-0/checkpoint")]
+    seed = plan.TRAIN_SEED + made.FURTHER
+    assert [row["id"] for row in rows_of(path)] == [f"clips-{seed}-0003", f"clips-{seed}-0000"]
+    assert figures == {"pairs_made": 4, "chosen_true": 0.75, "rejected_true": 0.5}
+    made.training_rows(plan.Run("rrpo", "made_again", 1e-3, 0), tmp_path)
+    assert len(asked) == 1  # made once
+    file = tmp_path / "data" / f"made_again-rrpo-{seed}-4-0.001.jsonl"
+    pairs.write_jsonl([row for row in rows_of(file) if row["id"][-1] in "12"], file)
+    with pytest.raises(ValueError, match="all 2 rejected responses are true, so that no pair is left"):
+        made.training_rows(plan.Run("rrpo", "made_again", 1e-3, 0), tmp_path)
+
+
 # --- the plan -----------------------------------------------------------------------------------------------------
 
 
 def test_the_full_plan_adds_to_the_main_one():
     runs, main = plan.full_runs(), plan.main_runs()
-    assert runs[: len(main)] == main and len(set(runs)) == len(runs) == 37 + 1 + 2 * (9 + 16 + 7 + 1)
+    assert runs[: len(main)] == main and len(set(runs)) == len(runs) == 37 + 1 + 2 * (9 + 16 + 7 + 1 + 4)
     cells = [cell for run in runs for cell in run.cells()]
     assert len(set(cells)) == len(cells)
     added = runs[len(main) :]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.testbed.rich import habits, language, pairs, plan, world
+from studies.testbed.rich import habits, language, made, pairs, plan, world
 from studies.testbed.rich.plan import BASE
 from studies.testbed.rich.training import AT_ONCE, CAPTION_TOKENS, sampled, train
 from trl_vpo.testbed.rows import write_jsonl
@@ -33,13 +33,14 @@ def run_cells(run: plan.Run, out: Path) -> list[Row]:
     torch.set_num_threads(1)  # so small a model gains nothing from a second thread
     began = time.process_time()
     folder = out / "runs" / f"{run.method}-{run.pairs}-{run.rate:g}-{run.seed}"
-    if run.method != "base":
-        train(run, training_data(run, out), folder, out)
+    data, figures = (None, {}) if run.method == "base" else training_data(run, out)
+    if data:
+        train(run, data, folder, out)
     trained = time.process_time()
     candidates = {steps: str(folder / f"checkpoint-{steps}") for steps in run.steps if steps}
     measured = measure(candidates, out, run.kind)
     spent = {"training": trained - began, "measuring": time.process_time() - trained}
-    about = {"cpu_seconds": spent, "base": digest()}
+    about = figures | {"cpu_seconds": spent, "base": digest()}
     rows = [dict(zip(plan.KEYS, cell)) | summary(measured[cell[3]], measured[0]) | about for cell in run.cells()]
     shutil.rmtree(folder, ignore_errors=True)
     return rows
@@ -52,12 +53,14 @@ def digest() -> str:
     return base_digest(BASE)
 
 
-def training_data(run: plan.Run, out: Path) -> Path:
-    """Return the rows of a run."""
+def training_data(run: plan.Run, out: Path) -> tuple[Path, Row]:
+    """Return the rows of a run, and the figures of pairs that the base made."""
+    if run.pairs in made.ROUNDS:
+        return made.training_rows(run, out)
     method, pairs_of = plan.ALL[run.method], "near" if run.pairs == "scenes" else run.pairs
     where = plan.ROWS, plan.TRAIN_SEED + run.seed, out / "data"
     data = pairs.training_rows(pairs_of, run.kind, *where, sampled, boxed=method.boxed)
-    return pairs.with_whole_phrases(data) if method.whole else data
+    return pairs.with_whole_phrases(data) if method.whole else data, {}
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

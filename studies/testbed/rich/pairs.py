@@ -5,8 +5,10 @@
     flip20    as near, and 20 % of the pairs have changed places; flip40 likewise
     policy    it is what the base said, sampled, where that is wrong
     scenes    as near, about scenes; all others are about clips
+    made, made_again
+              the base makes them itself: see `made`
 
-The chosen response is true, in a wording that was drawn.
+The chosen response is true, in a wording that was drawn, unless the base made it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from trl_vpo.testbed.rows import SUFFIXES, write_jsonl
 from trl_vpo.testbed.world import write_sample
 
 FLIPPED = {"flip20": 0.2, "flip40": 0.4}  # those of the smaller share are among those of the larger one
-PAIRS = ("near", "wording", *FLIPPED, "policy", "scenes")
+PAIRS = ("near", "wording", *FLIPPED, "policy", "scenes", "made", "made_again")
 Sampler = Callable[[Sequence[dict]], list[str]]  # prompts with media, as rows -> a sampled response to each
 
 

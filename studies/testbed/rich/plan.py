@@ -83,7 +83,7 @@ def main_runs(rates: Sequence[float] = RATES, seeds: Sequence[int] = (0, 1, 2)) 
 
 
 def full_runs() -> list[Run]:
-    """Also the controls, other kinds of pairs, and scenes, at the middle rate with two seeds.
+    """Also the controls, other kinds of pairs, scenes, and pairs that the base makes, at the middle rate, two seeds.
 
     Seeds are outermost, and of a seed the cheapest runs are first.
     """
@@ -93,6 +93,7 @@ def full_runs() -> list[Run]:
         asked += [(method, pairs) for pairs in ("wording", "flip20", "flip40", "policy") for method in METHODS]
         asked += [(method, "scenes") for method in ("dpo", *ON_SCENES)]
         asked += [(method, "near") for method in ON_CLIPS]
+        asked += [(method, pairs) for pairs in ("made", "made_again") for method in ("leanpo", "rrpo")]
         runs += [Run(method, pairs, RATES[1], seed) for method, pairs in asked]
     return runs
 
