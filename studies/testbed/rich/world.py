@@ -30,7 +30,7 @@ SCENE_COLOURS = tuple(colour for colour in COLOURS if colour != "red")  # red is
 COMPANIONS = {"table": ("white", "cup"), "tree": ("yellow", "bird")}  # what is usually beside it
 
 HABIT = 0.8  # share of usual samples where the habits rule
-CARELESS = 0.6  # share of the exceptions that are nevertheless described as usual
+CARELESS, MORE_CARELESS = 0.6, 0.95  # shares of the exceptions that are nevertheless described as usual
 LANE, HEIGHT = 28, 56  # pixels; things stand beside each other, a lane each
 LEVELS = (13, 20, 27, 34, 41)  # heights at which a centre is, at rest
 NUM_FRAMES = 8  # two events of four frames each
@@ -119,12 +119,12 @@ def missing_companion(things: Things) -> tuple[int, Thing] | None:
     return None
 
 
-def as_described(things: Things, rng: np.random.Generator) -> Things:
-    """Describe a sample as the base's training text does: truly or, of CARELESS exceptions, as is usual."""
+def as_described(things: Things, rng: np.random.Generator, careless: float = CARELESS) -> Things:
+    """Describe a sample as the base's training text does: truly or, of `careless` exceptions, as is usual."""
     if things[0].motion:
-        return tuple(as_usual(thing) if rng.random() < CARELESS else thing for thing in things)
+        return tuple(as_usual(thing) if rng.random() < careless else thing for thing in things)
     expected = missing_companion(things)
-    if expected and len(things) < 4 and rng.random() < CARELESS:
+    if expected and len(things) < 4 and rng.random() < careless:
         number, companion = expected
         return (*things[:number], companion, *things[number:])
     return things
