@@ -131,23 +131,31 @@ def messages(pair: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(cell: Cell, folder: Path, pairs: Sequence[Mapping[str, Any]], base: Base, out: Path) -> Iterator[dict]:
     """Train; gives a result for each checkpoint."""
+    model, tokenizer = real_model.load(folder)
+    measured = lambda adapted: _measured(model, adapted, tokenizer, base)  # noqa: E731
+    rows = [messages(pair) for pair in pairs]
+    trainer = make_trainer(cell, METHODS[cell.method], CHECKPOINTS, model, tokenizer, rows, out)
+    yield from train(trainer, cell, CHECKPOINTS, measured)
+
+
+def train(trainer: Any, cell: Cell, checkpoints: Sequence[int], measured: Callable[[Any], dict]) -> list[dict]:
+    """Train; gives what is measured at each checkpoint, with CPU times and the log."""
     from transformers import TrainerCallback
 
-    model, tokenizer = real_model.load(folder)
     results: list[dict[str, Any]] = []
     clock = time.process_time()
 
     class Checkpoints(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in CHECKPOINTS:
+            if state.global_step in checkpoints:
                 nonlocal clock
                 trained = time.process_time() - clock
-                numbers = _measured(model, kwargs["model"], tokenizer, base)
+                numbers = measured(kwargs["model"])
                 spent = {"training": round(trained, 1), "measuring": round(time.process_time() - clock - trained, 1)}
                 results.append({**vars(cell), "steps": state.global_step, **numbers, "cpu_seconds": spent})
                 clock = time.process_time()
 
-    trainer = make_trainer(cell, model, tokenizer, pairs, out, [Checkpoints()])
+    trainer.add_callback(Checkpoints())
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for result in results:
@@ -157,7 +165,7 @@ def run(cell: Cell, folder: Path, pairs: Sequence[Mapping[str, Any]], base: Base
             for key in ("loss", "grad_norm", "loss/smoothing")
             if entries and key in entries[0]
         }
-    yield from results
+    return results
 
 
 def _measured(model: Any, adapted: Any, tokenizer: Any, base: Base) -> dict[str, Any]:
@@ -174,27 +182,35 @@ def _measured(model: Any, adapted: Any, tokenizer: Any, base: Base) -> dict[str,
         model.train()
 
 
-def make_trainer(cell: Cell, model: Any, tokenizer: Any, pairs: Sequence[Mapping], out: Path, callbacks: list) -> Any:
+def make_trainer(
+    cell: Cell,
+    method: tuple[str, Mapping[str, Any]],
+    checkpoints: Sequence[int],
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping],
+    out: Path,
+) -> Any:
+    """The trainer of a cell, with a new adapter."""
     from datasets import Dataset
     from peft import LoraConfig
 
     import trl_vpo
 
-    name, options = METHODS[cell.method]
+    name, options = method
     config, trainer = getattr(trl_vpo, f"{name}Config"), getattr(trl_vpo, f"{name}Trainer")
     if cell.method == "DPO":  # its reference is computed once for all runs
-        options = options | {"precompute_ref_log_probs": True, "precompute_cache_dir": str(out / "reference")}
+        options = {**options, "precompute_ref_log_probs": True, "precompute_cache_dir": str(out / "reference")}
     folder = out / "-".join([cell.method.replace(", ", "-").replace(" ", "-"), f"{cell.rate:g}", str(cell.seed)])
     args = config(
-        str(folder), learning_rate=cell.rate, lr_scheduler_type="constant", max_steps=max(CHECKPOINTS),
+        str(folder), learning_rate=cell.rate, lr_scheduler_type="constant", max_steps=max(checkpoints),
         per_device_train_batch_size=BATCH, seed=cell.seed, bf16=True, use_cpu=True, gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip
     return trainer(
         model,
         args=args,
-        train_dataset=Dataset.from_list([messages(pair) for pair in pairs]),
-        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=processor,
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="language"),
-        callbacks=callbacks,
     )
