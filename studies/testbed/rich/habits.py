@@ -1,7 +1,8 @@
 """What habit makes a model say about scenes: objects that are usually there, and are not.
 
 Beside a table there is mostly a cup, beside a tree a bird (`world.COMPANIONS`). Held-out scenes in which the companion
-is missing are described, and the model is asked whether it is there, and whether the object is that it belongs to.
+is missing are described, and the model is asked whether it is there, and whether the object is that it belongs to. The
+scenes have three objects: captions name at most four, so that the base learned to add one to three.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ SEED = plan.TEST_SEED + 1
 
 @cache
 def scenes(count: int) -> list[world.Sample]:
-    """Draw held-out scenes until in so many of them a companion is missing; return those."""
+    """Draw held-out scenes until in so many of three objects a companion is missing; return those."""
     rng, found = np.random.default_rng(SEED), []
     while len(found) < count:
         sample = world.draw_sample("scene", rng, habits=False, unseen=True)
-        if world.missing_companion(sample.things):
+        if len(sample.things) == 3 and world.missing_companion(sample.things):
             found.append(sample)
     return found
 
