@@ -89,11 +89,11 @@ def full_runs() -> list[Run]:
     """
     runs = [*main_runs(), BASE_ON_SCENES]
     for seed in (0, 1):
-        asked = [(method, "near") for method in CONTROLS]
+        asked = [(method, "scenes") for method in ("dpo", *ON_SCENES)]
+        asked += [(method, "near") for method in CONTROLS]
         asked += [(method, pairs) for pairs in ("wording", "flip20", "flip40", "policy") for method in METHODS]
-        asked += [(method, "scenes") for method in ("dpo", *ON_SCENES)]
-        asked += [(method, "near") for method in ON_CLIPS]
         asked += [(method, pairs) for pairs in ("made", "made_again") for method in ("leanpo", "rrpo")]
+        asked += [(method, "near") for method in ON_CLIPS]
         runs += [Run(method, pairs, RATES[1], seed) for method, pairs in asked]
     return runs
 
