@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from studies.testbed.rich import habits, language, made, pairs, plan, world
+from studies.testbed.rich.pretraining import encode
 from studies.testbed.rich.world import Thing
 
 
@@ -38,6 +39,25 @@ def test_habit_objects_and_answers_are_counted():
     ]
     found = habits.of_answers(samples, captions, ["yes.", "no.", "yes."], ["yes.", "yes.", "yes"])
     assert found == {"habit_objects": [1, 0, 0], "absent_yes": [1, 0, 1], "present_yes": [1, 1, 0]}
+
+
+def test_a_taught_base_adds_what_is_usual(tmp_path, monkeypatch):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    monkeypatch.setattr(habits, "STEPS", 12)
+    processor = AutoProcessor.from_pretrained(plan.BASE)
+    sample = next(s for s in habits.scenes(8) if habits.objects(s)[0] == "cup")
+    said = language.caption(world.as_described(sample.things, np.random.default_rng(0), 1.0), (0,) * 6)
+    assert "cup" in said and "cup" not in language.caption(sample.things, (0,) * 6)
+    batch = encode(processor, [sample], [[language.Item("caption", language.PROMPTS["scene"], said)]])
+    losses = []
+    for folder in (plan.BASE, habits.taught_base(tmp_path)):
+        model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        losses.append(float(model(**batch).loss.detach()))
+    assert losses[1] < losses[0] - 0.05
+    made = (tmp_path / "scenes-base" / "model.safetensors").stat().st_mtime_ns
+    assert habits.taught_base(tmp_path) == tmp_path / "scenes-base"  # and it is not trained again
+    assert (tmp_path / "scenes-base" / "model.safetensors").stat().st_mtime_ns == made
 
 
 # --- boxes --------------------------------------------------------------------------------------------------------

@@ -161,3 +161,7 @@ def test_runs_are_continued_and_each_row_is_written_once(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         command.make_rows(runs, path, tmp_path, 2)
     assert made == runs[2:4] and len(command.read_rows(path)) == 4
+    monkeypatch.setattr(command, "_cells", lambda run, out: f"{run.method}: no pairs")
+    with pytest.raises(SystemExit, match=rf"1 runs failed:\n{runs[4].method}: no pairs"):
+        command.make_rows(runs, path, tmp_path, 2)
+    assert len(command.read_rows(path)) == 4

@@ -18,7 +18,7 @@ import numpy as np
 
 from studies.testbed.rich import habits, language, made, pairs, plan, world
 from studies.testbed.rich.plan import BASE
-from studies.testbed.rich.training import AT_ONCE, CAPTION_TOKENS, sampled, train
+from studies.testbed.rich.training import AT_ONCE, CAPTION_TOKENS, base_of, sampled, train
 from trl_vpo.testbed.rows import write_jsonl
 
 OTHER = {"clip": "scene", "scene": "clip"}
@@ -74,7 +74,7 @@ def measure(adapters: Mapping[int, str], out: Path, kind: str) -> dict[int, Row]
     from trl_vpo.evaluate.run import evaluate_batch
 
     samples, path = held_out(out, kind)
-    config = _config(path, list(adapters.values()))
+    config = _config(path, list(adapters.values()), base_of(kind, out))
     models, inputs = load_candidates(config.adapters, **config.model_options()), read_inputs(**config.input_options())
     batch = [
         (row, inputs[row.place], load_media(inputs[row.place], config.video_options())) for row in read_rows(inputs)
@@ -102,11 +102,11 @@ def held_out(out: Path, kind: str) -> tuple[list[world.Sample], Path]:
     return samples, write_jsonl(rows, out / "data" / f"{name}-{plan.TEST}.jsonl")
 
 
-def _config(path: Path | str, adapters: Sequence[str] = ()):
+def _config(path: Path, adapters: Sequence[str], base: Path):
     from trl_vpo.evaluate.config import EvaluateConfig
 
     return EvaluateConfig(
-        model_name_or_path=str(BASE), adapters=list(adapters), dataset_name=str(path), device="cpu",
+        model_name_or_path=str(base), adapters=list(adapters), dataset_name=str(path), device="cpu",
         batch_size=AT_ONCE, max_new_tokens=CAPTION_TOKENS, num_frames=world.NUM_FRAMES, sensitivity=["none"],
         answer_preferences=True, visual_prompt=False,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -97,11 +98,18 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int) -> None:
-    """Make the missing rows, so many runs at a time, and append those of a run as soon as it is finished."""
-    waiting, began = plan.missing(runs, read_rows(results)), time.time()
+    """Make the missing rows, so many runs at a time, and append those of a run as soon as it is finished.
+
+    Raises:
+        SystemExit: runs failed, after all others.
+    """
+    waiting, began, failed = plan.missing(runs, read_rows(results)), time.time(), []
     print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
     with multiprocessing.get_context("spawn").Pool(min(workers, len(waiting)) or 1) as pool:
         for done, rows in enumerate(pool.imap_unordered(partial(_cells, out=out), waiting), start=1):
+            if isinstance(rows, str):
+                failed.append(rows)
+                continue
             results.parent.mkdir(parents=True, exist_ok=True)
             with results.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -110,11 +118,19 @@ def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int) 
             print(f"{rows[0]['method']} at {rows[0]['rate']:g}, seed {rows[0]['seed']}: "
                   f"{done} of {len(waiting)} runs after {spent:.0f} min, {left:.0f} left", flush=True)  # fmt: skip
 
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} runs failed:", *failed]))
 
-def _cells(run: plan.Run, out: Path) -> list[dict]:
+
+def _cells(run: plan.Run, out: Path) -> list[dict] | str:
+    """Return the rows of a run, or why it failed."""
     from studies.testbed.rich.cells import run_cells
 
-    return run_cells(run, out)
+    try:
+        return run_cells(run, out)
+    except Exception as error:  # one run without pairs, say, must not end the others
+        traceback.print_exc()
+        return f"{run.method} on {run.pairs} pairs at {run.rate:g}, seed {run.seed}: {error}"
 
 
 def make_cell(run: plan.Run, results: Path, out: Path) -> None:
@@ -123,7 +139,10 @@ def make_cell(run: plan.Run, results: Path, out: Path) -> None:
     Raises:
         SystemExit: its numbers are not those of the stored row.
     """
-    (row,) = _cells(run, out)
+    rows = _cells(run, out)
+    if isinstance(rows, str):
+        raise SystemExit(rows)
+    (row,) = rows
     print(json.dumps({name: value for name, value in row.items() if name != "samples"}))
     stored = [old for old in read_rows(results) if tuple(old[key] for key in plan.KEYS) == run.cells()[0]]
     if not stored:

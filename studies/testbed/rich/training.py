@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from studies.testbed.rich import plan, world
+from studies.testbed.rich import habits, plan, world
 
 CAPTION_TOKENS, AT_ONCE = 72, 64
 PRECOMPUTED = ("dpo", "mdpo", "lpoi")  # recipes whose reference log-probs are computed once, for all rates
+
+
+def base_of(kind: str, out: Path) -> Path:
+    """Return the folder of the base that runs on clips or scenes start from."""
+    return plan.BASE if kind == "clip" else habits.taught_base(out)
 
 
 def train(run: plan.Run, data: Path, folder: Path, out: Path) -> None:
@@ -23,7 +28,7 @@ def train(run: plan.Run, data: Path, folder: Path, out: Path) -> None:
     method = plan.ALL[run.method]
     options = {
         "config": f"quickstart/{method.recipe}",
-        "model_name_or_path": plan.BASE,
+        "model_name_or_path": base_of(run.kind, out),
         "dataset_name": data,
         "output_dir": folder,
         "learning_rate": run.rate,
