@@ -138,7 +138,7 @@ def test_runs_are_continued_and_each_row_is_written_once(tmp_path, monkeypatch):
 
     class Pool:  # in this process
         def __init__(self, workers):
-            assert workers == 2
+            assert workers in (1, 2)  # no more than there are runs
 
         __enter__, __exit__ = lambda self: self, lambda *_: None
 
