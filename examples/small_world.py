@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from trl_vpo.testbed import rows
-from trl_vpo.testbed.tiny_vlm import BASE  # noqa: F401 - a model of 0.6 M parameters that knows this world
+from trl_vpo.testbed.tiny_vlm import BASE  # noqa: F401 - a model of 1.3 M parameters that knows this world
 
 
 def write(folder: str | Path, count: int = 64) -> Path:

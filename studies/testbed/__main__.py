@@ -1,6 +1,6 @@
 """`python -m studies.testbed`."""
 
-from studies.testbed.rich.command import main
+from studies.testbed.command import main
 
 if __name__ == "__main__":
     main()

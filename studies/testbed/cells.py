@@ -7,6 +7,7 @@ nats per caption; masses are shares of a sentence's probability (`mass`), means 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from studies.testbed.rich import habits, language, made, pairs, plan, world
-from studies.testbed.rich.plan import BASE
-from studies.testbed.rich.training import AT_ONCE, CAPTION_TOKENS, base_of, sampled, train
-from trl_vpo.testbed.rows import write_jsonl
+from studies.testbed import habits, made, pairs, plan
+from studies.testbed.training import AT_ONCE, CAPTION_TOKENS, base_of, sampled, train
+from trl_vpo.testbed import language, world
+from trl_vpo.testbed.rows import write_jsonl, write_rows
+from trl_vpo.testbed.tiny_vlm import BASE
 
 OTHER = {"clip": "scene", "scene": "clip"}
 FELL = 0.1  # nats: a chosen response that loses more has fallen
@@ -48,9 +50,11 @@ def run_cells(run: plan.Run, out: Path) -> list[Row]:
 
 @cache
 def digest() -> str:
-    from studies.testbed.plan import base_digest
-
-    return base_digest(BASE)
+    """Return the digest of the base's weights, configuration and tokenizer."""
+    total = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in BASE.iterdir() if path.is_file()):
+        total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()
 
 
 def training_data(run: plan.Run, out: Path) -> tuple[Path, Row]:
@@ -98,7 +102,7 @@ def held_out(out: Path, kind: str) -> tuple[list[world.Sample], Path]:
     """Write the held-out pairs; a fifth of their things have combinations that are in no training set."""
     samples = world.draw_samples(kind, plan.TEST, plan.TEST_SEED, habits=False, unseen=True)
     name = "held-out" if kind == "clip" else "held-out-scenes"
-    rows = pairs.write_rows(samples, plan.TEST_SEED, out / "data" / name)
+    rows = write_rows(samples, plan.TEST_SEED, out / "data" / name, keep=True)
     return samples, write_jsonl(rows, out / "data" / f"{name}-{plan.TEST}.jsonl")
 
 
@@ -117,7 +121,7 @@ _BASES: dict[str, Row] = {}  # the base's own values by kind of samples: all run
 
 
 def masses(model, samples: Sequence[world.Sample]) -> list[Any]:
-    from studies.testbed.rich.mass import TrueCaption
+    from studies.testbed.mass import TrueCaption
 
     kind = samples[0].kind
     if (kind, 0) not in _TRUE:
@@ -129,7 +133,7 @@ def masses(model, samples: Sequence[world.Sample]) -> list[Any]:
 
 def retained(model, samples: Sequence[world.Sample]) -> dict[str, list[float]]:
     """Return what is left of abilities that are not trained: short answers, and captions of the other kind."""
-    from studies.testbed.rich.pretraining import answer
+    from studies.testbed.pretraining import answer
 
     processor, rng = _processor(), np.random.default_rng(plan.TEST_SEED)
     pairs_asked = [language.yes_no_pair(sample.things, rng) for sample in samples]

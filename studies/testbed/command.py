@@ -1,4 +1,4 @@
-"""`python -m studies.testbed`: the comparison of the methods on the richer world.
+"""`python -m studies.testbed`: the comparison of the methods on the small world.
 
 run [--full | --quick] [--workers N]     make the rows that are missing; the same command continues. --quick makes its
                                          own, in outputs/, and fails if the methods no longer differ as they did
@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from studies.testbed.rich import plan
-from studies.testbed.rich.pairs import PAIRS
+from studies.testbed import plan
+from studies.testbed.pairs import PAIRS
 
 RESULTS, OUT = Path("studies/testbed/results.jsonl"), Path("outputs/testbed")
 QUICK = OUT / "quick" / "results.jsonl"
@@ -48,9 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.results = args.results or (QUICK if args.command == "run" and args.quick else RESULTS)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    if args.command != "tables" and not plan.BASE.is_dir():
-        how = f"python -m studies.testbed.rich.pretraining --out {plan.BASE}"
-        raise SystemExit(f"{plan.BASE} is not here, in the root of the repository: {how} trains the base.")
     if args.command == "run":
         runs = plan.full_runs() if args.full else plan.quick_runs() if args.quick else plan.main_runs()
         make_rows(runs, args.results, args.out, args.workers)
@@ -69,7 +66,7 @@ def write_report(results: Path) -> None:
     Raises:
         SystemExit: there are no rows.
     """
-    from studies.testbed.rich import report
+    from studies.testbed import report
 
     if not (rows := read_rows(results)):
         raise SystemExit(f"{results} has no rows: `python -m studies.testbed run` makes them.")
@@ -124,7 +121,7 @@ def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int) 
 
 def _cells(run: plan.Run, out: Path) -> list[dict] | str:
     """Return the rows of a run, or why it failed."""
-    from studies.testbed.rich.cells import run_cells
+    from studies.testbed.cells import run_cells
 
     try:
         return run_cells(run, out)

@@ -21,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.testbed.rich import language, plan, world
+from studies.testbed import plan
+from trl_vpo.testbed import language, world
+from trl_vpo.testbed.tiny_vlm import BASE
 
 SEED = plan.TEST_SEED + 1
 
@@ -45,7 +47,7 @@ def objects(sample: world.Sample) -> tuple[str, str]:
 
 def measured(model, processor, samples: Sequence[world.Sample]) -> dict[str, list[float]]:
     """Let a model describe scenes with a missing companion, and answer two questions about each."""
-    from studies.testbed.rich.pretraining import answer
+    from studies.testbed.pretraining import answer
 
     captions = answer(model, processor, samples, [language.PROMPTS["scene"]] * len(samples))
     asked = zip(*([f"Is there a {name}?" for name in objects(sample)] for sample in samples))
@@ -76,8 +78,8 @@ def taught_base(folder: Path) -> Path:
 
     path = folder / "scenes-base"
     if not path.is_dir():
-        processor = AutoProcessor.from_pretrained(plan.BASE)
-        model = AutoModelForImageTextToText.from_pretrained(plan.BASE)
+        processor = AutoProcessor.from_pretrained(BASE)
+        model = AutoModelForImageTextToText.from_pretrained(BASE)
         teach(model, processor, STEPS)
         part = path.with_name(f"{path.name}-{os.getpid()}.part")  # two workers may train it at once
         model.save_pretrained(part), processor.save_pretrained(part)
@@ -92,7 +94,7 @@ def teach(model, processor, steps: int, seed: int = 0) -> None:
     """Train all weights: AdamW, 30 warm-up steps, the last two thirds decay to 0."""
     import torch
 
-    from studies.testbed.rich.pretraining import encode
+    from studies.testbed.pretraining import encode
 
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 31])

@@ -20,9 +20,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from studies.testbed.rich import language, pairs, plan, world
-from studies.testbed.rich.training import CAPTION_TOKENS, as_words, train
-from trl_vpo.testbed.rows import write_jsonl
+from studies.testbed import plan
+from studies.testbed.training import CAPTION_TOKENS, as_words, train
+from trl_vpo.testbed import language, world
+from trl_vpo.testbed.rows import write_jsonl, write_rows
+from trl_vpo.testbed.tiny_vlm import BASE
 
 ROUNDS = ("made", "made_again")
 FIRST_STEPS = plan.STEPS[1]  # of the adapter of the first round
@@ -70,7 +72,7 @@ def annotated(samples: Sequence[world.Sample], seed: int, folder: Path) -> list[
 
     The base was taught to take hints for captions only.
     """
-    rows = pairs.write_rows(samples, seed, folder / f"clips-{seed}")
+    rows = write_rows(samples, seed, folder / f"clips-{seed}", keep=True)
     return [
         {
             "id": row["id"],
@@ -90,7 +92,7 @@ def generate(method: str, inputs: Path, path: Path, seed: int, adapter: Path | N
     with TemporaryDirectory(dir=path.parent) as folder:  # two runs may make the same rows at once
         options = {
             "config": f"quickstart/{method}-generate",
-            "model_name_or_path": plan.BASE,
+            "model_name_or_path": BASE,
             "dataset_name": inputs,
             "output_dir": folder,
             "max_new_tokens": CAPTION_TOKENS,

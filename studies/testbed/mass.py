@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from studies.testbed.rich import language, world
-from studies.testbed.rich.pretraining import encode
+from studies.testbed.pretraining import encode
+from trl_vpo.testbed import language, world
 
 Edges = list[tuple[np.ndarray, np.ndarray]]  # level by level: the parent of each word (-1: the text), and its token
 

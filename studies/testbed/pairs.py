@@ -1,4 +1,4 @@
-"""Preference data of the richer world: training pairs of each kind, and held-out pairs, with their media on disk.
+"""Preference data of the small world: training pairs of each kind, and held-out pairs, with their media on disk.
 
     near      the rejected response is the chosen one with one fact wrong
     wording   it is that in another wording
@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.testbed.rich import language, world
-from trl_vpo.testbed.rows import SUFFIXES, write_jsonl
-from trl_vpo.testbed.world import write_sample
+from trl_vpo.testbed import language, world
+from trl_vpo.testbed.rows import write_jsonl, write_rows
 
 FLIPPED = {"flip20": 0.2, "flip40": 0.4}  # those of the smaller share are among those of the larger one
 PAIRS = ("near", "wording", *FLIPPED, "policy", "scenes", "made", "made_again")
@@ -41,7 +40,8 @@ def training_rows(
         return path
     drawn = 3 * count if pairs == "policy" else count
     samples = world.draw_samples(kind, drawn, seed, habits=False)
-    rows = write_rows(samples, seed, folder / f"{kind}s-{seed}", reworded=pairs == "wording", boxed=boxed)
+    where = folder / f"{kind}s-{seed}"
+    rows = write_rows(samples, seed, where, reworded=pairs == "wording", boxed=boxed, keep=True)
     if pairs == "policy":
         rows = _sampled(rows, samples, count, sampler)
     for number in np.random.default_rng([seed, 21]).permutation(count)[: round(FLIPPED.get(pairs, 0) * count)]:
@@ -56,37 +56,6 @@ def with_whole_phrases(path: Path) -> Path:
         for side in ("chosen", "rejected"):
             row[f"{side}_phrases"] = [[0, len(row[side][0]["content"][0]["text"])]]
     return write_jsonl(rows, path.with_name(f"whole-{path.name}"))
-
-
-def write_rows(
-    samples: Sequence[world.Sample], seed: int, folder: Path, *, reworded: bool = False, boxed: bool = False
-) -> list[dict]:
-    """Write the media of samples and return a row for each: the truth is chosen, the truth but for a fact rejected.
-
-    A scene's `critical_box` is that of the thing whose fact is wrong, or beside which something is invented. With
-    `boxed` clips have one too: the thing's whole lane, in which it moves.
-    """
-    rng, rows = np.random.default_rng([seed, 7]), []
-    for number, sample in enumerate(samples):
-        path = folder / f"{number:04d}{SUFFIXES[sample.kind]}"
-        if not path.is_file():
-            write_sample(sample, path)
-        wording, other = language.draw_wording(rng), language.draw_wording(rng)
-        wrong, thing = language.one_fact_wrong(sample.things, rng)
-        media = {"type": "video" if sample.kind == "clip" else "image"}
-        row = {
-            "id": f"{folder.name}-{number:04d}",
-            "prompt": [{"role": "user", "content": [media, _text(language.PROMPTS[sample.kind])]}],
-            "chosen": _said(language.caption(sample.things, wording)),
-            "rejected": _said(language.caption(wrong, other if reworded else wording)),
-            f"{media['type']}s": [str(path.resolve())],
-        }
-        if sample.kind == "scene":
-            row["critical_box"] = list(thing.box)
-        elif boxed:
-            row["critical_box"] = [thing.place * world.LANE, 0, (thing.place + 1) * world.LANE, world.HEIGHT]
-        rows.append(row)
-    return rows
 
 
 def _sampled(rows: list[dict], samples: Sequence[world.Sample], count: int, sampler: Sampler) -> list[dict]:

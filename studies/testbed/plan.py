@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-BASE = Path("studies/testbed/rich/base")
 TEST_SEED, TRAIN_SEED = 902, 1000  # of the world's draws; a run's own seed is added to the latter
 ROWS, BATCH, TEST = 320, 16, 64  # training pairs, pairs of a step, held-out samples
 RATES = (3e-4, 1e-3, 3e-3)

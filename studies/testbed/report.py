@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.testbed.rich import plan, tables
+from studies.testbed import plan, tables
 from trl_vpo.files import atomic_write
 
 PANELS = {  # measure -> the label of its axis, and what its values are multiplied by

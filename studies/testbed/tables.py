@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.testbed.rich import plan
+from studies.testbed import plan
 
 Rows = Sequence[Mapping[str, Any]]
 DRAWS, LEVEL = 1000, 0.95

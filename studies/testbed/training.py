@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from studies.testbed.rich import habits, plan, world
+from studies.testbed import habits, plan
+from trl_vpo.testbed import world
+from trl_vpo.testbed.tiny_vlm import BASE
 
 CAPTION_TOKENS, AT_ONCE = 72, 64
 PRECOMPUTED = ("dpo", "mdpo", "lpoi")  # recipes whose reference log-probs are computed once, for all rates
@@ -17,7 +19,7 @@ PRECOMPUTED = ("dpo", "mdpo", "lpoi")  # recipes whose reference log-probs are c
 
 def base_of(kind: str, out: Path) -> Path:
     """Return the folder of the base that runs on clips or scenes start from."""
-    return plan.BASE if kind == "clip" else habits.taught_base(out)
+    return BASE if kind == "clip" else habits.taught_base(out)
 
 
 def train(run: plan.Run, data: Path, folder: Path, out: Path) -> None:
@@ -64,7 +66,7 @@ def sampled(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     from trl_vpo.models.load import load_model
     from trl_vpo.models.requests import Request, Sampling
 
-    model, dataset = load_model(str(plan.BASE), device="cpu", batch_size=AT_ONCE), Dataset.from_list(rows)
+    model, dataset = load_model(str(BASE), device="cpu", batch_size=AT_ONCE), Dataset.from_list(rows)
     inputs, options = Inputs(dataset, row_ids(dataset), None, None), VideoOptions(num_frames=world.NUM_FRAMES)
     requests = [
         Request(row.example["prompt"], load_media(row, options), seed=int(row.id.rsplit("-", 1)[1])) for row in inputs

@@ -22,7 +22,7 @@ from held_out_kit import (
 from PIL import Image
 from rich.console import Console
 
-from studies.testbed import base
+from studies.testbed import pretraining
 from trl_vpo.evaluate.probes import damaged, row_seed
 from trl_vpo.evaluate.table import results_tables
 from trl_vpo.media.load import Media, VideoOptions, load_video
@@ -156,7 +156,8 @@ def test_answers_are_the_models_own_greedy_ones(held_out, run, models):
                 question = "Which is true?\nA. {}\nB. {}".format(*row["options"])
             else:
                 question = row["prompt"][0]["content"][1]["text"]
-            (answer,) = base.answer(models[contestant], processor(), [held_out.samples[name]], [question])
+            asked = (processor(), [held_out.samples[name]], [question])
+            (answer,) = pretraining.answer(models[contestant], *asked, max_new_tokens=16)
             assert run[1][name, contestant]["response"] == answer
     assert len({run[1][name, "base"]["response"] for name in held_out.rows}) > 5
 

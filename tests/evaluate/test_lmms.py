@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from families import LANGUAGE_MODEL
 from held_out_kit import write_adapter
-from lmms_kit import CAPTION, CODE, COLOUR, FRAMES, about, answers, needs_lmms_eval
+from lmms_kit import CAPTION, CODE, FIRST, FRAMES, about, answers, needs_lmms_eval
 from local_kit import GREEDY, load
 
 from trl_vpo.errors import EvaluateError, RunError
@@ -36,11 +36,11 @@ def test_base_and_adapter_answer_as_elsewhere(benchmark, tmp_path, documents):
     adapter = write_adapter(tmp_path / "last", scale=0.1, lora_alpha=16, target_modules=LANGUAGE_MODEL)
     by_adapter = []
     for path in (None, adapter):
-        metrics, rows = benchmark("tiny_colour", adapter=path, batch_size=4)
-        expected = load(adapter=path).answer([about(COLOUR, doc["clip"]) for doc in documents], GREEDY)
-        assert answers(rows["tiny_colour"]) == expected
+        metrics, rows = benchmark("tiny_first", adapter=path, batch_size=4)
+        expected = load(adapter=path).answer([about(FIRST, doc["clip"]) for doc in documents], GREEDY)
+        assert answers(rows["tiny_first"]) == expected
         hits = [text == doc["answer"] for text, doc in zip(expected, documents)]
-        assert metrics["tiny_colour"]["tiny_colour"]["right"] == pytest.approx(np.mean(hits))
+        assert metrics["tiny_first"]["tiny_first"]["right"] == pytest.approx(np.mean(hits))
         by_adapter.append(expected)
     assert by_adapter[0] != by_adapter[1]
 
@@ -54,7 +54,7 @@ def everything(benchmark):
 def test_answers_end_where_the_task_says(everything, plain_base, documents):
     metrics, rows = everything
     assert metrics["tiny_all"].keys() == {"tiny_stop", "tiny_cut"}
-    full = plain_base.answer([about(COLOUR, doc["clip"]) for doc in documents], GREEDY)
+    full = plain_base.answer([about(FIRST, doc["clip"]) for doc in documents], GREEDY)
     cut = [text.split("e")[0].split("l")[0] for text in full]
     assert answers(rows["tiny_stop"]) == cut != full
     captions = plain_base.answer([about(CAPTION, doc["clip"]) for doc in documents], GREEDY)
@@ -67,7 +67,7 @@ def test_a_task_that_samples_is_repeatable(everything, plain_base, documents):
     _, rows = everything
     hot = Sampling(max_new_tokens=16, temperature=2.5, top_p=0.95)
     seeds = [[stream_seed(0, f"tiny_hot/{i}", f"answer {time}") for time in (1, 2)] for i in range(6)]
-    pairs = [[about(COLOUR, doc["clip"], seed) for seed in two] for doc, two in zip(documents, seeds)]
+    pairs = [[about(FIRST, doc["clip"], seed) for seed in two] for doc, two in zip(documents, seeds)]
     expected = [plain_base.answer(pair, hot) for pair in pairs]
     assert any(first != second for first, second in expected)
     pairs = [pair for two in zip(answers(rows["tiny_hot"]), expected) for pair in zip(*two)]
@@ -79,7 +79,7 @@ def test_a_task_that_samples_is_repeatable(everything, plain_base, documents):
 def test_messages_of_a_task_reach_the_model(everything, plain_base, documents):
     _, rows = everything
     images = tuple(load_image(path) for path in documents[0]["scenes"])
-    text = {"type": "text", "text": "Which shape is on the left?"}
+    text = {"type": "text", "text": "How big is the table?"}
     content = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}, text]
     turns = [{"role": "system", "content": [{"type": "text", "text": "Look."}]}, {"role": "user", "content": content}]
     assert answers(rows["tiny_scenes"]) == plain_base.answer([Request(turns, Media(images))], GREEDY) * 6
@@ -149,7 +149,7 @@ def test_benchmarks_that_cannot_be_run_are_refused(benchmark, monkeypatch, no_we
             benchmark(name)
     for settings, message in (({"limit": 0}, "limit is 0"), ({"include_path": "gone"}, "gone is not a folder")):
         with pytest.raises(EvaluateError, match=message):
-            benchmark("tiny_colour", **settings)
+            benchmark("tiny_first", **settings)
 
 
 @needs_lmms_eval
@@ -162,12 +162,12 @@ def test_what_goes_wrong_names_task_and_document(benchmark):
 
 @needs_lmms_eval
 def test_finished_benchmarks_are_read(benchmark, tmp_path, no_weights):
-    first, rows = benchmark("tiny_colour", out=tmp_path, limit=2)
-    assert len(rows["tiny_colour"]) == 2
+    first, rows = benchmark("tiny_first", out=tmp_path, limit=2)
+    assert len(rows["tiny_first"]) == 2
     no_weights()
-    assert benchmark("tiny_colour", out=tmp_path, limit=2)[0] == first
+    assert benchmark("tiny_first", out=tmp_path, limit=2)[0] == first
     with pytest.raises(EvaluateError, match="results with another limit, num_frames"):
-        benchmark("tiny_colour", out=tmp_path, limit=3, num_frames=2)
+        benchmark("tiny_first", out=tmp_path, limit=3, num_frames=2)
 
 
 def test_answers_are_kept_as_they_come(tmp_path):
@@ -215,23 +215,23 @@ def test_a_killed_benchmark_continues(benchmark, tmp_path, monkeypatch, task):
 def test_a_changed_task_file_is_noticed(benchmark, tasks, tmp_path, no_weights):
     """Where the benchmark is of that folder; what lmms-eval has itself does not depend on it."""
     folder = shutil.copytree(tasks, tmp_path / "tasks")
-    for name in ("tiny_colour", "tiny_all"):
+    for name in ("tiny_first", "tiny_all"):
         benchmark(name, out=tmp_path / "out", limit=1, include_path=folder)
     no_weights()
     (folder / ".git").mkdir()
     (folder / ".git" / "index").touch()
     benchmark(
-        "tiny_colour", "tiny_all", out=tmp_path / "out", limit=1, include_path=folder
+        "tiny_first", "tiny_all", out=tmp_path / "out", limit=1, include_path=folder
     )  # Python's caches are no change
     code = folder / "code.py"
     code.write_text(code.read_text().replace("results[0] == doc", "results[0] != doc"))
-    for name in ("tiny_colour", "tiny_all"):
+    for name in ("tiny_first", "tiny_all"):
         with pytest.raises(EvaluateError, match="results with another include_files"):
             benchmark(name, out=tmp_path / "out", limit=1, include_path=folder)
     code.write_text(CODE)
-    benchmark("tiny_colour", out=tmp_path / "out", limit=1, include_path=folder)
+    benchmark("tiny_first", out=tmp_path / "out", limit=1, include_path=folder)
     with pytest.raises(EvaluateError, match=r"results with another include_path\."):
-        benchmark("tiny_colour", out=tmp_path / "out", limit=1)
+        benchmark("tiny_first", out=tmp_path / "out", limit=1)
 
 
 def test_every_adapter_gets_a_folder_and_the_options(monkeypatch):

@@ -140,7 +140,7 @@ def behave(number, body):
         if text.startswith("Compare"):
             difference = {"kind": "attribute", "truth": truth.split()[:2][-1], "answer": "pink"}
             return said(json.dumps({"correct": False, "differences": [difference]}))
-        return said(json.dumps({"rewritten": re.sub(r"^a \w+", "a pink", truth)}))
+        return said(json.dumps({"rewritten": re.sub(r"^the \w+", "the pink", truth)}))
     question = text[-1]["text"].split("\n")[0]
     assert text[0]["type"] == "video_url"
     return said(
@@ -175,7 +175,7 @@ def test_a_server_and_a_judge(serve, inputs, tmp_path):
         rejected = row["rejected"][0]["content"][0]["text"]
         assert row["chosen"][0]["content"][0]["text"] == truth
         if row["answer_kind"] == "open":
-            assert rejected == re.sub(r"^a \w+", "a pink", truth)
+            assert rejected == re.sub(r"^the \w+", "the pink", truth)
             (start, end), (other_start, other_end) = row["chosen_phrases"][0], row["rejected_phrases"][0]
             assert (truth[start:end], rejected[other_start:other_end]) == (truth.split()[1], "pink")
 

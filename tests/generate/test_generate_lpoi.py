@@ -31,10 +31,11 @@ def test_scenes_with_known_boxes(scenes):
     for row, outcome in zip(scenes, outcomes, strict=True):
         first = row.example["objects"][0]  # captions begin with the thing on the left
         caption = row.example["chosen"][0]["content"][0]["text"]
-        assert caption.split()[2] == first["label"]
+        words = caption.split(".")[0].split()  # "there is a large green table", or "one sees" it
+        assert words[5] == first["label"]
         assert made_row(outcome) == row.example | {
             "critical_box": first["box"],
-            "critical_object": " ".join(caption.split()[1:3]),  # with its colour, the annotation knows the shape only
+            "critical_object": " ".join(words[3:]),  # with size and colour, the annotation knows the noun only
             "box_source": "annotation",
             "box_score": None,
             "generated_by": MADE,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from local_kit import plain
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoProcessor
 
-from studies.testbed.base import encode, read_mp4
+from studies.testbed.pretraining import encode
 from trl_vpo.evaluate.run import run_evaluation
 from trl_vpo.testbed import language, rows, tiny_vlm, world
 
@@ -22,6 +23,12 @@ EVERYWHERE = r".*(q_proj|v_proj|visual.*\.qkv)"
 
 def processor():
     return AutoProcessor.from_pretrained(tiny_vlm.BASE)
+
+
+def read_mp4(path) -> np.ndarray:
+    """Return all frames (T, H, W, 3) uint8 of a clip."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def write_adapter(folder: Path, *, scale=0.3, seed=0, **lora) -> str:
@@ -61,21 +68,21 @@ def write_held_out(folder: Path, clips=3, scenes=2) -> SimpleNamespace:
 
 
 def _questions(sample, row, rng) -> list[dict]:
-    name, media = row["id"], {"videos": row["videos"]}
+    name, media, shapes = row["id"], {"videos": row["videos"]}, [thing.shape for thing in sample.things]
     made = []
     for side, item in zip(("basic", "hallucinated"), language.yes_no_pair(sample.things, rng)):
         made.append({"id": f"{name}-{side}", "task": "yes_no", "question": item.question, "answer": item.answer})
         made[-1] |= {"pair": name, "role": side} | media
-    options = [language.wrong_caption(sample.things, rng), language.caption(sample.things)]
+    options = [f"a {shape}." for shape in (next(s for s in world.SHAPES if s not in shapes), *shapes[:1])]
     choice = {"id": f"{name}-choice", "task": "choice", "question": "Which is true?", "options": options}
     caption = {"id": f"{name}-chair", "task": "chair", "question": language.PROMPTS["clip"]}
-    return [*made, choice | {"answer": "B"} | media, caption | {"objects": [sample.things[0].shape]} | media]
+    return [*made, choice | {"answer": "B"} | media, caption | {"objects": shapes} | media]
 
 
 @torch.no_grad()
 def slow_scores(model, processor, sample, question, text) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, V) log-probs of each next token of a response behind a question about a sample, and its tokens (T,)."""
-    batch = encode(processor, [sample], [language.Item("asked", question, text)])
+    batch = encode(processor, [sample], [[language.Item("asked", question, text)]])
     labels = batch.pop("labels")[0, 1:]
     logps = model(**batch).logits[0, :-1].float().log_softmax(-1)
     return logps[labels != -100], labels[labels != -100]

@@ -19,7 +19,7 @@ from trl_vpo.testbed.tiny_vlm import BASE
 
 needs_lmms_eval = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra lmms")
 FRAMES = VideoOptions(num_frames=4)
-COLOUR, CAPTION = "What colour is the shape?", "Describe the video."
+FIRST, CAPTION = "What moves first?", "Describe the video."
 
 CODE = '''
 def media(doc):
@@ -29,7 +29,7 @@ def media(doc):
 def messages(doc):
     """Two images, with text before, between and behind them."""
     first, second = ({"type": "image", "url": path} for path in doc["scenes"])
-    content = [first, {"type": "text", "text": "and"}, second, {"type": "text", "text": "Which shape is on the left?"}]
+    content = [first, {"type": "text", "text": "and"}, second, {"type": "text", "text": "How big is the table?"}]
     return [{"role": "system", "content": [{"type": "text", "text": "Look."}]}, {"role": "user", "content": content}]
 
 
@@ -50,15 +50,16 @@ yaml.SafeDumper.add_representer(Function, lambda dumper, text: dumper.represent_
 
 
 def write_documents(folder: Path) -> list[dict]:
-    """Six clips with their colours and three captions each, of which the true one is at `place`; two scenes."""
+    """Six clips with what moves first and three captions each, of which the true one is at `place`; two scenes."""
     scenes = world.draw_samples("scene", 2, seed=6, habits=False)
     scenes = [str(world.write_sample(sample, folder / f"{i}.png")) for i, sample in enumerate(scenes)]
     documents = []
     for i, sample in enumerate(world.draw_samples("clip", 6, seed=5, habits=False)):
-        captions = [language.wrong_caption(sample.things, np.random.default_rng(seed)) for seed in range(3)]
+        wrong = [language.one_fact_wrong(sample.things, np.random.default_rng(seed))[0] for seed in range(3)]
+        captions = [language.caption(things) for things in wrong]
         captions[i % 3] = language.caption(sample.things)
         clip = str(world.write_sample(sample, folder / f"{i}.mp4"))
-        answer = f"{sample.things[0].colour}."
+        answer = f"the {next(thing.shape for thing in sample.things if thing.turn == 1)}."
         documents.append({"clip": clip, "scenes": scenes, "answer": answer, "captions": captions, "place": i % 3})
     return documents
 
@@ -72,7 +73,7 @@ def write_tasks(folder: Path, documents: list[dict]) -> Path:
     metric = {"metric": "right", "aggregation": "mean", "higher_is_better": True}
     scored = {"process_results": Function("code.right"), "metric_list": [metric], "doc_to_target": "answer"}
     media = {"doc_to_visual": Function("code.media")}
-    clip = {**data, **scored, **media, "doc_to_text": COLOUR}
+    clip = {**data, **scored, **media, "doc_to_text": FIRST}
     choice = {**data, **media, "output_type": "multiple_choice", "doc_to_text": CAPTION}
     scenes = {"doc_to_messages": Function("code.messages"), "doc_to_text": "not used"}
 
@@ -82,7 +83,7 @@ def write_tasks(folder: Path, documents: list[dict]) -> Path:
     hot = generation(max_new_tokens=16, temperature=2.5, top_p=0.95, do_sample=True)
     greedy = generation(max_new_tokens=16, temperature=0, until=["\n\n"])
     configs = {
-        "tiny_colour": clip | greedy,
+        "tiny_first": clip | greedy,
         "tiny_stop": clip | generation(max_new_tokens=16, until=["e", "l"]),
         "tiny_cut": clip | generation(max_new_tokens=2, temperature=0.7, do_sample=False) | {"doc_to_text": CAPTION},
         "tiny_hot": clip | hot | {"repeats": 2},

@@ -9,8 +9,8 @@ from trl_vpo.models.requests import Request, Sampling
 from trl_vpo.testbed import world
 from trl_vpo.testbed.tiny_vlm import BASE
 
-GREEDY = Sampling(max_new_tokens=16, temperature=0)
-QUESTIONS = ("Describe the video.", "Which shape is it?", "What colour is the shape?")
+GREEDY = Sampling(max_new_tokens=48, temperature=0)
+QUESTIONS = ("Describe the video.", "What moves first?", "What colour is the square?")
 
 
 def plain():

@@ -49,10 +49,10 @@ def test_adapters_that_do_not_fit(tmp_path, adapter):
     copy = save(base, tmp_path / "another")
     with pytest.raises(ModelError, match=rf"was trained on .*base, but model_name_or_path is {copy}"):
         load(copy, adapter=adapter)
-    # the right name, but another model: one layer less
+    # the right name, but another model: one layer is left
     base.model.config.text_config.num_hidden_layers = 1
     base.model.config.text_config.layer_types = ["full_attention"]
-    del base.model.model.language_model.layers[1]
+    del base.model.model.language_model.layers[1:]
     with pytest.raises(AdapterError, match=r"does not fit .*base: \d+ weights have no place in the model"):
         load(save(base, tmp_path / "base"), adapter=adapter)
 

@@ -22,7 +22,7 @@ from trl_vpo.testbed import language, world
 from trl_vpo.testbed.tiny_vlm import BASE
 
 MISSING = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
-GREEDY = Sampling(max_new_tokens=24, temperature=0.0, top_p=1.0)
+GREEDY = Sampling(max_new_tokens=72, temperature=0.0, top_p=1.0)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install transformers[serving]"),
@@ -73,8 +73,8 @@ def test_images_are_answered_as_in_this_process(url):
 
 
 def test_a_clip_goes_as_frames_and_not_as_a_video(url):
-    clips = asked("clip", 2)
-    for answer in ServerModel(url, str(BASE), media="frames").answer(clips, GREEDY):
-        assert language.check_caption(answer, ()).parsed
+    clips, samples = asked("clip", 2), world.draw_samples("clip", 2, 5, habits=False)
+    answers = ServerModel(url, str(BASE), media="frames").answer(clips, GREEDY)
+    assert [language.check_caption(text, sample.things).parsed for text, sample in zip(answers, samples)] == [True] * 2
     with pytest.raises(ModelError, match="set server_media: frames"):
         ServerModel(url, str(BASE), max_retries=0).answer(clips, GREEDY)

@@ -1,4 +1,4 @@
-"""The shipped base of the richer world, and a run of the comparison on it from pairs to rows."""
+"""The shipped base of the small world, and a run of the comparison on it from pairs to rows."""
 
 import json
 
@@ -7,14 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from studies.testbed.rich import cells, command, language, made, plan, pretraining, world
-from studies.testbed.rich.mass import TrueCaption
+from studies.testbed import cells, command, made, plan, pretraining
+from studies.testbed.mass import TrueCaption
+from trl_vpo.testbed import language, world
+from trl_vpo.testbed.tiny_vlm import BASE
 
 
 @pytest.fixture(scope="module")
 def base():
-    model = AutoModelForImageTextToText.from_pretrained(plan.BASE)
-    return model.eval(), AutoProcessor.from_pretrained(plan.BASE)
+    model = AutoModelForImageTextToText.from_pretrained(BASE)
+    return model.eval(), AutoProcessor.from_pretrained(BASE)
 
 
 def documented() -> dict[tuple[str, str], dict[str, float]]:
@@ -26,7 +28,7 @@ def documented() -> dict[tuple[str, str], dict[str, float]]:
 
 
 def test_the_base_is_small_and_as_good_as_documented(base):
-    assert sum(path.stat().st_size for path in plan.BASE.iterdir()) < 8e6
+    assert sum(path.stat().st_size for path in BASE.iterdir()) < 8e6
     expected = documented()["clip", "balanced"]
     assert pretraining.measure_base(*base, "clip", **pretraining.SPLITS["balanced"]) == pytest.approx(
         expected, abs=0.04

@@ -1,13 +1,15 @@
-"""Scenes of the richer world: what habit adds to them; boxes over clips, and pairs that the base makes."""
+"""Scenes of the small world: what habit adds to them; boxes over clips, and pairs that the base makes."""
 
 import json
 
 import numpy as np
 import pytest
 
-from studies.testbed.rich import habits, language, made, pairs, plan, world
-from studies.testbed.rich.pretraining import encode
-from studies.testbed.rich.world import Thing
+from studies.testbed import habits, made, pairs, plan
+from studies.testbed.pretraining import encode
+from trl_vpo.testbed import language, world
+from trl_vpo.testbed.tiny_vlm import BASE
+from trl_vpo.testbed.world import Thing
 
 
 def scene(*nouns):
@@ -45,13 +47,13 @@ def test_a_taught_base_adds_what_is_usual(tmp_path, monkeypatch):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     monkeypatch.setattr(habits, "STEPS", 12)
-    processor = AutoProcessor.from_pretrained(plan.BASE)
+    processor = AutoProcessor.from_pretrained(BASE)
     sample = next(s for s in habits.scenes(8) if habits.objects(s)[0] == "cup")
     said = language.caption(world.as_described(sample.things, np.random.default_rng(0), 1.0), (0,) * 6)
     assert "cup" in said and "cup" not in language.caption(sample.things, (0,) * 6)
     batch = encode(processor, [sample], [[language.Item("caption", language.PROMPTS["scene"], said)]])
     losses = []
-    for folder in (plan.BASE, habits.taught_base(tmp_path)):
+    for folder in (BASE, habits.taught_base(tmp_path)):
         model = AutoModelForImageTextToText.from_pretrained(folder).eval()
         losses.append(float(model(**batch).loss.detach()))
     assert losses[1] < losses[0] - 0.05

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from studies.testbed.rich import language, world
-from studies.testbed.rich.mass import Forest, TrueCaption
-from studies.testbed.rich.pretraining import encode, untrained_model, untrained_processor
+from studies.testbed.mass import Forest, TrueCaption
+from studies.testbed.pretraining import encode, untrained_model, untrained_processor
+from trl_vpo.testbed import language, world
 
 WORDING = (0, 1, 1, 0, 1)
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from studies.testbed.rich import cells, command, plan, tables
+from studies.testbed import cells, command, plan, tables
 
 SAMPLES, RIGHT = 40, 30
 

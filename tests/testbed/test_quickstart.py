@@ -24,14 +24,16 @@ def test_the_next_steps_are_commands():
 
 @pytest.mark.parametrize("kind", ["clip", "scene"])
 def test_captions_are_checked_as_the_world_does(kind):
-    """CHAIRs of true, usual and broken captions is the share that the world's own check calls hallucinated."""
+    """CHAIRs of true, usual and empty captions is the share that the world's own check calls hallucinated."""
     table, responses, hallucinated = ObjectTable({name: [] for name in language.all_objects()}), [], []
     for sample in world.draw_samples(kind, 40, 5, habits=False):
-        usual = language.caption(world.as_usual(sample.things))
-        for text in (language.caption(sample.things), usual, "It is a red square, I think.", "nothing"):
+        usual = tuple(map(world.as_usual, sample.things))
+        if expected := world.missing_companion(sample.things):
+            usual = (*usual[: expected[0]], expected[1], *usual[expected[0] :])
+        for text in (language.caption(sample.things), language.caption(usual, (1,) * 5), "nothing"):
             responses.append(read_response(text, language.objects_of(sample.things), table))
             hallucinated.append(language.check_caption(text, sample.things).hallucinated)
-    assert list(chair(responses)["chair/s"]) == hallucinated and 0.2 < sum(hallucinated) / len(hallucinated) < 0.8
+    assert list(chair(responses)["chair/s"]) == hallucinated and 0.1 < sum(hallucinated) / len(hallucinated) < 0.8
 
 
 def test_the_data_are_rows_to_train_on_and_held_out_ones(tmp_path, monkeypatch):
@@ -46,3 +48,6 @@ def test_the_data_are_rows_to_train_on_and_held_out_ones(tmp_path, monkeypatch):
         assert [row.cluster for row in held_out[:2]] == [row.cluster for row in held_out[2:]]
         train = (tmp_path / f"data/{kind}s_train.jsonl").read_text().splitlines()
         assert [json.loads(line)["id"] for line in train] == [f"{kind}s_train-{n:04d}" for n in range(3)]
+    for name, count in (("captions", 3), ("questions", 6), ("pairs", 3)):  # what to generate from
+        asked = read_inputs(str(tmp_path / f"data/{name}_input.jsonl"))
+        assert [row.problem for row in asked] == [None] * count

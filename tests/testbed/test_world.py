@@ -1,13 +1,18 @@
-"""The richer world: its facts, habits and pixels, the grammar's truth, and the pairs that are made of it."""
+"""The small world: its facts, habits and pixels, the grammar's truth, and the pairs that are made of it."""
 
 import json
 from itertools import product
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from held_out_kit import read_mp4
+from PIL import Image
 
-from studies.testbed.rich import language, pairs, world
-from studies.testbed.rich.world import STILL, Thing
+from studies.testbed import pairs
+from trl_vpo.testbed import language, rows, world
+from trl_vpo.testbed.world import STILL, Thing
 
 KINDS = ("clip", "scene")
 CLIP = (
@@ -99,6 +104,61 @@ def _motion(heights, turn):
     if None in own:
         return "flashes"
     return "rises" if own[-1] < own[0] - 10 else "falls" if own[-1] > own[0] + 10 else STILL
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_fixes_facts_pixels_text_and_files(kind, tmp_path):
+    runs = [rows.write_preferences(kind, 6, seed=3, folder=tmp_path / name / "x") for name in ("one", "two")]
+    (samples, written), (again, rewritten) = runs
+    for first, second, row, other in zip(samples, again, written, rewritten):
+        assert first.things == second.things
+        assert np.array_equal(first.frames, second.frames)
+        path, repeated = (r.pop("videos" if kind == "clip" else "images")[0] for r in (row, other))
+        assert Path(path).read_bytes() == Path(repeated).read_bytes()
+        name, repeated = (Path(r.pop("other_images", [""])[0]).name for r in (row, other))
+        assert name == repeated and bool(name) == (kind == "scene")
+        assert row == other
+    different = world.draw_samples(kind, 6, seed=4, habits=False)
+    assert any(a.things != b.things for a, b in zip(samples, different))
+
+
+def test_clips_decode_to_what_was_drawn(tmp_path):
+    colours = set()
+    for number, sample in enumerate(world.draw_samples("clip", 40, seed=0, habits=False)):
+        path = world.write_sample(sample, tmp_path / f"{number}.mp4")
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+            assert float(stream.average_rate) == world.FRAME_RATE
+        frames = read_mp4(path)
+        assert frames.shape == (world.NUM_FRAMES, world.HEIGHT, 3 * world.LANE, 3)
+        for thing in sample.things:
+            if (thing.size, thing.texture) == ("large", "plain"):
+                x0, y0, x1, y1 = thing.box
+                x, y = (x0 + x1) // 2, (y0 + y1) // 2
+                seen = frames[0, y - 2 : y + 2, x - 2 : x + 2].mean((0, 1))
+                distances = {name: np.abs(seen - rgb).sum() for name, rgb in world.COLOURS.items()}
+                assert min(distances, key=distances.get) == thing.colour
+                colours.add(thing.colour)
+    assert colours == set(world.COLOURS)
+
+
+def test_rows_follow_the_contract(tmp_path):
+    samples, written = rows.write_preferences("scene", 12, seed=6, folder=tmp_path / "scenes")
+    loaded = [json.loads(line) for line in rows.write_jsonl(written, tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert loaded == written
+    for sample, row in zip(samples, loaded):
+        assert np.array_equal(np.asarray(Image.open(row["images"][0])), sample.frames[0])
+        assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]
+        chosen, rejected = (row[side][0]["content"][0]["text"] for side in ("chosen", "rejected"))
+        assert language.check_caption(chosen, sample.things).true
+        assert language.check_caption(rejected, sample.things).false
+        assert tuple(row["critical_box"]) in {thing.box for thing in sample.things}
+    _, clips = rows.write_preferences("clip", 2, seed=6, folder=tmp_path / "clips")
+    assert clips[0]["videos"][0].endswith("clips/0000.mp4") and "critical_box" not in clips[0]
 
 
 # --- the grammar --------------------------------------------------------------------------------------------------
@@ -197,6 +257,6 @@ def test_only_wrong_samples_of_the_base_are_rejected(tmp_path):
     assert len(asked) == 8 and [rejected for _, rejected in found] == ["salad."] * 4
     assert [language.check_caption(c, s.things).true for (c, _), s in zip(found, samples[::2])] == [True] * 4
     with pytest.raises(ValueError, match="of 9 samples the base describes only 0 wrongly, and 3 are needed"):
-        right = {row["id"]: row["chosen"] for row in pairs.write_rows(samples, 5, tmp_path / "scenes-5")}
+        right = {row["id"]: row["chosen"] for row in rows.write_rows(samples, 5, tmp_path / "scenes-5")}
         say = lambda rows: [right[row["id"]][0]["content"][0]["text"] for row in rows]  # noqa: E731
         pairs.training_rows("policy", "scene", 3, 5, tmp_path, say)

@@ -55,8 +55,7 @@ def _written_by(recipe: str | None, rows: str) -> str:
     """Say which command writes the rows that a recipe of the quickstart names."""
     if not recipe or "quickstart/" not in recipe or read_recipe(recipe).get("dataset_name") != rows:
         return ""
-    selfmade = rows.startswith("outputs/selfmade/")
-    return f" {'`make selfmade` in a checkout' if selfmade else '`trl-vpo quickstart`, given here,'} writes it."
+    return " `trl-vpo quickstart`, given here, writes it."
 
 
 def _check_rows(name: str) -> None:

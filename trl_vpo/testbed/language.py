@@ -1,4 +1,4 @@
-"""The texts of the richer world: a grammar that knows which of its sentences are true, and questions.
+"""The texts of the world: a grammar that knows which of its sentences are true, and questions.
 
 A caption goes from left to right, a sentence for each thing; after the things of a clip it says in which order they
 moved, and what stays still. After any true beginning the grammar has finitely many next sentences (`next_sentences`),
@@ -15,7 +15,7 @@ from itertools import product
 
 import numpy as np
 
-from studies.testbed.rich.world import (
+from trl_vpo.testbed.world import (
     COLOURS,
     MOTIONS,
     OBJECTS,
@@ -180,10 +180,21 @@ def captions(things: Things) -> list[str]:
     return [" ".join(sentence(one.truth) for one in chosen) for chosen in product(*true_sentences(things))]
 
 
-def caption(things: Things, wording: Sequence[int]) -> str:
+def caption(things: Things, wording: Sequence[int] = (0,) * 5) -> str:
     """Return the true caption whose sentences have these wordings (counted modulo how many there are)."""
     chosen = [options[number % len(options)] for number, options in zip(wording, true_sentences(things))]
     return " ".join(sentence(one.truth) for one in chosen)
+
+
+def objects_of(things: Things) -> list[str]:
+    """Return what a caption may mention: `large plain red square`, and of a clip `square rises`."""
+    return [t.name for t in things] + [f"{t.shape} {t.motion}" for t in things if t.motion]
+
+
+def all_objects() -> list[str]:
+    """Return everything that captions of the world can mention; places and the order of events are not in it."""
+    columns = (SIZES, TEXTURES, COLOURS, SHAPES), (SIZES, SCENE_COLOURS, OBJECTS), (SHAPES, (*MOTIONS, STILL))
+    return [" ".join(words) for own in columns for words in product(*own)]
 
 
 def draw_wording(rng: np.random.Generator) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """The methods on the small world, in a few minutes on two CPU cores: `trl-vpo quickstart`.
 
-It writes clips and scenes with rows to train on and held-out ones, balanced and drawn without habits, and compares the
-methods as `trl-vpo compare` does, with the recipes `quickstart/METHOD`; those for images, on scenes.
+It writes clips and scenes with rows to train on and held-out ones, drawn without habits, and compares the methods as
+`trl-vpo compare` does, with the recipes `quickstart/METHOD`; those for images, on scenes. The inputs of
+`quickstart/METHOD-generate` are about the clips and scenes to train on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from trl_vpo.testbed import language, rows
 ON_SCENES = {"lpoi", "mdpo", "symmpo"}  # the other methods train on clips
 TRAIN_ROWS, HELD_OUT_ROWS = 320, 150
 TRAIN_SEED, HELD_OUT_SEED = 11, 12
-EVALUATION = {"max_new_tokens": 32, "sensitivity": "none", "batch_size": 32}
+EVALUATION = {"max_new_tokens": 72, "sensitivity": "none", "batch_size": 32}
 NEXT = """
 Next:
   trl-vpo view {data}/{kind}s_train.jsonl -o page.html
@@ -79,7 +80,7 @@ def prepare(folder: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Write media and rows of both kinds, to train on and held out, and the objects that captions are checked for."""
+    """Write media and rows of both kinds, to train on and held out, inputs to generate from, and captions' objects."""
     for kind in ("clip", "scene"):
         for split, count, seed in (("train", TRAIN_ROWS, TRAIN_SEED), ("held_out", HELD_OUT_ROWS, HELD_OUT_SEED)):
             media = folder / f"{kind}s_{split}"
@@ -89,22 +90,32 @@ def write_data(folder: Path) -> None:
             if split == "held_out":
                 written += [rows.caption_row(sample, row) for sample, row in zip(samples, written, strict=True)]
             rows.write_jsonl(written, media.with_suffix(".jsonl"))
+    write_generation_inputs(folder)
     (folder / "objects.txt").write_text("".join(f"{name}\n" for name in language.all_objects()), encoding="utf-8")
 
 
-def compare_on(
-    kind: str, recipes: dict[str, str], out: Path, command, data: dict[str, Path] | None = None
-) -> list[Path]:
-    """Compare methods (method: recipe) on the held-out samples of a kind, and return the folders of their trainings.
+def write_generation_inputs(folder: Path) -> None:
+    """Write what LeanPO, RRPO and LPOI make pairs from, about the clips and scenes to train on.
 
-    `data`: the file that each method trains on, in place of the quickstart's.
+    LeanPO is given captions, for which the base was taught to take hints; RRPO questions, whose wrong answers need no
+    judge to be seen.
     """
+    inputs = {}
+    for kind in ("clip", "scene"):
+        inputs[kind] = rows.write_inputs(kind, TRAIN_ROWS, TRAIN_SEED, folder / f"{kind}s_train", keep=True)
+    captions = [row for row in inputs["clip"] if row["answer_kind"] == "open"]
+    questions = [row for row in inputs["clip"] if row["answer_kind"] != "open"]
+    for name, own in (("captions", captions), ("questions", questions), ("pairs", inputs["scene"])):
+        rows.write_jsonl(own, folder / f"{name}_input.jsonl")
+
+
+def compare_on(kind: str, recipes: dict[str, str], out: Path, command) -> list[Path]:
+    """Compare methods (method: recipe) on held-out samples of a kind, and return the folders of their trainings."""
     from trl_vpo.compare.plan import Plan, Training
     from trl_vpo.compare.run import run_compare
 
-    usual = out / f"data/{kind}s_train.jsonl"
-    own = {m: {"dataset_name": str(data[m] if data else usual), "disable_tqdm": False} for m in recipes}
-    trainings = [Training(method, method, recipe, own[method]) for method, recipe in recipes.items()]
+    own = {"dataset_name": str(out / f"data/{kind}s_train.jsonl"), "disable_tqdm": False}
+    trainings = [Training(method, method, recipe, own) for method, recipe in recipes.items()]
     keys = EVALUATION | {"synonyms": str(out / "data/objects.txt")}
     plan = Plan(trainings, str(out / f"data/{kind}s_held_out.jsonl"), out / f"{kind}s", keys)
     run_compare(plan, command)

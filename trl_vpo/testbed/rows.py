@@ -13,24 +13,35 @@ from trl_vpo.testbed import language, world
 SUFFIXES = {"clip": ".mp4", "scene": ".png"}
 
 
-def preference_row(sample: world.Sample, path: Path, rng: np.random.Generator, *, row_id: str) -> dict:
-    """Return one row: the true caption is chosen, the typical false caption is rejected.
+def preference_row(
+    sample: world.Sample,
+    path: Path,
+    rng: np.random.Generator,
+    *,
+    row_id: str,
+    reworded: bool = False,
+    boxed: bool = False,
+) -> dict:
+    """Return one row: a true caption is chosen, the same with one fact wrong is rejected, `reworded` if asked.
 
-    A scene's `critical_box` is the box of the thing that the rejected caption gets wrong.
+    A scene's `critical_box` is that of the thing whose fact is wrong, or beside which something is invented. With
+    `boxed` a clip has one too: the thing's whole lane, in which it moves.
     """
-    rejected = language.wrong_caption(sample.things, rng)
+    wording, other = language.draw_wording(rng), language.draw_wording(rng)
+    wrong, thing = language.one_fact_wrong(sample.things, rng)
+    rejected = language.caption(wrong, other if reworded else wording)
     media = {"type": "video" if sample.kind == "clip" else "image"}
     row = {
         "id": row_id,
-        "source": f"testbed/{sample.kind}",
         "prompt": [{"role": "user", "content": [media, _text(language.PROMPTS[sample.kind])]}],
-        "chosen": [{"role": "assistant", "content": [_text(language.caption(sample.things))]}],
+        "chosen": [{"role": "assistant", "content": [_text(language.caption(sample.things, wording))]}],
         "rejected": [{"role": "assistant", "content": [_text(rejected)]}],
         f"{media['type']}s": [str(path.resolve())],
     }
     if sample.kind == "scene":
-        false = next((t for t in sample.things if t.name not in rejected), sample.things[0])
-        row["critical_box"] = list(false.box)
+        row["critical_box"] = list(thing.box)
+    elif boxed:
+        row["critical_box"] = [thing.place * world.LANE, 0, (thing.place + 1) * world.LANE, world.HEIGHT]
     return row
 
 
@@ -47,12 +58,18 @@ def write_preferences(kind: str, count: int, seed: int, folder: Path, *, progres
     `progress` wraps the samples on their way to the disk, for a progress bar.
     """
     samples = world.draw_samples(kind, count, seed, habits=False)
-    rng = np.random.default_rng([seed, 7])
-    written = _write(progress(samples), folder)
-    found = [preference_row(sample, path, rng, row_id=row_id) for sample, path, row_id in written]
+    found = write_rows(progress(samples), seed, folder)
     if kind == "scene":
         _add_others(found)
-    return samples, found
+    return samples, [row | {"source": f"testbed/{kind}"} for row in found]
+
+
+def write_rows(
+    samples: Iterable[world.Sample], seed: int, folder: Path, *, keep: bool = False, **options
+) -> list[dict]:
+    """Write the files of samples, or `keep` those that are there, and return a `preference_row` for each."""
+    rng, written = np.random.default_rng([seed, 7]), _write(samples, folder, keep)
+    return [preference_row(sample, path, rng, row_id=row_id, **options) for sample, path, row_id in written]
 
 
 def _add_others(rows: list[dict]) -> None:
@@ -63,7 +80,7 @@ def _add_others(rows: list[dict]) -> None:
             row |= {"other_images": other["images"], "other_chosen": other["chosen"]}
 
 
-def write_inputs(kind: str, count: int, seed: int, folder: Path) -> list[dict]:
+def write_inputs(kind: str, count: int, seed: int, folder: Path, *, keep: bool = False) -> list[dict]:
     """Draw `count` samples, write their files below `folder` and return inputs for `trl-vpo generate`.
 
     Of a clip: annotated questions, for `leanpo` and `rrpo`. Of a scene: an ordinary preference row with the boxes of
@@ -71,27 +88,33 @@ def write_inputs(kind: str, count: int, seed: int, folder: Path) -> list[dict]:
     """
     rng = np.random.default_rng([seed, 9])
     inputs = []
-    for sample, path, row_id in _write(world.draw_samples(kind, count, seed, habits=False), folder):
+    for sample, path, row_id in _write(world.draw_samples(kind, count, seed, habits=False), folder, keep):
         if kind == "clip":
             inputs += _annotated_rows(sample, path, rng, row_id)
         else:
             row = preference_row(sample, path, rng, row_id=row_id)
             del row["critical_box"]
-            inputs.append(row | {"objects": [{"label": t.shape, "box": list(t.box)} for t in sample.things]})
+            objects = [{"label": thing.shape, "box": list(thing.box)} for thing in sample.things]
+            inputs.append(row | {"source": f"testbed/{kind}", "objects": objects})
     return inputs
 
 
-def _write(samples: Iterable[world.Sample], folder: Path) -> Iterator[tuple[world.Sample, Path, str]]:
+def _write(
+    samples: Iterable[world.Sample], folder: Path, keep: bool = False
+) -> Iterator[tuple[world.Sample, Path, str]]:
     """Write the samples' files; yield each sample with its path and the id of its row."""
     for number, sample in enumerate(samples):
-        name = f"{number:04d}"
-        yield sample, world.write_sample(sample, folder / f"{name}{SUFFIXES[sample.kind]}"), f"{folder.name}-{name}"
+        path = folder / f"{number:04d}{SUFFIXES[sample.kind]}"
+        if not (keep and path.is_file()):
+            world.write_sample(sample, path)
+        yield sample, path, f"{folder.name}-{path.stem}"
 
 
 def _annotated_rows(sample: world.Sample, path: Path, rng: np.random.Generator, row_id: str) -> list[dict]:
     """Return three questions about a clip (caption, short answer, yes or no) with their true answers."""
     questions = language.open_items(sample.things)
-    items = [language.caption_item(sample.things), questions[rng.integers(len(questions))]]
+    caption = language.caption(sample.things, language.draw_wording(rng))
+    items = [language.Item("caption", language.PROMPTS["clip"], caption), questions[rng.integers(len(questions))]]
     items.append(language.yes_no_pair(sample.things, rng)[rng.integers(2)])
     return [
         {

@@ -13,13 +13,24 @@ Units: pixels, x to the right and y downwards. Frames are uint8 arrays of shape 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache
 from itertools import product
+from pathlib import Path
 
+import av
 import numpy as np
+from PIL import Image
 
-from trl_vpo.testbed.world import COLOURS, SHAPES
-
+COLOURS = {
+    "red": (215, 35, 35),
+    "green": (40, 180, 60),
+    "blue": (45, 75, 230),
+    "yellow": (235, 220, 50),
+    "white": (240, 240, 240),
+    "purple": (165, 50, 205),
+}
+SHAPES = ("square", "circle", "triangle", "cross")
 SIZES = ("small", "large")
 TEXTURES = ("plain", "striped")
 MOTIONS = ("rises", "falls", "flashes")
@@ -37,6 +48,8 @@ NUM_FRAMES = 8  # two events of four frames each
 RADIUS = {"small": 7.0, "large": 11.5}
 STRIPES = np.arange(LANE) % 4 < 2  # columns of a lane that are darker where a thing is striped
 BACKGROUND_MAX = 60  # no channel of the background, and at least one of every thing, is brighter
+FRAME_RATE = 4  # frames per second: a clip lasts two seconds
+NO_LOOKAHEAD = "mbtree=0:rc-lookahead=0"  # with its lookahead, x264 writes other bytes now and then
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,10 @@ class Thing:
     motion: str | None = None
     turn: int = 0
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def name(self) -> str:
+        return " ".join(word for word in (self.size, self.texture, self.colour, self.shape) if word)
 
     @property
     def combination(self) -> tuple[str | None, ...]:
@@ -241,3 +258,23 @@ def _box(mask: np.ndarray, left: int) -> tuple[int, int, int, int]:
     """Return the tight half-open box (x0, y0, x1, y1) around the true pixels of a lane that begins at `left`."""
     ys, xs = np.nonzero(mask)
     return int(xs.min()) + left, int(ys.min()), int(xs.max()) + 1 + left, int(ys.max()) + 1
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def write_sample(sample: Sample, path: Path) -> Path:
+    """Write a clip as h264 mp4 or a scene as png and return the path. The same frames give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if sample.kind == "scene":
+        Image.fromarray(sample.frames[0]).save(path)
+        return path
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(FRAME_RATE))
+        stream.height, stream.width = sample.frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": NO_LOOKAHEAD}
+        for frame in sample.frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    return path

@@ -117,7 +117,7 @@ def test_frames_are_the_clips_with_their_times(tmp_path, world):
     page = page_of(tmp_path, [world[0], row("video", [wild])], num_frames=3, thumb_pixels=1000)
     clip = load_video(world[0]["videos"][0], VideoOptions(num_frames=3, max_pixels=1000))
     (group,), (images,) = page.rows[0]["media"], page.images(0)
-    assert group["pictures"] == [[31, 31, "0.00 s"], [31, 31, "1.00 s"], [31, 31, "1.75 s"]]
+    assert group["pictures"] == [[38, 25, "0.00 s"], [38, 25, "1.00 s"], [38, 25, "1.75 s"]]
     assert group["title"] == "Video 1" and group["what"].endswith("0000.mp4 · 2.00 s · 8 frames · 4 a second")
     assert [alike(image, frame) for image, frame in zip(images, clip.frames)] == [True] * 3
     assert not alike(images[0], clip.frames[2])

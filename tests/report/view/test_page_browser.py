@@ -35,7 +35,7 @@ def test_first_page(shown):
     sizes = shown.run(
         "return Promise.all([...document.images].slice(0, 8).map((i) => i.decode().then(() => i.naturalWidth)))"
     )
-    assert sizes == [56] * 8
+    assert sizes == [84] * 8
     tops = shown.run("return [...document.images].slice(0, 8).map((i) => i.getBoundingClientRect().y)")
     assert shown.run("return innerWidth") == 1280 and len(set(tops)) == 1  # side by side
     alts = shown.run("return [...document.querySelectorAll('.strip img')].map((image) => image.alt)")
