@@ -9,12 +9,11 @@ EXTRAS := --extra quantization --extra deepspeed --extra judge --extra smolvlm -
 # Models of the tests are tiny: a thread for each process is fastest. Four processes at most: each imports TRL.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install quickstart selfmade study study-full study-quick study-real test test-lowest test-newest test-slow gpu-check docs lint \
+.PHONY: help install quickstart study study-full study-quick study-real test test-lowest test-newest test-slow gpu-check docs lint \
 	lock dist clean
 
 help:
 	@echo "make quickstart   train all four methods on a small world of moving shapes, on a CPU, in minutes"
-	@echo "make selfmade     let the base of that world make its own preference data, and train on them"
 	@echo "make study        compare the methods on that world: 36 runs, studies/testbed/results.jsonl; can be interrupted"
 	@echo "make study-full   the same with controls, other pairs, lists of images and self-made data (hours)"
 	@echo "make study-quick  one run of each method, in outputs/testbed/quick; fails if they do not differ as they did"
@@ -45,9 +44,6 @@ $(STAMP): requirements.lock pyproject.toml setup.py
 
 quickstart: install
 	$(BIN)/trl-vpo quickstart
-
-selfmade: install
-	$(BIN)/python -m studies.testbed.selfmade
 
 study: install
 	$(BIN)/python -m studies.testbed run
