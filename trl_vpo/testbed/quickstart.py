@@ -22,7 +22,7 @@ from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.testbed import language, rows
 
 ON_SCENES = {"lpoi", "mdpo", "symmpo"}  # the other methods train on clips
-TRAIN_ROWS, HELD_OUT_ROWS = 320, 150
+TRAIN_ROWS, HELD_OUT_ROWS = 320, 100
 TRAIN_SEED, HELD_OUT_SEED = 11, 12
 EVALUATION = {"max_new_tokens": 72, "sensitivity": "none", "batch_size": 32}
 NEXT = """
