@@ -109,17 +109,17 @@ SPOILT = {  # how the tensors change
     ),
     "both names": (
         lambda weights: weights | {n.replace("model.language_model.", "model."): t + 0 for n, t in weights.items()},
-        "28 weights have no place in the model",
+        "42 weights have no place in the model",
     ),
     "other names": (
         lambda weights: {name.replace(".model.model.", ".model.transformer."): t for name, t in weights.items()},
-        "28 weights have no place in the model: base_",
+        "42 weights have no place in the model: base_",
     ),
     "nan": (lambda w: with_value(w, float("nan")), r"layers\.1.*lora_B.* holds values that are not finite"),
     "inf": (lambda w: with_value(w, float("inf")), r"layers\.1.*lora_B.* holds values that are not finite"),
     "other sizes": (
         lambda weights: {name: torch.cat([t, t], -1).contiguous() for name, t in weights.items()},
-        r"does not fit .*base: .*\[4, 192\].*is torch.Size\(\[4, 96\]\)\.$",
+        r"does not fit .*base: .*\[4, 256\].*is torch.Size\(\[4, 128\]\)\.$",
     ),
 }
 
@@ -191,7 +191,7 @@ def test_alphas_of_old_names_are_translated(old):
     pattern = {"model.layers.1.mlp.up_proj": 64}
     (old / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": pattern}))
     layers = attach_adapter(plain(), old).base_model.model.model.language_model.layers
-    assert [layer.mlp.up_proj.scaling["default"] for layer in layers] == [2.0, 16.0]
+    assert [layer.mlp.up_proj.scaling["default"] for layer in layers] == [2.0, 16.0, 2.0]
 
 
 @pytest.mark.parametrize("size", [0, 1e-9])
