@@ -229,7 +229,7 @@ def test_the_doctor_names_what_matches_nothing(tmp_path):
         ("head", ["modules_to_save: lm_head"]),
         (
             "all",
-            [r"10 of its 24 modules are in vision tower or projector, such as model\.visual\.blocks\.0\.attn\.proj"],
+            [r"10 of its 31 modules are in vision tower or projector, such as model\.visual\.blocks\.0\.attn\.proj"],
         ),
     ],
 )
@@ -263,7 +263,7 @@ def test_what_vllm_does_not_take(keys, message, tmp_path):
         ({"lora_r": 64}, "ok", "its rank is 64, .* start vLLM with --max-lora-rank 64"),
         ({"use_dora": True}, "warning", "it is DoRA"),
         ({"lora_modules_to_save": ["lm_head"]}, "warning", "modules_to_save: lm_head"),
-        ({"lora_target_modules": "all"}, "warning", "10 of its 24 modules are in vision tower or projector"),
+        ({"lora_target_modules": "all"}, "warning", "10 of its 31 modules are in vision tower or projector"),
         ({"lora_target_modules": ["q_proj", "lm_head"]}, "stop", "LM head"),
     ],
 )
