@@ -49,7 +49,7 @@ class Runs(Processes):
         self.inputs = inputs
 
     def start(self, folder, **env) -> int:
-        argv = ["generate", "rrpo", *options("rrpo", self.inputs, folder, "--batch_size", 1)]
+        argv = ["generate", "rrpo", *options("rrpo", self.inputs, folder, "--batch_size", 1, "--max_new_tokens", 12)]
         return self.ask({"argv": argv, "log": f"{folder}{env.get('RANK', '')}.log", "env": env})
 
 

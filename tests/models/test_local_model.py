@@ -48,7 +48,7 @@ def test_greedy_is_the_models_own_greedy_decoding(base, requests):
         prompt = base.processor.apply_chat_template(request.messages, add_generation_prompt=True)
         (clip,) = request.media.videos
         inputs = base.processor(text=[prompt], videos=[clip.frames], do_sample_frames=False, return_tensors="pt")
-        output = base.model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        output = base.model.generate(**inputs, max_new_tokens=GREEDY.max_new_tokens, do_sample=False)
         new = output[0, inputs["input_ids"].size(1) :]
         assert new[-1] == tokenizer.eos_token_id
         assert text == tokenizer.decode(new, skip_special_tokens=True).strip()
