@@ -94,7 +94,6 @@ def test_a_cell_that_differs_from_its_row_is_an_error(tmp_path, monkeypatch):
     stored = row("dpo", 1e-3, 60, 0, 0.5, 0.2)
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(stored) + "\n")
-    monkeypatch.setattr(plan, "BASE", tmp_path)
     words = ["--results", str(path), "cell", *["--method", "dpo", "--rate", "1e-3", "--steps", "60", "--seed", "0"]]
     for false_mass, wrong in ((0.2005, False), (0.22, True)):
         monkeypatch.setattr(command, "_cells", lambda run, out, f=false_mass: [stored | {"false_mass": f}])
@@ -124,12 +123,6 @@ def test_directions_that_do_not_hold_are_an_error(capsys):
     rows[3]["false_mass"] = 0.4  # as much as the base is not less
     with pytest.raises(SystemExit, match="2 of 12 directions do not hold"):
         command.check_directions(rows)
-
-
-def test_without_a_base_the_command_says_how_to_make_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "BASE", tmp_path / "base")
-    with pytest.raises(SystemExit, match=r"pretraining --out .*base trains the base"):
-        command.main(["run"])
 
 
 def test_runs_are_continued_and_each_row_is_written_once(tmp_path, monkeypatch):
