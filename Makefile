@@ -17,7 +17,7 @@ help:
 	@echo "make study        compare the methods on that world: 36 runs, studies/testbed/results.jsonl; can be interrupted"
 	@echo "make study-full   the same with controls, other pairs, lists of images and self-made data (hours)"
 	@echo "make study-quick  one run of each method, in outputs/testbed/quick; fails if they do not differ as they did"
-	@echo "make study-real   compare DPO, SimPO, LeanPO and RRPO on SmolLM2-135M, in .venv-real (an hour); can be interrupted"
+	@echo "make study-real   compare the methods on SmolLM2-135M, text and pictures, in .venv-real (hours); can be interrupted"
 	@echo "make test         run the tests"
 	@echo "make test-lowest  run them in .venv-lowest, with the oldest versions that pyproject.toml allows"
 	@echo "make test-newest  run them in .venv-newest, with the newest versions that pyproject.toml allows"
@@ -60,6 +60,7 @@ study-real: install
 	$(UV) pip sync -q --python .venv-real/bin/python --require-hashes requirements.lock studies/real/requirements.txt
 	$(UV) pip install -q --python .venv-real/bin/python --no-deps --no-build-isolation -e .
 	OMP_NUM_THREADS=1 .venv-real/bin/python -m studies.real.study
+	OMP_NUM_THREADS=1 .venv-real/bin/python -m studies.real.pictures.study
 
 test: install
 	$(PYTEST) -n logical --maxprocesses 4 --dist loadfile

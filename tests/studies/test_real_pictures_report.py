@@ -83,5 +83,7 @@ def test_the_report_shows_what_is_there_and_what_is_missing(tmp_path):
     row = re.search(r"\| mDPO \| 16 \| 1 \|(.*)", text.partition("## Changes")[2])[1]
     assert [cell.split()[0] for cell in row.strip(" |").split(" | ")] == ["4.0", "0.0", "−2.0", "6.0", "0.5", "100.0"]
     assert "- base, 0: said by base" in text and np.all([f"- mDPO, {s}: said by mDPO" in text for s in (8, 16)])
+    alone = report.write_report(results()[:1], PAIRS, tmp_path).read_text()
+    assert "| base | 0 | 1 |" in alone and "## Changes" not in alone
     empty = report.write_report([], PAIRS, tmp_path).read_text()
     assert "Runs at 0.001: 0 of 8." in empty and "## Answers" not in empty

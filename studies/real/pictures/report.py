@@ -76,8 +76,10 @@ def write_report(results: Sequence[Result], pairs: Mapping[str, Sequence[Result]
     study = Study(results, pairs["held-out"])
     sections = ["# Results on pictures", opening(results, pairs)]
     if results:
-        sections += ["## Answers", answers(study), "## Changes", changes(study)]
-        sections += ["## Differences, paired by picture", differences(study), "## What is said", texts(study, pairs)]
+        sections += ["## Answers", answers(study)]
+    if len(_all(study)) > 1:
+        sections += ["## Changes", changes(study), "## Differences, paired by picture", differences(study)]
+        sections += ["## What is said", texts(study, pairs)]
     with atomic_write(folder / "RESULTS.md") as part:
         part.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return folder / "RESULTS.md"
