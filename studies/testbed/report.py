@@ -67,6 +67,8 @@ def frontier_figure(rows: Rows, path: Path) -> None:
         for own, (measure, (label, scale)) in zip(axes, PANELS.items()):
             own.set(xlabel="KL from the base, nats", ylabel=label, xscale="symlog")
             own.set_xlim(left=0)
+            if measure in tables.SIGNED:  # a tenth of a nat and hundreds of them
+                own.set_yscale("symlog", linthresh=0.1)
             if base:
                 own.plot([0], [scale * base[measure]], "x", color="0.4", markersize=7, clip_on=False)
         figure.legend(*_once(axes[0]), loc="outside upper left", ncols=len(plan.METHODS))
