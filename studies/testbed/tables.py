@@ -58,7 +58,7 @@ def report(rows: Rows) -> str:
     near = groups.get("near", [])
     there = {row["method"] for row in near}
     found = [differences(near, *both) for both in CONTRASTS if there.issuperset(both)]
-    if found:
+    if found := list(filter(None, found)):
         parts.append("## Differences on near pairs\n\n" + "\n\n".join(found))
     parts.append(f"## What is left of other abilities\n\n{cells(near, RETAINED)}")
     return "\n\n".join(parts)
@@ -80,9 +80,11 @@ def cells(rows: Rows, shown: Mapping[str, str]) -> str:
 
 
 def differences(rows: Rows, method: str, other: str) -> str:
-    """Return a line for each place where two methods are equally far, over the seeds that both have."""
+    """Return a line for each place where two methods are equally far, over the seeds of which both have every cell."""
     own = {name: [row for row in rows if row["method"] == name] for name in (method, other)}
-    seeds = set.intersection(*({row["seed"] for row in of} for of in own.values()))
+    seeds = set.intersection(*map(_whole_seeds, own.values()))
+    if not seeds:
+        return ""
     ours, theirs = (Curves([row for row in of if row["seed"] in seeds]) for of in own.values())
     lines = []
     for rate, steps in ours.cells:
@@ -96,6 +98,14 @@ def differences(rows: Rows, method: str, other: str) -> str:
             lines.append([f"{axis} {value:g}", *map(_interval, COMPARED, found)])
     title = f"### {plan.ALL[method].name} minus {plan.ALL[other].name}"
     return f"{title}\n\nSeeds: {len(seeds)}.\n\n" + markdown(["at", *(SHOWN[name] for name in COMPARED)], lines)
+
+
+def _whole_seeds(rows: Rows) -> set[int]:
+    """Return the seeds that have all cells of a method: those of a study that is not finished are left out."""
+    cells_of: dict[int, set] = {}
+    for row in rows:
+        cells_of.setdefault(row["seed"], set()).add((row["rate"], row["steps"]))
+    return {seed for seed, own in cells_of.items() if own == set.union(*cells_of.values())}
 
 
 class Curves:

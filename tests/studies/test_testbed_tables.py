@@ -81,8 +81,16 @@ def test_the_report_has_every_method_and_what_is_not_reached(tmp_path):
     (table,) = re.findall(r"### RRPO minus DPO\n\nSeeds: 2.\n\n(.*?)\n\n", text, re.DOTALL)  # those that both have
     lines = {line.split(" | ")[0]: line for line in table.splitlines()}
     assert "-5.0 [-5.0, -5.0]" in lines["| rate 0.001, 120 steps"]  # false mass, points
-    assert "-10.0 [-10.0, -10.0]" in lines["| kl 2"] and "not reached" in lines["| margin 16"]
+    assert "-15.0 [-15.0, -15.0]" in lines["| kl 3"] and "not reached" in lines["| margin 16"]
     assert (tmp_path / "frontier.svg").read_text().count("<svg") == 1
+
+
+def test_a_seed_with_a_cell_too_few_is_in_no_difference():
+    rows = curve("dpo", 0.05) + curve("rrpo", 0.1)
+    partial = [row("rrpo", 1e-3, 60, 2, 0.5, 0.4), row("dpo", 1e-3, 60, 2, 0.5, 0.4)]
+    assert "Seeds: 2." in tables.differences(rows, "rrpo", "dpo")
+    assert tables.differences(rows + partial, "rrpo", "dpo") == tables.differences(rows, "rrpo", "dpo")
+    assert tables.differences(partial + rows[:1] + rows[-1:], "rrpo", "dpo") == ""  # no seed is whole
 
 
 def test_without_rows_there_is_no_report(tmp_path):
