@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def opening(rows: Rows) -> str:
     """Say what was run, and what stands in the tables."""
     runs = plan.full_runs()
     left = plan.missing(runs, rows)
-    waiting = sorted({f"{run.method} on {run.pairs} pairs" for run in left})
+    waiting = [f"{count} on {pairs} pairs" for pairs, count in Counter(run.pairs for run in left).items()]
     spent = [sum(row["cpu_seconds"].values()) for row in rows if row["steps"] == max(plan.STEPS)]
     lines = [
         "`python -m studies.testbed tables` wrote this file from results.jsonl; what follows from it is in README.md.",

@@ -38,7 +38,7 @@ RETAINED = {
 }
 SIGNED = ("chosen_change", "chosen_change_right", "rejected_change")  # nats
 NATS = (*SIGNED, "kl")
-MATCHED = {"kl": (3.0, 4.5, 6.0), "margin": (14.0, 16.0, 18.0)}  # nats
+MATCHED = {"kl": (4.0, 5.0, 6.0), "margin": (14.0, 16.0, 18.0)}  # nats
 COMPARED = ("chosen_change_right", "kl", "true_mass", "false_mass", "outside_mass", "hallucination")
 CONTRASTS = (
     *((method, "dpo") for method in (*plan.METHODS, *plan.CONTROLS) if method != "dpo"),

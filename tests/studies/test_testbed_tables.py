@@ -81,7 +81,7 @@ def test_the_report_has_every_method_and_what_is_not_reached(tmp_path):
     (table,) = re.findall(r"### RRPO minus DPO\n\nSeeds: 2.\n\n(.*?)\n\n", text, re.DOTALL)  # those that both have
     lines = {line.split(" | ")[0]: line for line in table.splitlines()}
     assert "-5.0 [-5.0, -5.0]" in lines["| rate 0.001, 120 steps"]  # false mass, points
-    assert "-15.0 [-15.0, -15.0]" in lines["| kl 3"] and "not reached" in lines["| margin 16"]
+    assert "-20.0 [-20.0, -20.0]" in lines["| kl 4"] and "not reached" in lines["| margin 16"]
     assert (tmp_path / "frontier.svg").read_text().count("<svg") == 1
 
 
