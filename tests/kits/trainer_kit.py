@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import shutil
+from pathlib import Path
 
 import families_newer
 import pytest
@@ -54,7 +56,8 @@ def image_rows(images, n=4, **more):
     """Rows that every method takes, but for LPOI's box or list."""
     rows = []
     for i, pair in enumerate(PAIRS[:n]):
-        image, other = ([images[k % len(images)]] for k in (i, i + 1))
+        image, source = [images[i % len(images)]], Path(images[(i + 1) % len(images)])
+        other = [str(shutil.copy(source, source.with_name(f"other-{source.name}")))]  # whatever image a test puts in
         symmetric = {"other_images": other, "other_chosen": message("assistant", PAIRS[i - 1][0])}
         rows.append(row("image", image, *pair, id=f"i{i}", **symmetric | more))
     return rows

@@ -169,7 +169,7 @@ def test_files_that_may_not_grow(runs):
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("of the user")
     (folder / "complete.json").write_text("of an earlier run")
-    codes, text = runs("small", file_limit=16_000, resume_from_checkpoint=None)
+    codes, text = runs("small", file_limit=26_000, resume_from_checkpoint=None)
     assert codes == [1]
     assert "checkpoint-2 could not be written" in text and "deleted again" not in text
     assert "There is no complete checkpoint: the next run starts from scratch." in text
