@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,15 @@ def work(folder: Path, part: int) -> None:
     if part == 0 and not any(row["method"] == "base" for row in results):
         append(RESULTS, runs.base_result(model, tokenizer, base))
     del model
+    do_runs(waiting, f"worker {part}, ", RESULTS, lambda cell: runs.run(cell, folder, pairs["train"], base, OUT))
+
+
+def do_runs(waiting: Sequence[Any], who: str, path: Path, run: Callable[[Any], Iterable[Mapping[str, Any]]]) -> None:
+    """Do the runs one by one, and append each result to the file as soon as it is there."""
     for number, cell in enumerate(waiting, 1):
-        print(f"worker {part}, {number} of {len(waiting)}: {cell}", flush=True)
-        for result in runs.run(cell, folder, pairs["train"], base, OUT):
-            append(RESULTS, result)
+        print(f"{who}{number} of {len(waiting)}: {cell}", flush=True)
+        for result in run(cell):
+            append(path, result)
             print(f"  {result['steps']} steps: {result['cpu_seconds']}", flush=True)
 
 

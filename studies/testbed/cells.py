@@ -133,20 +133,12 @@ def masses(model, samples: Sequence[world.Sample]) -> list[Any]:
 
 def retained(model, samples: Sequence[world.Sample]) -> dict[str, list[float]]:
     """Return what is left of abilities that are not trained: short answers, and captions of the other kind."""
-    from studies.testbed.pretraining import answer
+    from studies.testbed.pretraining import answer, answers_right, short_questions
 
     processor, rng = _processor(), np.random.default_rng(plan.TEST_SEED)
-    pairs_asked = [language.yes_no_pair(sample.things, rng) for sample in samples]
-    opens = [language.open_items(sample.things) for sample in samples]
-    asked = {
-        "open_right": [items[rng.integers(len(items))] for items in opens],
-        "yes_right": [yes for yes, _ in pairs_asked],
-        "no_right": [no for _, no in pairs_asked],
-    }
     found = {}
-    for name, items in asked.items():
-        said = answer(model, processor, samples, [item.question for item in items], max_new_tokens=8)
-        found[name] = [float(text == item.answer) for text, item in zip(said, items)]
+    for name, items in short_questions(samples, rng).items():
+        found[f"{name}_right"] = list(map(float, answers_right(model, processor, samples, items, max_new_tokens=8)))
     other = OTHER[samples[0].kind]
     others = world.draw_samples(other, len(samples), plan.TEST_SEED, habits=False)
     said = answer(model, processor, others, [language.PROMPTS[other]] * len(others))

@@ -272,6 +272,25 @@ def answer(
     return [text.strip() for text in processor.tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
 
+def answers_right(
+    model, processor, samples: Sequence[world.Sample], items: Sequence[language.Item], max_new_tokens: int = 72
+) -> list[bool]:
+    """Ask one question per sample, and return which answers are right."""
+    said = answer(model, processor, samples, [item.question for item in items], max_new_tokens)
+    return [text == item.answer for text, item in zip(said, items)]
+
+
+def short_questions(samples: Sequence[world.Sample], rng: np.random.Generator) -> dict[str, list[language.Item]]:
+    """Return an open question about each sample, one to which the answer is yes, and one to which it is no."""
+    pairs = [language.yes_no_pair(sample.things, rng) for sample in samples]
+    opens = [language.open_items(sample.things) for sample in samples]
+    return {
+        "open": [items[rng.integers(len(items))] for items in opens],
+        "yes": [yes for yes, _ in pairs],
+        "no": [no for _, no in pairs],
+    }
+
+
 def measure_base(model, processor, kind: str, count: int = 100, **options) -> dict[str, float]:
     """Return shares of captions and of right answers, of `count` samples drawn with these options."""
     samples, rng = world.draw_samples(kind, count, seed=1, **options), np.random.default_rng(1)
@@ -282,17 +301,10 @@ def measure_base(model, processor, kind: str, count: int = 100, **options) -> di
         "hallucinated": [check.hallucinated for check in checks],
         "unparsed": [not check.parsed for check in checks],
     }
-    pairs = [language.yes_no_pair(sample.things, rng) for sample in samples]
-    opens = [language.open_items(sample.things) for sample in samples]
-    asked = {
-        "open": [items[rng.integers(len(items))] for items in opens],
-        "yes": [yes for yes, _ in pairs],
-        "no": [no for _, no in pairs],
-        "hinted": [language.hinted_item(sample.things, rng) for sample in samples],
-    }
+    asked = short_questions(samples, rng)
+    asked["hinted"] = [language.hinted_item(sample.things, rng) for sample in samples]
     for name, items in asked.items():
-        said = answer(model, processor, samples, [item.question for item in items])
-        shares[name] = [text == item.answer for text, item in zip(said, items)]
+        shares[name] = answers_right(model, processor, samples, items)
     return {name: float(np.mean(values)) for name, values in shares.items()}
 
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from studies.real.pictures.runs import CHECKPOINTS, METHODS, RATE, SEEDS, cells, missing
-from studies.real.report import markdown, shown
+from studies.real.report import FELL, markdown, shown
 from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
 from trl_vpo.files import atomic_write
 
 Result = Mapping[str, Any]
-FELL = 0.1  # nats; less is the noise of bfloat16
 MEASURES: dict[str, Callable[[Result], Sequence[float]]] = {  # heading -> values of the held-out pairs
     "right": lambda own: _percent(own["right"]),
     "picked": lambda own: _percent(own["picked/chosen"]),

@@ -39,7 +39,7 @@ def work(folder: Path, pairs: dict[str, list]) -> None:
     """Do the runs that are missing, and the base's line."""
     from studies.real.pictures import model as picture_model
     from studies.real.pictures import runs
-    from studies.real.study import append, read_results
+    from studies.real.study import append, do_runs, read_results
 
     results = read_results(RESULTS)
     model, processor = picture_model.load(folder)
@@ -47,12 +47,8 @@ def work(folder: Path, pairs: dict[str, list]) -> None:
     if not any(row["method"] == "base" for row in results):
         append(RESULTS, runs.base_result(model, processor, base))
     del model
-    waiting = runs.missing(results)
-    for number, cell in enumerate(waiting, 1):
-        print(f"{number} of {len(waiting)}: {cell}", flush=True)
-        for result in runs.run(cell, folder, pairs["train"], base, OUT / "pictures"):
-            append(RESULTS, result)
-            print(f"  {result['steps']} steps: {result['cpu_seconds']}", flush=True)
+    out = OUT / "pictures"
+    do_runs(runs.missing(results), "", RESULTS, lambda cell: runs.run(cell, folder, pairs["train"], base, out))
 
 
 if __name__ == "__main__":
