@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch._utils import ExceptionWrapper
 
 from trl_vpo import cli
@@ -195,11 +197,16 @@ def full_disk(*_):
     raise OSError(28, "No space left on device")
 
 
+def full_disk_at_a_tokenizer(*_):
+    Tokenizer(WordLevel()).save("/dev/full")  # raises no `OSError`
+
+
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
         (from_a_worker, 1, "trl-vpo: error: row 3: damaged"),
         (full_disk, 1, "trl-vpo: error: [Errno 28] No space left on device"),
+        (full_disk_at_a_tokenizer, 1, "trl-vpo: error: No space left on device (os error 28)"),
         (interrupted, 130, ""),
     ],
 )

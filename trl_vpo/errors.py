@@ -114,6 +114,9 @@ class PlotError(UserError):
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
+DISK_WORDS = ("PytorchStreamWriter", "inline_container", "os error")
+
+
 @contextmanager
 def as_user_errors(
     where: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
@@ -125,7 +128,7 @@ def as_user_errors(
 
     Args:
         where: what the message begins with, such as the name of what is loaded.
-        kinds: the errors that are turned.
+        kinds: the errors that are turned; those of disks always are.
 
     Raises:
         UserError: in place of those errors; a `UserError` passes as it is.
@@ -134,8 +137,15 @@ def as_user_errors(
         yield
     except UserError:
         raise
-    except kinds as error:
+    except Exception as error:
+        if not isinstance(error, kinds) and not is_disk_error(error):
+            raise
         raise UserError(f"{where}: {error}" if where else str(error) or type(error).__name__) from error
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Tell whether a file could not be written or read. torch, safetensors and tokenizers raise no `OSError` for it."""
+    return isinstance(error, OSError) or any(word in str(error) for word in DISK_WORDS)
 
 
 def did_you_mean(word: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -12,11 +12,9 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from safetensors import SafetensorError
 
-from trl_vpo.errors import SaveError, UserError
+from trl_vpo.errors import SaveError, UserError, is_disk_error
 from trl_vpo.training.checkpoints import MARKER, what_is_left
 from trl_vpo.training.output_dir import remedy
-
-DISK_WORDS = ("PytorchStreamWriter", "inline_container", "os error")  # torch and tokenizers raise no `OSError`
 
 
 @contextmanager
@@ -33,7 +31,7 @@ def explain_failed_save(trainer: Any, target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        failed = isinstance(error, (OSError, SafetensorError)) or any(word in str(error) for word in DISK_WORDS)
+        failed = isinstance(error, SafetensorError) or is_disk_error(error)
         if isinstance(error, UserError) or not failed:
             raise
         if is_new and is_checkpoint:
