@@ -10,6 +10,7 @@ import numpy as np
 
 from studies.real.model import ANSWER_TOKENS
 from studies.real.runs import CHECKPOINTS, METHODS, RATES, SEEDS, Cell, cells, missing
+from studies.results import markdown
 from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
 from trl_vpo.files import atomic_write
 
@@ -210,10 +211,6 @@ def texts(study: Study) -> str:
 def shown(found: Interval, unit: str = "", *, signed: bool = False) -> str:
     text = lambda value: f"{value:{'+' if signed else ''}.1f}".replace("-", "−")  # noqa: E731
     return f"{text(found.value)}{unit} [{text(found.low)}, {text(found.high)}]"
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *rows])
 
 
 def frontier_figure(study: Study, path: Path) -> None:

@@ -6,13 +6,14 @@ each checkpoint. The same command continues after an interruption. At the end it
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from studies.results import append_rows, read_rows
 
 HERE = Path(__file__).parent
 PAIRS, RESULTS = HERE / "pairs.jsonl", HERE / "results.jsonl"
@@ -38,13 +39,13 @@ def main() -> None:
         return
     if not PAIRS.is_file():
         real_pairs.write_pairs(*real_model.load(folder), PAIRS)
-    if runs.missing(read_results(RESULTS)):
+    if runs.missing(read_rows(RESULTS)):
         command = [sys.executable, "-m", "studies.real.study"]
         workers = [subprocess.Popen([*command, str(part)]) for part in range(WORKERS)]
         codes = [worker.wait() for worker in workers]
         if any(codes):
             raise SystemExit("A worker failed; its message is above. Give the same command again to continue.")
-    print("Report:", report.write_report(read_results(RESULTS), real_pairs.read_pairs(PAIRS), HERE))
+    print("Report:", report.write_report(read_rows(RESULTS), real_pairs.read_pairs(PAIRS), HERE))
 
 
 def work(folder: Path, part: int) -> None:
@@ -53,12 +54,12 @@ def work(folder: Path, part: int) -> None:
     from studies.real import pairs as real_pairs
     from studies.real import runs
 
-    results, pairs = read_results(RESULTS), real_pairs.read_pairs(PAIRS)
+    results, pairs = read_rows(RESULTS), real_pairs.read_pairs(PAIRS)
     waiting = runs.missing(results)[part::WORKERS]
     model, tokenizer = real_model.load(folder)
     base = runs.measure_base(model, tokenizer, pairs["held-out"])
     if part == 0 and not any(row["method"] == "base" for row in results):
-        append(RESULTS, runs.base_result(model, tokenizer, base))
+        append_rows(RESULTS, [runs.base_result(model, tokenizer, base)])
     del model
     do_runs(waiting, f"worker {part}, ", RESULTS, lambda cell: runs.run(cell, folder, pairs["train"], base, OUT))
 
@@ -68,18 +69,8 @@ def do_runs(waiting: Sequence[Any], who: str, path: Path, run: Callable[[Any], I
     for number, cell in enumerate(waiting, 1):
         print(f"{who}{number} of {len(waiting)}: {cell}", flush=True)
         for result in run(cell):
-            append(path, result)
+            append_rows(path, [result])
             print(f"  {result['steps']} steps: {result['cpu_seconds']}", flush=True)
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def append(path: Path, result: Mapping[str, Any]) -> None:
-    """Add a line, whole: two workers write."""
-    with path.open("ab", buffering=0) as file:
-        file.write((json.dumps(result, ensure_ascii=False) + "\n").encode())
 
 
 if __name__ == "__main__":

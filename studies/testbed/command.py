@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from studies.results import append_rows, read_rows
 from studies.testbed import plan
 from studies.testbed.pairs import PAIRS
 
@@ -90,10 +91,6 @@ def check_directions(rows: Sequence[Mapping[str, Any]]) -> None:
         raise SystemExit(f"{len(wrong)} of {len(plan.DIRECTIONS)} directions do not hold.")
 
 
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
 def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int) -> None:
     """Make the missing rows, so many runs at a time, and append those of a run as soon as it is finished.
 
@@ -107,9 +104,7 @@ def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int) 
             if isinstance(rows, str):
                 failed.append(rows)
                 continue
-            results.parent.mkdir(parents=True, exist_ok=True)
-            with results.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            append_rows(results, rows)
             spent = (time.time() - began) / 60
             left = spent / done * (len(waiting) - done)
             print(f"{rows[0]['method']} at {rows[0]['rate']:g}, seed {rows[0]['seed']}: "

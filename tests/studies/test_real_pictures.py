@@ -15,7 +15,7 @@ from studies.real import model as real_model
 from studies.real.pictures import base as picture_base
 from studies.real.pictures import model as picture_model
 from studies.real.pictures import questions, runs, study
-from studies.real.study import read_results
+from studies.results import read_rows
 
 DRAWN = [("red", "circle"), ("blue", "rectangle"), ("green", "circle"), ("red", "rectangle")]
 
@@ -233,9 +233,9 @@ def test_interrupted_work_goes_on_with_what_is_left(folder, small, monkeypatch):
     monkeypatch.setattr(runs, "cells", lambda: cells[:1])
     study.work(folder, small)
     monkeypatch.setattr(runs, "cells", lambda: cells)
-    assert runs.missing(read_results(study.RESULTS)) == cells[1:]
+    assert runs.missing(read_rows(study.RESULTS)) == cells[1:]
     study.work(folder, small)
-    done = read_results(study.RESULTS)
+    done = read_rows(study.RESULTS)
     assert [(row["method"], row["steps"]) for row in done] == [
         ("base", 0), ("mDPO", 1), ("mDPO", 2), ("DPO", 1), ("DPO", 2)
     ]  # fmt: skip

@@ -11,6 +11,7 @@ from studies.real import model as real_model
 from studies.real import pairs as real_pairs
 from studies.real import runs, study
 from studies.real.prompts import SHORT, questions, rule_rows
+from studies.results import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +141,8 @@ def test_a_worker_does_its_part_and_no_more(folder, tmp_path, monkeypatch):
     rows = [pair | {"split": split} for split in ("train", "held-out") for _ in range(4)]
     study.PAIRS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     study.work(folder, 0)
-    done = study.read_results(study.RESULTS)
+    done = read_rows(study.RESULTS)
     assert [(row["method"], row["seed"]) for row in done] == [("base", 0), ("SimPO", 0), ("SimPO", 2)]
     assert [cell.seed for cell in runs.missing(done)] == [1]
     study.work(folder, 0)  # goes on with what is left
-    assert len(study.read_results(study.RESULTS)) == 4 and not runs.missing(study.read_results(study.RESULTS))
+    assert len(read_rows(study.RESULTS)) == 4 and not runs.missing(read_rows(study.RESULTS))

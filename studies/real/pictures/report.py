@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from studies.real.pictures.runs import CHECKPOINTS, METHODS, RATE, SEEDS, cells, missing
-from studies.real.report import FELL, markdown, shown
+from studies.real.report import FELL, shown
+from studies.results import markdown
 from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
 from trl_vpo.files import atomic_write
 

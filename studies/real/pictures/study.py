@@ -24,28 +24,29 @@ def main() -> None:
     from studies.real import model as real_model
     from studies.real.pictures import base, questions, report, runs
     from studies.real.pictures import model as picture_model
-    from studies.real.study import read_results
+    from studies.results import read_rows
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     pairs = runs.pairs(questions.data_folder())
-    if runs.missing(read_results(RESULTS)):
+    if runs.missing(read_rows(RESULTS)):
         language = real_model.language_model(OUT / "model")
         work(base.base_model(OUT / "picture-model", language, picture_model.tower_file()), pairs)
-    print("Report:", report.write_report(read_results(RESULTS), pairs, HERE))
+    print("Report:", report.write_report(read_rows(RESULTS), pairs, HERE))
 
 
 def work(folder: Path, pairs: dict[str, list]) -> None:
     """Do the runs that are missing, and the base's line."""
     from studies.real.pictures import model as picture_model
     from studies.real.pictures import runs
-    from studies.real.study import append, do_runs, read_results
+    from studies.real.study import do_runs
+    from studies.results import append_rows, read_rows
 
-    results = read_results(RESULTS)
+    results = read_rows(RESULTS)
     model, processor = picture_model.load(folder)
     base = runs.measure_base(model, processor, pairs["held-out"])
     if not any(row["method"] == "base" for row in results):
-        append(RESULTS, runs.base_result(model, processor, base))
+        append_rows(RESULTS, [runs.base_result(model, processor, base)])
     del model
     out = OUT / "pictures"
     do_runs(runs.missing(results), "", RESULTS, lambda cell: runs.run(cell, folder, pairs["train"], base, out))
