@@ -47,7 +47,8 @@ def opening(rows: Rows) -> str:
         f"CPU time: {np.mean(spent):.0f} s a run with its checkpoints, of one thread." if spent else "",
         f"A run has {plan.ROWS} pairs, {plan.BATCH} a step, a constant learning rate; {plan.TEST} held-out samples. "
         "Log-probs and KL (base || model, along the chosen response) are nats a caption. True, false, outside: shares "
-        "of the probability of each next sentence behind a true beginning. Fell: lost more than 0.1 nat.",
+        "of the probability of each next sentence behind a true beginning. Fell: lost more than 0.1 nat. "
+        "Methods are compared at a KL or margin that both reach.",
     ]
     return "\n\n".join(line for line in lines if line)
 

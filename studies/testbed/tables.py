@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from studies.results import markdown
 from studies.testbed import plan
 
 Rows = Sequence[Mapping[str, Any]]
@@ -28,6 +29,13 @@ SHOWN = {
     "outside_mass": "outside",
     "hallucination": "false captions",
     "ungrammatical": "no caption",
+    "habit_objects": "missing companion named",
+    "absent_yes": "yes to it",
+    "present_yes": "yes to what is there",
+    "visibility": "visibility τ",
+    "pairs_made": "pairs made",
+    "chosen_true": "true chosen",
+    "rejected_true": "true rejected",
 }
 RETAINED = {
     "open_right": "short answers right",
@@ -35,32 +43,52 @@ RETAINED = {
     "no_right": "no is right",
     "scene_hallucination": "false captions of scenes",
     "scene_ungrammatical": "no caption of a scene",
+    "clip_hallucination": "false captions of clips",
+    "clip_ungrammatical": "no caption of a clip",
 }
 SIGNED = ("chosen_change", "chosen_change_right", "rejected_change")  # nats
 NATS = (*SIGNED, "kl")
+NUMBERS = {"visibility": 3, "pairs_made": 0}  # their decimals
 MATCHED = {"kl": (4.0, 5.0, 6.0), "margin": (14.0, 16.0, 18.0)}  # nats
 COMPARED = ("chosen_change_right", "kl", "true_mass", "false_mass", "outside_mass", "hallucination")
+OF_HABIT = ("habit_objects", "absent_yes")  # of scenes
 CONTRASTS = (
     *((method, "dpo") for method in (*plan.METHODS, *plan.CONTROLS) if method != "dpo"),
     ("rrpo", "leanpo"),
     ("leanpo", "simpo"),
     ("simpo_nll", "simpo"),
     ("leanpo", "simpo_nll"),
+    ("leanpo", "sft"),
     ("rrpo", "rrpo_no_kl"),
     ("rrpo", "dpo_kl"),
+    ("lpoi_clip", "dpo"),
 )
+ON_SCENES = (
+    ("mdpo", "dpo"),
+    ("lpoi_5", "dpo"),
+    ("lpoi_5", "mdpo"),
+    ("lpoi_5", "lpoi_2"),
+    ("lpoi_5", "lpoi_3"),
+    ("lpoi_9", "lpoi_5"),
+    ("lpoi_5", "lpoi_5_plain"),
+)
+NOISY = ("wording", "flip20", "flip40", "policy")  # kinds of pairs, each compared with near ones
 
 
 def report(rows: Rows) -> str:
     """Return all tables as Markdown."""
     groups = {pairs: [row for row in rows if row["pairs"] == pairs] for pairs in _values(rows, "pairs")}
     parts = [f"## Every cell, pairs: {pairs}\n\n{cells(group, SHOWN)}" for pairs, group in groups.items()]
+    for pairs, contrasts in {"near": CONTRASTS, "scenes": ON_SCENES}.items():
+        found = [differences(_of_method(groups.get(pairs, []), *both)) for both in contrasts]
+        if found := list(filter(None, found)):
+            parts.append(f"## Differences on {pairs} pairs\n\n" + "\n\n".join(found))
     near = groups.get("near", [])
-    there = {row["method"] for row in near}
-    found = [differences(near, *both) for both in CONTRASTS if there.issuperset(both)]
+    found = [differences(_of_pairs(near, groups.get(pairs, []), m)) for pairs in NOISY for m in plan.METHODS]
     if found := list(filter(None, found)):
-        parts.append("## Differences on near pairs\n\n" + "\n\n".join(found))
-    parts.append(f"## What is left of other abilities\n\n{cells(near, RETAINED)}")
+        parts.append("## Differences from near pairs\n\n" + "\n\n".join(found))
+    kept = [cells(groups[pairs], RETAINED) for pairs in ("near", "scenes") if pairs in groups]
+    parts.append("\n\n".join(["## What is left of other abilities", *kept]))
     return "\n\n".join(parts)
 
 
@@ -79,25 +107,41 @@ def cells(rows: Rows, shown: Mapping[str, str]) -> str:
     return markdown(["method", "rate", "steps", "seeds", *shown.values()], lines)
 
 
-def differences(rows: Rows, method: str, other: str) -> str:
-    """Return a line for each place where two methods are equally far, over the seeds of which both have every cell."""
-    own = {name: [row for row in rows if row["method"] == name] for name in (method, other)}
-    seeds = set.intersection(*map(_whole_seeds, own.values()))
+def _of_method(rows: Rows, *methods: str) -> dict[str, Rows]:
+    return {plan.ALL[name].name: [row for row in rows if row["method"] == name] for name in methods}
+
+
+def _of_pairs(near: Rows, other: Rows, method: str) -> dict[str, Rows]:
+    """Return a method's rows on other pairs, and those on near ones at the same cells."""
+    there = {(row["rate"], row["steps"]) for row in other}
+    near = [row for row in near if (row["rate"], row["steps"]) in there]
+    titled = {f"{plan.ALL[method].name} on {rows[0]['pairs']} pairs": rows for rows in (other, near) if rows}
+    return {title: [row for row in rows if row["method"] == method] for title, rows in titled.items()}
+
+
+def differences(sides: Mapping[str, Rows]) -> str:
+    """Return a line for each place where two titled sides are equally far, the first minus the second.
+
+    Seeds of which both have every cell count; without one, or with one side only, there is no table.
+    """
+    seeds = set.intersection(*map(_whole_seeds, sides.values())) if len(sides) == 2 else set()
     if not seeds:
         return ""
-    ours, theirs = (Curves([row for row in of if row["seed"] in seeds]) for of in own.values())
+    ours, theirs = (Curves([row for row in of if row["seed"] in seeds]) for of in sides.values())
+    names = [name for name in (*COMPARED, *OF_HABIT) if all(name in row for of in sides.values() for row in of)]
     lines = []
     for rate, steps in ours.cells:
         if (rate, steps) in theirs.cells:
             place = (rate, steps)
-            found = [difference(ours.at(place, name), theirs.at(place, name)) for name in COMPARED]
-            lines.append([f"rate {rate:g}, {steps} steps", *map(_interval, COMPARED, found)])
+            found = [difference(ours.at(place, name), theirs.at(place, name)) for name in names]
+            lines.append([f"rate {rate:g}, {steps} steps", *map(_interval, names, found)])
     for axis, values in MATCHED.items():
         for value in values:
-            found = [difference(ours.where(axis, value, n), theirs.where(axis, value, n)) for n in COMPARED]
-            lines.append([f"{axis} {value:g}", *map(_interval, COMPARED, found)])
-    title = f"### {plan.ALL[method].name} minus {plan.ALL[other].name}"
-    return f"{title}\n\nSeeds: {len(seeds)}.\n\n" + markdown(["at", *(SHOWN[name] for name in COMPARED)], lines)
+            found = [difference(ours.where(axis, value, n), theirs.where(axis, value, n)) for n in names]
+            if np.isfinite([one[0] for one in found]).any():
+                lines.append([f"{axis} {value:g}", *map(_interval, names, found)])
+    head = f"### {' minus '.join(sides)}\n\nSeeds: {len(seeds)}.\n\n"
+    return head + markdown(["at", *(SHOWN[name] for name in names)], lines)
 
 
 def _whole_seeds(rows: Rows) -> set[int]:
@@ -171,6 +215,8 @@ def _interval(name: str, found: tuple[float, float, float]) -> str:
 
 
 def _text(name: str, value: float) -> str:
+    if name in NUMBERS:
+        return f"{value:.{NUMBERS[name]}f}"
     if name not in NATS:
         return f"{100 * value:.1f} %"
     return f"{value:+.2f}" if name in SIGNED else f"{value:.2f}"
@@ -179,7 +225,3 @@ def _text(name: str, value: float) -> str:
 def _values(rows: Rows, key: str) -> list:
     found = dict.fromkeys(row[key] for row in rows)
     return sorted(found) if key in ("rate", "steps") else list(found)
-
-
-def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *lines])

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from studies.results import read_rows
 from studies.testbed import cells, command, plan, tables
 
 SAMPLES, RIGHT = 40, 30
@@ -81,16 +82,44 @@ def test_the_report_has_every_method_and_what_is_not_reached(tmp_path):
     (table,) = re.findall(r"### RRPO minus DPO\n\nSeeds: 2.\n\n(.*?)\n\n", text, re.DOTALL)  # those that both have
     lines = {line.split(" | ")[0]: line for line in table.splitlines()}
     assert "-5.0 [-5.0, -5.0]" in lines["| rate 0.001, 120 steps"]  # false mass, points
-    assert "-20.0 [-20.0, -20.0]" in lines["| kl 4"] and "not reached" in lines["| margin 16"]
+    assert "-20.0 [-20.0, -20.0]" in lines["| kl 4"] and "| margin 16" not in lines  # 8 at most
     assert (tmp_path / "frontier.svg").read_text().count("<svg") == 1
 
 
 def test_a_seed_with_a_cell_too_few_is_in_no_difference():
     rows = curve("dpo", 0.05) + curve("rrpo", 0.1)
     partial = [row("rrpo", 1e-3, 60, 2, 0.5, 0.4), row("dpo", 1e-3, 60, 2, 0.5, 0.4)]
-    assert "Seeds: 2." in tables.differences(rows, "rrpo", "dpo")
-    assert tables.differences(rows + partial, "rrpo", "dpo") == tables.differences(rows, "rrpo", "dpo")
-    assert tables.differences(partial + rows[:1] + rows[-1:], "rrpo", "dpo") == ""  # no seed is whole
+    assert "Seeds: 2." in of_both(rows)
+    assert of_both(rows + partial) == of_both(rows)
+    assert of_both(partial + rows[:1] + rows[-1:]) == ""  # no seed is whole
+
+
+def of_both(rows):
+    return tables.differences({m: [row for row in rows if row["method"] == m] for m in ("rrpo", "dpo")})
+
+
+def test_other_pairs_are_compared_with_near_ones():
+    near, one_rate = curve("dpo", 0.1), [row for row in curve("dpo", 0.05) if row["rate"] == 1e-3]
+    text = tables.report(near + [row | {"pairs": "flip40"} for row in one_rate])
+    (table,) = re.findall(
+        r"### DPO on flip40 pairs minus DPO on near pairs\n\nSeeds: 2.\n\n(.*?)\n\n", text, re.DOTALL
+    )
+    lines = {line.split(" | ")[0]: line for line in table.splitlines()}
+    assert "+7.5 [+7.5, +7.5]" in lines["| rate 0.001, 240 steps"]  # (0.1 - 0.05) x 1.5 nats
+    assert not any("0.003" in line for line in lines)
+
+
+def test_scenes_have_their_own_columns_and_contrasts():
+    found = [
+        row | {"pairs": "scenes", "habit_objects": share, "absent_yes": 1.0, "visibility": 0.8125}
+        | {"samples": row["samples"] | {"habit_objects": [share] * SAMPLES, "absent_yes": [1.0] * SAMPLES}}
+        for method, share in (("dpo", 0.5), ("lpoi_5", 0.25)) for row in curve(method, 0.1) if row["rate"] == 1e-3
+    ]  # fmt: skip
+    text = tables.report(found)
+    assert "| no caption | missing companion named | yes to it | visibility τ |" in text
+    assert "| 0.0 % | 50.0 % | 100.0 % | 0.812 |" in text
+    (table,) = re.findall(r"### LPOI, 5 images minus DPO\n\nSeeds: 2.\n\n(.*?)\n\n", text, re.DOTALL)
+    assert "| -25.0 [-25.0, -25.0] | +0.0 [+0.0, +0.0] |" in table.splitlines()[2]
 
 
 def test_without_rows_there_is_no_report(tmp_path):
@@ -157,12 +186,12 @@ def test_runs_are_continued_and_each_row_is_written_once(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_cells", cells_of)
     with pytest.raises(KeyboardInterrupt):
         command.make_rows(runs, path, tmp_path, 2)
-    assert len(command.read_rows(path)) == 2
+    assert len(read_rows(path)) == 2
     made.clear()
     with pytest.raises(KeyboardInterrupt):
         command.make_rows(runs, path, tmp_path, 2)
-    assert made == runs[2:4] and len(command.read_rows(path)) == 4
+    assert made == runs[2:4] and len(read_rows(path)) == 4
     monkeypatch.setattr(command, "_cells", lambda run, out: f"{run.method}: no pairs")
     with pytest.raises(SystemExit, match=rf"1 runs failed:\n{runs[4].method}: no pairs"):
         command.make_rows(runs, path, tmp_path, 2)
-    assert len(command.read_rows(path)) == 4
+    assert len(read_rows(path)) == 4
