@@ -68,6 +68,7 @@ def prepare(folder: Path) -> None:
     """Write the data of `write_data` and import TRL."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs comes with the package
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # so small a model gains nothing from a second thread
     quiet_libraries(bars=False)
     write_data(folder)
     with console.status("importing TRL, which takes half a minute ..."):
@@ -76,7 +77,7 @@ def prepare(folder: Path) -> None:
 
         importlib.import_module("trl_vpo.compare.run")
     transformers.logging.set_verbosity_error()  # a first-time user can do nothing about the warnings
-    torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
+    torch.set_num_threads(1)  # of a torch that was there before
 
 
 def write_data(folder: Path) -> None:
