@@ -144,7 +144,7 @@ def as_user_errors(
 
 
 def is_disk_error(error: Exception) -> bool:
-    """Tell whether a file could not be written or read. torch, safetensors and tokenizers raise no `OSError` for it."""
+    """Tell whether a file could not be written or read; torch, safetensors and tokenizers raise no `OSError` then."""
     return isinstance(error, OSError) or any(word in str(error) for word in DISK_WORDS)
 
 
