@@ -125,6 +125,22 @@ def test_a_seed_fixes_facts_pixels_text_and_files(kind, tmp_path):
     assert any(a.things != b.things for a, b in zip(samples, different))
 
 
+def test_a_file_that_is_there_is_whole(tmp_path, monkeypatch):
+    """Runs that continue keep it."""
+
+    def half(path, *words, **options):
+        path.write_bytes(b"{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(world, "_write_clip", lambda frames, path: half(path))
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        world.write_sample(world.draw_samples("clip", 1, 5, habits=False)[0], tmp_path / "0000.mp4")
+    with pytest.raises(KeyboardInterrupt):
+        rows.write_jsonl([{"id": "a"}], tmp_path / "rows.jsonl")
+    assert not [path.name for path in tmp_path.iterdir() if path.name[0] != "."]
+
+
 def test_clips_decode_to_what_was_drawn(tmp_path):
     colours = set()
     for number, sample in enumerate(world.draw_samples("clip", 40, seed=0, habits=False)):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from trl_vpo.files import atomic_write
 from trl_vpo.testbed import language, world
 
 SUFFIXES = {"clip": ".mp4", "scene": ".png"}
@@ -130,8 +131,9 @@ def _annotated_rows(sample: world.Sample, path: Path, rng: np.random.Generator, 
 
 
 def write_jsonl(rows: Iterable[dict], path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """Write rows, whole or not at all: a file that is there is taken for complete."""
+    with atomic_write(path) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -12,6 +12,7 @@ Units: pixels, x to the right and y downwards. Frames are uint8 arrays of shape 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -264,17 +265,26 @@ def _box(mask: np.ndarray, left: int) -> tuple[int, int, int, int]:
 
 
 def write_sample(sample: Sample, path: Path) -> Path:
-    """Write a clip as h264 mp4 or a scene as png and return the path. The same frames give the same bytes."""
+    """Write a clip as h264 mp4 or a scene as png, whole or not at all, and return the path.
+
+    The same frames give the same bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
     if sample.kind == "scene":
-        Image.fromarray(sample.frames[0]).save(path)
-        return path
+        Image.fromarray(sample.frames[0]).save(part)
+    else:
+        _write_clip(sample.frames, part)
+    os.replace(part, path)
+    return path
+
+
+def _write_clip(frames: np.ndarray, path: Path) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(FRAME_RATE))
-        stream.height, stream.width = sample.frames.shape[1:3]
+        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "12", "preset": "veryfast", "threads": "1", "x264-params": NO_LOOKAHEAD}
-        for frame in sample.frames:
+        for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
-    return path
