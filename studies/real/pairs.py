@@ -107,7 +107,7 @@ def _variants(model: Any, tokenizer: Any, prompt: list[int], ids: list[int], *, 
 
 def read_pairs(path: Path) -> dict[str, list[dict[str, Any]]]:
     """Split -> its pairs."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     return {split: [row for row in rows if row["split"] == split] for split in ("train", "held-out")}
 
 

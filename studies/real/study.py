@@ -6,6 +6,7 @@ each checkpoint. The same command continues after an interruption. At the end it
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -23,6 +24,9 @@ WORKERS = 2  # processes of one thread
 
 def main() -> None:
     """Make what is missing, by `WORKERS` processes, and write the report; a worker is told its part."""
+    parser = argparse.ArgumentParser(prog="python -m studies.real.study", description=__doc__)
+    parser.add_argument("part", nargs="?", type=int, choices=range(WORKERS), help="only for its own workers")
+    part = parser.parse_args().part
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
     from transformers.utils import logging
@@ -34,8 +38,8 @@ def main() -> None:
     torch.set_num_threads(1)  # two spin more than they help
     logging.disable_progress_bar()
     folder = real_model.language_model(OUT / "model")
-    if len(sys.argv) > 1:
-        work(folder, int(sys.argv[1]))
+    if part is not None:
+        work(folder, part)
         return
     if not PAIRS.is_file():
         real_pairs.write_pairs(*real_model.load(folder), PAIRS)

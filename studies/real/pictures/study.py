@@ -6,6 +6,7 @@ command continues after an interruption. At the end it writes RESULTS.md from al
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ OUT = Path("outputs/study-real")
 
 def main() -> None:
     """Do what is missing, in this process, and write the report."""
+    argparse.ArgumentParser(prog="python -m studies.real.pictures.study", description=__doc__).parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
     from transformers.utils import logging
