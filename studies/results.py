@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+KEYS = ("method", "pairs", "rate", "steps", "seed")  # of a cell; a study without one of them has no such column
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file; none if there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """Return the rows of a file, of those of one cell the last; none if there is no file.
+
+    A line that was cut off, by a kill or a full disk, is said and left out, so that its run is made again.
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            print(f"{path}, line {number}: cut off, so its run counts as missing. Delete the line.", file=sys.stderr)
+            continue
+        rows[tuple(row.get(key) for key in KEYS)] = row
+    return list(rows.values())
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows in one write: several workers share a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    """Add rows in one write: several workers share a file. They never continue a line that was cut off.
+
+    Raises:
+        SystemExit: they cannot be written.
+    """
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            if file.tell() and file.seek(-1, 2) and file.read(1) != b"\n":
+                data = b"\n" + data
+            while data:  # a full disk takes a part of it
+                data = data[file.write(data) :]
+    except OSError as error:
+        why = error.strerror or error
+        raise SystemExit(f"{path} cannot be written ({why}). Mend that; the same command then continues.") from error
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,8 @@
 """`python -m studies.testbed`: the comparison of the methods on the small world.
 
 run [--full | --quick] [--workers N]     make the rows that are missing; the same command continues. --quick makes its
-                                         own, in outputs/, and fails if the methods no longer differ as they did
+                                         own, in outputs/, each time anew, and fails if the methods no longer differ as
+                                         they did
 cell --method dpo --pairs near --rate 3e-3 --steps 60 --seed 0
                                          make one row anew, and compare it with the stored one
 tables                                   RESULTS.md and its figure, of the rows that there are
@@ -11,13 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import math
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from studies.testbed.pairs import PAIRS
 RESULTS, OUT = Path("studies/testbed/results.jsonl"), Path("outputs/testbed")
 QUICK = OUT / "quick" / "results.jsonl"
 TOLERANCE = 1e-3  # between a row and the same one made anew
+SHOWN = 5  # rows in one message
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help=f"data and runs; default: {OUT}")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="make the rows that are missing")
-    run.add_argument("--full", action="store_true", help="also the controls and the other kinds of pairs")
-    run.add_argument("--quick", action="store_true", help="one seed, one rate, one checkpoint")
+    which = run.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="also the controls and the other kinds of pairs")
+    which.add_argument("--quick", action="store_true", help="one seed, one rate, one checkpoint")
     run.add_argument("--workers", type=int, default=2, help="processes of one thread each; default: 2")
     cell = commands.add_parser("cell", help="make one row anew")
     cell.add_argument("--method", required=True, choices=["base", *plan.ALL])
@@ -49,16 +55,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.results = args.results or (QUICK if args.command == "run" and args.quick else RESULTS)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    if args.command == "run":
-        runs = plan.full_runs() if args.full else plan.quick_runs() if args.quick else plan.main_runs()
-        make_rows(runs, args.results, args.out, args.workers)
-        write_report(args.results)
-        if args.quick:
-            check_directions(read_rows(args.results))
-    elif args.command == "cell":
-        make_cell(plan.Run(args.method, args.pairs, args.rate, args.seed, (args.steps,)), args.results, args.out)
-    else:
-        write_report(args.results)
+    try:
+        if args.command == "run":
+            if args.workers < 1:
+                parser.error(f"--workers {args.workers}: give 1 or more.")
+            runs = plan.full_runs() if args.full else plan.quick_runs() if args.quick else plan.main_runs()
+            make_rows(runs, args.results, args.out, args.workers, anew=args.quick)
+            write_report(args.results)
+            if args.quick:
+                check_directions(stored_rows(args.results))
+        elif args.command == "cell":
+            cell = plan.Run(args.method, args.pairs, args.rate, args.seed, (args.steps,))
+            if why := plan.why_not(cell):
+                parser.error(why)
+            make_cell(cell, args.results, args.out)
+        else:
+            write_report(args.results)
+    except KeyboardInterrupt:
+        print("Stopped. The same command continues.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def stored_rows(results: Path) -> list[dict[str, Any]]:
+    """Return the rows of the results.
+
+    Raises:
+        SystemExit: rows are of another base or of no method, or lack what others have: tables would mix them silently.
+    """
+    from studies.testbed.cells import digest
+
+    rows, columns = read_rows(results), {}
+    for row in rows:
+        columns.setdefault(row.get("pairs"), {*plan.KEYS, "base"}).update(row)
+    wrong = []
+    for row in rows:
+        if lacking := sorted(columns[row.get("pairs")] - row.keys()):
+            why = f"no {', '.join(lacking)}"
+        elif row["method"] not in ("base", *plan.ALL):
+            why = "no method of this study"
+        elif row["base"] != digest():
+            why = f"of the base {row['base']}, and the present one is {digest()}"
+        else:
+            continue
+        wrong.append(f"\n  - {', '.join(f'{key} {row.get(key)}' for key in plan.KEYS)}: {why}")
+    if wrong:
+        raise SystemExit(
+            f"{results}: {len(wrong)} of {len(rows)} rows cannot be used:{''.join(wrong[:SHOWN])}"
+            f"{f'{chr(10)}  ...' * (len(wrong) > SHOWN)}\nDelete these lines, or move the file away: "
+            "`python -m studies.testbed run` makes what is missing."
+        )
+    return rows
 
 
 def write_report(results: Path) -> None:
@@ -69,7 +115,7 @@ def write_report(results: Path) -> None:
     """
     from studies.testbed import report
 
-    if not (rows := read_rows(results)):
+    if not (rows := stored_rows(results)):
         raise SystemExit(f"{results} has no rows: `python -m studies.testbed run` makes them.")
     print("Report:", report.write_report(rows, results.parent))
 
@@ -85,41 +131,61 @@ def check_directions(rows: Sequence[Mapping[str, Any]]) -> None:
     for measure, less, more in plan.DIRECTIONS:
         low, high = found[less][measure], found[more][measure]
         text = f"{measure}: {low:.3f} ({less}) < {high:.3f} ({more})"
-        print(text if low < high else f"does not hold: {text}", flush=True)
-        wrong += [text] * (low >= high)
+        holds = low < high  # not where one is nan
+        print(text if holds else f"does not hold: {text}", flush=True)
+        wrong += [text] * (not holds)
     if wrong:
         raise SystemExit(f"{len(wrong)} of {len(plan.DIRECTIONS)} directions do not hold.")
 
 
-def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int) -> None:
+def make_rows(runs: Sequence[plan.Run], results: Path, out: Path, workers: int, *, anew: bool = False) -> None:
     """Make the missing rows, so many runs at a time, and append those of a run as soon as it is finished.
 
-    Raises:
-        SystemExit: runs failed, after all others.
-    """
-    waiting, began, failed = plan.missing(runs, read_rows(results)), time.time(), []
-    print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(waiting)) or 1) as pool:
-        for done, rows in enumerate(pool.imap_unordered(partial(_cells, out=out), waiting), start=1):
-            if isinstance(rows, str):
-                failed.append(rows)
-                continue
-            append_rows(results, rows)
-            spent = (time.time() - began) / 60
-            left = spent / done * (len(waiting) - done)
-            print(f"{rows[0]['method']} at {rows[0]['rate']:g}, seed {rows[0]['seed']}: "
-                  f"{done} of {len(waiting)} runs after {spent:.0f} min, {left:.0f} left", flush=True)  # fmt: skip
+    Where none is missing, `anew` makes all again.
 
+    Raises:
+        SystemExit: runs failed, after all others; or a worker was killed.
+    """
+    waiting = plan.missing(runs, stored_rows(results)) or (list(runs) if anew else [])
+    began, failed = time.time(), []
+    print(f"{len(waiting)} of {len(runs)} runs to do", flush=True)
+    if not waiting:
+        return
+    with ProcessPoolExecutor(min(workers, len(waiting)), get_context("spawn"), _leave_interrupts) as pool:
+        try:
+            for done, future in enumerate(as_completed([pool.submit(_cells, run, out) for run in waiting]), start=1):
+                if isinstance(rows := future.result(), str):
+                    failed.append(rows)
+                    continue
+                append_rows(results, rows)
+                spent = (time.time() - began) / 60
+                left = spent / done * (len(waiting) - done)
+                print(f"{rows[0]['method']} at {rows[0]['rate']:g}, seed {rows[0]['seed']}: "
+                      f"{done} of {len(waiting)} runs after {spent:.0f} min, {left:.0f} left", flush=True)  # fmt: skip
+        except BaseException as error:
+            for worker in active_children():  # they would finish their runs, and begin others
+                worker.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise SystemExit(
+                    "A worker was killed, perhaps for want of memory. The same command continues; --workers 1 needs "
+                    "less."
+                ) from None
+            raise
     if failed:
         raise SystemExit("\n".join([f"{len(failed)} runs failed:", *failed]))
 
 
+def _leave_interrupts() -> None:
+    """Leave Ctrl-C, which all processes of a terminal get, to the one that started this."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _cells(run: plan.Run, out: Path) -> list[dict] | str:
     """Return the rows of a run, or why it failed."""
-    from studies.testbed.cells import run_cells
+    from studies.testbed.cells import digest, run_cells
 
     try:
-        return run_cells(run, out)
+        return run_cells(run, out / digest())  # what another base said stays apart
     except Exception as error:  # one run without pairs, say, must not end the others
         traceback.print_exc()
         return f"{run.method} on {run.pairs} pairs at {run.rate:g}, seed {run.seed}: {error}"
@@ -131,17 +197,17 @@ def make_cell(run: plan.Run, results: Path, out: Path) -> None:
     Raises:
         SystemExit: its numbers are not those of the stored row.
     """
+    stored = [old for old in stored_rows(results) if tuple(old[key] for key in plan.KEYS) == run.cells()[0]]
     rows = _cells(run, out)
     if isinstance(rows, str):
         raise SystemExit(rows)
     (row,) = rows
     print(json.dumps({name: value for name, value in row.items() if name != "samples"}))
-    stored = [old for old in read_rows(results) if tuple(old[key] for key in plan.KEYS) == run.cells()[0]]
     if not stored:
         print("There is no such row among the stored ones.", file=sys.stderr)
         return
     numbers = [name for name, value in row.items() if isinstance(value, float)]
-    off = {name: (row[name], stored[0][name]) for name in numbers if abs(row[name] - stored[0][name]) > TOLERANCE}
-    if off:
+    both = {name: (row[name], stored[0].get(name, math.nan)) for name in numbers}
+    if off := {name: sides for name, sides in both.items() if not abs(sides[0] - sides[1]) <= TOLERANCE}:
         raise SystemExit(f"The stored row has other numbers (anew, stored): {off}")
     print(f"All {len(numbers)} numbers are those of the stored row, within {TOLERANCE:g}.", file=sys.stderr)

@@ -49,7 +49,7 @@ def training_rows(run: plan.Run, out: Path) -> tuple[Path, dict[str, float]]:
         inputs = write_jsonl(annotated(samples, seed, out / "data"), path.with_name(f"inputs-{name}.jsonl"))
         generate(run.method, inputs, path, run.seed, adapter)
         shutil.rmtree(first, ignore_errors=True)
-    made = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    made = [json.loads(line) for line in path.read_bytes().splitlines()]
     chosen, rejected = (true_responses(made, samples, side) for side in ("chosen", "rejected"))
     figures = {"pairs_made": len(made), "chosen_true": np.mean(chosen), "rejected_true": np.mean(rejected)}
     if again:

@@ -51,7 +51,7 @@ def training_rows(
 
 def with_whole_phrases(path: Path) -> Path:
     """Write the rows anew with whole responses as their phrases."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     for row in rows:
         for side in ("chosen", "rejected"):
             row[f"{side}_phrases"] = [[0, len(row[side][0]["content"][0]["text"])]]

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from studies.results import KEYS
+
 TEST_SEED, TRAIN_SEED = 902, 1000  # of the world's draws; a run's own seed is added to the latter
 ROWS, BATCH, TEST = 320, 16, 64  # training pairs, pairs of a step, held-out samples
 RATES = (3e-4, 1e-3, 3e-3)
 STEPS = (60, 120, 240)
-KEYS = ("method", "pairs", "rate", "steps", "seed")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,16 @@ DIRECTIONS = (  # of the quick runs: a measure, the method that has less of it, 
     *(("false_mass", method, "base") for method in METHODS),
     *(("accuracy", "base", method) for method in METHODS),
 )
+
+
+def why_not(run: Run) -> str:
+    """Return why there is no such run: a method has kinds of pairs, and the base no steps; else nothing."""
+    on = sorted({one.pairs for one in full_runs() if one.method == run.method})
+    if run.pairs not in on:
+        return f"{run.method} is not run on {run.pairs} pairs, but on {', '.join(on)}."
+    if wrong := [steps for steps in run.steps if (steps == 0) != (run.method == "base") or steps < 0]:
+        return f"{wrong[0]} steps: " + ("the base has 0." if run.method == "base" else "give 1 or more.")
+    return ""
 
 
 def missing(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Run]:

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-from studies.results import read_rows
 from studies.testbed import cells, command, plan, tables
 
 SAMPLES, RIGHT = 40, 30
@@ -18,7 +17,11 @@ def row(method, rate, steps, seed, kl, false_mass, noise=0.0):
     base = of_samples(np.zeros(SAMPLES), np.zeros(SAMPLES))
     own = of_samples(kl + noise * random.normal(size=SAMPLES), false_mass + noise * random.normal(size=SAMPLES))
     own["chosen_logp"] = base["chosen_logp"] - 2 * kl * (np.arange(SAMPLES) < RIGHT)
-    return dict(zip(plan.KEYS, (method, "near", rate, steps, seed))) | cells.summary(own, base) | {"cpu_seconds": {}}
+    return (
+        dict(zip(plan.KEYS, (method, "near", rate, steps, seed)))
+        | cells.summary(own, base)
+        | {"cpu_seconds": {}, "base": cells.digest()}
+    )
 
 
 def of_samples(kl, false):
@@ -120,78 +123,3 @@ def test_scenes_have_their_own_columns_and_contrasts():
     assert "| 0.0 % | 50.0 % | 100.0 % | 0.812 |" in text
     (table,) = re.findall(r"### LPOI, 5 images minus DPO\n\nSeeds: 2.\n\n(.*?)\n\n", text, re.DOTALL)
     assert "| -25.0 [-25.0, -25.0] | +0.0 [+0.0, +0.0] |" in table.splitlines()[2]
-
-
-def test_without_rows_there_is_no_report(tmp_path):
-    with pytest.raises(SystemExit, match="no rows"):
-        command.main(["--results", str(tmp_path / "none.jsonl"), "tables"])
-
-
-def test_a_cell_that_differs_from_its_row_is_an_error(tmp_path, monkeypatch):
-    stored = row("dpo", 1e-3, 60, 0, 0.5, 0.2)
-    path = tmp_path / "results.jsonl"
-    path.write_text(json.dumps(stored) + "\n")
-    words = ["--results", str(path), "cell", *["--method", "dpo", "--rate", "1e-3", "--steps", "60", "--seed", "0"]]
-    for false_mass, wrong in ((0.2005, False), (0.22, True)):
-        monkeypatch.setattr(command, "_cells", lambda run, out, f=false_mass: [stored | {"false_mass": f}])
-        if wrong:
-            with pytest.raises(SystemExit, match=r"false_mass.*0\.22.*0\.2"):
-                command.main(words)
-        else:
-            command.main(words)
-
-
-def test_directions_that_do_not_hold_are_an_error(capsys):
-    held = {
-        "dpo": (-9, 1.0, 9, 0.2),
-        "simpo": (-9, 1.0, 9, 0.2),
-        "leanpo": (0.1, 0.3, 3, 0.1),
-        "rrpo": (0.2, 0.2, 2, 0.1),
-    }
-    held["base"] = (0, 0, 0, 0.4)
-    names = ("chosen_change_right", "fell_right", "kl", "false_mass")
-    rows = [
-        dict(zip(names, values)) | {"method": method, "accuracy": 0.7 if method == "base" else 1.0}
-        for method, values in held.items()
-    ]
-    command.check_directions(rows)
-    assert "kl: 2.000 (rrpo) < 9.000 (dpo)" in capsys.readouterr().out
-    rows[0]["chosen_change_right"] = 0.2
-    rows[3]["false_mass"] = 0.4  # as much as the base is not less
-    with pytest.raises(SystemExit, match="2 of 12 directions do not hold"):
-        command.check_directions(rows)
-
-
-def test_runs_are_continued_and_each_row_is_written_once(tmp_path, monkeypatch):
-    path, made = tmp_path / "results.jsonl", []
-    runs = plan.quick_runs()
-
-    class Pool:  # in this process
-        def __init__(self, workers):
-            assert workers in (1, 2)  # no more than there are runs
-
-        __enter__, __exit__ = lambda self: self, lambda *_: None
-
-        def imap_unordered(self, work, waiting):
-            return map(work, waiting)
-
-    monkeypatch.setattr(command.multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
-
-    def cells_of(run, out):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(run)
-        return [dict(zip(plan.KEYS, cell)) for cell in run.cells()]
-
-    monkeypatch.setattr(command, "_cells", cells_of)
-    with pytest.raises(KeyboardInterrupt):
-        command.make_rows(runs, path, tmp_path, 2)
-    assert len(read_rows(path)) == 2
-    made.clear()
-    with pytest.raises(KeyboardInterrupt):
-        command.make_rows(runs, path, tmp_path, 2)
-    assert made == runs[2:4] and len(read_rows(path)) == 4
-    monkeypatch.setattr(command, "_cells", lambda run, out: f"{run.method}: no pairs")
-    with pytest.raises(SystemExit, match=rf"1 runs failed:\n{runs[4].method}: no pairs"):
-        command.make_rows(runs, path, tmp_path, 2)
-    assert len(read_rows(path)) == 4
