@@ -87,6 +87,18 @@ def test_the_card_shows_the_length_that_was_in_force(here):
     assert "| `num_train_epochs` | 1 |" in card and "max_steps" not in card
 
 
+def test_the_card_shows_the_options_of_the_loss(here):
+    """Also those that TRL has, where the method or the run has another value than TRL."""
+    processor = base_of(build("Qwen2.5-VL"))
+    rows = [row("image", [write_image(here / "photo.png")])]
+    card = trained("leanpo", "base", processor, rows, here, label_smoothing=0.0)
+    assert "| `label_smoothing` | 0.0 |" in card and "| `nll_weight` | 0.5 |" in card
+    card = trained("dpo", "base", processor, rows, here)
+    assert "loss_type" not in card and "discopop_tau" not in card
+    card = trained("dpo", "base", processor, rows, here, loss_type=["ipo", "sft"], loss_weights=[1.0, 0.5])
+    assert "| `loss_type` | ['ipo', 'sft'] |" in card and "| `loss_weights` | [1.0, 0.5] |" in card
+
+
 def test_the_snippets_of_full_and_text_models_run(here, capsys):
     processor = base_of(build("LLaVA-1.5"))
     photo = write_image(here / "photo.jpg")

@@ -1,6 +1,6 @@
 """The model card of a trained adapter or model; its text is `card.md.j2`."""
 
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,21 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
 
 def _settings(trainer: Any) -> dict[str, Any]:
     args, model = trainer.args, trainer.model
-    common = {f.name for f in fields(VisualPreferenceConfig)}
-    own = [f.name for f in fields(args) if f.name not in common]
+    own = [field.name for field in fields(args) if _is_own(field, args)]
     idle = "num_train_epochs" if args.max_steps > 0 else "max_steps"
     settings = {name: getattr(args, name) for name in (*SETTINGS, *own) if name != idle}
     settings["pairs per step"] = trainer.get_total_train_batch_size(args)
     adapter = next(iter(model.peft_config.values())) if is_peft_model(model) else None
     return settings | {name: getattr(adapter, name) for name in ("r", "lora_alpha") if hasattr(adapter, name)}
+
+
+def _is_own(field: Field, args: VisualPreferenceConfig) -> bool:
+    """Tell whether an option is the method's own, or one of TRL's to which it or the run gives another value."""
+    common = {other.name: other for other in fields(VisualPreferenceConfig)}.get(field.name)
+    if common is None or field is common:
+        return common is None
+    return not getattr(args, field.name) == _default(field) == _default(common)
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
