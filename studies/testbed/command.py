@@ -36,23 +36,26 @@ SHOWN = 5  # rows in one message
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m studies.testbed", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, help=f"default: {RESULTS}; {QUICK} with --quick")
-    parser.add_argument("--out", type=Path, default=OUT, help=f"data and runs; default: {OUT}")
+    places = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)  # stand anywhere
+    places.add_argument("--results", type=Path, help=f"default: {RESULTS}; {QUICK} with --quick")
+    places.add_argument("--out", type=Path, help=f"data and runs; default: {OUT}")
+    description = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m studies.testbed", description=description, parents=[places])
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="make the rows that are missing")
+    run = commands.add_parser("run", help="make the rows that are missing", parents=[places])
     which = run.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="also the controls and the other kinds of pairs")
     which.add_argument("--quick", action="store_true", help="one seed, one rate, one checkpoint")
     run.add_argument("--workers", type=int, default=2, help="processes of one thread each; default: 2")
-    cell = commands.add_parser("cell", help="make one row anew")
+    cell = commands.add_parser("cell", help="make one row anew", parents=[places])
     cell.add_argument("--method", required=True, choices=["base", *plan.ALL])
     cell.add_argument("--pairs", default="near", choices=PAIRS)
     cell.add_argument("--rate", type=float, required=True)
     cell.add_argument("--steps", type=int, required=True)
     cell.add_argument("--seed", type=int, required=True)
-    commands.add_parser("tables", help="write RESULTS.md and its figure beside the results")
-    args = parser.parse_args(argv)
+    commands.add_parser("tables", help="write RESULTS.md and its figure beside the results", parents=[places])
+    args = argparse.Namespace(results=None, out=OUT)
+    parser.parse_args(argv, args)
     args.results = args.results or (QUICK if args.command == "run" and args.quick else RESULTS)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     try:

@@ -8,6 +8,7 @@ over seeds and held-out samples, which are drawn with replacement, independently
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -165,8 +166,9 @@ class Curves:
         self.cells = [cell for cell in self.cells if all((cell, seed) in by_cell for seed in seeds)]
         self._rows = {cell: [by_cell[cell, seed] for seed in seeds] for cell in self.cells}
         self._seeds, self._samples = len(seeds), len(rows[0]["samples"]["kl"])
+        self.at = cache(self._at)  # every place on a curve needs the same cells
 
-    def at(self, cell: tuple[float, int], measure: str) -> np.ndarray:
+    def _at(self, cell: tuple[float, int], measure: str) -> np.ndarray:
         """Return a measure of a cell (draws,)."""
         values, counted = (np.array(side) for side in zip(*(_of(row, measure) for row in self._rows[cell])))
         random = np.random.default_rng(0)

@@ -83,8 +83,11 @@ def test_what_does_not_go_together_is_refused(words, why, capsys):
 
 
 def test_without_rows_there_is_no_report(tmp_path):
-    with pytest.raises(SystemExit, match="no rows"):
-        command.main(["--results", str(tmp_path / "none.jsonl"), "tables"])
+    """The path stands before the command or behind it."""
+    place = ["--results", str(tmp_path / "none.jsonl")]
+    for words in ([*place, "tables"], ["tables", *place]):
+        with pytest.raises(SystemExit, match=r"none\.jsonl has no rows"):
+            command.main(words)
 
 
 def test_a_cell_that_differs_from_its_row_is_an_error(stored, monkeypatch):

@@ -40,7 +40,7 @@ def curve(method, slope, noise=0.0):
     ]
 
 
-def test_the_issue_of_36_runs_and_what_is_missing():
+def test_the_36_runs_and_what_is_missing():
     runs = plan.main_runs()
     assert len(runs) == 37 and len({run.method for run in runs}) == 5
     assert sum(len(run.cells()) for run in runs) == 1 + 36 * 3
@@ -99,6 +99,14 @@ def test_a_seed_with_a_cell_too_few_is_in_no_difference():
 
 def of_both(rows):
     return tables.differences({m: [row for row in rows if row["method"] == m] for m in ("rrpo", "dpo")})
+
+
+def test_a_cell_is_drawn_once_for_all_places_on_a_curve(monkeypatch):
+    ours, drawn = tables.Curves(curve("dpo", 0.05)), []
+    monkeypatch.setattr(tables, "_of", lambda row, measure, of=tables._of: drawn.append(measure) or of(row, measure))
+    for value in (0.75, 1.25, 3.0):
+        ours.where("kl", value, "false_mass")
+    assert len(drawn) == 2 * 2 * len(ours.cells)  # two measures, two seeds
 
 
 def test_other_pairs_are_compared_with_near_ones():
