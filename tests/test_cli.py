@@ -81,6 +81,8 @@ def test_help_and_wrong_paths_import_no_torch(tmp_path):
             ["doctor"],
             ["example:\n  trl-vpo doctor ", "--gpu_memory GIB", "--accelerate_config FILE", "--num_processes N"],
         ),
+        (["recipes"], ["list (the default), show or copy"]),
+        (["quickstart"], ["of dpo, leanpo,", "(default: dpo leanpo rrpo lpoi)"]),
         (["compare"], ["--held_out FILE", "example:\n  trl-vpo compare "]),
         (["evaluate"], ["--benchmark", "--include_path", "--config", "--visual_prompt BOOL", "\n  trl-vpo evaluate "]),
     ],

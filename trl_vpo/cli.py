@@ -315,7 +315,9 @@ def _add_doctor(commands) -> None:
 
 def _add_recipes(commands) -> None:
     parser = _add(commands, "recipes", recipes, "list, show or copy the recipes of the package")
-    parser.add_argument("action", metavar="ACTION", nargs="?", choices=("list", "show", "copy"), default="list")
+    actions = ("list", "show", "copy")
+    text = "list (the default), show or copy"
+    parser.add_argument("action", metavar="ACTION", nargs="?", choices=actions, default="list", help=text)
     parser.add_argument("name", metavar="NAME", nargs="?", help="of the recipe to show or copy")
     parser.add_argument(
         "folder", metavar="DIR", nargs="?", type=Path, default=".", help="or FILE.yaml to copy to (default: .)"
@@ -326,7 +328,7 @@ def _add_recipes(commands) -> None:
 def _add_quickstart(commands) -> None:
     parser = _add(commands, "quickstart", quickstart, "train four methods, or those named, on a small world, on a CPU")
     parser.add_argument("--out", metavar="DIR", type=Path, default="outputs/quickstart", help="folder to write")
-    parser.add_argument(
-        "--methods", metavar="METHOD", nargs="+", choices=METHODS, default=["dpo", "leanpo", "rrpo", "lpoi"]
-    )
+    four = ["dpo", "leanpo", "rrpo", "lpoi"]
+    text = f"of {', '.join(METHODS)} (default: {' '.join(four)})"
+    parser.add_argument("--methods", metavar="METHOD", nargs="+", choices=METHODS, default=four, help=text)
     parser.add_argument("--data_only", action="store_true", help="write the rows, and train nothing")

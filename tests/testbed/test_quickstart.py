@@ -36,10 +36,11 @@ def test_captions_are_checked_as_the_world_does(kind):
     assert list(chair(responses)["chair/s"]) == hallucinated and 0.05 < sum(hallucinated) / len(hallucinated) < 0.8
 
 
-def test_the_data_are_rows_to_train_on_and_held_out_ones(tmp_path, monkeypatch):
+def test_the_data_are_rows_to_train_on_and_held_out_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "TRAIN_ROWS", 3)
     monkeypatch.setattr(quickstart, "HELD_OUT_ROWS", 2)
     assert cli.main(["quickstart", "--out", str(tmp_path), "--data_only"]) == 0
+    assert f"Rows and media: {tmp_path / 'data'}\n" in capsys.readouterr().out
     table = ObjectTable({name: [] for name in (tmp_path / "data/objects.txt").read_text().splitlines()})
     for kind in ("clip", "scene"):
         inputs = read_inputs(str(tmp_path / f"data/{kind}s_held_out.jsonl"))

@@ -47,6 +47,7 @@ def run_quickstart(out: Path, methods: Sequence[str], command, *, data_only: boo
     check_output_dir(str(out))
     if data_only:
         write_data(out / "data")
+        console.print(f"Rows and media: {out / 'data'}", highlight=False, soft_wrap=True)
         return
     prepare(out / "data")
     runs: list[Path] = []
