@@ -89,6 +89,12 @@ def test_hallusionbench_has_figures_and_questions(tmp_path):
     )  # fmt: skip
     assert second["sets"] == {"question": "VD_chart_3_q0", "figure": "VD_chart_3_1"} and second["answer"] == "no"
     assert "images" not in third and third["sets"] == {"question": "VS_chart_3_q1", "figure": None}
+    del records[0]["set_id"]
+    path = write(tmp_path / "HallusionBench.json", records)
+    with pytest.raises(ImportFormatError, match="item 1: `set_id` is missing, which tells the set"):
+        list(import_rows("hallusionbench", path))
+    counts = convert("hallusionbench", path, tmp_path / "rows.jsonl", on_bad="skip")
+    assert any("A set of questions that lost a record is right where the rest" in note for note in counts.left_to_do)
 
 
 def test_tvbench_cuts_two_of_its_tasks(tmp_path):
@@ -145,6 +151,10 @@ def test_vidhalluc_has_four_tasks(tmp_path):
     assert [(one["expected"], one["group"]) for one in facts] == [
         ("yes", "bqa"), ("no", "bqa"), ("AB", "mcq"), ("yes", "sth"), ("BA", "tsh")
     ]  # fmt: skip
+    files["mcq"]["8"]["y_1_2"]["Correct Answer"] = "none"
+    write(tmp_path / "bad.json", files["mcq"])
+    with pytest.raises(ImportFormatError, match="entry 8: the answer '' is not all right letters"):
+        list(import_rows("vidhalluc", tmp_path / "bad.json"))
     write(tmp_path / "bad.json", {"9": {"Question": "What?"}})
     with pytest.raises(ImportFormatError, match="entry 9: the record has another layout"):
         list(import_rows("vidhalluc", tmp_path / "bad.json"))
@@ -178,6 +188,9 @@ def test_elv_halluc_stands_in_triplets(tmp_path):
     write(tmp_path / "bad.jsonl", [records[0] | {"caption_type": "other"}])
     with pytest.raises(ImportFormatError, match="line 1: `caption_type` is 'other': it is one of ground_truth"):
         list(import_rows("elv-halluc", tmp_path / "bad.jsonl"))
+    write(tmp_path / "bad.jsonl", records[:3] + records[4:])  # or captions of two events would make a set
+    with pytest.raises(ImportFormatError, match="line 4: `caption_type` is in_video, and ground_truth is due"):
+        list(import_rows("elv-halluc", tmp_path / "bad.jsonl"))
 
 
 def test_video_mme_with_and_without_subtitles(tmp_path):
@@ -195,7 +208,12 @@ def test_video_mme_with_and_without_subtitles(tmp_path):
         ("00:01,000 --> 00:02,000", "Bye."),
     ]
     text = "\n\n".join(f"{n}\n{time}\n{line}" for n, (time, line) in enumerate(shown, 1))
-    (tmp_path / "subtitle").mkdir()
+    (tmp_path / "subtitle" / "subtitle").mkdir(parents=True)  # unpacked into a folder of its own
+    with pytest.raises(ImportFormatError, match=r"subtitle has no .srt files"):
+        imported("video-mme-subtitles", path)
+    (tmp_path / "subtitle" / "abc.srt").write_bytes(b"caf\xe9")
+    with pytest.raises(ImportFormatError, match=r"row 0: .*subtitle/abc.srt is not UTF-8 .*Save it as UTF-8"):
+        imported("video-mme-subtitles", path)
     (tmp_path / "subtitle" / "abc.srt").write_text(text)
     spoken, silent = (row["question"] for row in imported("video-mme-subtitles", path))
     assert spoken == f"The subtitles of the video:\nGood day.\nBye.\n\n{listed}"
@@ -237,6 +255,17 @@ def test_object_halbench_has_the_objects_of_coco(tmp_path):
     write(path, [record | {"image_id": 7}])
     with pytest.raises(ImportFormatError, match="line 1: `image_id` 7 is not an image of COCO"):
         list(import_rows("object-halbench", path, media_folder=tmp_path / "media"))
+
+
+@pytest.mark.parametrize(
+    ("beside", "why"),
+    [('[{"id": 1', r"annotations.json cannot be read as JSON .*Fetch it again"), ('{"1": 2}', "has another layout")],
+)
+def test_damaged_files_beside_it_are_named(beside, why, tmp_path):
+    (tmp_path / "annotations.json").write_text(beside)
+    path = write(tmp_path / "query.json", [{"id": 1, "image": "1.jpg", "query": "Is it?"}])
+    with pytest.raises(ImportFormatError, match=why):
+        list(import_rows("amber", path))
 
 
 def test_every_benchmark_is_tested_here():

@@ -44,6 +44,7 @@ def inputs(*rows):
         ([{**CHOICE, "options": ["red", "Red."]}], "say the same"),
         ([{**CHOICE, "task": "letters", "answer": "B, A"}], "`answer` is 'B, A': give all right letters"),
         ([{**CHOICE, "task": "rated", "answer": " "}], "`answer` is ' ': give a person's answer"),
+        ([{**CHOICE, "task": "rated", "answer": "A.", "contents": "a dog"}], "`contents` is 'a dog': list what"),
         ([{**CAPTION, "objects": None}], "`objects` is None"),
         ([{**CAPTION, "objects": ["unicorn"]}], "'unicorn' is not in the table"),
         ([{**CAPTION, "question": " "}], "`question` is ' '"),

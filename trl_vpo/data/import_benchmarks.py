@@ -48,6 +48,11 @@ def held_out(task: str, asked: str, answer: str | None = None, **columns: Any) -
         if (read := yes_or_no(answer)) is None:
             raise ValueError(f"the answer {answer!r} says neither yes nor no.")
         answer = read
+    if task == "letters":
+        from trl_vpo.text.choices import read_letters
+
+        if not answer or read_letters(answer, ordered=True) != answer:
+            raise ValueError(f"the answer {answer!r} is not all right letters, each once.")
     if not (question := re.sub("|".join(MARKERS), "", asked).strip()):
         raise ValueError("the question has no text. Fill it in or leave the record out.")
     return {k: v for k, v in {"task": task, "question": question, "answer": answer, **columns}.items() if v}
@@ -85,12 +90,14 @@ def _amber(record: dict) -> dict:
 
 def _hallusion(record: dict) -> dict:
     """Questions of a set are asked about each of its figures; those of VS also without any, as figure 0."""
-    kind, place, figure, asked = (str(record.get(name)) for name in ("category", "set_id", "figure_id", "question_id"))
+    names = ("category", "set_id", "figure_id", "question_id", "visual_input")
+    if lost := [name for name in names if record.get(name) in (None, "")]:
+        raise ValueError(f"`{lost[0]}` is missing, which tells the set of the question.")
+    kind, place, figure, asked, shown = (str(record[name]) for name in names)
     topic = f"{kind}_{text(record, 'subcategory')}_{place}"
-    seen = str(record.get("visual_input")) != "0"
     sets = {"question": f"{topic}_q{asked}", "figure": None if kind == "VS" and figure == "0" else f"{topic}_{figure}"}
     answer = {"0": "no", "1": "yes"}.get(str(record.get("gt_answer")), "")
-    about = {"images": media(record, "filename") if seen else [], "group": kind, "sets": sets}
+    about = {"images": media(record, "filename") if shown != "0" else [], "group": kind, "sets": sets}
     return held_out("yes_no", text(record, "question"), answer, id=f"{topic}_{figure}_{asked}", **about)
 
 
@@ -141,9 +148,11 @@ def _vidhalluc(record: dict) -> list[dict]:
 
 def _elv_halluc(record: dict) -> dict:
     """Three captions of an event stand behind each other: true, with what comes elsewhere, with what never comes."""
-    kind, triplet = text(record, "caption_type"), str(record[PLACE] // 3)
+    kind, triplet, due = text(record, "caption_type"), str(record[PLACE] // 3), [*ELV_SETS][record[PLACE] % 3]
     if kind not in ELV_SETS:
         raise ValueError(f"`caption_type` is {kind!r}: it is one of {', '.join(ELV_SETS)}.")
+    if kind != due:  # nothing else tells which captions belong together
+        raise ValueError(f"`caption_type` is {kind}, and {due} is due: a line before it was lost or moved.")
     sets = {name: triplet if name in ELV_SETS[kind] else None for name in ("in_video", "out_video")}
     about = {"id": f"{triplet}-{kind}", "videos": media(record, "video"), "group": record.get("aspect"), "sets": sets}
     return held_out("yes_no", text(record, "question"), text(record, "ref_answer"), **about)
@@ -160,7 +169,11 @@ def _video_mme(record: dict, subtitles: bool = False) -> dict:
 
 def _spoken(path: Path) -> str:
     """Return the text of a subtitle file, a line for each that is shown."""
-    lines = (re.sub("<.*?>", "", line).strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    try:
+        shown = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
+    lines = (re.sub("<.*?>", "", line).strip() for line in shown)
     spoken = [line for line in lines if line and not line.isdigit() and "-->" not in line]
     return "\n".join(["The subtitles of the video:", *spoken])
 
@@ -192,9 +205,22 @@ def _near(path: Path, name: str) -> Path:
     return found
 
 
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ImportFormatError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
+
+
 def _amber_truth(path: Path) -> dict:
-    entries = json.loads(_near(path, "annotations.json").read_bytes())
-    return {"annotations": {entry["id"]: entry for entry in entries}}
+    return {"annotations": {entry["id"]: entry for entry in _json(_near(path, "annotations.json"))}}
+
+
+def _subtitles(path: Path) -> dict:
+    folder = _near(path, "subtitle")
+    if not any(folder.glob("*.srt")):
+        raise ImportFormatError(f"{folder} has no .srt files. Put the subtitles into it, without a further folder.")
+    return {"subtitles": folder}
 
 
 def _coco(path: Path) -> dict:
@@ -205,11 +231,11 @@ def _coco(path: Path) -> dict:
     found: dict[int, set[str]] = {}
     captions: dict[int, list[str]] = {}
     for part in ("train", "val"):
-        outlined = json.loads((folder / f"instances_{part}2014.json").read_bytes())
+        outlined = _json(folder / f"instances_{part}2014.json")
         names = {category["id"]: table.name(category["name"]) for category in outlined["categories"]}
         for one in outlined["annotations"]:
             found.setdefault(one["image_id"], set()).add(names[one["category_id"]])
-        for one in json.loads((folder / f"captions_{part}2014.json").read_bytes())["annotations"]:
+        for one in _json(folder / f"captions_{part}2014.json")["annotations"]:
             captions.setdefault(one["image_id"], []).append(one["caption"])
 
     def objects(number: int) -> set[str]:
@@ -221,16 +247,29 @@ def _coco(path: Path) -> dict:
     return {"coco": objects}
 
 
-def _held_out(read: Callable, fields: str, published: str, **options: Any) -> Format:
-    """Return a benchmark's format; a record with other fields is an error that says so."""
+LAYOUT = (KeyError, TypeError, AttributeError)  # what reading another one raises
+
+
+def _held_out(
+    read: Callable, fields: str, published: str, *, beside: Callable[[Path], dict] = _named, **options: Any
+) -> Format:
+    """Return a benchmark's format; a record or a file beside it that has another layout is an error that says so."""
 
     def strictly(record: dict) -> dict | list[dict]:
         try:
             return read(record)
-        except (KeyError, TypeError, AttributeError) as error:
+        except LAYOUT as error:
             raise ValueError(f"the record has another layout ({error!r}). Name the authors' file as it is.") from error
 
-    return layout(strictly, fields, published, makes="held-out rows", **{"beside": _named, **options})
+    def strictly_beside(path: Path) -> dict:
+        try:
+            return beside(path)
+        except LAYOUT as error:
+            raise ImportFormatError(
+                f"{path}: what lies beside it has another layout ({error!r}). Put the authors' files there."
+            ) from error
+
+    return layout(strictly, fields, published, makes="held-out rows", beside=strictly_beside, **options)
 
 
 BENCHMARKS: dict[str, Format] = {
@@ -264,7 +303,7 @@ BENCHMARKS: dict[str, Format] = {
         partial(_video_mme, subtitles=True),
         "videoID question options answer; question_id duration",
         "the same with subtitle/*.srt in the prompts",
-        beside=lambda path: {"subtitles": _near(path, "subtitle")},
+        beside=_subtitles,
     ),
     "mmhal-bench": _held_out(
         _mmhal, "question gt_answer image|image_src; image_content question_type",

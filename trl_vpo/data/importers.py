@@ -156,6 +156,7 @@ def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey
                 filled.append(PARTS)
             survey.filled.update(filled)
             survey.first |= {name: (counts.written, row) for name in filled if name not in survey.first}
+            survey.filled["sets"] += bool(row.get("sets"))
             survey.filled["phrases"] += bool(row.get("chosen_phrases") or row.get("rejected_phrases"))
             counts.written += 1
     survey.missing = sorted(path for path in survey.media if not _exists(path))
@@ -174,6 +175,8 @@ def _left_to_do(fmt: str, survey: _Survey, target: Path, media_root, folder: Pat
     makes = f"`trl-vpo generate {'lpoi' if fmt == 'lpoi' else 'METHOD'} --dataset_name {target}`"
     if FORMATS[fmt].makes == "held-out rows":
         notes.append(f"These are held-out rows: `trl-vpo evaluate --data {target}` measures a model on them.")
+    if survey.counts.rejected and survey.filled["sets"]:
+        notes.append("A set of questions that lost a record is right where the rest of it is: mend the records.")
     if FORMATS[fmt].makes == "questions":
         notes.append(f"These are questions: {makes} makes pairs of them.")
     if fmt == "lpoi" and (boxless := rows - survey.filled["image_list"]):

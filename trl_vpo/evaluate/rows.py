@@ -151,6 +151,8 @@ def _letters(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
 
 def _rated(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
     question, answer, contents = _question(row), row.example.get("answer"), row.example.get("contents") or []
+    if not isinstance(contents, list) or not all(isinstance(name, str) for name in contents):
+        raise RowError(f"`contents` is {contents!r}: list what the image shows, in texts.")
     if not isinstance(answer, str) or not answer.strip():
         raise RowError(f"`answer` is {answer!r}: give a person's answer, which the judge compares.")
     return {"question": question, "reference": answer, "contents": ", ".join(contents)}
