@@ -57,6 +57,7 @@ def test_a_killed_training_is_named_and_continued(world, capfd):
         run_compare(plan(world), dying)
     assert (out / "simpo/checkpoint-2/complete.json").is_file() and not (out / "evaluation").exists()
     first = (out / "dpo/run.json").read_bytes()
+    assert set(json.loads(first)["contents"]) == {"model_name_or_path", "dataset_name"}
     capfd.readouterr()
     assert cli.main(["compare", "--config", str(world / "both.yaml"), "--out", str(out)]) == 0
     printed = capfd.readouterr().out
@@ -146,6 +147,10 @@ def test_a_finished_training_of_other_settings_is_refused(world, tmp_path):
     assert check_plan(read_plan(configs, held_out, str(tmp_path), ["--save_steps", "1"])) == {"dpo"}
     with pytest.raises(RecipeError, match=r"other settings .*\n  beta: was None, is 0.3\n"):
         check_plan(read_plan(configs, held_out, str(tmp_path), ["--beta", "0.3"]))
+    record["contents"] = {"dataset_name": "that of other rows"}
+    (tmp_path / "dpo/run.json").write_text(json.dumps(record))
+    with pytest.raises(RecipeError, match=r"other settings .*\n  dataset_name: .*train.jsonl has changed since\n"):
+        check_plan(read_plan(configs, held_out, str(tmp_path), []))
 
 
 def test_methods_share_keys_and_options_win(world):

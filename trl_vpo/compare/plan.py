@@ -31,6 +31,7 @@ from trl_vpo.runs.values import annotations
 from trl_vpo.training.launch import launch_options
 from trl_vpo.training.methods import method_of
 from trl_vpo.training.run import make_parser, peft_config
+from trl_vpo.training.run_identity import contents
 
 DEFAULT_OUT = "outputs/compare"
 BASE = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "trust_remote_code")
@@ -227,7 +228,7 @@ def _check_bases(trainings: Sequence[Training]) -> None:
 
 
 def _is_finished(folder: Path, method: str, given: dict[str, Any]) -> bool:
-    """Return whether a training was finished; raise if it was one with other settings."""
+    """Return whether a training was finished; raise if it had other settings, another base or other rows."""
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -235,10 +236,13 @@ def _is_finished(folder: Path, method: str, given: dict[str, Any]) -> bool:
     now = json.loads(json.dumps(scrub(given), default=str))
     old, new = ({"method": m} | fixed_recipe(k) for m, k in ((record["method"], record["recipe"]), (method, now)))
     changed = sorted(key for key in {*old, *new} - {"use_cpu"} if old.get(key) != new.get(key))
-    if changed:
-        lines = "".join(f"\n  {key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+    lines = [f"\n  {key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
+    if was := record.get("contents"):
+        is_now = contents(given)
+        lines += [f"\n  {key}: {given.get(key)} has changed since" for key in was if was[key] != is_now.get(key)]
+    if lines:
         raise RecipeError(
-            f"{folder} was trained with other settings (None: the default):{lines}\nName another --out, or delete the "
-            "folder to train it again."
+            f"{folder} was trained with other settings (None: the default):{''.join(lines)}\nName another --out, or "
+            "delete the folder to train it again."
         )
     return True

@@ -32,7 +32,7 @@ from trl_vpo.training.main_process import on_main_process
 from trl_vpo.training.methods import METHODS, method_classes
 from trl_vpo.training.output_dir import hold_output_dir
 from trl_vpo.training.progress import show_progress
-from trl_vpo.training.run_identity import describe_run, digest_rows
+from trl_vpo.training.run_identity import contents, describe_run, digest_rows
 from trl_vpo.training.run_json import write_run_json
 from trl_vpo.training.sigterm import end_with_launcher
 from trl_vpo.training.start import describe_start
@@ -96,6 +96,8 @@ def run_training(
             push.attach(trainer, dataset_name)
         show_progress(trainer, describe_start(trainer, train, push.repo.name if push else None))
         run = describe_run(trainer, method, parser.given)
+        about = {"method": method, "recipe": parser.given, "recipe_path": parser.recipe_path}
+        about["contents"] = contents(parser.given) if trainer.is_world_process_zero() else {}
         in_use = push.in_use if push else tuple
         result = resume.train(trainer, checkpoint, run, digest_rows(trainer), in_use=in_use, left=left)
         trainer.accelerator.print("Training completed.")
@@ -105,7 +107,6 @@ def run_training(
             name = push.repo.name if push else training_args.hub_model_id
             trainer.create_model_card(model_name=name, dataset_name=dataset_name)
             if trainer.is_world_process_zero():
-                about = {"method": method, "recipe": parser.given, "recipe_path": parser.recipe_path}
                 write_run_json(trainer, about, rows, result.metrics, started)
         trainer.accelerator.print(f"Saved to {training_args.output_dir}.{_serving_note(trainer)}")
         trainer.end()

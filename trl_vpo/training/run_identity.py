@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from trl_vpo.data.identity import versions
+from trl_vpo.files import file_digest, json_digest
 from trl_vpo.media.budget import budget_of_run
 from trl_vpo.runs.digests import model_files, row_digests
 from trl_vpo.runs.resume_rules import TRAIN_DATA, TRAIN_MODEL, fixed_recipe, warning_of_change
@@ -30,6 +33,16 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         "video_budget": str(budget_of_run(trainer)),
         "versions": versions(),
     }
+
+
+def contents(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digests of what arguments name on this machine: the base's files, and a file of rows."""
+    found = {}
+    if files := model_files(given["model_name_or_path"], given.get("model_revision")):
+        found["model_name_or_path"] = json_digest(files)
+    if (name := given.get("dataset_name")) and (path := Path(name)).is_file():
+        found["dataset_name"] = file_digest(path)
+    return found
 
 
 def digest_rows(trainer: Any) -> np.ndarray | None:

@@ -19,8 +19,8 @@ def write_run_json(
 ) -> None:
     """Write `run.json` into the output folder of a trained trainer, whole or not at all.
 
-    `about` has the method, and the recipe without defaults; `rows` is the size of the train split (None: streamed),
-    `metrics` are what `trainer.train` returned.
+    `about` has the method, the recipe without defaults, and digests of what it names; `rows` is the size of the train
+    split (None: streamed), `metrics` are what `trainer.train` returned.
     """
     trained = len(trainer.train_dataset) if rows is not None else None
     history, device = trainer.state.log_history, trainer.args.device
