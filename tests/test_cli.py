@@ -37,6 +37,8 @@ WRONG_PATHS = [
      "media_root no is not a folder: point it at the folder that holds the media."),
     ("train lpoi", "--output_dir file",
      "output_dir: file is a file. Name a folder; it is created if it does not exist."),
+    ("quickstart", "--out file/deep",
+     "output_dir: file is a file. Name a folder; it is created if it does not exist."),
     ("evaluate", "--model ./no", "model_name_or_path: the folder ./no does not exist (seen from HERE)."),
     ("evaluate", "--adapters empty",
      "empty is not an adapter: its adapter_config.json cannot be read ([Errno 2] No such file or directory: "

@@ -34,7 +34,8 @@ def run_cells(run: plan.Run, out: Path) -> list[Row]:
 
     torch.set_num_threads(1)  # so small a model gains nothing from a second thread
     began = time.process_time()
-    folder = out / "runs" / f"{run.method}-{run.pairs}-{run.rate:g}-{run.seed}"
+    steps = ".".join(map(str, run.steps))  # `cell` must not sweep away what `run` is training
+    folder = out / "runs" / f"{run.method}-{run.pairs}-{run.rate:g}-{run.seed}-{steps}"
     data, figures = (None, {}) if run.method == "base" else training_data(run, out)
     if data:
         train(run, data, folder, out)

@@ -122,6 +122,22 @@ def test_directions_that_do_not_hold_are_an_error(capsys):
         command.check_directions(rows)
 
 
+def test_a_cell_leaves_the_folder_of_the_run_alone(tmp_path, monkeypatch):
+    """It may be in training, by another command with the same --out."""
+    used = []
+
+    def trained(run, data, folder, out):
+        used.append(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells, "train", trained)
+    monkeypatch.setattr(cells, "training_data", lambda run, out: (tmp_path, {}))
+    for steps in (plan.STEPS, plan.STEPS[-1:]):
+        with pytest.raises(KeyboardInterrupt):
+            cells.run_cells(plan.Run("dpo", "near", 1e-3, 0, steps), tmp_path)
+    assert len(set(used)) == 2
+
+
 class Executor:
     """Runs in this process, in place of `ProcessPoolExecutor`."""
 

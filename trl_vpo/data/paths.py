@@ -26,6 +26,7 @@ def check_exists(path: Path) -> None:
 
 
 def check_output_dir(path: str) -> None:
-    """Raise RecipeError for an `output_dir` that is a file."""
-    if Path(path).exists() and not Path(path).is_dir():
-        raise RecipeError(f"output_dir: {path} is a file. Name a folder; it is created if it does not exist.")
+    """Raise RecipeError for an `output_dir` that is a file, or lies below one."""
+    for place in (Path(path), *Path(path).parents):
+        if place.exists() and not place.is_dir():
+            raise RecipeError(f"output_dir: {place} is a file. Name a folder; it is created if it does not exist.")
