@@ -212,5 +212,8 @@ def make_cell(run: plan.Run, results: Path, out: Path) -> None:
     numbers = [name for name, value in row.items() if isinstance(value, float)]
     both = {name: (row[name], stored[0].get(name, math.nan)) for name in numbers}
     if off := {name: sides for name, sides in both.items() if not abs(sides[0] - sides[1]) <= TOLERANCE}:
-        raise SystemExit(f"The stored row has other numbers (anew, stored): {off}")
+        raise SystemExit(
+            f"The stored row has other numbers (anew, stored): {off}\nOn another machine, rounding alone may do "
+            "that at high rates."
+        )
     print(f"All {len(numbers)} numbers are those of the stored row, within {TOLERANCE:g}.", file=sys.stderr)

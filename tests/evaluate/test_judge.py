@@ -82,7 +82,7 @@ def test_single_questions_and_letters_of_a_run(held_out, tmp_path):
 def test_a_judge_that_refuses(held_out, serve, tmp_path):
     server = serve(behave=lambda number, request: refused(400, "too long") if number == 1 else said("Rating: 3"))
     options = {"data": rated_rows(held_out, tmp_path), "judge_url": server.url, "judge_model": "j", "batch_size": 1}
-    with pytest.raises(EvaluateError, match=r"r1: the judge gives no reply: .*too long"):
+    with pytest.raises(EvaluateError, match=r"r1: the judge gives no reply: .*too long\nThe same command asks again"):
         evaluate(held_out, tmp_path / "run", **options)
     results = evaluate(held_out, tmp_path / "run", **options)  # the same command asks about it again
     assert results["contestants"]["base"]["measures"]["rated/score"]["value"] == 3 and len(server.seen) == 3

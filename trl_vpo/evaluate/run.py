@@ -49,6 +49,7 @@ from trl_vpo.text.chair import ObjectTable, read_synonyms
 from trl_vpo.text.responses import Failure
 
 Loaded = tuple[EvalRow, InputRow, Media]
+NO_JUDGEMENT = "no judgement"  # kind of an outcome
 
 
 def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
@@ -149,10 +150,10 @@ def _load(row: EvalRow, inputs: Inputs, config: EvaluateConfig, budget: PixelBud
 def _skip(outcome: Outcome, config: EvaluateConfig) -> Outcome:
     """Return an outcome; raise EvaluateError if its row cannot be used, and such rows are not to be left out."""
     if outcome.reason and config.on_bad == "error":
-        raise EvaluateError(
-            f"{outcome.reason}\nCorrect the row or its media and start the same command again: it continues here. "
-            "With on_bad=skip such rows are left out and listed."
-        )
+        remedy = "Correct the row or its media and start the same command again: it continues here."
+        if outcome.kind == NO_JUDGEMENT:
+            remedy = "The same command asks again; another judge or judge_prompt needs an output_dir of its own."
+        raise EvaluateError(f"{outcome.reason}\n{remedy} With on_bad=skip such rows are left out and listed.")
     return outcome
 
 
@@ -184,7 +185,7 @@ def _judged(outcome: Outcome, judge: AnsweringModel | None, prompt: str) -> Outc
         return outcome
     replies = judgements(judge, outcome.rows, prompt)
     if failed := [reply.reason for reply in replies if isinstance(reply, Failure)]:
-        return Outcome(outcome.id, reason=f"{outcome.id}: the judge gives no reply: {failed[0]}", kind="no judgement")
+        return Outcome(outcome.id, reason=f"{outcome.id}: the judge gives no reply: {failed[0]}", kind=NO_JUDGEMENT)
     return replace(outcome, rows=[row | {"judgement": reply} for row, reply in zip(outcome.rows, replies)])
 
 
