@@ -95,7 +95,7 @@ def test_a_cell_that_differs_from_its_row_is_an_error(stored, monkeypatch):
     for false_mass, wrong in ((0.2005, ""), (0.22, r"0\.22, 0\.2"), (float("nan"), "nan")):
         monkeypatch.setattr(command, "_cells", lambda run, out, f=false_mass: [row(false_mass=f)])
         if wrong:
-            with pytest.raises(SystemExit, match=rf"false_mass.*{wrong}.*\n.*its rounding"):
+            with pytest.raises(SystemExit, match=rf"false_mass.*{wrong}.*\n.*rounding alone"):
                 command.main(words)
         else:
             command.main(words)
