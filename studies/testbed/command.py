@@ -32,6 +32,7 @@ from studies.testbed.pairs import PAIRS
 RESULTS, OUT = Path("studies/testbed/results.jsonl"), Path("outputs/testbed")
 QUICK = OUT / "quick" / "results.jsonl"
 TOLERANCE = 1e-3  # between a row and the same one made anew
+PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}  # see `cells.arithmetic`
 SHOWN = 5  # rows in one message
 
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = argparse.Namespace(results=None, out=OUT)
     parser.parse_args(argv, args)
     args.results = args.results or (QUICK if args.command == "run" and args.quick else RESULTS)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **PORTABLE}
     try:
         if args.command == "run":
             if args.workers < 1:
@@ -213,7 +214,7 @@ def make_cell(run: plan.Run, results: Path, out: Path) -> None:
     both = {name: (row[name], stored[0].get(name, math.nan)) for name in numbers}
     if off := {name: sides for name, sides in both.items() if not abs(sides[0] - sides[1]) <= TOLERANCE}:
         raise SystemExit(
-            f"The stored row has other numbers (anew, stored): {off}\nOn another machine, rounding alone may do "
-            "that at high rates."
+            f"The stored row has other numbers (anew, stored): {off}\nArithmetic: anew {row['arithmetic']}, stored "
+            f"{stored[0]['arithmetic']}. Unless both are portable, rounding alone may do that at high rates."
         )
     print(f"All {len(numbers)} numbers are those of the stored row, within {TOLERANCE:g}.", file=sys.stderr)
