@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -16,7 +18,8 @@ CELL = "cell --method dpo --rate 1e-3 --steps 60 --seed 0"
 
 def row(method="dpo", seed=0, **numbers):
     key = dict(zip(plan.KEYS, (method, "near", 1e-3, 60, seed)))
-    return key | {"base": cells.digest(), "false_mass": 0.2, "samples": {}} | numbers
+    about = {"base": cells.digest(), "arithmetic": "portable"}
+    return key | {"false_mass": 0.2, "samples": {}} | about | numbers
 
 
 @pytest.fixture
@@ -223,3 +226,17 @@ def test_ctrl_c_ends_the_workers(tmp_path, monkeypatch, capsys):
         command.main(["--results", str(tmp_path / "results.jsonl"), "run", "--workers", "1"])
     assert end.value.code == 130 and "The same command continues." in capsys.readouterr().err
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("env", "found"), [(command.PORTABLE, "portable"), ({}, "native")])
+def test_rows_say_how_their_sums_are_rounded(env, found):
+    code = "from studies.testbed.cells import arithmetic; print(arithmetic())"
+    env = {name: value for name, value in os.environ.items() if name not in command.PORTABLE} | env
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{found}\n"
+
+
+def test_rows_of_unknown_rounding_are_made_again():
+    run = plan.Run("dpo", "near", 1e-3, 0, (60,))
+    assert plan.missing([run], [row()]) == []
+    assert plan.missing([run], [row(arithmetic="unknown")]) == [run]

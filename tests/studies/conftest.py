@@ -1,0 +1,11 @@
+"""What the studies' command sets for its own process and its workers does not outlive a test."""
+
+import pytest
+
+from studies.testbed import command
+
+
+@pytest.fixture(autouse=True)
+def portable_arithmetic_ends_with_the_test(monkeypatch):
+    for name in command.PORTABLE:
+        monkeypatch.setenv(name, "")
