@@ -183,7 +183,7 @@ def test_method_of_a_recipe(recipe, tmp_path):
         (tmp_path / path).write_text("use_cpu: true\n")
         assert method_of(tmp_path / path) == method
     (tmp_path / "other.yaml").write_text("use_cpu: true\n")
-    with pytest.raises(RecipeError, match="--method"):
+    with pytest.raises(RecipeError, match="Begin it with the line `# trl-vpo train METHOD`"):
         method_of(tmp_path / "other.yaml")
     with pytest.raises(RecipeError, match="does not exist"):
         method_of(tmp_path / "nowhere.yaml")

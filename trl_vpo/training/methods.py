@@ -38,4 +38,7 @@ def method_of(recipe: Path) -> str:
     for name in [*header, recipe.stem, *reversed(recipe.parent.parts)]:
         if name in METHODS:
             return name
-    raise RecipeError(f"{recipe} does not say which method it is for. Add --method {'|'.join(METHODS)}.")
+    raise RecipeError(
+        f"{recipe} does not say which method it is for. Begin it with the line `# trl-vpo train METHOD`; methods are "
+        f"{', '.join(METHODS)}."
+    )
