@@ -35,9 +35,9 @@ METHODS = {
     "rrpo": Method("RRPO", "rrpo"),
 }
 CONTROLS = {
-    "sft": Method("SFT", "leanpo", {"beta": 0, "target_margin": 0, "label_smoothing": 0, "nll_weight": 1}),
+    "sft": Method("SFT", "dpo", {"loss_type": ["sft"]}),
     "dpo_nll": Method("DPO + NLL", "dpo", {"loss_type": ["sigmoid", "sft"]}),
-    "dpop": Method("DPOP", "dpo", {"loss_type": "dpop"}),
+    "dpop": Method("DPOP", "dpo", {"loss_type": ["dpop"]}),
     "simpo_nll": Method("SimPO + NLL", "simpo", {"nll_weight": 0.5}),
     "dpo_kl": Method("DPO + KL (RRPO without phrases)", "rrpo", whole=True),
     "rrpo_no_kl": Method("RRPO without KL", "rrpo", {"alpha": 0}),

@@ -27,6 +27,11 @@ def train(run: plan.Run, data: Path, folder: Path, out: Path) -> None:
     from trl_vpo.training.run import run_training
 
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    run_training(plan.ALL[run.method].recipe, as_words(options_of(run, data, folder, out)))
+
+
+def options_of(run: plan.Run, data: Path, folder: Path, out: Path) -> dict[str, Any]:
+    """Return the options of `trl-vpo train` for a run."""
     method = plan.ALL[run.method]
     options = {
         "config": f"quickstart/{method.recipe}",
@@ -46,7 +51,7 @@ def train(run: plan.Run, data: Path, folder: Path, out: Path) -> None:
     }
     if method.recipe in PRECOMPUTED:
         options |= {"precompute_ref_log_probs": True, "precompute_cache_dir": out / "reference"}
-    run_training(method.recipe, as_words(options))
+    return options
 
 
 def as_words(options: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from studies.results import append_rows, read_rows
-from studies.testbed import cells, command, plan
+from studies.testbed import cells, command, plan, training
+from trl_vpo.training.run import parse
 
 CELL = "cell --method dpo --rate 1e-3 --steps 60 --seed 0"
 
@@ -240,3 +241,15 @@ def test_rows_of_unknown_rounding_are_made_again():
     run = plan.Run("dpo", "near", 1e-3, 0, (60,))
     assert plan.missing([run], [row()]) == []
     assert plan.missing([run], [row(arithmetic="unknown")]) == [run]
+
+
+RUNS = {run.method: run for run in plan.full_runs() if run.rate}  # one of each method
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_every_method_has_options_that_are_valid(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "base_of", lambda kind, out: training.BASE)
+    method, options = plan.ALL[run.method], training.options_of(run, tmp_path / "rows.jsonl", tmp_path, tmp_path)
+    args = parse(method.recipe, training.as_words(options))[1]
+    assert args.learning_rate == run.rate and args.max_steps == 240
+    assert {name: getattr(args, name) for name in method.options} == dict(method.options)
