@@ -13,6 +13,7 @@ from PIL import Image
 from studies.testbed import pairs
 from trl_vpo.testbed import language, rows, world
 from trl_vpo.testbed.world import STILL, Thing
+from trl_vpo.text.phrases import phrase_spans
 
 KINDS = ("clip", "scene")
 CLIP = (
@@ -178,6 +179,17 @@ def test_rows_follow_the_contract(tmp_path):
 
 
 # --- the grammar --------------------------------------------------------------------------------------------------
+
+
+def test_dpa_finds_pairs_of_phrases_in_every_clip(tmp_path):
+    given = 0
+    for row in rows.write_preferences("clip", 60, 11, tmp_path)[1]:
+        texts = [row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")]
+        marked = [row.get(f"{side}_phrases") for side in ("chosen", "rejected")]
+        assert len(set(map(len, phrase_spans(*texts, *marked, paired=True)[2:]))) == 1
+        assert phrase_spans(*texts, *marked) == phrase_spans(*texts)  # those of RRPO, in any case
+        given += marked[0] is not None
+    assert 0 < given < 10  # events in a wrong order, where words have only moved
 
 
 def test_captions_read_as_written():

@@ -10,6 +10,7 @@ import numpy as np
 
 from trl_vpo.files import atomic_write
 from trl_vpo.testbed import language, world
+from trl_vpo.text.phrases import word_diff
 
 SUFFIXES = {"clip": ".mp4", "scene": ".png"}
 
@@ -25,20 +26,29 @@ def preference_row(
 ) -> dict:
     """Return one row: a true caption is chosen, the same with one fact wrong is rejected, `reworded` if asked.
 
+    Where words have only moved (events in a wrong order), the row has phrases: those that RRPO finds, as DPA, which
+    needs pairs of them, finds none.
+
     A scene's `critical_box` is that of the thing whose fact is wrong, or beside which something is invented. With
     `boxed` a clip has one too: the thing's whole lane, in which it moves.
     """
     wording, other = language.draw_wording(rng), language.draw_wording(rng)
     wrong, thing = language.one_fact_wrong(sample.things, rng)
-    rejected = language.caption(wrong, other if reworded else wording)
+    chosen, rejected = (
+        language.caption(sample.things, wording),
+        language.caption(wrong, other if reworded else wording),
+    )
     media = {"type": "video" if sample.kind == "clip" else "image"}
     row = {
         "id": row_id,
         "prompt": [{"role": "user", "content": [media, _text(language.PROMPTS[sample.kind])]}],
-        "chosen": [{"role": "assistant", "content": [_text(language.caption(sample.things, wording))]}],
+        "chosen": [{"role": "assistant", "content": [_text(chosen)]}],
         "rejected": [{"role": "assistant", "content": [_text(rejected)]}],
         f"{media['type']}s": [str(path.resolve())],
     }
+    moved = word_diff(chosen, rejected)
+    if all(moved) and not any(word_diff(chosen, rejected, replaced=True)):
+        row["chosen_phrases"], row["rejected_phrases"] = map(list, moved)
     if sample.kind == "scene":
         row["critical_box"] = list(thing.box)
     elif boxed:
