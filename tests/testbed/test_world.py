@@ -178,9 +178,6 @@ def test_rows_follow_the_contract(tmp_path):
     assert clips[0]["videos"][0].endswith("clips/0000.mp4") and "critical_box" not in clips[0]
 
 
-# --- the grammar --------------------------------------------------------------------------------------------------
-
-
 def test_dpa_finds_pairs_of_phrases_in_every_clip(tmp_path):
     given = 0
     for row in rows.write_preferences("clip", 60, 11, tmp_path)[1]:
@@ -190,6 +187,9 @@ def test_dpa_finds_pairs_of_phrases_in_every_clip(tmp_path):
         assert phrase_spans(*texts, *marked) == phrase_spans(*texts)  # those of RRPO, in any case
         given += marked[0] is not None
     assert 0 < given < 10  # events in a wrong order, where words have only moved
+
+
+# --- the grammar --------------------------------------------------------------------------------------------------
 
 
 def test_captions_read_as_written():

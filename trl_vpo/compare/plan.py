@@ -22,6 +22,7 @@ from trl_vpo.evaluate.run import held_out_rows
 from trl_vpo.evaluate.trained import agreed_media
 from trl_vpo.models.adapters import loses_base
 from trl_vpo.models.paths import check_paths
+from trl_vpo.runs.digests import model_files
 from trl_vpo.runs.named_recipes import shipped_model
 from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe
 from trl_vpo.runs.recipe_list import check_command
@@ -238,7 +239,7 @@ def _is_finished(folder: Path, method: str, given: dict[str, Any]) -> bool:
     changed = sorted(key for key in {*old, *new} - {"use_cpu"} if old.get(key) != new.get(key))
     lines = [f"\n  {key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
     if was := record.get("contents"):
-        is_now = contents(given)
+        is_now = contents(given, model_files(given["model_name_or_path"], given.get("model_revision")))
         lines += [f"\n  {key}: {given.get(key)} has changed since" for key in was if was[key] != is_now.get(key)]
     if lines:
         raise RecipeError(

@@ -34,10 +34,8 @@ def preference_row(
     """
     wording, other = language.draw_wording(rng), language.draw_wording(rng)
     wrong, thing = language.one_fact_wrong(sample.things, rng)
-    chosen, rejected = (
-        language.caption(sample.things, wording),
-        language.caption(wrong, other if reworded else wording),
-    )
+    chosen = language.caption(sample.things, wording)
+    rejected = language.caption(wrong, other if reworded else wording)
     media = {"type": "video" if sample.kind == "clip" else "image"}
     row = {
         "id": row_id,

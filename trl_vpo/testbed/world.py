@@ -12,7 +12,6 @@ Units: pixels, x to the right and y downwards. Frames are uint8 arrays of shape 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -22,6 +21,8 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+
+from trl_vpo.files import atomic_write
 
 COLOURS = {
     "red": (215, 35, 35),
@@ -269,18 +270,16 @@ def write_sample(sample: Sample, path: Path) -> Path:
 
     The same frames give the same bytes.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    if sample.kind == "scene":
-        Image.fromarray(sample.frames[0]).save(part)
-    else:
-        _write_clip(sample.frames, part)
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        if sample.kind == "scene":
+            Image.fromarray(sample.frames[0]).save(part, format="png")
+        else:
+            _write_clip(sample.frames, part)
     return path
 
 
 def _write_clip(frames: np.ndarray, path: Path) -> None:
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(FRAME_RATE))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -97,7 +97,7 @@ def run_training(
         show_progress(trainer, describe_start(trainer, train, push.repo.name if push else None))
         run = describe_run(trainer, method, parser.given)
         about = {"method": method, "recipe": parser.given, "recipe_path": parser.recipe_path}
-        about["contents"] = contents(parser.given) if trainer.is_world_process_zero() else {}
+        about["contents"] = contents(parser.given, run["model files"]) if trainer.is_world_process_zero() else {}
         in_use = push.in_use if push else tuple
         result = resume.train(trainer, checkpoint, run, digest_rows(trainer), in_use=in_use, left=left)
         trainer.accelerator.print("Training completed.")

@@ -35,10 +35,10 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
     }
 
 
-def contents(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests of what arguments name on this machine: the base's files, and a file of rows."""
+def contents(given: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of what arguments name on this machine: the base, by its `files`, and a file of rows."""
     found = {}
-    if files := model_files(given["model_name_or_path"], given.get("model_revision")):
+    if files:
         found["model_name_or_path"] = json_digest(files)
     if (name := given.get("dataset_name")) and (path := Path(name)).is_file():
         found["dataset_name"] = file_digest(path)
