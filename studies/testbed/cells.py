@@ -52,12 +52,12 @@ def run_cells(run: plan.Run, out: Path) -> list[Row]:
 
 
 def arithmetic() -> str:
-    """Return `portable` if this process rounds as every x86 CPU with AVX2 does, else `native`.
+    """Return `portable` if this process uses no instructions but those of every x86 CPU with AVX2, else `native`.
 
     torch and MKL choose other instructions, and so another order of sums, on another CPU. Training at high rates
     amplifies that: after 60 steps of DPO at 3e-3 the log-probs of two CPUs differed by 0.02 nats, after 120 by 0.5.
-    `command.PORTABLE` asks for the same ones everywhere, for a third more time. Rows that were made before this was
-    kept have `unknown`.
+    `command.PORTABLE` asks for the same ones everywhere, for a third more time; two CPUs were not compared so. Rows
+    that were made before this was kept have `unknown`.
     """
     import torch
 

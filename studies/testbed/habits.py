@@ -7,9 +7,10 @@ scenes have three objects: captions name at most four, so that the base learned 
 The base of the package adds a companion to one such scene of twenty, too few to tell methods apart. So runs on scenes
 start from `taught_base`: the same weights after 300 further steps on scenes, told by people who nearly always add the
 companion, and on questions whether an object is there (70 CPU seconds). Of 64 such scenes it describes a companion in
-78 %. The questions it answers by their word alone: a cup and a bird are always there, a table and a tree in 19 %,
-whether they are or not. So the share of yes says nothing of what a method makes a model look at. 600 steps of such
-questions alone did not change that.
+78 %. The questions it answers by their word: it says that a cup and a bird are in all of 48 scenes, with them or
+without, that a car is in none, and to the table or tree of the missing companion yes in 19 %. So the share of yes says
+nothing of what a method makes a model look at. The package's base did not learn to look by 600 steps of such questions
+alone.
 """
 
 from __future__ import annotations
