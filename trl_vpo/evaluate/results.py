@@ -27,7 +27,7 @@ class Report:
     """The figures of a run: `trl_vpo.runs.results` calls `select`, then `summarize`.
 
     `about` is what `results.json` says of each candidate, the base first; the table is of objects, for captions.
-    `sets` are those of each row's id.
+    `sets` are those of each row's id, rows that are not asked among them.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class Report:
         """Fill `results` and return the counts that `summary.json` also holds."""
         records: dict[str, list[dict]] = {name: [] for name in self._about}
         skipped = [outcome.id for outcome in outcomes if not outcome.rows]
-        broken = {named for name in skipped for named in self._sets.get(name, {}).items()}
+        lost = self._sets.keys() - {outcome.id for outcome in outcomes if outcome.rows}
+        broken = {named for name in lost for named in self._sets[name].items()}
+        asked = {named for outcome in outcomes for named in self._sets.get(outcome.id, {}).items()}
         for outcome in outcomes:
             for record in outcome.rows:
                 if "sets" in record:  # what is left of a set that lacks a row is not the set
@@ -74,7 +76,7 @@ class Report:
             "tasks": dict(Counter(record["task"] for record in base)),
             "clusters": len({record["cluster"] for record in base}),
             "incomplete_pairs": sum(len(pair) < 2 for pair in question_pairs(base).values()),
-            "incomplete_sets": len(broken),
+            "incomplete_sets": len(broken & asked),
         }
         self.results = {
             "trl_vpo": package_version(),

@@ -80,6 +80,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     about = {BASE: candidates.model.record()} | {name: {"adapter": path} for name, path in adapters.items()}
     prompt = settings["judge_prompt"]
     report = Report(config, about, table, {row.id: row.facts["sets"] for row in rows if "sets" in row.facts})
+    rows = rows[: config.limit]
     summary = work_through(
         config.output_dir,
         settings,
@@ -101,13 +102,15 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 def held_out_rows(config: EvaluateConfig) -> tuple[Inputs, list[EvalRow], ObjectTable | None]:
     """Return the inputs and their checked rows, with the table of objects for captions, if one is named.
 
+    Rows behind `limit` are among them: they tell which pairs and sets it cuts.
+
     Raises:
         UserError: rows that cannot be used, or not with these settings.
     """
     table = ObjectTable(read_synonyms(config.synonyms)) if config.synonyms else None
     inputs = read_inputs(**config.input_options())
-    rows = read_rows(inputs[: config.limit], table)
-    if not config.judge_model and (rated := [row.name for row in rows if row.task == "rated"]):
+    rows = read_rows(inputs, table)
+    if not config.judge_model and (rated := [row.name for row in rows[: config.limit] if row.task == "rated"]):
         raise EvaluateError(f"{rated[0]} and {len(rated) - 1} more need a judge: set judge_url and judge_model.")
     return inputs, rows, table
 
