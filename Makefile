@@ -8,6 +8,8 @@ STAMP := .venv/.installed
 EXTRAS := --extra quantization --extra deepspeed --extra judge --extra smolvlm --extra tensorboard --extra docs --extra dev
 # Models of the tests are tiny: a thread for each process is fastest. Four processes at most: each imports TRL.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Some containers set this, and every process would compile all of torch, transformers and TRL again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install quickstart study study-full study-quick study-real test test-lowest test-newest test-slow gpu-check docs lint \
 	lock dist clean
