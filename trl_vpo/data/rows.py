@@ -125,7 +125,7 @@ def read_row(
                     setattr(row, side, without_tags(getattr(row, side)))
                 except PhraseError as error:
                     raise RowError(f"the {side} response: {error}") from error
-        _check_responses(row, contrast and (drawn or row.media_list is not None))
+        _check_responses(row, contrast=contrast, drawn=drawn)
     except (RowError, PhraseError) as error:
         raise RowError(f"{name}: {error}") from error
     return row
@@ -259,18 +259,19 @@ def _typed_response(side: str, response: list[dict] | str) -> list[dict] | str:
     return typed
 
 
-def _check_responses(row: Row, contrast: bool) -> None:
+def _check_responses(row: Row, *, contrast: bool, drawn: bool) -> None:
     """Refuse empty responses and, unless their media differ, identical ones."""
+    differ = contrast and (drawn or row.media_list is not None)
     texts = {side: response_text(getattr(row, side)) for side in row.sides}
     for side, text in texts.items():
         tool_calls = not isinstance(getattr(row, side), str) and any("tool_calls" in m for m in getattr(row, side))
         if not _visible(text) and not tool_calls:
             unseen = ", of characters that show nothing" if text.strip() else ""
             raise RowError(f"the {side} response is empty{unseen}. Drop the row or write a response.")
-    pairs = [("rejected", "chosen")] * (not contrast) + [("other_chosen", "chosen")] * (row.other_chosen is not None)
+    pairs = [("rejected", "chosen")] * (not differ) + [("other_chosen", "chosen")] * (row.other_chosen is not None)
     for side, chosen in pairs:
         if getattr(row, side) == row.chosen:
-            shown = f"({texts[chosen][:80]!r}): there is no preference in it."
+            shown = f"({texts[chosen][:80]!r}){', and so are their media' * contrast}: there is no preference in it."
             raise RowError(f"{chosen} and {side} are identical {shown}")
 
 
