@@ -52,8 +52,8 @@ def assert_same(tower, monkeypatch, calls, **more):
     use_whole_towers(whole)
     want, got = run(tower, monkeypatch, **more), run(whole, monkeypatch, **more)
     assert got[2] == calls <= want[2]
-    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-6)
-    assert_same_gradients(got[1], want[1], rtol=1e-6)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    assert_same_gradients(got[1], want[1])
     return want[2]
 
 

@@ -183,7 +183,7 @@ def test_average_logps_are_those_of_the_full_logits(base, requests):
     averages = base.average_logps(requests, responses)
     assert averages == pytest.approx([slow_average(base, q, r) for q, r in zip(requests, responses)], abs=1e-5)
     (alone,) = base.average_logps(requests[2:3], responses[2:3])
-    assert alone == pytest.approx(averages[2], abs=1e-6)
+    assert alone == pytest.approx(averages[2], abs=1e-5)
     assert len(set(np.round(averages[4:], 6))) == 4 and max(averages) < 0
     # scoring leaves the model able to answer as before
     assert base.answer(requests[:2], GREEDY) == load().answer(requests[:2], GREEDY)

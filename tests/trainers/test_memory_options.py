@@ -36,8 +36,8 @@ def test_less_memory_and_the_same_step(method, images, tmp_path):
         steps[knob] = logged, grads
     want, exact = steps["nothing"]
     for logged, grads in steps.values():
-        assert logged == pytest.approx(want, rel=1e-6)
-        assert_same_gradients(grads, exact, rtol=1e-6)
+        assert logged == pytest.approx(want, rel=1e-5)
+        assert_same_gradients(grads, exact)
     device = {knob: numbers["kept_mib"] for knob, numbers in kept.items()}
     less = ["offload: true", "gradient_checkpointing", "selective: true", "every_n_layers: 2", "nothing"]
     assert sorted(less, key=device.get) == less and len(set(map(device.get, less))) == len(less)

@@ -140,10 +140,10 @@ def test_what_a_subclass_makes_of_a_loss_is_logged(change, tmp_path):
     keys = [*["loss"] * (2 // options["logging_steps"]), "eval_loss", "train_loss"]
     assert len(plain) == len(changed) == len(keys)
     for a, b, key in zip(plain, changed, keys):
-        assert b[key] == pytest.approx(expected(a[key], added), rel=1e-6)
+        assert b[key] == pytest.approx(expected(a[key], added), rel=1e-5)
         assert not [name for name in b if "pairwise" in name]
     weight, part = {"leanpo": (0.5, "loss/nll"), "rrpo": (0.01, "loss/kl")}[method]
-    assert plain[0]["loss"] == pytest.approx(plain[0]["loss/preference"] + weight * plain[0][part], rel=1e-6)
+    assert plain[0]["loss"] == pytest.approx(plain[0]["loss/preference"] + weight * plain[0][part], rel=1e-5)
 
 
 @pytest.mark.parametrize("outputs", ["scores", "a dict", "replaced"])
