@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 from pages import ROOT
 from peft import LoraConfig
+from trainer_kit import BY_SPEED
 
 import trl_vpo
 from trl_vpo.testbed import rows, tiny_vlm
@@ -16,7 +17,7 @@ EXPLAINED = set(re.findall(r"`([\w/<>]+)`", PAGE))
 DAMAGES = ("shuffled", "masked", "blank")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_SPEED)
 def test_every_logged_name_is_explained(method, tmp_path):
     kind = "scene" if method in ("lpoi", "mdpo", "symmpo") else "clip"
     _, pairs = rows.write_preferences(kind, 4, 1, tmp_path / "media")

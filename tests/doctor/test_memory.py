@@ -22,18 +22,20 @@ SMALL = {"hidden": 128, "layers": 2, "vocabulary": 2000, "prompt": 300, "respons
 CASES = [
     Case(**SMALL),
     Case(**SMALL, layout="separate", checkpointing=False, pairs=2),
-    Case(**SMALL | {"layers": 4}, every=2),
-    Case(**SMALL, selective=True),
-    Case(**SMALL, numbers="autocast", dropout=0.05, checkpointing=False),
     Case(**SMALL, numbers="bfloat16", method="rrpo"),
-    Case(**SMALL, full=True, method="leanpo", accumulates=True),
-    Case(**SMALL, full=True, checkpointing=False),
     Case(**SMALL, full=True, frozen=False, method="leanpo"),  # trains the tower
     Case(**SMALL, method="lpoi"),
 ]
+SLOW = [
+    Case(**SMALL | {"layers": 4}, every=2),
+    Case(**SMALL, selective=True),
+    Case(**SMALL, numbers="autocast", dropout=0.05, checkpointing=False),
+    Case(**SMALL, full=True, method="leanpo", accumulates=True),
+    Case(**SMALL, full=True, checkpointing=False),
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)], ids=str)
 def test_estimates_are_what_a_real_step_takes(case):
     row = compare(case)
     assert row["ratio"] == pytest.approx(1, abs=0.06), row

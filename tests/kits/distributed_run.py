@@ -59,20 +59,14 @@ class ChangedTrainer(METHODS["dpo"][1]):
 EVERYWHERE = r".*\.(q|k|v|o|gate|up|down|out)_proj|.*\.(qkv|fc1|fc2|proj)"  # LoRA on the vision tower, too
 CASES = {
     # What is compared: one process that accumulates four micro-batches, and two processes that accumulate two.
-    **{f"{m}-{layout}": {"method": m, "layout": layout} for m in ("dpo", "leanpo", "rrpo", "lpoi")
-       for layout in ("shared", "separate")},
+    **{f"{m}-shared": {"method": m, "layout": "shared"} for m in ("dpo", "leanpo", "rrpo", "lpoi")},
+    "dpo-separate": {"method": "dpo", "layout": "separate"},
     "seven rows": {"method": "leanpo", "rows": 7},  # the last micro-batch of rank 1 has one row
     "changed loss": {"method": "changed"},
     "vision trained": {"method": "rrpo", "peft_config": lora(target_modules="all"),
                        "vision_learning_rate": 0.5, "projector_learning_rate": 0.25},
-    "vision trained, recomputed": {"method": "dpo", "peft_config": lora(target_modules=EVERYWHERE),
-                                   "gradient_checkpointing": True},
-    "projector trained": {"method": "rrpo", "gradient_checkpointing": True,
-                          "peft_config": lora(target_modules=rf"{families.LANGUAGE_MODEL}|.*merger\.mlp\.[02]")},
     "unlike clips": {"method": "dpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "shared"},
-    "unlike clips, separate": {"method": "rrpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "separate"},
     "contrast": {"method": "dpo", "kind": "contrast", "anchor_weight": 0.5},
-    "symmpo": {"method": "symmpo", "kind": "others"},
     "images and clips": {"method": "rrpo", "name": "LLaVA-OneVision", "kind": "both", "num_frames": 4},
     "unlike prompts": {"method": "dpo", "name": "text", "kind": "prompts", "layout": "shared", "scale": 0.3,
                        "peft_config": lora(text=True), "loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 2.0]},
@@ -94,6 +88,19 @@ CASES = {
 SLOW = {  # of the slow job: the other methods; rows that processes share, two for each family, and four
     **{m: {"method": m, "eval_divergence": True} for m in ("simpo", "tdpo", "ddpo", "dpa")},
     "mdpo": {"method": "mdpo", "kind": "pictures"},
+    "vision trained, recomputed": {
+        "method": "dpo",
+        "peft_config": lora(target_modules=EVERYWHERE),
+        "gradient_checkpointing": True,
+    },
+    "projector trained": {
+        "method": "rrpo",
+        "gradient_checkpointing": True,
+        "peft_config": lora(target_modules=rf"{families.LANGUAGE_MODEL}|.*merger\.mlp\.[02]"),
+    },
+    "unlike clips, separate": {"method": "rrpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "separate"},
+    "symmpo": {"method": "symmpo", "kind": "others"},
+    **{f"{m}-separate": {"method": m, "layout": "separate"} for m in ("leanpo", "rrpo", "lpoi")},
     **{
         f"sp, {name}": {"method": "dpo", "name": name, "sp_size": 2, "use_weighting": True}
         for name in families.FAMILIES

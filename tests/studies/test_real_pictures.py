@@ -228,6 +228,7 @@ def test_the_base_learns_and_is_loaded_as_it_was(language, tower, data, tmp_path
     assert logps(picture_model.load(where)[0]) == pytest.approx(after, abs=1.0)  # of bfloat16
 
 
+@pytest.mark.slow
 def test_interrupted_work_goes_on_with_what_is_left(folder, small, monkeypatch):
     cells = [runs.Cell("mDPO", 1e-2, 0), runs.Cell("DPO", 1e-2, 0)]
     monkeypatch.setattr(runs, "cells", lambda: cells[:1])

@@ -39,7 +39,7 @@ def test_bf16_autocast(method, images, tmp_path):
         torch.testing.assert_close(got.kl.sum(-1), want.kl.sum(-1), rtol=0.1, atol=1e-2)
 
 
-@pytest.mark.parametrize(("start", "workers"), [("spawn", 1), ("fork", 2)])
+@pytest.mark.parametrize(("start", "workers"), [pytest.param("spawn", 1, marks=pytest.mark.slow), ("fork", 2)])
 def test_loader_workers_give_the_same_batches(start, workers, images, tmp_path, monkeypatch):
     """Images are read and masked in worker processes, started either way (a spawned one imports for seconds)."""
     rows, runs = image_rows(images, 4, **VISUAL), []

@@ -100,7 +100,7 @@ SPAWNED = {"dataloader_num_workers": 1, "eval_steps": 1000}  # each imports ever
 @pytest.mark.parametrize(
     ("launch", "recipe"),
     [
-        (("--num_processes", "1"), {}),
+        pytest.param(("--num_processes", "1"), {}, marks=pytest.mark.slow),
         pytest.param(("--accelerate_config", "cpu2"), {}, marks=pytest.mark.distributed),
         pytest.param((), {"dataloader_persistent_workers": True}, marks=pytest.mark.slow),
         pytest.param((), SPAWNED | {"dataloader_multiprocessing_context": "spawn"}, marks=pytest.mark.slow),

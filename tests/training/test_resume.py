@@ -22,23 +22,25 @@ FULL = {"use_peft": False, "freeze_vision": True, "learning_rate": 1e-3}
 # --- SIGKILL --------------------------------------------------------------------------------------------------------
 
 
-def test_ten_kills(runs):
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_kills(runs, count):
     """At random moments: while files are written, while a checkpoint appears, and after some time."""
     recipe = {"max_steps": 12, "save_steps": 1, "save_total_limit": 2, "gradient_accumulation_steps": 2}
-    runs.finish("ten-straight", **recipe)
+    name = f"kills-{count}"
+    runs.finish(f"{name}-straight", **recipe)
     dice = random.Random(0)
-    moments = [("SIGKILL", dice.randint(1, 45), "") for _ in range(6)]
+    moments = [("SIGKILL", dice.randint(1, 45), "") for _ in range(count)]
     moments[2:2] = [("seconds", dice.uniform(0.1, 0.4)) for _ in range(2)]
     for moment in moments:
-        codes, text = runs("ten", moment, **recipe)
+        codes, text = runs(name, moment, **recipe)
         assert codes == [-9], text
-    for name in ("adapter_model.safetensors", "optimizer.pt"):
-        newest = max([0, *(int(f.name.split("-")[1]) for f in (runs.folder / "ten").glob("checkpoint-*"))])
-        codes, text = runs("ten", ("file", f"{runs.folder}/ten/checkpoint-{newest + 1}/{name}"), **recipe)
+    for file in ("adapter_model.safetensors", "optimizer.pt"):
+        newest = max([0, *(int(f.name.split("-")[1]) for f in (runs.folder / name).glob("checkpoint-*"))])
+        codes, text = runs(name, ("file", f"{runs.folder}/{name}/checkpoint-{newest + 1}/{file}"), **recipe)
         assert codes == [-9], text
-    assert "Continuing from" in runs.finish("ten", **recipe)
-    runs.assert_same("ten", "ten-straight")
-    kept = sorted(f.name for f in (runs.folder / "ten").glob("checkpoint-*"))
+    assert "Continuing from" in runs.finish(name, **recipe)
+    runs.assert_same(name, f"{name}-straight")
+    kept = sorted(f.name for f in (runs.folder / name).glob("checkpoint-*"))
     assert kept == ["checkpoint-11", "checkpoint-12"]
 
 
