@@ -189,6 +189,22 @@ def test_dpa_finds_pairs_of_phrases_in_every_clip(tmp_path):
     assert 0 < given < 10  # events in a wrong order, where words have only moved
 
 
+def test_dpa_finds_pairs_of_phrases_in_every_scene(tmp_path):
+    """Beside an invented sentence stands the true one in its place."""
+    given = 0
+    for row in rows.write_preferences("scene", 60, 11, tmp_path)[1]:
+        texts = [row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")]
+        marked = [row.get(f"{side}_phrases") for side in ("chosen", "rejected")]
+        assert len(set(map(len, phrase_spans(*texts, *marked, paired=True)[2:]))) == 1
+        if marked[0] is not None:
+            ((start, end),), ((_, stop),) = marked
+            true, invented = texts[0][start:end], texts[1][start:stop]
+            assert texts[1].count(". ") == texts[0].count(". ") + 1
+            assert true in texts[0].split(". ") and invented in texts[1].split(". ") and true != invented
+            given += 1
+    assert 0 < given < 20
+
+
 # --- the grammar --------------------------------------------------------------------------------------------------
 
 

@@ -26,8 +26,9 @@ def preference_row(
 ) -> dict:
     """Return one row: a true caption is chosen, the same with one fact wrong is rejected, `reworded` if asked.
 
-    Where words have only moved (events in a wrong order), the row has phrases: those that RRPO finds, as DPA, which
-    needs pairs of them, finds none.
+    Where no words stand in the place of others, so that DPA finds no pairs of phrases, the row has some: where words
+    have only moved (events in a wrong order), those that RRPO finds; where a sentence is invented, that sentence and
+    the true one in its place.
 
     A scene's `critical_box` is that of the thing whose fact is wrong, or beside which something is invented. With
     `boxed` a clip has one too: the thing's whole lane, in which it moves.
@@ -44,14 +45,23 @@ def preference_row(
         "rejected": [{"role": "assistant", "content": [_text(rejected)]}],
         f"{media['type']}s": [str(path.resolve())],
     }
-    moved = word_diff(chosen, rejected)
-    if all(moved) and not any(word_diff(chosen, rejected, replaced=True)):
-        row["chosen_phrases"], row["rejected_phrases"] = map(list, moved)
+    if not any(word_diff(chosen, rejected, replaced=True)):
+        moved = word_diff(chosen, rejected)
+        marked = map(list, moved) if all(moved) else _first_sentences_that_differ(chosen, rejected)
+        row["chosen_phrases"], row["rejected_phrases"] = marked
     if sample.kind == "scene":
         row["critical_box"] = list(thing.box)
     elif boxed:
         row["critical_box"] = [thing.place * world.LANE, 0, (thing.place + 1) * world.LANE, world.HEIGHT]
     return row
+
+
+def _first_sentences_that_differ(*captions: str) -> list[list[list[int]]]:
+    """Return the spans of one sentence in each of two captions."""
+    split = [caption.split(". ") for caption in captions]
+    same = next(number for number, pair in enumerate(zip(*split)) if pair[0] != pair[1])
+    start = sum(len(sentence) + len(". ") for sentence in split[0][:same])
+    return [[[start, start + len(sentences[same])]] for sentences in split]
 
 
 def caption_row(sample: world.Sample, row: dict) -> dict:
