@@ -18,7 +18,14 @@ from trl_vpo.training import methods
 
 METHODS = {method: methods.method_classes(method) for method in methods.METHODS}  # (config, trainer)
 QUICK = ("dpo", "leanpo", "rrpo", "lpoi")  # of the default job, where a test goes through many models
-BY_SPEED = [pytest.param(method, marks=[pytest.mark.slow] * (method not in QUICK)) for method in METHODS]
+
+
+def by_speed(cases, quick=QUICK):
+    """Return the cases as parameters; those that are not quick are of the slow job."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * (case not in quick)) for case in cases]
+
+
+BY_SPEED = by_speed(METHODS)
 TEXT_METHODS = [method for method, (config, _) in METHODS.items() if config.media_form in (None, "pair")]
 PAIRS = [  # responses of different lengths, so that every batch is ragged; some words are replaced in each
     ("a red square moves left.", "a blue circle moves left."),

@@ -178,12 +178,18 @@ def test_rows_follow_the_contract(tmp_path):
     assert clips[0]["videos"][0].endswith("clips/0000.mp4") and "critical_box" not in clips[0]
 
 
-def test_dpa_finds_pairs_of_phrases_in_every_clip(tmp_path):
-    given = 0
-    for row in rows.write_preferences("clip", 60, 11, tmp_path)[1]:
+def paired_phrases(kind, folder):
+    """Yield the responses and the given phrases of 60 rows, in each of which DPA finds pairs of phrases."""
+    for row in rows.write_preferences(kind, 60, 11, folder)[1]:
         texts = [row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")]
         marked = [row.get(f"{side}_phrases") for side in ("chosen", "rejected")]
         assert len(set(map(len, phrase_spans(*texts, *marked, paired=True)[2:]))) == 1
+        yield texts, marked
+
+
+def test_dpa_finds_pairs_of_phrases_in_every_clip(tmp_path):
+    given = 0
+    for texts, marked in paired_phrases("clip", tmp_path):
         assert phrase_spans(*texts, *marked) == phrase_spans(*texts)  # those of RRPO, in any case
         given += marked[0] is not None
     assert 0 < given < 10  # events in a wrong order, where words have only moved
@@ -192,10 +198,7 @@ def test_dpa_finds_pairs_of_phrases_in_every_clip(tmp_path):
 def test_dpa_finds_pairs_of_phrases_in_every_scene(tmp_path):
     """Beside an invented sentence stands the true one in its place."""
     given = 0
-    for row in rows.write_preferences("scene", 60, 11, tmp_path)[1]:
-        texts = [row[side][0]["content"][0]["text"] for side in ("chosen", "rejected")]
-        marked = [row.get(f"{side}_phrases") for side in ("chosen", "rejected")]
-        assert len(set(map(len, phrase_spans(*texts, *marked, paired=True)[2:]))) == 1
+    for texts, marked in paired_phrases("scene", tmp_path):
         if marked[0] is not None:
             ((start, end),), ((_, stop),) = marked
             true, invented = texts[0][start:end], texts[1][start:stop]

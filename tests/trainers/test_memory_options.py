@@ -8,7 +8,7 @@ from benchmarks.knobs import KNOBS, cpu_as_accelerator, measure
 from families_newer import build
 from step_kit import Gradients, assert_same_gradients
 from torch.utils.checkpoint import CheckpointPolicy
-from trainer_kit import METHODS, image_rows, shake, text_rows, trainer_of
+from trainer_kit import METHODS, by_speed, image_rows, shake, text_rows, trainer_of
 
 from trl_vpo.errors import RecipeError
 from trl_vpo.trainers.compat import _saves_attention
@@ -17,10 +17,9 @@ from trl_vpo.trainers.setup import check_memory
 REENTRANT = {"use_reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}}
 REENTRANT |= {"use_reentrant, offload": {"gradient_checkpointing_kwargs": {"use_reentrant": True, "offload": True}}}
 VISUAL = {"critical_box": [4, 4, 40, 30]}
-BRIEF = [pytest.param(m, marks=[pytest.mark.slow] * (m not in ("dpo", "lpoi"))) for m in [*METHODS, "rrpo, full"]]
 
 
-@pytest.mark.parametrize("method", BRIEF)
+@pytest.mark.parametrize("method", by_speed([*METHODS, "rrpo, full"], quick=("dpo", "lpoi")))
 def test_less_memory_and_the_same_step(method, images, tmp_path):
     """The metrics and gradients of a step, the reference pass included, and what it keeps for its backward pass."""
     method, full, _ = method.partition(", full")
