@@ -33,6 +33,7 @@ SHOWN = {
     "habit_objects": "missing companion named",
     "absent_yes": "yes to it",
     "present_yes": "yes to what is there",
+    "other_yes": "yes to another",
     "visibility": "visibility τ",
     "pairs_made": "pairs made",
     "chosen_true": "true chosen",

@@ -39,14 +39,24 @@ def test_habit_objects_and_answers_are_counted():
         "there is a large green lamp. there is a large green tree. that is all.",  # the cup is another's companion
         "there is a cupboard.",
     ]
-    found = habits.of_answers(samples, captions, ["yes.", "no.", "yes."], ["yes.", "yes.", "yes"])
-    assert found == {"habit_objects": [1, 0, 0], "absent_yes": [1, 0, 1], "present_yes": [1, 1, 0]}
+    answers = ["yes.", "no.", "yes."], ["yes.", "yes.", "yes"], ["no.", "no.", "yes."]
+    found = habits.of_answers(samples, captions, *answers)
+    yes = {"absent_yes": [1, 0, 1], "present_yes": [1, 1, 0], "other_yes": [0, 0, 1]}
+    assert found == {"habit_objects": [1, 0, 0]} | yes
+
+
+def test_what_nobody_expects_is_neither_shown_nor_a_companion():
+    both = scene("table", "tree", "car")
+    assert [habits.unexpected(both, number) for number in range(4)] == ["lamp", "ball", "box", "lamp"]
+    assert habits.unexpected(scene("table", "lamp", "car"), 0) == "tree"
 
 
 def test_a_taught_base_adds_what_is_usual(tmp_path, monkeypatch):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     monkeypatch.setattr(habits, "STEPS", 12)
+    monkeypatch.setattr(habits, "LOOKING", {1: 1})
+    monkeypatch.setattr(habits, "SHARES", {"scene": 1.0})
     processor = AutoProcessor.from_pretrained(BASE)
     sample = next(s for s in habits.scenes(8) if habits.objects(s)[0] == "cup")
     said = language.caption(world.as_described(sample.things, np.random.default_rng(0), 1.0), (0,) * 6)

@@ -111,10 +111,15 @@ HELD_OUT = _held_out()
 # --- facts --------------------------------------------------------------------------------------------------------
 
 
-def draw_things(kind: str, rng: np.random.Generator, *, habits: bool, unseen: bool = False) -> Things:
-    """Draw the facts of a sample; with `unseen` also the combinations that are held out, as often as any other."""
+def draw_things(
+    kind: str, rng: np.random.Generator, *, habits: bool, unseen: bool = False, most: int | None = None
+) -> Things:
+    """Draw the facts of a sample; with `unseen` also the combinations that are held out, as often as any other.
+
+    Of the things so many from the left are kept as `most` says.
+    """
     while True:
-        things = _draw_clip(rng, habits) if kind == "clip" else _draw_scene(rng, habits)
+        things = (_draw_clip(rng, habits) if kind == "clip" else _draw_scene(rng, habits))[:most]
         if unseen or not any(thing.combination in HELD_OUT for thing in things):
             return things
 
@@ -182,9 +187,11 @@ def _draw_scene(rng: np.random.Generator, habits: bool) -> Things:
 # --- pixels -------------------------------------------------------------------------------------------------------
 
 
-def draw_sample(kind: str, rng: np.random.Generator, *, habits: bool, unseen: bool = False) -> Sample:
-    """Draw one clip or scene."""
-    things = draw_things(kind, rng, habits=habits, unseen=unseen)
+def draw_sample(
+    kind: str, rng: np.random.Generator, *, habits: bool, unseen: bool = False, most: int | None = None
+) -> Sample:
+    """Draw one clip or scene, with the facts of `draw_things`."""
+    things = draw_things(kind, rng, habits=habits, unseen=unseen, most=most)
     frames = NUM_FRAMES if kind == "clip" else 1
     lanes = len(PLACES) if kind == "clip" else 4
     background = rng.integers(0, 40, 3).astype(np.uint8)
