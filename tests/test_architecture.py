@@ -128,6 +128,12 @@ def test_files_and_test_names_are_short():
     assert not {path for path, text in texts.items() if path[:6] == "tests/" and name.search(text)}
 
 
+def test_texts_are_printed_as_they_are():
+    """Another console of rich would take brackets in names and paths for markup."""
+    makers = {module for module, path in SOURCES.items() if re.search(r"\bConsole\(", path.read_text("utf-8"))}
+    assert makers == {"runs.console"}
+
+
 def test_tests_leave_the_import_path_alone():
     others = [path for path in python_files("tests") if path != Path(__file__)]
     assert not [path for path in others if "sys.path" in path.read_text(encoding="utf-8")]

@@ -20,13 +20,13 @@ from held_out_kit import (
     write_held_out,
 )
 from PIL import Image
-from rich.console import Console
 
 from studies.testbed import pretraining
 from trl_vpo.evaluate.probes import damaged, row_seed
 from trl_vpo.evaluate.table import results_tables
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
+from trl_vpo.runs.console import make_console
 from trl_vpo.testbed import language
 
 
@@ -221,12 +221,25 @@ def test_results_follow_from_the_rows(folder, run):
 
 def printed(results, width):
     """The lines of each table on a terminal of this width, in single blanks."""
-    console, texts = Console(width=width), []
+    console, texts = make_console(width=width), []
     for part in results_tables(results, width):
         with console.capture() as capture:
             console.print(part)
         texts.append([" ".join(line.split()) for line in capture.get().splitlines()])
     return texts
+
+
+def test_the_table_shows_names_as_they_are():
+    """Groups, sets and adapters have the names that users give."""
+    one = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 40}
+    groups = ("binary", "binary[popular]", "binary[/red]", "binary[a]b[/]", "binary[:car:]")
+    own = {name: one for group in groups for name in (f"{group}/accuracy", f"{group}/f1")} | {"sets/a/[b": one}
+    about = {"rows": 40, "clusters": 12}
+    contestants = {name: {"measures": own, "differences": {}} for name in ("base", "[bold]c")}
+    (lines,) = printed({"settings": {"level": 0.95}, "data": about, "contestants": contestants}, 80)
+    row = "40 0.500 [0.400, 0.600] 0.500 [0.400, 0.600]"
+    expected = [line for group in groups for line in (group, f"accuracy {row}", f"f1 {row}")]
+    assert "measure n base [bold]c" in lines and lines[3:-2] == [*expected, "sets", f"a/[b {row}"]
 
 
 def test_the_table_marks_what_differs():

@@ -19,12 +19,12 @@ from collections.abc import Callable
 from multiprocessing import get_context
 
 import torch
-from rich.console import Console
 
 from trl_vpo.compare.figure import write_figure
 from trl_vpo.compare.plan import Plan, check_plan
 from trl_vpo.compare.table import print_table, write_table
 from trl_vpo.errors import UserError
+from trl_vpo.runs.console import make_console
 from trl_vpo.training.launch import signals_passed_on
 from trl_vpo.training.sigterm import STOPPED
 
@@ -40,7 +40,7 @@ def run_compare(plan: Plan, command: Command) -> None:
         UserError: as `check_plan`; or a training or the evaluation failed, which is named.
         SystemExit: it was stopped by Ctrl-C or a signal, with the exit code.
     """
-    finished, console = check_plan(plan), Console()
+    finished, console = check_plan(plan), make_console()
     for place, training in enumerate(plan.trainings, 1):
         what = f"{place} of {len(plan.trainings)}: {training.name}"
         if training.name in finished:
@@ -57,7 +57,7 @@ def run_compare(plan: Plan, command: Command) -> None:
     print_table(results, folders)
     table, figure = write_table(results, folders, plan.out / "table.md"), plan.out / "compare.png"
     notes = write_figure(results, folders, figure)
-    console.print("\n".join([*notes, f"Table:  {table}", f"Figure: {figure}"]), highlight=False, soft_wrap=True)
+    console.print("\n".join([*notes, f"Table:  {table}", f"Figure: {figure}"]), soft_wrap=True)
 
 
 def _run(words: list[str], what: str, command: Command, *, printed: bool = True) -> None:

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trl_vpo.evaluate.results import BASE
 from trl_vpo.evaluate.table import FEWEST, cell, mark
 from trl_vpo.files import atomic_write
-from trl_vpo.runs.console import WIDTH, table
+from trl_vpo.runs.console import WIDTH, make_console, table
 
 MEASURES = {  # of `trl-vpo evaluate`: their headings, and whether they compare with the base already
     "preference/accuracy": ("preference\naccuracy", False),
@@ -68,17 +67,17 @@ def title(results: dict[str, Any]) -> str:
 
 def print_table(results: dict[str, Any], folders: Folders) -> None:
     """Print the table, its columns in several parts where the terminal is narrow."""
-    console = Console()
+    console = make_console()
     console.width = max(console.width, WIDTH)
     names = measured(results)
     for size in range(len(names), 0, -1):
         parts = [names[start : start + size] for start in range(0, len(names), size)]
         tables = [_table(results, folders, part) for part in parts]
-        if size == 1 or max(Console(width=10_000).measure(part).maximum for part in tables) <= console.width:
+        if size == 1 or max(make_console(width=10_000).measure(part).maximum for part in tables) <= console.width:
             break
     for part in tables:
         console.print(part)
-    console.print(NOTE, style="italic", highlight=False)
+    console.print(NOTE, style="italic")
 
 
 def _table(results: dict[str, Any], folders: Folders, names: list[str]) -> Table:
@@ -93,7 +92,7 @@ def write_table(results: dict[str, Any], folders: Folders, path: Path) -> Path:
     names = measured(results)
     rows = [["model", *map(heading, names), "seconds"]]
     rows += [["---"] * len(rows[0]), *lines(results, folders, names)]
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows).replace("\\[", "[")
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     with atomic_write(path) as part:
         part.write_text(f"{title(results)}\n\n{text}\n{NOTE}\n", encoding="utf-8")
     return path

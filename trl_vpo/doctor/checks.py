@@ -24,6 +24,7 @@ from trl_vpo.forward.head import check_head
 from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses
 from trl_vpo.models.model_size import adapt
 from trl_vpo.models.source import check_model
+from trl_vpo.runs.console import make_console
 from trl_vpo.runs.packages import missing_packages
 from trl_vpo.trainers.rates import check_trained_parts
 from trl_vpo.trainers.setup import check_checkpointing, low_rate, set_pad_token
@@ -39,14 +40,14 @@ def run_doctor(
 
     Every problem is written into the file `out`, one JSON object per line.
     """
-    console = console or Console()
+    console = console or make_console()
     report = examine(recipe, overrides, **options)
     show(report, console)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(problem, ensure_ascii=False) + "\n" for problem in report.problems)
         out.write_text("".join(lines), encoding="utf-8")
-        console.print(f"{len(report.problems)} problems written to {out}", highlight=False)
+        console.print(f"{len(report.problems)} problems written to {out}", soft_wrap=True)
     return int(report.stops)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from trl_vpo.data.check import Problem
 from trl_vpo.doctor.memory_report import MemoryReport, show_memory
@@ -44,7 +44,7 @@ def show(report: Report, console: Console) -> None:
     """Print the tables and the first problems."""
     checks = table("check", "status", "result", title="Checks", texts=3)
     for check, status, text in report.findings:
-        checks.add_row(check, f"[{STYLES[status]}]{status}[/]", escape(text))
+        checks.add_row(check, Text(status, style=STYLES[status]), text)
     console.print(checks)
     if report.tokens:
         tokens = table("tokens per row", "min", "median", "max")
@@ -52,7 +52,7 @@ def show(report: Report, console: Console) -> None:
             tokens.add_row(name, str(min(values)), f"{statistics.median(values):g}", str(max(values)))
         console.print(tokens)
     for problem in report.problems[:SHOWN]:
-        console.print(f"- {problem['dataset']}: {problem['reason']}", markup=False, highlight=False)
+        console.print(f"- {problem['dataset']}: {problem['reason']}")
     if len(report.problems) > SHOWN:
         console.print(f"... and {len(report.problems) - SHOWN} more; --out FILE writes them all.")
     if report.memory is not None:

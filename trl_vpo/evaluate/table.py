@@ -7,17 +7,16 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from trl_vpo.runs.console import WIDTH, table
+from trl_vpo.runs.console import WIDTH, make_console, table
 from trl_vpo.runs.results import encode, write_lines
 
 UP, DOWN = "▲", "▼"
 FEWEST = 30  # rows that a mark needs; intervals of fewer are too narrow
 NAME_WIDTH = 20
-_WIDE = Console(width=10_000)  # to measure tables
+_WIDE = make_console(width=10_000)  # to measure tables
 
 
 def write_results(results: dict[str, Any], folder: str | Path) -> None:
@@ -27,17 +26,18 @@ def write_results(results: dict[str, Any], folder: str | Path) -> None:
 
 def show_results(results: dict[str, Any], folder: str) -> None:
     """Print the table, the number of rows left out, and the paths of the files."""
-    console = Console()
+    console = make_console()
     console.width = max(console.width, WIDTH)
     for part in results_tables(results, console.width):
         console.print(part)
     data = results["data"]
     if data["skipped"]:
-        text = f"[bold red]{data['skipped']} rows were left out[/]: {escape(folder)}/rejected.jsonl says why"
+        skipped = Text(f"{data['skipped']} rows were left out", style="bold red")
+        text = f": {folder}/rejected.jsonl says why"
         pairs = data["incomplete_pairs"] + data["incomplete_sets"]
         text += f"; {pairs} pairs and sets of questions are incomplete and not measured." if pairs else "."
-        console.print(text)
-    console.print(f"Numbers: {folder}/results.json\nRows:    {folder}/rows.jsonl", highlight=False, soft_wrap=True)
+        console.print(skipped, text, sep="", soft_wrap=True)
+    console.print(f"Numbers: {folder}/results.json\nRows:    {folder}/rows.jsonl", soft_wrap=True)
 
 
 def results_tables(results: dict[str, Any], width: int) -> list[Table]:
@@ -58,7 +58,7 @@ def results_tables(results: dict[str, Any], width: int) -> list[Table]:
 def _table(results: dict[str, Any], names: list[str], *, last: bool) -> Table:
     data, models = results["data"], [results["contestants"][name] for name in names]
     marks = f"{UP} above, {DOWN} below the base: the interval of the paired\ndifference excludes 0"
-    heads = ((escape("\n".join(wrap(name, NAME_WIDTH))), "") for name in names)  # a mark has a column of its own
+    heads = (("\n".join(wrap(name, NAME_WIDTH)), "") for name in names)  # a mark has a column of its own
     result = table(
         "measure",
         "n",
@@ -68,24 +68,33 @@ def _table(results: dict[str, Any], names: list[str], *, last: bool) -> Table:
         caption=f"{marks} (no marks below n = {FEWEST})" if last else None,
     )
     result.show_edge, result.collapse_padding = False, True
-    for kind, measures in groupby(models[0]["measures"], lambda measure: measure.split("/")[0]):
-        result.add_row(kind)
-        for measure in measures:
+    for head, measures in groupby(map(_parts, models[0]["measures"]), lambda parts: parts[0]):
+        result.add_row(head)
+        for _, name in measures:
+            measure = f"{head}/{name}"
             own = [model["measures"][measure] for model in models]
             cells = [
                 (cell(value), *([mark(model["differences"].get(measure))] if model["differences"] else []))
                 for value, model in zip(own, models)
             ]
             count = str(max(value["n"] for value in own))
-            result.add_row(f"  {measure.removeprefix(kind + '/')}", count, *chain.from_iterable(cells))
+            result.add_row(f"  {name}", count, *chain.from_iterable(cells))
     return result
 
 
+def _parts(measure: str) -> tuple[str, str]:
+    """Return what a measure stands below, and its name there: `binary[a/b]` and `accuracy`, `sets` and `a/b`."""
+    head, _, name = measure.partition("/")
+    if "[" in head:  # a group, whose name may hold anything
+        head, _, name = measure.rpartition("/")
+    return head, name
+
+
 def cell(measure: dict[str, Any]) -> str:
-    """Return a text such as `0.640 [0.560, 0.713]`; brackets are escaped for rich."""
+    """Return a text such as `0.640 [0.560, 0.713]`."""
     text = _number(measure["value"])
     if measure["low"] is not None:
-        text += rf" \[{_number(measure['low'])}, {_number(measure['high'])}]"
+        text += f" [{_number(measure['low'])}, {_number(measure['high'])}]"
     return text
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from trl_vpo.data.chat import render_chat
 from trl_vpo.data.hub_names import check_on_hub
@@ -17,6 +16,7 @@ from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.models.load import LOAD_ERRORS
 from trl_vpo.models.requests import Request
+from trl_vpo.runs.console import make_console
 
 TILE = 160  # pixels, height of a frame on a sheet
 COLUMNS, GAP = 8, 4  # frames in a row of a sheet, pixels between them
@@ -27,26 +27,27 @@ def show(pipeline: Pipeline, config: GenerateConfig) -> None:
     processor, inputs = None, read_inputs(**config.input_options() | {"media_folder": None})
     if pipeline.needs_model(config) and not config.server_url:
         processor = _load_processor(config)
-    console, folder = Console(highlight=False, soft_wrap=True), Path(config.output_dir) / "dry_run"
+    console, folder = make_console(soft_wrap=True), Path(config.output_dir) / "dry_run"
     folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(inputs[: min(3, config.limit or 3)]):
-        console.rule(escape(row.id))
+        console.rule(row.id)
         try:
             media = load_media(row, config.video_options())
             pipeline.check(row)
             requests = pipeline.preview(row, media)
         except (InputError, MediaError) as error:
-            console.print(f"[yellow]rejected:[/yellow] {escape(str(error))}")
+            console.print(Text("rejected:", style="yellow"), str(error))
             continue
         for step, (title, request) in enumerate(requests):
-            console.print(f"[bold]{escape(title)}[/bold]\n{escape(_text(request, processor))}")
+            console.print(title, style="bold")
+            console.print(_text(request, processor))
             clips = [[Image.fromarray(frame) for frame in clip.frames] for clip in request.media.videos]
             images = [[image.convert("RGB")] for image in request.media.images]
             for place, frames in enumerate(clips + images):
                 path = folder / f"{number}-{step}-{place}.png"
                 _sheet(frames).save(path)
-                console.print(f"[dim]{escape(str(path))}[/dim]")
-    console.print(f"Nothing was generated. The pictures are in {escape(str(folder))}.")
+                console.print(str(path), style="dim")
+    console.print(f"Nothing was generated. The pictures are in {folder}.")
 
 
 def _load_processor(config: GenerateConfig) -> Any:

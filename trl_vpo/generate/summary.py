@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
-from trl_vpo.runs.console import table
+from trl_vpo.runs.console import make_console, table
 
 
 def show_summary(summary: dict[str, Any], folder: str) -> None:
     """Print counts, reasons and figures of a finished run, and the paths of its files."""
-    console = Console()
+    console = make_console()
     counts = [("kept", summary["kept"])]
     counts += [(f"rejected: {kind}", count) for kind, count in summary["rejected_by_kind"].items()]
     for title, rows in (("Inputs", [*counts, ("all", summary["inputs"])]), ("Data", _flat(summary["figures"] or {}))):
         part = table("", "", title=title, texts=2)  # a list of texts may be long
         part.columns[1].justify = "right"
         for name, value in rows:
-            part.add_row(escape(name), escape(_text(value)))
+            part.add_row(name, _text(value))
         if part.row_count:
             console.print(part)
     lines = []
@@ -28,10 +25,10 @@ def show_summary(summary: dict[str, Any], folder: str) -> None:
         lines += [f"{summary['rows']} rows to train on: {folder}/rows.jsonl"]
         lines += [f"View them: trl-vpo view {folder} -o page.html"]
     else:
-        console.print("[bold red]No input gave a row: there is nothing to train on.[/bold red]")
+        console.print("No input gave a row: there is nothing to train on.", style="bold red")
     if summary["rejected"]:
         lines += [f"Why inputs were rejected: {folder}/rejected.jsonl"]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,13 +1,23 @@
-"""What commands print: tables of one style, and lines that fit."""
+"""What commands print: texts as they are, tables of one style, and lines that fit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 WIDTH = 80  # of lines in a log
+
+
+def make_console(**options: Any) -> Console:
+    """Return a console that shows texts as they are, also in tables: `[red]` is no style, `:car:` no picture.
+
+    Everything that rich prints goes through one: names, paths and messages may hold anything.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def table(*headings: str, title: str | None = None, caption: str | None = None, texts: int = 1) -> Table:

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from trl_vpo.errors import RecipeError
+from trl_vpo.runs.console import make_console
 from trl_vpo.runs.named_recipes import find_recipe, recipe_names, recipes_folder
 from trl_vpo.runs.recipe_file import read_recipe, recipe_text
 
@@ -77,19 +78,16 @@ def recipe_facts(name: str) -> RecipeFacts:
     )
 
 
-def list_recipes(*, as_json: bool = False, console: Console | None = None) -> None:
+def list_recipes(*, as_json: bool = False) -> None:
     """Print what there is: a table, or JSON with all facts."""
     facts = sorted(map(recipe_facts, recipe_names()), key=lambda one: (not one.command, one.command == "generate"))
     if as_json:
         print(json.dumps([asdict(one) for one in facts], indent=2))
         return
-    console = console or Console()
+    console = make_console()
     console.print(recipes_table(facts))
-    console.print(
-        "trl-vpo train METHOD --config NAME; trl-vpo recipes show NAME; trl-vpo recipes copy NAME, to edit it.\n"
-        "The accelerate configs are for --accelerate_config, without accelerate/.",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    text = "trl-vpo train METHOD --config NAME; trl-vpo recipes show NAME; trl-vpo recipes copy NAME, to edit it.\n"
+    console.print(text + "The accelerate configs are for --accelerate_config, without accelerate/.", soft_wrap=True)
 
 
 def recipes_table(facts: list[RecipeFacts]) -> Table:
@@ -100,7 +98,7 @@ def recipes_table(facts: list[RecipeFacts]) -> Table:
         table.add_column(heading, overflow="fold", width=width)
     for group in dict.fromkeys((one.command, one.method) for one in facts):
         table.add_section()
-        table.add_row(f"[bold]{' '.join(group).strip() or 'accelerate configs'}[/bold]")
+        table.add_row(Text(" ".join(group).strip() or "accelerate configs", style="bold"))
         for one in facts:
             if (one.command, one.method) == group:
                 model = one.model if one.model.startswith("trl_vpo/") else one.model.split("/")[-1]

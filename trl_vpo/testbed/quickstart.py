@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import track
 
 from trl_vpo.data.paths import check_output_dir
+from trl_vpo.runs.console import make_console
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.testbed import language, rows
 
@@ -38,7 +38,7 @@ On your own rows (`trl-vpo import --list`: the formats that are converted):
   trl-vpo train rrpo --config rrpo/qwen2_5_vl_7b --dataset_name train.jsonl"""
 
 
-console = Console()
+console = make_console()
 
 
 def run_quickstart(out: Path, methods: Sequence[str], command, *, data_only: bool = False) -> None:
@@ -47,7 +47,7 @@ def run_quickstart(out: Path, methods: Sequence[str], command, *, data_only: boo
     check_output_dir(str(out))
     if data_only:
         write_data(out / "data")
-        console.print(f"Rows and media: {out / 'data'}", highlight=False, soft_wrap=True)
+        console.print(f"Rows and media: {out / 'data'}", soft_wrap=True)
         return
     prepare(out / "data")
     runs: list[Path] = []
@@ -57,7 +57,7 @@ def run_quickstart(out: Path, methods: Sequence[str], command, *, data_only: boo
             runs += compare_on(kind, recipes, out, command)
     console.print(f"All of it took {time.perf_counter() - began:.0f} s.")
     shown = {"data": out / "data", "kind": kind_of(runs[-1].name), "runs": " ".join(map(str, runs))}
-    console.print(NEXT.format(**shown), highlight=False, soft_wrap=True)
+    console.print(NEXT.format(**shown), soft_wrap=True)
 
 
 def kind_of(method: str) -> str:
