@@ -64,7 +64,7 @@ def test_a_killed_run_continues(held_out, monkeypatch, tmp_path):
         evaluate(held_out, folder, adapter, **options)
 
 
-def test_a_limit_measures_no_pair_or_set_that_it_cuts(held_out, tmp_path):
+def test_a_limit_measures_no_pair_or_set_that_it_cuts(held_out, tmp_path, capsys):
     """Of two rows without a pair and one pair, the limit leaves three: set 1 and the pair are not whole."""
     asked = [{"id": f"q{i}", "task": "yes_no", "question": "Does the square move?", "answer": "yes"} for i in range(4)]
     asked[0]["sets"], asked[1]["sets"], asked[3]["sets"] = {"figure": "0"}, {"figure": "1"}, {"figure": "1"}
@@ -73,10 +73,13 @@ def test_a_limit_measures_no_pair_or_set_that_it_cuts(held_out, tmp_path):
     results = evaluate(held_out, tmp_path / "run", data=data, sensitivity="none", limit=3)
     counts = {key: results["data"][key] for key in ("rows", "incomplete_pairs", "incomplete_sets")}
     assert counts == {"rows": 3, "incomplete_pairs": 1, "incomplete_sets": 1}
+    text = "2 pairs and sets of questions are not measured: they lack rows behind limit 3, or that were left out."
+    assert text in capsys.readouterr().out
     measures = results["contestants"]["base"]["measures"]
     assert measures["sets/figure"]["n"] == 1 and not any(name.startswith("yes_no") for name in measures)
     whole = evaluate(held_out, tmp_path / "run", data=data, sensitivity="none")  # and goes on with the last row
     assert whole["contestants"]["base"]["measures"]["sets/figure"]["n"] == 2
+    assert "not measured" not in capsys.readouterr().out
     assert whole["data"]["incomplete_pairs"] == whole["data"]["incomplete_sets"] == 0
 
 

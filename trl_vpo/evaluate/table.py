@@ -25,7 +25,7 @@ def write_results(results: dict[str, Any], folder: str | Path) -> None:
 
 
 def show_results(results: dict[str, Any], folder: str) -> None:
-    """Print the table, the number of rows left out, and the paths of the files."""
+    """Print the table, what was left out, and the paths of the files."""
     console = make_console()
     console.width = max(console.width, WIDTH)
     for part in results_tables(results, console.width):
@@ -33,10 +33,12 @@ def show_results(results: dict[str, Any], folder: str) -> None:
     data = results["data"]
     if data["skipped"]:
         skipped = Text(f"{data['skipped']} rows were left out", style="bold red")
-        text = f": {folder}/rejected.jsonl says why"
-        pairs = data["incomplete_pairs"] + data["incomplete_sets"]
-        text += f"; {pairs} pairs and sets of questions are incomplete and not measured." if pairs else "."
-        console.print(skipped, text, sep="", soft_wrap=True)
+        console.print(skipped, f": {folder}/rejected.jsonl says why.", sep="", soft_wrap=True)
+    if lacking := data["incomplete_pairs"] + data["incomplete_sets"]:
+        limit = results["settings"]["limit"]
+        why = "rows that were left out" if limit is None else f"rows behind limit {limit}, or that were left out"
+        text = f"{lacking} pairs and sets of questions are not measured: they lack {why}."
+        console.print(text, style="bold red", soft_wrap=True)
     console.print(f"Numbers: {folder}/results.json\nRows:    {folder}/rows.jsonl", soft_wrap=True)
 
 
