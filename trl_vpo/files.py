@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, files that may be compressed, and digests that tell what has changed.
+"""Files that are written whole, are compressed or hold a JSON object, and digests that tell what has changed.
 
 A digest is a hex string. What is digested for which purpose lies higher up: media and processors in
 `trl_vpo.data.identity`, models and training rows in `trl_vpo.runs.digests`.
@@ -61,6 +61,23 @@ def open_packed(path: Path) -> BinaryIO:
 
         return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(path, "rb")
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the JSON object that a file holds; under each of these keys is another one.
+
+    Raises:
+        ValueError: it cannot be read, or lacks one of these objects; says so of "it".
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"it cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object.")
+    if wrong := [key for key in keys if not isinstance(content.get(key), dict)]:
+        raise ValueError(f"its {wrong[0]} is {content.get(wrong[0])!r}, and no JSON object.")
+    return content
 
 
 # --- digests --------------------------------------------------------------------------------------------------------

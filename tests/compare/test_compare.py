@@ -151,6 +151,9 @@ def test_a_finished_training_of_other_settings_is_refused(world, tmp_path):
     (tmp_path / "dpo/run.json").write_text(json.dumps(record))
     with pytest.raises(RecipeError, match=r"other settings .*\n  dataset_name: .*train.jsonl has changed since\n"):
         check_plan(read_plan(configs, held_out, str(tmp_path), []))
+    (tmp_path / "dpo/run.json").write_text("[1]")
+    with pytest.raises(RecipeError, match=r"dpo/run\.json: it holds no JSON object\. Delete the folder"):
+        check_plan(read_plan(configs, held_out, str(tmp_path), []))
 
 
 def test_methods_share_keys_and_options_win(world):

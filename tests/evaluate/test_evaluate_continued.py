@@ -1,6 +1,7 @@
 """Runs of `trl-vpo evaluate` that are continued, and what such a run refuses."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -187,6 +188,27 @@ def media_settings(*adapters, **given):
     argv = [part for key, value in given.items() for part in (f"--{key}", str(value))]
     config = parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", *adapters, *argv])
     return [config.num_frames, config.fps, config.max_frames, config.max_pixels, config.video_end]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"settings": {', r"it cannot be read \(Expecting property name"),
+        ("[1]", "it holds no JSON object"),
+        ('{"contents": null}', "its recipe is None, and no JSON object"),
+        ('{"recipe": {"num_frames": "4"}}', "num_frames is '4': give a whole number of at least 1"),
+        ('{"recipe": {"num_frames": 4, "max_pixels": -1}}', "max_pixels is -1: give a whole number of at least 1"),
+    ],
+)
+def test_a_damaged_record_of_the_training_is_refused(text, why, tmp_path, caplog):
+    """Unless the frames are given: then its other settings are warned of."""
+    adapter = trained(tmp_path / "rrpo")
+    (tmp_path / "rrpo/run.json").write_text(text)
+    with pytest.raises(EvaluateError, match=rf"rrpo/run\.json: {why}.*Correct the file, or give num_frames or fps"):
+        media_settings(adapter)
+    assert media_settings(adapter, num_frames=4)[0] == 4
+    (warning,) = caplog.messages
+    assert re.search(rf"rrpo/run\.json: {why}.*None of its settings is used", warning)
 
 
 def test_frames_are_those_of_the_adapters_training(tmp_path, caplog, capsys):

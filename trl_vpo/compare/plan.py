@@ -20,6 +20,7 @@ from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.recipe import parse as parse_evaluation
 from trl_vpo.evaluate.run import held_out_rows
 from trl_vpo.evaluate.trained import agreed_media
+from trl_vpo.files import read_object
 from trl_vpo.models.adapters import loses_base
 from trl_vpo.models.paths import check_paths
 from trl_vpo.runs.digests import model_files
@@ -230,12 +231,14 @@ def _check_bases(trainings: Sequence[Training]) -> None:
 
 def _is_finished(folder: Path, method: str, given: dict[str, Any]) -> bool:
     """Return whether a training was finished; raise if it had other settings, another base or other rows."""
-    try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (path := folder / "run.json").exists():
         return False
+    try:
+        record = read_object(path, "recipe")
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error} Delete the folder to train it again, or name another --out.") from error
     now = json.loads(json.dumps(scrub(given), default=str))
-    old, new = ({"method": m} | fixed_recipe(k) for m, k in ((record["method"], record["recipe"]), (method, now)))
+    old, new = ({"method": m} | fixed_recipe(k) for m, k in ((record.get("method"), record["recipe"]), (method, now)))
     changed = sorted(key for key in {*old, *new} - {"use_cpu"} if old.get(key) != new.get(key))
     lines = [f"\n  {key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
     if was := record.get("contents"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from trl_vpo.errors import EvaluateError
+from trl_vpo.files import read_object
 from trl_vpo.media.load import VideoOptions
 from trl_vpo.runs.driver import rank
 
@@ -27,15 +27,18 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
     """Return the media settings of the adapters' training, except those that are given.
 
     Adapters are folders, their checkpoints, or Hub names. A given setting that differs from an adapter's causes a
-    warning, and so does an adapter without a `run.json` where the frames are not given; adapters that differ where
-    none is given cause an EvaluateError. What is returned is printed.
+    warning, and so does an adapter without a `run.json` where the frames are not given. What is returned is printed.
+
+    Raises:
+        EvaluateError: adapters differ where none is given, or a `run.json` is damaged and the frames are not given.
     """
-    recorded = {path: settings for path in adapters if (settings := _recorded(path)) is not None}
+    framed = any(given.get(name) is not None for name in GROUPS[0])
+    recorded = {path: settings for path in adapters if (settings := _recorded(path, framed)) is not None}
     defaults = agreed_media(recorded, given)
     if defaults and rank() == 0:
         print(f"Videos as in the training, by run.json: {_text(defaults)}.", file=sys.stderr)
     unknown = [path for path in adapters if path not in recorded]
-    if unknown and not any(given.get(name) is not None for name in GROUPS[0]):
+    if unknown and not framed:
         usual = VideoOptions(**{name: defaults.get(name) for name in GROUPS[0]})
         sampling = _text({name: getattr(usual, name) for name in GROUPS[0]})
         logger.warning(
@@ -76,20 +79,37 @@ def _text(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in values.items() if v is not None) or f"no {next(iter(values))}"
 
 
-def _recorded(adapter: str) -> dict[str, Any] | None:
-    """Return the media settings of an adapter's training, defaults included; None without a `run.json`."""
-    folder = Path(adapter).absolute()
+def _recorded(adapter: str, framed: bool) -> dict[str, Any] | None:
+    """Return the media settings of an adapter's training, defaults included; None without a `run.json`.
+
+    One that is damaged is refused; where the frames are given (`framed`), a warning says that it counts as missing.
+    """
+    if (path := _run_json(adapter)) is None:
+        return None
     names = [name for group in GROUPS for name in group]
     try:
-        if folder.is_dir():
-            path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
-        else:
-            path = Path(hf_hub_download(adapter, "run.json"))
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path, "recipe")
         recipe = record["recipe"]
         if "video_budget" not in record:  # of a version that left the size of frames to the processor
             recipe.setdefault("max_pixels", AS_LARGE_AS_THEY_ARE)
         options = VideoOptions(**{name: recipe[name] for name in names if recipe.get(name) is not None})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, HfHubHTTPError):
+    except ValueError as error:
+        if not framed:
+            raise EvaluateError(
+                f"{path}: {error} Correct the file, or give num_frames or fps, and max_pixels, as in the training."
+            ) from error
+        logger.warning(f"{path}: {error} None of its settings is used: give max_pixels, too, if the training had it.")
         return None
     return {name: getattr(options, name) for name in names}
+
+
+def _run_json(adapter: str) -> Path | None:
+    """Return the `run.json` of an adapter, from its folder, that of its training or the Hub; None if there is none."""
+    folder = Path(adapter).absolute()
+    if folder.is_dir():
+        path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
+        return path if path.exists() else None
+    try:
+        return Path(hf_hub_download(adapter, "run.json"))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None

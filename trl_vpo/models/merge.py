@@ -1,6 +1,5 @@
 """An adapter merged into its base model: a folder that loads without PEFT."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTra
 
 from trl_vpo.data.identity import package_version
 from trl_vpo.errors import AdapterError, as_user_errors
+from trl_vpo.files import read_object
 from trl_vpo.models.attach import attach_adapter
 from trl_vpo.models.load import DTYPES
 from trl_vpo.models.source import check_model, read_config
@@ -148,8 +148,8 @@ def _notes(adapter: Path, named: str | None, base: str) -> list[str]:
     if named and Path(named).name != Path(base).name:
         notes.append(f"The adapter names {_shown(named)} as its base; it was merged into {_shown(base)}.")
     try:
-        recipe = json.loads((adapter / "run.json").read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError):
+        recipe = read_object(adapter / "run.json", "recipe")["recipe"]
+    except ValueError:
         return notes
     return notes + [
         f"The adapter was trained on {bits}-bit weights and is merged into those of full precision, so answers differ "

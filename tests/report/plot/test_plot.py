@@ -96,7 +96,7 @@ def test_runs_of_one_method_are_named_by_their_folders(tmp_path):
         (lambda f: [f], "has no trainer_state.json, neither itself nor in a checkpoint"),
         (lambda f: [write_state(f, [])], "nothing was logged. Set logging_steps"),
         (lambda f: [write_run(f), f / "."], "is given twice"),
-        (lambda f: [write_state(f), (f / "run.json").write_text("{")][:1], r"run\.json cannot be read"),
+        (lambda f: [write_state(f), (f / "run.json").write_text("{")][:1], r"run\.json: it cannot be read"),
     ],
 )
 def test_what_is_not_a_run(tmp_path, make, message):

@@ -6,7 +6,6 @@ trainer_state.json, its settings from run.json or from the marker of a checkpoin
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.errors import PlotError
+from trl_vpo.files import read_object
 from trl_vpo.report.plot.history import History
 
 STATE = "trainer_state.json"
@@ -81,12 +81,9 @@ def read_run(path: str | Path) -> Run:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlotError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise PlotError(f"{path} cannot be read: it holds no JSON object.")
-    return content
+        return read_object(path)
+    except ValueError as error:
+        raise PlotError(f"{path}: {error}") from error
 
 
 def _repeated(values) -> list[str]:
