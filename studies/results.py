@@ -14,16 +14,16 @@ KEYS = ("method", "pairs", "rate", "steps", "seed")  # of a cell; a study withou
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file, of those of one cell the last; none if there is no file.
 
-    A line that was cut off, by a kill or a full disk, is said and left out, so that its run is made again.
+    A line that was cut off, by a kill or a full disk, or is no row, is said and left out: its run is made again.
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
             row = json.loads(line)
-        except ValueError:
-            print(f"{path}, line {number}: cut off, so its run counts as missing. Delete the line.", file=sys.stderr)
-            continue
-        rows[tuple(row.get(key) for key in KEYS)] = row
+            rows[row["method"], *map(row.get, KEYS[1:])] = row
+        except (ValueError, TypeError, KeyError, AttributeError):  # no JSON, no object, no method, a list as a key
+            text = "cut off, or no row, so its run counts as missing. Delete the line."
+            print(f"{path}, line {number}: {text}", file=sys.stderr)
     return list(rows.values())
 
 

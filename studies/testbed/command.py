@@ -34,6 +34,7 @@ QUICK = OUT / "quick" / "results.jsonl"
 TOLERANCE = 1e-3  # between a row and the same one made anew
 PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}  # see `cells.arithmetic`
 SHOWN = 5  # rows in one message
+KINDS = dict.fromkeys(("method", "pairs", "base", "arithmetic"), str) | dict.fromkeys(("samples", "cpu_seconds"), dict)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,7 +85,8 @@ def stored_rows(results: Path) -> list[dict[str, Any]]:
     """Return the rows of the results.
 
     Raises:
-        SystemExit: rows are of another base or of no method, or lack what others have: tables would mix them silently.
+        SystemExit: rows are of another base or not of the plan, or lack what others have: tables would mix them
+            silently.
     """
     from studies.testbed.cells import digest
 
@@ -95,8 +97,10 @@ def stored_rows(results: Path) -> list[dict[str, Any]]:
     for row in rows:
         if lacking := sorted(columns[row.get("pairs")] - row.keys()):
             why = f"no {', '.join(lacking)}"
-        elif row["method"] not in ("base", *plan.ALL):
-            why = "no method of this study"
+        elif strange := plan.not_planned([row[key] for key in plan.KEYS]):
+            why = f"not of the plan, {strange}"
+        elif odd := [name for name, value in row.items() if not isinstance(value, KINDS.get(name, float | int))]:
+            why = f"{odd[0]} is {row[odd[0]]!r}, which no run writes"
         elif row["base"] != digest():
             why = f"of the base {row['base']}, and the present one is {digest()}"
         else:

@@ -122,6 +122,14 @@ def why_not(run: Run) -> str:
     return ""
 
 
+def not_planned(cell: Sequence[Any]) -> str:
+    """Return what of a cell is in no run of the plan, by its keys; nothing of one that is planned."""
+    planned = [own for run in full_runs() for own in run.cells()]
+    known = zip(KEYS, cell, zip(*planned), strict=True)
+    strange = ", ".join(f"{key} {value!r}" for key, value, values in known if value not in values)
+    return strange or ("" if tuple(cell) in planned else "which has these values in other cells")
+
+
 def missing(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> list[Run]:
     """Return the runs of which a cell has no row, or one that other machines may not make again."""
     there = {tuple(row[key] for key in KEYS) for row in rows if row.get("arithmetic") != "unknown"}

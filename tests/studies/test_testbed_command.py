@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -42,6 +43,10 @@ def test_a_line_that_was_cut_off_is_said_and_made_again(tmp_path, capsys):
     append_rows(path, [row(seed=2)])
     assert [one["seed"] for one in read_rows(path)] == [0, 2]
     assert "results.jsonl, line 2: cut off" in capsys.readouterr().err
+    with path.open("a") as file:
+        file.writelines(f"{line}\n" for line in ("null", "[1]", "5", '"x"', "{}", json.dumps(row(["dpo"]))))
+    assert [one["seed"] for one in read_rows(path)] == [0, 2]
+    assert re.findall(r"line (\d+): cut off, or no row", capsys.readouterr().err) == ["2", *"456789"]
     append_rows(path, [row(false_mass=0.1)])  # its run was made again, with all of its cells
     assert [(one["seed"], one["false_mass"]) for one in read_rows(path)] == [(0, 0.1), (2, 0.2)]
 
@@ -56,7 +61,13 @@ def test_rows_that_cannot_be_written_end_the_run_with_a_message(tmp_path):
     ("wrong", "why"),
     [
         (row(seed=1, base="0123"), "pairs near, rate 0.001, steps 60, seed 1: of the base 0123, and the present"),
-        (row("orpo"), "method orpo, .*: no method of this study"),
+        (row("orpo"), "method orpo, .*: not of the plan, method 'orpo'"),
+        (row() | {"rate": "0.001"}, "not of the plan, rate '0.001'"),
+        (row() | {"rate": float("nan"), "pairs": "far"}, "not of the plan, pairs 'far', rate nan"),
+        (row(seed=0.5), "not of the plan, seed 0.5"),
+        (row("lpoi_3"), "not of the plan, which has these values in other cells"),
+        (row(seed=1, samples=None), "samples is None, which no run writes"),
+        (row(seed=1, false_mass="0.2"), "false_mass is '0.2', which no run writes"),
         ({key: value for key, value in row(seed=1).items() if key != "false_mass"}, "seed 1: no false_mass"),
         ({key: value for key, value in row(seed=1).items() if key != "pairs"}, "pairs None, .*: no pairs"),
     ],
