@@ -28,6 +28,7 @@ from typing import Any
 from studies.results import append_rows, read_rows
 from studies.testbed import plan
 from studies.testbed.pairs import PAIRS
+from trl_vpo.errors import UserError
 
 RESULTS, OUT = Path("studies/testbed/results.jsonl"), Path("outputs/testbed")
 QUICK = OUT / "quick" / "results.jsonl"
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.results = args.results or (QUICK if args.command == "run" and args.quick else RESULTS)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **PORTABLE}
     try:
+        if why := wrong_place(args.results, args.out):
+            parser.error(why)
         if args.command == "run":
             if args.workers < 1:
                 parser.error(f"--workers {args.workers}: give 1 or more.")
@@ -79,6 +82,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("Stopped. The same command continues.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def wrong_place(results: Path, out: Path) -> str:
+    """Return why rows or runs cannot lie where they are meant to; nothing if they can."""
+    if results.is_dir():
+        return f"--results {results}: a folder. Name the file of the rows, such as results.jsonl."
+    if file := next((place for place in (out, *out.parents) if place.is_file()), None):
+        return f"--out {out}: {file} is a file. Name a folder; it is created if it does not exist."
+    return ""
 
 
 def stored_rows(results: Path) -> list[dict[str, Any]]:
@@ -195,7 +207,8 @@ def _cells(run: plan.Run, out: Path) -> list[dict] | str:
     try:
         return run_cells(run, out / digest())  # what another base said stays apart
     except Exception as error:  # one run without pairs, say, must not end the others
-        traceback.print_exc()
+        if not isinstance(error, (UserError, OSError)):  # whose message says it all
+            traceback.print_exc()
         return f"{run.method} on {run.pairs} pairs at {run.rate:g}, seed {run.seed}: {error}"
 
 

@@ -5,6 +5,7 @@ A run is one training; it is measured at several checkpoints, and each of them i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ TEST_SEED, TRAIN_SEED = 902, 1000  # of the world's draws; a run's own seed is a
 ROWS, BATCH, TEST = 320, 16, 64  # training pairs, pairs of a step, held-out samples
 RATES = (3e-4, 1e-3, 3e-3)
 STEPS = (60, 120, 240)
+MOST_SEEDS = 2**31
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,16 @@ DIRECTIONS = (  # of the quick runs: a measure, the method that has less of it, 
 
 
 def why_not(run: Run) -> str:
-    """Return why there is no such run: a method has kinds of pairs, and the base no steps; else nothing."""
+    """Return why there is no such run: a method has kinds of pairs, the base no rate and no steps; else nothing."""
     on = sorted({one.pairs for one in full_runs() if one.method == run.method})
     if run.pairs not in on:
         return f"{run.method} is not run on {run.pairs} pairs, but on {', '.join(on)}."
     if wrong := [steps for steps in run.steps if (steps == 0) != (run.method == "base") or steps < 0]:
         return f"{wrong[0]} steps: " + ("the base has 0." if run.method == "base" else "give 1 or more.")
+    if not (run.rate == 0 if run.method == "base" else 0 < run.rate < math.inf):
+        return f"rate {run.rate:g}: " + ("the base has 0." if run.method == "base" else "give a number above 0.")
+    if not 0 <= run.seed < MOST_SEEDS:
+        return f"seed {run.seed}: give a whole number from 0 to {MOST_SEEDS - 1}."
     return ""
 
 

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
 from studies.results import append_rows, read_rows
 from studies.testbed import cells, command, plan, training
+from trl_vpo.errors import UserError
 from trl_vpo.training.run import parse
 
 CELL = "cell --method dpo --rate 1e-3 --steps 60 --seed 0"
@@ -87,6 +89,12 @@ def test_rows_of_something_else_are_not_mixed_in(words, wrong, why, stored, monk
         ("cell --method dpo --pairs made --rate 1e-3 --steps 60 --seed 0", "dpo is not run on made pairs, but on"),
         ("cell --method base --rate 0 --steps 60 --seed 0", "60 steps: the base has 0."),
         ("cell --method dpo --rate 1e-3 --steps 0 --seed 0", "0 steps: give 1 or more."),
+        (CELL.replace("1e-3", "-1"), "rate -1: give a number above 0."),
+        (CELL.replace("1e-3", "nan"), "rate nan: give a number above 0."),
+        (CELL.replace("1e-3", "inf"), "rate inf: give a number above 0."),
+        (CELL.replace("seed 0", "seed -1"), "seed -1: give a whole number from 0 to 2147483647."),
+        (f"{CELL} --out {__file__}/deep", f"{__file__} is a file. Name a folder"),
+        (f"tables --results {os.path.dirname(__file__)}", "studies: a folder. Name the file of the rows"),
         ("run --workers 0", "--workers 0: give 1 or more."),
         ("run --quick --full", "not allowed with argument"),
     ],
@@ -114,6 +122,15 @@ def test_a_cell_that_differs_from_its_row_is_an_error(stored, monkeypatch):
                 command.main(words)
         else:
             command.main(words)
+
+
+def test_a_run_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    """With a traceback only where the message may not say it all."""
+    for error, traced in ((UserError("no pairs"), False), (OSError("disk full"), False), (KeyError("kl"), True)):
+        monkeypatch.setattr(cells, "run_cells", Mock(side_effect=error))
+        reason = command._cells(plan.quick_runs()[1], tmp_path)
+        assert reason == f"dpo on near pairs at 0.003, seed 0: {error}"
+        assert ("Traceback" in capsys.readouterr().err) == traced
 
 
 def test_directions_that_do_not_hold_are_an_error(capsys):
