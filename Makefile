@@ -61,8 +61,7 @@ study-real: install
 	test -x .venv-real/bin/python || $(UV) venv -q --python $(PYTHON) .venv-real
 	$(UV) pip sync -q --python .venv-real/bin/python --require-hashes requirements.lock studies/real/requirements.txt
 	$(UV) pip install -q --python .venv-real/bin/python --no-deps --no-build-isolation -e .
-	OMP_NUM_THREADS=1 .venv-real/bin/python -m studies.real.study
-	OMP_NUM_THREADS=1 .venv-real/bin/python -m studies.real.pictures.study
+	.venv-real/bin/python -m studies.real
 
 test: install
 	$(PYTEST) -n logical --maxprocesses 4 --dist loadfile

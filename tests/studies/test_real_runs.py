@@ -104,7 +104,7 @@ def test_greedy_answers_do_not_depend_on_the_others(tiny, monkeypatch):
         assert logs.argmax(-1).tolist() == response and len(response) <= 6
 
 
-@pytest.mark.parametrize("name", ["study", "pictures.study", "pictures.base"])
+@pytest.mark.parametrize("name", ["__main__", "study", "pictures.study", "pictures.base"])
 @pytest.mark.parametrize(("word", "code"), [("--help", 0), ("lok", 2)])
 def test_a_wrong_word_starts_no_training(name, word, code):
     with pytest.raises(SystemExit) as end, mock.patch("sys.argv", [name, word]):
@@ -162,3 +162,13 @@ def test_a_worker_does_its_part_and_no_more(folder, tmp_path, monkeypatch):
     assert [cell.seed for cell in runs.missing(done)] == [1]
     study.work(folder, 0)  # goes on with what is left
     assert len(read_rows(study.RESULTS)) == 4 and not runs.missing(read_rows(study.RESULTS))
+
+
+def test_one_command_runs_both_halves(monkeypatch):
+    done = []
+    for half in ("studies.real.study", "studies.real.pictures.study"):
+        monkeypatch.setattr(f"{half}.main", lambda half=half: done.append(half))
+    monkeypatch.setattr("sys.argv", ["studies.real"])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runpy.run_module("studies.real", run_name="__main__")
+    assert done == ["studies.real.study", "studies.real.pictures.study"]
