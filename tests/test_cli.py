@@ -201,6 +201,10 @@ def full_disk(*_):
     raise OSError(28, "No space left on device")
 
 
+def another_pipe(*_):
+    raise BrokenPipeError(32, "Broken pipe")
+
+
 def full_disk_at_a_tokenizer(*_):
     Tokenizer(WordLevel()).save("/dev/full")  # raises no `OSError`
 
@@ -210,6 +214,7 @@ def full_disk_at_a_tokenizer(*_):
     [
         (from_a_worker, 1, "trl-vpo: error: row 3: damaged"),
         (full_disk, 1, "trl-vpo: error: [Errno 28] No space left on device"),
+        (another_pipe, 1, "trl-vpo: error: [Errno 32] Broken pipe"),
         (full_disk_at_a_tokenizer, 1, "trl-vpo: error: No space left on device (os error 28)"),
         (interrupted, 130, ""),
     ],
@@ -218,6 +223,20 @@ def test_what_a_command_raises(command, code, message, monkeypatch, capsys):
     monkeypatch.setattr("trl_vpo.cli.doctor", command)
     assert cli.main(["doctor", "recipe.yaml"]) == code
     assert capsys.readouterr().err.split("\n")[0] == message
+
+
+@pytest.mark.parametrize("words", [["import", "--list"], ["recipes", "--json"], ["recipes"]])
+def test_a_closed_pipe_ends_a_command_quietly(words, monkeypatch, capfd):
+    """Whether it breaks while something is printed, or when the rest is."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        try:
+            code = cli.main(words)
+        except SystemExit as end:  # raised by rich
+            code = end.code
+    assert (code, capfd.readouterr().err) == (1, "")
 
 
 def test_as_a_program(tmp_path):

@@ -30,7 +30,21 @@ DESCRIPTION = "Preference optimization on TRL of models that see videos and imag
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 1 for what went wrong, 2 for how it was called."""
+    """Run the command line. Returns the exit code: 0, 1 for what went wrong, 2 for how it was called.
+
+    It ends quietly where nobody reads on, as behind `| head`: code 1.
+    """
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()  # else a closed pipe shows when Python exits
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print
+        return 1
+
+
+def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
@@ -47,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # whoever was interrupted has said how to continue
         return 130
     except UserError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            print(flush=True)  # raises it again, unless another pipe broke than the one that this prints to
         if os.environ.get(TRACEBACK):
             raise
         print(f"trl-vpo: error: {scrub(_message(error))}\n({TRACEBACK}=1 shows where.)", file=sys.stderr)
