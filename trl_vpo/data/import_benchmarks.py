@@ -7,7 +7,6 @@ MMHal-Bench files as lmms-eval 0.7.3 and RLHF-V/RLAIF-V@83d917b read them; Objec
 the letter of an option, and stands before subtitles, is ours.
 """
 
-import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from trl_vpo.data.import_beside import amber_truth, coco_objects, named, spoken, subtitle_folder
 from trl_vpo.data.import_fields import Format, clip, layout, media, text
 from trl_vpo.data.messages import MARKERS
 from trl_vpo.errors import ImportFormatError
@@ -162,20 +162,9 @@ def _video_mme(record: dict, subtitles: bool = False) -> dict:
     name, asked = text(record, "videoID"), text(record, "question")
     if subtitles:
         path = record["subtitles"] / f"{name}.srt"
-        asked = f"{_spoken(path) if path.is_file() else 'The video has no subtitles.'}\n\n{asked}"
+        asked = f"{spoken(path) if path.is_file() else 'The video has no subtitles.'}\n\n{asked}"
     about = {"id": record.get("question_id"), "videos": [f"{name}.mp4"], "group": record.get("duration")}
     return choice(asked, record.get("options"), text(record, "answer"), **about)
-
-
-def _spoken(path: Path) -> str:
-    """Return the text of a subtitle file, a line for each that is shown."""
-    try:
-        shown = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-    lines = (re.sub("<.*?>", "", line).strip() for line in shown)
-    spoken = [line for line in lines if line and not line.isdigit() and "-->" not in line]
-    return "\n".join(["The subtitles of the video:", *spoken])
 
 
 def _mmhal(record: dict) -> dict:
@@ -190,68 +179,13 @@ def _object_halbench(record: dict) -> dict:
     return row | {"objects": sorted(record["coco"](number))}
 
 
-# --- what lies beside a file ----------------------------------------------------------------------------------------
-
-
-def _named(path: Path) -> dict:
-    return {"file": path.name.split(".")[0]}
-
-
-def _near(path: Path, name: str) -> Path:
-    """Return a file or folder that lies beside a file or one folder above."""
-    found = next((place for place in (path.parent / name, path.parent.parent / name) if place.exists()), None)
-    if found is None:
-        raise ImportFormatError(f"{path}: {name} lies neither beside it nor in the folder above. Put it there.")
-    return found
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ImportFormatError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
-
-
-def _amber_truth(path: Path) -> dict:
-    return {"annotations": {entry["id"]: entry for entry in _json(_near(path, "annotations.json"))}}
-
-
-def _subtitles(path: Path) -> dict:
-    folder = _near(path, "subtitle")
-    if not any(folder.glob("*.srt")):
-        raise ImportFormatError(f"{folder} has no .srt files. Put the subtitles into it, without a further folder.")
-    return {"subtitles": folder}
-
-
-def _coco(path: Path) -> dict:
-    """Give the objects of an image of COCO 2014: those that are outlined, and those that its captions mention."""
-    from trl_vpo.text.chair import ObjectTable, read_synonyms
-
-    table, folder = ObjectTable(read_synonyms(_near(path, "synonyms_refine.txt"))), _near(path, "annotations")
-    found: dict[int, set[str]] = {}
-    captions: dict[int, list[str]] = {}
-    for part in ("train", "val"):
-        outlined = _json(folder / f"instances_{part}2014.json")
-        names = {category["id"]: table.name(category["name"]) for category in outlined["categories"]}
-        for one in outlined["annotations"]:
-            found.setdefault(one["image_id"], set()).add(names[one["category_id"]])
-        for one in _json(folder / f"captions_{part}2014.json")["annotations"]:
-            captions.setdefault(one["image_id"], []).append(one["caption"])
-
-    def objects(number: int) -> set[str]:
-        if number not in captions:
-            raise ValueError(f"`image_id` {number} is not an image of COCO 2014's captions.")
-        said = (mention.object for caption in captions[number] for mention in table.mentions(caption))
-        return found.get(number, set()) | set(said)
-
-    return {"coco": objects}
-
+# --- the table -------------------------------------------------------------------------------------------------------
 
 LAYOUT = (KeyError, TypeError, AttributeError)  # what reading another one raises
 
 
 def _held_out(
-    read: Callable, fields: str, published: str, *, beside: Callable[[Path], dict] = _named, **options: Any
+    read: Callable, fields: str, published: str, *, beside: Callable[[Path], dict] = named, **options: Any
 ) -> Format:
     """Return a benchmark's format; a record or a file beside it that has another layout is an error that says so."""
 
@@ -275,7 +209,7 @@ def _held_out(
 BENCHMARKS: dict[str, Format] = {
     "pope": _held_out(_pope, "text label image", "POPE, RUCAIBox/POPE, output/coco", folder="*_pope_*.json"),
     "amber": _held_out(
-        _amber, "id query image", "AMBER, junyangwang0410/AMBER, data/query", beside=_amber_truth
+        _amber, "id query image", "AMBER, junyangwang0410/AMBER, data/query", beside=amber_truth
     ),
     "hallusionbench": _held_out(
         _hallusion,
@@ -303,7 +237,7 @@ BENCHMARKS: dict[str, Format] = {
         partial(_video_mme, subtitles=True),
         "videoID question options answer; question_id duration",
         "the same with subtitle/*.srt in the prompts",
-        beside=_subtitles,
+        beside=subtitle_folder,
     ),
     "mmhal-bench": _held_out(
         _mmhal, "question gt_answer image|image_src; image_content question_type",
@@ -313,6 +247,6 @@ BENCHMARKS: dict[str, Format] = {
         _object_halbench,
         "question image_id image|image_path",
         "Object HalBench, RLHF-V/RLAIF-V, eval/data, and COCO",
-        beside=_coco,
+        beside=coco_objects,
     ),
 }  # fmt: skip

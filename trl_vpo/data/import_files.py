@@ -1,18 +1,11 @@
-"""The files that `trl-vpo import` reads: one, those of a folder, or all that an index names, record by record."""
+"""The files that `trl-vpo import` reads: one, those of a folder, or all that an index names."""
 
 import json
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from trl_vpo.data.import_formats import FORMATS
-from trl_vpo.data.json_files import raw_records
-from trl_vpo.data.messages import drop_none
-from trl_vpo.errors import DatasetError, ImportFormatError
+from trl_vpo.errors import ImportFormatError
 
 
 def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
@@ -60,27 +53,3 @@ def _object(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError:
         return None
-
-
-def read_records(fmt: str, path: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Give (kind, number or key, record) of a file, as `raw_records` does; of parquet the rows, numbered from 0.
-
-    A format whose records stand by keys in one JSON object has records with the fields `key` and `value`.
-    """
-    try:
-        if FORMATS[fmt].keyed:
-            entries = _object(path)
-            if not isinstance(entries, dict):
-                raise ImportFormatError(f"{path} is not one JSON object. Name the authors' file as it is.")
-            yield from (("entry", key, {"key": key, "value": value}) for key, value in entries.items())
-            return
-        if path.suffix.lower() != ".parquet":
-            yield from raw_records(path)
-            return
-        batches = pq.ParquetFile(path).iter_batches(batch_size=100)
-        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from (("row", number, drop_none(row)) for number, row in enumerate(rows))
-    except DatasetError as error:
-        raise ImportFormatError(str(error)) from error
-    except (OSError, pa.ArrowException) as error:
-        raise ImportFormatError(f"{path} cannot be read as a parquet file ({error}). Fetch it again.") from error

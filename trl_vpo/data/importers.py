@@ -16,12 +16,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from trl_vpo.data.import_benchmarks import PLACE
-from trl_vpo.data.import_files import import_files, read_records
+from trl_vpo.data.import_files import import_files
 from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
 from trl_vpo.data.inputs import portable
 from trl_vpo.data.json_files import parse_record
 from trl_vpo.data.messages import OTHER, REJECTED
 from trl_vpo.data.paths import ROWS
+from trl_vpo.data.record_files import read_records
 from trl_vpo.errors import ImportFormatError
 from trl_vpo.files import atomic_write
 
@@ -194,7 +195,7 @@ def _read(fmt: str, files: list[tuple[Path, Any]], folder) -> Iterator[tuple[obj
     seen: dict[str, int] = {}
     for path, media_root in files:
         beside = FORMATS[fmt].beside(path)
-        for place, (kind, number, raw) in enumerate(read_records(fmt, path)):
+        for place, (kind, number, raw) in enumerate(read_records(path, FORMATS[fmt].keyed)):
             record = raw
             where = f"{path}, {kind} {number}"
             try:
