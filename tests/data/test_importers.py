@@ -53,7 +53,11 @@ def test_on_reject_goes_on(tmp_path):
     [
         ("rlhf", "in.jsonl", "{}", "unknown format 'rlhf'. Formats: rrpo, lpoi, ms-swift, llamafactory, llava-hound"),
         ("lpoi", "other.jsonl", "{}", "no such file"),
-        ("lpoi", "in.jsonl", "[{}, ", "begins as a JSON list but is not one"),
+        ("lpoi", "in.jsonl", "[{}, ", "cannot be read as a JSON list"),
+        ("pope", "in.jsonl", '{"label": "yes", "label": "no"}', "line 1: .*'label' twice, for 'yes' and 'no'. Leave"),
+        ("pope", "in.jsonl", '[{"label": "yes", "label": "no"}]', "an object has the key 'label' twice"),
+        ("vidhalluc", "in.jsonl", '{"7": [1], "7": [2]}', "in.jsonl cannot be read as JSON: .*'7' twice"),
+        ("vidhalluc", "in.jsonl", '{"7": ', "in.jsonl cannot be read as JSON: .*line 1 column 7"),
     ],
 )
 def test_unreadable_input(tmp_path, fmt, name, text, message):

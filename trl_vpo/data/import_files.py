@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.import_formats import FORMATS
+from trl_vpo.data.json_files import parse_json
 from trl_vpo.errors import ImportFormatError
 
 
@@ -41,15 +42,12 @@ def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
 
 def _meta(path: Path) -> dict[str, dict] | None:
     """Return the annotation files that a meta.json lists, by name; None for a file of records."""
-    parts = _object(path)
+    try:
+        parts = parse_json(path.read_bytes())
+    except json.JSONDecodeError:  # JSON lines
+        return None
+    except ValueError as error:
+        raise ImportFormatError(f"{path}: {error}") from error
     entries = parts.values() if isinstance(parts, dict) else [None]
     listed = all(isinstance(entry, dict) and {"root", "annotation"} <= entry.keys() for entry in entries)
     return parts if listed else None
-
-
-def _object(path: Path) -> Any:
-    """Return what a file holds if it is one JSON value; None for JSON lines."""
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError:
-        return None

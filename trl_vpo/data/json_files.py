@@ -91,9 +91,9 @@ def raw_records(path: Path) -> Iterator[tuple[str, int, Any]]:
                         yield "line", number, line
                 return
             try:
-                items = json.loads(_decode(file.read()))
+                items = parse_json(file.read())
             except (ValueError, RecursionError) as error:
-                raise DatasetError(f"{path}: begins as a JSON list but is not one: {error}") from error
+                raise DatasetError(f"{path} cannot be read as a JSON list: {error}") from error
     except UNREADABLE as error:
         raise DatasetError(f"{path} cannot be read ({error}). Check it, or fetch or write it again.") from error
     for number, item in enumerate(items, 1):
@@ -105,12 +105,26 @@ def parse_record(raw: Any) -> dict:
     record = raw
     if isinstance(raw, bytes):
         try:
-            record = json.loads(_decode(raw))
+            record = parse_json(raw)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not JSON ({error}). Write one record per line, or all in one list.") from error
     if not isinstance(record, dict):
         raise ValueError(f"is a JSON {type(record).__name__}, not an object with fields.")
     return record
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """Return the value of JSON. Raise ValueError, also for a key that an object has twice: a value would be lost."""
+    return json.loads(raw if isinstance(raw, str) else _decode(raw), object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        values = " and ".join(f"{value!r:.60}" for key, value in pairs if key == twice)
+        raise ValueError(f"an object has the key {twice!r} twice, for {values}. Leave one of them.")
+    return found
 
 
 def _decode(raw: bytes) -> str:

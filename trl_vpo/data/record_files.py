@@ -1,6 +1,5 @@
 """The records of one file: of a JSON list, JSON lines or parquet, or the entries of one JSON object."""
 
-import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_vpo.data.json_files import raw_records
+from trl_vpo.data.json_files import parse_json, raw_records
 from trl_vpo.data.messages import drop_none
 from trl_vpo.errors import DatasetError, ImportFormatError
 
@@ -22,9 +21,9 @@ def read_records(path: Path, keyed: bool = False) -> Iterator[tuple[str, Any, An
     try:
         if keyed:
             try:
-                entries = json.loads(path.read_bytes())
-            except ValueError:
-                entries = None
+                entries = parse_json(path.read_bytes())
+            except ValueError as error:
+                raise ImportFormatError(f"{path} cannot be read as JSON: {error}") from error
             if not isinstance(entries, dict):
                 raise ImportFormatError(f"{path} is not one JSON object. Name the authors' file as it is.")
             yield from (("entry", key, {"key": key, "value": value}) for key, value in entries.items())
