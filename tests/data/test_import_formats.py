@@ -8,6 +8,7 @@ import pytest
 from datasets import load_dataset
 from import_records import (
     ALPACA,
+    ELV_HALLUC_DPO,
     FACTORY,
     HOUND,
     LPOI,
@@ -199,6 +200,13 @@ def test_rlhf_v_and_rlaif_v(tmp_path):
     assert one(tmp_path, "rlaif-v", without)["images"] == ["images/1.jpg"]
 
 
+def test_elv_halluc_dpo_has_other_names(tmp_path):
+    row = one(tmp_path, "elv-halluc-dpo", ELV_HALLUC_DPO)
+    named = {"video": "videos", "prompt": "question", "rejected": "rejected_response"}
+    other = {named.get(name, name): value for name, value in ELV_HALLUC_DPO.items()}
+    assert one(tmp_path, "elv-halluc-dpo", other) == row and row["videos"] == ["videos/1.mp4"]
+
+
 def test_mmpr(tmp_path):
     row = one(tmp_path, "mmpr", MMPR, media_root="/data/ScienceQA")
     assert row["prompt"] == [user("image", "What is it?")] and row["images"] == ["/data/ScienceQA/1.png"]
@@ -297,6 +305,14 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("rlhf-v", {"text": "[]"}, "`text` is not an object"),
         ("rlhf-v", {"image": None, "image_path": None}, "has 0 images"),
         ("rlaif-v", {"image": {"bytes": "aGk="}}, r"`image`\[0\] is not a path, and not the bytes of a medium"),
+        ("rlhf-v", {"text": '{"chosen": "a", "chosen": "b"}'}, "has the key 'chosen' twice, for 'a' and 'b'"),
+        ("rrpo", {"media_path": "other.mp4"}, "`video` and `media_path` differ"),
+        ("llamafactory", {"chosen": {"from": "human", "value": "x"}}, "`chosen` is the user's turn"),
+        ("llamafactory", {"messages": FACTORY["conversations"]}, "both `conversations` and `messages`"),
+        ("videochat2", {"video": None}, "neither a video nor an image"),
+        ("elv-halluc-dpo", {"video": None}, "`video` and `videos` are missing"),
+        ("elv-halluc-dpo", {"videos": ["2.mp4"]}, "`video` and `videos` differ"),
+        ("elv-halluc-dpo", {"rejected_response": "None."}, "`rejected` and `rejected_response` differ"),
         ("symmpo", {"image_2": []}, "`image_2` has 0 images"),
         ("symmpo", {"resp_2_w": None}, "`resp_2_w` is missing"),
         ("symmpo", {"resp_2_w": "A dog."}, "chosen and other_chosen responses are identical"),

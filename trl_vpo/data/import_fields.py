@@ -48,7 +48,9 @@ def layout(read: Callable, fields: str, published: str, *marks: str, **options: 
 
 
 def text(record: dict, name: str, other: str | None = None) -> str:
-    """Return the text of a required field, or of its other name."""
+    """Return the text of a required field, or of its other name; with both, they must be the same."""
+    if other and record.get(name) and record.get(other) and record[name] != record[other]:
+        raise ValueError(f"`{name}` and `{other}` differ, and one of them is read. Leave the right one.")
     name = other if other in record and record.get(name) is None else name
     value = record.get(name)
     if not isinstance(value, str):
@@ -111,10 +113,21 @@ def media(record: dict, name: str) -> list[str | bytes]:
     return [_source(item, f"`{name}`[{i}]", picture="image" in name) for i, item in enumerate(items)]
 
 
+def single(record: dict, name: str, other: str | None = None) -> list[str | bytes]:
+    """Return the one medium of a field, or of its other name where the field is empty."""
+    items = media(record, name) or (media(record, other) if other else [])
+    if len(items) != 1:
+        hint, kind = f" (or `{other}`)" if other else "", "videos" if "video" in name else "images"
+        raise ValueError(f"`{name}`{hint} has {len(items)} {kind}; a record has one.")
+    return items
+
+
 def clip(record: dict) -> dict[str, list]:
     """Return the `videos` or `images` of a record with `video` or `image`; `start` and `end` (seconds) cut a video."""
     if not record.get("video"):
-        return {"images": media(record, "image")}
+        if not (images := media(record, "image")):
+            raise ValueError("the record has neither a video nor an image to ask about. Give it `video` or `image`.")
+        return {"images": images}
     if record.get("image"):
         raise ValueError("the record has both `video` and `image`, of which one is read. Drop the other.")
     start, end = record.get("start"), record.get("end")
@@ -204,8 +217,6 @@ def question(asked: str, answer: str, **columns) -> dict:
         if not value:
             raise ValueError(f"the {name} has no text. Fill it in or leave the record out.")
     row = {"question": plain[0], "answer": plain[1], **{name: items for name, items in columns.items() if items}}
-    if not row.keys() & {"images", "videos"}:
-        raise ValueError("the record has neither a video nor an image to ask about. Name it in `video` or `image`.")
     options = columns.get("options")
     if option_index(row["answer"], row["question"], options) is None and options:
         raise ValueError(

@@ -6,18 +6,17 @@ LPOI release, which finds the four masked images by their folders; internvl_chat
 documented: LLaMA-Factory's data/README.md, the dataset cards of RLHF-V and RLAIF-V.
 """
 
-import json
 import textwrap
 from pathlib import PurePosixPath
 
 from trl_vpo.data.import_benchmarks import BENCHMARKS
-from trl_vpo.data.import_fields import clip, joined, last_turn, layout, media, pair, text, turn, turns
+from trl_vpo.data.import_fields import clip, joined, last_turn, layout, media, pair, single, text, turn, turns
 from trl_vpo.data.import_questions import conversations, qa_turns, questions, videochat2_it
 from trl_vpo.data.messages import REJECTED
 from trl_vpo.text.phrases import CLOSE, OPEN, masked_spans
 
 REFUSED = ("audios", "tools", "objects")  # they change what the text means
-IDS = ("id", "sample_id", "idx", "qid")
+IDS = ("id", "sample_id", "idx", "qid", "question_id")
 SOURCES = ("src", "origin_dataset", "data_source")
 MASKED_COPIES = "masked_copies"  # of LPOI's release: paths that the importer looks for
 _MASKED = [f"ours_cmask_until_list5/ours_cmask_until{share}" for share in (25, 50, 75, 100)]  # most visible first
@@ -36,6 +35,8 @@ def read_record(fmt: str, record) -> list[dict]:
     origin = next((tags[key] for key in SOURCES if tags.get(key)), None)
     rows = FORMATS[fmt].read(record)
     rows = [rows] if isinstance(rows, dict) else rows
+    if not rows:
+        raise ValueError(f"the record asks nothing. It needs the fields {FORMATS[fmt].layout}, and each filled.")
     ids = [row_id] if len(rows) == 1 else [f"{row_id}-{n}" if row_id else "" for n in range(1, len(rows) + 1)]
     return [{"id": i, "source": f"{fmt}/{origin}" if origin else fmt, **row} for i, row in zip(ids, rows)]
 
@@ -141,6 +142,8 @@ def _llamafactory(record: dict) -> dict:
     if "instruction" in record and not record.get("conversations") and not record.get("messages"):
         prompt = _history(record)
     else:
+        if record.get("conversations") and record.get("messages"):
+            raise ValueError("the record has both `conversations` and `messages`, of which one is read. Drop one.")
         prompt = turns(record, "conversations" if "conversations" in record else "messages")
     if record.get("system"):
         system = ("system", text(record, "system"))
@@ -151,7 +154,10 @@ def _llamafactory(record: dict) -> dict:
     sides = []
     for side in ("chosen", "rejected"):
         value = record.get(side)
-        sides.append(turn(value, f"`{side}`")[1] if isinstance(value, dict) else text(record, side))
+        role, said = turn(value, f"`{side}`") if isinstance(value, dict) else ("assistant", text(record, side))
+        if role != "assistant":
+            raise ValueError(f"`{side}` is the {role}'s turn; it must be the assistant's (or from gpt).")
+        sides.append(said)
     return pair(prompt, *sides, images=media(record, "images"), videos=media(record, "videos"))
 
 
@@ -169,34 +175,35 @@ def _history(record: dict) -> list[tuple[str, str]]:
 def _rlhf_v(record: dict) -> dict:
     """Read RLHF-V, whose three texts are JSON in `text`, and RLAIF-V, which has a column for each."""
     if record.get("text") is not None:
+        from trl_vpo.data.json_files import parse_json  # not needed to list the formats
+
         texts = record["text"]
         try:
-            texts = json.loads(texts) if isinstance(texts, str) else texts
+            texts = parse_json(texts) if isinstance(texts, str) else texts
         except ValueError as error:
             raise ValueError(f"`text` is not JSON ({error}).") from error
         if not isinstance(texts, dict):
             raise ValueError("`text` is not an object with question, chosen and rejected.")
         record = record | texts
-    images = media(record, "image") or media(record, "image_path")
-    if len(images) != 1:
-        raise ValueError(f"`image` (or `image_path`) has {len(images)} images; a record has one.")
-    return _flat_pair(record, "question", images=images)
+    return _flat_pair(record, "question", images=single(record, "image", "image_path"))
 
 
 def _elv_halluc_dpo(record: dict) -> dict:
     """Read a caption of one event and the same with what is not there: plain fields, or turns of either naming."""
+    names = [name for name in ("video", "videos") if record.get(name)]
+    videos = [media(record, name) for name in names]
+    if not videos or videos[0] != videos[-1]:
+        raise ValueError(f"`video` and `videos` {'differ' if videos else 'are missing'}. Name the video in one.")
     if not any(record.get(name) for name in ("messages", "conversations")):
-        return _flat_pair(record, "prompt" if record.get("prompt") else "question", videos=media(record, "video"))
-    record = {"videos": media(record, "video")} | record
+        sides = text(record, "chosen"), text(record, "rejected", "rejected_response")
+        return pair([("user", text(record, "prompt", "question"))], *sides, videos=videos[0])
+    record = record | {"videos": videos[0]}
     return _ms_swift(record) if record.get("rejected_response") else _llamafactory(record)
 
 
 def _symmpo(record: dict) -> dict:
     sides = [text(record, name) for name in ("resp_1_w", "resp_1_l")]
-    sources = {"images": media(record, "image_1"), "other_images": media(record, "image_2")}
-    for name, items in zip(("image_1", "image_2"), sources.values()):
-        if len(items) != 1:
-            raise ValueError(f"`{name}` has {len(items)} images; a record has one of each.")
+    sources = {"images": single(record, "image_1"), "other_images": single(record, "image_2")}
     return pair([("user", text(record, "question"))], *sides, other_chosen=text(record, "resp_2_w"), **sources)
 
 

@@ -41,7 +41,11 @@ def qa_turns(record: dict, name: str) -> list[dict]:
 
 def questions(record: dict) -> dict:
     """Plain questions: `answer` is a text, a number, or the index of an option, from 0."""
-    numbered = [record[name] for name in NUMBERED if record.get(name) is not None]
+    numbered = [record.get(name) for name in NUMBERED]
+    while numbered and numbered[-1] is None:
+        numbered.pop()
+    if None in numbered:
+        raise ValueError(f"`a{numbered.index(None)}` is missing, and `a{len(numbered) - 1}` is there. Fill it in.")
     listed = [value for value in (*map(record.get, OPTIONS), numbered) if value]
     options = listed[0] if listed else None
     if listed:
