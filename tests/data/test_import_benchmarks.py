@@ -153,7 +153,7 @@ def test_vidhalluc_has_four_tasks(tmp_path):
     ]  # fmt: skip
     files["mcq"]["8"]["y_1_2"]["Correct Answer"] = "none"
     write(tmp_path / "bad.json", files["mcq"])
-    with pytest.raises(ImportFormatError, match="entry 8: the answer '' is not all right letters"):
+    with pytest.raises(ImportFormatError, match="entry 8: the answer 'none' is not letters of the choices, A, B"):
         list(import_rows("vidhalluc", tmp_path / "bad.json"))
     write(tmp_path / "bad.json", {"9": {"Question": "What?"}})
     with pytest.raises(ImportFormatError, match="entry 9: the record has another layout"):

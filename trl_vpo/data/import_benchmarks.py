@@ -8,19 +8,20 @@ the letter of an option, and stands before subtitles, is ours.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from trl_vpo.data.import_beside import amber_truth, coco_objects, named, spoken, subtitle_folder
-from trl_vpo.data.import_fields import Format, clip, layout, media, text
+from trl_vpo.data.import_beside import amber_truth, clips, coco_objects, named, spoken, subtitle_folder
+from trl_vpo.data.import_fields import Format, clip, layout, media, single, text
 from trl_vpo.data.messages import MARKERS
 from trl_vpo.errors import ImportFormatError
 
 PLACE = "place"  # of a record in its file, from 0
 LETTER = "Answer with the letter of the right option."
+SILENT = "The video has no subtitles."
 AMBER_GROUPS = {  # type -> dimension
     "discriminative-hallucination": "existence",
     **{f"discriminative-attribute-{kind}": "attribute" for kind in ("state", "number", "action")},
@@ -58,23 +59,31 @@ def held_out(task: str, asked: str, answer: str | None = None, **columns: Any) -
     return {k: v for k, v in {"task": task, "question": question, "answer": answer, **columns}.items() if v}
 
 
-def choice(asked: str, options: list, answer: str, **columns: Any) -> dict:
-    """Return a held-out row with the options in its question; the answer is a letter or the text of an option."""
+def choice(asked: str, options: list, answer: str, lettered: bool = False, **columns: Any) -> dict:
+    """Return a held-out row with the options in its question. The answer is the text of an option.
+
+    `lettered`: the options begin with their letters, and the answer is a letter.
+    """
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise ValueError(f"the options are {options!r:.80}. Give a list of texts.")
-    options = [re.sub(rf"^{letter}[.):]\s*", "", option) for letter, option in zip(ascii_uppercase, options)]
-    letter = ascii_uppercase[options.index(answer)] if answer in options else answer
-    if letter not in ascii_uppercase[: len(options)]:
-        raise ValueError(f"the answer {answer!r} is none of the options {options}.")
+    names = options
+    if lettered:
+        marks = [re.match(r"([A-Z])[.):]\s*", option) for option in options]
+        names = [mark and mark[1] for mark in marks]
+        if names != [*ascii_uppercase[: len(options)]]:
+            raise ValueError(f"the options {options} do not begin with A., B. and so on. Mend their letters.")
+        options = [option[mark.end() :] for mark, option in zip(marks, options)]
+    if answer not in names:
+        raise ValueError(f"the answer {answer!r} is none of the options {names}.")
     lines = [asked, *(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options)), LETTER]
-    return held_out("choice", "\n".join(lines), letter, options=options, **columns)
+    return held_out("choice", "\n".join(lines), ascii_uppercase[names.index(answer)], options=options, **columns)
 
 
 # --- one function for each benchmark --------------------------------------------------------------------------------
 
 
 def _pope(record: dict) -> dict:
-    name, about = record["file"], {"images": media(record, "image"), "group": record["file"].rsplit("_", 1)[-1]}
+    name, about = record["file"], {"images": single(record, "image"), "group": record["file"].rsplit("_", 1)[-1]}
     return held_out("yes_no", text(record, "text"), text(record, "label"), id=f"{name}-{record[PLACE]}", **about)
 
 
@@ -84,7 +93,7 @@ def _amber(record: dict) -> dict:
         raise ValueError(
             f"`id` {record.get('id')!r} is not a discriminative question. Name query_discriminative.json."
         )
-    sources = {"images": media(record, "image"), "group": AMBER_GROUPS[about["type"]]}
+    sources = {"images": single(record, "image"), "group": AMBER_GROUPS[about["type"]]}
     return held_out("yes_no", text(record, "query"), about["truth"], **sources)
 
 
@@ -96,14 +105,17 @@ def _hallusion(record: dict) -> dict:
     kind, place, figure, asked, shown = (str(record[name]) for name in names)
     topic = f"{kind}_{text(record, 'subcategory')}_{place}"
     sets = {"question": f"{topic}_q{asked}", "figure": None if kind == "VS" and figure == "0" else f"{topic}_{figure}"}
-    answer = {"0": "no", "1": "yes"}.get(str(record.get("gt_answer")), "")
-    about = {"images": media(record, "filename") if shown != "0" else [], "group": kind, "sets": sets}
+    given = str(record.get("gt_answer"))
+    answer = {"0": "no", "1": "yes"}.get(given, given)
+    about = {"images": single(record, "filename") if shown != "0" else [], "group": kind, "sets": sets}
     return held_out("yes_no", text(record, "question"), answer, id=f"{topic}_{figure}_{asked}", **about)
 
 
 def _tvbench(record: dict) -> dict:
     group, video = record["file"], f"{record['file']}/{text(record, 'video')}"
     window = {name: record.get(name) for name in ("start", "end")} if group in TVBENCH_CUT else {}
+    if window and record.get("start") is None:
+        raise ValueError(f"`start` is missing; {group} shows a part of the video. Name the authors' file as it is.")
     about = {"id": f"{group}-{record[PLACE]}", "group": group, **clip({"video": video, **window})}
     return choice(text(record, "question"), record.get("candidates"), text(record, "answer"), **about)
 
@@ -121,6 +133,8 @@ def _vidhalluc(record: dict) -> list[dict]:
     """Return the rows of one of its four tasks, told by their fields: BQA, MCQ, TSH and STH."""
     key, value = record["key"], record["value"]
     if isinstance(value, list):  # each question about several clips, right where it is for all of them
+        if not all(one["a"] for one in value):
+            raise ValueError("a question has no clips with answers in `a`. Fill it in or leave it out.")
         return [
             held_out(
                 "yes_no", f"{one['q']} Only answer with a single word 'Yes' or 'No'.", answer,
@@ -133,17 +147,25 @@ def _vidhalluc(record: dict) -> list[dict]:
         return [held_out("yes_no", SCENES, value["Scene change"], videos=[f"{key}.mp4"], group="sth")]
     if "video" in value:
         about = {"videos": [f"{value['video']}.mp4"], "group": "tsh", "ordered": True}
-        return [held_out("letters", value["Question"] + SORT, value["Correct Answer"], **about)]
+        return [held_out("letters", value["Question"] + SORT, _letters(value["Correct Answer"], "AB"), **about)]
     lines = (
         " Please select the correct answer (one or more options), only return your answer(s). (e.g., ABCD)\nChoices:"
     )
     return [
         held_out(
             "letters", "\n".join([one["Question"] + lines, *(f"{k}. {v}" for k, v in one["Choices"].items())]),
-            "".join(re.findall("[A-D]", one["Correct Answer"])), videos=[f"{clip}.mp4"], group="mcq", cluster=key,
+            _letters(one["Correct Answer"], one["Choices"]), videos=[f"{clip}.mp4"], group="mcq", cluster=key,
         )
         for clip, one in value.items()
     ]  # fmt: skip
+
+
+def _letters(answer: str, choices: Collection[str]) -> str:
+    """Return the letters of an answer such as `BD` or `B, D`, which are among the choices."""
+    letters = re.sub(r"[\s,.;&]|\band\b", "", answer)
+    if not letters or not set(letters) <= set(choices):
+        raise ValueError(f"the answer {answer!r} is not letters of the choices, {', '.join(choices)}. Write those.")
+    return letters
 
 
 def _elv_halluc(record: dict) -> dict:
@@ -153,18 +175,24 @@ def _elv_halluc(record: dict) -> dict:
         raise ValueError(f"`caption_type` is {kind!r}: it is one of {', '.join(ELV_SETS)}.")
     if kind != due:  # nothing else tells which captions belong together
         raise ValueError(f"`caption_type` is {kind}, and {due} is due: a line before it was lost or moved.")
+    video, together = single(record, "video"), record["clips"][record[PLACE] // 3 * 3 :][:3]
+    if len(together) < 3:
+        raise ValueError("the file ends before the three captions of its event do. Fetch it again.")
+    if others := [other for other in together if other not in (None, record["video"])]:
+        raise ValueError(f"it is about {record['video']}, and one beside it about {others[0]}: lines were lost.")
     sets = {name: triplet if name in ELV_SETS[kind] else None for name in ("in_video", "out_video")}
-    about = {"id": f"{triplet}-{kind}", "videos": media(record, "video"), "group": record.get("aspect"), "sets": sets}
+    about = {"id": f"{triplet}-{kind}", "videos": video, "group": record.get("aspect"), "sets": sets}
     return held_out("yes_no", text(record, "question"), text(record, "ref_answer"), **about)
 
 
 def _video_mme(record: dict, subtitles: bool = False) -> dict:
     name, asked = text(record, "videoID"), text(record, "question")
     if subtitles:
-        path = record["subtitles"] / f"{name}.srt"
-        asked = f"{spoken(path) if path.is_file() else 'The video has no subtitles.'}\n\n{asked}"
-    about = {"id": record.get("question_id"), "videos": [f"{name}.mp4"], "group": record.get("duration")}
-    return choice(asked, record.get("options"), text(record, "answer"), **about)
+        said = spoken(record["subtitles"][name]) if name in record["subtitles"] else ""
+        said = f"The subtitles of the video:\n{said}" if said else SILENT
+        asked = f"{said}\n\n{asked}"
+    about = {"videos": [f"{name}.mp4"], "group": record.get("duration")}
+    return choice(asked, record.get("options"), text(record, "answer"), lettered=True, **about)
 
 
 def _mmhal(record: dict) -> dict:
@@ -174,7 +202,10 @@ def _mmhal(record: dict) -> dict:
 
 
 def _object_halbench(record: dict) -> dict:
-    picture, number = media(record, "image") or media(record, "image_path"), int(record["image_id"])
+    picture, number = single(record, "image", "image_path"), record.get("image_id")
+    if not re.fullmatch(r"\d+(\.0)?", str(number)):
+        raise ValueError(f"`image_id` is {number!r}, not a whole number of COCO.")
+    number = int(float(number))
     row = held_out("chair", text(record, "question"), id=f"{number}-{record[PLACE]}", images=picture)
     return row | {"objects": sorted(record["coco"](number))}
 
@@ -228,7 +259,7 @@ BENCHMARKS: dict[str, Format] = {
     ),
     "elv-halluc": _held_out(
         _elv_halluc, "video question ref_answer caption_type; aspect",
-        "ELV-Halluc, hlsv02/ELV-Halluc, data/ELV_Halluc.jsonl",
+        "ELV-Halluc, hlsv02/ELV-Halluc, data/ELV_Halluc.jsonl", beside=clips,
     ),
     "video-mme": _held_out(
         _video_mme, "videoID question options answer; question_id duration", "Video-MME, lmms-lab/Video-MME, .parquet"

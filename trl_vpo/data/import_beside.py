@@ -3,16 +3,17 @@
 A function takes the file's path, and returns the fields that are added to each of its records.
 """
 
-import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.errors import ImportFormatError
+from trl_vpo.errors import ImportFormatError, UserError
 
 
 def named(path: Path) -> dict:
-    return {"file": path.name.split(".")[0]}
+    """Give the file's name without its endings."""
+    return {"file": re.sub(r"(\.(jsonl?|parquet|gz|bz2|xz|zst))+$", "", path.name)}
 
 
 def _near(path: Path, name: str) -> Path:
@@ -24,33 +25,59 @@ def _near(path: Path, name: str) -> Path:
 
 
 def _json(path: Path) -> Any:
+    from trl_vpo.data.json_files import parse_json  # not needed to list the formats
+
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ImportFormatError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
 
 
 def amber_truth(path: Path) -> dict:
-    return {"annotations": {entry["id"]: entry for entry in _json(_near(path, "annotations.json"))}}
+    entries = _json(found := _near(path, "annotations.json"))
+    for number, times in Counter(entry["id"] for entry in entries).most_common(1):
+        if times > 1:
+            raise ImportFormatError(f"{found}: {times} entries have the id {number}. Leave one of them.")
+    return {"annotations": {entry["id"]: entry for entry in entries}}
 
 
 def subtitle_folder(path: Path) -> dict:
+    """Give the subtitle files of a folder by the videos' names."""
     folder = _near(path, "subtitle")
-    if not any(folder.glob("*.srt")):
+    files = {file.stem: file for file in folder.iterdir() if file.suffix.lower() == ".srt"}
+    if not files:
         raise ImportFormatError(f"{folder} has no .srt files. Put the subtitles into it, without a further folder.")
-    return {"subtitles": folder}
+    return {"subtitles": files}
+
+
+def clips(path: Path) -> dict:
+    """Give the videos of all records of a file, in order; None for a record without one."""
+    from trl_vpo.data.json_files import parse_record  # not needed to list the formats
+    from trl_vpo.data.record_files import read_records
+
+    def video(raw: Any) -> Any:
+        try:
+            return parse_record(raw).get("video")
+        except ValueError:  # said where the record is read
+            return None
+
+    return {"clips": [video(raw) for _, _, raw in read_records(path)]}
 
 
 def coco_objects(path: Path) -> dict:
     """Give the objects of an image of COCO 2014: those that are outlined, and those that its captions mention."""
     from trl_vpo.text.chair import ObjectTable, read_synonyms
 
-    table, folder = ObjectTable(read_synonyms(_near(path, "synonyms_refine.txt"))), _near(path, "annotations")
+    words, folder = _near(path, "synonyms_refine.txt"), _near(path, "annotations")
+    table = ObjectTable(read_synonyms(words))
     found: dict[int, set[str]] = {}
     captions: dict[int, list[str]] = {}
     for part in ("train", "val"):
         outlined = _json(folder / f"instances_{part}2014.json")
-        names = {category["id"]: table.name(category["name"]) for category in outlined["categories"]}
+        try:
+            names = {category["id"]: table.name(category["name"]) for category in outlined["categories"]}
+        except UserError as error:
+            raise ImportFormatError(f"{words}: {error}") from error
         for one in outlined["annotations"]:
             found.setdefault(one["image_id"], set()).add(names[one["category_id"]])
         for one in _json(folder / f"captions_{part}2014.json")["annotations"]:
@@ -66,11 +93,11 @@ def coco_objects(path: Path) -> dict:
 
 
 def spoken(path: Path) -> str:
-    """Return the text of a subtitle file, a line for each that is shown."""
+    """Return the text of a subtitle file, a line for each that is shown, without numbers, times and formatting."""
     try:
-        shown = path.read_text(encoding="utf-8-sig").splitlines()
+        shown = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}). Save it as UTF-8.") from error
-    lines = (re.sub("<.*?>", "", line).strip() for line in shown)
-    spoken = [line for line in lines if line and not line.isdigit() and "-->" not in line]
-    return "\n".join(["The subtitles of the video:", *spoken])
+    shown = re.sub(r"^(?:[ \t]*\d+[ \t]*\n)?[ \t]*[\d:,.]+[ \t]*-->.*", "", shown, flags=re.MULTILINE)
+    shown = re.sub(r"</?(?:i|b|u|font)\b[^>]*>", "", shown, flags=re.IGNORECASE)
+    return "\n".join(line.strip() for line in shown.splitlines() if line.strip())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from trl_vpo.data.import_benchmarks import PLACE
+from trl_vpo.data.import_benchmarks import PLACE, SILENT
 from trl_vpo.data.import_files import import_files
 from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
 from trl_vpo.data.inputs import portable
@@ -157,6 +157,7 @@ def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey
                 filled.append(PARTS)
             survey.filled.update(filled)
             survey.first |= {name: (counts.written, row) for name in filled if name not in survey.first}
+            survey.filled["silent"] += row.get("question", "").startswith(SILENT)
             survey.filled["sets"] += bool(row.get("sets"))
             survey.filled["phrases"] += bool(row.get("chosen_phrases") or row.get("rejected_phrases"))
             counts.written += 1
@@ -178,6 +179,8 @@ def _left_to_do(fmt: str, survey: _Survey, target: Path, media_root, folder: Pat
         notes.append(f"These are held-out rows: `trl-vpo evaluate --data {target}` measures a model on them.")
     if survey.counts.rejected and survey.filled["sets"]:
         notes.append("A set of questions that lost a record is right where the rest of it is: mend the records.")
+    if silent := survey.filled["silent"]:
+        notes.append(f"{silent} of {rows} prompts say that the video has no subtitles: no .srt file has its name.")
     if FORMATS[fmt].makes == "questions":
         notes.append(f"These are questions: {makes} makes pairs of them.")
     if fmt == "lpoi" and (boxless := rows - survey.filled["image_list"]):
