@@ -5,7 +5,9 @@ import json
 import pytest
 
 from trl_vpo.data.importers import convert, import_rows
+from trl_vpo.data.inputs import read_inputs
 from trl_vpo.errors import ImportFormatError
+from trl_vpo.evaluate.rows import read_rows
 
 POPE = {"image": "1.jpg", "text": "Is there a car?", "label": "yes"}
 AMBER = {"id": 1, "image": "1.jpg", "query": "Is it?"}
@@ -53,6 +55,9 @@ def coco(folder):
         ("video-mme", MME | {"options": ["A. cup", "cat"]}, "do not begin with A., B."),
         ("video-mme", MME | {"answer": "AB"}, r"the answer 'AB' is none of the options \['A', 'B'\]"),
         ("video-mme", MME | {"answer": "cat"}, "the answer 'cat' is none of"),
+        ("video-mme", MME | {"options": ["A. the cat", "B. a cat"]}, "line 1: the options A and B say the same"),
+        ("video-mme", MME | {"options": ["A. cat"], "answer": "A"}, "line 1: .* give a list of 2 to 26 texts"),
+        ("tvbench", TVBENCH | {"candidates": ["stand", "stand"]}, "line 1: the options A and B say the same"),
         ("tvbench", TVBENCH | {"answer": "B"}, "the answer 'B' is none of"),
         (
             "eventhallusion",
@@ -97,6 +102,16 @@ def test_letters_name_the_options_of_video_mme(tmp_path):
     options = ["A. B", "B. A", "C. C", "D. D"]
     (row,) = import_rows("video-mme", write(tmp_path / "in.jsonl", [MME | {"options": options, "question_id": ["x"]}]))
     assert (row["answer"], row["options"], row["id"]) == ("B", ["B", "A", "C", "D"], "['x']")
+
+
+def test_an_order_is_asked_for_behind_a_list(tmp_path):
+    """Rows whose text has a list of its own are used, with all of their options."""
+    options = ["A. (a)(b)(c).", "B. (b)(a)(c).", "C. (c)(b)(a).", "D. (d)(a)."]
+    listed = "What comes first?\n(a) He sits.\n(b) He runs.\n(c) He eats."
+    path, out = write(tmp_path / "in.jsonl", [MME | {"question": listed, "options": options}]), tmp_path / "out.jsonl"
+    convert("video-mme", path, out)
+    (row,) = read_rows(read_inputs(str(out)))
+    assert row.facts["options"] == [option[3:] for option in options] and row.facts["expected"] == "B"
 
 
 @pytest.mark.parametrize("part", [{}, {"start": None, "end": None}])

@@ -91,6 +91,7 @@ def test_numbers_and_indices_as_answers(tmp_path, change, answer):
     [
         ("questions", {"answer": 2}, r"the answer's index is 2, but the options have the indices 0 to 1"),
         ("questions", {"a1": None, "a2": "z"}, "`a1` is missing, and `a2` is there"),
+        ("questions", {"a0": "B. x", "a1": "A. y", "answer": "B"}, "have other letters than A, B and so on"),
         ("questions", {"answer": -1}, "the answer's index is -1"),
         ("questions", {"answer": 0.5}, r"the answer's index is 0\.5"),
         ("questions", {"a0": 1, "a1": 2}, "is 1, which is an option and the index of another"),

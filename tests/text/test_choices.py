@@ -127,6 +127,9 @@ RED_BLUE = {"A": "red", "B": "blue"}
             {"A": "a cross moves up.", "B": "a cross moves down."},
         ),
         ("Is it A. or C.?", {}),
+        ("Sort:\n(a) He sits.\n(b) He runs.\n(c) He eats.\nA. red\nB. blue\nAnswer.", RED_BLUE),
+        ("She says:\nA. first\nB. then\nThe end.\nA. red\nB. blue", RED_BLUE),
+        ("Which? A. red B. Vitamin A. C. blue", {"A": "red", "B": "Vitamin A.", "C": "blue"}),
         ("Describe the video.\n1. red\n2. blue", {}),
     ],
 )
@@ -143,11 +146,24 @@ def test_options_in_a_column(given):
     assert with_options(listed, read_options(listed, given)) == listed
 
 
+@pytest.mark.parametrize("given", [["(a)(b)", "(b)(a)"], ["A->B", "B->A"], ["a, b", "b, a"], ["Vitamin A", "Vitamin"]])
+def test_options_may_be_letters(given):
+    """An article says nothing, but these are none; and what is listed with its letter has no second one."""
+    options = read_options("Which order?", given)
+    assert [*options.values()] == given
+    with pytest.raises(InputError, match="make them the same, leave one of them out, or list the options last"):
+        read_options("Sort:\n(a) He sits.\n(b) He runs.", given)
+    assert read_options(f"Sort:\n(a) He sits.\n(b) He runs.\nA. {given[0]}\nB. {given[1]}", given) == options
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
         *[(given, "a list of 2 to 26 texts") for given in ("red", ["red", ""], ["red", 2], ["red"])],
         (["red", "Red."], "A and B say the same"),
+        (["the cat", "a cat"], "A and B say the same"),
+        (["B. red", "A. blue"], "have other letters than A, B and so on"),
+        (["A. red", "C. blue"], "have other letters than A, B and so on"),
         (["red", "blue"], "the question lists"),
     ],
 )

@@ -64,6 +64,8 @@ def choice(asked: str, options: list, answer: str, lettered: bool = False, **col
 
     `lettered`: the options begin with their letters, and the answer is a letter.
     """
+    from trl_vpo.text.choices import read_options  # not needed to list the formats
+
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise ValueError(f"the options are {options!r:.80}. Give a list of texts.")
     names = options
@@ -76,7 +78,9 @@ def choice(asked: str, options: list, answer: str, lettered: bool = False, **col
     if answer not in names:
         raise ValueError(f"the answer {answer!r} is none of the options {names}.")
     lines = [asked, *(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options)), LETTER]
-    return held_out("choice", "\n".join(lines), ascii_uppercase[names.index(answer)], options=options, **columns)
+    row = held_out("choice", "\n".join(lines), ascii_uppercase[names.index(answer)], options=options, **columns)
+    read_options(row["question"], options)  # or the evaluation would refuse all rows for this one
+    return row
 
 
 # --- one function for each benchmark --------------------------------------------------------------------------------
@@ -188,9 +192,8 @@ def _elv_halluc(record: dict) -> dict:
 def _video_mme(record: dict, subtitles: bool = False) -> dict:
     name, asked = text(record, "videoID"), text(record, "question")
     if subtitles:
-        said = spoken(record["subtitles"][name]) if name in record["subtitles"] else ""
-        said = f"The subtitles of the video:\n{said}" if said else SILENT
-        asked = f"{said}\n\n{asked}"
+        said = name in record["subtitles"] and spoken(record["subtitles"][name])
+        asked = "\n".join(["The subtitles of the video:", said] if said else [SILENT]) + f"\n\n{asked}"
     about = {"videos": [f"{name}.mp4"], "group": record.get("duration")}
     return choice(asked, record.get("options"), text(record, "answer"), lettered=True, **about)
 

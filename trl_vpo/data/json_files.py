@@ -119,11 +119,12 @@ def parse_json(raw: bytes | str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
-        values = " and ".join(f"{value!r:.60}" for key, value in pairs if key == twice)
-        raise ValueError(f"an object has the key {twice!r} twice, for {values}. Leave one of them.")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            both = f"{found[key]!r:.60} and {value!r:.60}"
+            raise ValueError(f"an object has the key {key!r} twice, for {both}. Leave one of them.")
+        found[key] = value
     return found
 
 

@@ -28,6 +28,7 @@ from trl_vpo.text.normalize import (
 
 _MARK = r"\(?(?P<letter>[A-Za-z])[.):]"
 _LINES = re.compile(rf"^[ \t]*{_MARK}[ \t]*(?=\S)", re.MULTILINE)
+_GIVEN = rf"{_MARK}(?:\s+(?=\S)|(?=[^\s(]))"  # not the first of `(a)(b)(c)`
 _INLINE = re.compile(r"(?:^|(?<=\s))\(?(?P<letter>[A-Z])[.):]\s+")
 
 
@@ -35,8 +36,9 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
     """Return the options of a question, letter -> text; empty if it has none.
 
     It lists them as lines (`A. red`, `(B) blue`, `c) green`) or in one line (`Which? A. red B. blue`), in order from A
-    on, unless they are `given`: the texts in order, with or without their letters. Raises InputError for given options
-    that are not 2 to 26 different texts, or not those that the question lists.
+    on, and the last such list counts, unless they are `given`: the texts in order, with or without their letters.
+    Raises InputError for given options that are not 2 to 26 different texts, have their letters in another order, or
+    are not those that the question lists.
     """
     listed = _listed(question)
     if given is None:
@@ -45,20 +47,29 @@ def read_options(question: str, given: Sequence[str] | None = None) -> dict[str,
         texts = isinstance(given, (list, tuple)) and all(isinstance(text, str) and text.strip() for text in given)
         if not texts or not 2 <= len(given) <= 26:
             raise InputError(f"`options` is {given!r}: give a list of 2 to 26 texts that are not empty.")
-        given = [option.strip() for option in given]
-        marks = [re.match(_MARK + r"\s*(?=\S)", option) for option in given]
-        if all(mark and mark["letter"].upper() == letter for mark, letter in zip(marks, ascii_uppercase)):
-            given = [option[mark.end() :] for option, mark in zip(given, marks)]
-        options = dict(zip(ascii_uppercase, given))
+        options = dict(zip(ascii_uppercase, (option.strip() for option in given)))
+        if not listed or _contents(listed) != _contents(options):  # else they begin as they do in the question
+            options = _without_letters(options)
         if listed and _contents(listed) != _contents(options):
             raise InputError(
                 f"`options` is {list(options.values())}, but the question lists {list(listed.values())}: make them "
-                "the same, or leave one of them out."
+                "the same, leave one of them out, or list the options last."
             )
     seen: dict[tuple[str, ...], str] = {}
     for letter, content in _contents(options).items():
         if seen.setdefault(content, letter) != letter:
             raise InputError(f"the options {seen[content]} and {letter} say the same, {options[letter]!r}: drop one.")
+    return options
+
+
+def _without_letters(options: dict[str, str]) -> dict[str, str]:
+    """Return options without their letters, where each begins with one."""
+    marks = [re.match(_GIVEN, option) for option in options.values()]
+    letters = {mark["letter"].upper(): mark.end() for mark in marks if mark}
+    if [*letters] == [*options]:
+        return {letter: options[letter][end:] for letter, end in letters.items()}
+    if len(letters) == len(options) and letters.keys() <= {*ascii_uppercase[: len(options) + 1]}:  # no initials
+        raise InputError(f"the options {[*options.values()]} have other letters than A, B and so on: mend them.")
     return options
 
 
@@ -71,14 +82,15 @@ def with_options(question: str, options: Mapping[str, str]) -> str:
 
 def _listed(question: str) -> dict[str, str]:
     for pattern in (_LINES, _INLINE):
-        marks: list[re.Match] = []
+        lists: list[list[re.Match]] = []
         for mark in pattern.finditer(question):
             letter = mark["letter"].upper()
-            if letter == "A" and len(marks) < 2:
-                marks = [mark]  # the last A before the first B
-            elif marks and letter == ascii_uppercase[len(marks) % 26]:
-                marks.append(mark)
-        if len(marks) > 1:
+            if letter == "A":
+                lists.append([mark])
+            elif going_on := [marks for marks in lists if letter == ascii_uppercase[len(marks) % 26]]:
+                going_on[-1].append(mark)
+        if several := [marks for marks in lists if len(marks) > 1]:
+            marks = several[-1]  # what stands before may be subtitles, or what is to be put in order
             ends = [*(mark.start() for mark in marks[1:]), len(question)]
             listed = (question[mark.end() : end].split("\n")[0].strip(" \t,;") for mark, end in zip(marks, ends))
             return dict(zip(ascii_uppercase, listed))
@@ -86,8 +98,12 @@ def _listed(question: str) -> dict[str, str]:
 
 
 def _contents(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return the words by which the options differ; for an option without words, its text."""
-    return {letter: tuple(content_words(normalize(text))) or (text.strip(" ."),) for letter, text in options.items()}
+    """Return the words by which the options differ; for an option without words, its text.
+
+    An `a` without a word behind it is no article: `(a)(b)` is not `(b)(a)`.
+    """
+    named = {letter: re.sub(r"\b[Aa]\b(?!\s+\w\w)", "__a__", normalize(text)) for letter, text in options.items()}
+    return {letter: tuple(content_words(named[letter])) or (text.strip(" ."),) for letter, text in options.items()}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
