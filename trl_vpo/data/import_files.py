@@ -22,7 +22,8 @@ def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
             return [(file, media_root) for file in files]
         raise ImportFormatError(f"{path}: no {pattern} lies in this folder. Name the folder that has them, or a file.")
     if not path.is_file():
-        raise ImportFormatError(f"{path}: no such file. Name a .json, .jsonl or .parquet file.")
+        what = "a folder" if path.is_dir() else "no such file"
+        raise ImportFormatError(f"{path}: {what}. Name a .json, .jsonl or .parquet file.")
     parts = _meta(path) if fmt == "mmpr" and path.name.endswith("meta.json") else None
     if parts is None:
         return [(path, media_root)]
