@@ -59,6 +59,7 @@ def results_tables(results: dict[str, Any], width: int) -> list[Table]:
 
 def _table(results: dict[str, Any], names: list[str], *, last: bool) -> Table:
     data, models = results["data"], [results["contestants"][name] for name in names]
+    compared = any(model["differences"] for model in results["contestants"].values())
     marks = f"{UP} above, {DOWN} below the base: the interval of the paired\ndifference excludes 0"
     heads = (("\n".join(wrap(name, NAME_WIDTH)), "") for name in names)  # a mark has a column of its own
     result = table(
@@ -67,7 +68,7 @@ def _table(results: dict[str, Any], names: list[str], *, last: bool) -> Table:
         *chain.from_iterable(head if model["differences"] else head[:1] for head, model in zip(heads, models)),
         title=f"{data['rows']} held-out rows in {data['clusters']} clusters, "
         f"{results['settings']['level']:.0%} intervals",
-        caption=f"{marks} (no marks below n = {FEWEST})" if last else None,
+        caption=f"{marks} (no marks below n = {FEWEST})" if last and compared else None,
     )
     result.show_edge, result.collapse_padding = False, True
     for head, measures in groupby(map(_parts, models[0]["measures"]), lambda parts: parts[0]):

@@ -88,7 +88,8 @@ class ObjectTable:
         """Return the name of the object that a word or phrase means; raise UserError if the table does not know it."""
         mention = self._names.get(_key(word.split()))
         if mention is None:
-            raise UserError(f"object {word!r} is not in the table of synonyms. Add a line of its names, with commas, or drop it.")
+            text = f"object {word!r} is not in the table of synonyms. Add a line of its names by commas, or drop it."
+            raise UserError(text)
         return mention.object
 
     def mentions(self, response: str) -> list[Mention]:
