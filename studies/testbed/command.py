@@ -1,10 +1,10 @@
 """`python -m studies.testbed`: the comparison of the methods on the small world.
 
 run [--full | --quick] [--workers N]     make the rows that are missing; the same command continues. --quick makes its
-                                         own, in outputs/, each time anew, and fails if the methods no longer differ as
+                                         own, in outputs/, every time, and fails if the methods no longer differ as
                                          they did
 cell --method dpo --pairs near --rate 3e-3 --steps 60 --seed 0
-                                         make one row anew, and compare it with the stored one
+                                         recompute one row, and compare it with the stored one
 tables                                   RESULTS.md and its figure, of the rows that there are
 """
 
@@ -32,7 +32,7 @@ from trl_vpo.errors import UserError
 
 RESULTS, OUT = Path("studies/testbed/results.jsonl"), Path("outputs/testbed")
 QUICK = OUT / "quick" / "results.jsonl"
-TOLERANCE = 1e-3  # between a row and the same one made anew
+TOLERANCE = 1e-3  # between a row and the same one recomputed
 PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}  # see `cells.arithmetic`
 SHOWN = 5  # rows in one message
 KINDS = dict.fromkeys(("method", "pairs", "base", "arithmetic"), str) | dict.fromkeys(("samples", "cpu_seconds"), dict)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     which.add_argument("--full", action="store_true", help="also the controls and the other kinds of pairs")
     which.add_argument("--quick", action="store_true", help="one seed, one rate, one checkpoint")
     run.add_argument("--workers", type=int, default=2, help="processes of one thread each; default: 2")
-    cell = commands.add_parser("cell", help="make one row anew", parents=[places])
+    cell = commands.add_parser("cell", help="recompute one row", parents=[places])
     cell.add_argument("--method", required=True, choices=["base", *plan.ALL])
     cell.add_argument("--pairs", default="near", choices=PAIRS)
     cell.add_argument("--rate", type=float, required=True)
@@ -213,7 +213,7 @@ def _cells(run: plan.Run, out: Path) -> list[dict] | str:
 
 
 def make_cell(run: plan.Run, results: Path, out: Path) -> None:
-    """Print a row anew.
+    """Recompute a row and print it.
 
     Raises:
         SystemExit: its numbers are not those of the stored row.

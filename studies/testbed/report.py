@@ -46,7 +46,7 @@ def opening(rows: Rows) -> str:
         "`python -m studies.testbed tables` wrote this file from results.jsonl; what follows from it is in README.md.",
         f"{len(runs) - len(left)} of {len(runs)} runs are done." + (f" Missing: {', '.join(waiting)}." * bool(left)),
         f"{unknown} rows of other runs are in the tables, too. They were made with whatever instructions their "
-        "machines have, and `run --full` makes them anew." * bool(unknown),
+        "machines have, and `run --full` makes them again." * bool(unknown),
         f"CPU time: {np.mean(spent):.0f} s a run with its checkpoints, of one thread." if spent else "",
         f"A run has {plan.ROWS} pairs, {plan.BATCH} a step, a constant learning rate; {plan.TEST} held-out samples. "
         "Log-probs and KL (base || model, along the chosen response) are nats a caption. True, false, outside: shares "
