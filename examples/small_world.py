@@ -13,7 +13,7 @@ from trl_vpo.testbed import rows
 from trl_vpo.testbed.tiny_vlm import BASE  # noqa: F401 - a model of 1.3 M parameters that knows this world
 
 
-def write(folder: str | Path, count: int = 64) -> Path:
+def write(folder: str | Path, count: int = 32) -> Path:
     """Write `count` samples of each kind."""
     folder = Path(folder)
     for name, seed in (("train", 1), ("held_out", 2)):

@@ -43,7 +43,7 @@ MODELS = {
     "llava-hf/llava-onevision-qwen2-7b-ov-hf": "LLaVA-OneVision",
     "HuggingFaceM4/idefics2-8b": "Idefics2",
 }
-QUICK = ("leanpo/qwen2_5_vl_3b_lora_24gb", "lpoi/llava_1_5_7b")
+QUICK = ("lpoi/llava_1_5_7b",)
 COMMON = ("# Hardware: written for", "# Source: ", "# Run: ", "dataset_name is a placeholder")
 
 
