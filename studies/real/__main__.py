@@ -2,8 +2,8 @@
 
 import argparse
 import os
-import sys
 
+from studies import interrupt
 from studies.real import study
 from studies.real.pictures import study as pictures
 
@@ -16,8 +16,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Stopped. Give the same command again to continue.", file=sys.stderr)
-        raise SystemExit(130) from None
+    interrupt.run(main)

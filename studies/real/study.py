@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from studies import interrupt
 from studies.results import append_rows, read_rows
 
 HERE = Path(__file__).parent
@@ -78,8 +79,4 @@ def do_runs(waiting: Sequence[Any], who: str, path: Path, run: Callable[[Any], I
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Stopped. Give the same command again to continue.", file=sys.stderr)
-        raise SystemExit(130) from None
+    interrupt.run(main)

@@ -8,8 +8,8 @@ learned to add one to three.
 The base of the package adds a companion to one such scene of twenty, too few to tell methods apart, and says no to
 nearly every question. So runs on scenes start from `taught_base`: the same weights after 850 further steps. It first
 learns to look: whether an object is there, in scenes of one object, then of two, then of three or four, truthfully. In
-scenes of four alone it did not learn that in 600 steps. Then people tell it what is usual: captions nearly always add
-the companion, and 60 % of the answers about a missing one say yes.
+scenes of three or four alone it did not learn that in 600 steps. Then people tell it what is usual: captions nearly
+always add the companion, and 60 % of the answers about a missing one say yes.
 """
 
 from __future__ import annotations

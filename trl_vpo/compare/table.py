@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from trl_vpo.evaluate.results import BASE
 from trl_vpo.evaluate.table import FEWEST, cell, mark
 from trl_vpo.files import atomic_write
-from trl_vpo.runs.console import WIDTH, make_console, table
+from trl_vpo.runs.console import WIDTH, fitting, make_console, table
 
 MEASURES = {  # of `trl-vpo evaluate`: their headings, and whether they compare with the base already
     "preference/accuracy": ("preference\naccuracy", False),
@@ -69,13 +70,7 @@ def print_table(results: dict[str, Any], folders: Folders) -> None:
     """Print the table, its columns in several parts where the terminal is narrow."""
     console = make_console()
     console.width = max(console.width, WIDTH)
-    names = measured(results)
-    for size in range(len(names), 0, -1):
-        parts = [names[start : start + size] for start in range(0, len(names), size)]
-        tables = [_table(results, folders, part) for part in parts]
-        if size == 1 or max(make_console(width=10_000).measure(part).maximum for part in tables) <= console.width:
-            break
-    for part in tables:
+    for part in fitting(measured(results), partial(_table, results, folders), console.width):
         console.print(part)
     console.print(NOTE, style="italic")
 

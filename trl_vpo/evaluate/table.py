@@ -10,13 +10,12 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from trl_vpo.runs.console import WIDTH, make_console, table
+from trl_vpo.runs.console import WIDTH, fitting, make_console, table
 from trl_vpo.runs.results import encode, write_lines
 
 UP, DOWN = "▲", "▼"
 FEWEST = 30  # rows that a mark needs; intervals of fewer are too narrow
 NAME_WIDTH = 20
-_WIDE = make_console(width=10_000)  # to measure tables
 
 
 def write_results(results: dict[str, Any], folder: str | Path) -> None:
@@ -49,12 +48,7 @@ def results_tables(results: dict[str, Any], width: int) -> list[Table]:
     one adapter fit 80 columns: the parts of a measure's name stand below each other.
     """
     names = list(results["contestants"])
-    for size in range(len(names), 0, -1):
-        parts = [names[start : start + size] for start in range(0, len(names), size)]
-        tables = [_table(results, part, last=part is parts[-1]) for part in parts]
-        if size == 1 or max(_WIDE.measure(part).maximum for part in tables) <= width:
-            return tables
-    return []
+    return fitting(names, lambda part: _table(results, part, last=part[-1] == names[-1]), width)
 
 
 def _table(results: dict[str, Any], names: list[str], *, last: bool) -> Table:

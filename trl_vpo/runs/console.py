@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -33,6 +33,16 @@ def table(*headings: str, title: str | None = None, caption: str | None = None, 
         number = place >= texts
         result.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return result
+
+
+def fitting(names: Sequence[str], make: Callable[[Sequence[str]], Table], width: int) -> list[Table]:
+    """Return the table that `make` gives for names, or several for fewer names each where it is wider than `width`."""
+    wide = make_console(width=10_000)
+    for size in range(len(names), 0, -1):
+        tables = [make(names[start : start + size]) for start in range(0, len(names), size)]
+        if size == 1 or max(wide.measure(part).maximum for part in tables) <= width:
+            return tables
+    return []
 
 
 def fit(parts: Mapping[str, str], drop: Iterable[str], width: int = WIDTH, between: str = "  ") -> str:

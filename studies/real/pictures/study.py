@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
+
+from studies import interrupt
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
@@ -55,8 +56,4 @@ def work(folder: Path, pairs: dict[str, list]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("Stopped. Give the same command again to continue.", file=sys.stderr)
-        raise SystemExit(130) from None
+    interrupt.run(main)
