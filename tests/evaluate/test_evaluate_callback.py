@@ -129,6 +129,14 @@ def test_a_training_without_evaluations_is_warned_of(preferences, caplog, tmp_pa
         assert ("Give every=N" in caplog.text) == warned
 
 
+def test_the_log_of_a_measured_step_is_kept(preferences, tmp_path):
+    trainer = trainer_of("LeanPO", tmp_path, preferences, max_steps=2, eval_strategy="no", logging_steps=1)
+    trainer.add_callback(EvaluationCallback(trainer, dataset(preferences[:1]), every=1, sensitivity=()))
+    trainer.train()
+    losses = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == [entry["step"] for entry in logged(trainer)] == [1, 2]
+
+
 def test_full_fine_tuning_without_a_reference_has_no_movement(preferences, held_out, tmp_path):
     torch.manual_seed(0)
     trainer = trainer_of("LeanPO", tmp_path, preferences, lora=False, model=plain(), max_steps=2)

@@ -115,7 +115,9 @@ class EvaluationCallback(TrainerCallback):
     def _measured(self, step: int) -> dict[str, float]:
         if self._done is None or self._done[0] != step:
             self._done = step, {PREFIX + name: value for name, value in self.measure().items()}
+            control, due = self.trainer.control, self.trainer.control.should_log
             self.trainer.log(dict(self._done[1]))
+            control.should_log = due  # to log anything cancels the log of the step's losses, which comes later
         return self._done[1]
 
     def measure(self) -> dict[str, float]:
