@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import numpy as np
 
 from studies.real.model import ANSWER_TOKENS
 from studies.real.runs import CHECKPOINTS, METHODS, RATES, SEEDS, Cell, cells, missing
-from studies.results import markdown
-from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
+from studies.results import Estimate, markdown, over_seeds
 from trl_vpo.files import atomic_write
 
 Result = Mapping[str, Any]
 FELL = 0.1  # nats; less is the noise of bfloat16
 MARGINS = (0.5, 1, 2, 4, 8)  # of the frontier, nats
-MAIN_RATE = 1e-3  # of the differences and of the texts that are shown
+MAIN_RATE = 1e-3  # of near and far swaps, and of the texts that are shown
 MEASURES: dict[str, tuple[str, Callable[[Result, Result], Sequence[float]]]] = {
     # heading -> what its rows are, and their values from a result and the base's
     "chosen": ("pair", lambda own, base: own["chosen"]),
@@ -38,7 +38,9 @@ CONTRASTS = (
     ("SimPO", "DPO"),
     ("LeanPO", "DPO"),
     ("RRPO", "DPO"),
+    ("RRPO, alpha 0", "DPO"),
     ("LeanPO", "SimPO"),
+    ("LeanPO", "RRPO"),
     ("RRPO", "RRPO, alpha 0"),
 )
 
@@ -50,7 +52,7 @@ def _kept(own: Result, base: Result) -> list[float]:
 
 
 class Study:
-    """The results by method, rate and steps; values of a row are means over the seeds that are there."""
+    """The results by method, rate and steps; means are over the seeds that are there."""
 
     def __init__(self, results: Sequence[Result], pairs: Sequence[Result]):
         self.base = next((row for row in results if row["method"] == "base"), {})
@@ -62,27 +64,29 @@ class Study:
 
     def found(self, method: str, rate: float, steps: int, seeds: Sequence[int] = SEEDS) -> list[Result]:
         key = (method, rate, steps)
-        return [r for r in self.runs if (r["method"], r["rate"], r["steps"]) == key and r["seed"] in seeds]
+        found = [r for r in self.runs if (r["method"], r["rate"], r["steps"]) == key and r["seed"] in seeds]
+        return sorted(found, key=lambda result: result["seed"])
 
     def rows(self, measure: str, results: Sequence[Result]) -> np.ndarray:
-        return np.mean([np.asarray(MEASURES[measure][1](one, self.base), float) for one in results], axis=0)
+        """Return a measure's values (seeds, held-out rows)."""
+        return np.stack([np.asarray(MEASURES[measure][1](one, self.base), float) for one in results])
 
-    def of(self, measure: str, results: Sequence[Result]) -> Interval:
+    def of(self, measure: str, results: Sequence[Result]) -> Estimate:
         rows = self.rows(measure, results)
-        return clustered_bootstrap(rows, self._clusters(measure, rows))
+        return over_seeds(rows, self._clusters(measure, rows))
 
-    def difference(self, measure: str, method: str, other: str, rate: float, steps: int) -> Interval | None:
+    def difference(self, measure: str, method: str, other: str, rate: float, steps: int) -> Estimate | None:
         """`method` minus `other`, paired by held-out row, over the seeds that both have."""
         both = {r["seed"] for r in self.found(method, rate, steps)} & {
             r["seed"] for r in self.found(other, rate, steps)
         }
         if not both:
             return None
-        sides = [self.rows(measure, self.found(one, rate, steps, sorted(both))) for one in (other, method)]
-        return paired_difference(*sides, self._clusters(measure, sides[0]))
+        own, others = (self.rows(measure, self.found(one, rate, steps, sorted(both))) for one in (method, other))
+        return over_seeds(own - others, self._clusters(measure, own))
 
     def _clusters(self, measure: str, rows: np.ndarray) -> list:
-        return self.clusters.get(MEASURES[measure][0]) or list(range(len(rows)))
+        return self.clusters.get(MEASURES[measure][0]) or list(range(rows.shape[1]))
 
 
 def write_report(results: Sequence[Result], pairs: Mapping[str, Sequence[Result]], folder: Path) -> Path:
@@ -94,7 +98,7 @@ def write_report(results: Sequence[Result], pairs: Mapping[str, Sequence[Result]
         for steps in reversed(CHECKPOINTS):
             sections += [f"## After {steps} steps", overview(study, steps)]
         sections += ["## KL against margin", "![KL against margin](frontier.svg)", frontier(study)]
-        sections += [f"## Differences at {MAIN_RATE:g}, paired by held-out text", differences(study)]
+        sections += ["## Differences, paired by seed and held-out text", differences(study)]
         sections += ["## Near and far swaps", by_swap(study)]
         sections += ["## What is said after training", texts(study)]
     with atomic_write(folder / "RESULTS.md") as part:
@@ -171,12 +175,13 @@ def least(points: Sequence[tuple[float, float]], margin: float) -> str:
 
 def differences(study: Study) -> str:
     rows = []
-    for steps in CHECKPOINTS:
+    for steps, rate in product(CHECKPOINTS, sorted(RATES)):
         for method, other in CONTRASTS:
-            found = [study.difference(measure, method, other, MAIN_RATE, steps) for measure in COMPARED]
+            found = [study.difference(measure, method, other, rate, steps) for measure in COMPARED]
             if found[0] is not None:
-                rows.append([f"{method} − {other}", str(steps), *(shown(one, signed=True) for one in found)])
-    return markdown(["", "steps", *COMPARED], rows)
+                cells = (shown(one, signed=True) for one in found)
+                rows.append([f"{method} − {other}", f"{rate:g}", str(steps), *cells])
+    return markdown(["", "rate", "steps", *COMPARED], rows)
 
 
 def by_swap(study: Study) -> str:
@@ -187,7 +192,7 @@ def by_swap(study: Study) -> str:
             if results := study.found(method, MAIN_RATE, steps):
                 sides = [study.rows(measure, results) for measure in ("chosen", "margin")]
                 cells = [
-                    f"{side[kind].mean():+.1f}".replace("-", "−")
+                    f"{side[:, kind].mean():+.1f}".replace("-", "−")
                     for kind in (study.near, ~study.near)
                     for side in sides
                 ]
@@ -208,7 +213,7 @@ def texts(study: Study) -> str:
     return "\n\n".join(lines)
 
 
-def shown(found: Interval, unit: str = "", *, signed: bool = False) -> str:
+def shown(found: Estimate, unit: str = "", *, signed: bool = False) -> str:
     text = lambda value: f"{value:{'+' if signed else ''}.1f}".replace("-", "−")  # noqa: E731
     return f"{text(found.value)}{unit} [{text(found.low)}, {text(found.high)}]"
 

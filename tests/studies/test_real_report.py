@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from studies.real import report, runs
+from studies.results import over_seeds
+from trl_vpo.evaluate.intervals import clustered_bootstrap
 
 TOPICS = [f"topic {place // 2}" for place in range(12)]
 PAIRS = [
@@ -67,6 +69,18 @@ def test_differences_are_paired_over_the_seeds_of_both(study):
     own = np.subtract(made_up("LeanPO", 15, chosen=2.0)["chosen"], made_up("DPO", 15, chosen=-20.0)["chosen"])
     assert study.difference("chosen", "LeanPO", "DPO", 1e-3, 15).value == pytest.approx(own.mean())
     assert study.difference("KL", "SimPO", "DPO", 1e-3, 30) is None
+
+
+def test_intervals_span_what_seeds_and_topics_differ_by():
+    values = np.array([[0.0, 1.0, 5.0], [10.0, 11.0, 15.0]])
+    found = over_seeds(values, ["a", "a", "b"])
+    assert found.value == 7.0
+    assert found.low == 0.5 and found.high == 15.0  # seed 0 and topic a, seed 1 and topic b are all that is drawn
+    alike = over_seeds(values - [[0.0], [10.0]], ["a", "a", "b"])
+    assert (alike.value, alike.low, alike.high) == (2.0, 0.5, 5.0)
+    draws = [clustered_bootstrap(row, range(40)) for row in np.random.default_rng(0).normal(size=(1, 40))]
+    one = over_seeds(np.random.default_rng(0).normal(size=(1, 40)), range(40))
+    assert one == pytest.approx((draws[0].value, draws[0].low, draws[0].high), abs=0.03)  # a seed alone: its rows
 
 
 def test_the_frontier_is_the_least_kl_with_a_margin():

@@ -10,8 +10,7 @@ import numpy as np
 
 from studies.real.pictures.runs import CHECKPOINTS, METHODS, RATE, SEEDS, cells, missing
 from studies.real.report import FELL, shown
-from studies.results import markdown
-from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
+from studies.results import Estimate, markdown, over_seeds
 from trl_vpo.files import atomic_write
 
 Result = Mapping[str, Any]
@@ -41,25 +40,27 @@ def _percent(flags: Sequence[bool]) -> np.ndarray:
 
 
 class Study:
-    """The results by method and steps; values of a pair are means over the seeds that are there."""
+    """The results by method and steps; means are over the seeds that are there."""
 
     def __init__(self, results: Sequence[Result], held_out: Sequence[Result]):
         self.results = results
         self.kinds = np.array([row["kind"] for row in held_out])
 
     def found(self, method: str, steps: int, seeds: Sequence[int] = SEEDS) -> list[Result]:
-        return [r for r in self.results if (r["method"], r["steps"]) == (method, steps) and r["seed"] in seeds]
+        found = [r for r in self.results if (r["method"], r["steps"]) == (method, steps) and r["seed"] in seeds]
+        return sorted(found, key=lambda result: result["seed"])
 
     def rows(self, measure: str, results: Sequence[Result], kind: str | None = None) -> np.ndarray:
-        values = np.mean([np.asarray(MEASURES[measure](one), float) for one in results], axis=0)
-        return values if kind is None else values[self.kinds == kind]
+        """Return a measure's values (seeds, held-out pairs)."""
+        values = np.stack([np.asarray(MEASURES[measure](one), float) for one in results])
+        return values if kind is None else values[:, self.kinds == kind]
 
-    def of(self, measure: str, results: Sequence[Result], kind: str | None = None) -> Interval:
-        """A mean with its interval over pictures: each has one pair."""
+    def of(self, measure: str, results: Sequence[Result], kind: str | None = None) -> Estimate:
+        """A mean with its interval over seeds and pictures: each has one pair."""
         rows = self.rows(measure, results, kind)
-        return clustered_bootstrap(rows, list(range(len(rows))))
+        return over_seeds(rows, range(rows.shape[1]))
 
-    def difference(self, measure: str, method: str, other: str, steps: int) -> Interval | None:
+    def difference(self, measure: str, method: str, other: str, steps: int) -> Estimate | None:
         """`method` minus `other`, paired by picture, over the seeds that both have; the base is the same for all."""
         own, others = self.found(method, steps), self.found(other, 0 if other == "base" else steps)
         if other != "base":
@@ -67,8 +68,8 @@ class Study:
             own, others = ([r for r in side if r["seed"] in both] for side in (own, others))
         if not own or not others:
             return None
-        sides = [self.rows(measure, side) for side in (others, own)]
-        return paired_difference(*sides, list(range(len(sides[0]))))
+        change = self.rows(measure, own) - self.rows(measure, others)
+        return over_seeds(change, range(change.shape[1]))
 
 
 def write_report(results: Sequence[Result], pairs: Mapping[str, Sequence[Result]], folder: Path) -> Path:
