@@ -5,7 +5,6 @@ these coefficients belong together. Different from both: changed tokens are thos
 where the code matches token ids and marks replaced words only.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, ddpo_loss
@@ -52,15 +51,11 @@ class DDPOTrainer(VisualPreferenceTrainer):
         "title": "RLHF-V: Towards Trustworthy MLLMs via Behavior Alignment from Fine-grained Correctional Human "
         "Feedback",
         "id": "2312.00849",
-        "citation": textwrap.dedent("""\
-            @inproceedings{yu2024rlhfv,
-                title     = {{RLHF-V: Towards Trustworthy MLLMs via Behavior Alignment from Fine-grained
-                              Correctional Human Feedback}},
-                author    = {Tianyu Yu and Yuan Yao and Haoye Zhang and Taiwen He and Yifeng Han and Ganqu Cui and
-                             Jinyi Hu and Zhiyuan Liu and Hai-Tao Zheng and Maosong Sun and Tat-Seng Chua},
-                year      = 2024,
-                booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition}
-            }"""),
+        "key": "yu2024rlhfv",
+        "author": "Tianyu Yu and Yuan Yao and Haoye Zhang and Taiwen He and Yifeng Han and Ganqu Cui and Jinyi Hu "
+        "and Zhiyuan Liu and Hai-Tao Zheng and Maosong Sun and Tat-Seng Chua",
+        "year": 2024,
+        "booktitle": "IEEE/CVF Conference on Computer Vision and Pattern Recognition",
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:

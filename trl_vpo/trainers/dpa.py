@@ -5,7 +5,6 @@ depend on how its batch is cut. The KL is taken on the pair's own chosen respons
 the base model's instruction tuning data. Different from RRPO: the rewards have no reference and no beta.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, dpa_loss
@@ -50,14 +49,11 @@ class DPATrainer(VisualPreferenceTrainer):
     _paper = {
         "title": "Data-augmented Phrase-level Alignment for Mitigating Object Hallucination",
         "id": "2405.18654",
-        "citation": textwrap.dedent("""\
-            @inproceedings{sarkar2025halva,
-                title     = {{Data-augmented Phrase-level Alignment for Mitigating Object Hallucination}},
-                author    = {Pritam Sarkar and Sayna Ebrahimi and Ali Etemad and Ahmad Beirami and Sercan O. Arik and
-                             Tomas Pfister},
-                year      = 2025,
-                booktitle = {International Conference on Learning Representations}
-            }"""),
+        "key": "sarkar2025halva",
+        "author": "Pritam Sarkar and Sayna Ebrahimi and Ali Etemad and Ahmad Beirami and Sercan O. Arik and Tomas "
+        "Pfister",
+        "year": 2025,
+        "booktitle": "International Conference on Learning Representations",
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:

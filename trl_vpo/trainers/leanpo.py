@@ -11,7 +11,6 @@ defaults of beta, margin, smoothing and NLL weight. Different from it:
   both are the same.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, leanpo_loss
@@ -60,13 +59,9 @@ class LeanPOTrainer(VisualPreferenceTrainer):
     _paper = {
         "title": "LeanPO: Lean Preference Optimization for Likelihood Alignment in Video-LLMs",
         "id": "2506.05260",
-        "citation": textwrap.dedent("""\
-            @article{wang2025leanpo,
-                title   = {{LeanPO: Lean Preference Optimization for Likelihood Alignment in Video-LLMs}},
-                author  = {Xiaodong Wang and Jinfa Huang and Li Yuan and Peixi Peng},
-                year    = 2025,
-                journal = {arXiv preprint arXiv:2506.05260}
-            }"""),
+        "key": "wang2025leanpo",
+        "author": "Xiaodong Wang and Jinfa Huang and Li Yuan and Peixi Peng",
+        "year": 2025,
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:

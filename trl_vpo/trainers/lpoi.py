@@ -5,7 +5,6 @@ each of them, and the more visible image should win; the rejected response is sc
 paper: the list may be of clips, in which an object or a moment is hidden.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, lpoi_loss
@@ -63,13 +62,10 @@ class LPOITrainer(VisualPreferenceTrainer):
     _paper = {
         "title": "LPOI: Listwise Preference Optimization for Vision Language Models",
         "id": "2505.21061",
-        "citation": textwrap.dedent("""\
-            @inproceedings{pesaranzadeh2025lpoi,
-                title     = {{LPOI: Listwise Preference Optimization for Vision Language Models}},
-                author    = {Fatemeh Pesaran Zadeh and Yoojin Oh and Gunhee Kim},
-                year      = 2025,
-                booktitle = {Annual Meeting of the Association for Computational Linguistics}
-            }"""),
+        "key": "pesaranzadeh2025lpoi",
+        "author": "Fatemeh Pesaran Zadeh and Yoojin Oh and Gunhee Kim",
+        "year": 2025,
+        "booktitle": "Annual Meeting of the Association for Computational Linguistics",
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:

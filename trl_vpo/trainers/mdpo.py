@@ -6,7 +6,6 @@ Different from LPOI: the second image is a random crop of the first, or another 
 list has two items. A row may have several images, and videos.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, mdpo_loss
@@ -59,14 +58,11 @@ class MDPOTrainer(VisualPreferenceTrainer):
     _paper = {
         "title": "mDPO: Conditional Preference Optimization for Multimodal Large Language Models",
         "id": "2406.11839",
-        "citation": textwrap.dedent("""\
-            @inproceedings{wang2024mdpo,
-                title     = {{mDPO: Conditional Preference Optimization for Multimodal Large Language Models}},
-                author    = {Fei Wang and Wenxuan Zhou and James Y. Huang and Nan Xu and Sheng Zhang and
-                             Hoifung Poon and Muhao Chen},
-                year      = 2024,
-                booktitle = {Conference on Empirical Methods in Natural Language Processing}
-            }"""),
+        "key": "wang2024mdpo",
+        "author": "Fei Wang and Wenxuan Zhou and James Y. Huang and Nan Xu and Sheng Zhang and Hoifung Poon and "
+        "Muhao Chen",
+        "year": 2024,
+        "booktitle": "Conference on Empirical Methods in Natural Language Processing",
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:

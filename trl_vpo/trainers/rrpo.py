@@ -4,7 +4,6 @@ Different from DPO: only the phrases in which the responses differ are rewarded,
 (`trl_vpo.forward.kl`) holds the policy at every token of the chosen response.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, rrpo_loss
@@ -48,14 +47,10 @@ class RRPOTrainer(VisualPreferenceTrainer):
     _paper = {
         "title": "Self-Alignment of Large Video Language Models with Refined Regularized Preference Optimization",
         "id": "2504.12083",
-        "citation": textwrap.dedent("""\
-            @inproceedings{sarkar2025rrpo,
-                title     = {{Self-Alignment of Large Video Language Models with
-                              Refined Regularized Preference Optimization}},
-                author    = {Pritam Sarkar and Ali Etemad},
-                year      = 2025,
-                booktitle = {Advances in Neural Information Processing Systems 38}
-            }"""),
+        "key": "sarkar2025rrpo",
+        "author": "Pritam Sarkar and Ali Etemad",
+        "year": 2025,
+        "booktitle": "Advances in Neural Information Processing Systems 38",
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:

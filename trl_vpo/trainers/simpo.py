@@ -4,7 +4,6 @@ Different from LeanPO: no pair is smoothed by default, the margin changes its si
 NLL unless `nll_weight` asks for it. The NLL is that of LeanPO: a mean over the chosen tokens of an optimizer step.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, simpo_loss
@@ -52,13 +51,10 @@ class SimPOTrainer(VisualPreferenceTrainer):
     _paper = {
         "title": "SimPO: Simple Preference Optimization with a Reference-Free Reward",
         "id": "2405.14734",
-        "citation": textwrap.dedent("""\
-            @inproceedings{meng2024simpo,
-                title     = {{SimPO: Simple Preference Optimization with a Reference-Free Reward}},
-                author    = {Yu Meng and Mengzhou Xia and Danqi Chen},
-                year      = 2024,
-                booktitle = {Advances in Neural Information Processing Systems 37}
-            }"""),
+        "key": "meng2024simpo",
+        "author": "Yu Meng and Mengzhou Xia and Danqi Chen",
+        "year": 2024,
+        "booktitle": "Advances in Neural Information Processing Systems 37",
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:

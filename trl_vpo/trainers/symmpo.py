@@ -6,7 +6,6 @@ authors' code has a second one for the other image's anchor, with the same value
 videos in the place of images.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, symmpo_loss
@@ -53,15 +52,11 @@ class SymMPOTrainer(VisualPreferenceTrainer):
     _paper = {
         "title": "Mitigating Hallucination Through Theory-Consistent Symmetric Multimodal Preference Optimization",
         "id": "2506.11712",
-        "citation": textwrap.dedent("""\
-            @inproceedings{liu2025symmpo,
-                title     = {{Mitigating Hallucination Through Theory-Consistent Symmetric Multimodal Preference
-                              Optimization}},
-                author    = {Wenqi Liu and Xuemeng Song and Jiaxi Li and Yinwei Wei and Na Zheng and Jianhua Yin and
-                             Liqiang Nie},
-                year      = 2025,
-                booktitle = {Advances in Neural Information Processing Systems}
-            }"""),
+        "key": "liu2025symmpo",
+        "author": "Wenqi Liu and Xuemeng Song and Jiaxi Li and Yinwei Wei and Na Zheng and Jianhua Yin and "
+        "Liqiang Nie",
+        "year": 2025,
+        "booktitle": "Advances in Neural Information Processing Systems",
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:

@@ -4,7 +4,6 @@ Different from the authors' code: TDPO2 is the default, as in the paper; their c
 RRPO: the KL stands inside of the sigmoid, and that of the rejected response is trained, too.
 """
 
-import textwrap
 from dataclasses import dataclass
 
 from trl_vpo.losses import PreferenceLoss, tdpo_loss
@@ -63,13 +62,10 @@ class TDPOTrainer(VisualPreferenceTrainer):
     _paper = {
         "title": "Token-level Direct Preference Optimization",
         "id": "2404.11999",
-        "citation": textwrap.dedent("""\
-            @inproceedings{zeng2024tdpo,
-                title     = {{Token-level Direct Preference Optimization}},
-                author    = {Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang},
-                year      = 2024,
-                booktitle = {International Conference on Machine Learning}
-            }"""),
+        "key": "zeng2024tdpo",
+        "author": "Yongcheng Zeng and Guoqing Liu and Weiyu Ma and Ning Yang and Haifeng Zhang and Jun Wang",
+        "year": 2024,
+        "booktitle": "International Conference on Machine Learning",
     }
 
     def preference_loss(self, scores, reference, batch) -> PreferenceLoss:
