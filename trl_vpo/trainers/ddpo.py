@@ -17,11 +17,7 @@ TOKENS = "the reference's log-probs of each token are needed, not their sums onl
 
 @dataclass(repr=False)
 class DDPOConfig(VisualPreferenceConfig):
-    """Config of [`DDPOTrainer`]. `beta` (0.1) is the released recipe's; with `normalize` the paper has 0.5.
-
-    Example:
-        >>> args = DDPOConfig("ddpo-out", normalize=True, beta=0.5, phrase_weight=5.0)  # the paper's
-    """
+    """Config of [`DDPOTrainer`]. `beta` (0.1) is the released recipe's; with `normalize` the paper has 0.5."""
 
     learning_rate: float = option(5e-7, "Initial learning rate; the paper's, for full fine-tuning. LoRA: 5e-6.")
     phrase_weight: float = option(1.1, "Weight of a token in a phrase that differs; with `normalize` the paper has 5.")

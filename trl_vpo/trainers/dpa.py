@@ -15,11 +15,7 @@ from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, without_pre
 
 @dataclass(repr=False)
 class DPAConfig(VisualPreferenceConfig):
-    """Config of [`DPATrainer`]. There is no beta: `alpha` alone holds the policy to the reference.
-
-    Example:
-        >>> args = DPAConfig("dpa-out", alpha=0.4)
-    """
+    """Config of [`DPATrainer`]. There is no beta: `alpha` alone holds the policy to the reference."""
 
     learning_rate: float = option(5e-6, "Initial learning rate; the paper's, with LoRA.")
     alpha: float = option(0.4, "Weight of the KL to the reference, summed over the chosen response's tokens.")

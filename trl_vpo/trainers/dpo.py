@@ -35,12 +35,7 @@ NOT_WEIGHTED = dict.fromkeys(SORTING, "sorts the pairs") | {"sft": "is a mean ov
 
 @dataclass(repr=False)
 class VisualDPOConfig(ScoreMarginConfig):
-    """Config of [`VisualDPOTrainer`]. `beta` (0.1) is TRL's.
-
-    Example:
-        >>> args = VisualDPOConfig("dpo-out", num_frames=16, precompute_ref_log_probs=True)
-        >>> mpo = VisualDPOConfig("mpo-out", loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0])
-    """
+    """Config of [`VisualDPOTrainer`]. `beta` (0.1) is TRL's."""
 
     loss_type: list[str] = field(
         default_factory=lambda: ["sigmoid"],

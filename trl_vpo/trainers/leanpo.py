@@ -22,11 +22,7 @@ from trl_vpo.trainers.score_margins import ScoreMarginConfig
 
 @dataclass(repr=False)
 class LeanPOConfig(ScoreMarginConfig):
-    """Config of [`LeanPOTrainer`].
-
-    Example:
-        >>> args = LeanPOConfig("leanpo-out", learning_rate=5e-6, num_frames=16)
-    """
+    """Config of [`LeanPOTrainer`]."""
 
     learning_rate: float = option(5e-7, "Initial learning rate; the paper's, for full fine-tuning. LoRA: 5e-6.")
     beta: float = option(2.0, "Scale of the reward, the average log-likelihood.")

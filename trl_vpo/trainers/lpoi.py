@@ -15,11 +15,7 @@ from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 
 @dataclass(repr=False)
 class LPOIConfig(VisualPreferenceConfig):
-    """Config of [`LPOITrainer`]. `beta` (0.1) is TRL's.
-
-    Example:
-        >>> args = LPOIConfig("lpoi-out", num_images=5)
-    """
+    """Config of [`LPOITrainer`]. `beta` (0.1) is TRL's."""
 
     learning_rate: float = option(
         5e-6, "Initial learning rate; the paper's for Idefics2-8B (1e-6 for LLaVA-1.5), with LoRA."

@@ -18,11 +18,7 @@ from trl_vpo.trainers.lpoi import LPOITrainer
 
 @dataclass(repr=False)
 class MDPOConfig(VisualPreferenceConfig):
-    """Config of [`MDPOTrainer`]. `beta` (0.1) is TRL's.
-
-    Example:
-        >>> args = MDPOConfig("mdpo-out")
-    """
+    """Config of [`MDPOTrainer`]. `beta` (0.1) is TRL's."""
 
     learning_rate: float = option(1e-5, "Initial learning rate; the paper's for Bunny-3B, with LoRA.")
     media_contrast: str = option(

@@ -14,11 +14,7 @@ from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, without_pre
 
 @dataclass(repr=False)
 class RRPOConfig(VisualPreferenceConfig):
-    """Config of [`RRPOTrainer`]. `beta` (0.1) scales the phrase reward; the paper has 0.1 to 0.9, by base model.
-
-    Example:
-        >>> args = RRPOConfig("rrpo-out", alpha=0.01, beta=0.1)
-    """
+    """Config of [`RRPOTrainer`]. `beta` (0.1) scales the phrase reward; the paper has 0.1 to 0.9, by base model."""
 
     learning_rate: float = option(5e-6, "Initial learning rate; the paper's, with LoRA.")
     alpha: float = option(0.01, "Weight of the KL to the reference, summed over the chosen response's tokens.")

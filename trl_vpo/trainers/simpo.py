@@ -14,11 +14,7 @@ from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig, without_ref
 
 @dataclass(repr=False)
 class SimPOConfig(VisualPreferenceConfig):
-    """Config of [`SimPOTrainer`]. The authors' `gamma_beta_ratio` is `target_margin / beta`.
-
-    Example:
-        >>> args = SimPOConfig("simpo-out", beta=2.5, target_margin=1.4)
-    """
+    """Config of [`SimPOTrainer`]. The authors' `gamma_beta_ratio` is `target_margin / beta`."""
 
     learning_rate: float = option(
         5e-7, "Initial learning rate; the authors' are 3e-7 to 1e-6, for full fine-tuning. LoRA: 5e-6."

@@ -16,11 +16,7 @@ from trl_vpo.trainers.config import REFUSED, VisualPreferenceConfig
 
 @dataclass(repr=False)
 class SymMPOConfig(VisualPreferenceConfig):
-    """Config of [`SymMPOTrainer`]. `beta` (0.1) is TRL's.
-
-    Example:
-        >>> args = SymMPOConfig("symmpo-out")
-    """
+    """Config of [`SymMPOTrainer`]. `beta` (0.1) is TRL's."""
 
     learning_rate: float = option(5e-6, "Initial learning rate; the authors', for full fine-tuning of LLaVA-1.5.")
     pair_weight: float = option(0.5, "Weight of the two comparisons of both good responses, one for each image.")

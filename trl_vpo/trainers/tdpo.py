@@ -16,11 +16,7 @@ KL_SIDES = {"tdpo1": ("chosen", "rejected"), "tdpo2": ("rejected",)}  # with gra
 
 @dataclass(repr=False)
 class TDPOConfig(VisualPreferenceConfig):
-    """Config of [`TDPOTrainer`]. `beta` (0.1) is TRL's.
-
-    Example:
-        >>> args = TDPOConfig("tdpo-out", variant="tdpo2", alpha=0.5)
-    """
+    """Config of [`TDPOTrainer`]. `beta` (0.1) is TRL's."""
 
     learning_rate: float = option(5e-6, "Initial learning rate; the authors', for full fine-tuning of text models.")
     variant: str = option(
