@@ -104,15 +104,6 @@ FAMILIES = {  # by `config.model_type`
     # More features than placeholders; features with numbers of layers.
     **dict.fromkeys(("video_llama_3", "granite4_vision"), Family(repeats=False)),
 }
-LISTED = {  # types of docs/models.md, which the tests compute
-    "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "ernie4_5_vl_moe", "fast_vlm", "gemma3",
-    "gemma3n", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm4v_moe", "granite4_vision", "hunyuan_vl",
-    "idefics2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "llama4", "llava", "llava_next",
-    "llava_next_video", "llava_onevision", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl", "mistral3",
-    "mistral_large4", "mllama", "molmo2", "nemotron_h_omni", "ovis2", "paligemma", "perception_lm",
-    "phi4_multimodal", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
-    "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "step3p7", "video_llama_3",
-}  # fmt: skip
 PROMPT_MASKS = {name for family in FAMILIES.values() for name in family.masks}
 # Processors whose models fail in transformers itself: (processor, kinds of media in a prompt) -> why.
 UPSTREAM = {

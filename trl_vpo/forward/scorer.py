@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_vpo.forward.attention import use_segments
-from trl_vpo.forward.families import LISTED, padded_layout_reason, rope_limit
+from trl_vpo.forward.families import padded_layout_reason, rope_limit
 from trl_vpo.forward.frozen import FrozenModules
 from trl_vpo.forward.layouts import Layout, packed, padded
 from trl_vpo.forward.proof import Proof, ProofRow, row_of
@@ -67,12 +67,6 @@ class Scorer:
         self.proven: list[str] = []
         self.to_prove: list[ProofRow] = []
         self._asked = layout
-        kind = policy.config.model_type
-        if kind not in LISTED and policy.config.get_text_config() is not policy.config:
-            logger.warning(
-                f"{type(policy).__name__} ({kind}) is not among the models of docs/models.md, which are tested: it "
-                "trains if the proof before the first step holds."
-            )
         if reason := padded_layout_reason(policy):
             self._pad_rows(reason)
         self.add_model(policy)
