@@ -66,8 +66,7 @@ def open_packed(path: Path) -> BinaryIO:
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
     """Return the JSON object that a file holds; under each of these keys is another one.
 
-    Raises:
-        ValueError: it cannot be read, or lacks one of these objects; says so of "it".
+    Raises ValueError, which speaks of the file as "it".
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -96,10 +95,8 @@ def json_digest(value: Any, size: int = 16, default: Callable[[Any], Any] = str)
 def ends_digest(path: Path) -> list:
     """Return [size, digest of the beginning and the end] of a file.
 
-    That is what a file differs in that was encoded, cut or replaced; 100,000 clips are read in seconds.
-
-    Raises:
-        OSError: it cannot be read.
+    That is what a file differs in that was encoded, cut or replaced; 100,000 clips are read in seconds. Raises
+    OSError.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -112,10 +109,7 @@ def file_digest(path: Path) -> str:
     """The SHA-256 of a file's contents.
 
     That of a large file is remembered in the cache of the Hub's client, under path, size and both times of its last
-    change. A large file of the Hub's own cache is named by it.
-
-    Raises:
-        OSError: it cannot be read.
+    change. A large file of the Hub's own cache is named by it. Raises OSError.
     """
     path = path.resolve()
     if path.parent.name == "blobs" and len(path.name) == 64:

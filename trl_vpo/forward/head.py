@@ -103,8 +103,7 @@ class _Logits(_AllFields, CausalLMOutputWithPast):
 def logit_transform(model: PreTrainedModel) -> tuple[float, float | None]:
     """Return (scale, cap) of a model whose logits are `cap * tanh(scale * head(hidden) / cap)`; cap None: not capped.
 
-    Raises:
-        ModelError: the model's `forward` does something else.
+    Raises ModelError for a `forward` that does something else.
     """
     backbone, head, config = model.base_model, output_head(model), model.config.get_text_config()
     name = type(model).__name__

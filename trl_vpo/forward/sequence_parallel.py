@@ -54,8 +54,7 @@ class SequenceRanks:
     def cut(self, arguments: dict) -> dict:
         """Return the arguments of a language model with this rank's columns of the row.
 
-        Raises:
-            ValueError: an argument that is not known, so neither is how to cut it.
+        Raises ValueError for an argument that is not known, as neither is how to cut it.
         """
         row = arguments["input_ids"] if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
         begin, end = self._slice(row.size(1))

@@ -43,10 +43,7 @@ def load_model(
 ) -> LocalModel:
     """Load a vision-language model, with an adapter if one is given, to answer in this process.
 
-    The adapter is not merged: that would round its change to the model's dtype, or to its 4 bits.
-
-    Raises:
-        ModelError: the settings name no model, or one that cannot be loaded here.
+    The adapter is not merged: that would round its change to the model's dtype, or to its 4 bits. Raises ModelError.
     """
     if not name:
         raise ModelError("there is no model: set model_name_or_path to a Hub model, a folder or a server's model.")
@@ -117,11 +114,7 @@ def _quantization(dtype: str, bits: dict[str, bool]) -> Any:
 
 
 def checked_adapter(path: str, model: str) -> PeftConfig:
-    """Return an adapter's config, checked as far as that goes without weights.
-
-    Raises:
-        ModelError: there is no such adapter, it cannot be read, or it belongs to another model.
-    """
+    """Return an adapter's config, checked as far as that goes without weights. Raises ModelError."""
     from peft import PeftConfig, PromptLearningConfig
 
     from trl_vpo.models.source import check_adapter, short_name

@@ -67,10 +67,8 @@ class LocalModel(AnsweringModel):
     """A vision-language model and its processor. Prompts and media are encoded by the collator that training uses.
 
     The model's own generation settings (repetition penalty, sampling defaults, forced tokens) are taken off it; only
-    its end-of-sequence tokens stay; the token with which the chat template ends an answer is one of them.
-
-    Raises:
-        ModelError: the model has no chat template, or no end-of-sequence token.
+    its end-of-sequence tokens stay; the token with which the chat template ends an answer is one of them. Raises
+    ModelError for a model without chat template or end-of-sequence token.
     """
 
     can_score = True
@@ -116,8 +114,7 @@ class LocalModel(AnsweringModel):
     def answer(self, requests: Sequence[Request], sampling: Sampling) -> list[str | Failure]:
         """See `AnsweringModel`. A prompt that the processor refuses is a `Failure` of that request.
 
-        Raises:
-            ModelError: media that the model cannot see, or one request that does not fit on the device.
+        Raises ModelError for media that the model cannot see, or one request that does not fit on the device.
         """
         answers = self.complete(requests, sampling)
         for place, answer in enumerate(answers):
@@ -146,10 +143,8 @@ class LocalModel(AnsweringModel):
         """Return the mean log-prob (nats, float32) per token of each response, its end of turn included.
 
         Tokens, positions and log-probs are those of training; every response stands behind a prompt of its own, so
-        its figure does not depend on the others.
-
-        Raises:
-            ModelError: a prompt that the processor refuses, or one request that does not fit on the device.
+        its figure does not depend on the others. Raises ModelError for a prompt that the processor refuses, or one
+        request that does not fit on the device.
         """
         try:
             trees = [self._encode_request(*pair) for pair in zip(requests, responses, strict=True)]

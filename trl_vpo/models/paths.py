@@ -21,8 +21,7 @@ KEYS = {  # what names paths, or says how they are meant, with other spellings o
 def check_paths(options: list[str]) -> None:
     """Refuse paths that lead nowhere, in the words of those who read them later. Values of other kinds pass.
 
-    Raises:
-        UserError: the recipe, or a path that it or an option names.
+    Raises UserError.
     """
     recipe, options = split_config(options)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)

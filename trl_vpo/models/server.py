@@ -80,10 +80,8 @@ class ServerModel(AnsweringModel):
 
     Temperature, top-p, the longest answer and a seed (the last 31 bits of the request's) go with every request. A
     server may add sampling defaults of its own: vLLM takes those of the model's generation_config.json unless it was
-    started with `--generation-config vllm`.
-
-    Raises:
-        ModelError: the URL or the key cannot be used, or the `openai` package is missing.
+    started with `--generation-config vllm`. Raises ModelError for a URL or key that cannot be used, or without the
+    `openai` package.
     """
 
     def __init__(
@@ -133,8 +131,8 @@ class ServerModel(AnsweringModel):
     def answer(self, requests: Sequence[Request], sampling: Sampling) -> list[str | Failure]:
         """See `AnsweringModel`. Before an error is raised, the requests in flight come to their end.
 
-        Raises:
-            ModelError: the server is down, refuses the key or the model or every request, or the budget is used up.
+        Raises ModelError where the server is down, refuses the key or the model or every request, or the budget is
+        used up.
         """
         stop = threading.Event()
         with ThreadPoolExecutor(max_workers=self._concurrency) as pool:

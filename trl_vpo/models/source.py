@@ -35,8 +35,7 @@ def check_adapter(name: str, *, key: str, settle: bool = True) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the `adapter_config.json` of a saved adapter whose weights are a safetensors file.
 
-    Raises:
-        AdapterError: no adapter, one whose weights are pickled, or one that needs a base that was not saved.
+    Raises AdapterError, also for an adapter that needs a base that was not saved.
     """
     folder = Path(folder)
     try:

@@ -31,8 +31,7 @@ def recipe_names() -> list[str]:
 def find_recipe(name: str | Path) -> Path:
     """Return the file of a recipe: a path, or else one of `recipe_names`. Both with or without .yaml.
 
-    Raises:
-        RecipeError: it is neither. Says how a recipe of the package is named, or which names are near.
+    Raises RecipeError, which says which names are near.
     """
     path, short = Path(name), str(name).removesuffix(".yaml")
     names = recipe_names()
@@ -58,8 +57,7 @@ def find_recipe(name: str | Path) -> Path:
 def find_accelerate_config(name: str) -> Path:
     """Return the file of an accelerate config: a path, one of this package, or one of TRL's where there is none.
 
-    Raises:
-        RecipeError: it is none of them. Lists the names.
+    Raises RecipeError, which lists the names.
     """
     if Path(name).is_file():
         return Path(name)

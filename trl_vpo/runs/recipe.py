@@ -49,9 +49,7 @@ class RecipeParser(TrlParser):
     def parse(self, argv: list[str]) -> tuple:
         """Return the argument objects of `--config FILE` and the options after it, which win over the file.
 
-        Raises:
-            RecipeError: no such file, no YAML mapping, an unknown key or option, or a value that is not valid.
-            UserError: values contradict each other; in place of what the argument classes raise.
+        Raises RecipeError; and UserError in place of what the argument classes raise.
         """
         path, argv = split_config(argv)
         self.recipe_path = path

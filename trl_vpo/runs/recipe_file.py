@@ -14,11 +14,7 @@ LAUNCH_KEYS = ("accelerate_config", "num_processes")  # read by the command line
 
 
 def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    """Return (the recipe behind `--config`, or None; the options without it).
-
-    Raises:
-        RecipeError: `--config` is given twice, or without a recipe.
-    """
+    """Return (the recipe behind `--config`, or None; the options without it). Raises RecipeError."""
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in argv:
         return None, argv
@@ -33,8 +29,7 @@ def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
 def read_accelerate_config(path: Path | str) -> dict[str, Any]:
     """Return the keys and values of an accelerate config; those that we look into are of their types.
 
-    Raises:
-        RecipeError: as `read_recipe`.
+    Raises RecipeError.
     """
     config = read_recipe(path, what="accelerate config")
     for key in ("num_processes", "num_machines"):
@@ -50,9 +45,7 @@ def read_accelerate_config(path: Path | str) -> dict[str, Any]:
 def read_recipe(path: Path | str, *, what: str = "recipe") -> dict[str, Any]:
     """Return the keys and values of a recipe, or of another YAML file: `what` messages call it.
 
-    Raises:
-        RecipeError: no such file, not UTF-8, no YAML mapping, a key given twice, an alias, or a number that YAML 1.1
-            takes to base 8 or 60. Names the file.
+    Raises RecipeError, also for a key given twice, an alias, or a number that YAML 1.1 takes to base 8 or 60.
     """
     text = recipe_text(path)
     try:
@@ -80,11 +73,7 @@ def read_recipe(path: Path | str, *, what: str = "recipe") -> dict[str, Any]:
 
 
 def recipe_text(path: Path | str) -> str:
-    """Return the text of a recipe: a file, or a name of `trl_vpo.runs.named_recipes`.
-
-    Raises:
-        RecipeError: no such file or name, or not UTF-8.
-    """
+    """Return the text of a recipe: a file, or a name of `trl_vpo.runs.named_recipes`. Raises RecipeError."""
     try:
         return find_recipe(path).read_text(encoding="utf-8-sig")
     except OSError as error:

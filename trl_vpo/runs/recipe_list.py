@@ -50,11 +50,7 @@ class RecipeFacts:
 
 
 def recipe_facts(name: str) -> RecipeFacts:
-    """Read the facts of a recipe from its header.
-
-    Raises:
-        RecipeError: there is no such recipe, or its header lacks a fact.
-    """
+    """Read the facts of a recipe from its header. Raises RecipeError, also where one is missing."""
     text = recipe_text(name)
 
     def fact(pattern: str, what: str) -> re.Match:
@@ -110,8 +106,7 @@ def recipes_table(facts: list[RecipeFacts]) -> Table:
 def copy_recipe(name: str, place: Path) -> Path:
     """Copy a recipe of the package into a folder, or to a file that ends in .yaml, and return the new file.
 
-    Raises:
-        RecipeError: there is no such recipe, or there is such a file already.
+    Raises RecipeError, also where that file exists.
     """
     source = find_recipe(name)
     target = place if place.suffix == ".yaml" and not place.is_dir() else place / source.name
@@ -124,8 +119,7 @@ def copy_recipe(name: str, place: Path) -> Path:
 def check_command(name: str, command: str, method: str | None) -> None:
     """Refuse a recipe of the package that is for another command or method; with None, any method will do.
 
-    Raises:
-        RecipeError: says what it is for.
+    Raises RecipeError.
     """
     if not find_recipe(name).resolve().is_relative_to(recipes_folder().resolve()):
         return

@@ -34,11 +34,8 @@ class Run:
     """One worker's hold on a run. A context manager; not for several threads.
 
     `settings` are all that decides the rows, as JSON values. `rank` is this worker among the `world_size` that are at
-    work. Once they have stopped, any other number can continue.
-
-    Raises:
-        RunError: the folder is something else or cannot be written or locked, the settings differ, or this
-            worker or workers of another `world_size` are at work.
+    work. Once they have stopped, any other number can continue. Raises RunError where the folder is something else or
+    cannot be written or locked, the settings differ, or this worker or workers of another `world_size` are at work.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], *, rank: int = 0, world_size: int = 1):
@@ -81,8 +78,7 @@ class Run:
     def write(self, outcome: Outcome) -> None:
         """Record that an input is finished. Only a crash of the whole machine can lose the last seconds of work.
 
-        Raises:
-            RunError: JSON cannot hold a value (nothing is written), or the line cannot be written.
+        Raises RunError where JSON cannot hold a value (nothing is written), or the line cannot be written.
         """
         line = memoryview(encode(vars(outcome), f"input {outcome.id!r}").encode() + b"\n")
         try:
@@ -188,8 +184,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 def check_settings(folder: str | Path, settings: dict[str, Any]) -> None:
     """Check that the folder is new or holds a run with these settings; it may have recorded further ones.
 
-    Raises:
-        RunError: settings differ (the message names each), or the folder is something else.
+    Raises RunError, which names each that differs.
     """
     folder = Path(folder)
     if not (folder / "settings.json").exists():

@@ -54,8 +54,7 @@ def annotations(types: Iterable[type]) -> dict[str, Any]:
 def checked(key: str, value: Any, annotation: Any, where: str = "") -> Any:
     """Return a value as its key takes it: numbers that YAML reads as texts, such as 1e-6, become numbers.
 
-    Raises:
-        RecipeError: the value is of another type, not finite, or out of bounds.
+    Raises RecipeError.
     """
     if key == "report_to" and value is None:  # transformers would look for a reporter called None
         raise RecipeError(f'{where}report_to is null: write "none", or name what to report to.')
@@ -75,11 +74,7 @@ def checked(key: str, value: Any, annotation: Any, where: str = "") -> Any:
 
 
 def environment(values: Any, where: str) -> dict[str, str]:
-    """Return the `env` of a recipe as texts.
-
-    Raises:
-        RecipeError: not a mapping of names to texts or numbers. Shows no value that may be a secret.
-    """
+    """Return the `env` of a recipe as texts. Raises RecipeError, which shows no value that may be a secret."""
     if not isinstance(values, dict):
         raise RecipeError(f"{where}env is {type(values).__name__}: give a mapping of names and texts.")
     for name, value in values.items():
@@ -94,8 +89,7 @@ def environment(values: Any, where: str) -> dict[str, str]:
 def check_bounds(key: str, value: Any, where: str = "") -> None:
     """Refuse numbers that are not finite or out of bounds, and what is not a regular expression.
 
-    Raises:
-        RecipeError: names the key.
+    Raises RecipeError.
     """
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]+", value):
         value = int(value)  # an option that also takes texts
@@ -114,11 +108,7 @@ def check_bounds(key: str, value: Any, where: str = "") -> None:
 
 
 def check_json(key: str, value: Any, annotation: Any) -> None:
-    """Refuse an option for a mapping that is not JSON, without its value: a token may be in it.
-
-    Raises:
-        RecipeError: names the option.
-    """
+    """Refuse an option for a mapping that is not JSON, without its value: a token may be in it. Raises RecipeError."""
     if isinstance(value, str) and value.startswith("{") and dict in _parts(annotation):
         try:
             json.loads(value)
@@ -131,8 +121,7 @@ def check_json(key: str, value: Any, annotation: Any) -> None:
 def group_size(sizes: dict[str, int], processes: int) -> int:
     """Return how many processes share a row, from the sizes "sp", "cp" and "tp" of accelerate's parallelism.
 
-    Raises:
-        RecipeError: the processes cannot be grouped so.
+    Raises RecipeError.
     """
     size = sizes["sp"]
     if sizes["cp"] > 1:

@@ -153,10 +153,8 @@ def keep_4bit_weights_trainable(model: nn.Module) -> None:
 
     Repacked weights are for inference: gradients silently stop at them (bitsandbytes 0.50, on CPUs with AVX512-BF16,
     since https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1804). Can go when `Linear4bit.forward` packs
-    only models that do not train.
-
-    Raises:
-        ValueError: the weights are packed already. Unpacking does not give them back.
+    only models that do not train. Raises ValueError for weights that are packed already: unpacking does not give them
+    back.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

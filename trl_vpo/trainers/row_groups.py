@@ -25,8 +25,7 @@ from trl_vpo.runs.values import group_size
 def sp_size(args: TrainingArguments) -> int:
     """Return how many processes share a row, by `parallelism_config` or the launcher's; 1: each has rows of its own.
 
-    Raises:
-        RecipeError: the processes cannot be grouped so.
+    Raises RecipeError.
     """
     return group_size({name: _size(args, name) for name in ("sp", "cp", "tp")}, args.world_size)
 

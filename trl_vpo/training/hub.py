@@ -38,10 +38,8 @@ def connect(args: Any) -> HubPush | None:
     """Take over `push_to_hub`: create the repo and check that it can be written. All ranks call this.
 
     `args`, `TrainingArguments` before a trainer is made of them, are changed: the trainer must not push by itself.
-    Where the Hub cannot be reached now, that is printed. Returns the pushes of the run on the main process.
-
-    Raises:
-        HubError: no push of this run would succeed.
+    Where the Hub cannot be reached now, that is printed. Returns the pushes of the run on the main process. Raises
+    HubError where no push of this run would succeed.
     """
     push = HubPush(args) if args.push_to_hub else None
     args.push_to_hub, args.hub_token = False, None  # training_args.bin would hold the token

@@ -38,9 +38,7 @@ class HubRepo:
     def open(self) -> None:
         """Create the repo, or check the existing one.
 
-        Raises:
-            HubError: it cannot be pushed to.
-            Exception: whatever huggingface_hub raises when the Hub cannot be reached.
+        Raises HubError where it cannot be pushed to; where the Hub cannot be reached, what huggingface_hub raises.
         """
         if self._api is None:
             self._api = HfApi(token=self._token, library_name="trl-vpo", library_version=package_version())

@@ -21,8 +21,7 @@ from trl_vpo.runs.secrets import STARS, scrub
 def launch_options(options: list[str]) -> tuple[list[str], list[str]]:
     """Return (options for the training, options for `accelerate launch`): the command line's win over the recipe's.
 
-    Raises:
-        RecipeError: `--accelerate_config` names nothing, or `--num_processes` is no number of processes.
+    Raises RecipeError.
     """
     known, kept = _taken_out(LAUNCH_KEYS, options)
     values = {key: str(value) for key, value in _recipe_of(kept).items() if key in LAUNCH_KEYS} | known
@@ -114,10 +113,8 @@ def _same_batch(micro_batches: int | None, gpus: int, machines: int) -> dict[str
 def launch(options: list[str], words: list[str]) -> int:
     """Run a `trl-vpo` command in the processes that `accelerate launch` starts.
 
-    SIGTERM is passed on to them, and they end as they would without a launcher. Returns their exit code.
-
-    Raises:
-        RecipeError: there are not as many GPUs, or DeepSpeed is missing.
+    SIGTERM is passed on to them, and they end as they would without a launcher. Returns their exit code. Raises
+    RecipeError where there are not as many GPUs, or DeepSpeed is missing.
     """
     # Only here: `trl-vpo --help` imports this module.
     from accelerate.commands.config.config_args import default_config_file

@@ -31,8 +31,7 @@ def method_classes(method: str) -> tuple[type, type]:
 def method_of(recipe: Path) -> str:
     """Return the method of a recipe: its header's `trl-vpo train METHOD`, else its file name or folder.
 
-    Raises:
-        RecipeError: none of them names a method.
+    Raises RecipeError.
     """
     header = re.findall(r"^#.*\btrain(?:\.py)?\s+(\w+)", recipe_text(recipe), re.MULTILINE)
     for name in [*header, recipe.stem, *reversed(recipe.parent.parts)]:

@@ -26,10 +26,8 @@ def hold_output_dir(output_dir: str) -> Iterator[None]:
     """Keep other trainings out of a folder. All ranks call this, before they load anything.
 
     The main process' lock ends with it, however it ends. It is one of POSIX: those go over NFS, and no child process
-    inherits them. A file system without locks is reported, and used all the same.
-
-    Raises:
-        OutputDirError: the folder cannot be written, or another training writes to it.
+    inherits them. A file system without locks is reported, and used all the same. Raises OutputDirError where the
+    folder cannot be written, or another training writes to it.
     """
     locks: list[int] = []  # of this process; a descriptor means nothing on another rank
     try:

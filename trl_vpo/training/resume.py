@@ -33,10 +33,8 @@ LOADS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_st
 def find_checkpoint(args: Any) -> Path | None:
     """Return the checkpoint that `resume_from_checkpoint` means: for `true` the newest complete one, or a path.
 
-    None: training starts from scratch; the reason is printed where there is one.
-
-    Raises:
-        CheckpointError: training cannot continue from it.
+    None: training starts from scratch; the reason is printed where there is one. Raises CheckpointError where training
+    cannot continue from it.
     """
     name, output_dir = str(args.resume_from_checkpoint), args.output_dir
     if name.lower() in ("none", "false", ""):
@@ -72,13 +70,8 @@ def train(
 
     Each checkpoint keeps `run` (from `describe_run`) and the `digests` of its rows (from `digest_rows`, on the main
     process). Checkpoints that `in_use` returns after a save are not deleted. `left` says how to go on after
-    an interruption.
-
-    Raises:
-        CheckpointError: the checkpoint is another run's. Names each difference.
-        OutputDirError: the result would not fit on its disk.
-        SaveError: a checkpoint could not be written.
-        TrainingStopped: SIGTERM came.
+    an interruption. Raises CheckpointError for the checkpoint of another run, naming each difference; OutputDirError
+    where the result would not fit on its disk; SaveError; and TrainingStopped after SIGTERM.
     """
     trained = (p for p in trainer.model.parameters() if p.requires_grad)
     size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trained)  # ds_numel: of ZeRO-3

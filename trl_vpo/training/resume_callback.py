@@ -78,8 +78,7 @@ class ResumeCallback(TrainerCallback):
     def save(self, save_checkpoint: Any, *args) -> None:
         """Save a checkpoint, mark it once every process has written its files, and only then delete older ones.
 
-        Raises:
-            SaveError: the disk does not take it.
+        Raises SaveError where the disk does not take it.
         """
         trainer, state = self._trainer, self._trainer.state
         folder = Path(trainer.args.output_dir) / f"checkpoint-{state.global_step}"

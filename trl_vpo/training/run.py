@@ -39,11 +39,7 @@ from trl_vpo.training.start import describe_start
 
 
 def make_parser(method: str, *, any_device: bool = False) -> RecipeParser:
-    """The parser of a method's recipes and options.
-
-    Raises:
-        RecipeError: there is no such method.
-    """
+    """The parser of a method's recipes and options. Raises RecipeError for an unknown method."""
     if method not in METHODS:
         raise RecipeError(f"unknown method {method!r}; one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}")
     types = (VisualScriptArguments, method_classes(method)[0], ModelConfig, DatasetMixtureConfig)
@@ -53,10 +49,7 @@ def make_parser(method: str, *, any_device: bool = False) -> RecipeParser:
 def parse(method: str, argv: list[str], *, any_device: bool = False) -> tuple:
     """Return (script_args, training_args, model_args, dataset_args) of a recipe and options, and load nothing.
 
-    `any_device`: parse also where the recipe could not run, such as a bf16 recipe without a GPU.
-
-    Raises:
-        UserError: what is wrong.
+    `any_device`: parse also where the recipe could not run, such as a bf16 recipe without a GPU. Raises UserError.
     """
     return make_parser(method, any_device=any_device).parse(argv)
 
@@ -67,12 +60,8 @@ def run_training(
     """Train with a method; save adapter (or model), processor, model card and `run.json` into `output_dir`.
 
     `argv` are the options of `trl-vpo train METHOD`, such as `["--config", "recipe.yaml"]`. `left` says of an
-    `output_dir` how to go on after an interruption.
-
-    Raises:
-        UserError: the recipe, the model, the data, the disk or the Hub; training diverged, or cannot continue from the
-            checkpoint that `resume_from_checkpoint` means. See `trl_vpo.errors`.
-        TrainingStopped: SIGTERM came; a checkpoint was saved.
+    `output_dir` how to go on after an interruption. Raises UserError (see `trl_vpo.errors`), and TrainingStopped where
+    SIGTERM came and a checkpoint was saved.
     """
     end_with_launcher()
     quiet_libraries()
@@ -164,8 +153,7 @@ def build_trainer(
 def peft_config(model_args: Any) -> Any:
     """TRL's LoRA config, or None without LoRA. The trainer resolves a preset of `lora_target_modules`.
 
-    Raises:
-        RecipeError: there is no such preset, or PEFT has no such option; raised before data are loaded.
+    Raises RecipeError, before data are loaded, for a preset or option that there is not.
     """
     config = get_peft_config(model_args)
     if config is not None:
@@ -183,11 +171,7 @@ def quantization_config(model_args: Any) -> Any:
 
 
 def freeze_vision(model: Any) -> None:
-    """Train nothing but the language model.
-
-    Raises:
-        UserError: the model has none that is known.
-    """
+    """Train nothing but the language model. Raises UserError where no other part is known."""
     parameters = [p for name, p in model.named_parameters() if part_of(name) != "language"]
     if not parameters:
         raise UserError(f"freeze_vision: {type(model).__name__} has no vision tower that is known. Leave it out.")

@@ -46,8 +46,7 @@ class Sharding:
 def launched(options: list[str]) -> Sharding:
     """Read the options of `accelerate launch`, as `launch_options` gives them; without a config file it is DDP.
 
-    Raises:
-        UserError: a DeepSpeed config file that the accelerate config names cannot be read.
+    Raises UserError for a DeepSpeed config file that cannot be read.
     """
     given = dict(zip(options[::2], options[1::2]))
     file = given.get("--config_file")
@@ -67,8 +66,7 @@ def launched(options: list[str]) -> Sharding:
 def check_groups(options: list[str]) -> None:
     """Refuse an accelerate config whose processes cannot share rows as it says, by the options of the launcher.
 
-    Raises:
-        RecipeError: names the file.
+    Raises RecipeError.
     """
     file = dict(zip(options[::2], options[1::2])).get("--config_file")
     section = read_accelerate_config(file).get("parallelism_config") if file else None
