@@ -33,13 +33,9 @@ THREADS = 8  # opening files waits for disks; hashing leaves the interpreter to 
 def atomic_write(path: Path, *, token: str | None = None) -> Iterator[Path]:
     """Yield a file to write beside `path`; it takes that place at the end of the block, or is removed after an error.
 
-    Args:
-        path: the place. Its folder is made where it is missing.
-        token: part of the name meanwhile. None: a random one, so that several may write the same file at once; a
-            fixed one leaves no second file behind when writers are killed again and again.
-
-    Raises:
-        OSError: it cannot be written or put in its place.
+    A folder that is missing is made. `token` is part of the name meanwhile. None: a random one, so that several may
+    write the same file at once; a fixed one leaves no second file behind when writers are killed again and again.
+    Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{token or secrets.token_hex(4)}.part")

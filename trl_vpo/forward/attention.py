@@ -46,22 +46,17 @@ class Segments:
 
     The keys of a segment are its prompt and its response, in order, so that its last query meets its last key: causal
     attention, aligned at the bottom right. A sliding window therefore counts the keys of a separate sequence.
-
-    Attributes:
-        spans: S tuples (begin, end, prefix_begin, prefix_end) of columns, on the host. A segment's queries are
-            `begin:end`, its keys those of the prefix and the queries' own. The first branch of a trunk takes the trunk
-            along, which lies before it, and has no prefix.
-        cu_q, cu_k: (S + 1,) int32, where segments begin among all queries, and among the keys of all segments.
-        max_q, max_k: the most queries and keys of a segment.
-        ranks: those that compute the row together; None: this one does alone.
     """
 
+    # S tuples (begin, end, prefix_begin, prefix_end) of columns, on the host. A segment's queries are `begin:end`, its
+    # keys those of the prefix and the queries' own. The first branch of a trunk takes the trunk along, which lies
+    # before it, and has no prefix.
     spans: list[tuple[int, int, int, int]]
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
-    ranks: SequenceRanks | None = None
+    cu_q: Tensor  # (S + 1,) int32, where segments begin among all queries
+    cu_k: Tensor  # (S + 1,) int32, where they begin among the keys of all segments
+    max_q: int  # the most queries of a segment
+    max_k: int  # the most keys of a segment
+    ranks: SequenceRanks | None = None  # those that compute the row together; None: this one does alone
 
     @classmethod
     def of(cls, spans: list[tuple[int, int, int, int]], device: torch.device | str = "cpu") -> "Segments":
@@ -186,27 +181,16 @@ def _flash(plain, module, query, key, value, segments: Segments, **kwargs):
 @torch.compiler.disable
 def segment_attention(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor,  # (1, H, L, D)
+    key: Tensor,  # (1, G, L, D), H a multiple of G
+    value: Tensor,  # (1, G, L, D)
     segments: Segments,
-    scaling: float | None = None,
+    scaling: float | None = None,  # of the scores; None: 1 / sqrt(D)
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = None,  # how many keys a query sees, its own one included; None: all before it
     **kwargs: Any,
 ) -> Tensor:
-    """Compute the attention of a packed row.
-
-    Args:
-        module: the attention layer; it tells the dtype of quantized weights.
-        query: (1, H, L, D).
-        key, value: (1, G, L, D), H a multiple of G.
-        scaling: of the scores; None: 1 / sqrt(D).
-        sliding_window: how many keys a query sees, its own one included; None: all before it.
-
-    Returns:
-        (1, L, H, D).
-    """
+    """Return the attention of a packed row, (1, L, H, D). `module` tells the dtype of quantized weights."""
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise ValueError("capped scores and attention sinks need attn_implementation='flash_attention_2' or later.")
     if varlen_takes(module, query, value, dropout):

@@ -37,42 +37,26 @@ STATE = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sli
 
 @dataclass(frozen=True)
 class Join:
-    """How the tensors of several sequences become one.
+    """How the tensors of several sequences become one."""
 
-    Attributes:
-        dim: the dimension along which they are joined.
-        flat: the first two dimensions count the same; they become one behind a 1.
-        rows: the first dimension counts sequences, and one without media has a row without images.
-        into: the tensor whose first two dimensions these numbers count; they move on by those of the sequences before.
-    """
-
-    dim: int = 0
-    flat: bool = False
-    rows: bool = False
+    dim: int = 0  # the dimension along which they are joined
+    flat: bool = False  # the first two dimensions count the same; they become one behind a 1
+    rows: bool = False  # the first dimension counts sequences, and one without media has a row without images
+    # The tensor whose first two dimensions these numbers count; they move on by those of the sequences before.
     into: str | None = None
 
 
 @dataclass(frozen=True)
 class Family:
-    """What cannot be read off a model.
+    """What cannot be read off a model."""
 
-    Attributes:
-        joins: media tensors that are not just joined along their first dimension.
-        response_types: token types of responses that are not 0.
-        masks: media tensors that have an entry for each token of a prompt, (1, P, ...); a response repeats the last.
-        one_token: images and videos have the same placeholder, and the model takes one kind in a call.
-        same_images: all sequences of a call need the same number of images.
-        repeats: its methods give one feature for each placeholder, which may be repeated for several sequences.
-        padded: why rows are not packed.
-    """
-
-    joins: dict[str, Join] = field(default_factory=dict)
-    response_types: dict[str, int] = field(default_factory=dict)
-    masks: tuple[str, ...] = ()
-    one_token: bool = False
-    same_images: bool = False
-    repeats: bool = True
-    padded: str | None = None
+    joins: dict[str, Join] = field(default_factory=dict)  # media tensors not just joined along the first dimension
+    response_types: dict[str, int] = field(default_factory=dict)  # token types of responses that are not 0
+    masks: tuple[str, ...] = ()  # media tensors, (1, P, ...) for the tokens of a prompt; a response repeats the last
+    one_token: bool = False  # images and videos have the same placeholder, and the model takes one kind in a call
+    same_images: bool = False  # all sequences of a call need the same number of images
+    repeats: bool = True  # its methods give one feature for each placeholder, which may be repeated
+    padded: str | None = None  # why rows are not packed
 
 
 BOTH_WAYS = "its image tokens see each other in both directions"

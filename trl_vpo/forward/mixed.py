@@ -22,17 +22,11 @@ from trl_vpo.forward.families import FEATURE_METHODS, VISION_INPUTS, family_of
 
 @dataclass
 class Mixed:
-    """Sequences of a call over trunks with images or videos.
+    """Sequences of a call over trunks with images or videos."""
 
-    Attributes:
-        trunks: for each sequence of the call, the trunk whose media it reads.
-        inputs: for each trunk, the vision input that it has; None: none.
-        counts: the placeholders of each trunk.
-    """
-
-    trunks: list[int]
-    inputs: list[str | None]
-    counts: list[int]
+    trunks: list[int]  # for each sequence of the call, the trunk whose media it reads
+    inputs: list[str | None]  # for each trunk, the vision input that it has; None: none
+    counts: list[int]  # the placeholders of each trunk
 
     def in_order(self, backbone: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with features in place of pixels."""
@@ -60,15 +54,10 @@ def mixed_kinds(batch: dict, backbone: nn.Module, trunks: list[int]) -> Mixed | 
 
 @dataclass
 class Split:
-    """Sequences of a call with unlike numbers of images.
+    """Sequences of a call with unlike numbers of images."""
 
-    Attributes:
-        images: of each sequence.
-        inputs: the media inputs, (sequences, images, ...) each, and the dimension of their images.
-    """
-
-    images: list[int]
-    inputs: dict[str, int]
+    images: list[int]  # of each sequence
+    inputs: dict[str, int]  # the media inputs, (sequences, images, ...) each, and the dimension of their images
 
     def in_parts(self, model: nn.Module, compute: Callable[..., Tensor], **kwargs: Any) -> Tensor:
         """Return the (R, L, H) hidden states of a call, computed for sequences with as many images together."""

@@ -39,17 +39,12 @@ class ProofError(UserError):
 
 @dataclass
 class ProofRow:
-    """A short row of a kind.
+    """A short row of a kind."""
 
-    Attributes:
-        kind: what media it has, in words.
-        tree: one trunk, and the branches chosen and rejected.
-        inputs: what the processor makes of the prompt and the chosen response; None: not known, and then the scores
-            are not compared with the model's own.
-    """
-
-    kind: str
-    tree: Tree
+    kind: str  # what media it has, in words
+    tree: Tree  # one trunk, and the branches chosen and rejected
+    # What the processor makes of the prompt and the chosen response; None: not known, and then the scores are not
+    # compared with the model's own.
     inputs: dict[str, Tensor] | None = None
 
     def batch(self, pad_token_id: int) -> dict:
@@ -79,26 +74,17 @@ def row_of(batch: dict) -> ProofRow:
 
 
 class Proof:
-    """The checks of one row.
-
-    Args:
-        row: the row.
-        score: returns the (S, T) log-probs of a tree batch; called as `score(batch, packs=...)`.
-        model: what is called, with its wrappers.
-        pad_token_id: of its batches.
-        trains: compare gradients, too.
-        ranks: the ranks that share a packed row.
-    """
+    """The checks of one row."""
 
     def __init__(
         self,
         row: ProofRow,
-        score: Callable,
-        model: nn.Module,
-        pad_token_id: int,
+        score: Callable,  # returns the (S, T) log-probs of a tree batch; called as `score(batch, packs=...)`
+        model: nn.Module,  # what is called, with its wrappers
+        pad_token_id: int,  # of its batches
         *,
-        trains: bool = True,
-        ranks: SequenceRanks | None = None,
+        trains: bool = True,  # compare gradients, too
+        ranks: SequenceRanks | None = None,  # the ranks that share a packed row
     ):
         self._row, self._score, self._model, self._pad = row, score, model, pad_token_id
         # DeepSpeed takes every backward pass for one of its step.

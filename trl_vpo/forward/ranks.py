@@ -20,16 +20,13 @@ from trl_vpo.forward.families import VISION_INPUTS, vision_inputs
 
 
 def sync_calls(
-    batch: dict, padding_row: Callable[[str | None], dict], *, sharding: str | None, trains_vision: bool
+    batch: dict,  # a tree batch; it gets `padded`, itself with its padding rows, which `Scorer` reads
+    padding_row: Callable[[str | None], dict],  # vision input -> a tree batch of one short row, on the batch's device
+    *,
+    sharding: str | None,  # what gathers weights in the forward pass: "fsdp", "zero3", or None
+    trains_vision: bool,  # something of vision tower or projector is trained
 ) -> None:
-    """Give a tree batch the padding rows that its model call needs. All ranks call this, each with its own batch.
-
-    Args:
-        batch: a tree batch. It gets `padded`, the batch with its padding rows, which `Scorer` reads.
-        padding_row: returns a tree batch of one short row with the given vision input, on the batch's device.
-        sharding: what gathers weights in the forward pass: "fsdp", "zero3", or None.
-        trains_vision: something of vision tower or projector is trained.
-    """
+    """Give a tree batch the padding rows that its model call needs. All ranks call this, each with its own batch."""
     if PartialState().num_processes == 1:
         return
     present = vision_inputs(batch["media"])

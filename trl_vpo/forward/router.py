@@ -51,15 +51,12 @@ def router_logits(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 
 def load_balancing_loss(
-    model: PreTrainedModel, logits: list[Tensor], counts: Tensor, ranks: SequenceRanks | None = None
+    model: PreTrainedModel,
+    logits: list[Tensor],  # of its routers; those of this rank's columns where `ranks` share the call
+    counts: Tensor,  # (R, L) of `column_counts`
+    ranks: SequenceRanks | None = None,
 ) -> Tensor:
-    """Return the loss of equations 4 to 6 of https://huggingface.co/papers/2101.03961 over all layers.
-
-    Args:
-        model: the model that was called.
-        logits: of its routers; those of this rank's columns where `ranks` share the call.
-        counts: (R, L) of `column_counts`.
-    """
+    """Return the loss of equations 4 to 6 of https://huggingface.co/papers/2101.03961 over all layers."""
     top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
     if ranks is not None and logits:
         together = ranks.collect(torch.cat(logits, dim=1), counts.numel())  # (L, layers * E)

@@ -31,27 +31,18 @@ logger = get_logger(__name__)
 
 
 class Scorer:
-    """Score tree batches with a policy (without PEFT or a distributed wrapper around it) and its reference.
-
-    Attributes:
-        layout: "shared" or "separate" (one copy of a prompt, or one for each response); "auto" until it is known.
-        packs: whether rows are packed; None until it is known.
-        proven: the kinds of rows on which the model was proven.
-        to_prove: rows on which it is to be proven before the next call.
-        balances: whether scores have the load-balancing loss of a model with experts.
-        squares: whether they have `log_sum_sq_probs`.
-    """
+    """Score tree batches with a policy (without PEFT or a distributed wrapper around it) and its reference."""
 
     def __init__(
         self,
         policy: PreTrainedModel,
         *,
-        layout: str,
+        layout: str,  # "shared", "separate" (one copy of a prompt, or one for each response), "auto" until it is known
         pad_token_id: int,
         pad_to_multiple_of: int | None = None,
         ranks: SequenceRanks | None = None,
         trains: bool = True,
-        balances: bool = False,
+        balances: bool = False,  # scores have the load-balancing loss of a model with experts
         kl_sides: tuple[str, ...] = ("chosen",),
     ):
         self._policy, self._backbone = policy, policy.base_model
@@ -61,11 +52,11 @@ class Scorer:
         self._ranks, self.trains, self.balances, self._kl_sides = ranks, trains, balances, kl_sides
         if ranks is not None:
             check_heads(policy, ranks.size)
-        self.squares = False
-        self.layout, self.packs = layout, True if layout == "shared" else None
+        self.squares = False  # scores have `log_sum_sq_probs`
+        self.layout, self.packs = layout, True if layout == "shared" else None  # rows are packed; None: not yet known
         self._rope_limit = rope_limit(policy)
-        self.proven: list[str] = []
-        self.to_prove: list[ProofRow] = []
+        self.proven: list[str] = []  # the kinds of rows on which the model was proven
+        self.to_prove: list[ProofRow] = []  # on which it is to be proven before the next call
         self._asked = layout
         if reason := padded_layout_reason(policy):
             self._pad_rows(reason)

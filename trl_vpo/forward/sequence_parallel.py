@@ -76,16 +76,10 @@ class SequenceRanks:
 
     @torch.compiler.disable
     def attend(self, attend: Callable[..., Tensor], length: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Compute the attention of a packed row of L columns, of which this rank has L'.
+        """Return the attention, (1, L', H, D), of a packed row of L = `length` columns, of which this rank has L'.
 
-        Args:
-            attend: (1, h, L, D), (1, g, L, D) twice -> (1, L, h, D): attention of some of the heads.
-            length: L.
-            query: (1, H, L', D).
-            key, value: (1, G, L', D).
-
-        Returns:
-            (1, L', H, D).
+        `query` is (1, H, L', D), `key` and `value` are (1, G, L', D). `attend` computes that of some of the heads:
+        (1, h, L, D), (1, g, L, D) twice -> (1, L, h, D).
         """
         copies = math.lcm(key.size(1), self.size) // key.size(1)  # fewer key heads than ranks: some have the same
         if copies > 1:
@@ -110,10 +104,8 @@ class SequenceRanks:
     def hand_out(self, hidden: Tensor, positions: Tensor, length: int) -> Tensor:
         """Return the states, (N', H), that predict this rank's share of the response tokens.
 
-        Args:
-            hidden: (L', H) states of this rank's columns.
-            positions: (N,) columns of the states that predict the tokens, in ascending order.
-            length: L.
+        `hidden`, (L', H), has the states of this rank's columns of L = `length`; `positions`, (N,), the columns whose
+        states predict the tokens, in ascending order.
         """
         device = positions.device
         columns, tokens = (torch.tensor(self._shares(n), device=device).cumsum(0) for n in (length, len(positions)))

@@ -27,20 +27,14 @@ SPLIT = "torch.split(tensor, lengths.tolist(), dim=2)"  # the line of an attenti
 
 @dataclass
 class Parts:
-    """The parts of a sequence of L columns that attend within themselves.
+    """The parts of a sequence of L columns that attend within themselves."""
 
-    Attributes:
-        bounds: (N + 1,) int32, where they begin and end: the `cu_seqlens` of transformers. Twice, because torch hands
-            attention to cuDNN where queries and keys have one tensor.
-        longest: the most columns of a part.
-        runs: how many parts of how many columns lie side by side once the columns are in `order`.
-        order: (L,) the columns such that parts of one length lie side by side; None: they do.
-    """
-
+    # (N + 1,) int32, where they begin and end: the `cu_seqlens` of transformers. Twice, because torch hands attention
+    # to cuDNN where queries and keys have one tensor.
     bounds: tuple[Tensor, Tensor]
-    longest: int
-    runs: list[tuple[int, int]]
-    order: Tensor | None
+    longest: int  # the most columns of a part
+    runs: list[tuple[int, int]]  # how many parts of how many columns lie side by side once the columns are in `order`
+    order: Tensor | None  # (L,) the columns such that parts of one length lie side by side; None: they do
 
 
 def parts_of(bounds: Tensor) -> Parts:
@@ -121,15 +115,9 @@ def _splits(kind: type) -> bool:
 def part_attention(
     plain: Callable, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, parts: Parts, **kwargs: Any
 ) -> Tensor:
-    """Compute the attention of all parts, each within itself.
+    """Return the attention of all parts, each within itself, (B, L, H, D). `plain` is a function of transformers.
 
-    Args:
-        plain: an attention function of transformers.
-        query: (B, H, L, D).
-        key, value: (B, G, L, D), H a multiple of G.
-
-    Returns:
-        (B, L, H, D).
+    `query` is (B, H, L, D), `key` and `value` are (B, G, L, D), H a multiple of G.
     """
     if len(query) == 1 and attention.varlen_takes(module, query, value, kwargs.get("dropout", 0.0)):
         where = (*parts.bounds, parts.longest, parts.longest)

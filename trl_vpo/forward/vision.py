@@ -38,15 +38,10 @@ BESIDE = ("last_hidden_state", "hidden_states", "attentions")  # what stands bes
 
 @dataclass
 class Copies:
-    """Sequences of a call that read the media of the same trunks.
+    """Sequences of a call that read the media of the same trunks."""
 
-    Attributes:
-        trunks: for each sequence of the call, the trunk whose media it reads.
-        counts: features of each trunk, by the method that computes them.
-    """
-
-    trunks: list[int]
-    counts: dict[str, list[int]]
+    trunks: list[int]  # for each sequence of the call, the trunk whose media it reads
+    counts: dict[str, list[int]]  # features of each trunk, by the method that computes them
 
     def of(self, method: str, value: Any) -> Any:
         """Return a method's result with the features of each sequence in place of those of each trunk."""
@@ -70,25 +65,16 @@ class Copies:
 
 @dataclass
 class Kept:
-    """How tower and projector are divided, and what the reference pass left, in the order of its calls.
+    """How tower and projector are divided, and what the reference pass left, in the order of its calls."""
 
-    Attributes:
-        whole: nothing trains.
-        frozen: the outermost modules of which nothing trains.
-        trained: the outermost modules of which something does.
-        projector: what is projector by its name.
-        features: results of the methods, by name; where nothing trains.
-        outputs: results of the frozen modules; of those outside the projector without contents.
-        inputs: arguments of the trained modules.
-    """
-
-    whole: bool = False
-    frozen: list[nn.Module] = field(default_factory=list)
-    trained: list[nn.Module] = field(default_factory=list)
-    projector: set[nn.Module] = field(default_factory=set)
-    features: list[tuple[str, Any]] = field(default_factory=list)
+    whole: bool = False  # nothing trains
+    frozen: list[nn.Module] = field(default_factory=list)  # the outermost modules of which nothing trains
+    trained: list[nn.Module] = field(default_factory=list)  # the outermost modules of which something does
+    projector: set[nn.Module] = field(default_factory=set)  # what is projector by its name
+    features: list[tuple[str, Any]] = field(default_factory=list)  # results of methods by name, where nothing trains
+    # Results of the frozen modules; of those outside the projector without contents.
     outputs: dict[nn.Module, list] = field(default_factory=dict)
-    inputs: dict[nn.Module, list] = field(default_factory=dict)
+    inputs: dict[nn.Module, list] = field(default_factory=dict)  # arguments of the trained modules
 
 
 class VisionFeatures:

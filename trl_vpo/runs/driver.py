@@ -34,24 +34,15 @@ def rank() -> int:
 def work_through(
     folder: str,
     settings: dict[str, Any],
-    ids: Sequence[str],
+    ids: Sequence[str],  # the ids of all inputs, in order
     *,
+    # Position of an input -> the item for `make`, or the outcome of an input that cannot be used. Called by threads.
     load: Callable[[int], Item | Outcome],
-    make: Callable[[list[Item]], Iterable[Outcome]],
+    make: Callable[[list[Item]], Iterable[Outcome]],  # loaded items -> their outcomes, in order
     report: Report,
     batch_size: int,
 ) -> dict[str, Any] | None:
-    """Work through the unfinished inputs of this process' share.
-
-    Args:
-        ids: the ids of all inputs, in order.
-        load: position of an input -> the item for `make`, or the outcome of an input that cannot be used. Called by
-            threads.
-        make: loaded items -> their outcomes, in order.
-
-    Returns:
-        The run's summary, or None while other workers are at work.
-    """
+    """Work through the unfinished inputs of this process' share. Return the summary; None while others are at work."""
     with Run(folder, settings, rank=rank(), world_size=int(os.environ.get("WORLD_SIZE", 1))) as run:
         todo, share = run.remaining(ids), len(range(run.rank, len(ids), run.world_size))
         if sys.stderr.isatty():

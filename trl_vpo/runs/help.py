@@ -50,25 +50,16 @@ HELP_ALL = ("--help-all", "Show every key, with its whole description.")
 
 def help_page(
     usage: str,
-    types: Iterable[type],
-    own: tuple[str, type],
+    types: Iterable[type],  # the argument classes. Of equal keys the first class has the right one, as in argparse
+    own: tuple[str, type],  # the title of the first group of keys, and the class whose own fields are in it
     *,
-    first: Iterable[tuple[str, str]] = (CONFIG, HELP_ALL),
-    hidden: Iterable[str] = (),
-    texts: Mapping[str, str] = MappingProxyType({}),
-    everything: bool = False,
+    first: Iterable[tuple[str, str]] = (CONFIG, HELP_ALL),  # (option, description) of what is no key
+    hidden: Iterable[str] = (),  # keys that the config refuses
+    texts: Mapping[str, str] = MappingProxyType({}),  # descriptions in place of those of the classes
+    everything: bool = False,  # also the keys that few need, and whole descriptions instead of first sentences
     epilog: str = "",
 ) -> str:
-    """Return the help of a command.
-
-    Args:
-        types: the argument classes. Of equal keys the first class has the right one, as in argparse.
-        own: the title of the first group of keys, and the class whose own fields are in it.
-        first: (option, description) of what is no key.
-        hidden: keys that the config refuses.
-        texts: descriptions in place of those of the classes.
-        everything: also the keys that few need, and whole descriptions instead of first sentences.
-    """
+    """Return the help of a command."""
     entries = {
         name: _entry(field, annotation, texts.get(name), everything)
         for name, (field, annotation) in annotated_fields(types).items()

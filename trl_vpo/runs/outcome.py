@@ -8,21 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """The training rows made of one input, or the reason why there are none.
+    """The training rows made of one input, or the reason why there are none."""
 
-    Attributes:
-        id: the id of the input row.
-        rows: training rows that follow `trl_vpo.data.rows`; empty if the input was rejected.
-        reason: why the input was rejected, as a sentence with the figures in it; None if there are rows.
-        kind: a short name of the reason, counted in the summary, such as "answered correctly".
-        notes: figures and texts of this input for the run's summary; JSON values.
-    """
-
-    id: str
-    rows: tuple[dict, ...] = ()
-    reason: str | None = None
-    kind: str | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
+    id: str  # of the input row
+    rows: tuple[dict, ...] = ()  # training rows that follow `trl_vpo.data.rows`; empty if the input was rejected
+    reason: str | None = None  # why the input was rejected, as a sentence with the figures; None if there are rows
+    kind: str | None = None  # a short name of the reason, counted in the summary, such as "answered correctly"
+    notes: dict[str, Any] = field(default_factory=dict)  # figures and texts for the run's summary; JSON values
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))  # JSON has lists

@@ -26,27 +26,16 @@ RUN = r"^# Run: (.+)\.$"
 
 @dataclass
 class RecipeFacts:
-    """What a recipe's header says about it.
+    """What a recipe's header says about it."""
 
-    Attributes:
-        name: as `--config` takes it; `accelerate/NAME` is for `--accelerate_config NAME`.
-        title: the first sentence.
-        command: `train`, `generate` or `compare`; empty for an accelerate config, which goes with all of them.
-        method: of that command; `compare` has none.
-        model: that it names.
-        hardware: that it is written for, up to the first comma.
-        memory: of a GPU, as the doctor computes it; empty where it was not computed.
-        run: where it was run, the time, the peak memory and the result; `("not run",)` where it was not.
-    """
-
-    name: str
-    title: str
-    command: str
-    method: str
-    model: str
-    hardware: str
-    memory: str
-    run: tuple[str, ...]
+    name: str  # as `--config` takes it; `accelerate/NAME` is for `--accelerate_config NAME`
+    title: str  # the first sentence
+    command: str  # `train`, `generate` or `compare`; empty for an accelerate config, which goes with all of them
+    method: str  # of that command; `compare` has none
+    model: str  # that it names
+    hardware: str  # that it is written for, up to the first comma
+    memory: str  # of a GPU, as the doctor computes it; empty where it was not computed
+    run: tuple[str, ...]  # where it was run, the time, the peak memory and the result; `("not run",)` where it was not
 
 
 def recipe_facts(name: str) -> RecipeFacts:

@@ -28,12 +28,9 @@ class Alarms(TrainerCallback):
     """Warn on the main process of chosen responses that fall, and of a loss that stays at 0; once a run each.
 
     A run that is continued reads what was logged before, so it does not repeat them. Every rank has the same logs.
-
-    Args:
-        limit: nats by which the chosen responses may fall. None: any.
     """
 
-    def __init__(self, limit: float | None):
+    def __init__(self, limit: float | None):  # nats by which the chosen responses may fall; None: any
         self._limit = limit
         self._logs: list[dict[str, float]] = []  # of training
         self._given: set[str] = set()

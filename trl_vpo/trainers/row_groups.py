@@ -38,20 +38,13 @@ def _size(args: TrainingArguments, name: str) -> int:
 
 
 class RowGroups:
-    """The groups of processes that share a row each; without sequence parallelism every process is one.
-
-    Attributes:
-        size: processes in a group.
-        count: groups.
-        index: the group of this process.
-        speaks: whether this process counts for its group, where something is counted once per row.
-        ranks: the group, for the model call; None where it is one process.
-    """
+    """The groups of processes that share a row each; without sequence parallelism every process is one."""
 
     def __init__(self, accelerator: Accelerator, size: int):
-        self.size, self.count = size, accelerator.num_processes // size
-        self.index, place = divmod(accelerator.process_index, size)
-        self.speaks, self.ranks = place == 0, None
+        self.size, self.count = size, accelerator.num_processes // size  # processes in a group; groups
+        self.index, place = divmod(accelerator.process_index, size)  # the group of this process
+        self.speaks = place == 0  # this process counts for its group, where something is counted once per row
+        self.ranks = None  # the group, for the model call; None where it is one process
         self._state, self._mesh = accelerator.state, None
         if size > 1:
             # The names by which accelerate's data loaders know who gets the same batch.

@@ -21,15 +21,10 @@ FILE = "rows.npy"  # in a checkpoint: the digests of all rows that the order is 
 
 @dataclass
 class Rows:
-    """The rows that a run began with.
+    """The rows that a run began with."""
 
-    Attributes:
-        digests: of each, (rows,) uint64; None for a stream.
-        removed: positions of those that were taken out when it was continued.
-    """
-
-    digests: np.ndarray | None
-    removed: list[int] = field(default_factory=list)
+    digests: np.ndarray | None  # of each, (rows,) uint64; None for a stream
+    removed: list[int] = field(default_factory=list)  # positions of those that were taken out when it was continued
 
     def left(self) -> list[int]:
         """The positions that are still trained on, in the order of the dataset."""

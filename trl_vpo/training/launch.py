@@ -58,12 +58,9 @@ def _recipe_of(options: list[str]) -> dict[str, Any]:
 def check_gpus(words: list[str], launch: list[str]) -> None:
     """Refuse more processes than this machine has GPUs, before anything is loaded. A run on CPUs is never refused.
 
-    Args:
-        words: the command, such as `["train", "rrpo", "--config", "rrpo/qwen2_5_vl_7b"]`.
-        launch: what `launch_options` made of it.
-
-    Raises:
-        RecipeError: names the command for the GPUs that there are; for `train` with the same effective batch.
+    `words` are the command, such as `["train", "rrpo", "--config", "rrpo/qwen2_5_vl_7b"]`, and `launch` is what
+    `launch_options` made of it. Raises RecipeError, which names the command for the GPUs that there are; for `train`
+    with the same effective batch.
     """
     import torch
 

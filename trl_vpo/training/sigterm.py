@@ -38,14 +38,10 @@ class TrainingStopped(SystemExit):
 
 
 class StopRequest:
-    """A request to stop, by one of `STOP_SIGNALS`.
-
-    Attributes:
-        name: of the signal that came; empty: none did.
-    """
+    """A request to stop, by one of `STOP_SIGNALS`."""
 
     def __init__(self):
-        self.name = ""
+        self.name = ""  # of the signal that came
         self._handlers: dict[int, Any] = {}
 
     def listen(self) -> None:
