@@ -28,20 +28,10 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_HOMES = {
-    "trl_vpo.trainers.dpo": ("VisualDPOConfig", "VisualDPOTrainer"),
-    "trl_vpo.trainers.leanpo": ("LeanPOConfig", "LeanPOTrainer"),
-    "trl_vpo.trainers.rrpo": ("RRPOConfig", "RRPOTrainer"),
-    "trl_vpo.trainers.lpoi": ("LPOIConfig", "LPOITrainer"),
-    "trl_vpo.trainers.simpo": ("SimPOConfig", "SimPOTrainer"),
-    "trl_vpo.trainers.tdpo": ("TDPOConfig", "TDPOTrainer"),
-    "trl_vpo.trainers.ddpo": ("DDPOConfig", "DDPOTrainer"),
-    "trl_vpo.trainers.mdpo": ("MDPOConfig", "MDPOTrainer"),
-    "trl_vpo.trainers.dpa": ("DPAConfig", "DPATrainer"),
-    "trl_vpo.trainers.symmpo": ("SymMPOConfig", "SymMPOTrainer"),
-    "trl_vpo.data.collator": ("PreferenceCollator",),
-    "trl_vpo.evaluate.callback": ("EvaluationCallback",),
-    "trl_vpo.data.identity": ("versions",),
+_HOMES = {  # of what is no method's
+    "EvaluationCallback": "evaluate.callback",
+    "PreferenceCollator": "data.collator",
+    "versions": "data.identity",
 }
 __all__ = [
     "DDPOConfig",
@@ -72,13 +62,14 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    for module, names in _HOMES.items():
-        if name in names:
-            from trl_vpo.runs.quiet import hide_messages
+    from trl_vpo.runs.quiet import hide_messages
+    from trl_vpo.training.methods import METHODS
 
-            hide_messages()  # what TRL imports says some
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module 'trl_vpo' has no attribute {name!r}; it has {', '.join(__all__)}")
+    homes = _HOMES | {each: f"trainers.{method}" for method, names in METHODS.items() for each in names}
+    if name not in homes:
+        raise AttributeError(f"module 'trl_vpo' has no attribute {name!r}; it has {', '.join(__all__)}")
+    hide_messages()  # what TRL imports says some
+    return getattr(importlib.import_module(f"trl_vpo.{homes[name]}"), name)
 
 
 def __dir__():
