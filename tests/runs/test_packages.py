@@ -27,7 +27,6 @@ def bare(monkeypatch):
         ({"use_liger_kernel": True}, "liger-kernel"),
         ({"attn_implementation": "flash_attention_2"}, "flash-attn"),
         ({"attn_implementation": "kernels-community/flash-attn3"}, "kernels"),
-        ({"optim": "galore_adamw"}, "galore-torch"),
     ],
 )
 def test_a_missing_package_is_named(settings, install, bare):

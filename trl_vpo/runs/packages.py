@@ -17,16 +17,7 @@ SWITCHES = {
     "use_liger_kernel": (("liger_kernel",), "liger-kernel"),
 }
 VALUES = {  # key: the packages of its values, by regular expressions
-    "optim": {
-        ".*(bnb|paged|lion|ademamix|adamw_8bit).*": BITSANDBYTES,
-        "adamw_torch_[48]bit": (("torchao",), "torchao"),
-        "galore.*": (("galore_torch",), "galore-torch"),
-        "apollo.*": (("apollo_torch",), "apollo-torch"),
-        ".*lomo": (("lomo_optim",), "lomo-optim"),
-        "schedule_free.*": (("schedulefree",), "schedulefree"),
-        "grokadamw": (("grokadamw",), "grokadamw"),
-        "stable_adamw": (("optimi",), "torch-optimi"),
-    },
+    "optim": {".*(bnb|paged|lion|ademamix|adamw_8bit).*": BITSANDBYTES},  # transformers names those of rarer ones
     "attn_implementation": {  # transformers takes a kernel of the Hub where the package is missing
         "flash_attention_2": (("flash_attn", "kernels"), "flash-attn"),
         "flash_attention_3": (("flash_attn_interface", "kernels"), "kernels"),
