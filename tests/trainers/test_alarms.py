@@ -98,5 +98,5 @@ def test_a_continued_run_goes_on_counting_and_repeats_none(caplog):
 
 def test_the_limit_is_checked(tmp_path):
     assert config("dpo", tmp_path).displacement_warning == 10.0
-    with pytest.raises(ValueError, match="displacement_warning=-1: give nats above 0"):
+    with pytest.raises(ValueError, match="displacement_warning is -1: give a number above 0"):
         config("dpo", tmp_path, displacement_warning=-1)

@@ -109,7 +109,7 @@ def test_an_optimizer_without_groups():
         set_rates(optimizer, torch.nn.ModuleDict({"visual": torch.nn.Linear(2, 2)}), args)
 
 
-@pytest.mark.parametrize("rate", [-1e-3, math.nan, math.inf, "1e-5"])
+@pytest.mark.parametrize("rate", [-1e-3, math.nan, math.inf])
 def test_rates_that_are_none(rate, tmp_path):
-    with pytest.raises(ValueError, match=r"vision_learning_rate is .*: give a (finite )?number"):
+    with pytest.raises(ValueError, match=r"vision_learning_rate is .*: give (a finite number|at least 0)"):
         config("dpo", tmp_path, vision_learning_rate=rate)

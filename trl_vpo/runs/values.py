@@ -27,11 +27,11 @@ BOUNDS = [
         "alpha", "nll_weight", "list_weight", "dpo_weight", "anchor_weight", "conditional_weight", "pair_weight",
         "margin_weight", "penalty_weight", "phrase_weight", "loss_weights", "score_scale_weight", "score_sensitivity",
         "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers",
-        "neftune_noise_alpha", "router_aux_loss_coef",
+        "neftune_noise_alpha", "router_aux_loss_coef", "vision_learning_rate", "projector_learning_rate",
     }),
     ("a number above 0", lambda value: value > 0, {
         "learning_rate", "beta", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps",
-        "test_split_size", "discopop_tau",
+        "test_split_size", "discopop_tau", "displacement_warning",
     }),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, {
         "lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2",

@@ -1,11 +1,9 @@
 """The config under those of all methods: how media are read, and which of TRL's options are refused."""
 
 import copy
-import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from transformers.utils import is_liger_kernel_available
 from trl import DPOConfig
 
 from trl_vpo.media.load import VideoOptions
@@ -148,8 +146,6 @@ class VisualPreferenceConfig(DPOConfig):
             choices = () if own.name in defaults else own.metadata.get("choices") or ()
             if choices and getattr(self, own.name) not in (own.default, *choices):
                 raise ValueError(f"{own.name}={getattr(self, own.name)!r} is not one of {', '.join(choices)}.")
-        if self.use_liger_kernel and not is_liger_kernel_available():
-            raise ValueError("use_liger_kernel=True needs the package liger-kernel: `pip install liger-kernel`.")
         if "inputs" in self.include_for_metrics:
             raise ValueError("include_for_metrics cannot have 'inputs': a batch is a tree of prompts and responses.")
         if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
@@ -168,14 +164,6 @@ class VisualPreferenceConfig(DPOConfig):
                 "accelerator_config.even_batches=False: a process with a batch less than the others would leave them "
                 "waiting. Leave it out; rows that are repeated to fill a last batch count once when a Dataset is "
                 "evaluated (of a stream, twice)."
-            )
-        for key in ("vision_learning_rate", "projector_learning_rate"):
-            rate = getattr(self, key)
-            if rate is not None and not (isinstance(rate, (int, float)) and 0 <= rate < math.inf):
-                raise ValueError(f"{key} is {rate!r}: give a number that is not negative.")
-        if self.displacement_warning is not None and not self.displacement_warning > 0:
-            raise ValueError(
-                f"displacement_warning={self.displacement_warning}: give nats above 0, or null for never."
             )
         sp_size(self)  # refuses what cannot be
         self.accelerator_config.dispatch_batches = False  # the default for streams would be True
