@@ -18,13 +18,7 @@ SEEK_COST = 8  # a seek takes about as long as decoding this many frames in one 
 
 
 def decode(
-    data: Path | bytes,
-    table: FrameTable,
-    indices: np.ndarray,
-    name: str,
-    *,
-    fit: Fit = None,
-    seek: bool | None = None,
+    data: Path | bytes, table: FrameTable, indices: np.ndarray, name: str, *, fit: Fit = None, seek: bool | None = None
 ) -> np.ndarray:
     """Return the frames numbered ``indices`` (T,) ascending: (T, H, W, 3) uint8 RGB, upright.
 

@@ -92,11 +92,7 @@ class _Frames:
 
 
 def check_video(
-    source: Any,
-    options: VideoOptions,
-    *,
-    budget: PixelBudget | None = None,
-    media_root: str | Path | None = None,
+    source: Any, options: VideoOptions, *, budget: PixelBudget | None = None, media_root: str | Path | None = None
 ) -> Clip:
     """Return the clip of :func:`load_video` with its first frame in the place of all: only that is decoded.
 

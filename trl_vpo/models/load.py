@@ -20,10 +20,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)  # of files that are no model
 # Kept in full precision under 4-bit and 8-bit weights: they are small, and nothing in them is trained. Patterns as
 # transformers matches them; a bare "visual" would match nothing, module names begin with "model.".
-NOT_QUANTIZED = [
-    rf"(.*\.)?({TOWERS}|{PROJECTORS}|{IDLE})",
-    "lm_head",
-]
+NOT_QUANTIZED = [rf"(.*\.)?({TOWERS}|{PROJECTORS}|{IDLE})", "lm_head"]
 OWN_CODE = {"trust_remote_code": False}  # left out, transformers asks on the terminal, and `yes |` answers
 
 

@@ -20,17 +20,7 @@ from typing import Literal
 
 from trl_vpo.text.answers import AnswerCheck, Reading
 from trl_vpo.text.inflection import stem
-from trl_vpo.text.normalize import (
-    ARTICLES,
-    AUXILIARIES,
-    NEGATORS,
-    Word,
-    hedged,
-    normalize,
-    statement,
-    texts,
-    words,
-)
+from trl_vpo.text.normalize import ARTICLES, AUXILIARIES, NEGATORS, Word, hedged, normalize, statement, texts, words
 
 Answer = Literal["yes", "no"]
 Rule = Literal["careful", "videohallucer", "strict"]

@@ -129,10 +129,9 @@ def build_trainer(
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    if adapter_config is not None and training_args.model_init_kwargs["revision"] != "main":
-        adapter_config.revision = training_args.model_init_kwargs[
-            "revision"
-        ]  # of the base, for whoever loads the adapter
+    revision = training_args.model_init_kwargs["revision"]
+    if adapter_config is not None and revision != "main":
+        adapter_config.revision = revision  # of the base, for whoever loads the adapter
     trainer = method_classes(method)[1](
         model=model_args.model_name_or_path,
         args=training_args,
