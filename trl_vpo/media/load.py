@@ -32,8 +32,6 @@ from trl_vpo.media.images import BYTES, describe, fit_pixels, frame_folder, load
 from trl_vpo.media.sampling import VideoOptions, sample_frames
 from trl_vpo.media.video import scan
 
-__all__ = ["Clip", "Media", "MediaError", "VideoOptions", "check_video", "load_image", "load_video"]
-
 LIST_FPS = 2.0
 _FILE = (str, Path, *BYTES)
 _PAYLOAD = ("bytes", "path", "video")  # keys of a dict that hold the video, the first given one wins

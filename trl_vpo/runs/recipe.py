@@ -113,8 +113,6 @@ class RecipeParser(TrlParser):
         if not valid or str(value) in valid:
             return
         hint = did_you_mean(value, valid)
-        if isinstance(value, bool) and {"no", "yes"} & set(valid):
-            hint = ' YAML reads an unquoted no as false: write "no".'
         raise RecipeError(scrub(f"{where}{action.dest}: {value!r} is not one of {', '.join(valid)}.{hint}"))
 
     def error(self, message: str):
