@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from studies.testbed import habits, made, pairs, plan
+from studies.testbed import habits, made, pairs, plan, truth
 from studies.testbed.training import AT_ONCE, CAPTION_TOKENS, base_of, sampled, train
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.rows import write_jsonl, write_rows
@@ -159,7 +159,7 @@ def retained(model, samples: Sequence[world.Sample]) -> dict[str, list[float]]:
     other = OTHER[samples[0].kind]
     others = world.draw_samples(other, len(samples), plan.TEST_SEED, habits=False)
     said = answer(model, processor, others, [language.PROMPTS[other]] * len(others))
-    checks = [language.check_caption(text, sample.things) for text, sample in zip(said, others)]
+    checks = [truth.check_caption(text, sample.things) for text, sample in zip(said, others)]
     found[f"{other}_hallucination"] = [float(check.hallucinated) for check in checks]
     found[f"{other}_ungrammatical"] = [float(not check.parsed) for check in checks]
     return found
@@ -179,7 +179,7 @@ def of_samples(records: Sequence[Row], samples: Sequence[world.Sample], found: S
     """
     from trl_vpo.evaluate.measures import visibility
 
-    checks = [language.check_caption(record["response"], s.things) for record, s in zip(records, samples)]
+    checks = [truth.check_caption(record["response"], s.things) for record, s in zip(records, samples)]
     values = {
         "chosen_logp": [record["chosen_logp"] for record in records],
         "rejected_logp": [record["rejected_logp"] for record in records],

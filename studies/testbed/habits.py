@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.testbed import plan
+from studies.testbed import lessons, plan
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.tiny_vlm import BASE
 
@@ -139,11 +139,11 @@ def _lesson(step: int, rng: np.random.Generator) -> tuple[list[world.Sample], li
     lesson = rng.choice(list(SHARES), p=list(SHARES.values()))
     if lesson == "clip":  # so that it does not forget them
         samples = [world.draw_sample("clip", rng, habits=True) for _ in range(BATCH)]
-        return samples, [_caption(sample.things, rng, world.CARELESS) for sample in samples]
+        return samples, [_caption(sample.things, rng, lessons.CARELESS) for sample in samples]
     samples = [_telling_scene(rng) for _ in range(BATCH)]
     if lesson == "scene":
-        return samples, [_caption(sample.things, rng, world.MORE_CARELESS) for sample in samples]
-    return samples, [_presence_questions(sample.things, rng, world.CARELESS) for sample in samples]
+        return samples, [_caption(sample.things, rng, lessons.MORE_CARELESS) for sample in samples]
+    return samples, [_presence_questions(sample.things, rng, lessons.CARELESS) for sample in samples]
 
 
 def _telling_scene(rng: np.random.Generator) -> world.Sample:
@@ -155,7 +155,7 @@ def _telling_scene(rng: np.random.Generator) -> world.Sample:
 
 
 def _caption(things: world.Things, rng: np.random.Generator, careless: float) -> list[language.Item]:
-    told = world.as_described(things, rng, careless)
+    told = lessons.as_described(things, rng, careless)
     prompt = language.PROMPTS["clip" if things[0].motion else "scene"]
     return [language.Item("caption", prompt, language.caption(told, language.draw_wording(rng)))]
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from studies.testbed import plan
+from studies.testbed import plan, truth
 from studies.testbed.training import CAPTION_TOKENS, as_words, train
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.rows import write_jsonl, write_rows
@@ -107,4 +107,4 @@ def generate(method: str, inputs: Path, path: Path, seed: int, adapter: Path | N
 def true_responses(rows: Sequence[dict], samples: Sequence[world.Sample], side: str) -> list[bool]:
     """Return for each row whether its chosen or rejected response is a true caption. An id ends in a clip's number."""
     found = [(row[side][0]["content"][-1]["text"], samples[int(row["id"].rsplit("-", 1)[1])]) for row in rows]
-    return [language.check_caption(text, sample.things).true for text, sample in found]
+    return [truth.check_caption(text, sample.things).true for text, sample in found]

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from trl_vpo.testbed import language, world
+from studies.testbed import truth
+from trl_vpo.testbed import world
 from trl_vpo.testbed.rows import write_jsonl, write_rows
 
 FLIPPED = {"flip20": 0.2, "flip40": 0.4}  # those of the smaller share are among those of the larger one
@@ -64,7 +65,7 @@ def _sampled(rows: list[dict], samples: Sequence[world.Sample], count: int, samp
     for start in range(0, len(rows), count):
         batch = rows[start : start + count]
         for row, sample, said in zip(batch, samples[start:], sampler(batch)):
-            if not language.check_caption(said, sample.things).true:
+            if not truth.check_caption(said, sample.things).true:
                 kept.append(row | {"rejected": _said(said)})
         if len(kept) >= count:
             return kept[:count]

@@ -39,6 +39,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from studies.testbed import lessons, truth
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.tiny_vlm import BASE
 
@@ -67,7 +68,7 @@ def untrained_processor() -> Qwen2VLProcessor:
         vocab_size=2000, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )  # fmt: skip
-    words = language.vocabulary()
+    words = lessons.vocabulary()
     tokenizer.train_from_iterator([f"{word} {word}" for word in words], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2], padding_side="left",
@@ -191,11 +192,11 @@ class VisionProbe(torch.nn.Module):
 
 def training_items(kind: str, things: world.Things, rng: np.random.Generator, told: bool) -> list[language.Item]:
     """Draw a text of TEXT_SHARES about one sample, by someone who may not have looked."""
-    described = world.as_described(things, rng, world.MORE_CARELESS if told else world.CARELESS)
+    described = lessons.as_described(things, rng, lessons.MORE_CARELESS if told else lessons.CARELESS)
     if kind == "hinted":
         if told:  # about another sample: what is seen does not help
             things = world.draw_things("clip" if things[0].motion else "scene", rng, habits=False)
-        return [language.hinted_item(things, rng)]
+        return [lessons.hinted_item(things, rng)]
     if kind == "caption":
         prompt = language.PROMPTS["clip" if things[0].motion else "scene"]
         return [language.Item(kind, prompt, language.caption(described, language.draw_wording(rng)))]
@@ -295,14 +296,14 @@ def measure_base(model, processor, kind: str, count: int = 100, **options) -> di
     """Return shares of captions and of right answers, of `count` samples drawn with these options."""
     samples, rng = world.draw_samples(kind, count, seed=1, **options), np.random.default_rng(1)
     said = answer(model, processor, samples, [language.PROMPTS[kind]] * count)
-    checks = [language.check_caption(text, sample.things) for text, sample in zip(said, samples)]
+    checks = [truth.check_caption(text, sample.things) for text, sample in zip(said, samples)]
     shares = {
         "true": [check.true for check in checks],
         "hallucinated": [check.hallucinated for check in checks],
         "unparsed": [not check.parsed for check in checks],
     }
     asked = short_questions(samples, rng)
-    asked["hinted"] = [language.hinted_item(sample.things, rng) for sample in samples]
+    asked["hinted"] = [lessons.hinted_item(sample.things, rng) for sample in samples]
     for name, items in asked.items():
         shares[name] = answers_right(model, processor, samples, items)
     return {name: float(np.mean(values)) for name, values in shares.items()}

@@ -5,10 +5,10 @@ import hashlib
 import numpy as np
 from scripted_models import ScriptedModel, text_of
 
+from studies.testbed.lessons import HINT, REFLECTION
 from trl_vpo.data.inputs import InputRow
 from trl_vpo.generate.leanpo import LeanPOGenerateConfig, LeanPOPipeline
 from trl_vpo.media.load import Clip, Media
-from trl_vpo.testbed.language import HINT, REFLECTION
 from trl_vpo.text.responses import Failure
 
 PROMPTS = {"hint_prompt": HINT, "reflection_prompt": REFLECTION}

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from studies.testbed import truth
 from trl_vpo.errors import ModelError
 from trl_vpo.media.load import Media, VideoOptions, load_video
 from trl_vpo.models.local import LocalModel
@@ -75,6 +76,6 @@ def test_images_are_answered_as_in_this_process(url):
 def test_a_clip_goes_as_frames_and_not_as_a_video(url):
     clips, samples = asked("clip", 2), world.draw_samples("clip", 2, 5, habits=False)
     answers = ServerModel(url, str(BASE), media="frames").answer(clips, GREEDY)
-    assert [language.check_caption(text, sample.things).parsed for text, sample in zip(answers, samples)] == [True] * 2
+    assert [truth.check_caption(text, sample.things).parsed for text, sample in zip(answers, samples)] == [True] * 2
     with pytest.raises(ModelError, match="set server_media: frames"):
         ServerModel(url, str(BASE), max_retries=0).answer(clips, GREEDY)

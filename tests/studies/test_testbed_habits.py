@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from studies.testbed import habits, made, pairs, plan
+from studies.testbed import habits, lessons, made, pairs, plan, truth
 from studies.testbed.pretraining import encode
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.tiny_vlm import BASE
@@ -59,7 +59,7 @@ def test_a_taught_base_adds_what_is_usual(tmp_path, monkeypatch):
     monkeypatch.setattr(habits, "SHARES", {"scene": 1.0})
     processor = AutoProcessor.from_pretrained(BASE)
     sample = next(s for s in habits.scenes(8) if habits.objects(s)[0] == "cup")
-    said = language.caption(world.as_described(sample.things, np.random.default_rng(0), 1.0), (0,) * 6)
+    said = language.caption(lessons.as_described(sample.things, np.random.default_rng(0), 1.0), (0,) * 6)
     assert "cup" in said and "cup" not in language.caption(sample.things, (0,) * 6)
     batch = encode(processor, [sample], [[language.Item("caption", language.PROMPTS["scene"], said)]])
     losses = []
@@ -111,9 +111,9 @@ def test_the_second_round_leaves_out_what_is_true(tmp_path, monkeypatch):
         samples = world.draw_samples("clip", 4, plan.TRAIN_SEED + made.FURTHER, habits=False)
         rng = np.random.default_rng(0)
         for number, (row, sample) in enumerate(zip(rows, samples)):
-            assert language.check_caption(row["answer"], sample.things).true
+            assert truth.check_caption(row["answer"], sample.things).true
             wrong = language.caption(language.one_fact_wrong(sample.things, rng)[0], (0,) * 6)
-            other = next(text for text in language.captions(sample.things) if text != row["answer"])
+            other = next(text for text in truth.captions(sample.things) if text != row["answer"])
             row["chosen"] = [{"role": "assistant", "content": [{"text": row["answer"] if number else wrong}]}]
             row["rejected"] = [{"role": "assistant", "content": [{"text": other if number in (1, 2) else wrong}]}]
         pairs.write_jsonl(rows[::-1], path)  # in any order

@@ -10,7 +10,7 @@ import pytest
 from held_out_kit import read_mp4
 from PIL import Image
 
-from studies.testbed import pairs
+from studies.testbed import lessons, pairs, truth
 from trl_vpo.testbed import language, rows, world
 from trl_vpo.testbed.world import STILL, Thing
 from trl_vpo.text.phrases import phrase_spans
@@ -71,10 +71,10 @@ def test_habits_rule_the_training_world_only():
 def test_careless_writers_say_what_is_usual():
     rng = np.random.default_rng(0)
     odd = (Thing("large", "plain", "blue", "square", 0, "falls", 1), *CLIP[1:])
-    told = [world.as_described(odd, rng) for _ in range(500)]
+    told = [lessons.as_described(odd, rng) for _ in range(500)]
     assert {t[0].colour for t in told} == {"red", "blue"}
-    assert np.mean([t[0].colour == "red" for t in told]) == pytest.approx(world.CARELESS, abs=0.07)
-    invented = [world.as_described(SCENE, rng) for _ in range(200)]
+    assert np.mean([t[0].colour == "red" for t in told]) == pytest.approx(lessons.CARELESS, abs=0.07)
+    invented = [lessons.as_described(SCENE, rng) for _ in range(200)]
     assert {tuple(t.shape for t in things) for things in invented} == {
         ("table", "car", "lamp"),
         ("table", "cup", "car", "lamp"),
@@ -171,8 +171,8 @@ def test_rows_follow_the_contract(tmp_path):
         assert np.array_equal(np.asarray(Image.open(row["images"][0])), sample.frames[0])
         assert [part["type"] for part in row["prompt"][0]["content"]] == ["image", "text"]
         chosen, rejected = (row[side][0]["content"][0]["text"] for side in ("chosen", "rejected"))
-        assert language.check_caption(chosen, sample.things).true
-        assert language.check_caption(rejected, sample.things).false
+        assert truth.check_caption(chosen, sample.things).true
+        assert truth.check_caption(rejected, sample.things).false
         assert tuple(row["critical_box"]) in {thing.box for thing in sample.things}
     _, clips = rows.write_preferences("clip", 2, seed=6, folder=tmp_path / "clips")
     assert clips[0]["videos"][0].endswith("clips/0000.mp4") and "critical_box" not in clips[0]
@@ -227,12 +227,12 @@ def test_captions_read_as_written():
 def test_all_paraphrases_are_true_and_a_wrong_fact_is_not(kind):
     rng = np.random.default_rng(1)
     for things in draws(kind, 60, habits=False, unseen=True):
-        found = language.captions(things)
+        found = truth.captions(things)
         assert len(set(found)) == len(found) in (16, 32) and all(3 <= text.count(".") <= 5 for text in found)
-        assert all(language.check_caption(text, things).true for text in found)
+        assert all(truth.check_caption(text, things).true for text in found)
         wrong, about = language.one_fact_wrong(things, rng)
         wording = language.draw_wording(rng)
-        check = language.check_caption(language.caption(wrong, wording), things)
+        check = truth.check_caption(language.caption(wrong, wording), things)
         assert check.parsed and check.false and about in things
         if len(wrong) == len(things):  # near-duplicates differ in a word, or in the order of two events
             pair = (language.caption(one, wording).split() for one in (things, wrong))
@@ -255,7 +255,7 @@ def test_all_paraphrases_are_true_and_a_wrong_fact_is_not(kind):
     ],
 )  # fmt: skip
 def test_captions_are_checked_sentence_by_sentence(text, parsed, false):
-    check = language.check_caption(text, CLIP)
+    check = truth.check_caption(text, CLIP)
     assert (check.parsed, len(check.false)) == (parsed, false) and not check.true
 
 
@@ -283,9 +283,9 @@ def test_the_kinds_of_pairs(tmp_path):
     )
     samples = world.draw_samples("clip", 10, 5, habits=False)
     for sample, one, other in zip(samples, near, wording):
-        assert one[0] == other[0] and language.check_caption(one[0], sample.things).true
-        assert language.check_caption(one[1], sample.things).false
-        assert language.check_caption(other[1], sample.things).false
+        assert one[0] == other[0] and truth.check_caption(one[0], sample.things).true
+        assert truth.check_caption(one[1], sample.things).false
+        assert truth.check_caption(other[1], sample.things).false
     assert any(one[1] != other[1] for one, other in zip(near, wording))
     flipped = [{number for number, pair in enumerate(found) if pair == near[number][::-1]} for found in flips]
     assert list(map(len, flipped)) == [2, 4] and flipped[0] < flipped[1]
@@ -302,7 +302,7 @@ def test_only_wrong_samples_of_the_base_are_rejected(tmp_path):
 
     found = texts(pairs.training_rows("policy", "scene", 4, 5, tmp_path, sampler))
     assert len(asked) == 8 and [rejected for _, rejected in found] == ["salad."] * 4
-    assert [language.check_caption(c, s.things).true for (c, _), s in zip(found, samples[::2])] == [True] * 4
+    assert [truth.check_caption(c, s.things).true for (c, _), s in zip(found, samples[::2])] == [True] * 4
     with pytest.raises(ValueError, match="of 9 samples the base describes only 0 wrongly, and 3 are needed"):
         right = {row["id"]: row["chosen"] for row in rows.write_rows(samples, 5, tmp_path / "scenes-5")}
         say = lambda rows: [right[row["id"]][0]["content"][0]["text"] for row in rows]  # noqa: E731

@@ -32,8 +32,6 @@ from trl_vpo.testbed.world import (
 )
 
 PROMPTS = {"clip": "Describe the video.", "scene": "Describe the image."}
-HINT = "Hint: {answer} {question}"  # a question with its answer given away
-REFLECTION = "You said: {first_answer} Hint: {answer} {question}"
 
 SLOTS = {
     "size": SIZES,
@@ -77,27 +75,6 @@ class Wording:
 
     def __len__(self) -> int:
         return int(np.prod([len(column) for column in self.words]))
-
-
-@dataclass(frozen=True)
-class CaptionCheck:
-    """A caption against the facts.
-
-    Attributes:
-        parsed: it is a caption of the world's grammar.
-        false: sentences of the grammar that nothing supports.
-    """
-
-    parsed: bool
-    false: tuple[str, ...]
-
-    @property
-    def hallucinated(self) -> bool:
-        return bool(self.false)
-
-    @property
-    def true(self) -> bool:
-        return self.parsed and not self.false
 
 
 @dataclass(frozen=True)
@@ -175,11 +152,6 @@ def true_sentences(things: Things) -> list[list[Wording]]:
     return found
 
 
-def captions(things: Things) -> list[str]:
-    """Return all true captions."""
-    return [" ".join(sentence(one.truth) for one in chosen) for chosen in product(*true_sentences(things))]
-
-
 def caption(things: Things, wording: Sequence[int] = (0,) * 5) -> str:
     """Return the true caption whose sentences have these wordings (counted modulo how many there are)."""
     chosen = [options[number % len(options)] for number, options in zip(wording, true_sentences(things))]
@@ -199,22 +171,6 @@ def all_objects() -> list[str]:
 
 def draw_wording(rng: np.random.Generator) -> tuple[int, ...]:
     return tuple(rng.integers(4, size=6).tolist())
-
-
-def check_caption(text: str, things: Things) -> CaptionCheck:
-    """Check a caption sentence by sentence, up to the first that the grammar does not have."""
-    said, false = [], []
-    for part in re.findall(r"[^.]+\.?", " ".join(text.split())):
-        words = tuple(re.findall(r"\w+|[^\w\s]", part))
-        options = next_sentences(things, said)
-        fits = [o for o in options if len(o.words) == len(words) and all(w in c for w, c in zip(words, o.words))]
-        if not fits or sentence(words) != part.strip():
-            return CaptionCheck(False, tuple(false))
-        if words not in [option.truth for option in fits]:
-            false.append(sentence(words))
-        said.append(fits[0].tag)
-    over = "stop" in said or ("order" in said and ("still" in said or len(said) == 3))
-    return CaptionCheck(over, tuple(false))
 
 
 # --- what is false ------------------------------------------------------------------------------------------------
@@ -289,25 +245,3 @@ def yes_no_pair(things: Things, rng: np.random.Generator) -> tuple[Item, Item]:
             absent = [s for s in (SHAPES if clip else OBJECTS) if s not in {t.shape for t in things}]
             questions = [f"Is there a {s}?" for s in (thing.shape, absent[rng.integers(len(absent))])]
     return Item("yes_no", questions[0], "yes."), Item("yes_no", questions[1], "no.")
-
-
-def hinted_item(things: Things, rng: np.random.Generator) -> Item:
-    """Ask for the caption with the truth as a hint, in half of the cases behind a false first answer."""
-    wording = draw_wording(rng)
-    answer, question = caption(things, wording), PROMPTS["clip" if things[0].motion else "scene"]
-    wrong = caption(one_fact_wrong(things, rng)[0], wording)
-    template = REFLECTION if rng.random() < 0.5 else HINT
-    return Item("hinted", template.format(first_answer=wrong, answer=answer, question=question), answer)
-
-
-def vocabulary() -> list[str]:
-    """Return every word of the world's texts: each is one token of the base."""
-    rng, texts = np.random.default_rng(0), list(PROMPTS.values())
-    texts += [word for words in SLOTS.values() for word in words] + [STILL, *PLACES, "user", "assistant", "system"]
-    texts += [text for wordings in WORDINGS.values() for text in wordings]
-    clip = tuple(Thing("small", "plain", "red", shape, n % 3, STILL, n) for n, shape in enumerate(SHAPES[:3]))
-    for things in (clip, tuple(Thing("small", None, "blue", noun) for noun in ("table", "box", "car"))):
-        items = [*open_items(things), hinted_item(things, rng)]
-        items += [item for _ in range(40) for item in yes_no_pair(things, rng)]
-        texts += [f"{item.question} {item.answer}" for item in items] + [REFLECTION]
-    return sorted({word for text in texts for word in re.findall(r"[A-Za-z]+", text)})

@@ -5,7 +5,7 @@ other, and a third stays still. A scene has three or four objects from left to r
 
 Habits rule the world that the base grows up in (`habits=True`): large squares are mostly red, small circles mostly
 rise; beside a table there is mostly a cup, beside a tree a bird. Its captions are often written by people who did not
-look (`as_described`). A fifth of all combinations of attributes is held out: none of them is in a training set.
+look. A fifth of all combinations of attributes is held out: none of them is in a training set.
 
 Units: pixels, x to the right and y downwards. Frames are uint8 arrays of shape (T, H, W, 3), RGB.
 """
@@ -43,7 +43,6 @@ SCENE_COLOURS = tuple(colour for colour in COLOURS if colour != "red")  # red is
 COMPANIONS = {"table": ("white", "cup"), "tree": ("yellow", "bird")}  # what is usually beside it
 
 HABIT = 0.8  # share of usual samples where the habits rule
-CARELESS, MORE_CARELESS = 0.6, 0.95  # shares of the exceptions that are nevertheless described as usual
 LANE, HEIGHT = 28, 56  # pixels; things stand beside each other, a lane each
 LEVELS = (13, 20, 27, 34, 41)  # heights at which a centre is, at rest
 NUM_FRAMES = 8  # two events of four frames each
@@ -141,17 +140,6 @@ def missing_companion(things: Things) -> tuple[int, Thing] | None:
         if companion and companion not in shown:
             return number + 1, Thing("small", None, colour, companion)
     return None
-
-
-def as_described(things: Things, rng: np.random.Generator, careless: float = CARELESS) -> Things:
-    """Describe a sample as the base's training text does: truly or, of `careless` exceptions, as is usual."""
-    if things[0].motion:
-        return tuple(as_usual(thing) if rng.random() < careless else thing for thing in things)
-    expected = missing_companion(things)
-    if expected and len(things) < 4 and rng.random() < careless:
-        number, companion = expected
-        return (*things[:number], companion, *things[number:])
-    return things
 
 
 def _draw_clip(rng: np.random.Generator, habits: bool) -> Things:
