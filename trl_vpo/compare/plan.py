@@ -92,10 +92,7 @@ class Plan:
 def read_plan(configs: Sequence[str], held_out: str | None, out: str | None, words: Sequence[str]) -> Plan:
     """Return what a command line asks for: recipes of trainings, or one recipe of a comparison.
 
-    `words` are the further options.
-
-    Raises:
-        RecipeError: a recipe cannot be read or is for something else, or two trainings have the same name.
+    `words` are the further options. Raises RecipeError, also if two trainings have the same name.
     """
     recipes, methods, given = list(configs), {}, {}
     if len(configs) == 1 and {"recipes", "methods"} & (values := read_recipe(configs[0])).keys():
@@ -133,9 +130,7 @@ def _check_lists(config: str, recipes: Any, methods: Any) -> None:
 def check_plan(plan: Plan) -> set[str]:
     """Check recipes and held-out rows, load no weights, and return the names of the trainings that are finished.
 
-    Raises:
-        UserError: a recipe or option cannot be used, the bases differ, a finished training had other settings, or
-            held-out rows cannot be used.
+    Raises UserError, also if bases differ, or a finished training had other settings.
     """
     _check_bases(plan.trainings)
     finished, media = set(), {}

@@ -34,11 +34,8 @@ Command = Callable[[list[str]], int]  # the words of a `trl-vpo` command -> its 
 def run_compare(plan: Plan, command: Command) -> None:
     """Train what is not finished, evaluate, and write and print the comparison.
 
-    `command` runs a `trl-vpo` command; it is called in a process of its own.
-
-    Raises:
-        UserError: as `check_plan`; or a training or the evaluation failed, which is named.
-        SystemExit: it was stopped by Ctrl-C or a signal, with the exit code.
+    `command` runs a `trl-vpo` command; it is called in a process of its own. Raises UserError as `check_plan` does, or
+    if a command failed; SystemExit with its exit code if it was stopped by Ctrl-C or a signal.
     """
     finished, console = check_plan(plan), make_console()
     for place, training in enumerate(plan.trainings, 1):

@@ -63,10 +63,7 @@ def examine(
     """Check a recipe; a check that fails does not keep the others from running.
 
     `rows` are tokenized, spread over the dataset; None: all. `measures`: also train two steps on the longest rows, and
-    measure their memory. The rest is as `parse_recipe` takes it.
-
-    Raises:
-        RecipeError, ValueError: the recipe or an option cannot be parsed, or nothing can be measured here.
+    measure their memory. The rest is as `parse_recipe` takes it. Raises as it does, and where nothing can be measured.
     """
     loaded = parse_recipe(recipe, overrides, method=method, gpu_memory=gpu_memory)
     if measures:

@@ -72,10 +72,7 @@ def parse_recipe(
     """Parse a recipe and the options that win over it, `--accelerate_config` and `--num_processes` among them.
 
     Without `method` it is the one that the recipe's header or path names; without `gpu_memory`, GiB of each GPU, it is
-    that of this machine's GPU, if it has one.
-
-    Raises:
-        RecipeError, ValueError: the recipe or an option cannot be parsed.
+    that of this machine's GPU, if it has one. Raises RecipeError or ValueError.
     """
     method = method or method_of(recipe)
     options, launch = launch_options(["--config", str(recipe), *overrides])

@@ -54,11 +54,7 @@ Meter = Callable[[Iterable[Tensor]], AbstractContextManager]
 
 
 def check_can_measure(recipe: LoadedRecipe) -> None:
-    """Refuse `--measure` before anything is loaded.
-
-    Raises:
-        RecipeError: there is no GPU, or the recipe needs several processes.
-    """
+    """Raise RecipeError, before anything is loaded, if there is no GPU or the recipe needs several processes."""
     if not torch.cuda.is_available():
         raise RecipeError(
             f"--measure runs two training steps and needs a CUDA GPU; torch {torch.__version__} sees none here. "
@@ -74,10 +70,7 @@ def check_can_measure(recipe: LoadedRecipe) -> None:
 def measure(recipe: LoadedRecipe, rows: Dataset, meter: Meter = CudaPeak) -> Measured:
     """Load the model and measure two steps on micro-batches of the longest rows, as many as a micro-batch has.
 
-    `meter` is `CudaPeak`, or `LiveBytes` on a CPU.
-
-    Raises:
-        torch.OutOfMemoryError: the GPU is too small.
+    `meter` is `CudaPeak`, or `LiveBytes` on a CPU. Raises torch.OutOfMemoryError.
     """
     args = copy.copy(recipe.args)
     args.max_steps, args.save_strategy, args.load_best_model_at_end = STEPS, SaveStrategy.NO, False

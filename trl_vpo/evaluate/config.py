@@ -13,7 +13,7 @@ DAMAGES = ("shuffled", "masked", "blank")
 
 @dataclass
 class EvaluateConfig(AnsweringConfig):
-    """Settings of a run of `trl-vpo evaluate`; for the rows see `trl_vpo.evaluate.rows`.
+    """Settings of a run of `trl-vpo evaluate`; for the rows see docs/data.md.
 
     Video settings default to those of the adapters' training, if their `run.json` has them.
     """

@@ -1,23 +1,8 @@
-"""The rows of a held-out set. One file may mix them; `task` says what a row asks.
+"""The rows of a held-out set, as docs/data.md describes them ("Held-out rows").
 
-| `task` | columns | measured |
-| --- | --- | --- |
-| none, or "preference" | a training row: `prompt`, `chosen`, `rejected`; LPOI's box, span or list | log-probs |
-| "yes_no" | `question`, `answer` (yes or no); `pair`: an id that two rows share, one for each; `sets` | the answer |
-| "choice" | `question`, `options` (texts), `answer` (a letter, A for the first) | the answer, the options' log-probs |
-| "letters" | `question`, `answer`: all right letters; `ordered`: true where their order matters | the answer |
-| "rated" | `question`, `answer`: a person's; `contents`: what the image shows, a list | a judge's rating |
-| "chair" | `question`, `objects`: names of all objects that are there; may be empty | the answer |
-
-All may have `id`, media (`videos`, `video`, `images`, `image`) and `cluster`: rows of one cluster are not independent.
-Without it, a row's cluster is its first video or image, as the row names it, and without media the row itself; yes/no
-pairs that have one in common are in one together. A yes/no row may say `role` ("basic" for yes, "hallucinated" for
-no), which then has to agree with its `answer`. Questions are asked as they are; options that a multiple-choice
-question does not list itself are listed behind it.
-
-Yes/no rows without a `pair` are measured one by one, as in POPE and AMBER, and those of a set together: `sets` names
-the sets of a row by kind, {"figure": "VD_0_1", "question": "VD_0_0"}, as in HallusionBench. A set is right where all
-of its rows are. Questions may have a `group`, such as "existence", whose measures stand beside those of all rows.
+One file may mix them; `task` says what a row asks. A yes/no row may say `role` ("basic" for yes, "hallucinated" for
+no), which then has to agree with its `answer`. The cluster of a row that names none is its first video or image, as
+the row names it, and without media the row itself; yes/no pairs that have one in common are in one together.
 """
 
 from __future__ import annotations
@@ -50,7 +35,7 @@ class EvalRow:
     id: str
     name: str  # for messages
     task: str  # a key of `TASKS`
-    cluster: str  # see above
+    cluster: str  # rows of one cluster are not independent
     facts: dict[str, Any] = field(default_factory=dict)  # what answers are compared with; `rows.jsonl` repeats them
 
 

@@ -102,10 +102,8 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
 def held_out_rows(config: EvaluateConfig) -> tuple[Inputs, list[EvalRow], ObjectTable | None]:
     """Return the inputs and their checked rows, with the table of objects for captions, if one is named.
 
-    Rows behind `limit` are among them: they tell which pairs and sets it cuts.
-
-    Raises:
-        UserError: rows that cannot be used, or not with these settings.
+    Rows behind `limit` are among them: they tell which pairs and sets it cuts. Raises UserError at rows that cannot be
+    used, or not with these settings.
     """
     table = ObjectTable(read_synonyms(config.synonyms)) if config.synonyms else None
     inputs = read_inputs(**config.input_options())

@@ -27,10 +27,8 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
     """Return the media settings of the adapters' training, except those that are given.
 
     Adapters are folders, their checkpoints, or Hub names. A given setting that differs from an adapter's causes a
-    warning, and so does an adapter without a `run.json` where the frames are not given. What is returned is printed.
-
-    Raises:
-        EvaluateError: adapters differ where none is given, or a `run.json` is damaged and the frames are not given.
+    warning, and so does an adapter without a `run.json` where the frames are not given; with a damaged one it is an
+    EvaluateError. What is returned is printed.
     """
     framed = any(given.get(name) is not None for name in GROUPS[0])
     recorded = {path: settings for path in adapters if (settings := _recorded(path, framed)) is not None}
@@ -51,8 +49,7 @@ def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str
 def agreed_media(recorded: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the media settings that all trainings have, by their names, except those that are given.
 
-    Raises:
-        EvaluateError: they differ where none is given.
+    Raises EvaluateError if trainings differ where none is given.
     """
     defaults: dict[str, Any] = {}
     for names in GROUPS:

@@ -14,12 +14,9 @@ from trl_vpo.files import atomic_write
 def write_html(out: Path, template: Path, *, styles: list[str], scripts: Iterable[str] = (), **values: Any) -> None:
     """Write a page from a Jinja template, whole or not at all. The same values give the same bytes.
 
-    Args:
-        out: the file, replaced if it exists.
-        template: its values are escaped; `css` and `js` are the styles and scripts, `css_hash` and `js_hash` what the
-            page's security policy admits, so that nothing else in the page is applied or run.
-        styles, scripts: names of files beside the template.
-        values: of the template; a generator is written piece by piece.
+    The template's values are escaped; a generator is written piece by piece. `css` and `js` are the styles and
+    scripts, files beside it; `css_hash` and `js_hash` are what the page's security policy admits: nothing else is
+    applied or run.
     """
     import jinja2
     from markupsafe import Markup

@@ -65,7 +65,7 @@ def _first_sentences_that_differ(*captions: str) -> list[list[list[int]]]:
 
 
 def caption_row(sample: world.Sample, row: dict) -> dict:
-    """Return a held-out row that asks for a caption of a preference row's sample (see `trl_vpo.evaluate.rows`)."""
+    """Return a held-out row that asks for a caption of a preference row's sample (see docs/data.md)."""
     media = {name: row[name] for name in ("videos", "images") if name in row}
     asked = {"id": f"{row['id']}-caption", "task": "chair", "question": language.PROMPTS[sample.kind]}
     return asked | {"objects": language.objects_of(sample.things)} | media

@@ -71,16 +71,11 @@ def run_benchmarks(
     finished benchmarks are read, not run, and one that was killed continues: its answers so far are in `shards`. Under
     `accelerate launch` every process answers its share.
 
-    Args:
-        benchmarks: names of lmms-eval's tasks or groups, of those here (`videohallucer`), or in `include_path`, a
-            folder with further tasks in lmms-eval's format.
-        limit: only the first so many questions of each task.
-        settings: other fields of `AnsweringConfig`. Media settings that are not given are those of the adapter's
-            training, where its `run.json` tells. `max_new_tokens` applies to tasks that set none.
+    `include_path` is a folder with further tasks, `settings` are other fields of `AnsweringConfig`. Media settings
+    that are not given are those of the adapter's training, where its `run.json` tells.
 
-    Returns:
-        Benchmark -> task or group -> metric -> value, with lmms-eval's names and scales and without figures that are
-        not defined; empty in all processes but the first.
+    Return benchmark -> task or group -> metric -> value, with lmms-eval's names and scales and without figures that
+    are not defined; empty in all processes but the first.
     """
     try:
         import lmms_eval.tasks  # noqa: F401

@@ -80,9 +80,7 @@ def training_figure(
 
     Return the figure and notes on what it shows, which are also written below the axes if it is `captioned`.
     `held_out` adds measures of the runs and of their `base`: title -> name -> value, with the limits of its interval.
-
-    Raises:
-        PlotError: no run, or none that logged anything to draw.
+    Raises PlotError if no run logged anything to draw.
     """
     if not runs:
         raise PlotError("there is no run to plot: give at least one")

@@ -35,12 +35,8 @@ def displacement(history: History, side: str, *, prefix: str = "") -> Series:
 
     It is `displacement/*`, against the reference on the same rows, if the run logged that. Otherwise it is `logps/*`
     minus its first value: the mean of the first logging window, or the evaluation before the first step. Without such
-    an evaluation there is nothing to compare evaluations with, and the series is empty.
-
-    Args:
-        history: a run's log.
-        side: chosen or rejected.
-        prefix: of an evaluation set's metrics, such as `eval_`; empty for training.
+    an evaluation there is nothing to compare evaluations with, and the series is empty. `prefix` is that of an
+    evaluation set's metrics, such as `eval_`; empty for training.
     """
     if has_displacement(history):
         return series(history, f"{prefix}displacement/{side}")

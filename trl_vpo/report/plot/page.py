@@ -27,15 +27,8 @@ Rows = list[tuple[str, list[Any]]]  # a name, and the value of each run
 def plot_runs(paths: Sequence[str | Path], out: str | Path, *, names: Sequence[str] | None = None) -> list[str]:
     """Draw runs into one figure (.png, .svg, .pdf) or page (.html) and return the notes on what it shows.
 
-    The page needs no server, no network and no other file. The same runs give the same bytes.
-
-    Args:
-        paths: the runs' folders.
-        out: the file to write, whole or not at all; its suffix chooses the format.
-        names: of the runs, in place of their methods.
-
-    Raises:
-        PlotError: a folder is not a run, or the file has none of these formats.
+    The page needs no server, no network and no other file. The same runs give the same bytes. `names` stand in the
+    place of the runs' methods. Raises PlotError if a folder is not a run, or the file has none of these formats.
     """
     out = Path(out)
     if out.suffix.lower() not in (*style.FORMATS, ".html"):

@@ -37,11 +37,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[str | Path], names: Sequence[str] | None = None) -> list[Run]:
-    """Read the runs of folders and name each differently.
-
-    Raises:
-        PlotError: the same run twice, one that cannot be read, or names that do not fit.
-    """
+    """Read the runs of folders and name each differently. Raises PlotError, also at a run that is given twice."""
     if names is not None and len(names) != len(paths):
         raise PlotError(f"{len(names)} names for {len(paths)} runs: give one for each.")
     if twice := _repeated(str(Path(path).resolve()) for path in paths):
@@ -57,8 +53,7 @@ def read_runs(paths: Sequence[str | Path], names: Sequence[str] | None = None) -
 def read_run(path: str | Path) -> Run:
     """Read a run from its folder: from the newest trainer_state.json of the folder and of its checkpoints.
 
-    Raises:
-        PlotError: there is none, it cannot be read, or nothing was logged.
+    Raises PlotError if there is none, it cannot be read, or nothing was logged.
     """
     path = Path(path)
     if not path.is_dir():

@@ -54,11 +54,7 @@ def literal(text: str) -> str:
 
 
 def save(figure: Any, path: str | Path) -> Path:
-    """Write a figure, whole or not at all; the suffix chooses the format.
-
-    Raises:
-        PlotError: the suffix is not one of `FORMATS`.
-    """
+    """Write a figure, whole or not at all; the suffix, one of `FORMATS` or a PlotError, chooses the format."""
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in FORMATS:

@@ -32,10 +32,8 @@ class Unreadable:
 def read_examples(dataset: str | Path, split: str) -> Iterator[dict | Unreadable]:
     """Return the rows of a split in their order. Media stay paths and bytes.
 
-    The dataset is a generation run's folder, or a Hub dataset or local path as in `trl_vpo.data.sources`.
-
-    Raises:
-        DatasetError: the path, its rows or the split do not exist.
+    The dataset is a generation run's folder, or a Hub dataset or local path as in `trl_vpo.data.sources`. Raises
+    DatasetError if the path, its rows or the split do not exist.
     """
     path = Path(dataset)
     if (path / ROWS).is_file() and split == "train":

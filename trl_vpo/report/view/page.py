@@ -62,16 +62,7 @@ def write_page(
 ) -> PageCounts:
     """Write the page of a dataset, whole or not at all, and count what is in it. The same data give the same bytes.
 
-    Args:
-        dataset: a generation run's folder (`rows.jsonl`, `rejected.jsonl`, `summary.json`), a Hub dataset, or a local
-            file or folder as in training.
-        out: the .html file; replaced if it exists.
-        limit: show only the first so many rows.
-        look: fields of `Look`.
-
-    Raises:
-        DatasetError: the dataset or the split does not exist.
-        UserError: an option is out of range, or `out` is a folder or the dataset itself.
+    The dataset is as `read_examples` takes it, `look` the fields of `Look`. Raises UserError.
     """
     out = Path(out)
     options = Look(**look)
