@@ -15,7 +15,7 @@ from recipe_memory import GIB, card_of, recipe_memory
 from trl import get_peft_config
 
 from trl_vpo.compare.plan import read_plan
-from trl_vpo.evaluate.recipe import parse as parse_evaluation
+from trl_vpo.evaluate.run import parse as parse_evaluation
 from trl_vpo.forward.parts import part_of
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.run import make_parser

@@ -172,14 +172,14 @@ def options_of(command, method):
     if command == "generate":
         from trl_vpo.generate.run import make_parser as parser
     elif command == "compare":
-        from trl_vpo.evaluate.recipe import make_parser as evaluate
+        from trl_vpo.evaluate.run import make_parser as evaluate
 
         return {*make_parser(method)._option_string_actions, *evaluate()._option_string_actions}
     elif command in ("train", "doctor"):
         parser = make_parser
     else:
         from trl_vpo.evaluate.command import _benchmark_parser
-        from trl_vpo.evaluate.recipe import make_parser as evaluate
+        from trl_vpo.evaluate.run import make_parser as evaluate
 
         return {*evaluate()._option_string_actions, *_benchmark_parser()._option_string_actions}
     return set(parser(method)._option_string_actions)

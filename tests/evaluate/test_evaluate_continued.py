@@ -13,8 +13,7 @@ from trl_vpo.evaluate import run as module
 from trl_vpo.evaluate.candidates import candidate_names
 from trl_vpo.evaluate.command import evaluate as run_command
 from trl_vpo.evaluate.config import EvaluateConfig
-from trl_vpo.evaluate.recipe import parse
-from trl_vpo.evaluate.run import run_evaluation, run_settings
+from trl_vpo.evaluate.run import parse, run_evaluation, run_settings
 from trl_vpo.runs.store import Run
 from trl_vpo.testbed import tiny_vlm
 from trl_vpo.testbed.rows import write_jsonl

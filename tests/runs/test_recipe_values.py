@@ -5,7 +5,7 @@ import os
 import pytest
 
 from trl_vpo.cli import main
-from trl_vpo.evaluate.recipe import make_parser as evaluate_parser
+from trl_vpo.evaluate.run import make_parser as evaluate_parser
 from trl_vpo.generate.run import make_parser as generate_parser
 from trl_vpo.training.run import make_parser as train_parser
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from trl_vpo.errors import RecipeError
 from trl_vpo.evaluate.config import EvaluateConfig
-from trl_vpo.evaluate.recipe import parse as parse_evaluation
 from trl_vpo.evaluate.run import held_out_rows
+from trl_vpo.evaluate.run import parse as parse_evaluation
 from trl_vpo.evaluate.trained import agreed_media
 from trl_vpo.files import read_object
 from trl_vpo.models.adapters import loses_base

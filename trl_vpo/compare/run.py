@@ -17,13 +17,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from trl_vpo.compare.figure import write_figure
 from trl_vpo.compare.plan import Plan, check_plan
-from trl_vpo.compare.table import print_table, write_table
+from trl_vpo.compare.table import Folders, heading, measured, print_table, write_table
 from trl_vpo.errors import UserError
+from trl_vpo.evaluate.results import BASE
+from trl_vpo.report.plot import style
+from trl_vpo.report.plot.curves import training_figure
+from trl_vpo.report.plot.runs import read_runs
 from trl_vpo.runs.console import make_console
 from trl_vpo.training.launch import signals_passed_on
 from trl_vpo.training.sigterm import STOPPED
@@ -55,6 +60,19 @@ def run_compare(plan: Plan, command: Command) -> None:
     table, figure = write_table(results, folders, plan.out / "table.md"), plan.out / "compare.png"
     notes = write_figure(results, folders, figure)
     console.print("\n".join([*notes, f"Table:  {table}", f"Figure: {figure}"]), soft_wrap=True)
+
+
+def write_figure(results: dict[str, Any], folders: Folders, path: Path) -> list[str]:
+    """Draw the trainings' curves and what was measured on held-out rows; return the notes on what is shown."""
+    runs = read_runs(list(folders.values()), list(folders))
+    models = results["contestants"].items()
+    held_out = {
+        f"{heading(measure)} (held out)": {name: own["measures"][measure] for name, own in models}
+        for measure in measured(results)
+    }
+    figure, notes = training_figure({run.name: run.history for run in runs}, held_out=held_out, base=BASE)
+    style.save(figure, path)
+    return notes
 
 
 def _run(words: list[str], what: str, command: Command, *, printed: bool = True) -> None:

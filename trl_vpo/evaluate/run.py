@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_inputs
-from trl_vpo.errors import EvaluateError, MediaError, RowError, as_user_errors
+from trl_vpo.errors import EvaluateError, MediaError, RecipeError, RowError, as_user_errors
 from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.judge import judgements, make_judge, read_prompt
@@ -32,10 +32,10 @@ from trl_vpo.evaluate.probes import (
     row_seed,
     run_probes,
 )
-from trl_vpo.evaluate.recipe import parse
 from trl_vpo.evaluate.results import BASE, Report
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.evaluate.table import show_results, write_results
+from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.load import Media
 from trl_vpo.models.requests import AnsweringModel
@@ -43,6 +43,7 @@ from trl_vpo.runs.digests import adapter_digest, weights_digest
 from trl_vpo.runs.driver import ctrl_c_says_how_to_continue, work_through
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.quiet import quiet_libraries
+from trl_vpo.runs.recipe import RecipeParser
 from trl_vpo.runs.resume_rules import fixed_settings
 from trl_vpo.runs.store import check_settings, read_outcomes
 from trl_vpo.text.chair import ObjectTable, read_synonyms
@@ -50,6 +51,24 @@ from trl_vpo.text.responses import Failure
 
 Loaded = tuple[EvalRow, InputRow, Media]
 NO_JUDGEMENT = "no judgement"  # kind of an outcome
+
+
+def make_parser() -> RecipeParser:
+    return RecipeParser([EvaluateConfig], any_device=True, prog="trl-vpo evaluate")
+
+
+def parse(argv: list[str]) -> EvaluateConfig:
+    """Return the settings; unset video settings are those of the adapters' training."""
+    if sum(arg.split("=")[0] == "--adapters" for arg in argv) > 1:
+        raise RecipeError("--adapters is given twice, and the first would be lost: name all of them behind one.")
+    parser = make_parser()
+    config = parser.parse(argv)[0]
+    config.check_can_start(
+        model_name_or_path="the base model, a folder or a Hub model",
+        dataset_name="the held-out rows",
+        output_dir="a folder for the run",
+    )
+    return replace(config, **trained_media(config.adapters, parser.given))
 
 
 def run_evaluation(argv: list[str]) -> dict[str, Any] | None:
