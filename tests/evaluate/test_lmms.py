@@ -8,6 +8,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from local_kit import GREEDY, load
 from trl_vpo.errors import EvaluateError, RunError
 from trl_vpo.evaluate import command
 from trl_vpo.evaluate.lmms import run as lmms
-from trl_vpo.evaluate.lmms.answers import StoredAnswers
 from trl_vpo.evaluate.lmms.tasks import videohallucer
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media
@@ -170,20 +170,30 @@ def test_finished_benchmarks_are_read(benchmark, tmp_path, no_weights):
         benchmark("tiny_first", out=tmp_path, limit=3, num_frames=2)
 
 
-def test_answers_are_kept_as_they_come(tmp_path):
-    """Needs no lmms-eval."""
-    settings = {"model": "m", "fps": None}
-    with StoredAnswers(tmp_path, settings) as answers:
-        answers["a/0: answer 1"] = ("red", 1)
-    with StoredAnswers(tmp_path, settings, rank=1, world_size=2) as answers:
-        answers["a/1: answer 1"] = (0.1 + 0.2, True)
-        assert answers == {"a/0: answer 1": ["red", 1], "a/1: answer 1": (0.1 + 0.2, True)}
+def test_answers_are_kept_as_they_come(tmp_path, monkeypatch):
+    """Needs no lmms-eval: a model that is begun has answered."""
+    fake = SimpleNamespace(simple_evaluate=lambda **options: None)
+    monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace(evaluator=fake))
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", fake)
+    known = []
+
+    def run(*answer, rank=0, world_size=1, fps=None):
+        def begin(answers, keep):
+            known.append(answers)
+            if answer:
+                keep(*answer)
+
+        model = SimpleNamespace(begin=begin, rank=rank, world_size=world_size)
+        assert lmms._run("a", model, None, tmp_path, {"model": "m", "fps": fps, "limit": world_size}) is None
+        return known[-1]
+
+    assert run("a/0: answer 1", ("red", 1)) == {}
+    assert run("a/1: answer 1", (0.1 + 0.2, True), rank=1, world_size=2) == {"a/0: answer 1": ["red", 1]}
     with (tmp_path / "shards" / "00000-of-00001.jsonl").open("a") as file:
         file.write('{"id": "torn')
-    with StoredAnswers(tmp_path, settings) as answers:
-        assert answers == {"a/0: answer 1": ["red", 1], "a/1: answer 1": [0.1 + 0.2, True]}
+    assert run() == {"a/0: answer 1": ["red", 1], "a/1: answer 1": [0.1 + 0.2, True]}
     with pytest.raises(RunError, match="fps: was null, is 2"):
-        StoredAnswers(tmp_path, settings | {"fps": 2.0})
+        run(fps=2.0)
 
 
 @needs_lmms_eval

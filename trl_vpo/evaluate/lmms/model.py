@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
@@ -48,9 +48,16 @@ class BenchmarkModel(lmms):
         self._max_new_tokens, self._seed = max_new_tokens, seed
         self.begin({})
 
-    def begin(self, answers: dict[str, Any]) -> None:
-        """Begin a benchmark. `answers`: those known, text and tokens, or loss and whether it is the greedy answer."""
-        self._answers, self._times = answers, Counter()
+    def begin(self, answers: dict[str, Any], keep: Callable[[str, Any], None] = lambda name, answer: None) -> None:
+        """Begin a benchmark. `answers`: those known, text and tokens, or loss and whether it is the greedy answer.
+
+        They are named as in "mvbench_x/7: answer 1". `keep` is called with the name of each new one, and with it.
+        """
+        self._answers, self._keep, self._times = answers, keep, Counter()
+
+    def _add(self, name: str, answer: Any) -> None:
+        self._keep(name, answer)
+        self._answers[name] = answer
 
     @property
     def device(self) -> Any:  # of what several processes exchange
@@ -66,7 +73,7 @@ class BenchmarkModel(lmms):
                 for batch in self._loaded(list(group)):
                     answers = self._model.complete([request for *_, request in batch], sampling)
                     for (instance, name, _), answer in zip(batch, answers):
-                        self._answers[name] = self._answer(instance, answer)
+                        self._add(name, self._answer(instance, answer))
                     bar.update(len(batch))
         answers = [self._answers[name] for name in names]
         return [GenerationResult(text, TokenCounts(output_tokens=tokens)) for text, tokens in answers]
@@ -91,7 +98,7 @@ class BenchmarkModel(lmms):
                 tokens = max(len(self._model.processor.tokenizer(text)["input_ids"]) for text in texts) + 1
                 greedy = self._model.complete(asked, Sampling(max_new_tokens=tokens, temperature=0))
                 for (_, name, _), average, answer, text in zip(batch, averages, greedy, texts, strict=True):
-                    self._answers[name] = -average, isinstance(answer, Answer) and answer.text == text
+                    self._add(name, (-average, isinstance(answer, Answer) and answer.text == text))
                 bar.update(len(batch))
         return [GenerationResult(tuple(self._answers[name])) for name in names]
 

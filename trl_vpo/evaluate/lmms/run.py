@@ -21,13 +21,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trl_vpo.errors import EvaluateError
-from trl_vpo.evaluate.lmms.answers import StoredAnswers
 from trl_vpo.evaluate.lmms.tasks import videohallucer
 from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.files import atomic_write
 from trl_vpo.models.config import AnsweringConfig
 from trl_vpo.models.load import load_model
 from trl_vpo.runs.digests import adapter_digest, files_digest, weights_digest
+from trl_vpo.runs.outcome import Outcome
+from trl_vpo.runs.store import Run, read_outcomes
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
@@ -224,8 +225,9 @@ def _run(name: str, model: BenchmarkModel, manager: TaskManager, folder: Path, r
     from lmms_eval.evaluator import simple_evaluate
 
     settings = {key: value for key, value in record.items() if key != "limit"}  # no answer depends on it
-    with StoredAnswers(folder, settings, rank=model.rank, world_size=model.world_size) as answers:
-        model.begin(answers)
+    with Run(folder, settings, rank=model.rank, world_size=model.world_size) as run:
+        answers = {outcome.id: outcome.rows[0]["answer"] for outcome in read_outcomes(folder)}  # of all processes
+        model.begin(answers, lambda name, answer: run.write(Outcome(name, ({"answer": answer},))))
         results = simple_evaluate(
             model=model,
             tasks=[name],
