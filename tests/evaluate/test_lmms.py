@@ -17,7 +17,7 @@ from held_out_kit import write_adapter
 from lmms_kit import CAPTION, CODE, FIRST, FRAMES, about, answers, needs_lmms_eval
 from local_kit import GREEDY, load
 
-from trl_vpo.errors import EvaluateError, RunError
+from trl_vpo.errors import EvaluateError, RunError, UserError
 from trl_vpo.evaluate import command
 from trl_vpo.evaluate.lmms import run as lmms
 from trl_vpo.evaluate.lmms.tasks import videohallucer
@@ -148,7 +148,7 @@ def test_benchmarks_that_cannot_be_run_are_refused(benchmark, monkeypatch, no_we
         with pytest.raises(EvaluateError, match=message):
             benchmark(name)
     for settings, message in (({"limit": 0}, "limit is 0"), ({"include_path": "gone"}, "gone is not a folder")):
-        with pytest.raises(EvaluateError, match=message):
+        with pytest.raises(UserError, match=message):
             benchmark("tiny_first", **settings)
 
 

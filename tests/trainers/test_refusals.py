@@ -69,7 +69,7 @@ UNCOLLATED = "the length of a row is known only once it is collated"
     [
         ("dpo", {"check_media": "maybe"}, "header, decode, off"),
         ("dpo", {"on_bad_media": "ignore"}, "error, skip"),
-        ("lpoi", {"num_images": 1}, "at least two images"),
+        ("lpoi", {"num_images": 1}, "num_images is 1: give at least 2"),
         ("rrpo", {"num_frames": 0}, "num_frames"),
         ("rrpo", {"fps": -1.0}, "fps"),
         ("rrpo", {"video_start": 5.0, "video_end": 2.0}, "video_"),

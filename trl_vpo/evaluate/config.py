@@ -54,9 +54,6 @@ class EvaluateConfig(AnsweringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(num_images=2, resamples=1)
-        if not 0 < self.level < 1:
-            raise ValueError(f"level is {self.level}: give a number above 0 and below 1.")
         self.damages()
         if bool(self.judge_url) != bool(self.judge_model):
             raise ValueError("a judge needs both judge_url and judge_model.")

@@ -33,12 +33,6 @@ class GenerateConfig(AnsweringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(max_retries=0, max_requests=1)
-        if not self.timeout > 0:
-            raise ValueError(f"timeout is {self.timeout}: give seconds above 0.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            given = f"temperature is {self.temperature} and top_p is {self.top_p}"
-            raise ValueError(f"{given}: give a temperature of at least 0, and a top_p above 0 and up to 1.")
         if bool(self.judge_url) != bool(self.judge_model):
             raise ValueError("a judge needs both judge_url and judge_model.")
         if self.server_url and (self.from_adapter or self.load_in_4bit or self.load_in_8bit):

@@ -53,10 +53,10 @@ STAGES = {
     "damaged": "losing response, on the damaged media",
     "plain": "plain answer, for the summary",
 }
-FILTERS = {  # setting: (the quantity it limits from below, its smallest and largest value)
-    "min_margin": ("reward margin", -math.inf, math.inf),
-    "min_trust": ("trust of the winning response", 0, 1),
-    "min_trust_margin": ("trust margin", -1, 1),
+FILTERS = {  # setting: the quantity it limits from below
+    "min_margin": "reward margin",
+    "min_trust": "trust of the winning response",
+    "min_trust_margin": "trust margin",
 }
 _ROUNDING = 1e-9  # 0.7 - 0.4 is a margin of 0.3
 
@@ -86,16 +86,6 @@ class LeanPOGenerateConfig(GenerateConfig):
         super().__post_init__()
         check_template("hint_prompt", self.hint_prompt, {"question", "answer"})
         check_template("reflection_prompt", self.reflection_prompt, {"question", "answer", "first_answer"})
-        self.check_at_least(num_damaged_frames=1)
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"flip_probability is {self.flip_probability}: give a number from 0 to 1.")
-        for name, (_, least, most) in FILTERS.items():
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and least <= value <= most):
-                limits = "a finite number" if math.isinf(most) else f"a number from {least} to {most}"
-                raise ValueError(f"{name} is {value}: give {limits}, or leave it out.")
-        if self.keep_top is not None and not 0 < self.keep_top <= 1:
-            raise ValueError(f"keep_top is {self.keep_top}: give a share above 0 and up to 1.")
 
 
 @dataclass
@@ -257,7 +247,7 @@ class LeanPOPipeline(Pipeline):
         values = {"min_trust": notes["chosen_trust"], "min_trust_margin": trust_margin(notes)}
         if "chosen_reward" in notes:
             values["min_margin"] = notes["chosen_reward"] - notes["rejected_reward"]
-        for name, (quantity, *_) in FILTERS.items():
+        for name, quantity in FILTERS.items():
             least = getattr(self.config, name)
             if least is not None and values[name] < least - _ROUNDING:
                 pair.reject(f"below {name}", f"the {quantity} is {values[name]:.4g}, {name} is {least:.4g}.")

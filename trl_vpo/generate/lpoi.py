@@ -85,12 +85,9 @@ class LPOIGenerateConfig(GenerateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(num_images=2, max_candidates=1)
         if not 0 <= self.min_box_area < self.max_box_area <= 1:
             areas = f"min_box_area {self.min_box_area} and max_box_area {self.max_box_area}"
             raise ValueError(f"{areas}: give shares from 0 to 1, the first the smaller one.")
-        if self.box_threshold is not None and not 0 <= self.box_threshold < 1:
-            raise ValueError(f"box_threshold is {self.box_threshold}: give at least 0 and below 1.")
         if self.presence_question.count("{object}") != 1:
             raise ValueError(f"presence_question is {self.presence_question!r}: it must contain {{object}} once.")
 

@@ -9,6 +9,7 @@ from typing import Any
 from trl_vpo.data.paths import check_output_dir
 from trl_vpo.errors import RecipeError
 from trl_vpo.media.load import VideoOptions
+from trl_vpo.runs.values import check_bounds
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -46,20 +47,13 @@ class AnsweringConfig:
 
     def __post_init__(self) -> None:
         self.video_options()
-        self.check_at_least(batch_size=1, max_new_tokens=1, limit=1)
         for setting in fields(self):
             value, choices = getattr(self, setting.name), setting.metadata.get("choices")
+            check_bounds(setting.name, value)
             if choices and value not in choices:
                 raise ValueError(f"{setting.name} is {value!r}: give one of {', '.join(choices)}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both set: keep one.")
-
-    def check_at_least(self, **least: int) -> None:
-        """Raise ValueError if one of these settings is smaller than its value here."""
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} is {value}: give a whole number of at least {minimum}.")
 
     def check_can_start(self, **required: str) -> None:
         """Raise RecipeError if one of these settings is not set, or `output_dir` is a file."""

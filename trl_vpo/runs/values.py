@@ -15,27 +15,35 @@ from trl_vpo.errors import RecipeError, did_you_mean
 from trl_vpo.runs.fields import annotated_fields, union_members
 from trl_vpo.runs.secrets import scrub
 
-# Keys that argument classes do not check themselves: outside of these, training does nothing, or something else.
+# Keys that argument classes do not check themselves: outside of these, a run does nothing, or something else.
 BOUNDS = [
     ("at least 1", lambda value: value >= 1, {
         "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
         "precompute_ref_batch_size", "lora_r", "lora_alpha", "max_length", "dataset_num_proc",
         "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps", "ref_model_sync_steps",
         "ddp_timeout", "pad_to_multiple_of",
+        "batch_size", "max_new_tokens", "limit", "resamples", "max_requests", "attempts", "short_words",
+        "judge_max_new_tokens", "num_damaged_frames", "max_candidates",
     }),
+    ("at least 2", lambda value: value >= 2, {"num_images"}),
     ("at least 0", lambda value: value >= 0, {
         "alpha", "nll_weight", "list_weight", "dpo_weight", "anchor_weight", "conditional_weight", "pair_weight",
         "margin_weight", "penalty_weight", "phrase_weight", "loss_weights", "score_scale_weight", "score_sensitivity",
         "weight_decay", "max_grad_norm", "warmup_steps", "eval_delay", "seed", "data_seed", "dataloader_num_workers",
         "neftune_noise_alpha", "router_aux_loss_coef", "vision_learning_rate", "projector_learning_rate",
+        "temperature", "judge_temperature", "max_retries",
     }),
     ("a number above 0", lambda value: value > 0, {
         "learning_rate", "beta", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps",
-        "test_split_size", "discopop_tau", "displacement_warning",
+        "test_split_size", "discopop_tau", "displacement_warning", "timeout",
     }),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, {
-        "lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2",
+        "lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "box_threshold",
     }),
+    ("a number above 0 and below 1", lambda value: 0 < value < 1, {"level"}),
+    ("a number above 0 and up to 1", lambda value: 0 < value <= 1, {"top_p", "keep_top", "max_changed"}),
+    ("a number from 0 to 1", lambda value: 0 <= value <= 1, {"flip_probability", "min_trust"}),
+    ("a number from -1 to 1", lambda value: -1 <= value <= 1, {"min_trust_margin"}),
     ("a whole number of at least 1, or -1 for num_train_epochs", lambda value: value >= 1 or value == -1, {
         "max_steps",
     }),

@@ -33,11 +33,6 @@ class LPOIConfig(VisualPreferenceConfig):
     media_form = "ranking"
     refused = REFUSED | {"label_smoothing": "LPOI has no label smoothing"}
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_images < 2:
-            raise ValueError(f"num_images={self.num_images}: a ranking needs at least two images.")
-
 
 class LPOITrainer(VisualPreferenceTrainer):
     """Plackett-Luce ranking of the images under the chosen response, plus DPO and an anchor on the clean image.

@@ -84,14 +84,12 @@ def run_benchmarks(
         raise EvaluateError(
             f"public benchmarks need lmms-eval, which cannot be imported ({error}): pip install trl-vpo[lmms]"
         ) from error
-    if limit is not None and limit < 1:
-        raise EvaluateError(f"limit is {limit}: give a whole number of at least 1.")
     trained = trained_media([adapter] if adapter else [], settings)
     settings = {key: value for key, value in trained.items() if key in FIXED} | settings  # a window is of the data
-    config = AnsweringConfig(model_name_or_path=model, batch_size=batch_size, **settings)
+    config = AnsweringConfig(model_name_or_path=model, limit=limit, batch_size=batch_size, **settings)
     manager = _task_manager(include_path)
     simple = {name: _check(manager, name, limit) for name in benchmarks}
-    common = _record(config, adapter, limit)
+    common = _record(config, adapter)
     records = {name: common | _files(manager, name, include_path) for name in benchmarks}
     folders = {name: Path(output_dir) / name for name in benchmarks}
     tables = {name: _finished(folder, records[name]) for name, folder in folders.items()}
@@ -183,13 +181,13 @@ def _check_judge(name: str, tasks: list[str]) -> None:
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def _record(config: AnsweringConfig, adapter: str | None, limit: int | None) -> dict[str, Any]:
+def _record(config: AnsweringConfig, adapter: str | None) -> dict[str, Any]:
     values, base = asdict(config), Path(config.model_name_or_path)
     return {key: values[key] for key in FIXED} | {
         "from_adapter": adapter,
         "weights": weights_digest(base) if base.is_dir() else None,  # another model in the same place is not this one
         "adapter_files": adapter_digest(adapter) if adapter else None,
-        "limit": limit,
+        "limit": config.limit,
         "lmms_eval": version("lmms-eval"),
     }
 
