@@ -63,7 +63,7 @@ def test_paired_difference_uses_the_pairs():
     assert 0.08 < paired.low < 0.1 < paired.high < 0.12
     # Ratios: 1/2 and 1/2; 2/2 and 0/6. Draws aa, ab, bb: 1 - 1/2, 2/8 - 2/4, 0 - 1/2.
     ratios = paired_difference([(1, 2), (1, 2)], [(2, 2), (0, 6)], ["a", "b"], level=0.98)
-    assert ratios == (-0.25, -0.5, 0.5)
+    assert ratios == (-0.25, -0.5, 0.5, 2)
 
 
 def test_the_seed_fixes_the_draws(monkeypatch):

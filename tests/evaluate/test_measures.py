@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trl_vpo.evaluate.measures import Measure, difference, estimate, evidence
+from trl_vpo.evaluate.intervals import Interval
+from trl_vpo.evaluate.measures import difference, estimate, evidence
 from trl_vpo.text.chair import ObjectTable
 
 TABLE = ObjectTable({"dog": [], "cup": [], "person": ["man"]})
@@ -210,7 +211,7 @@ def test_rated_answers():
 
 def test_estimate_passes_clusters_and_settings_on():
     rows = {"length/words": np.array([1.0, 2.0, 0.0])}
-    assert estimate(rows, ["a", "a", "b"], level=0.98) == {"length/words": Measure(1.0, 0.0, 1.5, 3)}
+    assert estimate(rows, ["a", "a", "b"], level=0.98) == {"length/words": Interval(1.0, 0.0, 1.5, 3)}
     assert math.isnan(estimate(rows, ["a", "a", "a"])["length/words"].low)
     with pytest.raises(ValueError, match="length/words: row 1 holds"):
         estimate({"length/words": [1.0, math.nan]}, "ab")
@@ -220,7 +221,7 @@ def test_difference():
     first = {"mean": [0.0, 1.0], "ratio": [(1, 2), (0, 0)]}
     second = {"mean": [1.0, 1.0], "ratio": [(2, 2), (0, 2)]}
     changes = difference(first, second, ["a", "b"], level=0.98)
-    assert changes["mean"] == Measure(0.5, 0.0, 1.0, 2)
+    assert changes["mean"] == Interval(0.5, 0.0, 1.0, 2)
     assert changes["ratio"].value == 0 and changes["ratio"].n == 2
     with pytest.raises(ValueError, match=r"only one side has \['ratio'\]"):
         difference(first, {"mean": [1.0, 1.0]}, ["a", "b"])

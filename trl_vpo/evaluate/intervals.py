@@ -21,9 +21,12 @@ _DRAWS_AT_ONCE = 1 << 22  # cluster numbers held in memory at one time
 
 
 class Interval(NamedTuple):
+    """A figure with its confidence limits (nan where undefined) and n, the number of rows that it rests on."""
+
     value: float
     low: float
     high: float
+    n: int
 
 
 def clustered_bootstrap(
@@ -41,8 +44,9 @@ def clustered_bootstrap(
     With fewer than two clusters the limits are nan: nothing is known about other clusters. Without rows, or with
     denominators that sum to 0, the value is nan, too.
     """
-    totals, draws = _resample(_columns(values), clusters, resamples, seed)
-    return _interval(_quotient(totals), _quotient(draws), level)
+    columns = _columns(values)
+    totals, draws = _resample(columns, clusters, resamples, seed)
+    return _interval(_quotient(totals), _quotient(draws), level, columns)
 
 
 def paired_difference(
@@ -55,7 +59,7 @@ def paired_difference(
     columns = np.concatenate([_columns(first), _columns(second)], axis=1)
     totals, draws = _resample(columns, clusters, resamples, seed)
     value = _quotient(totals[2:]) - _quotient(totals[:2])
-    return _interval(value, _quotient(draws[:, 2:]) - _quotient(draws[:, :2]), level)
+    return _interval(value, _quotient(draws[:, 2:]) - _quotient(draws[:, :2]), level, columns)
 
 
 def _columns(values: Any) -> np.ndarray:
@@ -89,7 +93,8 @@ def _quotient(sums: np.ndarray) -> np.ndarray:
         return np.where(sums[..., 1] != 0, sums[..., 0] / sums[..., 1], math.nan)
 
 
-def _interval(value: np.ndarray, draws: np.ndarray, level: float) -> Interval:
+def _interval(value: np.ndarray, draws: np.ndarray, level: float, columns: np.ndarray) -> Interval:
+    """Rest it on the rows with a denominator in any of the sides."""
     draws = draws[np.isfinite(draws)]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]) if len(draws) else (math.nan, math.nan)
-    return Interval(float(value), float(low), float(high))
+    return Interval(float(value), float(low), float(high), int((columns[:, 1::2] > 0).any(axis=1).sum()))

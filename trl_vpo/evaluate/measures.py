@@ -11,14 +11,13 @@ accuracy, options that tie share the point, and no share "above 0" or of falls c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from trl_vpo.data.numbers import both_fall
-from trl_vpo.evaluate.intervals import clustered_bootstrap, paired_difference
+from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
 from trl_vpo.evaluate.questions import (
     Evidence,
     Records,
@@ -41,40 +40,28 @@ from trl_vpo.evaluate.questions import (
 from trl_vpo.text.chair import ObjectTable, read_response
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A figure with its confidence limits (nan where undefined) and n, the number of rows that it rests on."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> dict[str, Measure]:
+def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> dict[str, Interval]:
     """Return the measures of N rows, given as name -> (N,) or (N, 2); for the rest see `clustered_bootstrap`."""
-    return {name: _measure(name, clustered_bootstrap, [values], clusters, bootstrap) for name, values in rows.items()}
+    return {name: _interval(name, clustered_bootstrap, values, clusters, **bootstrap) for name, values in rows.items()}
 
 
 def difference(
     first: Mapping[str, Any], second: Mapping[str, Any], clusters: Sequence, **bootstrap: Any
-) -> dict[str, Measure]:
+) -> dict[str, Interval]:
     """Return how much `second` exceeds `first` in every measure; both are of the same N rows in the same order."""
     if first.keys() != second.keys():
         raise ValueError(f"only one side has {sorted(first.keys() ^ second.keys())}: compare the same measures.")
-    sides = {name: [first[name], second[name]] for name in first}
-    return {name: _measure(name, paired_difference, values, clusters, bootstrap) for name, values in sides.items()}
+    return {
+        name: _interval(name, paired_difference, first[name], second[name], clusters, **bootstrap) for name in first
+    }
 
 
-def _measure(name: str, function: Any, sides: list, clusters: Sequence, bootstrap: dict[str, Any]) -> Measure:
-    """Return a figure that rests on the rows with a denominator in any of the sides."""
+def _interval(name: str, function: Callable[..., Interval], *values: Any, **bootstrap: Any) -> Interval:
+    """Call a bootstrap; its errors name the measure."""
     try:
-        interval = function(*sides, clusters, **bootstrap)
+        return function(*values, **bootstrap)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    arrays = [np.asarray(values) for values in sides]
-    counted = [array[:, 1] > 0 if array.ndim == 2 else np.ones(len(array), bool) for array in arrays]
-    return Measure(*interval, n=int(np.logical_or.reduce(counted).sum()))
 
 
 # --- evidence -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from typing import Any
 
 from trl_vpo.data.identity import package_version
 from trl_vpo.evaluate.config import EvaluateConfig
-from trl_vpo.evaluate.measures import Measure, difference, estimate, evidence
+from trl_vpo.evaluate.intervals import Interval
+from trl_vpo.evaluate.measures import difference, estimate, evidence
 from trl_vpo.evaluate.questions import question_pairs, read_answer, read_rating
 from trl_vpo.evaluate.rows import option_index
 from trl_vpo.runs.outcome import Outcome
@@ -92,8 +93,8 @@ class Report:
         kinds = {name: evidence(own, records[BASE], config.yes_no_rule, self._table) for name, own in records.items()}
         compared = {}
         for name, about in self._about.items():
-            own: dict[str, Measure] = {}
-            changes: dict[str, Measure] = {}
+            own: dict[str, Interval] = {}
+            changes: dict[str, Interval] = {}
             for kind, (rows, clusters) in kinds[name].items():
                 own |= estimate(rows, clusters, **bootstrap)
                 if name != BASE:
@@ -102,9 +103,9 @@ class Report:
         return compared
 
 
-def _as_json(named: dict[str, Measure]) -> dict[str, dict[str, float | None]]:
+def _as_json(named: dict[str, Interval]) -> dict[str, dict[str, float | None]]:
     """Limits that are undefined become None: JSON has no nan."""
     return {
-        name: {key: value if math.isfinite(value) else None for key, value in asdict(measure).items()}
+        name: {key: value if math.isfinite(value) else None for key, value in measure._asdict().items()}
         for name, measure in named.items()
     }
