@@ -52,16 +52,12 @@ def test_many_points_are_smoothed_over_a_fortieth_of_the_run():
 
 
 def test_a_run_keeps_its_curve_beside_those_without_reference():
-    _, lines, notes, _ = drawn(DPO=WITH_REFERENCE)
-    alone = [(5, -5.0), (10, -10.0)]
-    assert lines["Δ log-prob of rejected"][0] == alone and "to the reference model on the same rows" in notes
     panels, lines, notes, _ = drawn(DPO=WITH_REFERENCE, LeanPO=LOG)
-    assert lines["Δ log-prob of rejected"][:2] == [alone, []]
-    assert lines["Δ rejected since first window"][:2] == [[], [(5, 0.0), (10, -3.0)]]
-    since, loss = (panels[title].get_lines()[1] for title in ("Δ rejected since first window", "Loss"))
-    assert since.get_color() == loss.get_color()
-    assert "LeanPO logged no log-probs of a reference model: there, Δ log-prob is the change since" in notes
-    assert "Δ log-prob of" not in notes
+    assert lines["Δ log-prob of rejected"][:2] == [[(5, -5.0), (10, -10.0)], []]
+    assert lines["Log-prob of rejected"] == [[(5, -6.0), (10, -9.0)]] * 2
+    own, loss = (panels[title].get_lines()[1] for title in ("Log-prob of rejected", "Loss"))
+    assert own.get_color() == loss.get_color()
+    assert "Δ log-prob of rejected: not logged by LeanPO." in notes
 
 
 def test_a_run_shorter_than_its_first_window_is_drawn():
@@ -70,23 +66,13 @@ def test_a_run_shorter_than_its_first_window_is_drawn():
     assert lines["Loss"] == [[(4, 0.6)]]
 
 
-def test_runs_without_reference_need_no_other_panel():
-    panels, lines, notes, _ = drawn(LeanPO=LOG, SimPO=LOG)
-    assert not [title for title in panels if "window" in title]
-    assert lines["Δ log-prob of rejected"][1] == [(5, 0.0), (10, -3.0)]
-    assert "there, Δ log-prob is the change since the first logging window, which had other rows" in notes
-
-
 def test_evaluations_are_hollow_and_start_before_training():
     panels, lines, _, figure = drawn(LeanPO=EVALUATED)
-    assert lines["Δ log-prob of rejected"][:2] == [[(5, 0.0), (10, -3.0)], [(0, 0.0), (10, -2.5)]]
+    assert lines["Log-prob of rejected"] == [[(5, -6.0), (10, -9.0)], [(0, -7.0), (10, -9.5)]]
     line, marks = panels["Loss"].get_lines()[:2]
     assert marks.get_linestyle() == "None" and marks.get_markerfacecolor() == "white"
     assert marks.get_color() == line.get_color()
     assert legend(figure) == ["LeanPO", "hollow: evaluation set"]
-    _, lines, notes, _ = drawn(LeanPO=EVALUATED[1:])
-    assert lines["Δ log-prob of chosen"][1] == [] and lines["Loss"][1] == [(10, 0.6)]
-    assert "not evaluated before the first step" in notes
 
 
 def test_one_of_several_evaluation_sets_is_drawn():
@@ -98,7 +84,7 @@ def test_missing_and_broken_values_are_named():
     broken = {"step": 15, "loss": math.nan, "grad_norm": math.inf}
     _, lines, notes, _ = drawn(DPO=[*LOG[:2], broken], RRPO=[{**LOG[0], "kl/chosen": 0.5}])
     assert list(lines) == [
-        "Loss", "Reward margin", "Δ log-prob of chosen", "Δ log-prob of rejected", "KL from the reference, chosen",
+        "Loss", "Reward margin", "Log-prob of chosen", "Log-prob of rejected", "KL from the reference, chosen",
         "Gradient norm, before clipping",
     ]  # fmt: skip
     assert lines["KL from the reference, chosen"][1] == [(5, 0.5)]

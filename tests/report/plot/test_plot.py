@@ -112,7 +112,7 @@ def test_final_values_are_the_last_of_each_metric(tmp_path):
         [write_run(tmp_path / "a"), write_run(tmp_path / "b", [{"step": 5, "loss": 0.25, "kl/chosen": 1.5}])]
     )
     training, evaluation, whole = map(dict, plot.final_values(runs).values())
-    assert list(training) == ["loss", "rewards/margins", "kl/chosen", "logps/chosen", "num_tokens"]  # as in the figure
+    assert list(training) == ["loss", "rewards/margins", "logps/chosen", "kl/chosen", "num_tokens"]  # as in the figure
     assert training["loss"] == [0.51239, 0.25] and training["kl/chosen"] == [None, 1.5]
     assert training["logps/chosen"] == [-7.0, None]  # not the summary's
     assert evaluation == {"eval_loss": [0.6, None], "eval_logps/chosen": [-8.5, None]}

@@ -19,10 +19,8 @@ from trl_vpo.report.plot.history import (
     History,
     Series,
     default_half_life,
-    displacement,
     eval_prefixes,
     finite,
-    has_displacement,
     series,
     smooth,
 )
@@ -44,25 +42,15 @@ class Panel:
     unit: str
     guide: float | None = None
 
-    def series(self, history: History, *, mixed: bool, prefix: str = "") -> Series:
-        """Return a run's values; `mixed` runs are each in the displacement or the window panel, else all in one."""
-        name, _, side = self.key.partition("/")
-        if name not in ("displacement", "window"):
-            return series(history, prefix + self.key)
-        if mixed and has_displacement(history) != (name == "displacement"):
-            return [], []
-        return displacement(history, side, prefix=prefix)
-
 
 PANELS = (
     Panel("loss", "Loss", "loss"),
     Panel("rewards/margins", "Reward margin", "reward margin", 0.0),
     Panel("rewards/accuracies", "Preference accuracy", "share of pairs", 0.5),
-    Panel("displacement/chosen", "Δ log-prob of chosen", NATS, 0.0),
-    Panel("displacement/rejected", "Δ log-prob of rejected", NATS, 0.0),
-    # Of runs without a reference, beside others that have one: what is noise there would hide the others' course.
-    Panel("window/chosen", "Δ chosen since first window", NATS, 0.0),
-    Panel("window/rejected", "Δ rejected since first window", NATS, 0.0),
+    Panel("displacement/chosen", "Δ log-prob of chosen", "nats above the reference", 0.0),
+    Panel("displacement/rejected", "Δ log-prob of rejected", "nats above the reference", 0.0),
+    Panel("logps/chosen", "Log-prob of chosen", NATS),
+    Panel("logps/rejected", "Log-prob of rejected", NATS),
     Panel("kl/chosen", "KL from the reference, chosen", NATS, 0.0),
     Panel("grad_norm", "Gradient norm, before clipping", "L2 norm"),
 )
@@ -76,7 +64,7 @@ def training_figure(
     held_out: Mapping[str, Mapping[str, Measured]] = MappingProxyType({}),
     base: str = "base",
 ) -> tuple[Figure, list[str]]:
-    """Draw loss, margin, accuracy, displacement, KL and gradient norm of named runs.
+    """Draw loss, margin, accuracy, log-probs, KL and gradient norm of named runs.
 
     Return the figure and notes on what it shows, which are also written below the axes if it is `captioned`.
     `held_out` adds measures of the runs and of their `base`: title -> name -> value, with the limits of its interval.
@@ -84,12 +72,8 @@ def training_figure(
     """
     if not runs:
         raise PlotError("there is no run to plot: give at least one")
-    half_life, mixed = default_half_life(runs), is_mixed(runs)
-    curves = {
-        panel: {name: panel.series(history, mixed=mixed) for name, history in runs.items()}
-        for panel in PANELS
-        if mixed or not panel.key.startswith("window")
-    }
+    half_life = default_half_life(runs)
+    curves = {panel: {name: series(history, panel.key) for name, history in runs.items()} for panel in PANELS}
     drawn = [panel for panel, by_run in curves.items() if any(finite(values)[0] for values in by_run.values())]
     if not drawn:
         raise PlotError(f"{', '.join(runs)}: no metric that could be drawn was logged")
@@ -101,7 +85,7 @@ def training_figure(
                 few = len(curves[panel][name][0]) <= SMOOTHED_FROM  # exact as it is, whatever the other runs are
                 draw_line(axes, curves[panel][name], index, 0 if few else half_life)
                 for prefix in eval_prefixes(history)[:1]:
-                    values = finite(panel.series(history, mixed=mixed, prefix=prefix))
+                    values = finite(series(history, prefix + panel.key))
                     look = style.look(index)
                     axes.plot(*values, color=look["color"], marker=look["marker"], **HOLLOW, zorder=3)
             if panel.guide is not None:
@@ -115,11 +99,6 @@ def training_figure(
         if captioned:
             add_caption(figure, notes)
     return figure, notes
-
-
-def is_mixed(runs: Mapping[str, History]) -> bool:
-    """Return True if some of the runs compared themselves with a reference and others did not."""
-    return len(set(map(has_displacement, runs.values()))) == 2
 
 
 # --- parts of figures ---------------------------------------------------------------------------------------------
@@ -191,13 +170,12 @@ def add_caption(figure: Figure, notes: Sequence[str]) -> None:
 
 
 def _notes(runs: Mapping[str, History], curves: Curves, half_life: float) -> list[str]:
-    notes = [smoothing_note(half_life), displacement_note(runs)]
+    notes = [smoothing_note(half_life)]
     if len(runs) > 1:
         notes.append("Loss and rewards are each method's own: compare their course, not their height.")
     for panel, by_run in curves.items():
         missing = [name for name, values in by_run.items() if not values[0]]
-        moved = panel.key.startswith(("displacement", "window"))
-        if missing and not (moved and is_mixed(runs)):  # `displacement_note` explains those
+        if missing:
             names = ", ".join(missing) if len(missing) < len(runs) else "any run"
             notes.append(f"{panel.title}: not logged by {names}.")
         for name, values in by_run.items():
@@ -210,22 +188,7 @@ def _notes(runs: Mapping[str, History], curves: Curves, half_life: float) -> lis
         prefixes = eval_prefixes(history)
         if len(prefixes) > 1:
             notes.append(f"{name}: the evaluation set drawn is {prefixes[0][5:-1]}, one of {len(prefixes)}.")
-        if prefixes and not has_displacement(history) and not displacement(history, "chosen", prefix=prefixes[0])[0]:
-            notes.append(f"{name}: no log-probs of the evaluation set, it was not evaluated before the first step.")
     return [note for note in notes if note]
-
-
-def displacement_note(runs: Mapping[str, History]) -> str:
-    without = ", ".join(name for name, history in runs.items() if not has_displacement(history))
-    exact = "Δ log-prob is the difference to the reference model on the same rows."
-    if not without:
-        return exact
-    evaluated = any(map(eval_prefixes, runs.values()))
-    also = "; on the evaluation set, since the evaluation before the first step" if evaluated else ""
-    return (
-        f"{exact + ' ' if is_mixed(runs) else ''}{without} logged no log-probs of a reference model: there, "
-        f"Δ log-prob is the change since the first logging window, which had other rows{also}."
-    )
 
 
 def smoothing_note(half_life: float) -> str:

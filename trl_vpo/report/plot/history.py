@@ -1,4 +1,4 @@
-"""Numbers from a trainer's `state.log_history`: series of a metric, displacement, smoothing."""
+"""Numbers from a trainer's `state.log_history`: series of a metric, smoothing."""
 
 from __future__ import annotations
 
@@ -30,22 +30,6 @@ def finite(values: Series) -> Series:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def displacement(history: History, side: str, *, prefix: str = "") -> Series:
-    """Return the change of a side's log-prob, in nats per response.
-
-    It is `displacement/*`, against the reference on the same rows, if the run logged that. Otherwise it is `logps/*`
-    minus its first value: the mean of the first logging window, or the evaluation before the first step. Without such
-    an evaluation there is nothing to compare evaluations with, and the series is empty. `prefix` is that of an
-    evaluation set's metrics, such as `eval_`; empty for training.
-    """
-    if has_displacement(history):
-        return series(history, f"{prefix}displacement/{side}")
-    steps, values = series(history, f"{prefix}logps/{side}")
-    if not steps or (prefix and steps[0] != 0):
-        return [], []
-    return steps, [value - values[0] for value in values]
-
-
 def smooth(values: Series, half_life: float) -> Series:
     """Return the exponentially weighted mean of the values so far; a weight halves every `half_life` steps."""
     total = weight = 0.0
@@ -70,8 +54,3 @@ def eval_prefixes(history: History) -> list[str]:
     """Return `eval_`, or `eval_NAME_` for each of several evaluation sets, in the order of the log."""
     keys = dict.fromkeys(key for entry in history for key in entry)
     return [key.removesuffix("loss") for key in keys if key.startswith("eval_") and key.endswith("_loss")]
-
-
-def has_displacement(history: History) -> bool:
-    """Return True if the run compared itself with a reference; LeanPO has none."""
-    return any("displacement/chosen" in entry for entry in history)
