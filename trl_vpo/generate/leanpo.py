@@ -128,7 +128,6 @@ class LeanPOPipeline(Pipeline):
     per token, given the plain question and the untouched media, in nats before beta.
     """
 
-    name = "leanpo"
     config: LeanPOGenerateConfig
 
     def __init__(self, config, model, judge=None, generated_by=None):

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.inputs import InputRow, portable
-from trl_vpo.data.rows import read_row
-from trl_vpo.errors import InputError, RowError
+from trl_vpo.errors import InputError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.objects.boxes import area_share
 from trl_vpo.generate.objects.object_candidates import Case, Finder
@@ -99,7 +98,6 @@ class LPOIPipeline(Pipeline):
     or annotation), `box_score` (None for an annotation); with a mask model, `image_list` too.
     """
 
-    name = "lpoi"
     config: LPOIGenerateConfig
 
     def __init__(self, config, model, judge=None, generated_by=None):
@@ -115,10 +113,6 @@ class LPOIPipeline(Pipeline):
         if len(row.images) != 1 or row.videos:
             given = f"{len(row.images)} images and {len(row.videos)} videos"
             raise InputError(f"the row has {given}: LPOI takes one image.")
-        try:
-            read_row(row.example)
-        except RowError as error:
-            raise InputError(str(error)) from error
         column = self.config.annotations_column
         if self.config.boxes == "annotations" and row.example.get(column) is None:
             raise InputError(f"the row has no `{column}`, where its boxes should be (annotations_column).")

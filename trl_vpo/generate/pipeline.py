@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL import Image
 
@@ -20,8 +20,6 @@ from trl_vpo.runs.outcome import Outcome
 
 class Pipeline(ABC):
     """Input rows -> outcomes. Each method's file has one. The model is None for a dry run."""
-
-    name: ClassVar[str]
 
     def __init__(
         self,

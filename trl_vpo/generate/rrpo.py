@@ -40,8 +40,6 @@ from trl_vpo.text.phrases import phrase_spans
 from trl_vpo.text.responses import Failure, without_reasoning
 from trl_vpo.text.similarity import mean
 
-__all__ = ["RRPOGenerateConfig", "RRPOPipeline"]
-
 FAILED = "failed"  # an attempt that has no answer, or that the judge could not check
 # Kinds of attempts without a wrong answer; a row is counted under the first that one of its attempts had.
 NO_WRONG_ANSWER = (
@@ -88,7 +86,6 @@ class RRPOPipeline(Pipeline):
     run, `perturb` makes the same media again.
     """
 
-    name = "rrpo"
     config: RRPOGenerateConfig
 
     def _task(self, row: InputRow) -> Task:

@@ -54,12 +54,12 @@ class Finder:
 
     def candidates(self, row: InputRow) -> list[Candidate]:
         """Return what the row's text, or its column of candidates, names. Opens no file."""
+        try:
+            pair = read_row(row.example)
+        except RowError as error:
+            raise InputError(str(error)) from error
         column = self.config.objects_column
         if column is None:
-            try:
-                pair = read_row(row.example)
-            except RowError as error:
-                raise InputError(str(error)) from error
             question = pair.prompt
             if not isinstance(question, str):  # the text of the last user turn
                 users = [message for message in question if message["role"] == "user"]
