@@ -123,7 +123,10 @@ class EvaluationCallback(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """Return the measures of the model as it is now. All processes call this."""
         policy, reference = self.records()
-        return measures_of(policy, reference or None)
+        measures: dict[str, float] = {}
+        for rows, clusters in preference_evidence(policy, reference or None).values():
+            measures |= {name: found.value for name, found in estimate(rows, clusters, resamples=1).items()}
+        return measures
 
     def records(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return a record of each row for the policy, and for the reference where there is one; see `measure`."""
@@ -200,11 +203,3 @@ class EvaluationCallback(TrainerCallback):
             except ValueError as error:
                 raise EvaluateError(f"held-out {row.name}: {error}") from error
         return inputs, rows[:limit]
-
-
-def measures_of(records: list[dict[str, Any]], base: list[dict[str, Any]] | None = None) -> dict[str, float]:
-    """Return the measures of preference rows, with those against the base where it is given."""
-    measures: dict[str, float] = {}
-    for rows, clusters in preference_evidence(records, base).values():
-        measures |= {name: measure.value for name, measure in estimate(rows, clusters, resamples=1).items()}
-    return measures

@@ -14,7 +14,6 @@ from typing import Any
 
 from trl_vpo.errors import EvaluateError
 from trl_vpo.models.requests import AnsweringModel, Request, Sampling
-from trl_vpo.models.server import ServerModel
 from trl_vpo.text.responses import Failure
 
 SAMPLING = Sampling(max_new_tokens=1024, temperature=0)
@@ -39,11 +38,6 @@ Give your reason in one or two sentences. Then write one last line, "Rating: " a
 1: a hallucination, otherwise somewhat informative
 0: a hallucination, not informative
 """
-
-
-def make_judge(url: str | None, model: str | None, api_key_env: str) -> AnsweringModel | None:
-    """Return the judge behind an OpenAI-compatible server, or None where none is named. Raises ModelError."""
-    return ServerModel(url, model, api_key_env=api_key_env) if url else None
 
 
 def read_prompt(path: str | None) -> str:

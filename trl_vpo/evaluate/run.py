@@ -21,7 +21,7 @@ from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_input
 from trl_vpo.errors import EvaluateError, MediaError, RecipeError, RowError, as_user_errors
 from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
 from trl_vpo.evaluate.config import EvaluateConfig
-from trl_vpo.evaluate.judge import judgements, make_judge, read_prompt
+from trl_vpo.evaluate.judge import judgements, read_prompt
 from trl_vpo.evaluate.probes import (
     Probe,
     numbers,
@@ -34,16 +34,18 @@ from trl_vpo.evaluate.probes import (
 )
 from trl_vpo.evaluate.results import BASE, Report
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
-from trl_vpo.evaluate.table import show_results, write_results
+from trl_vpo.evaluate.table import show_results
 from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.load import Media
 from trl_vpo.models.requests import AnsweringModel
+from trl_vpo.models.server import ServerModel
 from trl_vpo.runs.digests import adapter_digest, weights_digest
 from trl_vpo.runs.driver import ctrl_c_says_how_to_continue, work_through
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.runs.recipe import RecipeParser
+from trl_vpo.runs.results import encode, write_lines
 from trl_vpo.runs.resume_rules import fixed_settings
 from trl_vpo.runs.store import check_settings, read_outcomes
 from trl_vpo.text.chair import ObjectTable, read_synonyms
@@ -90,7 +92,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     settings = run_settings(config, adapters, inputs)
     check_settings(config.output_dir, settings)
     _refuse_skipped(config)
-    judge = make_judge(config.judge_url, config.judge_model, config.judge_api_key_env)
+    judge = None
+    if config.judge_url:
+        judge = ServerModel(config.judge_url, config.judge_model, api_key_env=config.judge_api_key_env)
     with as_user_errors():  # also of processes that do not find each other
         candidates = load_candidates(config.adapters, **config.model_options())
     settings["evaluated"] = candidates.model.record()
@@ -113,7 +117,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     )
     if summary is None:
         return None
-    write_results(report.results, config.output_dir)
+    write_lines(Path(config.output_dir) / "results.json", [encode(report.results, "results", indent=2)])
     show_results(report.results, config.output_dir)
     return report.results
 

@@ -1,9 +1,8 @@
-"""The results of a run as a table, and as `results.json`."""
+"""The results of a run as a table."""
 
 from __future__ import annotations
 
 from itertools import chain, groupby
-from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -11,16 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from trl_vpo.runs.console import WIDTH, fitting, make_console, table
-from trl_vpo.runs.results import encode, write_lines
 
 UP, DOWN = "▲", "▼"
 FEWEST = 30  # rows that a mark needs; intervals of fewer are too narrow
 NAME_WIDTH = 20
-
-
-def write_results(results: dict[str, Any], folder: str | Path) -> None:
-    """Write `results.json`, whole or not at all."""
-    write_lines(Path(folder) / "results.json", [encode(results, "results", indent=2)])
 
 
 def show_results(results: dict[str, Any], folder: str) -> None:
