@@ -123,15 +123,15 @@ def _grid(curves: int, others: int = 0) -> tuple[Figure, Sequence]:
     return figure, grid
 
 
-def draw_line(axes, values: Series, index: int, half_life: float, marked: int | None = 6) -> None:
-    """Draw a curve, faint as logged and thick as smoothed, with about so many markers (None: at every point)."""
+def draw_line(axes, values: Series, index: int, half_life: float) -> None:
+    """Draw a curve, faint as logged and thick as smoothed, with about six markers."""
     look = style.look(index)
     values = finite(values)
     if half_life and len(values[0]) > 1:
         axes.plot(*values, color=look["color"], linewidth=0.7, alpha=0.3)
         values = smooth(values, half_life)
-    every = max(1, len(values[0]) // marked) if marked else 1
-    axes.plot(*values, **look, linewidth=1.6, markersize=3.5 if marked else 5, markevery=(every // 2, every))
+    every = max(1, len(values[0]) // 6)
+    axes.plot(*values, **look, linewidth=1.6, markersize=3.5, markevery=(every // 2, every))
 
 
 def draw_measures(axes, measures: Mapping[str, Measured], names: Sequence[str], base: str) -> None:
@@ -170,7 +170,8 @@ def add_caption(figure: Figure, notes: Sequence[str]) -> None:
 
 
 def _notes(runs: Mapping[str, History], curves: Curves, half_life: float) -> list[str]:
-    notes = [smoothing_note(half_life)]
+    steps = f"{half_life:g} step{'s' if half_life != 1 else ''}"
+    notes = [f"Faint: as logged. Thick: exponential moving average, half-life {steps}."] if half_life else []
     if len(runs) > 1:
         notes.append("Loss and rewards are each method's own: compare their course, not their height.")
     for panel, by_run in curves.items():
@@ -188,11 +189,4 @@ def _notes(runs: Mapping[str, History], curves: Curves, half_life: float) -> lis
         prefixes = eval_prefixes(history)
         if len(prefixes) > 1:
             notes.append(f"{name}: the evaluation set drawn is {prefixes[0][5:-1]}, one of {len(prefixes)}.")
-    return [note for note in notes if note]
-
-
-def smoothing_note(half_life: float) -> str:
-    if not half_life:
-        return ""
-    steps = f"{half_life:g} step{'s' if half_life != 1 else ''}"
-    return f"Faint: as logged. Thick: exponential moving average, half-life {steps}."
+    return notes
