@@ -85,9 +85,6 @@ class Plan:
             keys["device"] = "cpu"
         return option_words(keys | self.keys | {"dataset_name": self.held_out, "output_dir": str(self.evaluation)})
 
-    def adapter_options(self) -> list[str]:
-        return ["--adapters", *(str(self.folder(training)) for training in self.trainings)]
-
 
 def read_plan(configs: Sequence[str], held_out: str | None, out: str | None, words: Sequence[str]) -> Plan:
     """Return what a command line asks for: recipes of trainings, or one recipe of a comparison.

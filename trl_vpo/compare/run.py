@@ -52,10 +52,10 @@ def run_compare(plan: Plan, command: Command) -> None:
         options = [*training.options(plan.folder(training)), "--resume_from_checkpoint", "true"]
         _run(["train", training.method, *options], f"the training of {training.name}", command)
     console.rule(f"held-out rows: {plan.held_out}")
-    words = ["evaluate", *plan.evaluation_options(), *plan.adapter_options()]
+    folders = {training.name: plan.folder(training) for training in plan.trainings}
+    words = ["evaluate", *plan.evaluation_options(), "--adapters", *map(str, folders.values())]
     _run(words, "the evaluation", command, printed=False)  # its table has every measure
     results = json.loads((plan.evaluation / "results.json").read_text(encoding="utf-8"))
-    folders = {training.name: plan.folder(training) for training in plan.trainings}
     print_table(results, folders)
     table, figure = write_table(results, folders, plan.out / "table.md"), plan.out / "compare.png"
     notes = write_figure(results, folders, figure)
