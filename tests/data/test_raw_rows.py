@@ -3,13 +3,16 @@
 import json
 
 import pytest
-from datasets import Dataset, Features, Image, List, Video, load_dataset
+from datasets import Dataset, Features, Image, Json, List, Value, Video, load_dataset
 from helpers import row, write_image
 from prepared import prepare
 
 from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.inputs import Inputs
+from trl_vpo.data.raw_rows import raw_rows
 from trl_vpo.data.rows import ROW_INDEX
 from trl_vpo.errors import RowError
+from trl_vpo.report.view.data import read_examples
 
 
 def as_media(rows):
@@ -116,3 +119,15 @@ def test_a_transform_gets_the_columns_that_it_gets_in_training(unused, images, p
     assert collator([data[2]])["names"] == ["row 2"]
     again = prepare(data.select([1, 2]), processor, tmp_path, remove_unused_columns=False)  # as another trainer would
     assert collator([again[1]])["names"] == ["row 1"] and again[1]["images"] == data[2]["images"]
+
+
+def test_json_beside_a_file_is_read(tmp_path):
+    """In training, in the inputs of other commands, and on the page of `trl-vpo view`."""
+    features = Features(images=List({"image": Image(), "crop": Json()}), files=List(Json()), t=Value("string"))
+    picture, files = {"image": {"bytes": b"not decoded", "path": None}, "crop": [1, 2]}, ["a.png", {"path": "b.png"}]
+    want = {"images": [picture], "files": files, "t": "[3]"}
+    data = Dataset.from_list([want, want], features=features)
+    data.save_to_disk(tmp_path / "saved")
+    assert list(raw_rows(data)) == Inputs(data, ["0", "1"]).examples(0, 2) == [want, want]
+    assert list(read_examples(tmp_path / "saved", "train")) == [want, want]
+    assert list(raw_rows(data.select_columns(["t", "images"]), 1, media=())) == [{"t": "[3]"}]

@@ -134,6 +134,18 @@ def test_a_stream_of_datasets_videos(recipe, tmp_path):
     assert texts(report)["tokens"].startswith("3 of 3 rows tokenized, 0 of them") and not report.problems
 
 
+def test_a_stream_of_rows_with_other_columns_and_types(recipe, tmp_path):
+    """Paths beside dictionaries, and columns that the first row does not have."""
+    clip, image = write_clip(tmp_path / "a.mp4"), write_image(tmp_path / "a.png")
+    rows = [row(None), row("video", [clip]), row("video", [{"path": clip, "video_end": 0.5}]), row("image", [image])]
+    write_jsonl(rows, tmp_path / "rows.jsonl")
+    (tmp_path / "dpo.yaml").write_text(recipe.read_text().replace("lpoi", "dpo").replace("num_images: 4", ""))
+    argv = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--dataset_streaming", "true", "--num_frames", "2"]
+    report = examine(tmp_path / "dpo.yaml", argv)
+    assert texts(report)["tokens"].startswith("4 of 4 rows tokenized, 0 of them") and not report.problems
+    assert [tokens > 0 for tokens in report.tokens["media"]] == [False, True, True, True]
+
+
 def test_rows_over_max_length(recipe):
     report = examine(recipe, ["--max_length", "10"])
     assert status(report)["tokens"] == STOP and len(report.problems) == 6

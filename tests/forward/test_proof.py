@@ -1,12 +1,13 @@
 """The proof of a model before its first step: each fault that it is there for, put into a model that is right."""
 
+import json
 import logging
 
 import families_newer
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import Dataset, Json
 from families import FAMILIES, build
 from families_newer import NEWER
 from helpers import row
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig
 from vlm_standins import VISION_MODELS
 
 from trl_vpo.data.collator import PreferenceCollator
+from trl_vpo.data.json_files import load_json
 from trl_vpo.data.proof_rows import first_of_kinds
 from trl_vpo.forward import layouts, scorer
 from trl_vpo.forward.families import padded_layout_reason
@@ -180,6 +182,13 @@ def test_first_of_kinds(media, tmp_path):
     assert found == [{"image": None, "video": "a.mp4"}, {"image": "a.png", "video": None}]
     assert first_of_kinds(Dataset.from_list([{"id": "a"}, {"id": "b"}]), made.data_collator) == [{"id": "a"}]
     assert first_of_kinds(data.with_transform(lambda batch: batch), made.data_collator) is None
+    path = tmp_path / "rows.jsonl"  # plain paths and dictionaries: a column of JSON
+    videos = [["a.mp4"], [{"path": "b.mp4", "video_start": 0.0}], [], ["a.mp4", {"path": "b.mp4"}]]
+    path.write_text("".join(json.dumps({"videos": sources}) + "\n" for sources in videos))
+    mixed = load_json([path])
+    assert isinstance(mixed.features["videos"], Json)
+    found = [example["videos"] for example in first_of_kinds(mixed, made.data_collator)]
+    assert found == [videos[0], videos[2], videos[3]]
 
 
 @pytest.mark.parametrize("name", [name for name, family in NEWER.items() if family.chat])

@@ -7,12 +7,14 @@ import time
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, List, concatenate_datasets
+from datasets import Dataset, Features, Image, Json, List, concatenate_datasets
 from PIL import Image as Picture
 
 from trl_vpo import files
+from trl_vpo.data.json_files import load_json
 from trl_vpo.files import file_digest
 from trl_vpo.runs.digests import model_files, row_digests
+from trl_vpo.testbed.rows import write_jsonl
 
 
 @pytest.fixture
@@ -112,3 +114,20 @@ def test_rows_are_known_by_their_texts_and_media(tmp_path):
     (tmp_path / "there" / "frames" / "1.png").write_bytes(b"other")  # as large, and in the middle
     assert rows("there")[0] == first[0] and rows("there")[1] != first[1]
     assert row_digests(Dataset.from_list([{"prompt": "a"}])).dtype == np.uint64
+
+
+def test_media_in_json_columns_are_known(tmp_path):
+    """Paths beside dictionaries. JSON of texts counts as it is stored, and a dataset's own transform does not."""
+    (tmp_path / "a.mp4").write_bytes(b"first")
+    clip, tools = {"path": "a.mp4", "video_start": 0.0}, [{"name": "f"}, "g"]
+    rows = [{"prompt": "a", "tools": tools, "video": "a.mp4"}, {"prompt": "b", "tools": None, "video": clip}]
+    write_jsonl(rows, tmp_path / "rows.jsonl")
+    data = load_json([tmp_path / "rows.jsonl"])
+    assert isinstance(data.features["video"], Json) and isinstance(data.features["tools"], Json)
+    first = row_digests(data, str(tmp_path)).tolist()
+    plain = [{"prompt": "a", "tools": json.dumps(tools), "video": "a.mp4"}]
+    assert row_digests(Dataset.from_list(plain), str(tmp_path)).tolist() == first[:1]
+    transformed = data.with_transform(lambda batch: {"prompt": batch["prompt"]})
+    assert row_digests(transformed, str(tmp_path)).tolist() == first
+    (tmp_path / "a.mp4").write_bytes(b"other")
+    assert not set(row_digests(data, str(tmp_path)).tolist()) & set(first)

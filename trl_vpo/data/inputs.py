@@ -18,11 +18,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import PIL.Image
-from datasets import Audio, Dataset, Image, Video
+from datasets import Dataset
 
 from trl_vpo.data.columns import nearest_column
 from trl_vpo.data.identity import PAYLOAD
-from trl_vpo.data.raw_rows import raw_media
+from trl_vpo.data.raw_rows import RawRows
 from trl_vpo.data.row_media import media_sources
 from trl_vpo.data.rows import MARKERS, drop_none
 from trl_vpo.data.sources import named_splits
@@ -100,10 +100,7 @@ class Inputs(Sequence[InputRow]):
     def __init__(
         self, dataset: Dataset, ids: list[str], media_folder: Path | None = None, media_root: str | Path | None = None
     ):
-        media = (Image, Video, Audio)  # what `datasets` would open or decode
-        raw = [name for name, feature in dataset.features.items() if raw_media(feature, media) is not feature]
-        self._raw = dataset.select_columns(raw).with_format("arrow") if raw else None
-        self._plain = dataset.select_columns([name for name in dataset.column_names if name not in raw])
+        self._rows = RawRows(dataset)
         self._dataset, self.ids, self._folder, self._root = dataset, ids, media_folder, media_root
 
     def __len__(self) -> int:
@@ -127,10 +124,7 @@ class Inputs(Sequence[InputRow]):
 
     def examples(self, start: int, stop: int) -> list[dict[str, Any]]:
         """Return rows as the dataset gives them, with Arrow's `None`s. Media stay {"path", "bytes"}, not decoded."""
-        columns = dict(self._plain[start:stop])
-        if self._raw is not None:
-            columns |= self._raw[start:stop].to_pydict()
-        return [{name: values[i] for name, values in columns.items()} for i in range(stop - start)]
+        return list(self._rows.read(start, stop))
 
 
 def read_inputs(

@@ -8,17 +8,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset
 
-from trl_vpo.data.messages import KINDS
 from trl_vpo.data.raw_rows import raw_rows, transform_of
 from trl_vpo.data.row_media import LISTS, own_sources
 from trl_vpo.forward.proof import ProofRow
 
 FRAMES, PIXELS = 4, 224 * 224  # at most, of a proof row
-CHUNK = 10_000
 
 
 def kind_of(images: int, videos: int) -> str:
@@ -37,14 +33,10 @@ def first_of_kinds(dataset: Dataset, collator: Any) -> list[dict] | None:
     if transform_of(dataset):
         return None
     names = [name for name in ("images", "image", "videos", "video", *LISTS) if name in dataset.column_names]
-    first: dict[tuple, int] = {}
-    if names:
-        for start, batch in enumerate(dataset.select_columns(names).with_format("arrow").iter(CHUNK)):
-            counts = zip(*(_counts(batch.column(name), many=name not in KINDS) for name in names))
-            for i, key in enumerate(counts):
-                first.setdefault(key, start * CHUNK + i)
-    rows = [next(raw_rows(dataset, i, i + 1)) for i in first.values() or (0,)]
-    return list(_by_kind(rows).values())
+    first: dict[str, int] = {}
+    for i, media in enumerate(raw_rows(dataset.select_columns(names)) if names else ({},)):
+        first.setdefault(kind_of_row(media), i)
+    return [next(raw_rows(dataset, i, i + 1)) for i in first.values()]
 
 
 def _by_kind(examples: Iterable[dict]) -> dict[str, dict]:
@@ -52,12 +44,6 @@ def _by_kind(examples: Iterable[dict]) -> dict[str, dict]:
     for example in examples:
         kinds.setdefault(kind_of_row(example), example)
     return kinds
-
-
-def _counts(column, *, many: bool) -> list[int]:
-    listed = many and not pa.types.is_null(column.type)
-    counts = pc.list_value_length(column) if listed else pc.cast(pc.is_valid(column), "int32")
-    return pc.fill_null(counts, 0).to_pylist()
 
 
 def proof_rows(collator: Any, examples: Iterable[dict]) -> list[ProofRow]:

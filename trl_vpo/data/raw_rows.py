@@ -1,11 +1,11 @@
 """Rows of a dataset as they are stored: numbered, media as paths and bytes, through the dataset's own transform."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image, IterableDataset, LargeList, List, Video
+from datasets import Dataset, Features, Image, IterableDataset, Json, LargeList, List, Video
 
 from trl_vpo.data.columns import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.errors import RowError
@@ -60,25 +60,44 @@ class _Numbering:
         return rows | ({ROW_INDEX: numbers} if numbers else {})
 
 
-def raw_rows(dataset: Dataset, start: int = 0, stop: int | None = None) -> Iterator[dict]:
-    """Give rows whose media stay paths and bytes; of a dataset with a transform of its own, the transformed rows.
+class RawRows:
+    """The rows of a dataset as they are stored: media as paths and bytes, and JSON text as the values that it says.
 
-    Columns that hold media and are not read are left out. The others tell which layout a row has.
+    Of a dataset with a transform of its own, they are the transformed ones.
+
+    Args:
+        media: names of the columns with media that are read; None: all. The columns without are always read: they
+            tell which layout a row has.
+        json: names of the columns whose JSON text is read; None: all.
     """
-    stop = len(dataset) if stop is None else stop
-    if transform_of(dataset):
-        for index in range(start, stop):
-            yield dataset[index]
-        return
-    media = [name for name, feature in dataset.features.items() if raw_media(feature, (Video, Image)) is not feature]
-    texts = dataset.select_columns([name for name in dataset.features if name not in media])
-    media = [name for name in media if name in COLUMNS]
-    table = dataset.select_columns(media).with_format("arrow") if media else None
-    for first in range(start, stop, CHUNK):
-        last = min(first + CHUNK, stop)
-        columns = texts[first:last] | (table[first:last].to_pydict() if table else {})
-        for i in range(last - first):
+
+    def __init__(self, dataset: Dataset, media: Container[str] | None = None, json: Container[str] | None = None):
+        self._transformed = dataset if transform_of(dataset) else None
+        features = dataset.features  # a copy each time
+        raw = {name: raw_media(feature) for name, feature in features.items()}
+        shown = dataset.column_names if dataset.format["output_all_columns"] else dataset.format["columns"]
+        names = [name for name in shown if media is None or name in media or raw[name] is features[name]]
+        self._names, self._json = names, Features({name: raw[name] for name in names if json is None or name in json})
+        self._table = dataset.select_columns(names).with_format("arrow")
+
+    def read(self, start: int, stop: int) -> Iterator[dict]:
+        """Give some rows; all of them are in memory at once."""
+        if self._transformed is not None:
+            yield from (self._transformed[index] for index in range(start, stop))
+            return
+        columns = self._table[start:stop].to_pydict() if self._names else {}
+        columns |= self._json.decode_batch({name: columns[name] for name in self._json})
+        for i in range(stop - start):
             yield {name: values[i] for name, values in columns.items()}
+
+
+def raw_rows(
+    dataset: Dataset, start: int = 0, stop: int | None = None, *, media: Container[str] | None = COLUMNS
+) -> Iterator[dict]:
+    """Give rows as `RawRows` reads them, by default with the media that a training reads; some are in memory."""
+    rows, stop = RawRows(dataset, media), len(dataset) if stop is None else stop
+    for first in range(start, stop, CHUNK):
+        yield from rows.read(first, min(first + CHUNK, stop))
 
 
 def undecoded(dataset: Dataset | IterableDataset, args: Any) -> Dataset | IterableDataset:
@@ -94,9 +113,9 @@ def undecoded(dataset: Dataset | IterableDataset, args: Any) -> Dataset | Iterab
     return dataset
 
 
-def raw_media(feature: Any, kinds: tuple[type, ...]) -> Any:
-    """Return a feature whose media are not decoded; itself where it holds none of these kinds."""
-    if isinstance(feature, kinds):
+def raw_media(feature: Any, kinds: tuple[type, ...] = (object,)) -> Any:
+    """Return a feature whose media of these kinds are not decoded; itself where it holds none."""
+    if isinstance(feature, kinds) and hasattr(feature, "decode") and not isinstance(feature, Json):
         return replace(feature, decode=False)
     if isinstance(feature, (List, LargeList)):
         inner = raw_media(feature.feature, kinds)

@@ -62,7 +62,10 @@ def _load_data(recipe: LoadedRecipe, report: Report) -> dict[str, Dataset]:
     loaded = {}
     for name, dataset in zip(("train", "eval"), splits):
         if isinstance(dataset, IterableDataset):
-            dataset = Dataset.from_list(list(undecoded(dataset, recipe.args).take(STREAMED)))
+            rows = list(undecoded(dataset, recipe.args).take(STREAMED))
+            names = dict.fromkeys(name for row in rows for name in row)  # no row need have all columns
+            table = [{name: row.get(name) for name in names} for row in rows]
+            dataset = Dataset.from_list(table, on_mixed_types="use_json")
             report.add(f"{name} data", WARN, f"streamed: only the first {len(dataset)} rows are checked")
         if dataset is not None and len(dataset) == 0:
             report.add(f"{name} data", STOP, "no rows")

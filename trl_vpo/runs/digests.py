@@ -13,6 +13,7 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 
 from trl_vpo.data.columns import COLUMNS
+from trl_vpo.data.raw_rows import RawRows
 from trl_vpo.data.row_media import MEDIA
 from trl_vpo.errors import MediaError
 from trl_vpo.files import ENDS, THREADS, bytes_digest, ends_digest, file_digest, file_digests, json_digest
@@ -25,6 +26,7 @@ LOADED = (
 )  # fmt: skip
 # Files that a training adds to the folder of its result.
 NOT_LOADED = {"run.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
+AT_ONCE = 256  # rows in memory
 
 
 def model_files(name: str | Path, revision: str | None = None) -> dict[str, str]:
@@ -79,16 +81,18 @@ def row_digests(dataset: Dataset, media_root: str | None = None) -> np.ndarray:
         known = {name: _media(value, media_root) if name in MEDIA else value for name, value in values.items()}
         return int(json_digest(known, size=8), 16)
 
-    columns = [name for name in COLUMNS if name in dataset.column_names]
+    dataset = dataset.with_format(None)  # without a transform, which may be random
+    dataset = dataset.select_columns([name for name in COLUMNS if name in dataset.column_names])
+    rows = RawRows(dataset, json=MEDIA)  # JSON of texts stays text, as in the checkpoints of earlier versions
     digests: list[int] = []
     with ThreadPoolExecutor(THREADS) as pool:
-        for batch in dataset.select_columns(columns).with_format("arrow").iter(256):
-            digests += pool.map(digest, batch.to_pylist())
+        for start in range(0, len(dataset), AT_ONCE):
+            digests += pool.map(digest, rows.read(start, min(start + AT_ONCE, len(dataset))))
     return np.array(digests, np.uint64)
 
 
 def _media(source: Any, root: str | None) -> Any:
-    """Return the values that identify a medium, given as Arrow gives it."""
+    """Return the values that identify a medium."""
     if isinstance(source, bytes):
         return [len(source), bytes_digest(source[:ENDS] + source[-ENDS:])]
     if isinstance(source, dict):

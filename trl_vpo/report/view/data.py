@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.json_files import parse_record, raw_records
+from trl_vpo.data.raw_rows import raw_rows
 from trl_vpo.data.sources import local_splits, named_splits, row_format
 from trl_vpo.errors import DatasetError
 from trl_vpo.report.view.values import as_json, plain
 
 ROWS, REJECTED, SUMMARY = "rows.jsonl", "rejected.jsonl", "summary.json"  # of a generation run's folder
-TEXT_FEATURES = {"Value", "ClassLabel", "Json"}  # of `datasets`; others hold files, which must not be decoded
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_examples(dataset: str | Path, split: str) -> Iterator[dict | Unreadable
         files = local_splits(path).get(split)
         if isinstance(files, list) and row_format(files[0]) == "json":
             return chain.from_iterable(map(read_json, files))
-    return _read_table(named_splits(str(dataset), [split])[split])
+    return raw_rows(named_splits(str(dataset), [split])[split], media=None)
 
 
 def read_rejected(dataset: str | Path) -> Iterator[dict]:
@@ -98,20 +98,3 @@ def read_json(path: Path) -> Iterator[dict | Unreadable]:
                 yield Unreadable(f"{path.name}, {kind} {number}: {error}", text)
     except DatasetError as error:  # of the file as a whole
         yield Unreadable(str(error), "")
-
-
-def _read_table(dataset: Any) -> Iterator[dict]:
-    """Yield the rows of a `datasets.Dataset`: columns of text and numbers decoded, all others as they are stored."""
-    texts = [name for name, feature in dataset.features.items() if _is_text(feature)]
-    files = [name for name in dataset.features if name not in texts]
-    decoded = dataset.select_columns(texts)
-    stored = dataset.select_columns(files).with_format("arrow") if files else None
-    for index in range(len(dataset)):
-        yield decoded[index] | (stored[index].to_pylist()[0] if files else {})
-
-
-def _is_text(feature: Any) -> bool:
-    if isinstance(feature, dict):
-        return all(map(_is_text, feature.values()))
-    inner = getattr(feature, "feature", None)  # of a list
-    return type(feature).__name__ in TEXT_FEATURES if inner is None else _is_text(inner)
