@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any
 
-from trl_vpo.data.inputs import InputRow
+from trl_vpo.data.inputs import InputRow, given_text
 from trl_vpo.data.row_media import LISTS
-from trl_vpo.data.rows import MARKERS, Row, read_row, row_name
+from trl_vpo.data.rows import Row, read_row, row_name
 from trl_vpo.errors import EvaluateError, InputError, RowError
 from trl_vpo.files import bytes_digest
 from trl_vpo.text.chair import ObjectTable
@@ -159,13 +159,8 @@ def option_index(facts: dict[str, Any]) -> int:
 
 
 def _question(row: InputRow) -> str:
-    question = row.example.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise RowError(f"`question` is {question!r}: give a text that is not empty.")
-    for marker in MARKERS:
-        if marker in question:
-            raise RowError(f"`question` holds the marker {marker}: take it out, media come from their columns.")
-    return question
+    given_text(row.example, "question", "its task")
+    return row.example["question"]
 
 
 def _unpaired(rows: list[EvalRow]) -> list[str]:
