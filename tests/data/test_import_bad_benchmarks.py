@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from import_records import import_rows
 
-from trl_vpo.data.importers import convert, import_rows
+from trl_vpo.data.importers import convert
 from trl_vpo.data.inputs import read_inputs
 from trl_vpo.errors import ImportFormatError
 from trl_vpo.evaluate.rows import read_rows

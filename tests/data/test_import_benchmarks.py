@@ -8,10 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from import_records import import_rows
 from PIL import Image
 
 from trl_vpo.data.import_formats import FORMATS
-from trl_vpo.data.importers import convert, import_rows
+from trl_vpo.data.importers import convert
 from trl_vpo.data.inputs import read_inputs
 from trl_vpo.errors import ImportFormatError
 from trl_vpo.evaluate.rows import read_rows
@@ -46,7 +47,7 @@ def test_pope_takes_a_folder(tmp_path):
         yes_no("coco_pope_random-0", question, "yes", images=["/coco/1.jpg"], group="random"),
     ]
     with pytest.raises(ImportFormatError, match=r"no \*_pope_\*\.json lies in this folder"):
-        import_rows("pope", write(tmp_path / "empty" / "a.txt", []).parent)
+        list(import_rows("pope", write(tmp_path / "empty" / "a.txt", []).parent))
 
 
 AMBER_TYPES = {

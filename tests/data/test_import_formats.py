@@ -20,9 +20,10 @@ from import_records import (
     SWIFT,
     SYMMPO,
     VIDEOCHAT2,
+    import_rows,
 )
 
-from trl_vpo.data.importers import FORMATS, convert, import_rows
+from trl_vpo.data.importers import FORMATS, convert
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import ImportFormatError
 from trl_vpo.testbed.rows import write_jsonl
@@ -120,7 +121,7 @@ def test_ms_swift_rejected_media(tmp_path):
     assert row["rejected"] == [says("It sleeps.")] and row["rejected_videos"] == ["y.mp4"]
     plain, contrast = SWIFT, {k: v for k, v in SWIFT.items() if k != "rejected_response"} | videos
     counts = convert("ms-swift", write_jsonl([plain, contrast], tmp_path / "in.jsonl"), tmp_path / "out.jsonl")
-    assert (counts.written, counts.media) == (2, 3)
+    assert (counts.written, len(counts.media)) == (2, 3)
     files = {"data_files": str(tmp_path / "out.jsonl"), "cache_dir": str(tmp_path / "cache")}
     first, second = sorted(load_dataset("json", split="train", **files), key=lambda row: row["id"])
     assert (first["rejected_videos"], second["rejected"]) == (None, None)

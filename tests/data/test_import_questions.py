@@ -5,10 +5,10 @@ import math
 import re
 
 import pytest
-from import_records import HOUND_QA, LLAVA_VIDEO, NEXT_QA, QUESTIONS, RECORDS, VIDEOCHAT2_IT
+from import_records import HOUND_QA, LLAVA_VIDEO, NEXT_QA, QUESTIONS, RECORDS, VIDEOCHAT2_IT, import_rows
 
 from trl_vpo.data.import_formats import FORMATS, format_list
-from trl_vpo.data.importers import convert, import_rows
+from trl_vpo.data.importers import convert
 from trl_vpo.data.inputs import read_inputs
 from trl_vpo.errors import ImportFormatError
 from trl_vpo.testbed.rows import write_jsonl

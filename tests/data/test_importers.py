@@ -4,9 +4,9 @@ import json
 
 import pytest
 from datasets import load_dataset
-from import_records import FACTORY, HOUND, LPOI, PAIRS
+from import_records import FACTORY, HOUND, LPOI, PAIRS, import_rows
 
-from trl_vpo.data.importers import convert, import_rows
+from trl_vpo.data.importers import convert
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import ImportFormatError
 
@@ -66,20 +66,13 @@ def test_unreadable_input(tmp_path, fmt, name, text, message):
         list(import_rows(fmt, tmp_path / name))
 
 
-def test_what_cannot_be_read_is_refused_at_the_call(tmp_path):
-    with pytest.raises(ImportFormatError, match="unknown format"):
-        import_rows("nope", write(tmp_path / "in.jsonl", LPOI))
-    with pytest.raises(ImportFormatError, match="no such file"):
-        import_rows("lpoi", tmp_path / "none.jsonl")
-
-
 def test_convert_counts(tmp_path):
     (tmp_path / "webvid/123").mkdir(parents=True)  # LLaVA-Hound ships folders of frames
     records = [HOUND, HOUND | {"id": "v_2", "chosen": "红色的车 🚗"}, HOUND | {"id": "v_3", "video": "webvid/missing"}]
     source = write(tmp_path / "in.jsonl", *records)
     counts = convert("llava-hound", source, tmp_path / "new/out.jsonl", media_root=tmp_path)
     assert (counts.read, counts.written, counts.rejected, counts.rejected_path) == (3, 3, 0, None)
-    assert (counts.media, counts.missing_media) == (2, 1)
+    assert (len(counts.media), len(counts.missing_media)) == (2, 1)
     assert counts.ignored_fields == ["answer", "chosen_score", "rejected_score"]
     text = (tmp_path / "new/out.jsonl").read_text(encoding="utf-8")
     assert "红色的车 🚗" in text
@@ -92,7 +85,7 @@ def test_file_urls_are_looked_up(tmp_path):
     url = (tmp_path / "a b.jpg").as_uri()
     records = [LPOI | {"img_path": path} for path in (url, url + "x", "https://host/c.jpg")]
     counts = convert("lpoi", write(tmp_path / "in.jsonl", *records), tmp_path / "out.jsonl")
-    assert (counts.media, counts.missing_media) == (3, 1)
+    assert (len(counts.media), len(counts.missing_media)) == (3, 1)
 
 
 def test_convert_writes_all_or_nothing(tmp_path):

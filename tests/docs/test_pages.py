@@ -8,13 +8,13 @@ from itertools import pairwise
 
 import pytest
 from datasets import Dataset
+from import_records import import_rows
 from pages import PAGES, ROOT, blocks, commands, objects
 from PIL import Image
 
 from trl_vpo import cli
 from trl_vpo.compare.plan import read_plan
 from trl_vpo.data.import_formats import FORMATS
-from trl_vpo.data.importers import import_rows
 from trl_vpo.data.inputs import Inputs, row_ids
 from trl_vpo.data.rows import read_row
 from trl_vpo.evaluate.rows import read_rows

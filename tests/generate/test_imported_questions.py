@@ -42,7 +42,7 @@ def imported(tmp_path):
                 write_image(place / f"{i}.jpg", seed=i)
         source = write_jsonl([record], tmp_path / "in.jsonl")
         counts = convert(fmt, source, tmp_path / "out.jsonl", media_root=tmp_path / "media")
-        assert counts.missing_media == 0
+        assert counts.missing_media == []
         return tmp_path / "out.jsonl"
 
     return import_as

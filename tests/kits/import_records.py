@@ -1,4 +1,10 @@
-"""One literal record of each format that `trl-vpo import` reads."""
+"""One literal record of each format that `trl-vpo import` reads, and its rows, one by one."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trl_vpo.data.importers import import_files, read_rows
+from trl_vpo.errors import ImportFormatError
 
 RRPO = {  # the example of the project's docs/DATA.md, made whole
     "question": "<image>\nThis is a sample question.",
@@ -135,3 +141,17 @@ QUESTIONS = {
     "questions": NEXT_QA,
 }
 RECORDS = PAIRS | QUESTIONS
+
+
+def import_rows(
+    fmt: str, path, *, media_root=None, media_folder=None, on_reject: Callable[[ImportFormatError], None] | None = None
+) -> Iterator[dict]:
+    """Give the rows that `convert` writes. `on_reject` takes the errors of bad records; else the first is raised."""
+    files = import_files(fmt, Path(path), media_root)
+    for _, rows in read_rows(fmt, files, media_folder or Path(path).parent / "pictures"):
+        if isinstance(rows, list):
+            yield from rows
+        elif on_reject is None:
+            raise rows
+        else:
+            on_reject(rows)

@@ -8,7 +8,7 @@ pictures become files that are named after their contents, so that rows hold pat
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -32,13 +32,15 @@ PARTS = "parts"  # of videos, in the survey
 
 @dataclass
 class ImportCounts:
-    """The result of `convert`. Media are counted once per path."""
+    """The result of `convert`."""
 
     read: int = 0
     written: int = 0
     rejected: int = 0
-    media: int = 0
-    missing_media: int = 0  # local paths that do not exist (now, seen from here)
+    media: set[str] = field(default_factory=set)  # their paths
+    missing_media: list[str] = field(default_factory=list)  # local paths that do not exist (now, seen from here)
+    first: dict[str, tuple[int, dict]] = field(default_factory=dict)  # list column or PARTS -> first (number, row)
+    filled: Counter = field(default_factory=Counter)  # list column -> how many rows fill it
     ignored_fields: list[str] = field(default_factory=list)
     rejected_path: str | None = None
     left_to_do: list[str] = field(default_factory=list)  # sentences for the user: what the rows still need
@@ -46,7 +48,7 @@ class ImportCounts:
     def report(self, target: Path) -> str:
         """Return what was written to `target`, what was left out, and what is left to do, line by line."""
         lines = [f"{target}: {self.written} rows of {self.read} records."]
-        lines.append(f"Media files: {self.media}, {self.missing_media} missing.")
+        lines.append(f"Media files: {len(self.media)}, {len(self.missing_media)} missing.")
         if self.rejected:
             lines.append(f"Left out: {self.rejected}; {self.rejected_path} says why.")
         if self.ignored_fields:
@@ -54,43 +56,16 @@ class ImportCounts:
         return "\n".join([*lines, *self.left_to_do])
 
 
-def import_rows(
-    fmt: str,
-    path,
-    *,
-    media_root=None,
-    media_folder=None,
-    on_reject: Callable[[ImportFormatError], None] | None = None,
-) -> Iterator[dict]:
-    """Give the rows of a file in the format `fmt`, one by one (JSON lines are streamed).
+def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "error") -> ImportCounts:
+    """Write a file's rows as JSON lines to `out_path`, whole or not at all.
 
     Relative media paths are joined to `media_root`; URLs and absolute paths stay, and files need not exist. Embedded
-    pictures are written to `media_folder`. `on_reject` is called with the error of each bad record, which is then
-    left out; without it the error is raised. Raises ImportFormatError, at once for an unknown format or a file that
-    does not exist.
-    """
-    files = import_files(fmt, Path(path), media_root)
-    return _rows(_read(fmt, files, media_folder), on_reject)
-
-
-def _rows(records: Iterator[tuple], on_reject: Callable | None) -> Iterator[dict]:
-    for _, rows in records:
-        if isinstance(rows, list):
-            yield from rows
-        elif on_reject is None:
-            raise rows
-        else:
-            on_reject(rows)
-
-
-def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "error") -> ImportCounts:
-    """Write a file's rows as JSON lines to `out_path`, whole or not at all; see `import_rows`.
+    pictures go into a folder beside `out_path`: `train.jsonl` has `train_media`.
 
     The file is read twice: columns that no row fills are left out, and the first row that fills a column moves to
     the front, since `load_dataset("json")` takes the columns' types from the first 10 MB. `on_bad`: "error" stops at
     the first bad record, "skip" counts bad records and lists them with their reasons in `<out_path>.rejected.jsonl`.
-    Embedded pictures go into a folder beside `out_path`: `train.jsonl` has `train_media`. Raises ImportFormatError,
-    also where no record can be used.
+    Raises ImportFormatError, also where no record can be used.
     """
     if on_bad not in ("error", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}; it must be 'error' or 'skip'.")
@@ -102,8 +77,7 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     files = import_files(fmt, source, media_root)
     folder = target.absolute().with_name(f"{target.stem}_media")
     rejects: list[dict] = []
-    survey = _survey(fmt, _read(fmt, files, folder), rejects if on_bad == "skip" else None)
-    counts, first = survey.counts, survey.first
+    counts = _survey(fmt, read_rows(fmt, files, folder), rejects if on_bad == "skip" else None)
     rejected_path = target.with_name(target.name + ".rejected.jsonl")
     if rejected_path.exists():  # of an earlier run
         rejected_path.unlink()
@@ -113,34 +87,23 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     if not counts.written:
         why = f"; {rejected_path} says why." if rejects else ". Is it the right file?"
         raise ImportFormatError(f"{source}: none of its {counts.read} records can be imported as {fmt}{why}")
-    missing = survey.filled["rejected"] < counts.written  # else its type is known from any row
-    named = [item for name, item in first.items() if missing or name != "rejected"]
+    missing = counts.filled["rejected"] < counts.written  # else its type is known from any row
+    named = [item for name, item in counts.first.items() if missing or name != "rejected"]
     front = dict(sorted(named, key=lambda item: item[0]))  # by number: one row may fill several columns
-    rows = enumerate(_rows(_read(fmt, files, folder), lambda _: None))
+    good = (rows for _, rows in read_rows(fmt, files, folder) if isinstance(rows, list))
+    rows = enumerate(chain.from_iterable(good))
     ordered = chain(front.values(), (row for number, row in rows if number not in front))
-    empty = set(LIST_COLUMNS) - set(first)
-    if PARTS in first:
+    empty = set(LIST_COLUMNS) - set(counts.first)
+    if PARTS in counts.first:
         ordered = map(_with_parts, ordered)
     _write_lines(target, ({key: value for key, value in row.items() if key not in empty} for row in ordered))
-    counts.left_to_do = _left_to_do(fmt, survey, target, media_root, folder)
+    counts.left_to_do = _left_to_do(fmt, counts, target, media_root, folder)
     return counts
 
 
-@dataclass
-class _Survey:
-    """What the first reading of a file finds."""
-
-    counts: ImportCounts = field(default_factory=ImportCounts)
-    first: dict[str, tuple[int, dict]] = field(default_factory=dict)  # list column or PARTS -> first (number, row)
-    filled: Counter = field(default_factory=Counter)  # list column -> how many rows fill it
-    media: set[str] = field(default_factory=set)
-    missing: list[str] = field(default_factory=list)
-
-
-def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey:
+def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> ImportCounts:
     """Read all records. Bad ones go to `rejects`; without it the first is raised."""
-    survey, ignored = _Survey(), set()
-    counts = survey.counts
+    counts, ignored = ImportCounts(), set()
     for record, rows in records:
         counts.read += 1
         if isinstance(rows, ImportFormatError):
@@ -150,41 +113,41 @@ def _survey(fmt: str, records: Iterator[tuple], rejects: list | None) -> _Survey
             continue
         ignored |= set(record) - FORMATS[fmt].fields
         for row in rows:
-            survey.media |= {_path(item) for column in MEDIA_COLUMNS for item in row.get(column) or []}
+            counts.media |= {_path(item) for column in MEDIA_COLUMNS for item in row.get(column) or []}
             filled = [*filter(row.get, LIST_COLUMNS)]
             if any(isinstance(video, dict) for video in row.get("videos", [])):
                 filled.append(PARTS)
-            survey.filled.update(filled)
-            survey.first |= {name: (counts.written, row) for name in filled if name not in survey.first}
-            survey.filled["silent"] += row.get("question", "").startswith(SILENT)
-            survey.filled["sets"] += bool(row.get("sets"))
-            survey.filled["phrases"] += bool(row.get("chosen_phrases") or row.get("rejected_phrases"))
+            counts.filled.update(filled)
+            counts.first |= {name: (counts.written, row) for name in filled if name not in counts.first}
+            counts.filled["silent"] += row.get("question", "").startswith(SILENT)
+            counts.filled["sets"] += bool(row.get("sets"))
+            counts.filled["phrases"] += bool(row.get("chosen_phrases") or row.get("rejected_phrases"))
             counts.written += 1
-    survey.missing = sorted(path for path in survey.media if not _exists(path))
-    counts.ignored_fields, counts.media, counts.missing_media = sorted(ignored), len(survey.media), len(survey.missing)
-    return survey
+    counts.missing_media = sorted(path for path in counts.media if not _exists(path))
+    counts.ignored_fields = sorted(ignored)
+    return counts
 
 
-def _left_to_do(fmt: str, survey: _Survey, target: Path, media_root, folder: Path) -> list[str]:
+def _left_to_do(fmt: str, counts: ImportCounts, target: Path, media_root, folder: Path) -> list[str]:
     """Return sentences: what the import did beside its output, and what the rows need before they can be used."""
-    notes, rows = [], survey.counts.written
-    if written := sum(Path(path).parent == folder for path in survey.media):
+    notes, rows = [], counts.written
+    if written := sum(Path(path).parent == folder for path in counts.media):
         notes.append(f"{written} embedded pictures are in {folder}.")
-    if survey.missing:
+    if counts.missing_media:
         start = "Paths start here; --media_root FOLDER lets them start elsewhere." if media_root is None else ""
-        notes.append(f"Missing media, for example {survey.missing[0]}. {start}".rstrip())
+        notes.append(f"Missing media, for example {counts.missing_media[0]}. {start}".rstrip())
     makes = f"`trl-vpo generate {'lpoi' if fmt == 'lpoi' else 'METHOD'} --dataset_name {target}`"
     if FORMATS[fmt].makes == "held-out rows":
         notes.append(f"These are held-out rows: `trl-vpo evaluate --data {target}` measures a model on them.")
-    if survey.counts.rejected and survey.filled["sets"]:
+    if counts.rejected and counts.filled["sets"]:
         notes.append("A set of questions that lost a record is right where the rest of it is: mend the records.")
-    if silent := survey.filled["silent"]:
+    if silent := counts.filled["silent"]:
         notes.append(f"{silent} of {rows} prompts say that the video has no subtitles: no .srt file has its name.")
     if FORMATS[fmt].makes == "questions":
         notes.append(f"These are questions: {makes} makes pairs of them.")
-    if fmt == "lpoi" and (boxless := rows - survey.filled["image_list"]):
+    if fmt == "lpoi" and (boxless := rows - counts.filled["image_list"]):
         notes.append(f"{boxless} of {rows} rows have no image list: {makes} finds their critical boxes.")
-    if fmt in ("rrpo", "videochat2") and (plain := rows - survey.filled["phrases"]):
+    if fmt in ("rrpo", "videochat2") and (plain := rows - counts.filled["phrases"]):
         notes.append(f"{plain} of {rows} rows mark no phrases: RRPO will find them by a word diff.")
     return notes
 
@@ -240,7 +203,9 @@ def _meta(path: Path) -> dict[str, dict] | None:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _read(fmt: str, files: list[tuple[Path, Any]], folder) -> Iterator[tuple[object, list[dict] | ImportFormatError]]:
+def read_rows(
+    fmt: str, files: list[tuple[Path, Any]], folder: Path
+) -> Iterator[tuple[object, list[dict] | ImportFormatError]]:
     """Give (record, rows or error) for each record of the files. Embedded media are written to `folder`."""
     seen: dict[str, int] = {}
     for path, media_root in files:
@@ -261,7 +226,7 @@ def _read(fmt: str, files: list[tuple[Path, Any]], folder) -> Iterator[tuple[obj
                 row["id"] = row["id"] or f"{path.stem}-{number}" + (f"-{n}" if len(rows) > 1 else "")
                 if FORMATS[fmt].makes != "pairs":  # a run tells its inputs apart by their ids
                     row["id"] = _unique(row["id"], seen)
-                _place(row, media_root, folder, where)
+                _place(row, media_root, folder)
             yield record, rows
 
 
@@ -279,7 +244,7 @@ def _unique(name: str, seen: dict[str, int]) -> str:
     return new
 
 
-def _place(row: dict, media_root, folder, where: str) -> None:
+def _place(row: dict, media_root, folder: Path) -> None:
     """Write embedded media to files, join paths to `media_root`, and find LPOI's masked copies."""
 
     def placed(item):
@@ -287,9 +252,7 @@ def _place(row: dict, media_root, folder, where: str) -> None:
             return item | {"path": placed(item["path"])}
         if isinstance(item, str):
             return item if media_root is None or "://" in item else os.path.join(media_root, item)
-        if folder is None:
-            raise ImportFormatError(f"{where}: a picture is embedded. Give `media_folder`, where it can be written.")
-        return portable(item, Path(folder))
+        return portable(item, folder)
 
     for column in filter(row.get, MEDIA_COLUMNS):
         row[column] = [placed(item) for item in row[column]]
