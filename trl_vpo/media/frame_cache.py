@@ -7,52 +7,44 @@ and written again; where nothing can be written (a full disk), training goes on 
 
 from __future__ import annotations
 
-import json
 import os
-import tokenize
 import warnings
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import av
 import numpy as np
 
-from trl_vpo.files import atomic_write, bytes_digest
+from trl_vpo.files import atomic_write, json_digest
 from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.sampling import VideoOptions
 
 FORMAT = 4  # another number, and older entries are no longer found: change it with what decoding or sampling gives
 FIELDS = ("frames", "timestamps", "fps", "total_frames", "duration", "span")
-# What numpy and zipfile raise on files that are cut short, overwritten or something else altogether.
-_UNREADABLE = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError, SyntaxError)
-_UNREADABLE += (TypeError, zipfile.BadZipFile, tokenize.TokenError)
-_warned = False
+_warned = False  # `warnings` would take every clip's for a new one: the error names a file
 
 
 class Entry:
     """The place of one clip in the cache.
 
-    The key holds the file's real path, size and time of change, the sampling, the pixel budget, and the version of the
-    decoder. A file that changes within the resolution of its time stamp and keeps its size is not noticed.
+    Its name is a digest of the file's real path, size and time of change, the sampling, the pixel budget, and the
+    version of the decoder. A file that changes within the resolution of its time stamp and keeps its size is not
+    noticed.
     """
 
     def __init__(self, folder: str | Path, video: Path, options: VideoOptions, budget: PixelBudget | None = None):
         self._video, self._state = video, _state(video)
         key = [FORMAT, av.__version__, av.library_versions, os.path.realpath(video), self._state, asdict(options)]
         key += [asdict(budget)] if budget else []
-        self._key = json.dumps(key, sort_keys=True, default=lambda number: number.item())  # numpy's numbers
-        self.path = Path(folder) / f"{bytes_digest(self._key.encode())}.npz"
+        self.path = Path(folder) / f"{json_digest(key, default=lambda number: number.item())}.npz"  # numpy's numbers
 
     def read(self) -> dict | None:
         """Return the `FIELDS` of the stored clip; None where there is none, or none that is whole."""
         try:
             with np.load(self.path, allow_pickle=False) as stored:  # zip: every member carries its checksum
-                if stored["key"].item() != self._key:
-                    return None
                 clip = {name: stored[name] for name in FIELDS}
             return {name: value if value.ndim else value.item() for name, value in clip.items()}
-        except _UNREADABLE:
+        except Exception:  # numpy and zipfile raise a dozen kinds on files that are cut short or something else
             return None
 
     def write(self, clip: dict) -> None:
@@ -62,7 +54,7 @@ class Entry:
             return  # replaced while it was read: nobody knows which of the two was decoded
         try:
             with atomic_write(self.path) as part, part.open("wb") as file:
-                np.savez(file, key=np.array(self._key), **clip)
+                np.savez(file, **clip)
         except OSError as error:
             if not _warned:
                 warnings.warn(
