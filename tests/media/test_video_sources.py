@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from media_files import frame_files, number, numbers, picture, refused, refused_image
 from PIL import Image
 
@@ -81,31 +80,13 @@ def test_an_array_is_a_list_of_frames_and_may_have_a_clock():
         load_video(array, VideoOptions(video_start=1))
 
 
-def test_a_torchcodec_decoder_is_asked_for_its_frames():
-    array = torch.from_numpy(np.stack([picture(i) for i in range(20)]))
-
-    class Decoder:
-        metadata = SimpleNamespace(num_frames=20, average_fps=10.0, begin_stream_seconds=5.0)
-
-        def get_frames_at(self, indices):
-            pts = 5 + torch.tensor(indices) ** 2 / 200
-            return SimpleNamespace(data=array[indices].permute(0, 3, 1, 2), pts_seconds=pts)
-
-    loaded = load_video(Decoder(), VideoOptions(num_frames=3, max_pixels=800))
-    assert numbers(loaded.frames) == [0, 10, 19] and loaded.frames.shape == (3, 24, 32, 3)
-    np.testing.assert_allclose(loaded.timestamps, [0, 0.5, 1.805], atol=1e-6)
-    check_video(Decoder(), VideoOptions())
-    Decoder.metadata.average_fps = None
-    with pytest.raises(MediaError, match="decode=False"):
-        load_video(Decoder(), VideoOptions())
-
-
 def test_bad_lists_of_frames(folder, tmp_path):
     good = picture(0)
     for source in ([], np.zeros((0, 4, 4, 3), np.uint8)):
         refused(source, "is empty: a video needs at least one frame", name="<")
     for source in (np.zeros((2, 3, 4, 4), np.uint8), np.zeros((2, 4, 4, 3)), 7, None, Image.fromarray(good)):
         refused(source, "is not a video: give a path.* uint8 array .T, H, W, 3.", name="<")
+    refused(SimpleNamespace(get_frames_at=None), r"cast its column to datasets\.Video\(decode=False\)", name="<")
     refused([good, picture(0, 32, 24)], "frame 1 is 32x24, frame 0 is 64x48.*one size", name="list of 2 frames")
     refused([good, str(tmp_path / "gone.png")], "frame 1 of .*does not exist", name="gone.png")
     refused([str(folder / "clip.mp4")], "put a video into `videos`", name="clip.mp4")

@@ -1,9 +1,9 @@
 """Videos from the sources that dataset rows hold: loaded for training, and checked ahead of it.
 
 A video is a path, a ``file://`` URL, bytes, a dict (``datasets.Video(decode=False)``: ``path``/``bytes``; or ``video``
-in the place of ``path``; options for this one video may stand beside them), a torchcodec decoder
-(``datasets.Video()``), a list of frames (each anything that :func:`load_image` takes), a folder of frames (images in
-the order of the numbers in their names), or a uint8 array (T, H, W, 3).
+in the place of ``path``; options for this one video may stand beside them), a list of frames (each anything that
+:func:`load_image` takes), a folder of frames (images in the order of the numbers in their names), or a uint8 array
+(T, H, W, 3).
 
 A list or an array has no clock. Its frames are taken to be ``1 / frames_fps`` seconds apart, where ``frames_fps`` is a
 key of the dict form ``{"video": [...], "frames_fps": 4}``; without it they count as already sampled: at
@@ -61,7 +61,8 @@ class Clip:
         """Return the clip with frames in their size for the model; without a budget that is left to its processor."""
         if budget is None or self.budget == budget:
             return self
-        frames = _resized(self.frames, partial(budget.size, frames=len(self.frames)))
+        size = budget.size(self.frames.shape[2], self.frames.shape[1], frames=len(self.frames))
+        frames = np.stack([np.asarray(resized(Image.fromarray(frame), size)) for frame in self.frames])
         return replace(self, frames=frames, budget=budget)
 
     @property
@@ -126,8 +127,6 @@ def load_video(
             return Clip(**stored, source=name, budget=budget)
         table = scan(data, name)
         frames = _Frames(table.times, table.duration, partial(decode, data, table, name=name))
-    elif hasattr(source, "metadata") and hasattr(source, "get_frames_at"):
-        frames = _from_decoder(source, name)
     else:
         frames = _from_list(source, options, frames_fps, media_root, name)
     indices, span = sample_frames(frames.times, frames.duration, options, name)
@@ -135,7 +134,6 @@ def load_video(
     fit = partial(fit, max_pixels=options.max_pixels)
     pixels = frames.read(indices[:1] if is_file and first_only else indices, fit=fit)
     pixels = np.broadcast_to(pixels, (len(indices), *pixels.shape[1:])) if len(pixels) < len(indices) else pixels
-    # After reading: only then does a torchcodec decoder tell its times.
     times, total = np.maximum(frames.times[indices], options.video_start or 0), len(frames.times)
     clip = Clip(pixels, times, total / frames.duration, total, frames.duration, name, span, budget)
     if entry:
@@ -181,6 +179,10 @@ def _from_list(
     source: Any, options: VideoOptions, frames_fps: float | None, media_root: str | Path | None, name: str
 ) -> _Frames:
     """Open a list or an array of frames."""
+    if hasattr(source, "get_frames_at"):  # torchcodec's
+        raise MediaError(
+            f"{name} is a video that `datasets` decodes: cast its column to datasets.Video(decode=False)."
+        )
     array = isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 4 and source.shape[3] == 3
     if not (array or isinstance(source, (list, tuple))):
         raise MediaError(f"{name} is not a video: give a path, bytes, a list of frames or a uint8 array (T, H, W, 3).")
@@ -209,33 +211,3 @@ def _from_list(
 
     rate = float(frames_fps or options.fps or LIST_FPS)
     return _Frames(np.arange(len(source)) / rate, len(source) / rate, read)
-
-
-def _from_decoder(decoder: Any, name: str) -> _Frames:
-    """Open a torchcodec ``VideoDecoder``, which decodes by itself.
-
-    Its metadata knows only the average rate, by which is sampled; the frames come with their real times.
-    """
-    metadata = decoder.metadata
-    total, rate = metadata.num_frames, metadata.average_fps
-    if not total or not rate:
-        raise MediaError(f"{name} knows neither its frames nor their rate: use datasets.Video(decode=False) instead.")
-    times = np.arange(total) / rate
-
-    def read(indices: np.ndarray, fit: Fit) -> np.ndarray:
-        try:
-            batch = decoder.get_frames_at(indices.tolist())
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise MediaError(f"{name} cannot be decoded ({error}): fetch or write the file again.") from error
-        times[indices] = np.asarray(batch.pts_seconds) - (metadata.begin_stream_seconds or 0)
-        frames = np.asarray(batch.data.cpu())
-        if frames.shape[-1] != 3:  # (T, 3, H, W)
-            frames = frames.transpose(0, 2, 3, 1)
-        return _resized(frames, fit)
-
-    return _Frames(times, total / rate, read)
-
-
-def _resized(frames: np.ndarray, fit: Fit) -> np.ndarray:
-    size = fit(frames.shape[2], frames.shape[1])
-    return np.stack([np.asarray(resized(Image.fromarray(frame), size)) for frame in frames])
