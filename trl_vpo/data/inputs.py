@@ -1,6 +1,6 @@
 """The annotated inputs of a run: rows of a dataset as `InputRow`, read one at a time.
 
-Media come from the columns `images` (or `image`) and `videos` (or `video`), with the sources of `trl_vpo.data.rows`.
+Media come from the columns `images` (or `image`) and `videos` (or `video`), with the sources of docs/data.md.
 A training row is a line of JSON, so every source becomes one that such a line can hold: an absolute path, a list of
 them, or a dictionary with a path and options such as `video_start`. Media without a path are written to a folder.
 """
@@ -60,7 +60,7 @@ class InputRow:
     Attributes:
         id: unique within the run; together with the run's seed it fixes everything random about the row.
         example: the row as the dataset gives it, without its `None` entries.
-        images, videos: sources as in `trl_vpo.data.rows`; paths are absolute.
+        images, videos: sources as in docs/data.md; paths are absolute.
         problem: why its media cannot be used; `load_media` raises it, and the input is rejected.
     """
 

@@ -1,18 +1,6 @@
 """The row contract: what a row of preference data may hold. A row that breaks it is refused with a remedy.
 
-| column | type | who |
-| --- | --- | --- |
-| `prompt`, `chosen`, `rejected` | message lists (TRL conversational) or strings | all |
-| `other_chosen` | the good response of `other_images` or `other_videos` | SymMPO |
-| `videos` (or `video`) | list of: path, `file://` URL, bytes, datasets `Video`, or a list of frames | all |
-| `images` (or `image`) | list of: PIL, path, `file://` URL, bytes, datasets `Image` | all |
-| `chosen_phrases`, `rejected_phrases` | lists of [start, end) character offsets into the response | RRPO, DDPO, DPA |
-| `rejected_images`, `rejected_videos` | the media that the rejected response is about | DPO, mDPO |
-| `critical_box`, `critical_span` | [x0, y0, x1, y1] pixels in the image or video; [start, end] seconds of it | LPOI |
-| `image_list`, `video_list` | images or videos, most visible first | LPOI; mDPO with two |
-| `chosen_score`, `rejected_score` | numbers; or LeanPO's `chosen_trust`, `rejected_trust` | score_scale_weight |
-| `weight` | number >= 0 that multiplies the row's loss, 1 by default | optional |
-| `id`, `source` | strings, carried into every error message and report | optional |
+The table of docs/data.md has the columns.
 """
 
 import json
