@@ -218,26 +218,24 @@ def _object_halbench(record: dict) -> dict:
 LAYOUT = (KeyError, TypeError, AttributeError)  # what reading another one raises
 
 
+def _strictly(read: Callable, given: dict | Path) -> Any:
+    """Read a record, or what lies beside a file. Another layout is an error that says so."""
+    try:
+        return read(given)
+    except LAYOUT as error:
+        if isinstance(given, Path):
+            raise ImportFormatError(
+                f"{given}: what lies beside it has another layout ({error!r}). Put the authors' files there."
+            ) from error
+        raise ValueError(f"the record has another layout ({error!r}). Name the authors' file as it is.") from error
+
+
 def _held_out(
     read: Callable, fields: str, published: str, *, beside: Callable[[Path], dict] = named, **options: Any
 ) -> Format:
-    """Return a benchmark's format; a record or a file beside it that has another layout is an error that says so."""
-
-    def strictly(record: dict) -> dict | list[dict]:
-        try:
-            return read(record)
-        except LAYOUT as error:
-            raise ValueError(f"the record has another layout ({error!r}). Name the authors' file as it is.") from error
-
-    def strictly_beside(path: Path) -> dict:
-        try:
-            return beside(path)
-        except LAYOUT as error:
-            raise ImportFormatError(
-                f"{path}: what lies beside it has another layout ({error!r}). Put the authors' files there."
-            ) from error
-
-    return layout(strictly, fields, published, makes="held-out rows", beside=strictly_beside, **options)
+    """Return a benchmark's format."""
+    options |= {"makes": "held-out rows", "beside": partial(_strictly, beside)}
+    return layout(partial(_strictly, read), fields, published, **options)
 
 
 BENCHMARKS: dict[str, Format] = {
