@@ -7,7 +7,6 @@ import shutil
 import pytest
 from held_out_kit import assert_same_record, evaluate, records, write_adapter, write_held_out
 
-from trl_vpo.data.inputs import read_inputs
 from trl_vpo.errors import EvaluateError, RecipeError, RunError, UserError
 from trl_vpo.evaluate import run as module
 from trl_vpo.evaluate.candidates import candidate_names
@@ -101,6 +100,26 @@ def test_bad_media_stop_the_run_unless_skipped(held_out, tmp_path):
         evaluate(held_out, folder, data=data, sensitivity="none")
 
 
+def test_a_row_that_is_corrected_continues_the_run(held_out, tmp_path, monkeypatch):
+    """Other rows stay finished; if one of those changes, the run is refused."""
+    rows = [json.loads(line) for line in held_out.path.read_text().splitlines()[:5]]
+    clips, worked, run = rows[3]["videos"], [], module.evaluate_batch
+
+    def go(videos, **options):
+        rows[3]["videos"] = videos
+        data = write_jsonl(rows, tmp_path / "rows.jsonl")
+        return evaluate(held_out, tmp_path / "run", data=data, sensitivity="none", batch_size=1, **options)
+
+    with pytest.raises(EvaluateError, match="Correct the row or its media and start the same command again"):
+        go(["gone.mp4"])
+    monkeypatch.setattr(module, "evaluate_batch", lambda *args: worked.extend(r[0].id for r in args[1]) or run(*args))
+    assert go(clips)["data"]["rows"] == 5 and worked == [row["id"] for row in rows[3:]]
+    rows[0]["chosen"], rows[0]["rejected"], first = rows[0]["rejected"], rows[0]["chosen"], rows[0]["id"]
+    with pytest.raises(EvaluateError, match=f"1 rows have changed after they were finished, the first is '{first}'"):
+        go(clips)
+    assert len(worked) == 2
+
+
 def test_what_loading_raises_is_shown_in_one_line(held_out, tmp_path, monkeypatch):
     def load(*adapters, **options):
         raise ValueError("environment variable MASTER_ADDR expected, but not set")
@@ -115,12 +134,11 @@ def test_a_run_knows_the_bases_weights(held_out, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_vlm.BASE, base)
     config = EvaluateConfig(model_name_or_path=str(base), dataset_name=str(held_out.path))
-    inputs = read_inputs(**config.input_options())
-    first = run_settings(config, {}, inputs)
-    assert run_settings(config, {}, inputs) == first
+    first = run_settings(config, {})
+    assert run_settings(config, {}) == first
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
-    changed = run_settings(config, {}, inputs)
+    changed = run_settings(config, {})
     assert {key for key in first if first[key] != changed[key]} == {"weights"}
 
 

@@ -1,6 +1,7 @@
 """A run of `trl-vpo evaluate`: held-out rows -> base and adapters -> results. The same command continues it.
 
-    settings.json    all settings that the numbers depend on; a run with others is refused
+    settings.json    all settings that the numbers depend on; a run with others is refused, and one whose finished rows
+                     have changed
     rows.jsonl       each model's results on each row: log-probs (nats), answers and what was read from them
     rejected.jsonl   rows that were left out (`on_bad=skip`), with the reason
     results.json     measures with intervals, and paired differences to the base
@@ -17,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.data.inputs import InputRow, Inputs, digest, load_media, read_inputs
+from trl_vpo.data.inputs import InputRow, Inputs, load_media, read_inputs
 from trl_vpo.errors import EvaluateError, MediaError, RecipeError, RowError, as_user_errors
 from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
 from trl_vpo.evaluate.config import EvaluateConfig
@@ -89,9 +90,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     quiet_libraries()
     inputs, rows, table = held_out_rows(config)
     adapters = dict(zip(candidate_names(config.adapters), config.adapters))
-    settings = run_settings(config, adapters, inputs)
+    settings = run_settings(config, adapters)
     check_settings(config.output_dir, settings)
-    _refuse_skipped(config)
+    _check_finished(config, {row.id: row.digest for row in rows})
     judge = None
     if config.judge_url:
         judge = ServerModel(config.judge_url, config.judge_model, api_key_env=config.judge_api_key_env)
@@ -136,24 +137,28 @@ def held_out_rows(config: EvaluateConfig) -> tuple[Inputs, list[EvalRow], Object
     return inputs, rows, table
 
 
-def run_settings(config: EvaluateConfig, adapters: dict[str, str], inputs: Inputs) -> dict[str, Any]:
-    """Return all that log-probs and answers depend on, except the base's revision."""
+def run_settings(config: EvaluateConfig, adapters: dict[str, str]) -> dict[str, Any]:
+    """Return all that log-probs and answers depend on, except the base's revision and the rows."""
     base = Path(config.model_name_or_path)  # another training may have replaced a folder under its name
     return fixed_settings("evaluate", asdict(config)) | {
         "weights": weights_digest(base) if base.is_dir() else None,
         "adapters": {name: adapter_digest(path) for name, path in adapters.items()},
-        "inputs": {"count": len(inputs), "fingerprint": digest(inputs)},
         "judge_prompt": read_prompt(config.judge_prompt) if config.judge_model else None,
     }
 
 
-def _refuse_skipped(config: EvaluateConfig) -> None:
-    """Raise if an earlier call left rows out: they count as finished, and would silently stay left out."""
+def _check_finished(config: EvaluateConfig, digests: dict[str, str]) -> None:
+    """Raise if finished rows have changed, or an earlier call left rows out: they would silently stay so."""
     folder = Path(config.output_dir)
-    if config.on_bad == "skip" or not (folder / "settings.json").exists():
-        return
-    skipped = [outcome.id for outcome in read_outcomes(folder) if outcome.reason]
-    if skipped:
+    finished = list(read_outcomes(folder)) if (folder / "settings.json").exists() else []
+    known = [done for done in finished if done.id in digests]
+    if changed := [done.id for done in known if done.notes.get("row") != digests[done.id]]:
+        raise EvaluateError(
+            f"{folder}: {len(changed)} rows have changed after they were finished, the first is {changed[0]!r}. Name "
+            "another output_dir, or put them back."
+        )
+    skipped = [done.id for done in finished if done.reason]
+    if skipped and config.on_bad == "error":
         raise EvaluateError(
             f"{folder}: {len(skipped)} rows were left out with on_bad=skip, the first is {skipped[0]!r}. Give "
             "on_bad=skip again, or name another output_dir."
@@ -168,7 +173,8 @@ def _load(row: EvalRow, inputs: Inputs, config: EvaluateConfig, budget: PixelBud
     try:
         return row, source, load_media(source, config.video_options(), budget)
     except MediaError as error:
-        return _skip(Outcome(row.id, reason=f"{row.name}: {error}", kind="unreadable media"), config)
+        reason, notes = f"{row.name}: {error}", {"row": row.digest}
+        return _skip(Outcome(row.id, reason=reason, kind="unreadable media", notes=notes), config)
 
 
 def _skip(outcome: Outcome, config: EvaluateConfig) -> Outcome:
@@ -195,11 +201,11 @@ def evaluate_batch(candidates: ModelSet, batch: Sequence[Loaded], config: Evalua
     outcomes = []
     for (row, *_), result in zip(batch, results, strict=True):
         if isinstance(result, RowError):
-            outcomes.append(Outcome(row.id, reason=str(result), kind="unusable row"))
+            outcomes.append(Outcome(row.id, reason=str(result), kind="unusable row", notes={"row": row.digest}))
             continue
         about = {"id": row.id, "task": row.task, "cluster": row.cluster}
         records = [about | {"contestant": n} | row.facts | numbers(result[n]) for n in candidates.names]
-        outcomes.append(Outcome(row.id, records))
+        outcomes.append(Outcome(row.id, records, notes={"row": row.digest}))
     return outcomes
 
 
@@ -209,7 +215,8 @@ def _judged(outcome: Outcome, judge: AnsweringModel | None, prompt: str) -> Outc
         return outcome
     replies = judgements(judge, outcome.rows, prompt)
     if failed := [reply.reason for reply in replies if isinstance(reply, Failure)]:
-        return Outcome(outcome.id, reason=f"{outcome.id}: the judge gives no reply: {failed[0]}", kind=NO_JUDGEMENT)
+        reason = f"{outcome.id}: the judge gives no reply: {failed[0]}"
+        return replace(outcome, rows=(), reason=reason, kind=NO_JUDGEMENT)
     return replace(outcome, rows=[row | {"judgement": reply} for row, reply in zip(outcome.rows, replies)])
 
 
