@@ -166,7 +166,7 @@ def test_finished_benchmarks_are_read(benchmark, tmp_path, no_weights):
     assert len(rows["tiny_first"]) == 2
     no_weights()
     assert benchmark("tiny_first", out=tmp_path, limit=2)[0] == first
-    with pytest.raises(EvaluateError, match="results with another limit, num_frames"):
+    with pytest.raises(EvaluateError, match="results with another num_frames"):
         benchmark("tiny_first", out=tmp_path, limit=3, num_frames=2)
 
 
@@ -194,6 +194,31 @@ def test_answers_are_kept_as_they_come(tmp_path, monkeypatch):
     assert run() == {"a/0: answer 1": ["red", 1], "a/1: answer 1": [0.1 + 0.2, True]}
     with pytest.raises(RunError, match="fps: was null, is 2"):
         run(fps=2.0)
+
+
+def test_results_are_compared_by_what_answers_depend_on(tmp_path, monkeypatch):
+    """Needs no lmms-eval: neither on the limit, nor on how a folder is written."""
+    monkeypatch.setattr(lmms, "version", lambda name: "0.7")
+    adapter, path = write_adapter(tmp_path / "last"), tmp_path / lmms.RESULTS
+
+    def finished(base=str(BASE), adapter=adapter, **options):
+        record = lmms._record(AnsweringConfig(model_name_or_path=base, **options), adapter)
+        if not path.exists():
+            path.write_text(json.dumps({"settings": record, "metrics": {"a": {"right": 0.5}}}))
+        return lmms._finished(tmp_path, record)
+
+    assert finished() == finished(f"{BASE}/", f"{adapter}/") == {"a": {"right": 0.5}}
+    assert finished(limit=3) is None
+    for options, named in (
+        ({"adapter": None}, "adapter_files"),
+        ({"base": "hub/model"}, "model_name_or_path, weights"),
+    ):
+        with pytest.raises(EvaluateError, match=f"results with another {named}"):
+            finished(**options)
+    for text in ("{", "{}", "[]", '{"settings": {}}'):
+        path.write_text(text)
+        with pytest.raises(EvaluateError, match=r"results\.json: it.*Delete the file: the answers are stored"):
+            finished()
 
 
 @needs_lmms_eval

@@ -98,7 +98,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         judge = ServerModel(config.judge_url, config.judge_model, api_key_env=config.judge_api_key_env)
     with as_user_errors():  # also of processes that do not find each other
         candidates = load_candidates(config.adapters, **config.model_options())
-    settings["evaluated"] = candidates.model.record()
+    settings["revision"] = candidates.model.record()["revision"]
     if budget := candidates.model.video_budget:
         settings["video_budget"] = str(budget)
     about = {BASE: candidates.model.record()} | {name: {"adapter": path} for name, path in adapters.items()}
@@ -139,9 +139,11 @@ def held_out_rows(config: EvaluateConfig) -> tuple[Inputs, list[EvalRow], Object
 
 def run_settings(config: EvaluateConfig, adapters: dict[str, str]) -> dict[str, Any]:
     """Return all that log-probs and answers depend on, except the base's revision and the rows."""
-    base = Path(config.model_name_or_path)  # another training may have replaced a folder under its name
+    base = config.model_name_or_path
+    weights = weights_digest(base) if Path(base).is_dir() else None  # count, not the folder's name
     return fixed_settings("evaluate", asdict(config)) | {
-        "weights": weights_digest(base) if base.is_dir() else None,
+        "model_name_or_path": None if weights else base,
+        "weights": weights,
         "adapters": {name: adapter_digest(path) for name, path in adapters.items()},
         "judge_prompt": read_prompt(config.judge_prompt) if config.judge_model else None,
     }

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate.lmms.tasks import videohallucer
 from trl_vpo.evaluate.trained import trained_media
-from trl_vpo.files import atomic_write
+from trl_vpo.files import atomic_write, read_object
 from trl_vpo.models.config import AnsweringConfig
 from trl_vpo.models.load import load_model
 from trl_vpo.runs.digests import adapter_digest, files_digest, weights_digest
@@ -192,6 +192,12 @@ def _record(config: AnsweringConfig, adapter: str | None) -> dict[str, Any]:
     }
 
 
+def _answered(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what the answers depend on: weights, not the name of their folder."""
+    names = {"limit", "from_adapter", *(["model_name_or_path"] if record.get("weights") else [])}
+    return {key: value for key, value in record.items() if key not in names}
+
+
 def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> dict[str, Any]:
     """The files here that a benchmark reads: `include_path`, if one of its tasks is from there, and VideoHallucer."""
     tasks, record = _tasks(manager, name), {"include_path": None, "include_files": None}
@@ -206,15 +212,20 @@ def _files(manager: TaskManager, name: str, include_path: str | Path | None) -> 
 
 
 def _finished(folder: Path, record: dict[str, Any]) -> Table | None:
-    """The metrics of an earlier run, which must have had the same settings, or None where there was none."""
+    """The metrics of an earlier run with these settings; None where there was none, or one with another limit."""
     path = folder / RESULTS
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if changed := sorted(key for key in record if stored["settings"].get(key) != record[key]):
+    try:
+        stored = read_object(path, "settings", "metrics")
+    except ValueError as error:
+        raise EvaluateError(f"{path}: {error} Delete the file: the answers are stored beside it.") from error
+    if changed := sorted(key for key, value in _answered(record).items() if stored["settings"].get(key) != value):
         raise EvaluateError(
             f"{path} holds results with another {', '.join(changed)}. Give a new output_dir, or delete that folder."
         )
+    if stored["settings"].get("limit") != record["limit"]:
+        return None
     logger.info(f"{folder.name}: finished before, read from {path}.")
     return stored["metrics"]
 
@@ -222,8 +233,7 @@ def _finished(folder: Path, record: dict[str, Any]) -> Table | None:
 def _run(name: str, model: BenchmarkModel, manager: TaskManager, folder: Path, record: dict[str, Any]) -> Table | None:
     from lmms_eval.evaluator import simple_evaluate
 
-    settings = {key: value for key, value in record.items() if key != "limit"}  # no answer depends on it
-    with Run(folder, settings, rank=model.rank, world_size=model.world_size) as run:
+    with Run(folder, _answered(record), rank=model.rank, world_size=model.world_size) as run:
         answers = {outcome.id: outcome.rows[0]["answer"] for outcome in read_outcomes(folder)}  # of all processes
         model.begin(answers, lambda name, answer: run.write(Outcome(name, ({"answer": answer},))))
         results = simple_evaluate(
