@@ -237,8 +237,10 @@ def test_frames_are_those_of_the_adapters_training(tmp_path, caplog, capsys):
     usual = trained(tmp_path / "usual")
     window = trained(tmp_path / "window", video_start=1.0, video_end=3.0)
     (tmp_path / "fast/checkpoint-5").mkdir()
+    own = trained(tmp_path / "fast/checkpoint-best", num_frames=8)  # an output_dir of this name
     assert media_settings(short) == [8, None, 64, 1024, None]
     assert media_settings(fast) == media_settings(fast + "/checkpoint-5") == [None, 2.0, 32, None, None]
+    assert media_settings(own) == [8, None, 64, None, None]
     assert media_settings(usual) == [16, None, 64, None, None]
     assert media_settings(window) == [16, None, 64, None, 3.0]
     assert media_settings(short, num_frames=8) == [8, None, 64, 1024, None] and not caplog.messages

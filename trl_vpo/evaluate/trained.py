@@ -104,8 +104,8 @@ def _run_json(adapter: str) -> Path | None:
     """Return the `run.json` of an adapter, from its folder, that of its training or the Hub; None if there is none."""
     folder = Path(adapter).absolute()
     if folder.is_dir():
-        path = (folder.parent if folder.name.startswith("checkpoint-") else folder) / "run.json"
-        return path if path.exists() else None
+        places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+        return next((path for place in places if (path := place / "run.json").exists()), None)
     try:
         return Path(hf_hub_download(adapter, "run.json"))
     except (OSError, ValueError, HfHubHTTPError):
