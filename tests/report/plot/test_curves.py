@@ -94,6 +94,14 @@ def test_missing_and_broken_values_are_named():
     assert "Loss: nan or infinite, so not drawn: 1 of DPO's 3 values." in notes
 
 
+def test_measures_that_are_undefined_are_not_drawn():
+    none, some = dict.fromkeys(("value", "low", "high")), {"value": 0.5, "low": 0.25, "high": 0.75}
+    for base, count in ((none, 2), (some, 3)):
+        held_out = {"CHAIRi": {"DPO": none, "RRPO": some, "base": base}}
+        figure, _ = curves.training_figure({"DPO": LOG, "RRPO": LOG}, held_out=held_out)
+        assert len(figure.get_axes()[-1].get_lines()) == count
+
+
 def test_smoothed_curves_show_what_was_logged_and_say_so():
     panels, lines, notes, figure = drawn(DPO=[{"step": step, "loss": float(step % 2)} for step in range(1, 81)])
     faint, thick = lines["Loss"]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 HOLLOW = {"linestyle": "", "markersize": 6.5, "markerfacecolor": "white", "markeredgewidth": 1.4}
 NATS = "nats per response"
-Measured = Mapping[str, Any]  # value, low and high; a limit may be None
+Measured = Mapping[str, Any]  # value, low and high; each may be None
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,12 @@ def draw_measures(axes, measures: Mapping[str, Measured], names: Sequence[str], 
     for index, name in enumerate(names):
         value, low, high = (measures[name][key] for key in ("value", "low", "high"))
         look = style.look(index)
-        axes.plot(value, index, color=look["color"], marker=look["marker"], markersize=5)
+        if value is not None:
+            axes.plot(value, index, color=look["color"], marker=look["marker"], markersize=5)
         if low is not None and high is not None:
             axes.plot([low, high], [index, index], color=look["color"], linewidth=1.6)
-    axes.axvline(measures[base]["value"], **style.GUIDE)
+    if measures[base]["value"] is not None:
+        axes.axvline(measures[base]["value"], **style.GUIDE)
     axes.set_yticks([])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("grey: the base")
