@@ -1,5 +1,7 @@
 """Weights that are loaded to answer: adapters, quantization, and settings that cannot be."""
 
+import os
+
 import pytest
 import torch
 from distributed_run import wide_model
@@ -42,8 +44,11 @@ def test_an_adapter_answers_as_its_merged_model(adapter):
 def test_adapters_that_do_not_fit(tmp_path, adapter):
     with pytest.raises(ModelError, match=rf"{tmp_path} is not an adapter: its adapter_config\.json"):
         load(adapter=str(tmp_path))
-    (tmp_path / "checkpoint-3").symlink_to(adapter)  # what `train()` alone leaves
-    with pytest.raises(ModelError, match=rf"Name {tmp_path}/checkpoint-3; `trainer\.save_model\(\)`"):
+    for step in (12, 3):  # what `train()` alone leaves, copied
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "adapter_config.json").touch()
+        os.utime(tmp_path / f"checkpoint-{step}", (10**9 - step,) * 2)
+    with pytest.raises(ModelError, match=rf"Name {tmp_path}/checkpoint-12; `trainer\.save_model\(\)`"):
         load(adapter=str(tmp_path))
     base = load()
     copy = save(base, tmp_path / "another")

@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         remedy = "Name the output_dir of a LoRA training, or one of its checkpoints."
         if checkpoints := [file.parent for file in folder.glob("checkpoint-*/adapter_config.json")]:
-            newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
+            newest = max(checkpoints, key=lambda path: (len(path.name), path.name))  # by the step
             remedy = f"Name {newest}; `trainer.save_model()` after the training saves the result into its output_dir."
         raise AdapterError(
             f"{folder} is not an adapter: its adapter_config.json cannot be read ({error}). {remedy}"

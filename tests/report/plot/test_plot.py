@@ -3,10 +3,10 @@
 import base64
 import html
 import json
-import os
 import re
 import subprocess
 import sys
+from datetime import datetime
 from xml.etree import ElementTree
 
 import pytest
@@ -32,12 +32,9 @@ RECORD = {
 
 def write_state(folder, history=HISTORY, when=None, marker=None):
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "trainer_state.json"
-    path.write_text(json.dumps({"log_history": history}))
-    if when is not None:
-        os.utime(path, (when, when))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     if marker:
-        (folder / "complete.json").write_text(json.dumps({"run": marker}))
+        (folder / "complete.json").write_text(json.dumps({"run": marker, "saved": when}))
     return folder
 
 
@@ -62,20 +59,25 @@ def tables(page):
 
 
 def test_an_unfinished_run_is_read_from_its_newest_checkpoint(tmp_path):
-    write_state(tmp_path / "checkpoint-9", HISTORY[:2], when=1000)
+    """A copy's times say nothing."""
     marker = {"method": "rrpo", "recipe": {"alpha": 0.1}, "rows": 5}
-    write_state(tmp_path / "checkpoint-10", HISTORY[:3], when=2000, marker=marker)
+    write_state(tmp_path / "checkpoint-10", HISTORY[:3], when=2000.5, marker=marker)
+    write_state(tmp_path / "checkpoint-9", HISTORY[:2], when=1000.5, marker=marker)
     (run,) = read_runs([tmp_path])
     assert run.history == HISTORY[:3] and run.name == "RRPO" and run.record["recipe"] == {"alpha": 0.1}
     assert read_run(tmp_path / "checkpoint-9").history == HISTORY[:2]
+    for folder, count in (("checkpoint-3", 3), ("checkpoint-2", 2), (".", 3)):  # of a trainer in Python
+        write_state(tmp_path / "python" / folder, HISTORY[:count])
+    assert read_run(tmp_path / "python").history == HISTORY[:3]
 
 
 def test_what_an_earlier_run_left_is_ignored(tmp_path):
     assert read_run(write_run(tmp_path)).method == "LeanPO"
-    os.utime(tmp_path / "trainer_state.json", (1000, 1000))
-    write_state(tmp_path / "checkpoint-5", HISTORY[:2], when=2000, marker={"method": "dpo"})
-    run = read_run(tmp_path)
-    assert run.history == HISTORY[:2] and run.method == "DPO"
+    finished = datetime.fromisoformat(RECORD["finished"]).timestamp()
+    for seconds, method in ((0.9, "LeanPO"), (-9, "LeanPO"), (9, "DPO")):
+        write_state(tmp_path / "checkpoint-5", HISTORY[:2], when=finished + seconds, marker={"method": "dpo"})
+        run = read_run(tmp_path)
+        assert run.method == method and len(run.history) == (2 if method == "DPO" else 5)
 
 
 def test_runs_of_one_method_are_named_by_their_folders(tmp_path):
@@ -95,6 +97,8 @@ def test_runs_of_one_method_are_named_by_their_folders(tmp_path):
         (lambda f: [f / "none"], "there is no such folder"),
         (lambda f: [f], "has no trainer_state.json, neither itself nor in a checkpoint"),
         (lambda f: [write_state(f, [])], "nothing was logged. Set logging_steps"),
+        (lambda f: [write_state(f, 5)], "its log_history does not list what was logged at which step"),
+        (lambda f: [write_state(f, [*HISTORY, {"loss": 0.5}])], "its log_history does not list what was logged"),
         (lambda f: [write_run(f), f / "."], "is given twice"),
         (lambda f: [write_state(f), (f / "run.json").write_text("{")][:1], r"run\.json: it cannot be read"),
     ],

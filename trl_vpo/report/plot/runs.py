@@ -7,8 +7,9 @@ trainer_state.json, its settings from run.json or from the marker of a checkpoin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,32 @@ def read_run(path: str | Path) -> Run:
             f"{path} has no {STATE}, neither itself nor in a checkpoint. Either it is not the output_dir of a run, or "
             "the run was interrupted before its first checkpoint."
         )
-    state = max(states, key=lambda file: (file.stat().st_mtime_ns, file.parent == path))
-    history = _read_json(state).get("log_history")
+    found = [(state, _read_history(state), _read_record(state.parent, path)) for state in states]
+    state, history, record = max(found, key=lambda one: (_saved(one[2]), len(one[1]), one[0].parent == path))
     if not history:
         raise PlotError(f"{state}: nothing was logged. Set logging_steps to less than the number of steps.")
-    record, marker = path / "run.json", state.parent / "complete.json"
-    if marker.is_file() and not (state.parent == path and record.is_file()):
-        return Run(path, history, _read_json(marker).get("run") or {})
-    return Run(path, history, _read_json(record) if record.is_file() else {})
+    return Run(path, history, record.get("run", record))
+
+
+def _saved(record: Mapping[str, Any]) -> str:
+    """Return when a state was saved, as its run recorded it: in a copy all files are new."""
+    at = record.get("saved")
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds") if at else str(record.get("finished", ""))
+
+
+def _read_history(state: Path) -> History:
+    history = _read_json(state).get("log_history")
+    logs = history if isinstance(history, list) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int | float) for entry in logs):
+        raise PlotError(f"{state}: its log_history does not list what was logged at which step.")
+    return logs
+
+
+def _read_record(folder: Path, run: Path) -> dict[str, Any]:
+    """Return the marker of a checkpoint or run.json; of the run's own folder, run.json comes first."""
+    files = [folder / "complete.json", run / "run.json"]
+    files = [file for file in (files if folder != run else files[::-1]) if file.is_file()]
+    return _read_json(files[0]) if files else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
