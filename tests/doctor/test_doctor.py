@@ -1,6 +1,7 @@
 """`trl-vpo doctor`: its findings in a good recipe, and in bad ones."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -144,6 +145,26 @@ def test_a_stream_of_rows_with_other_columns_and_types(recipe, tmp_path):
     report = examine(tmp_path / "dpo.yaml", argv)
     assert texts(report)["tokens"].startswith("4 of 4 rows tokenized, 0 of them") and not report.problems
     assert [tokens > 0 for tokens in report.tokens["media"]] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"rows": 0}, "--rows is 0: give at least 1"), ({"rows": -3}, "--rows is -3")]
+    + [({"gpu_memory": gib}, f"--gpu_memory is {gib}: give a") for gib in (0.0, -5.0, math.nan, math.inf)],
+)
+def test_numbers_that_make_no_sense_are_refused(recipe, options, why):
+    with pytest.raises(RecipeError, match=why):
+        examine(recipe, [], **options)
+
+
+def test_a_file_that_cannot_be_written_is_said_first(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_vpo.doctor.checks.examine", None)
+    for out, why in (
+        (tmp_path, "is a folder: name the file"),
+        (recipe / "a.jsonl", "cannot be written .*Name another"),
+    ):
+        with pytest.raises(RecipeError, match=why):
+            run_doctor(recipe, [], out=out)
 
 
 def test_rows_over_max_length(recipe):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from trl_vpo.errors import DatasetError, RecipeError
 from trl_vpo.files import COMPRESSED
@@ -23,6 +24,17 @@ def check_exists(path: Path) -> None:
     """Raise DatasetError for rows that are not there."""
     if not path.exists():
         raise DatasetError(f"{path} does not exist (seen from {Path.cwd()}).")
+
+
+def check_output_file(path: Path) -> None:
+    """Raise RecipeError for a file that cannot be written. Its folder is made."""
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder: name the file to write.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written ({error.strerror or error}). Name another file.") from error
 
 
 def check_output_dir(path: str) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoProcessor
 from trl import get_peft_config
 
+from trl_vpo.data.paths import check_output_file
 from trl_vpo.doctor.data import LongestRows, check_data
 from trl_vpo.doctor.loaded_recipe import LoadedRecipe, parse_recipe
 from trl_vpo.doctor.measure import check_can_measure, measure
@@ -26,6 +27,7 @@ from trl_vpo.models.model_size import adapt
 from trl_vpo.models.source import check_model
 from trl_vpo.runs.console import make_console
 from trl_vpo.runs.packages import missing_packages
+from trl_vpo.runs.values import check_bounds
 from trl_vpo.trainers.rates import check_trained_parts
 from trl_vpo.trainers.setup import check_checkpointing, low_rate, set_pad_token
 from trl_vpo.training.launch import check_gpus, launch_options
@@ -41,10 +43,11 @@ def run_doctor(
     Every problem is written into the file `out`, one JSON object per line.
     """
     console = console or make_console()
+    if out is not None:
+        check_output_file(out)
     report = examine(recipe, overrides, **options)
     show(report, console)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(problem, ensure_ascii=False) + "\n" for problem in report.problems)
         out.write_text("".join(lines), encoding="utf-8")
         console.print(f"{len(report.problems)} problems written to {out}", soft_wrap=True)
@@ -65,6 +68,8 @@ def examine(
     `rows` are tokenized, spread over the dataset; None: all. `measures`: also train two steps on the longest rows, and
     measure their memory. The rest is as `parse_recipe` takes it. Raises as it does, and where nothing can be measured.
     """
+    check_bounds("rows", rows, "--")
+    check_bounds("gpu_memory", gpu_memory, "--")
     loaded = parse_recipe(recipe, overrides, method=method, gpu_memory=gpu_memory)
     if measures:
         check_can_measure(loaded)

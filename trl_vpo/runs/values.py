@@ -23,7 +23,7 @@ BOUNDS = [
         "dataloader_prefetch_factor", "eval_accumulation_steps", "torch_empty_cache_steps", "ref_model_sync_steps",
         "ddp_timeout", "pad_to_multiple_of",
         "batch_size", "max_new_tokens", "limit", "resamples", "max_requests", "attempts", "short_words",
-        "judge_max_new_tokens", "num_damaged_frames", "max_candidates",
+        "judge_max_new_tokens", "num_damaged_frames", "max_candidates", "rows",
     }),
     ("at least 2", lambda value: value >= 2, {"num_images"}),
     ("at least 0", lambda value: value >= 0, {
@@ -35,7 +35,7 @@ BOUNDS = [
     }),
     ("a number above 0", lambda value: value > 0, {
         "learning_rate", "beta", "num_train_epochs", "adam_epsilon", "logging_steps", "save_steps", "eval_steps",
-        "test_split_size", "discopop_tau", "displacement_warning", "timeout",
+        "test_split_size", "discopop_tau", "displacement_warning", "timeout", "gpu_memory",
     }),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, {
         "lora_dropout", "label_smoothing", "adam_beta1", "adam_beta2", "box_threshold",

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from trl_vpo.errors import PlotError
+from trl_vpo.errors import PlotError, UserError
 from trl_vpo.report.plot import page as plot
 from trl_vpo.report.plot.runs import read_run, read_runs
 
@@ -184,9 +184,14 @@ def test_picture_and_wrong_names(tmp_path):
     plot.plot_runs([run], tmp_path / "new" / "a.png")
     assert Image.open(tmp_path / "new" / "a.png").format == "PNG"
     (tmp_path / "folder.html").mkdir()
-    for name, message in (("a.jpeg", "must end in .png, .svg, .pdf or .html"), ("folder.html", "is a folder")):
-        with pytest.raises(PlotError, match=message):
-            plot.plot_runs([run], tmp_path / name)
+    (tmp_path / "file").touch()
+    for name, message in (
+        ("a.jpeg", "must end in .png, .svg, .pdf or .html"),
+        ("folder.html", "is a folder: name the file to write"),
+        ("file/a.png", r"file/a\.png cannot be written \(.*Name another file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plot.plot_runs([tmp_path / "none"], tmp_path / name)  # said before the runs are read
     assert not list(tmp_path.glob("**/*.part"))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.data.paths import check_output_file
 from trl_vpo.errors import PlotError
 from trl_vpo.report.html import write_html
 from trl_vpo.report.plot import curves, style
@@ -33,8 +34,7 @@ def plot_runs(paths: Sequence[str | Path], out: str | Path, *, names: Sequence[s
     out = Path(out)
     if out.suffix.lower() not in (*style.FORMATS, ".html"):
         raise PlotError(f"{out}: the name must end in {', '.join(style.FORMATS)} or .html.")
-    if out.is_dir():
-        raise PlotError(f"{out} is a folder: name the file to write.")
+    check_output_file(out)
     runs = read_runs(paths, names)
     is_page = out.suffix.lower() == ".html"
     figure, notes = curves.training_figure({run.name: run.history for run in runs}, captioned=not is_page)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.data.paths import check_output_file
 from trl_vpo.errors import UserError
 from trl_vpo.media.video import usable_cores
 from trl_vpo.report.html import write_html
@@ -74,8 +75,7 @@ def write_page(
     ):
         if value < least:
             raise UserError(f"{name} is {value}: give a whole number of at least {least}.")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder: name the .html file to write.")
+    check_output_file(out)
     if out.exists() and Path(dataset).exists() and out.samefile(dataset):
         raise UserError(f"{out} is the dataset itself: name another file for the page.")
     examples = read_examples(dataset, split)
