@@ -103,15 +103,17 @@ def stored_rows(results: Path) -> list[dict[str, Any]]:
     from studies.testbed.cells import digest
 
     rows, columns = read_rows(results), {}
-    for row in rows:
+    flat = [row | _of_samples(row.get("samples")) for row in rows]
+    longest = max((len(of) for row in flat for of in row.values() if isinstance(of, list)), default=0)
+    for row in flat:
         columns.setdefault(row.get("pairs"), {*plan.KEYS, "base"}).update(row)
     wrong = []
-    for row in rows:
+    for row in flat:
         if lacking := sorted(columns[row.get("pairs")] - row.keys()):
             why = f"no {', '.join(lacking)}"
         elif strange := plan.not_planned([row[key] for key in plan.KEYS]):
             why = f"not of the plan, {strange}"
-        elif odd := [name for name, value in row.items() if not isinstance(value, KINDS.get(name, float | int))]:
+        elif odd := [name for name, value in row.items() if not _fits(name, value, longest)]:
             why = f"{odd[0]} is {row[odd[0]]!r}, which no run writes"
         elif row["base"] != digest():
             why = f"of the base {row['base']}, and the present one is {digest()}"
@@ -125,6 +127,18 @@ def stored_rows(results: Path) -> list[dict[str, Any]]:
             "`python -m studies.testbed run` makes what is missing."
         )
     return rows
+
+
+def _of_samples(samples: Any) -> dict[str, Any]:
+    samples = {"kl": None} | samples if isinstance(samples, dict) else {}
+    return {f"samples/{name}": of for name, of in samples.items()}
+
+
+def _fits(name: str, value: Any, count: int) -> bool:
+    """Return whether a run may have written this, such as a finite number for each of `count` samples."""
+    if "/" in name:
+        return isinstance(value, list) and len(value) == count > 0 and all(_fits("", one, 0) for one in value)
+    return isinstance(value, KINDS[name]) if name in KINDS else type(value) in (float, int) and math.isfinite(value)
 
 
 def write_report(results: Path) -> None:

@@ -21,6 +21,7 @@ CELL = "cell --method dpo --rate 1e-3 --steps 60 --seed 0"
 
 
 def row(method="dpo", seed=0, **numbers):
+    numbers = {"samples": {"kl": [0.5, 0.25]}} | numbers
     key = dict(zip(plan.KEYS, (method, "near", 1e-3, 60, seed)))
     about = {"base": cells.digest(), "arithmetic": "portable"}
     return key | {"false_mass": 0.2, "samples": {}} | about | numbers
@@ -68,8 +69,14 @@ def test_rows_that_cannot_be_written_end_the_run_with_a_message(tmp_path):
         (row() | {"rate": float("nan"), "pairs": "far"}, "not of the plan, pairs 'far', rate nan"),
         (row(seed=0.5), "not of the plan, seed 0.5"),
         (row("lpoi_3"), "not of the plan, which has these values in other cells"),
-        (row(seed=1, samples=None), "samples is None, which no run writes"),
+        (row(seed=1, samples=None), "seed 1: no samples/kl"),
+        (row(seed=1, samples={}), "samples/kl is None, which no run writes"),
+        (row(seed=1, samples={"kl": [0.5]}), r"samples/kl is \[0.5\], which no run writes"),
+        (row(seed=1, samples={"kl": [0.5, None]}), r"samples/kl is \[0.5, None\], which no run writes"),
+        (row(seed=1, samples={"kl": "ab"}), "samples/kl is 'ab', which no run writes"),
         (row(seed=1, false_mass="0.2"), "false_mass is '0.2', which no run writes"),
+        (row(seed=1, false_mass=True), "false_mass is True, which no run writes"),
+        (row(seed=1, false_mass=float("nan")), "false_mass is nan, which no run writes"),
         ({key: value for key, value in row(seed=1).items() if key != "false_mass"}, "seed 1: no false_mass"),
         ({key: value for key, value in row(seed=1).items() if key != "pairs"}, "pairs None, .*: no pairs"),
     ],
