@@ -157,6 +157,8 @@ def test_mmpr_meta_names_the_annotations(tmp_path, place, monkeypatch):
         path = path.rename(tmp_path / "MMPR/annotations/my_meta.json")
     rows = [(row["id"], row["images"]) for row in import_rows("mmpr", path, **options)]
     assert rows == [(f"{name}-{n}", [str(tmp_path / f"MMPR/images/{name}/1.png")]) for name in meta for n in (1, 2)]
+    with pytest.raises(ImportFormatError, match=r"ocr\.jsonl: input and output are the same file"):
+        convert("mmpr", path, tmp_path / "MMPR/annotations/ocr.jsonl", **options)
     (tmp_path / "MMPR/annotations/ocr.jsonl").unlink()
     with pytest.raises(ImportFormatError, match=r"`ocr` names MMPR/annotations/ocr\.jsonl, which is not in "):
         list(import_rows("mmpr", path, **options))

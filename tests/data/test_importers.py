@@ -105,10 +105,16 @@ def test_convert_writes_all_or_nothing(tmp_path):
     assert json.loads(out.read_text())["chosen"] == [
         {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}
     ]
-    with pytest.raises(ImportFormatError, match="same file"):
-        convert("lpoi", source, source)
     with pytest.raises(ValueError, match="must be 'error' or 'skip'"):
         convert("lpoi", source, out, on_bad="drop")
+
+
+@pytest.mark.parametrize("name, out", [("in.jsonl", "in.jsonl"), ("x.jsonl.rejected.jsonl", "x.jsonl")])
+def test_an_output_is_no_input(tmp_path, name, out):
+    source = write(tmp_path / name, LPOI)
+    with pytest.raises(ImportFormatError, match=f"{name}: input and output are the same file"):
+        convert("lpoi", source, tmp_path / out)
+    assert json.loads(source.read_text()) == LPOI
 
 
 def load(path, tmp_path, **options):
@@ -146,7 +152,7 @@ def test_mixed_media_load_in_small_chunks(tmp_path):
     assert (dataset[1]["images"], dataset[1]["videos"]) == ([], ["a.mp4", "b.mp4"])
 
 
-@pytest.mark.parametrize("name", ["out.parquet", "out.csv", "out.jsonl.gz", "out", ".jsonl"])
+@pytest.mark.parametrize("name", ["out.parquet", "out.csv", "out.json", "out.jsonl.gz", "out", ".jsonl"])
 def test_outputs_are_json_lines(tmp_path, name):
     with pytest.raises(ImportFormatError, match="the output is JSON lines"):
         convert("lpoi", write(tmp_path / "in.jsonl", LPOI), tmp_path / name)

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,7 +20,6 @@ from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
 from trl_vpo.data.inputs import portable
 from trl_vpo.data.json_files import parse_json, parse_record
 from trl_vpo.data.messages import OTHER, REJECTED
-from trl_vpo.data.paths import ROWS
 from trl_vpo.data.record_files import read_records
 from trl_vpo.errors import ImportFormatError
 from trl_vpo.files import atomic_write
@@ -70,15 +69,16 @@ def convert(fmt: str, in_path, out_path, *, media_root=None, on_bad: str = "erro
     if on_bad not in ("error", "skip"):
         raise ValueError(f"on_bad is {on_bad!r}; it must be 'error' or 'skip'.")
     source, target = Path(in_path), Path(out_path)
-    if ROWS.get(target.suffix.lower()) != "json":
+    if target.suffix.lower() not in (".jsonl", ".ndjson"):  # .json: so end the files of benchmarks
         raise ImportFormatError(f"{target}: the output is JSON lines. Name a file that ends in .jsonl.")
-    if source.exists() and target.exists() and source.samefile(target):
-        raise ImportFormatError(f"{target}: input and output are the same file. Name another output.")
     files = import_files(fmt, source, media_root)
+    rejected_path = target.with_name(target.name + ".rejected.jsonl")
+    for out, path in product((target, rejected_path), (source, *(file for file, _ in files))):
+        if out.exists() and out.samefile(path):
+            raise ImportFormatError(f"{out}: input and output are the same file. Name another output.")
     folder = target.absolute().with_name(f"{target.stem}_media")
     rejects: list[dict] = []
     counts = _survey(fmt, read_rows(fmt, files, folder), rejects if on_bad == "skip" else None)
-    rejected_path = target.with_name(target.name + ".rejected.jsonl")
     if rejected_path.exists():  # of an earlier run
         rejected_path.unlink()
     if rejects:
