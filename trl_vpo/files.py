@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import secrets
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-UNREADABLE = (OSError, EOFError, lzma.LZMAError)  # what `open_packed` and reading from it raise
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what `open_packed` and reading from it raise
 ENDS = 1 << 14  # bytes at the beginning and at the end of a file that `ends_digest` reads
 THREADS = 8  # opening files waits for disks; hashing leaves the interpreter to others
 

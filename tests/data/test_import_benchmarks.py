@@ -1,6 +1,7 @@
 """Benchmarks as held-out rows: records in the published forms, written here, and what `trl-vpo evaluate` reads."""
 
 import base64
+import gzip
 import io
 import json
 from pathlib import Path
@@ -48,6 +49,19 @@ def test_pope_takes_a_folder(tmp_path):
     ]
     with pytest.raises(ImportFormatError, match=r"no \*_pope_\*\.json lies in this folder"):
         list(import_rows("pope", write(tmp_path / "empty" / "a.txt", []).parent))
+
+
+def test_a_folder_may_hold_compressed_files(tmp_path):
+    asked = json.dumps({"image": "1.jpg", "text": "Is there a car?", "label": "yes"}).encode()
+    (tmp_path / "coco_pope_random.json.gz").write_bytes(gzip.compress(asked))
+    (tmp_path / "coco_pope_popular.JSON").write_bytes(asked)
+    (tmp_path / "._coco_pope_popular.json").write_bytes(b"\0\5\x16\7")  # what macOS writes beside it
+    assert [row["group"] for row in imported("pope", tmp_path)] == ["popular", "random"]
+    (tmp_path / "coco_pope_random.json").write_bytes(asked)
+    with pytest.raises(ImportFormatError, match="lies in this folder compressed and not, or twice"):
+        list(import_rows("pope", tmp_path))
+    (tmp_path / "sth.json.gz").write_bytes(gzip.compress(b'{"z": {"Scene change": "Yes"}}'))
+    assert imported("vidhalluc", tmp_path / "sth.json.gz")[0]["answer"] == "yes"
 
 
 AMBER_TYPES = {
@@ -109,6 +123,8 @@ def test_tvbench_cuts_two_of_its_tasks(tmp_path):
         "videos": ["/tv/action_count/a.mp4"],
     }  # fmt: skip
     assert cut["videos"] == [{"path": "/tv/action_sequence/a.mp4", "video_start": 1.5, "video_end": 4.0}]
+    capitals = write(tmp_path / "capitals/action_sequence.JSON", [record | {"start": 1.5, "end": 4}])
+    assert imported("tvbench", capitals, media_root="/tv")[0]["videos"] == cut["videos"]
     for change, message in (
         ({"answer": "run"}, "the answer 'run' is none of the options"),
         ({"end": None}, "`start` 1.5 and `end` None must be seconds"),
@@ -260,7 +276,7 @@ def test_object_halbench_has_the_objects_of_coco(tmp_path):
 
 @pytest.mark.parametrize(
     ("beside", "why"),
-    [('[{"id": 1', r"annotations.json cannot be read as JSON .*Fetch it again"), ('{"1": 2}', "has another layout")],
+    [('[{"id": 1', r"annotations.json cannot be read as JSON; mend it, or fetch"), ('{"1": 2}', "has another layout")],
 )
 def test_damaged_files_beside_it_are_named(beside, why, tmp_path):
     (tmp_path / "annotations.json").write_text(beside)

@@ -1,6 +1,7 @@
 """Media of imported rows: embedded pictures, LPOI's image lists, parts of videos, MMPR's folders, what is missing."""
 
 import base64
+import gzip
 import io
 import json
 from pathlib import Path
@@ -154,7 +155,8 @@ def test_mmpr_meta_names_the_annotations(tmp_path, place, monkeypatch):
         path = path.rename(tmp_path / "meta.json")
     elif place == "media_root":
         options["media_root"] = tmp_path
-        path = path.rename(tmp_path / "MMPR/annotations/my_meta.json")
+        path = path.rename(tmp_path / "MMPR/annotations/my_meta.json.gz")
+        path.write_bytes(gzip.compress(path.read_bytes()))
     rows = [(row["id"], row["images"]) for row in import_rows("mmpr", path, **options)]
     assert rows == [(f"{name}-{n}", [str(tmp_path / f"MMPR/images/{name}/1.png")]) for name in meta for n in (1, 2)]
     with pytest.raises(ImportFormatError, match=r"ocr\.jsonl: input and output are the same file"):

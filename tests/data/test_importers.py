@@ -1,5 +1,6 @@
 """Importing files: read once per record, written whole, with counts; and loaded with `datasets`."""
 
+import gzip
 import json
 
 import pytest
@@ -53,17 +54,39 @@ def test_on_reject_goes_on(tmp_path):
     [
         ("rlhf", "in.jsonl", "{}", "unknown format 'rlhf'. Formats: rrpo, lpoi, ms-swift, llamafactory, llava-hound"),
         ("lpoi", "other.jsonl", "{}", "no such file"),
-        ("lpoi", "in.jsonl", "[{}, ", "cannot be read as a JSON list"),
+        ("lpoi", "in.jsonl", "[{}, ", "cannot be read as JSON"),
         ("pope", "in.jsonl", '{"label": "yes", "label": "no"}', "line 1: .*'label' twice, for 'yes' and 'no'. Leave"),
         ("pope", "in.jsonl", '[{"label": "yes", "label": "no"}]', "an object has the key 'label' twice"),
-        ("vidhalluc", "in.jsonl", '{"7": [1], "7": [2]}', "in.jsonl cannot be read as JSON: .*'7' twice"),
-        ("vidhalluc", "in.jsonl", '{"7": ', "in.jsonl cannot be read as JSON: .*line 1 column 7"),
+        ("vidhalluc", "in.jsonl", '{"7": [1], "7": [2]}', "in.jsonl cannot be read as JSON.*'7' twice"),
+        ("vidhalluc", "in.jsonl", '{"7": ', "in.jsonl cannot be read as JSON.*line 1 column 7"),
     ],
 )
 def test_unreadable_input(tmp_path, fmt, name, text, message):
     (tmp_path / "in.jsonl").write_text(text)
     with pytest.raises(ImportFormatError, match=message):
         list(import_rows(fmt, tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "fmt, content, message",
+    [
+        ("lpoi", b"PK\3\4", "line 1: it begins as an archive"),
+        ("vidhalluc", b"PK\3\4", "it begins as an archive .zip or gzip.. Unpack it"),
+        ("lpoi", gzip.compress(b"[]"), "line 1: it begins as an archive"),
+    ],
+)
+def test_an_archive_is_not_said_to_be_latin_1(tmp_path, fmt, content, message):
+    (tmp_path / "in.json").write_bytes(content + b"\xff")
+    with pytest.raises(ImportFormatError, match=message):
+        list(import_rows(fmt, tmp_path / "in.json"))
+
+
+@pytest.mark.parametrize("fmt", ["lpoi", "vidhalluc", "mmpr"])
+def test_damaged_compressed_files(tmp_path, fmt):
+    path = tmp_path / "meta.json.gz"
+    path.write_bytes(gzip.compress(b"{}")[:10] + b"\xff" * 20)
+    with pytest.raises(ImportFormatError, match=r"meta\.json\.gz cannot be read"):
+        list(import_rows(fmt, path))
 
 
 def test_convert_counts(tmp_path):

@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.errors import ImportFormatError, UserError
+from trl_vpo.errors import DatasetError, ImportFormatError, UserError
 
 
 def named(path: Path) -> dict:
     """Give the file's name without its endings."""
-    return {"file": re.sub(r"(\.(jsonl?|parquet|gz|bz2|xz|zst))+$", "", path.name)}
+    return {"file": re.sub(r"(\.(jsonl?|ndjson|parquet|gz|bz2|xz|zst))+$", "", path.name, flags=re.IGNORECASE)}
 
 
 def _near(path: Path, name: str) -> Path:
@@ -25,12 +25,12 @@ def _near(path: Path, name: str) -> Path:
 
 
 def _json(path: Path) -> Any:
-    from trl_vpo.data.json_files import parse_json  # not needed to list the formats
+    from trl_vpo.data.json_files import load_packed  # not needed to list the formats
 
     try:
-        return parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ImportFormatError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
+        return load_packed(path)
+    except DatasetError as error:
+        raise ImportFormatError(str(error)) from error
 
 
 def amber_truth(path: Path) -> dict:

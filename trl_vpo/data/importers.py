@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from urllib.parse import unquote, urlsplit
 from trl_vpo.data.import_benchmarks import PLACE, SILENT
 from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
 from trl_vpo.data.inputs import portable
-from trl_vpo.data.json_files import parse_json, parse_record
+from trl_vpo.data.json_files import load_packed, parse_record
 from trl_vpo.data.messages import OTHER, REJECTED
 from trl_vpo.data.record_files import read_records
-from trl_vpo.errors import ImportFormatError
-from trl_vpo.files import atomic_write
+from trl_vpo.errors import DatasetError, ImportFormatError
+from trl_vpo.files import COMPRESSED, atomic_write
 
 MEDIA_COLUMNS = ("images", "videos", "image_list", *REJECTED, *OTHER)
 LIST_COLUMNS = (*MEDIA_COLUMNS, "rejected", "chosen_phrases", "rejected_phrases", "options", "contents")
@@ -164,13 +165,16 @@ def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
         raise ImportFormatError(f"unknown format {fmt!r}. Formats: {', '.join(FORMATS)}.")
     pattern = FORMATS[fmt].folder
     if path.is_dir() and pattern:
-        if files := sorted(path.glob(pattern)):
+        files = sorted(file for file in path.glob("[!.]*") if fnmatch(_unpacked(file), pattern))
+        if len(files) > len(set(map(_unpacked, files))):
+            raise ImportFormatError(f"{path}: a file lies in this folder compressed and not, or twice. Leave one.")
+        if files:
             return [(file, media_root) for file in files]
         raise ImportFormatError(f"{path}: no {pattern} lies in this folder. Name the folder that has them, or a file.")
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
         raise ImportFormatError(f"{path}: {what}. Name a .json, .jsonl or .parquet file.")
-    parts = _meta(path) if fmt == "mmpr" and path.name.endswith("meta.json") else None
+    parts = _meta(path) if fmt == "mmpr" and _unpacked(path).endswith("meta.json") else None
     if parts is None:
         return [(path, media_root)]
     # The paths begin with the dataset's own folder, in which meta.json lies.
@@ -187,14 +191,19 @@ def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
     return files
 
 
+def _unpacked(path: Path) -> str:
+    """Return a file's name without the ending of a compressed one, in lower case."""
+    return (path.stem if path.suffix.lower() in COMPRESSED else path.name).lower()
+
+
 def _meta(path: Path) -> dict[str, dict] | None:
     """Return the annotation files that a meta.json lists, by name; None for a file of records."""
     try:
-        parts = parse_json(path.read_bytes())
-    except json.JSONDecodeError:  # JSON lines
-        return None
-    except ValueError as error:
-        raise ImportFormatError(f"{path}: {error}") from error
+        parts = load_packed(path)
+    except DatasetError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):  # JSON lines
+            return None
+        raise ImportFormatError(str(error)) from error
     entries = parts.values() if isinstance(parts, dict) else [None]
     listed = all(isinstance(entry, dict) and {"root", "annotation"} <= entry.keys() for entry in entries)
     return parts if listed else None

@@ -90,14 +90,19 @@ def raw_records(path: Path) -> Iterator[tuple[str, int, Any]]:
                     if line.lstrip(BOM).strip():
                         yield "line", number, line
                 return
-            try:
-                items = parse_json(file.read())
-            except (ValueError, RecursionError) as error:
-                raise DatasetError(f"{path} cannot be read as a JSON list: {error}") from error
     except UNREADABLE as error:
         raise DatasetError(f"{path} cannot be read ({error}). Check it, or fetch or write it again.") from error
-    for number, item in enumerate(items, 1):
+    for number, item in enumerate(load_packed(path), 1):
         yield "item", number, item
+
+
+def load_packed(path: Path) -> Any:
+    """Return the value of a JSON file, compressed or not. Raises DatasetError."""
+    try:
+        with open_packed(path) as file:
+            return parse_json(file.read())
+    except (*UNREADABLE, ValueError, RecursionError) as error:
+        raise DatasetError(f"{path} cannot be read as JSON; mend it, or fetch or write it again: {error}") from error
 
 
 def parse_record(raw: Any) -> dict:
@@ -129,6 +134,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def _decode(raw: bytes) -> str:
+    if raw.startswith((b"PK\3\4", b"\x1f\x8b")):
+        raise ValueError("it begins as an archive (zip or gzip). Unpack it, or end the name of a gzip file in .gz.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

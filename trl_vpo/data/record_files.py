@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trl_vpo.data.json_files import parse_json, raw_records
+from trl_vpo.data.json_files import load_packed, raw_records
 from trl_vpo.data.messages import drop_none
 from trl_vpo.errors import DatasetError, ImportFormatError
 
@@ -20,10 +20,7 @@ def read_records(path: Path, keyed: bool = False) -> Iterator[tuple[str, Any, An
     """
     try:
         if keyed:
-            try:
-                entries = parse_json(path.read_bytes())
-            except ValueError as error:
-                raise ImportFormatError(f"{path} cannot be read as JSON: {error}") from error
+            entries = load_packed(path)
             if not isinstance(entries, dict):
                 raise ImportFormatError(f"{path} is not one JSON object. Name the authors' file as it is.")
             yield from (("entry", key, {"key": key, "value": value}) for key, value in entries.items())

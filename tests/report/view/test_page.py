@@ -210,7 +210,7 @@ def test_broken_files_are_shown_as_such(tmp_path):
     out = tmp_path / "page.html"
     (tmp_path / "a.json").write_text("[{}, ")
     write_page(tmp_path / "a.json", out)
-    assert "cannot be read as a JSON list" in Page(out).rows[0]["problems"][0]
+    assert "cannot be read as JSON" in Page(out).rows[0]["problems"][0]
     (tmp_path / "b.json").write_text(json.dumps([row(None), row(None, id="second")]))
     (tmp_path / "b.json.rejected.jsonl").write_text('{"reason": "no answer", "record": {"q": 1}}\n{nonsense\n')
     (tmp_path / "summary.json").write_text("{")
