@@ -92,7 +92,7 @@ def _pope(record: dict) -> dict:
 
 
 def _amber(record: dict) -> dict:
-    about = record["annotations"].get(record.get("id"))
+    about = record["annotations"].get(str(record.get("id")))
     if about is None or about["type"] not in AMBER_GROUPS:
         raise ValueError(
             f"`id` {record.get('id')!r} is not a discriminative question. Name query_discriminative.json."

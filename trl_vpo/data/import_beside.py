@@ -35,10 +35,10 @@ def _json(path: Path) -> Any:
 
 def amber_truth(path: Path) -> dict:
     entries = _json(found := _near(path, "annotations.json"))
-    for number, times in Counter(entry["id"] for entry in entries).most_common(1):
+    for number, times in Counter(str(entry["id"]) for entry in entries).most_common(1):
         if times > 1:
             raise ImportFormatError(f"{found}: {times} entries have the id {number}. Leave one of them.")
-    return {"annotations": {entry["id"]: entry for entry in entries}}
+    return {"annotations": {str(entry["id"]): entry for entry in entries}}
 
 
 def subtitle_folder(path: Path) -> dict:
