@@ -54,7 +54,7 @@ def text(record: dict, name: str, other: str | None = None) -> str:
     name = other if other in record and record.get(name) is None else name
     value = record.get(name)
     if not isinstance(value, str):
-        has = "is missing" if value is None else f"is {type(value).__name__}, not text"
+        has = "is missing" if value is None else f"is {type(value).__name__}; write it as text"
         hint = f" (or `{other}`)" if other and value is None else ""
         raise ValueError(f"`{name}`{hint} {has}. The record has the fields {', '.join(map(str, record)) or 'none'}.")
     if not value.strip():
@@ -106,10 +106,8 @@ def media(record: dict, name: str) -> list[str | bytes]:
     The field holds one of these or a list of them: a path, a URL, bytes, {"path": ...}, {"bytes": ...}. Bytes are
     base64 where JSON holds them.
     """
-    items = record.get(name) or []
-    items = [items] if isinstance(items, (str, dict, bytes)) else items
-    if not isinstance(items, list):
-        raise ValueError(f"`{name}` is {type(items).__name__}, not a list of paths.")
+    items = record.get(name)
+    items = [] if items in (None, "", b"", {}) else items if isinstance(items, list) else [items]
     return [_source(item, f"`{name}`[{i}]", picture="image" in name) for i, item in enumerate(items)]
 
 
@@ -124,14 +122,12 @@ def single(record: dict, name: str, other: str | None = None) -> list[str | byte
 
 def clip(record: dict) -> dict[str, list]:
     """Return the `videos` or `images` of a record with `video` or `image`; `start` and `end` (seconds) cut a video."""
-    if not record.get("video"):
-        if not (images := media(record, "image")):
-            raise ValueError("the record has neither a video nor an image to ask about. Give it `video` or `image`.")
+    videos, images, start, end = media(record, "video"), media(record, "image"), record.get("start"), record.get("end")
+    if bool(videos) == bool(images):
+        has = "both `video` and `image`" if videos else "neither a video nor an image to ask about"
+        raise ValueError(f"the record has {has}. Give it one of them.")
+    if images:
         return {"images": images}
-    if record.get("image"):
-        raise ValueError("the record has both `video` and `image`, of which one is read. Drop the other.")
-    start, end = record.get("start"), record.get("end")
-    videos = media(record, "video")
     if start is None and end is None:
         return {"videos": videos}
     seconds = all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in (start, end))
@@ -153,6 +149,8 @@ def _source(item: Any, where: str, picture: bool) -> str | bytes:
         return item
     if isinstance(item, str) and item:
         return item
+    if isinstance(item, (int, float)):
+        raise ValueError(f"{where} is {item}, no path. Write the name of a file as text.")
     raise ValueError(f"{where} is not a path, and not the bytes of a medium. Write it to a file and name that.")
 
 

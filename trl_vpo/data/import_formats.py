@@ -15,7 +15,7 @@ from trl_vpo.data.import_questions import conversations, qa_turns, questions, vi
 from trl_vpo.data.messages import REJECTED
 from trl_vpo.text.phrases import CLOSE, OPEN, masked_spans
 
-REFUSED = ("audios", "tools", "objects")  # they change what the text means
+REFUSED = {"audios", "tools", "objects", "image", "images", "video", "videos"}  # they change what the text means
 IDS = ("id", "sample_id", "idx", "qid", "question_id")
 SOURCES = ("src", "origin_dataset", "data_source")
 MASKED_COPIES = "masked_copies"  # of LPOI's release: paths that the importer looks for
@@ -27,9 +27,11 @@ def read_record(fmt: str, record) -> list[dict]:
 
     Raises ValueError, to which the caller adds file and place.
     """
-    for name in REFUSED:
-        if record.get(name):
-            raise ValueError(f"`{name}` is not supported and would be lost. Remove it if the text does not need it.")
+    if unread := [name for name in sorted(REFUSED - FORMATS[fmt].fields) if record.get(name)]:
+        raise ValueError(
+            f"`{unread[0]}` is not supported and would be lost. Remove it if the text does not need it, or give it "
+            f"the name that is read ({FORMATS[fmt].layout})."
+        )
     tags = {key: record.get(key) for key in (*IDS, *SOURCES) if key in FORMATS[fmt].fields}
     row_id = next((str(tags[key]) for key in IDS if tags.get(key) not in (None, "")), "")
     origin = next((tags[key] for key in SOURCES if tags.get(key)), None)
