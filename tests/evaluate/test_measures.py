@@ -11,6 +11,7 @@ import pytest
 
 from trl_vpo.evaluate.intervals import Interval
 from trl_vpo.evaluate.measures import difference, estimate, evidence
+from trl_vpo.evaluate.questions import read_rating
 from trl_vpo.text.chair import ObjectTable
 
 TABLE = ObjectTable({"dog": [], "cup": [], "person": ["man"]})
@@ -207,6 +208,18 @@ def test_rated_answers():
         "score": 11 / 6, "hallucination": 4 / 6, "informativeness": pytest.approx((3 + 0 + 2) / 3 / 6),
         "unread": 2 / 6, "cut_off": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rating, replies",
+    [
+        (5, ["Rating (0-6): 5", "Rating (0 to 6): 5.", "**Rating** [0–6]: **5**", "Rating - 5\n- 2 cups"]),
+        (4, ["Rating 0-6: 4", "Rating: 4, since 3.5 is too low", "Rating: 4 to be fair"]),
+        (None, ["Rating: -1", "Rating: −1", "Rating: 3.5", "Rating: 3-4", "Rating: 3 to 4", "Rating: 0-6"]),
+    ],
+)
+def test_a_rating_is_one_whole_number(rating, replies):
+    assert [read_rating(reply) for reply in replies] == [rating] * len(replies)
 
 
 def test_estimate_passes_clusters_and_settings_on():

@@ -20,7 +20,10 @@ Records = Sequence[Mapping[str, Any]]
 Rows = dict[str, np.ndarray]
 Evidence = dict[str, tuple[Rows, list[str]]]  # kind -> rows of measures, and the cluster of each row
 
-_RATING = re.compile(r"rating\W*([0-6])\b", re.IGNORECASE)
+_RANGE = r"(?:[-–—−]|to|or)"
+_RATING = re.compile(  # behind a scale from 0 to 6; a minus, a range or a decimal is none
+    rf"rating(?:\W*0 ?{_RANGE} ?6\b)?\W*?(?<![-–—−])([0-6])(?!\w|[.,]\d| ?{_RANGE} ?\d)", re.IGNORECASE
+)
 
 
 def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> Rows:
