@@ -35,14 +35,20 @@ def inputs(*rows):
             r"row 0 \(id 'r0'\): has a question and no `task`: give one of .*has no `chosen`",
         ),
         ([{**QUESTION, "answer": "maybe"}], "`answer` is 'maybe': a yes/no question needs yes or no"),
+        ([{**QUESTION, "answer": ["yes"]}], r"`answer` is \['yes'\]: a yes/no question needs yes or no"),
+        ([{**QUESTION, "role": ["basic"]}], r"`role` is \['basic'\] and `answer` 'yes'"),
+        ([{"task": ["yes_no"]}], r"`task` is \['yes_no'\]: one of"),
         ([{**QUESTION, "role": "hallucinated"}], "`role` is 'hallucinated' and `answer` 'yes'"),
         ([{**QUESTION, "pair": None, "sets": "3_1"}], "`sets` is '3_1': give the id of a set for each kind"),
         ([QUESTION, QUESTION], r"pair 'p' needs one .* it has row 0 \(id 'r0'\): yes, row 1 \(id 'r1'\): yes"),
         ([{**QUESTION, "question": "<video> Is it red?"}], "holds the marker <video>"),
         ([{**CHOICE, "answer": "C"}], r"`answer` is 'C': give the letter of the right option \(A, B\)"),
+        ([{**CHOICE, "options": ["1", "2"], "answer": 1}], "`answer` is 1: give the letter of the right option"),
+        ([{**CHOICE, "answer": ["A"]}], r"`answer` is \['A'\]: give the letter"),
         ([{**CHOICE, "options": None}], "there are no options"),
         ([{**CHOICE, "options": ["red", "Red."]}], "say the same"),
         ([{**CHOICE, "task": "letters", "answer": "B, A"}], "`answer` is 'B, A': give all right letters"),
+        ([{**CHOICE, "task": "letters", "ordered": "false"}], "`ordered` is 'false': give true where the order"),
         ([{**CHOICE, "task": "rated", "answer": " "}], "`answer` is ' ': give a person's answer"),
         ([{**CHOICE, "task": "rated", "answer": "A.", "contents": "a dog"}], "`contents` is 'a dog': list what"),
         ([{**CAPTION, "objects": None}], "`objects` is None"),
@@ -96,6 +102,14 @@ def test_single_questions_have_groups_and_sets():
         "question": "Is it red?", "expected": "yes", "group": "7", "sets": {"figure": "3", "question": "a"}
     }  # fmt: skip
     assert rows[1].facts["group"] == "b"
+
+
+def test_an_empty_name_is_none():
+    empty = {"cluster": "", "group": "", "pair": "", "sets": {"figure": ""}}
+    rows = read_rows(inputs({**QUESTION, **empty}, {**CHOICE, "cluster": "", "group": ""}))
+    assert [row.cluster for row in rows] == ["r0", "r1"]
+    assert rows[0].facts == {"question": "Is it red?", "expected": "yes", "sets": {}}
+    assert "group" not in rows[1].facts
 
 
 def test_clusters_stay_where_media_move(tmp_path):

@@ -53,11 +53,11 @@ def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only
             continue
         name = row_name(example, place)
         try:
-            if task not in TASKS:
+            if str(task) not in TASKS:
                 raise RowError(f"`task` is {task!r}: one of {', '.join(TASKS)}; without it, a preference row.")
             facts = TASKS[task](row, table)
-            if task != "preference" and row.example.get("group") is not None:
-                facts["group"] = str(row.example["group"])
+            if task != "preference" and (group := _name(row.example.get("group"))):
+                facts["group"] = group
             rows.append(EvalRow(place, row.id, name, task, _cluster(row), row_digest(row), facts))
         except (RowError, InputError) as error:
             message = str(error).removeprefix(f"{row_name(example)}: ")  # `read_row` does not know the place
@@ -89,25 +89,25 @@ def _preference(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
 
 def _yes_no(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
     question, given, role = _question(row), row.example.get("answer"), row.example.get("role")
-    answer = yes_or_no(str(given))
+    answer = yes_or_no(given) if isinstance(given, str) else None
     if answer is None:
         raise RowError(f"`answer` is {given!r}: a yes/no question needs yes or no.")
-    if role is not None and ROLES.get(role) != answer:
+    if role is not None and ROLES.get(str(role)) != answer:
         raise RowError(f'`role` is {role!r} and `answer` {answer!r}: "basic" goes with yes, "hallucinated" with no.')
     facts = {"question": question, "expected": answer}
-    if row.example.get("pair") is not None:
-        facts["pair"] = str(row.example["pair"])
+    if pair := _name(row.example.get("pair")):
+        facts["pair"] = pair
     if (sets := row.example.get("sets")) is not None:
         if not isinstance(sets, dict):
             raise RowError(f'`sets` is {sets!r}: give the id of a set for each kind, such as {{"figure": "3_1"}}.')
-        facts["sets"] = {kind: str(name) for kind, name in sets.items() if name is not None}
+        facts["sets"] = {kind: name for kind, given in sets.items() if (name := _name(given))}
     return facts
 
 
 def _choice(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
     question, answer = _question(row), row.example.get("answer")
     options = read_options(question, row.example.get("options"))
-    letter = read_choice(str(answer), options).value if options else None
+    letter = read_choice(answer, options).value if options and isinstance(answer, str) else None
     if letter is None:
         letters = ", ".join(options) or "none: there are no options"
         raise RowError(f"`answer` is {answer!r}: give the letter of the right option ({letters}).")
@@ -129,7 +129,9 @@ def _chair(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
 
 
 def _letters(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
-    question, answer, ordered = _question(row), row.example.get("answer"), bool(row.example.get("ordered"))
+    question, answer, ordered = _question(row), row.example.get("answer"), row.example.get("ordered", False)
+    if not isinstance(ordered, bool):
+        raise RowError(f"`ordered` is {ordered!r}: give true where the order of the letters matters, or false.")
     if not isinstance(answer, str) or read_letters(answer, ordered=True) != answer:
         raise RowError(f"`answer` is {answer!r}: give all right letters, each once, such as BD.")
     return {"question": question, "expected": answer if ordered else "".join(sorted(answer)), "ordered": ordered}
@@ -164,6 +166,11 @@ def _question(row: InputRow) -> str:
     return row.example["question"]
 
 
+def _name(given: Any) -> str | None:
+    """Return a name as a text; None for an empty one."""
+    return None if given in (None, "") else str(given)
+
+
 def _unpaired(rows: list[EvalRow]) -> list[str]:
     """The problems of pairs of yes/no questions."""
     pairs: dict[str, dict[str, str]] = {}  # pair -> name of a row -> its right answer
@@ -180,8 +187,8 @@ def _unpaired(rows: list[EvalRow]) -> list[str]:
 
 def _cluster(row: InputRow) -> str:
     """The row's own cluster, or its first medium as the row names it, so that another `media_root` changes none."""
-    if row.example.get("cluster") is not None:
-        return str(row.example["cluster"])
+    if cluster := _name(row.example.get("cluster")):
+        return cluster
     columns = (row.example.get(key) for key in ("videos", "video", "images", "image", *LISTS))
     source = next((column for column in columns if column), None)
     while isinstance(source, (dict, list)):  # options beside a path; a list of frames
