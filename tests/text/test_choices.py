@@ -93,7 +93,15 @@ def test_the_ground_truth_of_a_choice_in_any_form(answer):
         ({"A": "two", "B": "three"}, "There are 3 dogs.", "B"),
         ({"A": "1", "B": "12"}, "12", "B"),
         ({"A": "left", "B": "left and right"}, "It moves left and right", "B"),
-        ({"A": "cats", "B": "a cat"}, "a cat", None),  # no rule tells them apart
+        ({"A": "cats", "B": "a cat"}, "It is a cat", None),  # no rule tells them apart
+        ({"A": "cats", "B": "a cat"}, "A cat.", "B"),
+        ({"A": "x > y", "B": "x < y"}, "<think>x > y? No.</think>x < Y", "B"),
+        ({"A": "x > y", "B": "x < y"}, "The answer is x < y", None),
+        ({"A": "Java", "B": "C++", "C": "C#", "D": "C"}, "C++", "B"),
+        ({"A": "Java", "B": "C++", "C": "R", "D": "C"}, "C", "C"),
+        ({"A": "left", "B": "right"}, "The right answer is A.", "A"),
+        ({"A": "left", "B": "right"}, "The right option", None),
+        ({"A": "left", "B": "right"}, "The man on the right", "B"),
         ({"A": "cats", "B": "a cat"}, "B. a cat", "B"),
         ({"A": "plan A", "B": "plan B"}, "plan B", "B"),
         ({letter: f"Team {letter}" for letter in "ABCD"}, "Team A wins.", "A"),
@@ -154,6 +162,26 @@ def test_options_may_be_letters(given):
     with pytest.raises(InputError, match="make them the same, leave one of them out, or list the options last"):
         read_options("Sort:\n(a) He sits.\n(b) He runs.", given)
     assert read_options(f"Sort:\n(a) He sits.\n(b) He runs.\nA. {given[0]}\nB. {given[1]}", given) == options
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["x > y", "x < y"],
+        ["≥3", "≤3"],
+        ["$5", "€5"],
+        ["C++", "C"],
+        ["3 - 1", "3, 1"],
+        ["1/2", "1, 2"],
+        ["😀", "😢"],
+    ],
+)
+def test_options_may_differ_by_a_sign(given):
+    options = read_options("Which?", given)
+    assert [*options.values()] == given
+    assert [read_choice(text, options).value for text in given] == ["A", "B"]
+    with pytest.raises(InputError, match="make them the same"):
+        read_options(f"Which?\nA. {given[1]}\nB. {given[0]}", given)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ from trl_vpo.text.normalize import (
     places,
     same_words,
     statement,
+    texts,
     words,
 )
+from trl_vpo.text.responses import without_reasoning
 
 # --- options ----------------------------------------------------------------------------------------------------
 
@@ -98,12 +100,23 @@ def _listed(question: str) -> dict[str, str]:
 
 
 def _contents(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return the words by which the options differ; for an option without words, its text.
+    """Return the words and signs by which the options differ; for an option without words, its text.
 
     An `a` without a word behind it is no article: `(a)(b)` is not `(b)(a)`.
     """
     named = {letter: re.sub(r"\b[Aa]\b(?!\s+\w\w)", "__a__", normalize(text)) for letter, text in options.items()}
-    return {letter: tuple(content_words(named[letter])) or (text.strip(" ."),) for letter, text in options.items()}
+    return {
+        letter: (*content, *_SIGN.findall(text)) if (content := content_words(named[letter])) else (text.strip(" ."),)
+        for letter, text in options.items()
+    }
+
+
+# all but the punctuation of prose and markup, and of dashes a minus
+_SIGN = re.compile(r"[^\w\s.,:;!?'’\"“”„«»()\[\]{}*`~$%\\–—-]|(?<=[\s\d])-(?=[\s\d])")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".")
 
 
 # --- answers ----------------------------------------------------------------------------------------------------
@@ -160,6 +173,7 @@ def read_choice(response: str, options: Mapping[str, str]) -> Reading:
 
     `options` are letter -> text, no two texts alike; letters are upper-case and begin with A.
 
+    0. A text that is exactly an option's, and no letter, names it; only case, white space and a full stop may differ.
     1. Letters count as options if they are used as labels: `B`, `b`, `(b)`, `B.`, `b) ...`, `**B**`, `option b`,
        `Answer: B`, `B is ...`. The article in `A red square` and the pronoun `I` do not. A capital A inside a sentence
        is a label, unless a name in capitals or the first word of an option that has an article follows.
@@ -172,6 +186,10 @@ def read_choice(response: str, options: Mapping[str, str]) -> Reading:
        texts. Two different ones (`A or B`) leave the answer undecided, and so does a letter with only
        another option's text (`B. a blue circle` if that is C).
     """
+    said = _plain(without_reasoning(response))
+    exact = [letter for letter, text in options.items() if said and said == _plain(text)]
+    if len(exact) == 1 and not re.fullmatch(rf"[(\[]?[{''.join(options)}][.):\]]?", said, re.IGNORECASE):
+        return Reading(exact[0])
     tokens, labels, mentions = _mentions(response, options)
     inside = {i for start, end, _ in mentions for i in range(start, end)}
     if hedged([word.text for i, word in enumerate(tokens) if i not in inside]):
@@ -213,6 +231,8 @@ def _mentions(response: str, options: Mapping[str, str]) -> tuple[list[Word], li
             continue  # the text is a label itself
         for start in places(keys, content):
             span = range(start, start + len(content))
+            if content == ["right"] and texts(tokens[start + 1 : start + 2]) in (["answer"], ["option"], ["choice"]):
+                continue  # `the right answer` is not the one on the right
             if all(covered_by.get(i, content) == content for i in span):
                 covered_by |= dict.fromkeys(span, content)
                 mentions.append((start, start + len(content), letter))
