@@ -77,6 +77,12 @@ def test_videochat2_it(tmp_path):
         ({"answer": "1", "answer_index": 1}, "a circle"),
         ({"answer": "", "answer_index": 1}, "a circle"),
         ({"a0": 3, "a1": 4, "answer": 4, "answer_index": 1}, "4"),
+        ({"a0": "B", "a1": "A", "a2": "D", "answer": 1}, "B"),  # generation would read the text as A
+        ({"a0": "B", "a1": "A", "answer": None, "answer_index": 0}, "A"),
+        ({"a0": "B", "a1": "A", "answer": "A", "answer_index": 1}, "B"),
+        ({"a0": "B", "a1": "A", "a2": "D", "answer": "D"}, "D"),
+        ({"a0": "A", "a1": "B", "answer": 1}, "B"),
+        ({"a0": "x < y", "a1": "x > y", "answer": 1}, "x > y"),
     ],
 )
 def test_numbers_and_indices_as_answers(tmp_path, change, answer):
@@ -101,6 +107,7 @@ def test_numbers_and_indices_as_answers(tmp_path, change, answer):
         ("questions", {"options": ["x", "y"]}, "different lists of options"),
         ("questions", {"options": ["x", "y"], "choices": ["y", "x"], "a0": None, "a1": None}, "different lists of"),
         ("questions", {"answer": "1"}, "the answer '1' is none of the options .*its index as a number"),
+        ("questions", {"a0": "B", "a1": "A", "answer": "A"}, "is 'A', which is an option and the letter of another"),
         ("questions", {"answer": "zz"}, "the answer 'zz' is none of the options"),
         ("questions", {"answer": True}, "the answer 'yes' is none of the options"),
         ("questions", {"a1": "A square"}, "the options A and B say the same"),

@@ -225,11 +225,9 @@ def question(asked: str, answer: str, **columns) -> dict:
 
 
 def option_index(answer: str, asked: str, options: list[str] | None) -> int | None:
-    """Return which option an answer names by its text or letter; None if none. Raise for options that are alike."""
+    """Return which option generation reads of an answer; None if none. Raise for options that are alike."""
     from trl_vpo.text.choices import read_choice, read_options  # not needed to list the formats
 
     letters = read_options(asked, options)  # those of the question without a list of them
-    if options and answer in options:
-        return options.index(answer)
     named = read_choice(answer, letters).value if options else None
     return named and [*letters].index(named)

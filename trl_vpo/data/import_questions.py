@@ -7,6 +7,7 @@ these projects lets a later question depend on an earlier answer (VideoChat2 shu
 """
 
 import math
+from string import ascii_uppercase
 
 from trl_vpo.data.import_fields import clip, joined, option_index, question, text, turns
 
@@ -58,7 +59,7 @@ def questions(record: dict) -> dict:
 
 
 def _answer(record: dict, options: list[str] | None) -> str:
-    """Return the answer as a text; of an index, the text of its option."""
+    """Return the answer as a text; of an index, the text of its option, or the letter if that would be misread."""
     index, answer = record.get("answer_index"), record.get("answer")
     said = None
     if index is None or answer not in (None, ""):
@@ -71,14 +72,19 @@ def _answer(record: dict, options: list[str] | None) -> str:
             )
         index, said = answer, None
     if index is None:
+        if said in (options or ()) and option_index(said, record["question"], options) != options.index(said):
+            raise ValueError(
+                f"`answer` is {said!r}, which is an option and the letter of another ({options}). Give the "
+                "index, from 0, as `answer_index`."
+            )
         return said
     if not options or isinstance(index, bool) or index not in range(len(options)):
         raise ValueError(f"the answer's index is {index!r}, but the options have {_places(options)}.")
     right = options[int(index)]
-    agrees = said is None or (said == _number(index) and said not in options)
+    agrees = said in (None, right) or (said == _number(index) and said not in options)
     if not agrees and option_index(said, record["question"], options) != index:
         raise ValueError(f"`answer_index` is {index}, {right!r}, but `answer` is {answer!r}. Drop the wrong one.")
-    return right
+    return right if option_index(right, record["question"], options) == index else ascii_uppercase[int(index)]
 
 
 def _places(options: list[str] | None) -> str:
