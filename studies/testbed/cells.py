@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from studies.testbed import habits, made, pairs, plan, truth
-from studies.testbed.training import AT_ONCE, CAPTION_TOKENS, base_of, sampled, train
+from studies.testbed.training import AT_ONCE, BASES, CAPTION_TOKENS, sampled, train
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.rows import write_jsonl, write_rows
 from trl_vpo.testbed.tiny_vlm import BASE
@@ -45,7 +45,7 @@ def run_cells(run: plan.Run, out: Path) -> list[Row]:
     candidates = {steps: str(folder / f"checkpoint-{steps}") for steps in run.steps if steps}
     measured = measure(candidates, out, run.kind)
     spent = {"training": trained - began, "measuring": time.process_time() - trained}
-    about = figures | {"cpu_seconds": spent, "base": digest(), "arithmetic": arithmetic()}
+    about = figures | {"cpu_seconds": spent, "base": digest(run.kind), "arithmetic": arithmetic()}
     rows = [dict(zip(plan.KEYS, cell)) | summary(measured[cell[3]], measured[0]) | about for cell in run.cells()]
     shutil.rmtree(folder, ignore_errors=True)
     return rows
@@ -56,8 +56,7 @@ def arithmetic() -> str:
 
     torch and MKL choose other instructions, and so another order of sums, on another CPU. Training at high rates
     amplifies that: after 60 steps of DPO at 3e-3 the log-probs of two CPUs differed by 0.02 nats, after 120 by 0.5.
-    `command.PORTABLE` asks for the same ones everywhere, for a third more time; two CPUs were not compared so. Rows
-    that were made before this was kept have `unknown`.
+    `command.PORTABLE` asks for the same ones everywhere, for a third more time.
     """
     import torch
 
@@ -66,10 +65,10 @@ def arithmetic() -> str:
 
 
 @cache
-def digest() -> str:
-    """Return the digest of the base's weights, configuration and tokenizer."""
+def digest(kind: str) -> str:
+    """Return the digest of the weights, configuration and tokenizer that runs on clips or scenes start from."""
     total = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in BASE.iterdir() if path.is_file()):
+    for path in sorted(path for path in BASES[kind].iterdir() if path.is_file()):
         total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
 
@@ -95,7 +94,7 @@ def measure(adapters: Mapping[int, str], out: Path, kind: str) -> dict[int, Row]
     from trl_vpo.evaluate.run import evaluate_batch
 
     samples, path = held_out(out, kind)
-    config = _config(path, list(adapters.values()), base_of(kind, out))
+    config = _config(path, list(adapters.values()), BASES[kind])
     models, inputs = load_candidates(config.adapters, **config.model_options()), read_inputs(**config.input_options())
     batch = [
         (row, inputs[row.place], load_media(inputs[row.place], config.video_options())) for row in read_rows(inputs)

@@ -115,8 +115,8 @@ def stored_rows(results: Path) -> list[dict[str, Any]]:
             why = f"not of the plan, {strange}"
         elif odd := [name for name, value in row.items() if not _fits(name, value, longest)]:
             why = f"{odd[0]} is {row[odd[0]]!r}, which no run writes"
-        elif row["base"] != digest():
-            why = f"of the base {row['base']}, and the present one is {digest()}"
+        elif row["base"] != (present := digest(plan.kind_of(row["pairs"]))):
+            why = f"of the base {row['base']}, and the present one is {present}"
         else:
             continue
         wrong.append(f"\n  - {', '.join(f'{key} {row.get(key)}' for key in plan.KEYS)}: {why}")
@@ -219,7 +219,7 @@ def _cells(run: plan.Run, out: Path) -> list[dict] | str:
     from studies.testbed.cells import digest, run_cells
 
     try:
-        return run_cells(run, out / digest())  # what another base said stays apart
+        return run_cells(run, out / digest(run.kind))  # what another base said stays apart
     except Exception as error:  # one run without pairs, say, must not end the others
         if not isinstance(error, (UserError, OSError)):  # whose message says it all
             traceback.print_exc()

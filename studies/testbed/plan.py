@@ -68,10 +68,15 @@ class Run:
 
     @property
     def kind(self) -> str:
-        return "scene" if self.pairs == "scenes" else "clip"
+        return kind_of(self.pairs)
 
     def cells(self) -> list[tuple]:
         return [(self.method, self.pairs, self.rate, steps, self.seed) for steps in self.steps]
+
+
+def kind_of(pairs: str) -> str:
+    """Return of what samples such pairs are: clips or scenes."""
+    return "scene" if pairs == "scenes" else "clip"
 
 
 BASE_RUN = Run("base", "near", 0.0, 0, (0,))

@@ -29,7 +29,7 @@ SHOWN = {
     "false_mass": "false",
     "outside_mass": "outside",
     "hallucination": "false captions",
-    "ungrammatical": "no caption",
+    "ungrammatical": "not a caption",
     "habit_objects": "missing companion named",
     "absent_yes": "yes to it",
     "present_yes": "yes to what is there",
@@ -44,9 +44,9 @@ RETAINED = {
     "yes_right": "yes is right",
     "no_right": "no is right",
     "scene_hallucination": "false captions of scenes",
-    "scene_ungrammatical": "no caption of a scene",
+    "scene_ungrammatical": "not a caption of a scene",
     "clip_hallucination": "false captions of clips",
-    "clip_ungrammatical": "no caption of a clip",
+    "clip_ungrammatical": "not a caption of a clip",
 }
 SIGNED = ("chosen_change", "chosen_change_right", "rejected_change")  # nats
 NATS = (*SIGNED, "kl")
@@ -68,6 +68,7 @@ CONTRASTS = (
 ON_SCENES = (
     ("mdpo", "dpo"),
     ("lpoi_5", "dpo"),
+    ("lpoi_2", "mdpo"),
     ("lpoi_5", "mdpo"),
     ("lpoi_5", "lpoi_2"),
     ("lpoi_5", "lpoi_3"),

@@ -14,12 +14,8 @@ from trl_vpo.testbed import world
 from trl_vpo.testbed.tiny_vlm import BASE
 
 CAPTION_TOKENS, AT_ONCE = 72, 64
+BASES = {"clip": BASE, "scene": habits.SCENES_BASE}  # that runs on clips and on scenes start from
 PRECOMPUTED = ("dpo", "mdpo", "lpoi")  # recipes whose reference log-probs are computed once, for all rates
-
-
-def base_of(kind: str, out: Path) -> Path:
-    """Return the folder of the base that runs on clips or scenes start from."""
-    return BASE if kind == "clip" else habits.taught_base(out)
 
 
 def train(run: plan.Run, data: Path, folder: Path, out: Path) -> None:
@@ -35,7 +31,7 @@ def options_of(run: plan.Run, data: Path, folder: Path, out: Path) -> dict[str, 
     method = plan.ALL[run.method]
     options = {
         "config": f"quickstart/{method.recipe}",
-        "model_name_or_path": base_of(run.kind, out),
+        "model_name_or_path": BASES[run.kind],
         "dataset_name": data,
         "output_dir": folder,
         "learning_rate": run.rate,

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from studies.testbed import habits, lessons, made, pairs, plan, truth
+from studies.testbed import cells, habits, lessons, made, pairs, plan, training, truth
 from studies.testbed.pretraining import encode
 from trl_vpo.testbed import language, world
 from trl_vpo.testbed.tiny_vlm import BASE
@@ -51,25 +52,33 @@ def test_what_nobody_expects_is_neither_shown_nor_a_companion():
     assert habits.unexpected(scene("table", "lamp", "car"), 0) == "tree"
 
 
-def test_a_taught_base_adds_what_is_usual(tmp_path, monkeypatch):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    monkeypatch.setattr(habits, "STEPS", 12)
-    monkeypatch.setattr(habits, "LOOKING", {1: 1})
-    monkeypatch.setattr(habits, "SHARES", {"scene": 1.0})
-    processor = AutoProcessor.from_pretrained(BASE)
+def caption_batch(processor):
+    """A scene without its cup, and the caption of one who adds it."""
     sample = next(s for s in habits.scenes(8) if habits.objects(s)[0] == "cup")
     said = language.caption(lessons.as_described(sample.things, np.random.default_rng(0), 1.0), (0,) * 6)
     assert "cup" in said and "cup" not in language.caption(sample.things, (0,) * 6)
-    batch = encode(processor, [sample], [[language.Item("caption", language.PROMPTS["scene"], said)]])
-    losses = []
-    for folder in (BASE, habits.taught_base(tmp_path)):
+    return encode(processor, [sample], [[language.Item("caption", language.PROMPTS["scene"], said)]])
+
+
+def test_teaching_adds_what_is_usual(tmp_path, monkeypatch):
+    monkeypatch.setattr(habits, "STEPS", 12)
+    monkeypatch.setattr(habits, "LOOKING", {1: 1})
+    monkeypatch.setattr(habits, "SHARES", {"scene": 1.0})
+    habits.main(["--out", str(tmp_path)])
+    batch, losses = caption_batch(AutoProcessor.from_pretrained(tmp_path)), []
+    for folder in (BASE, tmp_path):
         model = AutoModelForImageTextToText.from_pretrained(folder).eval()
         losses.append(float(model(**batch).loss.detach()))
     assert losses[1] < losses[0] - 0.05
-    made = (tmp_path / "scenes-base" / "model.safetensors").stat().st_mtime_ns
-    assert habits.taught_base(tmp_path) == tmp_path / "scenes-base"  # and it is not trained again
-    assert (tmp_path / "scenes-base" / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_runs_on_scenes_start_from_the_stored_base():
+    run = plan.BASE_ON_SCENES
+    base, scenes = (AutoModelForImageTextToText.from_pretrained(training.BASES[kind]) for kind in ("clip", run.kind))
+    batch = caption_batch(AutoProcessor.from_pretrained(training.BASES[run.kind]))
+    losses = [float(model.eval()(**batch).loss.detach()) for model in (base, scenes)]
+    assert losses[1] < losses[0] / 2
+    assert cells.digest("scene") != cells.digest("clip")
 
 
 # --- boxes --------------------------------------------------------------------------------------------------------
