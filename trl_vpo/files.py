@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import secrets
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from typing import Any, BinaryIO
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what `open_packed` and reading from it raise
+REMEMBERED = 1 << 26  # bytes; the digests of larger files are remembered
+SETTLED = 5.0  # seconds; a file that changed within them may change again without a new time
 ENDS = 1 << 14  # bytes at the beginning and at the end of a file that `ends_digest` reads
 THREADS = 8  # opening files waits for disks; hashing leaves the interpreter to others
 
@@ -102,13 +105,32 @@ def ends_digest(path: Path) -> list:
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file's contents.
 
-    A large file of the cache of the Hub's client is named by it. Raises OSError.
+    That of a large file is remembered in the cache of the Hub's client, under path, size and both times of its last
+    change. A large file of the Hub's own cache is named by it. Raises OSError.
     """
     path = path.resolve()
     if path.parent.name == "blobs" and len(path.name) == 64:
         return path.name
+    stat = path.stat()
+    if stat.st_size < REMEMBERED:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    key = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+    memory = _memory() / hashlib.sha256(key.encode()).hexdigest()
+    with suppress(OSError):
+        if len(known := memory.read_text()) == 64:
+            return known
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time() - stat.st_ctime > SETTLED:
+        with suppress(OSError), atomic_write(memory) as part:
+            part.write_text(digest)
+    return digest
+
+
+def _memory() -> Path:
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "trl_vpo" / "digests"
 
 
 def file_digests(folder: Path, paths: Iterable[Path]) -> dict[str, str]:

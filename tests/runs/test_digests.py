@@ -3,20 +3,25 @@
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Json, List, concatenate_datasets
 from PIL import Image as Picture
 
+from trl_vpo import files
 from trl_vpo.data.json_files import load_json
+from trl_vpo.files import file_digest
 from trl_vpo.runs.digests import model_files, row_digests
 from trl_vpo.testbed.rows import write_jsonl
 
 
 @pytest.fixture
-def small(tmp_path):
-    """A model's folder, and what else lies there."""
+def small(tmp_path, monkeypatch):
+    """Files that count as large, and an empty memory of their hashes."""
+    monkeypatch.setattr(files, "REMEMBERED", 100)
+    monkeypatch.setattr(files, "_memory", lambda: tmp_path / "memory")
     folder = tmp_path / "base"
     folder.mkdir()
     loaded = ("model-1.safetensors", "model-2.safetensors", "config.json", "chat_template.jinja", "modeling_own.py")
@@ -25,6 +30,16 @@ def small(tmp_path):
     (folder / "README.md").write_text("not loaded")
     (folder / "trainer_state.json").write_text("{}")
     return folder
+
+
+def age(path):
+    """As if it had been there for long, which a hash that is remembered must have."""
+    seen = time.time
+    files.time.time = lambda: seen() + 60
+    try:
+        return file_digest(path)
+    finally:
+        files.time.time = seen
 
 
 def test_every_byte_of_a_model_counts(small):
@@ -39,6 +54,20 @@ def test_every_byte_of_a_model_counts(small):
     assert {name for name in before if after[name] != before[name]} == {"model-2.safetensors"}
     moved = shutil.copytree(small, small.with_name("moved"))
     assert model_files(moved) == after
+
+
+def test_a_large_file_is_read_once_until_it_changes(small, monkeypatch):
+    path = small / "model-1.safetensors"
+    first = age(path)
+    read = []
+    monkeypatch.setattr(files.hashlib, "file_digest", lambda file, name: read.append(1))
+    assert file_digest(path) == first and not read
+    monkeypatch.undo()
+    monkeypatch.setattr(files, "REMEMBERED", 100)
+    stat = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the time of the inode's change stays behind
+    assert file_digest(path) != first
 
 
 def test_a_files_hash_in_the_hubs_cache_is_its_name(tmp_path):
