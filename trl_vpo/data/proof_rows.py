@@ -4,13 +4,17 @@ A kind is what media a row has. Model, processor and collator treat the rows of 
 shows what they do: a few small frames in the place of a film.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from trl_vpo.data.raw_rows import raw_rows, transform_of
+from trl_vpo.data.messages import KINDS
+from trl_vpo.data.raw_rows import CHUNK, raw_rows, transform_of
 from trl_vpo.data.row_media import LISTS, own_sources
 from trl_vpo.forward.proof import ProofRow
 
@@ -33,10 +37,12 @@ def first_of_kinds(dataset: Dataset, collator: Any) -> list[dict] | None:
     if transform_of(dataset):
         return None
     names = [name for name in ("images", "image", "videos", "video", *LISTS) if name in dataset.column_names]
-    first: dict[str, int] = {}
-    for i, media in enumerate(raw_rows(dataset.select_columns(names)) if names else ({},)):
-        first.setdefault(kind_of_row(media), i)
-    return [next(raw_rows(dataset, i, i + 1)) for i in first.values()]
+    first: dict[tuple, int] = {}
+    if names:
+        for start, batch in enumerate(dataset.select_columns(names).with_format("arrow").iter(CHUNK)):
+            for i, key in enumerate(zip(*(_counts(batch.column(name), many=name not in KINDS) for name in names))):
+                first.setdefault(key, start * CHUNK + i)
+    return list(_by_kind(next(raw_rows(dataset, i, i + 1)) for i in first.values() or (0,)).values())
 
 
 def _by_kind(examples: Iterable[dict]) -> dict[str, dict]:
@@ -44,6 +50,15 @@ def _by_kind(examples: Iterable[dict]) -> dict[str, dict]:
     for example in examples:
         kinds.setdefault(kind_of_row(example), example)
     return kinds
+
+
+def _counts(column: pa.ChunkedArray, *, many: bool) -> list[int]:
+    """Return how many media each row has in a column. Embedded ones are not read."""
+    if many and isinstance(column.type, pa.BaseExtensionType):  # JSON text, where paths and dictionaries mix
+        return [len(json.loads(text) or ()) if text else 0 for text in column.to_pylist()]
+    listed = many and not pa.types.is_null(column.type)
+    counts = pc.list_value_length(column) if listed else pc.cast(pc.is_valid(column), "int32")
+    return pc.fill_null(counts, 0).to_pylist()
 
 
 def proof_rows(collator: Any, examples: Iterable[dict]) -> list[ProofRow]:

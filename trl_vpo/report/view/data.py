@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.json_files import parse_record, raw_records
-from trl_vpo.data.raw_rows import raw_rows
+from trl_vpo.data.raw_rows import RawRows
 from trl_vpo.data.sources import local_splits, named_splits, row_format
 from trl_vpo.errors import DatasetError
 from trl_vpo.report.view.values import as_json, plain
@@ -44,7 +44,9 @@ def read_examples(dataset: str | Path, split: str) -> Iterator[dict | Unreadable
         files = local_splits(path).get(split)
         if isinstance(files, list) and row_format(files[0]) == "json":
             return chain.from_iterable(map(read_json, files))
-    return raw_rows(named_splits(str(dataset), [split])[split], media=None)
+    found = named_splits(str(dataset), [split])[split]
+    rows = RawRows(found)
+    return (row for i in range(len(found)) for row in rows.read(i, i + 1))  # each may hold whole videos
 
 
 def read_rejected(dataset: str | Path) -> Iterator[dict]:
