@@ -99,6 +99,9 @@ def test_bad_media_stop_the_run_unless_skipped(held_out, tmp_path):
     assert rejected["id"] == rows[1]["id"] and "broken.mp4" in rejected["reason"]
     with pytest.raises(EvaluateError, match="1 rows were left out with on_bad=skip"):
         evaluate(held_out, folder, data=data, sensitivity="none")
+    others = [row for row in rows if row.get("pair") != rows[1]["pair"]]
+    data = write_jsonl(others, tmp_path / "rows.jsonl")  # a row that is gone is not left out
+    assert evaluate(held_out, folder, data=data, sensitivity="none")["data"]["rows"] == len(others) == 3
 
 
 def test_a_row_that_is_corrected_continues_the_run(held_out, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any
 
-from trl_vpo.data.inputs import InputRow, given_text, row_digest
+from trl_vpo.data.inputs import InputRow, given_text
 from trl_vpo.data.row_media import LISTS
 from trl_vpo.data.rows import Row, read_row, row_name
 from trl_vpo.errors import EvaluateError, InputError, RowError
@@ -36,7 +36,6 @@ class EvalRow:
     name: str  # for messages
     task: str  # a key of `TASKS`
     cluster: str  # rows of one cluster are not independent
-    digest: str  # of the row as it was given
     facts: dict[str, Any] = field(default_factory=dict)  # what answers are compared with; `rows.jsonl` repeats them
 
 
@@ -58,7 +57,7 @@ def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only
             facts = TASKS[task](row, table)
             if task != "preference" and (group := _name(row.example.get("group"))):
                 facts["group"] = group
-            rows.append(EvalRow(place, row.id, name, task, _cluster(row), row_digest(row), facts))
+            rows.append(EvalRow(place, row.id, name, task, _cluster(row), facts))
         except (RowError, InputError) as error:
             message = str(error).removeprefix(f"{row_name(example)}: ")  # `read_row` does not know the place
             if "task" not in row.example and "question" in row.example:

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.data.inputs import InputRow, Inputs, load_media, read_inputs
+from trl_vpo.data.inputs import InputRow, Inputs, load_media, read_inputs, row_digest
 from trl_vpo.errors import EvaluateError, MediaError, RecipeError, RowError, as_user_errors
 from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
 from trl_vpo.evaluate.config import EvaluateConfig
@@ -92,7 +92,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     adapters = dict(zip(candidate_names(config.adapters), config.adapters))
     settings = run_settings(config, adapters)
     check_settings(config.output_dir, settings)
-    _check_finished(config, {row.id: row.digest for row in rows})
+    _check_finished(config, {row.id: row.place for row in rows}, inputs)
     judge = None
     if config.judge_url:
         judge = ServerModel(config.judge_url, config.judge_model, api_key_env=config.judge_api_key_env)
@@ -149,17 +149,17 @@ def run_settings(config: EvaluateConfig, adapters: dict[str, str]) -> dict[str, 
     }
 
 
-def _check_finished(config: EvaluateConfig, digests: dict[str, str]) -> None:
+def _check_finished(config: EvaluateConfig, places: dict[str, int], inputs: Inputs) -> None:
     """Raise if finished rows have changed, or an earlier call left rows out: they would silently stay so."""
     folder = Path(config.output_dir)
-    finished = list(read_outcomes(folder)) if (folder / "settings.json").exists() else []
-    known = [done for done in finished if done.id in digests]
-    if changed := [done.id for done in known if done.notes.get("row") != digests[done.id]]:
+    finished = read_outcomes(folder) if (folder / "settings.json").exists() else ()
+    known = [done for done in finished if done.id in places]
+    if changed := [done.id for done in known if done.notes.get("row") != row_digest(inputs[places[done.id]])]:
         raise EvaluateError(
             f"{folder}: {len(changed)} rows have changed after they were finished, the first is {changed[0]!r}. Name "
             "another output_dir, or put them back."
         )
-    skipped = [done.id for done in finished if done.reason]
+    skipped = [done.id for done in known if done.reason]
     if skipped and config.on_bad == "error":
         raise EvaluateError(
             f"{folder}: {len(skipped)} rows were left out with on_bad=skip, the first is {skipped[0]!r}. Give "
@@ -175,7 +175,7 @@ def _load(row: EvalRow, inputs: Inputs, config: EvaluateConfig, budget: PixelBud
     try:
         return row, source, load_media(source, config.video_options(), budget)
     except MediaError as error:
-        reason, notes = f"{row.name}: {error}", {"row": row.digest}
+        reason, notes = f"{row.name}: {error}", {"row": row_digest(source)}
         return _skip(Outcome(row.id, reason=reason, kind="unreadable media", notes=notes), config)
 
 
@@ -201,13 +201,14 @@ def evaluate_batch(candidates: ModelSet, batch: Sequence[Loaded], config: Evalua
         probes, candidates.model.encode, candidates.score, lambda trees: candidates.ask(trees, config.max_new_tokens)
     )
     outcomes = []
-    for (row, *_), result in zip(batch, results, strict=True):
+    for (row, source, _), result in zip(batch, results, strict=True):
+        notes = {"row": row_digest(source)}
         if isinstance(result, RowError):
-            outcomes.append(Outcome(row.id, reason=str(result), kind="unusable row", notes={"row": row.digest}))
+            outcomes.append(Outcome(row.id, reason=str(result), kind="unusable row", notes=notes))
             continue
         about = {"id": row.id, "task": row.task, "cluster": row.cluster}
         records = [about | {"contestant": n} | row.facts | numbers(result[n]) for n in candidates.names]
-        outcomes.append(Outcome(row.id, records, notes={"row": row.digest}))
+        outcomes.append(Outcome(row.id, records, notes=notes))
     return outcomes
 
 
