@@ -174,6 +174,7 @@ def test_options_may_be_letters(given):
         ["3 - 1", "3, 1"],
         ["1/2", "1, 2"],
         ["😀", "😢"],
+        ["x=1", "x=-1"],
     ],
 )
 def test_options_may_differ_by_a_sign(given):
@@ -182,6 +183,27 @@ def test_options_may_differ_by_a_sign(given):
     assert [read_choice(text, options).value for text in given] == ["A", "B"]
     with pytest.raises(InputError, match="make them the same"):
         read_options(f"Which?\nA. {given[1]}\nB. {given[0]}", given)
+
+
+@pytest.mark.parametrize(
+    ("question", "given"),
+    [
+        ("Which? A. red / B. blue", ["red", "blue"]),
+        ("Which? A. red | B. blue", ["red", "blue"]),
+        ("Which?\nA. red…\nB. ‘blue’", ["red...", "'blue'"]),
+        ("Which?\nA. 红色。\nB. 蓝色\u200b", ["红色", "蓝色"]),
+        ("Which?\nA. cafe\u0301\nB. bar", ["café", "bar"]),
+    ],
+)
+def test_typography_makes_no_other_option(question, given):
+    assert list(read_options(question, given)) == ["A", "B"]
+
+
+def test_names_with_signs_are_no_labels():
+    options = dict(zip("ABCD", ["Java", "C++", "C#", "C"]))
+    said = ("C++", "It is C++.", "The answer is C++", "**C++**", "Answer: C++", "B. C++")
+    assert [read_choice(text, options).value for text in said] == ["B"] * 6
+    assert [read_choice(text, options).value for text in ("C", "The answer is C", "C is right")] == ["C"] * 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from string import ascii_uppercase
 
@@ -106,13 +107,16 @@ def _contents(options: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """
     named = {letter: re.sub(r"\b[Aa]\b(?!\s+\w\w)", "__a__", normalize(text)) for letter, text in options.items()}
     return {
-        letter: (*content, *_SIGN.findall(text)) if (content := content_words(named[letter])) else (text.strip(" ."),)
+        letter: (*content, *_signs(text)) if (content := content_words(named[letter])) else (text.strip(" ."),)
         for letter, text in options.items()
     }
 
 
-# all but the punctuation of prose and markup, and of dashes a minus
-_SIGN = re.compile(r"[^\w\s.,:;!?'’\"“”„«»()\[\]{}*`~$%\\–—-]|(?<=[\s\d])-(?=[\s\d])")
+def _signs(text: str) -> list[str]:
+    """Return the signs of a text: no punctuation of prose or markup, and of dashes a minus."""
+    text = unicodedata.normalize("NFKC", text)
+    signs = [sign for sign in text if sign in "#&@" or (unicodedata.category(sign)[0] == "S" and sign not in "$^`|~")]
+    return signs + re.findall(r"(?<=[\s\d=<>(])-(?=[\s\d])|(?<=\w)/(?=\w)", text)
 
 
 def _plain(text: str) -> str:
@@ -251,7 +255,7 @@ _CAPITAL_ARTICLE = re.compile(rf"(?:(?<=[\n\"“„«*_`])|(?<=(?<!\w)'))A(?=\s+
 
 def _marked(text: str, letters: str, nouns: Collection[str] = ()) -> str:
     """Return the text with `__b__` in the place of every label of option B; before `nouns`, `A` is an article."""
-    upper, either = f"[{letters}]", f"[{letters}{letters.lower()}]"
+    upper, either = (f"[{of}](?!\\+\\+|#)" for of in (letters, letters + letters.lower()))  # C++, C# are no labels
     alone, apart = r"(?<![A-Za-z0-9_'.-])", r"(?![A-Za-z0-9_'-])"
     follows = rf"(?=<|\s*$|\s*[).:,;!?\]}}/&+|]|\s*<[/|]|\s+[-–—]|\s+{upper}{apart}|\s+{_AFTER})"
     article = "|".join([r"[A-Z][a-z]", *(rf"(?i:{re.escape(noun)})\b" for noun in nouns)])
