@@ -214,6 +214,7 @@ def test_rated_answers():
     "rating, replies",
     [
         (5, ["Rating (0-6): 5", "Rating (0 to 6): 5.", "**Rating** [0–6]: **5**", "Rating - 5\n- 2 cups"]),
+        (5, ["Rating: 5 - 2 hallucinations", "Rating: 5 – 2 objects are missing", "Rating: 5.0"]),
         (4, ["Rating 0-6: 4", "Rating: 4, since 3.5 is too low", "Rating: 4 to be fair"]),
         (None, ["Rating: -1", "Rating: −1", "Rating: 3.5", "Rating: 3-4", "Rating: 3 to 4", "Rating: 0-6"]),
     ],

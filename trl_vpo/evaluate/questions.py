@@ -20,9 +20,11 @@ Records = Sequence[Mapping[str, Any]]
 Rows = dict[str, np.ndarray]
 Evidence = dict[str, tuple[Rows, list[str]]]  # kind -> rows of measures, and the cluster of each row
 
-_RANGE = r"(?:[-–—−]|to|or)"
+_DASH = "[-–—−]"
 _RATING = re.compile(  # behind a scale from 0 to 6; a minus, a range or a decimal is none
-    rf"rating(?:\W*0 ?{_RANGE} ?6\b)?\W*?(?<![-–—−])([0-6])(?!\w|[.,]\d| ?{_RANGE} ?\d)", re.IGNORECASE
+    rf"rating(?:\W*0 ?(?:{_DASH}|to) ?6\b)?\W*?(?<!{_DASH})([0-6])"
+    rf"(?!\w|[.,](?!0\b)\d|{_DASH}\d| {_DASH} \d\b(?!\s+[a-z])| ?(?:to|or) ?\d)",
+    re.IGNORECASE,
 )
 
 
