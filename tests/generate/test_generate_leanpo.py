@@ -172,7 +172,7 @@ def test_the_hint_is_in_no_row():
     rows = [
         row for i in range(20) for o in pipeline(model).make([item(f"r{i}", question, "SECRET {x}")]) for row in o.rows
     ]
-    assert len(rows) > 10
+    assert len(rows) > 5
     for row in rows:
         assert row["prompt"][0]["content"][1]["text"] == question
         assert not any(word in json.dumps(row) for word in ("SECRET", "Hint:", "You said:"))
