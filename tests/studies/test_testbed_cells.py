@@ -58,8 +58,10 @@ def tiny(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_shorter_run_is_the_beginning_of_a_longer_one(tiny, tmp_path, capsys):
-    rows = cells.run_cells(plan.Run("dpo", "near", 3e-3, 0, (1, 2)), tmp_path)
+def test_a_shorter_run_is_the_beginning_of_a_longer_one(tiny, tmp_path, capsys, monkeypatch):
+    run = plan.Run("dpo", "near", 3e-3, 0, (1, 2))
+    monkeypatch.setattr(plan, "full_runs", lambda: [run])
+    rows = cells.run_cells(run, tmp_path)
     assert [row["steps"] for row in rows] == [1, 2] and rows[0]["margin"] != rows[1]["margin"]
     for row in rows:
         masses = [row[f"{name}_mass"] for name in ("true", "false", "outside")]
@@ -77,7 +79,8 @@ def test_a_run_on_scenes_has_what_clips_have_and_more(tiny, tmp_path):
     (clips,) = cells.run_cells(plan.Run("lpoi_clip", "near", 3e-3, 0, (1,)), tmp_path)
     (row,) = cells.run_cells(plan.Run("lpoi_3", "scenes", 3e-3, 0, (1,)), tmp_path)
     names = {name.replace("scene_", "clip_") for name in clips}
-    assert set(row) - names == {"visibility", "habit_objects", "absent_yes", "present_yes"} and names < set(row)
+    of_scenes = {"visibility", "habit_objects", "absent_yes", "present_yes", "other_yes"}
+    assert set(row) - names == of_scenes and names < set(row) and row["base"] != clips["base"]
     assert {len(values) for values in row["samples"].values()} == {3}
     assert -1 <= row["visibility"] <= 1 and row["kl"] > 0
     (before,) = cells.run_cells(plan.BASE_ON_SCENES, tmp_path)
