@@ -30,7 +30,8 @@ def test_a_step_and_its_adapter(name, method, kind, media, tmp_path):
         made["critical_box"] = [4, 8, 30, 40]
     if method == "symmpo":
         other = "nothing moves." if isinstance(made["chosen"], str) else message("assistant", "nothing moves.")
-        made |= {"other_images": media["image"][1:], "other_chosen": other}
+        others = [image for image in media["image"] if image not in made["images"]]
+        made |= {"other_images": others[: len(made["images"])], "other_chosen": other}
     more = {"peft": None, "peft_config": LoraConfig(r=4, target_modules="language"), "num_frames": 6}
     more |= {"max_steps": 1, "layout": "auto"}
     trainer = trainer_of(method, tmp_path / "out", [made] * 2, model=model, processor=processor, **more)
