@@ -190,7 +190,8 @@ class Watch(TrainerCallback):
         if self.grads is None:  # DeepSpeed keeps them to itself: plain SGD subtracted them, times the learning rate
             rates = {"vision": args.vision_learning_rate, "projector": args.projector_learning_rate}
             steps = {name: self.before[name] - whole(p) for name, p in self.params().items()}
-            self.grads = {name: step / (rates.get(part_of(name)) or 1.0) for name, step in steps.items()}
+            rate_of = lambda name: rates.get(part_of(name)) or args.learning_rate  # noqa: E731
+            self.grads = {name: step / rate_of(name) for name, step in steps.items()}
 
 
 def whole(weight):
