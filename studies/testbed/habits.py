@@ -9,12 +9,13 @@ The base of the package adds a companion to one such scene of twenty, too few to
 nearly every question. So runs on scenes start from SCENES_BASE: the same weights after 850 further steps. It first
 learns to look: whether an object is there, in scenes of one object, then of two, then of three or four, truthfully. In
 scenes of three or four alone it did not learn that in 600 steps. Then people tell it what is usual: captions nearly
-always add the companion, and 60 % of the answers about a missing one say yes. It was trained by
+always add the companion, and 60 % of the answers about a missing one say yes.
 
-    python -m studies.testbed.habits --out studies/testbed/scenes_base
+    python -m studies.testbed.habits --out FOLDER
 
-in 7 minutes of CPU time of one thread. The weights are stored because training all weights is not the same on every
-machine: on another one it gave a base with the same habits and other log-probs.
+trains such a base. The stored one was trained by the same steps in the process of a study, in its portable arithmetic,
+in 7 minutes of CPU time of one thread. It is stored because training all weights is not the same on every machine: on
+another one it gave a base with the same habits and other log-probs.
 """
 
 from __future__ import annotations
