@@ -138,6 +138,7 @@ CALLED = [
     ("huggingface_hub.HfApi.auth_check", "self repo_id", HUB_REPO),
     ("peft.PeftModel.set_adapter", "self adapter_name inference_mode", CANDIDATES),
     ("torch.utils.data.DataLoader._get_iterator", "self", SIGTERM),
+    ("multiprocessing.popen_fork.Popen._send_signal", "self sig", SIGTERM),
     ("transformers.Trainer._get_train_sampler", "self train_dataset", f"{CHANGED_ROWS} and {RESUME}"),
     ("transformers.Trainer._load_optimizer_and_scheduler", "self checkpoint", RESUME),
     ("transformers.Trainer._load_rng_state", "self checkpoint", RESUME),
@@ -185,7 +186,13 @@ SOURCES = [
         ["self.support_avx512bf16_for_cpu", "packing_format_for_cpu"],
         f"`keep_4bit_weights_trainable` in {COMPAT}",
     ),
-    ("torch.utils.data.DataLoader.__iter__", ["self._get_iterator()"], f"`keep_from_workers` in {SIGTERM}"),
+    ("torch.utils.data.DataLoader.__iter__", ["self._get_iterator()"], f"`shield_data_workers` in {SIGTERM}"),
+    (
+        "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__",
+        ["self._workers.append(w)"],
+        f"`shield_data_workers` in {SIGTERM}",
+    ),
+    ("multiprocessing.util._exit_function", ["p._popen.terminate()"], f"`shield_data_workers` in {SIGTERM}"),
     (
         "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data",
         ['f"DataLoader worker (pid(s) {pids_str}) exited unexpectedly"'],

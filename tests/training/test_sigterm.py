@@ -41,11 +41,30 @@ def test_workers_outlive_the_signal_and_end_with_their_loader(context):
         subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
         pid, ready = next(items)
         assert int(pid) == worker.pid and bool(ready)
-        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])  # here it still gets through
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # here they still get through
+        os.kill(worker.pid, signal.SIGSTOP)  # too busy to take the signals one by one
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
         worker.terminate()
+        os.kill(worker.pid, signal.SIGCONT)
         worker.join(30)
     assert worker.exitcode == 0
     del items
+
+
+def test_a_process_that_exits_ends_its_workers():
+    """Also where the loader is still in use, and the workers are past being asked."""
+    code = (
+        "import os, signal\n"
+        "from torch.utils.data import DataLoader\n"
+        "from trl_vpo.training.sigterm import shield_data_workers\n"
+        "with shield_data_workers():\n"
+        "    items = iter(DataLoader(range(200), num_workers=1))\n"
+        "next(items)\n"
+        "os.kill(items._workers[0].pid, signal.SIGTERM)\n"
+        "print('done')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
 def test_a_worker_whose_parent_is_gone_ends():

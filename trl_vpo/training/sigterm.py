@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_start_method, parent_process, resource_tracker
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 
 STOPPED = 128 + signal.SIGTERM  # exit code
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # SLURM sends USR1 ahead of the end: `--signal=USR1@60`
+END_WORKER = getattr(signal, "SIGRTMIN", signal.SIGUSR2)  # macOS has no SIGRTMIN
 LAUNCHERS = {
     "accelerate", "accelerate-launch", "torchrun", "trl-vpo", "deepspeed", "accelerate.commands.launch",
     "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch", "trl_vpo", "trl_vpo.cli",
@@ -82,11 +84,14 @@ def shield_data_workers() -> Iterator[None]:
         if loader.multiprocessing_context is not None or get_start_method() != "fork":
             resource_tracker.ensure_running()  # with its first process it would let the signals through again
         # Processes inherit what is blocked, from their first moment on and through an exec.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, END_WORKER))
         try:
-            return start(loader)
+            batches = start(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for worker in batches._workers:  # their `terminate`, and the end of this process, send SIGTERM otherwise
+            worker._popen.terminate = partial(worker._popen._send_signal, END_WORKER)
+        return batches
 
     DataLoader._get_iterator = start_shielded
     try:
@@ -96,7 +101,11 @@ def shield_data_workers() -> Iterator[None]:
 
 
 class _Worker:
-    """A `worker_init_fn` that still lets the loader end its process, which it does with SIGTERM."""
+    """A `worker_init_fn` that lets the loader end its process, by a signal of their own.
+
+    A SIGTERM of the loader could not be told from one of the scheduler: a second one that comes before the first was
+    taken is dropped.
+    """
 
     def __init__(self, init: Callable[[int], None] | None):
         self._init = init
@@ -105,14 +114,12 @@ class _Worker:
         parent = parent_process()  # not `os.getppid`, which may be the fork server
         if parent is None or not parent.is_alive():  # it died while this one was spawned; torch would wait for ever
             os._exit(0)
-        if hasattr(signal, "sigwaitinfo"):  # not on macOS
-            threading.Thread(target=self._end_with_loader, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=self._end_with_loader, daemon=True).start()
         if self._init is not None:
             self._init(worker_id)
 
-    def _end_with_loader(self, loader: int) -> None:
-        while signal.sigwaitinfo(STOP_SIGNALS[:1]).si_pid != loader:
-            pass
+    def _end_with_loader(self) -> None:
+        signal.sigwait([END_WORKER])
         os._exit(0)
 
 
