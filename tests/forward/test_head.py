@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 import transformers as T
+from families_llama import needs_llama4
 
 from trl_vpo.errors import ModelError
 from trl_vpo.forward.head import lm_head
@@ -67,6 +68,7 @@ def test_the_head_gives_the_models_own_logits(kind):
 
 def test_a_head_of_a_language_model_inside():
     """Llama 4 has no backbone: it holds a whole language model, and hands on its logits."""
+    needs_llama4()
     torch.manual_seed(0)
     text = {**TINY, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "moe_layers": [1]}
     text |= {"layer_types": ["full_attention"] * 2, "pad_token_id": 0}

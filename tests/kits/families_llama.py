@@ -1,5 +1,8 @@
 """Tiny models of Meta's families, and of LLaVA's kind: towers with a projector beside them."""
 
+import inspect
+
+import pytest
 import transformers as T
 from families import CLIP_PROCESSOR, CLIP_SIZE, PINPOINTS, SQUARE, ids, template, text_of, tokenizer, tower
 from families_parts import Family, bos_template, bos_tokenizer, numbers
@@ -30,8 +33,14 @@ class Float32Llama4ImageProcessor(T.Llama4ImageProcessor):
         return super().rescale_and_normalize(*args, **kwargs).float()
 
 
+def needs_llama4():
+    if "outputs.image_outputs" in inspect.getsource(T.Llama4ForConditionalGeneration.forward):
+        pytest.skip(f"no call of Llama 4 ends in transformers {T.__version__}: it reads an output that is not there")
+
+
 def llama4(chunk=8192):
     """With experts; one of its layers attends within chunks."""
+    needs_llama4()
     names = ["<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>"]
     names += ["<|tile_x_separator|>", "<|tile_y_separator|>"]
     tok = bos_tokenizer(names, bos="<|begin_of_text|>", eos="<|eot|>")

@@ -18,7 +18,7 @@ CHECKS, ACTIVATIONS = files("doctor", "checks activation_estimate")
 CANDIDATES, CALLBACK = files("evaluate", "candidates callback")
 (RECIPE,) = files("runs", "recipe")
 
-# Where it is, what we call it with (parameters in their order), who uses it. `...`: an attribute.
+# Where it is, what we call it with (parameters in their order; `|`: names of one), who uses it. `...`: an attribute.
 CALLED = [
     ("trl.DPOTrainer.compute_ref_log_probs", "self model inputs", BASE),
     ("trl.trainer.dpo_trainer.create_model_from_path", "model_id", COMPAT),
@@ -50,7 +50,7 @@ CALLED = [
     ("transformers.Trainer.get_total_train_batch_size", "self args", GROUPS),
     (
         "transformers.Qwen3VLTextModel.forward",
-        "self input_ids attention_mask position_ids past_key_values inputs_embeds use_cache visual_pos_masks "
+        "self input_ids attention_mask position_ids past_key_values|cache inputs_embeds use_cache visual_pos_masks "
         "deepstack_visual_embeds",
         SEQUENCES,
     ),
