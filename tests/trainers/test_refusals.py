@@ -113,6 +113,13 @@ def adapted(prompt=None, **more):
     return get_peft_model(fresh()[0], prompt or lora(text=True), **more)
 
 
+def with_more(*active, name="b"):
+    model = adapted()
+    model.add_adapter(name, lora(text=True))
+    model.base_model.set_adapter(list(active))
+    return {"model": model}
+
+
 def with_trained_embeddings():
     model = adapted()
     model.get_input_embeddings().weight.requires_grad_(True)
@@ -142,6 +149,9 @@ MODELS = {  # method, arguments made in a folder, message
     ),
     "an adapter for inference": ("dpo leanpo", for_inference, "is_trainable=True"),
     "an adapter's own name": ("dpo", lambda _: {"model": adapted(adapter_name="mine")}, "'mine'.*'default'"),
+    "another one is active": ("dpo leanpo", lambda _: with_more("b"), r"are \['b'\].*set_adapter\('default'\)"),
+    "two are active": ("dpo leanpo", lambda _: with_more("default", "b"), r"are \['default', 'b'\]"),
+    "one called ref": ("dpo leanpo", lambda _: with_more("default", name="ref"), r"delete_adapter\('ref'\)"),
     "two adapters": ("dpo", lambda _: {"model": adapted(), "peft_config": lora(text=True)}, "PeftModel"),
     "prompts": ("dpo", lambda _: {"peft_config": PROMPTS[0]}, VIRTUAL),
     "given prompts": ("dpo", lambda _: {"model": adapted(PROMPTS[0])}, VIRTUAL),

@@ -67,6 +67,17 @@ def _check_given_adapter(model: PeftModel, ref_model: Any) -> None:
             f"the model's adapter is called {model.active_adapter!r}; trl.DPOTrainer copies the one called "
             "'default' as reference. Load it without `adapter_name`."
         )
+    active = model.active_adapters
+    if len(active) > 1 or ("default" in model.peft_config and active != ["default"]):
+        raise ValueError(
+            f"the active adapters of the model are {active}; one is trained, and it is saved as the result if it is "
+            "called 'default'. Call model.set_adapter('default') for that one, or load yours without `adapter_name`."
+        )
+    if ref_model is None and "ref" in model.peft_config:
+        raise ValueError(
+            "the model has an adapter called 'ref', perhaps the reference of an earlier trainer; trl.DPOTrainer makes "
+            "one of that name. Call model.delete_adapter('ref') before."
+        )
     biases = any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     strays = [n for n in trained if not set(n.split(".")) & set(model.peft_config) and not (biases and "bias" in n)]
