@@ -205,6 +205,16 @@ def test_evaluation(images, tmp_path):
     assert len(lines(tmp_path / "cache")) == 4 + 3 + 2  # "a" is part of the training set
 
 
+class Drawn:
+    """A transform that draws: each access asks another question."""
+
+    drawn = 0
+
+    def __call__(self, rows):
+        self.drawn += 1
+        return rows | {"prompt": [[{"role": "user", "content": f"Question {self.drawn}?"}] for _ in rows["prompt"]]}
+
+
 def test_what_cannot_be_precomputed(tmp_path):
     stream = Dataset.from_list(text_rows()).to_iterable_dataset()
     with pytest.raises(ValueError, match="train rows are an IterableDataset"):
@@ -215,6 +225,8 @@ def test_what_cannot_be_precomputed(tmp_path):
         ahead("dpo", tmp_path, data_collator=default_collate)
     with pytest.raises(ValueError, match="sync_ref_model"):
         config("dpo", tmp_path, sync_ref_model=True, **AHEAD)
+    with pytest.raises(ValueError, match="the transform of the train rows gives other rows each time"):
+        ahead("dpo", tmp_path, Dataset.from_list(text_rows(2)).with_transform(Drawn()))
     trainer = ahead("dpo", tmp_path)
     with pytest.raises(ValueError, match="carry no precomputed"):
         trainer.predict(Dataset.from_list(text_rows(2)))

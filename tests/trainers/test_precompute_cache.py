@@ -1,6 +1,7 @@
 """The cache of precomputed reference log-probs: what is computed again when something changed, and what is not."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from helpers import row, write_image
 from peft import get_peft_model
 from precompute_kit import ahead, lines
 from trainer_kit import PAIRS, collated, fresh, image_rows, lora, shake, text_rows
+
+from trl_vpo.data.collator import PreferenceCollator
 
 
 @pytest.fixture
@@ -150,6 +153,27 @@ def test_changed_lists(knob, value, own_images, tmp_path):
     assert len(lines(tmp_path / "cache")) == 8
     ahead("lpoi", tmp_path, edit(0, critical_box=[4, 4, 41, 30])(rows), name="Qwen2-VL")
     assert len(lines(tmp_path / "cache")) == 9
+
+
+@dataclass
+class Hinting(PreferenceCollator):
+    """Reads more into a row than its columns say."""
+
+    hint: str = ""
+
+    def __call__(self, examples):
+        hint = {"type": "text", "text": self.hint}
+        turns = [example["prompt"][0] for example in examples]
+        asked = [[turn | {"content": [hint, *turn["content"]]}] for turn in turns]
+        return super().__call__([example | {"prompt": prompt} for example, prompt in zip(examples, asked)])
+
+
+def test_a_collator_of_ones_own_is_computed_anew(tmp_path):
+    tokenizer = fresh()[1]
+    for hint in ("Look. ", "Look twice. "):
+        trainer = ahead("dpo", tmp_path, text_rows(4), data_collator=Hinting(tokenizer, hint=hint))
+        assert_sums_are_the_references(trainer)
+    assert len(lines(tmp_path / "cache")) == 8
 
 
 def test_a_trained_adapter_as_reference(tmp_path):

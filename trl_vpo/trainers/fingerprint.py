@@ -1,6 +1,7 @@
 """Keys of precomputed log-probs: digests of all that a row's reference log-probs depend on."""
 
 import hashlib
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def context_key(trainer: Any) -> str:
     if trainer.accelerator.is_main_process:
         collator = trainer.data_collator
         media = {name: repr(getattr(collator, name)) for name in MEDIA_SETTINGS}
+        if type(collator) is not PreferenceCollator:  # what a subclass changes is not known: later runs compute anew
+            media["subclass"] = uuid.uuid4().hex
         precision = [trainer.accelerator.mixed_precision, transformers.__version__]
         key = [
             json_digest([FORMAT, precision, media, processor_identity(collator.processing_class), _reference(trainer)])

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.raw_rows import raw_rows
+from trl_vpo.data.raw_rows import raw_rows, transform_of
 from trl_vpo.data.rows import COLUMNS, REF_SUMS, ROW_INDEX
 from trl_vpo.trainers.fingerprint import context_key, row_key
 from trl_vpo.trainers.setup import sharding
@@ -62,6 +62,8 @@ class ReferenceCache:
         process, collator = self._trainer.accelerator, self._trainer.data_collator
         rows = self._bar(iterable=raw_rows(dataset), total=len(dataset), desc=f"Looking up {name} rows", leave=False)
         keys = [row_key(row, collator) for row in rows]
+        if transform_of(dataset) and keys != [row_key(row, collator) for row in raw_rows(dataset)]:
+            _refuse(f"the transform of the {name} rows gives other rows each time. Take it off")
         sums = self._read()
         missing = {key: index for index, key in enumerate(keys) if key not in sums}  # equal rows are computed once
         missing = sorted(set(gather_object(list(missing.values()))))
