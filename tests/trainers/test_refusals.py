@@ -159,6 +159,7 @@ MODELS = {  # method, arguments made in a folder, message
     "given prefixes": ("dpo", lambda _: {"model": adapted(PROMPTS[1])}, VIRTUAL),
     "nothing to train": ("dpo", lambda _: {"model": fresh()[0].requires_grad_(False)}, "frozen"),
     "a reference of LeanPO": ("leanpo", lambda _: {"ref_model": fresh()[0]}, "LeanPO has no reference model"),
+    "the name of a reference": ("dpo", lambda _: {"ref_model": "org/reference"}, "'org/reference': load it"),
     "no text": ("leanpo", bert, "BertForMaskedLM is not supported: it generates no text"),
     "a name that is nowhere": (
         "leanpo",

@@ -34,6 +34,10 @@ def check_model(
     """Raise ValueError for models that would train on nothing, or whose reference is not what it seems to be."""
     if isinstance(model, str):
         check_source(model, key="model", revision=revision)
+    if isinstance(ref_model, str):
+        raise ValueError(
+            f"ref_model is {ref_model!r}: load it, such as AutoModelForImageTextToText.from_pretrained(...)."
+        )
     for module in (model, ref_model):
         if isinstance(module, nn.Module):
             base = module.get_base_model() if isinstance(module, PeftModel) else module
