@@ -140,9 +140,6 @@ CALLED = [
     ("torch.utils.data.DataLoader._get_iterator", "self", SIGTERM),
     ("multiprocessing.popen_fork.Popen._send_signal", "self sig", SIGTERM),
     ("transformers.Trainer._get_train_sampler", "self train_dataset", f"{CHANGED_ROWS} and {RESUME}"),
-    ("transformers.Trainer._load_optimizer_and_scheduler", "self checkpoint", RESUME),
-    ("transformers.Trainer._load_rng_state", "self checkpoint", RESUME),
-    ("transformers.Trainer._load_scaler", "self checkpoint", RESUME),
 ]
 
 # Where it is, lines that its source has, who leans on them.

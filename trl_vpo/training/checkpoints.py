@@ -14,11 +14,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
-from trl_vpo.errors import CheckpointError, UserError
+from trl_vpo.errors import CheckpointError
 from trl_vpo.files import atomic_write, file_digest
 from trl_vpo.training.main_process import print_main
 
@@ -113,24 +112,6 @@ def find_problems(folder: Path) -> list[str]:
     lost += [name for name in saved if not (folder / name).is_file()]
     changed = [name for name in saved if name not in lost and _size_and_digest(folder / name) != saved[name]]
     return [f"{name} is missing" for name in lost] + [f"{name} is not what was saved" for name in changed]
-
-
-@contextmanager
-def explain_failed_load(folder: Path) -> Iterator[None]:
-    """Raise CheckpointError in place of the many errors of pickle, zipfile, torch and safetensors.
-
-    The marker tells no damage of files larger than `HASHED`.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{folder} cannot be read: {reason}. Put its files back, or delete it: training then continues from the "
-            "checkpoint before it."
-        ) from error
 
 
 # --- which to take, which to delete ---------------------------------------------------------------------------------

@@ -26,9 +26,6 @@ from trl_vpo.training.resume_callback import NothingLeft, ResumeCallback
 from trl_vpo.training.run_identity import compare_runs
 from trl_vpo.training.sigterm import TrainingStopped, shield_data_workers
 
-# The methods with which transformers 5 reads a checkpoint.
-LOADS = ("_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_load_scaler")
-
 
 def find_checkpoint(args: Any) -> Path | None:
     """Return the checkpoint that `resume_from_checkpoint` means: for `true` the newest complete one, or a path.
@@ -86,8 +83,6 @@ def train(
     trainer.callback_handler.callbacks.insert(0, callback)  # the first: reporters see the logs as it corrects them
     save = trainer._save_checkpoint
     trainer._save_checkpoint = lambda *args: callback.save(save, *args)
-    for name in LOADS if checkpoint else ():
-        setattr(trainer, name, checkpoints.explain_failed_load(checkpoint)(getattr(trainer, name)))
     try:
         with shield_data_workers(), _explain(trainer, left):
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
