@@ -115,10 +115,10 @@ def test_a_terminal_gets_a_bar_and_few_lines(start):
     run.tell("log", logs={"train_runtime": 10.0, "train_loss": 0.6, "train_samples_per_second": 2.5})
     for _ in range(2):
         run.tell("prediction_step", eval_dataloader=[1, 2, 3])
-    assert "evaluation" in run.err.getvalue() and run.callback._eval_bar.n == 2
+    assert run.callback.prediction_bar.n == 2
     run.tell("evaluate")
     run.tell("train_end")
-    assert run.callback._eval_bar is None
+    assert run.callback.prediction_bar is None
     bar = run.err.getvalue()
     assert "5/20" in bar and "loss 0.6931  margin +0.125  1,200 tok/s" in bar and "peak" not in bar
     assert "logps" not in bar

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from trl_vpo.runs.console import fit
@@ -35,11 +35,11 @@ def show_progress(trainer: Any, start: Mapping[str, str] = MappingProxyType({}))
 
     `start`: what is printed when training starts, besides the steps, as name -> text.
     """
-    if any(map(trainer.pop_callback, (TrainingProgress, ProgressCallback, PrinterCallback))):
+    if any(map(trainer.pop_callback, (ProgressCallback, PrinterCallback))):
         trainer.add_callback(TrainingProgress(start, getattr(trainer, "scorer", None)))
 
 
-class TrainingProgress(TrainerCallback):
+class TrainingProgress(ProgressCallback):
     """Print the progress on rank 0: on a terminal one bar with loss, margin, tokens per second and peak memory.
 
     Where standard output is not a terminal, and with `disable_tqdm`, a line for each logging step goes there.
@@ -48,9 +48,8 @@ class TrainingProgress(TrainerCallback):
     """
 
     def __init__(self, start: Mapping[str, str] = MappingProxyType({}), scorer: Any = None):
+        super().__init__()
         self._start, self._scorer = start, scorer
-        self._bar: tqdm | None = None
-        self._eval_bar: tqdm | None = None
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -65,14 +64,15 @@ class TrainingProgress(TrainerCallback):
                 epochs = f" ({count:.3g} epoch{'' if count == 1 else 's'})"
             lines = self._start | {"steps": f"{state.max_steps}{epochs}{done}"}
             self._write("\n".join(f"{name:<12}{text}" for name, text in lines.items()))
-        self._bar = tqdm(
+        self.current_step = state.global_step
+        self.training_bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             bar_format=BAR,
             dynamic_ncols=True,
             disable=True if args.disable_tqdm else None,  # None: where standard error is no terminal
         )
-        self._lines = self._bar.disable or not sys.stdout.isatty()
+        self._lines = self.training_bar.disable or not sys.stdout.isatty()
         self._logged = self._mark = time.monotonic()
         self._elsewhere = 0.0  # seconds of evaluations and checkpoints since the last logging step
         # A checkpoint may lie between two logging steps: how many tokens came before it is not known.
@@ -80,30 +80,23 @@ class TrainingProgress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._mark = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+        super().on_step_end(args, state, control, **kwargs)
         if self._start and self._scorer and self._scorer.proven and state.is_world_process_zero:
             self._write(f"{'proven':<12}{self._scorer}")
             self._start = {}
 
     def on_save(self, args, state, control, **kwargs):
         """Count the time since the step ended, or since the last such pause, as none of training."""
-        if self._bar is not None:
+        if self.training_bar is not None:
             now = time.monotonic()
             self._elsewhere, self._mark = self._elsewhere + now - self._mark, now
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if not state.is_world_process_zero or args.disable_tqdm or not has_length(eval_dataloader):
-            return
-        if self._eval_bar is None:
-            total = len(eval_dataloader)
-            self._eval_bar = tqdm(total=total, desc="evaluation", leave=False, dynamic_ncols=True, disable=None)
-        self._eval_bar.update()
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        if self._eval_bar is not None:
-            self._eval_bar.close()
-            self._eval_bar = None
+        super().on_evaluate(args, state, control, **kwargs)
         self.on_save(args, state, control)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -123,11 +116,6 @@ class TrainingProgress(TrainerCallback):
             values = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in logs.items())
             self._write("  ".join([step, *values]))
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
     # --- what they print --------------------------------------------------------------------------------------------
 
     def _show_step(self, args: Any, step: str, logs: dict[str, float]) -> None:
@@ -136,11 +124,12 @@ class TrainingProgress(TrainerCallback):
         parts |= {name: f"{name} {logs[key]:{form}}" for key, name, form in SHOWN if key in logs}
         parts |= {"speed": f"{speed:,.0f} tok/s"} if speed is not None else {}
         parts |= {"peak": f"peak {memory / GIB:.1f} GiB"} if memory is not None else {}
-        if self._bar is not None and not self._bar.disable:
-            taken = len(f"100%|{'#' * 8}| {self._bar.total}/{self._bar.total} 0:00:00<0:00:00, ")
+        bar = self.training_bar
+        if bar is not None and not bar.disable:
+            taken = len(f"100%|{'#' * 8}| {bar.total}/{bar.total} 0:00:00<0:00:00, ")
             beside = {name: text for name, text in parts.items() if name in ("loss", "margin", "speed", "peak")}
-            self._bar.set_postfix_str(fit(beside, DROPPED, shutil.get_terminal_size().columns - taken))
-        if self._bar is None or self._lines:
+            bar.set_postfix_str(fit(beside, DROPPED, shutil.get_terminal_size().columns - taken))
+        if bar is None or self._lines:
             self._write(fit(parts, DROPPED))
 
     def _tokens_per_second(self, logs: dict[str, float]) -> float | None:
