@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from trl_vpo import __version__
 from trl_vpo.data.import_formats import FORMATS, format_list
@@ -117,6 +118,11 @@ def _imported(name: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of a command by name."""
+    return {name: value for name, value in vars(args).items() if name not in ("run", "parser", "words")}
+
+
 def evaluate(args: argparse.Namespace, rest: list[str]) -> int:
     """Measure the base and its adapters, or run benchmarks of lmms-eval."""
     options, launcher = launch_options(args.words[1:])  # argparse would tear unknown options from their values
@@ -139,9 +145,7 @@ def compare(args: argparse.Namespace, rest: list[str]) -> int:
 
 def plot(args: argparse.Namespace, rest: list[str]) -> int:
     """Draw, and say what could not be drawn."""
-    from trl_vpo.report.plot.page import plot_runs
-
-    notes = plot_runs(args.runs, args.out, names=args.names)
+    notes = _imported("trl_vpo.report.plot.page:plot_runs")(args.runs, args.out, names=args.names)
     print("\n".join([str(args.out), *notes]))
     return 0
 
@@ -149,32 +153,21 @@ def plot(args: argparse.Namespace, rest: list[str]) -> int:
 def merge(args: argparse.Namespace, rest: list[str]) -> int:
     """Merge, and say what a user should know about the result."""
     _imported("trl_vpo.models.source:read_config")(args.adapter)  # a wrong path is found before torch is imported
-    from trl_vpo.models.merge import merge as merge_adapter
-
-    notes = merge_adapter(
-        args.adapter, args.out, base=args.base, dtype=args.dtype, revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    notes = _imported("trl_vpo.models.merge:merge")(**_given(args))
     print("\n".join([f"Merged into {args.out}.", *notes]))
     return 0
 
 
 def view(args: argparse.Namespace, rest: list[str]) -> int:
     """Write the page and say what is in it."""
-    from trl_vpo.report.view.page import write_page
-
-    counts = write_page(
-        args.dataset, args.out, split=args.split, limit=args.limit, media_root=args.media_root,
-        num_frames=args.num_frames,
-    )  # fmt: skip
+    counts = _imported("trl_vpo.report.view.page:write_page")(**_given(args))
     print(f"{args.out}: {counts}")
     return 0
 
 
 def import_data(args: argparse.Namespace, rest: list[str]) -> int:
     """Convert a file, and say what came of it."""
-    from trl_vpo.data.importers import convert
-
+    convert = _imported("trl_vpo.data.importers:convert")
     counts = convert(args.format, args.source, args.target, media_root=args.media_root, on_bad=args.on_bad)
     print(counts.report(args.target))
     return 0
