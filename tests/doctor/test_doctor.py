@@ -22,6 +22,7 @@ from trl_vpo.doctor.loaded_recipe import parse_recipe
 from trl_vpo.doctor.measure import check_can_measure, measure
 from trl_vpo.doctor.report import OK, STOP, WARN, show
 from trl_vpo.errors import RecipeError
+from trl_vpo.forward.parts import part_of
 from trl_vpo.models.model_size import adapt, empty_model, model_sizes
 from trl_vpo.testbed.rows import write_jsonl
 from trl_vpo.training.methods import method_of
@@ -309,4 +310,4 @@ def test_empty_models_count_as_real_ones(family):
     counted = model_sizes(empty, quantized=False, skip=[])
     assert counted.total == model.num_parameters() and 0 < counted.vision < counted.total
     _, adapted = adapt(empty, LoraConfig(target_modules="all-linear"))
-    assert adapted.vision  # all-linear reaches into the tower of every family
+    assert {part_of(name) for name in adapted} > {"language"}  # all-linear reaches into the tower of every family

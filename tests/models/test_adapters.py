@@ -15,6 +15,7 @@ from torch import nn
 
 from trl_vpo.doctor import checks as doctor
 from trl_vpo.errors import AdapterError, RecipeError
+from trl_vpo.forward.parts import part_of
 from trl_vpo.models import model_size as footprint
 from trl_vpo.models.adapters import PRESETS, check_adapted, preset_targets, resolve_targets, vllm_problems
 
@@ -80,8 +81,8 @@ def test_a_preset_adapts_the_same_parts_of_every_family(family, preset, tmp_path
     expected = set().union(*PARTS[family][: PRESETS.index(preset) + 1])
     config = LoraConfig(r=2, target_modules=preset)
     _, what = footprint.adapt(footprint.empty_model(config_of(family)), config)
-    assert set(what.modules) == expected
-    assert set(what.vision) == expected - PARTS[family][0]
+    assert set(what) == expected
+    assert {name for name in what if part_of(name) != "language"} == expected - PARTS[family][0]
     config.save_pretrained(tmp_path)  # and what is saved needs nothing of ours
     again = get_peft_model(footprint.empty_model(config_of(family)), LoraConfig.from_pretrained(tmp_path))
     assert adapted_modules(again) == expected
@@ -91,7 +92,7 @@ def test_presets_of_text_models():
     model, _ = text_model()
     config = LoraConfig(target_modules="language")
     _, what = footprint.adapt(copy.deepcopy(model), config)
-    assert set(what.modules) == layers("model.layers", SEVEN)
+    assert set(what) == layers("model.layers", SEVEN)
     for preset in ("language+projector", "all"):
         with pytest.raises(RecipeError, match=f"{re.escape(preset)}: Qwen2ForCausalLM has no projector"):
             preset_targets(model, preset)[0]

@@ -22,6 +22,7 @@ from trl_vpo.doctor.memory_report import check_fit
 from trl_vpo.doctor.report import OK, STOP, WARN, Report, show
 from trl_vpo.errors import ModelError, RecipeError, SourceError, UserError
 from trl_vpo.forward.head import check_head
+from trl_vpo.forward.parts import part_of
 from trl_vpo.models.adapters import LORA_RANKS, vllm_refuses
 from trl_vpo.models.model_size import adapt
 from trl_vpo.models.source import check_model
@@ -183,7 +184,7 @@ def _check_trained(recipe: LoadedRecipe, report: Report) -> None:
 
 def _check_lora(recipe: LoadedRecipe, peft_config: PeftConfig, report: Report) -> None:
     try:
-        recipe.model, adapted = adapt(recipe.model, peft_config)
+        recipe.model, names = adapt(recipe.model, peft_config)
         check_head(recipe.model)
     except ValueError as error:
         report.add("LoRA", STOP, str(error).split(". Please check")[0])
@@ -191,10 +192,11 @@ def _check_lora(recipe: LoadedRecipe, peft_config: PeftConfig, report: Report) -
         return
     if wrong := low_rate(recipe.args):
         report.add("learning rate", WARN, wrong)
-    text = f"{len(adapted.modules)} modules adapted, {len(adapted.vision)} of them in vision tower or projector"
-    if adapted.vision:
-        text += f" (such as {adapted.vision[0]}): the recipes train the language model only"
-    report.add("LoRA", WARN if adapted.vision else OK, text)
+    vision = [name for name in names if part_of(name) != "language"]
+    text = f"{len(names)} modules adapted, {len(vision)} of them in vision tower or projector"
+    if vision:
+        text += f" (such as {vision[0]}): the recipes train the language model only"
+    report.add("LoRA", WARN if vision else OK, text)
     served = recipe.model.peft_config["default"].to_dict()
     tensors = get_peft_model_state_dict(recipe.model, save_embedding_layers=False)
     refused = vllm_refuses(served, tensors, max_lora_rank=LORA_RANKS[-1])  # such a rank it takes when it is told so

@@ -16,14 +16,6 @@ from trl_vpo.models.adapters import check_adapted, check_parameters, resolve_tar
 
 
 @dataclass
-class Adapted:
-    """The modules that a LoRA config adapts."""
-
-    modules: list[str]
-    vision: list[str]  # those of them in the vision tower or the projector
-
-
-@dataclass
 class Sizes:
     """Numbers of parameters."""
 
@@ -52,14 +44,16 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return build(config)
 
 
-def adapt(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module, Adapted]:
-    """Put empty LoRA weights into an empty model. Targets that match no module raise ValueError."""
+def adapt(model: PreTrainedModel, peft_config: Any) -> tuple[nn.Module, list[str]]:
+    """Put empty LoRA weights into an empty model; return it and the names of the modules that are adapted.
+
+    Targets that match no module raise ValueError.
+    """
     check_parameters(peft_config)
     resolve_targets(peft_config, model)
     adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     check_adapted(adapted)
-    names = [n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")]
-    return adapted, Adapted(names, [name for name in names if part_of(name) != "language"])
+    return adapted, [n.removeprefix("base_model.model.") for n, m in adapted.named_modules() if hasattr(m, "lora_A")]
 
 
 def model_sizes(model: nn.Module, *, quantized: bool, skip: list[str]) -> Sizes:
