@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 
+from studies.testbed.grammar import SLOTS
 from trl_vpo.testbed.language import (
     PROMPTS,
-    SLOTS,
     WORDINGS,
     Item,
     caption,

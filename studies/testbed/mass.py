@@ -1,6 +1,6 @@
 """The exact probability of truth: for each sentence of a caption, behind a true beginning, where the model's mass is.
 
-After a prompt and true sentences, the grammar has finitely many next sentences (`language.next_sentences`), each with
+After a prompt and true sentences, the grammar has finitely many next sentences (`grammar.next_sentences`), each with
 its full stop, and after the last one the end of the turn is true. Their probabilities are the model's own, word by
 word. With the sum over the true ones T, over the other sentences of the grammar F, and O = 1 - T - F, all the rest,
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from studies.testbed import grammar
 from studies.testbed.pretraining import encode
 from trl_vpo.testbed import language, world
 
@@ -101,11 +102,11 @@ class TrueCaption:
         self.forests, said = [], []
         text = int((self.inputs["labels"][0] != -100).nonzero()[0])
         for sentence in caption.split(". "):
-            options = language.next_sentences(sample.things, said)
+            options = grammar.next_sentences(sample.things, said)
             self.forests.append(_forest(tokenizer, options, text, first=not said))
             said.append(next(option.tag for option in options if option.truth))
             text += len(tokenizer(sentence.rstrip(".") + ".", add_special_tokens=False)["input_ids"])
-        self.forests.append(_forest(tokenizer, language.next_sentences(sample.things, said), text))
+        self.forests.append(_forest(tokenizer, grammar.next_sentences(sample.things, said), text))
         self.forests[-1].add([[tokenizer.eos_token_id]], 0)
 
     @torch.no_grad()
@@ -135,14 +136,14 @@ class TrueCaption:
         return Mass(*(np.array(side) for side in zip(*found)))
 
 
-def _forest(tokenizer, options: Sequence[language.Wording], text: int, *, first: bool = False) -> Forest:
+def _forest(tokenizer, options: Sequence[grammar.Wording], text: int, *, first: bool = False) -> Forest:
     forest = Forest(text)
     for option in options:
         forest.add(*_columns(tokenizer, option, first=first))
     return forest
 
 
-def _columns(tokenizer, option: language.Wording, *, first: bool) -> tuple[list[list[int]], int | None]:
+def _columns(tokenizer, option: grammar.Wording, *, first: bool) -> tuple[list[list[int]], int | None]:
     """Return the tokens of each position of a wording, and the number of its true sentence in their product."""
     columns, number = [], 0
     for depth, words in enumerate(option.words):

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from itertools import product
 
-from trl_vpo.testbed.language import next_sentences, sentence, true_sentences
+from studies.testbed.grammar import next_sentences, sentence
+from trl_vpo.testbed.language import true_sentences
 from trl_vpo.testbed.world import Things
 
 
@@ -33,7 +34,7 @@ class CaptionCheck:
 
 def captions(things: Things) -> list[str]:
     """Return all true captions."""
-    return [" ".join(sentence(one.truth) for one in chosen) for chosen in product(*true_sentences(things))]
+    return [" ".join(chosen) for chosen in product(*true_sentences(things))]
 
 
 def check_caption(text: str, things: Things) -> CaptionCheck:

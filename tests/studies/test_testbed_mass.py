@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from studies.testbed import grammar
 from studies.testbed.mass import Forest, TrueCaption
 from studies.testbed.pretraining import encode, untrained_model, untrained_processor
 from trl_vpo.testbed import language, world
@@ -25,7 +26,7 @@ def base():
 
 def small_grammar(monkeypatch, kind):
     """Two values of each attribute; a sample that has them."""
-    slots = {name: values[:2] for name, values in language.SLOTS.items()}
+    slots = {name: values[:2] for name, values in grammar.SLOTS.items()}
     if kind == "scene":
         slots["object"] = ("table", "lamp", "car")
         things = tuple(world.Thing("small", None, "green", noun, n) for n, noun in enumerate(slots["object"]))
@@ -35,7 +36,7 @@ def small_grammar(monkeypatch, kind):
             world.Thing("small", texture, colour, shape, n, motion, turn)
             for n, (shape, motion, turn, colour, texture) in enumerate(two)
         )
-    monkeypatch.setattr(language, "SLOTS", slots)
+    monkeypatch.setattr(grammar, "SLOTS", slots)
     return world.Sample(kind, things, world.draw_samples(kind, 1, 0, habits=False)[0].frames)
 
 
@@ -61,10 +62,10 @@ def test_masses_are_those_of_all_sentences_one_by_one(base, kind, monkeypatch):
     said, before = [], ""
     for number, spoken in enumerate(language.caption(sample.things, WORDING).split(". ")):
         true = false = 0.0
-        options = language.next_sentences(sample.things, said)
+        options = grammar.next_sentences(sample.things, said)
         for option in options:
             for words in product(*option.words):
-                probability = np.exp(logp_of(model, processor, sample, before, language.sentence(words)))
+                probability = np.exp(logp_of(model, processor, sample, before, grammar.sentence(words)))
                 true, false = (
                     true + probability * (words == option.truth),
                     false + probability * (words != option.truth),
@@ -73,8 +74,8 @@ def test_masses_are_those_of_all_sentences_one_by_one(base, kind, monkeypatch):
         said.append(next(option.tag for option in options if option.truth))
         before = f"{before} {spoken.rstrip('.')}.".strip()
     assert mass.true[-1] == pytest.approx(np.exp(logp_of(model, processor, sample, before, "")), rel=1e-3)
-    more = [words for option in language.next_sentences(sample.things, said) for words in product(*option.words)]
-    false = sum(np.exp(logp_of(model, processor, sample, before, language.sentence(words))) for words in more)
+    more = [words for option in grammar.next_sentences(sample.things, said) for words in product(*option.words)]
+    false = sum(np.exp(logp_of(model, processor, sample, before, grammar.sentence(words))) for words in more)
     assert mass.false[-1] == pytest.approx(false, rel=1e-3) and len(more) == {"clip": 2, "scene": 0}[kind]
     assert (mass.outside >= 0).all()
     assert mass.log_true == pytest.approx(np.log(mass.true).sum())

@@ -1,9 +1,9 @@
-"""The texts of the world: a grammar that knows which of its sentences are true, and questions.
+"""The texts of the world: captions that are true, the same with one fact wrong, and questions.
 
 A caption goes from left to right, a sentence for each thing; after the things of a clip it says in which order they
-moved, and what stays still. After any true beginning the grammar has finitely many next sentences (`next_sentences`),
-in a few wordings each; one thing to say next is true, in each of its wordings. So a caption of a clip has 16 or 32
-true paraphrases, that of a scene too, and the truth of a sentence is decided by its words.
+moved, and what stays still. After any true beginning one thing to say next is true, in each of its wordings. So a
+caption of a clip has 16 or 32 true paraphrases, that of a scene too. All sentences of the grammar, the false ones too,
+are in `studies/testbed/grammar.py`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,6 @@ from trl_vpo.testbed.world import (
 
 PROMPTS = {"clip": "Describe the video.", "scene": "Describe the image."}
 
-SLOTS = {
-    "size": SIZES,
-    "texture": TEXTURES,
-    "colour": tuple(COLOURS),
-    "shape": SHAPES,
-    "motion": MOTIONS,
-    "paint": SCENE_COLOURS,
-    "object": OBJECTS,
-}
 WORDINGS = {
     "thing": (
         "the {place} one is a {size} {texture} {colour} {shape}.",
@@ -60,24 +51,6 @@ WORDINGS = {
 
 
 @dataclass(frozen=True)
-class Wording:
-    """Sentences that differ in some words only.
-
-    Attributes:
-        tag: what the sentence is about: a place, "order", "still"; of a scene "object" or "stop".
-        words: for each position the words and marks that may stand there.
-        truth: the true sentence among them, if one is.
-    """
-
-    tag: str
-    words: tuple[tuple[str, ...], ...]
-    truth: tuple[str, ...] | None
-
-    def __len__(self) -> int:
-        return int(np.prod([len(column) for column in self.words]))
-
-
-@dataclass(frozen=True)
 class Item:
     """One question and its answer; kind is "caption", "hinted", "open" or "yes_no"."""
 
@@ -86,48 +59,25 @@ class Item:
     answer: str
 
 
-# --- the grammar --------------------------------------------------------------------------------------------------
+# --- captions ---------------------------------------------------------------------------------------------------
 
 
-def next_sentences(things: Things, said: Sequence[str]) -> list[Wording]:
-    """Return all sentences that the grammar has after sentences with these tags.
+def wordings(tag: str) -> tuple[str, ...]:
+    """Return the wordings of a sentence: about a place, "order" or "still"; of a scene "object" or "stop"."""
+    return WORDINGS.get(tag, WORDINGS["thing"])
 
-    A sentence is true if it says truly what a true caption would say next: the leftmost thing that is left, the order,
-    the thing that stays still.
+
+def true_next(things: Things, said: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the tag of what is true behind sentences with these tags, and the words that fill its blanks.
+
+    That is the leftmost thing that is left, then the order, then the thing that stays still.
     """
-    true_tag, facts = _true_next(things, said)
-    found = []
-    for tag in _next_tags(things[0].motion is not None, said):
-        for text in WORDINGS.get(tag, WORDINGS["thing"]):
-            words = [(tag,) if slot == "{place}" else SLOTS.get(slot.strip("{}"), (slot,)) for slot in _split(text)]
-            values, truth = iter(facts), None
-            if tag == true_tag:
-                truth = tuple(column[0] if len(column) == 1 else next(values) for column in words)
-            found.append(Wording(tag, tuple(words), truth))
-    return found
-
-
-def _split(text: str) -> list[str]:
-    return re.findall(r"\{?\w+\}?|[.,]", text)
-
-
-def _next_tags(clip: bool, said: Sequence[str]) -> tuple[str, ...]:
-    if not clip:
-        return () if "stop" in said else ("object",) * (len(said) < 4) + ("stop",) * (len(said) >= 3)
-    if "order" in said:
-        return ("still",) if "still" not in said else ()
-    right_of = PLACES.index(said[-1]) + 1 if said else 0
-    places = PLACES[right_of : 3 if said else 2]
-    return (*places, "order") if len(said) >= 2 else places
-
-
-def _true_next(things: Things, said: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return the tag of what is true next, with the words that fill its blanks."""
     if things[0].motion is None:
-        if len(said) >= len(things):
-            return "stop" if "stop" not in said else None, []
-        thing = things[len(said)]
-        return "object", [thing.size, thing.colour, thing.shape]
+        if len(said) < min(len(things), 4):  # a caption has three or four objects
+            thing = things[len(said)]
+            return "object", [thing.size, thing.colour, thing.shape]
+        ends = len(said) >= max(len(things), 3) and "stop" not in said
+        return "stop" if ends else None, []
     if "order" in said:
         still = [thing.shape for thing in things if not thing.turn and "still" not in said]
         return "still" if still else None, still
@@ -139,23 +89,26 @@ def _true_next(things: Things, said: Sequence[str]) -> tuple[str | None, list[st
     return "order", [first.shape, first.motion, second.shape, second.motion]
 
 
-def sentence(words: Sequence[str]) -> str:
-    return re.sub(r" ([.,])", r"\1", " ".join(words))
-
-
-def true_sentences(things: Things) -> list[list[Wording]]:
+def true_sentences(things: Things) -> list[list[str]]:
     """Return the true wordings of each sentence of a caption."""
     found, said = [], []
-    while true := [option for option in next_sentences(things, said) if option.truth]:
-        found.append(true)
-        said.append(true[0].tag)
+    tag, facts = true_next(things, said)
+    while tag:
+        found.append([_filled(text, tag, facts) for text in wordings(tag)])
+        said.append(tag)
+        tag, facts = true_next(things, said)
     return found
+
+
+def _filled(text: str, place: str, facts: Sequence[str]) -> str:
+    values = iter(facts)
+    return re.sub(r"{\w+}", lambda blank: place if blank[0] == "{place}" else next(values), text)
 
 
 def caption(things: Things, wording: Sequence[int] = (0,) * 5) -> str:
     """Return the true caption whose sentences have these wordings (counted modulo how many there are)."""
     chosen = [options[number % len(options)] for number, options in zip(wording, true_sentences(things))]
-    return " ".join(sentence(one.truth) for one in chosen)
+    return " ".join(chosen)
 
 
 def objects_of(things: Things) -> list[str]:
@@ -200,8 +153,9 @@ def _change(things: Things, rng: np.random.Generator) -> tuple[Things, Thing]:
     fact = facts[rng.integers(len(facts))]
     if fact == "turn":
         return tuple(replace(one, turn=(0, 2, 1)[one.turn]) for one in things), thing
-    values = {"shape": SHAPES if clip else OBJECTS, "colour": tuple(COLOURS) if clip else SCENE_COLOURS}.get(fact)
-    values = values or SLOTS[fact]
+    of_clips = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "texture": TEXTURES, "motion": MOTIONS}
+    of_scenes = {"shape": OBJECTS, "colour": SCENE_COLOURS, "size": SIZES}
+    values = (of_clips if clip else of_scenes)[fact]
     taken = {one.shape for one in things} if fact == "shape" else {getattr(thing, fact)}
     free = [value for value in values if value not in taken]
     wrong = replace(thing, **{fact: free[rng.integers(len(free))]})
