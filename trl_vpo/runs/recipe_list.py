@@ -17,7 +17,6 @@ from trl_vpo.runs.console import make_console
 from trl_vpo.runs.named_recipes import find_recipe, recipe_names, recipes_folder
 from trl_vpo.runs.recipe_file import read_recipe, recipe_text
 
-NOT_RUN = "not run"
 COMMAND = r"^#   trl-vpo (train|generate|compare) (?:(\w+) )?--config "
 HARDWARE = r"^# Hardware: written for ([^.,:;]+)[.,:;]"
 MEMORY = r"^# Memory: the doctor computes ([\d.]+ GiB) for .*$"
