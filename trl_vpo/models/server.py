@@ -37,19 +37,15 @@ class RequestBudget:
     """A number of requests that may be sent, by all threads and models that share it. `limit` None: any number."""
 
     def __init__(self, limit: int | None = None):
-        self.limit = limit
-        self.used = 0
-        self._lock = threading.Lock()
+        self.limit, self._left = limit, threading.Semaphore(limit or 0)
 
     def take(self) -> None:
         """Count one request. Raises `ModelError` if none is left."""
-        with self._lock:
-            if self.limit is not None and self.used >= self.limit:
-                raise ModelError(
-                    f"the request budget is used up: max_requests is {self.limit}, repeated attempts included. The "
-                    "same command continues the run, with a budget of its own."
-                )
-            self.used += 1
+        if self.limit is not None and not self._left.acquire(blocking=False):
+            raise ModelError(
+                f"the request budget is used up: max_requests is {self.limit}, repeated attempts included. The same "
+                "command continues the run, with a budget of its own."
+            )
 
 
 class _NoAnswer(Exception):
