@@ -341,3 +341,7 @@ def _add_quickstart(commands) -> None:
     text = f"of {', '.join(METHODS)} (default: {' '.join(four)})"
     parser.add_argument("--methods", metavar="METHOD", nargs="+", choices=METHODS, default=four, help=text)
     parser.add_argument("--data_only", action="store_true", help="write the rows, and train nothing")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
