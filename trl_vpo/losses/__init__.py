@@ -21,36 +21,18 @@ float32 (float64 stays float64), because sums of hundreds of log-probabilities d
     `symmpo_loss`   arXiv 2506.11712                     beta * (lp - lp_ref)
 """
 
-from trl_vpo.losses.common import PreferenceLoss
-from trl_vpo.losses.ddpo import ddpo_loss
-from trl_vpo.losses.dpa import dpa_loss
-from trl_vpo.losses.dpo import dpo_loss
-from trl_vpo.losses.dpo_sum import dpo_sum_loss
-from trl_vpo.losses.dpop import dpop_loss
-from trl_vpo.losses.leanpo import leanpo_loss
-from trl_vpo.losses.lpoi import lpoi_loss
-from trl_vpo.losses.mdpo import mdpo_loss
-from trl_vpo.losses.mmdpo import mmdpo_loss
-from trl_vpo.losses.mpo import mpo_loss
-from trl_vpo.losses.rrpo import rrpo_loss
-from trl_vpo.losses.simpo import simpo_loss
-from trl_vpo.losses.symmpo import symmpo_loss
-from trl_vpo.losses.tdpo import tdpo_loss
-
-__all__ = [
-    "PreferenceLoss",
-    "ddpo_loss",
-    "dpa_loss",
-    "dpo_loss",
-    "dpo_sum_loss",
-    "dpop_loss",
-    "leanpo_loss",
-    "lpoi_loss",
-    "mdpo_loss",
-    "mmdpo_loss",
-    "mpo_loss",
-    "rrpo_loss",
-    "simpo_loss",
-    "symmpo_loss",
-    "tdpo_loss",
-]
+from trl_vpo.losses.common import PreferenceLoss as PreferenceLoss
+from trl_vpo.losses.ddpo import ddpo_loss as ddpo_loss
+from trl_vpo.losses.dpa import dpa_loss as dpa_loss
+from trl_vpo.losses.dpo import dpo_loss as dpo_loss
+from trl_vpo.losses.dpo_sum import dpo_sum_loss as dpo_sum_loss
+from trl_vpo.losses.dpop import dpop_loss as dpop_loss
+from trl_vpo.losses.leanpo import leanpo_loss as leanpo_loss
+from trl_vpo.losses.lpoi import lpoi_loss as lpoi_loss
+from trl_vpo.losses.mdpo import mdpo_loss as mdpo_loss
+from trl_vpo.losses.mmdpo import mmdpo_loss as mmdpo_loss
+from trl_vpo.losses.mpo import mpo_loss as mpo_loss
+from trl_vpo.losses.rrpo import rrpo_loss as rrpo_loss
+from trl_vpo.losses.simpo import simpo_loss as simpo_loss
+from trl_vpo.losses.symmpo import symmpo_loss as symmpo_loss
+from trl_vpo.losses.tdpo import tdpo_loss as tdpo_loss

@@ -40,7 +40,7 @@ LOSS_TYPES = {
     "bco_pair": LossType(variants.bco_pair_loss),
     "sppo_hard": LossType(variants.sppo_hard_loss),
     "aot": LossType(variants.aot_loss, "margins", SMOOTHED),
-    "aot_unpaired": LossType(variants.aot_unpaired_loss, options=SMOOTHED),
+    "aot_unpaired": LossType(variants.aot_loss, options=SMOOTHED),
     "apo_zero": LossType(variants.apo_zero_loss),
     "apo_down": LossType(variants.apo_down_loss),
     "discopop": LossType(variants.discopop_loss, options=("beta", "discopop_tau"), any_divergence=True),

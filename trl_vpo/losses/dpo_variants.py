@@ -90,18 +90,13 @@ def aot_loss(margins: Tensor, reference_margins: Tensor, *, beta: float, label_s
         L = -(1 - label_smoothing) * logsigmoid(u) - label_smoothing * logsigmoid(-u)
 
     Args:
-        margins: (B,) log pi(y_w) - log pi(y_l) of the policy.
-        reference_margins: (B,) the same of the reference.
+        margins: (B,) log pi(y_w) - log pi(y_l) of the policy; without pairs (`aot_unpaired`), r(y_w).
+        reference_margins: (B,) the same of the reference; without pairs, r(y_l).
         beta: scale of the margins.
         label_smoothing: weight of the swapped comparison.
     """
     u = beta * (margins.sort().values - reference_margins.sort().values)
     return -(1 - label_smoothing) * F.logsigmoid(u) - label_smoothing * F.logsigmoid(-u)
-
-
-def aot_unpaired_loss(chosen: Tensor, rejected: Tensor, *, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT without pairs: the sorted log-ratios of the chosen against those of the rejected. See `aot_loss`."""
-    return aot_loss(chosen, rejected, beta=beta, label_smoothing=label_smoothing)
 
 
 def apo_zero_loss(chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
