@@ -7,7 +7,7 @@ import pytest
 from studies.testbed import truth
 from trl_vpo import cli
 from trl_vpo.data.inputs import read_inputs
-from trl_vpo.evaluate.measures import chair
+from trl_vpo.evaluate.questions import chair
 from trl_vpo.evaluate.rows import read_rows
 from trl_vpo.testbed import language, quickstart, world
 from trl_vpo.text.chair import ObjectTable, read_response

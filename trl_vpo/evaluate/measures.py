@@ -17,26 +17,9 @@ from typing import Any
 import numpy as np
 
 from trl_vpo.data.numbers import both_fall
+from trl_vpo.evaluate import questions
 from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
-from trl_vpo.evaluate.questions import (
-    Evidence,
-    Records,
-    Rows,
-    binary,
-    chair,
-    choice,
-    join_clusters,
-    letters,
-    of_task,
-    question_pairs,
-    question_sets,
-    rated,
-    ratio,
-    read_answer,
-    row_clusters,
-    were_cut_off,
-    yes_no,
-)
+from trl_vpo.evaluate.questions import Evidence, Records, Rows, of_task, ratio, row_clusters
 from trl_vpo.text.chair import ObjectTable, read_response
 
 
@@ -78,28 +61,26 @@ def evidence(
     kinds = preference_evidence(preferences, of_task(base, "preference"))
     if lists := [r for r in preferences if r.get("image_logps")]:
         kinds["visibility"] = visibility([r["image_logps"] for r in lists]), row_clusters(lists)
-    if pairs := [(pair["yes"], pair["no"]) for pair in question_pairs(records).values() if len(pair) == 2]:
-        rows = yes_no(*zip(*([read_answer(record, rule) for record in pair] for pair in pairs)))
-        cut_off = [1 - (yes["response_ended"] + no["response_ended"]) / 2 for yes, no in pairs]
-        kinds["yes_no"] = (
-            rows | {"yes_no/cut_off": np.array(cut_off)},
-            join_clusters([row_clusters(pair) for pair in pairs]),
-        )
-    single = [r for r in of_task(records, "yes_no") if "pair" not in r]
-    for name, group in _by_group("binary", single):
-        kinds[name] = _named(name, binary(group, [read_answer(r, rule) for r in group])), row_clusters(group)
-    kinds |= question_sets(of_task(records, "yes_no"), rule)
-    for kind, rows_of in (("choice", choice), ("letters", letters), ("rated", rated)):
-        for name, group in _by_group(kind, of_task(records, kind)):
-            kinds[name] = _named(name, rows_of(group)), row_clusters(group)
+    if pairs := [(pair["yes"], pair["no"]) for pair in questions.question_pairs(records).values() if len(pair) == 2]:
+        rows = questions.yes_no(*zip(*([questions.read_answer(record, rule) for record in pair] for pair in pairs)))
+        rows["yes_no/cut_off"] = np.array([questions.were_cut_off(pair).mean() for pair in pairs])
+        kinds["yes_no"] = rows, questions.join_clusters(map(row_clusters, pairs))
+
+    def single(group: Records) -> Rows:
+        return questions.binary(group, [questions.read_answer(record, rule) for record in group])
+
+    kinds |= _by_group("binary", [r for r in of_task(records, "yes_no") if "pair" not in r], single)
+    kinds |= questions.question_sets(of_task(records, "yes_no"), rule)
+    for kind, rows_of in (("choice", questions.choice), ("letters", questions.letters), ("rated", questions.rated)):
+        kinds |= _by_group(kind, of_task(records, kind), rows_of)
     if captions:
         objects = [read_response(r["response"], r["objects"], table) for r in captions]
-        kinds["chair"] = chair(objects), row_clusters(captions)
+        kinds["chair"] = questions.chair(objects), row_clusters(captions)
     if answers := [r for r in records if r["task"] in ("chair", "preference") and "response" in r]:
         rows = {
             "length/words": np.array([len(r["response"].split()) for r in answers]),
             "length/tokens": np.array([r["response_tokens"] for r in answers]),
-            "length/cut_off": were_cut_off(answers),
+            "length/cut_off": questions.were_cut_off(answers),
         }
         kinds["answers"] = rows, row_clusters(answers)
     return kinds
@@ -160,27 +141,23 @@ def visibility(logps: Sequence[Sequence[float]]) -> Rows:
     }
 
 
-def _by_group(kind: str, records: Records) -> list[tuple[str, list[Mapping]]]:
-    """All records under their kind, then those of each group under a name such as `choice[counting]`."""
+def _by_group(kind: str, records: Records, rows_of: Callable[[Records], Rows]) -> Evidence:
+    """The measures of all records under their kind, and of each group under a name such as `choice[counting]`."""
     groups: dict[str, list[Mapping]] = {kind: list(records)} if records else {}
     for record in records:
         if "group" in record:
             groups.setdefault(f"{kind}[{record['group']}]", []).append(record)
-    return list(groups.items())
-
-
-def _named(kind: str, rows: Rows) -> Rows:
-    """Name the measures of a group after it."""
-    return {f"{kind}/{name.split('/', 1)[1]}": values for name, values in rows.items()}
+    kinds: Evidence = {}
+    for name, group in groups.items():
+        rows = {measure.replace(kind, name, 1): values for measure, values in rows_of(group).items()}
+        kinds[name] = rows, row_clusters(group)
+    return kinds
 
 
 def _pair_scores(records: Records) -> list[np.ndarray]:
     """(N,) each: summed log-probs of the chosen and the rejected responses, and their tokens."""
     names = ("chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
     return [np.array([record[name] for record in records], dtype=float) for name in names]
-
-
-# --- arrays ---------------------------------------------------------------------------------------------------------
 
 
 def _wins(difference: np.ndarray) -> np.ndarray:
