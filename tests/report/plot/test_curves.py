@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from trl_vpo.errors import PlotError
-from trl_vpo.report.plot import curves, history, style
+from trl_vpo.report.plot import curves, style
 
 LOG = [
     {"step": 5, "loss": 0.7, "rewards/margins": 0.1, "logps/chosen": -8.0, "logps/rejected": -6.0, "grad_norm": 2.0},
@@ -34,12 +34,12 @@ def legend(figure):
 
 
 def test_series_skips_entries_without_it_and_the_summary():
-    assert history.series(LOG, "logps/chosen") == ([5, 10], [-8.0, -7.0])
-    assert history.series(LOG, "kl/chosen") == ([], [])
+    assert curves.series(LOG, "logps/chosen") == ([5, 10], [-8.0, -7.0])
+    assert curves.series(LOG, "kl/chosen") == ([], [])
 
 
 def test_smoothing_weighs_by_steps():
-    steps, means = history.smooth(([0, 1, 3], [1.0, 3.0, 0.0]), half_life=1)
+    steps, means = curves.smooth(([0, 1, 3], [1.0, 3.0, 0.0]), half_life=1)
     assert steps == [0, 1, 3]
     # weights 1; 1/2 and 1; 1/8, 1/4 and 1
     assert means == pytest.approx([1.0, 3.5 / 1.5, (1 / 8 + 3 / 4) / (1 / 8 + 1 / 4 + 1)])
@@ -47,8 +47,8 @@ def test_smoothing_weighs_by_steps():
 
 def test_many_points_are_smoothed_over_a_fortieth_of_the_run():
     short, long = ([{"step": step, "loss": 1.0} for step in range(10, end, 10)] for end in (410, 4010))
-    assert history.default_half_life({"short": short}) == 0
-    assert history.default_half_life({"short": short, "long": long}) == 100
+    assert curves.default_half_life({"short": short}) == 0
+    assert curves.default_half_life({"short": short, "long": long}) == 100
 
 
 def test_a_run_keeps_its_curve_beside_those_without_reference():
@@ -146,14 +146,8 @@ def test_the_same_picture_comes_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("runs", "name", "message"),
-    [
-        ({}, "curves.png", "no run to plot"),
-        ({"DPO": [{"step": 1, "epoch": 1.0}]}, "curves.png", "DPO: no metric"),
-        ({"DPO": LOG}, "curves.jpg", "curves.jpg: a figure is written as .png"),
-    ],
+    ("runs", "message"), [({}, "no run to plot"), ({"DPO": [{"step": 1, "epoch": 1.0}]}, "DPO: no metric")]
 )
-def test_nothing_to_plot_is_an_error(runs, name, message, tmp_path):
+def test_nothing_to_plot_is_an_error(runs, message):
     with pytest.raises(PlotError, match=message):
-        style.save(drawn(**runs)[-1], tmp_path / name)
-    assert not list(tmp_path.iterdir())
+        drawn(**runs)

@@ -15,7 +15,7 @@ from typing import Any
 
 from trl_vpo.errors import PlotError
 from trl_vpo.files import read_object
-from trl_vpo.report.plot.history import History
+from trl_vpo.report.plot.curves import History
 
 STATE = "trainer_state.json"
 METHOD_NAMES = {"dpo": "DPO", "leanpo": "LeanPO", "rrpo": "RRPO", "lpoi": "LPOI", "simpo": "SimPO", "tdpo": "TDPO"}

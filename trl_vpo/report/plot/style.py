@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.errors import PlotError
 from trl_vpo.files import atomic_write
 
 # Okabe and Ito's palette: told apart with every common kind of colour blindness
@@ -54,11 +53,9 @@ def literal(text: str) -> str:
 
 
 def save(figure: Any, path: str | Path) -> Path:
-    """Write a figure, whole or not at all; the suffix, one of `FORMATS` or a PlotError, chooses the format."""
+    """Write a figure, whole or not at all; the suffix, one of `FORMATS`, chooses the format."""
     path = Path(path)
     kind = path.suffix.lower()
-    if kind not in FORMATS:
-        raise PlotError(f"{path}: a figure is written as {', '.join(FORMATS)}; name a file that ends so.")
     with atomic_write(path) as part, drawing():
         figure.savefig(part, format=kind[1:], dpi=150, metadata=METADATA[kind])
     return path
