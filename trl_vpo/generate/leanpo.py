@@ -4,9 +4,7 @@ Winning response: the model answers with the ground truth as a hint in the promp
 and the ground truth, and improves the answer (reflection). Losing response: the same model answers the plain question
 on a damaged clip (`trl_vpo.media.corruptions`). The training row has the plain question and the untouched media. A
 pair whose losing response is right after all, by the rules of `tasks.py`, or whose winning one is wrong, is left out.
-
-The paper's prompts are not published: the ones here are ours, and settings. So are the filters, all off by
-default, and the similarity used as trustworthiness (`trl_vpo.text.similarity`).
+What is ours and not the paper's is in docs/generate.md.
 """
 
 from __future__ import annotations
@@ -166,10 +164,7 @@ class LeanPOPipeline(Pipeline):
         return outcomes if self.config.keep_top is None else keep_top(outcomes, self.config.keep_top)
 
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        """Return `pair_figures` over every pair of responses that came about, kept or not.
-
-        If a filter is set, also over the pairs that were kept, as `kept_...`.
-        """
+        """Return `pair_figures` of every pair of responses; with a filter, also of those kept, as `kept_...`."""
         pairs = [outcome for outcome in outcomes if "chosen_trust" in outcome.notes]
         groups = {"": [pair.notes for pair in pairs]}
         if any(getattr(self.config, name) is not None for name in (*FILTERS, "keep_top")):

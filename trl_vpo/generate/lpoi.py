@@ -2,11 +2,8 @@
 
 The critical object is the first thing that the text names and that has a usable box: noun phrases of the chosen
 response's first sentence, then of the question, then of the rest of the chosen response; else any detection. The row
-stays as it is and gets the box, from which training draws the list of images (`trl_vpo.media.masking`).
-
-Published: Grounding DINO tiny, the order above, the check for hard negatives. Ours: the noun phrases by rules
-(`nouns`), the limits on a box's size, the names of "any detection" (`fallback_labels`), the wording of the question,
-known boxes instead of a detector, and masks.
+stays as it is and gets the box, from which training draws the list of images (`trl_vpo.media.masking`). What is ours
+and not the paper's is in docs/generate.md.
 """
 
 from __future__ import annotations
@@ -147,9 +144,8 @@ class LPOIPipeline(Pipeline):
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Count where objects were named, their boxes and labels, and the model's claims if it was asked.
 
-        `hard_negatives`: `asked` objects, the share of them `claimed` though hidden, and the share of the `inputs`
-        asked about that had one. `claimed_at`: the share of rows whose object is claimed at each place of the list,
-        most visible first.
+        `hard_negatives` has the number of objects `asked` about, the share of them `claimed` though hidden, and the
+        share of the `inputs` that had one.
         """
         kept = [outcome.notes for outcome in outcomes if outcome.rows]
         labels = Counter(note["label"] for note in kept)

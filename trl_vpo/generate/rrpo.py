@@ -4,10 +4,7 @@ The model answers on perturbed media (`corruptions.py`). Where its answer is wro
 wrong answer rejected; the phrases are what differs between them. Multiple choice, yes/no and short answers are checked
 by rules (`trl_vpo.text`), and by a judge if no rule can decide a short one. Open-ended ones are checked by the judge,
 which then rewrites the ground truth with the model's mistakes (`judge.py`). The training row has the plain question
-and the untouched media.
-
-Ours, not the paper's: all prompts; several attempts; rejected answers to multiple-choice and yes/no questions in the
-form of the ground truth; the limit on how much a rewrite may change.
+and the untouched media. What is ours and not the paper's is in docs/generate.md.
 """
 
 from __future__ import annotations
@@ -20,14 +17,7 @@ from typing import Any
 
 from trl_vpo.data.inputs import InputRow
 from trl_vpo.errors import InputError, PhraseError
-from trl_vpo.generate.judge import (
-    Difference,
-    Question,
-    ask,
-    changed_share,
-    read_judgement,
-    read_rewrite,
-)
+from trl_vpo.generate.judge import Difference, Question, ask, changed_share, read_judgement, read_rewrite
 from trl_vpo.generate.pipeline import Pipeline, image_request, training_row
 from trl_vpo.generate.rrpo_config import RRPOGenerateConfig
 from trl_vpo.generate.tasks import Task, read_task
@@ -123,15 +113,10 @@ class RRPOPipeline(Pipeline):
         return [self._outcome(work) for work in works]
 
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        """Return the figures of a run; None for a figure without data.
+        """Return the figures of docs/generate.md, None for one without data.
 
-        rows_by_kind, rows_by_perturbation: training rows by kind of answer, and by perturbation of the media.
-        perturbed_accuracy: by kind, share of right among right and wrong answers of the first attempts (further ones
-            are made only if the first was not wrong).
-        perturbed_undecided: by kind, share of first answers that could not be read, or that the judge calls incorrect
-            without a key difference.
-        words_in_phrases: mean share of words that lie in phrases, over both responses of every row.
-        left_out: by kind of answer, how many inputs gave no row and why; "unread" if the kind is unknown.
+        Accuracies are those of the first attempts: further ones are made only if the first was not wrong. Undecided
+        is also what the judge calls incorrect without a key difference.
         """
         rows = [row for outcome in outcomes for row in outcome.rows]
         firsts: dict[str, Counter] = defaultdict(Counter)
