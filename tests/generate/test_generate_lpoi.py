@@ -181,7 +181,7 @@ def test_an_empty_mask_makes_room_for_the_next(tmp_path):
             return [np.full((image.height, image.width), box == tuple(full)) for image, box in zip(images, boxes)]
 
     job = pipeline(mask_model="none", output_dir=str(tmp_path / "run"))
-    job.occlusion.segmenter, full = Empty(), DOG["box"]
+    job.finder.segmenter, full = Empty(), DOG["box"]
     (outcome,) = run(job, make_row(tmp_path, objects=[MAN, DOG]))
     assert made_row(outcome)["critical_object"] == "dog"
     (outcome,) = run(job, make_row(tmp_path, objects=[MAN]))

@@ -18,8 +18,7 @@ from trl_vpo.data.inputs import InputRow, portable
 from trl_vpo.errors import InputError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.objects.boxes import area_share
-from trl_vpo.generate.objects.object_candidates import Case, Finder
-from trl_vpo.generate.objects.occlusion import Occlusion
+from trl_vpo.generate.objects.critical_object import Case, Finder
 from trl_vpo.generate.pipeline import Pipeline, image_request
 from trl_vpo.media.images import load_image
 from trl_vpo.media.load import Media
@@ -99,8 +98,7 @@ class LPOIPipeline(Pipeline):
 
     def __init__(self, config, model, judge=None, generated_by=None):
         super().__init__(config, model, judge, generated_by)
-        self.finder = Finder(config)
-        self.occlusion = Occlusion(config, model)
+        self.finder = Finder(config, model)
 
     @classmethod
     def needs_model(cls, config: LPOIGenerateConfig) -> bool:
@@ -125,7 +123,7 @@ class LPOIPipeline(Pipeline):
             drawn = {"n": self.config.num_images, "visual_prompt": self.config.visual_prompt}
             images = masked_image_list(case.image, choice.box, **drawn)
             title = f"critical object: {choice.label} ({choice.where}), box {list(choice.box)}"
-            text = self.occlusion.question(choice) if self.needs_model(self.config) else "(no model is asked)"
+            text = self.finder.question(choice) if self.needs_model(self.config) else "(no model is asked)"
             return [(title, image_request(images, text))]
         named = self.finder.candidates(row)
         names = ", ".join(f"{candidate.text} ({candidate.where})" for candidate in named) or "(no candidates)"
@@ -136,9 +134,9 @@ class LPOIPipeline(Pipeline):
 
     def make(self, batch: Sequence[tuple[InputRow, Media]]) -> list[Outcome]:
         cases = self._open(batch)
-        self.occlusion.settle([case for case in cases if not case.reason])
+        self.finder.settle([case for case in cases if not case.reason])
         if self.config.visibility_check:
-            self.occlusion.look([case for case in cases if not case.reason])
+            self.finder.look([case for case in cases if not case.reason])
         return [self._outcome(case) for case in cases]
 
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
