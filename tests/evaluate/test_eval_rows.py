@@ -129,7 +129,7 @@ def test_pairs_that_share_a_cluster_are_one_cluster():
     """Questions about v1 to v5: what pairs have in common may come through a third pair."""
     pairs = [("v1", "v1"), ("v2", "v3"), ("v4", "v4"), ("v3", "v5"), ("v5", "v4"), ("v1", "v1")]
     records = [
-        {"task": "yes_no", "pair": str(i), "expected": side, "cluster": cluster}
+        {"task": "yes_no", "pair": str(i), "expected": side, "said": side, "cluster": cluster}
         | {"response": side, "response_tokens": 1, "response_ended": True}
         for i, both in enumerate(pairs)
         for side, cluster in zip(("yes", "no"), both)

@@ -103,7 +103,7 @@ def test_a_set_that_lacks_a_row_is_left_out():
     record = {"task": "yes_no", "contestant": "base", "expected": "yes", "response": "yes", "response_ended": True}
     made = [Outcome(i, [record | {"id": i, "cluster": i, "sets": sets[i]}]) for i in "01"]
     report = Report(EvaluateConfig(resamples=10), {"base": {}}, None, sets)
-    counts = report.summarize([*made, Outcome("2", reason="no file", kind="unreadable media")])
+    counts = report.summarize(report.select([*made, Outcome("2", reason="no file", kind="unreadable media")]))
     measures = report.results["contestants"]["base"]["measures"]
     assert (measures["sets/figure"]["n"], measures["binary/accuracy"]["n"], counts["incomplete_sets"]) == (1, 2, 1)
     assert json.dumps(made[1].rows[0]["sets"]) == '{"figure": "1"}'  # rows.jsonl keeps it

@@ -11,7 +11,7 @@ import pytest
 
 from trl_vpo.evaluate.intervals import Interval
 from trl_vpo.evaluate.measures import difference, estimate, evidence
-from trl_vpo.evaluate.questions import read_rating
+from trl_vpo.evaluate.questions import read, read_rating
 from trl_vpo.text.chair import ObjectTable
 
 TABLE = ObjectTable({"dog": [], "cup": [], "person": ["man"]})
@@ -30,7 +30,7 @@ def answered(task, responses, ended=(), **columns) -> list[dict]:
     ended = ended or [True] * len(responses)
     columns |= {"response": responses, "response_ended": ended, "response_tokens": [len(r) for r in responses]}
     rows = [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
-    return [{"task": task, "cluster": str(i), **row} for i, row in enumerate(rows)]
+    return [read({"task": task, "cluster": str(i), **row}, table=TABLE) for i, row in enumerate(rows)]
 
 
 def questions(basic, hallucinated, ended=()) -> list[dict]:
@@ -58,7 +58,7 @@ def single(said, expected, **columns) -> list[dict]:
 
 def figures(records, base=None) -> dict[str, tuple[float, int]]:
     """The figures and numbers of rows of all measures."""
-    kinds = evidence(records, base or records, table=TABLE).values()
+    kinds = evidence(records, base or records).values()
     return {
         name: (measure.value, measure.n)
         for rows, clusters in kinds

@@ -32,7 +32,7 @@ def test_captions_are_checked_as_the_world_does(kind):
         if expected := world.missing_companion(sample.things):
             usual = (*usual[: expected[0]], expected[1], *usual[expected[0] :])
         for text in (language.caption(sample.things), language.caption(usual, (1,) * 5), "nothing"):
-            responses.append(read_response(text, language.objects_of(sample.things), table))
+            responses.append(vars(read_response(text, language.objects_of(sample.things), table)))
             hallucinated.append(truth.check_caption(text, sample.things).hallucinated)
     assert list(chair(responses)["chair/s"]) == hallucinated and 0.05 < sum(hallucinated) / len(hallucinated) < 0.8
 

@@ -20,7 +20,6 @@ from trl_vpo.data.numbers import both_fall
 from trl_vpo.evaluate import questions
 from trl_vpo.evaluate.intervals import Interval, clustered_bootstrap, paired_difference
 from trl_vpo.evaluate.questions import Evidence, Records, Rows, of_task, ratio, row_clusters
-from trl_vpo.text.chair import ObjectTable, read_response
 
 
 def estimate(rows: Mapping[str, Any], clusters: Sequence, **bootstrap: Any) -> dict[str, Interval]:
@@ -50,32 +49,26 @@ def _interval(name: str, function: Callable[..., Interval], *values: Any, **boot
 # --- evidence -----------------------------------------------------------------------------------------------------
 
 
-def evidence(
-    records: Records, base: Records, rule: str = "videohallucer", table: ObjectTable | None = None
-) -> Evidence:
-    """Return the rows of all measures that a candidate's records give; a kind without rows is left out.
+def evidence(records: Records, base: Records) -> Evidence:
+    """Return the rows of all measures that a candidate's records give, as `questions.read` leaves them.
 
-    `base` has the records of the same rows in the same order. `rule` is how a yes or a no is read.
+    `base` has the records of the same rows in the same order. A kind without rows is left out.
     """
     preferences, captions = (of_task(records, task) for task in ("preference", "chair"))
     kinds = preference_evidence(preferences, of_task(base, "preference"))
     if lists := [r for r in preferences if r.get("image_logps")]:
         kinds["visibility"] = visibility([r["image_logps"] for r in lists]), row_clusters(lists)
     if pairs := [(pair["yes"], pair["no"]) for pair in questions.question_pairs(records).values() if len(pair) == 2]:
-        rows = questions.yes_no(*zip(*([questions.read_answer(record, rule) for record in pair] for pair in pairs)))
+        rows = questions.yes_no(*zip(*([record["said"] for record in pair] for pair in pairs)))
         rows["yes_no/cut_off"] = np.array([questions.were_cut_off(pair).mean() for pair in pairs])
         kinds["yes_no"] = rows, questions.join_clusters(map(row_clusters, pairs))
-
-    def single(group: Records) -> Rows:
-        return questions.binary(group, [questions.read_answer(record, rule) for record in group])
-
-    kinds |= _by_group("binary", [r for r in of_task(records, "yes_no") if "pair" not in r], single)
-    kinds |= questions.question_sets(of_task(records, "yes_no"), rule)
+    asked = of_task(records, "yes_no")
+    kinds |= _by_group("binary", [r for r in asked if "pair" not in r], questions.binary)
+    kinds |= questions.question_sets(asked)
     for kind, rows_of in (("choice", questions.choice), ("letters", questions.letters), ("rated", questions.rated)):
         kinds |= _by_group(kind, of_task(records, kind), rows_of)
     if captions:
-        objects = [read_response(r["response"], r["objects"], table) for r in captions]
-        kinds["chair"] = questions.chair(objects), row_clusters(captions)
+        kinds["chair"] = questions.chair(captions), row_clusters(captions)
     if answers := [r for r in records if r["task"] in ("chair", "preference") and "response" in r]:
         rows = {
             "length/words": np.array([len(r["response"].split()) for r in answers]),

@@ -1,6 +1,7 @@
 """Measures of questions, a function for each kind, from the records of answers. No model in here.
 
-Rows are (N,) where the measure is their mean, or (N, 2), numerators and denominators, where it is a ratio of sums.
+`read` adds to a record what its answer says, which the measures then count. Rows are (N,) where the measure is their
+mean, or (N, 2), numerators and denominators, where it is a ratio of sums.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trl_vpo.evaluate.rows import option_index
-from trl_vpo.text.chair import ResponseObjects
+from trl_vpo.text.chair import ObjectTable, read_response
 from trl_vpo.text.choices import by_letter, by_logprob, read_letters
 from trl_vpo.text.yes_no import read_yes_no
 
@@ -26,6 +27,24 @@ _RATING = re.compile(  # behind a scale from 0 to 6; a minus, a range or a decim
     rf"(?!\w|[.,](?!0\b)\d|{_DASH}\d| {_DASH} \d\b(?!\s+[a-z])| ?(?:to|or) ?\d)",
     re.IGNORECASE,
 )
+
+
+def read(record: Mapping[str, Any], rule: str = "videohallucer", table: ObjectTable | None = None) -> dict[str, Any]:
+    """Return a record with what its answer says; `rule` is how yes and no are read, `table` of objects in captions."""
+    said: dict[str, Any] = {}
+    if record["task"] == "yes_no":
+        said["said"] = read_yes_no(record["response"], rule=rule, expected=record["expected"]).value
+    elif record["task"] == "choice":
+        said["right"] = by_letter(record["response"], record["options"], option_index(record))
+    elif record["task"] == "letters":
+        said["said"] = read_letters(record["response"], record["ordered"])
+    elif record["task"] == "rated":
+        said["rating"] = read_rating(record["judgement"])
+    elif record["task"] == "chair":
+        objects = read_response(record["response"], record["objects"], table)
+        said = {key: [mention.words for mention in getattr(objects, key)] for key in ("mentioned", "hallucinated")}
+        said |= {key: sorted(getattr(objects, key)) for key in ("covered", "truth")}
+    return {**record, **said}
 
 
 def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> Rows:
@@ -53,28 +72,28 @@ def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> R
     }
 
 
-def binary(records: Records, said: Sequence[str | None]) -> Rows:
+def binary(records: Records) -> Rows:
     """Return POPE's measures of single yes/no questions, and AMBER's, for which "no" is the positive answer.
 
-    `said` is what was answered to each: "yes", "no" or neither, which is wrong, and not found by any recall. POPE: Li
-    et al. 2023, arXiv 2305.10355, RUCAIBox/POPE@3df3ba1, evaluate.py, which takes all but a no for a yes. AMBER: Wang
-    et al. 2023, arXiv 2311.07397, junyangwang0410/AMBER@534babf, inference.py.
+    An answer that is neither is wrong, and not found by any recall. POPE: Li et al. 2023, arXiv 2305.10355,
+    RUCAIBox/POPE@3df3ba1, evaluate.py, which takes all but a no for a yes. AMBER: Wang et al. 2023, arXiv 2311.07397,
+    junyangwang0410/AMBER@534babf, inference.py.
     """
-    rows = {"binary/accuracy": np.array([one == r["expected"] for one, r in zip(said, records, strict=True)])}
+    rows = {"binary/accuracy": np.array([r["said"] == r["expected"] for r in records])}
     for positive, end in (("yes", ""), ("no", "_no")):
-        answered = np.array([one == positive for one in said])
+        answered = np.array([r["said"] == positive for r in records])
         true = np.array([r["expected"] == positive for r in records])
         rows[f"binary/precision{end}"] = ratio(answered & true, answered)
         rows[f"binary/recall{end}"] = ratio(answered & true, true)
         rows[f"binary/f1{end}"] = ratio(2 * (answered & true), answered.astype(int) + true)
     return rows | {
-        "binary/yes_rate": np.array([one == "yes" for one in said]),
-        "binary/unparsed": np.array([one is None for one in said]),
+        "binary/yes_rate": np.array([r["said"] == "yes" for r in records]),
+        "binary/unparsed": np.array([r["said"] is None for r in records]),
         "binary/cut_off": were_cut_off(records),
     }
 
 
-def question_sets(records: Records, rule: str) -> Evidence:
+def question_sets(records: Records) -> Evidence:
     """Return for each kind of sets which of them are right: all of their rows are.
 
     Where questions are in sets of the kinds "in_video" and "out_video", as in ELV-Halluc, also its SAH ratio: how many
@@ -86,7 +105,7 @@ def question_sets(records: Records, rule: str) -> Evidence:
         for kind, name in record.get("sets", {}).items():
             kinds.setdefault(kind, {}).setdefault(name, []).append(record)
     right = {
-        kind: {name: all(read_answer(r, rule) == r["expected"] for r in rows) for name, rows in sets.items()}
+        kind: {name: all(r["said"] == r["expected"] for r in rows) for name, rows in sets.items()}
         for kind, sets in kinds.items()
     }
     result: Evidence = {
@@ -105,10 +124,9 @@ def question_sets(records: Records, rule: str) -> Evidence:
 
 def choice(records: Records) -> Rows:
     """Multiple choice from free text and by log-prob; an unread letter is wrong."""
-    right = [by_letter(r["response"], r["options"], option_index(r)) for r in records]
     rows = {
-        "choice/letter": np.array([bool(row) for row in right]),
-        "choice/unparsed": np.array([row is None for row in right]),
+        "choice/letter": np.array([bool(r["right"]) for r in records]),
+        "choice/unparsed": np.array([r["right"] is None for r in records]),
         "choice/cut_off": were_cut_off(records),
     }
     if all("option_logps" in r for r in records):  # a template that opens a thought has no place for an option
@@ -119,31 +137,29 @@ def choice(records: Records) -> Rows:
 
 def letters(records: Records) -> Rows:
     """Questions with several right letters, or with letters in order: VidHalluc's MCQ and TSH."""
-    said = [read_letters(r["response"], r["ordered"]) for r in records]
     return {
-        "letters/accuracy": np.array([one == r["expected"] for one, r in zip(said, records)]),
-        "letters/unparsed": np.array([one is None for one in said]),
+        "letters/accuracy": np.array([r["said"] == r["expected"] for r in records]),
+        "letters/unparsed": np.array([r["said"] is None for r in records]),
         "letters/cut_off": were_cut_off(records),
     }
 
 
 def rated(records: Records) -> Rows:
     """MMHal-Bench's measures of a judge's ratings; one that cannot be read counts as 0, as in its code."""
-    read = [read_rating(r["judgement"]) for r in records]
-    ratings = np.array([rating or 0 for rating in read], dtype=float)
+    ratings = np.array([r["rating"] or 0 for r in records], dtype=float)
     return {
         "rated/score": ratings,
         "rated/hallucination": ratings < 3,
         "rated/informativeness": np.where(ratings < 3, ratings, ratings - 3) / 3,
-        "rated/unread": np.array([rating is None for rating in read]),
+        "rated/unread": np.array([r["rating"] is None for r in records]),
         "rated/cut_off": were_cut_off(records),
     }
 
 
-def chair(responses: Sequence[ResponseObjects]) -> Rows:
+def chair(records: Records) -> Rows:
     """CHAIR and Cover. Responses that mention nothing, empty ones too, count in `chair/s` and `chair/cover` alone."""
     mentioned, hallucinated, covered, truth = (
-        np.array([len(getattr(response, name)) for response in responses])
+        np.array([len(record[name]) for record in records])
         for name in ("mentioned", "hallucinated", "covered", "truth")
     )
     return {
@@ -161,11 +177,6 @@ def read_rating(reply: str) -> int | None:
     """Return the rating from 0 to 6 that a judge's reply gives; None if it gives none, or two different ones."""
     ratings = set(_RATING.findall(reply))
     return int(ratings.pop()) if len(ratings) == 1 else None
-
-
-def read_answer(record: Mapping[str, Any], rule: str) -> str | None:
-    """Return what a yes/no row's response says."""
-    return read_yes_no(record["response"], rule=rule, expected=record["expected"]).value
 
 
 def question_pairs(records: Records) -> dict[str, dict[str, Mapping]]:

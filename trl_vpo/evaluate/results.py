@@ -15,11 +15,9 @@ from trl_vpo.data.identity import package_version
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.intervals import Interval
 from trl_vpo.evaluate.measures import difference, estimate, evidence
-from trl_vpo.evaluate.questions import question_pairs, read_answer, read_rating
-from trl_vpo.evaluate.rows import option_index
+from trl_vpo.evaluate.questions import question_pairs, read
 from trl_vpo.runs.outcome import Outcome
-from trl_vpo.text.chair import ObjectTable, read_response
-from trl_vpo.text.choices import by_letter, read_letters
+from trl_vpo.text.chair import ObjectTable
 
 BASE = "base"
 
@@ -43,21 +41,8 @@ class Report:
 
     def select(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Return the outcomes, with what was read from the answers. Nothing is dropped."""
-        return [replace(o, rows=[{**row, **self._read(row)} for row in o.rows]) for o in outcomes]
-
-    def _read(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        if record["task"] == "yes_no":
-            return {"said": read_answer(record, self._config.yes_no_rule)}
-        if record["task"] == "choice":
-            return {"right": by_letter(record["response"], record["options"], option_index(record))}
-        if record["task"] == "letters":
-            return {"said": read_letters(record["response"], record["ordered"])}
-        if record["task"] == "rated":
-            return {"rating": read_rating(record["judgement"])}
-        if record["task"] == "chair":
-            objects = read_response(record["response"], record["objects"], self._table)
-            return {key: [m.words for m in getattr(objects, key)] for key in ("mentioned", "hallucinated")}
-        return {}
+        rule = self._config.yes_no_rule
+        return [replace(o, rows=[read(row, rule, self._table) for row in o.rows]) for o in outcomes]
 
     def summarize(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Fill `results` and return the counts that `summary.json` also holds."""
@@ -90,7 +75,7 @@ class Report:
     def _compare(self, records: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
         config = self._config
         bootstrap = {"level": config.level, "resamples": config.resamples, "seed": config.seed}
-        kinds = {name: evidence(own, records[BASE], config.yes_no_rule, self._table) for name, own in records.items()}
+        kinds = {name: evidence(own, records[BASE]) for name, own in records.items()}
         compared = {}
         for name, about in self._about.items():
             own: dict[str, Interval] = {}

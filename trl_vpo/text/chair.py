@@ -136,7 +136,7 @@ def read_synonyms(path: str | Path) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class ResponseObjects:
-    """The objects of one response; `trl_vpo.evaluate.measures.chair` counts them."""
+    """The objects of one response; `trl_vpo.evaluate.questions.chair` counts them."""
 
     mentioned: list[Mention]
     hallucinated: list[Mention]  # the mentions that are not in the truth
