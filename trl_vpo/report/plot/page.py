@@ -53,7 +53,6 @@ def plot_runs(paths: Sequence[str | Path], out: str | Path, *, names: Sequence[s
         known=[run.name for run in runs if run.record],
         panels=[axes.get_title("left") for axes in figure.get_axes() if axes.axison],
         picture=base64.b64encode(svg.getvalue()).decode(),
-        dark_picture=base64.b64encode(style.darkened(svg.getvalue())).decode(),
         notes=notes,
         facts=facts(runs),
         settings=differing_settings(runs),

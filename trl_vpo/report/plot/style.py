@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,6 @@ from trl_vpo.files import atomic_write
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.4)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DARK = {  # colour in an SVG: what it is in a dark page
-    b"#ffffff": b"#17191b", b"#1c1c1c": b"#e9e7e3", b"#404040": b"#c9c9c4", b"#595959": b"#a9a9a4",
-    b"#666666": b"#a9a9a4", b"#bfbfbf": b"#55585b", b"#e6e6e6": b"#2b2e31", b"#0072b2": b"#3b94d4",
-    b"#000000": b"#e9e7e3",
-}  # fmt: skip
 GUIDE = {"color": "0.75", "linewidth": 0.8, "zorder": 0}
 METADATA = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # the same data give the same bytes
 FORMATS = tuple(METADATA)
@@ -40,11 +34,6 @@ def look(index: int) -> dict[str, Any]:
         "linestyle": DASHES[index % len(DASHES)],
         "marker": MARKERS[index % len(MARKERS)],
     }
-
-
-def darkened(svg: bytes) -> bytes:
-    """Return a figure for a dark page."""
-    return re.sub(rb"#[0-9a-f]{6}", lambda found: DARK.get(found[0], found[0]), svg)
 
 
 def literal(text: str) -> str:
