@@ -38,11 +38,9 @@ class EvaluateConfig(AnsweringConfig):
     )
     yes_no_rule: str = option("videohallucer", "Rule for reading yes/no answers.", choices=["videohallucer", "strict"])
     synonyms: str | None = option(None, "File with objects and their synonyms, one object per line.")
-    judge_model: str | None = option(None, "Model name of the judge of `rated` rows, behind judge_url.")
-    judge_url: str | None = option(None, "OpenAI-compatible server of the judge, as http://HOST:PORT/v1.")
-    judge_api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the judge's API key.")
     judge_prompt: str | None = option(
-        None, "File with another prompt for the judge: {contents}, {question}, {reference}, {response}."
+        None,
+        "File with another prompt to judge `rated` rows: {contents}, {question}, {reference}, {response}.",
     )
     level: float = option(0.95, "Confidence level of the intervals.")
     resamples: int = option(2000, "Number of bootstrap resamples.")
@@ -55,8 +53,6 @@ class EvaluateConfig(AnsweringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.damages()
-        if bool(self.judge_url) != bool(self.judge_model):
-            raise ValueError("a judge needs both judge_url and judge_model.")
 
     def damages(self) -> tuple[str, ...]:
         """Return the kinds of damaged media; raise ValueError at an unknown kind."""

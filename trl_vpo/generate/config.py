@@ -1,4 +1,4 @@
-"""The settings of generation shared by all methods: the answering model, the judge, sampling."""
+"""The settings of generation shared by all methods: the answering model, sampling."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ class GenerateConfig(AnsweringConfig):
         "video", "Form in which a clip is sent: one mp4 (vLLM), or frames (any server).", choices=["video", "frames"]
     )
     api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the server's API key.")
-    judge_model: str | None = option(None, "Model name of the judge, behind judge_url.")
-    judge_url: str | None = option(None, "OpenAI-compatible server of the judge.")
-    judge_api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the judge's API key.")
     timeout: float = option(120.0, "Seconds without data after which a request is retried.")
     max_retries: int = option(5, "Attempts after the first, with growing pauses.")
     max_requests: int | None = option(None, "Stop after this many requests to servers.")
@@ -33,8 +30,6 @@ class GenerateConfig(AnsweringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.judge_url) != bool(self.judge_model):
-            raise ValueError("a judge needs both judge_url and judge_model.")
         if self.server_url and (self.from_adapter or self.load_in_4bit or self.load_in_8bit):
             raise ValueError("server_url: adapters and quantization are the server's own settings; leave them out.")
 

@@ -1,4 +1,4 @@
-"""The settings shared by `trl-vpo generate` and `trl-vpo evaluate`: inputs, model, media, folder."""
+"""The settings shared by `trl-vpo generate` and `trl-vpo evaluate`: inputs, model, media, judge, folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass
 class AnsweringConfig:
-    """Inputs, the model in this process, its media, and the run's folder."""
+    """Inputs, the model in this process, its media, a judge, and the run's folder."""
 
     dataset_name: str | None = option(None, "Inputs: a Hub dataset, a file or a folder.")
     dataset_config: str | None = option(None, "Name of the dataset's configuration.")
@@ -42,6 +42,9 @@ class AnsweringConfig:
     max_pixels: int | None = option(None, "Scale larger images and frames down; see `trl-vpo train`.")
     video_start: float | None = option(None, "Start of the window in every video, in seconds.")
     video_end: float | None = option(None, "End of the window in every video, in seconds.")
+    judge_model: str | None = option(None, "Model name of the judge, behind judge_url.")
+    judge_url: str | None = option(None, "OpenAI-compatible server of the judge, as http://HOST:PORT/v1.")
+    judge_api_key_env: str = option("OPENAI_API_KEY", "Environment variable with the judge's API key.")
     seed: int = option(0, "With a row's id, fixes every random choice about the row.")
     limit: int | None = option(None, "Use only the first N inputs.")
 
@@ -54,6 +57,8 @@ class AnsweringConfig:
                 raise ValueError(f"{setting.name} is {value!r}: give one of {', '.join(choices)}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both set: keep one.")
+        if bool(self.judge_url) != bool(self.judge_model):
+            raise ValueError("a judge needs both judge_url and judge_model.")
 
     def check_can_start(self, **required: str) -> None:
         """Raise RecipeError if one of these settings is not set, or `output_dir` is a file."""
