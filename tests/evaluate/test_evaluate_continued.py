@@ -200,7 +200,7 @@ def test_benchmark_options_are_checked_before_all_else():
 def trained(folder, **recipe):
     """A folder with the `run.json` of a training with this recipe."""
     folder.mkdir(parents=True)
-    record = {"recipe": {"learning_rate": 1e-5, **recipe}, "video_budget": None}
+    record = {"recipe": {"learning_rate": 1e-5, **recipe}}
     (folder / "run.json").write_text(json.dumps(record))
     return str(folder)
 
@@ -247,9 +247,6 @@ def test_frames_are_those_of_the_adapters_training(tmp_path, caplog, capsys):
     assert media_settings(usual) == [16, None, 64, None, None]
     assert media_settings(window) == [16, None, 64, None, 3.0]
     assert media_settings(short, num_frames=8) == [8, None, 64, 1024, None] and not caplog.messages
-    old = trained(tmp_path / "old")
-    (tmp_path / "old/run.json").write_text(json.dumps({"recipe": {}}))
-    assert media_settings(old)[3] == 10**9  # the frames' size was left to the processor
     unknown = str(tmp_path / "unknown")  # trained in Python
     assert media_settings(short, unknown) == [8, None, 64, 1024, None]
     assert media_settings(unknown) == [None, None, 64, None, None] or media_settings(unknown)[0] == 16

@@ -19,7 +19,6 @@ from trl_vpo.runs.driver import rank
 logger = logging.getLogger(__name__)
 
 # If one setting of a group is given, the whole group counts as given.
-AS_LARGE_AS_THEY_ARE = 10**9  # pixels
 GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",), ("video_start", "video_end"))
 
 
@@ -85,10 +84,7 @@ def _recorded(adapter: str, framed: bool) -> dict[str, Any] | None:
         return None
     names = [name for group in GROUPS for name in group]
     try:
-        record = read_object(path, "recipe")
-        recipe = record["recipe"]
-        if "video_budget" not in record:  # of a version that left the size of frames to the processor
-            recipe.setdefault("max_pixels", AS_LARGE_AS_THEY_ARE)
+        recipe = read_object(path, "recipe")["recipe"]
         options = VideoOptions(**{name: recipe[name] for name in names if recipe.get(name) is not None})
     except ValueError as error:
         if not framed:
