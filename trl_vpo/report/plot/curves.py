@@ -154,10 +154,9 @@ def _grid(curves: int, others: int = 0) -> tuple[Figure, Sequence]:
     columns = count if count < 4 else min(math.ceil(count / 2), 5)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 1.0), layout="constrained")
-    grid: list = []
-    for place in range(1, count + 1):
-        shared = grid[0] if 1 < place <= curves else None
-        grid.append(figure.add_subplot(rows, columns, place, sharex=shared))
+    grid = [figure.add_subplot(rows, columns, place) for place in range(1, count + 1)]
+    for axes in grid[1:curves]:
+        axes.sharex(grid[0])
     for axes in grid[:curves]:
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
