@@ -85,8 +85,8 @@ class EvaluationCallback(TrainerCallback):
             raise ValueError(f"sensitivity: {unknown[0]!r} is not one of {', '.join(DAMAGES)}.")
         self.trainer, self.every, self.sensitivity, self.seed = trainer, every, tuple(sensitivity), seed
         args = trainer.args
-        limits = {"max_pixels": args.max_pixels, "max_length": args.max_length}
-        self._collator = PreferenceCollator(trainer.processing_class, video=args.video_options(), **limits)
+        shared = {name: getattr(args, name) for name in ("max_pixels", "max_length", "media_root")}
+        self._collator = PreferenceCollator(trainer.processing_class, video=args.video_options(), **shared)
         self._inputs, self._rows = self._read(data, split, limit)
         self._done: tuple[int, dict[str, float]] | None = None  # the step that was measured last, and its measures
 
@@ -145,12 +145,12 @@ class EvaluationCallback(TrainerCallback):
         return policy, reference
 
     def _batch_records(self, rows: list[EvalRow]) -> list[dict[str, Any]]:
-        args, probes = self.trainer.args, []
+        probes = []
         for row in rows:
             source = self._inputs[row.place]
             pair = preference_row(source)
-            media = load_media(source, args.video_options(), self._collator.budget)
-            media = own_media(pair, media, args.video_options(), args.media_root)
+            media = load_media(source, self._collator.video, self._collator.budget)
+            media = own_media(pair, media, self._collator)
             seed = row_seed(self.seed, row.id)
             probes.append(preference_probes(pair, media, seed=seed, damages=self.sensitivity))
         records = []
@@ -199,7 +199,7 @@ class EvaluationCallback(TrainerCallback):
                     check_video(video, args.video_options())
                 for image in source.images:
                     load_image(image, max_pixels=args.max_pixels)
-                own_media(pair, Media(source.images, source.videos), args.video_options(), args.media_root)
+                own_media(pair, Media(source.images, source.videos), self._collator)
             except ValueError as error:
                 raise EvaluateError(f"held-out {row.name}: {error}") from error
         return inputs, rows[:limit]

@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trl_vpo.data.chat import SeamError
+from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.inputs import InputRow
-from trl_vpo.data.row_media import Sources
 from trl_vpo.data.rows import Row
-from trl_vpo.data.trunk_media import ranked
-from trl_vpo.errors import InputError, MediaError, RowError
+from trl_vpo.data.trunk_media import trunk_media
+from trl_vpo.errors import InputError, RowError
 from trl_vpo.evaluate.rows import EvalRow
 from trl_vpo.forward.tree import Tree
 from trl_vpo.media.corruptions import PerturbSettings, blanked, perturb
-from trl_vpo.media.images import load_image
-from trl_vpo.media.load import Media, VideoOptions, load_video
+from trl_vpo.media.load import Media
 from trl_vpo.models.requests import Answer, stream_seed
 from trl_vpo.models.scoring import Scored
 from trl_vpo.text.choices import read_options, with_options
@@ -173,33 +172,16 @@ def damaged(media: Media, kind: str, seed: int) -> Media | None:
         return None
 
 
-def own_media(row: Row, media: Media, video: VideoOptions, media_root: str | None) -> Media:
+def own_media(row: Row, media: Media, collator: PreferenceCollator) -> Media:
     """Return the media of a row; one that has only a list is asked about the first of it. Raises RowError."""
-    if row.media_list is None or media.images or media.videos:
-        return media
-    return _loaded(row, row.media_list[0], video, media_root)
+    return media if media.images or media.videos else [*listed_media(row, collator), media][0]
 
 
-def ranked_media(
-    row: Row, media: Media, *, video: VideoOptions, num_images: int, visual_prompt: bool, media_root: str | None
-) -> list[Media]:
+def listed_media(row: Row, collator: PreferenceCollator) -> list[Media]:
     """Return the media of a row's list, the one with the whole object first, as LPOI trains on them. Or RowError."""
-    if row.media_list is not None:
-        return [_loaded(row, sources, video, media_root) for sources in row.media_list]
-    if row.critical_box is None and row.critical_span is None:
+    if row.media_list is None and row.critical_box is None and row.critical_span is None:
         return []
-    if row.images:  # as stored: the box is in its pixels
-        media = _loaded(row, (row.images, []), video, media_root)
     try:
-        return ranked(row, media, num_images, visual_prompt, media_root)
+        return trunk_media(row, collator)
     except ValueError as error:
-        raise RowError(f"{row.name}: {error}") from error
-
-
-def _loaded(row: Row, sources: Sources, video: VideoOptions, media_root: str | None) -> Media:
-    images, videos = sources
-    try:
-        pictures = tuple(load_image(source, media_root=media_root, limit=False) for source in images)
-        return Media(pictures, tuple(load_video(source, video, media_root=media_root) for source in videos))
-    except MediaError as error:
         raise RowError(f"{row.name}: {error}") from error

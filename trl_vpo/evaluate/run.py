@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.inputs import InputRow, Inputs, load_media, read_inputs, row_digest
 from trl_vpo.errors import EvaluateError, MediaError, RecipeError, RowError, as_user_errors
 from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
@@ -25,11 +26,10 @@ from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.judge import judgements, read_prompt
 from trl_vpo.evaluate.probes import (
     Probe,
+    listed_media,
     numbers,
-    own_media,
     preference_probes,
     question_probes,
-    ranked_media,
     row_seed,
     run_probes,
 )
@@ -191,10 +191,12 @@ def _skip(outcome: Outcome, config: EvaluateConfig) -> Outcome:
 
 def evaluate_batch(candidates: ModelSet, batch: Sequence[Loaded], config: EvaluateConfig) -> list[Outcome]:
     """Return the outcome of each row of a batch: a record for every candidate, or the reason why there is none."""
+    settings = {name: getattr(config, name) for name in ("max_pixels", "num_images", "visual_prompt", "media_root")}
+    collator = PreferenceCollator(candidates.model.processor, video=config.video_options(), **settings)
     probes: list[list[Probe] | RowError] = []
     for row, source, media in batch:
         try:
-            probes.append(_probes(row, source, media, config))
+            probes.append(_probes(row, source, media, config, collator))
         except RowError as error:
             probes.append(error)
     results = run_probes(
@@ -223,17 +225,14 @@ def _judged(outcome: Outcome, judge: AnsweringModel | None, prompt: str) -> Outc
     return replace(outcome, rows=[row | {"judgement": reply} for row, reply in zip(outcome.rows, replies)])
 
 
-def _probes(row: EvalRow, source: InputRow, media: Media, config: EvaluateConfig) -> list[Probe]:
+def _probes(
+    row: EvalRow, source: InputRow, media: Media, config: EvaluateConfig, collator: PreferenceCollator
+) -> list[Probe]:
     if row.task != "preference":
         return question_probes(row, source, media)
     pair = preference_row(source)
-    where = {"video": config.video_options(), "media_root": config.media_root}
-    media = own_media(pair, media, **where)
-    return preference_probes(
-        pair,
-        media,
-        seed=row_seed(config.seed, row.id),
-        damages=config.damages(),
-        listed=ranked_media(pair, media, num_images=config.num_images, visual_prompt=config.visual_prompt, **where),
-        answered=config.answer_preferences,
-    )
+    listed = listed_media(pair, collator)
+    if listed and not (media.images or media.videos):  # a row that has only a list is asked about the first of it
+        media = listed[0]
+    options = {"seed": row_seed(config.seed, row.id), "damages": config.damages()}
+    return preference_probes(pair, media, listed=listed, answered=config.answer_preferences, **options)
