@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.columns import NUMBERS
 from trl_vpo.data.messages import OTHER, REJECTED
 from trl_vpo.data.row_media import LISTS
 from trl_vpo.data.rows import COLUMNS, ROW_INDEX, SIDES, Row, read_row, response_text, row_name
-from trl_vpo.data.trunk_media import ranked
+from trl_vpo.data.trunk_media import trunk_media
 from trl_vpo.media.images import describe, shrink
-from trl_vpo.media.load import Clip, Media, VideoOptions, load_image, load_video
+from trl_vpo.media.load import Clip, VideoOptions, load_image, load_video
 from trl_vpo.report.view.data import Unreadable
 from trl_vpo.report.view.values import as_json, is_scalar, plain
 from trl_vpo.text.phrases import CLOSE, OPEN
@@ -156,9 +157,9 @@ def _sources(row: Row, compared: Compared, look: Look) -> Iterator[tuple[str, st
         kind = "Image list" if other.images else "Video list"
         for name in ("critical_box", "critical_span"):
             if (where := getattr(other, name)) is not None:
-                yield kind, f"drawn from {name} {as_json(where)}", partial(_drawn_list, other, look)
+                yield kind, f"drawn from {name} {as_json(where)}", partial(_list, other, look)
         if other.media_list and form == "ranking":
-            yield kind, "as the row gives it", partial(_given_list, other, look)
+            yield kind, "as the row gives it", partial(_list, other, look)
         elif other.media_list:
             images, videos = other.media_list[1]
             yield from _named("Rejected " if form == "pair" else "Other ", videos, images, look)
@@ -193,32 +194,17 @@ def _image(source: Any, look: Look) -> tuple[str, Pictures]:
     return f" · {image.width}x{image.height}", [(shrink(image, IMAGE_FACTOR * look.thumb_pixels), "")]
 
 
-def _drawn_list(row: Row, look: Look) -> tuple[str, Pictures]:
-    if row.images:
-        own = Media((load_image(row.images[0], media_root=look.media_root, limit=False),))
-    else:
-        own = Media((), (load_video(row.videos[0], _options(look), media_root=look.media_root),))
-    items = ranked(row, own, look.num_images, look.visual_prompt, look.media_root)
-    return "", _listed(items, look, lambda k: f"{100 * k / (len(items) - 1):.0f} % hidden")
-
-
-def _given_list(row: Row, look: Look) -> tuple[str, Pictures]:
-    items = [
-        Media(
-            tuple(load_image(item, max_pixels=look.thumb_pixels, media_root=look.media_root) for item in images),
-            tuple(load_video(item, _options(look), media_root=look.media_root) for item in videos),
-        )
-        for images, videos in row.media_list
-    ]
-    return "", _listed(items, look, lambda k: f"rank {k + 1}")
-
-
-def _listed(items: list[Media], look: Look, name: Callable[[int], str]) -> Pictures:
-    """Return the images of a list, or the frames of its clips with their times."""
-    pictures = [(shrink(image, look.thumb_pixels), name(k)) for k, item in enumerate(items) for image in item.images]
+def _list(row: Row, look: Look) -> tuple[str, Pictures]:
+    """Load or draw a row's list as LPOI's collator does: its images, or the frames of its clips with their times."""
+    settings = {name: getattr(look, name) for name in ("num_images", "visual_prompt", "media_root")}
+    collator = PreferenceCollator(None, video=_options(look), max_pixels=look.thumb_pixels, **settings)
+    items = trunk_media(row, collator)
+    pictures = []
     for k, item in enumerate(items):
-        pictures += [(frame, f"{name(k)}, {time}") for clip in item.videos for frame, time in _frames(clip, look)]
-    return pictures
+        name = f"rank {k + 1}" if row.media_list else f"{100 * k / (len(items) - 1):.0f} % hidden"
+        pictures += [(image, name) for image in item.images]
+        pictures += [(frame, f"{name}, {time}") for clip in item.videos for frame, time in _frames(clip, look)]
+    return "", pictures
 
 
 def _data_url(image: Image.Image) -> str:
