@@ -80,9 +80,10 @@ def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling
 
     The second request says what was wrong with the first reply, and has another seed.
     """
-    results: list[Any] = [None] * len(questions)
-    todo, prompts = list(range(len(questions))), [question.prompt for question in questions]
+    results: list[Any] = [Failure("not asked")] * len(questions)
+    prompts = [question.prompt for question in questions]
     for attempt in range(2):
+        todo = [i for i, result in enumerate(results) if isinstance(result, Failure)]
         if not todo:
             break
         replies = judge.answer([image_request((), prompts[i], questions[i].seeds[attempt]) for i in todo], sampling)
@@ -93,7 +94,6 @@ def ask(judge: AnsweringModel, questions: Sequence[Question], sampling: Sampling
                 results[i] = Failure(str(error))
             if isinstance(results[i], Failure):
                 prompts[i] = questions[i].prompt + RETRY.format(why=results[i].reason)
-        todo = [i for i in todo if isinstance(results[i], Failure)]
     return results
 
 

@@ -192,8 +192,6 @@ class LeanPOPipeline(Pipeline):
         return Request([pair.row.user_message(text)], media, stream_seed(seed, pair.row.id, stage))
 
     def _ask(self, stage: str, pairs: list[_Pair]) -> None:
-        if not pairs:
-            return
         sampling = self.config.sampling(temperature=0.0) if stage == "plain" else self.config.sampling()
         answers = self.model.answer([self._request(stage, pair) for pair in pairs], sampling)
         for pair, answer in zip(pairs, answers, strict=True):
@@ -225,8 +223,6 @@ class LeanPOPipeline(Pipeline):
 
     def _score(self, pairs: list[_Pair]) -> None:
         """Note the rewards of both responses and of the ground truth, given the plain question and the clean media."""
-        if not pairs:
-            return
         requests = [self._request("plain", pair) for pair in pairs for _ in range(3)]
         responses = [text for pair in pairs for text in (*pair.responses, pair.truth)]
         rewards = np.reshape(self.model.average_logps(requests, responses), (len(pairs), 3)).tolist()

@@ -170,8 +170,6 @@ class RRPOPipeline(Pipeline):
 
     def _attempt(self, works: list[_Work]) -> None:
         """Perturb each input once more, let the model answer, and check the answer by rules or the judge."""
-        if not works:
-            return
         tries = [self._next_try(work) for work in works]
         requests = [self._request(work, attempt) for work, attempt in zip(works, tries)]
         answers = self.model.answer(requests, self.config.sampling())
@@ -207,8 +205,7 @@ class RRPOPipeline(Pipeline):
     def _judge(self, works: list[_Work]) -> None:
         template = self.config.differences_prompt
         questions = [self._question(work, "differences", template, read_judgement) for work in works]
-        judgements = ask(self.judge, questions, self.config.judge_sampling()) if works else []
-        for work, judgement in zip(works, judgements):
+        for work, judgement in zip(works, ask(self.judge, questions, self.config.judge_sampling())):
             attempt = work.tries[-1]
             if isinstance(judgement, Failure):
                 attempt.kind, attempt.why = "judge", f"the judge's reply is unusable: {judgement.reason}"
@@ -227,7 +224,7 @@ class RRPOPipeline(Pipeline):
             listed = [f'- {d.kind}: "{d.answer}" instead of "{d.truth}"' for d in work.tries[-1].differences]
             template = self.config.rewrite_prompt
             questions.append(self._question(work, "rewrite", template, read, differences="\n".join(listed)))
-        for work, rewritten in zip(works, ask(self.judge, questions, self.config.judge_sampling()) if works else []):
+        for work, rewritten in zip(works, ask(self.judge, questions, self.config.judge_sampling())):
             if isinstance(rewritten, Failure):
                 work.stop = ("judge", f"the judge's rewrite is unusable: {rewritten.reason}.")
             else:

@@ -22,7 +22,7 @@ from trl_vpo.generate.pipeline import Pipeline
 from trl_vpo.generate.pipelines import PIPELINES
 from trl_vpo.generate.summary import show_summary
 from trl_vpo.media.budget import PixelBudget
-from trl_vpo.media.load import Media, VideoOptions
+from trl_vpo.media.load import Media
 from trl_vpo.models.load import load_model
 from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.models.server import RequestBudget, ServerModel
@@ -85,7 +85,7 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
         config.output_dir,
         settings,
         inputs.ids,
-        load=partial(_load, pipeline, inputs, config.video_options(), budget),
+        load=lambda place: _load(pipeline, inputs[place], budget),
         make=pipeline.make,
         report=pipeline,
         batch_size=config.batch_size,
@@ -145,13 +145,10 @@ def generated_by(settings: Mapping[str, Any]) -> dict[str, str | None]:
     }
 
 
-def _load(
-    pipeline: Pipeline, inputs: Inputs, options: VideoOptions, budget: PixelBudget | None, place: int
-) -> tuple[InputRow, Media] | Outcome:
+def _load(pipeline: Pipeline, row: InputRow, budget: PixelBudget | None) -> tuple[InputRow, Media] | Outcome:
     """Return an input with its media, or the reason why it is rejected."""
-    row = inputs[place]
     try:
-        media = load_media(row, options, budget)
+        media = load_media(row, pipeline.config.video_options(), budget)
         pipeline.check(row)
         return row, media
     except (InputError, MediaError) as error:

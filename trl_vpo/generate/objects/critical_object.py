@@ -176,8 +176,6 @@ class Finder:
 
     def _ask(self, questions: Sequence[tuple[Case, Image.Image, str]]) -> list[bool | Failure]:
         """Ask, greedily, whether each case's object is in an image. Only a yes is a claim."""
-        if not questions:
-            return []
         requests = []
         for case, image, purpose in questions:
             seed = stream_seed(self.config.seed, case.row.id, f"{purpose}: {case.choice.label}")
