@@ -18,6 +18,7 @@ from trl_vpo.errors import UserError
 from trl_vpo.media.load import VideoOptions, load_video
 from trl_vpo.media.masking import masked_image_list
 from trl_vpo.report.view import page as page_module
+from trl_vpo.report.view import row as row_module
 from trl_vpo.report.view.page import write_page
 from trl_vpo.testbed.rows import write_jsonl, write_preferences
 
@@ -112,9 +113,10 @@ def test_phrases_are_those_of_training(tmp_path):
     assert not any(record["problems"] or record["notes"] for record in page.rows)
 
 
-def test_frames_are_the_clips_with_their_times(tmp_path, world):
+def test_frames_are_the_clips_with_their_times(tmp_path, world, monkeypatch):
+    monkeypatch.setattr(row_module, "THUMB_PIXELS", 1000)
     wild = {"path": write_clip(tmp_path / "clip.mp4", 40), "num_frames": 30, "max_pixels": 10**6, "video_start": 1.0}
-    page = page_of(tmp_path, [world[0], row("video", [wild])], num_frames=3, thumb_pixels=1000)
+    page = page_of(tmp_path, [world[0], row("video", [wild])], num_frames=3)
     clip = load_video(world[0]["videos"][0], VideoOptions(num_frames=3, max_pixels=1000))
     (group,), (images,) = page.rows[0]["media"], page.images(0)
     assert group["pictures"] == [[38, 25, "0.00 s"], [38, 25, "1.00 s"], [38, 25, "1.75 s"]]
@@ -129,17 +131,17 @@ def test_the_image_list_is_that_of_training(tmp_path, world):
     scene, paths = world[10], [write_image(tmp_path / f"{n}.png", (40, 20), n) for n in range(3)]
     given = row("image", paths[:1], image_list=paths)
     del given["images"]
-    page = page_of(tmp_path, [scene, given], num_images=3, visual_prompt=False, thumb_pixels=10_000)
+    page = page_of(tmp_path, [scene, given])
     image = Image.open(scene["images"][0])
     whole, _, listed = page.images(0)
-    expected = masked_image_list(image, scene["critical_box"], 3, visual_prompt=False)
+    expected = masked_image_list(image, scene["critical_box"], 5)
     assert [group["title"] for group in page.rows[0]["media"]] == ["Image 1", "Other image 1", "Image list"]
     captions = [caption for *_, caption in page.rows[0]["media"][2]["pictures"]]
-    assert captions == ["0 % hidden", "50 % hidden", "100 % hidden"]
+    assert captions == ["0 % hidden", "25 % hidden", "50 % hidden", "75 % hidden", "100 % hidden"]
     assert whole[0].size == (112, 56) and alike(whole[0], image)
-    assert [alike(shown, item) for shown, item in zip(listed, expected)] == [True] * 3
+    assert [alike(shown, item) for shown, item in zip(listed, expected)] == [True] * 5
     x0, y0, x1, y1 = scene["critical_box"]
-    assert np.asarray(listed[2])[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3].mean() < 16
+    assert np.asarray(listed[4])[y0 + 3 : y1 - 3, x0 + 3 : x1 - 3].mean() < 64
     assert [(g["title"], len(g["pictures"])) for g in page.rows[1]["media"]] == [("Image 1", 1), ("Image list", 3)]
     assert page.rows[1]["problems"] == []
 
@@ -155,7 +157,7 @@ def test_second_media_are_shown_beside_the_rows_own(tmp_path):
         row("image", paths[:1], rejected_images=paths),
     ]
     names = {name for r in rows for name in r}
-    page = page_of(tmp_path, [dict.fromkeys(names) | r for r in rows], num_images=2, num_frames=4)
+    page = page_of(tmp_path, [dict.fromkeys(names) | r for r in rows], num_frames=4)
     titles = [[group["title"] for group in record.get("media", [])] for record in page.rows]
     assert (
         titles[:2] == [["Image 1", "Rejected image 1"], ["Image 1", "Other image 1"]]
@@ -163,7 +165,7 @@ def test_second_media_are_shown_beside_the_rows_own(tmp_path):
     )
     assert page.rows[0]["rejected"] == page.rows[0]["chosen"] and page.rows[1]["other_chosen"] == ["a dog."]
     captions = [caption for *_, caption in page.rows[2]["media"][1]["pictures"]]
-    assert captions[0] == "0 % hidden, 0.00 s" and captions[-1].startswith("100 % hidden") and len(captions) == 8
+    assert captions[0] == "0 % hidden, 0.00 s" and captions[-1].startswith("100 % hidden") and len(captions) == 20
     assert np.asarray(page.images(2)[1][-1]).max() < 20 < np.asarray(page.images(2)[1][0]).max()
     assert [len(record["problems"]) for record in page.rows] == [0, 0, 0, 0, 1]
     assert "has 2 item(s), but the row has 1 image(s)" in page.rows[4]["problems"][0]
@@ -274,8 +276,6 @@ def test_limit_and_media_root(tmp_path, world):
     [
         ({"limit": 0}, "limit is 0"),
         ({"num_frames": 0}, "num_frames is 0"),
-        ({"num_images": 1}, "num_images is 1"),
-        ({"thumb_pixels": 9}, "thumb_pixels is 9"),
         ({"split": "test"}, "has no split 'test'; it has train"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl does not exist"),
         ({"out": "rows.jsonl"}, "is the dataset itself"),

@@ -19,7 +19,7 @@ from trl_vpo.errors import UserError
 from trl_vpo.media.video import usable_cores
 from trl_vpo.report.html import write_html
 from trl_vpo.report.view.data import Unreadable, read_examples, read_rejected, read_summary
-from trl_vpo.report.view.row import IMAGE_FACTOR, Look, show_row
+from trl_vpo.report.view.row import IMAGE_FACTOR, THUMB_PIXELS, Look, show_row
 
 BLOCK = 16  # rows
 REJECTED_BLOCK = 500
@@ -67,14 +67,9 @@ def write_page(
     """
     out = Path(out)
     options = Look(**look)
-    for name, value, least in (
-        ("limit", 1 if limit is None else limit, 1),
-        ("num_frames", options.num_frames, 1),
-        ("thumb_pixels", options.thumb_pixels, 64),
-        ("num_images", options.num_images, 2),
-    ):
-        if value < least:
-            raise UserError(f"{name} is {value}: give a whole number of at least {least}.")
+    for name, value in (("limit", limit), ("num_frames", options.num_frames)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: give a whole number of at least 1.")
     check_output_file(out)
     if out.exists() and Path(dataset).exists() and out.samefile(dataset):
         raise UserError(f"{out} is the dataset itself: name another file for the page.")
@@ -88,6 +83,7 @@ def write_page(
         name=str(dataset),
         split=split,
         look=options,
+        thumb_pixels=THUMB_PIXELS,
         image_factor=IMAGE_FACTOR,
         blocks=_blocks(dataset, examples, limit, options, counts),
         counts=lambda: asdict(counts),  # called behind the blocks

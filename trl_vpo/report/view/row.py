@@ -38,6 +38,7 @@ from trl_vpo.report.view.data import Unreadable
 from trl_vpo.report.view.values import as_json, is_scalar, plain
 from trl_vpo.text.phrases import CLOSE, OPEN
 
+THUMB_PIXELS = 192 * 192  # most of a frame, or of an item of an image list
 IMAGE_FACTOR = 4  # an image may have so many times the pixels of a frame: it is looked at alone
 SHOWN_COLUMNS = set(COLUMNS) - {"tools", "chat_template_kwargs", *NUMBERS}  # these count as other columns
 FORMS = {  # form of a row's media -> the columns that it reads, and how its problems begin
@@ -56,9 +57,6 @@ class Look:
 
     media_root: str | Path | None = None  # the folder that relative paths start from
     num_frames: int = 8  # most of a clip
-    thumb_pixels: int = 192 * 192  # most of a frame, or of an item of an image list
-    num_images: int = 5  # of the list drawn from a `critical_box` or `critical_span`, as in `LPOIConfig`
-    visual_prompt: bool = True  # of that list, too
 
 
 def show_row(index: int, example: dict | Unreadable, look: Look) -> tuple[dict, list[str]]:
@@ -172,7 +170,7 @@ def _named(what: str, videos: list, images: list, look: Look) -> Iterator[tuple[
 
 
 def _options(look: Look) -> VideoOptions:
-    return VideoOptions(num_frames=look.num_frames, max_frames=look.num_frames, max_pixels=look.thumb_pixels)
+    return VideoOptions(num_frames=look.num_frames, max_frames=look.num_frames, max_pixels=THUMB_PIXELS)
 
 
 def _clip(source: Any, look: Look) -> tuple[str, Pictures]:
@@ -185,20 +183,19 @@ def _frames(clip: Clip, look: Look) -> Pictures:
     # A row may ask for other frames than these options; then fewer of the frames that it asks for are shown.
     count = min(len(clip.frames), look.num_frames)
     chosen = np.linspace(0, len(clip.frames) - 1, count).round().astype(int)
-    frames = [shrink(Image.fromarray(np.ascontiguousarray(clip.frames[i])), look.thumb_pixels) for i in chosen]
+    frames = [shrink(Image.fromarray(np.ascontiguousarray(clip.frames[i])), THUMB_PIXELS) for i in chosen]
     return [(frame, f"{clip.timestamps[i]:.2f} s") for frame, i in zip(frames, chosen)]
 
 
 def _image(source: Any, look: Look) -> tuple[str, Pictures]:
     image = load_image(source, media_root=look.media_root, limit=False)
-    return f" · {image.width}x{image.height}", [(shrink(image, IMAGE_FACTOR * look.thumb_pixels), "")]
+    return f" · {image.width}x{image.height}", [(shrink(image, IMAGE_FACTOR * THUMB_PIXELS), "")]
 
 
 def _list(row: Row, look: Look) -> tuple[str, Pictures]:
     """Load or draw a row's list as LPOI's collator does: its images, or the frames of its clips with their times."""
-    settings = {name: getattr(look, name) for name in ("num_images", "visual_prompt", "media_root")}
-    collator = PreferenceCollator(None, video=_options(look), max_pixels=look.thumb_pixels, **settings)
-    items = trunk_media(row, collator)
+    options = {"video": _options(look), "max_pixels": THUMB_PIXELS, "media_root": look.media_root}
+    items = trunk_media(row, PreferenceCollator(None, **options))
     pictures = []
     for k, item in enumerate(items):
         name = f"rank {k + 1}" if row.media_list else f"{100 * k / (len(items) - 1):.0f} % hidden"
