@@ -14,19 +14,12 @@ from trl_vpo.losses.dpop import dpop_loss
 
 @dataclass(frozen=True)
 class LossType:
-    """A loss and what it takes.
-
-    Attributes:
-        compute: the function.
-        of: its inputs, see `dpo_sum_loss`.
-        options: its other arguments.
-        any_divergence: a function of the difference of two scores, in which what another divergence adds cancels.
-    """
+    """A loss and what it takes."""
 
     compute: Callable[..., Any]
-    of: str = "sums"
-    options: tuple[str, ...] = ("beta",)
-    any_divergence: bool = False
+    of: str = "sums"  # its inputs, see `dpo_sum_loss`
+    options: tuple[str, ...] = ("beta",)  # its other arguments
+    any_divergence: bool = False  # of the difference of two scores, in which what another divergence adds cancels
 
 
 SMOOTHED = ("beta", "label_smoothing")
