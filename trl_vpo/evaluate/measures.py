@@ -59,9 +59,7 @@ def evidence(records: Records, base: Records) -> Evidence:
     if lists := [r for r in preferences if r.get("image_logps")]:
         kinds["visibility"] = visibility([r["image_logps"] for r in lists]), row_clusters(lists)
     if pairs := [(pair["yes"], pair["no"]) for pair in questions.question_pairs(records).values() if len(pair) == 2]:
-        rows = questions.yes_no(*zip(*([record["said"] for record in pair] for pair in pairs)))
-        rows["yes_no/cut_off"] = np.array([questions.were_cut_off(pair).mean() for pair in pairs])
-        kinds["yes_no"] = rows, questions.join_clusters(map(row_clusters, pairs))
+        kinds["yes_no"] = questions.yes_no(pairs), questions.join_clusters(map(row_clusters, pairs))
     asked = of_task(records, "yes_no")
     kinds |= _by_group("binary", [r for r in asked if "pair" not in r], questions.binary)
     kinds |= questions.question_sets(asked)

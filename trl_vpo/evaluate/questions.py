@@ -47,18 +47,15 @@ def read(record: Mapping[str, Any], rule: str = "videohallucer", table: ObjectTa
     return {**record, **said}
 
 
-def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> Rows:
-    """VideoHallucer's measures; a row is a pair of questions.
-
-    `basic` and `hallucinated` are what was answered to the two questions of each pair: "yes", "no" or neither. The
-    first is right with yes, the second with no.
+def yes_no(pairs: Sequence[Records]) -> Rows:
+    """VideoHallucer's measures of pairs of questions: the basic one is right with yes, the hallucinated one with no.
 
     Its total is the mean over its five kinds of hallucination, which are of equal size: the same as over all pairs.
     The bias figures follow their definitions (HallusionBench, arXiv 2310.14566, Eq. 6 and 7); VideoHallucer's
     `evaluation_bias.py` differs where the hallucinated question is answered wrongly.
     """
     basic_yes, basic_no, false_yes, false_no = (
-        np.array([answer == word for answer in side]) for side in (basic, hallucinated) for word in ("yes", "no")
+        np.array([pair[side]["said"] == word for pair in pairs]) for side in (0, 1) for word in ("yes", "no")
     )
     yes, right = basic_yes.astype(int) + false_yes, basic_yes.astype(int) + false_no  # of two answers
     return {
@@ -69,6 +66,7 @@ def yes_no(basic: Sequence[str | None], hallucinated: Sequence[str | None]) -> R
         "yes_no/pct_diff": (yes - 1) / 2,
         "yes_no/fp_ratio": ratio(false_yes, 2 - right),
         "yes_no/unparsed": (2 - yes - basic_no - false_no) / 2,
+        "yes_no/cut_off": np.array([were_cut_off(pair).mean() for pair in pairs]),
     }
 
 
