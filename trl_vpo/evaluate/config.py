@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,11 @@ class EvaluateConfig(AnsweringConfig):
     model_name_or_path: str | None = option(None, "Base model: a Hub model or a folder.", aliases=["--model"])
     dataset_name: str | None = option(None, "Held-out rows: a file, a folder or a Hub dataset.", aliases=["--data"])
     dataset_split: str | None = option(None, "Split; unset: test, or train if the data are one file.")
-    adapters: list[str] = field(
-        default_factory=list, metadata={"help": "LoRA adapters on this base, all after one --adapters."}
-    )
-    sensitivity: list[str] = field(
-        default_factory=lambda: list(DAMAGES),
-        metadata={
-            "help": "Kinds of damage to the media of preference rows: shuffled (the frames of a clip), "
-            "masked (a square), blank (black); or none."
-        },
+    adapters: list[str] = option(list, "LoRA adapters on this base, all after one --adapters.")
+    sensitivity: list[str] = option(
+        lambda: list(DAMAGES),
+        "Kinds of damage to the media of preference rows: shuffled (the frames of a clip), masked (a square), blank "
+        "(black); or none.",
     )
     num_images: int = option(5, "Images of the list drawn from a row's critical_box, as in LPOI; at least 2.")
     visual_prompt: bool = option(True, "Draw a red ellipse around the hidden part.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ class LPOIGenerateConfig(GenerateConfig):
         None, "Column with a row's own candidates, the preferred first, instead of noun phrases."
     )
     max_candidates: int = option(40, "Maximum number of names looked for in a row.")
-    fallback_labels: list[str] = field(
-        default_factory=FALLBACK_LABELS.split,
-        metadata={"help": "Names to look for if no candidate is found. Empty: reject the row."},
+    fallback_labels: list[str] = option(
+        FALLBACK_LABELS.split, "Names to look for if no candidate is found. Empty: reject the row."
     )
     min_box_area: float = option(0.005, "Smallest share of the image that a critical box covers.")
     max_box_area: float = option(0.9, "Largest share of the image that a critical box covers.")

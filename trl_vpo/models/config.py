@@ -13,8 +13,9 @@ from trl_vpo.runs.values import check_bounds
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """Return a config's field with its default, its text in `--help`, and perhaps its `choices`."""
-    return field(default=default, metadata={"help": help, **metadata})
+    """Return a config's field with its default or what makes it, its text in `--help`, and perhaps its `choices`."""
+    kind = "default_factory" if callable(default) else "default"
+    return field(**{kind: default}, metadata={"help": help, **metadata})
 
 
 @dataclass
