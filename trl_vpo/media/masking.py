@@ -63,27 +63,27 @@ def _box_problem(values: list[float], width: int, height: int) -> tuple[str, str
 
 
 def masked_image_list(
-    image: Image.Image, box: Sequence[float], n: int, *, visual_prompt: bool = True
+    image: Image.Image, box: Sequence[float], n: int, *, visual_prompt: bool = True, mask: np.ndarray | None = None
 ) -> list[Image.Image]:
     """Return N RGB images from fully visible to fully masked: item k hides (k - 1) / (N - 1) of the box in black.
 
-    With ``visual_prompt`` a red ellipse is drawn around the hidden part of every item but the first: it passes through
-    the corners of the hidden rectangle, drawn in to the image's border where it would leave the image. Raises
-    ValueError for n < 2 and where :func:`check_box` does.
+    With a ``mask``, (H, W) bool, only its pixels in that part turn black. ``visual_prompt`` draws a red ellipse around
+    the hidden part of every item but the first: it passes through the corners of the hidden rectangle, drawn in to the
+    image's border where it would leave the image. Raises ValueError for n < 2 and where :func:`check_box` does.
     """
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 2:
         raise ValueError(f"an image list of {n!r}: LPOI ranks at least 2 images.")
     check_box(box, image.size)
     items = [image.convert("RGB") if image.mode != "RGB" else image.copy()]
+    stencil = Image.new("L", image.size, 255) if mask is None else Image.fromarray(mask.astype(np.uint8) * 255)
     for k in range(1, n):
         item = items[0].copy()
-        x0, y0, x1, y1 = hidden_box(box, image.size, k, n)
-        draw = ImageDraw.Draw(item)
-        draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=(0, 0, 0))  # Pillow draws the last row and column too
+        x0, y0, x1, y1 = hidden = hidden_box(box, image.size, k, n)
+        item.paste((0, 0, 0), hidden, stencil.crop(hidden))
         if visual_prompt:
             dx, dy = (math.ceil(length * (math.sqrt(2) - 1) / 2) for length in (x1 - x0, y1 - y0))
             around = max(0, x0 - dx), max(0, y0 - dy), min(image.width, x1 + dx) - 1, min(image.height, y1 + dy) - 1
-            draw.ellipse(around, outline=(255, 0, 0), width=max(1, round(min(image.size) / 100)))
+            ImageDraw.Draw(item).ellipse(around, outline=(255, 0, 0), width=max(1, round(min(image.size) / 100)))
         items.append(item)
     return items
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from trl_vpo.generate.objects.boxes import Box
 from trl_vpo.generate.objects.detectors import load_model
-from trl_vpo.media.masking import hidden_box, masked_image_list
+from trl_vpo.media.masking import masked_image_list
 
 KINDS = ("sam2", "sam2_video")  # the published checkpoints are of the second type, and hold the first
 
@@ -45,20 +45,7 @@ class Segmenter:
 
 
 def masked_by(image: Image.Image, mask: np.ndarray, n: int, *, visual_prompt: bool = True) -> list[Image.Image]:
-    """Do as `trl_vpo.media.masking.masked_image_list` with the mask's box, but black only the mask's pixels.
-
-    The image is RGB; the mask is (H, W) bool, with at least one pixel True.
-    """
+    """Return the image list of a mask's box, in which only the mask's pixels turn black. At least one is True."""
     ys, xs = np.nonzero(mask)
     box = int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
-    plain = masked_image_list(image, box, n, visual_prompt=False)
-    drawn = masked_image_list(image, box, n, visual_prompt=visual_prompt)
-    items = [plain[0]]
-    for k in range(1, n):
-        x0, y0, x1, y1 = hidden_box(box, image.size, k, n)
-        pixels = np.array(plain[0])
-        pixels[y0:y1, x0:x1][mask[y0:y1, x0:x1]] = 0
-        ellipse = (np.asarray(drawn[k]) != np.asarray(plain[k])).any(-1)
-        pixels[ellipse] = np.asarray(drawn[k])[ellipse]
-        items.append(Image.fromarray(pixels))
-    return items
+    return masked_image_list(image, box, n, visual_prompt=visual_prompt, mask=mask)
