@@ -97,6 +97,19 @@ def write_video(
     return path
 
 
+def write_mjpeg(path: Path, jpeg: bytes, frames: int, fps: int = 10) -> Path:
+    """A video whose pictures are all the same JPEG file, as cameras write them."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+        for i in range(frames):
+            packet = av.Packet(jpeg)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, fps), True
+            packet.pts, packet.dts, packet.duration = i, i, 1
+            container.mux(packet)
+    return path
+
+
 def mux_silence(container: av.container.OutputContainer, stream: av.AudioStream, seconds: float) -> None:
     frame = av.AudioFrame.from_ndarray(np.zeros((1, int(16000 * seconds)), np.float32), format="fltp", layout="mono")
     frame.rate, frame.pts = 16000, 0

@@ -19,6 +19,7 @@ from media_files import (
     remux_shifted,
     set_matrix,
     upright,
+    write_mjpeg,
     write_video,
 )
 from PIL import Image
@@ -210,6 +211,20 @@ def test_a_video_is_shown_as_its_whole_matrix_says(tmp_path, clip, orientation):
     assert all((frame == upright(orientation, pixels)).all() for frame, pixels in zip(frames, stored, strict=True))
     small = load_video(path, VideoOptions(num_frames=1, max_pixels=800)).frames
     assert small.shape[1:3] == ((24, 32) if orientation < 5 else (32, 24))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_pictures_with_exif_are_decoded_upright(tmp_path, orientation):
+    """FFmpeg hands on the EXIF as side data that PyAV does not know, and a display matrix for its orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(picture(9)).save(photo, exif=exif, quality=95, subsampling=0)
+    for path in (photo, write_mjpeg(tmp_path / "camera.mkv", photo.read_bytes(), 3)):
+        frames = load_video(path, ALL).frames.astype(int)
+        want = upright(orientation, picture(9))
+        assert frames.shape[1:] == want.shape and np.abs(frames - want).mean() < 12
+        assert len(frames) == (1 if path == photo else 3)
 
 
 @pytest.mark.parametrize("size", [(64, 48), (1, 5000), (5000, 1), (7, 3), (1921, 1081)])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
 
 from trl_vpo.errors import MediaError
 from trl_vpo.media.video import DAMAGED, Container, FrameTable, max_threads, open_video
@@ -124,6 +125,17 @@ def _intact(frames: Iterable[av.VideoFrame], table: FrameTable, indices: np.ndar
         return table.keys_of(np.searchsorted(table.pts, frame.pts)) in table.keys_of(indices)
 
     return takewhile(lambda frame: not (frame.is_corrupt and matters(frame)), frames)
+
+
+def _name_side_data(cls: type[SideDataType], value: int) -> SideDataType:
+    """Return a member for a type of side data that FFmpeg has and PyAV does not (EXIF is 31)."""
+    member = object.__new__(cls)
+    member._name_, member._value_ = f"UNKNOWN_{value}", value
+    return member
+
+
+# One such type and PyAV refuses to look at any side data of the frame, its display matrix too.
+SideDataType._missing_ = classmethod(_name_side_data)
 
 
 def _to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
