@@ -85,6 +85,25 @@ def test_pictures_without_a_decoder_are_named(tmp_path):
     refused(path, r"odd\.mov has pictures in a format that FFmpeg cannot decode.*convert it")
 
 
+@pytest.mark.parametrize("place", ["decode._to_rgb", "video._table_from_packets", "video.find_truncation"])
+def test_any_other_error_names_the_file(clip, monkeypatch, place):
+    def fail(*args):
+        raise OverflowError("a number that is too large")
+
+    monkeypatch.setattr(f"trl_vpo.media.{place}", fail)
+    refused(clip, r"cannot be decoded \(OverflowError\('a number that is too large'\)\): convert it")
+
+
+def test_an_image_of_an_unknown_kind_is_named(tmp_path):
+    """Pillow raises NotImplementedError for it."""
+    path = tmp_path / "texture.dds"
+    Image.fromarray(picture(0)).save(path)
+    data = bytearray(path.read_bytes())
+    data[80:84] = (0x8000).to_bytes(4, "little")  # the flags of its pixels
+    path.write_bytes(data)
+    refused_image(path, "is not a readable image")
+
+
 def test_a_playlist_cannot_pull_in_other_files(clip, tmp_path):
     (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{clip}'\n")
     (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clip}\n#EXT-X-ENDLIST\n")

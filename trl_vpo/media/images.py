@@ -8,8 +8,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import struct
-import zlib
 from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
@@ -21,9 +19,6 @@ from PIL import Image, ImageOps
 
 from trl_vpo.errors import MediaError
 
-# What Pillow raises on files that are broken in one way or another: its plugins let their parsers' errors through.
-_PILLOW_ERRORS = (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, EOFError, struct.error)
-_PILLOW_ERRORS += (zlib.error, Image.DecompressionBombError)
 BYTES = (bytes, bytearray, memoryview)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _DECIMAL = re.compile(r"[0-9]+(\.[0-9]+)?")
@@ -193,9 +188,9 @@ def load_image(
                 )
             image = _to_rgb(image)
         return shrink(image, max_pixels)
-    except MediaError:
+    except (MediaError, MemoryError):
         raise
-    except _PILLOW_ERRORS as error:
+    except Exception as error:  # Pillow's plugins let any error of their parsers through
         if isinstance(error, OSError) and error.errno:  # of the file system; Pillow's own have no number
             raise MediaError(f"{name} cannot be read ({error}): check its permissions and the disk.") from error
         raise MediaError(f"{name} is not a readable image ({error}): {_image_remedy(source, error)}.") from error

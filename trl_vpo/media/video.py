@@ -72,12 +72,14 @@ def _open_file(data: Path | bytes, name: str) -> Iterator[BinaryIO]:
     try:
         with open(data, "rb") if isinstance(data, Path) else io.BytesIO(data) as file:
             yield file
-    except MediaError:
+    except (MediaError, MemoryError):
         raise
     except (av.FFmpegError, EOFError) as error:
         raise MediaError(f"{name} cannot be decoded ({error}): {DAMAGED}.") from error
     except OSError as error:
         raise MediaError(f"{name} cannot be read ({error}): check its permissions and the disk.") from error
+    except Exception as error:  # whatever PyAV makes of a file that it was not written for
+        raise MediaError(f"{name} cannot be decoded ({error!r}): convert it to h264, or drop the row.") from error
 
 
 @contextmanager
