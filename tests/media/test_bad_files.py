@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from media_files import (
     cut,
+    numbers,
     picture,
     refused,
     refused_image,
@@ -102,6 +103,23 @@ def test_an_image_of_an_unknown_kind_is_named(tmp_path):
     data[80:84] = (0x8000).to_bytes(4, "little")  # the flags of its pixels
     path.write_bytes(data)
     refused_image(path, "is not a readable image")
+
+
+def test_an_animated_webp_is_not_called_damaged(tmp_path):
+    """Animations of other kinds are videos."""
+    first, *others = [Image.fromarray(picture(i)) for i in range(4)]
+    for name in ("a.webp", "a.png", "a.gif"):
+        first.save(tmp_path / name, save_all=True, append_images=others, duration=100)
+    path = tmp_path / "a.webp"
+    reason = r"is an animated WebP, which FFmpeg does not decode: convert it to an animated PNG"
+    refused(path, reason)
+    refused(path.read_bytes(), reason, name="<bytes,")
+    Image.open(path).save(tmp_path / "clip.png", save_all=True)  # as the message says
+    for name in ("clip.png", "a.png", "a.gif"):
+        loaded = load_video(tmp_path / name, ALL)
+        assert numbers(loaded.frames) == [0, 1, 2, 3] and loaded.duration == pytest.approx(0.4, abs=0.05)
+    first.save(path)  # a picture is a video of one frame
+    assert numbers(load_video(path, ALL).frames) == [0]
 
 
 def test_a_playlist_cannot_pull_in_other_files(clip, tmp_path):

@@ -86,16 +86,21 @@ def _open_file(data: Path | bytes, name: str) -> Iterator[BinaryIO]:
 def open_video(data: Path | bytes, name: str, threads: int = 1) -> Iterator[tuple[Container, av.VideoStream]]:
     """Open the container and its video stream, set to decode in ``threads`` threads."""
     with _open_file(data, name) as file:
+        head = file.read(1 << 16)
+        file.seek(0)
         try:
             container = av.open(file, metadata_errors="replace", options={"protocol_whitelist": "none"})
         except (av.FFmpegError, ValueError) as error:
-            file.seek(0)
-            head = file.read(1 << 16)
             remedy = "check that it is a video and complete."
             if head[4:8] == b"ftyp" and b"moov" not in head:
                 remedy = "an mp4 without its index (no moov atom), so most likely cut short: fetch or write it again."
             raise MediaError(f"{name} cannot be opened as a video ({error}): {remedy}") from error
         with container:
+            if container.format.name == "webp_pipe" and head[12:16] == b"VP8X" and head[20] & 2:
+                raise MediaError(
+                    f"{name} is an animated WebP, which FFmpeg does not decode: convert it to an animated PNG "
+                    "(with Pillow: Image.open(path).save('clip.png', save_all=True)) or mp4, or give a list of frames."
+                )
             stream = _video_stream(container, name)
             stream.thread_type = "AUTO"
             stream.codec_context.thread_count = threads
