@@ -172,6 +172,19 @@ def test_another_picture_gives_other_log_probs(name, kind, media):
     assert (same[0][1] - other[0][1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(("name", "kind"), cases(["image"]))
+def test_images_of_another_size_beside_a_row(name, kind, media):
+    """A square image needs no padding of its own."""
+    _, model, processor, _ = world(name)
+    square, wide = media["image"]
+    rows = [example(NEWER[name], kind, media | {"image": [None, image]}) for image in (square, wide)]
+    weight(model)  # Gemma 3n's tower has BatchNorm
+    collator, scorer = PreferenceCollator(processor), scorer_of(name, kind)
+    with torch.no_grad():
+        alone, together = (scorer.score(model, collator(batch)).sums[:2] for batch in (rows[:1], rows))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
 TWICE = (["Mllama", "Phi-4-multimodal"], ["image"], "their towers run outside of feature methods")
 TOWERS = ("vision_tower", "vision_model", "visual", "img_processor")
 

@@ -55,6 +55,7 @@ class Family:
     masks: tuple[str, ...] = ()  # media tensors, (1, P, ...) for the tokens of a prompt; a response repeats the last
     one_token: bool = False  # images and videos have the same placeholder, and the model takes one kind in a call
     same_images: bool = False  # all sequences of a call need the same number of images
+    causal_flag: bool = False  # transformers marks its tower's attention as causal, and it is not
     repeats: bool = True  # its methods give one feature for each placeholder, which may be repeated
     padded: str | None = None  # why rows are not packed
 
@@ -84,6 +85,7 @@ FAMILIES = {  # by `config.model_type`
         one_token=True,
         padded=BOTH_WAYS,
     ),
+    "phi4_multimodal": Family(causal_flag=True),
     "perception_lm": Family(joins={"pixel_values": TILES, "pixel_values_videos": TILES}),
     # More features than placeholders; features with numbers of layers.
     **dict.fromkeys(("video_llama_3", "granite4_vision"), Family(repeats=False)),

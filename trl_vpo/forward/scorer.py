@@ -24,7 +24,7 @@ from trl_vpo.forward.ranks import sync_calls
 from trl_vpo.forward.router import column_counts
 from trl_vpo.forward.scoring import ScoreRequest, Scores, attach_scoring
 from trl_vpo.forward.sequence_parallel import SequenceRanks, check_heads
-from trl_vpo.forward.tower import use_whole_towers
+from trl_vpo.forward.tower import clear_causal_flags, use_whole_towers
 from trl_vpo.forward.vision import vision_features
 
 logger = get_logger(__name__)
@@ -71,6 +71,7 @@ class Scorer:
         """Prepare a model (the policy, a reference) for being scored."""
         attach_scoring(model)
         use_whole_towers(model)
+        clear_causal_flags(model)
         if self.packs is not False:
             use_segments(model)
 

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_vpo.forward import attention
+from trl_vpo.forward.families import family_of
+from trl_vpo.forward.parts import part_of
 
 PARTS = "tower_parts"
 ATTENTION = "sdpa"  # eager attention is for looking at the weights, and FlashAttention takes `cu_seqlens` itself
@@ -100,6 +102,18 @@ def use_whole_towers(model: PreTrainedModel) -> None:
 
     reading.reads_parts = True
     ALL_ATTENTION_FUNCTIONS[ATTENTION] = reading
+
+
+def clear_causal_flags(model: PreTrainedModel) -> None:
+    """Let the tower of Phi-4-multimodal attend in both directions in every call, as it was trained.
+
+    transformers marks its attention as causal. SDPA goes by that where a call has no padding to mask, FlashAttention
+    always: with SDPA, the features of an image without padding depend on the images beside it.
+    """
+    if family_of(model).causal_flag:
+        for name, module in model.named_modules():
+            if part_of(name) == "vision" and hasattr(module, "is_causal"):
+                module.is_causal = False
 
 
 @functools.cache
