@@ -7,10 +7,13 @@ import pytest
 import torch
 import transformers as T
 from families_llama import needs_llama4
+from trainer_kit import trainer_of
 
 from trl_vpo.errors import ModelError
 from trl_vpo.forward.head import lm_head
+from trl_vpo.forward.scorer import Scorer
 from trl_vpo.forward.scoring import ScoreRequest, attach_scoring
+from trl_vpo.models.adapters import preset_targets
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -151,3 +154,17 @@ def test_rows_without_tokens_score_zero_and_stay_connected():
     out = model(ids, score=request)
     assert out.logps.abs().sum() == 0 and out.kl.shape == (2, 3)
     (out.logps.sum() + out.kl.sum()).backward()
+
+
+def test_a_head_that_is_called_decoder_is_refused(tmp_path):
+    """With the layers of the model in its place, LoRA would adapt the head and rows be packed for it."""
+    sizes = {"vocab_size": 360, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = T.ModernBertDecoderConfig(**sizes, num_attention_heads=1, pad_token_id=0, cls_token_id=1)
+    model = T.ModernBertDecoderForCausalLM(config)
+    refused = "ModernBertDecoderForCausalLM is not supported: its `get_decoder` gives its LM head"
+    with pytest.raises(ModelError, match=refused):
+        Scorer(model, layout="auto", pad_token_id=0)
+    with pytest.raises(ModelError, match=refused):
+        trainer_of("dpo", tmp_path, model=model, processor=families.tokenizer())
+    with pytest.raises(ModelError, match=refused):
+        preset_targets(model, "language")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from trl_vpo.errors import ModelError
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -51,9 +53,14 @@ def part_of(name: str) -> str:
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
-    """Return the LM head; also of models that hold a whole language model and do not hand on its head."""
+    """Return the LM head; also of models that hold a whole language model and do not hand on its head.
+
+    Raises ModelError for ModernBertDecoderForCausalLM, whose head is called decoder: its layers are not found.
+    """
     head = model.get_output_embeddings()
     decoder = model.get_decoder()
+    if head is not None and decoder is head:
+        raise ModelError(f"{type(model).__name__} is not supported: its `get_decoder` gives its LM head.")
     if head is None and decoder is not model and hasattr(decoder, "get_output_embeddings"):
         return decoder.get_output_embeddings()
     return head

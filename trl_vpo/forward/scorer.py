@@ -58,6 +58,7 @@ class Scorer:
         self.proven: list[str] = []  # the kinds of rows on which the model was proven
         self.to_prove: list[ProofRow] = []  # on which it is to be proven before the next call
         self._asked = layout
+        attach_scoring(policy)  # refuses what is not supported
         if reason := padded_layout_reason(policy):
             self._pad_rows(reason)
         self.add_model(policy)
