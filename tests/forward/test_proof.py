@@ -60,7 +60,15 @@ def test_every_kind_of_a_dataset_is_proven_at_the_first_call(name, media, tmp_pa
     assert made.data_collator.proven is None  # the batches need not bring rows
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float64_model_is_packed(media, tmp_path, caplog):
+    model, processor = build("Qwen2-VL")
+    kinds, model = ("text", "image", "video"), model.double()
+    made = trainer(media, tmp_path, *kinds, name="Qwen2-VL", model=model, processor=processor)
+    score(made)
+    assert made.scorer.packs, caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_scores_of_the_wrong_columns_are_refused(dtype, media, tmp_path, monkeypatch):
     plain = layouts._layout
     monkeypatch.setattr(layouts, "_layout", lambda *args: shifted(plain(*args)))
@@ -119,7 +127,7 @@ def break_packed_images(monkeypatch):
     monkeypatch.setattr(scorer, "packed", packed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_kind_that_comes_later_decides_at_the_start(dtype, media, tmp_path, monkeypatch, caplog):
     break_packed_images(monkeypatch)
     model, processor = build("Qwen2.5-VL")

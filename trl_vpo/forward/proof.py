@@ -172,7 +172,9 @@ class Proof:
         """Measure how far log-probs and gradients move by rounding alone."""
         device = self._device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._bare.dtype
-        self._noisy, gradient = self._run(self._batch, noise=torch.finfo(autocast).eps)
+        # Scores are float32 in a float64 model, too.
+        noise = max(torch.finfo(kind).eps for kind in (autocast, torch.float32))
+        self._noisy, gradient = self._run(self._batch, noise=noise)
         self._gradient_noise = _distance(gradient, self._gradient)
 
     def _difference(self, got: Tensor, want: Tensor, margin: int, of: Callable = torch.mean) -> str | None:
