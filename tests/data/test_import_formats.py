@@ -220,7 +220,7 @@ def test_mmpr(tmp_path):
 
 def test_llava_hound(tmp_path):
     row = one(tmp_path, "llava-hound", HOUND)
-    assert row["prompt"] == [user("What happens?\n", "video")]
+    assert row["prompt"] == [user("What happens?", "video")]
     assert (row["id"], row["videos"], row["chosen"]) == ("v_1", ["webvid/123"], [says("A dog runs.")])
 
 
@@ -228,7 +228,7 @@ def test_markers_become_placeholders(tmp_path):
     two = {"images": ["a", "b"]}
     assert contents(tmp_path, "Which?", **two) == [user("image", "image", "Which?")]
     assert contents(tmp_path, "Is <image> like <image>?", **two) == [user("Is ", "image", " like ", "image", "?")]
-    assert contents(tmp_path, " Say it \n<image>", images="a") == [user(" Say it \n", "image")]
+    assert contents(tmp_path, " Say it \n<image>", images="a") == [user(" Say it ", "image")]
     assert contents(tmp_path, "<image>", images="a") == [user("image")]
     assert contents(tmp_path, "<video>\nsee <image>\n", images=["a"], videos=["b"]) == [user("video", "see ", "image")]
     assert contents(tmp_path, "no media") == [user("no media")]

@@ -7,7 +7,7 @@ import pytest
 from helpers import message, row
 from PIL import Image
 
-from trl_vpo.data.messages import place_media
+from trl_vpo.data.messages import place_media, typed_content
 from trl_vpo.data.rows import read_row, response_text, row_name
 from trl_vpo.errors import RowError
 
@@ -24,9 +24,25 @@ def test_names_tell_position_id_and_source():
 def test_markers_become_placeholders_in_their_order():
     prompt = [{"role": "user", "content": "Compare <image>\nwith <image> please."}]
     content = place_media(prompt, images=2, videos=0)[0]["content"]
-    assert [p.get("text", p["type"]) for p in content] == ["Compare ", "image", "with ", "image", " please."]
+    assert [p.get("text", p["type"]) for p in content] == ["Compare ", "image", "\nwith ", "image", " please."]
     prompt = [{"role": "user", "content": "<video>\nand <image>"}]
     assert kinds(place_media(prompt, images=1, videos=1)) == [["video", "text", "image"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("<image>\nWhat?", ["image", "What?"]),
+        ("\n<image> <image>\n\nWhat?", ["image", "image", "\nWhat?"]),
+        ("What?\n\n<image>\n<image>\n", ["What?\n", "image", "image"]),
+        ("Image-1: <image>\nImage-2: <image>\nWhat?", ["Image-1: ", "image", "\nImage-2: ", "image", "\nWhat?"]),
+        ("Compare:\n<image>\n<image>\n\nWhich?", ["Compare:\n", "image", "\n", "image", "\n\nWhich?"]),
+        ("<image>\n\n", ["image"]),
+    ],
+)
+def test_line_breaks_in_the_middle_stay(content, parts):
+    typed = typed_content(content, "user")
+    assert [part.get("text", part["type"]) for part in typed] == parts
 
 
 def test_without_markers_media_go_before_the_first_user_turn():

@@ -86,9 +86,7 @@ def typed_content(content: Any, role: str | None) -> list[dict]:
     if content is None:
         return []
     if isinstance(content, str):
-        # `look at <image> and say` -> text, image, text, without the newline that LLaVA data put behind a marker.
-        parts = re.split(r"(<image>|<video>)\n?", content) if role == "user" else [content]
-        parts = [part for part in parts if part.strip()] or [content]
+        parts = _split(content) if role == "user" else [content]
         return [{"type": MARKERS[p]} if p in MARKERS else {"type": "text", "text": p} for p in parts]
     for part in content:  # templates leave out what they do not know, without a word
         kind = part.get("type") if isinstance(part, dict) else None
@@ -108,6 +106,17 @@ def typed_content(content: Any, role: str | None) -> list[dict]:
                 f'leave {{"type": "{kind}"}} in the prompt.'
             )
     return [dict(part) for part in content]
+
+
+def _split(content: str) -> list[str]:
+    """Split a text at its markers: `look at <image> and say` has three parts.
+
+    Placeholders at the very start or end lose the line break that LLaVA's data set between them and the text.
+    """
+    marker = "(?:<image>|<video>)"
+    for edge in (rf"\A(?:\s*{marker})+(?:\s*\Z|\n?)", rf"\n?(?:{marker}\s*)+\Z"):
+        content = re.sub(edge, lambda run: "".join(re.findall(marker, run[0])), content)
+    return [part for part in re.split(f"({marker})", content) if part] or [content]
 
 
 def response_text(response: list[dict] | str) -> str:
