@@ -36,6 +36,7 @@ LEFT_OUT = {  # what a template does before it writes the messages: a row in whi
         ({"prompt": message("User", "Hi.") + WHY}, "text of the User message"),
         ({"prompt": message("developer", "Be brief.") + WHY}, "text of the developer message"),
         ({"prompt": SYSTEM_ROW}, "text of the system message"),
+        ({"prompt": message("system", "user") + WHY}, "text of the system message"),  # a word of the template's own
         ({"prompt": WHY + RESULT}, "text of the tool message"),
     ],
     "{% set messages = messages[-2:] %}": [({"prompt": WHY + message("assistant", "So.") + WHY}, "text of the user")],
@@ -62,6 +63,32 @@ def test_what_a_template_leaves_out_is_refused(does):
     for more, what in LEFT_OUT[does]:
         with pytest.raises(RowError, match=f"does not write the {what}"):
             PreferenceCollator(tok).encode(row(None) | more)
+
+
+ZOOM = {"name": "zoom", "parameters": {"type": "object", "properties": {"to": {"type": "integer"}}}}
+
+
+@pytest.mark.parametrize(
+    ("tool", "call", "what"),
+    [
+        ("t.name", "c | tojson", "parameters of the tool"),
+        ("t | tojson", "c.function.name", "arguments in a tool call of the assistant message"),
+        ("t | tojson", "'zoom' ~ c.function.arguments | tojson", "function's name in a tool call"),
+        ("t | tojson", "c | tojson", None),
+        ("t.name ~ t.parameters.properties | join", "c.function.name ~ c.function.arguments.to", None),
+    ],
+)
+def test_parts_of_tools_and_calls_are_written(tool, call, what):
+    tok = text_model()[1]
+    calls = f"{{% for c in m.tool_calls or [] %}}{{{{ {call} }}}}{{% endfor %}}{{{{ m.content }}}}"
+    written = tok.chat_template.replace("{{ m['content'] }}", calls)
+    tok.chat_template = f"{{% for t in tools %}}{{{{ {tool} }}}}{{% endfor %}}" + written
+    example = row(None) | {"tools": [ZOOM], "chosen": CALLS}
+    if what is None:
+        assert "zoom" in trained(tok, example)[1]
+        return
+    with pytest.raises(RowError, match=f"does not write the {what}"):
+        PreferenceCollator(tok).encode(example)
 
 
 def test_white_space_in_a_text_is_the_datas():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from trl_vpo.data.messages import MARKERS, response_text
-from trl_vpo.data.template_check import SHOWN, LeftOutError, check_prompt, check_response
+from trl_vpo.data.template_check import SHOWN, LeftOutError, check_parts, check_prompt, check_response
 from trl_vpo.errors import RowError
 
 if TYPE_CHECKING:  # rows are read where nothing heavy is imported
@@ -124,8 +124,11 @@ def _message(text: str, role: str = "assistant") -> list[dict]:
 def _write(write: partial, prompt: list[dict], *responses: list[dict]) -> tuple[str, list[str]]:
     """Return the prompt of generation and what each response adds to it, each checked for its texts."""
     start = write(prompt, add_generation_prompt=True)
-    check_prompt(prompt, write.keywords.get("tools"), start)
-    texts = [_added(start, write(prompt + response)) for response in responses]
+    check_prompt(prompt, start)
+    conversations = [write(prompt + response) for response in responses]
+    for response, rendered in zip(responses, conversations):
+        check_parts(prompt, response, write.keywords.get("tools"), write, rendered)
+    texts = [_added(start, rendered) for rendered in conversations]
     for messages, text in zip(responses, texts):
         check_response(messages, text)
     return start, texts

@@ -16,7 +16,7 @@ from trl_vpo.data.row_media import MEDIA
 from trl_vpo.errors import MediaError
 from trl_vpo.files import bytes_digest, json_digest
 
-FORMAT = 3  # of the remembered rows; raise it with a change to what is checked
+FORMAT = 4  # of the remembered rows; raise it with a change to what is checked
 OWN = ("processing_class", "frame_cache", "pixel_dtype")  # attributes that its settings are not told by
 
 

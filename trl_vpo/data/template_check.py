@@ -1,7 +1,12 @@
-"""A check of what a chat template writes: every text, tool and call has to be in it. Many templates leave some out."""
+"""A check of what a chat template writes: every text, tool and call has to be in it. Many templates leave some out.
+
+Texts are looked for as they are. Since the template's own words may hold a text too, each part is also looked for by a
+word of its own that stands in its place.
+"""
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,28 +23,91 @@ class LeftOutError(RowError):
     """A template that writes the texts, but not what comes with them: tools, calls, thoughts."""
 
 
-def check_prompt(prompt: list[dict], tools: list[dict] | None, rendered: str) -> None:
-    """Raise a RowError if something of the prompt is not in what the template writes."""
-    listed = [("name of the tool", _name(tool)) for tool in tools or ()]
+def check_prompt(prompt: list[dict], rendered: str) -> None:
+    """Raise a RowError if a text of the prompt is not in what the template writes."""
     # Of earlier answers only what follows a thought is needed, for templates take thoughts out.
-    _check(prompt, [*_statements(prompt, lambda text: THOUGHT.split(text)[-1]), *listed], rendered)
+    _check(prompt, [*_statements(prompt, lambda text: THOUGHT.split(text)[-1])], rendered)
 
 
 def check_response(response: list[dict], rendered: str) -> None:
-    """Raise a RowError if something of a response is not in what the template writes."""
+    """Raise a RowError if a text of a response is not in what the template writes."""
     thoughts = [(f"`{key}` of the answer", response[-1].get(key)) for key in REASONING]
     _check(response, [*_statements(response), *thoughts], rendered)
 
 
+def check_parts(
+    prompt: list[dict], response: list[dict], tools: list[dict] | None, write: Callable[..., str], rendered: str
+) -> None:
+    """Raise a RowError if the template leaves out a text, a tool or its parameters, a call or its arguments.
+
+    `write(messages, tools=tools)` renders the template; `rendered` is what the message shows.
+    """
+    marks = _Marks()
+    messages = [*map(marks.message, [*prompt, *response])]
+    messages[-1] |= {k: marks.replace(f"`{k}` of the answer", response[-1][k]) for k in REASONING if k in response[-1]}
+    written = write(messages, tools=tools and [_function(tool, marks.tool) for tool in tools])
+    for text, times in Counter(text for _, text in marks.parts).items():
+        if written.count(marks.words[text]) < times:
+            raise _refusal(next(what for what, said in marks.parts if said == text), text, rendered)
+
+
+class _Marks:
+    """Words that stand for parts. Equal parts share one: a template may look for the tool that is called."""
+
+    def __init__(self):
+        self.words: dict[str, str] = {}
+        self.parts: list[tuple[str, str]] = []  # what it is, and the part
+
+    def replace(self, what: str, value: Any) -> Any:
+        """Return a word for a value, or the list or dictionary with a word for each value in it."""
+        if isinstance(value, dict):
+            return {key: self.replace(what, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.replace(what, item) for item in value]
+        if value is None or not str(value).strip():
+            return value
+        self.parts.append((what, str(value)))
+        return self.words.setdefault(str(value), f"zq{len(self.words)}qz")
+
+    def message(self, given: dict) -> dict:
+        """Mark texts and calls. A text beside a call stays, see `_statements`."""
+        role, content = given["role"], given["content"]
+        if calls := given.get("tool_calls"):
+            kinds = {"name": "function's name", "arguments": "arguments"}
+            whats = {key: f"{kind} in a tool call of the {role} message" for key, kind in kinds.items()}
+            mark = lambda call: call | {k: self.replace(what, call[k]) for k, what in whats.items() if k in call}  # noqa: E731
+            return given | {"tool_calls": [_function(call, mark) for call in calls]}
+        what = f"text of the {role} message"
+        if isinstance(content, str):
+            return given | {"content": self.replace(what, content)}
+        parts = [part | {"text": self.replace(what, part["text"])} if "text" in part else part for part in content]
+        return given | {"content": parts}
+
+    def tool(self, given: dict) -> dict:
+        """Mark the name, and add a parameter: the others stay, since templates look them up."""
+        parameters = given.get("parameters")
+        marked = given | {"name": self.replace("name of the tool", given.get("name"))}
+        if isinstance(parameters, dict) and (properties := parameters.get("properties")):
+            one = self.replace("parameters of the tool", ", ".join(properties))
+            marked["parameters"] = parameters | {"properties": properties | {one: {"type": "string"}}}
+        return marked
+
+
+def _function(given: Any, change: Callable[[dict], dict]) -> Any:
+    """Change a tool's description or a call, with or without a `function` around it."""
+    if not isinstance(given, dict):
+        return given
+    return given | {"function": change(given["function"])} if given.get("function") else change(given)
+
+
 def _statements(messages: list[dict], cut: Callable[[str], str] = str) -> Iterator[tuple[str, Any]]:
-    """Give the texts of the messages and the names of their calls, each behind what it is.
+    """Give the texts of the messages, each behind what it is.
 
     A text beside a call is left out: templates take it for a thought. So are tools' results, see `_check`.
     """
     for message in messages:
-        role, calls = message["role"], message.get("tool_calls") or ()
-        yield from ((f"function's name in a tool call of the {role} message", _name(call)) for call in calls)
-        if not calls and role != "tool":
+        role = message["role"]
+        if not message.get("tool_calls") and role != "tool":
             texts = _texts(message)
             yield from ((f"text of the {role} message", cut(t) if role == "assistant" else t) for t in texts)
 
@@ -73,11 +141,6 @@ def _refusal(what: str, text: str, rendered: str) -> RowError:
 def _texts(message: dict) -> list[str]:
     content = message["content"]
     return [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-
-
-def _name(tool: Any) -> Any:
-    """Return the name in a tool's description or in a call, with or without a `function` around it."""
-    return (tool.get("function") or tool).get("name") if isinstance(tool, dict) else None
 
 
 def _words(text: str) -> str:
