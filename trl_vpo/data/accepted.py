@@ -26,8 +26,8 @@ def _check_media(row: Row, processing_class: Any) -> None:
         if getattr(processing_class, f"{kind}_processor", None) is None:
             what = "is a tokenizer of a text model" if text_model else "takes none"
             raise RowError(
-                f"has {kind}s, but {name} {what}. Train a model that sees {kind}s, with its processor (the README has "
-                "a table), or leave these rows out."
+                f"has {kind}s, but {name} {what}. Train a model that sees {kind}s, with its processor "
+                "(docs/models.md has a table), or leave these rows out."
             )
     if len(kinds) == 2:  # a processor that gives both one name would overwrite one with the other
         image, video = (set(getattr(processing_class, f"{kind}_processor").model_input_names) for kind in kinds)
