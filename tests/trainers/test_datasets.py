@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, Sequence, Value, Video, concatenate_datasets, load_dataset
-from helpers import row
+from helpers import message, row
 from step_kit import losses_of, names_of
 from trainer_kit import PAIRS, collated, image_rows, shake, text_rows, trainer_of
 
@@ -43,6 +43,18 @@ def test_a_stream_with_max_steps(workers, images, tmp_path):
     names = names_of(trainer)
     assert names[0] == ["row 0 (id 'i0')", "row 1 (id 'i1')"] and trainer.state.global_step == 3
     assert len(losses_of(trainer, "eval_loss")) == 1
+
+
+def test_empty_image_columns_of_a_text_model(tmp_path):
+    """An image that comes later in a stream is refused, not dropped."""
+    rows = [{**example, "images": []} for example in text_rows(3)]
+    for data in (Dataset.from_list(rows), stream(rows)):
+        assert trainer_of("dpo", tmp_path, data).train().global_step
+    seen = rows[0] | {"images": ["a.png"], "prompt": message("user", "<image>", "What?")}
+    with pytest.raises(
+        RowError, match=r"row 3 .*has images, but \w+ is a tokenizer of a text model.*\(docs/models\.md has a table\)"
+    ):
+        trainer_of("dpo", tmp_path, stream([*rows, seen])).train()
 
 
 def test_a_dataset_from_a_file(images, tmp_path):

@@ -53,11 +53,16 @@ def without_reference_model(policy_by_name: bool) -> AbstractContextManager:
 def drop_empty_media_columns(dataset: Dataset | IterableDataset, processing_class: Any) -> Dataset | IterableDataset:
     """Drop the image columns of a text model's rows, which are empty: TRL takes their names for images.
 
+    Of a stream, whose rows are checked when they are collated, only where they are empty.
+
     Can go when `DPOTrainer.__init__` looks at the values of `image` and `images` instead.
     """
-    if isinstance(dataset, Dataset) and not isinstance(processing_class, ProcessorMixin):
-        return dataset.remove_columns([name for name in ("image", "images") if name in dataset.column_names])
-    return dataset
+    names = ["image", "images"]
+    if isinstance(processing_class, ProcessorMixin):
+        return dataset
+    if isinstance(dataset, Dataset):
+        return dataset.remove_columns([name for name in names if name in dataset.column_names])
+    return dataset.map(lambda row: {k: row[k] for k in names if row.get(k)}, remove_columns=names)
 
 
 @torch.no_grad()
