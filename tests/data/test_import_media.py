@@ -210,16 +210,24 @@ def test_a_part_behind_many_whole_videos(tmp_path):
 @pytest.mark.parametrize(
     ("fmt", "records", "options", "notes"),
     [
-        ("rrpo", [RRPO], {}, ["Missing media, for example video.mp4. Paths start here; --media_root FOLDER"]),
-        ("rrpo", [RRPO], {"media_root": "/d"}, ["Missing media, for example /d/video.mp4."]),
+        ("rrpo", [RRPO], {}, ["Missing media, for example video.mp4. Relative paths start here: --media_root FOLDER"]),
+        (
+            "rrpo",
+            [RRPO],
+            {"media_root": "/d"},
+            ["Missing media, for example /d/video.mp4. Relative paths were joined to /d: --media_root FOLDER names"],
+        ),
         (
             "rrpo",
             [RRPO | {"video": "https://host/a.mp4"}, RRPO | {"answer_masked": None, "pred_masked": None}],
             {"media_root": "https://host"},
-            ["1 of 2 rows mark no phrases: RRPO will find them by a word diff."],
+            [
+                "URLs, for example https://host/a.mp4: nothing is fetched here",
+                "1 of 2 rows mark no phrases: RRPO will find them by a word diff.",
+            ],
         ),
-        ("lpoi", [LPOI], {"media_root": "https://host"}, ["1 of 1 rows have no image list: `trl-vpo generate lpoi "]),
-        ("llamafactory", [FACTORY], {"media_root": "https://host"}, []),
+        ("lpoi", [LPOI], {}, ["Missing media", "1 of 1 rows have no image list: `trl-vpo generate lpoi "]),
+        ("llamafactory", [FACTORY | {"images": [__file__, __file__]}], {}, []),
     ],
 )
 def test_what_is_left_to_do(tmp_path, fmt, records, options, notes):

@@ -108,7 +108,10 @@ def test_file_urls_are_looked_up(tmp_path):
     url = (tmp_path / "a b.jpg").as_uri()
     records = [LPOI | {"img_path": path} for path in (url, url + "x", "https://host/c.jpg")]
     counts = convert("lpoi", write(tmp_path / "in.jsonl", *records), tmp_path / "out.jsonl")
-    assert (len(counts.media), len(counts.missing_media)) == (3, 1)
+    assert (len(counts.media), counts.missing_media) == (3, [url + "x", "https://host/c.jpg"])
+    missing, urls, _ = counts.left_to_do
+    assert missing.startswith(f"Missing media, for example {url}x. Relative paths start here: --media_root FOLDER")
+    assert urls.startswith("URLs, for example https://host/c.jpg: nothing is fetched here, download them")
 
 
 def test_convert_writes_all_or_nothing(tmp_path):

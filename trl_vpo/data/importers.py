@@ -38,7 +38,7 @@ class ImportCounts:
     written: int = 0
     rejected: int = 0
     media: set[str] = field(default_factory=set)  # their paths
-    missing_media: list[str] = field(default_factory=list)  # local paths that do not exist (now, seen from here)
+    missing_media: list[str] = field(default_factory=list)  # URLs, and paths that do not exist (now, seen from here)
     first: dict[str, tuple[int, dict]] = field(default_factory=dict)  # list column or PARTS -> first (number, row)
     filled: Counter = field(default_factory=Counter)  # list column -> how many rows fill it
     ignored_fields: list[str] = field(default_factory=list)
@@ -134,9 +134,12 @@ def _left_to_do(fmt: str, counts: ImportCounts, target: Path, media_root, folder
     notes, rows = [], counts.written
     if written := sum(Path(path).parent == folder for path in counts.media):
         notes.append(f"{written} embedded pictures are in {folder}.")
-    if counts.missing_media:
-        start = "Paths start here; --media_root FOLDER lets them start elsewhere." if media_root is None else ""
-        notes.append(f"Missing media, for example {counts.missing_media[0]}. {start}".rstrip())
+    if files := [path for path in counts.missing_media if not _remote(path)]:
+        start = "start here" if media_root is None else f"were joined to {media_root}"
+        remedy = "--media_root FOLDER names the folder that they start from."
+        notes.append(f"Missing media, for example {files[0]}. Relative paths {start}: {remedy}")
+    if urls := [*filter(_remote, counts.missing_media)]:
+        notes.append(f"URLs, for example {urls[0]}: nothing is fetched here, download them and write their paths.")
     makes = f"`trl-vpo generate {'lpoi' if fmt == 'lpoi' else 'METHOD'} --dataset_name {target}`"
     if FORMATS[fmt].makes == "held-out rows":
         notes.append(f"These are held-out rows: `trl-vpo evaluate --data {target}` measures a model on them.")
@@ -299,6 +302,10 @@ def _path(source: str | dict) -> str:
 
 
 def _exists(path: str) -> bool:
-    """Return True for a local file or folder of frames, and for URLs of other schemes, which are not looked up."""
-    url = urlsplit(path) if "://" in path else None
-    return os.path.exists(path) if url is None else url.scheme != "file" or os.path.exists(unquote(url.path))
+    """Return True for a local file or folder of frames."""
+    return not _remote(path) and os.path.exists(unquote(urlsplit(path).path) if "://" in path else path)
+
+
+def _remote(path: str) -> bool:
+    """Return True for a URL whose media would have to be fetched, which nothing here does."""
+    return "://" in path and urlsplit(path).scheme != "file"
