@@ -161,6 +161,18 @@ def test_mmpr_meta_names_the_annotations(tmp_path, place, monkeypatch):
     assert rows == [(f"{name}-{n}", [str(tmp_path / f"MMPR/images/{name}/1.png")]) for name in meta for n in (1, 2)]
     with pytest.raises(ImportFormatError, match=r"ocr\.jsonl: input and output are the same file"):
         convert("mmpr", path, tmp_path / "MMPR/annotations/ocr.jsonl", **options)
+    meta["vqa"]["repeat_time"] = 2
+    path = tmp_path / "MMPR/meta.json"
+    path.write_text(json.dumps(meta))
+    ids = [row["id"] for row in import_rows("mmpr", path, media_root=tmp_path)]
+    assert ids == ["vqa-1", "vqa-2", "vqa-1.2", "vqa-2.2", "ocr-1", "ocr-2"]
+    for times in (0.5, 1.5, 0, "2", None):
+        path.write_text(json.dumps(meta | {"vqa": meta["vqa"] | {"repeat_time": times}}))
+        with pytest.raises(
+            ImportFormatError, match=f"meta.json: `repeat_time` of `vqa` is {times!r}. Write how often"
+        ):
+            list(import_rows("mmpr", path, media_root=tmp_path))
+    path.write_text(json.dumps(meta))
     (tmp_path / "MMPR/annotations/ocr.jsonl").unlink()
     with pytest.raises(ImportFormatError, match=r"`ocr` names MMPR/annotations/ocr\.jsonl, which is not in "):
         list(import_rows("mmpr", path, **options))

@@ -162,7 +162,8 @@ def _left_to_do(fmt: str, counts: ImportCounts, target: Path, media_root, folder
 def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
     """Return the files to read, each with its media root. Raises ImportFormatError.
 
-    It is the file itself, all files of a folder that the format takes, or all that a meta.json of MMPR names.
+    It is the file itself, all files of a folder that the format takes, or all that a meta.json of MMPR names, each as
+    often as its `repeat_time` says.
     """
     if fmt not in FORMATS:
         raise ImportFormatError(f"unknown format {fmt!r}. Formats: {', '.join(FORMATS)}.")
@@ -190,7 +191,13 @@ def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
                 f"{path}: `{name}` names {part['annotation']}, which is not in {' or '.join(map(str, bases))}. Unpack "
                 "the annotations, and name the folder where these paths start as media_root."
             )
-        files.append((base / part["annotation"], base / part["root"]))
+        times = part.get("repeat_time", 1)
+        if not isinstance(times, (int, float)) or times < 1 or times % 1:
+            raise ImportFormatError(
+                f"{path}: `repeat_time` of `{name}` is {times!r}. Write how often its rows are taken, a whole number; "
+                "for a part of them, write that part into a file of its own."
+            )
+        files += [(base / part["annotation"], base / part["root"])] * int(times)
     return files
 
 
@@ -220,6 +227,7 @@ def read_rows(
 ) -> Iterator[tuple[object, list[dict] | ImportFormatError]]:
     """Give (record, rows or error) for each record of the files. Embedded media are written to `folder`."""
     seen: dict[str, int] = {}
+    unique = FORMATS[fmt].makes != "pairs" or len(files) > len(set(files))  # a run tells its inputs apart by their ids
     for path, media_root in files:
         beside = FORMATS[fmt].beside(path)
         for place, (kind, number, raw) in enumerate(read_records(path, FORMATS[fmt].keyed)):
@@ -236,7 +244,7 @@ def read_rows(
                 continue
             for n, row in enumerate(rows, 1):
                 row["id"] = row["id"] or f"{path.stem}-{number}" + (f"-{n}" if len(rows) > 1 else "")
-                if FORMATS[fmt].makes != "pairs":  # a run tells its inputs apart by their ids
+                if unique:
                     row["id"] = _unique(row["id"], seen)
                 _place(row, media_root, folder)
             yield record, rows
