@@ -85,6 +85,11 @@ def test_bad_records_of_benchmarks(tmp_path, fmt, record, message):
             for said in ("AE", "The Answer is B", "A. Dancing", "All of the above", "BOTH", "D", "b", "")
         ),
         (TSH | {"Correct Answer": "CD"}, "the answer 'CD' is not letters of the choices, A, B"),
+        (TSH | {"video": None}, "entry 8: `video` is missing. The record has the fields video, Question, Correct"),
+        ({"Question": "Which?", "Correct Answer": "BA"}, "entry 8: `video` is missing. The record has the fields Q"),
+        ({"y": {"Question": "Which?"}}, r"entry 8: the record has another layout .`Choices` is missing"),
+        ({"y": "Which?"}, "entry 8: .* another layout .a value is not of the kind that is read"),
+        ("Scene change", "entry 8: .* another layout .a value is not of the kind that is read: 'Scene change'"),
         (TSH | {"Correct Answer": "AA"}, "the answer 'AA' is not all right letters, each once"),
     ],
 )

@@ -175,7 +175,7 @@ def test_vidhalluc_has_four_tasks(tmp_path):
     with pytest.raises(ImportFormatError, match="entry 8: the answer 'none' is not letters of the choices, A, B"):
         list(import_rows("vidhalluc", tmp_path / "bad.json"))
     write(tmp_path / "bad.json", {"9": {"Question": "What?"}})
-    with pytest.raises(ImportFormatError, match="entry 9: the record has another layout"):
+    with pytest.raises(ImportFormatError, match="entry 9: `video` is missing"):
         list(import_rows("vidhalluc", tmp_path / "bad.json"))
 
 

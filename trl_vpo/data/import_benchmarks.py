@@ -136,6 +136,8 @@ def _event_hallusion(record: dict) -> list[dict]:
 def _vidhalluc(record: dict) -> list[dict]:
     """Return the rows of one of its four tasks, told by their fields: BQA, MCQ, TSH and STH."""
     key, value = record["key"], record["value"]
+    if not isinstance(value, (dict, list)):
+        raise TypeError(f"{value!r:.80}")
     if isinstance(value, list):  # each question about several clips, right where it is for all of them
         if not all(one["a"] for one in value):
             raise ValueError("a question has no clips with answers in `a`. Fill it in or leave it out.")
@@ -149,9 +151,10 @@ def _vidhalluc(record: dict) -> list[dict]:
         ]  # fmt: skip
     if "Scene change" in value:
         return [held_out("yes_no", SCENES, value["Scene change"], videos=[f"{key}.mp4"], group="sth")]
-    if "video" in value:
-        about = {"videos": [f"{value['video']}.mp4"], "group": "tsh", "ordered": True}
-        return [held_out("letters", value["Question"] + SORT, _letters(value["Correct Answer"], "AB"), **about)]
+    if "video" in value or "Question" in value:
+        about = {"videos": [f"{text(value, 'video')}.mp4"], "group": "tsh", "ordered": True}
+        asked, answer = text(value, "Question"), text(value, "Correct Answer")
+        return [held_out("letters", asked + SORT, _letters(answer, "AB"), **about)]
     lines = (
         " Please select the correct answer (one or more options), only return your answer(s). (e.g., ABCD)\nChoices:"
     )
@@ -223,11 +226,13 @@ def _strictly(read: Callable, given: dict | Path) -> Any:
     try:
         return read(given)
     except LAYOUT as error:
+        lost = isinstance(error, KeyError)
+        reason = f"`{error.args[0]}` is missing" if lost else f"a value is not of the kind that is read: {error}"
         if isinstance(given, Path):
             raise ImportFormatError(
-                f"{given}: what lies beside it has another layout ({error!r}). Put the authors' files there."
+                f"{given}: what lies beside it has another layout ({reason}). Put the authors' files there."
             ) from error
-        raise ValueError(f"the record has another layout ({error!r}). Name the authors' file as it is.") from error
+        raise ValueError(f"the record has another layout ({reason}). Name the authors' file as it is.") from error
 
 
 def _held_out(
