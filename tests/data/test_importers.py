@@ -5,7 +5,7 @@ import json
 
 import pytest
 from datasets import load_dataset
-from import_records import FACTORY, HOUND, LPOI, PAIRS, import_rows
+from import_records import FACTORY, HOUND, LPOI, PAIRS, RLHF_V, import_rows
 
 from trl_vpo.data.importers import convert
 from trl_vpo.data.rows import read_row
@@ -103,6 +103,8 @@ def test_convert_counts(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out.jsonl"]
 
 
+    counts = convert("rlaif-v", write(source, RLHF_V), tmp_path / "out.jsonl")
+    assert counts.ignored_fields == ["ds_name", "origin_split"]  # the texts came from `text`
 def test_file_urls_are_looked_up(tmp_path):
     (tmp_path / "a b.jpg").touch()
     url = (tmp_path / "a b.jpg").as_uri()

@@ -259,7 +259,7 @@ FORMATS = {
     ),
     "rlaif-v": layout(
         _rlhf_v,
-        "question chosen rejected image|image_path; idx origin_dataset",
+        "question chosen rejected image|image_path; idx origin_dataset text",
         "RLAIF-V, openbmb/RLAIF-V-Dataset",
         "question chosen rejected image ds_name",
         "question chosen rejected image_path ds_name",
@@ -272,7 +272,7 @@ FORMATS = {
     ),
     "elv-halluc-dpo": layout(
         _elv_halluc_dpo,
-        "video|videos prompt|question|messages|conversations chosen rejected|rejected_response; id",
+        "video|videos prompt|question|messages|conversations chosen rejected|rejected_response; system id",
         "ELV-Halluc, hlsv02/ELV-Halluc, data/dpo_data.jsonl",
     ),
     "symmpo": layout(
