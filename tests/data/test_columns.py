@@ -35,6 +35,26 @@ LAYOUTS = [
     ({"text": "{}", "image": "a.png", "ds_name": "x"}, "has no `chosen`.*`ds_name`, `text` are not.*import rlhf-v"),
     ({"question": "What?", "chosen": "A", "rejected": "B", "image": "a.png", "ds_name": "x"}, "import rlaif-v IN"),
     (
+        {"question": "?", "answer": "A", "videos": ["a.mp4"], "id": "1", "source": "llava-hound-qa"},
+        "has no `chosen`.*`trl-vpo generate` makes pairs of such rows",
+    ),
+    ({"task": "yes_no", "question": "?", "answer": "yes", "image": "a.png"}, "held-out row: `trl-vpo evaluate --data"),
+    ({"question_id": 1, "image": "a.png", "text": "?", "label": "yes"}, "It looks like pope's .*`trl-vpo evaluate`"),
+    ({"id": 1, "image": "a.png", "query": "Is it?"}, "import amber IN OUT` writes rows for `trl-vpo evaluate`"),
+    ({"id": 1, "image": "a.png", "query": "?", "chosen": "A"}, "has no `rejected`.*`query` are not read. Rename"),
+    (
+        {"set_id": 3, "figure_id": 1, "question_id": 0, "visual_input": 1, "question": "?", "gt_answer": 1},
+        "import hallusionbench IN",
+    ),
+    ({"video": "a.mp4", "question": "?", "candidates": ["A", "B"], "answer": "A"}, "import tvbench IN"),
+    ({"videoID": "a", "question": "?", "options": ["A. x", "B. y"], "answer": "A"}, "import video-mme IN"),
+    ({"question": "?", "gt_answer": "A", "image_src": "a", "image_content": ["A"]}, "import mmhal-bench IN"),
+    ({"id": "entire_1", "questions": [{}]}, "import eventhallusion IN"),
+    (
+        {"video": "a", "question": "?", "ref_answer": "Yes", "caption_type": "in_video"},
+        "import elv-halluc IN",
+    ),
+    (
         {"prompt": "What?", "messages": [], "chosen": message("user", "What?"), "rejected": message("user", "What?")},
         "mixes strings and message lists.*leave `prompt` out",
     ),

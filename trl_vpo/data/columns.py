@@ -40,14 +40,22 @@ def another_layout(example: dict) -> str:
     """Say what to do with a row that lacks the columns of the contract: which are not read, and who reads them."""
     filled = {name for name, value in example.items() if value is not None}
     unread = sorted(filled - {*COLUMNS, ROW_INDEX, REF_SUMS})
-    known = next((fmt for fmt, layout in FORMATS.items() if any(marks <= filled for marks in layout.marks)), None)
-    if known and FORMATS[known].makes == "questions":
-        remedy = (
-            "It looks like a question with its answer, and no pair: `trl-vpo generate` makes pairs of rows with "
-            f"`question` and `answer`, which `trl-vpo import {known} IN OUT` writes."
-        )
+    unpaired = not filled & {"chosen", "rejected"}
+    kinds = ("pairs", "questions", "held-out rows") if unpaired else ("pairs",)
+    layouts = [(name, layout) for name, layout in FORMATS.items() if layout.makes in kinds]
+    marked = {marks: name for name, layout in layouts for marks in layout.marks if marks <= filled}
+    known = marked[max(marked, key=len)] if marked else None  # the marks of one may be among another's
+    makes = FORMATS[known].makes if known else None
+    question = "It looks like a question with its answer, and no pair: `trl-vpo generate` makes pairs of"
+    if {"task", "question"} <= filled:
+        remedy = "It looks like a held-out row: `trl-vpo evaluate --data FILE` measures a model on it."
+    elif makes == "questions":
+        remedy = f"{question} rows with `question` and `answer`, which `trl-vpo import {known} IN OUT` writes."
     elif known:
-        remedy = f"It looks like {known}'s layout: `trl-vpo import {known} IN OUT` writes the rows that are read here."
+        rows = "rows for `trl-vpo evaluate`" if makes == "held-out rows" else "the rows that are read here"
+        remedy = f"It looks like {known}'s layout: `trl-vpo import {known} IN OUT` writes {rows}."
+    elif unpaired and {"question", "answer"} <= filled:
+        remedy = f"{question} such rows."
     else:
         remedy = (
             "Rename columns, or write rows with `prompt` (what is asked), `chosen` (the better response), `rejected` "

@@ -236,39 +236,45 @@ def _strictly(read: Callable, given: dict | Path) -> Any:
 
 
 def _held_out(
-    read: Callable, fields: str, published: str, *, beside: Callable[[Path], dict] = named, **options: Any
+    read: Callable, fields: str, published: str, *marks: str, beside: Callable[[Path], dict] = named, **options: Any
 ) -> Format:
     """Return a benchmark's format."""
     options |= {"makes": "held-out rows", "beside": partial(_strictly, beside)}
-    return layout(partial(_strictly, read), fields, published, **options)
+    return layout(partial(_strictly, read), fields, published, *marks, **options)
 
 
 BENCHMARKS: dict[str, Format] = {
-    "pope": _held_out(_pope, "text label image", "POPE, RUCAIBox/POPE, output/coco", folder="*_pope_*.json"),
+    "pope": _held_out(
+        _pope, "text label image", "POPE, RUCAIBox/POPE, output/coco", "text label image", folder="*_pope_*.json"
+    ),
     "amber": _held_out(
-        _amber, "id query image", "AMBER, junyangwang0410/AMBER, data/query", beside=amber_truth
+        _amber, "id query image", "AMBER, junyangwang0410/AMBER, data/query", "id query image",
+        beside=amber_truth, folder="query_discriminative.json",
     ),
     "hallusionbench": _held_out(
         _hallusion,
         "category subcategory set_id figure_id question_id visual_input question gt_answer filename",
         "HallusionBench, tianyi-lab, HallusionBench.json",
+        "set_id figure_id question_id visual_input gt_answer",
     ),
     "tvbench": _held_out(
-        _tvbench, "question candidates answer video; start end", "TVBench, FunAILab/TVBench, json/", folder="*.json"
+        _tvbench, "question candidates answer video; start end", "TVBench, FunAILab/TVBench, json/",
+        "question candidates answer video", folder="*.json",
     ),
     "eventhallusion": _held_out(
         _event_hallusion, "id questions", "EventHallusion, Stevetich/EventHallusion, questions/",
-        folder="*_questions.json",
+        "id questions", folder="*_questions.json",
     ),
     "vidhalluc": _held_out(
         _vidhalluc, "key value", "VidHalluc, Vid-Halluc/VidHalluc: one JSON of each task", keyed=True, folder="*.json"
     ),
     "elv-halluc": _held_out(
         _elv_halluc, "video question ref_answer caption_type; aspect",
-        "ELV-Halluc, hlsv02/ELV-Halluc, data/ELV_Halluc.jsonl", beside=clips,
+        "ELV-Halluc, hlsv02/ELV-Halluc, data/ELV_Halluc.jsonl", "question ref_answer caption_type", beside=clips,
     ),
     "video-mme": _held_out(
-        _video_mme, "videoID question options answer; question_id duration", "Video-MME, lmms-lab/Video-MME, .parquet"
+        _video_mme, "videoID question options answer; question_id duration", "Video-MME, lmms-lab/Video-MME, .parquet",
+        "videoID question options answer", folder="*.parquet",
     ),
     "video-mme-subtitles": _held_out(
         partial(_video_mme, subtitles=True),
@@ -278,7 +284,7 @@ BENCHMARKS: dict[str, Format] = {
     ),
     "mmhal-bench": _held_out(
         _mmhal, "question gt_answer image|image_src; image_content question_type",
-        "MMHal-Bench, Shengcao1006/MMHal-Bench",
+        "MMHal-Bench, Shengcao1006/MMHal-Bench", "question gt_answer image_content",
     ),
     "object-halbench": _held_out(
         _object_halbench,
