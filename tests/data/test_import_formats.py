@@ -258,7 +258,7 @@ IMAGE_OF_GPT = {"from": "gpt", "value": "<image>"}
         ("rrpo", {"pred_masked": None}, "`pred_masked`: `pred_masked` is missing"),
         ("rrpo", {"pred": RRPO["answer"]}, "identical"),
         ("rrpo", {"question": "<image><image> two?"}, r"2 video placeholder\(s\), but the row has 1"),
-        ("rrpo", {"answer": "\ud83d", "answer_masked": None, "pred_masked": None}, "surrogates not allowed"),
+        ("rrpo", {"answer": "\ud83d", "answer_masked": None, "pred_masked": None}, r"half a surrogate pair .\\ud83d"),
         ("lpoi", {"img_path": ""}, "`img_path` is empty"),
         ("lpoi", {"prompt": "<video> What?"}, r"0 image placeholder\(s\), but the row has 1"),
         ("lpoi", {"chosen": "see <image>"}, r"stands in a text that is not the user's .chosen"),

@@ -73,9 +73,11 @@ def test_unreadable_input(tmp_path, fmt, name, text, message):
         ("lpoi", b"PK\3\4", "line 1: it begins as an archive"),
         ("vidhalluc", b"PK\3\4", "it begins as an archive .zip or gzip.. Unpack it"),
         ("lpoi", gzip.compress(b"[]"), "line 1: it begins as an archive"),
+        ("lpoi", '{"id": "é"}\n'.encode("utf-16"), "line 1: it is written in utf-16, .* `iconv -f utf-16 -t utf-8`"),
+        ("vidhalluc", '{"id": 1}'.encode("utf-16-le"), "it is written in utf-16le, .* `iconv -f utf-16le -t"),
     ],
 )
-def test_an_archive_is_not_said_to_be_latin_1(tmp_path, fmt, content, message):
+def test_other_files_are_not_said_to_be_latin_1(tmp_path, fmt, content, message):
     (tmp_path / "in.json").write_bytes(content + b"\xff")
     with pytest.raises(ImportFormatError, match=message):
         list(import_rows(fmt, tmp_path / "in.json"))
@@ -101,10 +103,10 @@ def test_convert_counts(tmp_path):
     assert "红色的车 🚗" in text
     assert [json.loads(line)["id"] for line in text.splitlines()] == ["v_1", "v_2", "v_3"]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out.jsonl"]
-
-
     counts = convert("rlaif-v", write(source, RLHF_V), tmp_path / "out.jsonl")
     assert counts.ignored_fields == ["ds_name", "origin_split"]  # the texts came from `text`
+
+
 def test_file_urls_are_looked_up(tmp_path):
     (tmp_path / "a b.jpg").touch()
     url = (tmp_path / "a b.jpg").as_uri()

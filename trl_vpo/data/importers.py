@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from trl_vpo.data.import_benchmarks import PLACE, SILENT
 from trl_vpo.data.import_formats import FORMATS, MASKED_COPIES, read_record
 from trl_vpo.data.inputs import portable
-from trl_vpo.data.json_files import load_packed, parse_record
+from trl_vpo.data.json_files import check_text, load_packed, parse_record
 from trl_vpo.data.messages import OTHER, REJECTED
 from trl_vpo.data.record_files import read_records
 from trl_vpo.errors import DatasetError, ImportFormatError
@@ -236,8 +236,7 @@ def read_rows(
             try:
                 record = parse_record(raw)
                 rows = read_record(fmt, record | beside | ({PLACE: place} if beside else {}))
-                # half a surrogate pair is in JSON, but in no text
-                json.dumps(rows, ensure_ascii=False, default=lambda data: "").encode()
+                check_text(json.dumps(rows, ensure_ascii=False, default=lambda data: ""))
             except ValueError as error:
                 record = raw.decode("utf-8", "replace").strip() if isinstance(record, bytes) else record
                 yield record, ImportFormatError(f"{where}: {error}")

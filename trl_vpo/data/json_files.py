@@ -136,6 +136,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 def _decode(raw: bytes) -> str:
     if raw.startswith((b"PK\3\4", b"\x1f\x8b")):
         raise ValueError("it begins as an archive (zip or gzip). Unpack it, or end the name of a gzip file in .gz.")
+    if (code := json.detect_encoding(raw)) and not code.startswith("utf-8"):
+        name = code.replace("-l", "l").replace("-b", "b")
+        raise ValueError(f"it is written in {name}, not in UTF-8. Save the file as UTF-8: `iconv -f {name} -t utf-8`.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -146,14 +149,19 @@ def _decode(raw: bytes) -> str:
         ) from error
 
 
+def check_text(text: str) -> None:
+    """Raise ValueError for half a surrogate pair, which JSON may hold and no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):x} behind {text[: error.start][-40:]!r}"
+        raise ValueError(f"holds half a surrogate pair ({half}). Take it out.") from None
+
+
 def _kind(value: Any) -> Any:
     """Return None for null, a name for a plain value, a list of one kind, a dict of kinds, or `MIXED`."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            half = f"\\u{ord(value[error.start]):x}"
-            raise ValueError(f"holds half a surrogate pair ({half}). Take it out.") from None
+        check_text(value)
         return "string"
     if isinstance(value, dict):
         kinds = {key: _kind(item) for key, item in value.items()}
