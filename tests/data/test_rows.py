@@ -154,6 +154,8 @@ def image(prompt=None, **more):
 
 TWO, QUESTION = message("user", "<video>", "<video>", "Compare."), message("user", "What?")
 BRIEF = message("system", "Be brief.") + message("user", " ")
+A, B = message("user", "A") + message("assistant", "a"), message("user", "B") + message("assistant", "b")
+UNLIKE = "has no `prompt`, and the turns of `chosen` and `rejected` differ before the response: .*'A'.* and .*'B'"
 PART = {"role": "assistant", "content": [{"type": "text", "content": "a car"}]}
 SAID_BY_NOBODY = "rejected response is empty, of characters that show nothing"
 ANYBODY = [  # a row that no method takes, and what it is refused for
@@ -170,6 +172,9 @@ ANYBODY = [  # a row that no method takes, and what it is refused for
     (ask([]), "has an empty prompt: the last message .user. says"),
     (row(None) | {"prompt": BRIEF}, "has an empty prompt: the last"),
     (row(None) | {"rejected": None}, "has no `rejected`"),
+    ({"chosen": A, "rejected": B}, UNLIKE),
+    ({"chosen": BRIEF[:1] + A, "rejected": BRIEF[:1] + B}, UNLIKE),
+    ({"chosen": A[1:], "rejected": B[1:]}, "has no `prompt`. Rename columns"),
     ({"chosen": "", "rejected": "b"}, "has no `prompt` and an empty response"),
     (row(None) | {"prompt": "What?"}, "mixes strings and message lists"),
     (row(None) | {"chosen": message("user", "hm")}, "a message that is not the assistant's"),

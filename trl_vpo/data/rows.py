@@ -195,6 +195,13 @@ def _implicit_prompt(texts: dict, example: dict) -> dict:
     from trl import extract_prompt
 
     texts = extract_prompt(texts)
+    unlike = [texts[side][0] for side in SIDES if texts[side] and isinstance(texts[side], list)]
+    if unlike[:1] != unlike[1:] and any(message["role"] not in ("assistant", "tool") for message in unlike):
+        shown = " and ".join(f"{message!r:.120}" for message in unlike)
+        raise RowError(
+            f"has no `prompt`, and the turns of `chosen` and `rejected` differ before the response: {shown}. Let both "
+            "begin with the same prompt, or drop the row."
+        )
     asks = [name for name in ASKING if example.get(name)]
     if not texts["prompt"] or (asks and isinstance(texts["prompt"], str)):
         raise RowError(f"has no `prompt`. {another_layout(example)}")
