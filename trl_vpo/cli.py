@@ -283,7 +283,7 @@ def _add_import(commands) -> None:
     parser = _add(commands, "import", import_data, text, epilog=examples.IMPORT_EXAMPLE)
     parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
     parser.add_argument(
-        "source", metavar="IN", type=Path, help="a .json, .jsonl or .parquet file; of benchmarks also a folder"
+        "source", metavar="IN", type=Path, help="a .json, .jsonl or .parquet file; of some benchmarks also a folder"
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="the .jsonl file to write")
     shown = "show every format with its fields, and exit"

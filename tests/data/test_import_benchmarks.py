@@ -84,6 +84,7 @@ def test_amber_takes_its_answers_from_the_annotations(tmp_path):
         yes_no(str(i), "Is the sky sunny?", answer, images=["AMBER_1.jpg"], group=group)
         for i, (_, answer, group) in AMBER_TYPES.items()
     ]
+    assert imported("amber", path.parent) == imported("amber", path)  # its folder has other queries, too
     write(tmp_path / "data/annotations.json", [one | {"id": str(one["id"])} for one in truth])
     assert [row["answer"] for row in imported("amber", path)] == [answer for _, answer, _ in AMBER_TYPES.values()]
     write(path, [{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}])

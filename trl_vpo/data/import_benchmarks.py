@@ -266,7 +266,9 @@ BENCHMARKS: dict[str, Format] = {
         "id questions", folder="*_questions.json",
     ),
     "vidhalluc": _held_out(
-        _vidhalluc, "key value", "VidHalluc, Vid-Halluc/VidHalluc: one JSON of each task", keyed=True, folder="*.json"
+        _vidhalluc, "key value",
+        "VidHalluc, Vid-Halluc/VidHalluc: JSON of each task, clips together",
+        keyed=True, folder="*.json",
     ),
     "elv-halluc": _held_out(
         _elv_halluc, "video question ref_answer caption_type; aspect",
@@ -280,7 +282,7 @@ BENCHMARKS: dict[str, Format] = {
         partial(_video_mme, subtitles=True),
         "videoID question options answer; question_id duration",
         "the same with subtitle/*.srt in the prompts",
-        beside=subtitle_folder,
+        beside=subtitle_folder, folder="*.parquet",
     ),
     "mmhal-bench": _held_out(
         _mmhal, "question gt_answer image|image_src; image_content question_type",

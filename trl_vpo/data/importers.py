@@ -176,7 +176,7 @@ def import_files(fmt: str, path: Path, media_root) -> list[tuple[Path, Any]]:
             return [(file, media_root) for file in files]
         raise ImportFormatError(f"{path}: no {pattern} lies in this folder. Name the folder that has them, or a file.")
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
+        what = f"a folder, of which {fmt} reads one file" if path.is_dir() else "no such file"
         raise ImportFormatError(f"{path}: {what}. Name a .json, .jsonl or .parquet file.")
     parts = _meta(path) if fmt == "mmpr" and _unpacked(path).endswith("meta.json") else None
     if parts is None:
