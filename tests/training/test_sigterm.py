@@ -51,6 +51,21 @@ def test_workers_outlive_the_signal_and_end_with_their_loader(context):
     del items
 
 
+def test_signals_come_also_while_python_exits():
+    code = (
+        "import os, signal\n"
+        "from trl_vpo.training.sigterm import StopRequest\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.SIGTERM):\n"
+        "        kill(own, number)\n"
+        "late, request = Late(), StopRequest()\n"
+        "request.listen()\n"
+        "request.ignore()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code.replace("ignore", "forget")], timeout=120).returncode == -15
+
+
 def test_a_process_that_exits_ends_its_workers():
     """Also where the loader is still in use, and the workers are past being asked."""
     code = (

@@ -90,8 +90,7 @@ def train(
         # Another `train` would take one more step: transformers looks at the number of steps after each one.
         result = trainer._finalize_training(None, 0, time.time())
     finally:
-        if not callback.stopped:  # then the process ends anyway, and the signals are often sent again
-            callback.request.forget()
+        callback.request.ignore() if callback.stopped else callback.request.forget()
     if callback.stopped:
         trainer.accelerator.wait_for_everyone()  # a launcher gives the others little time once one has ended
         print_main(

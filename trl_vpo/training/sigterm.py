@@ -67,6 +67,11 @@ class StopRequest:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def ignore(self) -> None:
+        """Let the signals do nothing while the process ends: they are often sent again, and Python drops handlers."""
+        for number in self._handlers:
+            signal.signal(number, signal.SIG_IGN)
+
 
 # --- processes that load data ---------------------------------------------------------------------------------------
 
