@@ -30,7 +30,9 @@ def lpoi_loss(
         rejected_logratios: (B,) log-ratios of y_l on the first image.
         beta: scale of the scores.
         image_mask: (B, N) true where a row has an image; the true entries come first. None: all N.
-        list_weight, dpo_weight, anchor_weight: weights of the three parts, 1 in the paper.
+        list_weight: weight of the ranking, 1 in the paper.
+        dpo_weight: weight of the pair, 1 in the paper.
+        anchor_weight: weight of the anchor, 1 in the paper.
 
     Raises:
         ValueError: if a row has fewer than two images, or a gap in its list.

@@ -233,7 +233,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def concatenated_forward(self, model, batch: dict, reference: Scores | None = None) -> Scores:
+    def concatenated_forward(self, model: torch.nn.Module, batch: dict, reference: Scores | None = None) -> Scores:
         """Score all branches of a tree batch.
 
         Args:
