@@ -63,6 +63,7 @@ CASES = {
     "dpo-separate": {"method": "dpo", "layout": "separate"},
     "seven rows": {"method": "leanpo", "rows": 7},  # the last micro-batch of rank 1 has one row
     "changed loss": {"method": "changed"},
+    "a stream of three files": {"method": "dpo", "layout": "shared", "shards": 3},
     "vision trained": {"method": "rrpo", "peft_config": lora(target_modules="all"),
                        "vision_learning_rate": 0.5, "projector_learning_rate": 0.25},
     "unlike clips": {"method": "dpo", "name": "LLaVA-NeXT-Video", "kind": "unlike", "layout": "shared"},
@@ -223,6 +224,7 @@ def run_case(
     four_bits=False,
     scale=0.05,
     measures=False,
+    shards=None,
     **more,
 ):
     """The log of the step, the metrics of the evaluation, gradients and saved adapter by name, layout and wrapper."""
@@ -239,6 +241,7 @@ def run_case(
             options["parallelism_config"] = ParallelismConfig(sp_size=sp_size)
         model, processor = copy.deepcopy(four_bit_model()) if four_bits else (None, None)
         options = {"model": model, "processor": processor, "peft_config": lora(), "peft": None, **options}
+        data = Dataset.from_list(data).to_iterable_dataset(num_shards=shards) if shards else data
         trainer = trainer_of(method, folder, data, name=name, **options)
         if four_bits:  # DPOTrainer made their LoRA bfloat16, which is too coarse to compare sums
             for weight in trainable(trainer.model).values():

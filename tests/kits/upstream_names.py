@@ -195,6 +195,7 @@ SOURCES = [
         ['f"DataLoader worker (pid(s) {pids_str}) exited unexpectedly"'],
         f"`train` in {RESUME}",
     ),
+    ("accelerate.data_loader.prepare_data_loader", ["and new_dataset.n_shards >= num_processes"], GROUPS),
     (
         "accelerate.data_loader.prepare_data_loader",
         ["if isinstance(sampler, RandomSampler) and use_seedable_sampler:"],

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
+from datasets import IterableDataset
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import TrainingArguments
 from trl import DPOTrainer
@@ -63,11 +64,16 @@ class RowGroups:
 
     @contextlib.contextmanager
     def share_rows(self) -> Iterator[None]:
-        """Let accelerate prepare data loaders that give the processes of a group the same batches."""
+        """Let accelerate prepare data loaders that give the processes of a group the same batches.
+
+        Of a stream it would give each process some of the files: other batches than one process has, and where the
+        files are not equal, one process waits for ever. So it does not learn of them, and deals out rows.
+        """
         before = self._state.device_mesh
         self._state.device_mesh = self._mesh or before
         try:
-            yield
+            with patch.object(IterableDataset, "n_shards", 1):
+                yield
         finally:
             self._state.device_mesh = before
 
