@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from families import build
+from families_tiles import TILES
 from helpers import write_clip
 from local_kit import GREEDY, asked, load, questions
 from PIL import Image
 
 from trl_vpo.errors import ModelError
+from trl_vpo.forward.parts import part_of
 from trl_vpo.forward.tree import Trunk
 from trl_vpo.media.load import VideoOptions, load_video
 from trl_vpo.models.local import LocalModel, SeededSampling
@@ -251,3 +253,13 @@ def test_an_image_that_the_processor_refuses_is_a_failure():
     refused, fine = LocalModel(model, processor).answer(requests, Sampling(max_new_tokens=2))
     assert isinstance(refused, Failure) and "Qwen3VLProcessor refuses its prompt and media" in refused.reason
     assert isinstance(fine, str) or fine.reason.startswith("cut off")
+
+
+def test_a_tower_answers_in_both_directions_as_trained():
+    """transformers marks the attention of Phi-4-multimodal's tower as causal, which it was not trained with."""
+    model, processor = TILES["Phi-4-multimodal"].build()
+    tower = [module for name, module in model.named_modules() if part_of(name) == "vision"]
+    marked = [module for module in tower if hasattr(module, "is_causal")]
+    assert marked and all(module.is_causal for module in marked)
+    LocalModel(model, processor)
+    assert not any(module.is_causal for module in marked)

@@ -18,6 +18,7 @@ from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import Row, place_media
 from trl_vpo.errors import ModelError, RowError
 from trl_vpo.forward.families import merge_media
+from trl_vpo.forward.tower import clear_causal_flags
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.models.requests import Answer, AnsweringModel, Request, Sampling
 from trl_vpo.text.responses import Failure, opens_thoughts, unusable, without_reasoning
@@ -88,6 +89,7 @@ class LocalModel(AnsweringModel):
                 "chat (instruct) version."
             )
         self.model = model.eval()
+        clear_causal_flags(model)  # before it answers, not only where it scores
         self.processor = processor
         self.batch_size = batch_size
         # Not all models bring pixels into their own dtype.
