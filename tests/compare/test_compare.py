@@ -145,11 +145,11 @@ def test_a_finished_training_of_other_settings_is_refused(world, tmp_path):
     record = {"method": "dpo", "recipe": yaml.safe_load((world / "dpo.yaml").read_text()) | {"output_dir": "x"}}
     (tmp_path / "dpo/run.json").write_text(json.dumps(record))
     assert check_plan(read_plan(configs, held_out, str(tmp_path), ["--save_steps", "1"])) == {"dpo"}
-    with pytest.raises(RecipeError, match=r"other settings .*\n  beta: was None, is 0.3\n"):
+    with pytest.raises(RecipeError, match=r"other settings:\n  beta: was its default, is 0.3\n"):
         check_plan(read_plan(configs, held_out, str(tmp_path), ["--beta", "0.3"]))
     record["contents"] = {"dataset_name": "that of other rows"}
     (tmp_path / "dpo/run.json").write_text(json.dumps(record))
-    with pytest.raises(RecipeError, match=r"other settings .*\n  dataset_name: .*train.jsonl has changed since\n"):
+    with pytest.raises(RecipeError, match=r"other settings:\n  dataset_name: .*train.jsonl has changed since\n"):
         check_plan(read_plan(configs, held_out, str(tmp_path), []))
     (tmp_path / "dpo/run.json").write_text("[1]")
     with pytest.raises(RecipeError, match=r"dpo/run\.json: it holds no JSON object\. Delete the folder"):

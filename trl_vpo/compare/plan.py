@@ -232,13 +232,14 @@ def _is_finished(folder: Path, method: str, given: dict[str, Any]) -> bool:
     now = json.loads(json.dumps(scrub(given), default=str))
     old, new = ({"method": m} | fixed_recipe(k) for m, k in ((record.get("method"), record["recipe"]), (method, now)))
     changed = sorted(key for key in {*old, *new} - {"use_cpu"} if old.get(key) != new.get(key))
-    lines = [f"\n  {key}: was {old.get(key)!r}, is {new.get(key)!r}" for key in changed]
+    values = ((key, *(repr(keys[key]) if key in keys else "its default" for keys in (old, new))) for key in changed)
+    lines = [f"\n  {key}: was {before}, is {after}" for key, before, after in values]
     if was := record.get("contents"):
         is_now = contents(given, model_files(given["model_name_or_path"], given.get("model_revision")))
         lines += [f"\n  {key}: {given.get(key)} has changed since" for key in was if was[key] != is_now.get(key)]
     if lines:
         raise RecipeError(
-            f"{folder} was trained with other settings (None: the default):{''.join(lines)}\nName another --out, or "
-            "delete the folder to train it again."
+            f"{folder} was trained with other settings:{''.join(lines)}\nName another --out, or delete the folder to "
+            "train it again."
         )
     return True
