@@ -120,6 +120,25 @@ def test_a_merged_model_is_complete(tmp_path):
     assert "PeftModel" not in card and "base_model:" not in card  # the base is a folder, no model of the Hub
 
 
+def test_a_merged_model_says_how_it_was_trained(tmp_path, monkeypatch):
+    """`trl-vpo evaluate` samples its videos by that. The results of the end are not those of a checkpoint."""
+    adapter, base = tmp_path / "dpo/checkpoint-2", str(Path(BASE).absolute())
+    shutil.copytree(trained("lora").folder, adapter, ignore=shutil.ignore_patterns("run.json", "checkpoint-*"))
+    run = {"method": "dpo", "recipe": {"num_frames": 8, "max_pixels": 900}, "seed": 3, "steps": 4, "metrics": {}}
+    (tmp_path / "dpo/run.json").write_text(json.dumps(run))
+    monkeypatch.chdir(tmp_path)
+    merge(Path("dpo/checkpoint-2"), Path("m/dpo"), base=base)
+    assert json.loads(Path("m/dpo/run.json").read_text()) == {
+        "method": "dpo", "recipe": run["recipe"], "seed": 3,
+        "merged": {"adapter": "dpo/checkpoint-2", "base": base},
+    }  # fmt: skip
+    card = Path("m/dpo/README.md").read_text()
+    assert card.count('from_pretrained("m/dpo"') == 2 and "model_name: dpo" in card
+    (tmp_path / "dpo/run.json").write_text("[1]")
+    with pytest.raises(AdapterError, match=r"dpo/run\.json: it holds no JSON object\. Correct the file"):
+        merge(adapter, tmp_path / "again", base=base)
+
+
 def test_the_revision_of_the_base_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     weights = hub_model(tmp_path / "hub", main=1.0, v2=1.5)

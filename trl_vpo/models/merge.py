@@ -1,5 +1,6 @@
 """An adapter merged into its base model: a folder that loads without PEFT."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -17,9 +18,10 @@ from trl_vpo.errors import AdapterError, as_user_errors
 from trl_vpo.files import read_object
 from trl_vpo.models.attach import attach_adapter
 from trl_vpo.models.load import DTYPES
-from trl_vpo.models.source import check_model, read_config
+from trl_vpo.models.source import check_model, find_run_json, read_config
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+OF_TRAINING = ("method", "recipe", "recipe_path", "contents", "seed", "video_budget", "versions")  # keys of `run.json`
 CARD = """\
 # {name}
 
@@ -28,8 +30,8 @@ CARD = """\
 ```python
 from transformers import {auto}, AutoProcessor
 
-model = {auto}.from_pretrained("{name}", dtype="auto", device_map="auto")
-processor = AutoProcessor.from_pretrained("{name}")
+model = {auto}.from_pretrained("{where}", dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained("{where}")
 ```
 {training}"""
 
@@ -47,7 +49,8 @@ def merge(
 
     Base and adapter are read from safetensors files. The arithmetic is float32, on the CPU: it takes 4 bytes of memory
     per parameter. The merged model is compared with base and adapter on a text before it is saved. `out` gets weights,
-    config, generation config, processor and model card, all or nothing.
+    config, generation config, processor, model card, and what the adapter's `run.json` says of its training; all or
+    nothing.
 
     Args:
         out: folder to write; it must not exist, or be empty.
@@ -89,14 +92,20 @@ def merge(
         else:
             processor = AutoProcessor.from_pretrained(base, **common)
         model = architecture.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **common)
-    notes = _notes(adapter, named, base)
+    record = _training(adapter)
+    notes = _notes(record, named, base)
     model = _merged(model, adapter, config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=out.parent) as folder:
         whole = Path(folder) / out.name
         model.save_pretrained(whole)
         processor.save_pretrained(whole)
-        _write_card(whole, adapter, base, model, notes)
+        if record:
+            text = json.dumps(
+                record | {"merged": {"adapter": str(adapter), "base": base}}, indent=2, ensure_ascii=False
+            )
+            (whole / "run.json").write_text(text + "\n", encoding="utf-8")
+        _write_card(whole, out, adapter, base, model, notes)
         os.replace(whole, out)  # takes the place of an empty folder, too
     return notes
 
@@ -143,14 +152,20 @@ def _answers(model: Any) -> Tensor:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
 
 
-def _notes(adapter: Path, named: str | None, base: str) -> list[str]:
-    notes = []
+def _training(adapter: Path) -> dict[str, Any]:
+    """Return what `run.json` says of an adapter's training, without the results of its end; {} without one."""
+    path = find_run_json(str(adapter))
+    try:
+        record = read_object(path, "recipe") if path else {}
+    except ValueError as error:
+        raise AdapterError(f"{path}: {error} Correct the file, or move it away.") from error
+    return {key: record[key] for key in OF_TRAINING if key in record}
+
+
+def _notes(record: dict[str, Any], named: str | None, base: str) -> list[str]:
+    notes, recipe = [], record.get("recipe", {})
     if named and Path(named).name != Path(base).name:
         notes.append(f"The adapter names {_shown(named)} as its base; it was merged into {_shown(base)}.")
-    try:
-        recipe = read_object(adapter / "run.json", "recipe")["recipe"]
-    except ValueError:
-        return notes
     return notes + [
         f"The adapter was trained on {bits}-bit weights and is merged into those of full precision, so answers differ "
         "a little from the ones in training."
@@ -159,7 +174,7 @@ def _notes(adapter: Path, named: str | None, base: str) -> list[str]:
     ]
 
 
-def _write_card(folder: Path, adapter: Path, base: str, model: PreTrainedModel, notes: list[str]) -> None:
+def _write_card(folder: Path, out: Path, adapter: Path, base: str, model: PreTrainedModel, notes: list[str]) -> None:
     """Write `README.md`, with the adapter's own sections on its training where it has them."""
     data, training = {}, ""
     if (adapter / "README.md").is_file():
@@ -167,11 +182,10 @@ def _write_card(folder: Path, adapter: Path, base: str, model: PreTrainedModel, 
         data = {key: card.data.get(key) for key in ("pipeline_tag", "datasets", "tags") if card.data.get(key)}
         training = "\n" + card.text[card.text.find("## Training") :] if "## Training" in card.text else ""
     local = Path(base).exists()  # the Hub refuses what is no name of a model on it
-    head = ModelCardData(
-        base_model=None if local else base, library_name="transformers", model_name=folder.name, **data
-    )
+    head = ModelCardData(base_model=None if local else base, library_name="transformers", model_name=out.name, **data)
     text = CARD.format(
-        name=folder.name,
+        name=out.name,
+        where=out.name if out.is_absolute() else out,
         base=f"`{_shown(base)}`" if local else f"[{base}](https://huggingface.co/{base})",
         adapter=adapter.resolve().name,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -24,6 +24,24 @@ def short_name(model: str) -> str:
     return re.split(r"[/\\]", (hub_name(model) or model).rstrip("/\\"))[-1].lower()
 
 
+def find_run_json(name: str, revision: str | None = None) -> Path | None:
+    """Return the `run.json` of a trained model or adapter; None if there is none.
+
+    It lies in its folder, in that of the training of a checkpoint, or on the Hub.
+    """
+    folder = Path(name).absolute()
+    if folder.is_dir():
+        places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+        return next((path for place in places if (path := place / "run.json").exists()), None)
+    from huggingface_hub import hf_hub_download  # not needed to check paths
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(name, "run.json", revision=revision))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+
+
 def check_adapter(name: str, *, key: str, settle: bool = True) -> None:
     """Raise AdapterError for a folder that is no adapter, SourceError for a name that is not on the Hub either."""
     if Path(name).is_dir():
