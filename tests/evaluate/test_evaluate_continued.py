@@ -205,9 +205,10 @@ def trained(folder, **recipe):
     return str(folder)
 
 
-def media_settings(*adapters, **given):
+def media_settings(*adapters, model="m", **given):
     argv = [part for key, value in given.items() for part in (f"--{key}", str(value))]
-    config = parse(["--model", "m", "--data", "d", "--output_dir", "o", "--adapters", *adapters, *argv])
+    argv += ["--adapters", *adapters] if adapters else []
+    config = parse(["--model", model, "--data", "d", "--output_dir", "o", *argv])
     return [config.num_frames, config.fps, config.max_frames, config.max_pixels, config.video_end]
 
 
@@ -235,9 +236,16 @@ def test_a_damaged_record_of_the_training_is_refused(text, why, tmp_path, caplog
 def test_frames_are_those_of_the_adapters_training(tmp_path, caplog, capsys):
     short = trained(tmp_path / "short", num_frames=8, max_pixels=1024)
     assert media_settings(short, num_frames=8)[3] == 1024
-    assert capsys.readouterr().err == "Videos as in the training, by run.json: max_frames 64, max_pixels 1024.\n"
+    assert capsys.readouterr().err == "Videos as in the training, by run.json: max_pixels 1024.\n"
+    assert media_settings(short)[0] == 8
+    assert capsys.readouterr().err == "Videos as in the training, by run.json: num_frames 8, max_pixels 1024.\n"
     fast = trained(tmp_path / "fast", fps=2.0, max_frames=32)
     usual = trained(tmp_path / "usual")
+    assert media_settings(fast, max_frames=64)[1:3] == [2.0, 64]  # the default, but it was given
+    config = tmp_path / "frames.yaml"
+    config.write_text("max_frames: 64")
+    assert media_settings(fast, config=config)[2] == 64
+    caplog.clear()
     window = trained(tmp_path / "window", video_start=1.0, video_end=3.0)
     (tmp_path / "fast/checkpoint-5").mkdir()
     own = trained(tmp_path / "fast/checkpoint-best", num_frames=8)  # an output_dir of this name
@@ -255,7 +263,24 @@ def test_frames_are_those_of_the_adapters_training(tmp_path, caplog, capsys):
     assert media_settings(short, fps=1.0, max_frames=9, max_pixels=512) == [None, 1.0, 9, 512, None]
     assert f"{short} was trained with num_frames 8, and is evaluated with fps 1.0." in caplog.messages
     assert f"{short} was trained with max_pixels 1024, and is evaluated with max_pixels 512." in caplog.messages
-    few = trained(tmp_path / "few", num_frames=8)
+    few = trained(tmp_path / "few", num_frames=8, max_frames=9)  # which does nothing without fps
     with pytest.raises(EvaluateError, match=r"different settings .*few: num_frames 8; .*usual: num_frames 16"):
         media_settings(few, usual)
     assert media_settings(few, usual, num_frames=4)[0] == 4
+
+
+def test_frames_are_those_of_a_model_that_was_trained_whole(tmp_path, caplog, capsys):
+    """Also of a merged one. The training of adapters comes after it."""
+    full, adapter = trained(tmp_path / "full", num_frames=8, max_pixels=900), trained(tmp_path / "dpo", num_frames=4)
+    (tmp_path / "full/checkpoint-2").mkdir()
+    assert media_settings(model=full) == media_settings(model=f"{full}/checkpoint-2") == [8, None, 64, 900, None]
+    text = "Videos as in the training, by run.json: num_frames 8, max_pixels 900.\n"
+    assert capsys.readouterr().err == 2 * text and not caplog.messages
+    assert media_settings(adapter, model=full) == [4, None, 64, None, None]
+    assert media_settings(model=full, num_frames=6)[0] == 6
+    assert caplog.messages == [f"{full} was trained with num_frames 8, and is evaluated with num_frames 6."]
+    untold = [16, None, 64, None, None]
+    assert media_settings(model=str(tmp_path)) in (untold, [None, *untold[1:]]) and len(caplog.messages) == 1
+    (tmp_path / "full/run.json").write_text("[1]")
+    with pytest.raises(EvaluateError, match=r"full/run\.json: it holds no JSON object"):
+        media_settings(model=full)

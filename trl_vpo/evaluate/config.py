@@ -15,7 +15,7 @@ DAMAGES = ("shuffled", "masked", "blank")
 class EvaluateConfig(AnsweringConfig):
     """Settings of a run of `trl-vpo evaluate`; for the rows see docs/data.md.
 
-    Video settings default to those of the adapters' training, if their `run.json` has them.
+    Video settings default to those of the training of the adapters, or of the model, if their `run.json` has them.
     """
 
     model_name_or_path: str | None = option(None, "Base model: a Hub model or a folder.", aliases=["--model"])

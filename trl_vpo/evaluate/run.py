@@ -61,7 +61,7 @@ def make_parser() -> RecipeParser:
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
-    """Return the settings; unset video settings are those of the adapters' training."""
+    """Return the settings; unset video settings are those of the training."""
     if sum(arg.split("=")[0] == "--adapters" for arg in argv) > 1:
         raise RecipeError("--adapters is given twice, and the first would be lost: name all of them behind one.")
     parser = make_parser()
@@ -71,7 +71,8 @@ def parse(argv: list[str]) -> EvaluateConfig:
         dataset_name="the held-out rows",
         output_dir="a folder for the run",
     )
-    return replace(config, **trained_media(config.adapters, parser.given))
+    model = (config.model_name_or_path, config.model_revision)
+    return replace(config, **trained_media(config.adapters, parser.named, *model))
 
 
 def run_evaluation(argv: list[str]) -> dict[str, Any] | None:

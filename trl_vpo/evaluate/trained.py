@@ -1,4 +1,4 @@
-"""The media settings of the adapters' training, from `run.json`, as the defaults of an evaluation."""
+"""The media settings of a training, from the adapters' or the model's `run.json`, as the defaults of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-
 from trl_vpo.errors import EvaluateError
 from trl_vpo.files import read_object
 from trl_vpo.media.load import VideoOptions
+from trl_vpo.models.source import find_run_json
 from trl_vpo.runs.driver import rank
 
 logger = logging.getLogger(__name__)
@@ -22,15 +20,19 @@ logger = logging.getLogger(__name__)
 GROUPS = (("num_frames", "fps"), ("max_frames",), ("max_pixels",), ("video_start", "video_end"))
 
 
-def trained_media(adapters: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the media settings of the adapters' training, except those that are given.
+def trained_media(
+    adapters: Sequence[str], given: Mapping[str, Any], model: str, revision: str | None = None
+) -> dict[str, Any]:
+    """Return the media settings of the adapters' training, without adapters of the model's, except those given.
 
-    Adapters are folders, their checkpoints, or Hub names. A given setting that differs from an adapter's causes a
+    All are folders, their checkpoints, or Hub names. A given setting that differs from that of a training causes a
     warning, and so does an adapter without a `run.json` where the frames are not given; with a damaged one it is an
     EvaluateError. What is returned is printed.
     """
     framed = any(given.get(name) is not None for name in GROUPS[0])
-    recorded = {path: settings for path in adapters if (settings := _recorded(path, framed)) is not None}
+    asked = dict.fromkeys(adapters) or {model: revision}
+    found = {path: _recorded(find_run_json(path, revision), framed) for path, revision in asked.items()}
+    recorded = {path: settings for path, settings in found.items() if settings is not None}
     defaults = agreed_media(recorded, given)
     if defaults and rank() == 0:
         print(f"Videos as in the training, by run.json: {_text(defaults)}.", file=sys.stderr)
@@ -51,8 +53,11 @@ def agreed_media(recorded: Mapping[str, Mapping[str, Any]], given: Mapping[str, 
     Raises EvaluateError if trainings differ where none is given.
     """
     defaults: dict[str, Any] = {}
+    framed = any(given.get(name) is not None for name in GROUPS[0])
     for names in GROUPS:
         trained = {path: {name: settings[name] for name in names} for path, settings in recorded.items()}
+        if names == ("max_frames",):  # it does nothing without fps
+            trained = {p: values for p, values in trained.items() if (given if framed else recorded[p]).get("fps")}
         if any(given.get(name) is not None for name in names):
             evaluated = {name: given.get(name) for name in names}
             for path, values in trained.items():
@@ -75,12 +80,12 @@ def _text(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in values.items() if v is not None) or f"no {next(iter(values))}"
 
 
-def _recorded(adapter: str, framed: bool) -> dict[str, Any] | None:
-    """Return the media settings of an adapter's training, defaults included; None without a `run.json`.
+def _recorded(path: Path | None, framed: bool) -> dict[str, Any] | None:
+    """Return the media settings in a `run.json`, defaults included; None without one.
 
     One that is damaged is refused; where the frames are given (`framed`), a warning says that it counts as missing.
     """
-    if (path := _run_json(adapter)) is None:
+    if path is None:
         return None
     names = [name for group in GROUPS for name in group]
     try:
@@ -94,15 +99,3 @@ def _recorded(adapter: str, framed: bool) -> dict[str, Any] | None:
         logger.warning(f"{path}: {error} None of its settings is used: give max_pixels, too, if the training had it.")
         return None
     return {name: getattr(options, name) for name in names}
-
-
-def _run_json(adapter: str) -> Path | None:
-    """Return the `run.json` of an adapter, from its folder, that of its training or the Hub; None if there is none."""
-    folder = Path(adapter).absolute()
-    if folder.is_dir():
-        places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
-        return next((path for place in places if (path := place / "run.json").exists()), None)
-    try:
-        return Path(hf_hub_download(adapter, "run.json"))
-    except (OSError, ValueError, HfHubHTTPError):
-        return None

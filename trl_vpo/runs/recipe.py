@@ -39,6 +39,7 @@ class RecipeParser(TrlParser):
         super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
         self.any_device = any_device
         self.given: dict[str, Any] = {}  # after parsing, every argument that differs from its default
+        self.named: dict[str, Any] = {}  # after parsing, every argument that the recipe or an option names
         self.recipe_path: str | None = None  # after parsing, the recipe file
         self._own_defaults: dict[str, Any] = {}
         for action in self._actions:  # `--no_x` comes after `--x`, with a default of its own
@@ -54,7 +55,8 @@ class RecipeParser(TrlParser):
         path, argv = split_config(argv)
         self.recipe_path = path
         try:
-            self.set_defaults_with_config(**(self._read(path) if path else {}))
+            self.named = self._read(path) if path else {}
+            self.set_defaults_with_config(**self.named)
             return self.parse_args_into_dataclasses(args=argv)
         except RecipeError:
             raise
@@ -85,8 +87,11 @@ class RecipeParser(TrlParser):
         if model := getattr(namespace, "model_name_or_path", None):
             namespace.model_name_or_path = shipped_model(model)
         known = annotations(self.dataclass_types)
-        for option in {arg.split("=")[0] for arg in args or () if arg.startswith("--")}:
-            key = option[2:].replace("-", "_")
+        for option in {arg.split("=")[0] for arg in args or () if arg.startswith("--")} & {
+            *self._option_string_actions
+        }:
+            key = self._option_string_actions[option].dest
+            self.named[key] = getattr(namespace, key, None)
             check_json(key, getattr(namespace, key, None), known.get(key))
             check_bounds(key, getattr(namespace, key, None), "--")
         if problem := _useless_data_key(vars(namespace)):

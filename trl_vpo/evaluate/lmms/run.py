@@ -73,7 +73,7 @@ def run_benchmarks(
     `accelerate launch` every process answers its share.
 
     `include_path` is a folder with further tasks, `settings` are other fields of `AnsweringConfig`. Media settings
-    that are not given are those of the adapter's training, where its `run.json` tells.
+    that are not given are those of the training of the adapter, or of the model, where its `run.json` tells.
 
     Return benchmark -> task or group -> metric -> value, with lmms-eval's names and scales and without figures that
     are not defined; empty in all processes but the first.
@@ -84,7 +84,7 @@ def run_benchmarks(
         raise EvaluateError(
             f"public benchmarks need lmms-eval, which cannot be imported ({error}): pip install trl-vpo[lmms]"
         ) from error
-    trained = trained_media([adapter] if adapter else [], settings)
+    trained = trained_media([adapter] if adapter else [], settings, model, settings.get("model_revision"))
     settings = {key: value for key, value in trained.items() if key in FIXED} | settings  # a window is of the data
     config = AnsweringConfig(model_name_or_path=model, limit=limit, batch_size=batch_size, **settings)
     manager = _task_manager(include_path)
