@@ -18,7 +18,7 @@ HALLUSION = {"category": "VD", "subcategory": "chart", "set_id": "3", "figure_id
 MME = {"videoID": "abc", "question_id": "1", "question": "What?", "options": ["A. cup", "B. cat"], "answer": "B"}
 TVBENCH = {"video": "a.mp4", "question": "What?", "candidates": ["sit", "stand"], "answer": "stand"}
 MCQ = {"Question": "What?", "Choices": {"A": "a", "B": "b"}, "Correct Answer": "B, A"}
-TSH = {"video": "v", "Question": "Which?", "Correct Answer": "BA"}
+TSH = {"video": "v", "Question": "Action A: a. Action B: b.", "Correct Answer": "BA"}
 HALBENCH = {"image_id": 5, "question": "Describe it.", "image": "1.jpg"}
 
 
@@ -90,7 +90,7 @@ def test_bad_records_of_benchmarks(tmp_path, fmt, record, message):
         ({"y": {"Question": "Which?"}}, r"entry 8: the record has another layout .`Choices` is missing"),
         ({"y": "Which?"}, "entry 8: .* another layout .a value is not of the kind that is read"),
         ("Scene change", "entry 8: .* another layout .a value is not of the kind that is read: 'Scene change'"),
-        (TSH | {"Correct Answer": "AA"}, "the answer 'AA' is not all right letters, each once"),
+        (TSH | {"Correct Answer": "AA"}, "`answer` is 'AA': give all right letters, each once, .* of A, B"),
     ],
 )
 def test_bad_entries_of_vidhalluc(tmp_path, entry, message):

@@ -16,6 +16,7 @@ from trl_vpo.text.chair import ObjectTable
 
 QUESTION = {"task": "yes_no", "question": "Is it red?", "answer": "Yes.", "pair": "p"}
 CHOICE = {"task": "choice", "question": "Which?", "options": ["red", "blue"], "answer": "B"}
+LETTERS = {"task": "letters", "question": "Which?\nA. x\nB. y\nC. z", "answer": "AC"}
 CAPTION = {"task": "chair", "question": "Describe.", "objects": ["square"]}
 
 
@@ -48,6 +49,10 @@ def inputs(*rows):
         ([{**CHOICE, "options": None}], "there are no options"),
         ([{**CHOICE, "options": ["red", "Red."]}], "say the same"),
         ([{**CHOICE, "task": "letters", "answer": "B, A"}], "`answer` is 'B, A': give all right letters"),
+        ([{**LETTERS, "answer": "AD"}], "`answer` is 'AD': give all right letters, each once, such as BD, of A, B, C"),
+        ([{**LETTERS, "answer": "AA"}], "`answer` is 'AA': give all right letters"),
+        ([{**LETTERS, "question": "Which?"}], "'AC': .* of none: the question lists no options"),
+        ([{**LETTERS, "options": ["x", "y"]}], "`options` is .*, but the question lists"),
         ([{**CHOICE, "task": "letters", "ordered": "false"}], "`ordered` is 'false': give true where the order"),
         ([{**CHOICE, "task": "rated", "answer": " "}], "`answer` is ' ': give a person's answer"),
         ([{**CHOICE, "task": "rated", "answer": "A.", "contents": "a dog"}], "`contents` is 'a dog': list what"),
@@ -67,6 +72,8 @@ def test_a_near_miss_of_a_column_is_named():
         ("option", "options"),
         ("vidoes", "videos"),
     ]
+    assert near_misses(["pair_id", "groupId", "image_id"]) == [("pair_id", "pair"), ("groupId", "group")]
+    assert near_misses(["pair", "pair_id"]) == []
     assert near_misses(["question", "answer", "answers", "images", "imgs", "prompt_template"]) == []
 
 
@@ -102,6 +109,15 @@ def test_single_questions_have_groups_and_sets():
         "question": "Is it red?", "expected": "yes", "group": "7", "sets": {"figure": "3", "question": "a"}
     }  # fmt: skip
     assert rows[1].facts["group"] == "b"
+
+
+def test_letters_are_those_of_the_options():
+    (row,) = read_rows(inputs({**LETTERS, "answer": "CA"}))
+    assert row.facts == {"question": LETTERS["question"], "letters": "ABC", "ordered": False, "expected": "AC"}
+    given = {**LETTERS, "question": "Which?", "options": ["u", "v", "w", "x", "y"], "answer": "EA", "ordered": True}
+    (row,) = read_rows(inputs(given))
+    assert row.facts["question"] == "Which?\nA. u\nB. v\nC. w\nD. x\nE. y"
+    assert (row.facts["letters"], row.facts["expected"]) == ("ABCDE", "EA")
 
 
 def test_an_empty_name_is_none():

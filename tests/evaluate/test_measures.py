@@ -194,10 +194,15 @@ def test_what_is_not_in_the_video_is_easier():
 
 def test_several_letters():
     responses = ["B, A", "AB", "The answers are A and D.", "A dog runs.", "BD, since A dog runs"]
-    values = figures(answered("letters", responses, expected=["AB", "AB", "AD", "A", "B"], ordered=[False] * 5))
+    options = {"letters": ["ABCD"] * 5}
+    values = figures(
+        answered("letters", responses, expected=["AB", "AB", "AD", "A", "B"], ordered=[False] * 5, **options)
+    )
     assert (values["letters/accuracy"], values["letters/unparsed"]) == ((3 / 5, 5), (1 / 5, 5))
     responses = ["BA", "B then A", "Action A, then Action B", "A after B", "A"]
-    values = figures(answered("letters", responses, expected=["BA", "BA", "BA", "BA", "A"], ordered=[True] * 5))
+    values = figures(
+        answered("letters", responses, expected=["BA", "BA", "BA", "BA", "A"], ordered=[True] * 5, **options)
+    )
     assert (values["letters/accuracy"], values["letters/unparsed"]) == ((3 / 5, 5), (1 / 5, 5))
 
 
@@ -249,7 +254,7 @@ def test_the_documentation_names_every_measure():
     more = {"damaged_logps": [{"<damage>": -1.0}] * 4, "image_logps": [[-1.0, -2.0]] * 4}
     sets = [{"<kind>": "0", "in_video": "0", "out_video": "0"}]
     rows = [*pairs([0.0] * 4, [0.0] * 4, **more), *ANSWER_ROWS, *single(["yes"], ["yes"], sets=sets)]
-    rows += answered("letters", ["A"], expected=["A"], ordered=[True]) + answered(
+    rows += answered("letters", ["A"], expected=["A"], ordered=[True], letters=["AB"]) + answered(
         "rated", ["x"], judgement=["Rating: 1"]
     )
     assert named == set(figures(rows)) - {"sets/in_video", "sets/out_video"}

@@ -6,7 +6,16 @@ import pytest
 
 from trl_vpo.errors import InputError
 from trl_vpo.text.answers import RIGHT, UNDECIDED, WRONG
-from trl_vpo.text.choices import by_letter, by_logprob, check_choice, in_form, read_choice, read_options, with_options
+from trl_vpo.text.choices import (
+    by_letter,
+    by_logprob,
+    check_choice,
+    in_form,
+    read_choice,
+    read_letters,
+    read_options,
+    with_options,
+)
 
 OPTIONS = {"A": "a blue circle", "B": "a red square", "C": "a dark red square", "D": "It cannot be determined."}
 
@@ -262,3 +271,21 @@ def test_the_highest_log_prob_wins_and_ties_share_the_point():
     for logps in ([], [-1.0, math.nan], [-math.inf, -math.inf]):
         with pytest.raises(ValueError, match="one number for each option"):
             by_logprob(logps, 0)
+
+
+@pytest.mark.parametrize(
+    "response, letters, named",
+    [
+        ("A, C, E", "ABCDEF", "ACE"),
+        ("(A)(C)(E)(F)", "ABCDEF", "ACEF"),
+        ("I think A and I.", "ABCDEFGHI", "AI"),
+        ("I'm sure: A", "ABCDEFGHI", "A"),
+        ("A, C, E", "ABCD", None),  # no option is E
+        ("(A)(C)(E)(F)", "ABCD", None),
+        ("I see A and C in the T-shirt of the U.S. team.", "ABCD", "AC"),
+        ("CA", "ABC", "AC"),
+        ("None of them.", "ABC", None),
+    ],
+)
+def test_several_letters_are_those_of_the_options(response, letters, named):
+    assert read_letters(response, letters) == named

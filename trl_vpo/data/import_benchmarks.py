@@ -50,10 +50,9 @@ def held_out(task: str, asked: str, answer: str | None = None, **columns: Any) -
             raise ValueError(f"the answer {answer!r} says neither yes nor no.")
         answer = read
     if task == "letters":
-        from trl_vpo.text.choices import read_letters
+        from trl_vpo.text.choices import read_options, right_letters
 
-        if not answer or read_letters(answer, ordered=True) != answer:
-            raise ValueError(f"the answer {answer!r} is not all right letters, each once.")
+        right_letters(answer, read_options(asked))
     if not (question := re.sub("|".join(MARKERS), "", asked).strip()):
         raise ValueError("the question has no text. Fill it in or leave the record out.")
     return {k: v for k, v in {"task": task, "question": question, "answer": answer, **columns}.items() if v}

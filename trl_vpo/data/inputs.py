@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,8 @@ def read_inputs(
 def near_misses(columns: Sequence[str]) -> list[tuple[str, str]]:
     """Return (unread column, absent column with nearly the same name that would be read) pairs."""
     absent = tuple(name for name in COLUMNS if name not in columns)
-    close = {name: nearest_column(name, absent) for name in columns if name not in COLUMNS}
+    bare = {name: re.sub(r"^(pair|group|cluster)_?ids?$", r"\1", name, flags=re.IGNORECASE) for name in columns}
+    close = {name: nearest_column(bare[name], absent) for name in columns if name not in COLUMNS}
     return [(name, meant) for name, meant in close.items() if meant]
 
 

@@ -37,7 +37,7 @@ def read(record: Mapping[str, Any], rule: str = "videohallucer", table: ObjectTa
     elif record["task"] == "choice":
         said["right"] = by_letter(record["response"], record["options"], option_index(record))
     elif record["task"] == "letters":
-        said["said"] = read_letters(record["response"], record["ordered"])
+        said["said"] = read_letters(record["response"], record["letters"], record["ordered"])
     elif record["task"] == "rated":
         said["rating"] = read_rating(record["judgement"])
     elif record["task"] == "chair":

@@ -19,7 +19,7 @@ from trl_vpo.data.rows import Row, read_row, row_name
 from trl_vpo.errors import EvaluateError, InputError, RowError
 from trl_vpo.files import bytes_digest
 from trl_vpo.text.chair import ObjectTable
-from trl_vpo.text.choices import read_choice, read_letters, read_options
+from trl_vpo.text.choices import read_choice, read_options, right_letters, with_options
 from trl_vpo.text.yes_no import yes_or_no
 
 ROLES = {"basic": "yes", "hallucinated": "no"}
@@ -131,9 +131,10 @@ def _letters(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:
     question, answer, ordered = _question(row), row.example.get("answer"), row.example.get("ordered", False)
     if not isinstance(ordered, bool):
         raise RowError(f"`ordered` is {ordered!r}: give true where the order of the letters matters, or false.")
-    if not isinstance(answer, str) or read_letters(answer, ordered=True) != answer:
-        raise RowError(f"`answer` is {answer!r}: give all right letters, each once, such as BD.")
-    return {"question": question, "expected": answer if ordered else "".join(sorted(answer)), "ordered": ordered}
+    options = read_options(question, row.example.get("options"))
+    letters = right_letters(answer, options)
+    facts = {"question": with_options(question, options), "letters": "".join(options), "ordered": ordered}
+    return facts | {"expected": letters if ordered else "".join(sorted(letters))}
 
 
 def _rated(row: InputRow, table: ObjectTable | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from string import ascii_uppercase
+from typing import Any
 
 import numpy as np
 
@@ -159,17 +160,28 @@ def by_logprob(option_logps: Sequence[float], answer_index: int, lengths: Sequen
     return float(best[answer_index] / best.sum())
 
 
-def read_letters(response: str, ordered: bool = False) -> str | None:
-    """Return all letters from A to D that a response names, in alphabetical order or as they stand; None if none.
+def read_letters(response: str, letters: str, ordered: bool = False) -> str | None:
+    """Return those `letters` of options that a response names, in alphabetical order or as they stand; None if none.
 
-    Capitals that are a word count, `B, D` and `BD` alike, but not the article of `A dog`. Where the order matters, a
-    response with the word `after` is not read: it names the later one first.
+    Capitals that are a word count, `B, D` and `BD` alike, but not the article of `A dog` or the pronoun of `I see`. A
+    response that also names a letter without an option is not read. Where the order matters, neither is one with the
+    word `after`: it names the later one first.
     """
-    words = re.findall(r"\b(?!A (?!and\b|or\b|then\b|before\b)[a-z])[A-D]+\b", response)
-    letters = "".join(dict.fromkeys("".join(words)))
-    if ordered:
-        return None if re.search(r"\bafter\b", response, re.IGNORECASE) else letters or None
-    return "".join(sorted(letters)) or None
+    words = re.findall(rf"\b(?![AI](?:['’]| (?!(?:and|or|then|before)\b)[a-z]))[{letters}]+\b", response)
+    others = re.findall(r"(?<![\w'’.-])[B-HJ-Z](?![\w'’-]|\.\w)", response)
+    named = "".join(dict.fromkeys("".join(words)))
+    if not set(others) <= set(letters) or (ordered and re.search(r"\bafter\b", response, re.IGNORECASE)):
+        return None
+    return (named if ordered else "".join(sorted(named))) or None
+
+
+def right_letters(answer: Any, options: Mapping[str, str]) -> str:
+    """Return an answer that is letters of these options, each once. Raises InputError."""
+    letters = "".join(options)
+    if not letters or not isinstance(answer, str) or read_letters(answer, letters, ordered=True) != answer:
+        listed = ", ".join(letters) or "none: the question lists no options"
+        raise InputError(f"`answer` is {answer!r}: give all right letters, each once, such as BD, of {listed}.")
+    return answer
 
 
 def read_choice(response: str, options: Mapping[str, str]) -> Reading:
