@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from held_out_kit import assert_same_record, evaluate, records, write_adapter, write_held_out
+from helpers import write_clip
 
 from trl_vpo.errors import EvaluateError, RecipeError, RunError, UserError
 from trl_vpo.evaluate import run as module
@@ -119,9 +121,28 @@ def test_a_row_that_is_corrected_continues_the_run(held_out, tmp_path, monkeypat
     monkeypatch.setattr(module, "evaluate_batch", lambda *args: worked.extend(r[0].id for r in args[1]) or run(*args))
     assert go(clips)["data"]["rows"] == 5 and worked == [row["id"] for row in rows[3:]]
     rows[0]["chosen"], rows[0]["rejected"], first = rows[0]["rejected"], rows[0]["chosen"], rows[0]["id"]
-    with pytest.raises(EvaluateError, match=f"1 rows have changed after they were finished, the first is '{first}'"):
+    with pytest.raises(RunError, match=f"1 rows, or their media, have changed after .*, the first is '{first}'"):
         go(clips)
     assert len(worked) == 2
+
+
+def test_a_medium_that_is_replaced_is_noticed(held_out, tmp_path, monkeypatch):
+    """Under the same name; its finished rows would stay. One that only moves is the same."""
+    rows = [json.loads(line) for line in held_out.path.read_text().splitlines()]
+    rows = [row for row in rows if row.get("task") == "yes_no"][:4]
+    (tmp_path / "media").mkdir()
+    for row in rows:
+        shutil.copy(row["videos"][0], tmp_path / "media")
+        row["videos"] = [Path(row["videos"][0]).name]
+    data, options = write_jsonl(rows, tmp_path / "rows.jsonl"), {"sensitivity": "none", "limit": 2}
+    evaluate(held_out, tmp_path / "run", data=data, media_root=tmp_path / "media", **options)
+    shutil.copytree(tmp_path / "media", tmp_path / "moved")
+    first, last = (tmp_path / "moved" / rows[place]["videos"][0] for place in (0, -1))
+    last.write_bytes(first.read_bytes())  # a row that is not finished may change
+    evaluate(held_out, tmp_path / "run", data=data, media_root=tmp_path / "moved", **options)
+    write_clip(first, seed=9)
+    with pytest.raises(RunError, match=f"2 rows, or their media, have changed .*, the first is '{rows[0]['id']}'"):
+        evaluate(held_out, tmp_path / "run", data=data, media_root=tmp_path / "moved", **options)
 
 
 def test_what_loading_raises_is_shown_in_one_line(held_out, tmp_path, monkeypatch):

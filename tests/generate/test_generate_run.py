@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import load_dataset
+from helpers import write_clip
 from peft import LoraConfig, get_peft_model
 from run_kit import KINDS, generate, lines, write_inputs, written
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -154,6 +156,20 @@ def test_a_limit_and_then_all(runs, inputs, tmp_path, capsys):
     for progress in ("0/5 inputs [", "5/5 inputs [", "5/12 inputs [", "12/12 inputs ["):
         assert progress in printed
     assert generate("rrpo", inputs["clip"], tmp_path / "run", "--limit", 5)["inputs"] == 5  # and back
+
+
+def test_a_medium_that_is_replaced_is_noticed(inputs, tmp_path):
+    """Under the same name; the rows made of the old one would stay."""
+    rows = lines(inputs["clip"])
+    for place, row in enumerate(rows[:2]):
+        row["video"] = str(shutil.copy(row["video"], tmp_path / f"{place}.mp4"))
+    data = write_jsonl(rows[:2], tmp_path / "rows.jsonl")
+    assert generate("rrpo", data, tmp_path / "run", "--limit", 1)["inputs"] == 1
+    write_clip(tmp_path / "1.mp4", seed=9)  # that of a row that is not finished may change
+    assert generate("rrpo", data, tmp_path / "run")["inputs"] == 2
+    write_clip(tmp_path / "0.mp4", seed=9)
+    with pytest.raises(RunError, match=f"1 rows, or their media, have changed .*, the first is '{rows[0]['id']}'"):
+        generate("rrpo", data, tmp_path / "run")
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------

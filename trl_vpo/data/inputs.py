@@ -28,7 +28,7 @@ from trl_vpo.data.row_media import media_sources
 from trl_vpo.data.rows import MARKERS, drop_none
 from trl_vpo.data.sources import named_splits
 from trl_vpo.errors import InputError, MediaError, RowError, RunError
-from trl_vpo.files import atomic_write, bytes_digest, json_digest
+from trl_vpo.files import atomic_write, bytes_digest
 from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.images import BYTES, describe, frame_folder, load_image, resolve_path
 from trl_vpo.media.load import Media, VideoOptions, load_video
@@ -166,22 +166,17 @@ def row_ids(dataset: Dataset) -> list[str]:
     return ids
 
 
-def _hashed(value: Any) -> str:
+def hashed(value: Any) -> str:
     return bytes_digest(value) if isinstance(value, BYTES) else str(value)
 
 
-def row_digest(row: InputRow) -> str:
-    """Return a fingerprint of an input; media bytes count by their hash, files by their path."""
-    return json_digest([row.id, row.example], default=_hashed)
-
-
 def digest(rows: Inputs) -> str:
-    """Return a fingerprint of ids and contents, in order; as `row_digest` does."""
+    """Return a fingerprint of ids and contents, in order; media bytes count by their hash, files by their path."""
     total = hashlib.blake2b(digest_size=16)
     for start in range(0, len(rows), CHUNK):
         stop = min(start + CHUNK, len(rows))
         for name, example in zip(rows.ids[start:stop], rows.examples(start, stop)):
-            line = json.dumps([name, drop_none(example)], sort_keys=True, default=_hashed)
+            line = json.dumps([name, drop_none(example)], sort_keys=True, default=hashed)
             total.update(line.encode() + b"\n")
     return total.hexdigest()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.inputs import InputRow, Inputs, load_media, read_inputs, row_digest
+from trl_vpo.data.inputs import InputRow, Inputs, load_media, read_inputs
 from trl_vpo.errors import EvaluateError, MediaError, RecipeError, RowError, as_user_errors
 from trl_vpo.evaluate.candidates import ModelSet, candidate_names, load_candidates
 from trl_vpo.evaluate.config import EvaluateConfig
@@ -41,14 +41,14 @@ from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.load import Media
 from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.models.server import ServerModel
-from trl_vpo.runs.digests import adapter_digest, weights_digest
-from trl_vpo.runs.driver import ctrl_c_says_how_to_continue, work_through
+from trl_vpo.runs.digests import adapter_digest, row_digest, weights_digest
+from trl_vpo.runs.driver import check_unchanged, ctrl_c_says_how_to_continue, work_through
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.runs.recipe import RecipeParser
 from trl_vpo.runs.results import encode, write_lines
 from trl_vpo.runs.resume_rules import fixed_settings
-from trl_vpo.runs.store import check_settings, read_outcomes
+from trl_vpo.runs.store import check_settings
 from trl_vpo.text.chair import ObjectTable, read_synonyms
 from trl_vpo.text.responses import Failure
 
@@ -93,7 +93,8 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     adapters = dict(zip(candidate_names(config.adapters), config.adapters))
     settings = run_settings(config, adapters)
     check_settings(config.output_dir, settings)
-    _check_finished(config, {row.id: row.place for row in rows}, inputs)
+    identity = lambda place: row_digest(inputs[place], config.media_root)  # noqa: E731
+    _check_skipped(config, check_unchanged(config.output_dir, inputs.ids, identity))
     judge = None
     if config.judge_url:
         judge = ServerModel(config.judge_url, config.judge_model, api_key_env=config.judge_api_key_env)
@@ -114,6 +115,7 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
         make=lambda batch: (
             _skip(_judged(outcome, judge, prompt), config) for outcome in evaluate_batch(candidates, batch, config)
         ),
+        identity=lambda place: identity(rows[place].place),
         report=report,
         batch_size=config.batch_size,
     )
@@ -150,21 +152,13 @@ def run_settings(config: EvaluateConfig, adapters: dict[str, str]) -> dict[str, 
     }
 
 
-def _check_finished(config: EvaluateConfig, places: dict[str, int], inputs: Inputs) -> None:
-    """Raise if finished rows have changed, or an earlier call left rows out: they would silently stay so."""
-    folder = Path(config.output_dir)
-    finished = read_outcomes(folder) if (folder / "settings.json").exists() else ()
-    known = [done for done in finished if done.id in places]
-    if changed := [done.id for done in known if done.notes.get("row") != row_digest(inputs[places[done.id]])]:
-        raise EvaluateError(
-            f"{folder}: {len(changed)} rows have changed after they were finished, the first is {changed[0]!r}. Name "
-            "another output_dir, or put them back."
-        )
-    skipped = [done.id for done in known if done.reason]
+def _check_skipped(config: EvaluateConfig, finished: Sequence[Outcome]) -> None:
+    """Raise if an earlier call left rows out: they would silently stay so."""
+    skipped = [done.id for done in finished if done.reason]
     if skipped and config.on_bad == "error":
         raise EvaluateError(
-            f"{folder}: {len(skipped)} rows were left out with on_bad=skip, the first is {skipped[0]!r}. Give "
-            "on_bad=skip again, or name another output_dir."
+            f"{config.output_dir}: {len(skipped)} rows were left out with on_bad=skip, the first is {skipped[0]!r}. "
+            "Give on_bad=skip again, or name another output_dir."
         )
 
 
@@ -176,8 +170,7 @@ def _load(row: EvalRow, inputs: Inputs, config: EvaluateConfig, budget: PixelBud
     try:
         return row, source, load_media(source, config.video_options(), budget)
     except MediaError as error:
-        reason, notes = f"{row.name}: {error}", {"row": row_digest(source)}
-        return _skip(Outcome(row.id, reason=reason, kind="unreadable media", notes=notes), config)
+        return _skip(Outcome(row.id, reason=f"{row.name}: {error}", kind="unreadable media"), config)
 
 
 def _skip(outcome: Outcome, config: EvaluateConfig) -> Outcome:
@@ -204,14 +197,13 @@ def evaluate_batch(candidates: ModelSet, batch: Sequence[Loaded], config: Evalua
         probes, candidates.model.encode, candidates.score, lambda trees: candidates.ask(trees, config.max_new_tokens)
     )
     outcomes = []
-    for (row, source, _), result in zip(batch, results, strict=True):
-        notes = {"row": row_digest(source)}
+    for (row, *_), result in zip(batch, results, strict=True):
         if isinstance(result, RowError):
-            outcomes.append(Outcome(row.id, reason=str(result), kind="unusable row", notes=notes))
+            outcomes.append(Outcome(row.id, reason=str(result), kind="unusable row"))
             continue
         about = {"id": row.id, "task": row.task, "cluster": row.cluster}
         records = [about | {"contestant": n} | row.facts | numbers(result[n]) for n in candidates.names]
-        outcomes.append(Outcome(row.id, records, notes=notes))
+        outcomes.append(Outcome(row.id, records))
     return outcomes
 
 

@@ -26,8 +26,8 @@ from trl_vpo.media.load import Media
 from trl_vpo.models.load import load_model
 from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.models.server import RequestBudget, ServerModel
-from trl_vpo.runs.digests import weights_digest
-from trl_vpo.runs.driver import ctrl_c_says_how_to_continue, rank, work_through
+from trl_vpo.runs.digests import row_digest, weights_digest
+from trl_vpo.runs.driver import check_unchanged, ctrl_c_says_how_to_continue, rank, work_through
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.runs.recipe import RecipeParser
@@ -72,7 +72,9 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
         return None
     inputs = read_inputs(**config.input_options())
     settings = run_settings(method, config, inputs)
+    identity = lambda place: row_digest(inputs[place], config.media_root)  # noqa: E731
     check_settings(config.output_dir, settings)  # before weights are loaded, which can take minutes
+    check_unchanged(config.output_dir, inputs.ids, identity)
     with as_user_errors():  # also of processes that do not find each other
         model, judge = make_models(config, pipeline_class.needs_model(config))
     for key, party in (("answered_by", model), ("judged_by", judge)):
@@ -80,13 +82,13 @@ def _generate(method: str, config: GenerateConfig) -> dict[str, Any] | None:
     if budget := model and model.video_budget:
         settings["video_budget"] = str(budget)
     pipeline = pipeline_class(config, model, judge, generated_by(settings))
-    inputs = inputs[: config.limit]
     summary = work_through(
         config.output_dir,
         settings,
-        inputs.ids,
+        inputs.ids[: config.limit],
         load=lambda place: _load(pipeline, inputs[place], budget),
         make=pipeline.make,
+        identity=identity,
         report=pipeline,
         batch_size=config.batch_size,
     )

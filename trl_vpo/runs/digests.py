@@ -13,6 +13,7 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 
 from trl_vpo.data.columns import COLUMNS
+from trl_vpo.data.inputs import InputRow, hashed
 from trl_vpo.data.raw_rows import RawRows
 from trl_vpo.data.row_media import MEDIA
 from trl_vpo.errors import MediaError
@@ -68,6 +69,12 @@ def adapter_digest(adapter: str | Path) -> str:
 def _loaded(folder: Path) -> list[Path]:
     paths = {path for pattern in LOADED for path in folder.glob(pattern) if path.name not in NOT_LOADED}
     return sorted(filter(Path.is_file, paths))
+
+
+def row_digest(row: InputRow, media_root: str | None = None) -> str:
+    """Return a digest of an input as its dataset gives it, and of its media, as `row_digests` identifies them."""
+    media = {name: _media(value, media_root) for name, value in row.example.items() if name in MEDIA}
+    return json_digest([row.id, row.example, media], default=hashed)
 
 
 def row_digests(dataset: Dataset, media_root: str | None = None) -> np.ndarray:

@@ -12,14 +12,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from trl_vpo.errors import RunError
+from trl_vpo.files import THREADS
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.results import Report
-from trl_vpo.runs.store import Run
+from trl_vpo.runs.store import Run, read_outcomes
 
 DECODERS = 2  # threads that decode the next batch while the model works on this one
 PROGRESS = "{n_fmt}/{total_fmt} inputs [{elapsed}<{remaining}, {rate_fmt}{postfix}]"  # fits 80 columns
@@ -39,6 +43,7 @@ def work_through(
     # Position of an input -> the item for `make`, or the outcome of an input that cannot be used. Called by threads.
     load: Callable[[int], Item | Outcome],
     make: Callable[[list[Item]], Iterable[Outcome]],  # loaded items -> their outcomes, in order
+    identity: Callable[[int], str],  # position of an input -> what `check_unchanged` compares
     report: Report,
     batch_size: int,
 ) -> dict[str, Any] | None:
@@ -52,13 +57,19 @@ def work_through(
         if not todo and run.rank == 0:
             print(f"{share} inputs: all finished before.", file=sys.stderr)
         bar = tqdm(total=share, initial=share - len(todo), unit="input", disable=run.rank != 0 or not todo, **show)
+        identities: dict[str, str] = {}
+
+        def identified(place: int) -> Item | Outcome:
+            identities[ids[place]] = identity(place)
+            return load(place)
+
         counts, decoders = {"kept": 0, "rejected": 0}, ThreadPoolExecutor(DECODERS)
         try:
-            for batch in decoded_ahead(decoders, load, todo, batch_size):
+            for batch in decoded_ahead(decoders, identified, todo, batch_size):
                 outcomes = [item for item in batch if isinstance(item, Outcome)]
                 usable = [item for item in batch if not isinstance(item, Outcome)]
                 for outcome in chain(outcomes, make(usable) if usable else ()):
-                    run.write(outcome)
+                    run.write(replace(outcome, notes={**outcome.notes, "row": identities.pop(outcome.id)}))
                     counts["kept" if outcome.rows else "rejected"] += 1
                     bar.set_postfix(counts, refresh=False)
                     bar.update()
@@ -69,6 +80,23 @@ def work_through(
     if summary is None and run.rank == 0:
         print("This worker is done; the last one writes the results. If a worker died, run the same command again.")
     return summary
+
+
+def check_unchanged(folder: str, ids: Sequence[str], identity: Callable[[int], str]) -> list[Outcome]:
+    """Return the finished outcomes of these inputs; raise RunError if one's row or media have changed since."""
+    if not (Path(folder) / "settings.json").exists():
+        return []
+    places = {name: place for place, name in enumerate(ids)}
+    known = [outcome for outcome in read_outcomes(folder) if outcome.id in places]
+    with ThreadPoolExecutor(THREADS) as pool:
+        now = pool.map(lambda outcome: identity(places[outcome.id]), known)
+        changed = [outcome.id for outcome, is_now in zip(known, now) if outcome.notes.get("row") != is_now]
+    if changed:
+        raise RunError(
+            f"{folder}: {len(changed)} rows, or their media, have changed after they were finished, the first is "
+            f"{changed[0]!r}. Name another output_dir, or put them back."
+        )
+    return known
 
 
 def decoded_ahead(decoders: ThreadPoolExecutor, load: Callable, todo: Sequence[int], size: int) -> Iterator[list]:
