@@ -132,6 +132,16 @@ def test_trainings_on_other_frames_are_refused(world, tmp_path):
     check_plan(read_plan(configs, held_out, str(tmp_path), ["--num_frames", "4"]))
 
 
+def test_held_out_media_are_opened_before_any_training(world, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    rows.write_jsonl([*pairs[:-1], pairs[-1] | {"videos": ["gone.mp4"]}], held_out)
+    made = read_plan([str(world / "dpo.yaml")], str(held_out), str(tmp_path), [])
+    with pytest.raises(EvaluateError, match=r"1 of 4 held-out rows cannot be used:\n.*row 3 .*gone\.mp4"):
+        check_plan(made)
+    check_plan(read_plan([str(world / "dpo.yaml")], str(held_out), str(tmp_path), ["--on_bad", "skip"]))
+
+
 def test_checking_leaves_the_environment_alone(world, tmp_path):
     """Else the variables of one recipe would reach the next training; bf16 would count as launched already."""
     name, before = recipe(world, "leanpo.yaml", env={"TRL_VPO_TRIED": 1}, bf16=True), dict(os.environ)

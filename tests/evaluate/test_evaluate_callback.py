@@ -160,7 +160,7 @@ def test_full_fine_tuning_without_a_reference_has_no_movement(preferences, held_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: {"videos": ["broken.mp4"]}, r"held-out row 1 \(id 'clip-0001'.*broken\.mp4"),
+        (lambda row: {"videos": ["broken.mp4"]}, r"1 of 2 held-out rows.*\n  - row 1 \(id 'clip-0001'.*broken\.mp4"),
         (lambda row: {"videos": ["missing.mp4"]}, r"row 1 .*missing\.mp4.*not"),
         (lambda row: {"rejected": row["chosen"]}, "chosen and rejected are identical"),
     ],

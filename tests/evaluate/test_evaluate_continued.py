@@ -10,7 +10,8 @@ import pytest
 from held_out_kit import assert_same_record, evaluate, records, write_adapter, write_held_out
 from helpers import write_clip
 
-from trl_vpo.errors import EvaluateError, RecipeError, RunError, UserError
+from trl_vpo.errors import EvaluateError, MediaError, RecipeError, RunError, UserError
+from trl_vpo.evaluate import probes
 from trl_vpo.evaluate import run as module
 from trl_vpo.evaluate.candidates import candidate_names
 from trl_vpo.evaluate.command import evaluate as run_command
@@ -107,23 +108,50 @@ def test_bad_media_stop_the_run_unless_skipped(held_out, tmp_path):
 
 
 def test_a_row_that_is_corrected_continues_the_run(held_out, tmp_path, monkeypatch):
-    """Other rows stay finished; if one of those changes, the run is refused."""
+    """Damage behind the first frame shows when the row is reached. Other rows stay finished; one may not change."""
     rows = [json.loads(line) for line in held_out.path.read_text().splitlines()[:5]]
-    clips, worked, run = rows[3]["videos"], [], module.evaluate_batch
+    worked, run, load, broken = [], module.evaluate_batch, module.load_media, [rows[3]["id"]]
 
-    def go(videos, **options):
-        rows[3]["videos"] = videos
+    def go(**options):
         data = write_jsonl(rows, tmp_path / "rows.jsonl")
         return evaluate(held_out, tmp_path / "run", data=data, sensitivity="none", batch_size=1, **options)
 
-    with pytest.raises(EvaluateError, match="Correct the row or its media and start the same command again"):
-        go(["gone.mp4"])
+    def damaged(source, *args):
+        if source.id in broken:
+            raise MediaError("damaged")
+        return load(source, *args)
+
+    monkeypatch.setattr(module, "load_media", damaged)
+    with pytest.raises(EvaluateError, match="damaged\nCorrect the row or its media and start the same command again"):
+        go()
+    broken.clear()
     monkeypatch.setattr(module, "evaluate_batch", lambda *args: worked.extend(r[0].id for r in args[1]) or run(*args))
-    assert go(clips)["data"]["rows"] == 5 and worked == [row["id"] for row in rows[3:]]
+    assert go()["data"]["rows"] == 5 and worked == [row["id"] for row in rows[3:]]
     rows[0]["chosen"], rows[0]["rejected"], first = rows[0]["rejected"], rows[0]["chosen"], rows[0]["id"]
     with pytest.raises(RunError, match=f"1 rows, or their media, have changed after .*, the first is '{first}'"):
-        go(clips)
+        go()
     assert len(worked) == 2
+
+
+def test_media_are_opened_before_weights_are_loaded(held_out, tmp_path, monkeypatch):
+    """All of them, each once; with a limit or `on_bad=skip` those that are not needed may be missing."""
+    rows = [json.loads(line) for line in held_out.path.read_text().splitlines()]
+    boxed = next(row for row in rows if row.get("critical_box"))
+    boxed["critical_box"] = [0, 0, 9999, 9999]
+    rows = [*(row for row in rows if row.get("videos")), boxed]
+    rows[-2]["videos"] = ["gone.mp4"]
+    opened, data = [], write_jsonl(rows, tmp_path / "rows.jsonl")
+    check, load = probes.open_media, module.load_candidates
+    monkeypatch.setattr(probes, "open_media", lambda row, how: opened.append(row.name) or check(row, how))
+    monkeypatch.setattr(module, "load_candidates", None)
+    one, two = f"row {len(rows) - 2} .*gone.mp4", f"row {len(rows) - 1} .*critical_box"
+    with pytest.raises(
+        EvaluateError, match=rf"2 of {len(rows)} held-out rows(?s:.)*{one}(?s:.)*{two}(?s:.)*on_bad=skip"
+    ):
+        evaluate(held_out, tmp_path / "run", data=data)
+    assert len(opened) == len({str(row["videos"]) for row in rows[:-2]}) + 1
+    monkeypatch.setattr(module, "load_candidates", load)
+    assert evaluate(held_out, tmp_path / "run", data=data, limit=2, sensitivity="none")["data"]["rows"] == 2
 
 
 def test_a_medium_that_is_replaced_is_noticed(held_out, tmp_path, monkeypatch):

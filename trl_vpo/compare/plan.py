@@ -11,13 +11,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trl_vpo.errors import RecipeError
 from trl_vpo.evaluate.config import EvaluateConfig
-from trl_vpo.evaluate.run import held_out_rows
+from trl_vpo.evaluate.run import check_held_out, held_out_rows
 from trl_vpo.evaluate.run import parse as parse_evaluation
 from trl_vpo.evaluate.trained import agreed_media
 from trl_vpo.files import read_object
@@ -136,8 +136,10 @@ def check_plan(plan: Plan) -> set[str]:
         if _is_finished(plan.folder(training), training.method, given):
             finished.add(training.name)
     config = parse_evaluation(launch_options(plan.evaluation_options())[0])
-    agreed_media(media, {key: getattr(config, key) for key in plan.keys if hasattr(config, key)})
-    held_out_rows(config)
+    agreed = agreed_media(media, {key: getattr(config, key) for key in plan.keys if hasattr(config, key)})
+    inputs, rows, _ = held_out_rows(config)
+    if len(finished) < len(plan.trainings):
+        check_held_out(replace(config, **agreed), inputs, rows, finished=())
     return finished
 
 

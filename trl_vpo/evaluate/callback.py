@@ -13,13 +13,12 @@ from trl_vpo.data.accepted import check_accepted
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.inputs import Inputs, load_media, row_ids
 from trl_vpo.data.sources import named_splits
-from trl_vpo.errors import EvaluateError, MediaError, RowError
+from trl_vpo.errors import EvaluateError, RowError
 from trl_vpo.evaluate.config import DAMAGES
 from trl_vpo.evaluate.measures import estimate, preference_evidence
-from trl_vpo.evaluate.probes import numbers, own_media, preference_probes, row_seed, run_probes
+from trl_vpo.evaluate.probes import check_media, numbers, own_media, preference_probes, row_seed, run_probes
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.forward.tree import Tree, tree_batch
-from trl_vpo.media.load import Media, check_video, load_image
 from trl_vpo.models.scoring import Scored, by_tree
 from trl_vpo.trainers.reference import evaluating
 from trl_vpo.trainers.setup import sharding
@@ -188,18 +187,10 @@ class EvaluationCallback(TrainerCallback):
             logger.warning(f"{others} held-out rows have a task that only `trl-vpo evaluate` measures.")
         if not rows:
             raise EvaluateError("there are no held-out preference rows.")
-        for row in rows[:limit]:  # their media are opened now: an error hours into the training would cost more
-            source, args = inputs[row.place], self.trainer.args
+        for row in rows[:limit]:
             try:
-                pair = preference_row(source)
-                check_accepted(pair, self.trainer.processing_class)
-                if source.problem:
-                    raise MediaError(source.problem)
-                for video in source.videos:
-                    check_video(video, args.video_options())
-                for image in source.images:
-                    load_image(image, max_pixels=args.max_pixels)
-                own_media(pair, Media(source.images, source.videos), self._collator)
+                check_accepted(preference_row(inputs[row.place]), self.trainer.processing_class)
             except ValueError as error:
                 raise EvaluateError(f"held-out {row.name}: {error}") from error
+        check_media(rows[:limit], inputs, self.trainer.args)  # an error hours into the training would cost more
         return inputs, rows[:limit]

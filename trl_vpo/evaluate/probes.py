@@ -9,16 +9,22 @@ has one that is answered and, for multiple choice, one with its options. `candid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
+from tqdm import tqdm
+
 from trl_vpo.data.chat import SeamError
+from trl_vpo.data.check import check_media as open_media
 from trl_vpo.data.collator import PreferenceCollator
-from trl_vpo.data.inputs import InputRow
+from trl_vpo.data.inputs import InputRow, hashed
 from trl_vpo.data.rows import Row
 from trl_vpo.data.trunk_media import trunk_media
-from trl_vpo.errors import InputError, RowError
-from trl_vpo.evaluate.rows import EvalRow
+from trl_vpo.errors import InputError, MediaError, RowError
+from trl_vpo.evaluate.rows import EvalRow, preference_row, refuse
+from trl_vpo.files import THREADS, json_digest
 from trl_vpo.forward.tree import Tree
 from trl_vpo.media.corruptions import PerturbSettings, blanked, perturb
 from trl_vpo.media.load import Media
@@ -185,3 +191,40 @@ def listed_media(row: Row, collator: PreferenceCollator) -> list[Media]:
         return trunk_media(row, collator)
     except ValueError as error:
         raise RowError(f"{row.name}: {error}") from error
+
+
+# --- media before a run ---------------------------------------------------------------------------------------------
+
+
+def check_media(rows: Sequence[EvalRow], inputs: Sequence[InputRow], settings: Any, remedy: str = "") -> None:
+    """Open all media of these rows, as training does before its first step; raise EvaluateError with what is wrong.
+
+    `settings` are those of an evaluation or a training. A medium of several rows is opened once.
+    """
+    how = {name: getattr(settings, name) for name in ("media_root", "max_pixels", "video_options")}
+    how |= {"num_images": getattr(settings, "num_images", 5), "check_media": "header", "media_contrast": None}
+
+    def read(row: EvalRow) -> Row:
+        source = inputs[row.place]
+        if row.task == "preference":
+            return preference_row(source)
+        return Row(row.name, [], [], [], images=list(source.images), videos=list(source.videos))
+
+    def problem(row: EvalRow) -> str | None:
+        try:
+            if unusable := inputs[row.place].problem:
+                raise MediaError(unusable)
+            open_media(read(row), SimpleNamespace(**how))
+        except (MediaError, RowError) as error:
+            return str(error)
+
+    keys = []
+    for row in rows:
+        pair = read(row)
+        media = [pair.images, pair.videos, pair.media_list, pair.critical_box, pair.critical_span]
+        keys.append(json_digest([media, inputs[row.place].problem], default=hashed))
+    first = dict(zip(reversed(keys), reversed(rows)))
+    bar = {"desc": "Checking media", "leave": False, "disable": None}  # None: a bar on terminals only
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(first, tqdm(pool.map(problem, first.values()), total=len(first), **bar)))
+    refuse([f"{row.name}: {found[key]}" for row, key in zip(rows, keys) if found[key]], len(rows), remedy)

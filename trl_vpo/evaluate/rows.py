@@ -65,11 +65,16 @@ def read_rows(inputs: Sequence[InputRow], table: ObjectTable | None = None, only
                     f"has a question and no `task`: give one of {', '.join(TASKS)} (without it: preference). {message}"
                 )
             problems.append(f"{name}: {message}")
-    if problems := problems or _unpaired(rows):
+    refuse(problems or _unpaired(rows), len(inputs))
+    return rows
+
+
+def refuse(problems: Sequence[str], count: int, remedy: str = "") -> None:
+    """Raise EvaluateError where some of `count` rows have problems, a sentence each."""
+    if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems[:SHOWN])
         more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise EvaluateError(f"{len(problems)} of {len(inputs)} held-out rows cannot be used:{listed}{more}")
-    return rows
+        raise EvaluateError(f"{len(problems)} of {count} held-out rows cannot be used:{listed}{more}{remedy}")
 
 
 def preference_row(row: InputRow) -> Row:

@@ -13,7 +13,7 @@ results are computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.judge import judgements, read_prompt
 from trl_vpo.evaluate.probes import (
     Probe,
+    check_media,
     listed_media,
     numbers,
     preference_probes,
@@ -42,7 +43,7 @@ from trl_vpo.media.load import Media
 from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.models.server import ServerModel
 from trl_vpo.runs.digests import adapter_digest, row_digest, weights_digest
-from trl_vpo.runs.driver import check_unchanged, ctrl_c_says_how_to_continue, work_through
+from trl_vpo.runs.driver import check_unchanged, ctrl_c_says_how_to_continue, rank, work_through, world_size
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.quiet import quiet_libraries
 from trl_vpo.runs.recipe import RecipeParser
@@ -53,6 +54,8 @@ from trl_vpo.text.chair import ObjectTable, read_synonyms
 from trl_vpo.text.responses import Failure
 
 Loaded = tuple[EvalRow, InputRow, Media]
+CORRECT = "Correct the row or its media and start the same command again: it continues here."
+SKIP = " With on_bad=skip such rows are left out and listed."
 NO_JUDGEMENT = "no judgement"  # kind of an outcome
 
 
@@ -94,7 +97,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any] | None:
     settings = run_settings(config, adapters)
     check_settings(config.output_dir, settings)
     identity = lambda place: row_digest(inputs[place], config.media_root)  # noqa: E731
-    _check_skipped(config, check_unchanged(config.output_dir, inputs.ids, identity))
+    finished = check_unchanged(config.output_dir, inputs.ids, identity)
+    _check_skipped(config, finished)
+    check_held_out(config, inputs, rows, finished={done.id for done in finished})
     judge = None
     if config.judge_url:
         judge = ServerModel(config.judge_url, config.judge_model, api_key_env=config.judge_api_key_env)
@@ -140,6 +145,13 @@ def held_out_rows(config: EvaluateConfig) -> tuple[Inputs, list[EvalRow], Object
     return inputs, rows, table
 
 
+def check_held_out(config: EvaluateConfig, inputs: Inputs, rows: Sequence[EvalRow], finished: Collection[str]) -> None:
+    """Open the media of this process' rows that are not finished, unless rows without are left out."""
+    if config.on_bad == "error":
+        mine = rows[: config.limit][rank() :: world_size()]
+        check_media([row for row in mine if row.id not in finished], inputs, config, f"\n{CORRECT}{SKIP}")
+
+
 def run_settings(config: EvaluateConfig, adapters: dict[str, str]) -> dict[str, Any]:
     """Return all that log-probs and answers depend on, except the base's revision and the rows."""
     base = config.model_name_or_path
@@ -176,10 +188,10 @@ def _load(row: EvalRow, inputs: Inputs, config: EvaluateConfig, budget: PixelBud
 def _skip(outcome: Outcome, config: EvaluateConfig) -> Outcome:
     """Return an outcome; raise EvaluateError if its row cannot be used, and such rows are not to be left out."""
     if outcome.reason and config.on_bad == "error":
-        remedy = "Correct the row or its media and start the same command again: it continues here."
+        remedy = CORRECT
         if outcome.kind == NO_JUDGEMENT:
             remedy = "The same command asks again; another judge or judge_prompt needs an output_dir of its own."
-        raise EvaluateError(f"{outcome.reason}\n{remedy} With on_bad=skip such rows are left out and listed.")
+        raise EvaluateError(f"{outcome.reason}\n{remedy}{SKIP}")
     return outcome
 
 

@@ -35,6 +35,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def world_size() -> int:
+    """Return how many processes share the inputs."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def work_through(
     folder: str,
     settings: dict[str, Any],
@@ -48,7 +53,7 @@ def work_through(
     batch_size: int,
 ) -> dict[str, Any] | None:
     """Work through the unfinished inputs of this process' share. Return the summary; None while others are at work."""
-    with Run(folder, settings, rank=rank(), world_size=int(os.environ.get("WORLD_SIZE", 1))) as run:
+    with Run(folder, settings, rank=rank(), world_size=world_size()) as run:
         todo, share = run.remaining(ids), len(range(run.rank, len(ids), run.world_size))
         if sys.stderr.isatty():
             show = {"bar_format": PROGRESS}
