@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 
 import pytest
@@ -140,6 +141,41 @@ def test_held_out_media_are_opened_before_any_training(world, tmp_path):
     with pytest.raises(EvaluateError, match=r"1 of 4 held-out rows cannot be used:\n.*row 3 .*gone\.mp4"):
         check_plan(made)
     check_plan(read_plan([str(world / "dpo.yaml")], str(held_out), str(tmp_path), ["--on_bad", "skip"]))
+
+
+def test_rows_are_checked_with_every_method_before_any_training(world, tmp_path):
+    """Clips without boxes train DPO, and not LPOI; of a missing medium a training may leave the row out."""
+    held_out, base = str(world / "pairs.jsonl"), yaml.safe_load((world / "dpo.yaml").read_text())
+    config = tmp_path / "methods.yaml"
+    config.write_text(yaml.safe_dump(base | {"methods": {"dpo": None, "lpoi": None}}))
+    with pytest.raises(UserError, match=r"^lpoi: 8 of 8 train rows cannot be trained on:\n.*critical_box"):
+        check_plan(read_plan([str(config)], held_out, str(tmp_path), []))
+    train = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    rows.write_jsonl([train[0] | {"videos": ["gone.mp4"]}, *train[1:]], tmp_path / "train.jsonl")
+    words = ["--dataset_name", str(tmp_path / "train.jsonl")]
+    dpo = [str(world / "dpo.yaml")]
+    with pytest.raises(UserError, match=r"^dpo: 1 of 8 train rows.*\n.*gone\.mp4"):
+        check_plan(read_plan(dpo, held_out, str(tmp_path), words))
+    check_plan(read_plan(dpo, held_out, str(tmp_path), [*words, "--on_bad_media", "skip"]))
+    assert not (tmp_path / "dpo").exists()
+
+
+def test_an_evaluation_of_other_trainings_is_refused(world, tmp_path):
+    """Before the new one is trained; what is finished need not be trained again."""
+    record = {"method": "dpo", "recipe": yaml.safe_load((world / "dpo.yaml").read_text())}
+    for folder, name, text in (
+        ("dpo", "run.json", record),
+        ("evaluation", "settings.json", {"adapters": {"dpo": "x"}}),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(json.dumps(text))
+    one, two = [str(world / "dpo.yaml")], [str(world / f"{method}.yaml") for method in ("dpo", "simpo")]
+    assert check_plan(read_plan(one, str(world / "pairs.jsonl"), str(tmp_path), [])) == {"dpo"}
+    with pytest.raises(RecipeError, match=r"evaluation is of dpo, .*Delete this folder, .* trainings are kept"):
+        check_plan(read_plan(two, str(world / "pairs.jsonl"), str(tmp_path), []))
+    shutil.rmtree(tmp_path / "dpo")  # to train it again
+    with pytest.raises(RecipeError, match="evaluation is of dpo, "):
+        check_plan(read_plan(one, str(world / "pairs.jsonl"), str(tmp_path), []))
 
 
 def test_checking_leaves_the_environment_alone(world, tmp_path):

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trl_vpo.errors import RecipeError
+from trl_vpo.data.check import prepare_dataset
+from trl_vpo.data.sources import load_splits
+from trl_vpo.errors import RecipeError, UserError
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.run import check_held_out, held_out_rows
 from trl_vpo.evaluate.run import parse as parse_evaluation
@@ -29,9 +31,10 @@ from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe
 from trl_vpo.runs.recipe_list import check_command
 from trl_vpo.runs.resume_rules import fixed_recipe
 from trl_vpo.runs.secrets import scrub
+from trl_vpo.runs.store import read_settings
 from trl_vpo.runs.values import annotations
 from trl_vpo.training.launch import launch_options
-from trl_vpo.training.methods import method_of
+from trl_vpo.training.methods import method_classes, method_of
 from trl_vpo.training.run import make_parser, peft_config
 from trl_vpo.training.run_identity import contents
 
@@ -41,7 +44,7 @@ BASE = ("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_i
 OF_TRAINING = {"seed", "dataset_name", "dataset_config", "output_dir"}
 
 
-@dataclass
+@dataclass(eq=False)
 class Training:
     """One training of a comparison: a method, with a recipe or without, and keys that win over it."""
 
@@ -130,33 +133,64 @@ def check_plan(plan: Plan) -> set[str]:
     Raises UserError, also if bases differ, or a finished training had other settings.
     """
     _check_bases(plan.trainings)
-    finished, media = set(), {}
+    todo, media = {}, {}
     for training in plan.trainings:
-        media[training.name], given = _check_training(training, plan.folder(training))
-        if _is_finished(plan.folder(training), training.method, given):
-            finished.add(training.name)
+        parsed, given = _check_training(training, plan.folder(training))
+        media[training.name] = vars(parsed[1].video_options())
+        if not _is_finished(plan.folder(training), training.method, given):
+            todo[training] = parsed
+    finished = {training.name for training in plan.trainings if training not in todo}
+    _check_evaluation(plan, finished)
     config = parse_evaluation(launch_options(plan.evaluation_options())[0])
     agreed = agreed_media(media, {key: getattr(config, key) for key in plan.keys if hasattr(config, key)})
     inputs, rows, _ = held_out_rows(config)
-    if len(finished) < len(plan.trainings):
+    if todo:
         check_held_out(replace(config, **agreed), inputs, rows, finished=())
+    for training, (script_args, args, _, mixture) in todo.items():
+        try:
+            _check_rows(training.method, script_args, args, mixture)
+        except UserError as error:
+            raise UserError(f"{training.name}: {error}") from error
     return finished
 
 
-def _check_training(training: Training, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the media settings of a training, and its arguments that are not defaults."""
+def _check_evaluation(plan: Plan, finished: set[str]) -> None:
+    """Refuse an evaluation of other trainings, which could not be continued, before any of them is trained."""
+    if not (plan.evaluation / "settings.json").exists():
+        return
+    known = {*read_settings(plan.evaluation).get("adapters", ())}
+    if known != finished or len(finished) < len(plan.trainings):
+        raise RecipeError(
+            f"{plan.evaluation} is of {', '.join(sorted(known)) or 'no training'}, and not of the trainings that are "
+            "compared now. Delete this folder, and all models are asked again; finished trainings are kept."
+        )
+
+
+def _check_rows(method: str, script_args: Any, args: Any, mixture: Any) -> None:
+    """Check the rows of a training as it does at its start, but for lengths and what only a processor refuses."""
+    unopened = args.on_bad_media == "skip" or args.check_media == "off"
+    args.check_media = "off" if unopened else "header"
+    splits = load_splits(script_args, mixture, evaluate=args.eval_strategy != "no", seed=args.seed)
+    for name, dataset in zip(("train", "eval"), splits):
+        if dataset is not None:
+            phrases = method_classes(method)[1].needs_phrases
+            prepare_dataset(dataset, args, name=name, processing_class=None, phrases=phrases)
+
+
+def _check_training(training: Training, folder: Path) -> tuple[tuple, dict[str, Any]]:
+    """Return the parsed arguments of a training, and those that are not defaults."""
     options, _ = launch_options(training.options(folder))
     check_paths(options)
     parser, before = make_parser(training.method, any_device=True), dict(os.environ)
     try:  # on the CPU: this process keeps no memory of a GPU
-        _, args, model_args, _ = parser.parse([*options, "--use_cpu", "true"])
+        parsed = parser.parse([*options, "--use_cpu", "true"])
     finally:  # recipes set variables, and so do the argument classes, which the other commands must not see
         os.environ.clear()
         os.environ.update(before)
-    adapter = peft_config(model_args)
+    adapter = peft_config(parsed[2])
     if why := "it trains all weights" if adapter is None else loses_base(adapter):
         raise RecipeError(f"{training.name}: {why}, and a comparison needs LoRA adapters on one base.")
-    return vars(args.video_options()), parser.given
+    return parsed, parser.given
 
 
 def option_words(keys: Mapping[str, Any]) -> list[str]:
