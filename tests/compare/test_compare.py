@@ -13,7 +13,8 @@ from resume_runs import RECIPE
 
 from trl_vpo import cli
 from trl_vpo.compare.plan import check_plan, read_plan
-from trl_vpo.compare.run import run_compare
+from trl_vpo.compare.run import run_compare, write_figure
+from trl_vpo.compare.table import print_table, write_table
 from trl_vpo.errors import EvaluateError, RecipeError, UserError
 from trl_vpo.testbed import language, rows
 
@@ -176,6 +177,26 @@ def test_an_evaluation_of_other_trainings_is_refused(world, tmp_path):
     shutil.rmtree(tmp_path / "dpo")  # to train it again
     with pytest.raises(RecipeError, match="evaluation is of dpo, "):
         check_plan(read_plan(one, str(world / "pairs.jsonl"), str(tmp_path), []))
+
+
+def test_sets_of_questions_are_in_table_and_figure(tmp_path):
+    def measures(*values):
+        names = ("binary/accuracy", "sets/figure", "sets/in_video", "sets/sah_ratio", "sets_of/others")
+        return {name: {"value": v, "low": None, "high": None, "n": 40} for name, v in zip(names, values)}
+
+    up = {"sets/figure": {"value": 0.2, "low": 0.1, "high": 0.3, "n": 40}}
+    results = {"data": {"rows": 9, "clusters": 9}, "settings": {"level": 0.95}, "contestants": {
+        "base": {"measures": measures(0.5, 0.25, 0.125, None, 1), "differences": {}},
+        "dpo": {"measures": measures(0.75, 0.45, 0.125, None, 1), "differences": up},
+    }}  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps({"metrics": {"train": {"train_runtime": 3.0}}}))
+    log = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    table = write_table(results, {"dpo": tmp_path}, tmp_path / "table.md").read_text()
+    assert "| model | yes/no | sets figure | sets in_video | sets sah_ratio | seconds |" in table
+    assert "| dpo | 0.750 | 0.450▲ | 0.125 | - | 3 |" in table
+    write_figure(results, {"dpo": tmp_path}, tmp_path / "compare.png")
+    print_table(results, {"dpo": tmp_path})
 
 
 def test_checking_leaves_the_environment_alone(world, tmp_path):

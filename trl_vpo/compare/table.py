@@ -35,12 +35,17 @@ Folders = Mapping[str, Path]  # of the trainings, by name
 
 
 def heading(measure: str) -> str:
-    return MEASURES[measure][0].replace("\n", " ")
+    return _head(measure).replace("\n", " ")
+
+
+def _head(measure: str) -> str:
+    return MEASURES[measure][0] if measure in MEASURES else measure.replace("/", "\n", 1)
 
 
 def measured(results: dict[str, Any]) -> list[str]:
-    """Return those of `MEASURES` that the held-out rows gave."""
-    return [name for name in MEASURES if name in results["contestants"][BASE]["measures"]]
+    """Return those of `MEASURES` that the held-out rows gave, and sets of questions of every kind."""
+    given = results["contestants"][BASE]["measures"]
+    return [name for name in (*MEASURES, *(name for name in given if name.startswith("sets/"))) if name in given]
 
 
 def lines(results: dict[str, Any], folders: Folders, names: list[str]) -> list[list[str]]:
@@ -49,7 +54,7 @@ def lines(results: dict[str, Any], folders: Folders, names: list[str]) -> list[l
     for model, own in results["contestants"].items():
         cells = [model]
         for name in names:
-            compares = MEASURES[name][1]
+            compares = name in MEASURES and MEASURES[name][1]
             arrow = "" if compares else mark(own["differences"].get(name)).strip()
             cells.append("-" if compares and model == BASE else cell(own["measures"][name]) + arrow)
         made.append([*cells, "-" if model == BASE else f"{seconds(folders[model]):.0f}"])
@@ -76,7 +81,7 @@ def print_table(results: dict[str, Any], folders: Folders) -> None:
 
 
 def _table(results: dict[str, Any], folders: Folders, names: list[str]) -> Table:
-    result = table("model", *(MEASURES[name][0] for name in names), "seconds", title=title(results))
+    result = table("model", *map(_head, names), "seconds", title=title(results))
     for model, *cells in lines(results, folders, names):
         result.add_row(model, *(text.replace(" ", "\n", 1) for text in cells))  # the interval below its value
     return result
