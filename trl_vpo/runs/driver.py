@@ -78,6 +78,8 @@ def work_through(
                     counts["kept" if outcome.rows else "rejected"] += 1
                     bar.set_postfix(counts, refresh=False)
                     bar.update()
+                    if _ignored:
+                        raise KeyboardInterrupt
         finally:  # Ctrl-C and errors do not wait for a batch that nobody will use
             bar.close()
             decoders.shutdown(wait=False, cancel_futures=True)
@@ -113,12 +115,27 @@ def decoded_ahead(decoders: ThreadPoolExecutor, load: Callable, todo: Sequence[i
             yield [future.result() for future in loading]
 
 
+_ignored: list[type] = []  # a KeyboardInterrupt that came within a finalizer, where Python drops it
+
+
 @contextmanager
 def ctrl_c_says_how_to_continue(folder: str) -> Iterator[None]:
-    """Turn Ctrl-C into one line on the terminal and exit code 130."""
+    """Turn Ctrl-C into one line on the terminal and exit code 130, at the next outcome at the latest."""
+    hook = sys.unraisablehook
+
+    def remember(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt:
+            _ignored.append(dropped.exc_type)
+        else:
+            hook(dropped)
+
+    sys.unraisablehook = remember
     try:
         yield
     except KeyboardInterrupt:
         if rank() == 0:
             print(f"Stopped. The same command continues with what is finished in {folder}.", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        sys.unraisablehook = hook
+        _ignored.clear()
