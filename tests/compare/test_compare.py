@@ -15,7 +15,7 @@ from trl_vpo import cli
 from trl_vpo.compare.plan import check_plan, read_plan
 from trl_vpo.compare.run import run_compare, write_figure
 from trl_vpo.compare.table import print_table, write_table
-from trl_vpo.errors import EvaluateError, RecipeError, UserError
+from trl_vpo.errors import EvaluateError, ModelError, RecipeError, UserError
 from trl_vpo.testbed import language, rows
 
 SHARED = {key: value for key, value in RECIPE.items() if key != "resume_from_checkpoint"}
@@ -129,7 +129,7 @@ def test_recipes_of_different_bases_are_refused(world, tmp_path):
 def test_trainings_on_other_frames_are_refused(world, tmp_path):
     configs = [str(world / name) for name in ("dpo.yaml", recipe(world, "rrpo.yaml", num_frames=4))]
     held_out = str(world / "pairs.jsonl")
-    with pytest.raises(EvaluateError, match=r"different settings .*dpo: num_frames 2; rrpo: num_frames 4"):
+    with pytest.raises(ModelError, match=r"different settings .*dpo: num_frames 2; rrpo: num_frames 4"):
         check_plan(read_plan(configs, held_out, str(tmp_path), []))
     check_plan(read_plan(configs, held_out, str(tmp_path), ["--num_frames", "4"]))
 

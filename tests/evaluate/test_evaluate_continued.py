@@ -10,7 +10,7 @@ import pytest
 from held_out_kit import assert_same_record, evaluate, records, write_adapter, write_held_out
 from helpers import write_clip
 
-from trl_vpo.errors import EvaluateError, MediaError, RecipeError, RunError, UserError
+from trl_vpo.errors import EvaluateError, MediaError, ModelError, RecipeError, RunError, UserError
 from trl_vpo.evaluate import probes
 from trl_vpo.evaluate import run as module
 from trl_vpo.evaluate.candidates import candidate_names
@@ -275,7 +275,7 @@ def test_a_damaged_record_of_the_training_is_refused(text, why, tmp_path, caplog
     """Unless the frames are given: then its other settings are warned of."""
     adapter = trained(tmp_path / "rrpo")
     (tmp_path / "rrpo/run.json").write_text(text)
-    with pytest.raises(EvaluateError, match=rf"rrpo/run\.json: {why}.*Correct the file, or give num_frames or fps"):
+    with pytest.raises(ModelError, match=rf"rrpo/run\.json: {why}.*Correct the file, or give num_frames or fps"):
         media_settings(adapter)
     assert media_settings(adapter, num_frames=4)[0] == 4
     (warning,) = caplog.messages
@@ -310,10 +310,10 @@ def test_frames_are_those_of_the_adapters_training(tmp_path, caplog, capsys):
     assert [f"sampled with num_frames {n}:" in text for n, text in zip((8, 16), caplog.messages)] == [True, True]
     assert media_settings(unknown, num_frames=4)[0] == 4 and unknown in caplog.messages[0]
     assert media_settings(short, fps=1.0, max_frames=9, max_pixels=512) == [None, 1.0, 9, 512, None]
-    assert f"{short} was trained with num_frames 8, and is evaluated with fps 1.0." in caplog.messages
-    assert f"{short} was trained with max_pixels 1024, and is evaluated with max_pixels 512." in caplog.messages
+    assert f"{short} was trained with num_frames 8, and is run with fps 1.0." in caplog.messages
+    assert f"{short} was trained with max_pixels 1024, and is run with max_pixels 512." in caplog.messages
     few = trained(tmp_path / "few", num_frames=8, max_frames=9)  # which does nothing without fps
-    with pytest.raises(EvaluateError, match=r"different settings .*few: num_frames 8; .*usual: num_frames 16"):
+    with pytest.raises(ModelError, match=r"different settings .*few: num_frames 8; .*usual: num_frames 16"):
         media_settings(few, usual)
     assert media_settings(few, usual, num_frames=4)[0] == 4
 
@@ -327,9 +327,9 @@ def test_frames_are_those_of_a_model_that_was_trained_whole(tmp_path, caplog, ca
     assert capsys.readouterr().err == 2 * text and not caplog.messages
     assert media_settings(adapter, model=full) == [4, None, 64, None, None]
     assert media_settings(model=full, num_frames=6)[0] == 6
-    assert caplog.messages == [f"{full} was trained with num_frames 8, and is evaluated with num_frames 6."]
+    assert caplog.messages == [f"{full} was trained with num_frames 8, and is run with num_frames 6."]
     untold = [16, None, 64, None, None]
     assert media_settings(model=str(tmp_path)) in (untold, [None, *untold[1:]]) and len(caplog.messages) == 1
     (tmp_path / "full/run.json").write_text("[1]")
-    with pytest.raises(EvaluateError, match=r"full/run\.json: it holds no JSON object"):
+    with pytest.raises(ModelError, match=r"full/run\.json: it holds no JSON object"):
         media_settings(model=full)

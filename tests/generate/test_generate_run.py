@@ -10,12 +10,13 @@ import torch
 from datasets import load_dataset
 from helpers import write_clip
 from peft import LoraConfig, get_peft_model
-from run_kit import KINDS, generate, lines, write_inputs, written
+from run_kit import KINDS, generate, lines, options, write_inputs, written
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.rows import read_row
 from trl_vpo.errors import RunError
+from trl_vpo.generate.run import run_generation
 from trl_vpo.runs.digests import weights_digest
 from trl_vpo.runs.store import read_settings
 from trl_vpo.testbed.rows import write_jsonl
@@ -187,6 +188,25 @@ def test_an_adapter_answers(runs, inputs, tmp_path):
     who = WHO | {"adapter": str(tmp_path / "adapter")}
     assert read_settings(tmp_path / "one")["answered_by"] == who
     assert all(row["generated_by"].items() >= who.items() for row in rows.values())
+
+
+def test_an_adapter_sees_the_frames_of_its_training(inputs, tmp_path, capsys):
+    """The window of its training is of other videos; an option or a key of the recipe wins."""
+    write_adapter(tmp_path / "adapter", "q_proj")
+    recipe = {"fps": 4.0, "max_pixels": 3000, "video_end": 0.5}
+    (tmp_path / "adapter/run.json").write_text(json.dumps({"recipe": recipe}))
+    words = ["--from_adapter", tmp_path / "adapter", "--limit", 1]
+    named, config, *rest = options("rrpo", inputs["clip"], tmp_path / "run", *words)
+    (tmp_path / "own.yaml").write_text(Path(config).read_text().replace("num_frames: 8", ""))
+    run_generation("rrpo", [named, str(tmp_path / "own.yaml"), *rest])
+    settings = read_settings(tmp_path / "run")
+    names = ("num_frames", "fps", "max_pixels", "video_end")
+    assert [settings[name] for name in names] == [None, 4.0, 3000, None]
+    assert (
+        "Videos as in the training, by run.json: fps 4.0, max_frames 64, max_pixels 3000.\n" in capsys.readouterr().err
+    )
+    generate("rrpo", inputs["clip"], tmp_path / "other", *words)
+    assert read_settings(tmp_path / "other")["fps"] is None
 
 
 def test_weights_that_changed_under_their_name(runs, inputs, tmp_path):

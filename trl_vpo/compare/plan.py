@@ -20,11 +20,11 @@ from trl_vpo.data.sources import load_splits
 from trl_vpo.errors import RecipeError, UserError
 from trl_vpo.evaluate.config import EvaluateConfig
 from trl_vpo.evaluate.run import check_held_out, held_out_rows
-from trl_vpo.evaluate.run import parse as parse_evaluation
-from trl_vpo.evaluate.trained import agreed_media
+from trl_vpo.evaluate.run import make_parser as make_evaluation_parser
 from trl_vpo.files import read_object
 from trl_vpo.models.adapters import loses_base
 from trl_vpo.models.paths import check_paths
+from trl_vpo.models.trained import agreed_media
 from trl_vpo.runs.digests import model_files
 from trl_vpo.runs.named_recipes import shipped_model
 from trl_vpo.runs.recipe_file import LAUNCH_KEYS, read_recipe
@@ -141,7 +141,7 @@ def check_plan(plan: Plan) -> set[str]:
             todo[training] = parsed
     finished = {training.name for training in plan.trainings if training not in todo}
     _check_evaluation(plan, finished)
-    config = parse_evaluation(launch_options(plan.evaluation_options())[0])
+    config = make_evaluation_parser().parse(launch_options(plan.evaluation_options())[0])[0]
     agreed = agreed_media(media, {key: getattr(config, key) for key in plan.keys if hasattr(config, key)})
     inputs, rows, _ = held_out_rows(config)
     if todo:

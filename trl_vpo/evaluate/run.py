@@ -37,11 +37,11 @@ from trl_vpo.evaluate.probes import (
 from trl_vpo.evaluate.results import BASE, Report
 from trl_vpo.evaluate.rows import EvalRow, preference_row, read_rows
 from trl_vpo.evaluate.table import show_results
-from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.media.budget import PixelBudget
 from trl_vpo.media.load import Media
 from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.models.server import ServerModel
+from trl_vpo.models.trained import trained_media
 from trl_vpo.runs.digests import adapter_digest, row_digest, weights_digest
 from trl_vpo.runs.driver import check_unchanged, ctrl_c_says_how_to_continue, rank, work_through, world_size
 from trl_vpo.runs.outcome import Outcome

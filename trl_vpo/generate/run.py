@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from trl_vpo.media.load import Media
 from trl_vpo.models.load import load_model
 from trl_vpo.models.requests import AnsweringModel
 from trl_vpo.models.server import RequestBudget, ServerModel
+from trl_vpo.models.trained import SIZES, trained_media
 from trl_vpo.runs.digests import row_digest, weights_digest
 from trl_vpo.runs.driver import check_unchanged, ctrl_c_says_how_to_continue, rank, work_through
 from trl_vpo.runs.outcome import Outcome
@@ -54,7 +55,12 @@ def run_generation(method: str, argv: list[str]) -> dict[str, Any] | None:
     `argv` are the options of `trl-vpo generate METHOD`, such as `["--config", "recipe.yaml"]`. Return the run's
     summary, or None after a dry run or while other workers are still at work. After Ctrl-C what was finished stays.
     """
-    config = make_parser(method).parse(argv)[0]
+    parser = make_parser(method)
+    config = parser.parse(argv)[0]
+    if config.model_name_or_path and not config.server_url:
+        adapters = [config.from_adapter] if config.from_adapter else []
+        model = (config.model_name_or_path, config.model_revision)
+        config = replace(config, **trained_media(adapters, parser.named, *model, SIZES))
     with ctrl_c_says_how_to_continue(config.output_dir):
         return _generate(method, config)
 

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate.lmms.tasks import videohallucer
-from trl_vpo.evaluate.trained import trained_media
 from trl_vpo.files import atomic_write, read_object
 from trl_vpo.models.config import AnsweringConfig
 from trl_vpo.models.load import load_model
+from trl_vpo.models.trained import SIZES, trained_media
 from trl_vpo.runs.digests import adapter_digest, files_digest, weights_digest
 from trl_vpo.runs.outcome import Outcome
 from trl_vpo.runs.store import Run, read_outcomes
@@ -84,8 +84,8 @@ def run_benchmarks(
         raise EvaluateError(
             f"public benchmarks need lmms-eval, which cannot be imported ({error}): pip install trl-vpo[lmms]"
         ) from error
-    trained = trained_media([adapter] if adapter else [], settings, model, settings.get("model_revision"))
-    settings = {key: value for key, value in trained.items() if key in FIXED} | settings  # a window is of the data
+    adapters = [adapter] if adapter else []
+    settings = trained_media(adapters, settings, model, settings.get("model_revision"), SIZES) | settings
     config = AnsweringConfig(model_name_or_path=model, limit=limit, batch_size=batch_size, **settings)
     manager = _task_manager(include_path)
     simple = {name: _check(manager, name, limit) for name in benchmarks}
