@@ -67,7 +67,7 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"it cannot be read ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object.")

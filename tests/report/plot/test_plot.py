@@ -101,11 +101,42 @@ def test_runs_of_one_method_are_named_by_their_folders(tmp_path):
         (lambda f: [write_state(f, [*HISTORY, {"loss": 0.5}])], "its log_history does not list what was logged"),
         (lambda f: [write_run(f), f / "."], "is given twice"),
         (lambda f: [write_state(f), (f / "run.json").write_text("{")][:1], r"run\.json: it cannot be read"),
+        (lambda f: [write_state(f), (f / "run.json").write_text("[" * 10**5)][:1], r"json: it cannot be read"),
     ],
 )
 def test_what_is_not_a_run(tmp_path, make, message):
     with pytest.raises(PlotError, match=message):
         read_runs(make(tmp_path))
+
+
+@pytest.mark.parametrize("value", [None, [1], {"a": 1}, "abc", 10**400])
+def test_what_was_logged_must_be_numbers(tmp_path, value):
+    state = write_state(tmp_path, [*HISTORY, {"step": 11, "loss": value}]) / "trainer_state.json"
+    for key in ("loss", "eval_grad_norm", "eval_a_loss"):
+        write_state(tmp_path, [*HISTORY, {"step": 11, key: value}])
+        with pytest.raises(PlotError, match=f"{state}: at step 11, {key} is not a number. Restore it, or plot a copy"):
+            plot.plot_runs([tmp_path], tmp_path / "page.html")
+    write_state(tmp_path, [*HISTORY, {"step": 11, "own": value, "own_loss": value}])  # it is listed, and not drawn
+    plot.plot_runs([tmp_path], tmp_path / "page.html")
+    for step in (value, float("nan"), float("inf"), 10**30, -1):
+        write_state(tmp_path, [{"step": step, "loss": 0.5}])
+        with pytest.raises(PlotError, match=f"{state}: its log_history does not list"):
+            plot.plot_runs([tmp_path], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"recipe": [1]}, {"recipe": "x"}, {"versions": 3}, {"run": 5}, {"run": {"recipe": [1]}}, {"saved": "x"},
+     {"saved": 1e300}, {"saved": [1]}],
+)  # fmt: skip
+def test_a_record_of_other_types_names_its_file(tmp_path, record):
+    for folder, name in ((tmp_path / "a", "run.json"), (tmp_path / "b" / "checkpoint-5", "complete.json")):
+        file = write_state(folder) / name
+        file.write_text(json.dumps(record))
+        with pytest.raises(PlotError, match=f"{file} does not hold what `trl-vpo train` writes there. Restore it, or"):
+            plot.plot_runs([folder], tmp_path / "page.html")
+    file.write_text(json.dumps({"run": {"method": 5, "rows": {}, "device": [1], "finished": 7}, "saved": None}))
+    plot.plot_runs([folder], tmp_path / "page.html")
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -139,7 +170,7 @@ def test_settings_that_differ(tmp_path):
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(0.51239, "0.5124"), (1e-6, "1e-06"), (110080.0, "110,080"), (8, "8"), (True, "True"), ("a", "a"),
-     (float("nan"), "nan"), (float("inf"), "inf"), (1.0, "1")],
+     (float("nan"), "nan"), (float("inf"), "inf"), (1.0, "1"), (10**400, f"{10**400:,}"), ([1], "[1]")],
 )  # fmt: skip
 def test_show_value(value, shown):
     assert plot.show_value(value) == shown

@@ -88,7 +88,7 @@ def facts(runs: Sequence[Run]) -> Rows:
         "method": [run.method or None for run in runs],
         "folder": [str(run.path) for run in runs],
         "last step": [max(entry["step"] for entry in run.history) for run in runs],
-        "rows": [r["rows"]["trained"] if isinstance(r.get("rows"), dict) else r.get("rows") for r in records],
+        "rows": [r["rows"].get("trained") if isinstance(r.get("rows"), dict) else r.get("rows") for r in records],
         **{key: [record.get(key) for record in records] for key in ("device", "processes", "finished")},
     }
     return [(name, values) for name, values in rows.items() if any(value is not None for value in values)]
@@ -114,4 +114,6 @@ def show_value(value: Any) -> str:
     """Return a number with four digits, or in full if it is a count."""
     if isinstance(value, float) and not (value.is_integer() and abs(value) >= 1000):
         return f"{value:.4g}"
-    return f"{value:,.0f}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}"

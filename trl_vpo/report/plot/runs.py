@@ -15,9 +15,12 @@ from typing import Any
 
 from trl_vpo.errors import PlotError
 from trl_vpo.files import read_object
-from trl_vpo.report.plot.curves import History
+from trl_vpo.report.plot.curves import PANELS, History
 
 STATE = "trainer_state.json"
+REMEDY = "Restore it, or plot a copy of the folder without it."
+KEYS = tuple(panel.key for panel in PANELS)
+MOST = 2**37  # steps of a training, and seconds of a time stamp
 METHOD_NAMES = {"dpo": "DPO", "leanpo": "LeanPO", "rrpo": "RRPO", "lpoi": "LPOI", "simpo": "SimPO", "tdpo": "TDPO"}
 METHOD_NAMES |= {"ddpo": "DDPO", "mdpo": "mDPO", "dpa": "DPA", "symmpo": "SymMPO"}
 
@@ -81,8 +84,13 @@ def _saved(record: Mapping[str, Any]) -> str:
 def _read_history(state: Path) -> History:
     history = _read_json(state).get("log_history")
     logs = history if isinstance(history, list) else [None]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int | float) for entry in logs):
-        raise PlotError(f"{state}: its log_history does not list what was logged at which step.")
+    if not all(isinstance(entry, dict) and _is_count(entry.get("step")) for entry in logs):
+        raise PlotError(f"{state}: its log_history does not list what was logged at which step. {REMEDY}")
+    for entry in logs:
+        for key, value in entry.items():
+            drawn = key in KEYS or (key.startswith("eval_") and key.endswith(KEYS))
+            if drawn and not _is_number(value):
+                raise PlotError(f"{state}: at step {entry['step']}, {key} is not a number. {REMEDY}")
     return logs
 
 
@@ -90,14 +98,30 @@ def _read_record(folder: Path, run: Path) -> dict[str, Any]:
     """Return the marker of a checkpoint or run.json; of the run's own folder, run.json comes first."""
     files = [folder / "complete.json", run / "run.json"]
     files = [file for file in (files if folder != run else files[::-1]) if file.is_file()]
-    return _read_json(files[0]) if files else {}
+    record = _read_json(files[0]) if files else {}
+    about = record.get("run", record)
+    parts = [about, *(about.get(key) or {} for key in ("recipe", "versions"))] if isinstance(about, dict) else [about]
+    if not all(isinstance(part, dict) for part in parts) or not _is_count(record.get("saved") or 0):
+        raise PlotError(f"{files[0]} does not hold what `trl-vpo train` writes there. {REMEDY}")
+    return record
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < MOST
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return float(value) is not None
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except ValueError as error:
-        raise PlotError(f"{path}: {error}") from error
+        raise PlotError(f"{path}: {error} {REMEDY}") from error
 
 
 def _repeated(values) -> list[str]:
