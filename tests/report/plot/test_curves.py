@@ -1,6 +1,7 @@
 """Figures of training curves: what they draw and say is what the logs say."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -100,6 +101,25 @@ def test_measures_that_are_undefined_are_not_drawn():
         held_out = {"CHAIRi": {"DPO": none, "RRPO": some, "base": base}}
         figure, _ = curves.training_figure({"DPO": LOG, "RRPO": LOG}, held_out=held_out)
         assert len(figure.get_axes()[-1].get_lines()) == count
+
+
+def test_the_numbers_below_measures_stand_apart():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    spans = ((-0.21, 0.01), (-0.00021, 0.00004), (-0.0006, -0.0004), (0.00014, 0.00026), (-0.0087, 0.0044))
+    measures = [{"value": low, "low": low, "high": high} for low, high in spans]
+    held_out = {f"measure {n}": {"DPO": measure, "base": measure} for n, measure in enumerate(measures)}
+    for keys in (("loss", "rewards/margins"), LOG[0]):
+        figure, _ = curves.training_figure({"DPO": [{"step": 5} | {k: LOG[0][k] for k in keys}]}, held_out=held_out)
+        canvas = FigureCanvasAgg(figure)
+        with style.drawing():
+            canvas.draw()
+        for axes in figure.get_axes()[-len(spans) :]:
+            low, high = axes.get_xlim()
+            ticks = [tick.label1 for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+            boxes = [tick.get_window_extent(canvas.get_renderer()) for tick in ticks]
+            gaps = [after.x0 - before.x1 for before, after in pairwise(boxes)]
+            assert gaps and min(gaps) > 2, [tick.get_text() for tick in ticks]
 
 
 def test_smoothed_curves_show_what_was_logged_and_say_so():

@@ -176,6 +176,8 @@ def draw_line(axes, values: Series, index: int, half_life: float) -> None:
 
 def draw_measures(axes, measures: Mapping[str, Measured], names: Sequence[str], base: str) -> None:
     """Draw a measure of each run as a point with its interval, one below the other; the base's is a line."""
+    from matplotlib.ticker import MaxNLocator
+
     for index, name in enumerate(names):
         value, low, high = (measures[name][key] for key in ("value", "low", "high"))
         look = style.look(index)
@@ -186,6 +188,7 @@ def draw_measures(axes, measures: Mapping[str, Measured], names: Sequence[str], 
     if measures[base]["value"] is not None:
         axes.axvline(measures[base]["value"], **style.GUIDE)
     axes.set_yticks([])
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))  # more numbers such as -0.0005 would run together
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("grey: the base")
 
