@@ -173,10 +173,10 @@ def test_second_media_are_shown_beside_the_rows_own(tmp_path):
 
 def test_the_same_data_make_the_same_bytes(tmp_path, world, monkeypatch):
     write_jsonl(world, tmp_path / "rows.jsonl")
-    for name, cores in (("a", 1), ("b", 4)):
+    for name, cores in (("a.html", 1), ("b.HTM", 4)):
         monkeypatch.setattr(page_module, "usable_cores", lambda cores=cores: cores)
         write_page(tmp_path / "rows.jsonl", tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.HTM").read_bytes()
 
 
 def test_no_row_is_skipped(tmp_path, world):
@@ -278,15 +278,16 @@ def test_limit_and_media_root(tmp_path, world):
         ({"num_frames": 0}, "num_frames is 0"),
         ({"split": "test"}, "has no split 'test'; it has train"),
         ({"dataset": "missing.jsonl"}, "missing.jsonl does not exist"),
-        ({"out": "rows.jsonl"}, "is the dataset itself"),
-        ({"out": "."}, "is a folder"),
+        ({"out": "rows.jsonl"}, "rows.jsonl: the page is HTML. Let its name end in .html or .htm"),
+        ({"out": "folder.html"}, "is a folder"),
     ],
 )
 def test_refused(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     write_jsonl([row(None)], tmp_path / "rows.jsonl")
     (tmp_path / "page.html").write_text("the last one")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "folder.html").mkdir()
+    before = {path: path.is_dir() or path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match=message):
         write_page(**{"dataset": "rows.jsonl", "out": "page.html"} | options)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path: path.is_dir() or path.read_bytes() for path in tmp_path.iterdir()} == before

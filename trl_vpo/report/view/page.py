@@ -70,9 +70,9 @@ def write_page(
     for name, value in (("limit", limit), ("num_frames", options.num_frames)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: give a whole number of at least 1.")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{out}: the page is HTML. Let its name end in .html or .htm.")
     check_output_file(out)
-    if out.exists() and Path(dataset).exists() and out.samefile(dataset):
-        raise UserError(f"{out} is the dataset itself: name another file for the page.")
     examples = read_examples(dataset, split)
     counts = PageCounts()
     write_html(
