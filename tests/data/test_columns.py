@@ -39,6 +39,10 @@ LAYOUTS = [
         "has no `chosen`.*`trl-vpo generate` makes pairs of such rows",
     ),
     ({"task": "yes_no", "question": "?", "answer": "yes", "image": "a.png"}, "held-out row: `trl-vpo evaluate --data"),
+    (
+        {"task": "yes_no", "contestant": "base", "id": "1", "question": "?", "answer": "yes"},
+        "result of `trl-vpo evaluate`, and no row: results.json",
+    ),
     ({"question_id": 1, "image": "a.png", "text": "?", "label": "yes"}, "It looks like pope's .*`trl-vpo evaluate`"),
     ({"id": 1, "image": "a.png", "query": "Is it?"}, "import amber IN OUT` writes rows for `trl-vpo evaluate`"),
     ({"id": 1, "image": "a.png", "query": "?", "chosen": "A"}, "has no `rejected`.*`query` are not read. Rename"),

@@ -133,6 +133,27 @@ def test_a_folder_that_is_not_whole_or_not_clear_is_refused(tmp_path, names, say
         local_splits(tmp_path)
 
 
+FOLDERS = [
+    (["settings.json", "summary.json", "rows.jsonl", "rejected.jsonl"], r"generate` wrote it: name .*/rows\.jsonl\."),
+    (["settings.json", "rows.jsonl", "results.json"], "evaluate` wrote it: it holds results, and no rows"),
+    (["settings.json", "shards/a.jsonl"], "a run that is not finished: give its command again"),
+    (["run.json", "adapter_config.json"], "folder of a model or of its training, and holds no rows: name a dataset"),
+    (["adapter_config.json"], "holds no rows"),
+    (["trainer_state.json"], "holds no rows"),
+    (["config.json", "generation_config.json"], "holds no rows"),
+    (["test.jsonl"], r"test\.$"),
+]
+
+
+@pytest.mark.parametrize(("names", "says"), FOLDERS, ids=[" ".join(names) for names, _ in FOLDERS])
+def test_a_folder_of_a_run_is_called_what_it_is(tmp_path, names, says):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, TEXT)
+    with pytest.raises(DatasetError, match=f"has no split 'train'; it has .*{says}"):
+        load(tmp_path)
+
+
 def test_whole_sets_of_shards(tmp_path):
     for name in ("train-1-of-2.jsonl", "train-2-of-2.jsonl", "test-00000-of-00001-0123456789abcdef.jsonl", "a.csv"):
         packed(tmp_path / name)

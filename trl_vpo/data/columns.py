@@ -47,7 +47,9 @@ def another_layout(example: dict) -> str:
     known = marked[max(marked, key=len)] if marked else None  # the marks of one may be among another's
     makes = FORMATS[known].makes if known else None
     question = "It looks like a question with its answer, and no pair: `trl-vpo generate` makes pairs of"
-    if {"task", "question"} <= filled:
+    if {"contestant", "task"} <= filled:
+        remedy = "It is a result of `trl-vpo evaluate`, and no row: results.json beside it holds the measures."
+    elif {"task", "question"} <= filled:
         remedy = "It looks like a held-out row: `trl-vpo evaluate --data FILE` measures a model on it."
     elif makes == "questions":
         remedy = f"{question} rows with `question` and `answer`, which `trl-vpo import {known} IN OUT` writes."

@@ -81,7 +81,8 @@ def named_splits(
                 "--repo-type dataset --local-dir FOLDER`; then give the path of FOLDER."
             ) from error
     if splits[0] not in available:
-        raise DatasetError(f"{name} has no split {splits[0]!r}; it has {', '.join(available) or 'none'}.")
+        about = _folder_of_a_run(path) if local else ""
+        raise DatasetError(f"{name} has no split {splits[0]!r}; it has {', '.join(available) or 'none'}.{about}")
     chosen = {split: available[split] for split in splits if split in available}
     return {split: _load_local(part, streaming) for split, part in chosen.items()} if local else chosen
 
@@ -130,6 +131,20 @@ def _folder_splits(folder: Path) -> dict[str, list[Path]]:
     for split, parts in splits.items():
         _check_parts(folder, split, parts)
     return splits
+
+
+def _folder_of_a_run(folder: Path) -> str:
+    """Say which command wrote a folder that was taken for one of rows, and where its rows are."""
+    has = lambda *names: any((folder / name).is_file() for name in names)  # noqa: E731
+    if has("settings.json") and has("results.json"):
+        return " `trl-vpo evaluate` wrote it: it holds results, and no rows."
+    if has("settings.json") and has("rows.jsonl"):
+        return f" `trl-vpo generate` wrote it: name {folder / 'rows.jsonl'}."
+    if has("settings.json") and (folder / "shards").is_dir():
+        return " It is a run that is not finished: give its command again, and name its rows.jsonl then."
+    if has("run.json", "trainer_state.json", "adapter_config.json", "config.json"):
+        return " It is the folder of a model or of its training, and holds no rows: name a dataset."
+    return ""
 
 
 def _check_parts(folder: Path, split: str, parts: list[Path]) -> None:

@@ -263,6 +263,30 @@ def test_parquet_and_saved_datasets_with_media_inside(tmp_path, world):
         assert alike(page.images(1)[0][0], Image.open(paths[1]))
 
 
+HELD_OUT = {"task": "yes_no", "question": "Is there a dog?", "answer": "yes", "images": ["a.png"]}
+RESULT = {"contestant": "base", "task": "preference", "id": "1", "chosen_logp": -3.0}
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        (HELD_OUT, "It looks like a held-out row: `trl-vpo evaluate --data FILE`"),
+        ({"question": "?", "answer": "a", "images": ["a.png"]}, "`trl-vpo generate` makes pairs of such rows"),
+        ({"question_id": 1, "image": "a.png", "text": "?", "label": "yes"}, "`trl-vpo import pope IN OUT`"),
+        (RESULT, "a result of `trl-vpo evaluate`, and no row"),
+    ],
+)
+@pytest.mark.parametrize("limit", [None, 3])
+def test_what_is_no_preference_data_is_called_so(tmp_path, example, says, limit):
+    """Also in the folder that a run wrote. A few such rows between pairs have their place on the page."""
+    data = write_jsonl([example] * 20, tmp_path / "rows.jsonl")
+    for dataset in (data, tmp_path):
+        with pytest.raises(UserError, match=f"no preference data: of its {limit or 20} rows, none has .*{says}"):
+            write_page(dataset, tmp_path / "page.html", limit=limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert len(page_of(tmp_path, [example, example, row(None)]).rows) == 3
+
+
 def test_limit_and_media_root(tmp_path, world):
     rows = [{**row, "videos": [Path(row["videos"][0]).name]} for row in world[:3]]
     page = page_of(tmp_path, rows, limit=2, media_root=Path(world[0]["videos"][0]).parent)

@@ -14,8 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from trl_vpo.data.columns import another_layout
 from trl_vpo.data.paths import check_output_file
-from trl_vpo.errors import UserError
+from trl_vpo.data.rows import SIDES
+from trl_vpo.errors import DatasetError, UserError
 from trl_vpo.media.video import usable_cores
 from trl_vpo.report.html import write_html
 from trl_vpo.report.view.data import Unreadable, read_examples, read_rejected, read_summary
@@ -95,18 +97,29 @@ def write_page(
 def _blocks(
     dataset: str | Path, examples: Iterator[dict | Unreadable], limit: int | None, look: Look, counts: PageCounts
 ) -> Iterator[tuple[str, int, Any]]:
-    """Yield (kind, number, content) of each block: rows and their pictures, what was rejected, the summary."""
+    """Yield (kind, number, content) of each block: rows and their pictures, what was rejected, the summary.
+
+    Raises DatasetError if no row is one of preference data.
+    """
     from tqdm import tqdm
 
+    layout, paired = "", False
     bar = tqdm(islice(examples, limit), desc="Rows", unit="row", leave=False, disable=None)  # on a terminal only
     with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         for number, batch in enumerate(_batched(enumerate(bar), BLOCK)):
             block = list(pool.map(lambda item: show_row(*item, look), batch))
-            for record, urls in block:
+            for (_, example), (record, urls) in zip(batch, block):
                 counts.add(record, urls)
+                if isinstance(example, dict):
+                    layout = layout or another_layout(example)
+                    paired = paired or any(example.get(side) is not None for side in SIDES)
             yield "rows", number, [record for record, _ in block]
             if pictures := {record["n"]: urls for record, urls in block if urls}:
                 yield "pictures", number, pictures
+    if layout and not paired:
+        raise DatasetError(
+            f"{dataset} holds no preference data: of its {counts.rows} rows, none has `chosen` or `rejected`. {layout}"
+        )
     counts.limited = limit is not None and next(examples, None) is not None
     for number, block in enumerate(_batched(read_rejected(dataset), REJECTED_BLOCK)):
         counts.rejected += len(block)
