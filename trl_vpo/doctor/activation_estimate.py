@@ -31,7 +31,7 @@ from trl_vpo.forward.layouts import Layout, spans_of
 from trl_vpo.forward.parts import output_head
 from trl_vpo.forward.scoring import VOCAB_CHUNK, ScoreRequest, hidden_states
 from trl_vpo.forward.vision import vision_features
-from trl_vpo.trainers.compat import keep_attention
+from trl_vpo.trainers.compat import keep_attention, turn_off_dropout
 
 CAUSAL = "trl_vpo_causal_sdpa"
 TOKEN_CHUNK = 4096  # tokens that TRL's kernels take at a time
@@ -139,9 +139,8 @@ class DryStep:
         self._embed = self._base.get_input_embeddings()
         self._make_fake(weights, adapter or weights)
         model.train()
-        for module in () if dropout else self._base.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        if not dropout:
+            turn_off_dropout(self._base)
         self._base.activation_checkpointing_disable()
         if checkpointing:
             kinds = {**(options or {}), "use_reentrant": False}

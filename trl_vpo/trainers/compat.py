@@ -81,13 +81,14 @@ def copy_whole_adapter(policy: nn.Module) -> None:
 
 
 def turn_off_dropout(model: nn.Module) -> None:
-    """Turn off the dropout that modules have as a number, as Emu3's attention has.
+    """Turn off all dropout, also what modules have as a number: `attention_dropout`, or `drop_prob` of a whole layer.
 
     `disable_dropout` turns off that of `nn.Dropout` alone, so the policy would not begin as its reference. Can go when
     TRL's `disable_dropout_in_model` does this.
     """
     for module in model.modules():
-        module.__dict__.update({k: 0.0 for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)})
+        numbers = {k: 0.0 for k, v in vars(module).items() if "drop" in k and isinstance(v, float)}
+        module.__dict__.update(numbers | ({"p": 0.0} if isinstance(module, nn.modules.dropout._DropoutNd) else {}))
 
 
 def keep_attention(model: PreTrainedModel) -> None:
