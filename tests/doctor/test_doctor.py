@@ -237,6 +237,16 @@ def test_whether_it_fits(recipe):
     assert status(fits)["memory"] == OK and fits.memory.fits and not fits.memory.remedies
 
 
+def test_a_run_on_a_cpu_takes_no_memory_of_a_gpu(recipe):
+    console = Console(record=True, width=300)
+    assert run_doctor(recipe, ["--use_cpu", "true"], console=console, gpu_memory=0.001) == 0
+    text = console.export_text()
+    assert "GiB of tensors on the CPU (one process), peak in" in text and "memory of a process, estimated" in text
+    assert "Python and its libraries take memory beside them" in text
+    assert not any(word in text for word in ("GPU", "CUDA", "gpu_memory", "does not fit"))
+    assert "on a GPU" in texts(examine(recipe, [], rows=1))["memory"]  # where this machine only has none
+
+
 def test_several_gpus(recipe, monkeypatch):
     for name in ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)

@@ -210,7 +210,7 @@ def _check_lora(recipe: LoadedRecipe, peft_config: PeftConfig, report: Report) -
 def _estimate(recipe: LoadedRecipe, longest: LongestRows, report: Report) -> None:
     """Estimate the memory of the micro-batch that the longest rows make."""
     try:
-        plan = plan_of(recipe, longest.trees)
+        plan = plan_of(recipe, longest.trees, device="cpu" if recipe.on_cpu else "cuda")
         sizes = plan.sizes
         text = f"{sizes.total / 1e9:.2f} B ({sizes.vision / 1e9:.2f} B vision), {sizes.trained / 1e6:.2f} M trained"
         report.add("parameters", OK, text)

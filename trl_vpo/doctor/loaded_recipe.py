@@ -12,7 +12,7 @@ from trl_vpo.forward.vision import vision_features
 from trl_vpo.models.model_size import empty_model
 from trl_vpo.training.launch import launch_options
 from trl_vpo.training.methods import method_classes, method_of
-from trl_vpo.training.run import parse
+from trl_vpo.training.run import make_parser
 from trl_vpo.training.sharding import Sharding, launched
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +30,7 @@ class LoadedRecipe:
     mixture: Any
     sharding: Sharding = field(default_factory=Sharding)
     gpu_memory: int | None = None  # bytes
+    on_cpu: bool = False  # as the recipe asks; `args.use_cpu` is also set for want of a GPU
     config: Any = None
     processor: Any = None
     base: Any = None  # the model on the meta device ...
@@ -80,4 +81,6 @@ def parse_recipe(
         size = int(gpu_memory * 2**30)
     else:
         size = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    return LoadedRecipe(method, *parse(method, options, any_device=True), launched(launch), size)
+    parser = make_parser(method, any_device=True)
+    parsed = parser.parse(options)
+    return LoadedRecipe(method, *parsed, launched(launch), size, on_cpu="use_cpu" in parser.given)

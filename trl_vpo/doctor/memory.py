@@ -56,7 +56,7 @@ class Plan:
     sharding: Sharding = field(default_factory=Sharding)
     half_media: bool = False  # half as many tokens of media
     tower: Activations | None = None  # of the vision tower's pass over whole media; None: it is run
-    device: str = "cuda"  # or "cpu", to be compared with what is measured there
+    device: str = "cuda"  # or "cpu"
 
     @property
     def stored(self) -> torch.dtype:

@@ -15,10 +15,9 @@ from trl_vpo.models.model_size import model_sizes
 from trl_vpo.runs.console import table
 from trl_vpo.training.sharding import Sharding
 
-NOTE = (
-    "Estimated from the model's own code on tensors without data, for the longest tokenized rows. "
-    "Checked against the bytes of real steps on CPUs, not calibrated on GPUs: context and fragmentation are guesses."
-)
+NOTE = "Estimated from the model's own code on tensors without data, for the longest tokenized rows. "
+ON_GPU = "Checked against real steps on CPUs, not calibrated on GPUs: context and fragmentation are guesses."
+ON_CPU = "Of tensors alone: Python and its libraries take memory beside them."
 
 
 @dataclass
@@ -31,21 +30,24 @@ class Remedy:
 
 @dataclass
 class MemoryReport:
-    """The memory that a recipe takes on a GPU."""
+    """The memory that a recipe takes on a GPU, or in a process on a CPU."""
 
     estimate: Estimate
     sharding: Sharding  # that it holds for
     available: int | None = None  # bytes of the GPU; None: unknown
     remedies: list[Remedy] = field(default_factory=list)  # where it does not fit
     measured: Measured | None = None  # where `--measure` asked for it
+    on_cpu: bool = False
 
     @property
     def fits(self) -> bool | None:
         return None if self.available is None else self.estimate.total <= self.available
 
     def __str__(self) -> str:
-        size = f"about {self.estimate.total / GIB:.1f} GiB on a GPU ({self.sharding})"
-        text = f"{size}, peak in {self.estimate.moment}"
+        where = "of tensors on the CPU" if self.on_cpu else "on a GPU"
+        text = f"about {self.estimate.total / GIB:.1f} GiB {where} ({self.sharding}), peak in {self.estimate.moment}"
+        if self.on_cpu:
+            return text
         if self.available is None:
             return f"{text}; pass --gpu_memory GIB to check whether it fits"
         return f"{text}; it {'fits into' if self.fits else 'does not fit into'} {self.available / GIB:.1f} GiB"
@@ -56,7 +58,8 @@ def check_fit(plan: Plan, model: nn.Module, args: Any, available: int | None) ->
 
     Its empty model is made fake. `args` is the parsed recipe, `available` the bytes of the GPU, None if unknown.
     """
-    report = MemoryReport(estimate(plan, model), plan.sharding, available)
+    on_cpu = plan.device == "cpu"
+    report = MemoryReport(estimate(plan, model), plan.sharding, None if on_cpu else available, on_cpu=on_cpu)
     if report.fits is not False:
         return report
     plan = replace(plan, tower=report.estimate.tower)  # run once, where a remedy leaves it as it is
@@ -107,7 +110,7 @@ def remedies(plan: Plan, args: Any, model: nn.Module) -> dict[str, dict[str, Any
 
 def show_memory(report: MemoryReport, console: Console) -> None:
     """Print the parts and the remedies."""
-    parts = table("memory of a GPU, estimated", "GiB")
+    parts = table(f"memory of a {'process' if report.on_cpu else 'GPU'}, estimated", "GiB")
     total = {"total": report.estimate.total}
     measured = report.measured and {
         "measured: tensors (max_memory_allocated)": report.measured.allocated,
@@ -125,4 +128,4 @@ def show_memory(report: MemoryReport, console: Console) -> None:
             fits = "" if remedy.total is None else "fits" if remedy.total <= report.available else "not enough"
             changes.add_row(remedy.setting, size, fits)
         console.print(changes)
-    console.print(NOTE, style="dim")
+    console.print(NOTE + (ON_CPU if report.on_cpu else ON_GPU), style="dim")
