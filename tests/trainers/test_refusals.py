@@ -61,6 +61,7 @@ def test_every_option_of_trl_is_used_or_refused():
     assert not undecided, f"trl.DPOConfig has new fields {sorted(undecided)}: use or refuse them in trainers/config.py"
 
 
+RATES = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon")
 UNCOLLATED = "the length of a row is known only once it is collated"
 
 
@@ -70,7 +71,14 @@ UNCOLLATED = "the length of a row is known only once it is collated"
         ("dpo", {"check_media": "maybe"}, "header, decode, off"),
         ("dpo", {"on_bad_media": "ignore"}, "error, skip"),
         ("lpoi", {"num_images": 1}, "num_images is 1: give at least 2"),
+        ("lpoi", {"num_images": 2.5}, "num_images is 2.5: give a whole number"),
+        ("lpoi", {"num_images": math.nan}, "num_images is nan: give a finite number"),
         ("rrpo", {"num_frames": 0}, "num_frames"),
+        ("rrpo", {"num_frames": 8.0}, "num_frames is 8.0: give a whole number"),
+        ("rrpo", {"max_pixels": 1e5}, "max_pixels is 100000.0: give a whole number"),
+        *(("dpo", {key: math.nan}, f"{key} is nan: give a finite") for key in RATES),
+        *(("dpo", {key: math.inf}, f"{key} is inf: give a finite") for key in RATES),
+        ("dpo", {"weight_decay": -0.1}, "weight_decay is -0.1: give at least 0"),
         ("rrpo", {"fps": -1.0}, "fps"),
         ("rrpo", {"video_start": 5.0, "video_end": 2.0}, "video_"),
         ("leanpo", {"label_smoothing": -0.1}, "label_smoothing is -0.1: give at least 0 and below 1"),

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import MISSING, dataclass, fields
+from math import isfinite
 from typing import Any
 
 from trl import DPOConfig
@@ -28,7 +29,7 @@ REFUSED = NEVER | {  # by all methods but DPO
     **dict.fromkeys(("ld_alpha", "f_alpha_divergence_coef", "use_weighting", "discopop_tau"), DPO_ONLY),
 }
 _TRL_FIELDS = fields(DPOConfig)
-_OF_LOSSES = {"beta", "label_smoothing", "loss_weights", "discopop_tau", "f_alpha_divergence_coef"}
+_BOUNDED = {"beta", "label_smoothing", "loss_weights", "discopop_tau", "f_alpha_divergence_coef", "weight_decay"}
 _PRECOMPUTING = ("precompute_ref_log_probs", "precompute_ref_batch_size")
 _REFERENCE = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", *_PRECOMPUTING)
 
@@ -141,11 +142,14 @@ class VisualPreferenceConfig(DPOConfig):
                     f"Leave `{name}` out of the recipe."
                 )
         for own in fields(self):
-            if own.name not in defaults or own.name in _OF_LOSSES:
-                check_bounds(own.name, getattr(self, own.name))
-            choices = () if own.name in defaults else own.metadata.get("choices") or ()
-            if choices and getattr(self, own.name) not in (own.default, *choices):
-                raise ValueError(f"{own.name}={getattr(self, own.name)!r} is not one of {', '.join(choices)}.")
+            value, ours = getattr(self, own.name), own.name not in defaults
+            if ours or own.name in _BOUNDED or (isinstance(value, float) and not isfinite(value)):
+                check_bounds(own.name, value)
+            if ours and isinstance(value, float) and "int" in str(own.type) and "float" not in str(own.type):
+                raise ValueError(f"{own.name} is {value}: give a whole number.")
+            choices = own.metadata.get("choices") if ours else None
+            if choices and value not in (own.default, *choices):
+                raise ValueError(f"{own.name}={value!r} is not one of {', '.join(choices)}.")
         if "inputs" in self.include_for_metrics:
             raise ValueError("include_for_metrics cannot have 'inputs': a batch is a tree of prompts and responses.")
         if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
