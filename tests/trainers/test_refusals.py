@@ -262,3 +262,12 @@ def test_a_collator_around_ours_trains(tmp_path):
     assert len(seen) >= 4
     with pytest.raises(RowError, match="max_length=4"):
         trainer_of("dpo", tmp_path, data_collator=collate, max_length=4)
+
+
+@pytest.mark.parametrize("made", [[], None, {"input_ids": []}], ids=["list", "None", "dict"])
+def test_a_collator_that_makes_no_tree_batch(made, tmp_path):
+    rows = Dataset.from_list(text_rows(2))
+    trainer = trainer_of("dpo", tmp_path, data_collator=lambda rows: made, eval_dataset=rows)
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(TypeError, match=r"made no tree batch, but a .*`trl_vpo\.PreferenceCollator`"):
+            run()

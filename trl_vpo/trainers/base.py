@@ -329,7 +329,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(setup.check_batch(inputs))
         self._own_losses, self._own_scores = [], None
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, return_outputs=not prediction_loss_only)

@@ -13,6 +13,7 @@ from trl_vpo.trainers.finite import check_losses
 from trl_vpo.trainers.metrics import MetricSums, preference_metrics
 from trl_vpo.trainers.rates import RatesTrainer
 from trl_vpo.trainers.row_groups import RowGroupsTrainer
+from trl_vpo.trainers.setup import check_batch
 
 ADDED = "loss/added"  # to our loss by a subclass's `compute_loss`, in evaluation; never logged by itself
 PAIRWISE = "pairwise "  # the weighted mean over pairs of the method's NLL; never logged by itself
@@ -49,7 +50,7 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of an optimizer step, each with the step's `totals`. All ranks call this."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items = super().get_batch_samples(map(check_batch, epoch_iterator), num_batches, device)
         totals = torch.zeros(2, dtype=torch.long, device=device)
         for batch in batches:
             totals[0] += len(batch["chosen"])

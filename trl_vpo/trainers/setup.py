@@ -3,6 +3,7 @@
 import copy
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,6 +111,16 @@ def check_collator(data_collator: Any) -> None:
             f"data_collator={name} pads rows of tokens; these trainers need prompts with their responses and media, "
             "which `trl_vpo.PreferenceCollator` makes. Leave it out, or give a collator that calls that one."
         )
+
+
+def check_batch(batch: Any) -> Any:
+    """Return a batch. Raises TypeError where the user's own collator made something else than a tree batch."""
+    if not isinstance(batch, Mapping) or not {"chosen", "branch_mask"} <= set(batch):
+        raise TypeError(
+            f"data_collator made no tree batch, but a {type(batch).__name__}. Leave it out, or let it return what "
+            "`trl_vpo.PreferenceCollator` makes of the rows."
+        )
+    return batch
 
 
 def check_dataset(train_dataset: Any) -> None:
