@@ -31,6 +31,12 @@ def test_evaluate_takes_raw_datasets(images, tmp_path):
         trainer.evaluate(Dataset.from_list([rows[0], {**rows[1], "rejected": rows[1]["chosen"]}]))
 
 
+@pytest.mark.parametrize(("sets", "named"), [(text_rows(2), "eval"), ({"near": text_rows(2)}, "near")])
+def test_rows_that_are_no_dataset(sets, named, tmp_path):
+    with pytest.raises(TypeError, match=f"the {named} dataset must be a `Dataset` or `IterableDataset`, got `list`"):
+        trainer_of("dpo", tmp_path, eval_dataset=sets)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_with_max_steps(workers, images, tmp_path):
     """Also as evaluation set; rows get their numbers in the order in which they come. It needs `max_steps`."""

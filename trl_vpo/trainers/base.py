@@ -201,6 +201,7 @@ class VisualPreferenceTrainer(LoggingTrainer):
         """Number the rows and check them, instead of TRL's tokenization. This trainer's own datasets pass through."""
         if dataset in self._prepared:
             return dataset
+        setup.check_dataset(dataset, dataset_name)
         collator = self._given_collator
         if not isinstance(collator, PreferenceCollator):  # none, or one of the user's own around it
             collator = self.make_collator(processing_class, args)

@@ -123,13 +123,13 @@ def check_batch(batch: Any) -> Any:
     return batch
 
 
-def check_dataset(train_dataset: Any) -> None:
+def check_dataset(dataset: Any, name: str = "train") -> None:
     """Raise ValueError or TypeError for what is no dataset."""
-    if train_dataset is None:
-        raise ValueError("`train_dataset` is required")
-    if not isinstance(train_dataset, (Dataset, IterableDataset)):
-        kind = type(train_dataset).__name__
-        raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{kind}`.")
+    if dataset is None:
+        raise ValueError(f"`{name}_dataset` is required")
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        kind = type(dataset).__name__
+        raise TypeError(f"the {name} dataset must be a `Dataset` or `IterableDataset`, got `{kind}`.")
 
 
 def check_class(kind: type, base: type) -> None:
