@@ -11,8 +11,10 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from slow_kit import of_tokens, slow_kl, slow_scores
 from step_kit import assert_same_gradients, gradients, losses_of, snapshot
+from torch.nn import Sequential
 from trainer_kit import METHODS, collated, config, fresh, image_rows, lora, shake, text_rows, trainable, trainer_of
 from transformers import TrainerCallback
+from transformers.models.qianfan_ocr.modeling_qianfan_ocr import QianfanOCRDropPath
 
 LOG2 = pytest.approx(math.log(2), abs=1e-6)
 
@@ -260,6 +262,7 @@ def test_dropout_of_attention_is_turned_off(off, tmp_path):
     model = fresh()[0]
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5  # a number, as of Emu3
+    model.model.layers[0].mlp = Sequential(model.model.layers[0].mlp, QianfanOCRDropPath(0.5))
     trainer = trainer_of("dpo", tmp_path, text_rows(2), model=model, max_steps=1, disable_dropout=off)
     trainer.train()
     assert (trainer.state.log_history[0]["loss"] == LOG2) == off  # of a policy that is its reference
