@@ -223,7 +223,9 @@ class PreferenceCollator:
     def _processed(self, text: str, media: Media) -> dict:
         """Return what the processor makes of a text with its media."""
         budget, clips = self.budget, media.videos
-        kwargs = {"images": [list(media.images)]} if media.images else {}
+        images = list(media.images)
+        # GOT-OCR takes a list inside a list for the pages of one placeholder.
+        kwargs = {"images": images if hasattr(self.processing_class, "multi_page") else [images]} if images else {}
         if "mm_token_type_ids" in self.processing_class.model_input_names:  # Cosmos3-Edge does not ask for them
             kwargs["return_mm_token_type_ids"] = True
         if clips:
