@@ -8,9 +8,11 @@ from families import QWEN_TEMPLATE, QWEN_TOKENS, build, template, text_model, to
 from helpers import message, row, write_clip, write_image
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    CLIPImageProcessor,
     Cosmos3EdgeImageProcessor,
     Cosmos3EdgeProcessor,
     Cosmos3EdgeVideoProcessor,
+    GitProcessor,
     UnlimitedOcrImageProcessor,
     UnlimitedOcrProcessor,
 )
@@ -215,6 +217,13 @@ def test_a_video_for_a_family_without_videos_is_refused(clip):
     processor = build("LLaVA-1.5")[1]
     with pytest.raises(RowError, match="row 0: has videos, but LlavaProcessor takes none"):
         PreferenceCollator(processor).encode(row("video", [clip]) | {"_row_index": 0})
+
+
+def test_a_string_needs_to_know_what_an_image_is(picture):
+    """Of models that see an image beside their prompt."""
+    processor = GitProcessor(CLIPImageProcessor(), tokenizer())
+    with pytest.raises(RowError, match="GitProcessor has neither a chat template nor a token of images"):
+        PreferenceCollator(processor)([{"prompt": "What?", "chosen": "a", "rejected": "b", "images": [picture]}])
 
 
 def test_messages_need_a_chat_template():

@@ -215,6 +215,11 @@ def _placeholder(processing_class: Any, kind: str) -> str:
     template = chat_template(processing_class)
     if template is None and token:
         return token
+    if template is None:
+        raise RowError(
+            f"has {kind}s, and nothing says what stands for one in its prompt: {type(processing_class).__name__} has "
+            f"neither a chat template nor a token of {kind}s."
+        )
     (plain,) = _message(WORD, "user")
     media = plain | {"content": [{"type": kind}, *plain["content"]]}
     write = partial(processing_class.apply_chat_template, tokenize=False, chat_template=template)
