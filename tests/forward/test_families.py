@@ -24,6 +24,7 @@ from trl_vpo.forward.mixed import unlike_images
 from trl_vpo.forward.scoring import ScoreRequest, attach_scoring
 from trl_vpo.forward.vision import vision_features
 from trl_vpo.models.adapters import preset_targets
+from trl_vpo.models.model_size import own_class
 
 
 def backbone(model_type):
@@ -209,6 +210,15 @@ def test_models_that_need_images_are_refused():
         model = T.Blip2ForConditionalGeneration(config)
     with pytest.raises(ModelError, match=r"Blip2ForConditionalGeneration is not supported: .*pixel_values"):
         attach_scoring(model)
+
+
+def test_parts_that_write_are_named():
+    """Qwen-Omni speaks, too."""
+    config = T.Qwen2_5OmniConfig(architectures=["Qwen2_5OmniModel"])
+    with pytest.raises(ModelError, match=r"a whole qwen2_5_omni .* Qwen2_5OmniThinker\w+\.from_pretrained"):
+        own_class(config)
+    with pytest.raises(ModelError, match="DiffusionGemmaForBlockDiffusion is not supported: it writes blocks"):
+        own_class(T.DiffusionGemmaConfig(architectures=["DiffusionGemmaForBlockDiffusion"]))
 
 
 def test_every_entry_is_a_type_of_transformers():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from trl_vpo.errors import ModelError
 from trl_vpo.forward.parts import output_head
@@ -50,6 +51,17 @@ def lm_head(model: PreTrainedModel) -> Head:
 
 def check_model_class(kind: type[PreTrainedModel], config: PreTrainedConfig) -> None:
     """Raise ModelError for classes of models that do not write responses behind prompts."""
+    if thinker := getattr(config, "thinker_config", None):
+        writer = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(thinker.model_type)
+        raise ModelError(
+            f"a whole {config.model_type} is not supported: one of its parts writes, and others speak. Save the "
+            f"former with the processor, and train that: {writer}.from_pretrained(NAME).save_pretrained(FOLDER)."
+        )
+    if hasattr(config, "canvas_length"):
+        raise ModelError(
+            f"{kind.__name__} is not supported: it writes blocks of tokens by diffusion, and its log-probs are not "
+            "those of a next token."
+        )
     if config.is_encoder_decoder:
         raise ModelError(
             f"{kind.__name__} is not supported: it has an encoder for prompts and a decoder for responses, and these "

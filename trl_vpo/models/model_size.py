@@ -31,7 +31,7 @@ class Sizes:
 def own_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the class of transformers that a config's model was saved as. It writes no responses: ModelError."""
     kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if kind is not None:
+    if kind is not None or hasattr(config, "thinker_config"):
         check_model_class(kind, config)
     return kind
 
