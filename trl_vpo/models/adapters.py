@@ -111,25 +111,33 @@ def preset_targets(model: PreTrainedModel, preset: str) -> tuple[str | list[str]
 
 
 def _misplaced(names: set[str], model: PreTrainedModel) -> set[str]:
-    """Return the layers whose adapter PEFT would load in another place, and warn of them. All of them: RecipeError.
+    """Return the layers whose adapter PEFT would load in another place, and warn of them.
 
-    PEFT 0.21 renames the weights of a saved adapter as those of its base's checkpoints. To be deleted when it stops.
+    All of the language model's: RecipeError.
     """
-    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
-    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict.fromkeys(keys, torch.zeros(1)))
-    lost = sorted(name for key, name in keys.items() if key not in loaded)
-    if lost == sorted(names):
+    lost = _lost(names, model)
+    if lost and lost.issuperset(name for name in names if part_of(name) == "language"):
         raise RecipeError(
             f"an adapter of {type(model).__name__} would not load: PEFT looks for its weights in other places. "
             "use_peft: false trains the whole model."
         )
     if lost:
         warnings.warn(
-            f"{len(lost)} linear layers such as {lost[0]} are not adapted: PEFT would load their adapter in another "
+            f"{len(lost)} linear layers such as {min(lost)} are not adapted: PEFT would load their adapter in another "
             "place.",
             stacklevel=3,
         )
-    return set(lost)
+    return lost
+
+
+def _lost(names: Iterable[str], model: PreTrainedModel) -> set[str]:
+    """Return the layers whose adapter would not load.
+
+    PEFT 0.21 renames the weights of a saved adapter as those of its base's checkpoints. To be deleted when it stops.
+    """
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict.fromkeys(keys, torch.zeros(1)))
+    return {name for key, name in keys.items() if key not in loaded}
 
 
 def _as_peft_reads(targets: str | list[str], model: PreTrainedModel) -> str | set[str]:
@@ -151,8 +159,16 @@ def resolve_targets(peft_config: Any, model: nn.Module) -> None:
 
 
 def check_adapted(model: PeftModel) -> None:
-    """Raise RecipeError for names in the lists of a new adapter that match nothing: PEFT would leave them out."""
-    tuner, config = model.base_model, model.peft_config[model.active_adapter]
+    """Raise RecipeError for a new adapter that PEFT would not load, and for names in its lists that match nothing.
+
+    PEFT would leave the latter out.
+    """
+    tuner, config, base = model.base_model, model.peft_config[model.active_adapter], model.get_base_model()
+    if lost := _lost(tuner.targeted_module_names, base):
+        raise RecipeError(
+            f"an adapter of {min(lost)} would not load into {type(base).__name__}: PEFT looks for its weights in "
+            "another place. Leave such layers out of lora_target_modules; use_peft: false trains the whole model."
+        )
     saved = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     there = {
         "target_modules": tuner.targeted_module_names,
@@ -168,7 +184,7 @@ def check_adapted(model: PeftModel) -> None:
             experts = {".".join(name.replace(".base_layer", "").split(".")[-3:]) for name in _fused(model)}
             hint = f" lora_target_parameters takes its experts: [{', '.join(sorted(experts))}]." if experts else ""
             raise RecipeError(
-                f"lora_{key}: {type(model.get_base_model()).__name__} has nothing to adapt that is called "
+                f"lora_{key}: {type(base).__name__} has nothing to adapt that is called "
                 f"{', '.join(lost)}, and PEFT would leave that out. Correct or drop it.{hint}"
             )
 
