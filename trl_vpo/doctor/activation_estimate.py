@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_vpo.doctor.live_bytes import LiveBytes
 from trl_vpo.forward.attention import SEGMENTS, Segments, use_segments
-from trl_vpo.forward.families import FEATURE_METHODS, PIXELS, vision_inputs
+from trl_vpo.forward.families import PIXELS, vision_inputs
 from trl_vpo.forward.layouts import Layout, spans_of
 from trl_vpo.forward.parts import output_head
 from trl_vpo.forward.scoring import VOCAB_CHUNK, ScoreRequest, hidden_states
@@ -284,9 +284,10 @@ class DryStep:
 def tower_features(backbone: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Return the vision features of one call, computed the way the model's `forward` does."""
     features = []
-    for name, pixels in zip(FEATURE_METHODS, PIXELS):
+    for pixels, kind in PIXELS.items():
         if pixels in inputs:
-            method = getattr(backbone, name, None) or backbone.get_image_features  # Perception LM has one for both
+            # Perception LM has one for both.
+            method = getattr(backbone, f"get_{kind}_features", None) or backbone.get_image_features
             _, *others = inspect.signature(method).parameters
             output = method(inputs[pixels], **{key: inputs[key] for key in others if key in inputs})
             own = output.last_hidden_state if output.pooler_output is None else output.pooler_output  # Llama 4's

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
+PIXELS = {"pixel_values": "image", "pixel_values_videos": "video", "pixel_values_images": "image"}  # Video-LLaVA's
 # Each takes one pass of the vision tower. The last is Phi-4-multimodal's, which computes its features in its decoder.
 VISION_INPUTS = {**PIXELS, "image_pixel_values": "image"}
 FEATURE_METHODS = ("get_image_features", "get_video_features")  # of a backbone: what its tower and projector give
@@ -81,7 +81,10 @@ FAMILIES = {  # by `config.model_type`
         padded="it reads its images by cross-attention",
     ),
     "molmo2": Family(
-        joins={f"{kind}_token_pooling": Join(into=name) for name, kind in PIXELS.items()},
+        joins={
+            "image_token_pooling": Join(into="pixel_values"),
+            "video_token_pooling": Join(into="pixel_values_videos"),
+        },
         one_token=True,
         padded=BOTH_WAYS,
     ),
@@ -117,14 +120,15 @@ def placeholders(batch: dict, backbone: nn.Module) -> dict[str, list[int]] | Non
     if not family_of(backbone).repeats:
         return None
     counts = {}
-    for method, (name, kind) in zip(FEATURE_METHODS, VISION_INPUTS.items()):
-        if any(name in tensors for tensors in batch["media"]):
+    for method, kind in zip(FEATURE_METHODS, PIXELS.values()):
+        reads = [any(PIXELS.get(name) == kind for name in tensors) for tensors in batch["media"]]
+        if any(reads):
             ids = [getattr(backbone.config, f"{kind}_token_{end}", None) for end in ("id", "index")]
             token = next((i for i in ids if i is not None), None)
             if token is None or not hasattr(backbone, method):
                 return None
             counts[method] = ((batch["trunk_ids"] == token) & batch["trunk_mask"]).sum(-1).tolist()
-            if [name in tensors for tensors in batch["media"]] != [count > 0 for count in counts[method]]:
+            if reads != [count > 0 for count in counts[method]]:
                 return None  # GLM-4V has frames of videos under the token of images
     if any(media and not PIXELS.keys() & media.keys() for media in batch["media"]):
         return None  # Phi-4-multimodal's tower lies in its decoder
