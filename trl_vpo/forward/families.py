@@ -42,6 +42,7 @@ class Join:
     dim: int = 0  # the dimension along which they are joined
     flat: bool = False  # the first two dimensions count the same; they become one behind a 1
     rows: bool = False  # the first dimension counts sequences, and one without media has a row without images
+    apart: bool = False  # they are not joined: a list, see `take_list`
     # The tensor whose first two dimensions these numbers count; they move on by those of the sequences before.
     into: str | None = None
 
@@ -64,6 +65,7 @@ BOTH_WAYS = "its image tokens see each other in both directions"
 LAST = Join(dim=-1)
 TILES = Join(dim=1, flat=True)
 ROWS = Join(rows=True)
+APART = Join(apart=True)
 IDEFICS = Family(joins={"pixel_values": ROWS, "pixel_attention_mask": ROWS})
 MINICPM = Family(joins={"pixel_values": LAST, "pixel_values_videos": LAST})
 ONE_TOKEN = Family(one_token=True)
@@ -89,6 +91,7 @@ FAMILIES = {  # by `config.model_type`
         padded=BOTH_WAYS,
     ),
     "phi4_multimodal": Family(causal_flag=True),
+    "emu3": Family(joins={"pixel_values": APART, "image_sizes": APART}),  # the padding of an image moves its features
     "perception_lm": Family(joins={"pixel_values": TILES, "pixel_values_videos": TILES}),
     # More features than placeholders; features with numbers of layers.
     **dict.fromkeys(("video_llama_3", "granite4_vision"), Family(repeats=False)),
@@ -157,6 +160,9 @@ def merge_media(
         if name == "pixel_values_videos" and name not in family.joins and ragged and tensors[0].dim() == 5:
             merged[name] = [video for tensor in tensors for video in tensor]
             continue
+        if join.apart and len(tensors) > 1:
+            merged[name] = tensors
+            continue
         if join.rows:
             empty = tensors[0].new_zeros((1, 0, *tensors[0].shape[2:]))
             tensors = [item.get(name, empty) for item in items]
@@ -203,6 +209,20 @@ def take_video_list(method: Callable) -> Callable:
             keep[last, -1] = True
         out.pooler_output = tokens[keep].unsqueeze(0)
         return out
+
+    return features
+
+
+def take_list(method: Callable) -> Callable:
+    """Let a family's `get_image_features` take a list for each of its arguments: the images of each sequence apart."""
+
+    @functools.wraps(method)
+    def features(self, pixel_values, *args, **kwargs):
+        if not isinstance(pixel_values, list):
+            return method(self, pixel_values, *args, **kwargs)
+        outputs = [method(self, *own, **kwargs) for own in zip(pixel_values, *args)]
+        outputs[0].pooler_output = [features for output in outputs for features in output.pooler_output]
+        return outputs[0]
 
     return features
 

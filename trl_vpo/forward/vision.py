@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers.utils import ModelOutput
 
-from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, family_of, take_video_list
+from trl_vpo.forward.families import FEATURE_METHODS, FLOAT32_PIXELS, family_of, take_list, take_video_list
 from trl_vpo.forward.parts import part_of
 
 logger = get_logger(__name__)
@@ -82,6 +82,8 @@ class VisionFeatures:
 
     def __init__(self, backbone: nn.Module, language_model: nn.Module):
         text = set(language_model.modules())
+        if hasattr(backbone, "get_image_tokens"):  # Emu3's: its features are embeddings of the vocabulary
+            text -= {backbone.get_input_embeddings()}
         self._backbone = backbone
         self._modules = {m: None for m in backbone.modules() if m not in text}  # no parameters: FSDP replaces those
         self._projector = {m for name, m in backbone.named_modules() if part_of(name) == "projector"}
@@ -301,6 +303,6 @@ def vision_features(backbone: nn.Module) -> VisionFeatures:
     backbone._trl_vpo_vision = VisionFeatures(backbone, decoder if names else backbone)
     for name in names:
         method = getattr(type(backbone), name)
-        method = take_video_list(method) if name == "get_video_features" else method
+        method = take_video_list(method) if name == "get_video_features" else take_list(method)
         setattr(backbone, name, types.MethodType(_kept(method), backbone))
     return backbone._trl_vpo_vision
