@@ -28,7 +28,10 @@ PROJECTORS = (
     "visual_embeddings_table|head_linear|query_tokens|img_projection_up|img_projection_down|global_img_feature_extensor|"
     "sub_img_feature_extensor|image_newline|view_separator|vision_final_layernorm"
 )
-IDLE = "audio_tower|audio_embed|embed_audio|vqmodel|generation_embeddings|generation_aligner|generation_head"
+IDLE = (
+    "audio_tower|audio_embed|embed_audio|vqmodel|generation_embeddings|generation_aligner|generation_head|"
+    r"connector\.fine|density_router"
+)
 # Layers of a decoder that weigh or choose: routers, indexers of sparse attention, Gemma 3n's mixing of streams, whose
 # weights it reads past an adapter.
 CHOOSERS = "router|shared_expert_gate|indexer|altup"
@@ -45,7 +48,8 @@ _IDLE, _PROJECTOR, _TOWER = named(IDLE), named(PROJECTORS), named(TOWERS)
 def part_of(name: str) -> str:
     """Return the part of a module or parameter: "vision", "projector", "idle" or "language".
 
-    Idle is what rows of text, images and videos do not reach: audio, and the making of pictures.
+    Idle is what rows of text, images and videos do not reach: audio, the making of pictures, Granite Docling's finer
+    tiles.
     """
     if _IDLE.search(name):
         return "idle"
