@@ -13,6 +13,7 @@ from accelerate import PartialState
 from families_newer import NEWER, SIDES, build, example
 from helpers import message
 from PIL import ImageOps
+from transformers import ProcessorMixin
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -21,6 +22,7 @@ from trl_vpo.data.trunk_media import video_metadata
 from trl_vpo.forward.router import router_logits
 from trl_vpo.forward.scorer import Scorer
 from trl_vpo.media.load import VideoOptions, load_image, load_video
+from trl_vpo.trainers.compat import turn_off_dropout
 
 FRAMES = VideoOptions(num_frames=6)
 # Rows of each batch; "+" is two rows.
@@ -32,8 +34,9 @@ PADDED = {  # families that are trained with padded rows, and why
     **dict.fromkeys(["Gemma 3", "Gemma 3, short windows", "Gemma 4 MoE", "Gemma 4 unified", "PaliGemma"], BOTH_WAYS),
     **dict.fromkeys(["PaliGemma 2", "Molmo2"], BOTH_WAYS),
     **dict.fromkeys(["Qwen3.5", "Qwen3.5 MoE", "Qwen4-exp", "LFM2-VL", "LFM3-VL"], STATE),
-    **dict.fromkeys(["MiniCPM-V 4.6", "MiniCPM-V 4.7", "Nemotron-H Omni"], STATE),
-    **dict.fromkeys(["Mistral Large 4", "MiniMax-M3-VL"], "chooses the tokens that it sees"),
+    **dict.fromkeys(["MiniCPM-V 4.6", "MiniCPM-V 4.7", "MiniCPM-OCR", "Nemotron-H Omni"], STATE),
+    **dict.fromkeys(["Inkling 2", "GLM-5 Next"], STATE),
+    **dict.fromkeys(["Mistral Large 4", "MiniMax-M3-VL", "Dots 3"], "chooses the tokens that it sees"),
     **dict.fromkeys(["Llama 4", "Llama 4, short chunks"], "within chunks of"),
     "Mllama": "cross-attention",
 }
@@ -61,6 +64,7 @@ def world(name):
     plain, processor = build(name)
     model = copy.deepcopy(plain).train()
     disable_dropout_in_model(model)
+    turn_off_dropout(model)
     return plain, model, processor, {}
 
 
@@ -91,11 +95,15 @@ def official(family, processor, made, side, invert=False):
     images = [load_image(source) for source in made.get("images", ())]
     clips = [load_video(source, FRAMES) for source in made.get("videos", ())]
     frames = [255 - clip.frames if invert else clip.frames for clip in clips]
-    media = {"images": [[ImageOps.invert(image) if invert else image for image in images]]} if images else {}
+    images = [ImageOps.invert(image) if invert else image for image in images]
+    media = {"images": images if hasattr(processor, "multi_page") else [images]} if images else {}
     if clips:
         media |= {"videos": frames, "video_metadata": [video_metadata(c) for c in clips], "do_sample_frames": False}
-        if getattr(type(processor), "videos_kwargs", {}).get("do_resize") is False:  # MiniMax-M3 leaves it to others
-            media["videos_kwargs"] = {"do_resize": True}
+        own = getattr(type(processor), "videos_kwargs", {})
+        plain = type(processor).__call__ is ProcessorMixin.__call__
+        media["videos_kwargs"] = {"return_metadata": True} if plain else {}
+        if own.get("do_resize") is False:  # MiniMax-M3 leaves it to others
+            media["videos_kwargs"]["do_resize"] = True
     if not family.chat:
         text = "".join(["<image>"] * len(images)) + made["prompt"]
         out = processor(text=[text], suffix=[made[side]], return_tensors="pt", **media)
@@ -111,6 +119,8 @@ def official(family, processor, made, side, invert=False):
     count = len(processor.tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
     bos = processor.tokenizer.bos_token
     special = {"add_special_tokens": False} if bos and whole.startswith(bos) else {}  # as `apply_chat_template` does
+    if "mm_token_type_ids" in processor.model_input_names:
+        special["return_mm_token_type_ids"] = True
     return processor(text=[whole], return_tensors="pt", **special, **media), count
 
 
@@ -186,7 +196,8 @@ def test_images_of_another_size_beside_a_row(name, kind, media):
 
 
 TWICE = (["Mllama", "Phi-4-multimodal"], ["image"], "their towers run outside of feature methods")
-TOWERS = ("vision_tower", "vision_model", "visual", "img_processor")
+TOWERS = ("vision_tower", "vision_model", "visual", "img_processor", "image_tower", "video_tower", "vision_encoder")
+TOWERS += ("vqmodel.encoder",)
 
 
 @pytest.mark.parametrize(("name", "kind"), cases(["image", "video"], [TWICE]))
@@ -212,8 +223,25 @@ def test_frozen_towers_run_once_a_step(name, kind, media):
     assert len(runs) == first > 0
 
 
+def test_pictures_of_tokens_train_the_vocabulary(media):
+    """Emu3's pictures become tokens, whose embeddings have a gradient behind a reference pass, too."""
+    _, model, processor, _ = world("Emu3")
+    model.requires_grad_(False)
+    embeddings = model.get_input_embeddings().weight.requires_grad_()
+    batch = PreferenceCollator(processor)([example(NEWER["Emu3"], "image", media)])
+    scorer = scorer_of("Emu3", "image")
+    with scorer.record_vision(), torch.no_grad():
+        scorer.score(model, batch)
+    with scorer.replay_vision():
+        scorer.score(model, batch).logps.sum().backward()
+    codes = [number for token, number in processor.tokenizer.get_vocab().items() if "visual token" in token]
+    assert embeddings.grad[codes].any()
+    embeddings.grad = None
+
+
 EXPERTS = ["Llama 4", "Qwen3-VL MoE", "Qwen3-Omni MoE thinker", "GLM-4.5V", "ERNIE 4.5 VL", "Kimi K2.5", "Mistral 4"]
 EXPERTS += ["Qwen3.5 MoE", "Qwen4-exp", "Mistral Large 4", "MiniMax-M3-VL", "Nemotron-H Omni", "Step-3.7"]
+EXPERTS += ["DeepSeek-OCR 2", "Muse Spark", "Inkling 2", "Dots 3", "GLM-5 Next"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * NEWER[n].slow) for n in EXPERTS])

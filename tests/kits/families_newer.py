@@ -3,15 +3,18 @@
 import torch
 from families_gemma import GEMMA
 from families_grids import GRIDS
+from families_labs import LABS
 from families_llama import LLAMA
+from families_others import OTHERS
 from families_qwen import QWEN
 from families_rarer import RARER
+from families_readers import READERS
 from families_squares import SQUARES
 from families_tiles import TILES
 from helpers import message, row
 
 SIDES = ("chosen", "rejected")
-NEWER = {**GEMMA, **LLAMA, **QWEN, **TILES, **GRIDS, **SQUARES, **RARER}
+NEWER = {**GEMMA, **LLAMA, **QWEN, **TILES, **GRIDS, **SQUARES, **RARER, **READERS, **OTHERS, **LABS}
 
 
 def build(name, seed=0):

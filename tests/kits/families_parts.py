@@ -23,6 +23,8 @@ class Family(NamedTuple):
         images: takes several images in one prompt.
         alike: the images of a prompt must have one shape.
         chat: has a chat template; without one, prompts are strings, and the processor gets the response as `suffix`.
+        projector: has layers between tower and decoder.
+        adapter: takes an adapter that PEFT can load.
         scale: of fresh weights, see `families_newer.build`.
         slow: one of the rarer ones.
     """
@@ -34,6 +36,8 @@ class Family(NamedTuple):
     images: bool = True
     alike: bool = False
     chat: bool = True
+    projector: bool = True
+    adapter: bool = True
     scale: float = 4
     slow: bool = False
 

@@ -17,10 +17,11 @@ from trl_vpo import PreferenceCollator
 from trl_vpo.errors import RecipeError
 from trl_vpo.forward.scorer import Scorer
 from trl_vpo.media.load import VideoOptions
-from trl_vpo.models.adapters import resolve_targets
+from trl_vpo.models.adapters import check_adapted, resolve_targets
 
 LINEAR = r"model\.multi_modal_projector\.linear_\d"
 MISTRAL = rf"{LINEAR}|model\.multi_modal_projector\.patch_merger\.merging_layer"
+DEEPSTACK = r"model\.visual\.(merger|deepstack_merger_list\.\d)\.linear_fc\d"
 GLM = r"model\.visual\.merger\.(proj|gate_proj|up_proj|down_proj)"
 PROJECTORS = {  # whole names of linear layers; the others have `LINEAR`
     "Gemma 3n": r"model\.embed_vision\.embedding_projection",
@@ -33,15 +34,16 @@ PROJECTORS = {  # whole names of linear layers; the others have `LINEAR`
         r"multi_modal_projector\.linear_1|vision_model\.vision_adapter\.mlp\.fc\d",
     ),
     **dict.fromkeys(["Mistral 3", "Mistral 4", "Mistral Large 4"], MISTRAL),
-    "Qwen3-VL MoE": r"model\.visual\.(merger|deepstack_merger_list\.\d)\.linear_fc\d",
+    "Qwen3-VL MoE": DEEPSTACK,
     **dict.fromkeys(["Qwen3.5", "Qwen3.5 MoE", "Qwen4-exp"], r"model\.visual\.merger\.linear_fc\d"),
+    **dict.fromkeys(["Cosmos3-Omni", "Cohere Compass"], DEEPSTACK),
     "Qwen2.5-Omni thinker": r"model\.visual\.merger\.mlp\.\d",
     "Qwen3-Omni MoE thinker": r"model\.visual\.(merger|merger_list\.\d)\.mlp\.\d",
     "Ovis2": r"model\.vision_tower\.head_linear",
-    **dict.fromkeys(["MiniCPM-V 4.6", "MiniCPM-V 4.7"], r"model\.merger\.mlp\.\d\.linear_\d"),
+    **dict.fromkeys(["MiniCPM-V 4.6", "MiniCPM-V 4.7", "MiniCPM-OCR"], r"model\.merger\.mlp\.\d\.linear_\d"),
     "Molmo2": r"model\.multi_modal_projector\.(image_pooling_2d\.[qkvo]_proj|image_projector\.(gate|up|down)_proj)",
     "Phi-4-multimodal": r"model\.embed_tokens_extend\.image_embed\.img_projection_(up|down)",
-    **dict.fromkeys(["GLM-4.1V", "GLM-4.5V", "GLM-4.6V"], GLM),
+    **dict.fromkeys(["GLM-4.1V", "GLM-4.5V", "GLM-4.6V", "GLM-OCR", "GLM-GA", "GLM-5 Next"], GLM),
     "ERNIE 4.5 VL": r"model\.resampler_model\.(mlp|(spatial|temporal)_linear\.fc\d)",
     "VideoLLaMA 3": r"model\.projector\.readout\.\d",
     "Kimi K2.5": r"model\.mm_projector\.(in|out)_proj",
@@ -52,6 +54,17 @@ PROJECTORS = {  # whole names of linear layers; the others have `LINEAR`
     "Hunyuan-VL": r"model\.vision_tower\.patch_merger\.mlp",
     "MiniMax-M3-VL": r"model\.multi_modal_projector\.(merge_)?linear_\d",
     "Nemotron-H Omni": r"multi_modal_projector\.linear_\d",
+    "PaddleOCR-VL": r"model\.projector\.linear_\d",
+    "LightOnOCR": r"model\.vision_projection\.(linear_\d|patch_merger\.merging_layer)",
+    **dict.fromkeys(["GOT-OCR 2", "PP-Chart2Table"], r"model\.multi_modal_projector\.multimodal_projector"),
+    "Granite Docling": r"model\.vision_model\.connector\.(mlp_fc2|coarse\..+)",
+    "EXAONE 4.5": r"model\.visual\.merger\.mlp\.\d",
+    "HyperCLOVA X Vision": r"model\.(projector|vision_model\.merger\.mlp\.\d)",
+    "Aria": r"model\.multi_modal_projector\.(cross_attn|feed_forward)\.(?!multihead_attn).*",
+    "Cosmos3-Edge": r"model\.projector\.linear_fc\d",
+    **dict.fromkeys(["Muse Glimmer", "Muse Spark"], r"model\.(vision_adapter\.fc\d|vision_projection)"),
+    "Inkling 2": r"model\.vision_tower\.merger\.linear_\d",
+    "Dots 3": r"model\.vision_tower\.merger\.mlp\.\d",
 }
 LEFT_OUT = {  # linear layers of a decoder that are no attention and no MLP
     "Gemma 3n": r".*\.altup\..*",
@@ -60,8 +73,9 @@ LEFT_OUT = {  # linear layers of a decoder that are no attention and no MLP
     "Nemotron-H Omni": r".*\.lm_head",
     "Qwen3.5 MoE": r".*\.shared_expert_gate",
     "Qwen4-exp": r".*\.(shared_expert_gate|indexer\..*)",
-    "MiniMax-M3-VL": r".*\.indexer\..*",
+    **dict.fromkeys(["MiniMax-M3-VL", "Dots 3", "GLM-5 Next"], r".*\.indexer\..*"),
     "Mistral Large 4": r".*\.(indexer|shared_experts)\..*",  # PEFT loads adapters of the latter elsewhere
+    "Inkling 2": r".*\.weight_proj",  # of these, too
     "Phi-4-multimodal": r".*\.embed_tokens_extend\..*",
 }
 PARAMETERS = {name: {"model.multi_modal_projector"} for name in ("Gemma 3", "Gemma 3, short windows")}  # holds one
@@ -82,7 +96,7 @@ def cases(names):
 
 
 @pytest.mark.filterwarnings("ignore:.*(experts|are not adapted)")
-@pytest.mark.parametrize("name", cases(NEWER))
+@pytest.mark.parametrize("name", cases(name for name, family in NEWER.items() if family.projector and family.adapter))
 def test_presets_adapt_layers_that_are_reached(name, media):
     """One step over an image and a video, with padded rows: no adapter is left without a gradient."""
     torch.manual_seed(0)
@@ -138,6 +152,19 @@ def test_an_adapter_that_would_not_load_is_refused(monkeypatch):
     monkeypatch.setattr(transformers_weight_conversion, "get_model_conversion_mapping", lambda model: rule)
     with pytest.raises(RecipeError, match=r"an adapter of Glm4vMoeFor\w+ would not load: PEFT looks for its weights"):
         adapt(build("GLM-4.5V")[0], "language")
+
+
+@pytest.mark.parametrize("targets", ["language", "all", ["q_proj", "v_proj"]])
+def test_adapters_of_deepseek_ocr2_are_refused(targets):
+    """In all layers of its decoder, or in those that a list names."""
+    with pytest.raises(RecipeError, match=r"an adapter of .* would not load.*PEFT looks for its weights in"):
+        check_adapted(adapt(build("DeepSeek-OCR 2")[0], targets))
+
+
+def test_a_model_without_a_projector_has_one_preset():
+    adapt(build("Emu3")[0], "language")
+    with pytest.raises(RecipeError, match="Emu3ForConditionalGeneration has no projector that is known"):
+        adapt(build("Emu3")[0], "language+projector")
 
 
 def test_parameters_of_a_preset_have_no_dropout():
