@@ -101,6 +101,45 @@ def test_a_response_ends_once(response):
     assert trained(processor, row(None, chosen=response))[1] == "a cat.<|im_end|>\n"
 
 
+@pytest.mark.parametrize("name", [name for name, response in TEXT.items() if response])
+def test_special_tokens_of_an_answer_are_no_end(name):
+    """A box, say. The end is the template's, which may not be EOS, or EOS; data may bring it."""
+    head, _, tail = TEXT[name].partition("A cat.")
+    ends = re.findall("<[^<>]+>", tail)
+    tok = processor_of("text")
+    dress(tok, shipped(name), ["<eos>", *ENDS, *ends, "<|box_end|>"])
+    for end in {"", *ends, "".join(ends), "<eos>"}:
+        marked = {"chosen_phrases": [[5, 6]], "rejected_phrases": [[2, 5]]}
+        example = row(None, chosen=f"Box: 1<|box_end|>{end}", rejected="A cat.", **marked)
+        tree = PreferenceCollator(tok, phrases=True).encode(example)
+        assert [tok.decode(b.ids) for b in tree.branches] == [f"{head}Box: 1<|box_end|>{tail}", TEXT[name]]
+        chosen = tree.branches[0]
+        assert [tok.decode(t) for t, phrase in zip(chosen.ids, chosen.phrases) if phrase] == ["1"]
+    for end, want in {"": "<eos>", ends[-1]: ends[-1], "<eos>": "<eos>"}.items():
+        example = {"prompt": "Where? ", "chosen": f"1<|box_end|>{end}", "rejected": "It."}
+        assert trained(tok, example)[1] == f"1<|box_end|>{want}"
+
+
+def test_answers_behind_a_template_without_ends_stop(picture):
+    processor = official("LLaVA-1.5")[0]
+    processor.tokenizer.add_tokens(["<|box_end|>", "<|im_end|>"], special_tokens=True)
+    for end in ("", "</s>", "</s></s>\n"):
+        example = row("image", [picture], chosen=f"1 2<|box_end|>{end}", rejected=f"none.{end}")
+        tree = PreferenceCollator(processor).encode(example)
+        assert [processor.tokenizer.decode(b.ids) for b in tree.branches] == [" 1 2<|box_end|></s>", " none.</s>"]
+
+
+def test_a_call_ends_as_its_template_ends_it():
+    tok = processor_of("text")
+    tok.add_tokens(["</tool_call>", "<|call|>"], special_tokens=True)
+    calls = "{% for c in m.tool_calls or () %}{{ c.name }}{{ c.arguments | tojson }}</tool_call>{% endfor %}"
+    end = "{{ '<|call|>' if m.tool_calls else '<|im_end|>' }}"
+    tok.chat_template = tok.chat_template.replace("{{ '<|im_end|>", f"{calls}{end}{{{{ '")
+    for text in ("", "Let me look."):
+        call = {"role": "assistant", "content": text, "tool_calls": [{"name": "zoom", "arguments": {"to": "word"}}]}
+        assert trained(tok, row(None) | {"chosen": [call]})[1] == f'{text}zoom{{"to": "word"}}</tool_call><|call|>\n'
+
+
 def test_all_messages_of_a_response_are_trained():
     call = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"name": "zoom", "arguments": {"to": 2}}]}
     answer = [call, {"role": "tool", "content": "done"}, {"role": "assistant", "content": "a cat."}]

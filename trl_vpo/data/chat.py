@@ -2,7 +2,8 @@
 
 The prompt is the chat template's rendering with `add_generation_prompt=True`. A response is what the rendering of the
 whole conversation adds behind it, compared after white space at the seam, as in TRL with the end-of-turn token and the
-line feed behind it. Where the template ends no turn, the response ends with EOS, so that the model learns to stop.
+line feed behind it. Where the template ends no turn, the response ends with EOS, so that the model learns to stop. A
+special token in which the text itself ends, such as the closing one of a box, is no end of turn.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def render_chat(
         conversation = [_formed(messages, as_text) for messages in (prompt, *(responses or [_message(WORD)]))]
         try:
             start, texts = _write(write, *conversation)
-            return start, [_ended(text, _tokenizer(processing_class)) for text in texts[: len(responses)]]
+            tails = [_tail(write, conversation[0], response) for response in conversation[1:]]
+            return start, [_ended(*pair, _tokenizer(processing_class)) for pair in zip(texts, tails)][: len(responses)]
         except REFUSALS as error:  # "roles must alternate", "no system role"; or contents in another form
             if isinstance(error, SeamError) and not responses:  # a model that is only asked may open a thought
                 return write(_formed(prompt, as_text), add_generation_prompt=True), []
@@ -85,9 +87,12 @@ def render_chat(
 
 
 def ended(text: str, processing_class: Any) -> str:
-    """Return a response that is a string with EOS behind it, unless it ends its turn itself."""
+    """Return a response that is a string with EOS behind it, unless it ends with EOS or as the template ends turns."""
     tokenizer = _tokenizer(processing_class)
-    return text if end_of_turn(text, tokenizer) else text + (tokenizer.eos_token or "")
+    end = end_of_turn(text, tokenizer)
+    if end and tokenizer.convert_tokens_to_ids(end) in (tokenizer.eos_token_id, stop_token(processing_class)):
+        return text
+    return text + (tokenizer.eos_token or "")
 
 
 def end_of_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -95,6 +100,16 @@ def end_of_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     last = tokenizer(text.rstrip()[-SHOWN:], **WHOLE)["input_ids"][-1:]
     token = tokenizer.decode(last).strip()
     return token if token and not tokenizer.decode(last, skip_special_tokens=True) else None
+
+
+def without_ends(text: str, tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a text without EOS and the template's ends of turn, those in `tail`: data may bring what is added."""
+    while (end := end_of_turn(text, tokenizer)) and (end in tail or end == tokenizer.eos_token):
+        shorter = text.rstrip().removesuffix(end)
+        if shorter == text:  # the tokenizer writes the token in another way
+            break
+        text = shorter
+    return text
 
 
 def stop_token(processing_class: Any) -> int | None:
@@ -166,15 +181,23 @@ def _added(prompt: str, whole: str) -> str:
     )
 
 
-def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the response with one end: the template's, or EOS. Data may bring the token that the template adds."""
-    end = end_of_turn(text, tokenizer)
-    if end is None:
-        return text.rstrip() + (tokenizer.eos_token or "")
-    body, space = text.rstrip().removesuffix(end), text[len(text.rstrip()) :]
-    while body.rstrip().endswith(end):
-        body = body.rstrip().removesuffix(end)
-    return body + end + space
+def _tail(write: partial, prompt: list[dict], response: list[dict]) -> str:
+    """Return what the template writes behind the text of a response: its end of turn, if it has one."""
+    *before, last = response
+    if response_text([last]):
+        content = WORD if isinstance(last["content"], str) else _message(WORD)[0]["content"]
+        last = last | {"content": content}
+    return write([*prompt, *before, last]).rpartition(WORD)[2]
+
+
+def _ended(text: str, tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the response with one end: the template's, which is in `tail`, or EOS."""
+    end, own = end_of_turn(text, tokenizer), end_of_turn(tail, tokenizer)
+    if own is None or end not in (own, tokenizer.eos_token):
+        return without_ends(text, "", tokenizer).rstrip() + (tokenizer.eos_token or "")
+    body, tail = text.rstrip(), tail.strip()
+    last = tail if body.endswith(tail) else end
+    return without_ends(body.removesuffix(last), last, tokenizer) + last + text[len(body) :]
 
 
 def placeholder_token(processing_class: Any, kind: str) -> str | None:

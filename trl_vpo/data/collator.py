@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from trl_vpo.data.accepted import check_accepted
-from trl_vpo.data.chat import WHOLE, WORD, ended, place_in_string, render_chat, same_start
+from trl_vpo.data.chat import WHOLE, WORD, ended, place_in_string, render_chat, same_start, without_ends
 from trl_vpo.data.columns import REF_SUMS
 from trl_vpo.data.messages import response_text, with_text
 from trl_vpo.data.proof_rows import proof_rows
@@ -195,7 +195,7 @@ class PreferenceCollator:
         if not self.phrases:
             return Branch(ids, side=side)
         tail = self._render(replace(row, **{side: with_text(getattr(row, side), WORD)}), (side,))[1][0]
-        spans, moved = _spans_in(response, row, side, tail.rpartition(WORD)[2].strip())
+        spans, moved = _spans_in(response, row, side, tail.rpartition(WORD)[2].strip(), self.tokenizer)
         offsets = whole["offset_mapping"][skip:]
         numbers = spans_to_token_ids(spans, offsets, shift=shift + moved, text=text)
         if self.phrases == "paired" and set(numbers) - {0} != set(range(1, len(spans) + 1)):
@@ -278,15 +278,17 @@ class PreferenceCollator:
         return clip.frames if missing <= 0 else np.concatenate([clip.frames, clip.frames[-1:].repeat(missing, axis=0)])
 
 
-def _spans_in(response: str, row: Row, side: str, tail: str) -> tuple[list[Span], int]:
+def _spans_in(
+    response: str, row: Row, side: str, tail: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Span], int]:
     """Return the phrases, and how far the template moves them: some strip a response, or put thoughts in front.
 
     What a template puts in front may say the same: the text is what ends where the template's end of turn begins.
     """
     text, spans = response_text(getattr(row, side)), getattr(row, f"{side}_phrases")
     head, body = response.rstrip().removesuffix(tail).rstrip(), text.strip()
-    while tail and not head.endswith(body) and body.endswith(tail):  # the data bring the end of turn
-        body = body.removesuffix(tail).rstrip()
+    if not head.endswith(body):  # the data bring the end of turn
+        body = without_ends(body, tail, tokenizer).rstrip()
     if not head.endswith(body):
         raise RowError(
             f"the chat template changes the text of the {side} response; phrases cannot be located. The text: "
