@@ -30,6 +30,8 @@ def test_answers_come_in_order_and_concurrently(serve):
 
 
 TOKEN = "the answer holds {!r}, a token of templates".format
+BROKEN = "the server broke the answer off: finish_reason {!r}".format
+BREAKS = ("abort", "error", "insufficient_system_resource", {"type": KEY})
 REFUSAL = "the server refused the request"
 ANSWERS = {  # what is asked -> what the server replies, and what that is: an answer, or the reason why it is none
     "parts": (said([{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]), "in parts"),
@@ -41,6 +43,11 @@ ANSWERS = {  # what is asked -> what the server replies, and what that is: an an
     "none": (said(None), Failure("empty answer")),
     "thinking": (said("<think>well, well", finish="stop"), Failure("empty answer")),
     "filter": (said("", finish="content_filter"), Failure("stopped by the server's content filter")),
+    **{
+        f"{reason}": (said("a long sto", finish=reason), Failure(BROKEN(reason).replace(KEY, "<API key>")))
+        for reason in BREAKS
+    },
+    **{f"{reason}": (said("whole.", finish=reason), "whole.") for reason in (None, "eos_token", "STOP", "tool_calls")},
     "refused": (refused(400, f"too long for {KEY}"), Failure(f"{REFUSAL} (400): too long for <API key>")),
     "large": (Reply(b"<html>too large</html>", 413), Failure(f"{REFUSAL} (413): <html>too large</html>")),
     "half": (

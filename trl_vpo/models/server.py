@@ -30,6 +30,8 @@ RUN_STATUS = {  # what a status says about every request, and what to do
     404: "it has no such model or no such address: check the model's name, and that the URL ends as in /v1",
     405: "this is not the address of a chat model: check that the URL ends as in /v1",
 }
+# Finish reasons of whole answers; eos_token is TGI's, end_turn Anthropic's.
+WHOLE = {"", "none", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls", "function_call"}
 NO_VIDEO = " A server that takes no video may take its frames: set server_media: frames."
 
 
@@ -225,6 +227,8 @@ class ServerModel(AnsweringModel):
             return Failure(f"cut off after {max_tokens} tokens")
         if finish == "content_filter":
             return Failure("stopped by the server's content filter")
+        if str(finish).lower() not in WHOLE:  # abort, error, insufficient_system_resource
+            return Failure(f"the server broke the answer off: finish_reason {self._clean(repr(finish))[:QUOTED]}")
         return unusable(text) or text
 
     # --- when it fails -----------------------------------------------------------------------------------------------
