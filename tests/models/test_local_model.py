@@ -1,5 +1,6 @@
 """A model in this process: sampling that no batch changes, log-probs as in training, other families."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -133,6 +134,22 @@ def test_thoughts_are_taken_off(base, monkeypatch):
     monkeypatch.setattr(base, "complete", lambda *args: [Answer("", 0, True), Answer("a <image>", 3, True)])
     empty, control = base.answer([], GREEDY)
     assert empty == Failure("empty answer") and "'<image>', a token of templates" in control.reason
+
+
+def test_special_tokens_around_thoughts_tell_them_apart(base, monkeypatch):
+    """Decoding leaves special tokens out, and the thoughts between them would stand in the answer."""
+    tokenizer = copy.deepcopy(base.processor.tokenizer)
+    tokenizer.add_tokens(["<|channel>", "<channel|>", "<|box|>"], special_tokens=True)
+    monkeypatch.setattr(base, "_collator", replace(base._collator, processing_class=tokenizer))
+    moved = f"it moves<channel|><|box|>a red square.<|box|>{tokenizer.eos_token}"
+    for prompt, text, answer in (
+        ("a", f"<|channel>thought\n{moved}", "a red square."),
+        ("<|channel>thought\n", moved, "a red square."),
+        ("a", "<|channel>thought\nit moves", ""),
+        ("<|channel>thought\n", "it moves", ""),
+    ):
+        ids, prompt_ids = tokenizer([text, prompt])["input_ids"]
+        assert base._read(ids, Trunk(prompt_ids)).text == answer
 
 
 def test_nan_logits_stop_the_run():

@@ -43,6 +43,8 @@ ANSWERS = {  # what is asked -> what the server replies, and what that is: an an
     "none": (said(None), Failure("empty answer")),
     "thinking": (said("<think>well, well", finish="stop"), Failure("empty answer")),
     "filter": (said("", finish="content_filter"), Failure("stopped by the server's content filter")),
+    "hint": (said("◁think▷I was told 2.◁/think▷It is 2.", finish=None), "It is 2."),
+    "late hint": (said("It is <thinking>I was told 2."), Failure(TOKEN("<thinking>"))),
     **{
         f"{reason}": (said("a long sto", finish=reason), Failure(BROKEN(reason).replace(KEY, "<API key>")))
         for reason in BREAKS

@@ -2,7 +2,23 @@
 
 import pytest
 
-from trl_vpo.text.responses import opens_thoughts, without_reasoning
+from trl_vpo.text.responses import Failure, behind_thoughts, opens_thoughts, unusable, without_reasoning
+
+TAGS = [
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<REASONING>", "</REASONING>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("<unused94>thought\n", "<unused95>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+]
 
 
 @pytest.mark.parametrize(
@@ -35,3 +51,13 @@ def test_reasoning_is_taken_off(text, thinking, answer):
 )
 def test_prompts_that_open_thoughts(prompt, opens):
     assert opens_thoughts(prompt) == opens
+
+
+@pytest.mark.parametrize("begin, end", TAGS)
+def test_tags_of_thoughts(begin, end):
+    assert without_reasoning(f"{begin}a 2{end}\nb") == without_reasoning(f"a 2\n{end}\n\nb ", thinking=True) == "b"
+    assert without_reasoning(f"{begin}a") == without_reasoning("a", thinking=True) == ""
+    assert behind_thoughts(f"{begin}a{end} b") == " b"
+    assert opens_thoughts(f"assistant\n{begin}") and not opens_thoughts(f"assistant\n{begin}\n{end}\n\n")
+    assert isinstance(unusable(f"It moves. {begin}a"), Failure)
+    assert unusable("It thinks (in thought) of a channel, <b>reasoning</b>.") is None

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from trl_vpo.errors import RowError
+from trl_vpo.text.responses import behind_thoughts
 
 PRINTED = ("'type': 'text'", '"type": "text"')  # a list of parts in the output of a template that wants text
 SHOWN = 300  # characters in a message
 TAG = re.compile(r"<[^<>\s]+>")
-THOUGHT = re.compile(r"(?i)(?:</(?:think|thinking|reasoning)>|<channel\|>|\[/think\]|◁/think▷)")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -26,7 +26,7 @@ class LeftOutError(RowError):
 def check_prompt(prompt: list[dict], rendered: str) -> None:
     """Raise a RowError if a text of the prompt is not in what the template writes."""
     # Of earlier answers only what follows a thought is needed, for templates take thoughts out.
-    _check(prompt, [*_statements(prompt, lambda text: THOUGHT.split(text)[-1])], rendered)
+    _check(prompt, [*_statements(prompt, behind_thoughts)], rendered)
 
 
 def check_response(response: list[dict], rendered: str) -> None:

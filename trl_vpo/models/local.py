@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from trl_vpo.forward.families import merge_media
 from trl_vpo.forward.tower import clear_causal_flags
 from trl_vpo.forward.tree import Tree, Trunk, tree_batch
 from trl_vpo.models.requests import Answer, AnsweringModel, Request, Sampling
-from trl_vpo.text.responses import Failure, opens_thoughts, unusable, without_reasoning
+from trl_vpo.text.responses import Failure, is_thought_tag, opens_thoughts, unusable, without_reasoning
 
 if TYPE_CHECKING:
     from trl_vpo.forward.scoring import Scores
@@ -181,7 +182,11 @@ class LocalModel(AnsweringModel):
         decode = self._collator.tokenizer.decode
         end = next((i for i, token in enumerate(ids) if token in self._ends), None)
         thinking = end is None and opens_thoughts(decode(trunk.ids[-TAIL:]))
-        text = without_reasoning(decode(ids[:end], skip_special_tokens=True), thinking=thinking)
+        # Special tokens are left out, but for tags of thoughts (Gemma 4's, Magistral's): thoughts would stay.
+        tags = {token for token in {*ids[:end]} if is_thought_tag(decode([token]).strip())}
+        parts = groupby(ids[:end], key=tags.__contains__)
+        text = "".join(decode([*part], skip_special_tokens=not is_tag) for is_tag, part in parts)
+        text = without_reasoning(text, thinking=thinking)
         return Answer(text, len(ids[:end]), ended=end is not None)
 
     def batch(self, trees: list[Tree]) -> dict[str, Any]:
