@@ -12,7 +12,7 @@ SCORING, HEAD, KL, ATTENTION = files("forward", "scoring head kl attention")
 LAYOUTS, FAMILIES, RANKS, VISION = files("forward", "layouts families ranks vision")
 TOWER, SEQUENCES, PROOF = files("forward", "tower sequence_parallel proof")
 RESUME, SIGTERM, CHANGED_ROWS, LAUNCH = files("training", "resume sigterm changed_rows launch")
-RUN, PROGRESS, HUB_REPO = files("training", "run progress hub_repo")
+RUN, PROGRESS, HUB_REPO, CALLBACK_OF_RESUME = files("training", "run progress hub_repo resume_callback")
 ADAPTERS, ATTACH, MERGE, SOURCE = files("models", "adapters attach merge source")
 CHECKS, ACTIVATIONS = files("doctor", "checks activation_estimate")
 CANDIDATES, CALLBACK = files("evaluate", "candidates callback")
@@ -131,6 +131,11 @@ CALLED = [
     ("transformers.Trainer._prepare_inputs", "self inputs", CALLBACK),
     ("transformers.Trainer._prepare_input", "self data", LOGS),
     ("transformers.Trainer._save_checkpoint", "self model trial", RESUME),
+    (
+        "transformers.Trainer._init_training_state",
+        "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
+        RESUME,
+    ),
     ("transformers.Trainer.compute_loss_context_manager", "self", BASE),
     ("transformers.Trainer.pop_callback", "self callback", PROGRESS),
     ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., HUB_REPO),
@@ -228,6 +233,16 @@ SOURCES = [
         "transformers.Trainer._build_accelerator_args",
         ["if self.args.parallelism_config is not None:"],
         f"`create_accelerator_and_postprocess` in {GROUPS}",
+    ),
+    (
+        "transformers.Trainer._inner_training_loop",
+        ["epochs_trained, steps_trained_in_current_epoch = self._init_training_state("],
+        f"`place` in {CALLBACK_OF_RESUME}",
+    ),
+    (
+        "transformers.Trainer.set_initial_training_values",
+        ["num_update_steps_per_epoch = max_steps"],
+        f"`place` in {CALLBACK_OF_RESUME}, which can go where a stream's passes are counted",
     ),
     ("transformers.Trainer.get_train_dataloader", ["sampler_fn=self._get_train_sampler"], CHANGED_ROWS),
     ("accelerate.commands.launch.simple_launcher", ["subprocess.CalledProcessError("], LAUNCH),

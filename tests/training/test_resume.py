@@ -64,13 +64,13 @@ def test_two_processes(runs, name, env):
         ("full", {"method": "dpo", **FULL}),
         pytest.param("lpoi", {"method": "lpoi"}, marks=pytest.mark.slow),
         pytest.param("dpo", {"method": "dpo", "precompute_ref_log_probs": True}, marks=pytest.mark.slow),
-        pytest.param("stream", {"dataset_streaming": True}, marks=pytest.mark.slow),
+        ("stream", {"dataset_streaming": True}),
         pytest.param("epochs", EPOCHS, marks=pytest.mark.slow),
     ],
 )
 def test_each_kind_of_run(runs, name, options):
     runs.finish(f"{name}-straight", **options)
-    last = "checkpoint-6" if name == "epochs" else "checkpoint-4"
+    last = {"epochs": "checkpoint-6", "stream": "checkpoint-8"}.get(name, "checkpoint-4")  # in the second pass
     codes, text = runs(name, ("SIGKILL", 9, last), **options)
     assert codes == [-9], text
     begun = int(re.search(r"Continuing from .*checkpoint-(\d+)", runs.finish(name, **options))[1])

@@ -81,8 +81,9 @@ def train(
         trainer._get_train_sampler = lambda dataset=None: RemainingRows(trainer.args, rows)
     callback = ResumeCallback(trainer, run, rows, checkpoint, marker, in_use)
     trainer.callback_handler.callbacks.insert(0, callback)  # the first: reporters see the logs as it corrects them
-    save = trainer._save_checkpoint
+    save, init = trainer._save_checkpoint, trainer._init_training_state
     trainer._save_checkpoint = lambda *args: callback.save(save, *args)
+    trainer._init_training_state = lambda *args: callback.place(init, *args)
     try:
         with shield_data_workers(), _explain(trainer, left):
             result = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

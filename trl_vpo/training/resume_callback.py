@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_vpo.training.changed_rows import FILE, Rows
@@ -40,9 +41,22 @@ class ResumeCallback(TrainerCallback):
         self._trainer, self._run, self._rows, self._checkpoint = trainer, run, rows, checkpoint
         self._marker, self._in_use = marker, in_use
         self._limit, self._began_at = trainer.args.save_total_limit, 0
+        self._pass = marker.get("pass", [0, 0])  # the number of this pass over the rows, and the step it began after
         self.request, self.stopped = StopRequest(), False
 
     # --- counters ---------------------------------------------------------------------------------------------------
+
+    def place(self, init_training_state: Callable, *args) -> tuple[int, int]:
+        """Return (passes over the rows that are done, micro-batches of this one), where training goes on.
+
+        Those of transformers are wrong for a stream: it takes all `max_steps` for one pass.
+        """
+        passes, batches = init_training_state(*args)
+        trainer = self._trainer
+        if "pass" in self._marker and not isinstance(trainer.train_dataset, Dataset):
+            passes, first = self._pass
+            batches = (trainer.state.global_step - first) * trainer.args.gradient_accumulation_steps
+        return passes, batches
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Everything is loaded by now, and transformers has set its counters to zero."""
@@ -65,6 +79,10 @@ class ResumeCallback(TrainerCallback):
         if state.global_step >= state.max_steps:
             raise NothingLeft
         args.save_total_limit = None  # `save` deletes; not sooner, so that reporters note the recipe's value
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not control.should_training_stop:  # then it is not over
+            self._pass = [self._pass[0] + 1, state.global_step]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Correct the speeds: transformers divides all steps by the time since the run was continued."""
@@ -96,6 +114,7 @@ class ResumeCallback(TrainerCallback):
             if self._rows.digests is not None:
                 np.save(folder / FILE, self._rows.digests)
             what = {"step": state.global_step, "run": self._run, "gone": self._rows.removed, "counters": counters}
+            what["pass"] = self._pass
             scorer = trainer.scorer
             mark_complete(folder, layout=scorer.layout, packs=scorer.packs, proven=scorer.proven, **what)
         best = state.best_model_checkpoint
