@@ -256,5 +256,19 @@ def test_what_may_change_between_two_parts_of_a_run(change, refused, warned):
             assert re.search(pattern, line), line
 
 
-def test_a_stream_is_known_by_its_name():
+def test_a_stream_is_known_by_its_files():
+    """In any folder; the processes and workers that share several files between them stay as many."""
+    stream = {"workers": None, "files": {"a.parquet": [9, "1a"], "b.parquet": [9, "2b"]}}
+    saved = RUN | {"stream": stream}
+    moved = {"a2.parquet": [9, "1a"], "b2.parquet": [9, "2b"]}
+    now = saved | changed(dataset_name="/scratch/a") | {"stream": stream | {"files": moved}}
+    assert compare_runs(saved, now, same_rows=False) == ([], [])
+    now = saved | {"stream": {"workers": 2, "files": stream["files"] | {"b.parquet": [9, "3c"]}}}
+    refused, _ = compare_runs(saved, now, same_rows=False)
+    assert refused[0].startswith("dataloader_num_workers: at most 1 when it was saved, 2 now. The rows of a stream")
+    assert refused[1:] == ["rows: b.parquet of the stream changed, and which rows did is not known"]
+    assert compare_runs(saved, RUN | changed(dataset_streaming=True), same_rows=True)[0][0].startswith("dataset_st")
+
+
+def test_a_stream_without_files_is_known_by_its_name():
     assert compare_runs(RUN, RUN | changed(dataset_name="b.jsonl"), same_rows=False)[0][0].startswith("dataset_name: ")

@@ -101,6 +101,28 @@ def test_a_row_is_taken_out(runs, straight, processes):
     assert taken_out not in order(runs.folder / f"{name}.log")
 
 
+def test_a_row_of_a_stream_is_mended(runs):
+    """Its file says which rows the run was on: one behind them may change, one of them may not."""
+    data = runs.folder / "streamed.jsonl"
+    options = {"dataset_name": data, "dataset_streaming": True, "max_steps": 5}
+    lines = (runs.folder / "clips.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines))
+    codes, text = runs("streamed", ("SIGKILL", 9, "checkpoint-4"), **options)
+    assert codes == [-9], text
+    rows = list(map(json.loads, lines))
+    swapped = [json.dumps(row | {"chosen": row["rejected"], "rejected": row["chosen"]}) for row in rows]
+    data.write_text("\n".join([swapped[0], *lines[2:]]))
+    codes, text = runs("streamed", **options)
+    assert codes == [1] and "\n  - rows: 10 when it was saved, 9 now, and more has changed than that" in text
+    data.write_text("\n".join([*lines[:3], swapped[3], *lines[4:]]))
+    codes, text = runs("streamed", **options)
+    assert codes == [1] and "and 1 of them were trained on before, for example row 3" in text
+    data.write_text("\n".join([*lines[:5], *lines[6:]]))
+    assert "1 of 10 rows were taken out (counted from 0: 5). None" in runs.finish("streamed", **options)
+    ids = [row["id"] for row in rows]
+    assert order(runs.folder / "streamed.log")[:9] == ids[:5] + ids[6:]
+
+
 def test_a_new_run_in_the_folder_of_an_older_one(runs, straight):
     """Killed before it wrote over all of the older one's checkpoints, it goes on from its own."""
     runs.finish("stale", learning_rate=5e-3)

@@ -36,7 +36,7 @@ TRAIN_PREFIXES = (
 )  # fmt: skip
 # Compared by contents, not by name: clusters copy models and data to a new disk for every job.
 TRAIN_MODEL = {"model_name_or_path", "model_revision"}
-TRAIN_DATA = {"dataset_name", "dataset_config", "dataset_train_split", "dataset_streaming", "datasets"}
+TRAIN_DATA = {"dataset_name", "dataset_config", "dataset_train_split", "datasets"}
 ROUNDING = "The rest of the run may differ in rounding and random numbers."
 SCHEDULE = "The {scheduler} schedule of the learning rate follows the new length."
 NO_ROW = "It changes no row that was trained on."  # which rows are refused; nothing is cut

@@ -23,7 +23,7 @@ FILE = "rows.npy"  # in a checkpoint: the digests of all rows that the order is 
 class Rows:
     """The rows that a run began with."""
 
-    digests: np.ndarray | None  # of each, (rows,) uint64; None for a stream
+    digests: np.ndarray | None  # of each, (rows,) uint64; None for a stream that is not compared by rows
     removed: list[int] = field(default_factory=list)  # positions of those that were taken out when it was continued
 
     def left(self) -> list[int]:
@@ -70,9 +70,14 @@ def compare_rows(saved: Rows, now: np.ndarray, trained: Sequence[int]) -> tuple[
     return rows, None, f"{text}. None of them was trained on yet, and the others keep their order."
 
 
-def trained_rows(args: Any, rows: Rows, count: int) -> list[int]:
-    """The positions of the rows that a run was on, of which there were `count`; after its first epoch, of all."""
+def trained_rows(args: Any, rows: Rows, count: int, stream: dict | None = None) -> list[int]:
+    """The positions of the rows that a run was on, of which there were `count`; after its first epoch, of all.
+
+    `stream`: of a stream, what its order depends on (see `describe_stream`).
+    """
     left = rows.left()
+    if stream:
+        return left[:count] if stream["workers"] is None else left
     if count >= len(left) or not args.accelerator_config.use_seedable_sampler:
         return left
     if args.train_sampling_strategy == "sequential":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from trl_vpo.errors import CheckpointError, MediaError, RowError, UserError, as_user_errors
 from trl_vpo.training import checkpoints
@@ -77,7 +78,11 @@ def train(
     if checkpoint:
         marker = checkpoints.read_marker(checkpoint)
         rows = on_main_process(_check_same_run, checkpoint, marker, run, digests, trainer.args)
-    if rows.removed and trainer.args.train_sampling_strategy != "sequential":
+    if (
+        rows.removed
+        and isinstance(trainer.train_dataset, Dataset)
+        and trainer.args.train_sampling_strategy != "sequential"
+    ):
         trainer._get_train_sampler = lambda dataset=None: RemainingRows(trainer.args, rows)
     callback = ResumeCallback(trainer, run, rows, checkpoint, marker, in_use)
     trainer.callback_handler.callbacks.insert(0, callback)  # the first: reporters see the logs as it corrects them
@@ -130,7 +135,7 @@ def _check_same_run(checkpoint: Path, marker: dict, run: dict, digests: Any, arg
     if known:
         saved = Rows(np.load(checkpoint / FILE, allow_pickle=False), marker["gone"])
         count = checkpoints.step_of(checkpoint) * marker["run"]["rows per step"]
-        trained = trained_rows(args, saved, count)
+        trained = trained_rows(args, saved, count, marker["run"].get("stream"))
         rows, problem, note = compare_rows(saved, digests, trained)
         refused += [problem] if problem else []
         if note and rows.removed != saved.removed and args.max_steps <= 0:

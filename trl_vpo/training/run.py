@@ -88,7 +88,7 @@ def run_training(
         about = {"method": method, "recipe": parser.given, "recipe_path": parser.recipe_path}
         about["contents"] = contents(parser.given, run["model files"]) if trainer.is_world_process_zero() else {}
         in_use = push.in_use if push else tuple
-        result = resume.train(trainer, checkpoint, run, digest_rows(trainer), in_use=in_use, left=left)
+        result = resume.train(trainer, checkpoint, run, digest_rows(trainer, parser.given), in_use=in_use, left=left)
         trainer.accelerator.print("Training completed.")
         with explain_failed_save(trainer, Path(training_args.output_dir)):
             trainer.save_model(training_args.output_dir)  # with the processor

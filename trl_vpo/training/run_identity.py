@@ -16,6 +16,7 @@ from trl_vpo.media.budget import budget_of_run
 from trl_vpo.runs.digests import model_files, row_digests
 from trl_vpo.runs.resume_rules import TRAIN_DATA, TRAIN_MODEL, fixed_recipe, warning_of_change
 from trl_vpo.runs.secrets import scrub
+from trl_vpo.training.stream_rows import compare_streams, describe_stream, stream_files, text_digests
 
 
 def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
@@ -31,6 +32,7 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         "model files": model_files(given["model_name_or_path"], given.get("model_revision")) if compares else {},
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "video_budget": str(budget_of_run(trainer)),
+        "stream": describe_stream(trainer, _train_files(given)) if compares and _streams(trainer) else None,
         "versions": versions(),
     }
 
@@ -45,11 +47,21 @@ def contents(given: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, st
     return found
 
 
-def digest_rows(trainer: Any) -> np.ndarray | None:
-    """The digest of each row, on the main process; None for a stream."""
-    rows = trainer.train_dataset
-    known = isinstance(rows, Dataset) and trainer.is_world_process_zero()
-    return row_digests(rows, trainer.args.media_root) if known else None
+def digest_rows(trainer: Any, given: Mapping[str, Any]) -> np.ndarray | None:
+    """The digest of each row, on the main process; None for a stream whose rows are not known (`text_digests`)."""
+    if not trainer.is_world_process_zero():
+        return None
+    if _streams(trainer):
+        return text_digests(_train_files(given))
+    return row_digests(trainer.train_dataset, trainer.args.media_root)
+
+
+def _streams(trainer: Any) -> bool:
+    return not isinstance(trainer.train_dataset, Dataset)
+
+
+def _train_files(given: Mapping[str, Any]) -> list[Path]:
+    return stream_files(given, given.get("dataset_train_split") or "train")
 
 
 def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str], list[str]]:
@@ -65,6 +77,9 @@ def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str],
     before, after = (run.get("video_budget", str(None)) for run in (saved, now))
     if before != after and saved["recipe"].get("max_pixels") == now["recipe"].get("max_pixels"):
         refused.append(f"pixels of videos: {before} when it was saved, {after} now (None: the processor's own size)")
+    streams = (saved.get("stream"), now.get("stream"))
+    refused += compare_streams(*streams, same_rows=same_rows)
+    same_rows = same_rows or all(stream and stream["files"] for stream in streams)
     old, new = saved["recipe"], now["recipe"]
     for key in sorted(set(old) | set(new)):
         if old.get(key) == new.get(key) or (same_rows and key in TRAIN_DATA) or key in TRAIN_MODEL:
