@@ -240,6 +240,11 @@ SOURCES = [
         f"`place` in {CALLBACK_OF_RESUME}",
     ),
     (
+        "transformers.Trainer._init_training_state",
+        ['f"The best checkpoint {', "self.state.best_model_checkpoint = None"],
+        f"`place` in {CALLBACK_OF_RESUME}",
+    ),
+    (
         "transformers.Trainer.set_initial_training_values",
         ["num_update_steps_per_epoch = max_steps"],
         f"`place` in {CALLBACK_OF_RESUME}, which can go where a stream's passes are counted",

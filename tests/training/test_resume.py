@@ -102,6 +102,25 @@ def test_the_best_checkpoint_is_kept_and_loaded(runs, kind):
     assert weights.read_bytes() == (runs.folder / name / weights.name).read_bytes()
 
 
+def test_the_best_checkpoint_moves_with_its_folder(runs):
+    """Before the result was written: no further save looks for the best one, which is an early one here."""
+    best = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "load_best_model_at_end": True}
+    options = {**EVALUATING, **best, "method": "dpo", "learning_rate": 0.1}
+    runs.finish("here", **options)
+    (runs.folder / "here" / "adapter_model.safetensors").unlink()
+    state = json.loads((runs.folder / "here" / "checkpoint-8" / "trainer_state.json").read_text())
+    name = f"checkpoint-{state['best_global_step']}"
+    assert name != "checkpoint-8"
+    (runs.folder / "here").rename(runs.folder / "there")
+    (runs.folder / "there" / name).rename(runs.folder / "aside")
+    codes, text = runs("there", **options)
+    assert codes == [1] and f"best checkpoint until checkpoint-8 was {name}, and it cannot be loaded" in text
+    (runs.folder / "aside").rename(runs.folder / "there" / name)
+    assert "best checkpoint" not in runs.finish("there", **options)
+    got, want = (f / "adapter_model.safetensors" for f in (runs.folder / "there", runs.folder / "there" / name))
+    assert got.read_bytes() == want.read_bytes()
+
+
 def test_a_finished_run_takes_no_more_steps(runs, straight):
     """Killed after the last checkpoint, before the result was written; the last step is not an epoch's last."""
     runs.finish("again")

@@ -114,6 +114,15 @@ def find_problems(folder: Path) -> list[str]:
     return [f"{name} is missing" for name in lost] + [f"{name} is not what was saved" for name in changed]
 
 
+def best_of(checkpoint: Path) -> Path | None:
+    """Return the best checkpoint of a run until this one. It lies beside it, also where their folder was moved."""
+    best = json.loads((checkpoint / "trainer_state.json").read_bytes()).get("best_model_checkpoint")
+    if not best:
+        return None
+    beside, recorded = checkpoint.parent / Path(best).name, Path(best)
+    return recorded if recorded.is_dir() and not beside.is_dir() else beside
+
+
 # --- which to take, which to delete ---------------------------------------------------------------------------------
 
 

@@ -129,6 +129,13 @@ def _explain(trainer: Any, left: Callable[[str], str]) -> Iterator[None]:
 
 def _check_same_run(checkpoint: Path, marker: dict, run: dict, digests: Any, args: Any) -> Rows:
     """Return the rows of the rest of the run; print what may differ and does, raise if something may not."""
+    best = checkpoints.best_of(checkpoint) if args.load_best_model_at_end else None
+    if best and (problems := checkpoints.find_problems(best)):
+        raise CheckpointError(
+            f"load_best_model_at_end: the best checkpoint until {checkpoint.name} was {best.name}, and it cannot be "
+            f"loaded at the end. {best}: {'; '.join(problems)}. Put it back beside {checkpoint}, or set "
+            "load_best_model_at_end: false to take the last weights as the result."
+        )
     known = digests is not None and (checkpoint / FILE).is_file()
     refused, changed = compare_runs(marker["run"], run, same_rows=known)
     rows = Rows(digests)

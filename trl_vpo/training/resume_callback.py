@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_vpo.training.changed_rows import FILE, Rows
-from trl_vpo.training.checkpoints import delete_older, list_checkpoints, mark_complete, step_of
+from trl_vpo.training.checkpoints import best_of, delete_older, list_checkpoints, mark_complete, step_of
 from trl_vpo.training.failed_saves import explain_failed_save
 from trl_vpo.training.sigterm import StopRequest
 
@@ -49,10 +51,14 @@ class ResumeCallback(TrainerCallback):
     def place(self, init_training_state: Callable, *args) -> tuple[int, int]:
         """Return (passes over the rows that are done, micro-batches of this one), where training goes on.
 
-        Those of transformers are wrong for a stream: it takes all `max_steps` for one pass.
+        Those of transformers are wrong for a stream: it takes all `max_steps` for one pass. And it forgets the best
+        checkpoint where the folder of a run was moved.
         """
-        passes, batches = init_training_state(*args)
-        trainer = self._trainer
+        best, trainer = self._checkpoint and best_of(self._checkpoint), self._trainer
+        with _without_warning("The best checkpoint ") if best and best.is_dir() else nullcontext():
+            passes, batches = init_training_state(*args)
+        if best and best.is_dir():
+            trainer.state.best_model_checkpoint = str(best)
         if "pass" in self._marker and not isinstance(trainer.train_dataset, Dataset):
             passes, first = self._pass
             batches = (trainer.state.global_step - first) * trainer.args.gradient_accumulation_steps
@@ -135,6 +141,17 @@ class ResumeCallback(TrainerCallback):
         """The ordinary save at the end of a step, on all ranks together once one of them was asked to stop."""
         if self.request.reached_any_rank(self._trainer.accelerator) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
+
+
+@contextmanager
+def _without_warning(start: str) -> Iterator[None]:
+    """Drop warnings of transformers' trainer that begin with this."""
+    logger = logging.getLogger("transformers.trainer")
+    logger.addFilter(drop := lambda record: not record.getMessage().startswith(start))
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
 
 
 def _follow_schedule(trainer: Any, steps: int) -> None:
