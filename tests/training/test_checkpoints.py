@@ -212,6 +212,8 @@ RUN = {
     "processes": 2,
     "rows per step": 8,
     "distributed": "DistributedType.MULTI_GPU",
+    "mixed precision": "no",
+    "ZeRO stage": 2,
     "model files": FILES_OF_BASE,
     "scheduler": "cosine",
     "versions": {"torch": "2.15.0"},
@@ -228,6 +230,8 @@ def changed(**recipe):
         ({}, [], []),
         ({"method": "lpoi"}, ["method: rrpo when it was saved, lpoi now"], []),
         ({"processes": 4, "rows per step": 16}, ["processes: 2 .* 4 now", "rows per step: 8 .* 16 now"], []),
+        ({"mixed precision": "bf16"}, ["mixed precision: no .* bf16 now"], []),
+        ({"ZeRO stage": 3}, ["ZeRO stage: 2 .* 3 now"], []),
         (changed(lora_r=16), ["lora_r: 8 .* 16 now"], []),
         (changed(beta=0.2), ["beta: its default .* 0.2 now"], []),
         (

@@ -29,6 +29,8 @@ def test_another_run_is_refused_and_a_longer_one_is_not(runs, straight):
     codes, text = runs("other", max_steps=2, logging_steps=1, processes=2)
     assert codes == [1, 1]
     assert "\n  - processes: 1 when it was saved, 2 now" in text
+    codes, text = runs("other", max_steps=2, logging_steps=1, env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert codes == [1] and "\n  - mixed precision: no when it was saved, bf16 now" in text
     text = runs.finish("other", max_steps=4, logging_steps=1)
     assert printed(text) == [f"Continuing from {runs.folder}/other/checkpoint-2, although"]
     assert "\n  - max_steps: 2 when it was saved, 4 now. The linear schedule of the learning rate follows" in text

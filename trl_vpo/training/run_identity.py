@@ -29,6 +29,8 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         "processes": args.world_size,
         "rows per step": trainer.get_total_train_batch_size(args),
         "distributed": str(trainer.accelerator.distributed_type),
+        "mixed precision": trainer.accelerator.mixed_precision,  # of the recipe, or else of the launcher
+        "ZeRO stage": getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None),
         "model files": model_files(given["model_name_or_path"], given.get("model_revision")) if compares else {},
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "video_budget": str(budget_of_run(trainer)),
@@ -70,8 +72,8 @@ def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str],
     With `same_rows`, the rows themselves were compared, wherever they lie.
     """
     refused, warned = _compare_models(saved, now)
-    for key in ("method", "processes", "distributed", "rows per step"):
-        if saved[key] != now[key]:
+    for key in ("method", "processes", "distributed", "rows per step", "mixed precision", "ZeRO stage"):
+        if key in saved and saved[key] != now[key]:  # the last two are not in checkpoints of earlier versions
             refused.append(f"{key}: {saved[key]} when it was saved, {now[key]} now")
     # A checkpoint without the key is of a version that left the size of frames to the processor.
     before, after = (run.get("video_budget", str(None)) for run in (saved, now))
