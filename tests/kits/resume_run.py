@@ -79,9 +79,23 @@ def record_order(log):
     VisualPreferenceTrainer.compute_loss = recorded
 
 
+def set_date(day):
+    """Let chat templates find another day of December."""
+    import transformers.utils.chat_template_utils as templates
+
+    class Fixed(templates.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 12, day)
+
+    templates.datetime = Fixed
+
+
 def train(job, rank, port):
     from trl_vpo.training.run import run_training
 
+    if "DAY" in job["env"]:
+        set_date(int(job["env"]["DAY"]))
     if job["processes"] > 1:
         size = str(job["processes"])
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}

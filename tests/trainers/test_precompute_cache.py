@@ -45,6 +45,20 @@ def test_an_interrupted_run_continues_where_it_stopped(tmp_path):
     torch.testing.assert_close(collated(trainer)["ref_sums"], collated(whole)["ref_sums"])
 
 
+def test_a_chat_template_with_a_date(tmp_path, monkeypatch):
+    """The prompts of another day have other log-probs."""
+    import transformers.utils.chat_template_utils as templates
+
+    model, tokenizer = fresh()
+    tokenizer.chat_template = "<|im_start|>system\n{{ strftime_now('%d') }}<|im_end|>\n" + tokenizer.chat_template
+    for day, count in ((1, 8), (1, 8), (2, 16)):
+        now = type("Fixed", (templates.datetime,), {"now": classmethod(lambda cls, day=day: cls(2026, 12, day))})
+        monkeypatch.setattr(templates, "datetime", now)
+        trainer = ahead("dpo", tmp_path, model=model, processor=tokenizer)
+        assert len(lines(tmp_path / "cache")) == count
+    assert_sums_are_the_references(trainer)
+
+
 @pytest.mark.parametrize("tail", [b"", b'{"row": "12', b"\x00\xff\x00", b'{"row": "1"}\n[]'])
 def test_a_line_that_is_not_complete(tail, tmp_path, caplog):
     first = ahead("dpo", tmp_path)

@@ -61,6 +61,20 @@ def test_another_base_and_other_clips_are_refused(runs):
     assert f"\n  - rows: 1 of 10 rows were changed (counted from 0: {number}), and 1 of them were trained on" in text
 
 
+def test_a_chat_template_with_a_date(runs):
+    """Exact within the day; afterwards it is said, as the run would be lost at midnight otherwise."""
+    base = runs.folder / "dated"
+    shutil.copytree(BASE, base)
+    template = base / "chat_template.jinja"
+    template.write_text("Today: {{ strftime_now('%d %b') }}\n" + template.read_text())
+    options = {"model_name_or_path": base, "method": "dpo"}
+    runs.finish("day", **options, max_steps=2, env={"DAY": "1"})
+    text = runs.finish("day", **options, max_steps=2, env={"DAY": "1"})
+    assert printed(text) == [f"Continuing from {runs.folder}/day/checkpoint-2."]
+    text = runs.finish("day", **options, max_steps=2, env={"DAY": "2"})
+    assert re.search(r"\n  - the chat template wrote 'Today: 01 Dec.* and writes 'Today: 02 Dec.* other prompts", text)
+
+
 # --- a bad row that was found in the middle -------------------------------------------------------------------------
 
 

@@ -11,12 +11,13 @@ import transformers
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import Tensor
 
+from trl_vpo.data.chat import render_chat
 from trl_vpo.data.collator import PreferenceCollator
 from trl_vpo.data.identity import processor_identity, source_identity
 from trl_vpo.errors import MediaError, RowError
 from trl_vpo.files import json_digest
 
-FORMAT = 5  # of the keys; raise it with a change to the code that changes log-probs
+FORMAT = 6  # of the keys; raise it with a change to the code that changes log-probs
 MEDIA_SETTINGS = (  # of the collator
     "video", "max_pixels", "media_form", "media_contrast", "num_images", "visual_prompt", "media_root",
 )  # fmt: skip
@@ -50,10 +51,18 @@ def context_key(trainer: Any) -> str:
         if type(collator) is not PreferenceCollator:  # what a subclass changes is not known: later runs compute anew
             media["subclass"] = uuid.uuid4().hex
         precision = [trainer.accelerator.mixed_precision, transformers.__version__]
-        key = [
-            json_digest([FORMAT, precision, media, processor_identity(collator.processing_class), _reference(trainer)])
-        ]
+        processor = [processor_identity(collator.processing_class), rendered_prompt(collator.processing_class)]
+        key = [json_digest([FORMAT, precision, media, processor, _reference(trainer)])]
     return broadcast_object_list(key)[0]
+
+
+def rendered_prompt(processing_class: Any) -> str | None:
+    """Return a prompt as the chat template writes it now: some write the date. None: there is none, or it refuses."""
+    message = {"role": "user", "content": [{"type": "text", "text": "word"}]}
+    try:
+        return render_chat(processing_class, [message], [], {})[0]
+    except RowError:
+        return None
 
 
 def _reference(trainer: Any) -> list:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from trl_vpo.data.chat import same_start
 from trl_vpo.data.identity import versions
 from trl_vpo.files import file_digest, json_digest
 from trl_vpo.media.budget import budget_of_run
 from trl_vpo.runs.digests import model_files, row_digests
 from trl_vpo.runs.resume_rules import TRAIN_DATA, TRAIN_MODEL, fixed_recipe, warning_of_change
 from trl_vpo.runs.secrets import scrub
+from trl_vpo.trainers.fingerprint import rendered_prompt
 from trl_vpo.training.stream_rows import compare_streams, describe_stream, stream_files, text_digests
 
 
@@ -32,6 +34,7 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         "mixed precision": trainer.accelerator.mixed_precision,  # of the recipe, or else of the launcher
         "ZeRO stage": getattr(getattr(trainer.accelerator.state, "deepspeed_plugin", None), "zero_stage", None),
         "model files": model_files(given["model_name_or_path"], given.get("model_revision")) if compares else {},
+        "prompt": rendered_prompt(trainer.processing_class) if compares else None,
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "video_budget": str(budget_of_run(trainer)),
         "stream": describe_stream(trainer, _train_files(given)) if compares and _streams(trainer) else None,
@@ -79,6 +82,7 @@ def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str],
     before, after = (run.get("video_budget", str(None)) for run in (saved, now))
     if before != after and saved["recipe"].get("max_pixels") == now["recipe"].get("max_pixels"):
         refused.append(f"pixels of videos: {before} when it was saved, {after} now (None: the processor's own size)")
+    warned += _compare_prompts(saved.get("prompt"), now.get("prompt")) if not refused else []
     streams = (saved.get("stream"), now.get("stream"))
     refused += compare_streams(*streams, same_rows=same_rows)
     same_rows = same_rows or all(stream and stream["files"] for stream in streams)
@@ -111,3 +115,16 @@ def _compare_models(saved: dict, now: dict) -> tuple[list[str], list[str]]:
         return [], []
     shown = ", ".join(files[:5]) + (f" and {len(files) - 5} more" if len(files) > 5 else "")
     return [f"model: {shown} of {names[1]} are not those that the run was begun with, of {names[0]}"], []
+
+
+def _compare_prompts(saved: str | None, now: str | None) -> list[str]:
+    """Compare what the same chat template made of the same message."""
+    if saved is None or now is None or saved == now:
+        return []
+    start = max(same_start(saved, now) - 30, 0)
+    old, new = (text[start : start + 60] for text in (saved, now))
+    return [
+        f"the chat template wrote {old!r} when it was saved and writes {new!r} now: the rest of the run has other "
+        "prompts. A template with a date does that (`strftime_now`); one that takes the date from "
+        "`chat_template_kwargs` of the rows would not."
+    ]
