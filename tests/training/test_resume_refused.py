@@ -75,6 +75,23 @@ def test_a_chat_template_with_a_date(runs):
     assert re.search(r"\n  - the chat template wrote 'Today: 01 Dec.* and writes 'Today: 02 Dec.* other prompts", text)
 
 
+def test_other_rows_to_evaluate_on(runs):
+    """Under the same name. By whose loss would the best checkpoint be the best?"""
+    folder = runs.folder / "splits"
+    folder.mkdir()
+    lines = (runs.folder / "clips.jsonl").read_text().splitlines()
+    for split, part in (("train", lines[:7]), ("test", lines[7:])):
+        (folder / f"{split}.jsonl").write_text("\n".join(part))
+    options = {"dataset_name": folder, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "method": "dpo"}
+    best = {"load_best_model_at_end": True}
+    runs.finish("evaluated", **options, **best)
+    (folder / "test.jsonl").write_text("\n".join(lines[8:]))
+    codes, text = runs("evaluated", **options, **best)
+    assert codes == [1] and "\n  - rows to evaluate on: not those" in text and "which checkpoint-2 is the best" in text
+    text = runs.finish("evaluated", **options)
+    assert "\n  - rows to evaluate on: not those that the run was evaluated on until now. Losses" in text
+
+
 # --- a bad row that was found in the middle -------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from trl_vpo.training.checkpoints import what_is_left
 from trl_vpo.training.main_process import on_main_process, print_main
 from trl_vpo.training.output_dir import check_space
 from trl_vpo.training.resume_callback import NothingLeft, ResumeCallback
-from trl_vpo.training.run_identity import compare_runs
+from trl_vpo.training.run_identity import compare_runs, evaluates_on_others
 from trl_vpo.training.sigterm import TrainingStopped, shield_data_workers
 
 
@@ -138,6 +138,12 @@ def _check_same_run(checkpoint: Path, marker: dict, run: dict, digests: Any, arg
         )
     known = digests is not None and (checkpoint / FILE).is_file()
     refused, changed = compare_runs(marker["run"], run, same_rows=known)
+    if evaluates_on_others(marker["run"], run):
+        what = "rows to evaluate on: not those that the run was evaluated on until now"
+        if best:
+            refused.append(f"{what}, by which {best.name} is the best (load_best_model_at_end)")
+        else:
+            changed.append(f"{what}. Losses before and after cannot be compared.")
     rows = Rows(digests)
     if known:
         saved = Rows(np.load(checkpoint / FILE, allow_pickle=False), marker["gone"])

@@ -18,7 +18,7 @@ from trl_vpo.runs.digests import model_files, row_digests
 from trl_vpo.runs.resume_rules import TRAIN_DATA, TRAIN_MODEL, fixed_recipe, warning_of_change
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.trainers.fingerprint import rendered_prompt
-from trl_vpo.training.stream_rows import compare_streams, describe_stream, stream_files, text_digests
+from trl_vpo.training.stream_rows import compare_streams, describe_stream, files_identity, stream_files, text_digests
 
 
 def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
@@ -37,6 +37,7 @@ def describe_run(trainer: Any, method: str, given: dict[str, Any]) -> dict:
         "prompt": rendered_prompt(trainer.processing_class) if compares else None,
         "scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "video_budget": str(budget_of_run(trainer)),
+        "evaluated": _digest_evaluated(trainer, given) if compares else None,
         "stream": describe_stream(trainer, _train_files(given)) if compares and _streams(trainer) else None,
         "versions": versions(),
     }
@@ -61,12 +62,27 @@ def digest_rows(trainer: Any, given: Mapping[str, Any]) -> np.ndarray | None:
     return row_digests(trainer.train_dataset, trainer.args.media_root)
 
 
+def _digest_evaluated(trainer: Any, given: Mapping[str, Any]) -> str | None:
+    """One digest of the rows that are evaluated on; None where there are none, or they are not on this machine."""
+    rows = trainer.eval_dataset
+    if isinstance(rows, Dataset):
+        return json_digest(row_digests(rows, trainer.args.media_root).tolist())
+    files = stream_files(given, given.get("dataset_test_split") or "test") if rows is not None else []
+    digests = text_digests(files)
+    return json_digest(files_identity(files) if digests is None else digests.tolist()) if files else None
+
+
 def _streams(trainer: Any) -> bool:
     return not isinstance(trainer.train_dataset, Dataset)
 
 
 def _train_files(given: Mapping[str, Any]) -> list[Path]:
     return stream_files(given, given.get("dataset_train_split") or "train")
+
+
+def evaluates_on_others(saved: dict, now: dict) -> bool:
+    """Return whether the rows that are evaluated on are known, and not those of before."""
+    return None not in (old := saved.get("evaluated"), new := now.get("evaluated")) and old != new
 
 
 def compare_runs(saved: dict, now: dict, *, same_rows: bool) -> tuple[list[str], list[str]]:
