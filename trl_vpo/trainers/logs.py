@@ -122,14 +122,20 @@ class LoggingTrainer(RatesTrainer, RowGroupsTrainer):
         if self.control.should_log:
             self._average_training()
             self._metrics["train"].update({key: [rate] for key, rate in self._step_rates.items()})
-            loss = self._metrics["train"].pop("loss", None)
-            if loss is not None:  # Trainer divides it by the number of steps, and `log` gets that
-                tr_loss.fill_(loss[-1] * (self.state.global_step - self._globalstep_last_logged))
+            self._take_exact_loss(tr_loss)
+            self._metrics["train"].pop("loss", None)  # `log` gets Trainer's
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
         self._average_training()
+        self._take_exact_loss(self._tr_loss)  # of the steps that were not logged: Trainer has this rank's alone
         return super()._finalize_training(*args, **kwargs)
+
+    def _take_exact_loss(self, tr_loss: Tensor) -> None:
+        """Put the mean loss of all pairs since the last log, of all ranks, in place of Trainer's sum over steps."""
+        if "loss" in self._metrics["train"]:
+            steps = self.state.global_step - self._globalstep_last_logged
+            tr_loss.fill_(self._metrics["train"]["loss"][-1] * steps)
 
     def _average_training(self) -> None:
         """Reduce the metrics now, so that `log` needs no collective: one rank may call it alone."""
