@@ -236,8 +236,11 @@ SOURCES = [
     ),
     (
         "transformers.Trainer._inner_training_loop",
-        ["epochs_trained, steps_trained_in_current_epoch = self._init_training_state("],
-        f"`place` in {CALLBACK_OF_RESUME}",
+        [
+            "epochs_trained, steps_trained_in_current_epoch = self._init_training_state(",
+            "if args.eval_on_start:\n            self._evaluate(",
+        ],
+        f"`place` and `on_train_begin` in {CALLBACK_OF_RESUME}",
     ),
     (
         "transformers.Trainer._init_training_state",

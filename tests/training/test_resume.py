@@ -65,6 +65,7 @@ def test_two_processes(runs, name, env):
         pytest.param("lpoi", {"method": "lpoi"}, marks=pytest.mark.slow),
         pytest.param("dpo", {"method": "dpo", "precompute_ref_log_probs": True}, marks=pytest.mark.slow),
         ("stream", {"dataset_streaming": True}),
+        ("start", {"method": "dpo", **EVALUATING, "eval_on_start": True}),
         pytest.param("epochs", EPOCHS, marks=pytest.mark.slow),
     ],
 )

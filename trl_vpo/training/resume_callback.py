@@ -68,6 +68,7 @@ class ResumeCallback(TrainerCallback):
         """Everything is loaded by now, and transformers has set its counters to zero."""
         trainer, self._began_at = self._trainer, state.global_step
         if self._checkpoint:
+            args.eval_on_start = False  # the start is long past
             saved = self._marker["counters"][args.process_index]
             trainer._initial_global_step = 0  # `train_loss` is a mean over all steps, see `on_log`
             trainer._tr_loss += saved["loss"]  # it was zero
