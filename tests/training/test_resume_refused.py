@@ -39,6 +39,20 @@ def test_another_run_is_refused_and_a_longer_one_is_not(runs, straight):
     assert [logs["learning_rate"] for logs in logged] == [1e-2, 5e-3, 5e-3, 2.5e-3]  # the last two: of four steps
 
 
+@pytest.mark.parametrize("option", ["save_only_model", "sync_ref_model"])
+def test_a_run_that_cannot_be_continued(runs, option):
+    """It says so before it starts, if it is to be continued, and when it is stopped."""
+    options = {option: True, "method": "dpo", "use_peft": False, "freeze_vision": True, "learning_rate": 1e-3}
+    codes, text = runs(option, **options)
+    assert codes == [1] and f"cannot continue from a checkpoint of this run: {option} " in text
+    codes, text = runs(option, ("SIGTERM", 1, "checkpoint-2"), **options, resume_from_checkpoint=None)
+    assert codes == [143]
+    last = f"The last complete checkpoint is {runs.folder}/{option}/checkpoint-3. Training cannot continue from it: "
+    assert f"{last}{option} " in printed(text)[-1] and printed(text)[-1].endswith("The same command starts a new run.")
+    codes, text = runs(option, **options | {option: None})
+    assert codes == [1] and f"checkpoint-3: {option} " in text
+
+
 def test_another_base_and_other_clips_are_refused(runs):
     """One byte of a weight, the chat template, and a clip that was trained on, each under its old name."""
     base, data = runs.folder / "base", copied_clips(runs.folder, "clips-2")

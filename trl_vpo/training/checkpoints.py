@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from trl_vpo.errors import CheckpointError
 from trl_vpo.files import atomic_write, file_digest
@@ -107,11 +108,22 @@ def find_problems(folder: Path) -> list[str]:
         number = re.search(r'"format": (\d+)', (folder / MARKER).read_text(errors="replace"))
         other = number is not None and int(number[1]) != FORMAT
         return ["another version of TRL-VPO saved it" if other else f"{MARKER} is not what was saved"]
+    if marker.get("no_resume"):
+        return [marker["no_resume"]]
     saved = marker["files"]
     lost = [name for pattern, name in NEEDED.items() if not any(re.search(pattern, file) for file in saved)]
     lost += [name for name in saved if not (folder / name).is_file()]
     changed = [name for name in saved if name not in lost and _size_and_digest(folder / name) != saved[name]]
     return [f"{name} is missing" for name in lost] + [f"{name} is not what was saved" for name in changed]
+
+
+def why_no_resume(args: Any) -> str | None:
+    """Say why training will not continue from any checkpoint of a run with these arguments; None: it will."""
+    if args.save_only_model:
+        return "save_only_model leaves the optimizer out of it"
+    if getattr(args, "sync_ref_model", False):
+        return "sync_ref_model moves the reference in training, which no checkpoint holds"
+    return None
 
 
 def best_of(checkpoint: Path) -> Path | None:
@@ -190,9 +202,9 @@ def delete_older(
 def what_is_left(output_dir: str | Path) -> str:
     """Say which checkpoint the next run will continue from."""
     for folder in _in_order(output_dir):
-        if read_marker(folder):
-            return (
-                f"The last complete checkpoint is {folder}. Continue with the same command and "
-                "--resume_from_checkpoint true."
-            )
+        if marker := read_marker(folder):
+            last, why = f"The last complete checkpoint is {folder}.", marker.get("no_resume")
+            if why:
+                return f"{last} Training cannot continue from it: {why}. The same command starts a new run."
+            return f"{last} Continue with the same command and --resume_from_checkpoint true."
     return "There is no complete checkpoint: the next run starts from scratch."

@@ -34,14 +34,20 @@ def find_checkpoint(args: Any) -> Path | None:
     None: training starts from scratch; the reason is printed where there is one. Raises CheckpointError where training
     cannot continue from it.
     """
-    name, output_dir = str(args.resume_from_checkpoint), args.output_dir
+    name, output_dir, why = str(args.resume_from_checkpoint), args.output_dir, checkpoints.why_no_resume(args)
     if name.lower() in ("none", "false", ""):
         if folders := checkpoints.list_checkpoints(output_dir):
+            instead = "" if why else " --resume_from_checkpoint true continues from there instead."
             print_main(
                 f"{output_dir} has checkpoints of an earlier run, the last one {folders[0].name}. This run starts "
-                "from scratch and writes over them. --resume_from_checkpoint true continues from there instead."
+                f"from scratch and writes over them.{instead}"
             )
         return None
+    if why:
+        raise CheckpointError(
+            f"resume_from_checkpoint: training cannot continue from a checkpoint of this run: {why}. Leave "
+            f"{why.split()[0]} out, or resume_from_checkpoint: then an interrupted run starts anew."
+        )
     if name.lower() == "true":
         newest = checkpoints.newest_complete(output_dir)
         if newest is None:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from trl_vpo.training.changed_rows import FILE, Rows
-from trl_vpo.training.checkpoints import best_of, delete_older, list_checkpoints, mark_complete, step_of
+from trl_vpo.training.checkpoints import best_of, delete_older, list_checkpoints, mark_complete, step_of, why_no_resume
 from trl_vpo.training.failed_saves import explain_failed_save
 from trl_vpo.training.sigterm import StopRequest
 
@@ -121,7 +121,7 @@ class ResumeCallback(TrainerCallback):
             if self._rows.digests is not None:
                 np.save(folder / FILE, self._rows.digests)
             what = {"step": state.global_step, "run": self._run, "gone": self._rows.removed, "counters": counters}
-            what["pass"] = self._pass
+            what |= {"pass": self._pass, "no_resume": why_no_resume(trainer.args)}
             scorer = trainer.scorer
             mark_complete(folder, layout=scorer.layout, packs=scorer.packs, proven=scorer.proven, **what)
         best = state.best_model_checkpoint
