@@ -175,6 +175,19 @@ def test_the_printed_command_pushes_what_was_not_pushed(recipe, local, tmp_path,
     assert repo.files == model_files(out, "run.json") | steps
 
 
+def test_checkpoints_of_an_earlier_part_arrive(recipe, local, tmp_path, capfd):
+    """The Hub refused them then; one that it has is not pushed again."""
+    local.faults = [Fault(r"POST .*/commit/", 503)]
+    out, more = tmp_path / "out", {"hub_strategy": "all_checkpoints", "resume_from_checkpoint": True}
+    train(recipe, out, max_steps=2, **more)
+    assert f"to {local.url}/me/vpo: the result in {out}, checkpoint-1, checkpoint-2." in capfd.readouterr().out
+    local.faults = []
+    local.repos["me/vpo"].branches["main"].append(Commit("by hand", [], [], {"checkpoint-1/file": b"a"}))
+    train(recipe, out, max_steps=3, **more)
+    steps = below(out / "checkpoint-2", "checkpoint-2") | below(out / "checkpoint-3", "checkpoint-3")
+    assert local.repos["me/vpo"].files == model_files(out, "run.json") | steps | {"checkpoint-1/file": b"a"}
+
+
 def test_a_whole_model_goes_to_a_branch_once_at_the_end(recipe, local, tmp_path):
     more = {"use_peft": False, "max_steps": 1, "save_strategy": "no", "hub_strategy": "end", "hub_revision": "dev"}
     train(recipe, tmp_path / "qwen2-vl.rrpo", hub_model_id="qwen2-vl.rrpo", **more)

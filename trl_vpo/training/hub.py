@@ -95,6 +95,17 @@ class HubPush(TrainerCallback):
             self._processor = sorted(_files_below(Path(folder)))
         disable_progress_bars()  # of uploads, in the middle of the trainer's own
 
+    def add_earlier(self, checkpoints: list[Path]) -> None:
+        """Push those of these checkpoints, of earlier parts of the run, that the repo lacks, with the next push."""
+        if self._strategy is not HubStrategy.ALL_CHECKPOINTS or not checkpoints:
+            return
+        try:
+            arrived = {path.split("/")[0] for path in self.repo.files()}
+        except Exception as error:  # then once more: what is there already is not uploaded twice
+            print_main(f"which checkpoints arrived at the Hub is not known: {self.repo.reason(error)}.")
+            arrived = set()
+        self._missing |= {folder.name: folder for folder in checkpoints if folder.name not in arrived}
+
     def on_save(self, args, state, control, **kwargs):
         """Start to push a checkpoint. It is marked by now, and older ones are deleted."""
         checkpoint = self._folder / f"checkpoint-{state.global_step}"

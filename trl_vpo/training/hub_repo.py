@@ -91,10 +91,15 @@ class HubRepo:
             self.open()
         operations: list[Any] = [CommitOperationAdd(path, file) for path, file in files.items()]
         if replace:
-            existing = self._api.list_repo_files(self.name, revision=self.revision)
-            old = {path for path in existing if path.startswith(f"{replace}/")} - set(files)
+            old = {path for path in self.files() if path.startswith(f"{replace}/")} - set(files)
             operations += [CommitOperationDelete(path) for path in sorted(old)]
         self._api.create_commit(self.name, operations, commit_message=message, revision=self.revision)
+
+    def files(self) -> set[str]:
+        """The paths of all files of the branch. What is raised is as for `open`."""
+        if not self._is_open:
+            self.open()
+        return set(self._api.list_repo_files(self.name, revision=self.revision))
 
     def reason(self, error: BaseException) -> str:
         """An error in one line, without the token: servers and proxies may repeat what they were sent."""

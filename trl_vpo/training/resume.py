@@ -61,6 +61,16 @@ def find_checkpoint(args: Any) -> Path | None:
     return Path(name)
 
 
+def earlier_parts(checkpoint: Path, run: dict, output_dir: str) -> list[Path]:
+    """Return the checkpoints in a folder that a run left until this one, oldest first."""
+    last, parts = checkpoints.step_of(checkpoint), []
+    for folder in reversed(checkpoints.list_checkpoints(output_dir)):
+        marker = checkpoints.read_marker(folder) if checkpoints.step_of(folder) <= last else None
+        if marker and not compare_runs(marker["run"], run, same_rows=True)[0]:
+            parts.append(folder)
+    return parts
+
+
 def train(
     trainer: Any,
     checkpoint: Path | None,

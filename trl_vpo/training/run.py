@@ -87,6 +87,8 @@ def run_training(
         run = describe_run(trainer, method, parser.given)
         about = {"method": method, "recipe": parser.given, "recipe_path": parser.recipe_path}
         about["contents"] = contents(parser.given, run["model files"]) if trainer.is_world_process_zero() else {}
+        if push and checkpoint:
+            push.add_earlier(resume.earlier_parts(checkpoint, run, training_args.output_dir))
         in_use = push.in_use if push else tuple
         result = resume.train(trainer, checkpoint, run, digest_rows(trainer, parser.given), in_use=in_use, left=left)
         trainer.accelerator.print("Training completed.")
