@@ -1,11 +1,15 @@
 """Rows may change between two parts of a run, if they were not reached; the order of the rest stays."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from torch.utils.data import BatchSampler, RandomSampler
 from transformers import TrainingArguments
 
+from trl_vpo.data.json_files import stream_json
 from trl_vpo.training.changed_rows import RemainingRows, Rows, compare_rows, trained_rows
+from trl_vpo.training.stream_rows import describe_stream, text_digests
 
 DIGESTS = np.arange(100, 112, dtype=np.uint64)
 
@@ -68,3 +72,16 @@ def test_a_row_that_was_not_reached_may_be_mended(args):
     now = np.where(np.arange(12) == mended, 7, DIGESTS).astype(np.uint64)
     rows, refused, note = compare_rows(Rows(DIGESTS), now, trained)
     assert refused is None and rows.digests.tolist() == now.tolist() and f"changed (counted from 0: {mended})" in note
+
+
+@pytest.mark.parametrize(("names", "workers", "trained"), [("a", 2, 3), ("ab", 1, 3), ("ab", 2, 6)])
+def test_a_stream_comes_in_the_order_of_its_files(args, tmp_path, names, workers, trained):
+    """Workers that share several files may have been on any of their rows."""
+    files = [tmp_path / f"{name}.jsonl" for name in names]
+    for file in files:
+        file.write_text("".join(f'{{"id": "{file.stem}{i}"}}\n' for i in range(6 // len(files))))
+    args.dataloader_num_workers = workers
+    trainer = SimpleNamespace(args=args, train_dataset=stream_json(files))
+    digests = text_digests(files)
+    assert len(set(digests)) == 6
+    assert trained_rows(args, Rows(digests), 3, describe_stream(trainer, files)) == list(range(trained))
