@@ -33,6 +33,7 @@ from trl_vpo.runs.resume_rules import fixed_recipe
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.runs.store import read_settings
 from trl_vpo.runs.values import annotations
+from trl_vpo.training.checkpoints import why_no_resume
 from trl_vpo.training.launch import launch_options
 from trl_vpo.training.methods import method_classes, method_of
 from trl_vpo.training.run import make_parser, peft_config
@@ -52,6 +53,7 @@ class Training:
     method: str
     recipe: str | None = None
     keys: dict[str, Any] = field(default_factory=dict)
+    resumes: bool = True  # whether it can be continued; known once it is checked
 
     def options(self, folder: Path) -> list[str]:
         """Return the options of `trl-vpo train METHOD`."""
@@ -137,6 +139,7 @@ def check_plan(plan: Plan) -> set[str]:
     for training in plan.trainings:
         parsed, given = _check_training(training, plan.folder(training))
         media[training.name] = vars(parsed[1].video_options())
+        training.resumes = why_no_resume(parsed[1]) is None
         if not _is_finished(plan.folder(training), training.method, given):
             todo[training] = parsed
     finished = {training.name for training in plan.trainings if training not in todo}

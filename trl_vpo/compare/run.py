@@ -49,7 +49,8 @@ def run_compare(plan: Plan, command: Command) -> None:
             console.print(f"{what} is finished.")
             continue
         console.rule(what)
-        options = [*training.options(plan.folder(training)), "--resume_from_checkpoint", "true"]
+        options = training.options(plan.folder(training))
+        options += ["--resume_from_checkpoint", "true"] if training.resumes else []
         _run(["train", training.method, *options], f"the training of {training.name}", command)
     console.rule(f"held-out rows: {plan.held_out}")
     folders = {training.name: plan.folder(training) for training in plan.trainings}

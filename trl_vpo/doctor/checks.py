@@ -19,7 +19,7 @@ from trl_vpo.doctor.loaded_recipe import LoadedRecipe, parse_recipe
 from trl_vpo.doctor.measure import check_can_measure, measure
 from trl_vpo.doctor.memory import GIB, plan_of
 from trl_vpo.doctor.memory_report import check_fit
-from trl_vpo.doctor.report import OK, STOP, WARN, Report, show
+from trl_vpo.doctor.report import OK, PROBLEM, STOP, WARN, Report, show
 from trl_vpo.errors import ModelError, RecipeError, SourceError, UserError
 from trl_vpo.forward.head import check_head
 from trl_vpo.forward.parts import part_of
@@ -46,6 +46,7 @@ def run_doctor(
     console = console or make_console()
     if out is not None:
         check_output_file(out)
+        _check_replaceable(out)
     report = examine(recipe, overrides, **options)
     show(report, console)
     if out is not None:
@@ -53,6 +54,17 @@ def run_doctor(
         out.write_text("".join(lines), encoding="utf-8")
         console.print(f"{len(report.problems)} problems written to {out}", soft_wrap=True)
     return int(report.stops)
+
+
+def _check_replaceable(out: Path) -> None:
+    """Refuse to write over a file that holds anything but the problems of an earlier call."""
+    if out.is_file() and out.stat().st_size:
+        try:
+            first = json.loads(out.read_bytes().partition(b"\n")[0])
+        except ValueError:
+            first = None
+        if not isinstance(first, dict) or first.keys() != {*PROBLEM}:
+            raise RecipeError(f"--out {out} holds something else than problems of rows. Name another file.")
 
 
 def examine(

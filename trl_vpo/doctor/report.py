@@ -14,6 +14,7 @@ from trl_vpo.doctor.memory_report import MemoryReport, show_memory
 from trl_vpo.runs.console import table
 
 SHOWN = 10
+PROBLEM = ("dataset", "row", "media", "reason")  # keys of a problem
 OK, WARN, STOP = "ok", "warning", "stop"
 STYLES = {OK: "green", WARN: "yellow", STOP: "bold red"}
 
@@ -31,9 +32,7 @@ class Report:
         self.findings.append((check, status, text))
 
     def add_problems(self, dataset: str, problems: Iterable[Problem]) -> None:
-        self.problems += [
-            {"dataset": dataset, "row": p.index, "media": p.media, "reason": p.message} for p in problems
-        ]
+        self.problems += [dict(zip(PROBLEM, (dataset, p.index, p.media, p.message), strict=True)) for p in problems]
 
     @property
     def stops(self) -> bool:

@@ -8,6 +8,7 @@ what is left (`failed_saves.py`).
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ def find_checkpoint(args: Any) -> Path | None:
                 f"{output_dir} has checkpoints of an earlier run, the last one {folders[0].name}. This run starts "
                 f"from scratch and writes over them.{instead}"
             )
+        _warn_of_result(output_dir)
         return None
     if why:
         raise CheckpointError(
@@ -52,6 +54,7 @@ def find_checkpoint(args: Any) -> Path | None:
         newest = checkpoints.newest_complete(output_dir)
         if newest is None:
             print_main(f"{output_dir} has no complete checkpoint: training starts from scratch.")
+            _warn_of_result(output_dir)
         return newest
     if problems := checkpoints.find_problems(Path(name)):
         raise CheckpointError(
@@ -59,6 +62,15 @@ def find_checkpoint(args: Any) -> Path | None:
             "or true for the newest that is complete."
         )
     return Path(name)
+
+
+def _warn_of_result(output_dir: str) -> None:
+    """Say whose result a training from scratch writes over."""
+    try:
+        earlier = json.loads((Path(output_dir) / "run.json").read_bytes())["method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    print_main(f"{output_dir} holds the result of an earlier run ({earlier}). This run writes over it at its end.")
 
 
 def earlier_parts(checkpoint: Path, run: dict, output_dir: str) -> list[Path]:

@@ -37,8 +37,8 @@ def text_digests(files: list[Path]) -> np.ndarray | None:
 def describe_stream(trainer: Any, files: list[Path]) -> dict:
     """Return what the order of a stream's rows depends on, and its files: their sizes, beginnings and ends."""
     args = trainer.args
-    in_order = trainer.train_dataset.num_shards == 1 or (args.world_size == 1 and args.dataloader_num_workers <= 1)
-    # Otherwise each worker of each process has files of its own.
+    in_order = trainer.train_dataset.num_shards == 1 or args.dataloader_num_workers <= 1
+    # Otherwise each worker has files of its own.
     return {"workers": None if in_order else max(args.dataloader_num_workers, 1), "files": files_identity(files)}
 
 
