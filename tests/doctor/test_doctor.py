@@ -112,7 +112,7 @@ def test_every_problem_is_listed_and_written(recipe, tmp_path):
     assert "and 4 more" in text and "1 of 15 rows tokenized" in text  # the one that is good
     assert run_doctor(recipe, argv, out=tmp_path / "problems.jsonl", console=console) == 1  # again
     rows = (tmp_path / "rows.jsonl").read_bytes()
-    with pytest.raises(RecipeError, match="rows.jsonl holds something else than problems of rows"):
+    with pytest.raises(RecipeError, match=r"rows\.jsonl holds something else than problems of rows"):
         run_doctor(recipe, argv, out=tmp_path / "rows.jsonl", console=console)
     assert (tmp_path / "rows.jsonl").read_bytes() == rows
     skipping = examine(recipe, [*argv, "--on_bad_media", "skip"])
