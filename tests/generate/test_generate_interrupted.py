@@ -18,6 +18,7 @@ from trl_vpo.data.rows import read_row
 from trl_vpo.errors import ModelError
 from trl_vpo.generate.config import GenerateConfig
 from trl_vpo.generate.run import make_models
+from trl_vpo.models import server as server_module
 from trl_vpo.models.requests import Request
 from trl_vpo.runs.store import read_outcomes
 from trl_vpo.testbed import rows as testbed_rows
@@ -148,7 +149,7 @@ def behave(number, body):
 
 @pytest.fixture
 def serve(monkeypatch):
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr(server_module, "LONGEST_PAUSE", 0.02)
     with chat_servers() as start:
         yield lambda behave=behave: start(behave=behave)
 

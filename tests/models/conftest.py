@@ -3,6 +3,8 @@
 import pytest
 from chat_server import KEY, chat_servers
 
+from trl_vpo.models import server
+
 
 @pytest.fixture
 def serve(monkeypatch):
@@ -14,4 +16,4 @@ def serve(monkeypatch):
 @pytest.fixture
 def fast(monkeypatch):
     """Pauses of 0.02 s at most, where the server names none."""
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+    monkeypatch.setattr(server, "LONGEST_PAUSE", 0.02)

@@ -1,5 +1,7 @@
 """A model behind a server, against a real HTTP server on loopback that behaves as each test says."""
 
+import gzip
+import json
 import logging
 import socket
 import time
@@ -10,6 +12,7 @@ from chat_server import KEY, SAMPLING, Reply, model_of, refused, said, stopped
 from local_kit import asked
 
 from trl_vpo.errors import ModelError
+from trl_vpo.models import server as server_module
 from trl_vpo.models.server import RequestBudget, ServerModel
 from trl_vpo.text.responses import Failure
 
@@ -89,7 +92,8 @@ def test_the_pause_that_a_server_asks_for_is_kept(serve, fast):
     assert model_of(server).answer([WHY], SAMPLING) == ["fine"]
     assert 0.9 <= server.gaps[0] < 2.5
     server = serve(refused(429, "quota", retry_after="7200"))
-    assert "status 429: quota (it asks to wait: Retry-After 7200)" in stopped(model_of(server, max_retries=0), [WHY])
+    assert "asks to wait 7200 s (status 429: quota)" in stopped(model_of(server), [WHY])
+    assert len(server.seen) == 1
 
 
 def test_pauses_grow_and_vary(serve):
@@ -99,12 +103,28 @@ def test_pauses_grow_and_vary(serve):
         assert least <= gap < 2 * least + 0.3
 
 
-def test_a_dropped_connection_and_a_slow_answer(serve, fast):
+def test_a_dropped_connection_and_a_slow_answer(serve, fast, caplog):
+    caplog.set_level(logging.INFO, logger="trl_vpo")
     server = serve(Reply(hang_up=True), Reply(said("late").body, wait=1.2), said("fine"))
     assert model_of(server, timeout=0.5).answer([WHY], SAMPLING) == ["fine"]
     assert len(server.seen) == 3
-    model = model_of(serve(Reply(said("late").body, wait=0.6)), timeout=0.3, max_retries=0)
-    assert "no answer within 0.3 s (1 attempts)" in stopped(model, [WHY])
+    assert "no connection (" in caplog.text and "no answer within 0.5 s; asking again in" in caplog.text
+
+
+def test_endless_answers_are_not_read(serve, fast, monkeypatch):
+    monkeypatch.setattr(server_module, "LARGEST_ANSWER", 1000)
+    monkeypatch.setattr(server_module, "LONGEST_ANSWER", 1)
+    plain = json.dumps(said("a" * 900).body).encode()
+    bomb = Reply(gzip.compress(b" " * 2**20 + plain), headers={"content_encoding": "gzip"})
+    server = serve(said("a" * 2000), bomb, Reply(plain))
+    assert model_of(server).answer([WHY], SAMPLING) == ["a" * 900]
+    assert {headers["accept-encoding"] for _, _, headers, _ in server.seen} == {"identity"}
+    for endless in (said("a" * 2000), refused(500, "a" * 2000)):
+        assert "an answer of more than 1000 bytes" in stopped(model_of(serve(endless)), [WHY] * 2)
+    drips = serve(Reply(plain, pauses=(0.1,) * 50))
+    start = time.monotonic()
+    assert "an answer that takes longer than 0.3 s" in stopped(model_of(drips, timeout=0.3, max_retries=0), [WHY])
+    assert time.monotonic() - start < 3
 
 
 def test_a_slow_answer_is_waited_for_while_it_comes(serve):

@@ -1,17 +1,21 @@
 """A model behind any OpenAI-compatible server: requests out, answers in, and what to do when it goes wrong.
 
 What goes wrong is told apart by whose fault it is: one request's (a `Failure` of that request), the server's for a
-while (the client asks again, with growing pauses), or the run's (`ModelError`; the same command continues it later).
+while (asked again, with growing pauses), or the run's (`ModelError`; the same command continues it later).
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
+import random
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -21,6 +25,12 @@ from trl_vpo.models.requests import AnsweringModel, Request, Sampling
 from trl_vpo.runs.secrets import scrub
 from trl_vpo.text.responses import Failure, unusable, without_reasoning
 
+logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 60.0  # seconds between attempts, where the server does not name a pause
+LONGEST_RETRY_AFTER = 600.0  # seconds that a server's Retry-After is waited for
+LARGEST_ANSWER = 1 << 24  # bytes
+LONGEST_ANSWER = 10  # times `timeout`, from the first byte of an answer to its last
 SEED_BITS = 31  # some servers keep a seed in a signed 32-bit integer
 QUOTED = 300  # characters of a server's message that are shown
 RUN_STATUS = {  # what a status says about every request, and what to do
@@ -39,23 +49,28 @@ class RequestBudget:
     """A number of requests that may be sent, by all threads and models that share it. `limit` None: any number."""
 
     def __init__(self, limit: int | None = None):
-        self.limit, self._left = limit, threading.Semaphore(limit or 0)
+        self.limit = limit
+        self.used = 0
+        self._lock = threading.Lock()
 
     def take(self) -> None:
         """Count one request. Raises `ModelError` if none is left."""
-        if self.limit is not None and not self._left.acquire(blocking=False):
-            raise ModelError(
-                f"the request budget is used up: max_requests is {self.limit}, repeated attempts included. The same "
-                "command continues the run, with a budget of its own."
-            )
+        with self._lock:
+            if self.limit is not None and self.used >= self.limit:
+                raise ModelError(
+                    f"the request budget is used up: max_requests is {self.limit}, repeated attempts included. The "
+                    "same command continues the run, with a budget of its own."
+                )
+            self.used += 1
 
 
-class _NoAnswer(Exception):
-    """No attempt of a request was answered."""
+class _AttemptFailed(Exception):
+    """An attempt worth repeating."""
 
-    def __init__(self, reason: str, *, busy: bool = False):
+    def __init__(self, reason: str, *, busy: bool = False, retry_after: float | None = None):
         super().__init__(reason)
         self.busy = busy  # the server is down or too busy, whatever it is asked; else the request may be at fault
+        self.retry_after = retry_after  # seconds that the server asks to wait for
 
 
 class _Stopped(Exception):
@@ -105,8 +120,8 @@ class ServerModel(AnsweringModel):
             base_url=url,
             api_key=self._key or "none",
             timeout=timeout,
-            max_retries=max_retries,
-            http_client=_counting_client(self._budget),
+            max_retries=0,  # the client's own attempts would not be counted
+            http_client=_bounded_client(LONGEST_ANSWER * timeout),
         )
         self._lock = threading.Lock()
         self._refused = 0  # requests that the server refused
@@ -144,8 +159,6 @@ class ServerModel(AnsweringModel):
     def _ask(self, request: Request, sampling: Sampling, stop: threading.Event) -> str | Failure:
         """Send a request until it is answered or given up. An error stops the others here already, before `answer`."""
         try:
-            if stop.is_set():
-                raise _Stopped
             clips = request.media.videos if self._media == "video" else ()
             payload = {
                 "messages": chat_messages(request, media=self._media, max_pixels=self._max_pixels),
@@ -155,45 +168,52 @@ class ServerModel(AnsweringModel):
                 "seed": request.seed % 2**SEED_BITS,
                 "extra_body": every_frame(clips) if clips else None,
             }
-            try:
-                return self._send(payload)
-            except _NoAnswer as problem:
-                return self._give_up(problem)
+            result = self._send(payload, stop)
+            return self._give_up(result, stop) if isinstance(result, _AttemptFailed) else result
         except BaseException:
             stop.set()
             raise
 
-    def _send(self, payload: dict[str, Any]) -> str | Failure:
-        """Return the server's reply. Raises _NoAnswer after the last attempt."""
+    def _send(self, payload: dict[str, Any], stop: threading.Event) -> str | Failure | _AttemptFailed:
+        """Return the server's reply, or the failure of the last attempt."""
+        for attempt in range(self._max_retries + 1):
+            if stop.is_set():
+                raise _Stopped
+            self._budget.take()
+            try:
+                return self._attempt(payload)
+            except _AttemptFailed as failed:
+                problem = failed
+            if attempt < self._max_retries:
+                pause = self._pause(attempt, problem)
+                logger.info(f"{self.url}: {problem}; asking again in {pause:.1f} s")
+                stop.wait(pause)
+        return problem
+
+    def _attempt(self, payload: dict[str, Any]) -> str | Failure:
         import openai
 
-        for left in reversed(range(self._max_retries + 1)):  # attempts, where answers are malformed
-            try:
-                reply = self._client.chat.completions.with_raw_response.create(model=self.model, **payload)
-            except openai.APITimeoutError:
-                raise _NoAnswer(f"no answer within {self._timeout:g} s") from None
-            except openai.APIConnectionError as error:
-                cause = error.__cause__ or error
-                if isinstance(cause, ModelError):  # of the budget, in an older client
-                    raise cause from None
-                reason = self._clean(f"no connection ({type(cause).__name__}: {cause})")
-                raise _NoAnswer(reason, busy=True) from None
-            except openai.APIStatusError as error:
-                refusal = error.response
-                break
-            try:
-                result = self._read(reply.content, payload["max_tokens"])
-            except _NoAnswer:
-                if left:
-                    continue
-                raise
+        try:
+            reply = self._client.chat.completions.with_raw_response.create(model=self.model, **payload)
+        except openai.APITimeoutError:
+            raise _AttemptFailed(f"no answer within {self._timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, _AttemptFailed):
+                raise cause from None
+            reason = self._clean(f"no connection ({type(cause).__name__}: {cause})")
+            raise _AttemptFailed(reason, busy=True) from None
+        except openai.APIStatusError as error:
+            refusal = error.response
+        else:
+            result = self._read(reply.content, payload["max_tokens"])
             self._answered = payload
             return result
         # Outside of the handler: the client's error may show the key.
         return self._refusal(refusal, NO_VIDEO if payload["extra_body"] else "")
 
     def _refusal(self, response: Any, hint: str) -> Failure:
-        """Turn an HTTP error into the end of the run, of its attempts, or of this request."""
+        """Turn an HTTP error into the end of the run, of this attempt, or of this request."""
         status, message = response.status_code, _message(self._clean(response.text))
         if 300 <= status < 400:
             target = self._clean(urljoin(self.url, response.headers.get("location", "")).partition("?")[0])
@@ -202,9 +222,8 @@ class ServerModel(AnsweringModel):
             remedy = RUN_STATUS[status].format(key=self._key_env)
             raise ModelError(f"{self.url} refuses requests to {self.model!r} ({status}): {remedy}. It says: {message}")
         if status in (408, 409, 425, 429) or status >= 500:
-            pause = response.headers.get("retry-after")
-            asks = f" (it asks to wait: Retry-After {self._clean(pause)[:QUOTED]})" if pause else ""
-            raise _NoAnswer(f"status {status}: {message}{hint if status >= 500 else ''}{asks}", busy=status == 429)
+            reason = f"status {status}: {message}{hint if status >= 500 else ''}"
+            raise _AttemptFailed(reason, busy=status == 429, retry_after=_retry_after(response.headers))
         with self._lock:
             self._refused += 1
         return Failure(f"the server refused the request ({status}): {message}{hint}")
@@ -222,7 +241,7 @@ class ServerModel(AnsweringModel):
             return Failure("the answer holds half a surrogate pair, which is not valid text")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             start = self._clean(content.decode(errors="replace"))[:QUOTED]
-            raise _NoAnswer(f"malformed answer: {start!r}") from None
+            raise _AttemptFailed(f"malformed answer: {start!r}") from None
         if finish == "length":
             return Failure(f"cut off after {max_tokens} tokens")
         if finish == "content_filter":
@@ -233,13 +252,24 @@ class ServerModel(AnsweringModel):
 
     # --- when it fails -----------------------------------------------------------------------------------------------
 
-    def _give_up(self, problem: _NoAnswer) -> Failure:
+    def _pause(self, attempt: int, problem: _AttemptFailed) -> float:
+        """Return seconds before the next attempt: what the server asks for, or doubling from half a second."""
+        pause = min(LONGEST_PAUSE, 0.5 * 2**attempt)
+        if problem.retry_after is None:
+            return pause * random.uniform(0.5, 1)
+        if problem.retry_after > LONGEST_RETRY_AFTER:
+            raise ModelError(
+                f"{self.url} asks to wait {problem.retry_after:.0f} s ({problem}). The same command continues the run "
+                "then."
+            )
+        return problem.retry_after + pause * random.uniform(0, 0.5)
+
+    def _give_up(self, problem: _AttemptFailed, stop: threading.Event) -> Failure:
         """Return a Failure if the request itself is at fault: the server still replies to one that it answered."""
         reason = f"{problem} ({self._max_retries + 1} attempts)"
-        if self._answered is not None and not problem.busy:
-            with suppress(_NoAnswer):
-                self._send(self._answered)
-                return Failure(reason)
+        known = None if problem.busy else self._answered
+        if known is not None and not isinstance(self._send(known, stop), _AttemptFailed):
+            return Failure(reason)
         raise ModelError(
             f"{self.url} gives no answer from {self.model!r}: {reason}. Check that the server runs and that "
             "the URL is right; the same command continues the run."
@@ -250,16 +280,30 @@ class ServerModel(AnsweringModel):
         return scrub(text.replace(self._key, "<API key>") if self._key else text, self._key)
 
 
-def _counting_client(budget: RequestBudget) -> Any:
-    """Return an HTTP client that counts every attempt, and follows no redirect, which would take the key along."""
+def _bounded_client(seconds: float) -> Any:
+    """Return an HTTP client that reads no endless answer, and follows no redirect, which would take the key along."""
     import openai
 
     class Client(openai.DefaultHttpxClient):
-        def send(self, request: Any, **kwargs: Any) -> Any:
-            budget.take()
-            return super().send(request, **kwargs)
+        def send(self, request: Any, *, stream: bool = False, **kwargs: Any) -> Any:
+            response, content = super().send(request, stream=True, **kwargs), bytearray()
+            end = time.monotonic() + seconds
+            try:
+                coding = response.headers.get("content-encoding", "identity")
+                if coding != "identity":  # it may be small and inflate to gigabytes
+                    raise _AttemptFailed(f"an answer in the encoding {coding[:QUOTED]!r}, which was not asked for")
+                for part in response.iter_bytes():
+                    content += part
+                    if len(content) > LARGEST_ANSWER:
+                        raise _AttemptFailed(f"an answer of more than {LARGEST_ANSWER} bytes")
+                    if time.monotonic() > end:
+                        raise _AttemptFailed(f"an answer that takes longer than {seconds:g} s")
+            finally:
+                response.close()
+            headers = response.headers
+            return type(response)(response.status_code, headers=headers, content=bytes(content), request=request)
 
-    return Client(follow_redirects=False)
+    return Client(follow_redirects=False, headers={"accept-encoding": "identity"})
 
 
 def _message(body: str) -> str:
@@ -273,3 +317,16 @@ def _message(body: str) -> str:
             content = content[key]
     text = content if isinstance(content, str) else json.dumps(content)
     return text.encode(errors="replace").decode().strip()[:QUOTED] or "nothing"
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Return the seconds of a Retry-After header, which gives seconds or a date."""
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
