@@ -282,6 +282,12 @@ def test_a_damaged_record_of_the_training_is_refused(text, why, tmp_path, caplog
     assert re.search(rf"rrpo/run\.json: {why}.*None of its settings is used", warning)
 
 
+def test_a_record_of_another_tool_is_none(tmp_path):
+    adapter = trained(tmp_path / "rrpo")
+    (tmp_path / "rrpo/run.json").write_text('{"name": "sunny-lake-17", "config": {}}')
+    assert media_settings(adapter)[0] is None  # nothing is taken, nothing refused
+
+
 def test_frames_are_those_of_the_adapters_training(tmp_path, caplog, capsys):
     short = trained(tmp_path / "short", num_frames=8, max_pixels=1024)
     assert media_settings(short, num_frames=8)[3] == 1024

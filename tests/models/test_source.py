@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from trl_vpo.cli import main
 from trl_vpo.data import hub_names
 from trl_vpo.errors import SourceError
-from trl_vpo.models.source import check_model
+from trl_vpo.models.source import check_model, find_run_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -110,6 +110,18 @@ def test_what_is_nowhere_offline(key, option, unreachable, tmp_path, capsys):
     if key == "model_name_or_path":
         assert "the Hub cannot be reached (ConnectError" in errors
         assert len(errors.splitlines()) == 2 and time.monotonic() - began < 5
+
+
+def test_a_record_of_the_training_offline(unreachable, tmp_path, monkeypatch):
+    """The Hub is asked once, not again and again for a file that few models have; the cache may have it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_model(tmp_path / "hub", main=1.0)
+    began = time.monotonic()
+    assert find_run_json("me/other") is None and find_run_json("me/base") is None
+    (snapshot,) = (tmp_path / "hub").glob("models--me--base/snapshots/*")
+    (snapshot / "run.json").write_text("{}")
+    assert find_run_json("me/base") == snapshot / "run.json"
+    assert time.monotonic() - began < 5
 
 
 def test_a_cached_model_offline(unreachable, tmp_path, capsys, monkeypatch):

@@ -67,6 +67,19 @@ def check_on_hub(
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # as the variable, set before the start
 
 
+def file_of_model(name: str, file: str, revision: str | None = None) -> Path | None:
+    """Return a file of a model on the Hub, or of the cache where the Hub cannot be reached; None: there is none."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    try:
+        if _ask_hub(name, "model", revision) is None:
+            return Path(hf_hub_download(name, file, revision=revision))
+        cached = try_to_load_from_cache(name, file, revision=revision)
+    except (OSError, ValueError, errors.HfHubHTTPError):
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
 @cache
 def _ask_hub(name: str, kind: str, revision: str | None) -> Exception | None:
     """Return the Hub's error for a repository, asked for once; None: it has it."""

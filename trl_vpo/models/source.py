@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from trl_vpo.data.hub_names import check_on_hub
+from trl_vpo.data.hub_names import check_on_hub, file_of_model
 from trl_vpo.errors import AdapterError, SourceError
 
 CACHED = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # a folder in the Hub's cache
@@ -33,13 +33,7 @@ def find_run_json(name: str, revision: str | None = None) -> Path | None:
     if folder.is_dir():
         places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
         return next((path for place in places if (path := place / "run.json").exists()), None)
-    from huggingface_hub import hf_hub_download  # not needed to check paths
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(hf_hub_download(name, "run.json", revision=revision))
-    except (OSError, ValueError, HfHubHTTPError):
-        return None
+    return file_of_model(name, "run.json", revision)
 
 
 def check_adapter(name: str, *, key: str, settle: bool = True) -> None:

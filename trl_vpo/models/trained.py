@@ -96,6 +96,8 @@ def _recorded(path: Path | None, framed: bool) -> dict[str, Any] | None:
         return None
     names = [name for group in GROUPS for name in group]
     try:
+        if not {"method", "recipe", "contents"} & read_object(path).keys():  # of another tool
+            return None
         recipe = read_object(path, "recipe")["recipe"]
         options = VideoOptions(**{name: recipe[name] for name in names if recipe.get(name) is not None})
     except ValueError as error:

@@ -62,7 +62,8 @@ class ReferenceCache:
         process, collator = self._trainer.accelerator, self._trainer.data_collator
         rows = self._bar(iterable=raw_rows(dataset), total=len(dataset), desc=f"Looking up {name} rows", leave=False)
         keys = [row_key(row, collator) for row in rows]
-        if transform_of(dataset) and keys != [row_key(row, collator) for row in raw_rows(dataset)]:
+        drawn = transform_of(dataset) and keys != [row_key(row, collator) for row in raw_rows(dataset)]
+        if any(gather_object([bool(drawn)])):  # else ranks that saw no other row would wait
             _refuse(f"the transform of the {name} rows gives other rows each time. Take it off")
         sums = self._read()
         missing = {key: index for index, key in enumerate(keys) if key not in sums}  # equal rows are computed once
