@@ -17,6 +17,7 @@ ADAPTERS, ATTACH, MERGE, SOURCE = files("models", "adapters attach merge source"
 CHECKS, ACTIVATIONS = files("doctor", "checks activation_estimate")
 CANDIDATES, CALLBACK = files("evaluate", "candidates callback")
 (RECIPE,) = files("runs", "recipe")
+(DECODE,) = files("media", "decode")
 
 # Where it is, what we call it with (parameters in their order; `|`: names of one), who uses it. `...`: an attribute.
 CALLED = [
@@ -138,6 +139,9 @@ CALLED = [
     ),
     ("transformers.Trainer.compute_loss_context_manager", "self", BASE),
     ("transformers.Trainer.pop_callback", "self callback", PROGRESS),
+    ("torch.nn.modules.dropout._DropoutNd", ..., COMPAT),
+    ("av.sidedata.sidedata.Type", ..., DECODE),
+    ("transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", ..., HEAD),
     ("huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY", ..., HUB_REPO),
     ("huggingface_hub.set_client_factory", "client_factory", HUB_REPO),
     ("huggingface_hub.HfApi.auth_check", "self repo_id", HUB_REPO),
@@ -200,6 +204,9 @@ SOURCES = [
         ['f"DataLoader worker (pid(s) {pids_str}) exited unexpectedly"'],
         f"`train` in {RESUME}",
     ),
+    ("transformers.ProgressCallback.__init__", ["self.training_bar = None", "self.prediction_bar = None"], PROGRESS),
+    ("transformers.ProgressCallback.on_step_end", ["state.global_step - self.current_step"], PROGRESS),
+    ("argparse._ActionsContainer.__init__", ["self._option_string_actions = {}"], RECIPE),
     ("accelerate.data_loader.prepare_data_loader", ["and new_dataset.n_shards >= num_processes"], GROUPS),
     (
         "accelerate.data_loader.prepare_data_loader",

@@ -56,7 +56,7 @@ def read_recipe(path: Path | str, *, what: str = "recipe") -> dict[str, Any]:
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         why = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
         raise RecipeError(f"the {what} {path} is not valid YAML{where}: {scrub(why)}.") from None
-    except ValueError as error:  # a date like 2024-02-31
+    except (ValueError, RecursionError) as error:  # a date like 2024-02-31; lists within lists
         raise RecipeError(f"the {what} {path}: {error}.") from None
     if not isinstance(recipe, dict):
         kind = "is empty" if recipe is None else f"holds a {type(recipe).__name__}"
