@@ -157,7 +157,7 @@ def test_ctrl_c_to_the_launcher_ends_the_training(start, tmp_path):
 
 @pytest.mark.slow
 def test_a_second_run_is_refused_and_a_killed_worker_is_named(start, tmp_path):
-    process, log = start(dataloader_num_workers=1)
+    process, log = start(dataloader_num_workers=1, dataloader_persistent_workers=True)
     second = subprocess.run(process.args, capture_output=True, text=True, env=ENV, cwd=KITS.parents[1], timeout=200)
     assert second.returncode == 1
     assert f"another training writes to output_dir {tmp_path}/out: pid {process.pid} on " in second.stderr
