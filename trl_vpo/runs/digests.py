@@ -13,6 +13,7 @@ from datasets import Dataset
 from huggingface_hub import snapshot_download
 
 from trl_vpo.data.columns import COLUMNS
+from trl_vpo.data.identity import PAYLOAD
 from trl_vpo.data.inputs import InputRow, hashed
 from trl_vpo.data.raw_rows import RawRows
 from trl_vpo.data.row_media import MEDIA
@@ -27,6 +28,7 @@ LOADED = (
 )  # fmt: skip
 # Files that a training adds to the folder of its result.
 NOT_LOADED = {"run.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"}
+MISSING = "missing"  # identifies a file that is not there
 AT_ONCE = 256  # rows in memory
 
 
@@ -71,10 +73,14 @@ def _loaded(folder: Path) -> list[Path]:
     return sorted(filter(Path.is_file, paths))
 
 
-def row_digest(row: InputRow, media_root: str | None = None) -> str:
-    """Return a digest of an input as its dataset gives it, and of its media, as `row_digests` identifies them."""
+def row_digest(row: InputRow, media_root: str | None = None) -> dict[str, str]:
+    """Return a digest of an input as its dataset gives it, under `row`, and one of each column of media.
+
+    Media are identified as in `row_digests`. A column of which a file is missing has none.
+    """
     media = {name: _media(value, media_root) for name, value in row.example.items() if name in MEDIA}
-    return json_digest([row.id, row.example, media], default=hashed)
+    digests = {name: json_digest(known) for name, known in media.items() if not _lacks_file(known)}
+    return {"row": json_digest([row.id, row.example], default=hashed), **digests}
 
 
 def row_digests(dataset: Dataset, media_root: str | None = None) -> np.ndarray:
@@ -116,4 +122,11 @@ def _media(source: Any, root: str | None) -> Any:
             return [[frame.name, *ends_digest(frame)] for frame in frames]
         return ends_digest(resolve_path(source, root))
     except (MediaError, OSError):
-        return "missing"
+        return MISSING
+
+
+def _lacks_file(known: Any) -> bool:
+    """Is a file missing among values that identify a medium?"""
+    if isinstance(known, dict):  # other texts than these, such as a type, are no paths
+        return any(_lacks_file(known[key]) for key in PAYLOAD if key in known)
+    return any(map(_lacks_file, known)) if isinstance(known, list) else known == MISSING

@@ -48,7 +48,7 @@ def work_through(
     # Position of an input -> the item for `make`, or the outcome of an input that cannot be used. Called by threads.
     load: Callable[[int], Item | Outcome],
     make: Callable[[list[Item]], Iterable[Outcome]],  # loaded items -> their outcomes, in order
-    identity: Callable[[int], str],  # position of an input -> what `check_unchanged` compares
+    identity: Callable[[int], Any],  # position of an input -> what `check_unchanged` compares, as JSON
     report: Report,
     batch_size: int,
 ) -> dict[str, Any] | None:
@@ -62,7 +62,7 @@ def work_through(
         if not todo and run.rank == 0:
             print(f"{share} inputs: all finished before.", file=sys.stderr)
         bar = tqdm(total=share, initial=share - len(todo), unit="input", disable=run.rank != 0 or not todo, **show)
-        identities: dict[str, str] = {}
+        identities: dict[str, Any] = {}
 
         def identified(place: int) -> Item | Outcome:
             identities[ids[place]] = identity(place)
@@ -89,21 +89,35 @@ def work_through(
     return summary
 
 
-def check_unchanged(folder: str, ids: Sequence[str], identity: Callable[[int], str]) -> list[Outcome]:
-    """Return the finished outcomes of these inputs; raise RunError if one's row or media have changed since."""
+def check_unchanged(folder: str, ids: Sequence[str], identity: Callable[[int], dict[str, str]]) -> list[Outcome]:
+    """Return the finished outcomes of these inputs; raise RunError if one's row or media have changed since.
+
+    `identity` gives the digests of an input by name, that of the row itself as `row`. One that is not known on both
+    sides, as of media that are missing, is not compared.
+    """
     if not (Path(folder) / "settings.json").exists():
         return []
     places = {name: place for place, name in enumerate(ids)}
     known = [outcome for outcome in read_outcomes(folder) if outcome.id in places]
     with ThreadPoolExecutor(THREADS) as pool:
         now = pool.map(lambda outcome: identity(places[outcome.id]), known)
-        changed = [outcome.id for outcome, is_now in zip(known, now) if outcome.notes.get("row") != is_now]
+        changed = [outcome.id for outcome, is_now in zip(known, now) if _differs(outcome, is_now)]
     if changed:
         raise RunError(
             f"{folder}: {len(changed)} rows, or their media, have changed after they were finished, the first is "
             f"{changed[0]!r}. Name another output_dir, or put them back."
         )
     return known
+
+
+def _differs(outcome: Outcome, now: dict[str, str]) -> bool:
+    before = outcome.notes.get("row") or {}  # earlier versions of generate noted none
+    if isinstance(before, str):  # and those of evaluate only that of the row
+        before = {"row": before}
+    compared = before.keys() & now.keys()
+    if outcome.kind == "unreadable media":  # they may be repaired
+        compared &= {"row"}
+    return any(before[name] != now[name] for name in compared)
 
 
 def decoded_ahead(decoders: ThreadPoolExecutor, load: Callable, todo: Sequence[int], size: int) -> Iterator[list]:
