@@ -7,6 +7,7 @@ from held_out_kit import LANGUAGE, plain, processor, said, slow_sum, write_held_
 from peft import LoraConfig
 
 import trl_vpo
+from trl_vpo.data import trunk_media
 from trl_vpo.errors import EvaluateError
 from trl_vpo.evaluate.callback import EvaluationCallback
 from trl_vpo.evaluate.run import run_evaluation
@@ -171,6 +172,21 @@ def test_rows_that_cannot_be_used(change, message, trained, preferences, tmp_pat
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(EvaluateError, match=message):
         EvaluationCallback(trained[0], dataset([preferences[0], preferences[1] | change(preferences[1])]))
+
+
+def test_of_a_list_only_the_first_item_is_read(trained, preferences, monkeypatch):
+    """Of a row that has nothing else; the others would be decoded at every evaluation."""
+    own, read, load = preferences[0], [], trunk_media.load_video
+    listed = [preferences[place]["videos"][0] for place in (0, 1, 2)]
+    row = {**{name: own[name] for name in ("id", "prompt", "chosen", "rejected")}, "video_list": listed}
+    callback = EvaluationCallback(trained[0], dataset([row]), sensitivity=())
+    monkeypatch.setattr(trunk_media, "load_video", lambda v, *args, **how: read.append(v) or load(v, *args, **how))
+    measures = callback.measure()
+    assert read == listed[:1]
+    single = EvaluationCallback(
+        trained[0], dataset([{**row, "video_list": None, "videos": listed[:1]}]), sensitivity=()
+    )
+    assert measures == pytest.approx(single.measure())
 
 
 def test_settings_and_rows_of_other_tasks(trained, preferences, caplog, held_out):

@@ -180,7 +180,11 @@ def damaged(media: Media, kind: str, seed: int) -> Media | None:
 
 def own_media(row: Row, media: Media, collator: PreferenceCollator) -> Media:
     """Return the media of a row; one that has only a list is asked about the first of it. Raises RowError."""
-    return media if media.images or media.videos else [*listed_media(row, collator), media][0]
+    if media.images or media.videos:
+        return media
+    if row.media_list is not None:  # the others are not read
+        row = replace(row, media_list=row.media_list[:1])
+    return [*listed_media(row, collator), media][0]
 
 
 def listed_media(row: Row, collator: PreferenceCollator) -> list[Media]:
