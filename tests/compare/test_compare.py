@@ -175,7 +175,8 @@ def test_an_evaluation_of_other_trainings_is_refused(world, tmp_path):
     with pytest.raises(RecipeError, match=r"evaluation is of dpo, .*Delete this folder, .* trainings are kept"):
         check_plan(read_plan(two, str(world / "pairs.jsonl"), str(tmp_path), []))
     shutil.rmtree(tmp_path / "dpo")  # to train it again
-    with pytest.raises(RecipeError, match="evaluation is of dpo, "):
+    earlier = "evaluation holds answers of an earlier training of dpo, to be trained anew. Delete this folder"
+    with pytest.raises(RecipeError, match=earlier):
         check_plan(read_plan(one, str(world / "pairs.jsonl"), str(tmp_path), []))
 
 

@@ -162,11 +162,15 @@ def _check_evaluation(plan: Plan, finished: set[str]) -> None:
     if not (plan.evaluation / "settings.json").exists():
         return
     known = {*read_settings(plan.evaluation).get("adapters", ())}
-    if known != finished or len(finished) < len(plan.trainings):
-        raise RecipeError(
-            f"{plan.evaluation} is of {', '.join(sorted(known)) or 'no training'}, and not of the trainings that are "
-            "compared now. Delete this folder, and all models are asked again; finished trainings are kept."
-        )
+    names = {training.name for training in plan.trainings}
+    if known == names == finished:
+        return
+    why = f"is of {', '.join(sorted(known)) or 'no training'}, and not of the trainings that are compared now"
+    if known == names:
+        why = f"holds answers of an earlier training of {', '.join(sorted(names - finished))}, to be trained anew"
+    raise RecipeError(
+        f"{plan.evaluation} {why}. Delete this folder, and all models are asked again; finished trainings are kept."
+    )
 
 
 def _check_rows(method: str, script_args: Any, args: Any, mixture: Any) -> None:
