@@ -279,9 +279,9 @@ RESULT = {"contestant": "base", "task": "preference", "id": "1", "chosen_logp": 
 @pytest.mark.parametrize("limit", [None, 3])
 def test_what_is_no_preference_data_is_called_so(tmp_path, example, says, limit):
     """Also in the folder that a run wrote. A few such rows between pairs have their place on the page."""
-    data = write_jsonl([example] * 20, tmp_path / "rows.jsonl")
+    data, of = write_jsonl([example] * 20, tmp_path / "rows.jsonl"), f"first {limit}" if limit else 20
     for dataset in (data, tmp_path):
-        with pytest.raises(UserError, match=f"no preference data: of its {limit or 20} rows, none has .*{says}"):
+        with pytest.raises(UserError, match=f"no preference data: of its {of} rows, none has .*{says}"):
             write_page(dataset, tmp_path / "page.html", limit=limit)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     assert len(page_of(tmp_path, [example, example, row(None)]).rows) == 3

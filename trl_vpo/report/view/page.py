@@ -116,11 +116,10 @@ def _blocks(
             yield "rows", number, [record for record, _ in block]
             if pictures := {record["n"]: urls for record, urls in block if urls}:
                 yield "pictures", number, pictures
-    if layout and not paired:
-        raise DatasetError(
-            f"{dataset} holds no preference data: of its {counts.rows} rows, none has `chosen` or `rejected`. {layout}"
-        )
     counts.limited = limit is not None and next(examples, None) is not None
+    if layout and not paired:
+        where = f"of its {'first ' if counts.limited else ''}{counts.rows} rows"
+        raise DatasetError(f"{dataset} holds no preference data: {where}, none has `chosen` or `rejected`. {layout}")
     for number, block in enumerate(_batched(read_rejected(dataset), REJECTED_BLOCK)):
         counts.rejected += len(block)
         yield "rejected", number, block
