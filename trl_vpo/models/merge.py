@@ -101,9 +101,8 @@ def merge(
         model.save_pretrained(whole)
         processor.save_pretrained(whole)
         if record:
-            text = json.dumps(
-                record | {"merged": {"adapter": str(adapter), "base": base}}, indent=2, ensure_ascii=False
-            )
+            record["merged"] = {"adapter": adapter.resolve().name, "base": _shown(base)}  # as on the card
+            text = json.dumps(record, indent=2, ensure_ascii=False)
             (whole / "run.json").write_text(text + "\n", encoding="utf-8")
         _write_card(whole, out, adapter, base, model, notes)
         os.replace(whole, out)  # takes the place of an empty folder, too
