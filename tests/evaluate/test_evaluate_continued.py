@@ -169,7 +169,9 @@ def test_a_medium_that_is_replaced_is_noticed(held_out, tmp_path, monkeypatch):
     last.write_bytes(first.read_bytes())  # a row that is not finished may change
     evaluate(held_out, tmp_path / "run", data=data, media_root=tmp_path / "moved", **options)
     write_clip(first, seed=9)
-    with pytest.raises(RunError, match=f"2 rows, or their media, have changed .*, the first is '{rows[0]['id']}'"):
+    remedy = "Put them back, name another output_dir, or delete this folder"
+    first_of = f"the first is '{rows[0]['id']}'"
+    with pytest.raises(RunError, match=f"2 rows, or their media, have changed .*, {first_of}. {remedy}"):
         evaluate(held_out, tmp_path / "run", data=data, media_root=tmp_path / "moved", **options)
 
 

@@ -105,7 +105,7 @@ def check_unchanged(folder: str, ids: Sequence[str], identity: Callable[[int], d
     if changed:
         raise RunError(
             f"{folder}: {len(changed)} rows, or their media, have changed after they were finished, the first is "
-            f"{changed[0]!r}. Name another output_dir, or put them back."
+            f"{changed[0]!r}. Put them back, name another output_dir, or delete this folder."
         )
     return known
 
