@@ -207,7 +207,7 @@ SOURCES = [
     ("transformers.ProgressCallback.__init__", ["self.training_bar = None", "self.prediction_bar = None"], PROGRESS),
     ("transformers.ProgressCallback.on_step_end", ["state.global_step - self.current_step"], PROGRESS),
     ("argparse._ActionsContainer.__init__", ["self._option_string_actions = {}"], RECIPE),
-    ("accelerate.data_loader.prepare_data_loader", ["and new_dataset.n_shards >= num_processes"], GROUPS),
+    ("accelerate.data_loader.prepare_data_loader", ["and new_dataset.n_shards >"], GROUPS),
     (
         "accelerate.data_loader.prepare_data_loader",
         ["if isinstance(sampler, RandomSampler) and use_seedable_sampler:"],
